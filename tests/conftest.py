@@ -1,0 +1,67 @@
+"""Fixtures and settings all tests share: threads, seeds, devices, the data directory, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch and FAISS start their thread pools: parallel test processes must not each take every core.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from tracin_ann.device import devices  # noqa: E402
+
+if "OMP_NUM_THREADS" in os.environ:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# No deadline and no database: a slow machine or an earlier run must not decide whether a test passes.
+settings.register_profile(
+    "local", deadline=None, database=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same global random state, so that order and selection change nothing."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Return a CPU generator with a seed of its own, for tests that draw their own numbers."""
+    return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture(scope="session", params=["cpu", "accelerator"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Yield each kind of device; the accelerator joins where there is one and is skipped where not."""
+    found = devices()
+    if request.param == "cpu":
+        yield found[0]
+    elif len(found) > 1:
+        yield found[1]
+    else:
+        pytest.skip("no accelerator on this machine")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the directory with mnist.npz and the like: $TRACIN_ANN_DATA, else ../shared/data beside the repository."""
+    found = Path(os.environ.get("TRACIN_ANN_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not found.is_dir():
+        pytest.skip(f"no data directory {found}; set TRACIN_ANN_DATA to one")
+    return found

@@ -1,0 +1,239 @@
+"""Seeded factories of models that exercise every layer rule and every step of the ladder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its per-example loss, a maker of examples, and the lowest step of the ladder it needs."""
+
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Any], Tensor]
+    example: Callable[[torch.Generator], Any]
+    steps: frozenset[str]
+
+
+def classification(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def squared(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().flatten(1).sum(1)
+
+
+def tokens(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(1)
+
+
+def vector(*shape: int) -> Callable[[torch.Generator], Any]:
+    return lambda g: (torch.randn(*shape, generator=g), torch.randint(0, 4, (), generator=g))
+
+
+def sequence(length: int, vocabulary: int) -> Callable[[torch.Generator], Any]:
+    return lambda g: tuple(torch.randint(0, vocabulary, (length,), generator=g) for _ in range(2))
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.function(self, *args)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.LayerNorm(9), nn.Linear(9, 4))
+
+
+def conv2d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride=2, padding=1, padding_mode="reflect"),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 3, groups=3, dilation=2, padding="same", padding_mode="circular"),
+        nn.GroupNorm(2, 6),
+        nn.Conv2d(6, 6, 2, groups=6, bias=False, padding_mode="replicate", padding=1),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+    )
+
+
+def conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(3, 5, 3, padding="same", dilation=2),
+        nn.Tanh(),
+        nn.Conv1d(5, 4, 2, padding="valid"),
+        nn.BatchNorm1d(4),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+    )
+
+
+def conv3d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(1, 4, (2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1)), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+    )
+
+
+class TinyGPT(nn.Module):
+    def __init__(self, tied: bool = False, functional: bool = False) -> None:
+        super().__init__()
+        self.functional = functional
+        self.tokens = nn.Embedding(11, 8, padding_idx=0)
+        self.places = nn.Parameter(torch.randn(7, 8) * 0.1)
+        self.first = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 8, bias=False)
+        self.rms = nn.RMSNorm(8)
+        self.head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.tokens(index) + self.places[: index.shape[1]]
+        q, k, v = self.qkv(self.first(x)).chunk(3, -1)
+        x = self.rms(x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        return F.linear(x, self.tokens.weight) if self.functional else self.head(x)
+
+
+def attention() -> nn.Module:
+    return Lambda(
+        lambda m, x: m.head(m.attend(x, x, x, need_weights=False)[0].mean(1)),
+        attend=nn.MultiheadAttention(6, 2, batch_first=True),
+        head=nn.Linear(6, 4),
+    )
+
+
+def encoder() -> nn.Module:
+    return nn.Sequential(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), nn.Flatten(), nn.LazyLinear(4))
+
+
+def recurrent(kind: type[nn.Module]) -> nn.Module:
+    return Lambda(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(3, 5, batch_first=True), head=nn.Linear(5, 4))
+
+
+def twice() -> nn.Module:
+    return Lambda(
+        lambda m, x: m.head(torch.tanh(m.mid(torch.tanh(m.mid(x))))), mid=nn.Linear(6, 6), head=nn.Linear(6, 4)
+    )
+
+
+def shared_twice() -> nn.Module:
+    inner = nn.Linear(6, 6)
+    return Lambda(
+        lambda m, x: m.head(m.scale * m.second(torch.tanh(m.first(x)))),
+        first=inner,
+        second=inner,
+        scale=nn.Parameter(torch.ones(6)),
+        head=nn.Linear(6, 4),
+    )
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+        nn.Tanh(),
+        nn.utils.parametrizations.orthogonal(nn.Linear(5, 5)),
+        nn.Linear(5, 4),
+    )
+
+
+def old_weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4))
+
+
+def branching() -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = m.right(x) * m.gain if float(x.sum()) > 0 else m.left(x)
+        return m.head(torch.tanh(hidden))
+
+    return Lambda(
+        lambda m, x: torch.cat([forward(m, row[None]) for row in x]),
+        left=nn.Linear(6, 5),
+        right=nn.Linear(6, 5),
+        gain=nn.Parameter(torch.ones(5)),
+        head=nn.Linear(5, 4),
+    )
+
+
+def flattened() -> nn.Module:
+    return Lambda(
+        lambda m, x: m.head(torch.tanh(m.inner(x.reshape(-1, 3)))).view(len(x), -1, 4).mean(1),
+        inner=nn.Linear(3, 5),
+        head=nn.Linear(5, 4),
+    )
+
+
+def sequence_first() -> nn.Module:
+    return Lambda(
+        lambda m, x: m.head(torch.tanh(m.inner(x.transpose(0, 1)))).mean(0), inner=nn.Linear(3, 5), head=nn.Linear(5, 4)
+    )
+
+
+RULE, VMAP, LOOP = "layer rule", "vmap(grad)", "loop"
+
+
+def case(model: Callable[[], nn.Module], example: Any, *steps: str, loss: Any = classification) -> Case:
+    return Case(model, loss, example, frozenset(steps))
+
+
+CASES: dict[str, Case] = {
+    "mlp": case(mlp, vector(6), RULE),
+    "linear of rank 4": case(
+        lambda: nn.Linear(3, 2),
+        lambda g: (torch.randn(2, 5, 3, generator=g), torch.randn(2, 5, 2, generator=g)),
+        RULE,
+        loss=squared,
+    ),
+    "conv1d": case(conv1d, vector(3, 8), RULE),
+    "conv2d": case(conv2d, vector(2, 9, 9), RULE),
+    "conv3d": case(conv3d, vector(1, 4, 5, 4), RULE),
+    "gpt": case(TinyGPT, sequence(7, 11), RULE, VMAP, loss=tokens),
+    "gpt tied": case(lambda: TinyGPT(tied=True), sequence(7, 11), RULE, VMAP, loss=tokens),
+    "gpt tied by F.linear": case(
+        lambda: TinyGPT(functional=True), sequence(7, 11), RULE, VMAP, "no gradient", loss=tokens
+    ),
+    "attention": case(attention, vector(5, 6), RULE, VMAP),
+    "encoder": case(encoder, vector(5, 6), RULE, VMAP),
+    "gru": case(lambda: recurrent(nn.GRU), vector(5, 3), RULE, LOOP),
+    "lstm": case(lambda: recurrent(nn.LSTM), vector(5, 3), RULE, VMAP),
+    "called twice": case(twice, vector(6), RULE),
+    "held twice": case(shared_twice, vector(6), RULE, VMAP),
+    "parametrised": case(weight_normed, vector(6), RULE, VMAP),
+    "old weight norm": case(old_weight_normed, vector(6), RULE, VMAP),
+    "branching": case(branching, vector(6), RULE, LOOP),
+    "flattened positions": case(flattened, vector(5, 3), RULE),
+    "sequence first": case(sequence_first, vector(5, 3), RULE, VMAP),
+}
+
+
+def made(name: str, seed: int = 0, n: int = 6) -> tuple[nn.Module, Case, list[Any]]:
+    """Return the case's model, the case, and n examples; buffers and affine parameters away from their defaults."""
+    chosen = CASES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = chosen.model().eval()
+        generator = torch.Generator().manual_seed(seed + 1)
+        examples = [chosen.example(generator) for _ in range(n)]
+        with torch.no_grad():
+            model(torch.utils.data.default_collate(examples)[0])
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+            for key, buffer in model.named_buffers():
+                if buffer.is_floating_point() and "running" in key:
+                    buffer.add_(torch.rand(buffer.shape))
+    return model, chosen, examples

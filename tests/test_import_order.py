@@ -1,0 +1,224 @@
+"""Read the library's source and hold its order: imports go down the floors only, and the house rules of STYLE.
+
+A room is a module or package directly under `tracin_ann`; inside a package modules import each other freely.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = "tracin_ann"
+
+# The floors, top first: the rooms on a floor, and whether they may import each other.
+# "__init__" is the facade, `tracin_ann` itself. A new room needs a line here.
+FLOORS: list[tuple[set[str], bool]] = [
+    ({"cli"}, False),
+    ({"__init__"}, False),
+    ({"report", "serve"}, False),
+    ({"evaluate"}, False),
+    ({"build", "index"}, True),
+    ({"answers"}, False),
+    ({"launch"}, False),
+    ({"exact"}, False),
+    ({"search"}, False),
+    ({"manifest"}, False),
+    ({"store"}, False),
+    ({"canaries"}, False),
+    ({"features"}, False),
+    ({"passes"}, False),
+    ({"probe"}, False),
+    ({"gradients"}, False),
+    ({"proof"}, False),
+    ({"layers"}, False),
+    ({"sketch"}, False),
+    ({"factors"}, False),
+    ({"spec"}, False),
+    ({"checkpoints", "session"}, False),
+    ({"task"}, False),
+    ({"files"}, False),
+    ({"device"}, False),
+    ({"nested"}, False),
+    ({"types"}, False),
+    ({"errors"}, False),
+]
+
+# Rooms that may import less than all that lies below them: these never see a model.
+ONLY: dict[str, set[str]] = {
+    "search": {"errors", "types", "device"},
+    "store": {"errors", "types", "files"},
+    "files": {"errors", "types"},
+}
+
+# Imported in one module at most, inside the function that needs it.
+OPTIONAL = ("ray", "transformers", "fastapi", "matplotlib", "sklearn", "pandas", "pyarrow", "torchvision")
+
+MAX_LINES = 400
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file of the library, parsed."""
+
+    path: Path
+    name: str  # dotted, tracin_ann.search.flat; a package's __init__ has the package's name
+    tree: ast.Module
+    text: str
+
+    @property
+    def room(self) -> str:
+        """Return the room the module is in."""
+        return room_of(self.name)
+
+    @property
+    def package(self) -> str:
+        """Return the package that relative imports start from."""
+        return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
+
+
+def room_of(dotted: str) -> str:
+    """Return the room of a dotted name in the package."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def read(path: Path, root: Path) -> Module:
+    """Parse one file; `root` is the directory that holds the package."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    text = path.read_text(encoding="utf-8")
+    return Module(path, ".".join(parts), ast.parse(text, str(path)), text)
+
+
+def imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of every import, wherever it stands; `from tracin_ann import x` counts as x's room."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = module.package.split(".")[: len(module.package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            if base == PACKAGE:
+                for alias in node.names:
+                    yield node.lineno, f"{base}.{alias.name}" if alias.name in rooms else base
+            else:
+                yield node.lineno, base
+
+
+def upward(module: Module, rooms: set[str]) -> list[str]:
+    """Return one line for every import of the module that does not go down."""
+    floor = {room: number for number, (names, _) in enumerate(FLOORS) for room in names}
+    wrong = []
+    for line, target in imports(module, rooms):
+        if target.split(".")[0] != PACKAGE or (room := room_of(target)) == module.room:
+            continue
+        where = f"{module.path.name}:{line} ({module.room}) imports {room}"
+        if room not in floor:
+            wrong.append(f"{where}, which has no floor")
+        elif floor[room] < floor[module.room]:
+            wrong.append(f"{where}, which lies above it")
+        elif floor[room] == floor[module.room] and not FLOORS[floor[room]][1]:
+            wrong.append(f"{where}, its neighbour")
+        elif module.room in ONLY and room not in ONLY[module.room]:
+            wrong.append(f"{where}; it may import only {', '.join(sorted(ONLY[module.room]))}")
+    return wrong
+
+
+MODULES = [read(path, REPOSITORY) for path in sorted((REPOSITORY / PACKAGE).rglob("*.py"))]
+ROOMS = {module.room for module in MODULES}
+every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+
+
+def test_every_room_has_one_floor() -> None:
+    placed = [room for names, _ in FLOORS for room in names]
+    assert len(placed) == len(set(placed)), "a room stands on two floors of FLOORS"
+    new = sorted(ROOMS - set(placed))
+    assert not new, f"{new} of {PACKAGE} stand on no floor; put them into FLOORS in {Path(__file__).name}"
+
+
+@every_module
+def test_imports_go_down(module: Module) -> None:
+    assert upward(module, ROOMS) == []
+
+
+@every_module
+def test_first_line_says_what_the_module_owns(module: Module) -> None:
+    docstring = ast.get_docstring(module.tree, clean=False)
+    assert docstring and docstring.splitlines()[0].strip(), f"{module.path} has no docstring that begins on its line 1"
+
+
+@every_module
+def test_accelerators_are_named_in_device_only(module: Module) -> None:
+    if module.room != "device":
+        lines = [n for n, line in enumerate(module.text.splitlines(), 1) if re.search("cuda", line)]
+        assert lines == [], f"{module.path} names cuda; that is a word of device.py"
+
+
+@every_module
+def test_only_the_commands_print(module: Module) -> None:
+    calls = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    lines = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert module.room == "cli" or lines == [], f"{module.path} prints; use logging, or return it to cli"
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_optional_packages_have_one_door(package: str) -> None:
+    importers = [m for m in MODULES if any(name.split(".")[0] == package for _, name in imports(m, ROOMS))]
+    assert len(importers) <= 1, f"{package} is imported by {[m.name for m in importers]}; keep one"
+    for module in importers:
+        functions = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        inside = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in functions]
+        lines = [line for line, name in imports(module, ROOMS) if name.split(".")[0] == package]
+        assert all(any(line in span for span in inside) for line in lines), (
+            f"{module.name}: {package} outside a function"
+        )
+
+
+@every_module
+def test_faiss_comes_through_device(module: Module) -> None:
+    lines = [line for line, name in imports(module, ROOMS) if name == "faiss"]  # its submodules may be imported after
+    assert module.room == "device" or lines == [], f"{module.path} imports faiss; call device.import_faiss()"
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "tests", "examples", "benchmarks"])
+def test_no_file_is_too_long(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in sorted((REPOSITORY / folder).rglob("*.py"))}
+    long = {str(path.relative_to(REPOSITORY)): n for path, n in lengths.items() if n > MAX_LINES}
+    assert long == {}, f"over {MAX_LINES} lines; look for the second idea in each: {long}"
+
+
+# The checker itself, on a small made-up package.
+CASES = [
+    ("store.py", "import tracin_ann.index", "which lies above it"),
+    ("store.py", "from tracin_ann import index", "which lies above it"),
+    ("store.py", "from . import index", "which lies above it"),
+    ("search/flat.py", "from ..store import FeatureStore", "it may import only"),
+    ("search/flat.py", "def f():\n    from tracin_ann.exact import g", "which lies above it"),
+    ("task.py", "from tracin_ann import build", "which lies above it"),
+    ("device.py", "from tracin_ann import Task", "imports __init__, which lies above it"),
+    ("serve/app.py", "from tracin_ann.report import page", "its neighbour"),
+    ("types.py", "from tracin_ann.novelty import x", "which has no floor"),
+    ("search/flat.py", "from .merge import top_k\nfrom ..types import TopK\nimport torch", None),
+    ("search/__init__.py", "from .flat import Flat\nfrom .. import device", None),
+    ("task.py", "from tracin_ann.checkpoints import Checkpoint", None),
+    ("cli/query.py", "from tracin_ann import __version__, index", None),
+]
+
+
+@pytest.mark.parametrize(("path", "source", "expected"), CASES)
+def test_the_checker_sees_it(tmp_path: Path, path: str, source: str, expected: str | None) -> None:
+    file = tmp_path / PACKAGE / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source, encoding="utf-8")
+    wrong = upward(read(file, tmp_path), {room for names, _ in FLOORS for room in names})
+    assert ([expected] if expected else []) == [expected for line in wrong if expected is None or expected in line]

@@ -1,0 +1,491 @@
+"""Tests of the store: what comes back, what is refused, what is noticed.
+
+Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
+from tracin_ann.files import file_digest
+from tracin_ann.store import (
+    Dtype,
+    FeatureBlock,
+    FeatureFile,
+    FeatureStore,
+    FileHeader,
+    FileRecord,
+    StoreLayout,
+    write_feature_file,
+)
+from tracin_ann.store import feature_store as feature_store_module
+from tracin_ann.store.codec import decode_rows, encode_rows
+from tracin_ann.types import Float32, RowSource
+
+DTYPES: list[Dtype] = ["float16", "float32"]
+DIM = 5
+LAYOUT = StoreLayout(n_rows=23, partition_rows=8, n_checkpoints=3, dim=DIM, dtype="float32", spec_digest="spec")
+
+finite_rows = arrays(
+    np.float32,
+    array_shapes(min_dims=2, max_dims=2, max_side=6),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+    | st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1e-30, 1e30, float(np.finfo(np.float32).max)]).map(np.float32),
+)
+
+
+def make_block(start: int, stop: int, *, dim: int = DIM, seed: int = 0) -> FeatureBlock:
+    rng = np.random.default_rng([seed, start, stop])
+    n_rows = stop - start
+    return FeatureBlock(
+        ids_N=np.arange(start, stop, dtype=np.int64),
+        feature_ND=rng.standard_normal((n_rows, dim), dtype=np.float32),
+        sqnorm_N=rng.random(n_rows, dtype=np.float32),
+        loss_N=rng.random(n_rows, dtype=np.float32),
+    )
+
+
+def make_header(block: FeatureBlock, *, dtype: Dtype = "float16", block_rows: int = 4) -> FileHeader:
+    start, stop = int(block.ids_N[0]), int(block.ids_N[-1]) + 1
+    return FileHeader("spec", start, stop, 2, block.feature_ND.shape[1], dtype, block_rows)
+
+
+def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
+    """Write every file; return the records and what rows [N, F] must come back."""
+    records = []
+    row_NF = np.empty((store.layout.n_rows, store.layout.n_checkpoints * store.layout.dim), dtype=np.float32)
+    for checkpoint in range(store.layout.n_checkpoints):
+        for partition, (start, stop) in enumerate(store.partitions()):
+            block = make_block(start, stop, dim=store.layout.dim, seed=checkpoint)
+            columns = slice(checkpoint * store.layout.dim, (checkpoint + 1) * store.layout.dim)
+            row_NF[start:stop, columns] = block.feature_ND
+            records.append(store.write(partition, checkpoint, block))
+    return records, row_NF
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> tuple[FeatureStore, list[FileRecord], Float32]:
+    store = FeatureStore(tmp_path / "store", LAYOUT)
+    return store, *fill(store)
+
+
+# Codec
+
+
+@settings(deadline=None, max_examples=150)
+@given(finite_rows)
+def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: Float32) -> None:
+    stored_ND, exponent_N = encode_rows(feature_ND, "float16")
+    out_ND = np.empty_like(feature_ND)
+    decode_rows(stored_ND, exponent_N, out_ND)
+    assert np.isfinite(out_ND).all()
+    wide_ND = feature_ND.astype(np.float64)
+    peak_N = np.abs(wide_ND).max(axis=1)
+    assert (np.abs(out_ND.astype(np.float64) - wide_ND) <= 2.0**-11 * peak_N[:, None]).all()
+    # The format as documented, by the slow way.
+    assert np.array_equal(out_ND, np.ldexp(stored_ND.astype(np.float64), exponent_N[:, None].astype(np.int64)))
+    stored_peak_N = np.abs(stored_ND).max(axis=1)
+    assert ((stored_peak_N >= 2**14) & (stored_peak_N < 2**15) | (peak_N == 0)).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(finite_rows)
+def test_float32_rows_come_back_bit_for_bit(feature_ND: Float32) -> None:
+    stored_ND, exponent_N = encode_rows(feature_ND, "float32")
+    out_ND = np.empty_like(feature_ND)
+    decode_rows(stored_ND, exponent_N, out_ND)
+    assert np.array_equal(out_ND.view(np.uint32), feature_ND.view(np.uint32))
+    assert not exponent_N.any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(finite_rows, st.sampled_from(DTYPES))
+def test_unit_rows_have_norm_one_or_are_zero(feature_ND: Float32, dtype: Dtype) -> None:
+    out_ND = np.empty_like(feature_ND)
+    decode_rows(*encode_rows(feature_ND, dtype), out_ND, unit=True)
+    wide_ND = feature_ND.astype(np.float64)
+    norm_N = np.linalg.norm(wide_ND, axis=1)
+    zero_N = norm_N == 0
+    assert not out_ND[zero_N].any()
+    expected_ND = wide_ND[~zero_N] / norm_N[~zero_N, None]
+    assert np.abs(out_ND[~zero_N] - expected_ND).max(initial=0) <= 2e-3
+    assert np.abs(np.linalg.norm(out_ND[~zero_N], axis=1) - 1).max(initial=0) <= 1e-6
+
+
+def test_every_finite_float16_decodes_as_numpy_does() -> None:
+    half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)][None]
+    out_ND = np.empty(half.shape, dtype=np.float32)
+    decode_rows(half, np.zeros(1, dtype=np.int16), out_ND)
+    assert np.array_equal(out_ND.view(np.uint32), half.astype(np.float32).view(np.uint32))
+
+
+# One file
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_rows", [1, 4, 11])
+def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
+    block = make_block(100, 100 + n_rows)
+    header = make_header(block, dtype=dtype)
+    write_feature_file(tmp_path / "a.h5", block, header=header)
+    file = FeatureFile.open(tmp_path / "a.h5", header)
+    file.verify()
+    assert file.header == header
+    tolerance = {"float16": 2.0**-11, "float32": 0.0}[dtype] * np.abs(block.feature_ND).max(axis=1, keepdims=True)
+    feature_ND = file.read(0, n_rows)
+    assert (np.abs(feature_ND - block.feature_ND) <= tolerance).all()
+    assert np.array_equal(file.read(n_rows // 2, n_rows), feature_ND[n_rows // 2 :])
+    assert file.read(1, 1).shape == (0, DIM)
+    positions = np.array([n_rows - 1, 0, n_rows - 1])
+    assert np.array_equal(file.take(positions), feature_ND[positions])
+    for name in ("ids_N", "sqnorm_N", "loss_N"):
+        assert np.array_equal(getattr(file, name), getattr(block, name))
+    for outside in (np.array([n_rows]), np.array([-1])):
+        with pytest.raises(IndexError):
+            file.take(outside)
+    with pytest.raises(IndexError):
+        file.read(0, n_rows + 1)
+
+
+def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
+    block = make_block(0, 9)
+    write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert {name: (data.chunks, data.compression) for name, data in file.items()} == dict.fromkeys(
+            ["feature", "exponent", "id", "sqnorm", "loss", "block_checksum"], (None, None)
+        )
+        feature_ND = np.ldexp(file["feature"][...].astype(np.float32), file["exponent"][...][:, None].astype(int))
+        assert np.array_equal(feature_ND, FeatureFile.open(tmp_path / "a.h5").read(0, 9))
+        assert file.attrs["spec_digest"] == b"spec"
+        assert file.attrs["version"] == 1
+
+
+def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
+    block = make_block(0, 9)
+    record = write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
+    again = write_feature_file(tmp_path / "b.h5", block, header=make_header(block))
+    assert (record.size, record.digest) == (again.size, again.digest)
+    assert record == FileRecord("a.h5", (tmp_path / "a.h5").stat().st_size, file_digest(tmp_path / "a.h5"))
+    code = (
+        "from pathlib import Path\nfrom tests.test_store import *\nblock = make_block(0, 9)\n"
+        f"print(write_feature_file(Path({str(tmp_path / 'c.h5')!r}), block, header=make_header(block)).digest)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == record.digest
+
+
+@pytest.mark.parametrize(
+    "other", [{"spec_digest": "b"}, {"checkpoint": 1}, {"dim": 6}, {"dtype": "float32"}, {"start": 1}]
+)
+def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, object]) -> None:
+    block = make_block(0, 9)
+    header = make_header(block)
+    write_feature_file(tmp_path / "a.h5", block, header=header)
+    expected = FileHeader(**{**vars(header), **other})
+    ((name, value),) = other.items()
+    got = getattr(header, name)
+    with pytest.raises(DamagedIndexError, match=rf"a\.h5.*got {name}={got}, expected {name}={value}; "):
+        FeatureFile.open(tmp_path / "a.h5", expected)
+
+
+def test_other_version_is_refused(tmp_path: Path) -> None:
+    block = make_block(0, 9)
+    write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs["version"] = np.int64(2)
+    with pytest.raises(DamagedIndexError, match="version"):
+        FeatureFile.open(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 600, 4096, -2000, -1])
+def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "a.h5"
+    block = make_block(0, 600)
+    write_feature_file(path, block, header=make_header(block))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DamagedIndexError, match=r"a\.h5.*expected a whole feature file; run"):
+        FeatureFile.open(path)
+
+
+def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "junk.h5").write_bytes(b"junk" * 1000)
+    with h5py.File(tmp_path / "foreign.h5", "w") as foreign:
+        foreign["feature"] = np.zeros(3)
+    (tmp_path / "directory.h5").mkdir()
+    for name in ("junk.h5", "foreign.h5", "directory.h5"):
+        with pytest.raises(DamagedIndexError, match=name):
+            FeatureFile.open(tmp_path / name)
+    with pytest.raises(DamagedIndexError, match=r"none\.h5: got no file"):
+        FeatureFile.open(tmp_path / "none.h5")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path, dtype: Dtype) -> None:
+    path = tmp_path / "a.h5"
+    block = make_block(50, 61)
+    header = make_header(block, dtype=dtype)
+    write_feature_file(path, block, header=header)
+    whole = path.read_bytes()
+    with h5py.File(path) as file:
+        spans = {
+            name: (data.id.get_offset(), data.dtype.itemsize * data.size, data.dtype.itemsize * data.size // len(data))
+            for name, data in file.items()
+        }
+    for name, (offset, size, row_bytes) in spans.items():
+        for position in range(0, size, 5):
+            damaged = bytearray(whole)
+            damaged[offset + position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            i_block = position // row_bytes // (1 if name == "block_checksum" else header.block_rows)
+            first = 50 + i_block * header.block_rows
+            last = min(first + header.block_rows, 61) - 1
+            with pytest.raises(DamagedIndexError, match=rf"a\.h5: rows {first}\.\.{last} are altered \(1 of 3"):
+                FeatureFile.open(path, header).verify()
+
+
+def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    block = make_block(0, 9)
+    header = make_header(block)
+    write_feature_file(path, block, header=header)
+    whole = path.read_bytes()
+    feature_ND = FeatureFile.open(path).read(0, 9)
+    for position in range(0, len(whole), 29):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            file = FeatureFile.open(path)
+            file.verify()
+        except DamagedIndexError:
+            continue
+        assert file.header == header
+        assert np.array_equal(file.read(0, 9), feature_ND)
+        assert np.array_equal(file.loss_N, block.loss_N)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", ["feature_ND", "sqnorm_N", "loss_N"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_is_refused_naming_row_and_checkpoint(
+    tmp_path: Path, dtype: Dtype, column: str, value: float
+) -> None:
+    block = make_block(40, 49)
+    getattr(block, column)[3] = value
+    with pytest.raises(NonFiniteError, match=r"of row 43 at checkpoint 2 .*got -?(nan|inf),"):
+        write_feature_file(tmp_path / "a.h5", block, header=make_header(block, dtype=dtype))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.h5"
+    record = write_feature_file(path, make_block(0, 9), header=make_header(make_block(0, 9)))
+
+    def fail(*_: object) -> None:
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", fail)
+    block = make_block(0, 9, seed=1)
+    with pytest.raises(OSError, match="power cut"):
+        write_feature_file(path, block, header=make_header(block))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.h5"]
+    assert file_digest(path) == record.digest
+
+
+def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    block = make_block(0, 9)
+    good = vars(block)
+    for wrong in (
+        {"ids_N": np.arange(9, dtype=np.int32)},
+        {"ids_N": np.arange(9, dtype=np.int64) * 2},
+        {"loss_N": good["loss_N"][:8]},
+        {"feature_ND": good["feature_ND"].astype(np.float64)},
+        {"feature_ND": good["feature_ND"][:, 0]},
+        {"feature_ND": good["feature_ND"][:, :0]},
+    ):
+        with pytest.raises(ValueError, match="expected|consecutive"):
+            FeatureBlock(**{**good, **wrong})
+    with pytest.raises(ValueError, match="expected"):
+        make_block(4, 4)
+    with pytest.raises(ValueError, match="does not fit"):
+        write_feature_file(tmp_path / "a.h5", block, header=make_header(make_block(1, 10)))
+    assert list(tmp_path.iterdir()) == []
+
+
+# The store
+
+
+def test_partitions_cover_the_rows() -> None:
+    assert FeatureStore(Path("nowhere"), LAYOUT).partitions() == [(0, 8), (8, 16), (16, 23)]
+
+
+def test_missing_lists_what_is_absent_damaged_or_of_another_spec(
+    filled: tuple[FeatureStore, list[FileRecord], Float32],
+) -> None:
+    store, _, _ = filled
+    assert store.missing() == []
+    store.path(0, 1).unlink()
+    damaged = bytearray(store.path(2, 0).read_bytes())
+    with h5py.File(store.path(2, 0)) as file:
+        damaged[file["feature"].id.get_offset() + 3] ^= 1
+    store.path(2, 0).write_bytes(damaged)
+    store.path(1, 2).write_bytes(store.path(1, 2).read_bytes()[:-1])
+    store.path(0, 0).write_bytes(store.path(1, 0).read_bytes())
+    wrong = [(0, 0), (0, 1), (1, 2), (2, 0)]
+    assert store.missing() == wrong
+    for partition, checkpoint in wrong:
+        start, stop = store.partitions()[partition]
+        store.write(partition, checkpoint, make_block(start, stop, seed=checkpoint))
+    assert store.missing() == []
+    everything = [(partition, checkpoint) for partition in range(3) for checkpoint in range(3)]
+    other = StoreLayout(**{**vars(LAYOUT), "spec_digest": "other"})
+    assert FeatureStore(store.directory, other).missing() == everything
+    assert FeatureStore(store.directory / "none", LAYOUT).missing() == everything
+
+
+def test_check_compares_sizes_and_digests(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+    store, records, _ = filled
+    store.check(records, deep=True)
+    path = store.path(1, 1)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    store.check(records)
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: got .* of digest"):
+        store.check(records, deep=True)
+    path.write_bytes(damaged[:-1])
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: got \d+ bytes, expected"):
+        store.check(records)
+    path.unlink()
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: got no file"):
+        store.check(records)
+    with pytest.raises(ValueError, match="plain file name"):
+        FileRecord("../a.h5", 1, "")
+
+
+def test_written_again_is_read_anew(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+    store, _, _ = filled
+    view = store.view([1])
+    view.take([8])
+    block = make_block(8, 16, seed=99)
+    store.write(1, 1, block)
+    assert np.array_equal(view.take([8]), block.feature_ND[:1])
+
+
+@pytest.mark.parametrize("checkpoints", [None, [0], [2, 0]])
+@pytest.mark.parametrize("block_rows", [1, 2, 3, 7, 8, 9, 23, 1000])
+def test_blocks_cover_all_rows_once(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], checkpoints: list[int] | None, block_rows: int
+) -> None:
+    store, _, row_NF = filled
+    view: RowSource = store.view(checkpoints)
+    chosen = [0, 1, 2] if checkpoints is None else checkpoints
+    expected_NF = np.concatenate([row_NF[:, c * DIM : (c + 1) * DIM] for c in chosen], axis=1)
+    blocks = list(view.blocks(block_rows))
+    assert (len(view), view.dim) == expected_NF.shape
+    assert max(len(ids) for ids, _ in blocks) <= block_rows
+    assert np.array_equal(np.concatenate([ids for ids, _ in blocks]), np.arange(23))
+    assert np.array_equal(np.concatenate([rows for _, rows in blocks]), expected_NF)
+
+
+@settings(deadline=None, max_examples=25)
+@given(ids=st.lists(st.integers(0, 22), max_size=40))
+def test_take_keeps_order_and_duplicates(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
+    store = FeatureStore(tmp_path_factory.getbasetemp() / "take", LAYOUT)
+    if store.missing():
+        fill(store)
+    row_NF = np.concatenate([rows for _, rows in store.view().blocks(100)])
+    taken = store.view([1, 2]).take(ids)
+    assert taken.dtype == np.float32
+    assert np.array_equal(taken, row_NF[ids, DIM:] if ids else np.empty((0, 2 * DIM)))
+    assert np.array_equal(store.view([1, 2]).take(np.array(ids, dtype=np.int64)), taken)
+
+
+@pytest.mark.parametrize("unknown", [-1, 23])
+def test_take_of_an_unknown_id_is_a_key_error(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], unknown: int
+) -> None:
+    with pytest.raises(KeyError, match=str(unknown)):
+        filled[0].view().take([1, unknown])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype) -> None:
+    layout = StoreLayout(n_rows=6, partition_rows=4, n_checkpoints=2, dim=DIM, dtype=dtype, spec_digest="spec")
+    store = FeatureStore(tmp_path, layout)
+    row_NF = fill(store)[1]
+    block = make_block(0, 4, seed=1)
+    block.feature_ND[1] = 0
+    block.feature_ND[2] *= np.float32(1e30)
+    block.feature_ND[3] *= np.float32(1e-30)
+    store.write(0, 1, block)
+    row_NF[:4, DIM:] = block.feature_ND
+    wide_NCD = row_NF.astype(np.float64).reshape(6, 2, DIM)
+    norm_NC1 = np.linalg.norm(wide_NCD, axis=2, keepdims=True)
+    expected_NF = (wide_NCD / np.where(norm_NC1 == 0, 1, norm_NC1)).reshape(6, 2 * DIM)
+    view = store.view(cosine=True)
+    tolerance = {"float16": 1e-3, "float32": 1e-6}[dtype]
+    ((_, first), (_, second)) = view.blocks(5)
+    assert np.abs(np.concatenate([first, second]) - expected_NF).max() <= tolerance
+    assert np.array_equal(view.take([5, 1]), np.stack([second[1], first[1]]))
+    assert not first[1, DIM:].any()
+    assert np.linalg.norm(first[1, :DIM]) == pytest.approx(1)
+
+
+def test_columns_are_beside_their_checkpoints(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+    store, _, _ = filled
+    for name, read in (("sqnorm_N", store.sqnorms), ("loss_N", store.losses)):
+        expected_NC = np.stack(
+            [
+                np.concatenate([getattr(make_block(*rows, seed=checkpoint), name) for rows in store.partitions()])
+                for checkpoint in range(3)
+            ],
+            axis=1,
+        )
+        assert np.array_equal(read(), expected_NC)
+        assert np.array_equal(read([2, 0]), expected_NC[:, [2, 0]])
+
+
+@pytest.mark.parametrize("checkpoints", [[], [3], [-1]])
+def test_unknown_checkpoints_are_refused(tmp_path: Path, checkpoints: list[int]) -> None:
+    store = FeatureStore(tmp_path, LAYOUT)
+    with pytest.raises(UsageError, match=r"expected some of 0\.\.2"):
+        store.view(checkpoints)
+    with pytest.raises(UsageError):
+        store.losses(checkpoints)
+
+
+def test_open_files_are_bounded(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, row_NF = filled
+    monkeypatch.setattr(feature_store_module, "_OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    assert np.array_equal(np.concatenate([rows for _, rows in store.view().blocks(4)]), row_NF)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert store.file(0, 0) is store.file(0, 0)
+
+
+def test_impossible_layouts_are_refused() -> None:
+    for wrong in ({"n_rows": 0}, {"partition_rows": 0}, {"dim": 0}, {"dtype": "int8"}, {"spec_digest": ""}):
+        with pytest.raises(ValueError, match="impossible"):
+            StoreLayout(**{**vars(LAYOUT), **wrong})
+    store = FeatureStore(Path("nowhere"), LAYOUT)
+    with pytest.raises(IndexError):
+        store.write(3, 0, make_block(0, 8))
+    with pytest.raises(IndexError):
+        store.write(0, 3, make_block(0, 8))

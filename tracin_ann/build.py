@@ -1,0 +1,411 @@
+"""The story of a build: task -> features of every row and checkpoint -> search index -> manifest.
+
+A build can be run again at any time: feature files that are whole are kept, the rest is made anew,
+and the manifest, written last, is what makes the directory an index.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from tracin_ann.canaries import FILE as CANARIES
+from tracin_ann.canaries import Canaries, canary_ids, write_canaries
+from tracin_ann.device import resolve_device
+from tracin_ann.errors import IndexMismatchError, UsageError, problem
+from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, Norms, joined
+from tracin_ann.files import atomic_path, sweep_temporaries
+from tracin_ann.gradients import Plan
+from tracin_ann.manifest import (
+    BUILD_RECORD,
+    FEATURES,
+    MANIFEST,
+    BuildRecord,
+    IndexRecord,
+    Manifest,
+    StepRecord,
+    TaskReference,
+    read_build_record,
+    record_of,
+    write_build_record,
+)
+from tracin_ann.passes import LoadedModel, Passes, PassOptions, SideName
+from tracin_ann.search import IVFIndex, IVFParams, choose_index
+from tracin_ann.sketch import make_sketch
+from tracin_ann.spec import (
+    FeatureSpec,
+    SketchSpec,
+    checkpoint_specs,
+    data_digest,
+    library_versions,
+    model_digest,
+    parameter_specs,
+)
+from tracin_ann.store import Dtype, FeatureBlock, FeatureStore, FileRecord
+from tracin_ann.task import Task, absolute_reference, load_task
+from tracin_ann.types import ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED_INDEX = ".index-unfinished"
+_TIMED_BATCHES = 3
+_DTYPES = ("float16", "float32")
+_NORMS = ("sketch", "exact")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a build may be told.
+
+    Attributes:
+        dim: D, sketch dimensions a checkpoint.
+        sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
+        seed: of the sketch's random numbers.
+        index: `auto`, `flat` or `ivf`.
+        batch_size: examples a forward.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
+        norms: squared gradient norms, estimated from the `sketch` or `exact`.
+        partition_rows: rows a feature file; what a killed build repeats at most, for one checkpoint.
+        allow_random_data: accept train or query rows that change when read twice.
+    """
+
+    dim: int = 1024
+    sketch: str = "factored"
+    seed: int = 0
+    index: str = "auto"
+    batch_size: int = 64
+    device: str = "auto"
+    dtype: Dtype = "float16"
+    norms: Norms = "sketch"
+    partition_rows: int = 8192
+    allow_random_data: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no build can use.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+            ("--dtype", self.dtype, _DTYPES),
+            ("--norms", self.norms, _NORMS),
+            ("--index", self.index, ("auto", "flat", "ivf")),
+        )
+        for option, value, allowed in choices:
+            if value not in allowed:
+                raise UsageError(
+                    problem(f"bad {option}", got=repr(value), expected=" or ".join(allowed), remedy=f"change {option}")
+                )
+        if self.partition_rows < 1:
+            raise UsageError(
+                problem("bad partition_rows", got=self.partition_rows, expected="1 or more", remedy="change it")
+            )
+
+    @property
+    def features(self) -> FeatureOptions:
+        """Return what turns gradients into rows."""
+        return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, self.norms)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do, by `--dry-run`: nothing is written.
+
+    Attributes:
+        rows: N.
+        feature_dim: F = C·D.
+        disk_bytes: size of the feature files and the index.
+        memory_bytes: largest arrays that the build holds at once, the model's own working memory not counted.
+        seconds: time for all rows and checkpoints, from a few timed batches.
+        index_kind: the search index and why.
+        gradients: which step of the ladder serves which parameter.
+        sketches: what the sketch does with each parameter.
+        frozen: parameters of the model that do not take part.
+    """
+
+    rows: int
+    feature_dim: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    index_kind: str
+    index_reason: str
+    gradients: Plan
+    sketches: Mapping[str, str]
+    frozen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        manifest: of the finished index.
+        rows_extracted: rows × checkpoints computed by this run; 0 where all files were there already.
+        seconds: wall time.
+    """
+
+    manifest: Manifest
+    rows_extracted: int
+    seconds: float
+
+
+class _Build:
+    """One build under way: the task opened, and the directory it writes to."""
+
+    def __init__(self, task: Task, out: Path, config: BuildConfig, reference: TaskReference) -> None:
+        self.out, self.config, self.reference = out, config, reference
+        self.device = resolve_device(config.device)
+        self.features = config.features
+        self.passes = Passes(task, PassOptions(self.device, config.batch_size, config.allow_random_data))
+        self.rows_extracted = 0
+
+    def record(self, model: LoadedModel) -> BuildRecord:
+        """Return what this build sets out to make."""
+        train = self.passes.data("train")
+        sketch = self.features.sketch
+        spec = FeatureSpec(
+            model=model_digest(model.module),
+            train_rows=len(train),
+            train_data="random" if self.config.allow_random_data else data_digest(train),
+            parameters=parameter_specs(model.parameters),
+            checkpoints=checkpoint_specs(self.passes.task),
+            sketch=SketchSpec(sketch.name, sketch.version, sketch.dim, self.config.seed),
+            dtype=self.config.dtype,
+            norms=self.config.norms,
+            versions=library_versions(),
+        )
+        return BuildRecord(spec, self.reference, self.config.partition_rows, self.config.allow_random_data)
+
+    def examine(self, model: LoadedModel) -> None:
+        """Load every checkpoint once and run the first batch's probes: all refusals before any work."""
+        for checkpoint in reversed(range(len(self.passes.task.checkpoints))):
+            model.load(checkpoint)
+        model.probe("train")
+        model.probe("query")
+
+    def claim(self, record: BuildRecord) -> None:
+        """Make the directory this build's own, or refuse one that holds something else.
+
+        Raises:
+            IndexMismatchError: it holds another build.
+            UsageError: it is no directory, or holds files that no build wrote.
+        """
+        if (self.out / BUILD_RECORD).exists():
+            found = read_build_record(self.out)
+            found.spec.refuse_unlike(record.spec, str(self.out))
+            if found.partition_rows != record.partition_rows or found.random_data != record.random_data:
+                raise IndexMismatchError(
+                    f"index {self.out} was built with partition_rows {found.partition_rows} and allow_random_data "
+                    f"{found.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
+                    "use the same, or another --out"
+                )
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UsageError(
+                problem(
+                    f"{self.out} cannot hold the index",
+                    got="a file" if not self.out.is_dir() else "a directory with other files in it",
+                    expected="an empty or new directory, or an index",
+                    remedy="choose another --out",
+                )
+            )
+
+    def extract(self, model: LoadedModel, store: FeatureStore, report: ProgressCallback) -> Plan:
+        """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
+        missing = store.missing()
+        units = sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in missing))
+        done, plans = 0, []
+        canaries: dict[SideName, list[FeatureRows]] = {"train": [], "query": []}
+        for checkpoint in range(store.layout.n_checkpoints):
+            model.load(checkpoint)
+            extractor = FeatureExtractor(model, self.features)
+            for partition, _ in (m for m in missing if m[1] == checkpoint):
+                start, stop = store.layout.rows(partition)
+                parts = []
+                for rows in extractor.stream("train", range(start, stop)):
+                    parts.append(rows)
+                    done += len(rows.loss_N)
+                    report("features", done, units)
+                store.write(partition, checkpoint, _block(start, joined(parts)))
+            for side, rows_of in canaries.items():
+                rows_of.append(extractor.rows(side, canary_ids(self.passes.n_rows(side))))
+            plans.append(model.engine("train").plan)
+        self.rows_extracted += done
+        write_canaries(self.out / CANARIES, [self._canaries(side, rows) for side, rows in canaries.items()])
+        return plans[0]
+
+    def _canaries(self, side: SideName, rows: Sequence[FeatureRows]) -> Canaries:
+        ids = np.array(canary_ids(self.passes.n_rows(side)), dtype=np.int64)
+        return Canaries(side, ids, np.stack([r.feature_ND for r in rows]))
+
+    def index(self, store: FeatureStore) -> IndexRecord:
+        """Choose, build and save the search index."""
+        view = store.view()
+        choice = choose_index(self.config.index, len(view), view.dim)
+        logger.info("index %s: %s", choice.kind, choice.reason)
+        files: list[FileRecord] = []
+        if choice.kind == "ivf":
+            unfinished = self.out / _UNFINISHED_INDEX
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            try:
+                IVFIndex.build(view, IVFParams(seed=self.config.seed), self.device).save(unfinished)
+                for name in IVFIndex.FILES:
+                    with atomic_path(self.out / name) as temporary:
+                        os.replace(unfinished / name, temporary)
+                    files.append(record_of(self.out / name))
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return IndexRecord(choice.kind, choice.reason, tuple(files))
+
+
+def build(
+    task: Task | str,
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> BuildReport:
+    """Build an index of a task's training rows in the directory `out`, or go on with one begun there.
+
+    Args:
+        task: a Task, or its name (`path/to/file.py:name`, `package.module:name`).
+        out: the directory; made if need be.
+        config: see BuildConfig.
+        arguments: for a task that is named and is a function.
+        progress: called with (stage, done, total).
+
+    Raises:
+        TaskError: the task breaks the contract; nothing is left behind.
+        IndexMismatchError: the directory holds another build.
+        UsageError: an option or the directory cannot be used.
+        NonFiniteError: a row's loss or gradient is NaN or infinite; whole partitions are kept.
+    """
+    began = perf_counter()
+    report = progress or _silent
+    work = _opened(task, Path(out), config or BuildConfig(), arguments)
+    with work.passes.model() as model:
+        work.passes.data("query")
+        record = work.record(model)
+        work.claim(record)
+        if not (work.out / BUILD_RECORD).exists():
+            work.examine(model)
+            (work.out / FEATURES).mkdir(parents=True, exist_ok=True)
+            write_build_record(work.out, record)
+        (work.out / FEATURES).mkdir(exist_ok=True)
+        for directory in (work.out, work.out / FEATURES):
+            sweep_temporaries(directory)
+        store = FeatureStore(work.out / FEATURES, record.layout)
+        finished = _finished(work, store)
+        if finished is not None:
+            return BuildReport(finished, 0, perf_counter() - began)
+        (work.out / MANIFEST).unlink(missing_ok=True)
+        plan = work.extract(model, store, report)
+    report("index", 0, 1)
+    index = work.index(store)
+    report("index", 1, 1)
+    manifest = Manifest(
+        build=record,
+        features=_feature_records(store),
+        canaries=record_of(work.out / CANARIES),
+        index=index,
+        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
+    )
+    manifest.write(work.out)
+    return BuildReport(manifest, work.rows_extracted, perf_counter() - began)
+
+
+def plan(
+    task: Task | str,
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+) -> BuildPlan:
+    """Return what `build` with these arguments would do; writes nothing.
+
+    Raises:
+        TracinAnnError: whatever `build` would refuse before any work.
+    """
+    config = config or BuildConfig()
+    work = _opened(task, Path(out), config, arguments)
+    with work.passes.model() as model:
+        work.passes.data("query")
+        record = work.record(model)
+        work.claim(record)
+        work.examine(model)
+        seconds = _seconds_a_row(work, model) * record.spec.train_rows * len(record.spec.checkpoints)
+        layout = record.layout
+        n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
+        choice = choose_index(config.index, n_rows, dim)
+        stored = np.dtype(config.dtype).itemsize
+        index_bytes = n_rows * dim * 2 if choice.kind == "ivf" else 0
+        block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
+        return BuildPlan(
+            rows=n_rows,
+            feature_dim=dim,
+            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * 18 + index_bytes,
+            memory_bytes=max(block_bytes, 2 * index_bytes),
+            seconds=seconds,
+            index_kind=choice.kind,
+            index_reason=choice.reason,
+            gradients=model.engine("train").plan,
+            sketches={p.name: work.features.sketch.describe(p.shape) for p in record.spec.parameters},
+            frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
+        )
+
+
+def _opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> _Build:
+    if isinstance(task, Task):
+        return _Build(task, out, config, TaskReference(None, {}))
+    reference = TaskReference(absolute_reference(task), dict(arguments or {}))
+    return _Build(load_task(task, arguments), out, config, reference)
+
+
+def _finished(work: _Build, store: FeatureStore) -> Manifest | None:
+    """Return the manifest if the directory already holds the whole index that is asked for."""
+    if not (work.out / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(work.out)
+    wanted = choose_index(work.config.index, store.layout.n_rows, store.view().dim).kind
+    whole = not store.missing() and all(
+        (work.out / r.name).is_file() for r in (manifest.canaries, *manifest.index.files)
+    )
+    return manifest if whole and manifest.index.kind == wanted else None
+
+
+def _feature_records(store: FeatureStore) -> tuple[FileRecord, ...]:
+    layout = store.layout
+    return tuple(record_of(store.path(p, c)) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints))
+
+
+def _block(start: int, rows: FeatureRows) -> FeatureBlock:
+    ids = np.arange(start, start + len(rows.loss_N), dtype=np.int64)
+    return FeatureBlock(ids, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
+
+
+def _seconds_a_row(work: _Build, model: LoadedModel) -> float:
+    extractor = FeatureExtractor(model, work.features)
+    n_rows = work.passes.n_rows("train")
+    ids = [i % n_rows for i in range(work.config.batch_size)]
+    extractor.rows("train", ids)
+    times = []
+    for _ in range(_TIMED_BATCHES):
+        began = perf_counter()
+        extractor.rows("train", ids)
+        times.append(perf_counter() - began)
+    return float(torch.tensor(times).median()) / len(ids)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""

@@ -1,0 +1,86 @@
+"""Canaries: feature rows of a few examples, kept to notice that a model's code, loss or data changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
+from tracin_ann.features import FeatureExtractor
+from tracin_ann.files import atomic_path
+from tracin_ann.passes import SideName
+from tracin_ann.types import Float32, Int64
+
+FILE = "canaries.h5"
+COUNT = 4
+TOLERANCE = 1e-2
+_SIDES: tuple[SideName, ...] = ("train", "query")
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Rows of one side: ids [n], features [C, n, D] in float32 with √η."""
+
+    side: SideName
+    ids_N: Int64
+    feature_CND: Float32
+
+    def refuse_unlike(self, extractor: FeatureExtractor, checkpoint: int, where: str) -> None:
+        """Compute the rows again at a checkpoint and refuse any that differ.
+
+        Raises:
+            IndexMismatchError: a row is further from the stored one than rounding explains.
+        """
+        asked_ND = extractor.rows(self.side, self.ids_N.tolist()).feature_ND
+        built_ND = self.feature_CND[checkpoint]
+        norms = np.linalg.norm(built_ND, axis=1)
+        floor = 1e-3 * float(norms.max())
+        for i, (built, asked, norm) in enumerate(zip(built_ND, asked_ND, norms, strict=True)):
+            off = float(np.linalg.norm(built - asked)) / max(float(norm), floor, 1e-30)
+            if off > TOLERANCE:
+                raise IndexMismatchError(
+                    problem(
+                        f"{self.side} row {self.ids_N[i]} has another gradient than when index {where} was built",
+                        got=f"a feature at checkpoint {checkpoint} that is {off:.2g} of its norm away",
+                        expected=f"at most {TOLERANCE:g}",
+                        remedy="restore the task's model code, loss and data, or build a new index",
+                    )
+                )
+
+
+def canary_ids(n_rows: int) -> list[int]:
+    """Return a few ids spread over n rows."""
+    return sorted({round(i * (n_rows - 1) / (COUNT - 1)) for i in range(COUNT)})
+
+
+def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:
+    """Write the canaries of both sides, durably."""
+    with atomic_path(path) as temporary, h5py.File(temporary, "x", libver="earliest") as file:
+        for side in canaries:
+            group = file.create_group(side.side)
+            group.create_dataset("id", data=side.ids_N, track_times=False)
+            group.create_dataset("feature", data=side.feature_CND, track_times=False)
+
+
+def read_canaries(path: Path) -> tuple[Canaries, ...]:
+    """Return the canaries of both sides.
+
+    Raises:
+        DamagedIndexError: the file is missing or unreadable.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            return tuple(Canaries(side, file[side]["id"][()], file[side]["feature"][()]) for side in _SIDES)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise DamagedIndexError(
+            problem(
+                f"{path} cannot be read",
+                got=str(error).splitlines()[0],
+                expected="the canaries that the build wrote",
+                remedy="restore the file, or delete manifest.json and this file and run the build again",
+            )
+        ) from error

@@ -1,0 +1,136 @@
+"""The one seam to accelerators: which device torch computes on, which FAISS is installed.
+
+This is the only module that may name an accelerator's API. Devices are resolved once, at the
+edge (`resolve_device`), and passed down as `torch.device`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tracin_ann.errors import MissingPackageError, UsageError, problem
+
+_FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device for a name: `auto` (GPU where there is one), `cpu`, `cuda`, `cuda:1`.
+
+    Raises:
+        UsageError: the name is no device, or that device is not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(
+            problem("unknown device", got=repr(name), expected="auto, cpu, cuda or cuda:N", remedy="change --device")
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(
+                problem(
+                    "no such GPU",
+                    got=repr(name),
+                    expected=f"one of the {count} that torch sees",
+                    remedy="use --device cpu",
+                )
+            )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return a name for people: the GPU's model, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def devices() -> list[torch.device]:
+    """Return the kinds of device on this machine, the CPU first."""
+    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the bytes now free on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put torch's random state (CPU and every GPU) back as it was on leaving."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        yield
+
+
+@contextlib.contextmanager
+def differentiable_recurrence() -> Iterator[None]:
+    """Let recurrent layers in eval mode run backward: cuDNN's kernels refuse, torch's own do not."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
+
+
+def import_faiss() -> ModuleType:
+    """Return the `faiss` module, or say which package is missing or which two collide.
+
+    Raises:
+        MissingPackageError: no FAISS wheel is installed, or more than one (all own the module
+            `faiss`: the later install wins, and removing one leaves an empty module).
+    """
+    found = [name for name in _FAISS_WHEELS if _installed(name)]
+    if len(found) > 1:
+        raise MissingPackageError(
+            problem(
+                "several FAISS packages share one module",
+                got=" and ".join(found),
+                expected="exactly one",
+                remedy=f"pip uninstall -y {' '.join(found)} and then pip install one of them",
+            )
+        )
+    try:
+        import faiss  # noqa: PLC0415 - optional package, imported only here
+    except ImportError as error:
+        raise _no_faiss() from error
+    if not hasattr(faiss, "IndexFlatIP"):
+        raise _no_faiss()
+    return faiss
+
+
+def faiss_gpu_resources(device: torch.device) -> Any | None:
+    """Return FAISS GPU resources for the device, or None where FAISS has no GPU or the device is a CPU."""
+    if device.type != "cuda":
+        return None
+    faiss = import_faiss()
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return None
+    return faiss.StandardGpuResources()
+
+
+def _installed(wheel: str) -> bool:
+    try:
+        importlib.metadata.version(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _no_faiss() -> MissingPackageError:
+    return MissingPackageError(
+        problem(
+            "FAISS is not installed",
+            got="no working module faiss",
+            expected="one of the packages " + ", ".join(_FAISS_WHEELS),
+            remedy="pip install 'tracin-ann[cpu]' (or 'tracin-ann[gpu]' on Linux with an NVIDIA GPU)",
+        )
+    )

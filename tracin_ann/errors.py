@@ -1,0 +1,52 @@
+"""Every error a user can cause: one line each (what, got, expected, remedy) and an exit status."""
+
+from __future__ import annotations
+
+
+class TracinAnnError(Exception):
+    """Base of all errors that tracin_ann raises on purpose; `exit_code` is the command's status."""
+
+    exit_code = 1
+
+
+class UsageError(TracinAnnError):
+    """An option or argument that cannot be understood or does not fit the others."""
+
+    exit_code = 2
+
+
+class TaskError(TracinAnnError):
+    """The task cannot be used: its model, loss, data or checkpoints break the contract."""
+
+
+class CheckpointError(TaskError):
+    """A checkpoint is missing, unreadable, or does not match the model."""
+
+
+class NonFiniteError(TaskError):
+    """A loss or gradient is NaN or infinite; the message names checkpoint and example."""
+
+
+class GradientProofError(TaskError):
+    """No step of the ladder gives per-example gradients that agree with autograd."""
+
+
+class IndexMismatchError(TracinAnnError):
+    """A query or a build does not fit the index in the directory."""
+
+    exit_code = 3
+
+
+class DamagedIndexError(TracinAnnError):
+    """A file of the index is missing, truncated or altered."""
+
+    exit_code = 4
+
+
+class MissingPackageError(TracinAnnError):
+    """A package that the request needs is not installed, or two that exclude each other are."""
+
+
+def problem(what: str, *, got: object, expected: object, remedy: str) -> str:
+    """Return the one-line message all errors share: what happened, got, expected, remedy."""
+    return f"{what}: got {got}, expected {expected}; {remedy}"

@@ -1,0 +1,210 @@
+"""Per-example gradients of one parameter, kept as the factors that backward gives.
+
+Three forms cover all: `Outer` (a matrix that is a sum over positions of outer products: Linear and
+convolution layers), `Rows` (an embedding's scattered rows) and `Dense` (the gradient itself: biases,
+norm layers, the fallbacks). A parameter of shape (R, c1, c2, ...) is read as a matrix [R, C] with
+C = c1·c2·…; P = R·C. What a sketch, an inner product or a norm needs is asked of the form, so that a
+per-example gradient is materialised only where that is cheaper, and then in blocks.
+
+Shapes: B batch, T positions, R rows and C columns of the parameter, P = R·C, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Outer:
+    """grad_b = Σ_t left_bt ⊗ right_bt.
+
+    With groups G, left and right split into G equal parts along the last axis and the rows of
+    part g pair with the columns of part g only: grad [G·r, c].
+    """
+
+    left_BTR: Tensor
+    right_BTC: Tensor
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that both sides speak of the same positions."""
+        assert self.left_BTR.dim() == self.right_BTC.dim() == 3  # noqa: PLR2004
+        assert self.left_BTR.shape[:2] == self.right_BTC.shape[:2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (R, C) of the parameter read as a matrix."""
+        return self.left_BTR.shape[2], self.right_BTC.shape[2] // self.groups
+
+    def __getitem__(self, rows: slice) -> Outer:
+        """Return the form of some of the examples."""
+        return Outer(self.left_BTR[rows], self.right_BTC[rows], self.groups)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """grad_b[index_bt] += value_bt: an embedding; rows that are to get nothing carry a zero value."""
+
+    index_BT: Tensor
+    value_BTC: Tensor
+    n_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (R, C) of the parameter read as a matrix."""
+        return self.n_rows, self.value_BTC.shape[2]
+
+    def __getitem__(self, rows: slice) -> Rows:
+        """Return the form of some of the examples."""
+        return Rows(self.index_BT[rows], self.value_BTC[rows], self.n_rows)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The per-example gradients themselves, flattened."""
+
+    grad_BP: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (P, 1): a flat gradient knows no columns."""
+        return self.grad_BP.shape[1], 1
+
+    def __getitem__(self, rows: slice) -> Dense:
+        """Return the form of some of the examples."""
+        return Dense(self.grad_BP[rows])
+
+
+Form = Outer | Rows | Dense
+
+
+def batch_size(form: Form) -> int:
+    """Return B."""
+    first = form.left_BTR if isinstance(form, Outer) else form.index_BT if isinstance(form, Rows) else form.grad_BP
+    return first.shape[0]
+
+
+def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, grad [B, n]): the materialised gradient's flat columns from `start`, in order.
+
+    A block holds about `elements` numbers, and whole rows of the parameter.
+    """
+    n_rows, n_columns = form.shape
+    step = max(1, elements // max(1, batch_size(form) * n_columns))
+    if isinstance(form, Outer) and form.groups > 1:
+        grad = _grouped(form)
+        yield from column_blocks(Dense(grad), elements)
+        return
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        if isinstance(form, Outer):
+            block = torch.bmm(form.left_BTR[:, :, start:stop].transpose(1, 2), form.right_BTC).flatten(1)
+        elif isinstance(form, Rows):
+            block = _scattered(form, start, stop)
+        else:
+            block = form.grad_BP[:, start:stop]
+        yield start * n_columns, block
+
+
+def _grouped(form: Outer) -> Tensor:
+    left = form.left_BTR.reshape(*form.left_BTR.shape[:2], form.groups, -1)
+    right = form.right_BTC.reshape(*form.left_BTR.shape[:2], form.groups, -1)
+    return torch.einsum("btgr,btgc->bgrc", left, right).flatten(1)
+
+
+def _scattered(form: Rows, start: int, stop: int) -> Tensor:
+    batch, _, columns = form.value_BTC.shape
+    inside = (form.index_BT >= start) & (form.index_BT < stop)
+    index = (form.index_BT - start).clamp(0, stop - start - 1)
+    value = form.value_BTC * inside.unsqueeze(2)
+    grad = value.new_zeros(batch, stop - start, columns)
+    grad.scatter_add_(1, index.unsqueeze(2).expand_as(value), value)
+    return grad.flatten(1)
+
+
+def materialised(form: Form) -> Tensor:
+    """Return the per-example gradients [B, P]."""
+    return torch.cat([block for _, block in column_blocks(form)], dim=1)
+
+
+def summed(form: Form) -> Tensor:
+    """Return the gradient summed over the batch, [P], without per-example gradients."""
+    if isinstance(form, Dense):
+        return form.grad_BP.sum(0)
+    if isinstance(form, Rows):
+        flat = form.value_BTC.new_zeros(form.shape)
+        flat.index_add_(0, form.index_BT.flatten(), form.value_BTC.flatten(0, 1))
+        return flat.flatten()
+    left, right = form.left_BTR.flatten(0, 1), form.right_BTC.flatten(0, 1)
+    if form.groups == 1:
+        return (left.T @ right).flatten()
+    left, right = left.view(len(left), form.groups, -1), right.view(len(right), form.groups, -1)
+    return torch.einsum("ngr,ngc->grc", left, right).flatten()
+
+
+def inner(form: Form, direction_QP: Tensor) -> Tensor:
+    """Return the per-example inner products [B, Q] with Q directions of the parameter, flattened."""
+    if isinstance(form, Rows):
+        return _rows_inner(form, direction_QP)
+    total = direction_QP.new_zeros(batch_size(form), direction_QP.shape[0])
+    for start, block in column_blocks(form):
+        total += block @ direction_QP[:, start : start + block.shape[1]].T
+    return total
+
+
+def _rows_inner(form: Rows, direction_QP: Tensor) -> Tensor:
+    per_query = [(direction.view(form.shape)[form.index_BT] * form.value_BTC).sum((1, 2)) for direction in direction_QP]
+    return torch.stack(per_query, dim=1)
+
+
+def squared_norm(forms: Sequence[Form]) -> Tensor:
+    """Return ‖Σ forms‖² an example, [B]: one parameter's forms, one for each use in the forward."""
+    merged = _merged(forms)
+    if len(merged) > 1:
+        blocks = zip(*(_row_aligned(form) for form in merged), strict=True)
+        return torch.cat([torch.stack(parts).sum(0).square().sum(1) for parts in blocks])
+    form = merged[0]
+    if isinstance(form, Outer) and form.groups == 1 and _gram_is_cheaper(form):
+        return ((form.left_BTR @ form.left_BTR.mT) * (form.right_BTC @ form.right_BTC.mT)).sum((1, 2))
+    if isinstance(form, Rows):
+        alike = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
+        return ((form.value_BTC @ form.value_BTC.mT) * alike).sum((1, 2))
+    return torch.stack([block.square().sum(1) for _, block in column_blocks(form)]).sum(0)
+
+
+def _merged(forms: Sequence[Form]) -> list[Form]:
+    """Join forms of one kind: positions of several calls are just more positions."""
+    outer = [f for f in forms if isinstance(f, Outer)]
+    rows = [f for f in forms if isinstance(f, Rows)]
+    dense = [f for f in forms if isinstance(f, Dense)]
+    merged: list[Form] = []
+    for groups in sorted({f.groups for f in outer}):
+        same = [f for f in outer if f.groups == groups]
+        merged.append(
+            Outer(torch.cat([f.left_BTR for f in same], 1), torch.cat([f.right_BTC for f in same], 1), groups)
+        )
+    if rows:
+        merged.append(
+            Rows(torch.cat([f.index_BT for f in rows], 1), torch.cat([f.value_BTC for f in rows], 1), rows[0].n_rows)
+        )
+    if dense:
+        merged.append(Dense(torch.stack([f.grad_BP for f in dense]).sum(0)))
+    return merged
+
+
+def _row_aligned(form: Form) -> Iterator[Tensor]:
+    """Yield the whole gradient of one example after another, so that unlike forms can be added."""
+    for example in range(batch_size(form)):
+        yield materialised(form[example : example + 1])
+
+
+def _gram_is_cheaper(form: Outer) -> bool:
+    _, positions, rows = form.left_BTR.shape
+    columns = form.right_BTC.shape[2]
+    return positions * (rows + columns) < rows * columns

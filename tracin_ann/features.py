@@ -1,0 +1,141 @@
+"""Batch to feature rows: per-example gradients, sketched into D, times the root of the learning rate."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracin_ann.errors import NonFiniteError, problem
+from tracin_ann.factors import Form, squared_norm
+from tracin_ann.gradients import Batch
+from tracin_ann.passes import LoadedModel, SideName
+from tracin_ann.probe import check_finite
+from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch
+from tracin_ann.types import Float32
+
+Norms = Literal["sketch", "exact"]
+FormSink = Callable[[str, Form, slice], None]
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What turns gradients into rows.
+
+    Attributes:
+        sketch: the family of maps, with D.
+        seed: of its random numbers.
+        norms: squared gradient norms estimated from the sketch, or exact at about the sketch's cost.
+    """
+
+    sketch: Sketch
+    seed: int
+    norms: Norms = "sketch"
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Rows of one checkpoint: features [n, D] (√η included), squared gradient norms and losses [n] (without η)."""
+
+    feature_ND: Float32
+    sqnorm_N: Float32
+    loss_N: Float32
+
+
+class FeatureExtractor:
+    """Feature rows of a model's examples at its present checkpoint."""
+
+    def __init__(self, model: LoadedModel, options: FeatureOptions) -> None:
+        self._model, self._options = model, options
+        self._rate = model.passes.task.checkpoints[model.checkpoint].learning_rate
+        self._maps: dict[str, ParameterSketch] = {}
+        dtypes = {p.dtype for p in model.parameters.values()}
+        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def rows(self, side: SideName, ids: Sequence[int]) -> FeatureRows:
+        """Return the rows of these examples, in order."""
+        return joined(list(self.stream(side, ids)))
+
+    def stream(self, side: SideName, ids: Sequence[int]) -> Iterator[FeatureRows]:
+        """Yield the rows of these examples, a batch at a time.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite.
+            TaskError: the loss breaks the contract.
+            GradientProofError: no step of the ladder agrees with autograd.
+        """
+        for batch in self._model.batches(side, ids):
+            yield self._extract(side, batch)
+
+    def _extract(self, side: SideName, batch: Batch) -> FeatureRows:
+        sketch_BD = torch.zeros(0)
+        forms: dict[tuple[str, int, int], list[Form]] = {}
+        exact = self._options.norms == "exact"
+
+        def start() -> FormSink:
+            nonlocal sketch_BD, forms
+            sketch_BD = torch.zeros(
+                len(batch), self._options.sketch.dim, dtype=self._dtype, device=self._model.passes.options.device
+            )
+            forms = defaultdict(list)
+
+            def sink(name: str, form: Form, rows: slice) -> None:
+                self._map(name).add(sketch_BD[rows], form)
+                if exact:
+                    forms[name, rows.start, rows.stop].append(form)
+
+            return sink
+
+        losses = self._model.engine(side).run(batch, start)
+        sqnorm_B = self._squared_norms(forms, batch) if exact else sketch_BD.square().sum(1)
+        self._check(sketch_BD, losses, batch)
+        feature_BD = sketch_BD * self._rate**0.5
+        return FeatureRows(*(t.float().cpu().numpy() for t in (feature_BD, sqnorm_B, losses)))
+
+    def _map(self, name: str) -> ParameterSketch:
+        if name not in self._maps:
+            shape = tuple(self._model.parameters[name].shape)
+            key = ParameterKey(self._options.seed, self._model.checkpoint, name, shape)
+            self._maps[name] = self._options.sketch.parameter(key, self._model.passes.options.device, self._dtype)
+        return self._maps[name]
+
+    def _squared_norms(self, forms: dict[tuple[str, int, int], list[Form]], batch: Batch) -> Tensor:
+        return squared_norms(forms, len(batch), self._model.passes.options.device, self._dtype)
+
+    def _check(self, sketch_BD: Tensor, losses: Tensor, batch: Batch) -> None:
+        if bool(torch.isfinite(sketch_BD).all()) and bool(torch.isfinite(losses).all()):
+            return
+        check_finite(losses, batch, self._model.checkpoint)
+        row = int((~torch.isfinite(sketch_BD)).any(1).nonzero()[0])
+        raise NonFiniteError(
+            problem(
+                f"the gradient of row {batch.ids[row]} at checkpoint {self._model.checkpoint} is not finite",
+                got=f"NaN or inf at a loss of {float(losses[row]):.6g}",
+                expected="finite numbers",
+                remedy="look at this row and this checkpoint's weights",
+            )
+        )
+
+
+def squared_norms(
+    forms: dict[tuple[str, int, int], list[Form]], batch: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return exact squared gradient norms [B] from all forms of a batch, by (parameter, rows)."""
+    total = torch.zeros(batch, dtype=dtype, device=device)
+    for (_, first, last), uses in forms.items():
+        total[first:last] += squared_norm(uses)
+    return total
+
+
+def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
+    """Return consecutive rows as one."""
+    return FeatureRows(
+        np.concatenate([p.feature_ND for p in parts]),
+        np.concatenate([p.sqnorm_N for p in parts]),
+        np.concatenate([p.loss_N for p in parts]),
+    )

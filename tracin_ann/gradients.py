@@ -1,0 +1,370 @@
+"""The ladder: every parameter's per-example gradient by a layer rule, else vmap(grad), else a loop; proven.
+
+On the first batch of every checkpoint each parameter's per-example gradients must add up to
+autograd's gradient of the summed loss, and those of a few examples must each equal autograd's; a
+parameter that fails falls one step down. Parameters that no example's loss reaches are watched:
+should a later batch reach one, the proof is made again on that batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tracin_ann.errors import GradientProofError, TaskError, problem
+from tracin_ann.factors import Dense, Form
+from tracin_ann.layers import LayerCapture, covered_layers
+from tracin_ann.nested import batched_tensors, rebuild, to_device
+from tracin_ann.proof import ProofSink, Truth
+from tracin_ann.task import LossFunction
+
+RULE, VMAP, LOOP, NONE = "layer rule", "vmap(grad)", "loop", "no gradient"
+_STEPS = (RULE, VMAP, LOOP)
+PROVEN_ALONE = 3
+_FALLBACK_ELEMENTS = 1 << 26
+
+Sink = Callable[[str, Form, slice], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch: its rows' positions in the data set, the examples, and what collate made of them."""
+
+    ids: tuple[int, ...]
+    examples: list[Any]
+    inputs: Any
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which step of the ladder serves a parameter, and why not the one above."""
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which step serves which parameter; `sizes` are the parameters' numbers of entries."""
+
+    steps: Mapping[str, Step]
+    sizes: Mapping[str, int]
+
+    def names(self, step: str) -> tuple[str, ...]:
+        """Return the parameters that a step serves, in the model's order."""
+        return tuple(name for name, chosen in self.steps.items() if chosen.name == step)
+
+    def share(self, step: str) -> float:
+        """Return the share of parameter entries that a step serves."""
+        return sum(self.sizes[name] for name in self.names(step)) / sum(self.sizes.values())
+
+
+class _PlanChangedError(Exception):
+    """A batch showed that the plan no longer holds; prove again."""
+
+
+class GradientEngine:
+    """Per-example gradients of a model's chosen parameters under one loss, by the proven ladder.
+
+    Args:
+        model: loaded with a checkpoint, in eval mode, none of its parameters requiring a gradient.
+        parameters: the chosen ones by name.
+        loss: `(model, batch) -> Tensor[B]`.
+        collate: examples -> batch.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        loss: LossFunction,
+        collate: Callable[[list[Any]], Any],
+        device: torch.device,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self._model, self._loss, self._collate, self._device = model, loss, collate, device
+        self._covered = covered_layers(model, self.parameters)
+        self._plan: Plan | None = None
+        self._capture = LayerCapture(model, {})
+
+    @property
+    def plan(self) -> Plan:
+        """Return the proven plan.
+
+        Raises:
+            TaskError: nothing is proven yet.
+        """
+        if self._plan is None:
+            raise TaskError("the gradients are not proven yet: run a batch first")
+        return self._plan
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Return the per-example losses [B], checked for their shape."""
+        values = self._loss(self._model, batch.inputs)
+        if not isinstance(values, Tensor) or values.shape != (len(batch),):
+            raise TaskError(_wrong_shape(values, len(batch)))
+        return values
+
+    def batch(self, ids: Sequence[int], examples: list[Any]) -> Batch:
+        """Return the batch of these examples on the device."""
+        return Batch(tuple(ids), examples, to_device(self._collate(examples), self._device))
+
+    def run(self, batch: Batch, start: Callable[[], Sink]) -> Tensor:
+        """Hand every parameter's gradient forms of a batch to a sink, and return the losses [B].
+
+        Args:
+            batch: the examples.
+            start: makes a fresh sink, called with (parameter name, form, rows of the batch);
+                called again should the batch show that the plan must be proven anew.
+
+        Raises:
+            TaskError: the loss breaks the contract.
+            GradientProofError: no step of the ladder agrees with autograd.
+        """
+        if self._plan is None:
+            self.prove(batch)
+        for _ in range(1 + len(_STEPS)):
+            try:
+                return self._run(batch, start())
+            except _PlanChangedError:
+                self.prove(batch)
+        raise GradientProofError("the plan of gradients changes with every proof on one batch")
+
+    def _run(self, batch: Batch, sink: Sink) -> Tensor:
+        plan = self.plan
+        losses = self._run_rules(batch, sink)
+        for name, step in ((VMAP, self._run_vmap), (LOOP, self._run_loop)):
+            if names := plan.names(name):
+                step(batch, names, sink)
+        return losses
+
+    def _run_rules(self, batch: Batch, sink: Sink) -> Tensor:
+        watched = [self.parameters[name] for name in self.plan.names(NONE)]
+        everything = slice(0, len(batch))
+        done = self._capture.run(
+            lambda: self.losses(batch), len(batch), lambda name, form: sink(name, form, everything), watched
+        )
+        if self._capture.failures or any(done.watched_reached):
+            raise _PlanChangedError
+        return done.losses_B
+
+    def _run_vmap(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
+        tensors = batched_tensors(batch.inputs, len(batch))
+        if isinstance(tensors, str):
+            raise _PlanChangedError
+        for rows in self._slices(len(batch), names):
+            grads = self._vmapped(batch.inputs, [t[rows] for t in tensors], names)
+            for name in names:
+                sink(name, Dense(grads[name].flatten(1)), rows)
+
+    def _vmapped(self, inputs: Any, tensors: list[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        wrapped = _LossModule(self._model, self._loss)
+
+        def one(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
+            batch = rebuild(inputs, [t.unsqueeze(0) for t in example])
+            return functional_call(wrapped, parameters, (batch,)).squeeze(0)  # type: ignore[no-any-return]
+
+        parameters = {f"model.{name}": self.parameters[name].detach() for name in names}
+        with _registered(self._model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            grads, _ = vmap(grad_and_value(one), in_dims=(None, *([0] * len(tensors))))(parameters, *tensors)
+        return {name: grads[f"model.{name}"].detach() for name in names}
+
+    def _run_loop(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
+        for rows in self._slices(len(batch), names):
+            singles = (self.batch(batch.ids[i : i + 1], batch.examples[i : i + 1]) for i in range(len(batch))[rows])
+            grads = [self._alone(single, names) for single in singles]
+            for j, name in enumerate(names):
+                sink(name, Dense(torch.stack([g[j].flatten() for g in grads])), rows)
+
+    def alone(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
+        """Return one example's loss and its whole gradient [P] by autograd, computed by itself."""
+        single = self.batch(batch.ids[i : i + 1], batch.examples[i : i + 1])
+        return self.losses(single)[0].detach(), torch.cat([g.flatten() for g in self._alone(single)])
+
+    def together(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
+        """Return one example's loss and its whole gradient [P] by autograd, computed among its batch."""
+        grads, _ = self._autograd(lambda: self.losses(batch)[i], tuple(self.parameters))
+        return self.losses(batch)[i].detach(), torch.cat([g.flatten() for g in grads])
+
+    def _alone(self, single: Batch, names: Sequence[str] | None = None) -> list[Tensor]:
+        return self._autograd(lambda: self.losses(single).sum(), names or tuple(self.parameters))[0]
+
+    def _autograd(self, scalar: Callable[[], Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
+        """Return the gradients of a scalar, zeros where it does not depend on a parameter, and whether it does."""
+        parameters = [self.parameters[name] for name in names]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            grads = torch.autograd.grad(scalar(), parameters, allow_unused=True)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        dense = [
+            torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach()
+            for g, p in zip(grads, parameters, strict=True)
+        ]
+        return dense, [g is not None for g in grads]
+
+    def _slices(self, batch: int, names: Sequence[str]) -> list[slice]:
+        """Return row slices whose materialised gradients stay in bounded memory."""
+        entries = sum(self.parameters[name].numel() for name in names)
+        step = max(1, _FALLBACK_ELEMENTS // entries)
+        return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+    def prove(self, batch: Batch) -> Plan:
+        """Find and prove the highest step that serves each parameter on this batch.
+
+        Raises:
+            TaskError: the loss does not depend on any chosen parameter.
+            GradientProofError: no step of the ladder agrees with autograd.
+        """
+        truth = self._truth(batch)
+        covered = {name for attributes in self._covered.values() for name in attributes.values()}
+        steps = {
+            name: Step(RULE) if name in covered else Step(VMAP, "no layer rule covers it") for name in self.parameters
+        }
+        steps.update({name: Step(NONE, "no loss of the first batch reaches it") for name in truth.unreached})
+        self._adopt(steps)
+        for position, name in enumerate(_STEPS):
+            failed = self._failures(name, batch, truth)
+            if failed and position + 1 == len(_STEPS):
+                raise GradientProofError(_unproven(failed))
+            steps.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()} if failed else {})
+            self._adopt(steps)
+        return self.plan
+
+    def _adopt(self, steps: Mapping[str, Step]) -> None:
+        self._plan = Plan(dict(steps), {name: p.numel() for name, p in self.parameters.items()})
+        ruled = set(self._plan.names(RULE)) | set(self._plan.names(NONE))
+        layers = {
+            path: {attribute: name for attribute, name in attributes.items() if name in ruled}
+            for path, attributes in self._covered.items()
+        }
+        self._capture = LayerCapture(self._model, {path: held for path, held in layers.items() if held})
+
+    def _truth(self, batch: Batch) -> Truth:
+        names = tuple(self.parameters)
+        summed, reached = self._autograd(lambda: self._checked(batch).sum(), names)
+        few = range(min(PROVEN_ALONE, len(batch)))
+        together = [self._autograd(lambda i=i: self.losses(batch)[i], names)[0] for i in few]  # type: ignore[misc]
+        if not any(reached):
+            raise TaskError(_no_gradient())
+        return Truth(
+            {name: grad.flatten() for name, grad in zip(names, summed, strict=True)},
+            {
+                name: torch.stack([grads[j].flatten() for grads in together]).to(summed[j].dtype)
+                for j, name in enumerate(names)
+            },
+            tuple(name for name, hit in zip(names, reached, strict=True) if not hit),
+        )
+
+    def _checked(self, batch: Batch) -> Tensor:
+        values = self.losses(batch)
+        if not values.requires_grad:
+            raise TaskError(_no_gradient())
+        return values
+
+    def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:
+        """Return why each parameter that this step cannot serve fails."""
+        names = self.plan.names(step)
+        if not names:
+            return {}
+        sink = ProofSink(len(truth.few[names[0]]))
+        try:
+            if step == RULE:
+                self._capture.run(
+                    lambda: self.losses(batch), len(batch), lambda n, f: sink(n, f, slice(0, len(batch))), ()
+                )
+            elif step == VMAP:
+                why = batched_tensors(batch.inputs, len(batch))
+                if isinstance(why, str):
+                    return dict.fromkeys(names, why)
+                self._run_vmap(batch, names, sink)
+            else:
+                self._run_loop(batch, names, sink)
+        except Exception as error:
+            if step == LOOP or isinstance(error, (TaskError, torch.OutOfMemoryError)):
+                raise
+            return dict.fromkeys(names, f"{step} fails: {_first_line(error)}")
+        failed = dict(self._capture.failures) if step == RULE else {}
+        for name in names:
+            if name not in failed and (why := truth.disagreement(name, sink)):
+                failed[name] = f"{step} {why}"
+        return {name: why for name, why in failed.items() if name in names}
+
+
+class _LossModule(nn.Module):
+    """The user's loss as a module, so that the parameters in all of it can be swapped."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+class _registered:  # noqa: N801 - a context manager, named as it reads
+    """Put every module's own parameters and buffers back on leaving.
+
+    `functional_call` on a model that holds one submodule twice leaves swapped tensors behind.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        for module, parameters, buffers in self._held:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
+
+
+def _wrong_shape(values: Any, batch: int) -> str:
+    got = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    return problem(
+        "the loss is not one number an example",
+        got=got,
+        expected=f"a tensor of shape [{batch}]",
+        remedy="return per-example losses (reduction='none', and the mean over positions of each example)",
+    )
+
+
+def _no_gradient() -> str:
+    return problem(
+        "the loss has no gradient",
+        got="losses that depend on none of the chosen parameters",
+        expected="losses that autograd can follow back to them",
+        remedy="compute the loss in PyTorch without .detach(), .item() or no_grad, or change Task.parameters",
+    )
+
+
+def _unproven(failed: Mapping[str, str]) -> str:
+    name, why = next(iter(failed.items()))
+    return problem(
+        f"the gradients of {', '.join(list(failed)[:4])} cannot be proven",
+        got=f"{name}: {why}",
+        expected="per-example gradients that add up to the gradient of the summed loss",
+        remedy="make each loss a function of its own example, or leave these out with Task.parameters",
+    )

@@ -1,0 +1,348 @@
+"""Open an index and ask it: proponents and opponents of queries, and self-influence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tracin_ann.answers import Answer, Hit, QueryOptions, SelfInfluence
+from tracin_ann.canaries import Canaries, read_canaries
+from tracin_ann.device import resolve_device
+from tracin_ann.errors import IndexMismatchError, UsageError, problem
+from tracin_ann.exact import exact_scores, exact_self_influence
+from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.manifest import FEATURES, Manifest, check_file
+from tracin_ann.passes import LoadedModel, Passes, PassOptions, SideName
+from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, search_both
+from tracin_ann.sketch import make_sketch
+from tracin_ann.spec import FeatureSpec, SketchSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
+from tracin_ann.store import FeatureStore
+from tracin_ann.task import Description, Task, load_task
+from tracin_ann.types import Float32, Float64, Int64, TopK
+
+
+class InfluenceIndex:
+    """A finished index, opened by `InfluenceIndex.open`; answers from one manifest."""
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
+    ) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._find_task, self._options = find_task, options
+        self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        task: Task | str | None = None,
+        *,
+        arguments: Mapping[str, str] | None = None,
+        device: str = "auto",
+        batch_size: int = 64,
+    ) -> InfluenceIndex:
+        """Open a finished index.
+
+        Args:
+            directory: where `build` made it.
+            task: the task, or its name where it moved; None: as the build was told.
+            arguments: for a task that is a function; None: as the build was told.
+            device: `auto`, `cpu`, `cuda`, `cuda:N`.
+            batch_size: examples a forward.
+
+        Raises:
+            DamagedIndexError: a file is missing or altered, or there is no finished index.
+        """
+        path = Path(directory)
+        manifest = Manifest.read(path)
+        for record in (manifest.canaries, *manifest.index.files):
+            check_file(path, record, deep=True)
+        options = PassOptions(resolve_device(device), batch_size, manifest.build.random_data)
+        index = cls(path, manifest, lambda: _found(task, arguments, manifest, path), options)
+        index._store.check(manifest.features)
+        return index
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.manifest.build.layout.n_rows
+
+    @cached_property
+    def task(self) -> Task:
+        """Return the task, imported now if the build was told its name.
+
+        Raises:
+            UsageError: it cannot be found.
+        """
+        return self._find_task()
+
+    @cached_property
+    def passes(self) -> Passes:
+        """Return the task's data and model, after every field of the spec was found to fit.
+
+        Raises:
+            IndexMismatchError: a field differs.
+        """
+        passes = Passes(self.task, self._options)
+        with passes.model() as model:
+            self.manifest.build.spec.refuse_unlike(self._asked(passes, model), str(self.directory))
+        return passes
+
+    def _asked(self, passes: Passes, model: LoadedModel) -> FeatureSpec:
+        built = self.manifest.build
+        sketch = self._features.sketch
+        return replace(
+            built.spec,
+            model=model_digest(model.module),
+            train_rows=passes.n_rows("train"),
+            train_data=built.spec.train_data if built.random_data else data_digest(passes.data("train")),
+            parameters=parameter_specs(model.parameters),
+            checkpoints=checkpoint_specs(passes.task),
+            sketch=replace(built.spec.sketch, version=sketch.version),
+        )
+
+    def expect(self, sketch: str | None = None, dim: int | None = None, seed: int | None = None) -> None:
+        """Refuse the index unless it was built with these.
+
+        Raises:
+            IndexMismatchError: one differs.
+        """
+        built = self.manifest.build.spec
+        asked = SketchSpec(
+            sketch if sketch is not None else built.sketch.name,
+            built.sketch.version,
+            dim if dim is not None else built.sketch.dim,
+            seed if seed is not None else built.sketch.seed,
+        )
+        built.refuse_unlike(replace(built, sketch=asked), str(self.directory))
+
+    @cached_property
+    def _features(self) -> FeatureOptions:
+        spec = self.manifest.build.spec
+        return FeatureOptions(make_sketch(spec.sketch.name, spec.sketch.dim), spec.sketch.seed)
+
+    @cached_property
+    def _canaries(self) -> tuple[Canaries, ...]:
+        return read_canaries(self.directory / self.manifest.canaries.name)
+
+    @cached_property
+    def search_index(self) -> SearchIndex:
+        """Return the search index over all checkpoints."""
+        if self.manifest.index.kind == "ivf":
+            return IVFIndex.load(self.directory, self._options.device)
+        return FlatIndex(self._store.view(), self._options.device)
+
+    def query(
+        self,
+        ids: Sequence[int] = (),
+        train_ids: Sequence[int] = (),
+        options: QueryOptions | None = None,
+    ) -> list[Answer]:
+        """Return the proponents and opponents of rows of `query_data` (`ids`) and of `train_data` (`train_ids`).
+
+        Raises:
+            IndexMismatchError: the task does not fit the index, by a field or by a canary.
+            UsageError: an id or an option is out of range, or there is no query.
+        """
+        options = options or QueryOptions()
+        if not ids and not train_ids:
+            raise UsageError(
+                problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
+            )
+        answers: list[Answer] = []
+        sides: tuple[tuple[SideName, Sequence[int]], ...] = (("query", ids), ("train", train_ids))
+        for side, chosen in sides:
+            if chosen:
+                self.passes.check_ids(side, chosen)
+        chosen_checkpoints = self._chosen(options.checkpoints)
+        for side, chosen in sides:
+            if chosen:
+                answers += self._answers(side, list(chosen), chosen_checkpoints, options)
+        return answers
+
+    def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int] | None = None) -> Float32:
+        """Return the feature rows [Q, F] of examples, computed now, over the chosen checkpoints.
+
+        Raises:
+            IndexMismatchError: a canary shows that the task is not the index's.
+        """
+        blocks = []
+        with self.passes.model() as model:
+            for checkpoint in self._chosen(checkpoints):
+                model.load(checkpoint)
+                extractor = FeatureExtractor(model, self._features)
+                self._check_canaries(extractor, checkpoint)
+                blocks.append(extractor.rows(side, ids).feature_ND)
+        return np.concatenate(blocks, axis=1)
+
+    def _check_canaries(self, extractor: FeatureExtractor, checkpoint: int) -> None:
+        if self.manifest.build.random_data:
+            return
+        for canaries in self._canaries:
+            if max(canaries.ids_N) >= self.passes.n_rows(canaries.side):
+                raise IndexMismatchError(
+                    problem(
+                        f"{canaries.side}_data is not that of index {self.directory}",
+                        got=f"{self.passes.n_rows(canaries.side)} rows",
+                        expected=f"at least {max(canaries.ids_N) + 1}",
+                        remedy="restore the task's data, or build a new index",
+                    )
+                )
+            canaries.refuse_unlike(extractor, checkpoint, str(self.directory))
+
+    def _answers(
+        self, side: SideName, ids: list[int], checkpoints: tuple[int, ...], options: QueryOptions
+    ) -> list[Answer]:
+        queries_QF = self.features(side, ids, checkpoints)
+        if options.exact:
+            every = np.arange(len(self), dtype=np.int64)
+            scores_QN = exact_scores(self.passes, (side, ids), range(len(self)), checkpoints)
+            found = [(every, scores, None) for scores in scores_QN]
+            return [self._answer(side, i, hits, options.k, len(self)) for i, hits in zip(ids, found, strict=True)]
+        proponents, opponents = self._candidates(queries_QF, checkpoints, options)
+        scored = proponents.rows_scored + opponents.rows_scored
+        hits = self._rescored(side, ids, queries_QF, (proponents, opponents), checkpoints, options)
+        return [self._answer(side, i, hit, options.k, int(n)) for i, hit, n in zip(ids, hits, scored, strict=True)]
+
+    def _candidates(
+        self, queries_QF: Float32, checkpoints: tuple[int, ...], options: QueryOptions
+    ) -> tuple[TopK, TopK]:
+        """Return the candidates of both sides; the index serves all checkpoints, a scan any choice of them."""
+        wanted = max(options.k, options.candidates) if options.rerank != "none" else options.k
+        return search_both(
+            self._searched(checkpoints, options), self._weighted(queries_QF, checkpoints, options), wanted
+        )
+
+    def _searched(self, checkpoints: tuple[int, ...], options: QueryOptions) -> SearchIndex:
+        if not options.cosine and checkpoints == self._chosen(None):
+            return self.search_index
+        return FlatIndex(self._store.view(checkpoints, cosine=options.cosine), self._options.device)
+
+    def _weighted(self, queries_QF: Float32, checkpoints: tuple[int, ...], options: QueryOptions) -> Float32:
+        """Return the queries as they are, or for cosine each block at norm η_c / Σ η."""
+        if not options.cosine:
+            return queries_QF
+        rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in checkpoints])
+        blocks_QCD = queries_QF.reshape(len(queries_QF), len(checkpoints), -1)
+        norms = np.linalg.norm(blocks_QCD, axis=2, keepdims=True)
+        unit = np.divide(blocks_QCD, norms, out=np.zeros_like(blocks_QCD), where=norms > 0)
+        weighted = unit * (rates / rates.sum()).astype(np.float32)[:, None]
+        return np.ascontiguousarray(weighted.reshape(queries_QF.shape), dtype=np.float32)
+
+    def _rescored(
+        self,
+        side: SideName,
+        ids: list[int],
+        queries_QF: Float32,
+        found: tuple[TopK, TopK],
+        checkpoints: tuple[int, ...],
+        options: QueryOptions,
+    ) -> list[_Scored]:
+        pooled = [np.unique(np.concatenate([p, o])) for p, o in zip(found[0].ids, found[1].ids, strict=True)]
+        if options.rerank == "none":
+            return [
+                _merged(p_ids, p_scores, o_ids, o_scores)
+                for p_ids, p_scores, o_ids, o_scores in zip(
+                    found[0].ids, found[0].scores, found[1].ids, found[1].scores, strict=True
+                )
+            ]
+        view = self._store.view(checkpoints, cosine=options.cosine)
+        weighted = self._weighted(queries_QF, checkpoints, options)
+        stored = [
+            view.take(rows).astype(np.float64) @ q.astype(np.float64) for rows, q in zip(pooled, weighted, strict=True)
+        ]
+        if options.rerank == "stored":
+            return [(rows, scores, None) for rows, scores in zip(pooled, stored, strict=True)]
+        union = np.unique(np.concatenate(pooled))
+        exact_QN = exact_scores(self.passes, (side, ids), union.tolist(), checkpoints)
+        return [
+            (rows, exact_QN[i, np.searchsorted(union, rows)], scores)
+            for i, (rows, scores) in enumerate(zip(pooled, stored, strict=True))
+        ]
+
+    def _answer(self, side: SideName, query: int, scored: _Scored, k: int, rows_scored: int) -> Answer:
+        rows, scores, stored = scored
+
+        def hits(order: Int64, sign: int) -> tuple[Hit, ...]:
+            return tuple(
+                Hit(str(rows[i]), float(scores[i]), None if stored is None else float(stored[i]))
+                for i in order[:k]
+                if sign * scores[i] > 0
+            )
+
+        proponents = hits(np.lexsort((rows, -scores)), 1)
+        opponents = hits(np.lexsort((rows, scores)), -1)
+        return Answer(str(query), side, proponents, opponents, rows_scored)
+
+    def self_influence(
+        self, k: int | None = None, *, checkpoints: Sequence[int] | None = None, exact: bool = False
+    ) -> list[SelfInfluence]:
+        """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖², the k first or all.
+
+        From the stored squared norms (estimates from the sketch, unless built with `norms="exact"`),
+        or with `exact` computed now over every row; only then is the task needed.
+
+        Raises:
+            UsageError: k or a checkpoint is out of range.
+            IndexMismatchError: with `exact`, the task does not fit the index.
+        """
+        if k is not None and k < 1:
+            raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
+        chosen = self._chosen(checkpoints)
+        if exact:
+            scores_N = exact_self_influence(self.passes, chosen)
+        else:
+            rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
+            scores_N = self._store.sqnorms(chosen).astype(np.float64) @ rates
+        order = np.lexsort((np.arange(len(scores_N)), -scores_N))[:k]
+        return [SelfInfluence(str(i), float(scores_N[i]), rank) for rank, i in enumerate(order, start=1)]
+
+    def described(self, side: SideName, row: int) -> Description | None:
+        """Return what the task shows people of a row, or None."""
+        return self.task.described(self.passes.data(side)[row])
+
+    def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
+        n_checkpoints = len(self.manifest.build.spec.checkpoints)
+        chosen = tuple(range(n_checkpoints)) if checkpoints is None else tuple(dict.fromkeys(checkpoints))
+        wrong = [c for c in chosen if not 0 <= c < n_checkpoints]
+        if wrong or not chosen:
+            raise UsageError(
+                problem(
+                    "bad --checkpoints",
+                    got=wrong[0] if wrong else "none",
+                    expected=f"0 to {n_checkpoints - 1}",
+                    remedy="change --checkpoints",
+                )
+            )
+        return chosen
+
+
+def _found(task: Task | str | None, arguments: Mapping[str, str] | None, manifest: Manifest, directory: Path) -> Task:
+    """Return the task that was passed, or that the build was told."""
+    if isinstance(task, Task):
+        return task
+    built = manifest.build.task
+    name = task or built.reference
+    if name is None:
+        raise UsageError(
+            problem(
+                f"index {directory} does not know its task",
+                got="an index built from a Task object",
+                expected="the task",
+                remedy="pass --task path/to/file.py:name, or InfluenceIndex.open(dir, task=...)",
+            )
+        )
+    return load_task(name, built.arguments if arguments is None else arguments)
+
+
+_Scored = tuple[Int64, Float64, Float64 | None]
+
+
+def _merged(p_ids: Int64, p_scores: Float32, o_ids: Int64, o_scores: Float32) -> _Scored:
+    """Return both sides' rows once each, with the index's scores."""
+    rows, first = np.unique(np.concatenate([p_ids, o_ids]), return_index=True)
+    return rows, np.concatenate([p_scores, o_scores])[first].astype(np.float64), None

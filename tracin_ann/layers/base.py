@@ -1,0 +1,71 @@
+"""What a layer rule is: from one call's input and output gradient to the parameters' gradient forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracin_ann.factors import Form
+
+
+class LayoutError(Exception):
+    """A call's tensors are not laid out as the rule needs; the parameter falls one step down."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer during a forward over a batch, with the gradient that backward brought.
+
+    Attributes:
+        module: the layer.
+        input: its first argument, detached.
+        grad_output: ∂Σℓ/∂output, of the output's shape.
+        batch: B.
+    """
+
+    module: nn.Module
+    input: Tensor
+    grad_output: Tensor
+    batch: int
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one kind of layer gives the gradients of its own parameters.
+
+    Attributes:
+        parameters: the attributes of the layer that the rule covers.
+        forms: (call, attributes wanted) -> forms by attribute; may raise LayoutError.
+        applies: whether this very layer, by its settings, is one that the rule understands.
+    """
+
+    parameters: tuple[str, ...]
+    forms: Callable[[Call, frozenset[str]], dict[str, Form]]
+    applies: Callable[[Any], bool] = lambda module: True
+
+
+def by_example(tensor: Tensor, batch: int) -> Tensor:
+    """Return the tensor with B in front: as it is, or unflattened from [B·T, ...].
+
+    Raises:
+        LayoutError: the first dimension is no multiple of B.
+    """
+    if tensor.dim() and tensor.shape[0] == batch:
+        return tensor
+    if tensor.dim() == 0 or tensor.shape[0] % batch:
+        raise LayoutError(f"a tensor of shape {list(tensor.shape)} in a batch of {batch} is not batch-first")
+    return tensor.reshape(batch, -1, *tensor.shape[1:])
+
+
+def positions(tensor: Tensor, batch: int) -> Tensor:
+    """Return [B, T, features]: all dimensions between the first and the last flattened, T ≥ 1."""
+    return by_example(tensor, batch).reshape(batch, -1, tensor.shape[-1])
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return half-precision tensors as float32, others as they are: sketches accumulate in float32."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

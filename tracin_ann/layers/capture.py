@@ -1,0 +1,164 @@
+"""Forward and input-gradient backward with capture: what the layer rules need, and no weight gradients.
+
+While a capture is open no covered parameter requires a gradient, so autograd never forms weight
+gradients; the outputs of the first covered layers are made roots of the graph, so that nothing
+below them, and no gradient of the model's input, is computed. Each layer's output gradient is
+handed over as backward reaches it and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracin_ann.factors import Form
+from tracin_ann.layers.base import Call, LayoutError, widened
+from tracin_ann.layers.rules import rule_for
+
+Sink = Callable[[str, Form], None]
+
+
+class _Root(torch.autograd.Function):
+    """Make a tensor that has no graph the root of one, without a copy and open to in-place layers."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad[0].new_zeros(())
+
+
+class LayerCapture:
+    """Hooks on the layers that rules cover; open while one forward and backward run.
+
+    Args:
+        model: the model.
+        names: the parameters wanted, each with the names of the layer attributes that hold it:
+            `{layer path: {attribute: parameter name}}`; see `covered_layers`.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[str, str]]) -> None:
+        self._layers = [(model.get_submodule(path), dict(attributes)) for path, attributes in layers.items()]
+        self._anchor: Tensor | None = None
+        self._sink: Sink | None = None
+        self._batch = 0
+        self.failures: dict[str, str] = {}
+
+    def run(self, losses: Callable[[], Tensor], batch: int, sink: Sink, watched: Sequence[nn.Parameter]) -> _Pass:
+        """Run one forward (`losses()`) and backward, handing every gradient form to `sink`.
+
+        Args:
+            losses: computes the per-example losses [B].
+            batch: B.
+            sink: called with (parameter name, form), once for each use of a parameter.
+            watched: parameters that are thought to get no gradient.
+
+        Returns:
+            The detached losses, and which of the watched parameters did get a gradient.
+        """
+        handles = [
+            module.register_forward_hook(self._hook(attributes), with_kwargs=True)
+            for module, attributes in self._layers
+        ]
+        self._sink, self._batch, self.failures = sink, batch, {}
+        try:
+            for parameter in watched:
+                parameter.requires_grad_(True)
+            values = losses()
+            reached = self._backward(values, watched)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in watched:
+                parameter.requires_grad_(False)
+            self._sink = self._anchor = None
+        return _Pass(values.detach(), reached)
+
+    def _backward(self, values: Tensor, watched: Sequence[nn.Parameter]) -> tuple[bool, ...]:
+        if not values.requires_grad:
+            return (False,) * len(watched)
+        inputs = ([self._anchor] if self._anchor is not None else []) + list(watched)
+        grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
+        return tuple(grad is not None for grad in grads[len(grads) - len(watched) :])
+
+    def _hook(self, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
+        wanted = frozenset(attributes)
+
+        def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+                return None
+            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if not isinstance(x, Tensor):
+                self._fail(attributes, "the layer's input is no tensor")
+                return None
+            x = x.detach()
+            version = x._version
+            if not output.requires_grad:
+                if self._anchor is None:
+                    self._anchor = torch.zeros((), device=output.device, requires_grad=True)
+                output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+
+            def on_gradient(grad: Tensor) -> None:
+                if x._version != version:
+                    self._fail(attributes, "the layer's input is changed in place after its forward")
+                    return
+                self._deliver(module, x, grad, attributes, wanted)
+
+            output.register_hook(on_gradient)
+            return output
+
+        return after_forward
+
+    def _deliver(
+        self, module: nn.Module, x: Tensor, grad: Tensor, attributes: Mapping[str, str], wanted: frozenset[str]
+    ) -> None:
+        rule = rule_for(module)
+        assert rule is not None
+        assert self._sink is not None
+        call = Call(module, widened(x), widened(grad.detach()), self._batch)
+        try:
+            with torch.no_grad():
+                forms = rule.forms(call, wanted)
+        except LayoutError as error:
+            self._fail(attributes, str(error))
+            return
+        for attribute, form in forms.items():
+            self._sink(attributes[attribute], form)
+
+    def _fail(self, attributes: Mapping[str, str], reason: str) -> None:
+        self.failures.update(dict.fromkeys(attributes.values(), reason))
+
+
+class _Pass:
+    """What one captured forward and backward gave besides the forms."""
+
+    def __init__(self, losses: Tensor, reached: tuple[bool, ...]) -> None:
+        self.losses_B = losses
+        self.watched_reached = reached
+
+
+def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
+    """Return the layers with a rule: `{layer path: {attribute: parameter name}}`, of these parameters only.
+
+    A tied parameter appears under every layer that holds it; a parametrised layer holds none.
+    """
+    by_identity = {id(parameter): name for name, parameter in names.items()}
+    layers: dict[str, dict[str, str]] = {}
+    for path, module in model.named_modules():
+        rule = rule_for(module)
+        if rule is None:
+            continue
+        attributes = {
+            attribute: by_identity[id(module._parameters[attribute])]
+            for attribute in rule.parameters
+            if id(module._parameters.get(attribute)) in by_identity
+        }
+        if attributes:
+            layers[path] = attributes
+    return layers

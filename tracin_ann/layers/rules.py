@@ -1,0 +1,172 @@
+"""The layer rules: Linear, convolutions, Embedding and the norm layers.
+
+With a the layer's input and δ the gradient of its output: Linear Σ_t δ_t ⊗ a_t; convolution the
+same over output positions with a_t the patch under position t; Embedding Σ_t e_{i_t} ⊗ δ_t; a norm
+layer's weight Σ_t δ_t · x̂_t with x̂ its normalised input; every bias Σ_t δ_t.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tracin_ann.factors import Dense, Form, Outer, Rows
+from tracin_ann.layers.base import Call, LayerRule, by_example, positions, widened
+
+_AFFINE = ("weight", "bias")
+
+
+def _linear(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    delta = positions(call.grad_output, call.batch)
+    forms: dict[str, Form] = {}
+    if "weight" in wanted:
+        forms["weight"] = Outer(delta, positions(call.input, call.batch))
+    if "bias" in wanted:
+        forms["bias"] = Dense(delta.sum(1))
+    return forms
+
+
+def _convolution(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    delta = _channels_last(by_example(call.grad_output, call.batch))
+    forms: dict[str, Form] = {}
+    if "weight" in wanted:
+        module: Any = call.module
+        patches = _patches(module, by_example(call.input, call.batch))
+        forms["weight"] = Outer(delta, patches, module.groups)
+    if "bias" in wanted:
+        forms["bias"] = Dense(delta.sum(1))
+    return forms
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return [B, channels, *space] as [B, T, channels]."""
+    return x.flatten(2).mT
+
+
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """Return the receptive field of every output position, [B, T, channels·kernel]."""
+    x = _padded(module, x)
+    dims = range(len(module.kernel_size))
+    for i in dims:
+        span = module.dilation[i] * (module.kernel_size[i] - 1) + 1
+        x = x.unfold(2 + i, span, module.stride[i])[..., :: module.dilation[i]]
+    n = len(module.kernel_size)
+    order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+    return x.permute(order).flatten(1 + n).flatten(1, n)
+
+
+def _padded(module: Any, x: Tensor) -> Tensor:
+    """Return the input padded as the convolution pads it: numbers, 'same', 'valid', and every mode."""
+    n = len(module.kernel_size)
+    if module.padding == "valid":
+        return x
+    if module.padding == "same":
+        total = [module.dilation[i] * (module.kernel_size[i] - 1) for i in range(n)]
+        pairs = [(t // 2, t - t // 2) for t in total]
+    else:
+        pairs = [(p, p) for p in module.padding]
+    if not any(itertools.chain.from_iterable(pairs)):
+        return x
+    pad = list(itertools.chain.from_iterable(reversed(pairs)))
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, pad, mode=mode)
+
+
+def _embedding(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    module: Any = call.module
+    index = by_example(call.input, call.batch).reshape(call.batch, -1)
+    value = positions(call.grad_output, call.batch)
+    if module.padding_idx is not None:
+        value = value * (index != module.padding_idx).unsqueeze(2)
+    return {"weight": Rows(index, value, module.num_embeddings)}
+
+
+def _layer_norm(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    module: Any = call.module
+    return _over_last(call, wanted, F.layer_norm(call.input, module.normalized_shape, eps=module.eps))
+
+
+def _rms_norm(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    module: Any = call.module
+    return _over_last(call, wanted, F.rms_norm(call.input, list(module.normalized_shape), eps=module.eps))
+
+
+def _over_last(call: Call, wanted: frozenset[str], normalised: Tensor) -> dict[str, Form]:
+    """Return the forms of an affine over the last dimensions, summed over all between."""
+    module: Any = call.module
+    start = call.input.dim() - len(module.normalized_shape)
+    delta = positions(call.grad_output.flatten(start), call.batch)
+    forms: dict[str, Form] = {}
+    if "weight" in wanted:
+        forms["weight"] = Dense((delta * positions(normalised.flatten(start), call.batch)).sum(1))
+    if "bias" in wanted:
+        forms["bias"] = Dense(delta.sum(1))
+    return forms
+
+
+def _group_norm(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    module: Any = call.module
+    return _over_channels(call, wanted, F.group_norm(call.input, module.num_groups, eps=module.eps))
+
+
+def _batch_norm(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
+    module: Any = call.module
+    normalised = F.batch_norm(call.input, widened(module.running_mean), widened(module.running_var), eps=module.eps)
+    return _over_channels(call, wanted, normalised)
+
+
+def _over_channels(call: Call, wanted: frozenset[str], normalised: Tensor) -> dict[str, Form]:
+    """Return the forms of an affine a channel (dimension 1), summed over space."""
+    delta = call.grad_output
+    if delta.shape[0] != call.batch:
+        delta, normalised = (by_example(t, call.batch).transpose(1, 2) for t in (delta, normalised))
+    delta = delta.flatten(2) if delta.dim() > 2 else delta.unsqueeze(2)  # noqa: PLR2004
+    forms: dict[str, Form] = {}
+    if "weight" in wanted:
+        forms["weight"] = Dense((delta * normalised.reshape(delta.shape)).sum(2))
+    if "bias" in wanted:
+        forms["bias"] = Dense(delta.sum(2))
+    return forms
+
+
+def _plain_embedding(module: Any) -> bool:
+    """Return whether forward is a pure look-up: no renormalising, no scaling by batch frequency."""
+    return module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _running_statistics(module: Any) -> bool:
+    """Return whether eval mode normalises by stored statistics, so that examples do not mix."""
+    return module.running_mean is not None and not module.training
+
+
+RULES: dict[type[nn.Module], LayerRule] = {
+    nn.Linear: LayerRule(_AFFINE, _linear),
+    **{kind: LayerRule(_AFFINE, _convolution) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    nn.Embedding: LayerRule(("weight",), _embedding, _plain_embedding),
+    nn.LayerNorm: LayerRule(_AFFINE, _layer_norm),
+    nn.GroupNorm: LayerRule(_AFFINE, _group_norm),
+    **{
+        kind: LayerRule(_AFFINE, _batch_norm, _running_statistics)
+        for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    },
+}
+if hasattr(torch.nn, "RMSNorm"):
+    RULES[nn.RMSNorm] = LayerRule(("weight",), _rms_norm)
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
+    """Return the rule that serves this layer, or None.
+
+    A subclass is served by its parent's rule where it keeps the parent's `forward`; that the rule
+    is right for it is proven on the first batch, as for every layer.
+    """
+    for kind in type(module).__mro__:
+        rule = RULES.get(kind)
+        if rule is not None:
+            inherited: Any = kind
+            return rule if type(module).forward is inherited.forward and rule.applies(module) else None
+    return None

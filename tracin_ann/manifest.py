@@ -1,0 +1,210 @@
+"""The manifest: what an index directory holds, written last; and the build record, written first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.files import file_digest, read_json, write_json_atomic
+from tracin_ann.spec import FeatureSpec
+from tracin_ann.store import FileRecord, StoreLayout
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+BUILD_RECORD = "build.json"
+FEATURES = "features"
+_CHECKED_SUFFIXES = frozenset("/\\")
+
+
+@dataclass(frozen=True)
+class TaskReference:
+    """How the task was named, so that a query finds it again; `reference` is None for a Task object."""
+
+    reference: str | None
+    arguments: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """What a build set out to make; a build that is run again must set out to make the same.
+
+    Attributes:
+        spec: all that determines the rows.
+        task: how the task was named.
+        partition_rows: rows a partition.
+        random_data: the task's rows may change when read twice (`--allow-random-data`).
+    """
+
+    spec: FeatureSpec
+    task: TaskReference
+    partition_rows: int
+    random_data: bool
+
+    @property
+    def layout(self) -> StoreLayout:
+        """Return the store's layout."""
+        return StoreLayout(
+            n_rows=self.spec.train_rows,
+            partition_rows=self.partition_rows,
+            n_checkpoints=len(self.spec.checkpoints),
+            dim=self.spec.sketch.dim,
+            dtype=self.spec.dtype,  # type: ignore[arg-type]
+            spec_digest=self.spec.digest(),
+        )
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """The search index: its kind, why that kind, and its files."""
+
+    kind: str
+    reason: str
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Which step of the ladder served a parameter, and why not a higher one."""
+
+    parameter: str
+    step: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything an index directory holds; its presence means that the build was finished.
+
+    Attributes:
+        build: what was built.
+        features: the feature files, partition by partition, each with all its checkpoints.
+        canaries: the file of canary rows.
+        index: the search index.
+        steps: the plan of gradients at the first checkpoint.
+    """
+
+    build: BuildRecord
+    features: tuple[FileRecord, ...]
+    canaries: FileRecord
+    index: IndexRecord
+    steps: tuple[StepRecord, ...]
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest durably: from now on the directory is a finished index."""
+        write_json_atomic(directory / MANIFEST, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Return the manifest of a finished index.
+
+        Raises:
+            DamagedIndexError: there is none, or it cannot be understood.
+        """
+        path = directory / MANIFEST
+        content: dict[str, Any] = read_json(path)
+        _check_format(content, path)
+        try:
+            return cls(
+                build=_build(content["build"]),
+                features=_records(content["features"]),
+                canaries=_record(content["canaries"]),
+                index=IndexRecord(
+                    content["index"]["kind"], content["index"]["reason"], _records(content["index"]["files"])
+                ),
+                steps=tuple(StepRecord(**step) for step in content["steps"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedIndexError(_not_understood(path, error)) from error
+
+
+def write_build_record(directory: Path, record: BuildRecord) -> None:
+    """Write what the build sets out to make."""
+    write_json_atomic(directory / BUILD_RECORD, {"format": FORMAT, **asdict(record)})
+
+
+def read_build_record(directory: Path) -> BuildRecord:
+    """Return what the build in a directory set out to make.
+
+    Raises:
+        DamagedIndexError: there is none, or it cannot be understood.
+    """
+    path = directory / BUILD_RECORD
+    content = read_json(path)
+    _check_format(content, path)
+    try:
+        return _build(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedIndexError(_not_understood(path, error)) from error
+
+
+def record_of(path: Path) -> FileRecord:
+    """Return the record of a file just written."""
+    return FileRecord(path.name, path.stat().st_size, file_digest(path))
+
+
+def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
+    """Compare a file with its record.
+
+    Raises:
+        DamagedIndexError: it is missing, of another size or (if `deep`) of another digest.
+    """
+    path = directory / record.name
+    if not path.is_file():
+        got: str = "no file"
+    elif path.stat().st_size != record.size:
+        got = f"{path.stat().st_size} bytes"
+    elif deep and file_digest(path) != record.digest:
+        got = "other content"
+    else:
+        return
+    raise DamagedIndexError(
+        problem(
+            f"{path} is damaged",
+            got=got,
+            expected=f"{record.size} bytes of digest {record.digest}",
+            remedy="restore the file, or delete manifest.json and this file and run the build again",
+        )
+    )
+
+
+def _build(content: Mapping[str, Any]) -> BuildRecord:
+    task = TaskReference(content["task"]["reference"], dict(content["task"]["arguments"]))
+    spec = FeatureSpec.from_json(content["spec"])
+    record = BuildRecord(spec, task, int(content["partition_rows"]), bool(content["random_data"]))
+    _ = record.layout
+    return record
+
+
+def _record(content: Mapping[str, Any]) -> FileRecord:
+    name = content["name"]
+    if not isinstance(name, str) or not name or name.startswith(".") or _CHECKED_SUFFIXES & set(name):
+        raise ValueError(f"a file named {name!r} is not inside the index")
+    return FileRecord(name, int(content["size"]), str(content["digest"]))
+
+
+def _records(content: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
+    return tuple(_record(item) for item in content)
+
+
+def _check_format(content: Mapping[str, Any], path: Path) -> None:
+    if content.get("format") != FORMAT:
+        raise DamagedIndexError(
+            problem(
+                f"{path} has another format",
+                got=content.get("format"),
+                expected=FORMAT,
+                remedy="use the tracin_ann that wrote it, or build a new index",
+            )
+        )
+
+
+def _not_understood(path: Path, error: Exception) -> str:
+    return problem(
+        f"{path} cannot be understood",
+        got=f"{type(error).__name__}: {error}",
+        expected="what a build writes",
+        remedy="restore the file, or build a new index",
+    )

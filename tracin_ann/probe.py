@@ -1,0 +1,120 @@
+"""The first batch's probes: rows that change, losses that are reduced, random, NaN, or mix examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tracin_ann.errors import NonFiniteError, TaskError, problem
+from tracin_ann.gradients import Batch, GradientEngine
+from tracin_ann.nested import same
+
+_READ_TWICE = 16
+_ALONE = 3
+_SAME_LOSS = 1e-5
+_MIXED_LOSS = 1e-3
+_MIXED_GRADIENT = 2e-2
+_HALF_PRECISION = 50.0
+
+
+def probe_examples(data: Any, side: str, ids: Sequence[int]) -> None:
+    """Refuse a data set whose rows change when they are read twice.
+
+    Raises:
+        TaskError: a row came back different.
+    """
+    for i in ids[:_READ_TWICE]:
+        if not same(data[i], data[i]):
+            raise TaskError(
+                problem(
+                    f"rows of {side}_data change when they are read twice",
+                    got=f"two different readings of row {i}",
+                    expected="the same example each time",
+                    remedy="leave random augmentation out of the task's data, or pass --allow-random-data",
+                )
+            )
+
+
+def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
+    """Refuse a loss that is reduced, NaN, random, or not a function of the example alone.
+
+    Raises:
+        TaskError: the loss breaks the contract.
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    with torch.no_grad():
+        first, second = engine.losses(batch), engine.losses(batch)
+        check_finite(first, batch, checkpoint)
+        scale = float(first.abs().mean()) + float(first.abs().max()) * 1e-3
+        slack = _slack(first)
+        if float((first - second).abs().max()) > _SAME_LOSS * slack * max(scale, 1e-6):
+            raise TaskError(
+                problem(
+                    "the loss is random",
+                    got="two different losses of one batch",
+                    expected="the same loss each time",
+                    remedy="drop what draws random numbers in eval mode (functional dropout, sampled noise)",
+                )
+            )
+    if len(batch) > 1:
+        for i in range(min(_ALONE, len(batch))):
+            _compare_alone(engine, batch, i, float(first[i]), _MIXED_LOSS * slack * max(scale, 1e-6))
+
+
+def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
+    """Refuse a loss whose gradient for an example depends on the other examples of its batch.
+
+    Raises:
+        TaskError: the gradients of an example alone and among its batch differ.
+    """
+    if len(batch) < 2:  # noqa: PLR2004
+        return
+    for i in range(min(_ALONE, len(batch))):
+        loss, alone = engine.alone(batch, i)
+        _, together = engine.together(batch, i)
+        off, norm = float((alone - together).norm()), float(together.norm())
+        if off > _MIXED_GRADIENT * max(_slack(loss) / 5, 1.0) * norm + 1e-6:
+            raise TaskError(_mixed(batch, i, f"a gradient {off / max(norm, 1e-300):.2g} of its norm away from its own"))
+
+
+def check_finite(losses: torch.Tensor, batch: Batch, checkpoint: int) -> None:
+    """Refuse losses that are NaN or infinite, naming the row.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            problem(
+                f"the loss of row {batch.ids[bad[0]]} at checkpoint {checkpoint} is not finite",
+                got=float(losses[bad[0]]),
+                expected="a finite number",
+                remedy="look at this row and this checkpoint's weights",
+            )
+        )
+
+
+def _compare_alone(engine: GradientEngine, batch: Batch, i: int, among: float, tolerance: float) -> None:
+    single = engine.batch(batch.ids[i : i + 1], batch.examples[i : i + 1])
+    try:
+        alone = float(engine.losses(single)[0])
+    except (RuntimeError, ValueError) as error:
+        raise TaskError(_mixed(batch, i, f"an error for the example alone ({error})")) from error
+    if not abs(alone - among) <= tolerance:
+        raise TaskError(_mixed(batch, i, f"a loss of {among:.6g} among {len(batch)} examples but {alone:.6g} alone"))
+
+
+def _mixed(batch: Batch, i: int, got: str) -> str:
+    return problem(
+        "examples of a batch mix in the loss",
+        got=f"for row {batch.ids[i]} {got}",
+        expected="a loss that is a function of its own example alone",
+        remedy="use no batch statistics (batch norm outside eval mode) and no in-batch negatives in Task.loss",
+    )
+
+
+def _slack(values: torch.Tensor) -> float:
+    return _HALF_PRECISION if values.dtype in (torch.float16, torch.bfloat16) else 1.0

@@ -1,0 +1,64 @@
+"""The proof of per-example gradients: what a step of the ladder gives, held against autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tracin_ann import factors
+from tracin_ann.factors import Form
+
+_RELATIVE = {torch.float64: 1e-6, torch.float32: 5e-4}
+_RELATIVE_HALF = 5e-2
+_ABSOLUTE = 1e-2
+
+
+class ProofSink:
+    """Adds up what a step gives: the summed gradient, and those of the first few examples."""
+
+    def __init__(self, few: int) -> None:
+        self._few = few
+        self.sums: dict[str, Tensor] = {}
+        self.alone: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, form: Form, rows: slice) -> None:
+        """Take one use of a parameter by some rows of the batch."""
+        total = factors.summed(form)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        n_few = max(0, min(self._few - rows.start, rows.stop - rows.start))
+        if n_few:
+            alone = factors.materialised(form[:n_few])
+            if name not in self.alone:
+                self.alone[name] = alone.new_zeros(self._few, alone.shape[1])
+            self.alone[name][rows.start : rows.start + n_few] += alone
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Autograd's own gradients on a batch: of the summed loss, and of the first few examples' losses."""
+
+    summed: Mapping[str, Tensor]
+    few: Mapping[str, Tensor]
+    unreached: tuple[str, ...]
+    scale: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the whole gradient's size as the measure of rounding in a gradient whose true value is zero."""
+        squares = [float(g.double().square().sum()) for g in (*self.summed.values(), *self.few.values())]
+        object.__setattr__(self, "scale", sum(squares) ** 0.5)
+
+    def disagreement(self, name: str, sink: ProofSink) -> str:
+        """Return how the step's gradients of a parameter differ from autograd's, or nothing."""
+        tolerance = _RELATIVE.get(self.summed[name].dtype, _RELATIVE_HALF)
+        noise = _ABSOLUTE * tolerance * self.scale
+        pairs = [("summed", sink.sums.get(name), self.summed[name])]
+        pairs += [("one example's", sink.alone.get(name), self.few[name])]
+        for what, given, true in pairs:
+            off = true.double() if given is None else given.double() - true.double()
+            norm, error = float(true.double().norm()), float(off.norm())
+            if not error <= tolerance * norm + noise:
+                return f"gives {what} gradient off by {error / max(norm, 1e-300):.2g} of its norm"
+        return ""

@@ -1,0 +1,20 @@
+"""Maximum inner product search over feature rows: exact (`flat`) and by inverted lists (`ivf`)."""
+
+from tracin_ann.search.base import SearchIndex, TwoSidedIndex, search_both
+from tracin_ann.search.choose import IndexChoice, choose_index
+from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.ivf import IVFIndex, IVFParams
+from tracin_ann.search.topk import from_padded, merge
+
+__all__ = [
+    "FlatIndex",
+    "IVFIndex",
+    "IVFParams",
+    "IndexChoice",
+    "SearchIndex",
+    "TwoSidedIndex",
+    "choose_index",
+    "from_padded",
+    "merge",
+    "search_both",
+]

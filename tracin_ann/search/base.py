@@ -1,0 +1,85 @@
+"""What a search index is: maximum inner product over rows with ids, and both directions of it.
+
+Shapes: Q queries, F feature dimension, K results.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from tracin_ann.errors import NonFiniteError, UsageError, problem
+from tracin_ann.search.topk import negated, split
+from tracin_ann.types import Float32, TopK
+
+
+class SearchIndex(Protocol):
+    """Rows with ids that answers which have the largest inner product with a query."""
+
+    @property
+    def kind(self) -> str:
+        """Return the name of the backend: `flat` or `ivf`."""
+
+    @property
+    def dim(self) -> int:
+        """Return F, the length of a row and of a query."""
+
+    def __len__(self) -> int:
+        """Return N, the number of rows."""
+
+    def search(self, queries_QF: Float32, k: int) -> TopK:
+        """Return the k rows of largest inner product with each query, fewer only where N < k."""
+
+
+@runtime_checkable
+class TwoSidedIndex(Protocol):
+    """An index that answers both directions in one pass over its rows."""
+
+    def search_both(self, queries_QF: Float32, k: int) -> tuple[TopK, TopK]:
+        """Return (proponents, opponents), as the function `search_both` does."""
+
+
+def search_both(index: SearchIndex, queries_QF: Float32, k: int) -> tuple[TopK, TopK]:
+    """Return (proponents, opponents): the k rows of largest, and of most negative, inner product.
+
+    Opponents are `-search(-q)`, their scores negated back, so that they rise from the most negative.
+    Neither side is filtered by sign: where few rows are negative, opponents may be positive.
+    """
+    if isinstance(index, TwoSidedIndex):
+        return index.search_both(queries_QF, k)
+    queries = checked_queries(index, queries_QF, k)
+    proponents, opponents = split(index.search(np.concatenate([queries, -queries]), k), len(queries))
+    return proponents, negated(opponents)
+
+
+def checked_queries(index: SearchIndex, queries_QF: Float32, k: int) -> Float32:
+    """Return the queries as contiguous float32 [Q, F].
+
+    Raises:
+        UsageError: k < 1, or the queries do not have the index's dimension.
+        NonFiniteError: a query holds NaN or infinity.
+    """
+    if k < 1:
+        raise UsageError(problem("no results asked for", got=f"k = {k}", expected="k ≥ 1", remedy="raise k"))
+    queries = np.ascontiguousarray(queries_QF, dtype=np.float32)
+    if queries.shape != (len(queries), index.dim):
+        raise UsageError(
+            problem(
+                "queries do not fit the index",
+                got=f"shape {queries.shape}",
+                expected=f"(number of queries, {index.dim})",
+                remedy="compute their features with the sketch that the index was built with",
+            )
+        )
+    bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+    if len(bad):
+        raise NonFiniteError(
+            problem(
+                f"query {bad[0]} is not finite",
+                got="NaN or infinity",
+                expected="finite features",
+                remedy="mend the query or the checkpoint it was computed with",
+            )
+        )
+    return queries

@@ -1,0 +1,108 @@
+"""The one choice of the best k: falling scores, equal scores by rising id, no padding let through.
+
+Shapes: Q queries, M candidates a query, K results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracin_ann.types import Float32, Int64, TopK
+
+_NO_ID = -1
+
+
+def best(scores_QM: Tensor, k: int) -> Tensor:
+    """Return the positions [Q, min(k, M)] of the best scores of each row; ties by rising position.
+
+    `torch.topk` breaks ties as it likes, so a row whose k-th and next score are equal is sorted whole.
+    """
+    n = scores_QM.shape[1]
+    k = min(k, n)
+    values, where = scores_QM.topk(min(k + 1, n))
+    if k < n:
+        tied = values[:, k - 1] == values[:, k]
+        if bool(tied.any()):
+            order = scores_QM[tied].argsort(dim=1, descending=True, stable=True)
+            where[tied] = order[:, : k + 1]
+    where = where[:, :k].sort(dim=1).values
+    falling = scores_QM.gather(1, where).argsort(dim=1, descending=True, stable=True)
+    return where.gather(1, falling)
+
+
+def from_padded(ids_QM: Int64, scores_QM: Float32, k: int, rows_scored: Int64) -> TopK:
+    """Return the best k of each row of a rectangle; places with a negative id are padding and dropped.
+
+    Args:
+        ids_QM: int64, distinct within a row except for padding; in any order.
+        scores_QM: float32 beside them; whatever stands beside a padding id is ignored.
+        k: results wanted.
+        rows_scored: int64 [Q], passed on.
+    """
+    by_id = np.argsort(ids_QM, axis=1, kind="stable")
+    ids = np.take_along_axis(ids_QM, by_id, axis=1)
+    scores = np.take_along_axis(scores_QM, by_id, axis=1)
+    scores = np.where(ids < 0, np.float32(-np.inf), scores)
+    order = best(torch.from_numpy(scores), k).numpy()
+    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    kept = ids >= 0
+    return TopK(
+        ids=tuple(row[keep] for row, keep in zip(ids, kept, strict=True)),
+        scores=tuple(row[keep] for row, keep in zip(scores, kept, strict=True)),
+        rows_scored=np.asarray(rows_scored, dtype=np.int64),
+    )
+
+
+def merge(parts: Sequence[TopK], k: int) -> TopK:
+    """Return the best k over parts that hold disjoint ids for the same queries; rows_scored are added.
+
+    The best k of shards' best k are the best k of all, ties included.
+
+    Raises:
+        ValueError: no part, or parts of different numbers of queries.
+    """
+    if len({len(part.ids) for part in parts}) != 1:
+        raise ValueError(f"merge of parts with {[len(part.ids) for part in parts]} queries")
+    padded = [_padded(part) for part in parts]
+    return from_padded(
+        np.concatenate([ids for ids, _ in padded], axis=1),
+        np.concatenate([scores for _, scores in padded], axis=1),
+        k,
+        np.sum([part.rows_scored for part in parts], axis=0, dtype=np.int64),
+    )
+
+
+def joined(parts: Sequence[TopK]) -> TopK:
+    """Return the answers of several batches of queries, one batch after another."""
+    return TopK(
+        ids=tuple(ids for part in parts for ids in part.ids),
+        scores=tuple(scores for part in parts for scores in part.scores),
+        rows_scored=np.concatenate([part.rows_scored for part in parts] or [np.zeros(0, np.int64)]),
+    )
+
+
+def split(top: TopK, at: int) -> tuple[TopK, TopK]:
+    """Return the answers of the first `at` queries and of the rest."""
+    return (
+        TopK(top.ids[:at], top.scores[:at], top.rows_scored[:at]),
+        TopK(top.ids[at:], top.scores[at:], top.rows_scored[at:]),
+    )
+
+
+def negated(top: TopK) -> TopK:
+    """Return the answer with its scores' signs turned (and no -0.0): rising where it fell."""
+    return TopK(top.ids, tuple(np.float32(0) - scores for scores in top.scores), top.rows_scored)
+
+
+def _padded(top: TopK) -> tuple[Int64, Float32]:
+    width = max((len(ids) for ids in top.ids), default=0)
+    ids_QM = np.full((len(top.ids), width), _NO_ID, dtype=np.int64)
+    scores_QM = np.zeros((len(top.ids), width), dtype=np.float32)
+    for row, (ids, scores) in enumerate(zip(top.ids, top.scores, strict=True)):
+        ids_QM[row, : len(ids)] = ids
+        scores_QM[row, : len(scores)] = scores
+    return ids_QM, scores_QM

@@ -1,0 +1,87 @@
+"""A model borrowed from the user: in eval mode on a device, and given back as it was, with all global state."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from tracin_ann.device import differentiable_recurrence, preserved_rng
+from tracin_ann.errors import TaskError, problem
+from tracin_ann.task import Task
+
+
+@contextlib.contextmanager
+def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
+    """Yield `task.model()` in eval mode on `device`; on leaving, everything is as it was before.
+
+    Put back: the model's weights, buffers, modes, requires_grad flags and device (the user's
+    function may return an object that it keeps), torch's, numpy's and Python's random state, grad
+    mode, default dtype, and PyTorch's switch for fused attention.
+
+    Raises:
+        TaskError: `task.model` returns no module.
+    """
+    with preserved_globals():
+        model = task.model()
+        if not isinstance(model, nn.Module):
+            raise TaskError(
+                problem(
+                    "Task.model returns no model",
+                    got=type(model).__name__,
+                    expected="a torch.nn.Module",
+                    remedy="return the module itself",
+                )
+            )
+        with _preserved_model(model):
+            model.eval()
+            model.to(device)
+            yield model
+
+
+@contextlib.contextmanager
+def preserved_globals() -> Iterator[None]:
+    """Put random states, grad mode, default dtype and the fused-attention switch back on leaving."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    dtype, fused = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
+    try:
+        with preserved_rng(), torch.enable_grad(), differentiable_recurrence():
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_default_dtype(dtype)
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextlib.contextmanager
+def _preserved_model(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [(tensor, tensor.device, tensor.detach().clone()) for tensor in tensors]
+    parameters = [(module, dict(module._parameters)) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    hooks = [(module, copy.copy(module._forward_hooks)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held in parameters:
+            module._parameters.update(held)
+        for module, held_buffers in buffers:
+            module._buffers.update(held_buffers)
+        with torch.no_grad():
+            for tensor, device, values in saved:
+                tensor.data = values.to(device)
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, registered in hooks:
+            assert list(module._forward_hooks) == list(registered)

@@ -1,0 +1,36 @@
+"""Sketches: linear, unbiased maps of gradients into D dimensions, named as `--sketch` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from tracin_ann.errors import UsageError, problem
+from tracin_ann.sketch.base import ParameterKey, ParameterSketch, Sketch
+from tracin_ann.sketch.dense import DenseSketch
+from tracin_ann.sketch.factored import FactoredSketch
+from tracin_ann.sketch.kronecker import KroneckerSketch
+
+__all__ = ["SKETCHES", "ParameterKey", "ParameterSketch", "Sketch", "make_sketch"]
+
+SKETCHES: dict[str, Callable[[int], Sketch]] = {
+    "factored": FactoredSketch,
+    "kronecker": KroneckerSketch,
+    "dense": DenseSketch,
+    "dense-gaussian": partial(DenseSketch, gaussian=True),
+}
+
+
+def make_sketch(name: str, dim: int) -> Sketch:
+    """Return the sketch of this name and dimension D.
+
+    Raises:
+        UsageError: there is no such sketch, or it cannot use this dimension.
+    """
+    if name not in SKETCHES:
+        raise UsageError(
+            problem("unknown sketch", got=repr(name), expected=" or ".join(SKETCHES), remedy="change --sketch")
+        )
+    if dim < 1:
+        raise UsageError(problem("the sketch has no dimension", got=dim, expected="1 or more", remedy="change --dim"))
+    return SKETCHES[name](dim)

@@ -1,0 +1,62 @@
+"""The one source of random numbers: Philox streams keyed by (seed, checkpoint, parameter, role).
+
+A stream is random access (counter-based), made on the CPU by numpy's Philox4x64-10 (Salmon et al.,
+SC 2011), whose raw words numpy keeps stable for ever, and then moved to whatever device asks: so
+every device sees the same numbers, and no key is ever made by adding seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tracin_ann.types import Float32
+
+_WORDS_A_COUNTER = 4
+_BITS_A_WORD = 64
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of random numbers named by what it is for; equal names give equal numbers."""
+
+    seed: int
+    checkpoint: int
+    parameter: str
+    role: str
+
+    def words(self, start: int, count: int) -> npt.NDArray[np.uint64]:
+        """Return raw 64-bit words [count] from position `start`."""
+        first, skip = divmod(start, _WORDS_A_COUNTER)
+        name = "\x1f".join((str(self.seed), str(self.checkpoint), self.parameter, self.role))
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16, person=b"tracin_ann").digest(), "little")
+        generator = np.random.Philox(key=key, counter=first)
+        return generator.random_raw(skip + count)[skip:]
+
+    def signs(self, start: int, count: int) -> npt.NDArray[np.int8]:
+        """Return independent signs ±1, int8 [count], from position `start`; one bit of the stream each."""
+        first, skip = divmod(start, _BITS_A_WORD)
+        n_words = -(-(skip + count) // _BITS_A_WORD)
+        packed = self.words(first, n_words).astype("<u8", copy=False).view(np.uint8)
+        bits = np.unpackbits(packed, bitorder="little")[skip : skip + count]
+        return (bits.astype(np.int8) << 1) - 1
+
+    def gaussians(self, start: int, count: int) -> Float32:
+        """Return independent N(0, 1), float32 [count], from position `start` (Box and Muller, 1958)."""
+        first, skip = divmod(start, 2)
+        pairs = -(-(skip + count) // 2)
+        raw = self.words(2 * first, 2 * pairs)
+        uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        radius = np.sqrt(-2.0 * np.log(uniform[0::2]))
+        angle = 2.0 * np.pi * uniform[1::2]
+        normal = np.empty(2 * pairs)
+        normal[0::2] = radius * np.cos(angle)
+        normal[1::2] = radius * np.sin(angle)
+        return normal[skip : skip + count].astype(np.float32)
+
+    def integer(self, bound: int) -> int:
+        """Return one integer in [0, bound), the stream's first word reduced."""
+        return int(self.words(0, 1)[0] % np.uint64(bound))

@@ -1,0 +1,306 @@
+"""One immutable HDF5 file of features: a partition of rows × one checkpoint, its format, writing and reading.
+
+Shapes: N rows of the file, D sketch dimension a checkpoint.
+
+Every dataset is contiguous and uncompressed, so that the features are memory-mapped at their offset:
+`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` and `loss` float32 [N], and
+`block_checksum` uint64: the xxh3_64 of the header and of all columns of each `block_rows` rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO, cast, get_args
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
+from tracin_ann.files import atomic_path, file_digest
+from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
+from tracin_ann.types import Float32, Int64
+
+FORMAT = "tracin_ann.features"
+VERSION = 1
+
+_ALIGNMENT = 4096
+_REWRITE = "run the build again: it writes anew the files that are missing or damaged"
+_STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureBlock:
+    """What one checkpoint says of some consecutive rows.
+
+    Attributes:
+        ids_N: int64, each one more than the last.
+        feature_ND: float32, √learning-rate-scaled sketches of the gradients.
+        sqnorm_N: float32, squared norms of the whole gradients, without the learning rate.
+        loss_N: float32.
+    """
+
+    ids_N: Int64
+    feature_ND: Float32
+    sqnorm_N: Float32
+    loss_N: Float32
+
+    def __post_init__(self) -> None:
+        """Check shapes, dtypes and that the ids are consecutive."""
+        n_rows = len(self.ids_N)
+        columns: dict[str, tuple[npt.NDArray[Any], type[np.generic], tuple[int, ...]]] = {
+            "ids_N": (self.ids_N, np.int64, (n_rows,)),
+            "feature_ND": (self.feature_ND, np.float32, (n_rows, *self.feature_ND.shape[-1:])),
+            "sqnorm_N": (self.sqnorm_N, np.float32, (n_rows,)),
+            "loss_N": (self.loss_N, np.float32, (n_rows,)),
+        }
+        for name, (array, dtype, shape) in columns.items():
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+        if self.feature_ND.size == 0:
+            raise ValueError(f"feature_ND is {self.feature_ND.shape}, expected [N, D] with N, D ≥ 1")
+        if (np.diff(self.ids_N) != 1).any():
+            raise ValueError("ids_N are not consecutive")
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What a feature file says of itself; two files with equal headers are interchangeable.
+
+    Attributes:
+        spec_digest: names everything that determines a feature row.
+        start: first row of the partition.
+        stop: one past its last row.
+        checkpoint: index of the checkpoint.
+        dim: D.
+        dtype: how the features are stored.
+        block_rows: rows under one checksum.
+    """
+
+    spec_digest: str
+    start: int
+    stop: int
+    checkpoint: int
+    dim: int
+    dtype: Dtype = "float16"
+    block_rows: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (0 <= self.start < self.stop and self.checkpoint >= 0 and self.dim >= 1 and self.block_rows >= 1):
+            raise ValueError(f"impossible header {self}")
+        if self.dtype not in get_args(Dtype) or not self.spec_digest:
+            raise ValueError(f"impossible header {self}")
+
+    @property
+    def n_rows(self) -> int:
+        """Return N."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest keeps of a file: its name in the directory, its size in bytes, its xxh3_128."""
+
+    name: str
+    size: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        """Refuse names that lead out of the directory."""
+        if Path(self.name).name != self.name:
+            raise ValueError(f"not a plain file name: {self.name!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureFile:
+    """An open feature file: features memory-mapped, the small columns in memory.
+
+    Rows are named by position in the file, 0 for row `header.start`. The map holds one file descriptor.
+    """
+
+    path: Path
+    header: FileHeader
+    stored_ND: Stored
+    exponent_N: Int16
+    ids_N: Int64
+    sqnorm_N: Float32
+    loss_N: Float32
+    block_checksum: npt.NDArray[np.uint64]
+
+    @classmethod
+    def open(cls, path: Path, expected: FileHeader | None = None) -> FeatureFile:
+        """Open the file and compare its header with `expected`; the features are not read.
+
+        Raises:
+            DamagedIndexError: missing, truncated, not HDF5, of another version, or with another header.
+        """
+        try:
+            # The system's errors (rights, too many open files) are raised here, and pass; h5py's are damage.
+            file = path.open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise DamagedIndexError(problem(f"{path}", got="no file", expected="a file", remedy=_REWRITE)) from None
+        with file:
+            try:
+                opened = cls._read(path, file)
+            # What h5py raises depends on which byte of its metadata is damaged.
+            except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
+                got = f"an unreadable one ({' '.join(str(error).split())[:200]})"
+                message = problem(f"{path}", got=got, expected="a whole feature file", remedy=_REWRITE)
+                raise DamagedIndexError(message) from error
+        if expected is not None and opened.header != expected:
+            names = [f.name for f in fields(expected) if getattr(opened.header, f.name) != getattr(expected, f.name)]
+            got = ", ".join(f"{name}={getattr(opened.header, name)}" for name in names)
+            want = ", ".join(f"{name}={getattr(expected, name)}" for name in names)
+            remedy = "build into another directory, or run the build again to replace the file"
+            raise DamagedIndexError(problem(f"{path}: other header", got=got, expected=want, remedy=remedy))
+        return opened
+
+    @classmethod
+    def _read(cls, path: Path, opened: BinaryIO) -> FeatureFile:
+        # By file object, h5py takes no lock: the file never changes once it has its name, locks fail on some
+        # network file systems, and another h5py handle in this process may have chosen other lock settings.
+        with h5py.File(opened, "r") as file:
+            header = _read_header(file)
+            n_rows, n_blocks = header.n_rows, -(-header.n_rows // header.block_rows)
+            feature_shape = (n_rows, header.dim)
+            feature_dtype = np.dtype(_STORED_DTYPE[header.dtype])
+            dataset = _dataset(file, "feature", feature_shape, feature_dtype.str)
+            offset, size = dataset.id.get_offset(), os.fstat(opened.fileno()).st_size
+            # A page past the end of the file would kill the process when it is touched (SIGBUS).
+            if offset is None or offset + n_rows * header.dim * feature_dtype.itemsize > size:
+                raise ValueError("features reach past the end of the file")
+            stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
+            return cls(
+                path=path,
+                header=header,
+                stored_ND=stored_ND,
+                exponent_N=_dataset(file, "exponent", (n_rows,), "<i2")[...],
+                ids_N=_dataset(file, "id", (n_rows,), "<i8")[...],
+                sqnorm_N=_dataset(file, "sqnorm", (n_rows,), "<f4")[...],
+                loss_N=_dataset(file, "loss", (n_rows,), "<f4")[...],
+                block_checksum=_dataset(file, "block_checksum", (n_blocks,), "<u8")[...],
+            )
+
+    def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
+        """Return float32 rows start..stop-1 [stop - start, D]; with `unit`, each of norm one (or zero).
+
+        Written into `out_ND` if given: its rows must be contiguous, but it may be columns of a wider array.
+        """
+        if not 0 <= start <= stop <= self.header.n_rows:
+            raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
+        return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
+
+    def take(self, positions: Int64, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
+        """Return float32 rows [len(positions), D] in the order asked for; otherwise as `read`."""
+        if len(positions) and not 0 <= positions.min() <= positions.max() < self.header.n_rows:
+            raise IndexError(f"positions {positions.min()}..{positions.max()} of {self.header.n_rows} rows")
+        return self._decode(self.stored_ND[positions], self.exponent_N[positions], out_ND, unit)
+
+    def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
+        if out_ND is None:
+            out_ND = np.empty(stored_ND.shape, dtype=np.float32)
+        decode_rows(stored_ND, exponent_N, out_ND, unit=unit)
+        return out_ND
+
+    def verify(self) -> None:
+        """Read everything and compare the checksums.
+
+        Raises:
+            DamagedIndexError: names the file and the first block of rows that differs.
+        """
+        found = _block_checksums(self.header, [self.stored_ND, self.exponent_N, self.ids_N, self.sqnorm_N, self.loss_N])
+        differs = np.flatnonzero(found != self.block_checksum)
+        if len(differs):
+            first = int(differs[0])
+            start = self.header.start + first * self.header.block_rows
+            stop = min(start + self.header.block_rows, self.header.stop)
+            what = f"{self.path}: rows {start}..{stop - 1} are altered ({len(differs)} of {len(found)} blocks are)"
+            got, expected = (f"checksum {int(value):016x}" for value in (found[first], self.block_checksum[first]))
+            raise DamagedIndexError(problem(what, got=got, expected=expected, remedy=_REWRITE))
+
+
+def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -> FileRecord:
+    """Write the file whole or not at all; equal arguments give equal bytes.
+
+    Raises:
+        NonFiniteError: a feature, squared norm or loss is NaN or infinite; names checkpoint and row.
+    """
+    found = (int(block.ids_N[0]), int(block.ids_N[-1]) + 1, block.feature_ND.shape[1])
+    if found != (header.start, header.stop, header.dim):
+        raise ValueError(f"block of (start, stop, dim) = {found} does not fit {header}")
+    _refuse_non_finite(block, header.checkpoint)
+    stored_ND, exponent_N = encode_rows(block.feature_ND, header.dtype)
+    columns = {
+        "feature": stored_ND,
+        "exponent": exponent_N,
+        "id": block.ids_N.astype("<i8"),
+        "sqnorm": block.sqnorm_N.astype("<f4"),
+        "loss": block.loss_N.astype("<f4"),
+    }
+    checksum = _block_checksums(header, list(columns.values()))
+    with atomic_path(path) as temporary:
+        # "earliest": with "latest", no file of a killed process could be opened again.
+        with h5py.File(
+            temporary,
+            "w",
+            libver="earliest",
+            locking=False,
+            alignment_threshold=_ALIGNMENT,
+            alignment_interval=_ALIGNMENT,
+        ) as file:
+            for name, value in {"format": FORMAT, "version": VERSION, **asdict(header)}.items():
+                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
+            for name, array in {**columns, "block_checksum": checksum}.items():
+                file.create_dataset(name, data=array, track_times=False)
+        record = FileRecord(path.name, temporary.stat().st_size, file_digest(temporary))
+    return record
+
+
+def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
+    for name, value_N in (
+        ("loss", block.loss_N),
+        ("squared gradient norm", block.sqnorm_N),
+        ("feature", row_peaks(block.feature_ND)),
+    ):
+        bad = np.flatnonzero(~np.isfinite(value_N))
+        if len(bad):
+            what = f"{name} of row {block.ids_N[bad[0]]} at checkpoint {checkpoint} ({len(bad)} such rows here)"
+            remedy = "leave out the rows or the checkpoint, or mend the loss"
+            raise NonFiniteError(problem(what, got=value_N[bad[0]], expected="a finite number", remedy=remedy))
+
+
+def _read_header(file: h5py.File) -> FileHeader:
+    attributes = {name: _plain(value) for name, value in file.attrs.items()}
+    found = (attributes.pop("format", None), attributes.pop("version", None))
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"format and version {found}, this program reads {(FORMAT, VERSION)}")
+    return FileHeader(**attributes)
+
+
+def _plain(value: object) -> Any:
+    return value.decode() if isinstance(value, bytes) else int(cast(np.int64, value))
+
+
+def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
+    dataset = file[name]
+    if (dataset.shape, dataset.dtype.str, dataset.chunks) != (shape, dtype, None):
+        raise ValueError(f"dataset {name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")
+    return dataset
+
+
+def _block_checksums(header: FileHeader, columns: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.uint64]:
+    # The header goes in too, so that altered attributes are noticed with no expectation to compare with.
+    salt = json.dumps(asdict(header), sort_keys=True).encode()
+    checksums = []
+    for start in range(0, header.n_rows, header.block_rows):
+        digest = xxhash.xxh3_64(salt)
+        for column in columns:
+            # As bytes: the buffer protocol has no name for little-endian float16 on every platform.
+            digest.update(column[start : start + header.block_rows].view(np.uint8).data)
+        checksums.append(digest.intdigest())
+    return np.array(checksums, dtype="<u8")

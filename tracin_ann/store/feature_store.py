@@ -1,0 +1,254 @@
+"""A directory of feature files: which there must be, which are whole, and its rows as a RowSource.
+
+Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = (checkpoints chosen)·D.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from threading import Lock
+from typing import get_args
+
+import numpy as np
+
+from tracin_ann.errors import DamagedIndexError, UsageError, problem
+from tracin_ann.files import file_digest
+from tracin_ann.store.codec import Dtype
+from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader, FileRecord, write_feature_file
+from tracin_ann.types import Float32, Int64
+
+# Each open map holds a file descriptor, and 1024 a process is a common limit.
+_OPEN_FILES = 256
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """What determines the files of a store.
+
+    Attributes:
+        n_rows: N.
+        partition_rows: rows a file; the last partition may hold fewer.
+        n_checkpoints: C.
+        dim: D.
+        dtype: how the features are stored.
+        spec_digest: names everything that determines a feature row.
+    """
+
+    n_rows: int
+    partition_rows: int
+    n_checkpoints: int
+    dim: int
+    dtype: Dtype
+    spec_digest: str
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if min(self.n_rows, self.partition_rows, self.n_checkpoints, self.dim) < 1:
+            raise ValueError(f"impossible layout {self}")
+        if self.dtype not in get_args(Dtype) or not self.spec_digest:
+            raise ValueError(f"impossible layout {self}")
+
+    @property
+    def n_partitions(self) -> int:
+        """Return how many partitions hold the rows."""
+        return -(-self.n_rows // self.partition_rows)
+
+    def rows(self, partition: int) -> tuple[int, int]:
+        """Return (start, stop) of a partition."""
+        if not 0 <= partition < self.n_partitions:
+            raise IndexError(f"partition {partition} of {self.n_partitions}")
+        start = partition * self.partition_rows
+        return start, min(start + self.partition_rows, self.n_rows)
+
+    def header(self, partition: int, checkpoint: int) -> FileHeader:
+        """Return the header that the file must have."""
+        if not 0 <= checkpoint < self.n_checkpoints:
+            raise IndexError(f"checkpoint {checkpoint} of {self.n_checkpoints}")
+        start, stop = self.rows(partition)
+        return FileHeader(self.spec_digest, start, stop, checkpoint, self.dim, self.dtype)
+
+
+class FeatureStore:
+    """The features of N rows × C checkpoints, one file per partition of rows and checkpoint.
+
+    Reading may be done by many threads; writing different files by many processes.
+    """
+
+    def __init__(self, directory: Path, layout: StoreLayout) -> None:
+        """Name the directory and its layout; nothing is read or made yet."""
+        self.directory = directory
+        self.layout = layout
+        self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
+        self._lock = Lock()
+
+    def path(self, partition: int, checkpoint: int) -> Path:
+        """Return where the file is, or would be."""
+        return self.directory / f"features-{partition:06d}-{checkpoint:04d}.h5"
+
+    def partitions(self) -> list[tuple[int, int]]:
+        """Return (start, stop) of every partition."""
+        return [self.layout.rows(partition) for partition in range(self.layout.n_partitions)]
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Return (partition, checkpoint) of the files that are not there whole; reads every byte."""
+        return [
+            (partition, checkpoint)
+            for partition in range(self.layout.n_partitions)
+            for checkpoint in range(self.layout.n_checkpoints)
+            if not self._is_whole(partition, checkpoint)
+        ]
+
+    def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> FileRecord:
+        """Write one file, durably, in place of whatever has its name.
+
+        Raises:
+            NonFiniteError: the block holds NaN or inf.
+        """
+        header = self.layout.header(partition, checkpoint)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record = write_feature_file(self.path(partition, checkpoint), block, header=header)
+        with self._lock:
+            self._open.pop((partition, checkpoint), None)
+        return record
+
+    def check(self, records: Iterable[FileRecord], *, deep: bool = False) -> None:
+        """Compare the listed files' sizes, and if `deep` their digests, with what is on disk.
+
+        Raises:
+            DamagedIndexError: names the first file that is missing or differs.
+        """
+        for record in records:
+            path = self.directory / record.name
+            try:
+                found = FileRecord(record.name, path.stat().st_size, file_digest(path) if deep else record.digest)
+            except FileNotFoundError:
+                got: object = "no file"
+            else:
+                got = f"{found.size} bytes" + (f" of digest {found.digest}" if deep else "")
+                if found == record:
+                    continue
+            expected = f"{record.size} bytes" + (f" of digest {record.digest}" if deep else "")
+            raise DamagedIndexError(
+                problem(f"{path}", got=got, expected=expected, remedy="run the build again, or restore the file")
+            )
+
+    def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float32:
+        """Return squared gradient norms [N, C], without learning rate, of the checkpoints in that order."""
+        return self._column("sqnorm_N", checkpoints)
+
+    def losses(self, checkpoints: Sequence[int] | None = None) -> Float32:
+        """Return losses [N, C] of the checkpoints in that order."""
+        return self._column("loss_N", checkpoints)
+
+    def view(self, checkpoints: Sequence[int] | None = None, *, cosine: bool = False) -> FeatureView:
+        """Return the rows over the chosen checkpoints (all, if None) as a RowSource; reads nothing yet.
+
+        With `cosine`, each checkpoint's part of a row is divided by its own norm; a zero part stays zero.
+
+        Raises:
+            UsageError: a checkpoint that the store doesn't hold, or none.
+        """
+        return FeatureView(self, self._chosen(checkpoints), cosine)
+
+    def file(self, partition: int, checkpoint: int) -> FeatureFile:
+        """Return the open file, from among the last used or opened now.
+
+        Raises:
+            DamagedIndexError: it is missing, unreadable or has another header.
+        """
+        key = (partition, checkpoint)
+        with self._lock:
+            opened = self._open.pop(key, None)
+            if opened is None:
+                opened = FeatureFile.open(self.path(*key), self.layout.header(*key))
+            self._open[key] = opened
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return opened
+
+    def _is_whole(self, partition: int, checkpoint: int) -> bool:
+        try:
+            FeatureFile.open(self.path(partition, checkpoint), self.layout.header(partition, checkpoint)).verify()
+        except DamagedIndexError:
+            return False
+        return True
+
+    def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
+        n_checkpoints = self.layout.n_checkpoints
+        chosen = tuple(range(n_checkpoints)) if checkpoints is None else tuple(checkpoints)
+        if not chosen or not all(0 <= checkpoint < n_checkpoints for checkpoint in chosen):
+            expected = f"some of 0..{n_checkpoints - 1}"
+            raise UsageError(
+                problem("checkpoints", got=list(chosen), expected=expected, remedy="choose among those of the index")
+            )
+        return chosen
+
+    def _column(self, name: str, checkpoints: Sequence[int] | None) -> Float32:
+        column, chosen = attrgetter(name), self._chosen(checkpoints)
+        value_NC = np.empty((self.layout.n_rows, len(chosen)), dtype=np.float32)
+        for partition, (start, stop) in enumerate(self.partitions()):
+            for i, checkpoint in enumerate(chosen):
+                value_NC[start:stop, i] = column(self.file(partition, checkpoint))
+        return value_NC
+
+
+@dataclass(frozen=True)
+class FeatureView:
+    """Rows [N, F] of a store over some of its checkpoints, a RowSource whose ids are 0..N-1."""
+
+    store: FeatureStore
+    checkpoints: tuple[int, ...]
+    cosine: bool
+
+    @property
+    def dim(self) -> int:
+        """Return F."""
+        return len(self.checkpoints) * self.store.layout.dim
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.store.layout.n_rows
+
+    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
+        """Yield (ids [n], rows [n, F]) in rising id order, n ≤ block_rows; ends at a partition's edge."""
+        if block_rows < 1:
+            raise ValueError(f"block_rows is {block_rows}")
+        for partition, (first, last) in enumerate(self.store.partitions()):
+            for start in range(first, last, block_rows):
+                stop = min(start + block_rows, last)
+                row_NF = np.empty((stop - start, self.dim), dtype=np.float32)
+                for file, out_ND in self._columns(partition, row_NF):
+                    file.read(start - first, stop - first, out_ND=out_ND, unit=self.cosine)
+                yield np.arange(start, stop, dtype=np.int64), row_NF
+
+    def take(self, ids: Sequence[int] | Int64) -> Float32:
+        """Return float32 rows [len(ids), F] of these ids, in the order asked for.
+
+        Raises:
+            KeyError: an id outside 0..N-1.
+        """
+        id_K = np.asarray(ids, dtype=np.int64)
+        unknown_K = (id_K < 0) | (id_K >= len(self))
+        if unknown_K.any():
+            raise KeyError(int(id_K[unknown_K][0]))
+        row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
+        # Read in rising order, so that every file is visited once and forwards.
+        order_K = np.argsort(id_K, kind="stable")
+        partition_rows = self.store.layout.partition_rows
+        partition_K = id_K[order_K] // partition_rows
+        for group in np.split(order_K, np.flatnonzero(np.diff(partition_K)) + 1) if len(id_K) else []:
+            partition = int(id_K[group[0]]) // partition_rows
+            group_row_KF = np.empty((len(group), self.dim), dtype=np.float32)
+            for file, out_ND in self._columns(partition, group_row_KF):
+                file.take(id_K[group] - partition * partition_rows, out_ND=out_ND, unit=self.cosine)
+            row_KF[group] = group_row_KF
+        return row_KF
+
+    def _columns(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
+        dim = self.store.layout.dim
+        for i, checkpoint in enumerate(self.checkpoints):
+            yield self.store.file(partition, checkpoint), row_NF[:, i * dim : (i + 1) * dim]

@@ -1,0 +1,299 @@
+"""What the user brings: model, per-example loss, data, checkpoints; and how a task is named and loaded."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracin_ann.errors import TaskError, UsageError, problem
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of the model and the learning rate in force when it was saved.
+
+    Attributes:
+        path: a file that `torch.load(weights_only=True)` or safetensors reads, or whatever the
+            task's own `load` reads (a directory too).
+        learning_rate: η_c of TracInCP (Pruthi et al. 2020, section 3.3); positive and finite.
+    """
+
+    path: str | os.PathLike[str]
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        """Refuse a learning rate that is not positive.
+
+        Raises:
+            TaskError: the learning rate is zero, negative, NaN or infinite.
+        """
+        if not 0 < self.learning_rate < float("inf"):
+            raise TaskError(
+                problem(
+                    f"checkpoint {os.fspath(self.path)} has a bad learning rate",
+                    got=self.learning_rate,
+                    expected="a positive finite number",
+                    remedy="give the learning rate that training used at this checkpoint",
+                )
+            )
+
+
+@dataclass(frozen=True)
+class Description:
+    """An example for people: a text, a picture (array or tensor, H×W, 1×H×W, 3×H×W, H×W×3), or both."""
+
+    text: str | None = None
+    image: Any | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything tracin_ann needs to know of a model and its data, in ordinary PyTorch.
+
+    Attributes:
+        model: returns the model; its weights are then read from each checkpoint in turn.
+        loss: `loss(model, batch) -> Tensor[B]`, one loss an example, no reduction.
+        train_data: returns the map-style training set (`len`, `[i]`); the rows of the index.
+        query_data: returns the map-style set that `--ids` counts in.
+        checkpoints: paths with learning rates, in training order.
+        query_loss: the query side's differentiable score an example; `loss` where it is None.
+        parameters: which parameters take part: a glob, a list of names or globs, or a predicate
+            `(name, parameter) -> bool`; None: all that require a gradient.
+        collate: examples -> batch; torch's default collate where it is None.
+        describe: example -> str or Description, for people.
+        load: `load(model, path)` for checkpoints that are no plain state_dict.
+    """
+
+    model: Callable[[], nn.Module]
+    loss: LossFunction
+    train_data: Callable[[], Any]
+    query_data: Callable[[], Any]
+    checkpoints: Sequence[Checkpoint]
+    query_loss: LossFunction | None = None
+    parameters: ParameterFilter | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    describe: Callable[[Any], str | Description] | None = None
+    load: Callable[[nn.Module, str], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the kinds of the fields.
+
+        Raises:
+            TaskError: a field that must be callable is not, or there is no checkpoint.
+        """
+        required = ("model", "loss", "train_data", "query_data")
+        optional = ("query_loss", "collate", "describe", "load")
+        for name in required + optional:
+            value = getattr(self, name)
+            if not callable(value) and not (name in optional and value is None):
+                raise TaskError(
+                    problem(
+                        f"Task.{name} cannot be called",
+                        got=type(value).__name__,
+                        expected="a function",
+                        remedy=f"pass a function, for example {name}=lambda: ...",
+                    )
+                )
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        if not self.checkpoints:
+            raise TaskError(
+                problem(
+                    "Task.checkpoints is empty",
+                    got="no checkpoint",
+                    expected="at least one",
+                    remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
+                )
+            )
+
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that take part, by name, in the model's order; tied ones once.
+
+        Raises:
+            TaskError: nothing is selected, a name or glob matches nothing, or a selected
+                parameter is not a real floating-point tensor.
+        """
+        named = dict(model.named_parameters())
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if callable(self.parameters):
+            chosen = {name: p for name, p in named.items() if self.parameters(name, p)}
+        elif self.parameters is not None:
+            patterns = [self.parameters] if isinstance(self.parameters, str) else list(self.parameters)
+            for pattern in patterns:
+                if not fnmatch.filter(named, pattern):
+                    raise TaskError(_nothing_matches(f"Task.parameters names {pattern!r}", named))
+            chosen = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, pat) for pat in patterns)}
+        if not chosen:
+            raise TaskError(_nothing_matches("no parameter takes part", named))
+        for name, parameter in chosen.items():
+            if not parameter.is_floating_point():
+                raise TaskError(
+                    problem(
+                        f"parameter {name} cannot be used",
+                        got=parameter.dtype,
+                        expected="a real floating-point parameter",
+                        remedy="leave it out with Task.parameters",
+                    )
+                )
+        return chosen
+
+    def collated(self, examples: list[Any]) -> Any:
+        """Return the batch of these examples."""
+        return (self.collate or torch.utils.data.default_collate)(examples)
+
+    def described(self, example: Any) -> Description | None:
+        """Return what people are shown of an example, or None where the task does not say."""
+        if self.describe is None:
+            return None
+        shown = self.describe(example)
+        return shown if isinstance(shown, Description) else Description(text=str(shown))
+
+
+def _nothing_matches(what: str, named: Mapping[str, nn.Parameter]) -> str:
+    names = ", ".join(list(named)[:6]) + (", ..." if len(named) > 6 else "")  # noqa: PLR2004
+    return problem(
+        what,
+        got="no match",
+        expected=f"some of the model's {len(named)} parameters ({names})",
+        remedy="mend Task.parameters, or requires_grad in the model",
+    )
+
+
+def load_task(reference: str, arguments: Mapping[str, str] | None = None) -> Task:
+    """Return the task named `path/to/file.py:name` or `package.module:name`.
+
+    The name is a Task, or a function that returns one and takes `arguments` as strings. A file is
+    imported under its own stem with its folder on `sys.path`, as `python file.py` would have it,
+    so that a worker process can import it again.
+
+    Raises:
+        UsageError: the reference cannot be read or found, or the arguments do not fit.
+        TaskError: what it names is no task.
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise UsageError(
+            problem(
+                "the task cannot be found",
+                got=repr(reference),
+                expected="path/to/file.py:name or package.module:name",
+                remedy="add the name of the Task, or of the function that returns it, behind a colon",
+            )
+        )
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    if not hasattr(module, name):
+        raise UsageError(
+            problem(
+                f"{place} has no {name}",
+                got=repr(name),
+                expected="a Task or a function that returns one, such as "
+                + (", ".join(n for n, v in vars(module).items() if isinstance(v, Task)) or "task"),
+                remedy="correct the name behind the colon",
+            )
+        )
+    return _as_task(getattr(module, name), reference, dict(arguments or {}))
+
+
+def _as_task(value: Any, reference: str, arguments: dict[str, str]) -> Task:
+    if isinstance(value, Task):
+        if arguments:
+            raise UsageError(
+                problem(
+                    f"{reference} takes no arguments",
+                    got="--task-arg " + ", ".join(arguments),
+                    expected="none, since it is a Task and no function",
+                    remedy="drop --task-arg, or name a function that returns the Task",
+                )
+            )
+        return value
+    if not callable(value):
+        raise TaskError(_no_task(reference, value))
+    try:
+        task = value(**arguments)
+    except TypeError as error:
+        raise UsageError(
+            problem(
+                f"{reference} does not take these arguments",
+                got=", ".join(f"{k}={v}" for k, v in arguments.items()) or "none",
+                expected=str(error),
+                remedy="change --task-arg",
+            )
+        ) from error
+    if not isinstance(task, Task):
+        raise TaskError(_no_task(reference, task))
+    return task
+
+
+def _no_task(reference: str, value: Any) -> str:
+    return problem(
+        f"{reference} is no task",
+        got=type(value).__name__,
+        expected="a tracin_ann.Task, or a function that returns one",
+        remedy="build it with Task(model=..., loss=..., train_data=..., query_data=..., checkpoints=[...])",
+    )
+
+
+def absolute_reference(reference: str) -> str:
+    """Return the reference with a file's path made absolute, so that it holds from any folder."""
+    place, _, name = reference.rpartition(":")
+    return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else reference
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise
+        raise UsageError(
+            problem(
+                "the task's module cannot be imported",
+                got=name,
+                expected="a module on sys.path",
+                remedy="give the file instead (path/to/file.py:name), or set PYTHONPATH",
+            )
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise UsageError(
+            problem("the task's file is missing", got=path, expected="a Python file", remedy="correct --task")
+        )
+    stem = path.stem
+    loaded = sys.modules.get(stem)
+    if loaded is not None and _file_of(loaded) == path:
+        return loaded
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec(stem) if loaded is None and stem.isidentifier() else None
+    if found is None or found.origin is None or Path(found.origin).resolve() != path:
+        raise UsageError(
+            problem(
+                f"the task's file cannot be imported as {stem!r}",
+                got=_file_of(loaded) if loaded else (found.origin if found else "no valid module name"),
+                expected=path,
+                remedy="rename the file: its stem must be a valid module name that no other module bears",
+            )
+        )
+    return importlib.import_module(stem)
+
+
+def _file_of(module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).resolve() if file else None
