@@ -23,10 +23,12 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"__init__"}, False),
     ({"report", "serve"}, False),
     ({"evaluate"}, False),
-    ({"build", "index"}, True),
+    ({"dry_run"}, False),
+    ({"build", "index"}, False),
+    ({"ranking"}, False),
+    ({"exact"}, False),
     ({"answers"}, False),
     ({"launch"}, False),
-    ({"exact"}, False),
     ({"search"}, False),
     ({"manifest"}, False),
     ({"store"}, False),
@@ -210,7 +212,7 @@ CASES = [
     ("types.py", "from tracin_ann.novelty import x", "which has no floor"),
     ("search/flat.py", "from .merge import top_k\nfrom ..types import TopK\nimport torch", None),
     ("search/__init__.py", "from .flat import Flat\nfrom .. import device", None),
-    ("task.py", "from tracin_ann.checkpoints import Checkpoint", None),
+    ("task.py", "from tracin_ann.device import devices", None),
     ("cli/query.py", "from tracin_ann import __version__, index", None),
 ]
 

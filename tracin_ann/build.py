@@ -15,7 +15,6 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import torch
 
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import Canaries, canary_ids, write_canaries
@@ -56,7 +55,6 @@ from tracin_ann.types import ProgressCallback
 logger = logging.getLogger(__name__)
 
 _UNFINISHED_INDEX = ".index-unfinished"
-_TIMED_BATCHES = 3
 _DTYPES = ("float16", "float32")
 _NORMS = ("sketch", "exact")
 
@@ -71,7 +69,7 @@ class BuildConfig:
         seed: of the sketch's random numbers.
         index: `auto`, `flat` or `ivf`.
         batch_size: examples a forward.
-        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        device: `auto` or a device's name, as `resolve_device` takes it.
         dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
         partition_rows: rows a feature file; what a killed build repeats at most, for one checkpoint.
@@ -117,34 +115,6 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
-class BuildPlan:
-    """What a build would do, by `--dry-run`: nothing is written.
-
-    Attributes:
-        rows: N.
-        feature_dim: F = C·D.
-        disk_bytes: size of the feature files and the index.
-        memory_bytes: largest arrays that the build holds at once, the model's own working memory not counted.
-        seconds: time for all rows and checkpoints, from a few timed batches.
-        index_kind: the search index and why.
-        gradients: which step of the ladder serves which parameter.
-        sketches: what the sketch does with each parameter.
-        frozen: parameters of the model that do not take part.
-    """
-
-    rows: int
-    feature_dim: int
-    disk_bytes: int
-    memory_bytes: int
-    seconds: float
-    index_kind: str
-    index_reason: str
-    gradients: Plan
-    sketches: Mapping[str, str]
-    frozen: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class BuildReport:
     """What a build did.
 
@@ -159,7 +129,7 @@ class BuildReport:
     seconds: float
 
 
-class _Build:
+class BuildWork:
     """One build under way: the task opened, and the directory it writes to."""
 
     def __init__(self, task: Task, out: Path, config: BuildConfig, reference: TaskReference) -> None:
@@ -293,7 +263,7 @@ def build(
     """
     began = perf_counter()
     report = progress or _silent
-    work = _opened(task, Path(out), config or BuildConfig(), arguments)
+    work = opened(task, Path(out), config or BuildConfig(), arguments)
     with work.passes.model() as model:
         work.passes.data("query")
         record = work.record(model)
@@ -325,54 +295,15 @@ def build(
     return BuildReport(manifest, work.rows_extracted, perf_counter() - began)
 
 
-def plan(
-    task: Task | str,
-    out: str | os.PathLike[str],
-    config: BuildConfig | None = None,
-    *,
-    arguments: Mapping[str, str] | None = None,
-) -> BuildPlan:
-    """Return what `build` with these arguments would do; writes nothing.
-
-    Raises:
-        TracinAnnError: whatever `build` would refuse before any work.
-    """
-    config = config or BuildConfig()
-    work = _opened(task, Path(out), config, arguments)
-    with work.passes.model() as model:
-        work.passes.data("query")
-        record = work.record(model)
-        work.claim(record)
-        work.examine(model)
-        seconds = _seconds_a_row(work, model) * record.spec.train_rows * len(record.spec.checkpoints)
-        layout = record.layout
-        n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
-        choice = choose_index(config.index, n_rows, dim)
-        stored = np.dtype(config.dtype).itemsize
-        index_bytes = n_rows * dim * 2 if choice.kind == "ivf" else 0
-        block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
-        return BuildPlan(
-            rows=n_rows,
-            feature_dim=dim,
-            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * 18 + index_bytes,
-            memory_bytes=max(block_bytes, 2 * index_bytes),
-            seconds=seconds,
-            index_kind=choice.kind,
-            index_reason=choice.reason,
-            gradients=model.engine("train").plan,
-            sketches={p.name: work.features.sketch.describe(p.shape) for p in record.spec.parameters},
-            frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
-        )
-
-
-def _opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> _Build:
+def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:
+    """Return the work of a build: the task found, nothing read or written yet."""
     if isinstance(task, Task):
-        return _Build(task, out, config, TaskReference(None, {}))
+        return BuildWork(task, out, config, TaskReference(None, {}))
     reference = TaskReference(absolute_reference(task), dict(arguments or {}))
-    return _Build(load_task(task, arguments), out, config, reference)
+    return BuildWork(load_task(task, arguments), out, config, reference)
 
 
-def _finished(work: _Build, store: FeatureStore) -> Manifest | None:
+def _finished(work: BuildWork, store: FeatureStore) -> Manifest | None:
     """Return the manifest if the directory already holds the whole index that is asked for."""
     if not (work.out / MANIFEST).exists():
         return None
@@ -392,19 +323,6 @@ def _feature_records(store: FeatureStore) -> tuple[FileRecord, ...]:
 def _block(start: int, rows: FeatureRows) -> FeatureBlock:
     ids = np.arange(start, start + len(rows.loss_N), dtype=np.int64)
     return FeatureBlock(ids, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
-
-
-def _seconds_a_row(work: _Build, model: LoadedModel) -> float:
-    extractor = FeatureExtractor(model, work.features)
-    n_rows = work.passes.n_rows("train")
-    ids = [i % n_rows for i in range(work.config.batch_size)]
-    extractor.rows("train", ids)
-    times = []
-    for _ in range(_TIMED_BATCHES):
-        began = perf_counter()
-        extractor.rows("train", ids)
-        times.append(perf_counter() - began)
-    return float(torch.tensor(times).median()) / len(ids)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

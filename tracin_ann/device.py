@@ -17,6 +17,7 @@ import torch
 
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 
+DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
 _FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
 
@@ -32,7 +33,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(
-            problem("unknown device", got=repr(name), expected="auto, cpu, cuda or cuda:N", remedy="change --device")
+            problem("unknown device", got=repr(name), expected=DEVICE_NAMES, remedy="change --device")
         ) from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -97,13 +97,12 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
     """
     n_rows, n_columns = form.shape
     step = max(1, elements // max(1, batch_size(form) * n_columns))
-    if isinstance(form, Outer) and form.groups > 1:
-        grad = _grouped(form)
-        yield from column_blocks(Dense(grad), elements)
-        return
+    grouped = _grouped(form) if isinstance(form, Outer) and form.groups > 1 else None
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        if isinstance(form, Outer):
+        if grouped is not None:
+            block = grouped[:, start * n_columns : stop * n_columns]
+        elif isinstance(form, Outer):
             block = torch.bmm(form.left_BTR[:, :, start:stop].transpose(1, 2), form.right_BTC).flatten(1)
         elif isinstance(form, Rows):
             block = _scattered(form, start, stop)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracin_ann.errors import NonFiniteError, problem
+from tracin_ann.errors import NonFiniteError
 from tracin_ann.factors import Form, squared_norm
 from tracin_ann.gradients import Batch
 from tracin_ann.passes import LoadedModel, SideName
-from tracin_ann.probe import check_finite
+from tracin_ann.proof import check_finite, not_finite
 from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch
 from tracin_ann.types import Float32
 
@@ -110,16 +110,10 @@ class FeatureExtractor:
     def _check(self, sketch_BD: Tensor, losses: Tensor, batch: Batch) -> None:
         if bool(torch.isfinite(sketch_BD).all()) and bool(torch.isfinite(losses).all()):
             return
-        check_finite(losses, batch, self._model.checkpoint)
+        check_finite(losses, batch.ids, self._model.checkpoint)
         row = int((~torch.isfinite(sketch_BD)).any(1).nonzero()[0])
-        raise NonFiniteError(
-            problem(
-                f"the gradient of row {batch.ids[row]} at checkpoint {self._model.checkpoint} is not finite",
-                got=f"NaN or inf at a loss of {float(losses[row]):.6g}",
-                expected="finite numbers",
-                remedy="look at this row and this checkpoint's weights",
-            )
-        )
+        got = f"NaN or inf at a loss of {float(losses[row]):.6g}"
+        raise NonFiniteError(not_finite("gradient", batch.ids[row], self._model.checkpoint, got))
 
 
 def squared_norms(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tracin_ann.errors import GradientProofError, TaskError, problem
+from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
 from tracin_ann.factors import Dense, Form
-from tracin_ann.layers import LayerCapture, covered_layers
+from tracin_ann.layers import LayerCapture, Layout, covered_layers
 from tracin_ann.nested import batched_tensors, rebuild, to_device
-from tracin_ann.proof import ProofSink, Truth
+from tracin_ann.proof import ProofSink, Truth, check_finite, not_finite, unproven
 from tracin_ann.task import LossFunction
 
 RULE, VMAP, LOOP, NONE = "layer rule", "vmap(grad)", "loop", "no gradient"
@@ -83,6 +83,7 @@ class GradientEngine:
         loss: `(model, batch) -> Tensor[B]`.
         collate: examples -> batch.
         device: where batches go.
+        checkpoint: the checkpoint's position, for messages.
     """
 
     def __init__(
@@ -92,12 +93,16 @@ class GradientEngine:
         loss: LossFunction,
         collate: Callable[[list[Any]], Any],
         device: torch.device,
+        checkpoint: int = 0,
     ) -> None:
         self.parameters = dict(parameters)
+        self.checkpoint = checkpoint
         self._model, self._loss, self._collate, self._device = model, loss, collate, device
         self._covered = covered_layers(model, self.parameters)
         self._plan: Plan | None = None
-        self._capture = LayerCapture(model, {})
+        self._fallen: dict[str, Step] = {}
+        self._layouts: set[Layout] = set()
+        self._capture = LayerCapture(model, {}, self._layouts)
 
     @property
     def plan(self) -> Plan:
@@ -131,6 +136,7 @@ class GradientEngine:
 
         Raises:
             TaskError: the loss breaks the contract.
+            NonFiniteError: a loss or gradient is NaN or infinite in a batch that had to be proven.
             GradientProofError: no step of the ladder agrees with autograd.
         """
         if self._plan is None:
@@ -138,16 +144,23 @@ class GradientEngine:
         for _ in range(1 + len(_STEPS)):
             try:
                 return self._run(batch, start())
-            except _PlanChangedError:
+            except _PlanChangedError as change:
+                cause = change.__cause__
                 self.prove(batch)
-        raise GradientProofError("the plan of gradients changes with every proof on one batch")
+        raise GradientProofError("the plan of gradients changes with every proof on one batch") from cause
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan
-        losses = self._run_rules(batch, sink)
-        for name, step in ((VMAP, self._run_vmap), (LOOP, self._run_loop)):
-            if names := plan.names(name):
-                step(batch, names, sink)
+        try:
+            losses = self._run_rules(batch, sink)
+            if names := plan.names(VMAP):
+                self._run_vmap(batch, names, sink)
+        except (_PlanChangedError, TaskError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise _PlanChangedError from error
+        if names := plan.names(LOOP):
+            self._run_loop(batch, names, sink)
         return losses
 
     def _run_rules(self, batch: Batch, sink: Sink) -> Tensor:
@@ -208,7 +221,10 @@ class GradientEngine:
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            grads = torch.autograd.grad(scalar(), parameters, allow_unused=True)
+            value = scalar()
+            grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, parameters, allow_unused=True)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -225,10 +241,11 @@ class GradientEngine:
         return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
     def prove(self, batch: Batch) -> Plan:
-        """Find and prove the highest step that serves each parameter on this batch.
+        """Find and prove the highest step that serves each parameter on this batch; what fell once stays down.
 
         Raises:
             TaskError: the loss does not depend on any chosen parameter.
+            NonFiniteError: a loss or gradient is NaN or infinite.
             GradientProofError: no step of the ladder agrees with autograd.
         """
         truth = self._truth(batch)
@@ -236,13 +253,15 @@ class GradientEngine:
         steps = {
             name: Step(RULE) if name in covered else Step(VMAP, "no layer rule covers it") for name in self.parameters
         }
+        steps.update(self._fallen)
         steps.update({name: Step(NONE, "no loss of the first batch reaches it") for name in truth.unreached})
         self._adopt(steps)
         for position, name in enumerate(_STEPS):
             failed = self._failures(name, batch, truth)
             if failed and position + 1 == len(_STEPS):
-                raise GradientProofError(_unproven(failed))
-            steps.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()} if failed else {})
+                raise GradientProofError(unproven(failed))
+            self._fallen.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()})
+            steps.update({p: self._fallen[p] for p in failed})
             self._adopt(steps)
         return self.plan
 
@@ -253,11 +272,19 @@ class GradientEngine:
             path: {attribute: name for attribute, name in attributes.items() if name in ruled}
             for path, attributes in self._covered.items()
         }
-        self._capture = LayerCapture(self._model, {path: held for path, held in layers.items() if held})
+        layers = {path: held for path, held in layers.items() if held}
+        self._capture = LayerCapture(self._model, layers, self._layouts)
 
     def _truth(self, batch: Batch) -> Truth:
         names = tuple(self.parameters)
-        summed, reached = self._autograd(lambda: self._checked(batch).sum(), names)
+        try:
+            summed, reached = self._autograd(lambda: self._checked(batch).sum(), names)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise TaskError(_no_gradient(_first_line(error))) from error
+        if not all(bool(torch.isfinite(grad).all()) for grad in summed):
+            self._refuse_non_finite(batch)
         few = range(min(PROVEN_ALONE, len(batch)))
         together = [self._autograd(lambda i=i: self.losses(batch)[i], names)[0] for i in few]  # type: ignore[misc]
         if not any(reached):
@@ -270,6 +297,15 @@ class GradientEngine:
             },
             tuple(name for name, hit in zip(names, reached, strict=True) if not hit),
         )
+
+    def _refuse_non_finite(self, batch: Batch) -> None:
+        """Refuse the first row whose own loss or gradient is not finite; a sum that overflows has none."""
+        check_finite(self.losses(batch), batch.ids, self.checkpoint)
+        for i, row in enumerate(batch.ids):
+            loss, grad = self.alone(batch, i)
+            if not bool(torch.isfinite(grad).all()):
+                got = f"NaN or inf at a loss of {float(loss):.6g}"
+                raise NonFiniteError(not_finite("gradient", row, self.checkpoint, got))
 
     def _checked(self, batch: Batch) -> Tensor:
         values = self.losses(batch)
@@ -286,7 +322,10 @@ class GradientEngine:
         try:
             if step == RULE:
                 self._capture.run(
-                    lambda: self.losses(batch), len(batch), lambda n, f: sink(n, f, slice(0, len(batch))), ()
+                    lambda: self.losses(batch),
+                    len(batch),
+                    lambda n, f: sink(n, f, slice(0, len(batch))),
+                    proving=True,
                 )
             elif step == VMAP:
                 why = batched_tensors(batch.inputs, len(batch))
@@ -351,20 +390,10 @@ def _wrong_shape(values: Any, batch: int) -> str:
     )
 
 
-def _no_gradient() -> str:
+def _no_gradient(got: str = "losses that depend on none of the chosen parameters") -> str:
     return problem(
         "the loss has no gradient",
-        got="losses that depend on none of the chosen parameters",
+        got=got,
         expected="losses that autograd can follow back to them",
         remedy="compute the loss in PyTorch without .detach(), .item() or no_grad, or change Task.parameters",
-    )
-
-
-def _unproven(failed: Mapping[str, str]) -> str:
-    name, why = next(iter(failed.items()))
-    return problem(
-        f"the gradients of {', '.join(list(failed)[:4])} cannot be proven",
-        got=f"{name}: {why}",
-        expected="per-example gradients that add up to the gradient of the summed loss",
-        remedy="make each loss a function of its own example, or leave these out with Task.parameters",
     )

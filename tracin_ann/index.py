@@ -10,20 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.answers import Answer, Hit, QueryOptions, SelfInfluence
+from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
 from tracin_ann.canaries import Canaries, read_canaries
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
-from tracin_ann.exact import exact_scores, exact_self_influence
+from tracin_ann.exact import exact_self_influence
 from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.manifest import FEATURES, Manifest, check_file
 from tracin_ann.passes import LoadedModel, Passes, PassOptions, SideName
-from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, search_both
+from tracin_ann.ranking import Question, Ranking
+from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import FeatureSpec, SketchSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
 from tracin_ann.store import FeatureStore
 from tracin_ann.task import Description, Task, load_task
-from tracin_ann.types import Float32, Float64, Int64, TopK
+from tracin_ann.types import Float32, ProgressCallback
 
 
 class InfluenceIndex:
@@ -52,7 +53,7 @@ class InfluenceIndex:
             directory: where `build` made it.
             task: the task, or its name where it moved; None: as the build was told.
             arguments: for a task that is a function; None: as the build was told.
-            device: `auto`, `cpu`, `cuda`, `cuda:N`.
+            device: `auto` or a device's name, as `resolve_device` takes it.
             batch_size: examples a forward.
 
         Raises:
@@ -141,6 +142,7 @@ class InfluenceIndex:
         ids: Sequence[int] = (),
         train_ids: Sequence[int] = (),
         options: QueryOptions | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[Answer]:
         """Return the proponents and opponents of rows of `query_data` (`ids`) and of `train_data` (`train_ids`).
 
@@ -153,16 +155,25 @@ class InfluenceIndex:
             raise UsageError(
                 problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
             )
+        sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
+        asked = [Question(side, chosen, self._chosen(options.checkpoints), options) for side, chosen in sides if chosen]
+        for question in asked:
+            self.passes.check_ids(question.side, question.ids)
+        rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
         answers: list[Answer] = []
-        sides: tuple[tuple[SideName, Sequence[int]], ...] = (("query", ids), ("train", train_ids))
-        for side, chosen in sides:
-            if chosen:
-                self.passes.check_ids(side, chosen)
-        chosen_checkpoints = self._chosen(options.checkpoints)
-        for side, chosen in sides:
-            if chosen:
-                answers += self._answers(side, list(chosen), chosen_checkpoints, options)
+        for question in asked:
+            queries_QF = self.features(question.side, question.ids, question.checkpoints)
+            counted = _counted(progress, self._exact_units(question))
+            ranking = Ranking(self._store, self.search_index, rates, self.passes, counted)
+            answers += ranking.answers(question, queries_QF)
         return answers
+
+    def _exact_units(self, question: Question) -> int:
+        """Return the most rows that exact scores of a question may run."""
+        options = question.options
+        a_query = 2 * max(options.k, options.candidates)
+        rows = len(self) if options.exact else min(len(self), len(question.ids) * a_query)
+        return rows * len(question.checkpoints)
 
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int] | None = None) -> Float32:
         """Return the feature rows [Q, F] of examples, computed now, over the chosen checkpoints.
@@ -194,92 +205,13 @@ class InfluenceIndex:
                 )
             canaries.refuse_unlike(extractor, checkpoint, str(self.directory))
 
-    def _answers(
-        self, side: SideName, ids: list[int], checkpoints: tuple[int, ...], options: QueryOptions
-    ) -> list[Answer]:
-        queries_QF = self.features(side, ids, checkpoints)
-        if options.exact:
-            every = np.arange(len(self), dtype=np.int64)
-            scores_QN = exact_scores(self.passes, (side, ids), range(len(self)), checkpoints)
-            found = [(every, scores, None) for scores in scores_QN]
-            return [self._answer(side, i, hits, options.k, len(self)) for i, hits in zip(ids, found, strict=True)]
-        proponents, opponents = self._candidates(queries_QF, checkpoints, options)
-        scored = proponents.rows_scored + opponents.rows_scored
-        hits = self._rescored(side, ids, queries_QF, (proponents, opponents), checkpoints, options)
-        return [self._answer(side, i, hit, options.k, int(n)) for i, hit, n in zip(ids, hits, scored, strict=True)]
-
-    def _candidates(
-        self, queries_QF: Float32, checkpoints: tuple[int, ...], options: QueryOptions
-    ) -> tuple[TopK, TopK]:
-        """Return the candidates of both sides; the index serves all checkpoints, a scan any choice of them."""
-        wanted = max(options.k, options.candidates) if options.rerank != "none" else options.k
-        return search_both(
-            self._searched(checkpoints, options), self._weighted(queries_QF, checkpoints, options), wanted
-        )
-
-    def _searched(self, checkpoints: tuple[int, ...], options: QueryOptions) -> SearchIndex:
-        if not options.cosine and checkpoints == self._chosen(None):
-            return self.search_index
-        return FlatIndex(self._store.view(checkpoints, cosine=options.cosine), self._options.device)
-
-    def _weighted(self, queries_QF: Float32, checkpoints: tuple[int, ...], options: QueryOptions) -> Float32:
-        """Return the queries as they are, or for cosine each block at norm η_c / Σ η."""
-        if not options.cosine:
-            return queries_QF
-        rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in checkpoints])
-        blocks_QCD = queries_QF.reshape(len(queries_QF), len(checkpoints), -1)
-        norms = np.linalg.norm(blocks_QCD, axis=2, keepdims=True)
-        unit = np.divide(blocks_QCD, norms, out=np.zeros_like(blocks_QCD), where=norms > 0)
-        weighted = unit * (rates / rates.sum()).astype(np.float32)[:, None]
-        return np.ascontiguousarray(weighted.reshape(queries_QF.shape), dtype=np.float32)
-
-    def _rescored(
-        self,
-        side: SideName,
-        ids: list[int],
-        queries_QF: Float32,
-        found: tuple[TopK, TopK],
-        checkpoints: tuple[int, ...],
-        options: QueryOptions,
-    ) -> list[_Scored]:
-        pooled = [np.unique(np.concatenate([p, o])) for p, o in zip(found[0].ids, found[1].ids, strict=True)]
-        if options.rerank == "none":
-            return [
-                _merged(p_ids, p_scores, o_ids, o_scores)
-                for p_ids, p_scores, o_ids, o_scores in zip(
-                    found[0].ids, found[0].scores, found[1].ids, found[1].scores, strict=True
-                )
-            ]
-        view = self._store.view(checkpoints, cosine=options.cosine)
-        weighted = self._weighted(queries_QF, checkpoints, options)
-        stored = [
-            view.take(rows).astype(np.float64) @ q.astype(np.float64) for rows, q in zip(pooled, weighted, strict=True)
-        ]
-        if options.rerank == "stored":
-            return [(rows, scores, None) for rows, scores in zip(pooled, stored, strict=True)]
-        union = np.unique(np.concatenate(pooled))
-        exact_QN = exact_scores(self.passes, (side, ids), union.tolist(), checkpoints)
-        return [
-            (rows, exact_QN[i, np.searchsorted(union, rows)], scores)
-            for i, (rows, scores) in enumerate(zip(pooled, stored, strict=True))
-        ]
-
-    def _answer(self, side: SideName, query: int, scored: _Scored, k: int, rows_scored: int) -> Answer:
-        rows, scores, stored = scored
-
-        def hits(order: Int64, sign: int) -> tuple[Hit, ...]:
-            return tuple(
-                Hit(str(rows[i]), float(scores[i]), None if stored is None else float(stored[i]))
-                for i in order[:k]
-                if sign * scores[i] > 0
-            )
-
-        proponents = hits(np.lexsort((rows, -scores)), 1)
-        opponents = hits(np.lexsort((rows, scores)), -1)
-        return Answer(str(query), side, proponents, opponents, rows_scored)
-
     def self_influence(
-        self, k: int | None = None, *, checkpoints: Sequence[int] | None = None, exact: bool = False
+        self,
+        k: int | None = None,
+        *,
+        checkpoints: Sequence[int] | None = None,
+        exact: bool = False,
+        progress: ProgressCallback | None = None,
     ) -> list[SelfInfluence]:
         """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖², the k first or all.
 
@@ -294,7 +226,7 @@ class InfluenceIndex:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
         chosen = self._chosen(checkpoints)
         if exact:
-            scores_N = exact_self_influence(self.passes, chosen)
+            scores_N = exact_self_influence(self.passes, chosen, _counted(progress, len(self) * len(chosen)))
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
             scores_N = self._store.sqnorms(chosen).astype(np.float64) @ rates
@@ -339,10 +271,15 @@ def _found(task: Task | str | None, arguments: Mapping[str, str] | None, manifes
     return load_task(name, built.arguments if arguments is None else arguments)
 
 
-_Scored = tuple[Int64, Float64, Float64 | None]
+def _counted(progress: ProgressCallback | None, total: int) -> Callable[[int], None] | None:
+    """Return a function that is told how many rows more are done."""
+    if progress is None:
+        return None
+    done = 0
 
+    def more(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress("exact scores", done, total)
 
-def _merged(p_ids: Int64, p_scores: Float32, o_ids: Int64, o_scores: Float32) -> _Scored:
-    """Return both sides' rows once each, with the index's scores."""
-    rows, first = np.unique(np.concatenate([p_ids, o_ids]), return_index=True)
-    return rows, np.concatenate([p_scores, o_scores])[first].astype(np.float64), None
+    return more

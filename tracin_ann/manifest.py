@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.files import file_digest, read_json, write_json_atomic
@@ -16,7 +19,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
-_CHECKED_SUFFIXES = frozenset("/\\")
+_MISUNDERSTANDINGS = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+_IN_NO_NAME = frozenset("/\\\0")
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably: from now on the directory is a finished index."""
-        write_json_atomic(directory / MANIFEST, {"format": FORMAT, **asdict(self)})
+        _write(directory / MANIFEST, asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -104,8 +109,7 @@ class Manifest:
             DamagedIndexError: there is none, or it cannot be understood.
         """
         path = directory / MANIFEST
-        content: dict[str, Any] = read_json(path)
-        _check_format(content, path)
+        content = _read(path)
         try:
             return cls(
                 build=_build(content["build"]),
@@ -116,13 +120,13 @@ class Manifest:
                 ),
                 steps=tuple(StepRecord(**step) for step in content["steps"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except _MISUNDERSTANDINGS as error:
             raise DamagedIndexError(_not_understood(path, error)) from error
 
 
 def write_build_record(directory: Path, record: BuildRecord) -> None:
     """Write what the build sets out to make."""
-    write_json_atomic(directory / BUILD_RECORD, {"format": FORMAT, **asdict(record)})
+    _write(directory / BUILD_RECORD, asdict(record))
 
 
 def read_build_record(directory: Path) -> BuildRecord:
@@ -132,11 +136,10 @@ def read_build_record(directory: Path) -> BuildRecord:
         DamagedIndexError: there is none, or it cannot be understood.
     """
     path = directory / BUILD_RECORD
-    content = read_json(path)
-    _check_format(content, path)
+    content = _read(path)
     try:
         return _build(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _MISUNDERSTANDINGS as error:
         raise DamagedIndexError(_not_understood(path, error)) from error
 
 
@@ -180,7 +183,12 @@ def _build(content: Mapping[str, Any]) -> BuildRecord:
 
 def _record(content: Mapping[str, Any]) -> FileRecord:
     name = content["name"]
-    if not isinstance(name, str) or not name or name.startswith(".") or _CHECKED_SUFFIXES & set(name):
+    if (
+        not isinstance(name, str)
+        or name.startswith(".")
+        or _IN_NO_NAME & set(name)
+        or not 0 < len(name) < _LONGEST_NAME
+    ):
         raise ValueError(f"a file named {name!r} is not inside the index")
     return FileRecord(name, int(content["size"]), str(content["digest"]))
 
@@ -189,12 +197,41 @@ def _records(content: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
     return tuple(_record(item) for item in content)
 
 
-def _check_format(content: Mapping[str, Any], path: Path) -> None:
-    if content.get("format") != FORMAT:
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_json_atomic(path, {"format": FORMAT, "digest": _digest(content), **content})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what `_write` wrote, without its format and digest.
+
+    Raises:
+        DamagedIndexError: it is missing, of another format, or altered.
+    """
+    content: dict[str, Any] = read_json(path)
+    _check_format(content.pop("format", None), path)
+    written, found = content.pop("digest", None), _digest(content)
+    if written != found:
+        raise DamagedIndexError(
+            problem(
+                f"{path} is damaged",
+                got=f"content of digest {found}",
+                expected=f"{written}, as it was written",
+                remedy="restore the file, or build a new index",
+            )
+        )
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _check_format(found: object, path: Path) -> None:
+    if found != FORMAT:
         raise DamagedIndexError(
             problem(
                 f"{path} has another format",
-                got=content.get("format"),
+                got=found,
                 expected=FORMAT,
                 remedy="use the tracin_ann that wrote it, or build a new index",
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Return `value` with every leaf replaced by `function(leaf)`, containers of the same kinds."""
     if isinstance(value, Mapping):
         mapped = {key: map_leaves(function, item) for key, item in value.items()}
-        return mapped if type(value) is dict else type(value)(mapped)  # type: ignore[call-arg]
+        if type(value) is dict:
+            return mapped
+        if isinstance(value, MutableMapping):
+            # A copy keeps what its constructor needs and its items don't tell (defaultdict, HF's BatchEncoding).
+            other = copy.copy(value)
+            other.update(mapped)
+            return other
+        return type(value)(mapped)  # type: ignore[call-arg]
     if isinstance(value, tuple):
         items = [map_leaves(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

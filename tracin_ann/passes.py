@@ -134,7 +134,7 @@ class LoadedModel:
             task = self.passes.task
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
             self._engines[side] = GradientEngine(
-                self.module, self.parameters, loss, task.collated, self.passes.options.device
+                self.module, self.parameters, loss, task.collated, self.passes.options.device, self.checkpoint
             )
         return self._engines[side]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from tracin_ann.errors import NonFiniteError, TaskError, problem
+from tracin_ann.errors import TaskError, problem
 from tracin_ann.gradients import Batch, GradientEngine
 from tracin_ann.nested import same
+from tracin_ann.proof import check_finite
 
 _READ_TWICE = 16
 _ALONE = 3
@@ -46,7 +47,7 @@ def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
     """
     with torch.no_grad():
         first, second = engine.losses(batch), engine.losses(batch)
-        check_finite(first, batch, checkpoint)
+        check_finite(first, batch.ids, checkpoint)
         scale = float(first.abs().mean()) + float(first.abs().max()) * 1e-3
         slack = _slack(first)
         if float((first - second).abs().max()) > _SAME_LOSS * slack * max(scale, 1e-6):
@@ -77,24 +78,6 @@ def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
         off, norm = float((alone - together).norm()), float(together.norm())
         if off > _MIXED_GRADIENT * max(_slack(loss) / 5, 1.0) * norm + 1e-6:
             raise TaskError(_mixed(batch, i, f"a gradient {off / max(norm, 1e-300):.2g} of its norm away from its own"))
-
-
-def check_finite(losses: torch.Tensor, batch: Batch, checkpoint: int) -> None:
-    """Refuse losses that are NaN or infinite, naming the row.
-
-    Raises:
-        NonFiniteError: a loss is NaN or infinite.
-    """
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if bad:
-        raise NonFiniteError(
-            problem(
-                f"the loss of row {batch.ids[bad[0]]} at checkpoint {checkpoint} is not finite",
-                got=float(losses[bad[0]]),
-                expected="a finite number",
-                remedy="look at this row and this checkpoint's weights",
-            )
-        )
 
 
 def _compare_alone(engine: GradientEngine, batch: Batch, i: int, among: float, tolerance: float) -> None:

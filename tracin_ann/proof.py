@@ -1,14 +1,15 @@
-"""The proof of per-example gradients: what a step of the ladder gives, held against autograd."""
+"""The proof of per-example gradients: what a step of the ladder gives, held against autograd, and is it finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tracin_ann import factors
+from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.factors import Form
 
 _RELATIVE = {torch.float64: 1e-6, torch.float32: 5e-4}
@@ -62,3 +63,35 @@ class Truth:
             if not error <= tolerance * norm + noise:
                 return f"gives {what} gradient off by {error / max(norm, 1e-300):.2g} of its norm"
         return ""
+
+
+def check_finite(losses: Tensor, ids: Sequence[int], checkpoint: int) -> None:
+    """Refuse losses that are NaN or infinite, naming the row.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(not_finite("loss", ids[bad[0]], checkpoint, float(losses[bad[0]])))
+
+
+def not_finite(what: str, row: int, checkpoint: int, got: object) -> str:
+    """Return the message for a row's loss or gradient that is NaN or infinite."""
+    return problem(
+        f"the {what} of row {row} at checkpoint {checkpoint} is not finite",
+        got=got,
+        expected="finite numbers",
+        remedy="look at this row and this checkpoint's weights",
+    )
+
+
+def unproven(failed: Mapping[str, str]) -> str:
+    """Return the message for parameters that no step of the ladder serves, each with the reason."""
+    name, why = next(iter(failed.items()))
+    return problem(
+        f"the gradients of {', '.join(list(failed)[:4])} cannot be proven",
+        got=f"{name}: {why}",
+        expected="per-example gradients that add up to the gradient of the summed loss",
+        remedy="make each loss a function of its own example, or leave these out with Task.parameters",
+    )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tracin_ann.device import differentiable_recurrence, preserved_rng
 from tracin_ann.errors import TaskError, problem
@@ -20,12 +21,12 @@ from tracin_ann.task import Task
 def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
     """Yield `task.model()` in eval mode on `device`; on leaving, everything is as it was before.
 
-    Put back: the model's weights, buffers, modes, requires_grad flags and device (the user's
+    Put back: the model's weights, buffers, grads, modes, requires_grad flags and device (the user's
     function may return an object that it keeps), torch's, numpy's and Python's random state, grad
     mode, default dtype, and PyTorch's switch for fused attention.
 
     Raises:
-        TaskError: `task.model` returns no module.
+        TaskError: `task.model` returns no module, or one with uninitialized lazy layers.
     """
     with preserved_globals():
         model = task.model()
@@ -38,10 +39,24 @@ def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
                     remedy="return the module itself",
                 )
             )
+        _refuse_lazy(model)
         with _preserved_model(model):
             model.eval()
             model.to(device)
             yield model
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise TaskError(
+                problem(
+                    "Task.model returns a model whose shapes are not known yet",
+                    got=f"an uninitialized {name}",
+                    expected="a model whose lazy layers have seen an input",
+                    remedy="run one forward in Task.model, or give the layers their sizes",
+                )
+            )
 
 
 @contextlib.contextmanager
@@ -50,7 +65,7 @@ def preserved_globals() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     dtype, fused = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
     try:
-        with preserved_rng(), torch.enable_grad(), differentiable_recurrence():
+        with preserved_rng(), torch.inference_mode(False), torch.enable_grad(), differentiable_recurrence():
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
@@ -64,12 +79,15 @@ def preserved_globals() -> Iterator[None]:
 def _preserved_model(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    tensors = [*model.parameters(), *model.buffers()]
-    saved = [(tensor, tensor.device, tensor.detach().clone()) for tensor in tensors]
+    # The very storage is kept, and filled again: a state_dict that the user took shares it.
+    saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     parameters = [(module, dict(module._parameters)) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     hooks = [(module, copy.copy(module._forward_hooks)) for module in model.modules()]
     try:
+        for parameter, _ in grads:
+            parameter.grad = None
         yield
     finally:
         for module, held in parameters:
@@ -77,8 +95,10 @@ def _preserved_model(model: nn.Module) -> Iterator[None]:
         for module, held_buffers in buffers:
             module._buffers.update(held_buffers)
         with torch.no_grad():
-            for tensor, device, values in saved:
-                tensor.data = values.to(device)
+            for tensor, storage, values in saved:
+                tensor.data = storage.copy_(values)
+        for parameter, grad in grads:
+            parameter.grad = grad
         for module, training in modes:
             module.training = training
         for parameter, flag in flags:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,13 +41,14 @@ class Checkpoint:
         """Refuse a learning rate that is not positive.
 
         Raises:
-            TaskError: the learning rate is zero, negative, NaN or infinite.
+            TaskError: the learning rate is zero, negative, NaN, infinite or no number.
         """
-        if not 0 < self.learning_rate < float("inf"):
+        rate: object = self.learning_rate
+        if not isinstance(rate, Real) or not 0 < float(rate) < float("inf"):
             raise TaskError(
                 problem(
                     f"checkpoint {os.fspath(self.path)} has a bad learning rate",
-                    got=self.learning_rate,
+                    got=repr(rate) if isinstance(rate, str) else rate,
                     expected="a positive finite number",
                     remedy="give the learning rate that training used at this checkpoint",
                 )
@@ -108,6 +111,16 @@ class Task:
                         remedy=f"pass a function, for example {name}=lambda: ...",
                     )
                 )
+        given: object = self.checkpoints
+        if not isinstance(given, Sequence) or not all(isinstance(c, Checkpoint) for c in given):
+            raise TaskError(
+                problem(
+                    "Task.checkpoints is no list of checkpoints",
+                    got=f"{type(given).__name__} {given!r}",
+                    expected="a list of Checkpoint",
+                    remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
+                )
+            )
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
         if not self.checkpoints:
             raise TaskError(
@@ -222,7 +235,7 @@ def _as_task(value: Any, reference: str, arguments: dict[str, str]) -> Task:
     if not callable(value):
         raise TaskError(_no_task(reference, value))
     try:
-        task = value(**arguments)
+        inspect.signature(value).bind(**arguments)
     except TypeError as error:
         raise UsageError(
             problem(
@@ -232,6 +245,7 @@ def _as_task(value: Any, reference: str, arguments: dict[str, str]) -> Task:
                 remedy="change --task-arg",
             )
         ) from error
+    task = value(**arguments)
     if not isinstance(task, Task):
         raise TaskError(_no_task(reference, task))
     return task

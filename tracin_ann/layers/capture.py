@@ -19,6 +19,8 @@ from tracin_ann.layers.base import Call, LayoutError, widened
 from tracin_ann.layers.rules import rule_for
 
 Sink = Callable[[str, Form], None]
+# A layer, the rank of its input, and whether the batch is its first dimension.
+Layout = tuple[int, int, bool]
 
 
 class _Root(torch.autograd.Function):
@@ -39,18 +41,29 @@ class LayerCapture:
 
     Args:
         model: the model.
-        names: the parameters wanted, each with the names of the layer attributes that hold it:
+        layers: the parameters wanted, each with the names of the layer attributes that hold it:
             `{layer path: {attribute: parameter name}}`; see `covered_layers`.
+        layouts: the layouts of layers' inputs that were proven so far; a proof adds to them.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[str, str]], layouts: set[Layout]) -> None:
         self._layers = [(model.get_submodule(path), dict(attributes)) for path, attributes in layers.items()]
         self._anchor: Tensor | None = None
         self._sink: Sink | None = None
         self._batch = 0
+        self._layouts = layouts
+        self._proving = False
         self.failures: dict[str, str] = {}
 
-    def run(self, losses: Callable[[], Tensor], batch: int, sink: Sink, watched: Sequence[nn.Parameter]) -> _Pass:
+    def run(
+        self,
+        losses: Callable[[], Tensor],
+        batch: int,
+        sink: Sink,
+        watched: Sequence[nn.Parameter] = (),
+        *,
+        proving: bool = False,
+    ) -> _Pass:
         """Run one forward (`losses()`) and backward, handing every gradient form to `sink`.
 
         Args:
@@ -58,6 +71,8 @@ class LayerCapture:
             batch: B.
             sink: called with (parameter name, form), once for each use of a parameter.
             watched: parameters that are thought to get no gradient.
+            proving: the forms are held against autograd's gradients; else a layer whose input is laid
+                out as in no proof fails.
 
         Returns:
             The detached losses, and which of the watched parameters did get a gradient.
@@ -66,7 +81,7 @@ class LayerCapture:
             module.register_forward_hook(self._hook(attributes), with_kwargs=True)
             for module, attributes in self._layers
         ]
-        self._sink, self._batch, self.failures = sink, batch, {}
+        self._sink, self._batch, self._proving, self.failures = sink, batch, proving, {}
         try:
             for parameter in watched:
                 parameter.requires_grad_(True)
@@ -97,8 +112,14 @@ class LayerCapture:
             if not isinstance(x, Tensor):
                 self._fail(attributes, "the layer's input is no tensor")
                 return None
+            if not self._known(module, x):
+                self._fail(attributes, "the layer's input is laid out as in no batch that was proven")
+                return None
             x = x.detach()
             version = x._version
+            if output._is_view():
+                # In-place operations on a view drop the hooks of its grad_fn; this alias is no view.
+                output = torch.ops.aten._unsafe_view(output, output.shape)
             if not output.requires_grad:
                 if self._anchor is None:
                     self._anchor = torch.zeros((), device=output.device, requires_grad=True)
@@ -114,6 +135,15 @@ class LayerCapture:
             return output
 
         return after_forward
+
+    def _known(self, module: nn.Module, x: Tensor) -> bool:
+        """Return whether a proof saw this layer's input in this layout; a batch of one has but one."""
+        if self._batch == 1:
+            return True
+        layout = (id(module), x.dim(), x.shape[:1] == (self._batch,))
+        if self._proving:
+            self._layouts.add(layout)
+        return layout in self._layouts
 
     def _deliver(
         self, module: nn.Module, x: Tensor, grad: Tensor, attributes: Mapping[str, str], wanted: frozenset[str]

@@ -63,7 +63,7 @@ class TwoSided:
 
     def add(self, out_BD: Tensor, form: Form) -> None:
         """Add the sketch of the per-example gradients to `out_BD`, in blocks that stay in cache."""
-        step = max(1, _BLOCK_ELEMENTS // self._elements(form))
+        step = max(1, _BLOCK_ELEMENTS // max(1, self._elements(form)))
         for start in range(0, out_BD.shape[0], step):
             rows = slice(start, start + step)
             self.finish.add(out_BD[rows], self._contracted(form[rows]).flatten(1))

@@ -1,0 +1,133 @@
+"""MNIST: train a small CNN with 10% wrong labels and keep checkpoints; `mnist.py:task` is its task.
+
+`python examples/mnist.py --data mnist.npz` trains and prints the commands to build and ask an index. `--data` takes an
+npz with x_train, y_train, x_test, y_test, or the folder that torchvision.datasets.MNIST downloads to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tracin_ann import Checkpoint, Description, Task
+
+EPOCHS, RATE, FLIPPED = 3, 0.05, 0.10
+Row = tuple[torch.Tensor, int]
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+
+
+def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+
+class Digits(torch.utils.data.Dataset[Row]):
+    """Pictures as float32 [1, 28, 28] in 0..1, and labels."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Row:
+        return torch.from_numpy(self.pixels[i]).float().div(255).unsqueeze(0), int(self.labels[i])
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """Return x_train, y_train, x_test, y_test from an npz or from torchvision's folder."""
+    if Path(path).is_file():
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+    return {
+        f"{letter}_{'train' if part == 'train' else 'test'}": _idx(Path(path), f"{part}-{kind}")
+        for part in ("train", "t10k")
+        for letter, kind in (("x", "images-idx3-ubyte"), ("y", "labels-idx1-ubyte"))
+    }
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    """Return the array in one of MNIST's own files (big-endian sizes, then bytes), packed or not."""
+    for path in [p / f"{name}{end}" for p in (folder, folder / "MNIST" / "raw", folder / "raw") for end in ("", ".gz")]:
+        if path.is_file():
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            dims = raw[3]
+            shape = np.frombuffer(raw, ">i4", dims, 4)
+            return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    raise SystemExit(f"no {name} in {folder}: give --data an npz or the folder that torchvision.datasets.MNIST made")
+
+
+def data(path: str, rows: int, seed: int) -> tuple[Digits, Digits, np.ndarray]:
+    """Return the first `rows` training digits with 10% of their labels changed, the test digits, the changed ids."""
+    arrays = read(path)
+    labels = arrays["y_train"][:rows].astype(np.int64)
+    random = np.random.default_rng(seed)
+    flipped = np.sort(random.choice(len(labels), round(FLIPPED * len(labels)), replace=False))
+    labels[flipped] = (labels[flipped] + random.integers(1, 10, len(flipped))) % 10
+    return Digits(arrays["x_train"][:rows], labels), Digits(arrays["x_test"], arrays["y_test"]), flipped
+
+
+def describe(row: Row) -> Description:
+    return Description(text=f"labelled {row[1]}", image=row[0])
+
+
+def task(data_path: str, runs: str = "runs/mnist", rows: str = "60000", seed: str = "0") -> Task:
+    train_rows, test_rows, _ = data(data_path, int(rows), int(seed))
+    return Task(
+        model=model,
+        loss=loss,
+        train_data=lambda: train_rows,
+        query_data=lambda: test_rows,
+        checkpoints=[Checkpoint(f"{runs}/epoch-{e}.pt", learning_rate=RATE) for e in range(EPOCHS)],
+        describe=describe,
+    )
+
+
+def train(path: str, runs: str, rows: int, seed: int) -> float:
+    """Train, save a checkpoint an epoch, and return the accuracy on the test digits."""
+    train_rows, test_rows, _ = data(path, rows, seed)
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net = model()
+    optimiser = torch.optim.SGD(net.parameters(), lr=RATE)
+    Path(runs).mkdir(parents=True, exist_ok=True)
+    for epoch in range(EPOCHS):
+        for batch in torch.utils.data.DataLoader(train_rows, 32, shuffle=True, generator=random):
+            optimiser.zero_grad()
+            loss(net, batch).mean().backward()
+            optimiser.step()
+        torch.save(net.state_dict(), f"{runs}/epoch-{epoch}.pt")
+    with torch.no_grad():
+        right = [net(x).argmax(1) == y for x, y in torch.utils.data.DataLoader(test_rows, 500)]
+    return float(torch.cat(right).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, help="mnist.npz, or torchvision's folder")
+    parser.add_argument("--runs", default="runs/mnist", help="directory for the checkpoints")
+    parser.add_argument("--rows", type=int, default=60_000, help="training digits to use")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    accuracy = train(options.data, options.runs, options.rows, options.seed)
+    print(f"test accuracy {accuracy:.1%}; now build an index and ask it:")
+    arguments = {"data_path": options.data, "runs": options.runs, "rows": options.rows, "seed": options.seed}
+    named = " ".join(f"--task-arg {key}={value}" for key, value in arguments.items())
+    print(f"python build_index.py --task {__file__}:task {named} --out {options.runs}/index")
+    print(f"python query.py {options.runs}/index --ids 0-4 -k 5 --rerank exact")
+
+
+if __name__ == "__main__":
+    main()

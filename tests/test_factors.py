@@ -1,0 +1,143 @@
+"""What forms of a gradient answer (blocks, sums, inner products, norms) against naive float64 einsum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import forms
+from tracin_ann.factors import Dense, Rows, batch_size, column_blocks, inner, materialised, squared_norm, summed
+
+FORMS = {
+    "outer of rank one": lambda: forms.outer((5, 7), 1),
+    "outer, few positions": lambda: forms.outer((9, 8), 2),
+    "outer, many positions": lambda: forms.outer((5, 7), 11),
+    "outer in 2 groups": lambda: forms.outer((6, 5), 4, groups=2),
+    "depthwise outer": lambda: forms.outer((6, 3), 4, groups=6),
+    "rows": lambda: forms.rows((6, 4), 9),
+    "rows of one column": lambda: forms.rows((6, 1), 9),
+    "dense": lambda: forms.dense(30),
+    "dense scalar": lambda: forms.dense(1),
+}
+
+SEVERAL = {
+    "tied embedding": lambda: [forms.rows((6, 4), 5), forms.outer((6, 4), 5, seed=1)],
+    "tied embedding, each twice": lambda: [
+        forms.rows((6, 4), 5),
+        forms.outer((6, 4), 5, seed=1),
+        forms.rows((6, 4), 3, seed=2),
+        forms.outer((6, 4), 2, seed=3),
+    ],
+    "a layer called twice": lambda: [forms.outer((9, 8), 2), forms.outer((9, 8), 1, seed=1)],
+    "two look-ups": lambda: [forms.rows((6, 4), 5), forms.rows((6, 4), 7, seed=1)],
+    "two dense": lambda: [forms.dense(12), forms.dense(12, seed=1)],
+    "a convolution in two groupings": lambda: [
+        forms.outer((6, 3), 4, groups=2),
+        forms.outer((6, 3), 4, groups=3, seed=1),
+    ],
+    "grouped and dense": lambda: [forms.outer((6, 3), 4, groups=2), forms.dense(18, seed=1)],
+    "all three": lambda: [forms.rows((6, 4), 5), forms.outer((6, 4), 5, seed=1), forms.dense(24, seed=2)],
+}
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.fixture(params=FORMS)
+def form(request, device):
+    return forms.moved(FORMS[request.param](), device, torch.float32)
+
+
+def test_the_gradient_materialised_is_the_definitions(form):
+    close(materialised(form), forms.gradient(form))
+
+
+@pytest.mark.parametrize("elements", [1, 7, 40, 1 << 24])
+def test_column_blocks_are_whole_rows_in_order_and_cover_the_gradient(form, elements):
+    truth = forms.gradient(form)
+    columns = form.shape[1]
+    stop = 0
+    for start, block in column_blocks(form, elements=elements):
+        assert start == stop
+        assert start % columns == block.shape[1] % columns == 0
+        assert block.shape[1] == columns or block.numel() <= elements
+        close(block, truth[:, start : start + block.shape[1]])
+        stop = start + block.shape[1]
+    assert stop == truth.shape[1]
+
+
+def test_the_sum_over_the_batch_is_the_definitions(form):
+    close(summed(form), forms.gradient(form).sum(0))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_inner_products_with_directions_are_the_definitions(form, queries, device):
+    truth = forms.gradient(form)
+    direction = torch.randn(queries, truth.shape[1], dtype=torch.float64)
+    found = inner(form, direction.to(device, torch.float32))
+    assert found.shape == (len(truth), queries)
+    close(found, truth @ direction.T)
+
+
+def test_the_squared_norm_is_the_definitions(form):
+    close(squared_norm([form]), forms.gradient(form).square().sum(1))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_squared_norm_of_several_forms_is_that_of_their_sum(name, device):
+    several = [forms.moved(form, device, torch.float32) for form in SEVERAL[name]()]
+    total = torch.stack([forms.gradient(form) for form in several]).sum(0)
+    close(squared_norm(several), total.square().sum(1))
+    close(squared_norm(several[::-1]), total.square().sum(1))
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), slice(1, 3), slice(0, 3), slice(1, 9)])
+def test_a_slice_of_a_form_is_the_form_of_those_examples(form, part):
+    truth = forms.gradient(form)[part]
+    sliced = form[part]
+    assert type(sliced) is type(form)
+    assert sliced.shape == form.shape
+    assert batch_size(sliced) == len(truth)
+    torch.testing.assert_close(forms.gradient(sliced), truth, rtol=0, atol=0)
+    close(squared_norm([sliced]), truth.square().sum(1))
+
+
+def test_the_shape_is_the_parameters_read_as_a_matrix():
+    assert forms.outer((6, 5), 4).shape == (6, 5)
+    assert forms.outer((6, 5), 4, groups=2).shape == (6, 5)
+    assert forms.rows((6, 4), 9).shape == (6, 4)
+    assert forms.dense(30).shape == (30, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (12, 1), (1, 9), (6, 4)])
+def test_every_way_to_say_a_gradient_has_its_norm_and_its_sum(shape):
+    grad = torch.randn(3, *shape, dtype=torch.float64)
+    for name, several in forms.same_gradient(grad).items():
+        whole = torch.stack([materialised(form) for form in several]).sum(0)
+        torch.testing.assert_close(whole, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
+        total = torch.stack([summed(form) for form in several]).sum(0)
+        torch.testing.assert_close(total, grad.sum(0).flatten(), msg=lambda m, name=name: f"{name}: {m}")
+        norm = squared_norm(several)
+        torch.testing.assert_close(norm, grad.square().sum((1, 2)), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_forms_keep_their_float64():
+    for make in FORMS.values():
+        form = make()
+        truth = forms.gradient(form)
+        direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(materialised(form), truth, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(summed(form), truth.sum(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(inner(form, direction), truth @ direction.T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(squared_norm([form]), truth.square().sum(1), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_get_nothing_may_name_any_row_with_a_zero_value():
+    index = torch.tensor([[0, 2, 0], [1, 1, 0]])
+    value = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [2.0, 3.0], [0.0, 0.0]]])
+    form = Rows(index, value, 3)
+    expected = torch.tensor([[1.0, 2.0, 0.0, 0.0, 3.0, 4.0], [0.0, 0.0, 3.0, 4.0, 0.0, 0.0]])
+    assert torch.equal(materialised(form), expected)
+    assert torch.equal(squared_norm([form]), torch.tensor([30.0, 25.0]))
+    assert torch.equal(squared_norm([form, Dense(-expected)]), torch.zeros(2))

@@ -1,0 +1,1 @@
+"""The commands: parse into one config, call one function, print."""

@@ -1,0 +1,108 @@
+"""build_index.py, tracin-build: build an index of a task's training rows, or say what that would take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import click
+
+from tracin_ann.build import BuildConfig, BuildReport, build
+from tracin_ann.cli.common import duration, parsed_arguments, progress_shown, refusals, sized
+from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
+from tracin_ann.dry_run import BuildPlan, plan
+from tracin_ann.sketch import SKETCHES
+
+_SHOWN = 12
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.option("--task", required=True, metavar="FILE.py:NAME", help="The Task, or a function that returns one.")
+@click.option("--out", required=True, type=click.Path(), help="Directory of the index.")
+@click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="For the function; repeatable.")
+@click.option("--dim", default=1024, show_default=True, type=click.IntRange(1), help="Dimensions a checkpoint.")
+@click.option("--sketch", default="factored", show_default=True, type=click.Choice(list(SKETCHES)))
+@click.option("--seed", default=0, show_default=True, type=int, help="Of the sketch's random numbers.")
+@click.option("--index", default="auto", show_default=True, type=click.Choice(["auto", "flat", "ivf"]))
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
+@click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
+@click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "float32"]))
+@click.option("--norms", default="sketch", show_default=True, type=click.Choice(["sketch", "exact"]))
+@click.option("--allow-random-data", is_flag=True, help="Accept rows that change when they are read twice.")
+@click.option("--dry-run", is_flag=True, help="Say what the build would do and take; write nothing.")
+@refusals
+def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **options: object) -> None:
+    """Build an index of a task's training rows in a directory.
+
+    Run the same command again after an interruption: it goes on where it was.
+
+    Example: build_index.py --task examples/mnist.py:task --out runs/mnist
+    """
+    arguments = parsed_arguments(task_args)
+    config = BuildConfig(**options)  # type: ignore[arg-type]
+    if dry_run:
+        _show_plan(plan(task, out, config, arguments=arguments), config)
+        return
+    click.echo(f"building {out} on {device_name(resolve_device(config.device))}", err=True)
+    report = _built(task, out, config, arguments)
+    _show_report(report, out)
+
+
+def _built(task: str, out: str, config: BuildConfig, arguments: Mapping[str, str]) -> BuildReport:
+    with progress_shown("rows x checkpoints") as progress:
+        return build(task, out, config, arguments=arguments, progress=progress)
+
+
+def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
+    click.echo(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
+    click.echo(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
+    click.echo(f"memory      {sized(made.memory_bytes)} besides the model's own")
+    click.echo(f"time        {duration(made.seconds)} on {device_name(resolve_device(config.device))}")
+    click.echo(f"index       {made.index_kind}: {made.index_reason}")
+    for name in ("layer rule", "vmap(grad)", "loop", "no gradient"):
+        served = made.gradients.names(name)
+        if served:
+            click.echo(
+                f"gradients   {name}: {len(served)} parameters, {made.gradients.share(name):.1%} of their entries"
+            )
+            for parameter in served[:_SHOWN]:
+                reason = made.gradients.steps[parameter].reason
+                click.echo(f"  {parameter}: {made.sketches[parameter]}{f' ({reason})' if reason else ''}")
+            if len(served) > _SHOWN:
+                click.echo(f"  and {len(served) - _SHOWN} more")
+    if made.frozen:
+        click.echo(f"left out    {len(made.frozen)} parameters that Task.parameters or requires_grad exclude")
+        click.echo("  " + ", ".join(made.frozen[:_SHOWN]) + (", ..." if len(made.frozen) > _SHOWN else ""))
+
+
+def _show_report(report: BuildReport, out: str) -> None:
+    manifest = report.manifest
+    spec = manifest.build.spec
+    if report.rows_extracted:
+        rate = report.rows_extracted / max(report.seconds, 1e-9)
+        took = f"{report.rows_extracted:,} rows x checkpoints in {duration(report.seconds)}, {rate:,.0f} a second"
+    else:
+        took = "all features were there already"
+    size = sum(record.size for record in (*manifest.features, *manifest.index.files))
+    made = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
+    click.echo(f"{out}: {made}; {took}")
+    click.echo(f"index {manifest.index.kind}: {manifest.index.reason}")
+    steps = {step.step for step in manifest.steps}
+    shares = [f"{name} {_share(report, name)}" for name in ("layer rule", "vmap(grad)", "loop") if name in steps]
+    click.echo(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))
+    unreached = [step.parameter for step in manifest.steps if step.step == "no gradient"]
+    if unreached:
+        click.echo(f"no gradient reaches {', '.join(unreached)}")
+
+
+def _share(report: BuildReport, step: str) -> str:
+    manifest = report.manifest
+    sizes = {p.name: _size(p.shape) for p in manifest.build.spec.parameters}
+    served = sum(sizes[s.parameter] for s in manifest.steps if s.step == step)
+    return f"{served / max(sum(sizes.values()), 1):.1%}"
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

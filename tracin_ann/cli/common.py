@@ -1,0 +1,139 @@
+"""What the commands share: option types, errors of one line with their exit status, progress."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+from tracin_ann.errors import TracinAnnError
+from tracin_ann.types import ProgressCallback
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_PLAIN_SECONDS = 10.0
+
+
+class IdRanges(click.ParamType):  # type: ignore[type-arg]
+    """Ids and ranges of ids, both ends included: `0-9,17`."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the ids in the order given, each once."""
+        if isinstance(value, tuple):
+            return value
+        ids: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                self.fail(f"got {part.strip()!r}, expected ids and ranges such as 0-9,17", param, ctx)
+            start, stop = int(first), int(last or first)
+            if stop < start:
+                self.fail(f"got {part.strip()!r}, expected a range that rises", param, ctx)
+            ids.extend(range(start, stop + 1))
+        return tuple(dict.fromkeys(ids))
+
+
+def parsed_arguments(pairs: Sequence[str]) -> dict[str, str]:
+    """Return `--task-arg key=value` pairs as a dict.
+
+    Raises:
+        click.BadParameter: a pair has no `=`, or a key comes twice.
+    """
+    arguments: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"got {pair!r}, expected key=value", param_hint="--task-arg")
+        if key in arguments:
+            raise click.BadParameter(f"got {key} twice, expected each key once", param_hint="--task-arg")
+        arguments[key] = value
+    return arguments
+
+
+def refusals(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn a TracinAnnError into one line on stderr and its exit status."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TracinAnnError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise click.exceptions.Exit(error.exit_code) from error
+
+    return wrapper
+
+
+@contextmanager
+def progress_shown(unit: str) -> Iterator[ProgressCallback]:
+    """Yield a progress callback that draws a bar on a terminal, and prints a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        yield from _bar(unit)
+    else:
+        yield _lines(unit)
+
+
+def _bar(unit: str) -> Iterator[ProgressCallback]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, tuple[TaskID, float]] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, rate=""), time.perf_counter()
+            task, began = tasks[stage]
+            bar.update(task, completed=done, total=total, rate=_rate(done, began, unit))
+
+        yield show
+
+
+def _lines(unit: str) -> ProgressCallback:
+    began: dict[str, float] = {}
+    last = 0.0
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        first = stage not in began
+        began.setdefault(stage, now)
+        if first or now - last < _PLAIN_SECONDS:
+            last = now if first else last
+            return
+        last = now
+        left = (now - began[stage]) / max(done, 1) * (total - done)
+        rate = _rate(done, began[stage], unit)
+        click.echo(f"{stage}: {done:,} of {total:,}, {rate}, {duration(left)} left", err=True)
+
+    return show
+
+
+def _rate(done: int, began: float, unit: str) -> str:
+    return f"{done / max(time.perf_counter() - began, 1e-9):,.0f} {unit}/s"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: 41 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004
+        return f"{whole} s"
+    if whole < 3600:  # noqa: PLR2004
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def sized(n_bytes: float) -> str:
+    """Return a number of bytes as people read it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:  # noqa: PLR2004
+            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"

@@ -1,0 +1,132 @@
+"""query.py, tracin-query: which training rows pushed a prediction up or down, and which stand out by themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import click
+
+from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
+from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown, refusals
+from tracin_ann.cli.table import print_answers, print_self_influence
+from tracin_ann.device import DEVICE_NAMES
+from tracin_ann.errors import UsageError, problem
+from tracin_ann.index import InfluenceIndex
+from tracin_ann.passes import SideName
+
+_IDS = IdRanges()
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("directory", type=click.Path(), metavar="DIR")
+@click.option("--ids", type=_IDS, default=(), help="Rows of query_data, such as 0-9,17.")
+@click.option("--train-ids", type=_IDS, default=(), help="Rows of train_data as queries.")
+@click.option("--self-influence", is_flag=True, help="Training rows by their own score, largest first.")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Hits a side (or rows).")
+@click.option("--candidates", default=200, show_default=True, type=click.IntRange(1), help="Rows re-scored a side.")
+@click.option("--rerank", default="stored", show_default=True, type=click.Choice(["none", "stored", "exact"]))
+@click.option("--exact", is_flag=True, help="Score every training row exactly; no index is asked.")
+@click.option("--checkpoints", type=_IDS, default=None, help="Positions to sum over, such as 0,2; default all.")
+@click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
+@click.option("--format", "form", default="table", show_default=True, type=click.Choice(["table", "jsonl"]))
+@click.option("--task", metavar="FILE.py:NAME", help="Where the task is now, if it moved.")
+@click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Instead of the build's; repeatable.")
+@click.option("--sketch", help="Refuse an index built with another sketch.")
+@click.option("--dim", type=int, help="Refuse an index of another dimension a checkpoint.")
+@click.option("--seed", type=int, help="Refuse an index built with another seed.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
+@click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
+@refusals
+def main(directory: str, form: str, **options: object) -> None:
+    """Ask the index in DIR which training rows are proponents and opponents of a query.
+
+    A proponent's score is positive: training on it lowered the query's loss; an opponent's is negative.
+
+    Example: query.py runs/mnist --ids 0-9 -k 5 --rerank exact
+    """
+    index = _opened(directory, options)
+    if options["self_influence"]:
+        _self_influence(index, options, form)
+    else:
+        _query(index, options, form)
+
+
+def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
+    task, arguments = options["task"], parsed_arguments(options["task_args"])  # type: ignore[arg-type]
+    index = InfluenceIndex.open(
+        directory,
+        task,  # type: ignore[arg-type]
+        arguments=arguments or ({} if task else None),
+        device=str(options["device"]),
+        batch_size=int(options["batch_size"]),  # type: ignore[call-overload]
+    )
+    index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
+    return index
+
+
+def _query(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
+    chosen = QueryOptions(
+        **{name: options[name] for name in ("k", "candidates", "rerank", "exact", "checkpoints", "cosine")}  # type: ignore[arg-type]
+    )
+    with progress_shown("rows") as progress:
+        answers = index.query(options["ids"], options["train_ids"], chosen, progress)  # type: ignore[arg-type]
+    if form == "jsonl":
+        for answer in answers:
+            click.echo(json.dumps(_answer_json(index, answer), ensure_ascii=False))
+    else:
+        print_answers(index, answers)
+    scored = sum(answer.rows_scored for answer in answers)
+    click.echo(
+        f"{len(answers)} queries, {scored / (2 * len(answers)):,.0f} of {len(index):,} rows scored a side", err=True
+    )
+
+
+def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
+    unused = [name for name in ("ids", "train_ids") if options[name]] + [n for n in ("cosine",) if options[n]]
+    if unused:
+        raise UsageError(
+            problem(
+                "--self-influence ranks all training rows",
+                got="--" + unused[0].replace("_", "-"),
+                expected="neither queries nor --cosine",
+                remedy="drop one of the two",
+            )
+        )
+    with progress_shown("rows") as progress:
+        rows = index.self_influence(
+            int(options["k"]),  # type: ignore[call-overload]
+            checkpoints=options["checkpoints"],  # type: ignore[arg-type]
+            exact=bool(options["exact"]),
+            progress=progress,
+        )
+    if form == "jsonl":
+        for row in rows:
+            click.echo(json.dumps(_row_json(row)))
+    else:
+        print_self_influence(index, rows)
+
+
+def _row_json(row: SelfInfluence) -> dict[str, object]:
+    return {"id": row.id, "score": row.score, "rank": row.rank}
+
+
+def _answer_json(index: InfluenceIndex, answer: Answer) -> dict[str, object]:
+    content: dict[str, object] = {"query": answer.query, "side": answer.side}
+    _add_text(content, index, answer.side, answer.query)
+    for name in ("proponents", "opponents"):
+        hits = []
+        for hit in getattr(answer, name):
+            shown: dict[str, object] = {"id": hit.id, "score": hit.score}
+            if hit.stored_score is not None:
+                shown["stored_score"] = hit.stored_score
+            _add_text(shown, index, "train", hit.id)
+            hits.append(shown)
+        content[name] = hits
+    return content
+
+
+def _add_text(content: dict[str, object], index: InfluenceIndex, side: SideName, row: str) -> None:
+    described = index.described(side, int(row))
+    if described is not None and described.text is not None:
+        content["text"] = described.text
