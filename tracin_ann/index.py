@@ -22,7 +22,7 @@ from tracin_ann.ranking import Question, Ranking
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import FeatureSpec, SketchSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
-from tracin_ann.store import FeatureStore
+from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.task import Description, Task, load_task
 from tracin_ann.types import Float32, ProgressCallback
 
@@ -136,6 +136,10 @@ class InfluenceIndex:
         if self.manifest.index.kind == "ivf":
             return IVFIndex.load(self.directory, self._options.device)
         return FlatIndex(self._store.view(), self._options.device)
+
+    def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
+        """Return the stored feature rows over the chosen checkpoints, to read or to search in one's own way."""
+        return self._store.view(self._chosen(checkpoints))
 
     def query(
         self,

@@ -53,7 +53,7 @@ def saved(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
     return checkpoints
 
 
-def toy(folder: Path, model: nn.Module | None = None, **changes: Any) -> Task:
+def toy(folder: Path, model: nn.Module | None = None, /, **changes: Any) -> Task:
     """Return a task of the model (a Toy where it is None) with two checkpoints in the folder, fields changed."""
     model = model if model is not None else Toy()
     fields: dict[str, Any] = {
