@@ -239,7 +239,7 @@ def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradi
     seen = set()
 
     def loss(model, batch):
-        seen.update((module.training for module in model.modules()))
+        seen.update(module.training for module in model.modules())
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     build(toy(tmp_path, live, loss=loss), tmp_path / "out", CONFIG)

@@ -1,4 +1,4 @@
-"""Tests of the store: what comes back, what is refused, what is noticed.
+"""Tests of the store of many feature files: what is missing, what is read, what is refused.
 
 Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
 """
@@ -6,8 +6,6 @@ Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -15,50 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 
-from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
-from tracin_ann.files import file_digest
+from blocks import DIM, DTYPES, LAYOUT, make_block
+from tracin_ann.errors import DamagedIndexError, UsageError
 from tracin_ann.store import (
     Dtype,
-    FeatureBlock,
-    FeatureFile,
     FeatureStore,
-    FileHeader,
     FileRecord,
     StoreLayout,
-    write_feature_file,
 )
 from tracin_ann.store import feature_store as feature_store_module
-from tracin_ann.store.codec import decode_rows, encode_rows
 from tracin_ann.types import Float32, RowSource
-
-DTYPES: list[Dtype] = ["float16", "float32"]
-DIM = 5
-LAYOUT = StoreLayout(n_rows=23, partition_rows=8, n_checkpoints=3, dim=DIM, dtype="float32", spec_digest="spec")
-
-finite_rows = arrays(
-    np.float32,
-    array_shapes(min_dims=2, max_dims=2, max_side=6),
-    elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
-    | st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1e-30, 1e30, float(np.finfo(np.float32).max)]).map(np.float32),
-)
-
-
-def make_block(start: int, stop: int, *, dim: int = DIM, seed: int = 0) -> FeatureBlock:
-    rng = np.random.default_rng([seed, start, stop])
-    n_rows = stop - start
-    return FeatureBlock(
-        ids_N=np.arange(start, stop, dtype=np.int64),
-        feature_ND=rng.standard_normal((n_rows, dim), dtype=np.float32),
-        sqnorm_N=rng.random(n_rows, dtype=np.float32),
-        loss_N=rng.random(n_rows, dtype=np.float32),
-    )
-
-
-def make_header(block: FeatureBlock, *, dtype: Dtype = "float16", block_rows: int = 4) -> FileHeader:
-    start, stop = int(block.ids_N[0]), int(block.ids_N[-1]) + 1
-    return FileHeader("spec", start, stop, 2, block.feature_ND.shape[1], dtype, block_rows)
 
 
 def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
@@ -81,251 +46,6 @@ def filled(tmp_path: Path) -> tuple[FeatureStore, list[FileRecord], Float32]:
 
 
 # Codec
-
-
-@settings(deadline=None, max_examples=150)
-@given(finite_rows)
-def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: Float32) -> None:
-    stored_ND, exponent_N = encode_rows(feature_ND, "float16")
-    out_ND = np.empty_like(feature_ND)
-    decode_rows(stored_ND, exponent_N, out_ND)
-    assert np.isfinite(out_ND).all()
-    wide_ND = feature_ND.astype(np.float64)
-    peak_N = np.abs(wide_ND).max(axis=1)
-    assert (np.abs(out_ND.astype(np.float64) - wide_ND) <= 2.0**-11 * peak_N[:, None]).all()
-    # The format as documented, by the slow way.
-    assert np.array_equal(out_ND, np.ldexp(stored_ND.astype(np.float64), exponent_N[:, None].astype(np.int64)))
-    stored_peak_N = np.abs(stored_ND).max(axis=1)
-    assert ((stored_peak_N >= 2**14) & (stored_peak_N < 2**15) | (peak_N == 0)).all()
-
-
-@settings(deadline=None, max_examples=100)
-@given(finite_rows)
-def test_float32_rows_come_back_bit_for_bit(feature_ND: Float32) -> None:
-    stored_ND, exponent_N = encode_rows(feature_ND, "float32")
-    out_ND = np.empty_like(feature_ND)
-    decode_rows(stored_ND, exponent_N, out_ND)
-    assert np.array_equal(out_ND.view(np.uint32), feature_ND.view(np.uint32))
-    assert not exponent_N.any()
-
-
-@settings(deadline=None, max_examples=100)
-@given(finite_rows, st.sampled_from(DTYPES))
-def test_unit_rows_have_norm_one_or_are_zero(feature_ND: Float32, dtype: Dtype) -> None:
-    out_ND = np.empty_like(feature_ND)
-    decode_rows(*encode_rows(feature_ND, dtype), out_ND, unit=True)
-    wide_ND = feature_ND.astype(np.float64)
-    norm_N = np.linalg.norm(wide_ND, axis=1)
-    zero_N = norm_N == 0
-    assert not out_ND[zero_N].any()
-    expected_ND = wide_ND[~zero_N] / norm_N[~zero_N, None]
-    assert np.abs(out_ND[~zero_N] - expected_ND).max(initial=0) <= 2e-3
-    assert np.abs(np.linalg.norm(out_ND[~zero_N], axis=1) - 1).max(initial=0) <= 1e-6
-
-
-def test_every_finite_float16_decodes_as_numpy_does() -> None:
-    half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    half = half[np.isfinite(half)][None]
-    out_ND = np.empty(half.shape, dtype=np.float32)
-    decode_rows(half, np.zeros(1, dtype=np.int16), out_ND)
-    assert np.array_equal(out_ND.view(np.uint32), half.astype(np.float32).view(np.uint32))
-
-
-# One file
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_rows", [1, 4, 11])
-def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
-    block = make_block(100, 100 + n_rows)
-    header = make_header(block, dtype=dtype)
-    write_feature_file(tmp_path / "a.h5", block, header=header)
-    file = FeatureFile.open(tmp_path / "a.h5", header)
-    file.verify()
-    assert file.header == header
-    tolerance = {"float16": 2.0**-11, "float32": 0.0}[dtype] * np.abs(block.feature_ND).max(axis=1, keepdims=True)
-    feature_ND = file.read(0, n_rows)
-    assert (np.abs(feature_ND - block.feature_ND) <= tolerance).all()
-    assert np.array_equal(file.read(n_rows // 2, n_rows), feature_ND[n_rows // 2 :])
-    assert file.read(1, 1).shape == (0, DIM)
-    positions = np.array([n_rows - 1, 0, n_rows - 1])
-    assert np.array_equal(file.take(positions), feature_ND[positions])
-    for name in ("ids_N", "sqnorm_N", "loss_N"):
-        assert np.array_equal(getattr(file, name), getattr(block, name))
-    for outside in (np.array([n_rows]), np.array([-1])):
-        with pytest.raises(IndexError):
-            file.take(outside)
-    with pytest.raises(IndexError):
-        file.read(0, n_rows + 1)
-
-
-def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
-    block = make_block(0, 9)
-    write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
-    with h5py.File(tmp_path / "a.h5") as file:
-        assert {name: (data.chunks, data.compression) for name, data in file.items()} == dict.fromkeys(
-            ["feature", "exponent", "id", "sqnorm", "loss", "block_checksum"], (None, None)
-        )
-        feature_ND = np.ldexp(file["feature"][...].astype(np.float32), file["exponent"][...][:, None].astype(int))
-        assert np.array_equal(feature_ND, FeatureFile.open(tmp_path / "a.h5").read(0, 9))
-        assert file.attrs["spec_digest"] == b"spec"
-        assert file.attrs["version"] == 1
-
-
-def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
-    block = make_block(0, 9)
-    record = write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
-    again = write_feature_file(tmp_path / "b.h5", block, header=make_header(block))
-    assert (record.size, record.digest) == (again.size, again.digest)
-    assert record == FileRecord("a.h5", (tmp_path / "a.h5").stat().st_size, file_digest(tmp_path / "a.h5"))
-    code = (
-        "from pathlib import Path\nfrom tests.test_store import *\nblock = make_block(0, 9)\n"
-        f"print(write_feature_file(Path({str(tmp_path / 'c.h5')!r}), block, header=make_header(block)).digest)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == record.digest
-
-
-@pytest.mark.parametrize(
-    "other", [{"spec_digest": "b"}, {"checkpoint": 1}, {"dim": 6}, {"dtype": "float32"}, {"start": 1}]
-)
-def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, object]) -> None:
-    block = make_block(0, 9)
-    header = make_header(block)
-    write_feature_file(tmp_path / "a.h5", block, header=header)
-    expected = FileHeader(**{**vars(header), **other})
-    ((name, value),) = other.items()
-    got = getattr(header, name)
-    with pytest.raises(DamagedIndexError, match=rf"a\.h5.*got {name}={got}, expected {name}={value}; "):
-        FeatureFile.open(tmp_path / "a.h5", expected)
-
-
-def test_other_version_is_refused(tmp_path: Path) -> None:
-    block = make_block(0, 9)
-    write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
-    with h5py.File(tmp_path / "a.h5", "r+") as file:
-        file.attrs["version"] = np.int64(2)
-    with pytest.raises(DamagedIndexError, match="version"):
-        FeatureFile.open(tmp_path / "a.h5")
-
-
-@pytest.mark.parametrize("kept", [0, 7, 600, 4096, -2000, -1])
-def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "a.h5"
-    block = make_block(0, 600)
-    write_feature_file(path, block, header=make_header(block))
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DamagedIndexError, match=r"a\.h5.*expected a whole feature file; run"):
-        FeatureFile.open(path)
-
-
-def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "junk.h5").write_bytes(b"junk" * 1000)
-    with h5py.File(tmp_path / "foreign.h5", "w") as foreign:
-        foreign["feature"] = np.zeros(3)
-    (tmp_path / "directory.h5").mkdir()
-    for name in ("junk.h5", "foreign.h5", "directory.h5"):
-        with pytest.raises(DamagedIndexError, match=name):
-            FeatureFile.open(tmp_path / name)
-    with pytest.raises(DamagedIndexError, match=r"none\.h5: got no file"):
-        FeatureFile.open(tmp_path / "none.h5")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path, dtype: Dtype) -> None:
-    path = tmp_path / "a.h5"
-    block = make_block(50, 61)
-    header = make_header(block, dtype=dtype)
-    write_feature_file(path, block, header=header)
-    whole = path.read_bytes()
-    with h5py.File(path) as file:
-        spans = {
-            name: (data.id.get_offset(), data.dtype.itemsize * data.size, data.dtype.itemsize * data.size // len(data))
-            for name, data in file.items()
-        }
-    for name, (offset, size, row_bytes) in spans.items():
-        for position in range(0, size, 5):
-            damaged = bytearray(whole)
-            damaged[offset + position] ^= 1 << position % 8
-            path.write_bytes(damaged)
-            i_block = position // row_bytes // (1 if name == "block_checksum" else header.block_rows)
-            first = 50 + i_block * header.block_rows
-            last = min(first + header.block_rows, 61) - 1
-            with pytest.raises(DamagedIndexError, match=rf"a\.h5: rows {first}\.\.{last} are altered \(1 of 3"):
-                FeatureFile.open(path, header).verify()
-
-
-def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
-    path = tmp_path / "a.h5"
-    block = make_block(0, 9)
-    header = make_header(block)
-    write_feature_file(path, block, header=header)
-    whole = path.read_bytes()
-    feature_ND = FeatureFile.open(path).read(0, 9)
-    for position in range(0, len(whole), 29):
-        damaged = bytearray(whole)
-        damaged[position] ^= 0xFF
-        path.write_bytes(damaged)
-        try:
-            file = FeatureFile.open(path)
-            file.verify()
-        except DamagedIndexError:
-            continue
-        assert file.header == header
-        assert np.array_equal(file.read(0, 9), feature_ND)
-        assert np.array_equal(file.loss_N, block.loss_N)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("column", ["feature_ND", "sqnorm_N", "loss_N"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_non_finite_is_refused_naming_row_and_checkpoint(
-    tmp_path: Path, dtype: Dtype, column: str, value: float
-) -> None:
-    block = make_block(40, 49)
-    getattr(block, column)[3] = value
-    with pytest.raises(NonFiniteError, match=r"of row 43 at checkpoint 2 .*got -?(nan|inf),"):
-        write_feature_file(tmp_path / "a.h5", block, header=make_header(block, dtype=dtype))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.h5"
-    record = write_feature_file(path, make_block(0, 9), header=make_header(make_block(0, 9)))
-
-    def fail(*_: object) -> None:
-        raise OSError("power cut")
-
-    monkeypatch.setattr(os, "replace", fail)
-    block = make_block(0, 9, seed=1)
-    with pytest.raises(OSError, match="power cut"):
-        write_feature_file(path, block, header=make_header(block))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.h5"]
-    assert file_digest(path) == record.digest
-
-
-def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    block = make_block(0, 9)
-    good = vars(block)
-    for wrong in (
-        {"ids_N": np.arange(9, dtype=np.int32)},
-        {"ids_N": np.arange(9, dtype=np.int64) * 2},
-        {"loss_N": good["loss_N"][:8]},
-        {"feature_ND": good["feature_ND"].astype(np.float64)},
-        {"feature_ND": good["feature_ND"][:, 0]},
-        {"feature_ND": good["feature_ND"][:, :0]},
-    ):
-        with pytest.raises(ValueError, match="expected|consecutive"):
-            FeatureBlock(**{**good, **wrong})
-    with pytest.raises(ValueError, match="expected"):
-        make_block(4, 4)
-    with pytest.raises(ValueError, match="does not fit"):
-        write_feature_file(tmp_path / "a.h5", block, header=make_header(make_block(1, 10)))
-    assert list(tmp_path.iterdir()) == []
-
-
 # The store
 
 

@@ -239,7 +239,7 @@ class InfluenceIndex:
 
     def described(self, side: SideName, row: int) -> Description | None:
         """Return what the task shows people of a row, or None."""
-        return self.task.described(self.passes.data(side)[row])
+        return self.passes.described(side, row)
 
     def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
         n_checkpoints = len(self.manifest.build.spec.checkpoints)

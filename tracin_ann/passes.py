@@ -14,8 +14,8 @@ from tracin_ann.checkpoints import load_checkpoint
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.gradients import Batch, GradientEngine
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
-from tracin_ann.session import borrowed_model
-from tracin_ann.task import Task
+from tracin_ann.session import borrowed_model, preserved_globals
+from tracin_ann.task import Description, Task
 
 SideName = Literal["train", "query"]
 
@@ -60,12 +60,18 @@ class Passes:
             TaskError: it has no length or no rows, or cannot be indexed.
         """
         if side not in self._data:
-            self._data[side] = open_data(self.task.train_data if side == "train" else self.task.query_data, side)
+            with preserved_globals():
+                self._data[side] = open_data(self.task.train_data if side == "train" else self.task.query_data, side)
         return self._data[side]
 
     def n_rows(self, side: SideName) -> int:
         """Return the number of examples of a side."""
         return len(self.data(side))
+
+    def described(self, side: SideName, row: int) -> Description | None:
+        """Return what the task shows people of a row, or None."""
+        with preserved_globals():
+            return self.task.described(self.data(side)[row])
 
     def check_ids(self, side: SideName, ids: Sequence[int]) -> None:
         """Refuse ids that the side does not hold.

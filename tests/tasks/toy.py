@@ -33,7 +33,7 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 def rows(n: int, seed: int = 1) -> list[tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(5, generator=generator), i % 3) for i in range(n)]
+    return [(torch.randn(5, generator=generator, dtype=torch.float32), i % 3) for i in range(n)]
 
 
 def saved(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
