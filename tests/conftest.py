@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and FAISS start their thread pools: parallel test processes must not each take every core.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if WORKERS > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+# Threads that wait for a core that something else holds cost these small operations a thousandfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

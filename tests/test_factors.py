@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import forms
+from tracin_ann import factors
 from tracin_ann.factors import Dense, Rows, batch_size, column_blocks, inner, materialised, squared_norm, summed
 
 FORMS = {
@@ -90,6 +93,16 @@ def test_the_squared_norm_of_several_forms_is_that_of_their_sum(name, device):
     total = torch.stack([forms.gradient(form) for form in several]).sum(0)
     close(squared_norm(several), total.square().sum(1))
     close(squared_norm(several[::-1]), total.square().sum(1))
+
+
+@pytest.mark.parametrize("elements", [1, 7, 40])
+def test_inner_products_and_norms_add_up_over_blocks(form, elements, device, monkeypatch):
+    monkeypatch.setattr(factors, "column_blocks", partial(column_blocks, elements=elements))
+    truth = forms.gradient(form)
+    direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
+    close(inner(form, direction.to(device, torch.float32)), truth @ direction.T)
+    close(squared_norm([form]), truth.square().sum(1))
+    close(materialised(form), truth)
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 3), slice(0, 3), slice(1, 9)])

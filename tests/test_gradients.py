@@ -21,7 +21,11 @@ def engine_for(model, case, examples, device, **options):
         checkpoints=[Checkpoint("unused", 1.0)],
         **options,
     )
-    return GradientEngine(task, model.to(device), case.loss, device)
+    model = model.to(device)
+    parameters = task.selected(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return GradientEngine(model, parameters, case.loss, task.collated, device)
 
 
 def collected(engine, batch):

@@ -194,6 +194,12 @@ class InfluenceIndex:
                 blocks.append(extractor.rows(side, ids).feature_ND)
         return np.concatenate(blocks, axis=1)
 
+    def _refuse_changed(self, checkpoints: Sequence[int]) -> None:
+        with self.passes.model() as model:
+            for checkpoint in checkpoints:
+                model.load(checkpoint)
+                self._check_canaries(FeatureExtractor(model, self._features), checkpoint)
+
     def _check_canaries(self, extractor: FeatureExtractor, checkpoint: int) -> None:
         if self.manifest.build.random_data:
             return
@@ -230,6 +236,7 @@ class InfluenceIndex:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
         chosen = self._chosen(checkpoints)
         if exact:
+            self._refuse_changed(chosen)
             scores_N = exact_self_influence(self.passes, chosen, _counted(progress, len(self) * len(chosen)))
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])

@@ -198,7 +198,7 @@ def _records(content: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_json_atomic(path, {"format": FORMAT, "digest": _digest(content), **content})
+    write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _read(path: Path) -> dict[str, Any]:
     """
     content: dict[str, Any] = read_json(path)
     _check_format(content.pop("format", None), path)
-    written, found = content.pop("digest", None), _digest(content)
+    written, found = content.pop("digest", None), content_digest(content)
     if written != found:
         raise DamagedIndexError(
             problem(
@@ -222,7 +222,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of a manifest or build record, its format and digest left out."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

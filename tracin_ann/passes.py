@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tracin_ann.checkpoints import load_checkpoint
-from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.gradients import Batch, GradientEngine
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
 from tracin_ann.session import borrowed_model, preserved_globals
@@ -164,7 +164,12 @@ class LoadedModel:
             probe_examples(data, side, ids)
         batch = engine.batch(ids, [data[i] for i in ids])
         probe_losses(engine, batch, self.checkpoint)
-        engine.prove(batch)
+        try:
+            engine.prove(batch)
+        except GradientProofError:
+            # No step can serve examples that mix; the probe says that more plainly.
+            probe_gradients(engine, batch)
+            raise
         probe_gradients(engine, batch)
 
 
