@@ -21,7 +21,7 @@ demo: $(STAMP)-examples
 	$(PY) examples/digits.py
 
 test: $(STAMP)-dev
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 check: $(STAMP)-dev
 	PY=$(PY) scripts/check

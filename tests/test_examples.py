@@ -46,7 +46,7 @@ class Mnist:
         return first, second
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cnn(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Mnist:
     if not (data_dir / "mnist.npz").is_file():
         pytest.skip(f"no mnist.npz in {data_dir}")

@@ -135,7 +135,8 @@ def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None
     assert (record.size, record.digest) == (again.size, again.digest)
     assert record == FileRecord("a.h5", (tmp_path / "a.h5").stat().st_size, file_digest(tmp_path / "a.h5"))
     code = (
-        "from pathlib import Path\nfrom tests.blocks import *\nfrom tracin_ann.store import write_feature_file\nblock = make_block(0, 9)\n"
+        "from pathlib import Path\nfrom tests.blocks import *\n"
+        "from tracin_ann.store import write_feature_file\nblock = make_block(0, 9)\n"
         f"print(write_feature_file(Path({str(tmp_path / 'c.h5')!r}), block, header=make_header(block)).digest)"
     )
     done = subprocess.run(

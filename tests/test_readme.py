@@ -31,7 +31,7 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with README's task file, checkpoints of its model, and the two scripts."""
     folder = tmp_path_factory.mktemp("readme")
