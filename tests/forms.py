@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from tracin_ann.convolution import Convolution, Geometry
 from tracin_ann.factors import Dense, Form, Outer, Rows
 
 
-def outer(shape: tuple[int, int], positions: int, *, batch: int = 3, groups: int = 1, seed: int = 0) -> Outer:
+def outer(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 0) -> Outer:
     """Return a drawn Outer of a parameter [R, C]."""
     g = torch.Generator().manual_seed(seed)
     left = torch.randn(batch, positions, shape[0], generator=g, dtype=torch.float64)
-    right = torch.randn(batch, positions, groups * shape[1], generator=g, dtype=torch.float64)
-    return Outer(left, right, groups)
+    return Outer(left, torch.randn(batch, positions, shape[1], generator=g, dtype=torch.float64))
+
+
+def convolution(
+    weight: tuple[int, ...],
+    space: tuple[int, ...],
+    *,
+    batch: int = 3,
+    groups: int = 1,
+    stride: int = 1,
+    dilation: int = 1,
+) -> Convolution:
+    """Return a drawn Convolution of a weight [O, C/groups, *kernel] over a padded input of these sizes."""
+    g = torch.Generator().manual_seed(len(space) + groups)
+    outputs, channels, *kernel = weight
+    batch = 3
+    n = len(kernel)
+    out = [(s - dilation * (k - 1) - 1) // stride + 1 for s, k in zip(space, kernel, strict=True)]
+    delta = torch.randn(batch, outputs, *out, generator=g, dtype=torch.float64)
+    x = torch.randn(batch, channels * groups, *space, generator=g, dtype=torch.float64)
+    return Convolution(delta, x, Geometry(tuple(kernel), (stride,) * n, (dilation,) * n, groups))
 
 
 def rows(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 0) -> Rows:
@@ -32,7 +53,9 @@ def dense(size: int, *, batch: int = 3, seed: int = 0) -> Dense:
 def moved(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
     """Return the form on a device, in a dtype."""
     if isinstance(form, Outer):
-        return Outer(form.left_BTR.to(device, dtype), form.right_BTC.to(device, dtype), form.groups)
+        return Outer(form.left_BTR.to(device, dtype), form.right_BTC.to(device, dtype))
+    if isinstance(form, Convolution):
+        return Convolution(form.delta_BO.to(device, dtype), form.input_BC.to(device, dtype), form.geometry)
     if isinstance(form, Rows):
         return Rows(form.index_BT.to(device), form.value_BTC.to(device, dtype), form.n_rows)
     return Dense(form.grad_BP.to(device, dtype))
@@ -49,10 +72,22 @@ def gradient(form: Form) -> Tensor:
             for t in range(positions):
                 grad[b, int(form.index_BT[b, t])] += form.value_BTC[b, t].double().cpu()
         return grad.flatten(1)
-    lefts = form.left_BTR.double().cpu().chunk(form.groups, 2)
-    rights = form.right_BTC.double().cpu().chunk(form.groups, 2)
-    parts = [torch.einsum("btr,btc->brc", left, right) for left, right in zip(lefts, rights, strict=True)]
-    return torch.cat(parts, 1).flatten(1)
+    if isinstance(form, Convolution):
+        return _autograds(form)
+    return torch.einsum("btr,btc->brc", form.left_BTR.double().cpu(), form.right_BTC.double().cpu()).flatten(1)
+
+
+def _autograds(form: Convolution) -> Tensor:
+    """Return autograd's gradients of a convolution's weight, one example at a time."""
+    geometry = form.geometry
+    apply = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(geometry.kernel)]
+    channels = form.input_BC.shape[1] // geometry.groups
+    grads = []
+    for delta, x in zip(form.delta_BO.double().cpu(), form.input_BC.double().cpu(), strict=True):
+        weight = torch.zeros(len(delta), channels, *geometry.kernel, dtype=torch.float64, requires_grad=True)
+        y = apply(x[None], weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
+        grads.append(torch.autograd.grad(y, weight, delta[None])[0].flatten())
+    return torch.stack(grads)
 
 
 def same_gradient(grad_BRC: Tensor) -> dict[str, list[Form]]:
@@ -76,10 +111,14 @@ def same_gradient(grad_BRC: Tensor) -> dict[str, list[Form]]:
         "rows with repeats": [Rows(torch.cat([index, index], 1), torch.cat([part, rest], 1), n_rows)],
         "rows, outer and dense": [Rows(index, rest, n_rows), Outer(eye, part / 2), Dense(part.flatten(1) / 2)],
     }
+    # A convolution of one tap over R positions says any matrix: the output gradient is the identity.
+    pointwise = Geometry((1,), (1,), (1,))
+    forms["convolution"] = [Convolution(eye, grad_BRC.mT, pointwise)]
     for groups in (g for g in range(2, n_rows + 1) if n_rows % g == 0):
         size = n_rows // groups
-        right = grad_BRC.view(batch, groups, size, n_columns).transpose(1, 2).flatten(2)
-        forms[f"outer in {groups} groups"] = [Outer(eye[:, :size, :size].repeat(1, 1, groups), right, groups)]
+        x = grad_BRC.view(batch, groups, size, n_columns).transpose(2, 3).flatten(1, 2)
+        delta = eye[:, :size, :size].repeat(1, groups, 1)
+        forms[f"convolution in {groups} groups"] = [Convolution(delta, x, Geometry((1,), (1,), (1,), groups))]
         if groups < n_rows:
             break
     return forms

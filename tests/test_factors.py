@@ -15,8 +15,16 @@ FORMS = {
     "outer of rank one": lambda: forms.outer((5, 7), 1),
     "outer, few positions": lambda: forms.outer((9, 8), 2),
     "outer, many positions": lambda: forms.outer((5, 7), 11),
-    "outer in 2 groups": lambda: forms.outer((6, 5), 4, groups=2),
-    "depthwise outer": lambda: forms.outer((6, 3), 4, groups=6),
+    "convolution": lambda: forms.convolution((6, 5, 3, 2), (7, 6)),
+    "convolution of one channel": lambda: forms.convolution((4, 1, 3, 3), (6, 6)),
+    "convolution with strides": lambda: forms.convolution((4, 5, 3, 3), (9, 8), stride=2),
+    "convolution, dilated": lambda: forms.convolution((4, 5, 3, 2), (9, 8), dilation=2),
+    "convolution in 2 groups": lambda: forms.convolution((6, 5, 3, 3), (5, 6), groups=2),
+    "depthwise convolution": lambda: forms.convolution((6, 1, 3, 3), (5, 6), groups=6),
+    "convolution of a line": lambda: forms.convolution((4, 5, 3), (9,), dilation=2),
+    "convolution of a line with strides": lambda: forms.convolution((4, 5, 3), (9,), stride=2),
+    "convolution of a volume": lambda: forms.convolution((3, 4, 2, 3, 2), (4, 5, 4)),
+    "convolution of a volume with strides": lambda: forms.convolution((3, 2, 2, 3, 2), (4, 5, 4), stride=2, dilation=1),
     "rows": lambda: forms.rows((6, 4), 9),
     "rows of one column": lambda: forms.rows((6, 1), 9),
     "dense": lambda: forms.dense(30),
@@ -34,11 +42,11 @@ SEVERAL = {
     "a layer called twice": lambda: [forms.outer((9, 8), 2), forms.outer((9, 8), 1, seed=1)],
     "two look-ups": lambda: [forms.rows((6, 4), 5), forms.rows((6, 4), 7, seed=1)],
     "two dense": lambda: [forms.dense(12), forms.dense(12, seed=1)],
-    "a convolution in two groupings": lambda: [
-        forms.outer((6, 3), 4, groups=2),
-        forms.outer((6, 3), 4, groups=3, seed=1),
+    "a convolution called twice": lambda: [
+        forms.convolution((6, 5, 3), (9,)),
+        forms.convolution((6, 5, 3), (7,)),
     ],
-    "grouped and dense": lambda: [forms.outer((6, 3), 4, groups=2), forms.dense(18, seed=1)],
+    "grouped and dense": lambda: [forms.convolution((6, 3, 1), (4,), groups=2), forms.dense(18, seed=1)],
     "all three": lambda: [forms.rows((6, 4), 5), forms.outer((6, 4), 5, seed=1), forms.dense(24, seed=2)],
 }
 
@@ -112,13 +120,13 @@ def test_a_slice_of_a_form_is_the_form_of_those_examples(form, part):
     assert type(sliced) is type(form)
     assert sliced.shape == form.shape
     assert batch_size(sliced) == len(truth)
-    torch.testing.assert_close(forms.gradient(sliced), truth, rtol=0, atol=0)
+    torch.testing.assert_close(forms.gradient(sliced), truth, rtol=1e-12, atol=1e-12)
     close(squared_norm([sliced]), truth.square().sum(1))
 
 
 def test_the_shape_is_the_parameters_read_as_a_matrix():
     assert forms.outer((6, 5), 4).shape == (6, 5)
-    assert forms.outer((6, 5), 4, groups=2).shape == (6, 5)
+    assert forms.convolution((6, 5, 3), (7,), groups=2).shape == (6, 15)
     assert forms.rows((6, 4), 9).shape == (6, 4)
     assert forms.dense(30).shape == (30, 1)
 

@@ -16,8 +16,9 @@ import oracle
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import factors, plan
 from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.gradients import LOOP, NONE, RULE, VMAP, GradientEngine
+from tracin_ann.gradients import GradientEngine
 from tracin_ann.passes import Passes, PassOptions
+from tracin_ann.plan import LOOP, NONE, RULE, VMAP
 from tracin_ann.sketch import make_sketch
 
 CPU = torch.device("cpu")
@@ -284,7 +285,7 @@ def features(batch_size, folder, **changes):
     """Return features of 9 training and 5 query rows at the second checkpoint, in batches of this size."""
     torch.manual_seed(0)
     task = toy(folder, Mixed(), query_loss=bumpy, **changes)
-    options = FeatureOptions(make_sketch("factored", 64), seed=3)
+    options = FeatureOptions(make_sketch("factored", 128), 3, frozenset(["first.weight", "second.weight"]))
     with Passes(task, PassOptions(CPU, batch_size)).model() as model:
         model.load(1)
         extractor = FeatureExtractor(model, options)

@@ -27,7 +27,7 @@ SHAPES = {
     "wide": (6, 300),
     "wide both ways": (150, 140),
     "convolution": (6, 3, 3, 2),
-    "wide convolution": (140, 4, 5, 7),
+    "wide convolution": (140, 30, 3, 3),
     "embedding": (200, 20),
 }
 DIMS = [16, 64]
@@ -83,18 +83,35 @@ def naive_kronecker(key, grad_BRC, dim):
 
 def naive_factored(key, grad_BRC, dim):
     rows, columns = grad_BRC.shape[1:]
-    if columns > SIDE_WIDTH:
+    taps = int(np.prod(key.shape[2:]))
+    if taps > 1:
+        grad_BRC = naive_channel_fold(grad_BRC, key, taps)
+    elif columns > SIDE_WIDTH:
         grad_BRC = naive_fold(grad_BRC, key.stream("right").signs(0, columns), SIDE_WIDTH)
     if columns > 1 and rows > SIDE_WIDTH:
         turned = naive_fold(grad_BRC.transpose(0, 2, 1), key.stream("left").signs(0, rows), SIDE_WIDTH)
         grad_BRC = turned.transpose(0, 2, 1)
-    flat = grad_BRC.reshape(len(grad_BRC), -1)
+    by_tap = grad_BRC.reshape(*grad_BRC.shape[:2], -1, taps).transpose(0, 3, 1, 2)
+    flat = by_tap.reshape(len(by_tap), -1)
     signs = key.stream("fold").signs(0, flat.shape[1])
     offset = key.stream("offset").integer(dim)
     out = np.zeros((len(flat), dim))
     for i in range(flat.shape[1]):
         out[:, (offset + i) % dim] += signs[i] * flat[:, i]
     return out
+
+
+def naive_channel_fold(grad_BRC, key, taps):
+    """Channel c goes to c mod w with one sign for all its taps; w channels are the most that fit, if they are half."""
+    channels, width = key.shape[1], max(1, SIDE_WIDTH // taps)
+    if channels < 2 * width:
+        return grad_BRC
+    signs = key.stream("right").signs(0, channels)
+    by_channel = grad_BRC.reshape(*grad_BRC.shape[:2], channels, taps)
+    folded = np.zeros((*grad_BRC.shape[:2], width, taps))
+    for c in range(channels):
+        folded[:, :, c % width] += signs[c] * by_channel[:, :, c]
+    return folded.reshape(*grad_BRC.shape[:2], -1)
 
 
 NAIVE = {
@@ -238,8 +255,8 @@ def test_any_dimension_will_do_that_the_name_allows(name, dim):
     ("name", "shape", "words"),
     [
         ("factored", (7,), "7 folded to 256"),
-        ("factored", (300, 9), "300x9 folded to 128x9, then to 256"),
-        ("factored", (140, 4, 5, 7), "140x140 folded to 128x128, then to 256"),
+        ("factored", (300, 9), "300x9: folded to 128x9, then to 256"),
+        ("factored", (140, 30, 3, 3), "140x270: folded to 128x126, then to 256"),
         ("kronecker", (7,), "7 projected to 256"),
         ("kronecker", (6, 3, 3, 2), "6x18 projected to 16x16"),
         ("dense", (6, 3), "projected to 256 by signs"),
@@ -247,7 +264,7 @@ def test_any_dimension_will_do_that_the_name_allows(name, dim):
     ],
 )
 def test_it_says_what_it_does(name, shape, words):
-    assert make_sketch(name, 256).describe(shape) == words
+    assert make_sketch(name, 256).describe(key_for(shape)) == words
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def fold_variance(u: Tensor, v: Tensor, width: int) -> Tensor:
     return total
 
 
+def convolution_variance(u: Tensor, v: Tensor) -> Tensor:
+    """A convolution's gradient is folded in the order tap, output, input channel."""
+    return fold_variance(*(x.view(-1, 8, 4).transpose(1, 2).flatten(1) for x in (u, v)), width=7)
+
+
 def all_signs(n: int) -> Tensor:
     return torch.tensor(list(product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
 
@@ -101,7 +106,7 @@ VECTORS = {
     "factored, a vector": Case(FactoredSketch(5), (33,), lambda u, v: fold_variance(u, v, 5)),
     "factored, a long vector": Case(FactoredSketch(16), (300,), lambda u, v: fold_variance(u, v, 16)),
     "factored, the last fold only": Case(FactoredSketch(6), (4, 7), lambda u, v: fold_variance(u, v, 6)),
-    "factored, a convolution": Case(FactoredSketch(7), (4, 2, 2, 2), lambda u, v: fold_variance(u, v, 7)),
+    "factored, a convolution": Case(FactoredSketch(7), (4, 2, 2, 2), convolution_variance),
     "factored, all three folds": Case(
         FactoredSketch(6, side=4), (6, 7), lambda u, v: composed_variance(u, v, (6, 7), 4, 6)
     ),

@@ -195,7 +195,9 @@ def test_a_models_digest_is_of_its_layers_and_not_of_its_weights():
     digests = [model_digest(m) for m in (Toy(), Toy(), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
     assert digests[0] == digests[1]
     assert model_digest(nn.Sequential(nn.Linear(2, 2), nn.Tanh())) != digests[2]
-    assert parameter_specs(dict(Toy().named_parameters()))[1] == ParameterSpec("first.bias", (6,), "torch.float32")
+    specs = parameter_specs(dict(Toy().named_parameters()), frozenset(["first.weight"]))
+    assert specs[1] == ParameterSpec("first.bias", (6,), "torch.float32")
+    assert [spec.rank_one for spec in specs[:2]] == [True, False]
 
 
 def test_a_data_sets_digest_is_of_rows_spread_over_it():

@@ -22,7 +22,6 @@ from tracin_ann.device import resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, Norms, joined
 from tracin_ann.files import atomic_path, sweep_temporaries
-from tracin_ann.gradients import Plan
 from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -37,6 +36,7 @@ from tracin_ann.manifest import (
     write_build_record,
 )
 from tracin_ann.passes import LoadedModel, Passes, PassOptions, SideName
+from tracin_ann.plan import Plan
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import (
@@ -108,10 +108,9 @@ class BuildConfig:
                 problem("bad partition_rows", got=self.partition_rows, expected="1 or more", remedy="change it")
             )
 
-    @property
-    def features(self) -> FeatureOptions:
-        """Return what turns gradients into rows."""
-        return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, self.norms)
+    def features(self, rank_one: frozenset[str]) -> FeatureOptions:
+        """Return what turns gradients into rows, given which parameters' gradients are outer products."""
+        return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, rank_one, self.norms)
 
 
 @dataclass(frozen=True)
@@ -135,51 +134,62 @@ class BuildWork:
     def __init__(self, task: Task, out: Path, config: BuildConfig, reference: TaskReference) -> None:
         self.out, self.config, self.reference = out, config, reference
         self.device = resolve_device(config.device)
-        self.features = config.features
+        self.sketch = make_sketch(config.sketch, config.dim)
         self.passes = Passes(task, PassOptions(self.device, config.batch_size, config.allow_random_data))
         self.rows_extracted = 0
 
-    def record(self, model: LoadedModel) -> BuildRecord:
-        """Return what this build sets out to make."""
+    def prepared(self, model: LoadedModel) -> tuple[BuildRecord, bool]:
+        """Return what this build sets out to make, and whether the directory holds its beginning.
+
+        All that can be refused is refused here, before anything is written.
+
+        Raises:
+            IndexMismatchError: the directory holds another build.
+            UsageError: it is no directory, or holds files that no build wrote.
+            TaskError: the task breaks the contract.
+        """
+        self.passes.data("query")
+        found = self._found()
+        if found is None:
+            return self._record(model, self.examine(model)), False
+        record = self._record(model, found.spec.rank_one)
+        found.spec.refuse_unlike(record.spec, str(self.out))
+        if found.partition_rows != record.partition_rows or found.random_data != record.random_data:
+            raise IndexMismatchError(
+                f"index {self.out} was built with partition_rows {found.partition_rows} and allow_random_data "
+                f"{found.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
+                "use the same, or another --out"
+            )
+        return record, True
+
+    def examine(self, model: LoadedModel) -> frozenset[str]:
+        """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
+        for checkpoint in reversed(range(len(self.passes.task.checkpoints))):
+            model.load(checkpoint)
+        model.probe("train")
+        model.probe("query")
+        return model.engine("train").plan.rank_one
+
+    def _record(self, model: LoadedModel, rank_one: frozenset[str]) -> BuildRecord:
         train = self.passes.data("train")
-        sketch = self.features.sketch
         spec = FeatureSpec(
             model=model_digest(model.module),
             train_rows=len(train),
             train_data="random" if self.config.allow_random_data else data_digest(train),
-            parameters=parameter_specs(model.parameters),
+            parameters=parameter_specs(model.parameters, rank_one),
             checkpoints=checkpoint_specs(self.passes.task),
-            sketch=SketchSpec(sketch.name, sketch.version, sketch.dim, self.config.seed),
+            sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
             dtype=self.config.dtype,
             norms=self.config.norms,
             versions=library_versions(),
         )
         return BuildRecord(spec, self.reference, self.config.partition_rows, self.config.allow_random_data)
 
-    def examine(self, model: LoadedModel) -> None:
-        """Load every checkpoint once and run the first batch's probes: all refusals before any work."""
-        for checkpoint in reversed(range(len(self.passes.task.checkpoints))):
-            model.load(checkpoint)
-        model.probe("train")
-        model.probe("query")
-
-    def claim(self, record: BuildRecord) -> None:
-        """Make the directory this build's own, or refuse one that holds something else.
-
-        Raises:
-            IndexMismatchError: it holds another build.
-            UsageError: it is no directory, or holds files that no build wrote.
-        """
+    def _found(self) -> BuildRecord | None:
+        """Return the build that the directory holds, or None if it can become this one's."""
         if (self.out / BUILD_RECORD).exists():
-            found = read_build_record(self.out)
-            found.spec.refuse_unlike(record.spec, str(self.out))
-            if found.partition_rows != record.partition_rows or found.random_data != record.random_data:
-                raise IndexMismatchError(
-                    f"index {self.out} was built with partition_rows {found.partition_rows} and allow_random_data "
-                    f"{found.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
-                    "use the same, or another --out"
-                )
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            return read_build_record(self.out)
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UsageError(
                 problem(
                     f"{self.out} cannot hold the index",
@@ -188,8 +198,11 @@ class BuildWork:
                     remedy="choose another --out",
                 )
             )
+        return None
 
-    def extract(self, model: LoadedModel, store: FeatureStore, report: ProgressCallback) -> Plan:
+    def extract(
+        self, model: LoadedModel, store: FeatureStore, features: FeatureOptions, report: ProgressCallback
+    ) -> Plan:
         """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
         missing = store.missing()
         units = sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in missing))
@@ -197,7 +210,7 @@ class BuildWork:
         canaries: dict[SideName, list[FeatureRows]] = {"train": [], "query": []}
         for checkpoint in range(store.layout.n_checkpoints):
             model.load(checkpoint)
-            extractor = FeatureExtractor(model, self.features)
+            extractor = FeatureExtractor(model, features)
             for partition, _ in (m for m in missing if m[1] == checkpoint):
                 start, stop = store.layout.rows(partition)
                 parts = []
@@ -265,11 +278,8 @@ def build(
     report = progress or _silent
     work = opened(task, Path(out), config or BuildConfig(), arguments)
     with work.passes.model() as model:
-        work.passes.data("query")
-        record = work.record(model)
-        work.claim(record)
-        if not (work.out / BUILD_RECORD).exists():
-            work.examine(model)
+        record, begun = work.prepared(model)
+        if not begun:
             (work.out / FEATURES).mkdir(parents=True, exist_ok=True)
             write_build_record(work.out, record)
         (work.out / FEATURES).mkdir(exist_ok=True)
@@ -280,7 +290,7 @@ def build(
         if finished is not None:
             return BuildReport(finished, 0, perf_counter() - began)
         (work.out / MANIFEST).unlink(missing_ok=True)
-        plan = work.extract(model, store, report)
+        plan = work.extract(model, store, work.config.features(record.spec.rank_one), report)
     report("index", 0, 1)
     index = work.index(store)
     report("index", 1, 1)

@@ -12,10 +12,11 @@ from time import perf_counter
 import numpy as np
 
 from tracin_ann.build import BuildConfig, BuildWork, opened
-from tracin_ann.features import FeatureExtractor
-from tracin_ann.gradients import Plan
+from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.passes import LoadedModel
+from tracin_ann.plan import Plan
 from tracin_ann.search import choose_index
+from tracin_ann.sketch import ParameterKey
 from tracin_ann.task import Task
 
 _TIMED_BATCHES = 3
@@ -65,11 +66,11 @@ def plan(
     config = config or BuildConfig()
     work = opened(task, Path(out), config, arguments)
     with work.passes.model() as model:
-        work.passes.data("query")
-        record = work.record(model)
-        work.claim(record)
-        work.examine(model)
-        seconds = _seconds_a_row(work, model) * record.spec.train_rows * len(record.spec.checkpoints)
+        record, begun = work.prepared(model)
+        if begun:
+            work.examine(model)
+        features = config.features(record.spec.rank_one)
+        seconds = _seconds_a_row(work, model, features) * record.spec.train_rows * len(record.spec.checkpoints)
         layout = record.layout
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
         choice = choose_index(config.index, n_rows, dim)
@@ -85,13 +86,16 @@ def plan(
             index_kind=choice.kind,
             index_reason=choice.reason,
             gradients=model.engine("train").plan,
-            sketches={p.name: work.features.sketch.describe(p.shape) for p in record.spec.parameters},
+            sketches={
+                p.name: work.sketch.describe(ParameterKey(config.seed, 0, p.name, p.shape, p.rank_one))
+                for p in record.spec.parameters
+            },
             frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
         )
 
 
-def _seconds_a_row(work: BuildWork, model: LoadedModel) -> float:
-    extractor = FeatureExtractor(model, work.features)
+def _seconds_a_row(work: BuildWork, model: LoadedModel, features: FeatureOptions) -> float:
+    extractor = FeatureExtractor(model, features)
     n_rows = work.passes.n_rows("train")
     ids = [i % n_rows for i in range(work.config.batch_size)]
     extractor.rows("train", ids)

@@ -1,10 +1,10 @@
 """Per-example gradients of one parameter, kept as the factors that backward gives.
 
-Three forms cover all: `Outer` (a matrix that is a sum over positions of outer products: Linear and
-convolution layers), `Rows` (an embedding's scattered rows) and `Dense` (the gradient itself: biases,
-norm layers, the fallbacks). A parameter of shape (R, c1, c2, ...) is read as a matrix [R, C] with
-C = c1·c2·…; P = R·C. What a sketch, an inner product or a norm needs is asked of the form, so that a
-per-example gradient is materialised only where that is cheaper, and then in blocks.
+Four forms cover all: `Outer` (a matrix that is a sum over positions of outer products: Linear
+layers), `Convolution` (see convolution.py), `Rows` (an embedding's scattered rows) and `Dense` (the
+gradient itself: biases, norm layers, the fallbacks). A parameter of shape (R, c1, c2, ...) is read as
+a matrix [R, C] with C = c1·c2·…; P = R·C. What a sketch, an inner product or a norm needs is asked of
+the form, so that a per-example gradient is materialised only where that is cheaper, and in blocks.
 
 Shapes: B batch, T positions, R rows and C columns of the parameter, P = R·C, Q queries.
 """
@@ -17,20 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tracin_ann.convolution import Convolution
+
 _BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Outer:
-    """grad_b = Σ_t left_bt ⊗ right_bt.
-
-    With groups G, left and right split into G equal parts along the last axis and the rows of
-    part g pair with the columns of part g only: grad [G·r, c].
-    """
+    """grad_b = Σ_t left_bt ⊗ right_bt."""
 
     left_BTR: Tensor
     right_BTC: Tensor
-    groups: int = 1
 
     def __post_init__(self) -> None:
         """Check that both sides speak of the same positions."""
@@ -40,11 +37,11 @@ class Outer:
     @property
     def shape(self) -> tuple[int, int]:
         """Return (R, C) of the parameter read as a matrix."""
-        return self.left_BTR.shape[2], self.right_BTC.shape[2] // self.groups
+        return self.left_BTR.shape[2], self.right_BTC.shape[2]
 
     def __getitem__(self, rows: slice) -> Outer:
         """Return the form of some of the examples."""
-        return Outer(self.left_BTR[rows], self.right_BTC[rows], self.groups)
+        return Outer(self.left_BTR[rows], self.right_BTC[rows])
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,16 @@ class Dense:
         return Dense(self.grad_BP[rows])
 
 
-Form = Outer | Rows | Dense
+Form = Outer | Convolution | Rows | Dense
 
 
 def batch_size(form: Form) -> int:
     """Return B."""
-    first = form.left_BTR if isinstance(form, Outer) else form.index_BT if isinstance(form, Rows) else form.grad_BP
-    return first.shape[0]
+    if isinstance(form, Outer):
+        return form.left_BTR.shape[0]
+    if isinstance(form, Convolution):
+        return form.delta_BO.shape[0]
+    return form.index_BT.shape[0] if isinstance(form, Rows) else form.grad_BP.shape[0]
 
 
 def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
@@ -97,24 +97,20 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
     """
     n_rows, n_columns = form.shape
     step = max(1, elements // max(1, batch_size(form) * n_columns))
-    grouped = _grouped(form) if isinstance(form, Outer) and form.groups > 1 else None
+    grouped = form.contracted() if isinstance(form, Convolution) and form.geometry.groups > 1 else None
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         if grouped is not None:
-            block = grouped[:, start * n_columns : stop * n_columns]
+            block = grouped[:, start:stop].flatten(1)
         elif isinstance(form, Outer):
             block = torch.bmm(form.left_BTR[:, :, start:stop].transpose(1, 2), form.right_BTC).flatten(1)
+        elif isinstance(form, Convolution):
+            block = form.output_channels(start, stop).contracted().flatten(1)
         elif isinstance(form, Rows):
             block = _scattered(form, start, stop)
         else:
             block = form.grad_BP[:, start:stop]
         yield start * n_columns, block
-
-
-def _grouped(form: Outer) -> Tensor:
-    left = form.left_BTR.reshape(*form.left_BTR.shape[:2], form.groups, -1)
-    right = form.right_BTC.reshape(*form.left_BTR.shape[:2], form.groups, -1)
-    return torch.einsum("btgr,btgc->bgrc", left, right).flatten(1)
 
 
 def _scattered(form: Rows, start: int, stop: int) -> Tensor:
@@ -140,11 +136,9 @@ def summed(form: Form) -> Tensor:
         flat = form.value_BTC.new_zeros(form.shape)
         flat.index_add_(0, form.index_BT.flatten(), form.value_BTC.flatten(0, 1))
         return flat.flatten()
-    left, right = form.left_BTR.flatten(0, 1), form.right_BTC.flatten(0, 1)
-    if form.groups == 1:
-        return (left.T @ right).flatten()
-    left, right = left.view(len(left), form.groups, -1), right.view(len(right), form.groups, -1)
-    return torch.einsum("ngr,ngc->grc", left, right).flatten()
+    if isinstance(form, Convolution):
+        return torch.cat([block.sum(0) for _, block in column_blocks(form)])
+    return (form.left_BTR.flatten(0, 1).T @ form.right_BTC.flatten(0, 1)).flatten()
 
 
 def inner(form: Form, direction_QP: Tensor) -> Tensor:
@@ -169,7 +163,7 @@ def squared_norm(forms: Sequence[Form]) -> Tensor:
         blocks = zip(*(_row_aligned(form) for form in merged), strict=True)
         return torch.cat([torch.stack(parts).sum(0).square().sum(1) for parts in blocks])
     form = merged[0]
-    if isinstance(form, Outer) and form.groups == 1 and _gram_is_cheaper(form):
+    if isinstance(form, Outer) and _gram_is_cheaper(form):
         return ((form.left_BTR @ form.left_BTR.mT) * (form.right_BTC @ form.right_BTC.mT)).sum((1, 2))
     if isinstance(form, Rows):
         alike = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
@@ -182,12 +176,13 @@ def _merged(forms: Sequence[Form]) -> list[Form]:
     outer = [f for f in forms if isinstance(f, Outer)]
     rows = [f for f in forms if isinstance(f, Rows)]
     dense = [f for f in forms if isinstance(f, Dense)]
-    merged: list[Form] = []
-    for groups in sorted({f.groups for f in outer}):
-        same = [f for f in outer if f.groups == groups]
-        merged.append(
-            Outer(torch.cat([f.left_BTR for f in same], 1), torch.cat([f.right_BTC for f in same], 1), groups)
-        )
+    convolutions = [f for f in forms if isinstance(f, Convolution)]
+    if len(convolutions) > 1:
+        dense += [Dense(f.contracted().flatten(1)) for f in convolutions]
+        convolutions = []
+    merged: list[Form] = [*convolutions]
+    if outer:
+        merged.append(Outer(torch.cat([f.left_BTR for f in outer], 1), torch.cat([f.right_BTC for f in outer], 1)))
     if rows:
         merged.append(
             Rows(torch.cat([f.index_BT for f in rows], 1), torch.cat([f.value_BTC for f in rows], 1), rows[0].n_rows)

@@ -30,11 +30,13 @@ class FeatureOptions:
     Attributes:
         sketch: the family of maps, with D.
         seed: of its random numbers.
+        rank_one: parameters whose gradients are outer products, as the index has recorded them.
         norms: squared gradient norms estimated from the sketch, or exact at about the sketch's cost.
     """
 
     sketch: Sketch
     seed: int
+    rank_one: frozenset[str]
     norms: Norms = "sketch"
 
 
@@ -100,7 +102,8 @@ class FeatureExtractor:
     def _map(self, name: str) -> ParameterSketch:
         if name not in self._maps:
             shape = tuple(self._model.parameters[name].shape)
-            key = ParameterKey(self._options.seed, self._model.checkpoint, name, shape)
+            rank_one = name in self._options.rank_one
+            key = ParameterKey(self._options.seed, self._model.checkpoint, name, shape, rank_one)
             self._maps[name] = self._options.sketch.parameter(key, self._model.passes.options.device, self._dtype)
         return self._maps[name]
 

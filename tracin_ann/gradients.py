@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, pro
 from tracin_ann.factors import Dense, Form
 from tracin_ann.layers import LayerCapture, Layout, covered_layers
 from tracin_ann.nested import batched_tensors, rebuild, to_device
+from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
 from tracin_ann.proof import ProofSink, Truth, check_finite, not_finite, unproven
 from tracin_ann.task import LossFunction
 
-RULE, VMAP, LOOP, NONE = "layer rule", "vmap(grad)", "loop", "no gradient"
 _STEPS = (RULE, VMAP, LOOP)
 PROVEN_ALONE = 3
 _FALLBACK_ELEMENTS = 1 << 26
@@ -44,30 +44,6 @@ class Batch:
     def __len__(self) -> int:
         """Return B."""
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Which step of the ladder serves a parameter, and why not the one above."""
-
-    name: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which step serves which parameter; `sizes` are the parameters' numbers of entries."""
-
-    steps: Mapping[str, Step]
-    sizes: Mapping[str, int]
-
-    def names(self, step: str) -> tuple[str, ...]:
-        """Return the parameters that a step serves, in the model's order."""
-        return tuple(name for name, chosen in self.steps.items() if chosen.name == step)
-
-    def share(self, step: str) -> float:
-        """Return the share of parameter entries that a step serves."""
-        return sum(self.sizes[name] for name in self.names(step)) / sum(self.sizes.values())
 
 
 class _PlanChangedError(Exception):
@@ -100,6 +76,7 @@ class GradientEngine:
         self._model, self._loss, self._collate, self._device = model, loss, collate, device
         self._covered = covered_layers(model, self.parameters)
         self._plan: Plan | None = None
+        self._rank_one: frozenset[str] = frozenset()
         self._fallen: dict[str, Step] = {}
         self._layouts: set[Layout] = set()
         self._capture = LayerCapture(model, {}, self._layouts)
@@ -263,6 +240,7 @@ class GradientEngine:
             self._fallen.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()})
             steps.update({p: self._fallen[p] for p in failed})
             self._adopt(steps)
+        self._plan = replace(self.plan, rank_one=self._rank_one & set(self.plan.names(RULE)))
         return self.plan
 
     def _adopt(self, steps: Mapping[str, Step]) -> None:
@@ -338,6 +316,8 @@ class GradientEngine:
             if step == LOOP or isinstance(error, (TaskError, torch.OutOfMemoryError)):
                 raise
             return dict.fromkeys(names, f"{step} fails: {_first_line(error)}")
+        if step == RULE:
+            self._rank_one = sink.rank_one
         failed = dict(self._capture.failures) if step == RULE else {}
         for name in names:
             if name not in failed and (why := truth.disagreement(name, sink)):

@@ -101,7 +101,7 @@ class InfluenceIndex:
             model=model_digest(model.module),
             train_rows=passes.n_rows("train"),
             train_data=built.spec.train_data if built.random_data else data_digest(passes.data("train")),
-            parameters=parameter_specs(model.parameters),
+            parameters=parameter_specs(model.parameters, built.spec.rank_one),
             checkpoints=checkpoint_specs(passes.task),
             sketch=replace(built.spec.sketch, version=sketch.version),
         )
@@ -124,7 +124,7 @@ class InfluenceIndex:
     @cached_property
     def _features(self) -> FeatureOptions:
         spec = self.manifest.build.spec
-        return FeatureOptions(make_sketch(spec.sketch.name, spec.sketch.dim), spec.sketch.seed)
+        return FeatureOptions(make_sketch(spec.sketch.name, spec.sketch.dim), spec.sketch.seed, spec.rank_one)
 
     @cached_property
     def _canaries(self) -> tuple[Canaries, ...]:

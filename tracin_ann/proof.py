@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from tracin_ann import factors
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.factors import Form
+from tracin_ann.factors import Form, Outer
 
 _RELATIVE = {torch.float64: 1e-6, torch.float32: 5e-4}
 _RELATIVE_HALF = 5e-2
 _ABSOLUTE = 1e-2
+_MANY = 2
 
 
 class ProofSink:
@@ -24,9 +26,16 @@ class ProofSink:
         self._few = few
         self.sums: dict[str, Tensor] = {}
         self.alone: dict[str, Tensor] = {}
+        self._positions: dict[str, int] = defaultdict(int)
+
+    @property
+    def rank_one(self) -> frozenset[str]:
+        """Return the parameters whose gradients came as one outer product an example."""
+        return frozenset(name for name, positions in self._positions.items() if positions == 1)
 
     def __call__(self, name: str, form: Form, rows: slice) -> None:
         """Take one use of a parameter by some rows of the batch."""
+        self._positions[name] += form.left_BTR.shape[1] if isinstance(form, Outer) else _MANY
         total = factors.summed(form)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         n_few = max(0, min(self._few - rows.start, rows.stop - rows.start))

@@ -25,11 +25,12 @@ _DIGEST_ROWS = 16
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter that takes part."""
+    """A parameter that takes part; `rank_one`: its layer is called once an example, at one position."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    rank_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class FeatureSpec:
     norms: str
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def rank_one(self) -> frozenset[str]:
+        """Return the parameters whose gradients are outer products."""
+        return frozenset(p.name for p in self.parameters if p.rank_one)
+
     def digest(self) -> str:
         """Return a digest of all fields but the versions."""
         content = asdict(self)
@@ -84,7 +90,7 @@ class FeatureSpec:
         """
         fields = dict(content)
         fields["parameters"] = tuple(
-            ParameterSpec(p["name"], tuple(p["shape"]), p["dtype"]) for p in content["parameters"]
+            ParameterSpec(p["name"], tuple(p["shape"]), p["dtype"], bool(p["rank_one"])) for p in content["parameters"]
         )
         fields["checkpoints"] = tuple(CheckpointSpec(**c) for c in content["checkpoints"])
         fields["sketch"] = SketchSpec(**content["sketch"])
@@ -176,9 +182,9 @@ def data_digest(data: Any) -> str:
     return digest.hexdigest()
 
 
-def parameter_specs(parameters: Mapping[str, nn.Parameter]) -> tuple[ParameterSpec, ...]:
+def parameter_specs(parameters: Mapping[str, nn.Parameter], rank_one: frozenset[str]) -> tuple[ParameterSpec, ...]:
     """Return the specs of the chosen parameters, in the model's order."""
-    return tuple(ParameterSpec(name, tuple(p.shape), str(p.dtype)) for name, p in parameters.items())
+    return tuple(ParameterSpec(name, tuple(p.shape), str(p.dtype), name in rank_one) for name, p in parameters.items())
 
 
 def checkpoint_specs(task: Task) -> tuple[CheckpointSpec, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracin_ann.convolution import Convolution, Geometry
 from tracin_ann.factors import Dense, Form, Outer, Rows
 from tracin_ann.layers.base import Call, LayerRule, by_example, positions, widened
 
@@ -31,32 +32,15 @@ def _linear(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
 
 
 def _convolution(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
-    delta = _channels_last(by_example(call.grad_output, call.batch))
+    delta = by_example(call.grad_output, call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
         module: Any = call.module
-        patches = _patches(module, by_example(call.input, call.batch))
-        forms["weight"] = Outer(delta, patches, module.groups)
+        geometry = Geometry(module.kernel_size, module.stride, module.dilation, module.groups)
+        forms["weight"] = Convolution(delta, _padded(module, by_example(call.input, call.batch)), geometry)
     if "bias" in wanted:
-        forms["bias"] = Dense(delta.sum(1))
+        forms["bias"] = Dense(delta.flatten(2).sum(2))
     return forms
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Return [B, channels, *space] as [B, T, channels]."""
-    return x.flatten(2).mT
-
-
-def _patches(module: Any, x: Tensor) -> Tensor:
-    """Return the receptive field of every output position, [B, T, channels·kernel]."""
-    x = _padded(module, x)
-    dims = range(len(module.kernel_size))
-    for i in dims:
-        span = module.dilation[i] * (module.kernel_size[i] - 1) + 1
-        x = x.unfold(2 + i, span, module.stride[i])[..., :: module.dilation[i]]
-    n = len(module.kernel_size)
-    order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
-    return x.permute(order).flatten(1 + n).flatten(1, n)
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:

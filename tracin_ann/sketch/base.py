@@ -25,12 +25,15 @@ class ParameterKey:
         checkpoint: position of the checkpoint in the task.
         name: the parameter's name in the model.
         shape: the parameter's shape.
+        rank_one: its layer is called once an example at one position, so that each gradient is an
+            outer product; recorded with the index, since a sketch may map such a parameter in another way.
     """
 
     seed: int
     checkpoint: int
     name: str
     shape: tuple[int, ...]
+    rank_one: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -71,5 +74,5 @@ class Sketch(Protocol):
     def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> ParameterSketch:
         """Return the map of one parameter."""
 
-    def describe(self, shape: tuple[int, ...]) -> str:
-        """Return in a few words what the map does with a parameter of this shape."""
+    def describe(self, key: ParameterKey) -> str:
+        """Return in a few words what the map does with a parameter."""

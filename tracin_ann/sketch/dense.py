@@ -36,8 +36,8 @@ class DenseSketch:
         """Return the map of one parameter; its numbers are made as they are needed."""
         return DenseParameter(key.stream("dense"), self.dim, self.gaussian, device, dtype)
 
-    def describe(self, shape: tuple[int, ...]) -> str:
-        """Return what the map does with a parameter of this shape."""
+    def describe(self, key: ParameterKey) -> str:
+        """Return what the map does with a parameter."""
         return f"projected to {self.dim} by {'Gaussians' if self.gaussian else 'signs'}"
 
 

@@ -59,9 +59,9 @@ class KroneckerSketch:
             Plain(),
         )
 
-    def describe(self, shape: tuple[int, ...]) -> str:
-        """Return what the map does with a parameter of this shape."""
-        rows, columns = ParameterKey(0, 0, "", shape).matrix
+    def describe(self, key: ParameterKey) -> str:
+        """Return what the map does with a parameter."""
+        rows, columns = key.matrix
         if columns == 1:
             return f"{rows} projected to {self.dim}"
         return f"{rows}x{columns} projected to {self.sides[0]}x{self.sides[1]}"

@@ -12,19 +12,19 @@ from torch.nn import functional as F
 from tracin_ann.sketch.generator import Stream
 
 
-def fold(x: Tensor, signs_n: Tensor, width: int) -> Tensor:
-    """Return Σ_{i ≡ k mod width} signs_i · x[..., i] as [..., min(n, width)].
+def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1) -> Tensor:
+    """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, which becomes min(n, width) long.
 
-    A CountSketch whose hash is i mod width, so that the sums run over contiguous groups.
+    A CountSketch whose hash is i mod width, so that the sums run over contiguous groups; added group
+    by group, because a temporary as large as `x` costs more than the arithmetic.
     """
-    signed = x * signs_n
-    n = x.shape[-1]
-    if n <= width:
-        return signed
-    groups = -(-n // width)
-    if groups * width != n:
-        signed = F.pad(signed, (0, groups * width - n))
-    return signed.view(*signed.shape[:-1], groups, width).sum(-2)
+    n = x.shape[dim]
+    signs = signs_n.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+    out = x.narrow(dim, 0, min(n, width)) * signs[:width]
+    for start in range(width, n, width):
+        length = min(width, n - start)
+        out.narrow(dim, 0, length).addcmul_(x.narrow(dim, start, length), signs[start : start + length])
+    return out
 
 
 class Side(Protocol):
@@ -73,6 +73,30 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class ChannelsFolded:
+    """A convolution's input side, channels × kernel taps: channels folded by signs, every tap kept apart."""
+
+    channels: int
+    taps: int
+    signs_C: Tensor
+
+    @property
+    def width(self) -> int:
+        """Return the length of the images."""
+        return self.channels * self.taps
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the folded vectors, [..., C·K] -> [..., width]."""
+        return fold(x.reshape(*x.shape[:-1], -1, self.taps), self.signs_C, self.channels, dim=-2).flatten(-2)
+
+    def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return signed one-hot vectors."""
+        channel, tap = index // self.taps, index % self.taps
+        hot = F.one_hot(channel % self.channels * self.taps + tap, self.width).to(dtype)
+        return hot * self.signs_C[channel].unsqueeze(-1)
+
+
+@dataclass(frozen=True)
 class Projected:
     """A side multiplied by a Gaussian matrix [n, width] of variance 1/width."""
 
@@ -99,3 +123,14 @@ def projected(stream: Stream, n: int, width: int, device: torch.device, dtype: t
     """Return a Gaussian projection of n to `width`."""
     flat = torch.from_numpy(stream.gaussians(0, n * width)).to(device, dtype)
     return Projected(width, flat.view(n, width) / width**0.5)
+
+
+def channels_folded(
+    stream: Stream, shape: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype
+) -> Side:
+    """Return a fold of (channels, taps) to at most `width` numbers, or none where it would not halve them."""
+    channels, taps = shape
+    kept = max(1, width // taps)
+    if channels < 2 * kept:
+        return Untouched(channels * taps)
+    return ChannelsFolded(kept, taps, torch.from_numpy(stream.signs(0, channels)).to(device, dtype))
