@@ -309,7 +309,7 @@ def test_any_batch_size_gives_the_same_features(features_at, left, right):
 
 def test_each_side_has_its_own_loss(features_at, tmp_path):
     (train, query), plain = features_at(4), features(4, tmp_path, train_data=lambda: rows(9, seed=2))[0]
-    assert train.feature_ND.shape == (9, 64) and query.feature_ND.shape == (5, 64)
+    assert train.feature_ND.shape == (9, 128) and query.feature_ND.shape == (5, 128)
     assert not np.allclose(query.feature_ND, plain.feature_ND[:5], atol=1e-2)
 
 

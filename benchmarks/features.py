@@ -1,0 +1,90 @@
+"""What a feature row costs: whole builds against plain batched forward and backward of the same model.
+
+The build's cost a row is the difference of builds of two sizes, so that starting up, probing and proving do not count;
+rounds of build, build, plain are interleaved in one process, and medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks import common, models
+from tracin_ann import BuildConfig, build
+
+
+def plain(chosen: models.Model, rows: list, size: int) -> float:
+    """Return the seconds a row of batched forward and backward, loading and collating included."""
+    model = chosen.make().eval()
+    began = time.perf_counter()
+    for start in range(0, len(rows), size):
+        batch = torch.utils.data.default_collate(rows[start : start + size])
+        model.zero_grad()
+        chosen.loss(model, batch).sum().backward()
+    return (time.perf_counter() - began) / len(rows)
+
+
+def built(name: str, n_rows: int, config: BuildConfig) -> float:
+    """Return the seconds of a whole build."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = models.task(name, folder, n_rows)
+        began = time.perf_counter()
+        build(task, Path(folder) / "index", config)
+        return time.perf_counter() - began
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, float | str | int]:
+    chosen = models.MODELS[name]
+    size = chosen.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        step = plain(chosen, models.task(name, folder, 8 * size).train_data(), size)
+    batches = max(4, round(options.seconds / step / size))
+    small, large = size * max(1, batches // 4), size * (batches + max(1, batches // 4))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = models.task(name, folder, large - small).train_data()
+    config = BuildConfig(dim=options.dim, batch_size=size, sketch=options.sketch)
+    ours, theirs = [], []
+    for round_ in range(options.rounds + 1):
+        difference = (built(name, large, config) - built(name, small, config)) / (large - small)
+        step = plain(chosen, rows, size)
+        if round_:  # the first warms up
+            ours.append(difference)
+            theirs.append(step)
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in chosen.make().parameters()),
+        "batch_size": size,
+        "row_us": median(ours) * 1e6,
+        "plain_us": median(theirs) * 1e6,
+        "ratio": median(p / o for p, o in zip(theirs, ours, strict=True)),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS))
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--sketch", default="factored")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of plain steps, for the rows that the builds differ by"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = []
+    for name in options.models:
+        results.append(measured(name, options))
+        print(results[-1], flush=True)
+    print(common.write("features", vars(options), results))
+
+
+if __name__ == "__main__":
+    main()
