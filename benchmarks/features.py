@@ -72,9 +72,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS))
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--sketch", default="factored")
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of plain steps, for the rows that the builds differ by"
-    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="of plain steps, by which the builds differ")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocks import DIM, DTYPES, LAYOUT, make_block
-from tracin_ann.errors import DamagedIndexError, UsageError
+from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.store import (
     Dtype,
     FeatureStore,
     FileRecord,
     StoreLayout,
+    WriteBehind,
 )
 from tracin_ann.store import feature_store as feature_store_module
 from tracin_ann.types import Float32, RowSource
@@ -209,3 +210,30 @@ def test_impossible_layouts_are_refused() -> None:
         store.write(3, 0, make_block(0, 8))
     with pytest.raises(IndexError):
         store.write(0, 3, make_block(0, 8))
+
+
+def test_writing_behind_leaves_the_same_files(tmp_path: Path) -> None:
+    stores = [FeatureStore(tmp_path / name, LAYOUT) for name in ("now", "behind")]
+    fill(stores[0])
+    with WriteBehind(stores[1]) as behind:
+        for checkpoint in range(LAYOUT.n_checkpoints):
+            for partition, (start, stop) in enumerate(stores[1].partitions()):
+                behind.write(partition, checkpoint, make_block(start, stop, dim=LAYOUT.dim, seed=checkpoint))
+    contents = [{p.name: p.read_bytes() for p in sorted(store.directory.iterdir())} for store in stores]
+    assert contents[0] == contents[1]
+
+
+def test_a_write_that_fails_behind_is_raised_and_nothing_after_it_is_written(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store", LAYOUT)
+    bad = make_block(0, 8)
+    bad.feature_ND[3, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="3"), WriteBehind(store) as behind:
+        behind.write(0, 0, bad)
+        behind.write(1, 0, make_block(8, 16))
+    assert not list(store.directory.glob("*.h5"))
+    with pytest.raises(NonFiniteError), WriteBehind(store) as behind:
+        behind.write(0, 0, bad)
+    with pytest.raises(KeyError), WriteBehind(store) as behind:
+        behind.write(1, 0, make_block(8, 16))
+        raise KeyError
+    assert len(list(store.directory.glob("*.h5"))) == 1

@@ -6,10 +6,11 @@ and the manifest, written last, is what makes the directory an index.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +21,7 @@ from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import Canaries, canary_ids, write_canaries
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
-from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, Norms, joined
+from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, Norms, RowBuffer
 from tracin_ann.files import atomic_path, sweep_temporaries
 from tracin_ann.manifest import (
     BUILD_RECORD,
@@ -48,7 +49,7 @@ from tracin_ann.spec import (
     model_digest,
     parameter_specs,
 )
-from tracin_ann.store import Dtype, FeatureBlock, FeatureStore, FileRecord
+from tracin_ann.store import Dtype, FeatureBlock, FeatureStore, FileRecord, WriteBehind
 from tracin_ann.task import Task, absolute_reference, load_task
 from tracin_ann.types import ProgressCallback
 
@@ -205,24 +206,24 @@ class BuildWork:
     ) -> Plan:
         """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
         missing = store.missing()
-        units = sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in missing))
-        done, plans = 0, []
+        plans = []
+        counted = _Counter(report, sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in missing)))
+        # Two: one is filled while the other is written.
+        size = min(store.layout.partition_rows, store.layout.n_rows)
+        buffers = itertools.cycle([RowBuffer(size, store.layout.dim) for _ in range(2)])
         canaries: dict[SideName, list[FeatureRows]] = {"train": [], "query": []}
         for checkpoint in range(store.layout.n_checkpoints):
             model.load(checkpoint)
             extractor = FeatureExtractor(model, features)
-            for partition, _ in (m for m in missing if m[1] == checkpoint):
-                start, stop = store.layout.rows(partition)
-                parts = []
-                for rows in extractor.stream("train", range(start, stop)):
-                    parts.append(rows)
-                    done += len(rows.loss_N)
-                    report("features", done, units)
-                store.write(partition, checkpoint, _block(start, joined(parts)))
+            with WriteBehind(store) as behind:
+                for partition in (p for p, c in missing if c == checkpoint):
+                    start, stop = store.layout.rows(partition)
+                    rows = next(buffers).filled(counted(extractor.stream("train", range(start, stop))))
+                    behind.write(partition, checkpoint, _block(start, rows))
             for side, rows_of in canaries.items():
                 rows_of.append(extractor.rows(side, canary_ids(self.passes.n_rows(side))))
             plans.append(model.engine("train").plan)
-        self.rows_extracted += done
+        self.rows_extracted += counted.done
         write_canaries(self.out / CANARIES, [self._canaries(side, rows) for side, rows in canaries.items()])
         return plans[0]
 
@@ -333,6 +334,20 @@ def _feature_records(store: FeatureStore) -> tuple[FileRecord, ...]:
 def _block(start: int, rows: FeatureRows) -> FeatureBlock:
     ids = np.arange(start, start + len(rows.loss_N), dtype=np.int64)
     return FeatureBlock(ids, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
+
+
+class _Counter:
+    """Passes rows on and reports how many there were so far."""
+
+    def __init__(self, report: ProgressCallback, total: int) -> None:
+        self._report, self._total = report, total
+        self.done = 0
+
+    def __call__(self, stream: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
+        for rows in stream:
+            yield rows
+            self.done += len(rows.loss_N)
+            self._report("features", self.done, self._total)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

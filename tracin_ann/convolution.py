@@ -2,7 +2,7 @@
 
 grad_b[o, c, tap] = Σ_t δ_b[o, t] · x_b[c, t + tap]. With unit strides it is one product a tap of the
 output gradient with a shifted *view* of the input: laid out on the padded input's grid, every tap is
-a constant offset, so no patch is copied. Other strides, and inputs of few channels, unfold patches.
+a constant offset, so no patch is copied. Other strides, and large kernels over few channels, unfold patches.
 
 Shapes: B batch, O output channels, C input channels, T output positions, K kernel taps.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_FEW_CHANNELS = 4
+_TAPS_A_CHANNEL = 9
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Convolution:
             t.reshape(batch * groups, t.shape[1] // groups, *t.shape[2:]) for t in (self.delta_BO, self.input_BC)
         )
         unit = all(stride == 1 for stride in self.geometry.stride)
-        contract = _by_taps if unit and x.shape[1] >= _FEW_CHANNELS else _by_patches
+        many = prod(self.geometry.kernel) > _TAPS_A_CHANNEL * x.shape[1]
+        contract = _by_taps if unit and not many else _by_patches
         grad = contract(delta, x, self.geometry)
         if groups == 1:
             return grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +61,7 @@ class FeatureExtractor:
 
     def rows(self, side: SideName, ids: Sequence[int]) -> FeatureRows:
         """Return the rows of these examples, in order."""
-        return joined(list(self.stream(side, ids)))
+        return RowBuffer(len(ids), self._options.sketch.dim).filled(self.stream(side, ids))
 
     def stream(self, side: SideName, ids: Sequence[int]) -> Iterator[FeatureRows]:
         """Yield the rows of these examples, a batch at a time.
@@ -129,10 +129,18 @@ def squared_norms(
     return total
 
 
-def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
-    """Return consecutive rows as one."""
-    return FeatureRows(
-        np.concatenate([p.feature_ND for p in parts]),
-        np.concatenate([p.sqnorm_N for p in parts]),
-        np.concatenate([p.loss_N for p in parts]),
-    )
+class RowBuffer:
+    """Room for the rows of a partition, filled again and again: fresh memory of that size is dear to touch."""
+
+    def __init__(self, n_rows: int, dim: int) -> None:
+        self._room = FeatureRows(*(np.empty(s, np.float32) for s in ((n_rows, dim), (n_rows,), (n_rows,))))
+
+    def filled(self, stream: Iterable[FeatureRows]) -> FeatureRows:
+        """Return consecutive rows as one, in this buffer until it is filled again; they must fit."""
+        done = 0
+        for rows in stream:
+            place = slice(done, done + len(rows.loss_N))
+            for name, values in vars(rows).items():
+                getattr(self._room, name)[place] = values
+            done = place.stop
+        return FeatureRows(*(values[:done] for values in vars(self._room).values()))

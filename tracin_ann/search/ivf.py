@@ -49,7 +49,7 @@ class IVFParams:
     """
 
     nlist: int | None = None
-    alpha: float = 0.2
+    alpha: float = 0.1
     scan_fraction: float = 0.05
     seed: int = 0
     train_rows: int | None = None

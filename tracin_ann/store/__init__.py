@@ -1,5 +1,6 @@
 """Feature rows on disk: immutable HDF5 files, checked and memory-mapped; knows no model."""
 
+from tracin_ann.store.behind import WriteBehind
 from tracin_ann.store.codec import Dtype
 from tracin_ann.store.feature_file import (
     FeatureBlock,
@@ -19,5 +20,6 @@ __all__ = [
     "FileHeader",
     "FileRecord",
     "StoreLayout",
+    "WriteBehind",
     "write_feature_file",
 ]
