@@ -69,7 +69,9 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, float | str | 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS))
+    parser.add_argument(
+        "--models", nargs="+", default=["MNIST CNN", "ResNet-9", "GPT 4x128"], choices=list(models.MODELS)
+    )
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--sketch", default="factored")
     parser.add_argument("--seconds", type=float, default=4.0, help="of plain steps, by which the builds differ")

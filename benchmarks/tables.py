@@ -40,10 +40,10 @@ def recall() -> str:
     return f"{table(*rows)}\n\n{where(content)}"
 
 
-def ivf() -> str:
+def ivf(alphas: tuple[float, ...] = (0.0, 0.1, 0.2)) -> str:
     content = read("ivf_mnist")
     rows = [("index", "proponents", "opponents", "rows scored a side")]
-    for row in content["results"]:
+    for row in (r for r in content["results"] if r.get("alpha", alphas[0]) in alphas):
         name = row["index"]
         name += (
             f", nprobe {row['nprobe']}" if "nprobe" in row else f", α {row['alpha']}, budget {row['scan_fraction']:.0%}"

@@ -91,7 +91,8 @@ def _bar(unit: str) -> Iterator[ProgressCallback]:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total, rate=""), time.perf_counter()
             task, began = tasks[stage]
-            bar.update(task, completed=done, total=total, rate=_rate(done, began, unit))
+            rate = _rate(done, began, unit) if total > 1 else ""
+            bar.update(task, completed=done, total=total, rate=rate)
 
         yield show
 
