@@ -76,10 +76,9 @@ def _query(index: InfluenceIndex, options: Mapping[str, object], form: str) -> N
             click.echo(json.dumps(_answer_json(index, answer), ensure_ascii=False))
     else:
         print_answers(index, answers)
-    scored = sum(answer.rows_scored for answer in answers)
-    click.echo(
-        f"{len(answers)} queries, {scored / (2 * len(answers)):,.0f} of {len(index):,} rows scored a side", err=True
-    )
+    scored = sum(answer.rows_scored for answer in answers) / (2 * len(answers))
+    queries = "1 query" if len(answers) == 1 else f"{len(answers)} queries"
+    click.echo(f"{queries}, {scored:,.0f} of {len(index):,} rows scored a side", err=True)
 
 
 def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
