@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import models
 import oracle
 import zoo
+from tracin_ann import BuildConfig, InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
 
@@ -197,6 +198,8 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
         (["--ids", "0", "--checkpoints", "2"], 2, ["bad --checkpoints", "got 2", "0 to 1"]),
         (["--ids", "0", "--cosine", "--exact"], 2, ["--cosine", "drop one"]),
         (["--self-influence", "--ids", "0"], 2, ["--self-influence", "--ids"]),
+        (["--self-influence", "--rerank", "exact"], 2, ["--self-influence", "--rerank", "drop one"]),
+        (["--ids", "0", "--exact", "--candidates", "5"], 2, ["--exact", "--candidates", "drop one"]),
         (["--ids", "0", "-k", "0"], 2, ["-k"]),
         (["--ids", "0", "--task", "nowhere.py:task"], 2, ["file is missing", "nowhere.py"]),
         (["--ids", "0", "--device", "quantum"], 2, ["unknown device", "quantum"]),
@@ -258,3 +261,19 @@ def test_the_scripts_run_as_scripts(digits: Built) -> None:
         [sys.executable, "build_index.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "--task" in helped.stdout
+
+
+def test_many_partitions_hold_the_rows_of_one(tmp_path: Path) -> None:
+    """Row buffers are filled again while files are written: no file may hold another's rows."""
+    zoo.trained("conv2d", 0, tmp_path)
+    task = zoo.task("conv2d", str(tmp_path))
+    rows = []
+    for partition_rows in (14, 3, 1):
+        out = tmp_path / f"index-{partition_rows}"
+        build(task, out, BuildConfig(dim=64, dtype="float32", batch_size=2, partition_rows=partition_rows))
+        index = InfluenceIndex.open(out, task)
+        rows.append(index.view().take(range(14)))
+        fresh = index.features("train", range(14))
+        assert np.abs(rows[-1] - fresh).max() <= 1e-5 * np.linalg.norm(fresh, axis=1).max()
+    for others in rows[1:]:
+        assert np.abs(others - rows[0]).max() <= 1e-5 * np.linalg.norm(rows[0], axis=1).max()

@@ -94,7 +94,7 @@ class FeatureExtractor:
             return sink
 
         losses = self._model.engine(side).run(batch, start)
-        sqnorm_B = self._squared_norms(forms, batch) if exact else sketch_BD.square().sum(1)
+        sqnorm_B = squared_norms(forms, len(batch), losses.device, self._dtype) if exact else sketch_BD.square().sum(1)
         self._check(sketch_BD, losses, batch)
         feature_BD = sketch_BD * self._rate**0.5
         return FeatureRows(*(t.float().cpu().numpy() for t in (feature_BD, sqnorm_B, losses)))
@@ -106,9 +106,6 @@ class FeatureExtractor:
             key = ParameterKey(self._options.seed, self._model.checkpoint, name, shape, rank_one)
             self._maps[name] = self._options.sketch.parameter(key, self._model.passes.options.device, self._dtype)
         return self._maps[name]
-
-    def _squared_norms(self, forms: dict[tuple[str, int, int], list[Form]], batch: Batch) -> Tensor:
-        return squared_norms(forms, len(batch), self._model.passes.options.device, self._dtype)
 
     def _check(self, sketch_BD: Tensor, losses: Tensor, batch: Batch) -> None:
         if bool(torch.isfinite(sketch_BD).all()) and bool(torch.isfinite(losses).all()):

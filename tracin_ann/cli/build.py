@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import click
 
@@ -35,7 +36,7 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
 
     Run the same command again after an interruption: it goes on where it was.
 
-    Example: build_index.py --task examples/mnist.py:task --out runs/mnist
+    Example: build_index.py --task my_task.py:task --task-arg folder=checkpoints --out runs/mine
     """
     arguments = parsed_arguments(task_args)
     config = BuildConfig(**options)  # type: ignore[arg-type]
@@ -96,13 +97,6 @@ def _show_report(report: BuildReport, out: str) -> None:
 
 def _share(report: BuildReport, step: str) -> str:
     manifest = report.manifest
-    sizes = {p.name: _size(p.shape) for p in manifest.build.spec.parameters}
+    sizes = {p.name: prod(p.shape) for p in manifest.build.spec.parameters}
     served = sum(sizes[s.parameter] for s in manifest.steps if s.step == step)
     return f"{served / max(sum(sizes.values()), 1):.1%}"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 import click
+from click.core import ParameterSource
 
 from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
 from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown, refusals
@@ -45,11 +46,33 @@ def main(directory: str, form: str, **options: object) -> None:
 
     Example: query.py runs/mnist --ids 0-9 -k 5 --rerank exact
     """
+    _refuse_idle(options)
     index = _opened(directory, options)
     if options["self_influence"]:
         _self_influence(index, options, form)
     else:
         _query(index, options, form)
+
+
+def _refuse_idle(options: Mapping[str, object]) -> None:
+    """Refuse options that were given and would do nothing beside the others."""
+    context = click.get_current_context()
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    for asked, idle in (
+        ("self_influence", ("ids", "train_ids", "cosine", "rerank", "candidates")),
+        ("exact", ("rerank", "candidates")),
+    ):
+        for name in idle:
+            if options[asked] and name in given:
+                flag, other = (f"--{word.replace('_', '-')}" for word in (asked, name))
+                raise UsageError(
+                    problem(
+                        f"{flag} ranks all training rows",
+                        got=other,
+                        expected=f"{flag} without it",
+                        remedy="drop one of the two",
+                    )
+                )
 
 
 def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
@@ -82,16 +105,6 @@ def _query(index: InfluenceIndex, options: Mapping[str, object], form: str) -> N
 
 
 def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
-    unused = [name for name in ("ids", "train_ids") if options[name]] + [n for n in ("cosine",) if options[n]]
-    if unused:
-        raise UsageError(
-            problem(
-                "--self-influence ranks all training rows",
-                got="--" + unused[0].replace("_", "-"),
-                expected="neither queries nor --cosine",
-                remedy="drop one of the two",
-            )
-        )
     with progress_shown("rows") as progress:
         rows = index.self_influence(
             int(options["k"]),  # type: ignore[call-overload]
