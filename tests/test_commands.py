@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import zoo
 from tracin_ann import BuildConfig, InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
+from tracin_ann.store import FeatureStore
 
 ZOO = str(Path(zoo.__file__).resolve())
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,12 +265,19 @@ def test_the_scripts_run_as_scripts(digits: Built) -> None:
     assert "--task" in helped.stdout
 
 
-def test_many_partitions_hold_the_rows_of_one(tmp_path: Path) -> None:
-    """Row buffers are filled again while files are written: no file may hold another's rows."""
+def test_many_partitions_hold_the_rows_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row buffers are filled again while files are written, here slowly: no file may hold another's rows."""
+    write = FeatureStore.write
+
+    def slow(*args: object) -> object:
+        time.sleep(0.1)
+        return write(*args)
+
+    monkeypatch.setattr(FeatureStore, "write", slow)
     zoo.trained("conv2d", 0, tmp_path)
     task = zoo.task("conv2d", str(tmp_path))
     rows = []
-    for partition_rows in (14, 3, 1):
+    for partition_rows in (14, 3):
         out = tmp_path / f"index-{partition_rows}"
         build(task, out, BuildConfig(dim=64, dtype="float32", batch_size=2, partition_rows=partition_rows))
         index = InfluenceIndex.open(out, task)
