@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,20 +23,27 @@ def convolution(
     weight: tuple[int, ...],
     space: tuple[int, ...],
     *,
-    batch: int = 3,
     groups: int = 1,
     stride: int = 1,
     dilation: int = 1,
+    padding: tuple[tuple[int, int], ...] = (),
 ) -> Convolution:
-    """Return a drawn Convolution of a weight [O, C/groups, *kernel] over a padded input of these sizes."""
+    """Return a drawn Convolution of a weight [O, C/groups, *kernel] over an input of these sizes."""
     g = torch.Generator().manual_seed(len(space) + groups)
     outputs, channels, *kernel = weight
     batch = 3
     n = len(kernel)
-    out = [(s - dilation * (k - 1) - 1) // stride + 1 for s, k in zip(space, kernel, strict=True)]
+    wide = [s + sum(p) for s, p in zip(space, padding or ((0, 0),) * n, strict=True)]
+    out = [(s - dilation * (k - 1) - 1) // stride + 1 for s, k in zip(wide, kernel, strict=True)]
     delta = torch.randn(batch, outputs, *out, generator=g, dtype=torch.float64)
     x = torch.randn(batch, channels * groups, *space, generator=g, dtype=torch.float64)
-    return Convolution(delta, x, Geometry(tuple(kernel), (stride,) * n, (dilation,) * n, groups))
+    return Convolution(delta, x, Geometry(tuple(kernel), (stride,) * n, (dilation,) * n, groups, padding))
+
+
+def channels_last(form: Convolution) -> Convolution:
+    """Return the form with the channels of each tensor together in memory."""
+    delta, x = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (form.delta_BO, form.input_BC))
+    return Convolution(delta, x, form.geometry)
 
 
 def rows(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 0) -> Rows:
@@ -85,7 +94,10 @@ def _autograds(form: Convolution) -> Tensor:
     grads = []
     for delta, x in zip(form.delta_BO.double().cpu(), form.input_BC.double().cpu(), strict=True):
         weight = torch.zeros(len(delta), channels, *geometry.kernel, dtype=torch.float64, requires_grad=True)
-        y = apply(x[None], weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
+        pairs = list(itertools.chain.from_iterable(reversed(geometry.padding)))
+        y = apply(
+            F.pad(x[None], pairs), weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
+        )
         grads.append(torch.autograd.grad(y, weight, delta[None])[0].flatten())
     return torch.stack(grads)
 

@@ -25,6 +25,18 @@ FORMS = {
     "convolution of a line with strides": lambda: forms.convolution((4, 5, 3), (9,), stride=2),
     "convolution of a volume": lambda: forms.convolution((3, 4, 2, 3, 2), (4, 5, 4)),
     "convolution of a volume with strides": lambda: forms.convolution((3, 2, 2, 3, 2), (4, 5, 4), stride=2, dilation=1),
+    "convolution, padded": lambda: forms.convolution((6, 5, 3, 2), (7, 6), padding=((1, 1), (0, 2))),
+    "convolution, channels last": lambda: forms.channels_last(
+        forms.convolution((6, 5, 3, 2), (7, 6), padding=((1, 1), (0, 2)))
+    ),
+    "convolution in 2 groups, channels last": lambda: forms.channels_last(
+        forms.convolution((6, 5, 3, 3), (5, 6), groups=2, stride=2, padding=((1, 1), (1, 1)))
+    ),
+    "pointwise convolution": lambda: forms.convolution((6, 5, 1, 1), (4, 3)),
+    "pointwise convolution, channels last": lambda: forms.channels_last(forms.convolution((6, 5, 1, 1), (4, 3))),
+    "convolution of a volume, channels last": lambda: forms.channels_last(
+        forms.convolution((3, 2, 2, 3, 2), (4, 5, 4), dilation=1, padding=((0, 1), (1, 1), (1, 0)))
+    ),
     "rows": lambda: forms.rows((6, 4), 9),
     "rows of one column": lambda: forms.rows((6, 1), 9),
     "dense": lambda: forms.dense(30),

@@ -48,7 +48,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"task"}, False),
     ({"files"}, False),
     ({"device"}, False),
-    ({"nested"}, False),
+    ({"nested", "scratch"}, False),
     ({"types"}, False),
     ({"errors"}, False),
 ]

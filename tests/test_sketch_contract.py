@@ -91,7 +91,7 @@ def naive_factored(key, grad_BRC, dim):
     if columns > 1 and rows > SIDE_WIDTH:
         turned = naive_fold(grad_BRC.transpose(0, 2, 1), key.stream("left").signs(0, rows), SIDE_WIDTH)
         grad_BRC = turned.transpose(0, 2, 1)
-    by_tap = grad_BRC.reshape(*grad_BRC.shape[:2], -1, taps).transpose(0, 3, 1, 2)
+    by_tap = grad_BRC.reshape(*grad_BRC.shape[:2], -1, taps).transpose(0, 1, 3, 2)
     flat = by_tap.reshape(len(by_tap), -1)
     signs = key.stream("fold").signs(0, flat.shape[1])
     offset = key.stream("offset").integer(dim)
@@ -119,6 +119,14 @@ NAIVE = {
     "dense-gaussian": partial(naive_dense, make=lambda stream: stream.gaussians),
     "kronecker": naive_kronecker,
     "factored": naive_factored,
+}
+
+
+CONVOLUTIONS = {
+    "a convolution": partial(forms.convolution, (6, 5, 3, 2), (7, 6), padding=((1, 1), (0, 2))),
+    "channels folded": partial(forms.convolution, (140, 90, 3, 3), (4, 5), padding=((1, 1), (1, 1))),
+    "pointwise": partial(forms.convolution, (140, 300, 1, 1), (3, 2)),
+    "grouped": partial(forms.convolution, (6, 50, 3, 3), (5, 6), groups=2, stride=2),
 }
 
 
@@ -153,6 +161,16 @@ def test_it_is_linear(sketch, shape, device):
     both = Dense(2.5 * first.grad_BP - 0.75 * second.grad_BP)
     one, two, combined = (sketched(sketch, key_for(shape), [form], device) for form in (first, second, both))
     assert_rows_equal(combined, 2.5 * one - 0.75 * two, 1e-12)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_sketched_as_its_gradient_in_either_memory_format(sketch, name, channels_last, device):
+    form = CONVOLUTIONS[name]()
+    form = forms.channels_last(form) if channels_last else form
+    shape = (form.shape[0], form.shape[1] // int(np.prod(form.geometry.kernel)), *form.geometry.kernel)
+    found = sketched(sketch, key_for(shape), [form], device)
+    assert_rows_equal(found, sketched(sketch, key_for(shape), [Dense(forms.gradient(form))], device), 1e-12)
 
 
 def test_it_is_added_to_what_is_there(sketch, shape, device):

@@ -1,38 +1,40 @@
-"""A convolution's per-example weight gradient as its factors: output gradient, padded input, geometry.
+"""A convolution's per-example weight gradient as its factors: output gradient, input, geometry.
 
-grad_b[o, c, tap] = Σ_t δ_b[o, t] · x_b[c, t + tap]. With unit strides it is one product a tap of the
-output gradient with a shifted *view* of the input: laid out on the padded input's grid, every tap is
-a constant offset, so no patch is copied. Other strides, and large kernels over few channels, unfold patches.
+grad_b[o, c, tap] = Σ_t δ_b[o, t] · x_b[c, t + tap]: one matrix product an example of the output gradient
+with the patches under its positions. The patches are copied, row by row of the input, into a buffer
+that stays in cache and is used again; a view of shifted windows costs a product for every tap, which
+is slower for all shapes measured (docs/design.md).
 
 Shapes: B batch, O output channels, C input channels, T output positions, K kernel taps.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-_TAPS_A_CHANNEL = 9
+from tracin_ann.scratch import Room, Scratch, fresh
+
+_PATCH_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How kernel taps lie on the padded input; one number a spatial dimension, and the groups of channels."""
+    """How kernel taps lie on the input; one number (padding: before and after) a spatial dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    padding: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """The weight's gradient of a convolution: δ [B, O, *space out], padded input [B, C, *space in]."""
+    """The weight's gradient of a convolution: δ [B, O, *space out], input [B, C, *space in], padded by zeros."""
 
     delta_BO: Tensor
     input_BC: Tensor
@@ -53,58 +55,76 @@ class Convolution:
         assert self.geometry.groups == 1
         return Convolution(self.delta_BO[:, start:stop], self.input_BC, self.geometry)
 
-    def contracted(self) -> Tensor:
+    def contracted(self, scratch: Scratch | None = None, out: Room = fresh) -> Tensor:
+        """Return the per-example gradients [B, O, K·C/groups], every tap's channels together, in `out`.
+
+        This order costs nothing in either memory format; `as_weight` brings it into the weight's.
+        """
+        scratch = scratch or Scratch()
+        grad_BOP = out((self.delta_BO.shape[0], *self.shape), self.delta_BO)
+        step = max(1, _PATCH_ELEMENTS // self._patch_elements)
+        for start in range(0, len(grad_BOP), step):
+            self[start : start + step]._contract(scratch, grad_BOP[start : start + step])
+        return grad_BOP
+
+    def as_weight(self) -> Tensor:
         """Return the per-example gradients as the weight lies, [B, O, C/groups·K]."""
-        return self.by_tap().permute(0, 2, 3, 1).reshape(self.delta_BO.shape[0], *self.shape)
+        batch, outputs, taps = self.delta_BO.shape[0], self.shape[0], prod(self.geometry.kernel)
+        return self.contracted().view(batch, outputs, taps, -1).transpose(2, 3).flatten(2)
 
-    def by_tap(self) -> Tensor:
-        """Return the per-example gradients tap by tap, [B, K, O, C/groups], cheaper where the order is free."""
+    @property
+    def _patch_elements(self) -> int:
+        return self.input_BC.shape[1] * prod(self.geometry.kernel) * prod(self.delta_BO.shape[2:])
+
+    def _contract(self, scratch: Scratch, grad_BOP: Tensor) -> None:
         groups = self.geometry.groups
-        batch = self.delta_BO.shape[0]
-        delta, x = (
-            t.reshape(batch * groups, t.shape[1] // groups, *t.shape[2:]) for t in (self.delta_BO, self.input_BC)
+        batch, outputs, columns = grad_BOP.shape
+        delta = self.delta_BO.flatten(2).reshape(batch * groups, outputs // groups, -1)
+        patches = self._patches(scratch).reshape(batch * groups, -1, columns)
+        torch.bmm(delta, patches, out=grad_BOP.view(batch * groups, outputs // groups, columns))
+
+    def _patches(self, scratch: Scratch) -> Tensor:
+        """Return what lies under every output position, [B, groups, T, K·C/groups], by longest runs of the input."""
+        geometry, space = self.geometry, self.delta_BO.shape[2:]
+        n, groups = len(space), self.geometry.groups
+        x = _padded(self.input_BC, geometry.padding, scratch)
+        example, channel, *steps = x.stride()
+        taps = [step * dilation for step, dilation in zip(steps, geometry.dilation, strict=True)]
+        moves = [step * stride for step, stride in zip(steps, geometry.stride, strict=True)]
+        channels = x.shape[1] // groups
+        windows = x.as_strided(
+            (x.shape[0], groups, *geometry.kernel, channels, *space),
+            (example, channel * channels, *taps, channel, *moves),
+            x.storage_offset(),
         )
-        unit = all(stride == 1 for stride in self.geometry.stride)
-        many = prod(self.geometry.kernel) > _TAPS_A_CHANNEL * x.shape[1]
-        contract = _by_taps if unit and not many else _by_patches
-        grad = contract(delta, x, self.geometry)
-        if groups == 1:
-            return grad
-        return grad.view(batch, groups, *grad.shape[1:]).transpose(1, 2).flatten(2, 3)
+        if channels_last(x):
+            # [B, groups, *space, *kernel, C]: a row of the kernel over all channels is one run.
+            windows = windows.permute(0, 1, *range(3 + n, 3 + 2 * n), *range(2, 3 + n))
+            return _together(windows, scratch).flatten(2 + n).flatten(2, 1 + n)
+        return _together(windows, scratch).flatten(3 + n).flatten(2, 2 + n).mT
 
 
-def _by_taps(delta: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    batch, outputs, *space = delta.shape
-    channels, *padded = x.shape[1:]
-    # δ on the input's grid: every dimension but the first is widened to the input's.
-    widened = [(0, wide - narrow) for wide, narrow in zip(padded[1:], space[1:], strict=True)]
-    grid = F.pad(delta, list(itertools.chain.from_iterable(reversed(widened)))).flatten(2)
-    # One more slab of zeros, so that the last tap's view does not run over the end.
-    flat = F.pad(x, [0, 0] * (len(padded) - 1) + [0, 1]).flatten(2) if len(padded) > 1 else x
-    steps = [prod(padded[i + 1 :]) * geometry.dilation[i] for i in range(len(padded))]
-    taps = list(itertools.product(*(range(k) for k in geometry.kernel)))
-    out = x.new_empty(len(taps), batch, outputs, channels)
-    for place, tap in enumerate(taps):
-        offset = sum(i * step for i, step in zip(tap, steps, strict=True))
-        torch.bmm(grid, flat[:, :, offset : offset + grid.shape[2]].mT, out=out[place])
-    return out.transpose(0, 1)
+def _together(windows: Tensor, scratch: Scratch) -> Tensor:
+    return windows if windows.is_contiguous() else scratch["patches"](windows.shape, windows).copy_(windows)
 
 
-def _by_patches(delta: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    grad = torch.bmm(delta.flatten(2), _patches(x, geometry).mT)
-    return grad.view(*grad.shape[:2], x.shape[1], prod(geometry.kernel)).permute(0, 3, 1, 2)
+def channels_last(x: Tensor) -> bool:
+    """Return whether the channels [dimension 1] of an example lie together in memory."""
+    return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """Return the receptive fields of all output positions, [B, C·K, T]."""
-    n = len(geometry.kernel)
-    if n == 1:
-        flat = Geometry((1, *geometry.kernel), (1, *geometry.stride), (1, *geometry.dilation))
-        return _patches(x.unsqueeze(2), flat)
-    if n == 2:  # noqa: PLR2004
-        return F.unfold(x, geometry.kernel, dilation=geometry.dilation, stride=geometry.stride)
-    for i in range(n):
-        span = geometry.dilation[i] * (geometry.kernel[i] - 1) + 1
-        x = x.unfold(2 + i, span, geometry.stride[i])[..., :: geometry.dilation[i]]
-    x = x.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
-    return x.flatten(2 + n).flatten(1, 1 + n)
+def _padded(x: Tensor, padding: tuple[tuple[int, int], ...], scratch: Scratch) -> Tensor:
+    """Return the input between zeros, in its own memory format."""
+    if not any(before or after for before, after in padding):
+        return x
+    batch, channels, *space = x.shape
+    sizes = [n + before + after for n, (before, after) in zip(space, padding, strict=True)]
+    if channels_last(x):
+        out = scratch["padded"]((batch, *sizes, channels), x).zero_().movedim(-1, 1)
+    else:
+        out = scratch["padded"]((batch, channels, *sizes), x).zero_()
+    inner = out
+    for dim, (n, (before, _)) in enumerate(zip(space, padding, strict=True), start=2):
+        inner = inner.narrow(dim, before, n)
+    inner.copy_(x)
+    return out

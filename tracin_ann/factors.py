@@ -97,7 +97,7 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
     """
     n_rows, n_columns = form.shape
     step = max(1, elements // max(1, batch_size(form) * n_columns))
-    grouped = form.contracted() if isinstance(form, Convolution) and form.geometry.groups > 1 else None
+    grouped = form.as_weight() if isinstance(form, Convolution) and form.geometry.groups > 1 else None
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         if grouped is not None:
@@ -105,7 +105,7 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
         elif isinstance(form, Outer):
             block = torch.bmm(form.left_BTR[:, :, start:stop].transpose(1, 2), form.right_BTC).flatten(1)
         elif isinstance(form, Convolution):
-            block = form.output_channels(start, stop).contracted().flatten(1)
+            block = form.output_channels(start, stop).as_weight().flatten(1)
         elif isinstance(form, Rows):
             block = _scattered(form, start, stop)
         else:
@@ -178,7 +178,7 @@ def _merged(forms: Sequence[Form]) -> list[Form]:
     dense = [f for f in forms if isinstance(f, Dense)]
     convolutions = [f for f in forms if isinstance(f, Convolution)]
     if len(convolutions) > 1:
-        dense += [Dense(f.contracted().flatten(1)) for f in convolutions]
+        dense += [Dense(f.as_weight().flatten(1)) for f in convolutions]
         convolutions = []
     merged: list[Form] = [*convolutions]
     if outer:

@@ -16,6 +16,7 @@ from tracin_ann.factors import Form, squared_norm
 from tracin_ann.gradients import Batch
 from tracin_ann.passes import LoadedModel, SideName
 from tracin_ann.proof import check_finite, not_finite
+from tracin_ann.scratch import Scratch
 from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch
 from tracin_ann.types import Float32
 
@@ -56,6 +57,7 @@ class FeatureExtractor:
         self._model, self._options = model, options
         self._rate = model.passes.task.checkpoints[model.checkpoint].learning_rate
         self._maps: dict[str, ParameterSketch] = {}
+        self._scratch = Scratch()
         dtypes = {p.dtype for p in model.parameters.values()}
         self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
 
@@ -104,7 +106,9 @@ class FeatureExtractor:
             shape = tuple(self._model.parameters[name].shape)
             rank_one = name in self._options.rank_one
             key = ParameterKey(self._options.seed, self._model.checkpoint, name, shape, rank_one)
-            self._maps[name] = self._options.sketch.parameter(key, self._model.passes.options.device, self._dtype)
+            self._maps[name] = self._options.sketch.parameter(
+                key, self._model.passes.options.device, self._dtype, self._scratch
+            )
         return self._maps[name]
 
     def _check(self, sketch_BD: Tensor, losses: Tensor, batch: Batch) -> None:

@@ -36,28 +36,27 @@ def _convolution(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     if "weight" in wanted:
         module: Any = call.module
-        geometry = Geometry(module.kernel_size, module.stride, module.dilation, module.groups)
-        forms["weight"] = Convolution(delta, _padded(module, by_example(call.input, call.batch)), geometry)
+        x, padding = _padding(module, by_example(call.input, call.batch))
+        geometry = Geometry(module.kernel_size, module.stride, module.dilation, module.groups, padding)
+        forms["weight"] = Convolution(delta, x, geometry)
     if "bias" in wanted:
         forms["bias"] = Dense(delta.flatten(2).sum(2))
     return forms
 
 
-def _padded(module: Any, x: Tensor) -> Tensor:
-    """Return the input padded as the convolution pads it: numbers, 'same', 'valid', and every mode."""
+def _padding(module: Any, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Return the input and the zeros it is to be padded with; padded already where the mode is another."""
     n = len(module.kernel_size)
     if module.padding == "valid":
-        return x
+        return x, ()
     if module.padding == "same":
         total = [module.dilation[i] * (module.kernel_size[i] - 1) for i in range(n)]
-        pairs = [(t // 2, t - t // 2) for t in total]
+        pairs = tuple((t // 2, t - t // 2) for t in total)
     else:
-        pairs = [(p, p) for p in module.padding]
-    if not any(itertools.chain.from_iterable(pairs)):
-        return x
-    pad = list(itertools.chain.from_iterable(reversed(pairs)))
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, pad, mode=mode)
+        pairs = tuple((p, p) for p in module.padding)
+    if module.padding_mode == "zeros":
+        return x, pairs
+    return F.pad(x, list(itertools.chain.from_iterable(reversed(pairs))), mode=module.padding_mode), ()
 
 
 def _embedding(call: Call, wanted: frozenset[str]) -> dict[str, Form]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tracin_ann.factors import Form
+from tracin_ann.scratch import Scratch
 from tracin_ann.sketch.generator import Stream
 
 
@@ -71,8 +72,10 @@ class Sketch(Protocol):
     def dim(self) -> int:
         """Return D."""
 
-    def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> ParameterSketch:
-        """Return the map of one parameter."""
+    def parameter(
+        self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
+    ) -> ParameterSketch:
+        """Return the map of one parameter, which works in buffers that it may share with other maps."""
 
     def describe(self, key: ParameterKey) -> str:
         """Return in a few words what the map does with a parameter."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tracin_ann.factors import Form, column_blocks
+from tracin_ann.scratch import Scratch
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.generator import Stream
 
@@ -32,7 +33,9 @@ class DenseSketch:
         """Return the name that `--sketch` takes."""
         return "dense-gaussian" if self.gaussian else "dense"
 
-    def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> DenseParameter:
+    def parameter(
+        self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
+    ) -> DenseParameter:
         """Return the map of one parameter; its numbers are made as they are needed."""
         return DenseParameter(key.stream("dense"), self.dim, self.gaussian, device, dtype)
 

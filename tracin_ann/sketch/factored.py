@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 
+from tracin_ann.scratch import Scratch
 from tracin_ann.sketch.base import ParameterKey, ParameterSketch
 from tracin_ann.sketch.rankone import BUCKET_WIDTH, RankOne
 from tracin_ann.sketch.sides import Side, channels_folded, folded
@@ -29,19 +30,23 @@ class FactoredSketch:
     dim: int
     side: int = SIDE_WIDTH
     name: str = "factored"
-    version: int = 1
+    version: int = 2
 
-    def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> ParameterSketch:
+    def parameter(
+        self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
+    ) -> ParameterSketch:
         """Return the map of one parameter; a vector goes straight to the last fold."""
+        scratch = scratch or Scratch()
         left, right = self._sides(key, device, dtype)
         offset = key.stream("offset").integer(self.dim)
         if not self._whole(key):
             signs = torch.from_numpy(key.stream("fold").signs(0, left.width * right.width)).to(device, dtype)
-            return TwoSided(key.matrix, left, right, SignFold(signs, offset), taps=prod(key.shape[2:]))
+            taps = prod(key.shape[2:]) if len(key.shape) > 2 else 0  # noqa: PLR2004
+            return TwoSided(key.matrix, left, right, SignFold(signs, offset), taps, scratch)
         classes = self.dim // BUCKET_WIDTH
         shape = (classes, -(-left.width // classes), right.width)
         signs = torch.from_numpy(key.stream("fold").signs(0, prod(shape))).to(device, dtype).view(shape)
-        return RankOne(key.matrix, left, right, signs, offset)
+        return RankOne(key.matrix, left, right, signs, offset, scratch)
 
     def _whole(self, key: ParameterKey) -> bool:
         return key.rank_one and key.matrix[1] > 1 and self.dim % BUCKET_WIDTH == 0

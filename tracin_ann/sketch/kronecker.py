@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.scratch import Scratch
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.sides import Untouched, projected
 from tracin_ann.sketch.twosided import Plain, TwoSided
@@ -46,17 +47,21 @@ class KroneckerSketch:
             )
         object.__setattr__(self, "sides", (small, self.dim // small))
 
-    def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> TwoSided:
+    def parameter(
+        self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
+    ) -> TwoSided:
         """Return the map of one parameter; a vector is projected straight to D."""
+        scratch = scratch or Scratch()
         rows, columns = key.matrix
         if columns == 1:
             left = projected(key.stream("left"), rows, self.dim, device, dtype)
-            return TwoSided(key.matrix, left, Untouched(1), Plain())
+            return TwoSided(key.matrix, left, Untouched(1), Plain(), scratch=scratch)
         return TwoSided(
             key.matrix,
             projected(key.stream("left"), rows, self.sides[0], device, dtype),
             projected(key.stream("right"), columns, self.sides[1], device, dtype),
             Plain(),
+            scratch=scratch,
         )
 
     def describe(self, key: ParameterKey) -> str:

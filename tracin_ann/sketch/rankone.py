@@ -8,13 +8,14 @@ CountSketch of the full gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tracin_ann.factors import Form, Outer
+from tracin_ann.scratch import Scratch
 from tracin_ann.sketch.sides import Side
 from tracin_ann.sketch.twosided import add_turned, contracted
 
@@ -31,6 +32,7 @@ class RankOne:
         right: C to K2, likewise.
         signs_AQK: the entries' signs, [A, ⌈K1/A⌉, K2]; entry (i, j) at [i mod A, i // A, j].
         offset: where in D the first bucket lies.
+        scratch: buffers for everything in between.
     """
 
     matrix: tuple[int, int]
@@ -38,14 +40,18 @@ class RankOne:
     right: Side
     signs_AQK: Tensor
     offset: int
+    scratch: Scratch = field(default_factory=Scratch)
 
     def add(self, out_BD: Tensor, form: Form) -> None:
         """Add the sketch of the per-example gradients to `out_BD`."""
         if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
-            left_BK, right_BK = self.left.apply(form.left_BTR[:, 0]), self.right.apply(form.right_BTC[:, 0])
-            summed_ABK = torch.bmm(self._by_class(left_BK.unsqueeze(2))[..., 0], self.signs_AQK)
+            left_BK = self.left.apply(form.left_BTR[:, 0], self.scratch["left"])
+            right_BK = self.right.apply(form.right_BTC[:, 0], self.scratch["right"])
+            left_ABQ = self._by_class(left_BK.unsqueeze(2))[..., 0]
+            room = self.scratch["contraction"]((*left_ABQ.shape[:2], right_BK.shape[1]), left_BK)
+            summed_ABK = torch.bmm(left_ABQ, self.signs_AQK, out=room)
         else:
-            grad_BKK = contracted(form, self.matrix, self.left, self.right)
+            grad_BKK = contracted(form, self.matrix, self.left, self.right, self.scratch)
             summed_ABK = torch.einsum("abqk,aqk->abk", self._by_class(grad_BKK), self.signs_AQK)
             right_BK = None
         add_turned(out_BD, self._folded(summed_ABK, right_BK), self.offset)
@@ -53,8 +59,9 @@ class RankOne:
     def _by_class(self, grad_BKK: Tensor) -> Tensor:
         """Return [B, K1, k] as [A, B, ⌈K1/A⌉, k], rows i by i mod A."""
         classes, rows, _ = self.signs_AQK.shape
-        padded = F.pad(grad_BKK, (0, 0, 0, classes * rows - grad_BKK.shape[1]))
-        return padded.view(len(padded), rows, classes, -1).permute(2, 0, 1, 3)
+        missing = classes * rows - grad_BKK.shape[1]
+        padded = F.pad(grad_BKK, (0, 0, 0, missing)) if missing else grad_BKK
+        return padded.reshape(len(padded), rows, classes, -1).permute(2, 0, 1, 3)
 
     def _folded(self, summed_ABK: Tensor, right_BK: Tensor | None) -> Tensor:
         """Return Σ_{j ≡ w mod W} summed[a, b, j]·right[b, j] as [B, A·W]; a factor of 1 where there is none."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tracin_ann.scratch import Room, fresh
 from tracin_ann.sketch.generator import Stream
 
 
-def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1) -> Tensor:
+def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Room = fresh) -> Tensor:
     """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, which becomes min(n, width) long.
 
     A CountSketch whose hash is i mod width, so that the sums run over contiguous groups; added group
@@ -20,7 +21,8 @@ def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1) -> Tensor:
     """
     n = x.shape[dim]
     signs = signs_n.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
-    out = x.narrow(dim, 0, min(n, width)) * signs[:width]
+    first = x.narrow(dim, 0, min(n, width))
+    out = torch.mul(first, signs[:width], out=room(first.shape, x))
     for start in range(width, n, width):
         length = min(width, n - start)
         out.narrow(dim, 0, length).addcmul_(x.narrow(dim, start, length), signs[start : start + length])
@@ -34,8 +36,8 @@ class Side(Protocol):
     def width(self) -> int:
         """Return the length of the images."""
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Map the last axis: [..., n] -> [..., width]."""
+    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
+        """Map the last axis: [..., n] -> [..., width], in `room` where memory is needed."""
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the images of unit vectors: index [...] -> [..., width]."""
@@ -47,7 +49,7 @@ class Untouched:
 
     width: int
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
         """Return `x`."""
         return x
 
@@ -63,9 +65,9 @@ class Folded:
     width: int
     signs_n: Tensor
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
         """Return the folded vectors."""
-        return fold(x, self.signs_n, self.width)
+        return fold(x, self.signs_n, self.width, room=room)
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed one-hot vectors."""
@@ -85,9 +87,10 @@ class ChannelsFolded:
         """Return the length of the images."""
         return self.channels * self.taps
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
         """Return the folded vectors, [..., C·K] -> [..., width]."""
-        return fold(x.reshape(*x.shape[:-1], -1, self.taps), self.signs_C, self.channels, dim=-2).flatten(-2)
+        by_channel = x.reshape(*x.shape[:-1], -1, self.taps)
+        return fold(by_channel, self.signs_C, self.channels, dim=-2, room=room).flatten(-2)
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed one-hot vectors."""
@@ -103,9 +106,9 @@ class Projected:
     width: int
     matrix_nk: Tensor
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
         """Return the projected vectors."""
-        return x @ self.matrix_nk
+        return torch.matmul(x, self.matrix_nk, out=room((*x.shape[:-1], self.width), x))
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of the matrix."""

@@ -7,18 +7,19 @@ LoGra, Choe et al. 2024; the folds are CountSketches, Charikar et al. 2002).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tracin_ann.convolution import Convolution
+from tracin_ann.convolution import Convolution, channels_last
 from tracin_ann.factors import Dense, Form, Outer, Rows, materialised
+from tracin_ann.scratch import Room, Scratch
 from tracin_ann.sketch.sides import ChannelsFolded, Folded, Side, fold
 
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 19
 
 
 class Finish(Protocol):
@@ -46,7 +47,13 @@ class SignFold:
 
     def add(self, out_BD: Tensor, flat_BK: Tensor) -> None:
         """Add the folded rows, turned by the offset, so that small layers spread over all of D."""
-        add_turned(out_BD, fold(flat_BK, self.signs_K, out_BD.shape[1]), self.offset)
+        dim = out_BD.shape[1]
+        # The first group goes to columns offset .. D, the next to 0 .. D, and so on.
+        start, column = 0, self.offset
+        while start < flat_BK.shape[1]:
+            stop = min(start + dim - column, flat_BK.shape[1])
+            out_BD[:, column : column + stop - start].addcmul_(flat_BK[:, start:stop], self.signs_K[start:stop])
+            start, column = stop, 0
 
 
 def add_turned(out_BD: Tensor, rows_BK: Tensor, offset: int) -> None:
@@ -61,56 +68,72 @@ def add_turned(out_BD: Tensor, rows_BK: Tensor, offset: int) -> None:
 class TwoSided:
     """The map of one parameter: grad [R, C] -> finish(L grad Rᵀ).
 
-    With more than one tap, the sides are folds of a convolution's channels, and its gradient is never
-    laid out as the weight is.
+    Attributes:
+        matrix: (R, C).
+        left: the map of R.
+        right: the map of C.
+        finish: the map of the contraction, [K1·K2].
+        taps: of a convolution whose sides are folds of channels, so that they act before its patches are
+            taken; its contraction lies as [output, tap, input channel].
+        scratch: buffers for everything in between.
     """
 
     matrix: tuple[int, int]
     left: Side
     right: Side
     finish: Finish
-    taps: int = 1
+    taps: int = 0
+    scratch: Scratch = field(default_factory=Scratch)
 
     def add(self, out_BD: Tensor, form: Form) -> None:
         """Add the sketch of the per-example gradients to `out_BD`, in blocks that stay in cache."""
         step = max(1, _BLOCK_ELEMENTS // max(1, self._elements(form)))
         for start in range(0, out_BD.shape[0], step):
             rows = slice(start, start + step)
-            self.finish.add(out_BD[rows], self._flat(form[rows]))
+            self.finish.add(out_BD[rows], self._contracted(form[rows]).flatten(1))
 
-    def _flat(self, form: Form) -> Tensor:
-        """Return the contraction [B, K1·K2]; a convolution's in the order tap, output, input channel."""
-        if self.taps == 1:
-            return contracted(form, self.matrix, self.left, self.right).flatten(1)
-        if isinstance(form, Convolution) and form.geometry.groups == 1 and prod(form.geometry.kernel) == self.taps:
-            return _channels_folded(form, self.left, self.right).by_tap().flatten(1)
-        grad = contracted(form, self.matrix, self.left, self.right)
-        return grad.view(*grad.shape[:2], -1, self.taps).permute(0, 3, 1, 2).flatten(1)
+    def _contracted(self, form: Form) -> Tensor:
+        if isinstance(form, Convolution) and form.geometry.groups == 1 and self.taps == prod(form.geometry.kernel):
+            return self._channels_folded(form).contracted(self.scratch, self.scratch["contraction"])
+        grad_BKK = contracted(form, self.matrix, self.left, self.right, self.scratch)
+        return grad_BKK.reshape(*grad_BKK.shape[:2], -1, self.taps).transpose(2, 3) if self.taps else grad_BKK
+
+    def _channels_folded(self, form: Convolution) -> Convolution:
+        """Return the form with its channels folded on either side, before anything is contracted."""
+        delta, x = form.delta_BO, form.input_BC
+        if isinstance(self.left, Folded):
+            delta = _fold_channels(delta, self.left.signs_n, self.left.width, self.scratch["left"])
+        if isinstance(self.right, ChannelsFolded):
+            x = _fold_channels(x, self.right.signs_C, self.right.channels, self.scratch["right"])
+        return Convolution(delta, x, form.geometry)
 
     def _elements(self, form: Form) -> int:
         """Return the numbers one example's largest temporary holds."""
         if isinstance(form, Outer):
-            return form.left_BTR.shape[1] * max(form.left_BTR.shape[2], form.right_BTC.shape[2])
+            return form.left_BTR.shape[1] * (self.left.width + self.right.width)
         if isinstance(form, Rows):
             return form.index_BT.shape[1] * max(self.left.width, form.value_BTC.shape[2])
+        if isinstance(form, Convolution) and self.taps:
+            # Patches are taken a few examples at a time by the form itself.
+            folded = self.left.width * prod(form.delta_BO.shape[2:]) if isinstance(self.left, Folded) else 0
+            return folded + self.left.width * self.right.width
         return self.matrix[0] * self.matrix[1]
 
 
-def contracted(form: Form, matrix: tuple[int, int], left: Side, right: Side) -> Tensor:
-    """Return L grad Rᵀ an example, [B, K1, K2], for a parameter read as a matrix (R, C)."""
+def contracted(form: Form, matrix: tuple[int, int], left: Side, right: Side, scratch: Scratch) -> Tensor:
+    """Return L grad Rᵀ an example, [B, K1, K2], for a parameter read as a matrix (R, C); it may lie in `scratch`."""
     if isinstance(form, Rows):
         return torch.bmm(left.columns(form.index_BT, form.value_BTC.dtype).mT, right.apply(form.value_BTC))
     if isinstance(form, Outer):
-        return torch.bmm(left.apply(form.left_BTR).mT, right.apply(form.right_BTC))
+        left_BTK = left.apply(form.left_BTR, scratch["left"])
+        right_BTK = right.apply(form.right_BTC, scratch["right"])
+        out = scratch["contraction"]((len(left_BTK), left.width, right.width), left_BTK)
+        return torch.bmm(left_BTK.mT, right_BTK, out=out)
     flat = form.grad_BP if isinstance(form, Dense) else materialised(form)
     return left.apply(right.apply(flat.view(-1, *matrix)).mT).mT
 
 
-def _channels_folded(form: Convolution, left: Side, right: Side) -> Convolution:
-    """Return the form with its channels folded on either side, before anything is contracted."""
-    delta, x = form.delta_BO, form.input_BC
-    if isinstance(left, Folded):
-        delta = fold(delta, left.signs_n, left.width, dim=1)
-    if isinstance(right, ChannelsFolded):
-        x = fold(x, right.signs_C, right.channels, dim=1)
-    return Convolution(delta, x, form.geometry)
+def _fold_channels(x: Tensor, signs_C: Tensor, width: int, room: Room) -> Tensor:
+    if channels_last(x):
+        return fold(x.movedim(1, -1), signs_C, width, -1, room).movedim(-1, 1)
+    return fold(x, signs_C, width, 1, room)
