@@ -9,6 +9,7 @@ import models
 import oracle
 from tracin_ann import factors
 from tracin_ann.gradients import GradientEngine
+from tracin_ann.nested import to_device
 from tracin_ann.task import Checkpoint, Task
 
 
@@ -25,7 +26,7 @@ def engine_for(model, case, examples, device, **options):
     parameters = task.selected(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return GradientEngine(model, parameters, case.loss, task.collated, device)
+    return GradientEngine(model, parameters, case.loss, lambda rows: to_device(task.collated(rows), device))
 
 
 def collected(engine, batch):

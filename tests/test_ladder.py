@@ -44,7 +44,7 @@ def engine_of(model, loss=cross_entropy):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    return GradientEngine(model.eval(), parameters, loss, torch.utils.data.default_collate, CPU)
+    return GradientEngine(model.eval(), parameters, loss, torch.utils.data.default_collate)
 
 
 def gradients(engine, given_examples):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.passes import SideName
+from tracin_ann.loading import SideName
 
 Rerank = Literal["none", "stored", "exact"]
 

@@ -6,23 +6,22 @@ and the manifest, written last, is what makes the directory an index.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-
 from tracin_ann.canaries import FILE as CANARIES
-from tracin_ann.canaries import Canaries, canary_ids, write_canaries
-from tracin_ann.device import resolve_device
+from tracin_ann.canaries import write_canaries
+from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
-from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, Norms, RowBuffer
+from tracin_ann.extraction import Extraction, data_is_dearer
+from tracin_ann.features import FeatureOptions, Norms
 from tracin_ann.files import atomic_path, sweep_temporaries
+from tracin_ann.gradients import Precision
 from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -31,12 +30,11 @@ from tracin_ann.manifest import (
     IndexRecord,
     Manifest,
     StepRecord,
-    TaskReference,
     read_build_record,
     record_of,
     write_build_record,
 )
-from tracin_ann.passes import LoadedModel, Passes, PassOptions, SideName
+from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.plan import Plan
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
 from tracin_ann.sketch import make_sketch
@@ -49,8 +47,9 @@ from tracin_ann.spec import (
     model_digest,
     parameter_specs,
 )
-from tracin_ann.store import Dtype, FeatureBlock, FeatureStore, FileRecord, WriteBehind
-from tracin_ann.task import Task, absolute_reference, load_task
+from tracin_ann.store import Dtype, FeatureStore, FileRecord
+from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
+from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, tuned
 from tracin_ann.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -58,6 +57,7 @@ logger = logging.getLogger(__name__)
 _UNFINISHED_INDEX = ".index-unfinished"
 _DTYPES = ("float16", "float32")
 _NORMS = ("sketch", "exact")
+_PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ class BuildConfig:
         sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
         seed: of the sketch's random numbers.
         index: `auto`, `flat` or `ivf`.
-        batch_size: examples a forward.
+        batch_size: examples a forward; None: measured.
+        memory_bytes: what batches and rows read ahead may take when the batch size is measured; None: half of
+            what is free.
+        workers: processes that read and collate ahead.
+        precision: of forward and backward, `fp32` or `bf16`; sketches are added up in float32.
         device: `auto` or a device's name, as `resolve_device` takes it.
         dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
@@ -81,7 +85,10 @@ class BuildConfig:
     sketch: str = "factored"
     seed: int = 0
     index: str = "auto"
-    batch_size: int = 64
+    batch_size: int | None = None
+    memory_bytes: int | None = None
+    workers: int = 0
+    precision: Precision = "fp32"
     device: str = "auto"
     dtype: Dtype = "float16"
     norms: Norms = "sketch"
@@ -97,6 +104,7 @@ class BuildConfig:
         choices: tuple[tuple[str, str, Sequence[str]], ...] = (
             ("--dtype", self.dtype, _DTYPES),
             ("--norms", self.norms, _NORMS),
+            ("--precision", self.precision, _PRECISIONS),
             ("--index", self.index, ("auto", "flat", "ivf")),
         )
         for option, value, allowed in choices:
@@ -104,10 +112,9 @@ class BuildConfig:
                 raise UsageError(
                     problem(f"bad {option}", got=repr(value), expected=" or ".join(allowed), remedy=f"change {option}")
                 )
-        if self.partition_rows < 1:
-            raise UsageError(
-                problem("bad partition_rows", got=self.partition_rows, expected="1 or more", remedy="change it")
-            )
+        for name, number in (("partition_rows", self.partition_rows), ("--memory", self.memory_bytes)):
+            if number is not None and number < 1:
+                raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:
         """Return what turns gradients into rows, given which parameters' gradients are outer products."""
@@ -136,8 +143,18 @@ class BuildWork:
         self.out, self.config, self.reference = out, config, reference
         self.device = resolve_device(config.device)
         self.sketch = make_sketch(config.sketch, config.dim)
-        self.passes = Passes(task, PassOptions(self.device, config.batch_size, config.allow_random_data))
+        if config.precision == "bf16":
+            refuse_slow_bf16(self.device)
+        options = PassOptions(
+            self.device,
+            config.batch_size if config.batch_size is not None else USUAL_SIZE,
+            config.allow_random_data,
+            config.workers,
+            config.precision,
+        )
+        self.passes = Passes(task, options, reference)
         self.rows_extracted = 0
+        self._load_seconds = 0.0
 
     def prepared(self, model: LoadedModel) -> tuple[BuildRecord, bool]:
         """Return what this build sets out to make, and whether the directory holds its beginning.
@@ -165,8 +182,11 @@ class BuildWork:
 
     def examine(self, model: LoadedModel) -> frozenset[str]:
         """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
-        for checkpoint in reversed(range(len(self.passes.task.checkpoints))):
+        began = perf_counter()
+        checkpoints = range(len(self.passes.task.checkpoints))
+        for checkpoint in reversed(checkpoints):
             model.load(checkpoint)
+        self._load_seconds = (perf_counter() - began) / len(checkpoints)
         model.probe("train")
         model.probe("query")
         return model.engine("train").plan.rank_one
@@ -182,6 +202,7 @@ class BuildWork:
             sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
             dtype=self.config.dtype,
             norms=self.config.norms,
+            precision=self.config.precision,
             versions=library_versions(),
         )
         return BuildRecord(spec, self.reference, self.config.partition_rows, self.config.allow_random_data)
@@ -201,35 +222,23 @@ class BuildWork:
             )
         return None
 
+    def tuned(self, model: LoadedModel, features: FeatureOptions) -> Tuned:
+        """Set the model and its passes to what runs rows fastest here."""
+        if model.checkpoint < 0:
+            self.examine(model)
+        passes = self.passes.n_rows("train") * len(self.passes.task.checkpoints)
+        return tuned(model, features, Wanted(self.config.batch_size, self.config.memory_bytes, passes))
+
     def extract(
         self, model: LoadedModel, store: FeatureStore, features: FeatureOptions, report: ProgressCallback
     ) -> Plan:
         """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
-        missing = store.missing()
-        plans = []
-        counted = _Counter(report, sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in missing)))
-        # Two: one is filled while the other is written.
-        size = min(store.layout.partition_rows, store.layout.n_rows)
-        buffers = itertools.cycle([RowBuffer(size, store.layout.dim) for _ in range(2)])
-        canaries: dict[SideName, list[FeatureRows]] = {"train": [], "query": []}
-        for checkpoint in range(store.layout.n_checkpoints):
-            model.load(checkpoint)
-            extractor = FeatureExtractor(model, features)
-            with WriteBehind(store) as behind:
-                for partition in (p for p, c in missing if c == checkpoint):
-                    start, stop = store.layout.rows(partition)
-                    rows = next(buffers).filled(counted(extractor.stream("train", range(start, stop))))
-                    behind.write(partition, checkpoint, _block(start, rows))
-            for side, rows_of in canaries.items():
-                rows_of.append(extractor.rows(side, canary_ids(self.passes.n_rows(side))))
-            plans.append(model.engine("train").plan)
-        self.rows_extracted += counted.done
-        write_canaries(self.out / CANARIES, [self._canaries(side, rows) for side, rows in canaries.items()])
-        return plans[0]
-
-    def _canaries(self, side: SideName, rows: Sequence[FeatureRows]) -> Canaries:
-        ids = np.array(canary_ids(self.passes.n_rows(side)), dtype=np.int64)
-        return Canaries(side, ids, np.stack([r.feature_ND for r in rows]))
+        chosen = self.tuned(model, features)
+        extraction = Extraction(model, store, features, report)
+        done = extraction.run(held=data_is_dearer(store, chosen, self._load_seconds))
+        self.rows_extracted += done.rows
+        write_canaries(self.out / CANARIES, done.canaries)
+        return done.plan
 
     def index(self, store: FeatureStore) -> IndexRecord:
         """Choose, build and save the search index."""
@@ -329,25 +338,6 @@ def _finished(work: BuildWork, store: FeatureStore) -> Manifest | None:
 def _feature_records(store: FeatureStore) -> tuple[FileRecord, ...]:
     layout = store.layout
     return tuple(record_of(store.path(p, c)) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints))
-
-
-def _block(start: int, rows: FeatureRows) -> FeatureBlock:
-    ids = np.arange(start, start + len(rows.loss_N), dtype=np.int64)
-    return FeatureBlock(ids, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
-
-
-class _Counter:
-    """Passes rows on and reports how many there were so far."""
-
-    def __init__(self, report: ProgressCallback, total: int) -> None:
-        self._report, self._total = report, total
-        self.done = 0
-
-    def __call__(self, stream: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
-        for rows in stream:
-            yield rows
-            self.done += len(rows.loss_N)
-            self._report("features", self.done, self._total)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features import FeatureExtractor
 from tracin_ann.files import atomic_path
-from tracin_ann.passes import SideName
+from tracin_ann.loading import SideName
 from tracin_ann.types import Float32, Int64
 
 FILE = "canaries.h5"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +66,33 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+def recorded_event(device: torch.device) -> Callable[[], None]:
+    """Return what waits until all work launched on the device so far is done; on a CPU it is."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+
+def refuse_slow_bf16(device: torch.device) -> None:
+    """Refuse bfloat16 where it is emulated and so slower than float32.
+
+    Raises:
+        UsageError: the device has no bfloat16 arithmetic.
+    """
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not native:
+        raise UsageError(
+            problem(
+                "bf16 would be slower than fp32 here",
+                got=f"{device_name(device)} without bfloat16 arithmetic",
+                expected="a GPU or CPU that has it",
+                remedy="use --precision fp32",
+            )
+        )
 
 
 @contextlib.contextmanager

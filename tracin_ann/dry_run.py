@@ -6,20 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import numpy as np
 
-from tracin_ann.build import BuildConfig, BuildWork, opened
-from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.passes import LoadedModel
+from tracin_ann.build import BuildConfig, opened
 from tracin_ann.plan import Plan
 from tracin_ann.search import choose_index
 from tracin_ann.sketch import ParameterKey
 from tracin_ann.task import Task
+from tracin_ann.tuning import Tuned
 
-_TIMED_BATCHES = 3
 _BESIDES_BYTES = 8 + 2 + 4 + 4
 
 
@@ -31,8 +27,9 @@ class BuildPlan:
         rows: N.
         feature_dim: F = C·D.
         disk_bytes: size of the feature files and the index.
-        memory_bytes: largest arrays that the build holds at once, the model's own working memory not counted.
+        memory_bytes: largest arrays that the build holds at once, a batch's activations counted, weights not.
         seconds: time for all rows and checkpoints, from a few timed batches.
+        tuned: batch size and memory format, and the times measured.
         index_kind: the search index and why.
         gradients: which step of the ladder serves which parameter.
         sketches: what the sketch does with each parameter.
@@ -44,6 +41,7 @@ class BuildPlan:
     disk_bytes: int
     memory_bytes: int
     seconds: float
+    tuned: Tuned
     index_kind: str
     index_reason: str
     gradients: Plan
@@ -69,8 +67,7 @@ def plan(
         record, begun = work.prepared(model)
         if begun:
             work.examine(model)
-        features = config.features(record.spec.rank_one)
-        seconds = _seconds_a_row(work, model, features) * record.spec.train_rows * len(record.spec.checkpoints)
+        chosen = work.tuned(model, config.features(record.spec.rank_one))
         layout = record.layout
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
         choice = choose_index(config.index, n_rows, dim)
@@ -81,8 +78,9 @@ def plan(
             rows=n_rows,
             feature_dim=dim,
             disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _BESIDES_BYTES + index_bytes,
-            memory_bytes=max(block_bytes, 2 * index_bytes),
-            seconds=seconds,
+            memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
+            seconds=_seconds(chosen, record.spec.train_rows, len(record.spec.checkpoints), config.workers),
+            tuned=chosen,
             index_kind=choice.kind,
             index_reason=choice.reason,
             gradients=model.engine("train").plan,
@@ -94,14 +92,7 @@ def plan(
         )
 
 
-def _seconds_a_row(work: BuildWork, model: LoadedModel, features: FeatureOptions) -> float:
-    extractor = FeatureExtractor(model, features)
-    n_rows = work.passes.n_rows("train")
-    ids = [i % n_rows for i in range(work.config.batch_size)]
-    extractor.rows("train", ids)
-    times = []
-    for _ in range(_TIMED_BATCHES):
-        began = perf_counter()
-        extractor.rows("train", ids)
-        times.append(perf_counter() - began)
-    return median(times) / len(ids)
+def _seconds(chosen: Tuned, rows: int, checkpoints: int, workers: int) -> float:
+    """Return the build's time; reading counts unless workers hide it."""
+    hidden = workers > 0 and chosen.read_seconds / workers < chosen.row_seconds
+    return rows * checkpoints * (chosen.row_seconds + (0.0 if hidden else chosen.read_seconds / max(1, workers)))

@@ -17,7 +17,8 @@ from torch import Tensor
 from tracin_ann.factors import Form, inner, materialised
 from tracin_ann.features import squared_norms
 from tracin_ann.gradients import Sink
-from tracin_ann.passes import LoadedModel, Passes, SideName
+from tracin_ann.loading import SideName
+from tracin_ann.passes import LoadedModel, Passes
 from tracin_ann.types import Float64
 
 Directions = dict[str, Tensor]
@@ -45,7 +46,7 @@ def exact_scores(
     """
     side, query_ids = queries
     scores_QN = np.zeros((len(query_ids), len(rows)))
-    with passes.model() as model:
+    with passes.at_precision("fp32").model() as model:
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         step = max(1, _DIRECTION_BYTES // entries)
         for checkpoint in checkpoints:
@@ -120,7 +121,7 @@ def exact_self_influence(
     """Return Σ_c η_c ‖∇ℓ(w_c, z)‖² of every training row, [N] (Pruthi et al. 2020, section 3.4)."""
     n_rows = passes.n_rows("train")
     scores_N = np.zeros(n_rows)
-    with passes.model() as model:
+    with passes.at_precision("fp32").model() as model:
         for checkpoint in checkpoints:
             model.load(checkpoint)
             rate = passes.task.checkpoints[checkpoint].learning_rate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tracin_ann.device import recorded_event
 from tracin_ann.errors import NonFiniteError
 from tracin_ann.factors import Form, squared_norm
 from tracin_ann.gradients import Batch
-from tracin_ann.passes import LoadedModel, SideName
+from tracin_ann.loading import Collated, SideName
+from tracin_ann.passes import LoadedModel
 from tracin_ann.proof import check_finite, not_finite
 from tracin_ann.scratch import Scratch
 from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch
-from tracin_ann.types import Float32
+from tracin_ann.types import Float32, Int64
 
 Norms = Literal["sketch", "exact"]
 FormSink = Callable[[str, Form, slice], None]
@@ -43,8 +45,12 @@ class FeatureOptions:
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """Rows of one checkpoint: features [n, D] (√η included), squared gradient norms and losses [n] (without η)."""
+    """Rows of one checkpoint: features [n, D] (√η included), squared gradient norms and losses [n] (without η).
 
+    `ids_N` are the rows' ids in the data set.
+    """
+
+    ids_N: Int64
     feature_ND: Float32
     sqnorm_N: Float32
     loss_N: Float32
@@ -63,20 +69,28 @@ class FeatureExtractor:
 
     def rows(self, side: SideName, ids: Sequence[int]) -> FeatureRows:
         """Return the rows of these examples, in order."""
-        return RowBuffer(len(ids), self._options.sketch.dim).filled(self.stream(side, ids))
+        return joined(list(self.stream(side, self._model.passes.read(side, ids))))
 
-    def stream(self, side: SideName, ids: Sequence[int]) -> Iterator[FeatureRows]:
-        """Yield the rows of these examples, a batch at a time.
+    def stream(self, side: SideName, batches: Iterable[Collated]) -> Iterator[FeatureRows]:
+        """Yield the rows of batches that were read, a batch at a time.
+
+        On an accelerator a batch's rows are fetched when the next is under way, so that nothing waits for it.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
             TaskError: the loss breaks the contract.
             GradientProofError: no step of the ladder agrees with autograd.
         """
-        for batch in self._model.batches(side, ids):
-            yield self._extract(side, batch)
+        ahead = 0 if self._model.passes.options.device.type == "cpu" else 1
+        under_way: deque[_UnderWay] = deque()
+        for read in batches:
+            under_way.append(self._started(side, self._model.batch(side, read)))
+            while len(under_way) > ahead:
+                yield self._fetched(under_way.popleft())
+        while under_way:
+            yield self._fetched(under_way.popleft())
 
-    def _extract(self, side: SideName, batch: Batch) -> FeatureRows:
+    def _started(self, side: SideName, batch: Batch) -> _UnderWay:
         sketch_BD = torch.zeros(0)
         forms: dict[tuple[str, int, int], list[Form]] = {}
         exact = self._options.norms == "exact"
@@ -97,9 +111,15 @@ class FeatureExtractor:
 
         losses = self._model.engine(side).run(batch, start)
         sqnorm_B = squared_norms(forms, len(batch), losses.device, self._dtype) if exact else sketch_BD.square().sum(1)
-        self._check(sketch_BD, losses, batch)
-        feature_BD = sketch_BD * self._rate**0.5
-        return FeatureRows(*(t.float().cpu().numpy() for t in (feature_BD, sqnorm_B, losses)))
+        finite = torch.isfinite(sketch_BD.sum(1) + losses).all()
+        host = (t.float().to("cpu", non_blocking=True) for t in (sketch_BD * self._rate**0.5, sqnorm_B, losses))
+        return _UnderWay(batch.ids, sketch_BD, losses, finite, tuple(host), recorded_event(losses.device))
+
+    def _fetched(self, done: _UnderWay) -> FeatureRows:
+        done.wait()
+        if not bool(done.finite):
+            self._refuse_non_finite(done)
+        return FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
 
     def _map(self, name: str) -> ParameterSketch:
         if name not in self._maps:
@@ -111,13 +131,25 @@ class FeatureExtractor:
             )
         return self._maps[name]
 
-    def _check(self, sketch_BD: Tensor, losses: Tensor, batch: Batch) -> None:
-        if bool(torch.isfinite(sketch_BD).all()) and bool(torch.isfinite(losses).all()):
-            return
-        check_finite(losses, batch.ids, self._model.checkpoint)
-        row = int((~torch.isfinite(sketch_BD)).any(1).nonzero()[0])
-        got = f"NaN or inf at a loss of {float(losses[row]):.6g}"
-        raise NonFiniteError(not_finite("gradient", batch.ids[row], self._model.checkpoint, got))
+    def _refuse_non_finite(self, done: _UnderWay) -> None:
+        check_finite(done.losses_B, done.ids, self._model.checkpoint)
+        rows = (~torch.isfinite(done.sketch_BD)).any(1).nonzero()
+        if len(rows):
+            row = int(rows[0])
+            got = f"NaN or inf at a loss of {float(done.losses_B[row]):.6g}"
+            raise NonFiniteError(not_finite("gradient", done.ids[row], self._model.checkpoint, got))
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A batch whose kernels are launched; what is on the host may be read after `wait`."""
+
+    ids: tuple[int, ...]
+    sketch_BD: Tensor
+    losses_B: Tensor
+    finite: Tensor
+    host: tuple[Tensor, ...]
+    wait: Callable[[], None]
 
 
 def squared_norms(
@@ -130,18 +162,29 @@ def squared_norms(
     return total
 
 
+def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
+    """Return rows one after another as one."""
+    return FeatureRows(*(np.concatenate(values) for values in zip(*(vars(p).values() for p in parts), strict=True)))
+
+
 class RowBuffer:
     """Room for the rows of a partition, filled again and again: fresh memory of that size is dear to touch."""
 
     def __init__(self, n_rows: int, dim: int) -> None:
-        self._room = FeatureRows(*(np.empty(s, np.float32) for s in ((n_rows, dim), (n_rows,), (n_rows,))))
+        self._room = FeatureRows(
+            np.empty(n_rows, np.int64), *(np.empty(s, np.float32) for s in ((n_rows, dim), (n_rows,), (n_rows,)))
+        )
 
-    def filled(self, stream: Iterable[FeatureRows]) -> FeatureRows:
-        """Return consecutive rows as one, in this buffer until it is filled again; they must fit."""
+    def filled(self, start: int, stop: int, stream: Iterable[FeatureRows]) -> FeatureRows:
+        """Return rows start..stop, each at its place however they come, in this buffer until it is filled again."""
+        room = FeatureRows(*(values[: stop - start] for values in vars(self._room).values()))
         done = 0
         for rows in stream:
-            place = slice(done, done + len(rows.loss_N))
+            place: slice | Int64 = rows.ids_N - start
+            if (np.diff(rows.ids_N) == 1).all():
+                place = slice(int(rows.ids_N[0]) - start, int(rows.ids_N[-1]) - start + 1)
             for name, values in vars(rows).items():
-                getattr(self._room, name)[place] = values
-            done = place.stop
-        return FeatureRows(*(values[:done] for values in vars(self._room).values()))
+                getattr(room, name)[place] = values
+            done += len(rows.ids_N)
+        assert done == stop - start
+        return room

@@ -8,10 +8,11 @@ should a later batch reach one, the proof is made again on that batch.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
 from tracin_ann.factors import Dense, Form
 from tracin_ann.layers import LayerCapture, Layout, covered_layers
-from tracin_ann.nested import batched_tensors, rebuild, to_device
+from tracin_ann.nested import batched_tensors, rebuild
 from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
 from tracin_ann.proof import ProofSink, Truth, check_finite, not_finite, unproven
 from tracin_ann.task import LossFunction
@@ -31,6 +32,7 @@ PROVEN_ALONE = 3
 _FALLBACK_ELEMENTS = 1 << 26
 
 Sink = Callable[[str, Form, slice], None]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Batch:
     """A batch: its rows' positions in the data set, the examples, and what collate made of them."""
 
     ids: tuple[int, ...]
-    examples: list[Any]
+    examples: Sequence[Any]
     inputs: Any
 
     def __len__(self) -> int:
@@ -57,9 +59,9 @@ class GradientEngine:
         model: loaded with a checkpoint, in eval mode, none of its parameters requiring a gradient.
         parameters: the chosen ones by name.
         loss: `(model, batch) -> Tensor[B]`.
-        collate: examples -> batch.
-        device: where batches go.
+        inputs: examples -> what the loss takes, on the device.
         checkpoint: the checkpoint's position, for messages.
+        precision: `fp32`: as the model computes; `bf16`: forward by autocast, factors widened to float32.
     """
 
     def __init__(
@@ -67,13 +69,13 @@ class GradientEngine:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         loss: LossFunction,
-        collate: Callable[[list[Any]], Any],
-        device: torch.device,
+        inputs: Callable[[list[Any]], Any],
         checkpoint: int = 0,
+        precision: Precision = "fp32",
     ) -> None:
         self.parameters = dict(parameters)
         self.checkpoint = checkpoint
-        self._model, self._loss, self._collate, self._device = model, loss, collate, device
+        self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
         self._covered = covered_layers(model, self.parameters)
         self._plan: Plan | None = None
         self._rank_one: frozenset[str] = frozenset()
@@ -94,14 +96,22 @@ class GradientEngine:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the per-example losses [B], checked for their shape."""
-        values = self._loss(self._model, batch.inputs)
+        with self._autocast():
+            values = self._loss(self._model, batch.inputs)
         if not isinstance(values, Tensor) or values.shape != (len(batch),):
             raise TaskError(_wrong_shape(values, len(batch)))
         return values
 
-    def batch(self, ids: Sequence[int], examples: list[Any]) -> Batch:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        # Without the cache: a weight cast in one pass would serve the next, whose gradient it does not carry.
+        device = next(iter(self.parameters.values())).device
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+    def batch(self, ids: Sequence[int], examples: Sequence[Any]) -> Batch:
         """Return the batch of these examples on the device."""
-        return Batch(tuple(ids), examples, to_device(self._collate(examples), self._device))
+        return Batch(tuple(ids), examples, self._inputs(list(examples)))
 
     def run(self, batch: Batch, start: Callable[[], Sink]) -> Tensor:
         """Hand every parameter's gradient forms of a batch to a sink, and return the losses [B].
@@ -164,7 +174,8 @@ class GradientEngine:
 
         def one(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
             batch = rebuild(inputs, [t.unsqueeze(0) for t in example])
-            return functional_call(wrapped, parameters, (batch,)).squeeze(0)  # type: ignore[no-any-return]
+            with self._autocast():
+                return functional_call(wrapped, parameters, (batch,)).squeeze(0)  # type: ignore[no-any-return]
 
         parameters = {f"model.{name}": self.parameters[name].detach() for name in names}
         with _registered(self._model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
@@ -274,6 +285,7 @@ class GradientEngine:
                 for j, name in enumerate(names)
             },
             tuple(name for name, hit in zip(names, reached, strict=True) if not hit),
+            self.precision == "bf16",
         )
 
     def _refuse_non_finite(self, batch: Batch) -> None:

@@ -16,8 +16,9 @@ from tracin_ann.device import resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.exact import exact_self_influence
 from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.loading import SideName
 from tracin_ann.manifest import FEATURES, Manifest, check_file
-from tracin_ann.passes import LoadedModel, Passes, PassOptions, SideName
+from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.ranking import Question, Ranking
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
 from tracin_ann.sketch import make_sketch
@@ -63,7 +64,12 @@ class InfluenceIndex:
         manifest = Manifest.read(path)
         for record in (manifest.canaries, *manifest.index.files):
             check_file(path, record, deep=True)
-        options = PassOptions(resolve_device(device), batch_size, manifest.build.random_data)
+        options = PassOptions(
+            resolve_device(device),
+            batch_size,
+            manifest.build.random_data,
+            precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
+        )
         index = cls(path, manifest, lambda: _found(task, arguments, manifest, path), options)
         index._store.check(manifest.features)
         return index

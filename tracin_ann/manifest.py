@@ -14,6 +14,7 @@ from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.files import file_digest, read_json, write_json_atomic
 from tracin_ann.spec import FeatureSpec
 from tracin_ann.store import FileRecord, StoreLayout
+from tracin_ann.task import TaskReference
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,14 +23,6 @@ FEATURES = "features"
 _MISUNDERSTANDINGS = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 _IN_NO_NAME = frozenset("/\\\0")
 _LONGEST_NAME = 100
-
-
-@dataclass(frozen=True)
-class TaskReference:
-    """How the task was named, so that a query finds it again; `reference` is None for a Task object."""
-
-    reference: str | None
-    arguments: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,26 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return `value` with its tensors on `device`."""
-    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """Return `value` with its tensors on `device`; pictures (4-D, floating) with their channels last if asked for."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        pictures = channels_last and leaf.dim() == 4 and leaf.is_floating_point()  # noqa: PLR2004
+        form = torch.channels_last if pictures else torch.preserve_format
+        return leaf.to(device, non_blocking=True, memory_format=form)
+
+    return map_leaves(moved, value)
+
+
+def leaf_size(leaf: Any) -> int:
+    """Return the numbers that a tensor or array holds, the characters of a text, 1 for other leaves."""
+    if isinstance(leaf, Tensor):
+        return leaf.numel()
+    if isinstance(leaf, np.ndarray):
+        return leaf.size
+    return len(leaf) if isinstance(leaf, (str, bytes)) else 1
 
 
 def batched_tensors(value: Any, batch: int) -> list[Tensor] | str:

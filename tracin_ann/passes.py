@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from tracin_ann.checkpoints import load_checkpoint
 from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
-from tracin_ann.gradients import Batch, GradientEngine
+from tracin_ann.gradients import Batch, GradientEngine, Precision
+from tracin_ann.loading import (
+    BatchOptions,
+    Collated,
+    Reader,
+    Reading,
+    SideName,
+    collated,
+    lengths_differ,
+    open_data,
+)
+from tracin_ann.nested import to_device
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
 from tracin_ann.session import borrowed_model, preserved_globals
-from tracin_ann.task import Description, Task
-
-SideName = Literal["train", "query"]
+from tracin_ann.task import Description, Task, TaskReference
 
 
 @dataclass(frozen=True)
@@ -28,30 +38,36 @@ class PassOptions:
         device: where the model computes.
         batch_size: B; results do not depend on it but for rounding.
         allow_random_data: accept a data set whose rows change when read twice.
+        workers: processes that read and collate ahead where many rows are passed over.
+        precision: of forward and backward: `fp32`, or `bf16` by autocast.
     """
 
     device: torch.device
     batch_size: int = 64
     allow_random_data: bool = False
+    workers: int = 0
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        """Check the batch size.
+        """Check the numbers.
 
         Raises:
-            UsageError: it is below 1.
+            UsageError: the batch size is below 1, or the workers below 0.
         """
-        if self.batch_size < 1:
-            raise UsageError(
-                problem("bad batch size", got=self.batch_size, expected="1 or more", remedy="change --batch-size")
-            )
+        for option, value, least in (("--batch-size", self.batch_size, 1), ("--workers", self.workers, 0)):
+            if value < least:
+                raise UsageError(
+                    problem(f"bad {option}", got=value, expected=f"{least} or more", remedy=f"change {option}")
+                )
 
 
 class Passes:
     """A task's two data sets, opened, and its model over all checkpoints."""
 
-    def __init__(self, task: Task, options: PassOptions) -> None:
-        self.task, self.options = task, options
+    def __init__(self, task: Task, options: PassOptions, origin: TaskReference | None = None) -> None:
+        self.task, self.options, self._origin = task, options, origin or TaskReference()
         self._data: dict[SideName, Any] = {}
+        self._by_length: dict[SideName, bool] = {}
 
     def data(self, side: SideName) -> Any:
         """Return the map-style data set of a side, opened once.
@@ -61,12 +77,45 @@ class Passes:
         """
         if side not in self._data:
             with preserved_globals():
-                self._data[side] = open_data(self.task.train_data if side == "train" else self.task.query_data, side)
+                self._data[side] = open_data(self.task, side)
         return self._data[side]
 
     def n_rows(self, side: SideName) -> int:
         """Return the number of examples of a side."""
         return len(self.data(side))
+
+    def read(self, side: SideName, ids: Sequence[int]) -> Iterator[Collated]:
+        """Yield the examples with these ids in batches, in order, read in this process."""
+        data, options = self.data(side), BatchOptions(self.options.batch_size, keep_examples=True)
+        for start in range(0, len(ids), options.size):
+            chunk = ids[start : start + options.size]
+            yield from collated(self.task, chunk, [data[i] for i in chunk], options)
+
+    def reading(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> Reading:
+        """Return a context that reads spans of rows, alike lengths together; `ahead`: in workers if there are any."""
+        options = self._batch_options(side, ahead)
+        return Reading(Reader(self.task, side, self.data(side), options, self._origin), spans, options)
+
+    def window(self, side: SideName) -> int:
+        """Return the rows of a side that are read together."""
+        return self._batch_options(side, ahead=False).window
+
+    def _batch_options(self, side: SideName, ahead: bool) -> BatchOptions:
+        if side not in self._by_length:
+            self._by_length[side] = lengths_differ(self.data(side))
+        return BatchOptions(
+            self.options.batch_size,
+            by_length=self._by_length[side],
+            keep_examples=not ahead or self.options.allow_random_data,
+            workers=self.options.workers if ahead else 0,
+            pinned=self.options.device.type != "cpu",
+        )
+
+    def at_precision(self, precision: Precision) -> Passes:
+        """Return passes over the same data with another precision."""
+        other = copy.copy(self)
+        other.options = replace(self.options, precision=precision)
+        return other
 
     def described(self, side: SideName, row: int) -> Description | None:
         """Return what the task shows people of a row, or None."""
@@ -104,11 +153,12 @@ class LoadedModel:
         self.passes, self.module = passes, model
         self.parameters = passes.task.selected(model)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._engines: dict[SideName, GradientEngine] = {}
+        self._engines: dict[tuple[int, SideName], GradientEngine] = {}
         self.checkpoint = -1
+        self.channels_last = False
 
     def load(self, checkpoint: int) -> None:
-        """Read a checkpoint into the model and forget what was proven on the last one.
+        """Read a checkpoint into the model; what was proven at a checkpoint holds when it is loaded again.
 
         Raises:
             CheckpointError: it is missing, unreadable or does not match the model.
@@ -118,9 +168,9 @@ class LoadedModel:
             parameter.requires_grad_(name in self._trainable)
         task = self.passes.task
         load_checkpoint(task, self.module, task.checkpoints[checkpoint], self.passes.options.device)
-        before = {name: p.shape for name, p in self.parameters.items()}
+        before = self.parameters
         self.parameters = task.selected(self.module)
-        if before != {name: p.shape for name, p in self.parameters.items()}:
+        if {name: p.shape for name, p in before.items()} != {name: p.shape for name, p in self.parameters.items()}:
             raise TaskError(
                 problem(
                     f"loading checkpoint {checkpoint} changed the model's parameters",
@@ -131,26 +181,45 @@ class LoadedModel:
             )
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
-        self._engines.clear()
+        if any(after is not before[name] for name, after in self.parameters.items()):
+            self._engines.clear()
         self.checkpoint = checkpoint
+
+    def lay_out(self, *, channels_last: bool) -> None:
+        """Keep pictures and the weights over them with channels last, or as usual; forgets what is proven."""
+        self.channels_last = channels_last
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        for parameter in self.module.parameters():
+            if parameter.dim() == 4:  # noqa: PLR2004
+                parameter.data = parameter.data.contiguous(memory_format=form)
+        self._engines.clear()
 
     def engine(self, side: SideName) -> GradientEngine:
         """Return the gradients of a side's loss at this checkpoint."""
-        if side not in self._engines:
-            task = self.passes.task
+        key = self.checkpoint, side
+        if key not in self._engines:
+            task, options = self.passes.task, self.passes.options
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
-            self._engines[side] = GradientEngine(
-                self.module, self.parameters, loss, task.collated, self.passes.options.device, self.checkpoint
+            self._engines[key] = GradientEngine(
+                self.module, self.parameters, loss, self._inputs, self.checkpoint, options.precision
             )
-        return self._engines[side]
+        return self._engines[key]
+
+    def _inputs(self, examples: list[Any]) -> Any:
+        return self._moved(self.passes.task.collated(examples))
+
+    def _moved(self, inputs: Any) -> Any:
+        return to_device(inputs, self.passes.options.device, channels_last=self.channels_last)
+
+    def batch(self, side: SideName, read: Collated) -> Batch:
+        """Return a batch that was read, on the device."""
+        examples = _Examples(self.passes.data(side), read.ids) if read.examples is None else read.examples
+        return Batch(read.ids, examples, self._moved(read.inputs))
 
     def batches(self, side: SideName, ids: Sequence[int]) -> Iterator[Batch]:
         """Yield the examples with these ids, in order, in batches on the device."""
-        data, engine = self.passes.data(side), self.engine(side)
-        size = self.passes.options.batch_size
-        for start in range(0, len(ids), size):
-            chunk = ids[start : start + size]
-            yield engine.batch(chunk, [data[i] for i in chunk])
+        for read in self.passes.read(side, ids):
+            yield self.batch(side, read)
 
     def probe(self, side: SideName) -> None:
         """Run the checks of the first batch of a side.
@@ -173,28 +242,15 @@ class LoadedModel:
         probe_gradients(engine, batch)
 
 
-def open_data(make: Any, side: SideName) -> Any:
-    """Return the data set that a task's function makes, checked to be map-style and not empty.
+class _Examples(Sequence[Any]):
+    """The examples of a batch that a worker collated, read again where one is needed by itself."""
 
-    Raises:
-        TaskError: it has no length or no rows, or cannot be indexed.
-    """
-    data = make()
-    try:
-        n_rows = len(data)
-    except TypeError as error:
-        raise TaskError(_no_rows(side, f"a {type(data).__name__} without a length")) from error
-    if not hasattr(data, "__getitem__"):
-        raise TaskError(_no_rows(side, f"a {type(data).__name__} that cannot be indexed"))
-    if n_rows == 0:
-        raise TaskError(_no_rows(side, "no rows"))
-    return data
+    def __init__(self, data: Any, ids: tuple[int, ...]) -> None:
+        self._data, self._ids = data, ids
 
+    def __len__(self) -> int:
+        return len(self._ids)
 
-def _no_rows(side: SideName, got: str) -> str:
-    return problem(
-        f"Task.{side}_data cannot be used",
-        got=got,
-        expected="a map-style data set (len(data), data[i]) with at least one row",
-        remedy="return a list or a torch.utils.data.Dataset that is not empty",
-    )
+    def __getitem__(self, place: Any) -> Any:
+        chosen = self._ids[place]
+        return [self._data[i] for i in chosen] if isinstance(chosen, tuple) else self._data[chosen]

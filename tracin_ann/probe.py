@@ -49,7 +49,7 @@ def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
         first, second = engine.losses(batch), engine.losses(batch)
         check_finite(first, batch.ids, checkpoint)
         scale = float(first.abs().mean()) + float(first.abs().max()) * 1e-3
-        slack = _slack(first)
+        slack = _slack(engine, first)
         if float((first - second).abs().max()) > _SAME_LOSS * slack * max(scale, 1e-6):
             raise TaskError(
                 problem(
@@ -76,7 +76,7 @@ def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
         loss, alone = engine.alone(batch, i)
         _, together = engine.together(batch, i)
         off, norm = float((alone - together).norm()), float(together.norm())
-        if off > _MIXED_GRADIENT * max(_slack(loss) / 5, 1.0) * norm + 1e-6:
+        if off > _MIXED_GRADIENT * max(_slack(engine, loss) / 5, 1.0) * norm + 1e-6:
             raise TaskError(_mixed(batch, i, f"a gradient {off / max(norm, 1e-300):.2g} of its norm away from its own"))
 
 
@@ -99,5 +99,6 @@ def _mixed(batch: Batch, i: int, got: str) -> str:
     )
 
 
-def _slack(values: torch.Tensor) -> float:
-    return _HALF_PRECISION if values.dtype in (torch.float16, torch.bfloat16) else 1.0
+def _slack(engine: GradientEngine, values: torch.Tensor) -> float:
+    half = engine.precision == "bf16" or values.dtype in (torch.float16, torch.bfloat16)
+    return _HALF_PRECISION if half else 1.0

@@ -48,11 +48,19 @@ class ProofSink:
 
 @dataclass(frozen=True)
 class Truth:
-    """Autograd's own gradients on a batch: of the summed loss, and of the first few examples' losses."""
+    """Autograd's own gradients on a batch: of the summed loss, and of the first few examples' losses.
+
+    Attributes:
+        summed: by parameter, flat.
+        few: by parameter, [n, P].
+        unreached: parameters that no loss depends on.
+        half: forward and backward ran in half precision, whatever the dtype of the parameters.
+    """
 
     summed: Mapping[str, Tensor]
     few: Mapping[str, Tensor]
     unreached: tuple[str, ...]
+    half: bool = False
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +70,7 @@ class Truth:
 
     def disagreement(self, name: str, sink: ProofSink) -> str:
         """Return how the step's gradients of a parameter differ from autograd's, or nothing."""
-        tolerance = _RELATIVE.get(self.summed[name].dtype, _RELATIVE_HALF)
+        tolerance = _RELATIVE_HALF if self.half else _RELATIVE.get(self.summed[name].dtype, _RELATIVE_HALF)
         noise = _ABSOLUTE * tolerance * self.scale
         pairs = [("summed", sink.sums.get(name), self.summed[name])]
         pairs += [("one example's", sink.alone.get(name), self.few[name])]

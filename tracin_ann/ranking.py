@@ -9,7 +9,8 @@ import numpy as np
 
 from tracin_ann.answers import Answer, Hit, QueryOptions
 from tracin_ann.exact import exact_scores
-from tracin_ann.passes import Passes, SideName
+from tracin_ann.loading import SideName
+from tracin_ann.passes import Passes
 from tracin_ann.search import FlatIndex, SearchIndex, search_both
 from tracin_ann.store import FeatureStore
 from tracin_ann.types import Float32, Float64, Int64, TopK

@@ -64,6 +64,7 @@ class FeatureSpec:
     sketch: SketchSpec
     dtype: str
     norms: str
+    precision: str = "fp32"
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -133,6 +134,7 @@ def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
     rest = (
         ("dtype", "feature type", "pass --dtype {}"),
         ("norms", "norms", "pass --norms {}"),
+        ("precision", "precision", "pass --precision {}"),
         ("model", "a task whose model has layers of digest", "restore the model's code"),
         ("train_rows", "a task with train rows numbering", "restore train_data"),
         ("train_data", "a task whose train data has digest", "restore train_data"),

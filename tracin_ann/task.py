@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -173,6 +173,14 @@ class Task:
             return None
         shown = self.describe(example)
         return shown if isinstance(shown, Description) else Description(text=str(shown))
+
+
+@dataclass(frozen=True)
+class TaskReference:
+    """How the task was named, so that a query or a worker finds it again; `reference` is None for a Task object."""
+
+    reference: str | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
 
 
 def _nothing_matches(what: str, named: Mapping[str, nn.Parameter]) -> str:

@@ -8,7 +8,7 @@ from math import prod
 import click
 
 from tracin_ann.build import BuildConfig, BuildReport, build
-from tracin_ann.cli.common import duration, parsed_arguments, progress_shown, refusals, sized
+from tracin_ann.cli.common import MemorySize, duration, parsed_arguments, progress_shown, refusals, sized
 from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
 from tracin_ann.dry_run import BuildPlan, plan
 from tracin_ann.sketch import SKETCHES
@@ -24,7 +24,12 @@ _SHOWN = 12
 @click.option("--sketch", default="factored", show_default=True, type=click.Choice(list(SKETCHES)))
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the sketch's random numbers.")
 @click.option("--index", default="auto", show_default=True, type=click.Choice(["auto", "flat", "ivf"]))
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
+@click.option("--batch-size", type=click.IntRange(1), help="Examples a forward.  [default: measured]")
+@click.option(
+    "--memory", "memory_bytes", type=MemorySize(), help="For batches, as 8GB.  [default: half of what is free]"
+)
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that read data ahead.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
 @click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
 @click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "float32"]))
 @click.option("--norms", default="sketch", show_default=True, type=click.Choice(["sketch", "exact"]))
@@ -56,8 +61,14 @@ def _built(task: str, out: str, config: BuildConfig, arguments: Mapping[str, str
 def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     click.echo(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
     click.echo(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
-    click.echo(f"memory      {sized(made.memory_bytes)} besides the model's own")
+    click.echo(f"memory      {sized(made.memory_bytes)} besides the model's weights")
     click.echo(f"time        {duration(made.seconds)} on {device_name(resolve_device(config.device))}")
+    tuned = made.tuned
+    layout = ", channels last" if tuned.channels_last else ""
+    share = tuned.read_seconds / (tuned.read_seconds + tuned.row_seconds)
+    click.echo(
+        f"batches     {tuned.batch_size} rows{layout}, {config.precision}; reading takes {share:.0%} of the time"
+    )
     click.echo(f"index       {made.index_kind}: {made.index_reason}")
     for name in ("layer rule", "vmap(grad)", "loop", "no gradient"):
         served = made.gradients.names(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import click
 from rich.console import Console
@@ -40,6 +41,22 @@ class IdRanges(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"got {part.strip()!r}, expected a range that rises", param, ctx)
             ids.extend(range(start, stop + 1))
         return tuple(dict.fromkeys(ids))
+
+
+class MemorySize(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: `512MB`, `8GB`, `1.5g`."""
+
+    name = "size"
+    _UNITS: ClassVar[dict[str, int]] = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)i?b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"got {value!r}, expected a size such as 512MB or 8GB", param, ctx)
+        return int(float(found[1]) * self._UNITS[found[2]])
 
 
 def parsed_arguments(pairs: Sequence[str]) -> dict[str, str]:

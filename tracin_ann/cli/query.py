@@ -14,7 +14,7 @@ from tracin_ann.cli.table import print_answers, print_self_influence
 from tracin_ann.device import DEVICE_NAMES
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.passes import SideName
+from tracin_ann.loading import SideName
 
 _IDS = IdRanges()
 

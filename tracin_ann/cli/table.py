@@ -11,7 +11,7 @@ from rich.table import Table
 from tracin_ann.answers import Answer, Hit, SelfInfluence
 from tracin_ann.errors import UsageError
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.passes import SideName
+from tracin_ann.loading import SideName
 
 _TEXT_WIDTH = 48
 

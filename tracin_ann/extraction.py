@@ -1,0 +1,135 @@
+"""Features of every missing row and checkpoint, in the cheaper order, written behind the compute; and the canaries.
+
+A checkpoint is loaded once and the data read again for each, or, where data is dearer than loading, a
+partition of rows is read once, held in memory, and all checkpoints run over it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracin_ann.canaries import Canaries, canary_ids
+from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer
+from tracin_ann.loading import Collated, SideName
+from tracin_ann.passes import LoadedModel
+from tracin_ann.plan import Plan
+from tracin_ann.store import FeatureBlock, FeatureStore, WriteBehind
+from tracin_ann.tuning import Tuned
+from tracin_ann.types import ProgressCallback
+
+SIDES: tuple[SideName, ...] = ("train", "query")
+_HELD_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction gives besides the files: canaries, the plan of gradients, rows × checkpoints computed."""
+
+    canaries: tuple[Canaries, ...]
+    plan: Plan
+    rows: int
+
+
+class Extraction:
+    """The features that a store lacks, by a model.
+
+    Args:
+        model: the task's, loaded with any checkpoint.
+        store: where the features go.
+        features: what turns gradients into rows.
+        report: called with (stage, done, total).
+    """
+
+    def __init__(
+        self, model: LoadedModel, store: FeatureStore, features: FeatureOptions, report: ProgressCallback
+    ) -> None:
+        self._model, self._store, self._features = model, store, features
+        self._missing = store.missing()
+        total = sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in self._missing))
+        self._counted = _Counter(report, total)
+        self._extractors: dict[int, FeatureExtractor] = {}
+        self._canaries: dict[int, dict[SideName, FeatureRows]] = {}
+        self._plans: dict[int, Plan] = {}
+        self._held = False
+        # Two: one is filled while the other is written.
+        size = min(store.layout.partition_rows, store.layout.n_rows)
+        self._buffers = itertools.cycle([RowBuffer(size, store.layout.dim) for _ in range(2)])
+
+    def run(self, *, held: bool) -> Extracted:
+        """Write every feature file that is missing; `held`: partitions are read once for all checkpoints."""
+        self._held = held
+        units = sorted(self._missing, key=lambda unit: unit if held else unit[::-1])
+        groups = itertools.groupby(units, key=lambda unit: unit[0]) if held else ((p, [(p, c)]) for p, c in units)
+        work = [(partition, [c for _, c in group]) for partition, group in groups]
+        spans = [range(*self._store.layout.rows(partition)) for partition, _ in work]
+        with WriteBehind(self._store) as behind, self._model.passes.reading("train", spans) as reading:
+            for partition, checkpoints in work:
+                self._partition(partition, checkpoints, reading.span(), behind.write)
+        n_checkpoints = self._store.layout.n_checkpoints
+        for checkpoint in range(n_checkpoints):
+            if checkpoint not in self._canaries:
+                self._take_canaries(checkpoint, self._at(checkpoint))
+        canaries = tuple(self._joined(side, range(n_checkpoints)) for side in SIDES)
+        return Extracted(canaries, self._plans[0], self._counted.done)
+
+    def _partition(
+        self,
+        partition: int,
+        checkpoints: Sequence[int],
+        span: Iterable[Collated],
+        write: Callable[[int, int, FeatureBlock], None],
+    ) -> None:
+        start, stop = self._store.layout.rows(partition)
+        batches = list(span) if len(checkpoints) > 1 else span
+        for checkpoint in checkpoints:
+            extractor = self._at(checkpoint)
+            rows = next(self._buffers).filled(start, stop, self._counted(extractor.stream("train", batches)))
+            write(partition, checkpoint, FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N))
+            if checkpoint not in self._canaries:
+                self._take_canaries(checkpoint, extractor)
+
+    def _take_canaries(self, checkpoint: int, extractor: FeatureExtractor) -> None:
+        n_rows = self._model.passes.n_rows
+        self._canaries[checkpoint] = {side: extractor.rows(side, canary_ids(n_rows(side))) for side in SIDES}
+        self._plans[checkpoint] = self._model.engine("train").plan
+
+    def _at(self, checkpoint: int) -> FeatureExtractor:
+        """Load a checkpoint unless it is there, and return its extractor; kept if it will be needed again."""
+        if self._model.checkpoint != checkpoint:
+            self._model.load(checkpoint)
+        if checkpoint not in self._extractors:
+            if not self._held:
+                self._extractors.clear()
+            self._extractors[checkpoint] = FeatureExtractor(self._model, self._features)
+        return self._extractors[checkpoint]
+
+    def _joined(self, side: SideName, checkpoints: Iterable[int]) -> Canaries:
+        ids = np.array(canary_ids(self._model.passes.n_rows(side)), dtype=np.int64)
+        return Canaries(side, ids, np.stack([self._canaries[c][side].feature_ND for c in checkpoints]))
+
+
+def data_is_dearer(store: FeatureStore, tuned: Tuned, load_seconds: float) -> bool:
+    """Return whether to read each partition once for all checkpoints, rather than load each checkpoint once."""
+    layout = store.layout
+    reading = (layout.n_checkpoints - 1) * layout.n_rows * tuned.read_seconds
+    loading = (layout.n_partitions - 1) * layout.n_checkpoints * load_seconds
+    fits = min(layout.partition_rows, layout.n_rows) * tuned.row_bytes <= _HELD_SHARE * tuned.memory_bytes
+    return fits and reading > loading
+
+
+class _Counter:
+    """Passes rows on and reports how many there were so far."""
+
+    def __init__(self, report: ProgressCallback, total: int) -> None:
+        self._report, self._total = report, total
+        self.done = 0
+
+    def __call__(self, stream: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
+        for rows in stream:
+            yield rows
+            self.done += len(rows.loss_N)
+            self._report("features", self.done, self._total)

@@ -1,0 +1,214 @@
+"""Rows read and collated: in this process, or ahead of it in workers; rows of like length together.
+
+Workers are spawned, never forked (a fork after threads have started may hang in them), and open a task
+that has a name by that name, so that nothing but row ids is sent to them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, Dataset
+
+from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.nested import leaf_size, leaves
+from tracin_ann.task import Task, TaskReference, load_task
+
+SideName = Literal["train", "query"]
+SORTED_BATCHES = 16
+_SAMPLED = 32
+
+
+@dataclass(frozen=True)
+class Collated:
+    """A batch as collate made it: the rows' ids in its order, and the examples where they cannot be read again."""
+
+    ids: tuple[int, ...]
+    inputs: Any
+    examples: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How rows become batches.
+
+    Attributes:
+        size: B.
+        by_length: rows of a window of 16 batches are sorted by length first.
+        keep_examples: examples come with their batch.
+        workers: processes that read ahead; 0: this one reads.
+        pinned: batches are made in page-locked memory.
+    """
+
+    size: int
+    by_length: bool = False
+    keep_examples: bool = False
+    workers: int = 0
+    pinned: bool = False
+
+    @property
+    def window(self) -> int:
+        """Return the rows that are read together."""
+        return self.size * (SORTED_BATCHES if self.by_length else 1)
+
+
+class Reader(Dataset[list[Collated]]):
+    """One side's rows: `reader[ids]` reads a window of rows and returns its batches; can be sent to a worker."""
+
+    def __init__(self, task: Task, side: SideName, data: Any, options: BatchOptions, origin: TaskReference) -> None:
+        self._task, self._side, self._data, self._options, self._origin = task, side, data, options, origin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state that is sent: without the data where a worker can open the task by its name."""
+        state = dict(vars(self))
+        if self._origin.reference is not None:
+            del state["_task"], state["_data"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state, and open the task in this process if it was not sent."""
+        vars(self).update(state)
+        if self._origin.reference is not None:
+            self._task = load_task(self._origin.reference, self._origin.arguments)
+            self._data = open_data(self._task, self._side)
+
+    def __getitem__(self, ids: Sequence[int]) -> list[Collated]:
+        """Return the batches of these rows."""
+        return collated(self._task, ids, [self._data[i] for i in ids], self._options)
+
+
+def collated(task: Task, ids: Sequence[int], examples: list[Any], options: BatchOptions) -> list[Collated]:
+    """Return these examples in batches: in order, or by falling length."""
+    order = list(range(len(ids)))
+    if options.by_length:
+        order.sort(key=lambda j: -length(examples[j]))
+    batches = []
+    for start in range(0, len(order), options.size):
+        chosen = order[start : start + options.size]
+        given = [examples[j] for j in chosen]
+        kept = given if options.keep_examples else None
+        batches.append(Collated(tuple(ids[j] for j in chosen), task.collated(given), kept))
+    return batches
+
+
+def length(example: Any) -> int:
+    """Return how long an example is: its numbers, and the characters of its texts."""
+    return sum(leaf_size(leaf) for leaf in leaves(example))
+
+
+def lengths_differ(data: Any) -> bool:
+    """Return whether some rows spread over a data set are of unlike length."""
+    n_rows = len(data)
+    few = {round(j * (n_rows - 1) / (_SAMPLED - 1)) for j in range(_SAMPLED)}
+    return len({length(data[i]) for i in few}) > 1
+
+
+class Reading:
+    """Spans of rows, read one after another; a context, so that workers end with it.
+
+    Args:
+        reader: of the side; None of it is kept in workers beyond the context.
+        spans: ids of the rows of each span, in the order in which they will be asked for.
+        options: as the reader's.
+
+    Raises:
+        UsageError: on entering, where workers cannot be sent the data.
+    """
+
+    def __init__(self, reader: Reader, spans: Sequence[Sequence[int]], options: BatchOptions) -> None:
+        self._reader, self._options = reader, options
+        self._windows = [
+            [span[start : start + options.window] for start in range(0, len(span), options.window)] for span in spans
+        ]
+        self._counts = iter([len(windows) for windows in self._windows])
+        self._batches: Iterator[list[Collated]] = iter(())
+
+    def __enter__(self) -> Reading:
+        windows = [window for span in self._windows for window in span]
+        workers = min(self._options.workers, len(windows))
+        if workers:
+            _refuse_unpicklable(self._reader)
+        loader: DataLoader[list[Collated]] = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=windows,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+            pin_memory=self._options.pinned,
+        )
+        self._batches = iter(loader)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._batches = iter(())
+
+    def span(self) -> Iterator[Collated]:
+        """Yield the batches of the next span.
+
+        Raises:
+            TaskError: a worker process died.
+        """
+        for _ in range(next(self._counts)):
+            try:
+                batches = next(self._batches)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise TaskError(_dead_worker(str(error))) from error
+            yield from batches
+
+
+def open_data(task: Task, side: SideName) -> Any:
+    """Return the data set of a side, checked to be map-style and not empty.
+
+    Raises:
+        TaskError: it has no length or no rows, or cannot be indexed.
+    """
+    data = task.train_data() if side == "train" else task.query_data()
+    try:
+        n_rows = len(data)
+    except TypeError as error:
+        raise TaskError(_no_rows(side, f"a {type(data).__name__} without a length")) from error
+    if not hasattr(data, "__getitem__"):
+        raise TaskError(_no_rows(side, f"a {type(data).__name__} that cannot be indexed"))
+    if n_rows == 0:
+        raise TaskError(_no_rows(side, "no rows"))
+    return data
+
+
+def _no_rows(side: SideName, got: str) -> str:
+    return problem(
+        f"Task.{side}_data cannot be used",
+        got=got,
+        expected="a map-style data set (len(data), data[i]) with at least one row",
+        remedy="return a list or a torch.utils.data.Dataset that is not empty",
+    )
+
+
+def _refuse_unpicklable(reader: Reader) -> None:
+    try:
+        pickle.dumps(reader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UsageError(
+            problem(
+                "the task cannot be sent to worker processes",
+                got=str(error).splitlines()[0],
+                expected="a task that is named (file.py:name), or one that can be pickled",
+                remedy="use 0 workers, or name the task",
+            )
+        ) from error
+
+
+def _dead_worker(got: str) -> str:
+    return problem(
+        "a worker process that reads the data died",
+        got=got.splitlines()[0],
+        expected="workers that live to the end",
+        remedy="use fewer --workers or a smaller --batch-size if memory ran out; --workers 0 shows the task's error",
+    )
