@@ -91,8 +91,9 @@ def naive_factored(key, grad_BRC, dim):
     if columns > 1 and rows > SIDE_WIDTH:
         turned = naive_fold(grad_BRC.transpose(0, 2, 1), key.stream("left").signs(0, rows), SIDE_WIDTH)
         grad_BRC = turned.transpose(0, 2, 1)
-    by_tap = grad_BRC.reshape(*grad_BRC.shape[:2], -1, taps).transpose(0, 1, 3, 2)
-    flat = by_tap.reshape(len(by_tap), -1)
+    if len(key.shape) > 2:  # tap, input channel, output
+        grad_BRC = grad_BRC.reshape(*grad_BRC.shape[:2], -1, taps).transpose(0, 3, 2, 1)
+    flat = grad_BRC.reshape(len(grad_BRC), -1)
     signs = key.stream("fold").signs(0, flat.shape[1])
     offset = key.stream("offset").integer(dim)
     out = np.zeros((len(flat), dim))

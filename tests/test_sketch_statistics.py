@@ -56,8 +56,8 @@ def fold_variance(u: Tensor, v: Tensor, width: int) -> Tensor:
 
 
 def convolution_variance(u: Tensor, v: Tensor) -> Tensor:
-    """A convolution's gradient is folded in the order output, tap, input channel."""
-    return fold_variance(*(x.view(-1, 4, 2, 4).transpose(2, 3).flatten(1) for x in (u, v)), width=7)
+    """A convolution's gradient is folded in the order tap, input channel, output."""
+    return fold_variance(*(x.view(-1, 4, 2, 4).permute(0, 3, 2, 1).flatten(1) for x in (u, v)), width=7)
 
 
 def all_signs(n: int) -> Tensor:

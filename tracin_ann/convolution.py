@@ -56,32 +56,36 @@ class Convolution:
         return Convolution(self.delta_BO[:, start:stop], self.input_BC, self.geometry)
 
     def contracted(self, scratch: Scratch | None = None, out: Room = fresh) -> Tensor:
-        """Return the per-example gradients [B, O, K·C/groups], every tap's channels together, in `out`.
+        """Return the per-example gradients [B, groups·K·C/groups, O/groups], in `out`.
 
-        This order costs nothing in either memory format; `as_weight` brings it into the weight's.
+        Output channels, which are round numbers more often, last: the product is up to four times faster so. The
+        order costs nothing in either memory format; `as_weight` brings it into the weight's.
         """
         scratch = scratch or Scratch()
-        grad_BOP = out((self.delta_BO.shape[0], *self.shape), self.delta_BO)
+        outputs, columns = self.shape
+        groups = self.geometry.groups
+        grad_BPO = out((self.delta_BO.shape[0], groups * columns, outputs // groups), self.delta_BO)
         step = max(1, _PATCH_ELEMENTS // self._patch_elements)
-        for start in range(0, len(grad_BOP), step):
-            self[start : start + step]._contract(scratch, grad_BOP[start : start + step])
-        return grad_BOP
+        for start in range(0, len(grad_BPO), step):
+            self[start : start + step]._contract(scratch, grad_BPO[start : start + step])
+        return grad_BPO
 
     def as_weight(self) -> Tensor:
         """Return the per-example gradients as the weight lies, [B, O, C/groups·K]."""
-        batch, outputs, taps = self.delta_BO.shape[0], self.shape[0], prod(self.geometry.kernel)
-        return self.contracted().view(batch, outputs, taps, -1).transpose(2, 3).flatten(2)
+        taps, groups = prod(self.geometry.kernel), self.geometry.groups
+        grad = self.contracted()
+        grad = grad.view(len(grad), groups, taps, -1, grad.shape[2])
+        return grad.permute(0, 1, 4, 3, 2).reshape(len(grad), *self.shape)
 
     @property
     def _patch_elements(self) -> int:
         return self.input_BC.shape[1] * prod(self.geometry.kernel) * prod(self.delta_BO.shape[2:])
 
-    def _contract(self, scratch: Scratch, grad_BOP: Tensor) -> None:
-        groups = self.geometry.groups
-        batch, outputs, columns = grad_BOP.shape
-        delta = self.delta_BO.flatten(2).reshape(batch * groups, outputs // groups, -1)
-        patches = self._patches(scratch).reshape(batch * groups, -1, columns)
-        torch.bmm(delta, patches, out=grad_BOP.view(batch * groups, outputs // groups, columns))
+    def _contract(self, scratch: Scratch, grad_BPO: Tensor) -> None:
+        batch, groups = len(grad_BPO), self.geometry.groups
+        delta = self.delta_BO.flatten(2).reshape(batch * groups, grad_BPO.shape[2], -1)
+        patches = self._patches(scratch).flatten(0, 1)
+        torch.bmm(patches.mT, delta.mT, out=grad_BPO.view(batch * groups, -1, grad_BPO.shape[2]))
 
     def _patches(self, scratch: Scratch) -> Tensor:
         """Return what lies under every output position, [B, groups, T, K·C/groups], by longest runs of the input."""

@@ -74,7 +74,7 @@ class TwoSided:
         right: the map of C.
         finish: the map of the contraction, [K1·K2].
         taps: of a convolution whose sides are folds of channels, so that they act before its patches are
-            taken; its contraction lies as [output, tap, input channel].
+            taken; its contraction lies as [tap, input channel, output].
         scratch: buffers for everything in between.
     """
 
@@ -96,7 +96,7 @@ class TwoSided:
         if isinstance(form, Convolution) and form.geometry.groups == 1 and self.taps == prod(form.geometry.kernel):
             return self._channels_folded(form).contracted(self.scratch, self.scratch["contraction"])
         grad_BKK = contracted(form, self.matrix, self.left, self.right, self.scratch)
-        return grad_BKK.reshape(*grad_BKK.shape[:2], -1, self.taps).transpose(2, 3) if self.taps else grad_BKK
+        return grad_BKK.reshape(*grad_BKK.shape[:2], -1, self.taps).permute(0, 3, 2, 1) if self.taps else grad_BKK
 
     def _channels_folded(self, form: Convolution) -> Convolution:
         """Return the form with its channels folded on either side, before anything is contracted."""
