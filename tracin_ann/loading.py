@@ -7,20 +7,25 @@ that has a name by that name, so that nothing but row ids is sent to them.
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, Dataset
+import torch
 
 from tracin_ann.errors import TaskError, UsageError, problem
-from tracin_ann.nested import leaf_size, leaves
+from tracin_ann.nested import leaf_size, leaves, pinned
 from tracin_ann.task import Task, TaskReference, load_task
 
 SideName = Literal["train", "query"]
 SORTED_BATCHES = 16
 _SAMPLED = 32
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class BatchOptions:
         by_length: rows of a window of 16 batches are sorted by length first.
         keep_examples: examples come with their batch.
         workers: processes that read ahead; 0: this one reads.
-        pinned: batches are made in page-locked memory.
+        pinned: batches are put into page-locked memory, from where they go to a GPU unwaited for.
     """
 
     size: int
@@ -56,7 +61,7 @@ class BatchOptions:
         return self.size * (SORTED_BATCHES if self.by_length else 1)
 
 
-class Reader(Dataset[list[Collated]]):
+class Reader:
     """One side's rows: `reader[ids]` reads a window of rows and returns its batches; can be sent to a worker."""
 
     def __init__(self, task: Task, side: SideName, data: Any, options: BatchOptions, origin: TaskReference) -> None:
@@ -111,12 +116,9 @@ class Reading:
     """Spans of rows, read one after another; a context, so that workers end with it.
 
     Args:
-        reader: of the side; None of it is kept in workers beyond the context.
+        reader: of the side.
         spans: ids of the rows of each span, in the order in which they will be asked for.
         options: as the reader's.
-
-    Raises:
-        UsageError: on entering, where workers cannot be sent the data.
     """
 
     def __init__(self, reader: Reader, spans: Sequence[Sequence[int]], options: BatchOptions) -> None:
@@ -125,28 +127,32 @@ class Reading:
             [span[start : start + options.window] for start in range(0, len(span), options.window)] for span in spans
         ]
         self._counts = iter([len(windows) for windows in self._windows])
+        self._workers: ProcessPoolExecutor | None = None
         self._batches: Iterator[list[Collated]] = iter(())
 
     def __enter__(self) -> Reading:
+        """Start the workers, if there are to be any.
+
+        Raises:
+            UsageError: they cannot be sent the data.
+        """
         windows = [window for span in self._windows for window in span]
-        workers = min(self._options.workers, len(windows))
-        if workers:
-            _refuse_unpicklable(self._reader)
-        loader: DataLoader[list[Collated]] = DataLoader(
-            self._reader,
-            batch_size=None,
-            sampler=windows,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            pin_memory=self._options.pinned,
-        )
-        self._batches = iter(loader)
+        n_workers = min(self._options.workers, len(windows))
+        if n_workers:
+            self._workers = ProcessPoolExecutor(
+                n_workers, get_context("spawn"), initializer=_start_worker, initargs=(_pickled(self._reader),)
+            )
+            self._batches = _ahead(self._workers, windows, _AHEAD * n_workers)
+        else:
+            self._batches = (self._reader[window] for window in windows)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._batches = iter(())
+        """End the workers."""
+        if self._workers is not None:
+            self._workers.shutdown(cancel_futures=True)
 
     def span(self) -> Iterator[Collated]:
         """Yield the batches of the next span.
@@ -157,11 +163,35 @@ class Reading:
         for _ in range(next(self._counts)):
             try:
                 batches = next(self._batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
+            except BrokenProcessPool as error:
                 raise TaskError(_dead_worker(str(error))) from error
-            yield from batches
+            for batch in batches:
+                yield replace(batch, inputs=pinned(batch.inputs)) if self._options.pinned else batch
+
+
+def _ahead(workers: ProcessPoolExecutor, windows: Sequence[Sequence[int]], n_ahead: int) -> Iterator[list[Collated]]:
+    """Yield the windows' batches in order, so many of them being read at a time."""
+    waiting: deque[Future[bytes]] = deque()
+    for window in windows:
+        waiting.append(workers.submit(_read_window, window))
+        if len(waiting) > n_ahead:
+            yield pickle.loads(waiting.popleft().result())
+    while waiting:
+        yield pickle.loads(waiting.popleft().result())
+
+
+# In a worker process: the one reader it serves.
+_served: list[Reader] = []
+
+
+def _start_worker(sent: bytes) -> None:
+    torch.set_num_threads(1)
+    _served.append(pickle.loads(sent))
+
+
+def _read_window(ids: Sequence[int]) -> bytes:
+    # By value: shared memory is small in many containers, and breaks with the process that made it.
+    return pickle.dumps(_served[0][ids], protocol=5)
 
 
 def open_data(task: Task, side: SideName) -> Any:
@@ -191,9 +221,9 @@ def _no_rows(side: SideName, got: str) -> str:
     )
 
 
-def _refuse_unpicklable(reader: Reader) -> None:
+def _pickled(reader: Reader) -> bytes:
     try:
-        pickle.dumps(reader)
+        return pickle.dumps(reader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UsageError(
             problem(

@@ -51,6 +51,11 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
     return map_leaves(moved, value)
 
 
+def pinned(value: Any) -> Any:
+    """Return `value` with its tensors in page-locked memory."""
+    return map_leaves(lambda leaf: leaf.pin_memory() if isinstance(leaf, Tensor) else leaf, value)
+
+
 def leaf_size(leaf: Any) -> int:
     """Return the numbers that a tensor or array holds, the characters of a text, 1 for other leaves."""
     if isinstance(leaf, Tensor):

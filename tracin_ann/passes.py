@@ -153,7 +153,7 @@ class LoadedModel:
         self.passes, self.module = passes, model
         self.parameters = passes.task.selected(model)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._engines: dict[tuple[int, SideName], GradientEngine] = {}
+        self._engines: dict[tuple[int, SideName, bool], GradientEngine] = {}
         self.checkpoint = -1
         self.channels_last = False
 
@@ -186,17 +186,16 @@ class LoadedModel:
         self.checkpoint = checkpoint
 
     def lay_out(self, *, channels_last: bool) -> None:
-        """Keep pictures and the weights over them with channels last, or as usual; forgets what is proven."""
+        """Keep pictures and the weights over them with channels last, or as usual; each is proven by itself."""
         self.channels_last = channels_last
         form = torch.channels_last if channels_last else torch.contiguous_format
         for parameter in self.module.parameters():
             if parameter.dim() == 4:  # noqa: PLR2004
                 parameter.data = parameter.data.contiguous(memory_format=form)
-        self._engines.clear()
 
     def engine(self, side: SideName) -> GradientEngine:
         """Return the gradients of a side's loss at this checkpoint."""
-        key = self.checkpoint, side
+        key = self.checkpoint, side, self.channels_last
         if key not in self._engines:
             task, options = self.passes.task, self.passes.options
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
