@@ -94,7 +94,7 @@ MODELS = {
     "MNIST CNN": Model(mnist.model, mnist.loss, _picture(1, 28, 28), 64),
     "ResNet-9": Model(resnet9, mnist.loss, _picture(3, 32, 32), 32),
     "GPT 4x128": Model(GPT, language, _text, 64),
-    "GPT 12x256": Model(lambda: GPT(width=256, layers=12), language, _text, 32),
+    "GPT 12x288": Model(lambda: GPT(width=288, layers=12), language, _text, 32),
 }
 
 

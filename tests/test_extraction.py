@@ -13,7 +13,7 @@ import torch
 
 import oracle
 from tasks import texts
-from tracin_ann import BuildConfig, InfluenceIndex, Task, build
+from tracin_ann import BuildConfig, InfluenceIndex, Task, build, tuning
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.loading import BatchOptions, collated, lengths_differ
 
@@ -136,6 +136,7 @@ def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, t
 
 def test_bf16_scores_are_near_the_true_ones_and_its_index_knows_its_precision(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    monkeypatch.setattr(BUILD, "refuse_slower_bf16", lambda model, features: None)
     task = texts.task(str(folder))
     stored(task, tmp_path / "i", folder, precision="bf16", dim=4096)
     index = InfluenceIndex.open(tmp_path / "i", task)
@@ -154,6 +155,22 @@ def test_bf16_scores_are_near_the_true_ones_and_its_index_knows_its_precision(fo
     assert 1e-5 < off.max() < 0.05
     with pytest.raises(Exception, match="built with precision bf16"):
         build(task, tmp_path / "i", replace(CONFIG, dim=4096))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "refused"), [({"fp32": 1.0, "bf16": 1.2}, True), ({"fp32": 1.0, "bf16": 0.9}, False)]
+)
+def test_bf16_is_measured_on_a_cpu_and_refused_where_it_is_slower(seconds, refused, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    told = lambda self, size, repeats=3: slower if self._model.passes.options.precision == "bf16" else 1.0  # noqa: E731
+    monkeypatch.setattr(tuning._Tuning, "seconds", told)
+    task, config = texts.task(str(folder)), replace(CONFIG, precision="bf16")
+    if not refused:
+        assert build(task, tmp_path / "i", config).manifest.build.spec.precision == "bf16"
+        return
+    with pytest.raises(UsageError, match=r"bf16 is slower than fp32 here: got 1,200,000 µs a row against 1,000,000"):
+        build(task, tmp_path / "i", config)
+    assert not (tmp_path / "i").exists()
 
 
 def test_bf16_is_refused_where_it_would_be_slower(folder, tmp_path, monkeypatch):

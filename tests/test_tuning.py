@@ -64,14 +64,14 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: Any) -> list[tuple[int, bool
     monkeypatch.setattr(tuning, "_ROWS_WORTH_MEASURING", 1)
     monkeypatch.setattr(tuning, "_SHARE_OF_BUILD", float("inf"))
     tried: list[tuple[int, bool]] = []
-    run = tuning._Tuning._seconds
+    run = tuning._Tuning.seconds
 
     def told(self: Any, size: int, repeats: int = 1) -> float:
         run(self, size, 1)
         tried.append((size, self._model.channels_last))
         return seconds(size, self._model.channels_last)
 
-    monkeypatch.setattr(tuning._Tuning, "_seconds", told)
+    monkeypatch.setattr(tuning._Tuning, "seconds", told)
     return tried
 
 

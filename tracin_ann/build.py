@@ -21,7 +21,7 @@ from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.extraction import Extraction, data_is_dearer
 from tracin_ann.features import FeatureOptions, Norms
 from tracin_ann.files import atomic_path, sweep_temporaries
-from tracin_ann.gradients import Precision
+from tracin_ann.gradients import PRECISIONS, Precision
 from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -49,7 +49,7 @@ from tracin_ann.spec import (
 )
 from tracin_ann.store import Dtype, FeatureStore, FileRecord
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
-from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, tuned
+from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, refuse_slower_bf16, tuned
 from tracin_ann.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,6 @@ logger = logging.getLogger(__name__)
 _UNFINISHED_INDEX = ".index-unfinished"
 _DTYPES = ("float16", "float32")
 _NORMS = ("sketch", "exact")
-_PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class BuildConfig:
         choices: tuple[tuple[str, str, Sequence[str]], ...] = (
             ("--dtype", self.dtype, _DTYPES),
             ("--norms", self.norms, _NORMS),
-            ("--precision", self.precision, _PRECISIONS),
+            ("--precision", self.precision, PRECISIONS),
             ("--index", self.index, ("auto", "flat", "ivf")),
         )
         for option, value, allowed in choices:
@@ -169,7 +168,9 @@ class BuildWork:
         self.passes.data("query")
         found = self._found()
         if found is None:
-            return self._record(model, self.examine(model)), False
+            rank_one = self.examine(model)
+            refuse_slower_bf16(model, self.config.features(rank_one))
+            return self._record(model, rank_one), False
         record = self._record(model, found.spec.rank_one)
         found.spec.refuse_unlike(record.spec, str(self.out))
         if found.partition_rows != record.partition_rows or found.random_data != record.random_data:

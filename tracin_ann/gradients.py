@@ -33,6 +33,7 @@ _FALLBACK_ELEMENTS = 1 << 26
 
 Sink = Callable[[str, Form, slice], None]
 Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)

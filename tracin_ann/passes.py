@@ -153,7 +153,7 @@ class LoadedModel:
         self.passes, self.module = passes, model
         self.parameters = passes.task.selected(model)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._engines: dict[tuple[int, SideName, bool], GradientEngine] = {}
+        self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self.checkpoint = -1
         self.channels_last = False
 
@@ -195,9 +195,9 @@ class LoadedModel:
 
     def engine(self, side: SideName) -> GradientEngine:
         """Return the gradients of a side's loss at this checkpoint."""
-        key = self.checkpoint, side, self.channels_last
+        task, options = self.passes.task, self.passes.options
+        key = self.checkpoint, side, self.channels_last, options.precision
         if key not in self._engines:
-            task, options = self.passes.task, self.passes.options
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
             self._engines[key] = GradientEngine(
                 self.module, self.parameters, loss, self._inputs, self.checkpoint, options.precision

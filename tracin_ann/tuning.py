@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.gradients import PRECISIONS, Precision
 from tracin_ann.loading import Collated
 from tracin_ann.nested import leaves
 from tracin_ann.passes import LoadedModel
@@ -28,6 +29,7 @@ _REPEATS = 3
 _BETTER = 0.95
 _SHARE_OF_BUILD = 0.05
 _SAME_LOSS = 1e-3
+_CLEARLY_SLOWER = 1.05
 # Backward's own temporaries, beside what forward left.
 _BACKWARD = 1.5
 
@@ -79,6 +81,32 @@ def tuned(model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> Tuned
     return _Tuning(model, features, wanted).result()
 
 
+def refuse_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
+    """Refuse bf16 on a CPU where rows of this model take longer in it than in fp32; a GPU is not measured.
+
+    Raises:
+        UsageError: they do.
+    """
+    passes = model.passes
+    if passes.options.precision != "bf16" or passes.options.device.type != "cpu":
+        return
+    took: dict[Precision, float] = {}
+    for precision in PRECISIONS:
+        passes.options = replace(passes.options, precision=precision)
+        took[precision] = _Tuning(model, features, Wanted(None, None, 0)).seconds(
+            min(USUAL_SIZE, passes.n_rows("train"))
+        )
+    if took["bf16"] > _CLEARLY_SLOWER * took["fp32"]:
+        raise UsageError(
+            problem(
+                "bf16 is slower than fp32 here",
+                got=f"{took['bf16'] * 1e6:,.0f} µs a row against {took['fp32'] * 1e6:,.0f} on this CPU",
+                expected="a model and machine that gain by it",
+                remedy="use --precision fp32",
+            )
+        )
+
+
 class _Tuning:
     def __init__(self, model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> None:
         self._model, self._wanted = model, wanted
@@ -94,7 +122,7 @@ class _Tuning:
         row_bytes = self._working_bytes(min(size, self._n_rows, 8))
         if self._wanted.batch_size is None:
             size = min(size, self._largest(row_bytes))
-        seconds = self._seconds(size, 1)
+        seconds = self.seconds(size, 1)
         if self._wanted.passes >= _ROWS_WORTH_MEASURING:
             seconds = self._with_format(size)
             if self._wanted.batch_size is None:
@@ -139,7 +167,7 @@ class _Tuning:
         for _ in self._extractor.stream("train", [read]):
             pass
 
-    def _seconds(self, size: int, repeats: int = _REPEATS) -> float:
+    def seconds(self, size: int, repeats: int = _REPEATS) -> float:
         """Return the seconds a row in a batch of this size, the best of several after one to warm up."""
         read, _ = self._collated(size)
         self._run(read)
@@ -166,14 +194,14 @@ class _Tuning:
 
     def _with_format(self, size: int) -> float:
         """Put channels last if that is right and faster; return the seconds a row."""
-        usual = self._seconds(size)
+        usual = self.seconds(size)
         if not any(p.dim() == 4 for p in self._model.parameters.values()):  # noqa: PLR2004
             return usual
         read, _ = self._collated(size)
         before = self._losses(read), self._model.engine("train").plan
         self._model.lay_out(channels_last=True)
         try:
-            other = self._seconds(size)
+            other = self.seconds(size)
             losses, plan = self._losses(read), self._model.engine("train").plan
         except (RuntimeError, TaskError, GradientProofError):
             # The model's own code does not take it (a view of pictures, say).
@@ -197,7 +225,7 @@ class _Tuning:
         for factor in (2.0, 0.5):
             trial = int(size * factor)
             while 1 <= trial <= limit and perf_counter() - self._began < _SHARE_OF_BUILD * build:
-                found = self._seconds(trial)
+                found = self.seconds(trial)
                 if found > _BETTER * best[0]:
                     break
                 best, trial = (found, trial), int(trial * factor)
