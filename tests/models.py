@@ -184,6 +184,63 @@ def sequence_first() -> nn.Module:
     )
 
 
+class OwnRMSNorm(nn.Module):
+    """As Hugging Face's Llama has it; `around`: a weight around zero, as its Gemma has it."""
+
+    def __init__(self, width: int, around: bool = False) -> None:
+        super().__init__()
+        self.weight, self.around = nn.Parameter(torch.zeros(width) if around else torch.ones(width)), around
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return normalised * (1 + self.weight) if self.around else self.weight * normalised
+
+
+class OwnLayerNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias)
+
+
+class Gate(nn.Module):
+    """Looks like a scale and is none: not linear in its weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(self.weight)
+
+
+class Mixing(nn.Module):
+    """A scale that takes more than its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + other * self.weight
+
+
+def own_norms() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(3, 5), OwnRMSNorm(5), nn.Linear(5, 5), OwnRMSNorm(5, around=True), OwnLayerNorm(5), nn.Linear(5, 4)
+    )
+
+
+def no_norms() -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = m.inner(x)
+        return m.head(m.mixing(m.gate(hidden), torch.tanh(hidden))).mean(1)
+
+    return Lambda(forward, inner=nn.Linear(3, 5), gate=Gate(5), mixing=Mixing(5), head=nn.Linear(5, 4))
+
+
 RULE, VMAP, LOOP = "layer rule", "vmap(grad)", "loop"
 
 
@@ -217,6 +274,9 @@ CASES: dict[str, Case] = {
     "old weight norm": case(old_weight_normed, vector(6), RULE, VMAP),
     "branching": case(branching, vector(6), RULE, LOOP),
     "flattened positions": case(flattened, vector(5, 3), RULE),
+    "own norms": case(lambda: Lambda(lambda m, x: m.inner(x).mean(1), inner=own_norms()), vector(6, 3), RULE),
+    "own norms, one position": case(own_norms, vector(3), RULE),
+    "no norms": case(no_norms, vector(6, 3), RULE, VMAP),
     "sequence first": case(sequence_first, vector(5, 3), RULE, VMAP),
 }
 

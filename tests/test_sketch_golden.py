@@ -22,6 +22,8 @@ GOLDEN = Path(__file__).parent / "golden" / "sketches.json"
 REMEDY = "raise the sketch's version if you meant this, then run python tests/test_sketch_golden.py"
 
 DIM = 6
+# Large enough that the factored sketch hashes it as a layer called once.
+ONCE = (10, 60)
 SHAPES = [(), (3,), (9,), (5, 4), (2, 130), (140, 2, 2), (130, 140)]
 STREAMS = [
     Stream(0, 0, "weight", "dense"),
@@ -37,9 +39,9 @@ def fixed_gradient(shape: tuple[int, ...]) -> Dense:
     return Dense((7 * place + 3) % 11 - 5)
 
 
-def sketch_numbers(name: str, shape: tuple[int, ...]) -> list[list[float]]:
+def sketch_numbers(name: str, shape: tuple[int, ...], rank_one: bool = False) -> list[list[float]]:
     out = torch.zeros(2, DIM, dtype=torch.float64)
-    key = ParameterKey(4, 2, "layer.weight", shape)
+    key = ParameterKey(4, 2, "layer.weight", shape, rank_one)
     make_sketch(name, DIM).parameter(key, torch.device("cpu"), torch.float64).add(out, fixed_gradient(shape))
     return out.tolist()
 
@@ -64,6 +66,7 @@ def golden_numbers() -> dict[str, Any]:
             name: {
                 "version": make_sketch(name, DIM).version,
                 "rows": {str(shape): sketch_numbers(name, shape) for shape in SHAPES},
+                "rows of layers called once": sketch_numbers(name, ONCE, rank_one=True),
             }
             for name in SKETCHES
         },
@@ -104,6 +107,14 @@ def test_sketches_give_the_numbers_their_version_gave(name, golden):
             atol=1e-6,
             err_msg=f"{name} of {shape} moved within version {version}: {REMEDY}",
         )
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+def test_sketches_of_layers_called_once_give_the_numbers_their_version_gave(name, golden):
+    pinned = golden["sketches"][name]["rows of layers called once"]
+    np.testing.assert_allclose(
+        sketch_numbers(name, ONCE, rank_one=True), pinned, rtol=1e-6, atol=1e-6, err_msg=f"{name} moved: {REMEDY}"
+    )
 
 
 def test_rows_of_the_factored_sketch_are_whole_numbers(golden):

@@ -19,7 +19,7 @@ from tracin_ann.loading import Collated, SideName
 from tracin_ann.passes import LoadedModel
 from tracin_ann.proof import check_finite, not_finite
 from tracin_ann.scratch import Scratch
-from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch
+from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketch, once
 from tracin_ann.types import Float32, Int64
 
 Norms = Literal["sketch", "exact"]
@@ -91,25 +91,35 @@ class FeatureExtractor:
             yield self._fetched(under_way.popleft())
 
     def _started(self, side: SideName, batch: Batch) -> _UnderWay:
-        sketch_BD = torch.zeros(0)
+        sketch_BD = spectrum_BF = torch.zeros(0)
         forms: dict[tuple[str, int, int], list[Form]] = {}
         exact = self._options.norms == "exact"
 
         def start() -> FormSink:
-            nonlocal sketch_BD, forms
+            nonlocal sketch_BD, spectrum_BF, forms
             sketch_BD = torch.zeros(
                 len(batch), self._options.sketch.dim, dtype=self._dtype, device=self._model.passes.options.device
             )
+            spectrum_BF = torch.zeros(0)
             forms = defaultdict(list)
 
             def sink(name: str, form: Form, rows: slice) -> None:
-                self._map(name).add(sketch_BD[rows], form)
+                nonlocal spectrum_BF
+                each = self._map(name)
+                if isinstance(each, TensorSketch) and once(form) and len(form.left_BTR) == len(batch):
+                    # Transforms back cost a quarter of these sketches: all layers' at once.
+                    spectrum = each.spectrum(form, self._options.sketch.dim)
+                    spectrum_BF = spectrum_BF + spectrum if len(spectrum_BF) else spectrum
+                else:
+                    each.add(sketch_BD[rows], form)
                 if exact:
                     forms[name, rows.start, rows.stop].append(form)
 
             return sink
 
         losses = self._model.engine(side).run(batch, start)
+        if len(spectrum_BF):
+            sketch_BD += torch.fft.irfft(spectrum_BF, n=self._options.sketch.dim)
         sqnorm_B = squared_norms(forms, len(batch), losses.device, self._dtype) if exact else sketch_BD.square().sum(1)
         finite = torch.isfinite(sketch_BD.sum(1) + losses).all()
         host = (t.float().to("cpu", non_blocking=True) for t in (sketch_BD * self._rate**0.5, sqnorm_B, losses))

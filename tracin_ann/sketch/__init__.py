@@ -10,8 +10,9 @@ from tracin_ann.sketch.base import ParameterKey, ParameterSketch, Sketch
 from tracin_ann.sketch.dense import DenseSketch
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.kronecker import KroneckerSketch
+from tracin_ann.sketch.tensorsketch import TensorSketch, once
 
-__all__ = ["SKETCHES", "ParameterKey", "ParameterSketch", "Sketch", "make_sketch"]
+__all__ = ["SKETCHES", "ParameterKey", "ParameterSketch", "Sketch", "TensorSketch", "make_sketch", "once"]
 
 SKETCHES: dict[str, Callable[[int], Sketch]] = {
     "factored": FactoredSketch,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.types import Float32
+from tracin_ann.types import Float32, Int64
 
 _WORDS_A_COUNTER = 4
 _BITS_A_WORD = 64
@@ -57,6 +57,10 @@ class Stream:
         normal[1::2] = radius * np.sin(angle)
         return normal[skip : skip + count].astype(np.float32)
 
+    def integers(self, start: int, count: int, bound: int) -> Int64:
+        """Return independent integers in [0, bound), int64 [count], from position `start`; a word reduced each."""
+        return (self.words(start, count) % np.uint64(bound)).astype(np.int64)
+
     def integer(self, bound: int) -> int:
         """Return one integer in [0, bound), the stream's first word reduced."""
-        return int(self.words(0, 1)[0] % np.uint64(bound))
+        return int(self.integers(0, 1, bound)[0])

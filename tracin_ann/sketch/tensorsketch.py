@@ -1,0 +1,93 @@
+"""TensorSketch, for layers called once an example: no outer product is formed, and layers add up as spectra.
+
+Entry (i, j) of a gradient goes to bucket h₁(i) + h₂(j) mod D with sign s₁(i)·s₂(j), so the sketch of l ⊗ r
+is the circular convolution of the CountSketches of l and r: one product of their Fourier transforms
+(Pham and Pagh 2013). h₁(i) = i mod D on the shorter side, where nothing collides if it is shorter than D;
+h₂ is random. The spectra of all layers of a batch are added, and transformed back once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from tracin_ann.factors import Form, Outer, column_blocks
+from tracin_ann.scratch import Scratch
+from tracin_ann.sketch.base import ParameterKey
+from tracin_ann.sketch.sides import fold
+
+
+@dataclass(frozen=True)
+class TensorSketch:
+    """The map of one parameter [R, C].
+
+    Attributes:
+        matrix: (R, C).
+        signs_R: s₁ or, where C is the shorter side, s₂.
+        signs_C: the other.
+        bucket_n: h₂ of the longer side's coordinates, int64.
+        scratch: buffers for everything in between.
+    """
+
+    matrix: tuple[int, int]
+    signs_R: Tensor
+    signs_C: Tensor
+    bucket_n: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def add(self, out_BD: Tensor, form: Form) -> None:
+        """Add the sketch of the per-example gradients to `out_BD`."""
+        if once(form):
+            dim = out_BD.shape[1]
+            out_BD += torch.fft.irfft(self.spectrum(form, dim), n=dim)
+            return
+        n_columns = self.matrix[1]
+        signs, bucket = self._entries(out_BD.shape[1])
+        for start, grad in column_blocks(form):
+            columns = slice(start, start + grad.shape[1])
+            assert start % n_columns == 0
+            out_BD.index_add_(1, bucket[columns], grad * signs[columns])
+
+    def spectrum(self, form: Outer, dim: int) -> Tensor:
+        """Return the Fourier transform of the sketches, complex [B, D // 2 + 1]; the form has one position.
+
+        `torch.fft.irfft(…, n=dim)` of it, or of a sum of several parameters', is the sketch.
+        """
+        sides = (form.left_BTR[:, 0], self.signs_R), (form.right_BTC[:, 0], self.signs_C)
+        (short, short_signs), (long, long_signs) = sides if self._rows_shorter else sides[::-1]
+        folded = fold(short, short_signs, dim, room=self.scratch["left"])
+        hashed = self.scratch["right"]((len(long), dim), long).zero_()
+        hashed.index_add_(1, self.bucket_n, torch.mul(long, long_signs, out=self.scratch["signed"](long.shape, long)))
+        product: Tensor = torch.fft.rfft(folded, n=dim) * torch.fft.rfft(hashed, n=dim)
+        return product
+
+    @property
+    def _rows_shorter(self) -> bool:
+        return self.matrix[0] <= self.matrix[1]
+
+    def _entries(self, dim: int) -> tuple[Tensor, Tensor]:
+        """Return every entry's sign and bucket, [R·C], for gradients that come as no outer product."""
+        rows, columns = self.matrix
+        place = torch.arange(min(rows, columns), device=self.bucket_n.device)
+        of_rows, of_columns = (place, self.bucket_n) if self._rows_shorter else (self.bucket_n, place)
+        bucket = (of_rows.unsqueeze(1) + of_columns) % dim
+        return (self.signs_R.unsqueeze(1) * self.signs_C).flatten(), bucket.flatten()
+
+
+def once(form: Form) -> TypeGuard[Outer]:
+    """Return whether the gradients are one outer product an example."""
+    return isinstance(form, Outer) and form.left_BTR.shape[1] == 1
+
+
+def tensor_sketch(
+    key: ParameterKey, dim: int, device: torch.device, dtype: torch.dtype, scratch: Scratch
+) -> TensorSketch:
+    """Return the TensorSketch of a parameter."""
+    rows, columns = key.matrix
+    left = torch.from_numpy(key.stream("left").signs(0, rows)).to(device, dtype)
+    right = torch.from_numpy(key.stream("right").signs(0, columns)).to(device, dtype)
+    bucket = torch.from_numpy(key.stream("bucket").integers(0, max(rows, columns), dim)).to(device)
+    return TensorSketch(key.matrix, left, right, bucket, scratch)
