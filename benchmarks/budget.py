@@ -1,8 +1,8 @@
-"""Where a row's time goes: forward, input gradients, sketch, reading, storing; beside plain training and the arithmetic.
+"""Where a row's time goes: forward, input gradients, sketch, reading, storing; beside plain training.
 
-Parts are told apart by running more and more of the pipe over the same rows, rounds interleaved, medians. The arithmetic
-is that of matrix products, convolutions and attention, counted by PyTorch's FlopCounterMode: its ratio, plain to ours, is
-what the whole could come to if every part ran at one speed.
+Parts are told apart by running more and more of the pipe over the same rows, rounds interleaved, medians. The
+arithmetic is that of matrix products, convolutions and attention, counted by PyTorch's FlopCounterMode: its ratio,
+plain to ours, is what the whole could come to if every part ran at one speed.
 """
 
 from __future__ import annotations

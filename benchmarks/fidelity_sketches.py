@@ -80,7 +80,9 @@ class FoldedSides:
     side: int
 
     def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> ParameterSketch:
-        return FactoredSketch(self.dim, side=self.side).parameter(replace(key, rank_one=False), device, dtype)
+        return FactoredSketch(self.dim, side=self.side, channel_side=self.side).parameter(
+            replace(key, rank_one=False), device, dtype
+        )
 
 
 def _sign_fold(key: ParameterKey, entries: int, dim: int) -> SignFold:

@@ -12,7 +12,7 @@ import forms
 from tracin_ann.errors import UsageError
 from tracin_ann.factors import Dense, batch_size, column_blocks
 from tracin_ann.sketch import SKETCHES, ParameterKey, dense, make_sketch, twosided
-from tracin_ann.sketch.factored import SIDE_WIDTH
+from tracin_ann.sketch.factored import CHANNEL_WIDTH, SIDE_WIDTH
 
 SHAPES = {
     "scalar": (),
@@ -22,7 +22,7 @@ SHAPES = {
     "column": (150, 1),
     "row": (1, 9),
     "narrow": (5, 7),
-    "at the border": (129, 128),
+    "at the border": (65, 64),
     "tall": (300, 9),
     "wide": (6, 300),
     "wide both ways": (150, 140),
@@ -84,12 +84,13 @@ def naive_kronecker(key, grad_BRC, dim):
 def naive_factored(key, grad_BRC, dim):
     rows, columns = grad_BRC.shape[1:]
     taps = int(np.prod(key.shape[2:]))
+    width = CHANNEL_WIDTH if len(key.shape) > 2 else SIDE_WIDTH
     if taps > 1:
         grad_BRC = naive_channel_fold(grad_BRC, key, taps)
     elif columns > SIDE_WIDTH:
         grad_BRC = naive_fold(grad_BRC, key.stream("right").signs(0, columns), SIDE_WIDTH)
-    if columns > 1 and rows > SIDE_WIDTH:
-        turned = naive_fold(grad_BRC.transpose(0, 2, 1), key.stream("left").signs(0, rows), SIDE_WIDTH)
+    if columns > 1 and rows > width:
+        turned = naive_fold(grad_BRC.transpose(0, 2, 1), key.stream("left").signs(0, rows), width)
         grad_BRC = turned.transpose(0, 2, 1)
     if len(key.shape) > 2:  # tap, input channel, output
         grad_BRC = grad_BRC.reshape(*grad_BRC.shape[:2], -1, taps).transpose(0, 3, 2, 1)
@@ -104,7 +105,7 @@ def naive_factored(key, grad_BRC, dim):
 
 def naive_channel_fold(grad_BRC, key, taps):
     """Channel c goes to c mod w with one sign for all its taps; w channels are the most that fit, if they are half."""
-    channels, width = key.shape[1], max(1, SIDE_WIDTH // taps)
+    channels, width = key.shape[1], max(1, CHANNEL_WIDTH // taps)
     if channels < 2 * width:
         return grad_BRC
     signs = key.stream("right").signs(0, channels)
@@ -274,7 +275,7 @@ def test_any_dimension_will_do_that_the_name_allows(name, dim):
     ("name", "shape", "words"),
     [
         ("factored", (7,), "7 folded to 256"),
-        ("factored", (300, 9), "300x9: folded to 128x9, then to 256"),
+        ("factored", (300, 9), "300x9: folded to 64x9, then to 256"),
         ("factored", (140, 30, 3, 3), "140x270: folded to 128x126, then to 256"),
         ("kronecker", (7,), "7 projected to 256"),
         ("kronecker", (6, 3, 3, 2), "6x18 projected to 16x16"),

@@ -33,9 +33,11 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 def leaves(value: Any) -> list[Any]:
     """Return the leaves in the order of a walk."""
-    found: list[Any] = []
-    map_leaves(found.append, value)
-    return found
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
 
 
 def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tracin_ann.factors import Form
 
+_BLOCK_ELEMENTS = 1 << 17
+
 
 class LayoutError(Exception):
     """A call's tensors are not laid out as the rule needs; the parameter falls one step down."""
@@ -25,12 +27,14 @@ class Call:
         input: its first argument, detached.
         grad_output: ∂Σℓ/∂output, of the output's shape.
         batch: B.
+        output: what it returned, detached, for rules that want it.
     """
 
     module: nn.Module
     input: Tensor
     grad_output: Tensor
     batch: int
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class LayerRule:
         parameters: the attributes of the layer that the rule covers.
         forms: (call, attributes wanted) -> forms by attribute; may raise LayoutError.
         applies: whether this very layer, by its settings, is one that the rule understands.
+        wants_output: calls are to hold the layer's output.
     """
 
     parameters: tuple[str, ...]
     forms: Callable[[Call, frozenset[str]], dict[str, Form]]
     applies: Callable[[Any], bool] = lambda module: True
+    wants_output: bool = False
 
 
 def by_example(tensor: Tensor, batch: int) -> Tensor:
@@ -64,6 +70,16 @@ def by_example(tensor: Tensor, batch: int) -> Tensor:
 def positions(tensor: Tensor, batch: int) -> Tensor:
     """Return [B, T, features]: all dimensions between the first and the last flattened, T ≥ 1."""
     return by_example(tensor, batch).reshape(batch, -1, tensor.shape[-1])
+
+
+def summed_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_t left · right, [B, T, C] twice -> [B, C], a few examples at a time, so that it stays in cache."""
+    out = left.new_empty(left.shape[0], left.shape[2])
+    step = max(1, _BLOCK_ELEMENTS // max(1, left.shape[1] * left.shape[2]))
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        torch.sum(left[rows] * right[rows], dim=1, out=out[rows])
+    return out
 
 
 def widened(tensor: Tensor) -> Tensor:

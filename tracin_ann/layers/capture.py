@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.factors import Form
-from tracin_ann.layers.base import Call, LayoutError, widened
+from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.rules import rule_for
 
 Sink = Callable[[str, Form], None]
@@ -125,11 +125,17 @@ class LayerCapture:
                     self._anchor = torch.zeros((), device=output.device, requires_grad=True)
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
 
+            rule = rule_for(module)
+            assert rule is not None
+            made = output.detach() if rule.wants_output else None
+            made_version = output._version
+
             def on_gradient(grad: Tensor) -> None:
-                if x._version != version:
-                    self._fail(attributes, "the layer's input is changed in place after its forward")
+                if x._version != version or (made is not None and made._version != made_version):
+                    self._fail(attributes, "the layer's input or output is changed in place after its forward")
                     return
-                self._deliver(module, x, grad, attributes, wanted)
+                call = Call(module, widened(x), widened(grad.detach()), self._batch, made)
+                self._deliver(rule, call, attributes, wanted)
 
             output.register_hook(on_gradient)
             return output
@@ -145,13 +151,8 @@ class LayerCapture:
             self._layouts.add(layout)
         return layout in self._layouts
 
-    def _deliver(
-        self, module: nn.Module, x: Tensor, grad: Tensor, attributes: Mapping[str, str], wanted: frozenset[str]
-    ) -> None:
-        rule = rule_for(module)
-        assert rule is not None
+    def _deliver(self, rule: LayerRule, call: Call, attributes: Mapping[str, str], wanted: frozenset[str]) -> None:
         assert self._sink is not None
-        call = Call(module, widened(x), widened(grad.detach()), self._batch)
         try:
             with torch.no_grad():
                 forms = rule.forms(call, wanted)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from tracin_ann.convolution import Convolution, Geometry
 from tracin_ann.factors import Dense, Form, Outer, Rows
-from tracin_ann.layers.base import Call, LayerRule, LayoutError, by_example, positions, widened
+from tracin_ann.layers.base import Call, LayerRule, by_example, positions, summed_product, widened
+from tracin_ann.layers.scale import OWN_SCALE, is_scale
 
 _AFFINE = ("weight", "bias")
 
@@ -85,7 +86,7 @@ def _over_last(call: Call, wanted: frozenset[str], normalised: Tensor) -> dict[s
     delta = positions(call.grad_output.flatten(start), call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
-        forms["weight"] = Dense((delta * positions(normalised.flatten(start), call.batch)).sum(1))
+        forms["weight"] = Dense(summed_product(delta, positions(normalised.flatten(start), call.batch)))
     if "bias" in wanted:
         forms["bias"] = Dense(delta.sum(1))
     return forms
@@ -141,56 +142,6 @@ if hasattr(torch.nn, "RMSNorm"):
     RULES[nn.RMSNorm] = LayerRule(("weight",), _rms_norm)
 
 
-def _affine(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
-    """Return the forms of any layer that scales (and shifts) what it makes of its input, over the last dimension.
-
-    What it makes is read off its own forward, with ones for the weight and zeros for the bias.
-    """
-    module: Any = call.module
-    size = module.weight.numel()
-    if call.input.dim() < 2 or call.input.shape[-1] != size or call.grad_output.shape != call.input.shape:  # noqa: PLR2004
-        raise LayoutError(f"a scale of {size} numbers over an input of shape {list(call.input.shape)}")
-    delta = positions(call.grad_output, call.batch)
-    forms: dict[str, Form] = {}
-    if "weight" in wanted:
-        scaled = _forward_with(module, call.input, 1.0)
-        offset = _forward_with(module, call.input[:1], 0.0)
-        if bool(offset.count_nonzero()):
-            scaled = scaled - _forward_with(module, call.input, 0.0)
-        forms["weight"] = Dense((delta * positions(scaled, call.batch)).sum(1))
-    if "bias" in wanted:
-        forms["bias"] = Dense(delta.sum(1))
-    return forms
-
-
-def _forward_with(module: Any, x: Tensor, weight: float) -> Tensor:
-    """Return the layer's own forward with this weight and no bias."""
-    held = dict(module._parameters)
-    try:
-        module._parameters["weight"] = torch.full_like(held["weight"], weight)
-        if held.get("bias") is not None:
-            module._parameters["bias"] = torch.zeros_like(held["bias"])
-        return widened(module.forward(x))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise LayoutError(f"a layer whose forward takes more than its input ({error})") from error
-    finally:
-        module._parameters.update(held)
-
-
-def _is_affine(module: nn.Module) -> bool:
-    """Return whether a layer of unknown kind looks like a scale over features: a vector, perhaps another, no more."""
-    held = {name: p for name, p in module._parameters.items() if p is not None}
-    if not {"weight"} <= held.keys() <= {"weight", "bias"} or any(True for _ in module.children()):
-        return False
-    sizes = {tuple(p.shape) for p in held.values()}
-    return len(sizes) == 1 and all(len(size) == 1 and size[0] > 1 for size in sizes)
-
-
-_OWN_SCALE = LayerRule(_AFFINE, _affine)
-
-
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule that serves this layer, or None.
 
@@ -204,4 +155,4 @@ def rule_for(module: nn.Module) -> LayerRule | None:
             inherited: Any = kind
             return rule if type(module).forward is inherited.forward and rule.applies(module) else None
     own = not type(module).__module__.startswith("torch.nn.")
-    return _OWN_SCALE if own and _is_affine(module) else None
+    return OWN_SCALE if own and is_scale(module) else None

@@ -19,7 +19,8 @@ from tracin_ann.sketch.sides import Side, Untouched, channels_folded, folded
 from tracin_ann.sketch.tensorsketch import tensor_sketch
 from tracin_ann.sketch.twosided import SignFold, TwoSided
 
-SIDE_WIDTH = 128
+SIDE_WIDTH = 64
+CHANNEL_WIDTH = 128
 # Transforms of D numbers cost about as much as forming and folding this many times D entries.
 _ENTRIES_A_TRANSFORM = 8
 
@@ -28,10 +29,17 @@ Method = Literal["fold", "tensor", "sides", "channels"]
 
 @dataclass(frozen=True)
 class FactoredSketch:
-    """Fold both sides of a matrix, contract over positions, fold to D; or a TensorSketch."""
+    """Fold both sides of a matrix, contract over positions, fold to D; or a TensorSketch.
+
+    Attributes:
+        dim: D.
+        side: width to which sides of a matrix are folded.
+        channel_side: the same for convolutions, whose positions are many and whose sides are narrow.
+    """
 
     dim: int
     side: int = SIDE_WIDTH
+    channel_side: int = CHANNEL_WIDTH
     name: str = "factored"
     version: int = 2
 
@@ -69,10 +77,11 @@ class FactoredSketch:
         (rows, columns), method = key.matrix, self.method(key)
         if method == "fold":
             return Untouched(rows), Untouched(columns)
-        left = folded(key.stream("left"), rows, self.side, device, dtype)
         if method == "channels":
+            left = folded(key.stream("left"), rows, self.channel_side, device, dtype)
             taps = key.shape[1], prod(key.shape[2:])
-            return left, channels_folded(key.stream("right"), taps, self.side, device, dtype)
+            return left, channels_folded(key.stream("right"), taps, self.channel_side, device, dtype)
+        left = folded(key.stream("left"), rows, self.side, device, dtype)
         return left, folded(key.stream("right"), columns, self.side, device, dtype)
 
     def describe(self, key: ParameterKey) -> str:
