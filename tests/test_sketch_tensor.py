@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import forms
-from tracin_ann.factors import Dense, Outer
+from tracin_ann.factors import Dense, Outer, column_blocks
 from tracin_ann.sketch import ParameterKey, TensorSketch, once
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.twosided import TwoSided
@@ -51,6 +53,14 @@ def test_it_is_its_definition_in_every_form(shape, dim, device):
     for name, several in forms.same_gradient(grad).items():
         found = sketched(several, shape, dim, device)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_gradients_that_come_in_blocks_are_hashed_at_their_places(monkeypatch):
+    monkeypatch.setattr("tracin_ann.sketch.tensorsketch.column_blocks", partial(column_blocks, elements=100))
+    grad = forms.gradient(forms.outer((40, 50), 2)).view(3, 40, 50)
+    expected = torch.from_numpy(naive(grad.numpy(), key_for((40, 50)), 32))
+    for several in forms.same_gradient(grad).values():
+        torch.testing.assert_close(sketched(several, (40, 50), 32), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("shape", "dim"), CASES, ids=str)
