@@ -1,7 +1,8 @@
 """What a feature row costs: whole builds against plain batched forward and backward of the same model.
 
 The build's cost a row is the difference of builds of two sizes, so that starting up, probing and proving do not count;
-rounds of build, build, plain are interleaved in one process, and medians are reported.
+rounds of build, build, plain are interleaved in one process, and medians are reported. A build measures whether
+pictures with channels last are faster; plain training is timed in both formats.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from benchmarks import common, models
 from tracin_ann import BuildConfig, build
 
 
-def plain(chosen: models.Model, rows: list, size: int) -> float:
+def plain(chosen: models.Model, rows: list, size: int, *, channels_last: bool = False) -> float:
     """Return the seconds a row of batched forward and backward, loading and collating included."""
     model = chosen.make().eval()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
     began = time.perf_counter()
     for start in range(0, len(rows), size):
         batch = torch.utils.data.default_collate(rows[start : start + size])
+        if channels_last:
+            batch[0] = batch[0].contiguous(memory_format=torch.channels_last)
         model.zero_grad()
         chosen.loss(model, batch).sum().backward()
     return (time.perf_counter() - began) / len(rows)
@@ -49,13 +54,16 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, float | str | 
     with tempfile.TemporaryDirectory() as folder:
         rows = models.task(name, folder, large - small).train_data()
     config = BuildConfig(dim=options.dim, batch_size=size, sketch=options.sketch)
-    ours, theirs = [], []
+    pictures = any(p.dim() == 4 for p in chosen.make().parameters())  # noqa: PLR2004
+    ours, theirs, theirs_last = [], [], []
     for round_ in range(options.rounds + 1):
         difference = (built(name, large, config) - built(name, small, config)) / (large - small)
         step = plain(chosen, rows, size)
+        step_last = plain(chosen, rows, size, channels_last=True) if pictures else step
         if round_:  # the first warms up
             ours.append(difference)
             theirs.append(step)
+            theirs_last.append(step_last)
     return {
         "model": name,
         "parameters": sum(p.numel() for p in chosen.make().parameters()),
@@ -63,15 +71,16 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, float | str | 
         "row_us": median(ours) * 1e6,
         "plain_us": median(theirs) * 1e6,
         "ratio": median(p / o for p, o in zip(theirs, ours, strict=True)),
+        "rounds_ratio": [p / o for p, o in zip(theirs, ours, strict=True)],
+        "plain_channels_last_us": median(theirs_last) * 1e6,
+        "ratio_to_channels_last": median(p / o for p, o in zip(theirs_last, ours, strict=True)),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--models", nargs="+", default=["MNIST CNN", "ResNet-9", "GPT 4x128"], choices=list(models.MODELS)
-    )
+    parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS))
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--sketch", default="factored")
     parser.add_argument("--seconds", type=float, default=4.0, help="of plain steps, by which the builds differ")

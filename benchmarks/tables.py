@@ -1,9 +1,13 @@
-"""Print README's and the design notes' tables from the committed result files."""
+"""README's and the design notes' tables from the committed result files: printed, or put into the documents named."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import re
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -30,13 +34,13 @@ def recall() -> str:
     by_sketch: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in content["results"]:
         by_sketch[row["sketch"]].append(row)
-    rows = [("sketch", "proponents", "opponents", "re-scored exactly (200 candidates)", "rows × checkpoints a second")]
+    rows = [("sketch", "proponents", "opponents", "re-scored exactly (200 candidates)")]
     for name, seeds in by_sketch.items():
         figures = [
             mean(s[kind][side] for s in seeds) for kind in ("stored", "exact") for side in ("proponents", "opponents")
         ]
         up, down, exact_up, exact_down = (f"{x:.3f}" for x in figures)
-        rows.append((name, up, down, f"{exact_up} / {exact_down}", f"{mean(s['rows_a_second'] for s in seeds):,.0f}"))
+        rows.append((name, up, down, f"{exact_up} / {exact_down}"))
     return f"{table(*rows)}\n\n{where(content)}"
 
 
@@ -66,16 +70,77 @@ def digits() -> str:
 
 def features() -> str:
     content = read("features")
-    rows = [("model", "parameters", "plain step, µs a row", "whole build, µs a row", "ratio")]
+    rows = [
+        ("model", "parameters", "plain step, µs a row", "whole build, µs a row", "ratio", "to plain, channels last")
+    ]
     for row in content["results"]:
         costs = (f"{row['plain_us']:,.0f}", f"{row['row_us']:,.0f}", f"{row['ratio']:.2f}")
-        rows.append((row["model"], f"{row['parameters']:,}", *costs))
+        pictures = row["plain_channels_last_us"] != row["plain_us"]
+        last = f"{row['ratio_to_channels_last']:.2f}" if pictures else "–"
+        rows.append((row["model"], f"{row['parameters']:,}", *costs, last))
     return f"{table(*rows)}\n\n{where(content)}"
 
 
+def budget() -> str:
+    content = read("budget")
+    parts = ("reading", "forward", "input_gradients", "sketch", "storing")
+    names = ("model", "plain", *(p.replace("_", " ") for p in parts), "arithmetic's limit")
+    rows = [names]
+    for row in content["results"]:
+        name = row["model"] + (", channels last" if row["channels_last"] else "")
+        costs = (f"{row[f'{part}_us']:,.0f}" for part in ("plain", *parts))
+        rows.append((name, *costs, f"{row['arithmetic_ratio']:.2f}"))
+    return f"{table(*rows)}\n\n{where(content)}"
+
+
+def memory() -> str:
+    content = read("memory")
+    rows = [("model", "rows", "plain training, MB", "build, MB")]
+    for row in content["results"]:
+        plain = f"{row['plain_mb']:,.0f}" if "plain_mb" in row else "–"
+        rows.append((row["model"], f"{row['rows']:,}", plain, f"{row['build_mb']:,.0f}"))
+    return f"{table(*rows)}\n\n{where(content)}"
+
+
+def precision() -> str:
+    content = read("precision")
+    rows = [("model", "error of scores", "of the sketch itself", "recall fp32", "recall bf16", "µs a row fp32 / bf16")]
+    for row in content["results"]:
+        recalls = (f"{row[f'proponents_{p}']:.3f} / {row[f'opponents_{p}']:.3f}" for p in ("fp32", "bf16"))
+        times = f"{row['row_us_fp32']:,.0f} / {row['row_us_bf16']:,.0f}"
+        rows.append((row["model"], f"{row['score_error']:.2%}", f"{row['sketch_error']:.1%}", *recalls, times))
+    return f"{table(*rows)}\n\n{where(content)}"
+
+
+def fidelity() -> str:
+    return importlib.import_module("benchmarks.fidelity").fidelity()  # type: ignore[no-any-return]
+
+
+def peers() -> str:
+    return importlib.import_module("benchmarks.peers.collect").printed(read("peers"))  # type: ignore[no-any-return]
+
+
+TABLES = {make.__name__: make for make in (recall, ivf, digits, features, budget, memory, precision, fidelity, peers)}
+
+
+def filled(text: str) -> str:
+    """Return a document with what stands between `<!-- table: name -->` and `<!-- end -->` made anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
 def main() -> None:
-    for make in (recall, ivf, digits, features):
-        print(f"## {make.__name__}\n\n{make()}\n")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("documents", nargs="*", type=Path, help="fill the tables that they name, in place")
+    options = parser.parse_args()
+    for path in options.documents:
+        path.write_text(filled(path.read_text()))
+    if not options.documents:
+        for name, make in TABLES.items():
+            print(f"## {name}\n\n{make()}\n")
 
 
 if __name__ == "__main__":
