@@ -8,6 +8,7 @@ Each is linear and unbiased, drawn from the library's streams, and maps material
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,12 @@ class FoldedSides:
     side: int
 
     def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> ParameterSketch:
-        return FactoredSketch(self.dim, side=self.side, channel_side=self.side).parameter(
-            replace(key, rank_one=False), device, dtype
-        )
+        # A convolution's input side counts channels x taps; it is folded where that halves it at least.
+        kept = max(1, self.side // prod(key.shape[2:]))
+        if len(key.shape) > 1 and key.shape[1] < 2 * kept:
+            kept = key.shape[1]
+        folds = FactoredSketch(self.dim, side=self.side, channels=(self.side, kept))
+        return folds.parameter(replace(key, rank_one=False), device, dtype)
 
 
 def _sign_fold(key: ParameterKey, entries: int, dim: int) -> SignFold:

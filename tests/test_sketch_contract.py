@@ -12,7 +12,7 @@ import forms
 from tracin_ann.errors import UsageError
 from tracin_ann.factors import Dense, batch_size, column_blocks
 from tracin_ann.sketch import SKETCHES, ParameterKey, dense, make_sketch, twosided
-from tracin_ann.sketch.factored import CHANNEL_WIDTH, SIDE_WIDTH
+from tracin_ann.sketch.factored import CHANNEL_WIDTHS, SIDE_WIDTH
 
 SHAPES = {
     "scalar": (),
@@ -27,7 +27,7 @@ SHAPES = {
     "wide": (6, 300),
     "wide both ways": (150, 140),
     "convolution": (6, 3, 3, 2),
-    "wide convolution": (140, 30, 3, 3),
+    "wide convolution": (140, 70, 2, 2),
     "embedding": (200, 20),
 }
 DIMS = [16, 64]
@@ -84,8 +84,8 @@ def naive_kronecker(key, grad_BRC, dim):
 def naive_factored(key, grad_BRC, dim):
     rows, columns = grad_BRC.shape[1:]
     taps = int(np.prod(key.shape[2:]))
-    width = CHANNEL_WIDTH if len(key.shape) > 2 else SIDE_WIDTH
-    if taps > 1:
+    width = CHANNEL_WIDTHS[0] if len(key.shape) > 2 else SIDE_WIDTH
+    if len(key.shape) > 2:
         grad_BRC = naive_channel_fold(grad_BRC, key, taps)
     elif columns > SIDE_WIDTH:
         grad_BRC = naive_fold(grad_BRC, key.stream("right").signs(0, columns), SIDE_WIDTH)
@@ -104,9 +104,9 @@ def naive_factored(key, grad_BRC, dim):
 
 
 def naive_channel_fold(grad_BRC, key, taps):
-    """Channel c goes to c mod w with one sign for all its taps; w channels are the most that fit, if they are half."""
-    channels, width = key.shape[1], max(1, CHANNEL_WIDTH // taps)
-    if channels < 2 * width:
+    """Channel c goes to c mod w with one sign for all its taps."""
+    channels, width = key.shape[1], CHANNEL_WIDTHS[1]
+    if channels <= width:
         return grad_BRC
     signs = key.stream("right").signs(0, channels)
     by_channel = grad_BRC.reshape(*grad_BRC.shape[:2], channels, taps)
@@ -276,7 +276,7 @@ def test_any_dimension_will_do_that_the_name_allows(name, dim):
     [
         ("factored", (7,), "7 folded to 256"),
         ("factored", (300, 9), "300x9: folded to 64x9, then to 256"),
-        ("factored", (140, 30, 3, 3), "140x270: folded to 128x126, then to 256"),
+        ("factored", (140, 80, 3, 3), "140x720: folded to 128x576, then to 256"),
         ("kronecker", (7,), "7 projected to 256"),
         ("kronecker", (6, 3, 3, 2), "6x18 projected to 16x16"),
         ("dense", (6, 3), "projected to 256 by signs"),

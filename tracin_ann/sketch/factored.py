@@ -20,7 +20,7 @@ from tracin_ann.sketch.tensorsketch import tensor_sketch
 from tracin_ann.sketch.twosided import SignFold, TwoSided
 
 SIDE_WIDTH = 64
-CHANNEL_WIDTH = 128
+CHANNEL_WIDTHS = 128, 64
 # Transforms of D numbers cost about as much as forming and folding this many times D entries.
 _ENTRIES_A_TRANSFORM = 8
 
@@ -34,12 +34,12 @@ class FactoredSketch:
     Attributes:
         dim: D.
         side: width to which sides of a matrix are folded.
-        channel_side: the same for convolutions, whose positions are many and whose sides are narrow.
+        channels: the same of a convolution: output channels, and input channels, whose taps stay apart.
     """
 
     dim: int
     side: int = SIDE_WIDTH
-    channel_side: int = CHANNEL_WIDTH
+    channels: tuple[int, int] = CHANNEL_WIDTHS
     name: str = "factored"
     version: int = 2
 
@@ -78,9 +78,9 @@ class FactoredSketch:
         if method == "fold":
             return Untouched(rows), Untouched(columns)
         if method == "channels":
-            left = folded(key.stream("left"), rows, self.channel_side, device, dtype)
-            taps = key.shape[1], prod(key.shape[2:])
-            return left, channels_folded(key.stream("right"), taps, self.channel_side, device, dtype)
+            left = folded(key.stream("left"), rows, self.channels[0], device, dtype)
+            sizes = key.shape[1], prod(key.shape[2:])
+            return left, channels_folded(key.stream("right"), sizes, self.channels[1], device, dtype)
         left = folded(key.stream("left"), rows, self.side, device, dtype)
         return left, folded(key.stream("right"), columns, self.side, device, dtype)
 

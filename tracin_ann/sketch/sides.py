@@ -131,9 +131,8 @@ def projected(stream: Stream, n: int, width: int, device: torch.device, dtype: t
 def channels_folded(
     stream: Stream, shape: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype
 ) -> Side:
-    """Return a fold of (channels, taps) to at most `width` numbers, or none where it would not halve them."""
+    """Return a fold of (channels, taps) to `width` channels; none where there are no more."""
     channels, taps = shape
-    kept = max(1, width // taps)
-    if channels < 2 * kept:
+    if channels <= width:
         return Untouched(channels * taps)
-    return ChannelsFolded(kept, taps, torch.from_numpy(stream.signs(0, channels)).to(device, dtype))
+    return ChannelsFolded(width, taps, torch.from_numpy(stream.signs(0, channels)).to(device, dtype))
