@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from tasks.toy import saved
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build, plan, tuning
 from tracin_ann.cli.common import MemorySize
+from tracin_ann.device import container_memory_bytes
 from tracin_ann.errors import UsageError
 from tracin_ann.features import FeatureExtractor
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
@@ -173,6 +175,17 @@ def test_a_proof_holds_when_its_checkpoint_is_loaded_again(tmp_path):
 )
 def test_sizes_are_read(text, size):
     assert MemorySize().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [("1000", "400", 600), ("max", "400", sys.maxsize), ("100", "400", 0), (None, "1", sys.maxsize)],
+)
+def test_a_container_may_take_less_than_the_machine_has(limit, used, left, tmp_path):
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(used + "\n")
+    assert container_memory_bytes(tmp_path) == left
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1GB", "3 apples"])

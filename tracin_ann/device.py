@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -65,7 +67,17 @@ def free_memory_bytes(device: torch.device) -> int:
     """Return the bytes now free on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+    free = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+    return min(free, container_memory_bytes())
+
+
+def container_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what a container may still take by its control group (version 2), or more than any machine has."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(0, int(limit) - int(used)) if limit != "max" else sys.maxsize
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def recorded_event(device: torch.device) -> Callable[[], None]:
