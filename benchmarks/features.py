@@ -18,11 +18,16 @@ import torch
 
 from benchmarks import common, models
 from tracin_ann import BuildConfig, build
+from tracin_ann.device import resolve_device
+
+CPU = torch.device("cpu")
 
 
-def plain(chosen: models.Model, rows: list, size: int, *, channels_last: bool = False) -> float:
+def plain(
+    chosen: models.Model, rows: list, size: int, *, channels_last: bool = False, device: torch.device = CPU
+) -> float:
     """Return the seconds a row of batched forward and backward, loading and collating included."""
-    model = chosen.make().eval()
+    model = chosen.make().eval().to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     began = time.perf_counter()
@@ -30,8 +35,12 @@ def plain(chosen: models.Model, rows: list, size: int, *, channels_last: bool = 
         batch = torch.utils.data.default_collate(rows[start : start + size])
         if channels_last:
             batch[0] = batch[0].contiguous(memory_format=torch.channels_last)
+        if device != CPU:
+            batch = [part.to(device) for part in batch]
         model.zero_grad()
         chosen.loss(model, batch).sum().backward()
+    if device != CPU:
+        torch.accelerator.synchronize()
     return (time.perf_counter() - began) / len(rows)
 
 
@@ -45,21 +54,21 @@ def built(name: str, n_rows: int, config: BuildConfig) -> float:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, float | str | int]:
-    chosen = models.MODELS[name]
-    size = chosen.batch_size
+    chosen, device = models.MODELS[name], resolve_device(options.device)
+    size = options.batch_size or chosen.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        step = plain(chosen, models.task(name, folder, 8 * size).train_data(), size)
+        step = plain(chosen, models.task(name, folder, 8 * size).train_data(), size, device=device)
     batches = max(4, round(options.seconds / step / size))
     small, large = size * max(1, batches // 4), size * (batches + max(1, batches // 4))
     with tempfile.TemporaryDirectory() as folder:
         rows = models.task(name, folder, large - small).train_data()
-    config = BuildConfig(dim=options.dim, batch_size=size, sketch=options.sketch)
+    config = BuildConfig(dim=options.dim, batch_size=size, sketch=options.sketch, device=options.device)
     pictures = any(p.dim() == 4 for p in chosen.make().parameters())  # noqa: PLR2004
     ours, theirs, theirs_last = [], [], []
     for round_ in range(options.rounds + 1):
         difference = (built(name, large, config) - built(name, small, config)) / (large - small)
-        step = plain(chosen, rows, size)
-        step_last = plain(chosen, rows, size, channels_last=True) if pictures else step
+        step = plain(chosen, rows, size, device=device)
+        step_last = plain(chosen, rows, size, channels_last=True, device=device) if pictures else step
         if round_:  # the first warms up
             ours.append(difference)
             theirs.append(step)
@@ -86,13 +95,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of plain steps, by which the builds differ")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of both sides; the result of a GPU is written to features_gpu")
+    parser.add_argument("--batch-size", type=int, help="of both sides, instead of the models' own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = []
     for name in options.models:
         results.append(measured(name, options))
         print(results[-1], flush=True)
-    print(common.write("features", vars(options), results))
+    on_cpu = resolve_device(options.device) == CPU
+    print(common.write("features" if on_cpu else "features_gpu", vars(options), results))
 
 
 if __name__ == "__main__":
