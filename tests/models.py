@@ -205,6 +205,37 @@ class OwnLayerNorm(nn.Module):
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias)
 
 
+class Conv1D(nn.Module):
+    """As Hugging Face's GPT-2 has it: a linear layer whose weight is [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs) / 2), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class OwnLinear(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Bilinear(nn.Module):
+    """Holds a matrix and is no linear map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x @ self.weight)
+
+
 class Gate(nn.Module):
     """Looks like a scale and is none: not linear in its weight."""
 
@@ -276,6 +307,20 @@ CASES: dict[str, Case] = {
     "flattened positions": case(flattened, vector(5, 3), RULE),
     "own norms": case(lambda: Lambda(lambda m, x: m.inner(x).mean(1), inner=own_norms()), vector(6, 3), RULE),
     "own norms, one position": case(own_norms, vector(3), RULE),
+    "own linear layers": case(
+        lambda: Lambda(
+            lambda m, x: m.inner(x).mean(1),
+            inner=nn.Sequential(Conv1D(3, 5), nn.Tanh(), Conv1D(5, 5), nn.Tanh(), OwnLinear(5), Conv1D(5, 4)),
+        ),
+        vector(6, 3),
+        RULE,
+    ),
+    "own linear layers, one position": case(
+        lambda: nn.Sequential(Conv1D(3, 5), nn.Tanh(), OwnLinear(5), nn.Tanh(), Conv1D(5, 4)), vector(3), RULE
+    ),
+    "no linear layer": case(
+        lambda: nn.Sequential(nn.Linear(3, 5), Bilinear(5), nn.Linear(5, 4)), vector(3), RULE, VMAP
+    ),
     "no norms": case(no_norms, vector(6, 3), RULE, VMAP),
     "sequence first": case(sequence_first, vector(5, 3), RULE, VMAP),
 }

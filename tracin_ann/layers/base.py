@@ -45,13 +45,13 @@ class LayerRule:
         parameters: the attributes of the layer that the rule covers.
         forms: (call, attributes wanted) -> forms by attribute; may raise LayoutError.
         applies: whether this very layer, by its settings, is one that the rule understands.
-        wants_output: calls are to hold the layer's output.
+        wants_output: whether this layer's calls are to hold its output.
     """
 
     parameters: tuple[str, ...]
     forms: Callable[[Call, frozenset[str]], dict[str, Form]]
     applies: Callable[[Any], bool] = lambda module: True
-    wants_output: bool = False
+    wants_output: Callable[[nn.Module], bool] = lambda module: False
 
 
 def by_example(tensor: Tensor, batch: int) -> Tensor:

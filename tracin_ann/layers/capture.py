@@ -127,7 +127,7 @@ class LayerCapture:
 
             rule = rule_for(module)
             assert rule is not None
-            made = output.detach() if rule.wants_output else None
+            made = output.detach() if rule.wants_output(module) else None
             made_version = output._version
 
             def on_gradient(grad: Tensor) -> None:

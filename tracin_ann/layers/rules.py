@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tracin_ann.convolution import Convolution, Geometry
 from tracin_ann.factors import Dense, Form, Outer, Rows
 from tracin_ann.layers.base import Call, LayerRule, by_example, positions, summed_product, widened
+from tracin_ann.layers.linear import OWN_LINEAR, is_linear
 from tracin_ann.layers.scale import OWN_SCALE, is_scale
 
 _AFFINE = ("weight", "bias")
@@ -146,13 +147,15 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule that serves this layer, or None.
 
     A subclass is served by its parent's rule where it keeps the parent's `forward`; a layer that is no
-    PyTorch layer but holds just a vector to scale by (LlamaRMSNorm and its like) by its own forward. That
-    the rule is right for it is proven on the first batch, as for every layer.
+    PyTorch layer but holds just a vector to scale by (LlamaRMSNorm and its like) or a matrix to multiply
+    by (Hugging Face's Conv1D) by what it does with it. That the rule is right for it is proven on the first
+    batch, as for every layer.
     """
     for kind in type(module).__mro__:
         rule = RULES.get(kind)
         if rule is not None:
             inherited: Any = kind
             return rule if type(module).forward is inherited.forward and rule.applies(module) else None
-    own = not type(module).__module__.startswith("torch.nn.")
-    return OWN_SCALE if own and is_scale(module) else None
+    if type(module).__module__.startswith("torch.nn."):
+        return None
+    return OWN_SCALE if is_scale(module) else OWN_LINEAR if is_linear(module) else None

@@ -86,4 +86,4 @@ def _forward_with(module: Any, x: Tensor, weight: float) -> Tensor:
         module._parameters.update(held)
 
 
-OWN_SCALE = LayerRule(("weight", "bias"), _scale, wants_output=True)
+OWN_SCALE = LayerRule(("weight", "bias"), _scale, wants_output=lambda module: True)
