@@ -15,7 +15,9 @@ import oracle
 from tasks import texts
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build, tuning
 from tracin_ann.errors import TaskError, UsageError
+from tracin_ann.extraction import data_is_dearer
 from tracin_ann.loading import BatchOptions, collated, lengths_differ
+from tracin_ann.store import StoreLayout
 
 BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
 NAME = f"{Path(texts.__file__).resolve()}:task"
@@ -64,6 +66,7 @@ def test_a_task_that_cannot_be_sent_to_workers_is_refused(folder, tmp_path):
     task = replace(texts.task(str(folder)), train_data=lambda: [*texts.train_data()])
     with pytest.raises(UsageError, match=r"cannot be sent to worker processes.*use 0 workers"):
         build(task, tmp_path / "i", replace(CONFIG, workers=1))
+    assert not (tmp_path / "i").exists()
 
 
 def test_a_worker_that_dies_is_told_of_and_the_build_goes_on_later(folder, one_by_one, tmp_path, monkeypatch):
@@ -118,6 +121,29 @@ def test_dear_data_is_read_once_for_all_checkpoints(held, readings, folder, one_
     # Beside the passes: the probe, the digest, the sampled lengths, tuning, four canaries a checkpoint.
     extra = Counted.reads - before - readings * texts.N_TRAIN
     assert 0 <= extra < texts.N_TRAIN + 100
+
+
+def test_rows_fetched_while_the_next_batch_is_under_way_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
+    """As on an accelerator: nothing of a batch may lie in a buffer that the next one uses."""
+    monkeypatch.setattr("tracin_ann.features._BEHIND", {"cpu": 1})
+    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({}, True),  # 2 x 1000 rows at 1 ms against 9 x 3 loads at 10 ms
+        ({"load_seconds": 0.1}, False),
+        ({"read_seconds": 1e-4}, False),
+        ({"n_checkpoints": 1}, False),  # nothing is read twice
+        ({"memory_bytes": 100 * 1000 * 2 - 1}, False),  # a partition takes more than half
+    ],
+)
+def test_data_is_held_where_reading_it_again_costs_more_than_loading(changes, held):
+    given = {"load_seconds": 0.01, "read_seconds": 1e-3, "n_checkpoints": 3, "memory_bytes": 100 * 1000 * 2} | changes
+    layout = StoreLayout(1000, 100, int(given["n_checkpoints"]), 8, "float16", "test")
+    tuned = tuning.Tuned(8, False, 1e-3, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
+    assert data_is_dearer(layout, tuned, given["load_seconds"]) == held
 
 
 def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, tmp_path, monkeypatch):

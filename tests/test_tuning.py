@@ -114,6 +114,9 @@ def test_larger_batches_are_taken_only_as_far_as_memory_goes(tmp_path, monkeypat
         assert made.batch_size > budget // 4
     with pytest.raises(UsageError, match=r"one row needs more than the memory budget.*raise --memory"):
         chosen(task, tmp_path, memory_bytes=row_bytes // 4)
+    with pytest.raises(UsageError, match="one row needs more than the memory budget"):
+        build(task, tmp_path / "i", replace(CONFIG, memory_bytes=row_bytes // 4))
+    assert not (tmp_path / "i").exists()
 
 
 @pytest.mark.parametrize("last", [False, True])

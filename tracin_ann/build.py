@@ -224,19 +224,16 @@ class BuildWork:
         return None
 
     def tuned(self, model: LoadedModel, features: FeatureOptions) -> Tuned:
-        """Set the model and its passes to what runs rows fastest here."""
+        """Set the model and its passes to what runs rows fastest here; the last thing that may refuse the build."""
+        self.passes.check_workers("train")
         if model.checkpoint < 0:
             self.examine(model)
         passes = self.passes.n_rows("train") * len(self.passes.task.checkpoints)
         return tuned(model, features, Wanted(self.config.batch_size, self.config.memory_bytes, passes))
 
-    def extract(
-        self, model: LoadedModel, store: FeatureStore, features: FeatureOptions, report: ProgressCallback
-    ) -> Plan:
+    def extract(self, extraction: Extraction, chosen: Tuned) -> Plan:
         """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
-        chosen = self.tuned(model, features)
-        extraction = Extraction(model, store, features, report)
-        done = extraction.run(held=data_is_dearer(store, chosen, self._load_seconds))
+        done = extraction.run(held=data_is_dearer(extraction.layout, chosen, self._load_seconds))
         self.rows_extracted += done.rows
         write_canaries(self.out / CANARIES, done.canaries)
         return done.plan
@@ -290,18 +287,18 @@ def build(
     work = opened(task, Path(out), config or BuildConfig(), arguments)
     with work.passes.model() as model:
         record, begun = work.prepared(model)
+        store = FeatureStore(work.out / FEATURES, record.layout)
+        if begun and (finished := _finished(work, store)) is not None:
+            return BuildReport(finished, 0, perf_counter() - began)
+        features = work.config.features(record.spec.rank_one)
+        chosen = work.tuned(model, features)
+        (work.out / FEATURES).mkdir(parents=True, exist_ok=True)
         if not begun:
-            (work.out / FEATURES).mkdir(parents=True, exist_ok=True)
             write_build_record(work.out, record)
-        (work.out / FEATURES).mkdir(exist_ok=True)
         for directory in (work.out, work.out / FEATURES):
             sweep_temporaries(directory)
-        store = FeatureStore(work.out / FEATURES, record.layout)
-        finished = _finished(work, store)
-        if finished is not None:
-            return BuildReport(finished, 0, perf_counter() - began)
         (work.out / MANIFEST).unlink(missing_ok=True)
-        plan = work.extract(model, store, work.config.features(record.spec.rank_one), report)
+        plan = work.extract(Extraction(model, store, features, report), chosen)
     report("index", 0, 1)
     index = work.index(store)
     report("index", 1, 1)

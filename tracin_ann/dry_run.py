@@ -64,9 +64,7 @@ def plan(
     config = config or BuildConfig()
     work = opened(task, Path(out), config, arguments)
     with work.passes.model() as model:
-        record, begun = work.prepared(model)
-        if begun:
-            work.examine(model)
+        record, _ = work.prepared(model)
         chosen = work.tuned(model, config.features(record.spec.rank_one))
         layout = record.layout
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints

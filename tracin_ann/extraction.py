@@ -17,7 +17,7 @@ from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, R
 from tracin_ann.loading import Collated, SideName
 from tracin_ann.passes import LoadedModel
 from tracin_ann.plan import Plan
-from tracin_ann.store import FeatureBlock, FeatureStore, WriteBehind
+from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehind
 from tracin_ann.tuning import Tuned
 from tracin_ann.types import ProgressCallback
 
@@ -47,17 +47,18 @@ class Extraction:
     def __init__(
         self, model: LoadedModel, store: FeatureStore, features: FeatureOptions, report: ProgressCallback
     ) -> None:
+        self.layout = store.layout
         self._model, self._store, self._features = model, store, features
         self._missing = store.missing()
-        total = sum(stop - start for start, stop in (store.layout.rows(p) for p, _ in self._missing))
+        total = sum(stop - start for start, stop in (self.layout.rows(p) for p, _ in self._missing))
         self._counted = _Counter(report, total)
         self._extractors: dict[int, FeatureExtractor] = {}
         self._canaries: dict[int, dict[SideName, FeatureRows]] = {}
         self._plans: dict[int, Plan] = {}
         self._held = False
         # Two: one is filled while the other is written.
-        size = min(store.layout.partition_rows, store.layout.n_rows)
-        self._buffers = itertools.cycle([RowBuffer(size, store.layout.dim) for _ in range(2)])
+        size = min(self.layout.partition_rows, self.layout.n_rows)
+        self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
 
     def run(self, *, held: bool) -> Extracted:
         """Write every feature file that is missing; `held`: partitions are read once for all checkpoints."""
@@ -65,11 +66,11 @@ class Extraction:
         units = sorted(self._missing, key=lambda unit: unit if held else unit[::-1])
         groups = itertools.groupby(units, key=lambda unit: unit[0]) if held else ((p, [(p, c)]) for p, c in units)
         work = [(partition, [c for _, c in group]) for partition, group in groups]
-        spans = [range(*self._store.layout.rows(partition)) for partition, _ in work]
+        spans = [range(*self.layout.rows(partition)) for partition, _ in work]
         with WriteBehind(self._store) as behind, self._model.passes.reading("train", spans) as reading:
             for partition, checkpoints in work:
                 self._partition(partition, checkpoints, reading.span(), behind.write)
-        n_checkpoints = self._store.layout.n_checkpoints
+        n_checkpoints = self.layout.n_checkpoints
         for checkpoint in range(n_checkpoints):
             if checkpoint not in self._canaries:
                 self._take_canaries(checkpoint, self._at(checkpoint))
@@ -83,7 +84,7 @@ class Extraction:
         span: Iterable[Collated],
         write: Callable[[int, int, FeatureBlock], None],
     ) -> None:
-        start, stop = self._store.layout.rows(partition)
+        start, stop = self.layout.rows(partition)
         batches = list(span) if len(checkpoints) > 1 else span
         for checkpoint in checkpoints:
             extractor = self._at(checkpoint)
@@ -112,9 +113,8 @@ class Extraction:
         return Canaries(side, ids, np.stack([self._canaries[c][side].feature_ND for c in checkpoints]))
 
 
-def data_is_dearer(store: FeatureStore, tuned: Tuned, load_seconds: float) -> bool:
+def data_is_dearer(layout: StoreLayout, tuned: Tuned, load_seconds: float) -> bool:
     """Return whether to read each partition once for all checkpoints, rather than load each checkpoint once."""
-    layout = store.layout
     reading = (layout.n_checkpoints - 1) * layout.n_rows * tuned.read_seconds
     loading = (layout.n_partitions - 1) * layout.n_checkpoints * load_seconds
     fits = min(layout.partition_rows, layout.n_rows) * tuned.row_bytes <= _HELD_SHARE * tuned.memory_bytes

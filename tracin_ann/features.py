@@ -23,6 +23,8 @@ from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketc
 from tracin_ann.types import Float32, Int64
 
 Norms = Literal["sketch", "exact"]
+# Batches under way when a batch's rows are fetched, by kind of device.
+_BEHIND = {"cpu": 0}
 FormSink = Callable[[str, Form, slice], None]
 
 
@@ -81,7 +83,7 @@ class FeatureExtractor:
             TaskError: the loss breaks the contract.
             GradientProofError: no step of the ladder agrees with autograd.
         """
-        ahead = 0 if self._model.passes.options.device.type == "cpu" else 1
+        ahead = _BEHIND.get(self._model.passes.options.device.type, 1)
         under_way: deque[_UnderWay] = deque()
         for read in batches:
             under_way.append(self._started(side, self._model.batch(side, read)))

@@ -140,7 +140,7 @@ class Reading:
         n_workers = min(self._options.workers, len(windows))
         if n_workers:
             self._workers = ProcessPoolExecutor(
-                n_workers, get_context("spawn"), initializer=_start_worker, initargs=(_pickled(self._reader),)
+                n_workers, get_context("spawn"), initializer=_start_worker, initargs=(pickled(self._reader),)
             )
             self._batches = _ahead(self._workers, windows, _AHEAD * n_workers)
         else:
@@ -221,7 +221,12 @@ def _no_rows(side: SideName, got: str) -> str:
     )
 
 
-def _pickled(reader: Reader) -> bytes:
+def pickled(reader: Reader) -> bytes:
+    """Return a reader as it is sent to workers.
+
+    Raises:
+        UsageError: it cannot be.
+    """
     try:
         return pickle.dumps(reader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -23,6 +23,7 @@ from tracin_ann.loading import (
     collated,
     lengths_differ,
     open_data,
+    pickled,
 )
 from tracin_ann.nested import to_device
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
@@ -95,6 +96,15 @@ class Passes:
         """Return a context that reads spans of rows, alike lengths together; `ahead`: in workers if there are any."""
         options = self._batch_options(side, ahead)
         return Reading(Reader(self.task, side, self.data(side), options, self._origin), spans, options)
+
+    def check_workers(self, side: SideName) -> None:
+        """Refuse workers that cannot be sent this side's rows.
+
+        Raises:
+            UsageError: there are to be workers, and the task has no name and cannot be pickled.
+        """
+        if self.options.workers:
+            pickled(Reader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin))
 
     def window(self, side: SideName) -> int:
         """Return the rows of a side that are read together."""

@@ -156,8 +156,8 @@ class _Tuning:
         if size not in self._read:
             passes = self._model.passes
             passes.options = replace(passes.options, batch_size=size)
-            began = perf_counter()
             window = range(min(self._n_rows, passes.window("train")))
+            began = perf_counter()
             with passes.reading("train", [window], ahead=False) as reading:
                 batches = list(reading.span())
             self._read[size] = batches[0], (perf_counter() - began) / len(window)
