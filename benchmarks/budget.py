@@ -110,11 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
-    for name in options.models:
-        results.append(measured(name, options))
-        print(results[-1], flush=True)
-    print(common.write("budget", vars(options), results))
+    common.reported("budget", vars(options), (measured(name, options) for name in options.models))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +49,15 @@ def _faiss() -> str:
             continue
         return name
     raise SystemExit("no FAISS is installed")
+
+
+def reported(name: str, settings: dict[str, Any], results: Iterable[Any]) -> None:
+    """Print results as they come, and write them to a result file."""
+    kept = []
+    for result in results:
+        kept.append(result)
+        print(result, flush=True)
+    print(write(name, settings, kept))
 
 
 def write(name: str, settings: dict[str, Any], results: Any) -> Path:

@@ -99,12 +99,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="of both sides, instead of the models' own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
-    for name in options.models:
-        results.append(measured(name, options))
-        print(results[-1], flush=True)
+    results = (measured(name, options) for name in options.models)
     on_cpu = resolve_device(options.device) == CPU
-    print(common.write("features" if on_cpu else "features_gpu", vars(options), results))
+    common.reported("features" if on_cpu else "features_gpu", vars(options), results)
 
 
 if __name__ == "__main__":

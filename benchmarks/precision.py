@@ -50,8 +50,12 @@ def row_us(passes: Passes, dim: int, n_rows: int) -> float:
         return (time.perf_counter() - began) / n_rows * 1e6
 
 
-def measured(name: str, options: argparse.Namespace, folder: str) -> dict[str, object]:
-    task: Task = SUBJECTS[name].task(options.data, folder, 0)
+def measured(name: str, options: argparse.Namespace) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        return compared(name, SUBJECTS[name].task(options.data, folder, 0), options)
+
+
+def compared(name: str, task: Task, options: argparse.Namespace) -> dict[str, object]:
     by_precision = {p: Passes(task, PassOptions(torch.device("cpu"), 64, precision=p)) for p in PRECISIONS}
     n_queries, n_rows = (len(data()) for data in (task.query_data, task.train_data))
     passes = by_precision["fp32"]
@@ -84,13 +88,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
-    for name in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(measured(name, options, folder))
-        print(results[-1], flush=True)
     settings = {key: value for key, value in vars(options).items() if key != "data"}
-    print(common.write("precision", settings, results))
+    common.reported("precision", settings, (measured(name, options) for name in options.models))
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ def our_stream(case: Case, n_rows: int) -> Iterator[Callable[[int], None]]:
         task = models.task(case.name, folder, n_rows)
         size = case.chosen.batch_size
         config = BuildConfig(dim=case.dim, batch_size=size, device="cpu")
-        # As for a build of many rows: the memory format is measured.
         work = opened(task, Path(folder) / "index", config, None)
         with work.passes.model() as model:
             features = config.features(work.examine(model))
+            # As in a build of many rows: the memory format is measured.
             tuned(model, features, Wanted(size, None, 10**9))
             extractor = FeatureExtractor(model, features)
 
