@@ -21,7 +21,9 @@ from tracin_ann.store import StoreLayout
 
 BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
 NAME = f"{Path(texts.__file__).resolve()}:task"
-CONFIG = BuildConfig(dim=64, batch_size=8, device="cpu", dtype="float32", index="flat", partition_rows=40)
+CONFIG = BuildConfig(
+    dim=64, batch_size=8, device="cpu", dtype="float32", index="flat", partition_rows=40, yardstick=False
+)
 
 
 def stored(task: Task | str, out: Path, folder: Path, **changes: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.files import write_json_atomic
 from tracin_ann.manifest import (
     BUILD_RECORD,
+    FORMAT,
     MANIFEST,
     BuildRecord,
     Manifest,
@@ -273,7 +274,7 @@ def test_an_altered_manifest_or_build_record_is_damaged_whatever_the_alteration(
 def test_a_manifest_of_right_digest_is_understood_or_damaged(built, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
     content = altered({k: v for k, v in built[3].items() if k not in ("format", "digest")}, data)
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "digest": content_digest(content), **content}))
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "digest": content_digest(content), **content}))
     try:
         found = Manifest.read(folder)
     except DamagedIndexError:
@@ -281,7 +282,9 @@ def test_a_manifest_of_right_digest_is_understood_or_damaged(built, tmp_path_fac
     assert isinstance(found, Manifest)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 2}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 2}', '{"format": 3}', "{}"]
+)
 def test_a_manifest_that_is_no_manifest_is_damaged(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DamagedIndexError, match=f"^{tmp_path}/manifest.json"):
@@ -296,8 +299,8 @@ def test_a_directory_without_a_manifest_is_no_index(tmp_path):
 
 
 def test_another_format_is_refused_by_its_number(built, tmp_path):
-    write_json_atomic(tmp_path / MANIFEST, {**built[3], "format": 2})
-    with pytest.raises(DamagedIndexError, match="has another format: got 2, expected 1; use the tracin_ann that wrote"):
+    write_json_atomic(tmp_path / MANIFEST, {**built[3], "format": FORMAT + 1})
+    with pytest.raises(DamagedIndexError, match="has another format: got 3, expected 2; use the tracin_ann that wrote"):
         Manifest.read(tmp_path)
 
 
@@ -313,7 +316,7 @@ def test_a_file_name_that_is_not_inside_the_index_is_refused(built, tmp_path, pl
         content["canaries"] = record
     else:
         (content["features"] if place == "features" else content["index"]["files"]).append(record)
-    write_json_atomic(tmp_path / MANIFEST, {"format": 1, "digest": content_digest(content), **content})
+    write_json_atomic(tmp_path / MANIFEST, {"format": FORMAT, "digest": content_digest(content), **content})
     with pytest.raises(
         DamagedIndexError, match="manifest.json cannot be understood: got ValueError: a file named .* is"
     ):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.loading import SideName
 
 Rerank = Literal["none", "stored", "exact"]
+Search = Literal["auto", "lists", "scan"]
+SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class QueryOptions:
             TracInCP of the candidates).
         exact: score every training row exactly; no index is asked.
         checkpoints: positions of the checkpoints to sum over; None: all.
+        search: which way candidates are found where the index has lists: by them, by an exact scan of the stored
+            rows, or whichever costs less by the times measured at the build.
+        recall: recall@10 of the stored rows' own ranking that lists are to reach; None: the build's target.
+        rows: which training rows may be among the hits.
         cosine: cosine instead of inner product at each checkpoint, averaged with weights η_c.
     """
 
@@ -31,6 +38,9 @@ class QueryOptions:
     exact: bool = False
     checkpoints: tuple[int, ...] | None = None
     cosine: bool = False
+    search: Search = "auto"
+    recall: float | None = None
+    rows: RowFilter = field(default_factory=RowFilter)
 
     def __post_init__(self) -> None:
         """Refuse values that fit no query.
@@ -45,6 +55,13 @@ class QueryOptions:
             raise UsageError(
                 problem("bad --rerank", got=self.rerank, expected="none, stored or exact", remedy="change --rerank")
             )
+        if self.search not in SEARCHES:
+            expected = " or ".join(SEARCHES)
+            raise UsageError(problem("bad --search", got=self.search, expected=expected, remedy="change --search"))
+        if self.recall is not None and not 0 < self.recall < 1:
+            raise UsageError(
+                problem("bad --recall", got=self.recall, expected="over 0, under 1", remedy="change --recall")
+            )
         if self.cosine and (self.exact or self.rerank == "exact"):
             raise UsageError(
                 problem(
@@ -58,11 +75,20 @@ class QueryOptions:
 
 @dataclass(frozen=True)
 class Hit:
-    """A training row: its id, its score, and the score from the stored features where `score` is exact."""
+    """A training row among the answers.
+
+    Attributes:
+        id: its id.
+        score: true where it was computed exactly, else from the stored features.
+        stored_score: the score from the stored features, where `score` is exact.
+        error: one standard deviation of the stored features' score around the true one, as far as the build's
+            measurement tells; None where the build measured none, or for cosine.
+    """
 
     id: str
     score: float
     stored_score: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,8 @@ class Answer:
         proponents: training rows that lowered the query's loss.
         opponents: training rows that raised it.
         rows_scored: stored rows and centroids that the index compared, both directions together.
+        how: how candidates were found, and what recall was measured for that way.
+        strange: whether the query looks unlike all queries that the recall was measured on.
     """
 
     query: str
@@ -82,6 +110,8 @@ class Answer:
     proponents: tuple[Hit, ...]
     opponents: tuple[Hit, ...]
     rows_scored: int
+    how: str = ""
+    strange: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import write_canaries
+from tracin_ann.columns import FILE as COLUMNS
+from tracin_ann.columns import gathered, write_columns
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.extraction import Extraction, data_is_dearer
@@ -37,6 +40,7 @@ from tracin_ann.manifest import (
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.plan import Plan
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
+from tracin_ann.search.lists import CODES, Codes
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import (
     FeatureSpec,
@@ -73,6 +77,10 @@ class BuildConfig:
             what is free.
         workers: processes that read and collate ahead.
         precision: of forward and backward, `fp32` or `bf16`; sketches are added up in float32.
+        target_recall: recall@10 of the stored rows' own ranking that an index of lists is calibrated to.
+        codes: how lists keep their rows: `sq8`, `sq4` (half the memory) or `fp16`.
+        yardstick: measure, on a few queries, how well the sketch ranks rows by true scores; some 2,500 rows a
+            checkpoint are run once more for that.
         device: `auto` or a device's name, as `resolve_device` takes it.
         dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
@@ -88,6 +96,9 @@ class BuildConfig:
     memory_bytes: int | None = None
     workers: int = 0
     precision: Precision = "fp32"
+    target_recall: float = 0.95
+    codes: Codes = "sq8"
+    yardstick: bool = True
     device: str = "auto"
     dtype: Dtype = "float16"
     norms: Norms = "sketch"
@@ -105,12 +116,18 @@ class BuildConfig:
             ("--norms", self.norms, _NORMS),
             ("--precision", self.precision, PRECISIONS),
             ("--index", self.index, ("auto", "flat", "ivf")),
+            ("--codes", self.codes, CODES),
         )
         for option, value, allowed in choices:
             if value not in allowed:
                 raise UsageError(
                     problem(f"bad {option}", got=repr(value), expected=" or ".join(allowed), remedy=f"change {option}")
                 )
+        if not 0 < self.target_recall < 1:
+            expected = "over 0, under 1"
+            raise UsageError(
+                problem("bad --target-recall", got=self.target_recall, expected=expected, remedy="change it")
+            )
         for name, number in (("partition_rows", self.partition_rows), ("--memory", self.memory_bytes)):
             if number is not None and number < 1:
                 raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
@@ -238,25 +255,40 @@ class BuildWork:
         write_canaries(self.out / CANARIES, done.canaries)
         return done.plan
 
-    def index(self, store: FeatureStore) -> IndexRecord:
-        """Choose, build and save the search index."""
-        view = store.view()
+    def columns(self, progress: ProgressCallback) -> FileRecord | None:
+        """Write the columns of the training rows, where the task gives any."""
+        asked = self.passes.task.columns
+        if asked is None:
+            return None
+        columns = gathered(asked, self.passes.data("train"), self.passes.n_rows("train"), progress)
+        write_columns(self.out / COLUMNS, columns)
+        return record_of(self.out / COLUMNS)
+
+    def index(self, yardstick: Yardstick) -> IndexRecord:
+        """Choose, build, calibrate and save the search index."""
+        view, progress = yardstick.store.view(), yardstick.progress
         choice = choose_index(self.config.index, len(view), view.dim)
         logger.info("index %s: %s", choice.kind, choice.reason)
         files: list[FileRecord] = []
+        calibration = None
+        progress("index", 0, 1)
         if choice.kind == "ivf":
             unfinished = self.out / _UNFINISHED_INDEX
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             try:
-                IVFIndex.build(view, IVFParams(seed=self.config.seed), self.device).save(unfinished)
+                params = IVFParams(seed=self.config.seed, codes=self.config.codes)
+                lists = IVFIndex.build(view, params, self.device)
+                lists.save(unfinished)
+                progress("index", 1, 1)
+                calibration = yardstick.recall(lists, self.config.target_recall)
                 for name in IVFIndex.FILES:
                     with atomic_path(self.out / name) as temporary:
                         os.replace(unfinished / name, temporary)
                     files.append(record_of(self.out / name))
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
-        return IndexRecord(choice.kind, choice.reason, tuple(files))
+        return IndexRecord(choice.kind, choice.reason, tuple(files), calibration)
 
 
 def build(
@@ -298,16 +330,18 @@ def build(
         for directory in (work.out, work.out / FEATURES):
             sweep_temporaries(directory)
         (work.out / MANIFEST).unlink(missing_ok=True)
+        columns = work.columns(report)
         plan = work.extract(Extraction(model, store, features, report), chosen)
-    report("index", 0, 1)
-    index = work.index(store)
-    report("index", 1, 1)
+    yardstick = Yardstick(work.passes, store, features, work.config.seed, report)
+    index = work.index(yardstick)
     manifest = Manifest(
         build=record,
         features=_feature_records(store),
         canaries=record_of(work.out / CANARIES),
         index=index,
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
+        fidelity=yardstick.fidelity() if work.config.yardstick and not work.config.allow_random_data else None,
+        columns=columns,
     )
     manifest.write(work.out)
     return BuildReport(manifest, work.rows_extracted, perf_counter() - began)
@@ -327,9 +361,7 @@ def _finished(work: BuildWork, store: FeatureStore) -> Manifest | None:
         return None
     manifest = Manifest.read(work.out)
     wanted = choose_index(work.config.index, store.layout.n_rows, store.view().dim).kind
-    whole = not store.missing() and all(
-        (work.out / r.name).is_file() for r in (manifest.canaries, *manifest.index.files)
-    )
+    whole = not store.missing() and all((work.out / record.name).is_file() for record in manifest.besides)
     return manifest if whole and manifest.index.kind == wanted else None
 
 

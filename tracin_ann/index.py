@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
 from tracin_ann.canaries import Canaries, read_canaries
+from tracin_ann.columns import RowFilter, read_columns
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.exact import exact_self_influence
@@ -62,7 +65,7 @@ class InfluenceIndex:
         """
         path = Path(directory)
         manifest = Manifest.read(path)
-        for record in (manifest.canaries, *manifest.index.files):
+        for record in manifest.besides:
             check_file(path, record, deep=True)
         options = PassOptions(
             resolve_device(device),
@@ -140,8 +143,14 @@ class InfluenceIndex:
     def search_index(self) -> SearchIndex:
         """Return the search index over all checkpoints."""
         if self.manifest.index.kind == "ivf":
-            return IVFIndex.load(self.directory, self._options.device)
+            return IVFIndex.load(self.directory, self._store.view(), self._options.device)
         return FlatIndex(self._store.view(), self._options.device)
+
+    @cached_property
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the columns of the training rows by name; none where the task gave none."""
+        record = self.manifest.columns
+        return {} if record is None else read_columns(self.directory / record.name)
 
     def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
         """Return the stored feature rows over the chosen checkpoints, to read or to search in one's own way."""
@@ -166,7 +175,9 @@ class InfluenceIndex:
                 problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
             )
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
-        asked = [Question(side, chosen, self._chosen(options.checkpoints), options) for side, chosen in sides if chosen]
+        allowed = options.rows.allowed(len(self), self.columns)
+        checkpoints = self._chosen(options.checkpoints)
+        asked = [Question(side, chosen, checkpoints, options, allowed) for side, chosen in sides if chosen]
         for question in asked:
             self.passes.check_ids(question.side, question.ids)
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
@@ -174,7 +185,9 @@ class InfluenceIndex:
         for question in asked:
             queries_QF = self.features(question.side, question.ids, question.checkpoints)
             counted = _counted(progress, self._exact_units(question))
-            ranking = Ranking(self._store, self.search_index, rates, self.passes, counted)
+            fidelity = self.manifest.fidelity
+            scale = None if fidelity is None else fidelity.error_scale
+            ranking = Ranking(self._store, self.search_index, self.manifest.index, scale, rates, self.passes, counted)
             answers += ranking.answers(question, queries_QF)
         return answers
 
@@ -227,6 +240,7 @@ class InfluenceIndex:
         *,
         checkpoints: Sequence[int] | None = None,
         exact: bool = False,
+        rows: RowFilter | None = None,
         progress: ProgressCallback | None = None,
     ) -> list[SelfInfluence]:
         """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖², the k first or all.
@@ -247,7 +261,11 @@ class InfluenceIndex:
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
             scores_N = self._store.sqnorms(chosen).astype(np.float64) @ rates
-        order = np.lexsort((np.arange(len(scores_N)), -scores_N))[:k]
+        order = np.lexsort((np.arange(len(scores_N)), -scores_N))
+        allowed = (rows or RowFilter()).allowed(len(self), self.columns)
+        if allowed is not None:
+            order = order[np.isin(order, allowed)]
+        order = order[:k]
         return [SelfInfluence(str(i), float(scores_N[i]), rank) for rank, i in enumerate(order, start=1)]
 
     def described(self, side: SideName, row: int) -> Description | None:

@@ -11,12 +11,14 @@ from typing import Any
 import xxhash
 
 from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.fidelity import Fidelity
 from tracin_ann.files import file_digest, read_json, write_json_atomic
+from tracin_ann.search.calibrate import Calibration
 from tracin_ann.spec import FeatureSpec
 from tracin_ann.store import FileRecord, StoreLayout
 from tracin_ann.task import TaskReference
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
@@ -56,11 +58,12 @@ class BuildRecord:
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """The search index: its kind, why that kind, and its files."""
+    """The search index: its kind, why that kind, its files, and for lists the recall that was measured."""
 
     kind: str
     reason: str
     files: tuple[FileRecord, ...]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Manifest:
         canaries: the file of canary rows.
         index: the search index.
         steps: the plan of gradients at the first checkpoint.
+        fidelity: how well the sketch was seen to stand for true scores; None with random data.
+        columns: the file of the rows' columns, where the task gives any.
     """
 
     build: BuildRecord
@@ -89,6 +94,14 @@ class Manifest:
     canaries: FileRecord
     index: IndexRecord
     steps: tuple[StepRecord, ...]
+    fidelity: Fidelity | None = None
+    columns: FileRecord | None = None
+
+    @property
+    def besides(self) -> tuple[FileRecord, ...]:
+        """Return the files besides the features."""
+        columns = () if self.columns is None else (self.columns,)
+        return self.canaries, *self.index.files, *columns
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably: from now on the directory is a finished index."""
@@ -108,10 +121,10 @@ class Manifest:
                 build=_build(content["build"]),
                 features=_records(content["features"]),
                 canaries=_record(content["canaries"]),
-                index=IndexRecord(
-                    content["index"]["kind"], content["index"]["reason"], _records(content["index"]["files"])
-                ),
+                index=_index(content["index"]),
                 steps=tuple(StepRecord(**step) for step in content["steps"]),
+                fidelity=None if content["fidelity"] is None else Fidelity(**content["fidelity"]),
+                columns=None if content["columns"] is None else _record(content["columns"]),
             )
         except _MISUNDERSTANDINGS as error:
             raise DamagedIndexError(_not_understood(path, error)) from error
@@ -172,6 +185,12 @@ def _build(content: Mapping[str, Any]) -> BuildRecord:
     record = BuildRecord(spec, task, int(content["partition_rows"]), bool(content["random_data"]))
     _ = record.layout
     return record
+
+
+def _index(content: Mapping[str, Any]) -> IndexRecord:
+    found = content["calibration"]
+    calibration = None if found is None else Calibration.from_json(found)
+    return IndexRecord(content["kind"], content["reason"], _records(content["files"]), calibration)
 
 
 def _record(content: Mapping[str, Any]) -> FileRecord:

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tracin_ann.answers import Answer, Hit, QueryOptions
 from tracin_ann.exact import exact_scores
+from tracin_ann.fidelity import deviations
 from tracin_ann.loading import SideName
+from tracin_ann.manifest import IndexRecord
 from tracin_ann.passes import Passes
 from tracin_ann.search import FlatIndex, SearchIndex, search_both
 from tracin_ann.store import FeatureStore
 from tracin_ann.types import Float32, Float64, Int64, TopK
+from tracin_ann.ways import Way, chosen_way
+
+_FIRST = 3
+"""Candidates a side that are scored exactly at once, in k."""
+_SURE = 4.0
+"""Error bars within which a candidate's true score is taken to lie."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which examples are asked about, over which checkpoints, and how."""
+    """Which examples are asked about, over which checkpoints and training rows (None: all), and how."""
 
     side: SideName
     ids: tuple[int, ...]
     checkpoints: tuple[int, ...]
     options: QueryOptions
+    allowed: Int64 | None = None
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Training rows of one query with their scores [n], and the stored-feature scores where those are exact."""
+    """Training rows of one query with their scores [n], the stored features' where those are exact, and error bars."""
 
     rows_N: Int64
     score_N: Float64
     stored_N: Float64 | None = None
+    error_N: Float64 | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Ranking:
     Attributes:
         store: the feature rows.
         index: the search index over all checkpoints.
+        record: what the manifest says of it.
+        error_scale: how far sketch scores were seen from true ones, in their standard deviations; None: not measured.
         rates: η_c of all checkpoints.
         passes: the task's data and model, for exact scores.
         progress: told the rows done while exact scores are computed.
@@ -49,6 +63,8 @@ class Ranking:
 
     store: FeatureStore
     index: SearchIndex
+    record: IndexRecord
+    error_scale: float | None
     rates: Sequence[float]
     passes: Passes
     progress: Callable[[int], None] | None = None
@@ -56,17 +72,25 @@ class Ranking:
     def answers(self, question: Question, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
         weighted_QF = self._weighted(question, queries_QF)
+        n_queries = len(question.ids)
         if question.options.exact:
             n_rows = self.store.layout.n_rows
-            found = self._exact(question, [np.arange(n_rows, dtype=np.int64)] * len(question.ids))
-            counts = np.full(len(question.ids), 2 * n_rows)
+            rows = np.arange(n_rows, dtype=np.int64) if question.allowed is None else question.allowed
+            found = self._exact(question, [rows] * n_queries)
+            counts = np.full(n_queries, 2 * len(rows))
+            way = Way(self.index, "true scores of all rows")
         else:
-            proponents, opponents = self._candidates(question, weighted_QF)
+            way = self._way(question, weighted_QF)
+            wanted = question.options.k
+            if question.options.rerank == "exact":
+                wanted = max(wanted, question.options.candidates)
+            proponents, opponents = search_both(way.index, weighted_QF, wanted, question.allowed)
             found = self._rescored(question, weighted_QF, proponents, opponents)
             counts = proponents.rows_scored + opponents.rows_scored
+        strange = way.strange_Q if way.strange_Q is not None else np.zeros(n_queries, bool)
         return [
-            _answer(question, query, scored, int(count))
-            for query, scored, count in zip(question.ids, found, counts, strict=True)
+            replace(_answer(question, query, scored, int(count)), how=way.how, strange=bool(odd))
+            for query, scored, count, odd in zip(question.ids, found, counts, strange, strict=True)
         ]
 
     def _weighted(self, question: Question, queries_QF: Float32) -> Float32:
@@ -80,15 +104,16 @@ class Ranking:
         weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return weighted_QCD.reshape(queries_QF.shape)
 
-    def _candidates(self, question: Question, weighted_QF: Float32) -> tuple[TopK, TopK]:
-        """Return candidates of both sides: the index serves all checkpoints, an exact scan any choice of them."""
+    def _way(self, question: Question, weighted_QF: Float32) -> Way:
+        """Return the way to candidates: the index serves all checkpoints, an exact scan any choice of them."""
         options = question.options
-        wanted = options.k if options.rerank == "none" else max(options.k, options.candidates)
-        index = self.index
         if options.cosine or question.checkpoints != tuple(range(len(self.rates))):
             view = self.store.view(question.checkpoints, cosine=options.cosine)
-            index = FlatIndex(view, self.passes.options.device)
-        return search_both(index, weighted_QF, wanted)
+            why = "cosine" if options.cosine else "a choice of checkpoints"
+            scan = FlatIndex(view, self.passes.options.device)
+            return chosen_way(self.record, scan, scan, weighted_QF, options, why)
+        scan = FlatIndex(self.store.view(), self.passes.options.device)
+        return chosen_way(self.record, self.index, scan, weighted_QF, options)
 
     def _rescored(self, question: Question, weighted_QF: Float32, proponents: TopK, opponents: TopK) -> list[Scored]:
         sides = zip(proponents.ids, proponents.scores, opponents.ids, opponents.scores, strict=True)
@@ -97,13 +122,42 @@ class Ranking:
             return pooled
         view = self.store.view(question.checkpoints, cosine=question.options.cosine)
         stored = [
-            Scored(scored.rows_N, view.take(scored.rows_N).astype(np.float64) @ query_F.astype(np.float64))
+            self._stored(question, view.take(scored.rows_N), scored.rows_N, query_F)
             for scored, query_F in zip(pooled, weighted_QF, strict=True)
         ]
-        if question.options.rerank == "stored":
-            return stored
-        exact = self._exact(question, [scored.rows_N for scored in stored])
-        return [Scored(e.rows_N, e.score_N, s.score_N) for e, s in zip(exact, stored, strict=True)]
+        return stored if question.options.rerank == "stored" else self._settled(question, stored)
+
+    def _stored(self, question: Question, row_NF: Float32, rows_N: Int64, query_F: Float32) -> Scored:
+        score_N = row_NF.astype(np.float64) @ query_F.astype(np.float64)
+        if self.error_scale is None or question.options.cosine:
+            return Scored(rows_N, score_N)
+        deviation_N = deviations(query_F[None], row_NF, len(question.checkpoints))[0]
+        return Scored(rows_N, score_N, None, self.error_scale * deviation_N)
+
+    def _settled(self, question: Question, stored: list[Scored]) -> list[Scored]:
+        """Return exact scores of the candidates that could be among the answers.
+
+        First of the likeliest; then of those whose stored score, error bar added, reaches the k-th found. Without
+        error bars, of all.
+        """
+        k = question.options.k
+        first = [_likeliest(scored, _FIRST * k) for scored in stored]
+        exact = self._exact(question, [scored.rows_N[chosen] for scored, chosen in zip(stored, first, strict=True)])
+        more = [
+            _still_open(scored, chosen, sure.score_N, k)
+            for scored, chosen, sure in zip(stored, first, exact, strict=True)
+        ]
+        if not any(chosen.any() for chosen in more):
+            return [_with(s, sure, chosen) for s, sure, chosen in zip(stored, exact, first, strict=True)]
+        rest = self._exact(question, [scored.rows_N[chosen] for scored, chosen in zip(stored, more, strict=True)])
+        return [
+            _with(
+                scored,
+                Scored(np.concatenate([a.rows_N, b.rows_N]), np.concatenate([a.score_N, b.score_N])),
+                np.concatenate([np.flatnonzero(one), np.flatnonzero(other)]),
+            )
+            for scored, a, b, one, other in zip(stored, exact, rest, first, more, strict=True)
+        ]
 
     def _exact(self, question: Question, rows: Sequence[Int64]) -> list[Scored]:
         """Return true TracInCP of each query's rows; a row that several queries want is run once."""
@@ -111,6 +165,30 @@ class Ranking:
         queries = question.side, question.ids
         score_QN = exact_scores(self.passes, queries, union.tolist(), question.checkpoints, self.progress)
         return [Scored(r, score_N[np.searchsorted(union, r)]) for r, score_N in zip(rows, score_QN, strict=True)]
+
+
+def _likeliest(scored: Scored, n: int) -> npt.NDArray[np.bool_]:
+    """Return which candidates are the n of largest, or the n of most negative, stored score."""
+    chosen_N = np.zeros(len(scored.rows_N), dtype=bool)
+    order = np.argsort(scored.score_N, kind="stable")
+    chosen_N[order[:n]] = chosen_N[order[-n:]] = True
+    return chosen_N if scored.error_N is not None else np.ones_like(chosen_N)
+
+
+def _still_open(scored: Scored, done_N: npt.NDArray[np.bool_], sure_M: Float64, k: int) -> npt.NDArray[np.bool_]:
+    """Return which other candidates' true scores could enter the best or the worst k, by their error bars."""
+    if scored.error_N is None or done_N.all():
+        return np.zeros_like(done_N)
+    ranked = np.sort(sure_M)
+    high, low = (ranked[-k], ranked[k - 1]) if len(ranked) >= k else (-np.inf, np.inf)
+    reach_N = _SURE * scored.error_N
+    return ~done_N & ((scored.score_N + reach_N >= max(high, 0)) | (scored.score_N - reach_N <= min(low, 0)))
+
+
+def _with(stored: Scored, exact: Scored, chosen: npt.NDArray[Any]) -> Scored:
+    """Return exact scores with the stored ones and error bars of the same rows."""
+    error_N = None if stored.error_N is None else stored.error_N[chosen]
+    return Scored(exact.rows_N, exact.score_N, stored.score_N[chosen], error_N)
 
 
 def _pooled(rows: Int64, scores: Float32) -> Scored:
@@ -134,4 +212,5 @@ def _answer(question: Question, query: int, scored: Scored, rows_scored: int) ->
 
 def _hit(scored: Scored, i: int) -> Hit:
     stored = None if scored.stored_N is None else float(scored.stored_N[i])
-    return Hit(str(scored.rows_N[i]), float(scored.score_N[i]), stored)
+    error = None if scored.error_N is None else float(scored.error_N[i])
+    return Hit(str(scored.rows_N[i]), float(scored.score_N[i]), stored, error)

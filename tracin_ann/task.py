@@ -78,6 +78,7 @@ class Task:
             `(name, parameter) -> bool`; None: all that require a gradient.
         collate: examples -> batch; torch's default collate where it is None.
         describe: example -> str or Description, for people.
+        columns: training example -> {name: number, bool or text}, kept with the index for filters.
         load: `load(model, path)` for checkpoints that are no plain state_dict.
     """
 
@@ -91,6 +92,7 @@ class Task:
     collate: Callable[[list[Any]], Any] | None = None
     describe: Callable[[Any], str | Description] | None = None
     load: Callable[[nn.Module, str], None] | None = None
+    columns: Callable[[Any], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         """Check the kinds of the fields.
@@ -99,7 +101,7 @@ class Task:
             TaskError: a field that must be callable is not, or there is no checkpoint.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load")
+        optional = ("query_loss", "collate", "describe", "load", "columns")
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):

@@ -9,6 +9,7 @@ import click
 
 from tracin_ann.build import BuildConfig, BuildReport, build
 from tracin_ann.cli.common import MemorySize, duration, parsed_arguments, progress_shown, refusals, sized
+from tracin_ann.cli.info import believed
 from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
 from tracin_ann.dry_run import BuildPlan, plan
 from tracin_ann.sketch import SKETCHES
@@ -24,6 +25,10 @@ _SHOWN = 12
 @click.option("--sketch", default="factored", show_default=True, type=click.Choice(list(SKETCHES)))
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the sketch's random numbers.")
 @click.option("--index", default="auto", show_default=True, type=click.Choice(["auto", "flat", "ivf"]))
+@click.option("--target-recall", default=0.95, show_default=True, type=float, help="Of an index of lists; measured.")
+@click.option("--codes", default="sq8", show_default=True, type=click.Choice(["sq8", "sq4", "fp16"]))
+@click.option("--compact", "codes", flag_value="sq4", help="The same as --codes sq4: half the index's memory.")
+@click.option("--yardstick/--no-yardstick", default=True, help="Measure the sketch against true scores of a few rows.")
 @click.option("--batch-size", type=click.IntRange(1), help="Examples a forward.  [default: measured]")
 @click.option(
     "--memory", "memory_bytes", type=MemorySize(), help="For batches, as 8GB.  [default: half of what is free]"
@@ -98,6 +103,8 @@ def _show_report(report: BuildReport, out: str) -> None:
     made = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
     click.echo(f"{out}: {made}; {took}")
     click.echo(f"index {manifest.index.kind}: {manifest.index.reason}")
+    if manifest.fidelity is not None:
+        click.echo(f"believe {believed(manifest)}")
     steps = {step.step for step in manifest.steps}
     shares = [f"{name} {_share(report, name)}" for name in ("layer rule", "vmap(grad)", "loop") if name in steps]
     click.echo(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))

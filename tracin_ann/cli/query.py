@@ -8,15 +8,17 @@ from collections.abc import Mapping
 import click
 from click.core import ParameterSource
 
-from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
+from tracin_ann.answers import SEARCHES, Answer, QueryOptions, SelfInfluence
 from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown, refusals
 from tracin_ann.cli.table import print_answers, print_self_influence
+from tracin_ann.columns import RowFilter
 from tracin_ann.device import DEVICE_NAMES
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.loading import SideName
 
 _IDS = IdRanges()
+_SHOWN = 8
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -28,6 +30,17 @@ _IDS = IdRanges()
 @click.option("--candidates", default=200, show_default=True, type=click.IntRange(1), help="Rows re-scored a side.")
 @click.option("--rerank", default="stored", show_default=True, type=click.Choice(["none", "stored", "exact"]))
 @click.option("--exact", is_flag=True, help="Score every training row exactly; no index is asked.")
+@click.option(
+    "--search",
+    default="auto",
+    show_default=True,
+    type=click.Choice(SEARCHES),
+    help="Lists, an exact scan, or the cheaper.",
+)
+@click.option("--recall", type=float, help="That lists are to reach.  [default: the build's --target-recall]")
+@click.option("--only", type=_IDS, default=None, help="Training rows that may be hits; default all.")
+@click.option("--without", type=_IDS, default=(), help="Training rows that may not be hits.")
+@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Of hits; also != < <= > >=; repeatable.")
 @click.option("--checkpoints", type=_IDS, default=None, help="Positions to sum over, such as 0,2; default all.")
 @click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
 @click.option("--format", "form", default="table", show_default=True, type=click.Choice(["table", "jsonl"]))
@@ -59,8 +72,8 @@ def _refuse_idle(options: Mapping[str, object]) -> None:
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     for asked, idle in (
-        ("self_influence", ("ids", "train_ids", "cosine", "rerank", "candidates")),
-        ("exact", ("rerank", "candidates")),
+        ("self_influence", ("ids", "train_ids", "cosine", "rerank", "candidates", "search", "recall")),
+        ("exact", ("rerank", "candidates", "search", "recall")),
     ):
         for name in idle:
             if options[asked] and name in given:
@@ -89,9 +102,8 @@ def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
 
 
 def _query(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
-    chosen = QueryOptions(
-        **{name: options[name] for name in ("k", "candidates", "rerank", "exact", "checkpoints", "cosine")}  # type: ignore[arg-type]
-    )
+    names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
+    chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
     with progress_shown("rows") as progress:
         answers = index.query(options["ids"], options["train_ids"], chosen, progress)  # type: ignore[arg-type]
     if form == "jsonl":
@@ -101,7 +113,11 @@ def _query(index: InfluenceIndex, options: Mapping[str, object], form: str) -> N
         print_answers(index, answers)
     scored = sum(answer.rows_scored for answer in answers) / (2 * len(answers))
     queries = "1 query" if len(answers) == 1 else f"{len(answers)} queries"
-    click.echo(f"{queries}, {scored:,.0f} of {len(index):,} rows scored a side", err=True)
+    click.echo(f"{queries}, {scored:,.0f} of {len(index):,} rows scored a side; {answers[0].how}", err=True)
+    strange = [answer.query for answer in answers if answer.strange]
+    if strange:
+        shown = ", ".join(strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")
+        click.echo(f"unlike the queries that recall was measured on: {shown}", err=True)
 
 
 def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
@@ -110,6 +126,7 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: 
             int(options["k"]),  # type: ignore[call-overload]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             exact=bool(options["exact"]),
+            rows=_filter(options),
             progress=progress,
         )
     if form == "jsonl":
@@ -119,12 +136,18 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: 
         print_self_influence(index, rows)
 
 
+def _filter(options: Mapping[str, object]) -> RowFilter:
+    return RowFilter(options["only"], options["without"], options["where"])  # type: ignore[arg-type]
+
+
 def _row_json(row: SelfInfluence) -> dict[str, object]:
     return {"id": row.id, "score": row.score, "rank": row.rank}
 
 
 def _answer_json(index: InfluenceIndex, answer: Answer) -> dict[str, object]:
     content: dict[str, object] = {"query": answer.query, "side": answer.side}
+    if answer.strange:
+        content["strange"] = True
     _add_text(content, index, answer.side, answer.query)
     for name in ("proponents", "opponents"):
         hits = []
@@ -132,6 +155,8 @@ def _answer_json(index: InfluenceIndex, answer: Answer) -> dict[str, object]:
             shown: dict[str, object] = {"id": hit.id, "score": hit.score}
             if hit.stored_score is not None:
                 shown["stored_score"] = hit.stored_score
+            if hit.error is not None:
+                shown["error"] = hit.error
             _add_text(shown, index, "train", hit.id)
             hits.append(shown)
         content[name] = hits

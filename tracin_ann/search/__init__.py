@@ -3,7 +3,8 @@
 from tracin_ann.search.base import SearchIndex, TwoSidedIndex, search_both
 from tracin_ann.search.choose import IndexChoice, choose_index
 from tracin_ann.search.flat import FlatIndex
-from tracin_ann.search.ivf import IVFIndex, IVFParams
+from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.setting import IVFParams, Setting
 from tracin_ann.search.topk import from_padded, merge
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "IVFParams",
     "IndexChoice",
     "SearchIndex",
+    "Setting",
     "TwoSidedIndex",
     "choose_index",
     "from_padded",

@@ -11,7 +11,7 @@ import numpy as np
 
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.search.topk import negated, split
-from tracin_ann.types import Float32, TopK
+from tracin_ann.types import Float32, Int64, TopK
 
 
 class SearchIndex(Protocol):
@@ -28,28 +28,31 @@ class SearchIndex(Protocol):
     def __len__(self) -> int:
         """Return N, the number of rows."""
 
-    def search(self, queries_QF: Float32, k: int) -> TopK:
-        """Return the k rows of largest inner product with each query, fewer only where N < k."""
+    def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
+        """Return the k rows of largest inner product with each query, fewer only where fewer exist.
+
+        Only rows of the ids `allowed`, rising, are considered; None: all.
+        """
 
 
 @runtime_checkable
 class TwoSidedIndex(Protocol):
-    """An index that answers both directions in one pass over its rows."""
+    """An index that answers both directions in its own way: in one pass, or each with a setting of its own."""
 
-    def search_both(self, queries_QF: Float32, k: int) -> tuple[TopK, TopK]:
+    def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents), as the function `search_both` does."""
 
 
-def search_both(index: SearchIndex, queries_QF: Float32, k: int) -> tuple[TopK, TopK]:
+def search_both(index: SearchIndex, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
     """Return (proponents, opponents): the k rows of largest, and of most negative, inner product.
 
     Opponents are `-search(-q)`, their scores negated back, so that they rise from the most negative.
     Neither side is filtered by sign: where few rows are negative, opponents may be positive.
     """
     if isinstance(index, TwoSidedIndex):
-        return index.search_both(queries_QF, k)
+        return index.search_both(queries_QF, k, allowed)
     queries = checked_queries(index, queries_QF, k)
-    proponents, opponents = split(index.search(np.concatenate([queries, -queries]), k), len(queries))
+    proponents, opponents = split(index.search(np.concatenate([queries, -queries]), k, allowed), len(queries))
     return proponents, negated(opponents)
 
 

@@ -1,7 +1,7 @@
-"""How rows are cut into lists: one pass of measuring, a sample stratified by norm, k-means and assignment by L2.
+"""What is known of the rows before they are cut into lists: norms, scale, outliers; samples; k-means.
 
-FAISS would assign rows to lists by inner product, which crowds heavy-tailed rows into few lists; and it
-would train on a silent random subsample, which misses the tail.
+FAISS would train on a silent random subsample, which misses the tail of the norms; the samples here are stratified
+by norm, and k-means uses all of what it is given.
 
 Shapes: N rows, B rows of a block, L lists, F feature dimension.
 """
@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from tracin_ann.device import faiss_gpu_resources, import_faiss
+from tracin_ann.device import import_faiss
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.search.flat import as_tensor
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
 LARGEST_EXPONENT = 13
-"""Rows are scaled until their largest entry lies under 2^13: far from half precision's 65,504."""
-_ROUNDS = 10
+"""Rows are scaled until the largest norm among them lies under 2^13: far from half precision's 65,504."""
+OUTLYING = 32.0
+"""A row is an outlier from this many times the 99th percentile of the norms on: it would spoil the codes of all."""
+QUIET = 1e-6
+"""A row is quiet up to this share of the 99th percentile: its codes are zeros, and it crowds one list."""
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,54 @@ class Survey:
     Attributes:
         ids_N: int64, rising.
         norm_N: float64 norms, unscaled.
-        shift: rows × 2^shift have their largest entry in [2^12, 2^13); 0 where all rows are zero.
     """
 
     ids_N: Int64
     norm_N: Float64
-    shift: int
 
     def __post_init__(self) -> None:
         """Check that there is one norm a row."""
         if len(self.ids_N) != len(self.norm_N):
             raise ValueError(f"Survey of {len(self.ids_N)} ids and {len(self.norm_N)} norms")
 
+    @cached_property
+    def _high(self) -> float:
+        """Return the 99th percentile of the norms, an actual one."""
+        return float(np.percentile(self.norm_N, 99, method="lower")) if len(self.norm_N) else 0.0
+
+    @cached_property
+    def outlier_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Return which rows are to be scored exactly: the largest of those out of all proportion, √N at most."""
+        order = np.argsort(-self.norm_N, kind="stable")[: max(1, math.isqrt(len(self.norm_N)))]
+        outlier_N = np.zeros(len(self.norm_N), dtype=bool)
+        outlier_N[order] = self.norm_N[order] > OUTLYING * self._high
+        return outlier_N
+
+    @cached_property
+    def quiet_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Return which rows are too small to be told from zero beside the others."""
+        quiet_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N <= QUIET * self._high
+        return quiet_N & ~self.outlier_N
+
+    @cached_property
+    def shift(self) -> int:
+        """Return the exponent by which listed rows are scaled: their largest norm × 2^shift is in [2^12, 2^13)."""
+        largest = float(self.norm_N[self.listed_N].max(initial=0.0))
+        return LARGEST_EXPONENT - math.frexp(largest)[1] if largest else 0
+
+    @cached_property
+    def listed_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Return which rows belong in lists: neither outliers nor quiet."""
+        return ~(self.outlier_N | self.quiet_N)
+
 
 def survey(source: RowSource, block_rows: int) -> Survey:
-    """Return ids, norms and scale of all rows.
+    """Return ids and norms of all rows.
 
     Raises:
         NonFiniteError: a row holds NaN or infinity; names its id.
     """
-    ids, norms, largest = [np.zeros(0, np.int64)], [np.zeros(0)], 0.0
+    ids, norms = [np.zeros(0, np.int64)], [np.zeros(0)]
     for ids_B, rows_BF in source.blocks(block_rows):
         bad = np.flatnonzero(~np.isfinite(rows_BF).all(axis=1))
         if len(bad):
@@ -65,24 +95,25 @@ def survey(source: RowSource, block_rows: int) -> Survey:
             )
         ids.append(ids_B)
         norms.append(np.sqrt(np.einsum("nf,nf->n", rows_BF, rows_BF, dtype=np.float64)))
-        largest = max(largest, float(np.abs(rows_BF).max(initial=0.0)))
-    shift = LARGEST_EXPONENT - math.frexp(largest)[1] if largest else 0
-    return Survey(np.concatenate(ids), np.concatenate(norms), shift)
+    return Survey(np.concatenate(ids), np.concatenate(norms))
 
 
 def stratified_ids(measured: Survey, n_sample: int, seed: int) -> Int64:
-    """Return n_sample ids in rising order: one drawn from each of n_sample equal strata of the norms."""
-    n_rows = len(measured.ids_N)
-    if n_sample >= n_rows:
-        return measured.ids_N
+    """Return n_sample ids of listed rows in rising order: one drawn from each of n_sample equal strata of the norms."""
+    ids_M, norm_M = measured.ids_N[measured.listed_N], measured.norm_N[measured.listed_N]
+    if n_sample >= len(ids_M):
+        return ids_M
     random = np.random.Generator(np.random.Philox(seed))
-    edges = np.linspace(0, n_rows, n_sample + 1).astype(np.int64)
+    edges = np.linspace(0, len(ids_M), n_sample + 1).astype(np.int64)
     places = edges[:-1] + (random.random(n_sample) * np.diff(edges)).astype(np.int64)
-    return np.sort(measured.ids_N[np.argsort(measured.norm_N, kind="stable")[places]])
+    return np.sort(ids_M[np.argsort(norm_M, kind="stable")[places]])
 
 
-def centroids_of(sample_BF: Float32, n_lists: int, seed: int, device: torch.device) -> Float32:
+def centroids_of(sample_BF: Float32, n_lists: int, seed: int) -> Float32:
     """Return L2 k-means centroids [L, F] of all rows of the sample."""
+    if n_lists == 1:
+        mean_1F: Float32 = sample_BF.mean(axis=0, keepdims=True)
+        return mean_1F
     faiss = import_faiss()
     dim = sample_BF.shape[1]
     clustering = faiss.Clustering(dim, n_lists)
@@ -91,35 +122,6 @@ def centroids_of(sample_BF: Float32, n_lists: int, seed: int, device: torch.devi
     clustering.spherical = False
     clustering.min_points_per_centroid = 1
     clustering.max_points_per_centroid = len(sample_BF)
-    lookup = faiss.IndexFlatL2(dim)
-    resources = faiss_gpu_resources(device)
-    if resources is not None:
-        lookup = faiss.index_cpu_to_gpu(resources, device.index or 0, lookup)
-    clustering.train(sample_BF, lookup)
+    clustering.train(np.ascontiguousarray(sample_BF), faiss.IndexFlatL2(dim))
     centroids_LF: Float32 = faiss.vector_to_array(clustering.centroids).reshape(n_lists, dim)
     return centroids_LF
-
-
-class Assigner:
-    """Assigns blocks of rows to their nearest centroid and keeps each list's mean square distance."""
-
-    def __init__(self, centroids_LF: Float32, device: torch.device) -> None:
-        """Put the centroids [L, F] on the device."""
-        self._centroids_LF = as_tensor(centroids_LF).to(device)
-        self._minus_half_square_L = -0.5 * self._centroids_LF.square().sum(dim=1)
-        self._rows_L = np.zeros(len(centroids_LF))
-        self._square_L = np.zeros(len(centroids_LF))
-
-    def assign(self, rows_BF: Float32) -> Int64:
-        """Return the list [B] of each row, nearest by L2: argmax of x·c - ‖c‖²/2."""
-        rows: Tensor = as_tensor(rows_BF).to(self._centroids_LF.device)
-        nearest, lists = torch.addmm(self._minus_half_square_L, rows, self._centroids_LF.T).max(dim=1)
-        square_B = (rows.square().sum(dim=1) - 2 * nearest).clamp_min(0).cpu().numpy()
-        lists_B: Int64 = lists.cpu().numpy()
-        self._rows_L += np.bincount(lists_B, minlength=len(self._rows_L))
-        self._square_L += np.bincount(lists_B, weights=square_B, minlength=len(self._rows_L))
-        return lists_B
-
-    def rms_distance_L(self) -> Float64:
-        """Return each list's root mean square distance of rows to centroid; 0 where it is empty."""
-        return np.sqrt(self._square_L / np.maximum(self._rows_L, 1))

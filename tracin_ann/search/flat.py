@@ -5,7 +5,8 @@ Shapes: N rows, B rows of a block, Q queries, F feature dimension, K results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import checked_queries
 from tracin_ann.search.topk import best, from_padded, negated
-from tracin_ann.types import Float32, RowSource, TopK
+from tracin_ann.types import Float32, Int64, RowSource, TopK
 
 _SCORES_AT_ONCE = 2**24
 """Entries of the Q × B block of scores held at once: 64 MiB."""
@@ -53,18 +54,23 @@ class FlatIndex:
         """Return N, the number of rows."""
         return len(self._source)
 
-    def search(self, queries_QF: Float32, k: int) -> TopK:
+    def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
         """Return the k rows of largest inner product with each query.
 
         Raises:
             NonFiniteError: a query, or a row among the answers, is not finite.
         """
-        return self._scan(queries_QF, k, signs=(1.0,))[0]
+        return self._of(allowed)._scan(queries_QF, k, signs=(1.0,))[0]
 
-    def search_both(self, queries_QF: Float32, k: int) -> tuple[TopK, TopK]:
+    def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents) from one pass over the rows."""
-        proponents, opponents = self._scan(queries_QF, k, signs=(1.0, -1.0))
+        proponents, opponents = self._of(allowed)._scan(queries_QF, k, signs=(1.0, -1.0))
         return proponents, negated(opponents)
+
+    def _of(self, allowed: Int64 | None) -> FlatIndex:
+        if allowed is None or len(allowed) == len(self):
+            return self
+        return FlatIndex(Subset(self._source, allowed), self._device, self._block_rows)
 
     def _scan(self, queries_QF: Float32, k: int, signs: tuple[float, ...]) -> list[TopK]:
         """Return, for each sign, the best k of sign × inner product."""
@@ -112,6 +118,33 @@ class FlatIndex:
         """Return whether the rows are to stay on an accelerator."""
         rows_bytes = len(self) * (4 * self.dim + 8)
         return self._device.type != "cpu" and rows_bytes <= _RESIDENT_SHARE * free_memory_bytes(self._device)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some rows of a source, as a RowSource: `ids` rise."""
+
+    source: RowSource
+    ids: Int64
+
+    @property
+    def dim(self) -> int:
+        """Return F."""
+        return self.source.dim
+
+    def __len__(self) -> int:
+        """Return how many rows were chosen."""
+        return len(self.ids)
+
+    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
+        """Yield the rows in rising id order."""
+        for at in range(0, len(self.ids), block_rows):
+            ids_B = self.ids[at : at + block_rows]
+            yield ids_B, self.source.take(ids_B)
+
+    def take(self, ids: Sequence[int] | Int64) -> Float32:
+        """Return rows of these ids."""
+        return self.source.take(ids)
 
 
 class _Best:

@@ -1,8 +1,9 @@
-"""Search by inverted lists: rows cut by L2, lists probed by inner product plus their radius, on a row budget.
+"""Search by inverted lists: reduced and coded rows in two levels of L2 lists, probed in order of what they may hold.
 
-A list is worth probing for q·c + α·‖q‖·radius(list), an estimate of the best score in it.
+What the codes find is scored again from the rows themselves. Rows out of all proportion are kept aside and always
+scored; rows too small to matter are in no list, and a query whose answer they could enter is scanned.
 
-Shapes: N rows, Q queries, L lists, W keys a query, F feature dimension, K results.
+Shapes: N rows, Q queries, L lists, W lists a query, M candidates, F feature dimension, R reduced dimension, K results.
 """
 
 from __future__ import annotations
@@ -16,89 +17,40 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracin_ann.errors import DamagedIndexError, UsageError, problem
+from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.search.base import checked_queries
-from tracin_ann.search.cluster import Assigner, centroids_of, stratified_ids, survey
-from tracin_ann.search.flat import as_tensor
+from tracin_ann.search.cluster import stratified_ids, survey
+from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.lists import InvertedLists
-from tracin_ann.search.topk import from_padded, joined
-from tracin_ann.types import Float32, Int64, RowSource, TopK
+from tracin_ann.search.reduction import Reduction, fitted
+from tracin_ann.search.setting import IVFParams, Setting, usual_setting
+from tracin_ann.search.topk import from_padded, joined, negated
+from tracin_ann.search.tree import ListTree, trained
+from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
-_VERSION = 1
-_RADIUS = 1.5
-"""A list's radius, in root mean square distances of its rows to its centroid."""
-_ROWS_A_LIST = 8
-_TRAIN_ROWS_A_LIST = 64
-_QUERIES_AT_ONCE = 1024
-_BLOCK_ROWS = 8192
-_PRODUCTS_AT_ONCE = 2**24
-_TIE_SLACK = 1e-6
-
-
-@dataclass(frozen=True)
-class IVFParams:
-    """How lists are built and probed.
-
-    Attributes:
-        nlist: number of lists; None: about 4·√N, with at least 8 rows a list.
-        alpha: weight of the radius in the order of probing.
-        scan_fraction: share of the rows that a query may score.
-        seed: of the training sample and k-means.
-        train_rows: rows k-means learns from; None: 64 a list.
-    """
-
-    nlist: int | None = None
-    alpha: float = 0.1
-    scan_fraction: float = 0.05
-    seed: int = 0
-    train_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be built or probed.
-
-        Raises:
-            UsageError: a field out of its range.
-        """
-        for name, value, fine, expected in (
-            ("nlist", self.nlist, self.nlist is None or self.nlist >= 1, "at least 1"),
-            ("alpha", self.alpha, 0 <= self.alpha < math.inf, "0 or more"),
-            ("scan_fraction", self.scan_fraction, 0 < self.scan_fraction <= 1, "over 0, at most 1"),
-            ("seed", self.seed, self.seed >= 0, "0 or more"),
-            ("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1"),
-        ):
-            if not fine:
-                raise UsageError(problem(f"bad {name}", got=value, expected=expected, remedy=f"change {name}"))
-
-    def lists_for(self, n_rows: int) -> int:
-        """Return the number of lists for N rows.
-
-        Raises:
-            UsageError: there are no rows, or fewer rows (or training rows) than lists.
-        """
-        nlist = self.nlist or max(1, min(round(4 * math.sqrt(n_rows)), n_rows // _ROWS_A_LIST))
-        learnt_from = min(n_rows, self.train_rows or n_rows)
-        if learnt_from < nlist:
-            raise UsageError(
-                problem(
-                    "too few rows for the lists",
-                    got=f"{learnt_from} rows to train on",
-                    expected=f"at least nlist = {nlist}",
-                    remedy="use a flat index, fewer lists or more train_rows",
-                )
-            )
-        return nlist
+_VERSION = 2
+_TRAIN_ROWS_A_LIST = 16
+_SAMPLE_NUMBERS = 2**26
+_BLOCK_ROWS = 65_536
+_BLOCK_NUMBERS = 2**25
+_QUERIES_AT_ONCE = 256
+_RESCORED_AT_ONCE = 32
+_LEAST_CANDIDATES = 64
+_LONGER = 3
+"""Lists asked of the tree, in those that the budget would fill at their mean size: the best lists are short."""
 
 
 @dataclass(frozen=True)
 class _Caption:
-    """What the side file says of the lists: enough to probe them and to tell a foreign file."""
+    """What the side file says of the lists: enough to tell a foreign file."""
 
     rows: int
-    dim: int
     shift: int
+    quiet_rows: int
+    quiet_norm: float
+    energy: float
     params: IVFParams
-    radius_L: tuple[float, ...]
     caption: str = _CAPTION
     version: int = _VERSION
 
@@ -109,26 +61,33 @@ class _Caption:
     @classmethod
     def parse(cls, text: str) -> _Caption:
         fields = json.loads(text)
-        return cls(**(fields | {"params": IVFParams(**fields["params"]), "radius_L": tuple(fields["radius_L"])}))
+        return cls(**(fields | {"params": IVFParams(**fields["params"])}))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What lists are searched with."""
+
+    lists: InvertedLists
+    tree: ListTree
+    reduction: Reduction
+    outliers: Int64
 
 
 class IVFIndex:
-    """Approximate maximum inner product over L2 lists of half-precision rows.
+    """Approximate maximum inner product; scores are those of the source's rows.
 
-    Scores are inner products with rows rounded to half precision (relative error about 2^-11 an entry).
+    Settings are those of `usual_setting` unless given: `at` returns the same index with others.
     """
 
     kind = "ivf"
-    FILES = ("ivf.faiss", "ivf.json")
+    FILES = ("ivf.faiss", "ivf.npz", "ivf.json")
 
-    def __init__(self, lists: InvertedLists, caption: _Caption, device: torch.device) -> None:
+    def __init__(self, source: RowSource, parts: _Parts, caption: _Caption, device: torch.device) -> None:
         """Hold filled lists; use `build` or `load` to get them."""
-        self._lists = lists
-        self._caption = caption
-        self._device = device
-        self._centroids_LF = as_tensor(lists.centroids_LF()).to(device)
-        self._sizes_L = as_tensor(lists.sizes_L()).to(device)
-        self._radius_L = torch.tensor(caption.radius_L, dtype=torch.float32, device=device)
+        self._source, self._parts, self._caption, self._device = source, parts, caption, device
+        self._outlier_MF = source.take(parts.outliers)
+        self.settings = (usual_setting(caption.rows),) * 2
 
     @classmethod
     def build(cls, source: RowSource, params: IVFParams, device: torch.device) -> IVFIndex:
@@ -138,120 +97,220 @@ class IVFIndex:
             UsageError: no rows, or fewer than lists.
             NonFiniteError: a row holds NaN or infinity; names its id.
         """
-        n_lists = params.lists_for(len(source))
-        measured = survey(source, _BLOCK_ROWS)
+        params.lists_for(len(source))
+        block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.dim))
+        measured = survey(source, block_rows)
+        n_listed = max(1, int(measured.listed_N.sum()))
+        n_lists = min(params.lists_for(len(source)), n_listed)
         sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_A_LIST * n_lists, params.seed)
-        sample = np.ldexp(source.take(sample_ids), measured.shift)
-        centroids_LF = centroids_of(sample, n_lists, params.seed, device)
-        del sample
-        lists, assigner = InvertedLists.empty(centroids_LF, device), Assigner(centroids_LF, device)
-        for ids_B, rows_BF in source.blocks(max(1, min(_BLOCK_ROWS, _PRODUCTS_AT_ONCE // n_lists))):
-            scaled_BF = np.ldexp(rows_BF, measured.shift)
-            lists.add(scaled_BF, assigner.assign(scaled_BF), ids_B)
-        radius_L = tuple((_RADIUS * assigner.rms_distance_L()).tolist())
-        return cls(lists, _Caption(len(source), source.dim, measured.shift, params, radius_L), device)
+        some_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
+        reduction = fitted(_scaled(source.take(some_ids), measured.shift), params.width, params.seed)
+        sample = [np.zeros((0, reduction.width), np.float32)]
+        for at in range(0, len(sample_ids), block_rows):
+            rows = source.take(sample_ids[at : at + block_rows])
+            sample.append(reduction.apply(_scaled(rows, measured.shift)))
+        sample_BR = np.concatenate(sample) if len(sample_ids) else np.zeros((1, reduction.width), np.float32)
+        assigner = trained(sample_BR, n_lists, params.seed)
+        lists = InvertedLists.trained(sample_BR, assigner.n_lists, params.codes)
+        del sample, sample_BR
+        done = 0
+        for ids_B, rows_BF in source.blocks(block_rows):
+            listed_B = measured.listed_N[done : done + len(ids_B)]
+            done += len(ids_B)
+            if listed_B.any():
+                reduced_BR = reduction.apply(_scaled(rows_BF[listed_B], measured.shift))
+                lists.add(reduced_BR, assigner.assign(reduced_BR), ids_B[listed_B])
+        quiet_norm = float(measured.norm_N[measured.quiet_N].max(initial=0.0))
+        caption = _Caption(
+            len(source), measured.shift, int(measured.quiet_N.sum()), quiet_norm, reduction.energy, params
+        )
+        parts = _Parts(lists, assigner.tree(), reduction, measured.ids_N[measured.outlier_N])
+        return cls(source, parts, caption, device)
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device) -> IVFIndex:
-        """Return the index that `save` wrote into the directory.
+    def load(cls, directory: Path, source: RowSource, device: torch.device) -> IVFIndex:
+        """Return the index that `save` wrote into the directory, over the same rows.
 
         Raises:
-            DamagedIndexError: a file is missing, cut short, of another version, or not the other's.
+            DamagedIndexError: a file is missing, cut short, of another version, or not the others'.
         """
-        lists_path, caption_path = (Path(directory) / name for name in cls.FILES)
+        lists_path, arrays_path, caption_path = (Path(directory) / name for name in cls.FILES)
         try:
             caption = _Caption.parse(caption_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, KeyError, UsageError) as error:
+            with np.load(arrays_path, allow_pickle=False) as arrays:
+                tree = ListTree.of(arrays)
+                basis = arrays["basis_FR"]
+                reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
+                outliers = arrays["outliers"]
+        except Exception as error:
             raise DamagedIndexError(
-                problem(f"cannot open {caption_path}", got=error, expected="a caption", remedy="rebuild the index")
+                problem(
+                    f"cannot open {caption_path} and {arrays_path.name}",
+                    got=f"{type(error).__name__}: {error}",
+                    expected="what a build writes",
+                    remedy="rebuild the index",
+                )
             ) from error
-        lists = InvertedLists.load(lists_path, device)
-        got, expected = (len(lists), lists.dim, lists.filler), (caption.rows, caption.dim, len(caption.radius_L))
+        lists = InvertedLists.load(lists_path)
+        got = len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), tree.centroid_LR.shape[1], caption.rows
+        n_listed = len(source) - caption.quiet_rows - len(outliers)
+        expected = n_listed, reduction.width, tree.n_lists, n_listed, reduction.width, len(source)
         if got != expected:
             raise DamagedIndexError(
                 problem(
-                    f"{lists_path} is not the file that {caption_path.name} speaks of",
-                    got=f"(rows, dimension, lists) {got}",
-                    expected=expected,
+                    f"{caption_path} does not belong to {lists_path.name}, {arrays_path.name} and the features",
+                    got=f"rows, dimensions, lists, rows in lists, dimensions, rows {got}",
+                    expected=str(expected),
                     remedy="rebuild the index",
                 )
             )
-        return cls(lists, caption, device)
+        return cls(source, _Parts(lists, tree, reduction, outliers), caption, device)
 
     def save(self, directory: Path) -> None:
-        """Write `FILES` into an existing directory, to these very paths; the caller moves and fsyncs.
-
-        Never into the directory it was loaded from: the file there is mapped.
-        """
-        lists_path, caption_path = (Path(directory) / name for name in self.FILES)
-        self._lists.save(lists_path)
+        """Write the files of `FILES` into a directory; the caller moves and fsyncs."""
+        lists_path, arrays_path, caption_path = (Path(directory) / name for name in self.FILES)
+        parts = self._parts
+        parts.lists.save(lists_path)
+        basis = parts.reduction.basis_FR
+        basis = np.zeros((0, 0), np.float32) if basis is None else basis
+        tree = {name: getattr(parts.tree, name) for name in ListTree.__dataclass_fields__}
+        np.savez(arrays_path, allow_pickle=False, basis_FR=basis, outliers=parts.outliers, **tree)
         caption_path.write_text(json.dumps(dataclasses.asdict(self._caption)) + "\n", encoding="utf-8")
 
-    def probing(self, *, alpha: float | None = None, scan_fraction: float | None = None) -> IVFIndex:
-        """Return an index over the same lists that probes them otherwise."""
-        old = self.params
-        params = dataclasses.replace(
-            old,
-            alpha=old.alpha if alpha is None else alpha,
-            scan_fraction=old.scan_fraction if scan_fraction is None else scan_fraction,
-        )
-        return IVFIndex(self._lists, dataclasses.replace(self._caption, params=params), self._device)
+    def at(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
+        """Return an index over the same lists that is searched otherwise."""
+        other = IVFIndex(self._source, self._parts, self._caption, self._device)
+        other.settings = proponents, opponents or proponents
+        return other
 
     @property
     def params(self) -> IVFParams:
-        """Return how the lists were built and are probed."""
+        """Return how the lists were built."""
         return self._caption.params
+
+    @property
+    def tree(self) -> ListTree:
+        """Return the centroids."""
+        return self._parts.tree
 
     @property
     def dim(self) -> int:
         """Return F, the length of a row."""
-        return self._caption.dim
+        return self._source.dim
 
     def __len__(self) -> int:
         """Return N, the number of rows."""
         return self._caption.rows
 
-    def search(self, queries_QF: Float32, k: int) -> TopK:
-        """Return the k rows of largest inner product among the lists probed; min(k, N) of them always.
+    @property
+    def resident_bytes(self) -> int:
+        """Return what the index keeps in memory or mapped, features not counted."""
+        arrays = [getattr(self.tree, name) for name in ListTree.__dataclass_fields__] + [self._outlier_MF]
+        basis = self._parts.reduction.basis_FR
+        arrays += [] if basis is None else [basis]
+        return len(self._parts.lists) * self._parts.lists.bytes_a_row + sum(int(a.nbytes) for a in arrays)
 
-        `rows_scored` counts the rows of the probed lists and the centroids of all.
+    def nearness(self, queries_QF: Float32) -> Float64:
+        """Return each query's largest |cosine| with the centre of a group, [Q]; 0 for a zero query."""
+        reduced_QR = self._parts.reduction.apply(_unit(queries_QF))
+        group_GR = _unit(self.tree.group_GR)
+        nearness_Q: Float64 = np.abs(reduced_QR @ group_GR.T).max(axis=1, initial=0.0).astype(np.float64)
+        return nearness_Q
+
+    def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
+        """Return the k rows of largest inner product among those reached; min(k, N) of them always.
+
+        `rows_scored` counts rows, and the centroids of groups and lists.
         """
+        return self._searched(checked_queries(self, queries_QF, k), k, self.settings[0], allowed)
+
+    def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
+        """Return (proponents, opponents), each by its own setting."""
         queries = checked_queries(self, queries_QF, k)
-        k = min(k, len(self))
-        batches = range(0, len(queries), _QUERIES_AT_ONCE)
-        return joined([self._search_batch(queries[at : at + _QUERIES_AT_ONCE], k) for at in batches])
+        opponents = self._searched(-queries, k, self.settings[1], allowed)
+        return self._searched(queries, k, self.settings[0], allowed), negated(opponents)
 
-    def _search_batch(self, queries_QF: Float32, k: int) -> TopK:
-        keys_QW, coarse_QW, rows_scored = self._plan(queries_QF, k)
-        ids_QM, scores_QM = self._lists.scan(queries_QF, min(k + 1, len(self)), keys_QW, coarse_QW)
-        top = from_padded(ids_QM, np.ldexp(scores_QM, -self._caption.shift), k, rows_scored)
-        if k == len(self):
+    def _searched(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
+        n_rows = len(self) if allowed is None else len(allowed)
+        setting = setting.holding(k)
+        if n_rows < len(self):
+            setting = setting.widened(max(n_rows, 1) / len(self))
+        if max(setting.codes, _candidates(k)) >= n_rows:
+            return self._scanned(queries_QF, k, allowed)
+        batches = range(0, len(queries_QF), _QUERIES_AT_ONCE)
+        found = [self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches]
+        return self._completed(joined(found), queries_QF, k, allowed)
+
+    def _scanned(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
+        return FlatIndex(self._source, self._device).search(queries_QF, k, allowed)
+
+    def _batch(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
+        """Return the best k of what the lists hand on and of the outliers, by the scores of the rows themselves."""
+        parts = self._parts
+        reduced_QR = parts.reduction.apply(_unit(queries_QF))
+        n_groups = math.ceil(setting.centroids / parts.tree.centroids_a_group)
+        mean_size = len(parts.lists) / max(1, int((parts.tree.size_L > 0).sum()))
+        n_lists = math.ceil(_LONGER * setting.codes / max(mean_size, 1.0))
+        probes = parts.tree.probe(reduced_QR, setting.alpha, n_groups, n_lists)
+        size_QW = np.where(probes.list_QW >= 0, parts.tree.size_L[probes.list_QW], 0)
+        before_QW = size_QW.cumsum(axis=1) - size_QW
+        within_QW = (before_QW < setting.codes) & (probes.list_QW >= 0)
+        width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
+        key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
+        ids_QM, _ = parts.lists.scan(reduced_QR, _candidates(k), key_QW, allowed)
+        aside = parts.outliers if allowed is None else np.intersect1d(parts.outliers, allowed)
+        ids_QM = np.concatenate([ids_QM, np.broadcast_to(aside, (len(ids_QM), len(aside)))], axis=1)
+        scored_Q = (size_QW * within_QW).sum(axis=1) + probes.scored_Q + len(aside)
+        return from_padded(ids_QM, self._scores(queries_QF, ids_QM), k, scored_Q)
+
+    def _scores(self, queries_QF: Float32, ids_QM: Int64) -> Float32:
+        """Return the inner products [Q, M] with the rows of these ids; of padding, anything."""
+        scores_QM = np.zeros(ids_QM.shape, np.float32)
+        for at in range(0, len(queries_QF), _RESCORED_AT_ONCE):
+            part = slice(at, at + _RESCORED_AT_ONCE)
+            unique, place = np.unique(ids_QM[part], return_inverse=True)
+            n_padding = int(np.searchsorted(unique, 0))
+            rows = torch.from_numpy(self._source.take(unique[n_padding:]))
+            if not len(rows):
+                continue
+            chosen_QMF = rows[torch.from_numpy((place.reshape(ids_QM[part].shape) - n_padding).clip(0))]
+            query_QF1 = torch.from_numpy(np.ascontiguousarray(queries_QF[part]))[:, :, None]
+            scores_QM[part] = torch.bmm(chosen_QMF, query_QF1)[:, :, 0].numpy()
+        return scores_QM
+
+    def _completed(self, top: TopK, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
+        """Return the answers, scanned anew where lists cannot give them: too few rows, scores like the quiet rows'."""
+        wanted = min(k, len(self) if allowed is None else len(allowed))
+        norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
+        quiet_Q = norm_Q * self._caption.quiet_norm
+        has_quiet = self._caption.quiet_rows > 0
+        short = [
+            at
+            for at, scores in enumerate(top.scores)
+            if len(scores) < wanted or norm_Q[at] == 0 or (has_quiet and scores[-1] <= quiet_Q[at])
+        ]
+        if not short:
             return top
-        ids, scores = list(top.ids), list(top.scores)
-        for at in np.flatnonzero((ids_QM[:, k] >= 0) & (scores_QM[:, k] == scores_QM[:, k - 1])):
-            edge = float(scores_QM[at, k])
-            floor = float(np.nextafter(np.float32(edge - _TIE_SLACK * abs(edge)), np.float32(-np.inf)))
-            tied_ids, tied = self._lists.scan_above(queries_QF[at], floor, keys_QW[at], coarse_QW[at])
-            settled = from_padded(tied_ids[None], np.ldexp(tied, -self._caption.shift)[None], k, rows_scored[[at]])
-            ids[at], scores[at] = settled.ids[0], settled.scores[0]
-        return TopK(tuple(ids), tuple(scores), rows_scored)
+        exact = self._scanned(queries_QF[short], k, allowed)
+        ids, scores, counts = list(top.ids), list(top.scores), top.rows_scored.copy()
+        for place, at in enumerate(short):
+            ids[at], scores[at] = exact.ids[place], exact.scores[place]
+            counts[at] += exact.rows_scored[place]
+        return TopK(tuple(ids), tuple(scores), counts)
 
-    def _plan(self, queries_QF: Float32, k: int) -> tuple[Int64, Float32, Int64]:
-        """Return (keys [Q, W], q·c beside them, rows scored [Q]): which lists each query probes.
 
-        Lists are taken in falling order of q·c + α·‖q‖·radius while their rows fit the budget, the first
-        always, and past the budget while fewer than k rows are reached. The rest of the keys name the filler.
-        """
-        queries = as_tensor(queries_QF).to(self._device)
-        coarse_QL = queries @ self._centroids_LF.T
-        worth_QL = coarse_QL + self.params.alpha * queries.norm(dim=1, keepdim=True) * self._radius_L
-        order_QL = worth_QL.masked_fill(self._sizes_L == 0, -math.inf).argsort(dim=1, descending=True, stable=True)
-        size_QL = self._sizes_L[order_QL]
-        reached_QL = size_QL.cumsum(dim=1)
-        budget = self.params.scan_fraction * len(self)
-        probe_QL = (size_QL > 0) & ((reached_QL <= budget) | (reached_QL - size_QL < k))
-        width = int(probe_QL.sum(dim=1).max())
-        keys_QW = order_QL.masked_fill(~probe_QL, self._lists.filler)[:, :width].cpu().numpy()
-        coarse_QW = coarse_QL.gather(1, order_QL[:, :width]).cpu().numpy()
-        rows_scored = (size_QL * probe_QL).sum(dim=1) + len(self._sizes_L)
-        return keys_QW, coarse_QW, rows_scored.cpu().numpy()
+def _candidates(k: int) -> int:
+    """Return how many rows the codes hand on for k results."""
+    return max(_LEAST_CANDIDATES, 2 * k)
+
+
+def _unit(vectors: Float32) -> Float32:
+    """Return vectors at norm 1, zeros as they are."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    unit: Float32 = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")
+    return unit
+
+
+def _scaled(rows_BF: Float32, shift: int) -> Float32:
+    scaled: Float32 = np.ldexp(rows_BF, shift)
+    return scaled

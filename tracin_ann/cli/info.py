@@ -1,0 +1,101 @@
+"""tracin-info: what an index holds, how far its answers may be believed, and what more would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tracin_ann.cli.common import duration, refusals, sized
+from tracin_ann.fidelity import Fidelity
+from tracin_ann.manifest import Manifest
+from tracin_ann.search.calibrate import Calibration
+
+_SHOWN = 12
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("directory", type=click.Path(), metavar="DIR")
+@refusals
+def main(directory: str) -> None:
+    """Say what the index in DIR holds and how far its answers may be believed.
+
+    Example: tracin-info runs/mnist
+    """
+    manifest = Manifest.read(Path(directory))
+    spec, index = manifest.build.spec, manifest.index
+    size = sum(record.size for record in manifest.features)
+    click.echo(
+        f"rows        {spec.train_rows:,}, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
+    )
+    click.echo(f"sketch      {spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, norms by {spec.norms}")
+    held = sum(record.size for record in index.files)
+    click.echo(f"index       {index.kind}{f', {sized(held)}' if held else ''}: {index.reason}")
+    if manifest.fidelity is not None:
+        click.echo(f"fidelity    {fidelity_line(manifest.fidelity)}")
+    click.echo(f"believe     {believed(manifest)}")
+    if index.calibration is not None:
+        _print_curve(index.calibration)
+
+
+def fidelity_line(found: Fidelity) -> str:
+    """Return what was measured of the sketch, one line."""
+    return (
+        f"the sketch finds {found.proponents:.0%} of the true ten proponents, {found.opponents:.0%} of the opponents; "
+        f"its first 100 hold {found.deep_proponents:.0%} and {found.deep_opponents:.0%} "
+        f"({found.queries} queries, {found.rows:,} rows scored exactly); correlation {found.correlation:.2f}"
+    )
+
+
+def believed(manifest: Manifest) -> str:
+    """Return in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
+    found, calibration = manifest.fidelity, manifest.index.calibration
+    if found is None:
+        return "true TracInCP was not measured: the rows are random"
+    lists = (1.0, 1.0)
+    if calibration is not None:
+        points = [
+            calibration.reaching(side, calibration.target) or calibration.best(side)
+            for side in ("proponents", "opponents")
+        ]
+        lists = points[0].recall, points[1].recall
+    plain = found.proponents * lists[0], found.opponents * lists[1]
+    deep = found.deep_proponents * lists[0], found.deep_opponents * lists[1]
+    return (
+        f"about {plain[0]:.0%} of the true ten proponents and {plain[1]:.0%} of the opponents as stored, "
+        f"about {deep[0]:.0%} and {deep[1]:.0%} with --rerank exact --candidates 100"
+    )
+
+
+def _print_curve(calibration: Calibration) -> None:
+    training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
+    click.echo(
+        f"recall      of the stored rows' own top ten, on {calibration.queries} queries{training}; "
+        f"target {calibration.target:g}; an exact scan takes {_seconds(calibration.scan.of(1))} for one query, "
+        f"{_seconds(calibration.scan.each)} for each of many"
+    )
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("", "recall", "at least", "10th percentile", "scored", "time"):
+        table.add_column(name, justify="right")
+    for side in ("proponents", "opponents"):
+        points = getattr(calibration, side)
+        at_target = calibration.reaching(side, calibration.target)
+        for point in points[-_SHOWN:]:
+            mark = f"{side} {'*' if point is at_target else ' '}"
+            table.add_row(
+                *(mark, f"{point.recall:.3f}", f"{point.lower:.3f}", f"{point.tenth:.2f}"),
+                *(f"{point.scored:,.0f}", _seconds(point.seconds)),
+            )
+    Console(highlight=False).print(table)
+    if any(calibration.reaching(side, calibration.target) is None for side in ("proponents", "opponents")):
+        click.echo(
+            f"the target {calibration.target:g} is out of the lists' reach: query with --search scan to find all"
+        )
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.2f} ms"
+    return duration(seconds)

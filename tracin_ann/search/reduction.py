@@ -1,0 +1,75 @@
+"""Fewer dimensions for the index: the uncentred SVD of a sample of the rows, which keeps inner products.
+
+Centring, as PCA does, would shift every inner product. The leading right singular vectors are found by randomised
+subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+
+Shapes: N rows, B rows of a block, F feature dimension, R reduced dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracin_ann.search.flat import as_tensor
+from tracin_ann.types import Float32
+
+_OVERSAMPLED = 16
+_ITERATIONS = 3
+_SMALL_DIM = 2048
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Rows and queries [., F] times `basis_FR`; where F is small already the basis is none and rows stay as they are.
+
+    Attributes:
+        dim: F.
+        basis_FR: orthonormal columns, float32; None: R = F.
+        energy: share of the sample's squared norms that is kept.
+    """
+
+    dim: int
+    basis_FR: Float32 | None
+    energy: float
+
+    @property
+    def width(self) -> int:
+        """Return R."""
+        return self.dim if self.basis_FR is None else self.basis_FR.shape[1]
+
+    def apply(self, rows_BF: Float32) -> Float32:
+        """Return [B, R]."""
+        if self.basis_FR is None:
+            return np.ascontiguousarray(rows_BF, dtype=np.float32)
+        reduced: Float32 = (as_tensor(rows_BF) @ as_tensor(self.basis_FR)).numpy()
+        return reduced
+
+
+def fitted(sample_BF: Float32, width: int, seed: int) -> Reduction:
+    """Return the reduction to at most `width` dimensions that keeps most of the sample's squared norms."""
+    dim = sample_BF.shape[1]
+    if dim <= width:
+        return Reduction(dim, None, 1.0)
+    rows = as_tensor(sample_BF)
+    turn = _leading(rows, width, seed)
+    total = float(rows.square().sum())
+    energy = float((rows @ turn).square().sum()) / total if total else 1.0
+    return Reduction(dim, turn.contiguous().numpy(), min(1.0, energy))
+
+
+def _leading(rows: Tensor, width: int, seed: int) -> Tensor:
+    """Return the leading right singular vectors [F, width]."""
+    dim = rows.shape[1]
+    if dim <= _SMALL_DIM:
+        vectors: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
+        return vectors[:, -width:].flip(1)
+    random = torch.Generator().manual_seed(seed)
+    basis = torch.randn(dim, min(dim, width + _OVERSAMPLED), generator=random, dtype=rows.dtype)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
+    turn: Tensor = torch.linalg.svd(rows @ basis, full_matrices=False).Vh
+    return basis @ turn[:width].T
