@@ -1,4 +1,4 @@
-"""Feature rows to retrieve from: MNIST shifted, turned and scaled to any number of rows, by the CNN of examples/mnist.py.
+"""Feature rows to retrieve from: MNIST shifted, turned and scaled to any number of rows, by examples/mnist.py's CNN.
 
 The first 60,000 rows are MNIST's own, so that N rows are the beginning of 2N rows; the queries are the test digits.
 """

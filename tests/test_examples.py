@@ -11,7 +11,7 @@ import torch
 from benchmarks import common
 from examples import digits, mnist
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, Setting, search_both
 
 ROWS, QUERIES, K = 5000, 50, 10
 
@@ -76,7 +76,9 @@ def test_inverted_lists_recall_the_scan_on_real_features(cnn: Mnist) -> None:
     view = cnn.index.view()
     queries_QF = cnn.index.features("query", range(QUERIES))
     exact = search_both(FlatIndex(view, torch.device("cpu")), queries_QF, K)
-    found = search_both(IVFIndex.build(view, IVFParams(scan_fraction=0.09), torch.device("cpu")), queries_QF, K)
+    found = search_both(
+        IVFIndex.build(view, IVFParams(), torch.device("cpu")).at(Setting(300, 300, 0.1)), queries_QF, K
+    )
     for true, given, least in zip(exact, found, (0.95, 0.99), strict=True):
         assert common.recalls(np.stack(true.ids), [row.tolist() for row in given.ids]).mean() >= least
         assert given.rows_scored.mean() <= 0.15 * ROWS  # the centroids alone are some 6% of so few rows

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from test_search_contract import Rows
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, from_padded, merge, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, Setting, from_padded, merge, search_both
 from tracin_ann.search.topk import best
 from tracin_ann.types import Float32, TopK
 
@@ -73,13 +73,13 @@ def test_padding_never_gets_out(scores: Float32, k: int, data: st.DataObject) ->
     hnp.arrays(np.float32, st.tuples(st.integers(1, 60), st.just(5)), elements=small),
     hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.just(5)), elements=small),
     st.integers(1, 70),
-    st.sampled_from([0.05, 0.5, 1.0]),
+    st.sampled_from([1, 20, 1000]),
 )
-def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, fraction: float) -> None:
+def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, codes: int) -> None:
     source = Rows(rows)
     for index in (
         FlatIndex(source, CPU, block_rows=16),
-        IVFIndex.build(source, IVFParams(scan_fraction=fraction), CPU),
+        IVFIndex.build(source, IVFParams(), CPU).at(Setting(codes, codes, 0.1)),
     ):
         proponents, opponents = search_both(index, queries, k)
         assert hits(proponents) == hits(index.search(queries, k))

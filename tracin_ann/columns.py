@@ -108,7 +108,7 @@ def read_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
         DamagedIndexError: the file is missing or cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:
         raise DamagedIndexError(

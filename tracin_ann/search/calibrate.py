@@ -26,7 +26,8 @@ from tracin_ann.search.setting import Setting, usual_setting
 from tracin_ann.types import Float32, Float64, TopK
 
 Direction = Literal["proponents", "opponents"]
-K = 10
+CALIBRATED_FOR = 10
+"""k of the recall that is measured."""
 _ALPHAS = (0.0, 0.1, 0.2, 0.3)
 _RATIOS = (0.5, 1.0, 2.0)
 _LEAST_CODES = 128
@@ -140,7 +141,7 @@ def calibrated(
         progress: told the steps done.
     """
     began = time.perf_counter()
-    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, K), strict=True))
+    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, CALIBRATED_FOR), strict=True))
     batch_seconds = time.perf_counter() - began
     single = _single_seconds(exact, queries_QF)
     each = max(0.0, (batch_seconds - single) / max(1, len(queries_QF) - 1))
@@ -154,7 +155,7 @@ def calibrated(
     usual = usual_setting(len(index))
     index_single = _single_seconds(index.at(usual), queries_QF)
     began = time.perf_counter()
-    search_both(index.at(usual), queries_QF, K)
+    search_both(index.at(usual), queries_QF, CALIBRATED_FOR)
     index_each = (time.perf_counter() - began) / max(1, len(queries_QF))
     return Calibration(
         target,
@@ -172,7 +173,7 @@ def _single_seconds(index: SearchIndex, queries_QF: Float32) -> float:
     times = []
     for at in range(min(_SINGLES, len(queries_QF))):
         began = time.perf_counter()
-        search_both(index, queries_QF[at : at + 1], K)
+        search_both(index, queries_QF[at : at + 1], CALIBRATED_FOR)
         times.append(time.perf_counter() - began)
     return median(times) if times else 0.0
 
@@ -185,7 +186,7 @@ def _curve(
     usual = usual_setting(len(index))
 
     def at_alpha(alpha: float) -> float:
-        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], K)
+        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], CALIBRATED_FOR)
         return float(recalls(found, truth, scores).mean())
 
     alpha = max(_ALPHAS, key=at_alpha)
@@ -210,7 +211,7 @@ def _curve(
 def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> Point:
     searched = index.at(setting)
     began = time.perf_counter()
-    found = searched.search(signed_QF, K)
+    found = searched.search(signed_QF, CALIBRATED_FOR)
     seconds = (time.perf_counter() - began) / max(1, len(signed_QF))
     recall_Q = recalls(found, truth, scores)
     half = max(1, len(recall_Q) // 2)

@@ -137,7 +137,7 @@ class IVFIndex:
         lists_path, arrays_path, caption_path = (Path(directory) / name for name in cls.FILES)
         try:
             caption = _Caption.parse(caption_path.read_text(encoding="utf-8"))
-            with np.load(arrays_path, allow_pickle=False) as arrays:
+            with arrays_path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 tree = ListTree.of(arrays)
                 basis = arrays["basis_FR"]
                 reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)

@@ -18,7 +18,7 @@ from tracin_ann.search.flat import as_tensor
 from tracin_ann.types import Float32
 
 _OVERSAMPLED = 16
-_ITERATIONS = 3
+_ITERATIONS = 6
 _SMALL_DIM = 2048
 
 
