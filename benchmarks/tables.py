@@ -7,9 +7,12 @@ import importlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import RESULTS
 
@@ -44,17 +47,97 @@ def recall() -> str:
     return f"{table(*rows)}\n\n{where(content)}"
 
 
-def ivf(alphas: tuple[float, ...] = (0.0, 0.1, 0.2)) -> str:
-    content = read("ivf_mnist")
-    rows = [("index", "proponents", "opponents", "rows scored a side")]
-    for row in (r for r in content["results"] if r.get("alpha", alphas[0]) in alphas):
-        name = row["index"]
-        name += (
-            f", nprobe {row['nprobe']}" if "nprobe" in row else f", α {row['alpha']}, budget {row['scan_fraction']:.0%}"
+def retrieval() -> str:
+    """Return what one million rows take: ours at two recalls, exact scans, rivals."""
+    content = read("retrieval")
+    big = next(row for row in content["results"] if row["rows"] == 1_000_000)
+    ours = [("lists, sq8", big["sq8"])]
+    if (RESULTS / "retrieval_compact.json").exists():
+        ours.append(("lists, sq4", read("retrieval_compact")["results"][0]["sq4"]))
+    rows = [("index", "recall@10", "10th percentile", "scored", "queries/s, many at once", "one by one", "bytes a row")]
+    for name, found in ours:
+        for target in ("0.95", "0.98"):
+            chosen, times = found[f"at_{target}"], found["times"]
+            sides = [(chosen[side], times[f"{side} {target}"]) for side in ("proponents", "opponents")]
+            rows.append(
+                (
+                    f"{name}, for {target}",
+                    _both(point["recall"] for point, _ in sides),
+                    _both((point["p10"] for point, _ in sides), ".2f"),
+                    _both((point["scored"] / big["rows"] for point, _ in sides), ".2%"),
+                    _both((1 / time["batch"] for _, time in sides), ",.0f"),
+                    _both((1 / time["single"] for _, time in sides), ",.0f"),
+                    f"{found['bytes_a_row']:.0f}",
+                )
+            )
+    for name, shown in (("scan", "exact scan, float32 in memory"), ("scan of the files", "exact scan of the files")):
+        time = big["sq8"]["times"][name]
+        rates = (f"{2 / time[kind]:,.0f}" for kind in ("batch", "single"))
+        rows.append((f"{shown}, both directions", "1.000", "1.00", "100%", *rates, "–"))
+    rivals = read("retrieval_rivals")["results"][0]["rivals"] if (RESULTS / "retrieval_rivals.json").exists() else []
+    for rival in rivals:
+        name = rival["rival"] + "".join(f", {key} {rival[key]}" for key in ("nprobe", "ef") if key in rival)
+        sides = [rival["proponents"], rival["opponents"]]
+        rows.append(
+            (
+                name,
+                _both(side["recall"] for side in sides),
+                _both((side["p10"] for side in sides), ".2f"),
+                _both((side["scored"] / big["rows"] for side in sides), ".2%"),
+                _both((1 / side["batch"] for side in sides), ",.0f"),
+                "–",
+                f"{rival['bytes_a_row']:,}",
+            )
         )
-        scored = f"{row['proponents_scored']:.1%} / {row['opponents_scored']:.1%}"
-        rows.append((name, f"{row['proponents']:.3f}", f"{row['opponents']:.3f}", scored))
     return f"{table(*rows)}\n\n{where(content)}"
+
+
+def growth() -> str:
+    """Return what recall .95 and .98 take as rows grow, and the exponents of N."""
+    content = read("retrieval")
+    rows = [
+        ("rows", "lists", "scored for .95", "scored for .98", "ms for .95", "ms for .98", "built in, s", "bytes a row")
+    ]
+    series: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for result in content["results"]:
+        found, cells = result["sq8"], []
+        for kind in ("scored", "batch"):
+            for target in ("0.95", "0.98"):
+                values = [
+                    found[f"at_{target}"][side]["scored"]
+                    if kind == "scored"
+                    else 1e3 * found["times"][f"{side} {target}"]["batch"]
+                    for side in ("proponents", "opponents")
+                ]
+                series[kind, target].append(sum(values))
+                cells.append(_both(values, ",.0f" if kind == "scored" else ".2f"))
+        build = f"{found['build_seconds']:,.0f}"
+        rows.append((f"{result['rows']:,}", f"{found['lists']:,}", *cells, build, f"{found['bytes_a_row']:.0f}"))
+    sizes = np.log([result["rows"] for result in content["results"]])
+    slopes = (f"N^{np.polyfit(sizes, np.log(values), 1)[0]:.2f}" for values in series.values())
+    rows.append(("grows like", "", *slopes, "", ""))
+    return f"{table(*rows)}\n\n{where(content)}"
+
+
+def calibration() -> str:
+    content = read("calibration")
+    summary, *cases = content["results"]
+    rows = [
+        ("direction", "lower bound, mean", "recall on fresh queries, mean", "least recall over bound", "bound broken")
+    ]
+    for side in ("proponents", "opponents"):
+        found = [case[side] for case in cases]
+        least = min(f["fresh"] - f["lower"] for f in found)
+        figures = (mean(f["lower"] for f in found), mean(f["fresh"] for f in found))
+        broken = f"{sum(f['broken'] for f in found)} of {len(found)}"
+        rows.append((side, *(f"{x:.3f}" for x in figures), f"{least:+.3f}", broken))
+    flagged = ", ".join(f"{name} {n} of {len(cases)}" for name, n in summary["flagged"].items())
+    note = f"Shifted sets flagged: {flagged}; unshifted sets flagged: {summary['falsely_flagged']}."
+    return f"{table(*rows)}\n\n{note}\n\n{where(content)}"
+
+
+def _both(values: Iterable[float], form: str = ".3f") -> str:
+    return " / ".join(format(value, form) for value in values)
 
 
 def digits() -> str:
@@ -120,7 +203,8 @@ def peers() -> str:
     return importlib.import_module("benchmarks.peers.collect").printed(read("peers"))  # type: ignore[no-any-return]
 
 
-TABLES = {make.__name__: make for make in (recall, ivf, digits, features, budget, memory, precision, fidelity, peers)}
+_MAKERS = (recall, retrieval, growth, calibration, digits, features, budget, memory, precision, fidelity, peers)
+TABLES = {make.__name__: make for make in _MAKERS}
 
 
 def filled(text: str) -> str:
