@@ -222,8 +222,10 @@ def test_a_saved_index_answers_alike(source: Rows, tmp_path: Path, wide: bool) -
 def test_a_damaged_file_is_refused(tmp_path: Path, harm: str) -> None:
     source = Rows(integers(200, 34))
     IVFIndex.build(source, IVFParams(), CPU).save(tmp_path)
-    lists, arrays, caption = (tmp_path / name for name in IVFIndex.FILES)
-    what = {"lists": lists, "arrays": arrays, "caption": caption}.get(harm.rsplit(maxsplit=1)[-1])
+    lists, arrays, centroids, caption = (tmp_path / name for name in IVFIndex.FILES)
+    what = {"lists": lists, "arrays": arrays, "centroids": centroids, "caption": caption}.get(
+        harm.rsplit(maxsplit=1)[-1]
+    )
     if harm.startswith("no"):
         assert what is not None
         what.unlink()

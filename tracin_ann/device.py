@@ -7,6 +7,7 @@ edge (`resolve_device`), and passed down as `torch.device`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import sys
@@ -121,6 +122,7 @@ def differentiable_recurrence() -> Iterator[None]:
         yield
 
 
+@functools.cache
 def import_faiss() -> ModuleType:
     """Return the `faiss` module, or say which package is missing or which two collide.
 

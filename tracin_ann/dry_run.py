@@ -11,7 +11,7 @@ import numpy as np
 
 from tracin_ann.build import BuildConfig, opened
 from tracin_ann.plan import Plan
-from tracin_ann.search import choose_index
+from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
 from tracin_ann.task import Task
 from tracin_ann.tuning import Tuned
@@ -70,7 +70,8 @@ def plan(
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
         choice = choose_index(config.index, n_rows, dim)
         stored = np.dtype(config.dtype).itemsize
-        index_bytes = n_rows * dim * 2 if choice.kind == "ivf" else 0
+        lists = IVFParams(codes=config.codes)
+        index_bytes = lists.bytes_for(n_rows, dim) if choice.kind == "ivf" else 0
         block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
         return BuildPlan(
             rows=n_rows,

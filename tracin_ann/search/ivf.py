@@ -35,8 +35,8 @@ _SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
 _QUERIES_AT_ONCE = 256
-_RESCORED_AT_ONCE = 32
-_LEAST_CANDIDATES = 64
+_RESCORED_AT_ONCE = 128
+_LEAST_CANDIDATES = 40
 _LONGER = 3
 """Lists asked of the tree, in those that the budget would fill at their mean size: the best lists are short."""
 
@@ -81,12 +81,11 @@ class IVFIndex:
     """
 
     kind = "ivf"
-    FILES = ("ivf.faiss", "ivf.npz", "ivf.json")
+    FILES = ("ivf.faiss", "ivf.npz", "ivf-centroids.npy", "ivf.json")
 
     def __init__(self, source: RowSource, parts: _Parts, caption: _Caption, device: torch.device) -> None:
         """Hold filled lists; use `build` or `load` to get them."""
         self._source, self._parts, self._caption, self._device = source, parts, caption, device
-        self._outlier_MF = source.take(parts.outliers)
         self.settings = (usual_setting(caption.rows),) * 2
 
     @classmethod
@@ -134,18 +133,20 @@ class IVFIndex:
         Raises:
             DamagedIndexError: a file is missing, cut short, of another version, or not the others'.
         """
-        lists_path, arrays_path, caption_path = (Path(directory) / name for name in cls.FILES)
+        lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.FILES)
         try:
             caption = _Caption.parse(caption_path.read_text(encoding="utf-8"))
             with arrays_path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                tree = ListTree.of(arrays)
+                # Mapped: they are read once, when FAISS is given its own copy.
+                centroids = np.load(centroids_path, mmap_mode="r", allow_pickle=False)
+                tree = ListTree.of({**arrays, "centroid_LR": centroids})
                 basis = arrays["basis_FR"]
                 reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
                 outliers = arrays["outliers"]
         except Exception as error:
             raise DamagedIndexError(
                 problem(
-                    f"cannot open {caption_path} and {arrays_path.name}",
+                    f"cannot open {caption_path}, {arrays_path.name} or {centroids_path.name}",
                     got=f"{type(error).__name__}: {error}",
                     expected="what a build writes",
                     remedy="rebuild the index",
@@ -168,12 +169,13 @@ class IVFIndex:
 
     def save(self, directory: Path) -> None:
         """Write the files of `FILES` into a directory; the caller moves and fsyncs."""
-        lists_path, arrays_path, caption_path = (Path(directory) / name for name in self.FILES)
+        lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in self.FILES)
         parts = self._parts
         parts.lists.save(lists_path)
         basis = parts.reduction.basis_FR
         basis = np.zeros((0, 0), np.float32) if basis is None else basis
         tree = {name: getattr(parts.tree, name) for name in ListTree.__dataclass_fields__}
+        np.save(centroids_path, tree.pop("centroid_LR"), allow_pickle=False)
         np.savez(arrays_path, allow_pickle=False, basis_FR=basis, outliers=parts.outliers, **tree)
         caption_path.write_text(json.dumps(dataclasses.asdict(self._caption)) + "\n", encoding="utf-8")
 
@@ -205,10 +207,9 @@ class IVFIndex:
     @property
     def resident_bytes(self) -> int:
         """Return what the index keeps in memory or mapped, features not counted."""
-        arrays = [getattr(self.tree, name) for name in ListTree.__dataclass_fields__] + [self._outlier_MF]
         basis = self._parts.reduction.basis_FR
-        arrays += [] if basis is None else [basis]
-        return len(self._parts.lists) * self._parts.lists.bytes_a_row + sum(int(a.nbytes) for a in arrays)
+        rows = len(self._parts.lists) * self._parts.lists.bytes_a_row
+        return rows + self.tree.resident_bytes + (0 if basis is None else basis.nbytes) + self._parts.outliers.nbytes
 
     def nearness(self, queries_QF: Float32) -> Float64:
         """Return each query's largest |cosine| with the centre of a group, [Q]; 0 for a zero query."""

@@ -71,6 +71,12 @@ class IVFParams:
             )
         return nlist
 
+    def bytes_for(self, n_rows: int, dim: int) -> int:
+        """Return about how large the files of N rows of F numbers are: codes and ids, centroids."""
+        width = min(dim, self.width)
+        a_row = {"sq8": width, "sq4": width / 2, "fp16": 2 * width}[self.codes] + 8
+        return round(n_rows * a_row + self.lists_for(n_rows) * 4 * width)
+
 
 @dataclass(frozen=True)
 class Setting:

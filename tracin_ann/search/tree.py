@@ -85,6 +85,14 @@ class ListTree:
         """Return L."""
         return len(self.centroid_LR)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Return what searching keeps in memory: FAISS's centroids with radii and numbers, and the small arrays."""
+        coordinates = -(-(self.centroid_LR.shape[1] + 1) // _MULTIPLE) * _MULTIPLE
+        centroids: int = (self.n_lists + len(self.group_GR)) * (4 * coordinates + 8)
+        small = (self.group_GR, self.parent_L, self.group_radius_G, self.radius_L, self.size_L)
+        return centroids + sum(int(array.nbytes) for array in small)
+
     @cached_property
     def centroids_a_group(self) -> float:
         """Return the mean number of centroids in a group."""
