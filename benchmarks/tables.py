@@ -95,11 +95,12 @@ def retrieval() -> str:
 def growth() -> str:
     """Return what recall .95 and .98 take as rows grow, and the exponents of N."""
     content = read("retrieval")
+    results = content["results"] + read("retrieval_growth")["results"]
     rows = [
         ("rows", "lists", "scored for .95", "scored for .98", "ms for .95", "ms for .98", "built in, s", "bytes a row")
     ]
     series: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for result in content["results"]:
+    for result in results:
         found, cells = result["sq8"], []
         for kind in ("scored", "batch"):
             for target in ("0.95", "0.98"):
@@ -113,7 +114,7 @@ def growth() -> str:
                 cells.append(_both(values, ",.0f" if kind == "scored" else ".2f"))
         build = f"{found['build_seconds']:,.0f}"
         rows.append((f"{result['rows']:,}", f"{found['lists']:,}", *cells, build, f"{found['bytes_a_row']:.0f}"))
-    sizes = np.log([result["rows"] for result in content["results"]])
+    sizes = np.log([result["rows"] for result in results])
     slopes = (f"N^{np.polyfit(sizes, np.log(values), 1)[0]:.2f}" for values in series.values())
     rows.append(("grows like", "", *slopes, "", ""))
     return f"{table(*rows)}\n\n{where(content)}"
@@ -134,6 +135,17 @@ def calibration() -> str:
     flagged = ", ".join(f"{name} {n} of {len(cases)}" for name, n in summary["flagged"].items())
     note = f"Shifted sets flagged: {flagged}; unshifted sets flagged: {summary['falsely_flagged']}."
     return f"{table(*rows)}\n\n{note}\n\n{where(content)}"
+
+
+def end_to_end() -> str:
+    """Return recall of true TracInCP after exact re-scoring, over all MNIST rows, and its cost."""
+    content = read("end_to_end")
+    brute, *found = content["results"]
+    rows = [("candidates a side", "recall@10", "10th percentile", "rows run, of an exact scan's", "steps a row")]
+    for row in found:
+        recall, low = (_both(row[f"{side}{end}"] for side in ("proponents", "opponents")) for end in ("", "_p10"))
+        rows.append((str(row["candidates"]), recall, low, f"{row['share_of_scan']:.2%}", f"{row['steps_a_row']:.2f}"))
+    return f"{table(*rows)}\n\n{where(content)}"
 
 
 def _both(values: Iterable[float], form: str = ".3f") -> str:
@@ -203,7 +215,20 @@ def peers() -> str:
     return importlib.import_module("benchmarks.peers.collect").printed(read("peers"))  # type: ignore[no-any-return]
 
 
-_MAKERS = (recall, retrieval, growth, calibration, digits, features, budget, memory, precision, fidelity, peers)
+_MAKERS = (
+    recall,
+    retrieval,
+    growth,
+    calibration,
+    end_to_end,
+    digits,
+    features,
+    budget,
+    memory,
+    precision,
+    fidelity,
+    peers,
+)
 TABLES = {make.__name__: make for make in _MAKERS}
 
 
