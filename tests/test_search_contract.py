@@ -1,19 +1,22 @@
-"""The contract of every search backend on every device: the ids of an argsort in float64, ties included.
+"""The contract of every search backend on every device: an argsort's ids in float64, ties included; and of its files.
 
 Rows are small integers times powers of two, so that products are exact in half precision and ties are real.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tracin_ann.errors import NonFiniteError, UsageError
+from tracin_ann.device import import_faiss
+from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.search import (
     FlatIndex,
     IVFIndex,
@@ -27,6 +30,7 @@ from tracin_ann.search.cluster import stratified_ids, survey
 from tracin_ann.types import Float32, Int64, RowSource
 
 DIM = 12
+CPU = torch.device("cpu")
 
 
 class Rows:
@@ -82,6 +86,14 @@ def integers(n: int, seed: int, span: int = 4) -> Float32:
 def heavy_tailed(n: int, seed: int) -> Float32:
     powers = np.random.default_rng(seed + 1).choice([1, 2, 4, 16], size=(n, 1), p=[0.6, 0.25, 0.1, 0.05])
     return integers(n, seed) * powers.astype(np.float32)
+
+
+def normal(n: int, seed: int, dim: int = DIM) -> Float32:
+    """Rows of heavy-tailed norms in a few directions."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((12, dim))
+    rows = centres[random.integers(0, 12, n)] + 0.4 * random.standard_normal((n, dim))
+    return (rows * np.exp(0.7 * random.standard_normal((n, 1)))).astype(np.float32)
 
 
 def oracle(source: Rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -214,6 +226,114 @@ def test_the_sample_spans_the_norms() -> None:
     assert sample.tolist() == stratified_ids(measured, 100, seed=3).tolist()
     assert sample.tolist() != stratified_ids(measured, 100, seed=4).tolist()
     assert stratified_ids(measured, 5000, seed=3).tolist() == source.ids.tolist()
+
+
+HARMS: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    **{f"{cut} bytes short": lambda content, cut=cut: content[:-cut] for cut in (2, 7, 300)},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, dict[str, bytes]]:
+    """Rows that the index reduces, one of them an outlier, and its files."""
+    rows = normal(600, 17, 300)
+    rows[3] *= np.float32(1e7)
+    folder = tmp_path_factory.mktemp("wide")
+    IVFIndex.build(Rows(rows), IVFParams(), CPU).save(folder)
+    return Rows(rows), {name: (folder / name).read_bytes() for name in IVFIndex.FILES}
+
+
+def refused(folder: Path, source: Rows, files: Mapping[str, bytes | None]) -> None:
+    for name, content in files.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    with pytest.raises(DamagedIndexError, match="rebuild the index"):
+        IVFIndex.load(folder, source, CPU)
+
+
+def npz(content: bytes, **other: object) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **(dict(np.load(io.BytesIO(content))) | other))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dim", [DIM, 300])
+def test_a_saved_index_answers_alike(tmp_path: Path, dim: int) -> None:
+    rows = normal(600, 17, dim)
+    rows[3] *= np.float32(1e7)
+    source = Rows(rows)
+    index = IVFIndex.build(source, IVFParams(), CPU)
+    index.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(IVFIndex.FILES)
+    loaded, queries = IVFIndex.load(tmp_path, source, CPU), normal(10, 18, source.dim)
+    assert loaded.params == index.params
+    setting = Setting(200, 200, 0.3)
+    pairs = zip(search_both(index.at(setting), queries, 10), search_both(loaded.at(setting), queries, 10), strict=True)
+    for before, after in pairs:
+        assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
+        assert before.rows_scored.tolist() == after.rows_scored.tolist()
+
+
+@pytest.mark.parametrize("name", IVFIndex.FILES)
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_file_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str, harm: str) -> None:
+    source, files = wide
+    refused(tmp_path, source, files | {name: HARMS[harm](files[name])})
+
+
+@pytest.mark.parametrize("name", IVFIndex.FILES)
+def test_a_file_of_other_rows_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str) -> None:
+    source, files = wide
+    IVFIndex.build(Rows(normal(700, 30, 300)), IVFParams(), CPU).save(tmp_path)
+    refused(tmp_path, source, {other: files[other] for other in IVFIndex.FILES if other != name})
+
+
+@pytest.mark.parametrize(("n", "dim"), [(599, 300), (600, 299), (600, 301)])
+def test_rows_of_another_shape_are_refused(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], n: int, dim: int
+) -> None:
+    refused(tmp_path, Rows(normal(n, 17, dim)), wide[1])
+
+
+@pytest.mark.parametrize("change", ["shorter", "narrower", "deeper", "objects"])
+@pytest.mark.parametrize(
+    "array", ["basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "radius_L", "size_L"]
+)
+def test_an_altered_array_is_refused(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], array: str, change: str
+) -> None:
+    source, files = wide
+    held = np.load(io.BytesIO(files["ivf.npz"]))[array]
+    altered = {
+        "shorter": held[:-1],
+        "narrower": held[..., :-1],
+        "deeper": held[..., None],
+        "objects": held.astype(object),
+    }[change]
+    refused(tmp_path, source, files | {"ivf.npz": npz(files["ivf.npz"], **{array: altered})})
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": 1}, {"version": 99}, {"caption": "lists"}, {"rows": 599}, {"quiet_rows": 1}, {"more": 1}]
+    + [{"quiet_rows": "0"}, {"quiet_rows": None}, {"quiet_norm": "0"}, {"params": {"codes": "pq"}}],
+)  # fmt: skip
+def test_an_altered_caption_is_refused(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], change: dict[str, object]
+) -> None:
+    source, files = wide
+    caption = json.dumps(json.loads(files["ivf.json"]) | change).encode()
+    refused(tmp_path, source, files | {"ivf.json": caption})
+
+
+def test_faiss_files_of_another_kind_are_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]) -> None:
+    faiss, (source, files) = import_faiss(), wide
+    nearest = faiss.deserialize_index(np.frombuffer(files["ivf.faiss"], np.uint8))
+    nearest.metric_type = faiss.METRIC_L2
+    for other in (faiss.IndexFlatIP(256), nearest):
+        refused(tmp_path, source, files | {"ivf.faiss": faiss.serialize_index(other).tobytes()})
 
 
 def test_choice_of_backend() -> None:

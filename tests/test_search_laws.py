@@ -1,4 +1,4 @@
-"""Laws of search: merging shards changes nothing, opponents mirror proponents, padding never gets out."""
+"""Laws of search: merging shards changes nothing, opponents mirror proponents, filters hold, padding stays in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from test_search_contract import Rows
+from test_search_contract import DIM, Rows, heavy_tailed, oracle
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, Setting, from_padded, merge, search_both
-from tracin_ann.search.topk import best
+from tracin_ann.search.topk import best, negated
 from tracin_ann.types import Float32, TopK
 
 CPU = torch.device("cpu")
@@ -100,6 +100,32 @@ def test_block_size_changes_nothing(rows: Float32, k: int, block_rows: int) -> N
     queries = np.array([[1, 0, 0, 0, 0], [1, 2, -1, 0, 1]], np.float32)
     whole = FlatIndex(Rows(rows), CPU).search(queries, k)
     assert hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == hits(whole)
+
+
+MANY = Rows(heavy_tailed(400, 50), ids=5_000_000_000 + 7 * np.arange(400))
+PROBED = IVFIndex.build(MANY, IVFParams(codes="fp16"), CPU)
+budgets = st.builds(Setting, st.integers(1, 399), st.integers(1, 200), st.sampled_from([0.0, 0.1, 1.0]))
+
+
+@settings(max_examples=60)
+@given(budgets, budgets, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2**32 - 1))
+def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing: int | None, seed: int) -> None:
+    """Each direction goes by its own setting; k distinct rows that pass, if there are; each with its own score."""
+    random = np.random.default_rng(seed)
+    queries = random.integers(-3, 4, (3, DIM)).astype(np.float32)
+    allowed = None if passing is None else np.sort(random.choice(MANY.ids, passing, replace=False))
+    may = MANY.ids if allowed is None else allowed
+    chosen = Rows(MANY.take(may), may)
+    proponents, opponents = search_both(PROBED.at(up, down), queries, k, allowed)
+    assert hits(proponents) == hits(PROBED.at(up).search(queries, k, allowed))
+    assert hits(negated(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
+    for found, signed in ((proponents, queries), (negated(opponents), -queries)):
+        _, best_scores = oracle(chosen, signed, k)
+        for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):
+            assert len(set(ids.tolist())) == len(ids) == min(k, len(may))
+            assert np.isin(ids, may).all()
+            assert scores.tolist() == (MANY.take(ids) @ query).tolist()
+            assert (np.diff(scores) <= 0).all() and (scores <= best_K).all()
 
 
 def test_merge_wants_the_same_queries() -> None:

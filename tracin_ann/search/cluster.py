@@ -51,10 +51,8 @@ class Survey:
 
     @cached_property
     def outlier_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-        """Return which rows are to be scored exactly: the largest of those out of all proportion, √N at most."""
-        order = np.argsort(-self.norm_N, kind="stable")[: max(1, math.isqrt(len(self.norm_N)))]
-        outlier_N = np.zeros(len(self.norm_N), dtype=bool)
-        outlier_N[order] = self.norm_N[order] > OUTLYING * self._high
+        """Return which rows are to be scored exactly: those out of all proportion, a hundredth by what that means."""
+        outlier_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N > OUTLYING * self._high
         return outlier_N
 
     @cached_property

@@ -89,16 +89,7 @@ class FlatIndex:
         ids = [chunk.ids_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.int64)]
         scores = [chunk.scores_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.float32)]
         ids_QK, scores_QK = np.concatenate(ids), np.concatenate(scores)
-        bad = ids_QK[~np.isfinite(scores_QK)]
-        if len(bad):
-            raise NonFiniteError(
-                problem(
-                    f"the inner product with row {bad[0]} is not finite",
-                    got="NaN or infinity",
-                    expected="finite features",
-                    remedy="rebuild the index; if it stays, mend the example or its checkpoint",
-                )
-            )
+        refuse_unless_finite(ids_QK, scores_QK)
         return from_padded(ids_QK, scores_QK, k, np.full(len(ids_QK), len(self), dtype=np.int64))
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -168,3 +159,21 @@ def as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tenso
     """Return a tensor over the array's memory, or over a copy where torch may not write to it."""
     whole = np.ascontiguousarray(array)
     return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
+
+
+def refuse_unless_finite(ids: Int64, scores: Float32) -> None:
+    """Refuse scores that are not numbers, whether of spoilt rows or past float32's range.
+
+    Raises:
+        NonFiniteError: names the first such id.
+    """
+    bad = ids[~np.isfinite(scores)]
+    if len(bad):
+        raise NonFiniteError(
+            problem(
+                f"the inner product with row {bad[0]} is not finite",
+                got="NaN or infinity",
+                expected="finite features",
+                remedy="rebuild the index; if it stays, mend the example or its checkpoint",
+            )
+        )

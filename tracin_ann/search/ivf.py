@@ -20,16 +20,16 @@ import torch
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.search.base import checked_queries
 from tracin_ann.search.cluster import stratified_ids, survey
-from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
 from tracin_ann.search.lists import InvertedLists
 from tracin_ann.search.reduction import Reduction, fitted
 from tracin_ann.search.setting import IVFParams, Setting, usual_setting
-from tracin_ann.search.topk import from_padded, joined, negated
+from tracin_ann.search.topk import from_padded, joined, merge, negated
 from tracin_ann.search.tree import ListTree, trained
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
-_VERSION = 2
+_VERSION = 3
 _TRAIN_ROWS_A_LIST = 16
 _SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
@@ -51,10 +51,15 @@ class _Caption:
     quiet_norm: float
     energy: float
     params: IVFParams
+    lists_bytes: int = 0
     caption: str = _CAPTION
     version: int = _VERSION
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value).__name__ != field.type:
+                raise ValueError(f"{field.name}: {value!r} is no {field.type}")
         if (self.caption, self.version) != (_CAPTION, _VERSION):
             raise ValueError(f"{self.caption!r} version {self.version}, not {_CAPTION!r} version {_VERSION}")
 
@@ -143,6 +148,8 @@ class IVFIndex:
                 basis = arrays["basis_FR"]
                 reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
                 outliers = arrays["outliers"]
+                if outliers.ndim != 1 or outliers.dtype != np.int64:
+                    raise ValueError(f"outliers of shape {outliers.shape} and type {outliers.dtype}")
         except Exception as error:
             raise DamagedIndexError(
                 problem(
@@ -153,14 +160,15 @@ class IVFIndex:
                 )
             ) from error
         lists = InvertedLists.load(lists_path)
-        got = len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), tree.centroid_LR.shape[1], caption.rows
+        n_bytes, n_centroids, width = lists_path.stat().st_size, *tree.centroid_LR.shape
+        got = n_bytes, len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), width, caption.rows
         n_listed = len(source) - caption.quiet_rows - len(outliers)
-        expected = n_listed, reduction.width, tree.n_lists, n_listed, reduction.width, len(source)
+        expected = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
         if got != expected:
             raise DamagedIndexError(
                 problem(
                     f"{caption_path} does not belong to {lists_path.name}, {arrays_path.name} and the features",
-                    got=f"rows, dimensions, lists, rows in lists, dimensions, rows {got}",
+                    got=f"bytes, rows, dimensions, lists, rows in lists, dimensions, rows {got}",
                     expected=str(expected),
                     remedy="rebuild the index",
                 )
@@ -177,7 +185,9 @@ class IVFIndex:
         tree = {name: getattr(parts.tree, name) for name in ListTree.__dataclass_fields__}
         np.save(centroids_path, tree.pop("centroid_LR"), allow_pickle=False)
         np.savez(arrays_path, allow_pickle=False, basis_FR=basis, outliers=parts.outliers, **tree)
-        caption_path.write_text(json.dumps(dataclasses.asdict(self._caption)) + "\n", encoding="utf-8")
+        # FAISS reads a file that lacks its last few bytes without a word.
+        caption = dataclasses.replace(self._caption, lists_bytes=lists_path.stat().st_size)
+        caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
 
     def at(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
         """Return an index over the same lists that is searched otherwise."""
@@ -239,14 +249,17 @@ class IVFIndex:
         if max(setting.codes, _candidates(k)) >= n_rows:
             return self._scanned(queries_QF, k, allowed)
         batches = range(0, len(queries_QF), _QUERIES_AT_ONCE)
-        found = [self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches]
-        return self._completed(joined(found), queries_QF, k, allowed)
+        found = joined([self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches])
+        outliers = self._parts.outliers if allowed is None else np.intersect1d(self._parts.outliers, allowed)
+        if len(outliers):
+            found = merge([found, self._scanned(queries_QF, k, outliers)], k)
+        return self._completed(found, queries_QF, k, allowed)
 
     def _scanned(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
         return FlatIndex(self._source, self._device).search(queries_QF, k, allowed)
 
     def _batch(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
-        """Return the best k of what the lists hand on and of the outliers, by the scores of the rows themselves."""
+        """Return the best k of what the lists hand on, by the scores of the rows themselves."""
         parts = self._parts
         reduced_QR = parts.reduction.apply(_unit(queries_QF))
         n_groups = math.ceil(setting.centroids / parts.tree.centroids_a_group)
@@ -259,13 +272,13 @@ class IVFIndex:
         width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
         key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
         ids_QM, _ = parts.lists.scan(reduced_QR, _candidates(k), key_QW, allowed)
-        aside = parts.outliers if allowed is None else np.intersect1d(parts.outliers, allowed)
-        ids_QM = np.concatenate([ids_QM, np.broadcast_to(aside, (len(ids_QM), len(aside)))], axis=1)
-        scored_Q = (size_QW * within_QW).sum(axis=1) + probes.scored_Q + len(aside)
-        return from_padded(ids_QM, self._scores(queries_QF, ids_QM), k, scored_Q)
+        scored_Q = (size_QW * within_QW).sum(axis=1) + probes.scored_Q
+        scores_QM = self._scores(queries_QF, ids_QM)
+        refuse_unless_finite(ids_QM, scores_QM)
+        return from_padded(ids_QM, scores_QM, k, scored_Q)
 
     def _scores(self, queries_QF: Float32, ids_QM: Int64) -> Float32:
-        """Return the inner products [Q, M] with the rows of these ids; of padding, anything."""
+        """Return the inner products [Q, M] with the rows of these ids; of padding, 0."""
         scores_QM = np.zeros(ids_QM.shape, np.float32)
         for at in range(0, len(queries_QF), _RESCORED_AT_ONCE):
             part = slice(at, at + _RESCORED_AT_ONCE)
@@ -277,6 +290,7 @@ class IVFIndex:
             chosen_QMF = rows[torch.from_numpy((place.reshape(ids_QM[part].shape) - n_padding).clip(0))]
             query_QF1 = torch.from_numpy(np.ascontiguousarray(queries_QF[part]))[:, :, None]
             scores_QM[part] = torch.bmm(chosen_QMF, query_QF1)[:, :, 0].numpy()
+        scores_QM[ids_QM < 0] = 0
         return scores_QM
 
     def _completed(self, top: TopK, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:

@@ -36,6 +36,11 @@ class Reduction:
     basis_FR: Float32 | None
     energy: float
 
+    def __post_init__(self) -> None:
+        """Check that the basis takes rows of F numbers."""
+        if self.basis_FR is not None and self.basis_FR.shape[:-1] != (self.dim,):
+            raise ValueError(f"a basis of shape {self.basis_FR.shape} for rows of {self.dim} numbers")
+
     @property
     def width(self) -> int:
         """Return R."""

@@ -110,7 +110,7 @@ class ListTree:
 
     @cached_property
     def _group_sizes(self) -> Int64:
-        return np.bincount(self.parent_L, minlength=len(self.group_GR))
+        return np.bincount(self.parent_L[self.size_L > 0], minlength=len(self.group_GR))
 
     @cached_property
     def _worth(self) -> tuple[Any, Any]:
