@@ -13,7 +13,7 @@ from tracin_ann.store import (
 
 DTYPES: list[Dtype] = ["float16", "float32"]
 DIM = 5
-LAYOUT = StoreLayout(n_rows=23, partition_rows=8, n_checkpoints=3, dim=DIM, dtype="float32", spec_digest="spec")
+LAYOUT = StoreLayout(n_rows=23, partition_rows=8, dim=DIM, dtype="float32", digests=("spec",) * 3)
 
 
 def make_block(start: int, stop: int, *, dim: int = DIM, seed: int = 0) -> FeatureBlock:

@@ -143,7 +143,7 @@ def test_rows_fetched_while_the_next_batch_is_under_way_are_the_same(folder, one
 )
 def test_data_is_held_where_reading_it_again_costs_more_than_loading(changes, held):
     given = {"load_seconds": 0.01, "read_seconds": 1e-3, "n_checkpoints": 3, "memory_bytes": 100 * 1000 * 2} | changes
-    layout = StoreLayout(1000, 100, int(given["n_checkpoints"]), 8, "float16", "test")
+    layout = StoreLayout(1000, 100, 8, "float16", ("test",) * int(given["n_checkpoints"]))
     tuned = tuning.Tuned(8, False, 1e-3, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
     assert data_is_dearer(layout, tuned, given["load_seconds"]) == held
 

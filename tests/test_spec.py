@@ -90,7 +90,7 @@ REFUSALS = {
     ),
     "train_rows": (
         replace(SPEC, train_rows=11),
-        "a task with train rows numbering 10, this task has 11; restore train_data or build a new index",
+        "a task with train rows numbering 10, this task has 11; build with --append, or build a new index",
     ),
     "train_data": (
         replace(SPEC, train_data="bbbb"),
@@ -131,7 +131,7 @@ REFUSALS = {
     ),
     "checkpoint added": (
         replace(SPEC, checkpoints=(*SPEC.checkpoints, THIRD)),
-        "nothing as checkpoint 2, the task has c.pt; restore Task.checkpoints or build a new index",
+        "nothing as checkpoint 2, the task has c.pt; build with --add-checkpoint, or build a new index",
     ),
 }
 
@@ -188,7 +188,7 @@ def test_a_build_record_comes_back_from_its_file_as_it_was(tmp_path):
     record = BuildRecord(SPEC, TaskReference("tasks.named:ready", {"rate": "0.5", "ünï": "c\\ode"}), 512, True)
     write_build_record(tmp_path, record)
     assert read_build_record(tmp_path) == record
-    assert record.layout.n_rows == 10 and record.layout.spec_digest == SPEC.digest()
+    assert record.layout.n_rows == 10 and record.layout.digests == (SPEC.row_digest(0), SPEC.row_digest(1))
 
 
 def test_a_models_digest_is_of_its_layers_and_not_of_its_weights():
@@ -202,13 +202,14 @@ def test_a_models_digest_is_of_its_layers_and_not_of_its_weights():
 
 
 def test_a_data_sets_digest_is_of_rows_spread_over_it():
-    plain = data_digest(rows(31))
-    assert plain == data_digest(rows(31))
+    plain = data_digest(rows(31), 31)
+    assert plain == data_digest(rows(31), 31)
     for row, noticed in ((0, True), (2, True), (30, True), (1, False)):
         changed = rows(31)
         changed[row] = (changed[row][0], 7)
-        assert (data_digest(changed) != plain) is noticed
-    assert data_digest([1]) != data_digest([2])
+        assert (data_digest(changed, 31) != plain) is noticed
+    assert data_digest([1], 1) != data_digest([2], 1)
+    assert data_digest(rows(50)[:31], 31) == data_digest(rows(50), 31)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +284,8 @@ def test_a_manifest_of_right_digest_is_understood_or_damaged(built, tmp_path_fac
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 2}', '{"format": 3}', "{}"]
+    "text",
+    ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 3}', '{"format": 4}', "{}"],
 )
 def test_a_manifest_that_is_no_manifest_is_damaged(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
@@ -300,7 +302,7 @@ def test_a_directory_without_a_manifest_is_no_index(tmp_path):
 
 def test_another_format_is_refused_by_its_number(built, tmp_path):
     write_json_atomic(tmp_path / MANIFEST, {**built[3], "format": FORMAT + 1})
-    with pytest.raises(DamagedIndexError, match="has another format: got 3, expected 2; use the tracin_ann that wrote"):
+    with pytest.raises(DamagedIndexError, match="has another format: got 4, expected 3; use the tracin_ann that wrote"):
         Manifest.read(tmp_path)
 
 

@@ -73,7 +73,7 @@ def test_missing_lists_what_is_absent_damaged_or_of_another_spec(
         store.write(partition, checkpoint, make_block(start, stop, seed=checkpoint))
     assert store.missing() == []
     everything = [(partition, checkpoint) for partition in range(3) for checkpoint in range(3)]
-    other = StoreLayout(**{**vars(LAYOUT), "spec_digest": "other"})
+    other = StoreLayout(**{**vars(LAYOUT), "digests": ("other",) * 3})
     assert FeatureStore(store.directory, other).missing() == everything
     assert FeatureStore(store.directory / "none", LAYOUT).missing() == everything
 
@@ -146,7 +146,7 @@ def test_take_of_an_unknown_id_is_a_key_error(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype) -> None:
-    layout = StoreLayout(n_rows=6, partition_rows=4, n_checkpoints=2, dim=DIM, dtype=dtype, spec_digest="spec")
+    layout = StoreLayout(n_rows=6, partition_rows=4, dim=DIM, dtype=dtype, digests=("spec",) * 2)
     store = FeatureStore(tmp_path, layout)
     row_NF = fill(store)[1]
     block = make_block(0, 4, seed=1)
@@ -202,7 +202,14 @@ def test_open_files_are_bounded(
 
 
 def test_impossible_layouts_are_refused() -> None:
-    for wrong in ({"n_rows": 0}, {"partition_rows": 0}, {"dim": 0}, {"dtype": "int8"}, {"spec_digest": ""}):
+    for wrong in (
+        {"n_rows": 0},
+        {"partition_rows": 0},
+        {"dim": 0},
+        {"dtype": "int8"},
+        {"digests": ("",)},
+        {"digests": ()},
+    ):
         with pytest.raises(ValueError, match="impossible"):
             StoreLayout(**{**vars(LAYOUT), **wrong})
     store = FeatureStore(Path("nowhere"), LAYOUT)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -19,12 +20,21 @@ from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import write_canaries
 from tracin_ann.columns import FILE as COLUMNS
 from tracin_ann.columns import gathered, write_columns
+from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.extraction import Extraction, data_is_dearer
-from tracin_ann.features import FeatureOptions, Norms
-from tracin_ann.files import atomic_path, sweep_temporaries
-from tracin_ann.gradients import PRECISIONS, Precision
+from tracin_ann.files import atomic_path
+from tracin_ann.generations import (
+    carried,
+    current,
+    feature_records,
+    folder_of,
+    generation_of,
+    next_folder,
+    published,
+)
+from tracin_ann.locks import WRITER, writing
 from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -40,7 +50,6 @@ from tracin_ann.manifest import (
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.plan import Plan
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
-from tracin_ann.search.lists import CODES, Codes
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import (
     FeatureSpec,
@@ -51,7 +60,7 @@ from tracin_ann.spec import (
     model_digest,
     parameter_specs,
 )
-from tracin_ann.store import Dtype, FeatureStore, FileRecord
+from tracin_ann.store import FeatureStore, FileRecord
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
 from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, refuse_slower_bf16, tuned
 from tracin_ann.types import ProgressCallback
@@ -59,82 +68,6 @@ from tracin_ann.types import ProgressCallback
 logger = logging.getLogger(__name__)
 
 _UNFINISHED_INDEX = ".index-unfinished"
-_DTYPES = ("float16", "float32")
-_NORMS = ("sketch", "exact")
-
-
-@dataclass(frozen=True)
-class BuildConfig:
-    """What a build may be told.
-
-    Attributes:
-        dim: D, sketch dimensions a checkpoint.
-        sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
-        seed: of the sketch's random numbers.
-        index: `auto`, `flat` or `ivf`.
-        batch_size: examples a forward; None: measured.
-        memory_bytes: what batches and rows read ahead may take when the batch size is measured; None: half of
-            what is free.
-        workers: processes that read and collate ahead.
-        precision: of forward and backward, `fp32` or `bf16`; sketches are added up in float32.
-        target_recall: recall@10 of the stored rows' own ranking that an index of lists is calibrated to.
-        codes: how lists keep their rows: `sq8`, `sq4` (half the memory) or `fp16`.
-        yardstick: measure, on a few queries, how well the sketch ranks rows by true scores; some 2,500 rows a
-            checkpoint are run once more for that.
-        device: `auto` or a device's name, as `resolve_device` takes it.
-        dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
-        norms: squared gradient norms, estimated from the `sketch` or `exact`.
-        partition_rows: rows a feature file; what a killed build repeats at most, for one checkpoint.
-        allow_random_data: accept train or query rows that change when read twice.
-    """
-
-    dim: int = 1024
-    sketch: str = "factored"
-    seed: int = 0
-    index: str = "auto"
-    batch_size: int | None = None
-    memory_bytes: int | None = None
-    workers: int = 0
-    precision: Precision = "fp32"
-    target_recall: float = 0.95
-    codes: Codes = "sq8"
-    yardstick: bool = True
-    device: str = "auto"
-    dtype: Dtype = "float16"
-    norms: Norms = "sketch"
-    partition_rows: int = 8192
-    allow_random_data: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that no build can use.
-
-        Raises:
-            UsageError: naming the option.
-        """
-        choices: tuple[tuple[str, str, Sequence[str]], ...] = (
-            ("--dtype", self.dtype, _DTYPES),
-            ("--norms", self.norms, _NORMS),
-            ("--precision", self.precision, PRECISIONS),
-            ("--index", self.index, ("auto", "flat", "ivf")),
-            ("--codes", self.codes, CODES),
-        )
-        for option, value, allowed in choices:
-            if value not in allowed:
-                raise UsageError(
-                    problem(f"bad {option}", got=repr(value), expected=" or ".join(allowed), remedy=f"change {option}")
-                )
-        if not 0 < self.target_recall < 1:
-            expected = "over 0, under 1"
-            raise UsageError(
-                problem("bad --target-recall", got=self.target_recall, expected=expected, remedy="change it")
-            )
-        for name, number in (("partition_rows", self.partition_rows), ("--memory", self.memory_bytes)):
-            if number is not None and number < 1:
-                raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
-
-    def features(self, rank_one: frozenset[str]) -> FeatureOptions:
-        """Return what turns gradients into rows, given which parameters' gradients are outer products."""
-        return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, rank_one, self.norms)
 
 
 @dataclass(frozen=True)
@@ -150,6 +83,33 @@ class BuildReport:
     manifest: Manifest
     rows_extracted: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a build goes on.
+
+    Attributes:
+        record: what it sets out to make.
+        begun: what the last build in the directory set out to make, or None.
+        manifest: of the finished index there, or None.
+    """
+
+    record: BuildRecord
+    begun: BuildRecord | None
+    manifest: Manifest | None
+
+    @property
+    def finished(self) -> Manifest | None:
+        """Return the manifest if it is of this very index."""
+        if self.manifest is None or self.manifest.build.spec.digest() != self.record.spec.digest():
+            return None
+        return self.manifest
+
+    @property
+    def trusted(self) -> tuple[FileRecord, ...]:
+        """Return the feature files that are taken as they are: of an index that grows, those that it has."""
+        return () if self.manifest is None or self.finished is not None else self.manifest.features
 
 
 class BuildWork:
@@ -172,8 +132,8 @@ class BuildWork:
         self.rows_extracted = 0
         self._load_seconds = 0.0
 
-    def prepared(self, model: LoadedModel) -> tuple[BuildRecord, bool]:
-        """Return what this build sets out to make, and whether the directory holds its beginning.
+    def prepared(self, model: LoadedModel) -> Start:
+        """Return what this build sets out to make, and from where it starts.
 
         All that can be refused is refused here, before anything is written.
 
@@ -183,20 +143,47 @@ class BuildWork:
             TaskError: the task breaks the contract.
         """
         self.passes.data("query")
-        found = self._found()
-        if found is None:
+        manifest = current(self.out)
+        begun = self._begun(manifest)
+        if begun is None:
             rank_one = self.examine(model)
             refuse_slower_bf16(model, self.config.features(rank_one))
-            return self._record(model, rank_one), False
-        record = self._record(model, found.spec.rank_one)
-        found.spec.refuse_unlike(record.spec, str(self.out))
-        if found.partition_rows != record.partition_rows or found.random_data != record.random_data:
+            return Start(self._record(model, rank_one), None, None)
+        record = self._record(model, begun.spec.rank_one)
+        self._refuse_unlike(begun, record, manifest)
+        return Start(replace(record, batch_size=begun.batch_size, channels_last=begun.channels_last), begun, manifest)
+
+    def _begun(self, manifest: Manifest | None) -> BuildRecord | None:
+        if (self.out / BUILD_RECORD).exists():
+            return read_build_record(self.out)
+        return None if manifest is None else manifest.build
+
+    def _refuse_unlike(self, begun: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
+        """Refuse to make something else than was begun, but for growth of a finished index where that is asked for.
+
+        Raises:
+            IndexMismatchError: names the first difference.
+        """
+        expected = record.spec
+        if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
+            expected = self._without_growth(begun.spec, record.spec)
+        begun.spec.refuse_unlike(expected, str(self.out))
+        if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
             raise IndexMismatchError(
-                f"index {self.out} was built with partition_rows {found.partition_rows} and allow_random_data "
-                f"{found.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
+                f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "
+                f"{begun.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
                 "use the same, or another --out"
             )
-        return record, True
+
+    def _without_growth(self, built: FeatureSpec, asked: FeatureSpec) -> FeatureSpec:
+        """Return what is asked for less the rows and checkpoints that may be new."""
+        if self.config.append and asked.train_rows > built.train_rows:
+            random = self.config.allow_random_data
+            digest = "random" if random else data_digest(self.passes.data("train"), built.train_rows)
+            asked = replace(asked, train_rows=built.train_rows, train_data=digest)
+        if self.config.add_checkpoint:
+            asked = replace(asked, checkpoints=asked.checkpoints[: max(1, len(built.checkpoints))])
+        return asked
 
     def examine(self, model: LoadedModel) -> frozenset[str]:
         """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
@@ -214,7 +201,7 @@ class BuildWork:
         spec = FeatureSpec(
             model=model_digest(model.module),
             train_rows=len(train),
-            train_data="random" if self.config.allow_random_data else data_digest(train),
+            train_data="random" if self.config.allow_random_data else data_digest(train, len(train)),
             parameters=parameter_specs(model.parameters, rank_one),
             checkpoints=checkpoint_specs(self.passes.task),
             sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
@@ -225,11 +212,15 @@ class BuildWork:
         )
         return BuildRecord(spec, self.reference, self.config.partition_rows, self.config.allow_random_data)
 
-    def _found(self) -> BuildRecord | None:
-        """Return the build that the directory holds, or None if it can become this one's."""
-        if (self.out / BUILD_RECORD).exists():
-            return read_build_record(self.out)
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+    def refuse_foreign(self) -> None:
+        """Refuse a directory that holds what no build wrote.
+
+        Raises:
+            UsageError: it does, or is a file.
+        """
+        if any((self.out / name).exists() for name in (BUILD_RECORD, MANIFEST)) or not self.out.exists():
+            return
+        if not self.out.is_dir() or any(path.name != WRITER for path in self.out.iterdir()):
             raise UsageError(
                 problem(
                     f"{self.out} cannot hold the index",
@@ -238,33 +229,56 @@ class BuildWork:
                     remedy="choose another --out",
                 )
             )
-        return None
 
-    def tuned(self, model: LoadedModel, features: FeatureOptions) -> Tuned:
-        """Set the model and its passes to what runs rows fastest here; the last thing that may refuse the build."""
+    def suits(self, manifest: Manifest) -> bool:
+        """Return whether a finished index of these rows has all its files and the kind of search asked for."""
+        layout = manifest.build.layout
+        folder = folder_of(self.out, manifest.generation)
+        wanted = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
+        return manifest.index.kind == wanted and all((folder / r.name).is_file() for r in manifest.besides)
+
+    def tuned(self, model: LoadedModel, record: BuildRecord) -> Tuned:
+        """Set the model and its passes to what runs rows fastest here; the last thing that may refuse the build.
+
+        What was measured when the build was begun is kept: all files are made alike.
+        """
         self.passes.check_workers("train")
         if model.checkpoint < 0:
             self.examine(model)
         passes = self.passes.n_rows("train") * len(self.passes.task.checkpoints)
-        return tuned(model, features, Wanted(self.config.batch_size, self.config.memory_bytes, passes))
+        known = record.batch_size is not None
+        wanted = Wanted(
+            self.config.batch_size or record.batch_size,
+            self.config.memory_bytes,
+            passes,
+            record.channels_last if known else None,
+        )
+        return tuned(model, self.config.features(record.spec.rank_one), wanted)
 
-    def extract(self, extraction: Extraction, chosen: Tuned) -> Plan:
+    def extract(self, extraction: Extraction, chosen: Tuned, folder: Path) -> Plan:
         """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
         done = extraction.run(held=data_is_dearer(extraction.layout, chosen, self._load_seconds))
         self.rows_extracted += done.rows
-        write_canaries(self.out / CANARIES, done.canaries)
+        write_canaries(folder / CANARIES, done.canaries)
         return done.plan
 
-    def columns(self, progress: ProgressCallback) -> FileRecord | None:
+    def columns(self, folder: Path, progress: ProgressCallback) -> FileRecord | None:
         """Write the columns of the training rows, where the task gives any."""
         asked = self.passes.task.columns
         if asked is None:
             return None
         columns = gathered(asked, self.passes.data("train"), self.passes.n_rows("train"), progress)
-        write_columns(self.out / COLUMNS, columns)
-        return record_of(self.out / COLUMNS)
+        write_columns(folder / COLUMNS, columns)
+        return record_of(folder / COLUMNS)
 
-    def index(self, yardstick: Yardstick) -> IndexRecord:
+    def removed(self, folder: Path, manifest: Manifest | None) -> FileRecord | None:
+        """Take over which rows were removed."""
+        if manifest is None or manifest.removed is None:
+            return None
+        carried(self.out, manifest, folder, [manifest.removed])
+        return manifest.removed
+
+    def index(self, yardstick: Yardstick, folder: Path) -> IndexRecord:
         """Choose, build, calibrate and save the search index."""
         view, progress = yardstick.store.view(), yardstick.progress
         choice = choose_index(self.config.index, len(view), view.dim)
@@ -283,9 +297,9 @@ class BuildWork:
                 progress("index", 1, 1)
                 calibration = yardstick.recall(lists, self.config.target_recall)
                 for name in IVFIndex.FILES:
-                    with atomic_path(self.out / name) as temporary:
+                    with atomic_path(folder / name) as temporary:
                         os.replace(unfinished / name, temporary)
-                    files.append(record_of(self.out / name))
+                    files.append(record_of(folder / name))
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration)
@@ -317,33 +331,42 @@ def build(
     began = perf_counter()
     report = progress or _silent
     work = opened(task, Path(out), config or BuildConfig(), arguments)
-    with work.passes.model() as model:
-        record, begun = work.prepared(model)
-        store = FeatureStore(work.out / FEATURES, record.layout)
-        if begun and (finished := _finished(work, store)) is not None:
-            return BuildReport(finished, 0, perf_counter() - began)
-        features = work.config.features(record.spec.rank_one)
-        chosen = work.tuned(model, features)
-        (work.out / FEATURES).mkdir(parents=True, exist_ok=True)
-        if not begun:
-            write_build_record(work.out, record)
-        for directory in (work.out, work.out / FEATURES):
-            sweep_temporaries(directory)
-        (work.out / MANIFEST).unlink(missing_ok=True)
-        columns = work.columns(report)
-        plan = work.extract(Extraction(model, store, features, report), chosen)
-    yardstick = Yardstick(work.passes, store, features, work.config.seed, report)
-    index = work.index(yardstick)
-    manifest = Manifest(
-        build=record,
-        features=_feature_records(store),
-        canaries=record_of(work.out / CANARIES),
-        index=index,
-        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
-        fidelity=yardstick.fidelity() if work.config.yardstick and not work.config.allow_random_data else None,
-        columns=columns,
-    )
-    manifest.write(work.out)
+    with ExitStack() as held:
+        work.refuse_foreign()
+        if work.out.is_dir():
+            held.enter_context(writing(work.out))
+        with work.passes.model() as model:
+            start = work.prepared(model)
+            store = FeatureStore(work.out / FEATURES, start.record.layout)
+            missing = store.missing(start.trusted)
+            if start.finished is not None and not missing and work.suits(start.finished):
+                return BuildReport(start.finished, 0, perf_counter() - began)
+            chosen = work.tuned(model, start.record)
+            record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
+            if not work.out.is_dir():
+                work.out.mkdir(parents=True)
+                held.enter_context(writing(work.out))
+            if start.begun != record:
+                write_build_record(work.out, record)
+            (work.out / FEATURES).mkdir(exist_ok=True)
+            folder = next_folder(work.out, start.manifest)
+            columns = work.columns(folder, report)
+            features = work.config.features(record.spec.rank_one)
+            plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+        yardstick = Yardstick(work.passes, store, features, work.config.seed, report)
+        measured = work.config.yardstick and not work.config.allow_random_data
+        manifest = Manifest(
+            generation=generation_of(folder),
+            build=record,
+            features=feature_records(store, start.manifest),
+            canaries=record_of(folder / CANARIES),
+            index=work.index(yardstick, folder),
+            steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
+            fidelity=yardstick.fidelity() if measured else None,
+            columns=columns,
+            removed=work.removed(folder, start.manifest),
+        )
+        published(work.out, manifest)
     return BuildReport(manifest, work.rows_extracted, perf_counter() - began)
 
 
@@ -353,21 +376,6 @@ def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[
         return BuildWork(task, out, config, TaskReference(None, {}))
     reference = TaskReference(absolute_reference(task), dict(arguments or {}))
     return BuildWork(load_task(task, arguments), out, config, reference)
-
-
-def _finished(work: BuildWork, store: FeatureStore) -> Manifest | None:
-    """Return the manifest if the directory already holds the whole index that is asked for."""
-    if not (work.out / MANIFEST).exists():
-        return None
-    manifest = Manifest.read(work.out)
-    wanted = choose_index(work.config.index, store.layout.n_rows, store.view().dim).kind
-    whole = not store.missing() and all((work.out / record.name).is_file() for record in manifest.besides)
-    return manifest if whole and manifest.index.kind == wanted else None
-
-
-def _feature_records(store: FeatureStore) -> tuple[FileRecord, ...]:
-    layout = store.layout
-    return tuple(record_of(store.path(p, c)) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -81,6 +81,6 @@ def read_canaries(path: Path) -> tuple[Canaries, ...]:
                 f"{path} cannot be read",
                 got=str(error).splitlines()[0],
                 expected="the canaries that the build wrote",
-                remedy="restore the file, or delete manifest.json and this file and run the build again",
+                remedy="restore the file, or run tracin-verify --repair",
             )
         ) from error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.build import BuildConfig, opened
+from tracin_ann.build import opened
+from tracin_ann.config import BuildConfig
 from tracin_ann.plan import Plan
 from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
@@ -64,8 +65,9 @@ def plan(
     config = config or BuildConfig()
     work = opened(task, Path(out), config, arguments)
     with work.passes.model() as model:
-        record, _ = work.prepared(model)
-        chosen = work.tuned(model, config.features(record.spec.rank_one))
+        work.refuse_foreign()
+        record = work.prepared(model).record
+        chosen = work.tuned(model, record)
         layout = record.layout
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
         choice = choose_index(config.index, n_rows, dim)

@@ -43,6 +43,12 @@ class DamagedIndexError(TracinAnnError):
     exit_code = 4
 
 
+class BusyIndexError(TracinAnnError):
+    """Another process is writing the index."""
+
+    exit_code = 5
+
+
 class MissingPackageError(TracinAnnError):
     """A package that the request needs is not installed, or two that exclude each other are."""
 

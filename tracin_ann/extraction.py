@@ -41,15 +41,21 @@ class Extraction:
         model: the task's, loaded with any checkpoint.
         store: where the features go.
         features: what turns gradients into rows.
+        missing: (partition, checkpoint) of the files to write.
         report: called with (stage, done, total).
     """
 
     def __init__(
-        self, model: LoadedModel, store: FeatureStore, features: FeatureOptions, report: ProgressCallback
+        self,
+        model: LoadedModel,
+        store: FeatureStore,
+        features: FeatureOptions,
+        missing: Sequence[tuple[int, int]],
+        report: ProgressCallback,
     ) -> None:
         self.layout = store.layout
         self._model, self._store, self._features = model, store, features
-        self._missing = store.missing()
+        self._missing = missing
         total = sum(stop - start for start, stop in (self.layout.rows(p) for p, _ in self._missing))
         self._counted = _Counter(report, total)
         self._extractors: dict[int, FeatureExtractor] = {}

@@ -19,8 +19,10 @@ from tracin_ann.device import resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.exact import exact_self_influence
 from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.generations import check, folder_of, leased
 from tracin_ann.loading import SideName
-from tracin_ann.manifest import FEATURES, Manifest, check_file
+from tracin_ann.locks import Lease
+from tracin_ann.manifest import FEATURES, Manifest
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.ranking import Question, Ranking
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
@@ -38,8 +40,10 @@ class InfluenceIndex:
         self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
     ) -> None:
         self.directory, self.manifest = directory, manifest
+        self._folder = folder_of(directory, manifest.generation)
         self._find_task, self._options = find_task, options
         self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
+        self._lease: Lease | None = None
 
     @classmethod
     def open(
@@ -64,9 +68,8 @@ class InfluenceIndex:
             DamagedIndexError: a file is missing or altered, or there is no finished index.
         """
         path = Path(directory)
-        manifest = Manifest.read(path)
-        for record in manifest.besides:
-            check_file(path, record, deep=True)
+        manifest, lease = leased(path)
+        check(path, manifest, deep=True)
         options = PassOptions(
             resolve_device(device),
             batch_size,
@@ -74,6 +77,8 @@ class InfluenceIndex:
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
         )
         index = cls(path, manifest, lambda: _found(task, arguments, manifest, path), options)
+        # Held as long as the index: until then, nobody sweeps its generation's files.
+        index._lease = lease
         index._store.check(manifest.features)
         return index
 
@@ -105,11 +110,12 @@ class InfluenceIndex:
     def _asked(self, passes: Passes, model: LoadedModel) -> FeatureSpec:
         built = self.manifest.build
         sketch = self._features.sketch
+        train = passes.data("train")
         return replace(
             built.spec,
             model=model_digest(model.module),
             train_rows=passes.n_rows("train"),
-            train_data=built.spec.train_data if built.random_data else data_digest(passes.data("train")),
+            train_data=built.spec.train_data if built.random_data else data_digest(train, len(train)),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
             checkpoints=checkpoint_specs(passes.task),
             sketch=replace(built.spec.sketch, version=sketch.version),
@@ -137,20 +143,20 @@ class InfluenceIndex:
 
     @cached_property
     def _canaries(self) -> tuple[Canaries, ...]:
-        return read_canaries(self.directory / self.manifest.canaries.name)
+        return read_canaries(self._folder / self.manifest.canaries.name)
 
     @cached_property
     def search_index(self) -> SearchIndex:
         """Return the search index over all checkpoints."""
         if self.manifest.index.kind == "ivf":
-            return IVFIndex.load(self.directory, self._store.view(), self._options.device)
+            return IVFIndex.load(self._folder, self._store.view(), self._options.device)
         return FlatIndex(self._store.view(), self._options.device)
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return the columns of the training rows by name; none where the task gave none."""
         record = self.manifest.columns
-        return {} if record is None else read_columns(self.directory / record.name)
+        return {} if record is None else read_columns(self._folder / record.name)
 
     def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
         """Return the stored feature rows over the chosen checkpoints, to read or to search in one's own way."""

@@ -18,7 +18,7 @@ from tracin_ann.spec import FeatureSpec
 from tracin_ann.store import FileRecord, StoreLayout
 from tracin_ann.task import TaskReference
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
@@ -36,12 +36,16 @@ class BuildRecord:
         task: how the task was named.
         partition_rows: rows a partition.
         random_data: the task's rows may change when read twice (`--allow-random-data`).
+        batch_size: examples a forward; features differ by rounding with it, so that all files are made with one.
+        channels_last: the memory format of pictures, likewise.
     """
 
     spec: FeatureSpec
     task: TaskReference
     partition_rows: int
     random_data: bool
+    batch_size: int | None = None
+    channels_last: bool = False
 
     @property
     def layout(self) -> StoreLayout:
@@ -49,10 +53,9 @@ class BuildRecord:
         return StoreLayout(
             n_rows=self.spec.train_rows,
             partition_rows=self.partition_rows,
-            n_checkpoints=len(self.spec.checkpoints),
             dim=self.spec.sketch.dim,
             dtype=self.spec.dtype,  # type: ignore[arg-type]
-            spec_digest=self.spec.digest(),
+            digests=tuple(self.spec.row_digest(c) for c in range(len(self.spec.checkpoints))),
         )
 
 
@@ -77,9 +80,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything an index directory holds; its presence means that the build was finished.
+    """Everything one generation of an index holds; its presence means that the generation is whole.
 
     Attributes:
+        generation: counts from 1; every change of a finished index makes another.
         build: what was built.
         features: the feature files, partition by partition, each with all its checkpoints.
         canaries: the file of canary rows.
@@ -87,8 +91,10 @@ class Manifest:
         steps: the plan of gradients at the first checkpoint.
         fidelity: how well the sketch was seen to stand for true scores; None with random data.
         columns: the file of the rows' columns, where the task gives any.
+        removed: the file of the removed rows' ids, where there are any.
     """
 
+    generation: int
     build: BuildRecord
     features: tuple[FileRecord, ...]
     canaries: FileRecord
@@ -96,15 +102,16 @@ class Manifest:
     steps: tuple[StepRecord, ...]
     fidelity: Fidelity | None = None
     columns: FileRecord | None = None
+    removed: FileRecord | None = None
 
     @property
     def besides(self) -> tuple[FileRecord, ...]:
-        """Return the files besides the features."""
-        columns = () if self.columns is None else (self.columns,)
-        return self.canaries, *self.index.files, *columns
+        """Return the files besides the features: those in the generation's own directory."""
+        more = (record for record in (self.columns, self.removed) if record is not None)
+        return self.canaries, *self.index.files, *more
 
     def write(self, directory: Path) -> None:
-        """Write the manifest durably: from now on the directory is a finished index."""
+        """Write the manifest durably."""
         _write(directory / MANIFEST, asdict(self))
 
     @classmethod
@@ -118,6 +125,7 @@ class Manifest:
         content = _read(path)
         try:
             return cls(
+                generation=_counted(content["generation"]),
                 build=_build(content["build"]),
                 features=_records(content["features"]),
                 canaries=_record(content["canaries"]),
@@ -125,6 +133,7 @@ class Manifest:
                 steps=tuple(StepRecord(**step) for step in content["steps"]),
                 fidelity=None if content["fidelity"] is None else Fidelity(**content["fidelity"]),
                 columns=None if content["columns"] is None else _record(content["columns"]),
+                removed=None if content["removed"] is None else _record(content["removed"]),
             )
         except _MISUNDERSTANDINGS as error:
             raise DamagedIndexError(_not_understood(path, error)) from error
@@ -174,7 +183,7 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
             f"{path} is damaged",
             got=got,
             expected=f"{record.size} bytes of digest {record.digest}",
-            remedy="restore the file, or delete manifest.json and this file and run the build again",
+            remedy="restore the file, or run tracin-verify --repair",
         )
     )
 
@@ -182,7 +191,14 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
 def _build(content: Mapping[str, Any]) -> BuildRecord:
     task = TaskReference(content["task"]["reference"], dict(content["task"]["arguments"]))
     spec = FeatureSpec.from_json(content["spec"])
-    record = BuildRecord(spec, task, int(content["partition_rows"]), bool(content["random_data"]))
+    record = BuildRecord(
+        spec,
+        task,
+        int(content["partition_rows"]),
+        bool(content["random_data"]),
+        None if content["batch_size"] is None else _counted(content["batch_size"]),
+        bool(content["channels_last"]),
+    )
     _ = record.layout
     return record
 
@@ -203,6 +219,12 @@ def _record(content: Mapping[str, Any]) -> FileRecord:
     ):
         raise ValueError(f"a file named {name!r} is not inside the index")
     return FileRecord(name, int(content["size"]), str(content["digest"]))
+
+
+def _counted(number: object) -> int:
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{number!r} counts nothing")
+    return number
 
 
 def _records(content: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:

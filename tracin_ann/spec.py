@@ -78,6 +78,14 @@ class FeatureSpec:
         del content["versions"]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
+    def row_digest(self, checkpoint: int) -> str:
+        """Return a digest of all that determines a row's features at a checkpoint; how many rows there are does not."""
+        content = asdict(self)
+        for name in ("versions", "train_rows", "train_data"):
+            del content[name]
+        content["checkpoints"] = asdict(self.checkpoints[checkpoint])
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
@@ -142,13 +150,17 @@ def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
     for attribute, word, remedy in rest:
         a, b = getattr(built, attribute), getattr(asked, attribute)
         if a != b:
-            yield _difference(f"{word} {a}", f"this task has {b}", remedy.format(a))
+            grown = attribute == "train_rows" and b > a
+            yield _difference(
+                f"{word} {a}", f"this task has {b}", "build with --append," if grown else remedy.format(a)
+            )
 
 
 def _checkpoint_difference(i: int, built: CheckpointSpec | None, asked: CheckpointSpec | None) -> Iterator[str]:
     if built is None or asked is None:
         a, b = (c.name if c else "nothing" for c in (built, asked))
-        yield _difference(f"{a} as checkpoint {i}", f"the task has {b}", "restore Task.checkpoints")
+        remedy = "restore Task.checkpoints" if asked is None else "build with --add-checkpoint,"
+        yield _difference(f"{a} as checkpoint {i}", f"the task has {b}", remedy)
         return
     if built.digest != asked.digest:
         yield _difference(
@@ -174,10 +186,9 @@ def model_digest(model: nn.Module) -> str:
     return hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
 
 
-def data_digest(data: Any) -> str:
-    """Return a digest of some 16 rows spread over a data set."""
+def data_digest(data: Any, n_rows: int) -> str:
+    """Return a digest of some 16 rows spread over the first n_rows of a data set."""
     digest = hashlib.blake2b(digest_size=8)
-    n_rows = len(data)
     for i in sorted({round(j * (n_rows - 1) / (_DIGEST_ROWS - 1)) for j in range(_DIGEST_ROWS)}):
         for leaf in leaves(data[i]):
             digest.update(leaf_bytes(leaf))

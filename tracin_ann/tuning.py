@@ -42,11 +42,13 @@ class Wanted:
         batch_size: B, or None to measure.
         memory_bytes: for a batch's activations and for rows read ahead, or None for half of what is free.
         passes: rows × checkpoints of the build, which the measuring must be worth.
+        channels_last: the memory format, or None to measure.
     """
 
     batch_size: int | None
     memory_bytes: int | None
     passes: int
+    channels_last: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ class _Tuning:
         row_bytes = self._working_bytes(min(size, self._n_rows, 8))
         if self._wanted.batch_size is None:
             size = min(size, self._largest(row_bytes))
+        if self._wanted.channels_last:
+            self._model.lay_out(channels_last=True)
         seconds = self.seconds(size, 1)
-        if self._wanted.passes >= _ROWS_WORTH_MEASURING:
+        if self._wanted.channels_last is None and self._wanted.passes >= _ROWS_WORTH_MEASURING:
             seconds = self._with_format(size)
             if self._wanted.batch_size is None:
                 size, seconds = self._with_size(size, seconds, row_bytes, seconds * self._wanted.passes)

@@ -7,9 +7,10 @@ from math import prod
 
 import click
 
-from tracin_ann.build import BuildConfig, BuildReport, build
+from tracin_ann.build import BuildReport, build
 from tracin_ann.cli.common import MemorySize, duration, parsed_arguments, progress_shown, refusals, sized
 from tracin_ann.cli.info import believed
+from tracin_ann.config import BuildConfig
 from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
 from tracin_ann.dry_run import BuildPlan, plan
 from tracin_ann.sketch import SKETCHES

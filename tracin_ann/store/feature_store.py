@@ -6,7 +6,7 @@ Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = (checkpoints
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -32,25 +32,29 @@ class StoreLayout:
     Attributes:
         n_rows: N.
         partition_rows: rows a file; the last partition may hold fewer.
-        n_checkpoints: C.
         dim: D.
         dtype: how the features are stored.
-        spec_digest: names everything that determines a feature row.
+        digests: one a checkpoint; names everything that determines a row's features there. Not the number of rows:
+            a store that grows keeps its files.
     """
 
     n_rows: int
     partition_rows: int
-    n_checkpoints: int
     dim: int
     dtype: Dtype
-    spec_digest: str
+    digests: tuple[str, ...]
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if min(self.n_rows, self.partition_rows, self.n_checkpoints, self.dim) < 1:
             raise ValueError(f"impossible layout {self}")
-        if self.dtype not in get_args(Dtype) or not self.spec_digest:
+        if self.dtype not in get_args(Dtype) or not (self.digests and all(self.digests)):
             raise ValueError(f"impossible layout {self}")
+
+    @property
+    def n_checkpoints(self) -> int:
+        """Return C."""
+        return len(self.digests)
 
     @property
     def n_partitions(self) -> int:
@@ -69,7 +73,7 @@ class StoreLayout:
         if not 0 <= checkpoint < self.n_checkpoints:
             raise IndexError(f"checkpoint {checkpoint} of {self.n_checkpoints}")
         start, stop = self.rows(partition)
-        return FileHeader(self.spec_digest, start, stop, checkpoint, self.dim, self.dtype)
+        return FileHeader(self.digests[checkpoint], start, stop, checkpoint, self.dim, self.dtype)
 
 
 class FeatureStore:
@@ -86,20 +90,29 @@ class FeatureStore:
         self._lock = Lock()
 
     def path(self, partition: int, checkpoint: int) -> Path:
-        """Return where the file is, or would be."""
-        return self.directory / f"features-{partition:06d}-{checkpoint:04d}.h5"
+        """Return where the file is, or would be.
+
+        A partition that isn't full has its rows in the name: when it grows, its old file stays for those who read it.
+        """
+        start, stop = self.layout.rows(partition)
+        rows = "" if stop - start == self.layout.partition_rows else f"-{stop - start}"
+        return self.directory / f"features-{partition:06d}-{checkpoint:04d}{rows}.h5"
 
     def partitions(self) -> list[tuple[int, int]]:
         """Return (start, stop) of every partition."""
         return [self.layout.rows(partition) for partition in range(self.layout.n_partitions)]
 
-    def missing(self) -> list[tuple[int, int]]:
-        """Return (partition, checkpoint) of the files that are not there whole; reads every byte."""
+    def missing(self, trusted: Iterable[FileRecord] = ()) -> list[tuple[int, int]]:
+        """Return (partition, checkpoint) of the files that are not there whole.
+
+        Reads every byte, but of trusted files of the right size only the header.
+        """
+        sizes = {record.name: record.size for record in trusted}
         return [
             (partition, checkpoint)
             for partition in range(self.layout.n_partitions)
             for checkpoint in range(self.layout.n_checkpoints)
-            if not self._is_whole(partition, checkpoint)
+            if not self._is_whole(partition, checkpoint, sizes)
         ]
 
     def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> FileRecord:
@@ -170,9 +183,12 @@ class FeatureStore:
                 self._open.popitem(last=False)
         return opened
 
-    def _is_whole(self, partition: int, checkpoint: int) -> bool:
+    def _is_whole(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
+        path = self.path(partition, checkpoint)
         try:
-            FeatureFile.open(self.path(partition, checkpoint), self.layout.header(partition, checkpoint)).verify()
+            file = FeatureFile.open(path, self.layout.header(partition, checkpoint))
+            if path.stat().st_size != sizes.get(path.name):
+                file.verify()
         except DamagedIndexError:
             return False
         return True

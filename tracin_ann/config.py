@@ -1,0 +1,94 @@
+"""What a build may be told, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracin_ann.errors import UsageError, problem
+from tracin_ann.features import FeatureOptions, Norms
+from tracin_ann.gradients import PRECISIONS, Precision
+from tracin_ann.search.lists import CODES, Codes
+from tracin_ann.sketch import make_sketch
+from tracin_ann.store import Dtype
+
+_DTYPES = ("float16", "float32")
+_NORMS = ("sketch", "exact")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a build may be told.
+
+    Attributes:
+        dim: D, sketch dimensions a checkpoint.
+        sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
+        seed: of the sketch's random numbers.
+        index: `auto`, `flat` or `ivf`.
+        batch_size: examples a forward; None: measured.
+        memory_bytes: what batches and rows read ahead may take when the batch size is measured; None: half of
+            what is free.
+        workers: processes that read and collate ahead.
+        precision: of forward and backward, `fp32` or `bf16`; sketches are added up in float32.
+        target_recall: recall@10 of the stored rows' own ranking that an index of lists is calibrated to.
+        codes: how lists keep their rows: `sq8`, `sq4` (half the memory) or `fp16`.
+        yardstick: measure, on a few queries, how well the sketch ranks rows by true scores; some 2,500 rows a
+            checkpoint are run once more for that.
+        device: `auto` or a device's name, as `resolve_device` takes it.
+        dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
+        norms: squared gradient norms, estimated from the `sketch` or `exact`.
+        partition_rows: rows a feature file; what a killed build repeats at most, for one checkpoint.
+        allow_random_data: accept train or query rows that change when read twice.
+        append: a finished index may grow by rows at the end of train_data.
+        add_checkpoint: a finished index may grow by checkpoints at the end of the task's.
+    """
+
+    dim: int = 1024
+    sketch: str = "factored"
+    seed: int = 0
+    index: str = "auto"
+    batch_size: int | None = None
+    memory_bytes: int | None = None
+    workers: int = 0
+    precision: Precision = "fp32"
+    target_recall: float = 0.95
+    codes: Codes = "sq8"
+    yardstick: bool = True
+    device: str = "auto"
+    dtype: Dtype = "float16"
+    norms: Norms = "sketch"
+    partition_rows: int = 8192
+    allow_random_data: bool = False
+    append: bool = False
+    add_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no build can use.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+            ("--dtype", self.dtype, _DTYPES),
+            ("--norms", self.norms, _NORMS),
+            ("--precision", self.precision, PRECISIONS),
+            ("--index", self.index, ("auto", "flat", "ivf")),
+            ("--codes", self.codes, CODES),
+        )
+        for option, value, allowed in choices:
+            if value not in allowed:
+                raise UsageError(
+                    problem(f"bad {option}", got=repr(value), expected=" or ".join(allowed), remedy=f"change {option}")
+                )
+        if not 0 < self.target_recall < 1:
+            expected = "over 0, under 1"
+            raise UsageError(
+                problem("bad --target-recall", got=self.target_recall, expected=expected, remedy="change it")
+            )
+        for name, number in (("partition_rows", self.partition_rows), ("--memory", self.memory_bytes)):
+            if number is not None and number < 1:
+                raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
+
+    def features(self, rank_one: frozenset[str]) -> FeatureOptions:
+        """Return what turns gradients into rows, given which parameters' gradients are outer products."""
+        return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, rank_one, self.norms)

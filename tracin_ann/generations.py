@@ -1,0 +1,147 @@
+"""Generations of an index in its directory: which is current, who reads which, how the next one becomes current.
+
+    manifest.json          the current generation's manifest, replaced atomically: this is what makes it current
+    build.json             what the last build set out to make; unlike the manifest's, while one is under way
+    generation-000001/     what is a generation's own: its manifest, canaries, columns, lists, removed ids
+    features/              feature files, shared by all generations that name them
+    writer.lock            there while somebody writes
+
+A reader holds a lock on its generation's own manifest; what no reader holds and the current manifest does not name
+is swept by the next writer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.files import atomic_path, sweep_temporaries, sync_directory
+from tracin_ann.locks import Lease, free
+from tracin_ann.manifest import FEATURES, MANIFEST, Manifest, check_file, record_of
+from tracin_ann.store import FeatureStore, FileRecord
+
+_PREFIX = "generation-"
+
+
+def folder_of(directory: Path, generation: int) -> Path:
+    """Return where a generation's own files are."""
+    return directory / f"{_PREFIX}{generation:06d}"
+
+
+def leased(directory: Path) -> tuple[Manifest, Lease | None]:
+    """Return the current manifest and a lease on its generation, None where its directory is no more.
+
+    Raises:
+        DamagedIndexError: there is no finished index, or its generation is not there.
+    """
+    manifest = Manifest.read(directory)
+    while True:
+        path = folder_of(directory, manifest.generation) / MANIFEST
+        try:
+            return manifest, Lease(path)
+        except FileNotFoundError:
+            # Swept in between: then another one is current by now.
+            newer = Manifest.read(directory)
+            if newer.generation == manifest.generation:
+                raise DamagedIndexError(
+                    problem(f"{path}", got="no file", expected="a file", remedy="restore it, or build a new index")
+                ) from None
+            manifest = newer
+
+
+def current(directory: Path) -> Manifest | None:
+    """Return the current manifest, or None where no generation was finished.
+
+    Raises:
+        DamagedIndexError: there is a manifest that cannot be understood.
+    """
+    return Manifest.read(directory) if (directory / MANIFEST).exists() else None
+
+
+def next_folder(directory: Path, manifest: Manifest | None) -> Path:
+    """Sweep what is nobody's and return the next generation's directory, made; for the one writer.
+
+    A directory that a killed writer left is the next one's again, with what is in it.
+    """
+    sweep(directory, manifest, keep_unfinished=True)
+    taken = [generation_of(path) for path in directory.glob(f"{_PREFIX}*") if (path / MANIFEST).exists()]
+    folder = folder_of(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
+    folder.mkdir(exist_ok=True)
+    sync_directory(directory)
+    sweep_temporaries(folder)
+    return folder
+
+
+def published(directory: Path, manifest: Manifest, *, keep_unfinished: bool = False) -> None:
+    """Make a generation current, durably, and sweep what it left; everything it names has been written."""
+    manifest.write(folder_of(directory, manifest.generation))
+    manifest.write(directory)
+    sweep(directory, manifest, keep_unfinished=keep_unfinished)
+
+
+def sweep(directory: Path, manifest: Manifest | None, *, keep_unfinished: bool = False) -> None:
+    """Remove generations that nobody reads, feature files that none left names, and killed runs' temporaries.
+
+    With `keep_unfinished`, feature files and the directory of a generation under way stay.
+    """
+    for place in (directory, directory / FEATURES):
+        sweep_temporaries(place)
+    named = [] if manifest is None else [manifest]
+    for path in sorted(directory.glob(f"{_PREFIX}*")):
+        if manifest is not None and path == folder_of(directory, manifest.generation):
+            continue
+        if keep_unfinished and not (path / MANIFEST).exists():
+            continue
+        with free(path / MANIFEST) as nobody_reads:
+            if nobody_reads:
+                # The manifest last: while it is there, a reader's lock on it counts.
+                for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+                path.rmdir()
+            else:
+                named.append(Manifest.read(path))
+    if manifest is not None and not keep_unfinished:
+        kept = {record.name for each in named for record in each.features}
+        for path in (directory / FEATURES).glob("features-*.h5"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+
+def carried(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
+    """Put files of a generation into the next one's directory: linked where the file system can, else copied."""
+    old = folder_of(directory, manifest.generation)
+    for record in records:
+        with atomic_path(folder / record.name) as temporary:
+            try:
+                os.link(old / record.name, temporary)
+            except OSError:
+                shutil.copyfile(old / record.name, temporary)
+
+
+def check(directory: Path, manifest: Manifest, *, deep: bool) -> None:
+    """Compare a generation's own files with its manifest.
+
+    Raises:
+        DamagedIndexError: the first that is missing or altered.
+    """
+    for record in manifest.besides:
+        check_file(folder_of(directory, manifest.generation), record, deep=deep)
+
+
+def feature_records(store: FeatureStore, manifest: Manifest | None) -> tuple[FileRecord, ...]:
+    """Return the records of a store's files; those that the manifest has with the same name and size are not read."""
+    known = {} if manifest is None else {record.name: record for record in manifest.features}
+    layout = store.layout
+    paths = [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
+    return tuple(record_of(path) if path.name not in known else known[path.name] for path in paths)
+
+
+def generation_of(path: Path) -> int:
+    """Return the number of a generation's directory."""
+    with suppress(ValueError):
+        return int(path.name.removeprefix(_PREFIX))
+    return 0
