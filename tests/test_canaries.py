@@ -110,7 +110,7 @@ def test_a_canary_rows_new_content_is_noticed(built, row):
 
 
 def test_another_number_of_rows_is_noticed(built):
-    with pytest.raises(IndexMismatchError, match=f"with train rows numbering {N}, this task has {N + 1}; build with --append"):
+    with pytest.raises(IndexMismatchError, match=f"with train rows numbering {N}, this task has {N + 1}; build with"):
         ask(built, built[1](train_data=lambda: rows(N + 1)))
     with pytest.raises(
         IndexMismatchError, match="^query_data is not that of index .*: got 4 rows, expected at least 5"

@@ -26,7 +26,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"dry_run"}, False),
     ({"build", "index"}, False),
     ({"ranking"}, False),
-    ({"ways", "calibration"}, False),
+    ({"ways", "calibration", "removal"}, False),
     ({"answers", "config", "generations"}, False),
     ({"manifest"}, False),
     ({"fidelity"}, False),

@@ -21,7 +21,15 @@ from pathlib import Path
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.files import atomic_path, sweep_temporaries, sync_directory
 from tracin_ann.locks import Lease, free
-from tracin_ann.manifest import FEATURES, MANIFEST, Manifest, check_file, record_of
+from tracin_ann.manifest import (
+    BUILD_RECORD,
+    FEATURES,
+    MANIFEST,
+    Manifest,
+    check_file,
+    read_build_record,
+    record_of,
+)
 from tracin_ann.store import FeatureStore, FileRecord
 
 _PREFIX = "generation-"
@@ -65,46 +73,46 @@ def current(directory: Path) -> Manifest | None:
 def next_folder(directory: Path, manifest: Manifest | None) -> Path:
     """Sweep what is nobody's and return the next generation's directory, made; for the one writer.
 
-    A directory that a killed writer left is the next one's again, with what is in it.
+    A directory that a killed writer left is the next one's again.
     """
-    sweep(directory, manifest, keep_unfinished=True)
+    if manifest is not None:
+        _sweep(directory, manifest, under_way=True)
     taken = [generation_of(path) for path in directory.glob(f"{_PREFIX}*") if (path / MANIFEST).exists()]
     folder = folder_of(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
     folder.mkdir(exist_ok=True)
     sync_directory(directory)
-    sweep_temporaries(folder)
+    for place in (directory, directory / FEATURES, folder):
+        sweep_temporaries(place)
     return folder
 
 
-def published(directory: Path, manifest: Manifest, *, keep_unfinished: bool = False) -> None:
+def published(directory: Path, manifest: Manifest) -> None:
     """Make a generation current, durably, and sweep what it left; everything it names has been written."""
     manifest.write(folder_of(directory, manifest.generation))
     manifest.write(directory)
-    sweep(directory, manifest, keep_unfinished=keep_unfinished)
+    _sweep(directory, manifest, under_way=False)
 
 
-def sweep(directory: Path, manifest: Manifest | None, *, keep_unfinished: bool = False) -> None:
-    """Remove generations that nobody reads, feature files that none left names, and killed runs' temporaries.
+def _sweep(directory: Path, manifest: Manifest, *, under_way: bool) -> None:
+    """Remove what neither the current manifest nor a generation that somebody reads names.
 
-    With `keep_unfinished`, feature files and the directory of a generation under way stay.
+    With `under_way`, the directory of the generation that is being made stays. Feature files stay too while
+    build.json speaks of another build than the manifest: they may be that one's.
     """
-    for place in (directory, directory / FEATURES):
-        sweep_temporaries(place)
-    named = [] if manifest is None else [manifest]
+    named = [manifest]
     for path in sorted(directory.glob(f"{_PREFIX}*")):
-        if manifest is not None and path == folder_of(directory, manifest.generation):
-            continue
-        if keep_unfinished and not (path / MANIFEST).exists():
+        if path == folder_of(directory, manifest.generation) or (under_way and not (path / MANIFEST).exists()):
             continue
         with free(path / MANIFEST) as nobody_reads:
             if nobody_reads:
                 # The manifest last: while it is there, a reader's lock on it counts.
                 for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
-                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+                    file.unlink()
                 path.rmdir()
             else:
                 named.append(Manifest.read(path))
-    if manifest is not None and not keep_unfinished:
+    begun = read_build_record(directory) if (directory / BUILD_RECORD).exists() else manifest.build
+    if begun == manifest.build:
         kept = {record.name for each in named for record in each.features}
         for path in (directory / FEATURES).glob("features-*.h5"):
             if path.name not in kept:

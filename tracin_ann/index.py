@@ -25,12 +25,13 @@ from tracin_ann.locks import Lease
 from tracin_ann.manifest import FEATURES, Manifest
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.ranking import Question, Ranking
+from tracin_ann.removal import removed_ids
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import FeatureSpec, SketchSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
 from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.task import Description, Task, load_task
-from tracin_ann.types import Float32, ProgressCallback
+from tracin_ann.types import Float32, Int64, ProgressCallback
 
 
 class InfluenceIndex:
@@ -158,6 +159,11 @@ class InfluenceIndex:
         record = self.manifest.columns
         return {} if record is None else read_columns(self._folder / record.name)
 
+    @cached_property
+    def removed(self) -> Int64:
+        """Return the ids of the rows that were removed, rising: no answer holds them."""
+        return removed_ids(self.directory, self.manifest)
+
     def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
         """Return the stored feature rows over the chosen checkpoints, to read or to search in one's own way."""
         return self._store.view(self._chosen(checkpoints))
@@ -181,7 +187,7 @@ class InfluenceIndex:
                 problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
             )
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
-        allowed = options.rows.allowed(len(self), self.columns)
+        allowed = options.rows.allowed(len(self), self.columns, self.removed)
         checkpoints = self._chosen(options.checkpoints)
         asked = [Question(side, chosen, checkpoints, options, allowed) for side, chosen in sides if chosen]
         for question in asked:
@@ -268,7 +274,7 @@ class InfluenceIndex:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
             scores_N = self._store.sqnorms(chosen).astype(np.float64) @ rates
         order = np.lexsort((np.arange(len(scores_N)), -scores_N))
-        allowed = (rows or RowFilter()).allowed(len(self), self.columns)
+        allowed = (rows or RowFilter()).allowed(len(self), self.columns, self.removed)
         if allowed is not None:
             order = order[np.isin(order, allowed)]
         order = order[:k]

@@ -107,6 +107,7 @@ class Lease:
         Raises:
             FileNotFoundError: there is no such file (any more), or it is being swept.
         """
+        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not (locked(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
             self.close()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,16 +80,48 @@ def parsed_arguments(pairs: Sequence[str]) -> dict[str, str]:
     return arguments
 
 
+class Stopped(BaseException):
+    """The process was told to stop (SIGTERM)."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise Stopped where SIGTERM finds the process, so that what is open is closed and temporaries are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(signum: int, frame: object) -> None:
+        if os.getpid() != owner:
+            # A forked worker: to be ended as if it had never inherited this.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def refusals(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a TracinAnnError into one line on stderr and its exit status."""
+    """Turn a TracinAnnError, and being told to stop, into one line on stderr and the exit status."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with stoppable():
+                return function(*args, **kwargs)
         except TracinAnnError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise click.exceptions.Exit(error.exit_code) from error
+        except (KeyboardInterrupt, Stopped) as stop:
+            click.echo(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}", err=True)
+            number = signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT
+            raise click.exceptions.Exit(128 + number) from stop
 
     return wrapper
 
