@@ -158,6 +158,7 @@ def test_removed_rows_are_in_no_answer(model, tmp_path, kind):
     assert [(row.id, row.score) for row in after.self_influence()] == [(row.id, row.score) for row in rest]
     remove(out, [7, 9])
     assert InfluenceIndex.open(out, task(model, n_rows)).removed.tolist() == sorted({*gone, 9})
+    del index, after
     build(task(model, n_rows + 1), out, replace(GROWING, partition_rows=CONFIG.partition_rows, index=kind))
     grown = InfluenceIndex.open(out, task(model, n_rows + 1))
     assert grown.removed.tolist() == sorted({*gone, 9}) and whole(out)
