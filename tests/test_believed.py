@@ -211,6 +211,8 @@ def test_hits_pass_the_filter_and_none_is_missing(
     assert found == allowed.tolist()  # every row that passes has a score other than 0
     few = index.query([0], options=replace(options, rows=rows_asked, k=5))[0]
     assert len(few.proponents) <= 5
+    if options.search == "lists" and len(allowed) <= 50:
+        assert few.how == f"exact scan of {len(allowed)} rows: lists would score as many"
     if options.search == "scan" or options.exact:
         assert [h.id for h in few.proponents] == [h.id for h in answer.proponents[:5]]
         assert [h.id for h in few.opponents] == [h.id for h in answer.opponents[:5]]

@@ -15,7 +15,7 @@ from tracin_ann.fidelity import deviations
 from tracin_ann.loading import SideName
 from tracin_ann.manifest import IndexRecord
 from tracin_ann.passes import Passes
-from tracin_ann.search import FlatIndex, SearchIndex, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, search_both
 from tracin_ann.store import FeatureStore
 from tracin_ann.types import Float32, Float64, Int64, TopK
 from tracin_ann.ways import Way, chosen_way
@@ -80,10 +80,13 @@ class Ranking:
             counts = np.full(n_queries, 2 * len(rows))
             way = Way(self.index, "true scores of all rows")
         else:
-            way = self._way(question, weighted_QF)
             wanted = question.options.k
             if question.options.rerank == "exact":
                 wanted = max(wanted, question.options.candidates)
+            way = self._way(question, weighted_QF)
+            if isinstance(way.index, IVFIndex) and way.index.scans(wanted, question.allowed):
+                n_rows = len(way.index) if question.allowed is None else len(question.allowed)
+                way = replace(way, how=f"exact scan of {n_rows:,} rows: lists would score as many", strange_Q=None)
             proponents, opponents = search_both(way.index, weighted_QF, wanted, question.allowed)
             found = self._rescored(question, weighted_QF, proponents, opponents)
             counts = proponents.rows_scored + opponents.rows_scored

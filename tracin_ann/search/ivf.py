@@ -241,12 +241,22 @@ class IVFIndex:
         opponents = self._searched(-queries, k, self.settings[1], allowed)
         return self._searched(queries, k, self.settings[0], allowed), negated(opponents)
 
+    def scans(self, k: int, allowed: Int64 | None = None) -> bool:
+        """Return whether all rows that may be found are as few as those that the lists would score."""
+        n_rows = len(self) if allowed is None else len(allowed)
+        return all(self._scans(k, self._for(setting, k, n_rows), n_rows) for setting in self.settings)
+
+    def _for(self, setting: Setting, k: int, n_rows: int) -> Setting:
+        setting = setting.holding(k)
+        return setting if n_rows == len(self) else setting.widened(max(n_rows, 1) / len(self))
+
+    def _scans(self, k: int, setting: Setting, n_rows: int) -> bool:
+        return max(setting.codes, _candidates(k)) >= n_rows
+
     def _searched(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
         n_rows = len(self) if allowed is None else len(allowed)
-        setting = setting.holding(k)
-        if n_rows < len(self):
-            setting = setting.widened(max(n_rows, 1) / len(self))
-        if max(setting.codes, _candidates(k)) >= n_rows:
+        setting = self._for(setting, k, n_rows)
+        if self._scans(k, setting, n_rows):
             return self._scanned(queries_QF, k, allowed)
         batches = range(0, len(queries_QF), _QUERIES_AT_ONCE)
         found = joined([self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches])
