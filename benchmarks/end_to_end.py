@@ -8,17 +8,71 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks import common, features
 from benchmarks.models import MODELS
 from examples import mnist
-from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build, ranking
-from tracin_ann.exact import exact_scores
+from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
+from tracin_ann.exact import ExactScorer, exact_scores
 
 K = 10
+ALONE = 10
+
+
+@contextmanager
+def watched(n_checkpoints: int) -> Iterator[list[tuple[int, float]]]:
+    """Yield a list that gets (rows × checkpoints, seconds) of every round of exact scores."""
+    plain: Any = ExactScorer.scores
+    rounds: list[tuple[int, float]] = []
+
+    def counting(scorer: ExactScorer, chosen: list[int], *rest: object) -> object:
+        began = time.perf_counter()
+        found = plain(scorer, chosen, *rest)
+        rounds.append((len(chosen) * n_checkpoints, time.perf_counter() - began))
+        return found
+
+    ExactScorer.scores = counting  # type: ignore[method-assign, assignment]
+    try:
+        yield rounds
+    finally:
+        ExactScorer.scores = plain  # type: ignore[method-assign]
+
+
+def asked(index: InfluenceIndex, ids: list[int], candidates: int, brute: float, step: Callable[[], float]) -> dict:
+    """Return what the queries cost, at once and alone, beside an exact scan and plain training steps; and answers."""
+    n_checkpoints, n_rows = len(index.task.checkpoints), len(index)
+    options = QueryOptions(k=K, rerank="exact", candidates=candidates, search="lists", recall=0.98)
+    steps = [step()]
+    with watched(n_checkpoints) as pooled:
+        began = time.perf_counter()
+        answers = index.query(ids, options=options)
+        seconds = time.perf_counter() - began
+    with watched(n_checkpoints) as alone:
+        for query in ids[:ALONE]:
+            index.query([query], options=options)
+    steps.append(step())
+    plain_step = sum(steps) / len(steps)
+    passes, spent = (sum(column) for column in zip(*pooled, strict=True))
+    return {
+        "answers": answers,
+        "candidates": candidates,
+        "seconds": seconds,
+        "rows_run": passes // n_checkpoints,
+        "share_of_scan": passes / (n_rows * n_checkpoints),
+        "share_alone": sum(n for n, _ in alone) / (ALONE * n_rows * n_checkpoints),
+        "time_of_scan": seconds / brute,
+        "plain_step_us": plain_step * 1e6,
+        "steps_a_row": spent / passes / plain_step,
+        # Of the second round: proofs and the queries' own gradients are done.
+        "more_steps_a_row": pooled[-1][1] / pooled[-1][0] / plain_step,
+    }
 
 
 def main() -> None:
@@ -41,27 +95,11 @@ def main() -> None:
         brute = time.perf_counter() - began
         model = MODELS["MNIST CNN"]
         rows = [task.train_data()[i] for i in range(4096)]
-        step = features.plain(model, rows, model.batch_size)
-        results.append({"brute_seconds": brute, "plain_step_us": step * 1e6})
-        plain = ranking.exact_scores
+        results.append({"brute_seconds": brute})
         for candidates in options.candidates:
-            run: list[int] = []
-
-            def counting(
-                passes: object, asked: object, chosen: list[int], *rest: object, run: list[int] = run
-            ) -> object:
-                run.append(len(chosen))
-                return plain(passes, asked, chosen, *rest)
-
-            ranking.exact_scores = counting
-            began = time.perf_counter()
-            asked = QueryOptions(k=K, rerank="exact", candidates=candidates, search="lists", recall=0.98)
-            answers = index.query(ids, options=asked)
-            seconds = time.perf_counter() - began
-            ranking.exact_scores = plain
-            result = {"candidates": candidates, "seconds": seconds, "rows_run": sum(run)}
-            result["share_of_scan"] = sum(run) / (options.rows * len(ids))
-            result["steps_a_row"] = seconds / (sum(run) * len(checkpoints)) / step
+            step = partial(features.plain, model, rows, model.batch_size)
+            result = asked(index, ids, candidates, brute, step)
+            answers = result.pop("answers")
             for side, signed in (("proponents", true), ("opponents", -true)):
                 found = [[int(hit.id) for hit in getattr(answer, side)] for answer in answers]
                 recall = common.recalls(common.top(signed, K), found)

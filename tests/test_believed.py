@@ -19,6 +19,7 @@ from tracin_ann.cli.info import believed
 from tracin_ann.cli.info import main as info
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import TaskError, UsageError
+from tracin_ann.exact import ExactScorer
 from tracin_ann.search.calibrate import Cost
 
 N, QUERIES = 1200, 130
@@ -114,13 +115,13 @@ def test_adaptive_rescoring_answers_as_scoring_all_candidates(
     index: InfluenceIndex, true: np.ndarray, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = []
-    plain = ranking.exact_scores
+    plain = ExactScorer.scores
 
-    def counting(passes: Any, queries: Any, chosen: Any, *rest: Any) -> Any:
+    def counting(scorer: Any, chosen: Any, *rest: Any) -> Any:
         counted.append(len(chosen))
-        return plain(passes, queries, chosen, *rest)
+        return plain(scorer, chosen, *rest)
 
-    monkeypatch.setattr(ranking, "exact_scores", counting)
+    monkeypatch.setattr(ExactScorer, "scores", counting)
     options = QueryOptions(k=k, rerank="exact", candidates=300, search="scan")
     answers = index.query([3], options=options)
     adaptive, counted[:] = sum(counted), []

@@ -9,7 +9,17 @@ import torch
 
 import forms
 from tracin_ann import factors
-from tracin_ann.factors import Dense, Rows, batch_size, column_blocks, inner, materialised, squared_norm, summed
+from tracin_ann.factors import (
+    Dense,
+    Rows,
+    batch_size,
+    column_blocks,
+    inner,
+    inner_where,
+    materialised,
+    squared_norm,
+    summed,
+)
 
 FORMS = {
     "outer of rank one": lambda: forms.outer((5, 7), 1),
@@ -101,6 +111,18 @@ def test_inner_products_with_directions_are_the_definitions(form, queries, devic
     found = inner(form, direction.to(device, torch.float32))
     assert found.shape == (len(truth), queries)
     close(found, truth @ direction.T)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 7])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_inner_products_where_they_are_wanted_are_the_definitions(form, queries, share, device):
+    truth = forms.gradient(form)
+    direction = torch.randn(queries, truth.shape[1], dtype=torch.float64)
+    wanted = torch.rand(len(truth), queries, generator=torch.Generator().manual_seed(queries)) < share
+    found = inner_where(form, direction.to(device, torch.float32), wanted)
+    assert found.shape == wanted.shape
+    # Zeros where nobody asked keep the scale of those that were.
+    close(torch.where(wanted.to(found.device), found, 0), torch.where(wanted, truth @ direction.T, 0))
 
 
 def test_the_squared_norm_is_the_definitions(form):

@@ -253,7 +253,9 @@ class BuildWork:
             passes,
             record.channels_last if known else None,
         )
-        return tuned(model, self.config.features(record.spec.rank_one), wanted)
+        chosen = tuned(model, self.config.features(record.spec.rank_one), wanted)
+        self.passes.options = replace(self.passes.options, channels_last=chosen.channels_last)
+        return chosen
 
     def extract(self, extraction: Extraction, chosen: Tuned, folder: Path) -> Plan:
         """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""

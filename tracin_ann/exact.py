@@ -2,19 +2,21 @@
 
 Σ_c η_c ⟨∇ℓ(w_c, z), ∇ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4) over all chosen parameters. The
 queries' whole gradients are the directions; each row's forward and input-gradient backward is done
-once for all of them, and its inner products come from the gradient's factors.
+once for all of them that want it, and its inner products come from the gradient's factors.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tracin_ann.factors import Form, inner, materialised
+from tracin_ann.factors import Form, Outer, inner_where, materialised
 from tracin_ann.features import squared_norms
 from tracin_ann.gradients import Sink
 from tracin_ann.loading import SideName
@@ -22,7 +24,10 @@ from tracin_ann.passes import LoadedModel, Passes
 from tracin_ann.types import Float64
 
 Directions = dict[str, Tensor]
+Wanted = npt.NDArray[np.bool_]
 _DIRECTION_BYTES = 1 << 30
+_TOGETHER = 1024
+"""Rows whose kept factors are multiplied with the directions at once."""
 
 
 def exact_scores(
@@ -30,7 +35,6 @@ def exact_scores(
     queries: tuple[SideName, Sequence[int]],
     rows: Sequence[int],
     checkpoints: Sequence[int],
-    progress: Callable[[int], None] | None = None,
 ) -> Float64:
     """Return TracInCP scores [Q, N] of training rows against queries, over the chosen checkpoints.
 
@@ -39,24 +43,81 @@ def exact_scores(
         queries: the side (`query`, or `train` for training rows as queries) and ids of the queries.
         rows: ids of training rows.
         checkpoints: positions of the checkpoints to sum over.
-        progress: called with the number of rows done, each row once a checkpoint and query block.
 
     Raises:
         TaskError: the loss breaks the contract.
     """
-    side, query_ids = queries
-    scores_QN = np.zeros((len(query_ids), len(rows)))
+    with exact_scorer(passes, queries, checkpoints) as scorer:
+        return scorer.scores(rows)
+
+
+@contextmanager
+def exact_scorer(
+    passes: Passes,
+    queries: tuple[SideName, Sequence[int]],
+    checkpoints: Sequence[int],
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[ExactScorer]:
+    """Yield what scores rows against these queries; asked more than once, it proves and differentiates them once."""
     with passes.at_precision("fp32").model() as model:
+        yield ExactScorer(model, queries, checkpoints, progress)
+
+
+class ExactScorer:
+    """True TracInCP of rows against given queries, over given checkpoints; see `exact_scores`.
+
+    `progress` is called with the number of rows done, each row once a checkpoint and query block.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        queries: tuple[SideName, Sequence[int]],
+        checkpoints: Sequence[int],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
-        step = max(1, _DIRECTION_BYTES // entries)
-        for checkpoint in checkpoints:
-            model.load(checkpoint)
-            rate = passes.task.checkpoints[checkpoint].learning_rate
-            for first in range(0, len(query_ids), step):
-                block = slice(first, first + step)
-                directions = _directions(model, side, query_ids[block])
-                _add_inner(model, directions, rows, rate, scores_QN[block], progress)
-    return scores_QN
+        self._step = max(1, _DIRECTION_BYTES // entries)
+        self._keep = len(checkpoints) * len(queries[1]) * entries <= _DIRECTION_BYTES
+        self._kept: dict[tuple[int, int], Directions] = {}
+
+    def scores(self, rows: Sequence[int], wanted_QN: Wanted | None = None) -> Float64:
+        """Return scores [Q, N] of these training rows; where they are not wanted, as they come.
+
+        Raises:
+            TaskError: the loss breaks the contract.
+        """
+        n_queries = len(self._queries[1])
+        scores_QN = np.zeros((n_queries, len(rows)))
+        wanted_QN = np.ones(scores_QN.shape, dtype=bool) if wanted_QN is None else wanted_QN
+        # Rows that the same queries want come together: a batch then needs few queries' directions.
+        order_N = np.lexsort((wanted_QN.sum(0), wanted_QN.argmax(0)))
+        for checkpoint in self._checkpoints:
+            if self._model.checkpoint != checkpoint:
+                self._model.load(checkpoint)
+            rate = self._model.passes.task.checkpoints[checkpoint].learning_rate
+            for first in range(0, n_queries, self._step):
+                block = slice(first, first + self._step)
+                chosen_N = order_N[wanted_QN[block][:, order_N].any(0)]
+                found_QN = _inner(
+                    self._model,
+                    self._directions(checkpoint, first),
+                    [rows[i] for i in chosen_N],
+                    wanted_QN[block][:, chosen_N],
+                    self._progress,
+                )
+                scores_QN[block, chosen_N] += rate * found_QN
+        return scores_QN
+
+    def _directions(self, checkpoint: int, first: int) -> Directions:
+        found = self._kept.get((checkpoint, first))
+        if found is None:
+            side, ids = self._queries
+            found = _directions(self._model, side, ids[first : first + self._step])
+            if self._keep:
+                self._kept[checkpoint, first] = found
+        return found
 
 
 def _directions(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
@@ -86,33 +147,70 @@ def _directions(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Direc
     return directions
 
 
-def _add_inner(
+def _inner(
     model: LoadedModel,
     directions: Directions,
     ids: Sequence[int],
-    rate: float,
-    scores_QN: Float64,
+    wanted_QN: Wanted,
     progress: Callable[[int], None] | None,
-) -> None:
-    n_queries, done = scores_QN.shape[0], 0
-    some = next(iter(directions.values()))
+) -> Float64:
+    """Return the inner products [Q, N] of rows' gradients with directions, where they are wanted."""
+    found = [torch.zeros(0, len(wanted_QN), dtype=torch.float64)]
+    parts: list[_Part] = []
+    done = 0
     for batch in model.batches("train", ids):
-        total = torch.zeros(0)
+        wanted_BQ = torch.from_numpy(np.ascontiguousarray(wanted_QN[:, done : done + len(batch)].T))
+        made: list[_Part] = []
 
-        def start(batch_size: int = len(batch)) -> Sink:
-            nonlocal total
-            total = torch.zeros(batch_size, n_queries, dtype=torch.float64, device=some.device)
-
-            def sink(name: str, form: Form, rows: slice) -> None:
-                total[rows] += inner(form, directions[name])
-
-            return sink
+        def start(wanted_BQ: Tensor = wanted_BQ, made: list[_Part] = made) -> Sink:
+            made.append(_Part(directions, wanted_BQ))
+            return made[-1].sink
 
         model.engine("train").run(batch, start)
-        scores_QN[:, done : done + len(batch)] += rate * total.T.cpu().numpy()
+        # A batch that had to be proven anew was begun more than once.
+        parts.append(made[-1])
         done += len(batch)
+        if sum(len(part.total_BQ) for part in parts) >= _TOGETHER:
+            found.append(_finished(parts, directions).cpu())
+            parts = []
         if progress is not None:
             progress(len(batch))
+    if parts:
+        found.append(_finished(parts, directions).cpu())
+    total: Float64 = torch.cat(found).T.numpy()
+    return total
+
+
+class _Part:
+    """A batch's inner products with the directions, and the factors of layers called once an example, kept for later.
+
+    Those are small and the directions large: many batches' factors are multiplied together.
+    """
+
+    def __init__(self, directions: Directions, wanted_BQ: Tensor) -> None:
+        self._directions, self.wanted_BQ = directions, wanted_BQ
+        some = next(iter(directions.values()))
+        self.total_BQ = torch.zeros(wanted_BQ.shape, dtype=torch.float64, device=some.device)
+        self.kept: list[tuple[str, slice, Outer]] = []
+
+    def sink(self, name: str, form: Form, rows: slice) -> None:
+        """Take a parameter's form for some rows of the batch."""
+        if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
+            self.kept.append((name, rows, Outer(form.left_BTR.clone(), form.right_BTC.clone())))
+        else:
+            self.total_BQ[rows] += inner_where(form, self._directions[name], self.wanted_BQ[rows])
+
+
+def _finished(parts: Sequence[_Part], directions: Directions) -> Tensor:
+    """Return the parts' inner products [B, Q], those of the kept factors added."""
+    for name in {name for part in parts for name, _, _ in part.kept}:
+        own = [(part, rows, form) for part in parts for kept, rows, form in part.kept if kept == name]
+        joined = Outer(torch.cat([f.left_BTR for *_, f in own]), torch.cat([f.right_BTC for *_, f in own]))
+        wanted_BQ = torch.cat([part.wanted_BQ[rows] for part, rows, _ in own])
+        added_BQ = inner_where(joined, directions[name], wanted_BQ)
+        for (part, rows, _), added in zip(own, torch.split(added_BQ, [len(f.left_BTR) for *_, f in own]), strict=True):
+            part.total_BQ[rows] += added
+    return torch.cat([part.total_BQ for part in parts])
 
 
 def exact_self_influence(

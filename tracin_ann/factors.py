@@ -145,9 +145,48 @@ def inner(form: Form, direction_QP: Tensor) -> Tensor:
     """Return the per-example inner products [B, Q] with Q directions of the parameter, flattened."""
     if isinstance(form, Rows):
         return _rows_inner(form, direction_QP)
+    if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
+        return _outer_inner(form, direction_QP)
     total = direction_QP.new_zeros(batch_size(form), direction_QP.shape[0])
     for start, block in column_blocks(form):
         total += block @ direction_QP[:, start : start + block.shape[1]].T
+    return total
+
+
+def inner_where(form: Form, direction_QP: Tensor, wanted_BQ: Tensor) -> Tensor:
+    """Return the per-example inner products [B, Q] that are wanted, others as they come.
+
+    Args:
+        form: of one parameter.
+        direction_QP: directions of the parameter, flattened.
+        wanted_BQ: bool, on the CPU.
+    """
+    asked = wanted_BQ.any(0).nonzero()[:, 0]
+    total = direction_QP.new_zeros(wanted_BQ.shape)
+    if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
+        # The directions are large and each is wanted by few: none is copied.
+        for query in asked.tolist():
+            rows = wanted_BQ[:, query].nonzero()[:, 0].to(total.device)
+            few = Outer(form.left_BTR[rows], form.right_BTC[rows])
+            total[rows, query] = _outer_inner(few, direction_QP[query : query + 1])[:, 0]
+        return total
+    if 2 * len(asked) > len(direction_QP):
+        return inner(form, direction_QP)
+    asked = asked.to(total.device)
+    total[:, asked] = inner(form, direction_QP[asked])
+    return total
+
+
+def _outer_inner(form: Outer, direction_QP: Tensor) -> Tensor:
+    """Return ⟨left_b ⊗ right_b, direction_q⟩ without the outer product."""
+    left_BR, right_BC = form.left_BTR[:, 0], form.right_BTC[:, 0]
+    n_rows, n_columns = form.shape
+    total = direction_QP.new_zeros(len(left_BR), len(direction_QP))
+    step = max(1, _BLOCK_ELEMENTS // max(1, len(left_BR) * n_rows))
+    for start in range(0, len(direction_QP), step):
+        direction_qRC = direction_QP[start : start + step].view(-1, n_rows, n_columns)
+        seen_BqR = (right_BC @ direction_qRC.flatten(0, 1).T).view(len(left_BR), -1, n_rows)
+        total[:, start : start + step] = (seen_BqR @ left_BR[:, :, None])[:, :, 0]
     return total
 
 

@@ -76,6 +76,7 @@ class InfluenceIndex:
             batch_size,
             manifest.build.random_data,
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
+            channels_last=manifest.build.channels_last,
         )
         index = cls(path, manifest, lambda: _found(task, arguments, manifest, path), options)
         # Held as long as the index: until then, nobody sweeps its generation's files.

@@ -41,6 +41,7 @@ class PassOptions:
         allow_random_data: accept a data set whose rows change when read twice.
         workers: processes that read and collate ahead where many rows are passed over.
         precision: of forward and backward: `fp32`, or `bf16` by autocast.
+        channels_last: the model starts with pictures kept with channels last.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class PassOptions:
     allow_random_data: bool = False
     workers: int = 0
     precision: Precision = "fp32"
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -166,6 +168,8 @@ class LoadedModel:
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self.checkpoint = -1
         self.channels_last = False
+        if passes.options.channels_last:
+            self.lay_out(channels_last=True)
 
     def load(self, checkpoint: int) -> None:
         """Read a checkpoint into the model; what was proven at a checkpoint holds when it is loaded again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.answers import Answer, Hit, QueryOptions
-from tracin_ann.exact import exact_scores
+from tracin_ann.exact import ExactScorer, exact_scorer
 from tracin_ann.fidelity import deviations
 from tracin_ann.loading import SideName
 from tracin_ann.manifest import IndexRecord
@@ -76,7 +77,8 @@ class Ranking:
         if question.options.exact:
             n_rows = self.store.layout.n_rows
             rows = np.arange(n_rows, dtype=np.int64) if question.allowed is None else question.allowed
-            found = self._exact(question, [rows] * n_queries)
+            with self._scorer(question) as scorer:
+                found = _exact(scorer, [rows] * n_queries)
             counts = np.full(n_queries, 2 * len(rows))
             way = Way(self.index, "true scores of all rows")
         else:
@@ -128,7 +130,10 @@ class Ranking:
             self._stored(question, view.take(scored.rows_N), scored.rows_N, query_F)
             for scored, query_F in zip(pooled, weighted_QF, strict=True)
         ]
-        return stored if question.options.rerank == "stored" else self._settled(question, stored)
+        if question.options.rerank == "stored":
+            return stored
+        with self._scorer(question) as scorer:
+            return self._settled(question, stored, scorer)
 
     def _stored(self, question: Question, row_NF: Float32, rows_N: Int64, query_F: Float32) -> Scored:
         score_N = row_NF.astype(np.float64) @ query_F.astype(np.float64)
@@ -137,7 +142,7 @@ class Ranking:
         deviation_N = deviations(query_F[None], row_NF, len(question.checkpoints))[0]
         return Scored(rows_N, score_N, None, self.error_scale * deviation_N)
 
-    def _settled(self, question: Question, stored: list[Scored]) -> list[Scored]:
+    def _settled(self, question: Question, stored: list[Scored], scorer: ExactScorer) -> list[Scored]:
         """Return exact scores of the candidates that could be among the answers.
 
         First of the likeliest; then of those whose stored score, error bar added, reaches the k-th found. Without
@@ -145,14 +150,14 @@ class Ranking:
         """
         k = question.options.k
         first = [_likeliest(scored, _FIRST * k) for scored in stored]
-        exact = self._exact(question, [scored.rows_N[chosen] for scored, chosen in zip(stored, first, strict=True)])
+        exact = _exact(scorer, [scored.rows_N[chosen] for scored, chosen in zip(stored, first, strict=True)])
         more = [
             _still_open(scored, chosen, sure.score_N, k)
             for scored, chosen, sure in zip(stored, first, exact, strict=True)
         ]
         if not any(chosen.any() for chosen in more):
             return [_with(s, sure, chosen) for s, sure, chosen in zip(stored, exact, first, strict=True)]
-        rest = self._exact(question, [scored.rows_N[chosen] for scored, chosen in zip(stored, more, strict=True)])
+        rest = _exact(scorer, [scored.rows_N[chosen] for scored, chosen in zip(stored, more, strict=True)])
         return [
             _with(
                 scored,
@@ -162,12 +167,19 @@ class Ranking:
             for scored, a, b, one, other in zip(stored, exact, rest, first, more, strict=True)
         ]
 
-    def _exact(self, question: Question, rows: Sequence[Int64]) -> list[Scored]:
-        """Return true TracInCP of each query's rows; a row that several queries want is run once."""
-        union = np.unique(np.concatenate(rows))
-        queries = question.side, question.ids
-        score_QN = exact_scores(self.passes, queries, union.tolist(), question.checkpoints, self.progress)
-        return [Scored(r, score_N[np.searchsorted(union, r)]) for r, score_N in zip(rows, score_QN, strict=True)]
+    def _scorer(self, question: Question) -> AbstractContextManager[ExactScorer]:
+        return exact_scorer(self.passes, (question.side, question.ids), question.checkpoints, self.progress)
+
+
+def _exact(scorer: ExactScorer, rows: Sequence[Int64]) -> list[Scored]:
+    """Return true TracInCP of each query's rows; a row that several queries want is run once."""
+    union = np.unique(np.concatenate(rows))
+    places = [np.searchsorted(union, r) for r in rows]
+    wanted_QN = np.zeros((len(rows), len(union)), dtype=bool)
+    for wanted_N, place in zip(wanted_QN, places, strict=True):
+        wanted_N[place] = True
+    score_QN = scorer.scores(union.tolist(), wanted_QN)
+    return [Scored(r, score_N[place]) for r, place, score_N in zip(rows, places, score_QN, strict=True)]
 
 
 def _likeliest(scored: Scored, n: int) -> npt.NDArray[np.bool_]:
