@@ -163,6 +163,8 @@ def inner_where(form: Form, direction_QP: Tensor, wanted_BQ: Tensor) -> Tensor:
     """
     asked = wanted_BQ.any(0).nonzero()[:, 0]
     total = direction_QP.new_zeros(wanted_BQ.shape)
+    if not len(asked):
+        return total
     if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
         # The directions are large and each is wanted by few: none is copied.
         for query in asked.tolist():
