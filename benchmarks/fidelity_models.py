@@ -49,7 +49,11 @@ class Subject:
     def task(self, data: Path, runs: str, seed: int) -> Task:
         """Train with this seed, save checkpoints under `runs`, and return the task; its query rows are the queries."""
         train_rows, query_rows = self.data(data, self.rows, self.queries, seed)
-        self._train(train_rows, runs, seed)
+        self.trained(train_rows, runs, seed)
+        return self.over(train_rows, query_rows, runs)
+
+    def over(self, train_rows: Rows, query_rows: Rows, runs: str) -> Task:
+        """Return the task of these rows at the checkpoints under `runs`."""
         return Task(
             model=self.make,
             loss=self.loss,
@@ -58,7 +62,8 @@ class Subject:
             checkpoints=[Checkpoint(f"{runs}/{e}.pt", learning_rate=self.training.rate) for e in self.training.epochs],
         )
 
-    def _train(self, rows: Rows, runs: str, seed: int) -> None:
+    def trained(self, rows: Rows, runs: str, seed: int) -> None:
+        """Train on these rows and save checkpoints under `runs`."""
         torch.manual_seed(seed)
         net = self.make()
         order = torch.Generator().manual_seed(seed)

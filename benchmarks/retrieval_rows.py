@@ -1,6 +1,7 @@
-"""Feature rows to retrieve from: MNIST shifted, turned and scaled to any number of rows, by examples/mnist.py's CNN.
+"""Feature rows to retrieve from: MNIST shifted, turned and scaled to any number of rows; windows of text by a GPT.
 
-The first 60,000 rows are MNIST's own, so that N rows are the beginning of 2N rows; the queries are the test digits.
+The first 60,000 pictures are MNIST's own, so that N rows are the beginning of 2N rows; the queries are the test digits.
+The queries of the language model are windows of the text's last tenth.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,12 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import common
+from benchmarks.fidelity_models import SUBJECTS, Training
 from examples import mnist
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 
 ORIGINAL = 60_000
+LANGUAGE_TRAINED_ON = 16_000
 _AT_ONCE = 10_000
 
 
@@ -60,24 +64,45 @@ def task(data: str, folder: str, rows: int) -> Task:
     )
 
 
+def language(data: str, folder: str, rows: int) -> Task:
+    """Return a character GPT over windows of tinyshakespeare, trained on the first of them."""
+    subject = replace(SUBJECTS["GPT"], rows=rows, queries=1000, training=Training(0.3, 16, (1, 2, 3)))
+    text, queries = subject.data(Path(data), rows, subject.queries, 0)
+    runs = Path(folder) / "runs"
+    if not runs.exists():
+        runs.mkdir(parents=True)
+        subject.trained(text[:LANGUAGE_TRAINED_ON], str(runs), 0)
+    return subject.over(text, queries, str(runs))
+
+
+def digits(data: str, folder: str, rows: int) -> Task:
+    """Return the CNN over MNIST moved about, trained on MNIST itself."""
+    if not (Path(folder) / "runs").exists():
+        mnist.train(data, f"{folder}/runs", ORIGINAL, 0)
+    return task(data, folder, rows)
+
+
+MODELS = {"mnist": digits, "language": language}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", required=True, help="mnist.npz, or for language the folder of tinyshakespeare.txt")
     parser.add_argument("--folder", required=True, help="kept: benchmarks.retrieval reads the rows from it")
+    parser.add_argument("--model", default="mnist", choices=list(MODELS))
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=256)
     options = parser.parse_args()
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "runs").exists():
-        mnist.train(options.data, f"{folder}/runs", ORIGINAL, 0)
-    chosen = task(options.data, options.folder, options.rows)
+    chosen = MODELS[options.model](options.data, options.folder, options.rows)
     began = time.perf_counter()
-    config = BuildConfig(dim=options.dim, index="flat", partition_rows=65_536, allow_random_data=True)
+    config = BuildConfig(dim=options.dim, index="flat", partition_rows=65_536, allow_random_data=True, yardstick=False)
     report = build(chosen, folder / f"index-{options.rows}", config)
+    seconds = time.perf_counter() - began
     index = InfluenceIndex.open(folder / f"index-{options.rows}", chosen)
     np.save(folder / "queries.npy", index.features("query", range(len(chosen.query_data()))))
-    made = {"rows": options.rows, "dim": options.dim, "seconds": time.perf_counter() - began}
+    made = {"rows": options.rows, "dim": options.dim, "seconds": seconds}
     made |= {"rows_extracted": report.rows_extracted, "environment": common.environment()}
     (folder / f"made-{options.rows}.json").write_text(json.dumps(made))
     print(made)
