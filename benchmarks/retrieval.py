@@ -50,8 +50,8 @@ class First:
     def __len__(self) -> int:
         return self.rows
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
-        for ids, rows in self.view.blocks(block_rows):
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        for ids, rows in self.view.blocks(block_rows, start):
             if ids[0] >= self.rows:
                 return
             yield ids[: self.rows - ids[0]], rows[: self.rows - ids[0]]

@@ -48,8 +48,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
-        for at in range(0, len(self.rows), block_rows):
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        for at in range(start, len(self.rows), block_rows):
             yield self.ids[at : at + block_rows], self.rows[at : at + block_rows]
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:

@@ -96,7 +96,7 @@ def test_a_tree_knows_the_extents_of_its_lists() -> None:
     rows = normal(900, 42)
     assigner = trained(rows[:500], 60, 0)
     list_B = np.concatenate([assigner.assign(rows[:400]), assigner.assign(rows[400:])])
-    tree = assigner.tree()
+    tree = assigner.tree(assigner.taken())
     assert tree.size_L.tolist() == np.bincount(list_B, minlength=tree.n_lists).tolist()
     parent_B = tree.parent_L[list_B]
     for radii, centres, of_B in (

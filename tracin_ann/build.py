@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -50,6 +50,7 @@ from tracin_ann.manifest import (
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.plan import Plan
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
+from tracin_ann.search.fill import Scratch, key_of
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import (
     FeatureSpec,
@@ -280,30 +281,28 @@ class BuildWork:
         carried(self.out, manifest, folder, [manifest.removed])
         return manifest.removed
 
-    def index(self, yardstick: Yardstick, folder: Path) -> IndexRecord:
-        """Choose, build, calibrate and save the search index."""
+    def index(self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord]) -> IndexRecord:
+        """Choose, build, calibrate and save the search index; unfinished lists are kept for the next time."""
         view, progress = yardstick.store.view(), yardstick.progress
         choice = choose_index(self.config.index, len(view), view.dim)
         logger.info("index %s: %s", choice.kind, choice.reason)
+        unfinished = self.out / _UNFINISHED_INDEX
         files: list[FileRecord] = []
         calibration = None
-        progress("index", 0, 1)
+        progress("index", 0, len(view))
         if choice.kind == "ivf":
-            unfinished = self.out / _UNFINISHED_INDEX
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            try:
-                params = IVFParams(seed=self.config.seed, codes=self.config.codes)
-                lists = IVFIndex.build(view, params, self.device)
-                lists.save(unfinished)
-                progress("index", 1, 1)
-                calibration = yardstick.recall(lists, self.config.target_recall)
-                for name in IVFIndex.FILES:
-                    with atomic_path(folder / name) as temporary:
-                        os.replace(unfinished / name, temporary)
-                    files.append(record_of(folder / name))
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            params = IVFParams(seed=self.config.seed, codes=self.config.codes)
+            scratch = Scratch(unfinished, key_of(params, [asdict(record) for record in features]))
+            lists = IVFIndex.build(
+                view, params, self.device, scratch, lambda done, total: progress("index", done, total)
+            )
+            calibration = yardstick.recall(lists, self.config.target_recall)
+            lists.save(unfinished)
+            for name in IVFIndex.FILES:
+                with atomic_path(folder / name) as temporary:
+                    os.replace(unfinished / name, temporary)
+                files.append(record_of(folder / name))
+        shutil.rmtree(unfinished, ignore_errors=True)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration)
 
 
@@ -357,12 +356,13 @@ def build(
             plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
         yardstick = Yardstick(work.passes, store, features, work.config.seed, report)
         measured = work.config.yardstick and not work.config.allow_random_data
+        files = feature_records(store, start.manifest, missing)
         manifest = Manifest(
             generation=generation_of(folder),
             build=record,
-            features=feature_records(store, start.manifest),
+            features=files,
             canaries=record_of(folder / CANARIES),
-            index=work.index(yardstick, folder),
+            index=work.index(yardstick, folder, files),
             steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
             fidelity=yardstick.fidelity() if measured else None,
             columns=columns,

@@ -140,9 +140,13 @@ def check(directory: Path, manifest: Manifest, *, deep: bool) -> None:
         check_file(folder_of(directory, manifest.generation), record, deep=deep)
 
 
-def feature_records(store: FeatureStore, manifest: Manifest | None) -> tuple[FileRecord, ...]:
-    """Return the records of a store's files; those that the manifest has with the same name and size are not read."""
+def feature_records(
+    store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
+) -> tuple[FileRecord, ...]:
+    """Return the records of a store's files; those that the manifest has and that were not written now are not read."""
     known = {} if manifest is None else {record.name: record for record in manifest.features}
+    for partition, checkpoint in written:
+        known.pop(store.path(partition, checkpoint).name, None)
     layout = store.layout
     paths = [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
     return tuple(record_of(path) if path.name not in known else known[path.name] for path in paths)

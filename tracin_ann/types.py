@@ -49,8 +49,8 @@ class RowSource(Protocol):
     def __len__(self) -> int:
         """Return N, the number of rows."""
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
-        """Yield (ids [n], rows [n, F]) in rising id order, n ≤ block_rows, all rows once."""
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        """Yield (ids [n], rows [n, F]) in rising id order, n ≤ block_rows, all rows from position start on once."""
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return float32 rows [len(ids), F] of these ids, in the order asked for.

@@ -127,9 +127,9 @@ class Subset:
         """Return how many rows were chosen."""
         return len(self.ids)
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
         """Yield the rows in rising id order."""
-        for at in range(0, len(self.ids), block_rows):
+        for at in range(start, len(self.ids), block_rows):
             ids_B = self.ids[at : at + block_rows]
             yield ids_B, self.source.take(ids_B)
 

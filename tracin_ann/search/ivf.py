@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,21 +20,17 @@ import torch
 
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.search.base import checked_queries
-from tracin_ann.search.cluster import stratified_ids, survey
+from tracin_ann.search.fill import Scratch, filled
 from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
 from tracin_ann.search.lists import InvertedLists
-from tracin_ann.search.reduction import Reduction, fitted
+from tracin_ann.search.reduction import Reduction
 from tracin_ann.search.setting import IVFParams, Setting, usual_setting
 from tracin_ann.search.topk import from_padded, joined, merge, negated
-from tracin_ann.search.tree import ListTree, trained
+from tracin_ann.search.tree import ListTree
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
 _VERSION = 3
-_TRAIN_ROWS_A_LIST = 16
-_SAMPLE_NUMBERS = 2**26
-_BLOCK_ROWS = 65_536
-_BLOCK_NUMBERS = 2**25
 _QUERIES_AT_ONCE = 256
 _RESCORED_AT_ONCE = 128
 _LEAST_CANDIDATES = 40
@@ -94,41 +91,27 @@ class IVFIndex:
         self.settings = (usual_setting(caption.rows),) * 2
 
     @classmethod
-    def build(cls, source: RowSource, params: IVFParams, device: torch.device) -> IVFIndex:
-        """Return an index of all rows of the source; reads it twice, and the training sample once.
+    def build(
+        cls,
+        source: RowSource,
+        params: IVFParams,
+        device: torch.device,
+        scratch: Scratch | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> IVFIndex:
+        """Return an index of all rows of the source, made as `fill.filled` says.
 
         Raises:
             UsageError: no rows, or fewer than lists.
             NonFiniteError: a row holds NaN or infinity; names its id.
         """
-        params.lists_for(len(source))
-        block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.dim))
-        measured = survey(source, block_rows)
-        n_listed = max(1, int(measured.listed_N.sum()))
-        n_lists = min(params.lists_for(len(source)), n_listed)
-        sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_A_LIST * n_lists, params.seed)
-        some_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
-        reduction = fitted(_scaled(source.take(some_ids), measured.shift), params.width, params.seed)
-        sample = [np.zeros((0, reduction.width), np.float32)]
-        for at in range(0, len(sample_ids), block_rows):
-            rows = source.take(sample_ids[at : at + block_rows])
-            sample.append(reduction.apply(_scaled(rows, measured.shift)))
-        sample_BR = np.concatenate(sample) if len(sample_ids) else np.zeros((1, reduction.width), np.float32)
-        assigner = trained(sample_BR, n_lists, params.seed)
-        lists = InvertedLists.trained(sample_BR, assigner.n_lists, params.codes)
-        del sample, sample_BR
-        done = 0
-        for ids_B, rows_BF in source.blocks(block_rows):
-            listed_B = measured.listed_N[done : done + len(ids_B)]
-            done += len(ids_B)
-            if listed_B.any():
-                reduced_BR = reduction.apply(_scaled(rows_BF[listed_B], measured.shift))
-                lists.add(reduced_BR, assigner.assign(reduced_BR), ids_B[listed_B])
+        made = filled(source, params, scratch, progress)
+        measured, reduction = made.measured, made.reduction
         quiet_norm = float(measured.norm_N[measured.quiet_N].max(initial=0.0))
         caption = _Caption(
             len(source), measured.shift, int(measured.quiet_N.sum()), quiet_norm, reduction.energy, params
         )
-        parts = _Parts(lists, assigner.tree(), reduction, measured.ids_N[measured.outlier_N])
+        parts = _Parts(made.lists, made.tree, reduction, measured.ids_N[measured.outlier_N])
         return cls(source, parts, caption, device)
 
     @classmethod
@@ -334,8 +317,3 @@ def _unit(vectors: Float32) -> Float32:
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     unit: Float32 = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")
     return unit
-
-
-def _scaled(rows_BF: Float32, shift: int) -> Float32:
-    scaled: Float32 = np.ldexp(rows_BF, shift)
-    return scaled

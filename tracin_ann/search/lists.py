@@ -47,15 +47,15 @@ class InvertedLists:
         return cls(index)
 
     @classmethod
-    def load(cls, path: Path) -> InvertedLists:
-        """Return the lists of a file, its pages mapped rather than read.
+    def load(cls, path: Path, *, mapped: bool = True) -> InvertedLists:
+        """Return the lists of a file, its pages mapped (and not to be changed) or read.
 
         Raises:
             DamagedIndexError: the file is missing, cut short, or holds no lists of ours.
         """
         faiss = import_faiss()
         try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
             raise _damaged(path, "a file that FAISS cannot read") from error
         if not isinstance(index, faiss.IndexIVFScalarQuantizer) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -84,6 +84,23 @@ class InvertedLists:
     def bytes_a_row(self) -> int:
         """Return what a row takes: its code and its id."""
         return int(self._index.code_size) + 8
+
+    def emptied(self) -> InvertedLists:
+        """Return lists without rows that take what these take."""
+        faiss = import_faiss()
+        own = self._index
+        index = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(own.d), own.d, own.nlist, own.sq.qtype, own.metric_type, False
+        )
+        index.sq, index.is_trained = own.sq, True
+        return InvertedLists(index)
+
+    def merge(self, other: InvertedLists) -> None:
+        """Append another's rows to these lists; the other is left without."""
+        # Not the index's own merge_from: it compares centroids, which the lists here do without.
+        self._index.invlists.merge_from(other._index.invlists, 0)
+        self._index.ntotal += other._index.ntotal
+        other._index.ntotal = 0
 
     def add(self, rows_BR: Float32, list_B: Int64, id_B: Int64) -> None:
         """Append rows to the lists named."""

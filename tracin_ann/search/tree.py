@@ -21,7 +21,7 @@ import numpy as np
 from tracin_ann.device import import_faiss
 from tracin_ann.search.cluster import centroids_of
 from tracin_ann.search.lists import preassigned
-from tracin_ann.types import Float32, Int64
+from tracin_ann.types import Float32, Float64, Int64
 
 _RADIUS = 1.5
 """A radius, in root mean square distances of rows to their centroid."""
@@ -130,6 +130,23 @@ class ListTree:
         return groups, lists
 
 
+@dataclass(frozen=True)
+class Extents:
+    """Of some rows: how many each list got, and sums of squared distances to its centroid and to its group's."""
+
+    size_L: Int64
+    square_L: Float64
+    group_square_G: Float64
+
+    def plus(self, other: Extents) -> Extents:
+        """Return the extents of both sets of rows."""
+        return Extents(
+            self.size_L + other.size_L,
+            self.square_L + other.square_L,
+            self.group_square_G + other.group_square_G,
+        )
+
+
 class Assigner:
     """Assigns blocks of rows to the nearest centroid of their nearest groups, and adds up the lists' extents."""
 
@@ -142,9 +159,16 @@ class Assigner:
         self._lists = _grouped(
             centroid_LR, parent_L, np.arange(len(parent_L), dtype=np.int64), len(group_GR), faiss.METRIC_L2
         )
-        self._size_L = np.zeros(len(parent_L), np.int64)
-        self._square_L = np.zeros(len(parent_L))
-        self._group_square_G = np.zeros(len(group_GR))
+        self._extents = self._none()
+
+    def _none(self) -> Extents:
+        n_lists, n_groups = len(self._parent_L), len(self._group_GR)
+        return Extents(np.zeros(n_lists, np.int64), np.zeros(n_lists), np.zeros(n_groups))
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """Return what the constructor takes, by name."""
+        return {"group_GR": self._group_GR, "centroid_LR": self._centroid_LR, "parent_L": self._parent_L}
 
     @property
     def n_lists(self) -> int:
@@ -157,23 +181,31 @@ class Assigner:
         list_B1, square_B1 = preassigned(self._lists, rows_BR, 1, group_BG)
         list_B: Int64 = list_B1[:, 0]
         n_lists = len(self._parent_L)
-        self._size_L += np.bincount(list_B, minlength=n_lists)
-        self._square_L += np.bincount(list_B, weights=square_B1[:, 0].clip(0), minlength=n_lists)
         parent_B = self._parent_L[list_B]
         off_B = np.square(rows_BR - self._group_GR[parent_B]).sum(axis=1)
-        self._group_square_G += np.bincount(parent_B, weights=off_B, minlength=len(self._group_GR))
+        more = Extents(
+            np.bincount(list_B, minlength=n_lists),
+            np.bincount(list_B, weights=square_B1[:, 0].clip(0), minlength=n_lists).astype(np.float64),
+            np.bincount(parent_B, weights=off_B, minlength=len(self._group_GR)).astype(np.float64),
+        )
+        self._extents = self._extents.plus(more)
         return list_B
 
-    def tree(self) -> ListTree:
-        """Return the tree with the radii and sizes of the rows assigned so far."""
-        rows_G = np.bincount(self._parent_L, weights=self._size_L, minlength=len(self._group_GR))
+    def taken(self) -> Extents:
+        """Return the extents of the rows assigned since the last time."""
+        taken, self._extents = self._extents, self._none()
+        return taken
+
+    def tree(self, extents: Extents) -> ListTree:
+        """Return the tree of lists with these extents."""
+        rows_G = np.bincount(self._parent_L, weights=extents.size_L, minlength=len(self._group_GR))
         return ListTree(
             self._group_GR,
             self._centroid_LR,
             self._parent_L,
-            (_RADIUS * np.sqrt(self._group_square_G / np.maximum(rows_G, 1))).astype(np.float32),
-            (_RADIUS * np.sqrt(self._square_L / np.maximum(self._size_L, 1))).astype(np.float32),
-            self._size_L,
+            (_RADIUS * np.sqrt(extents.group_square_G / np.maximum(rows_G, 1))).astype(np.float32),
+            (_RADIUS * np.sqrt(extents.square_L / np.maximum(extents.size_L, 1))).astype(np.float32),
+            extents.size_L,
         )
 
 

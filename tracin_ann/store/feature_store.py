@@ -229,17 +229,17 @@ class FeatureView:
         """Return N."""
         return self.store.layout.n_rows
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[Int64, Float32]]:
-        """Yield (ids [n], rows [n, F]) in rising id order, n ≤ block_rows; ends at a partition's edge."""
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        """Yield (ids [n], rows [n, F]) from row start on, n ≤ block_rows; each ends at a partition's edge."""
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
         for partition, (first, last) in enumerate(self.store.partitions()):
-            for start in range(first, last, block_rows):
-                stop = min(start + block_rows, last)
-                row_NF = np.empty((stop - start, self.dim), dtype=np.float32)
+            for at in range(max(first, start), last, block_rows):
+                stop = min(at + block_rows, last)
+                row_NF = np.empty((stop - at, self.dim), dtype=np.float32)
                 for file, out_ND in self._columns(partition, row_NF):
-                    file.read(start - first, stop - first, out_ND=out_ND, unit=self.cosine)
-                yield np.arange(start, stop, dtype=np.int64), row_NF
+                    file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
+                yield np.arange(at, stop, dtype=np.int64), row_NF
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return float32 rows [len(ids), F] of these ids, in the order asked for.
