@@ -24,6 +24,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"report", "serve"}, False),
     ({"evaluate"}, False),
     ({"dry_run"}, False),
+    ({"verification"}, False),
     ({"build", "index"}, False),
     ({"ranking"}, False),
     ({"ways", "calibration", "removal"}, False),

@@ -56,7 +56,7 @@ def test_cpu_and_gpu_exclude_each_other(project: dict[str, Any]) -> None:
 
 def test_commands_lead_to_functions(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert set(scripts) == {"tracin-build", "tracin-info", "tracin-query", "tracin-remove"}
+    assert set(scripts) == {"tracin-build", "tracin-info", "tracin-query", "tracin-remove", "tracin-verify"}
     for target in scripts.values():
         assert callable(importlib.metadata.EntryPoint("command", target, "console_scripts").load())
 

@@ -303,7 +303,7 @@ class BuildWork:
                     os.replace(unfinished / name, temporary)
                 files.append(record_of(folder / name))
         shutil.rmtree(unfinished, ignore_errors=True)
-        return IndexRecord(choice.kind, choice.reason, tuple(files), calibration)
+        return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
 
 def build(

@@ -61,12 +61,13 @@ class BuildRecord:
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """The search index: its kind, why that kind, its files, and for lists the recall that was measured."""
+    """The search index: its kind, why that kind, its files; of lists, the recall that was measured and the codes."""
 
     kind: str
     reason: str
     files: tuple[FileRecord, ...]
     calibration: Calibration | None = None
+    codes: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,9 @@ def _build(content: Mapping[str, Any]) -> BuildRecord:
 def _index(content: Mapping[str, Any]) -> IndexRecord:
     found = content["calibration"]
     calibration = None if found is None else Calibration.from_json(found)
-    return IndexRecord(content["kind"], content["reason"], _records(content["files"]), calibration)
+    return IndexRecord(
+        content["kind"], content["reason"], _records(content["files"]), calibration, str(content["codes"])
+    )
 
 
 def _record(content: Mapping[str, Any]) -> FileRecord:

@@ -20,13 +20,13 @@ import torch
 
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.search.base import checked_queries
-from tracin_ann.search.fill import Scratch, filled
+from tracin_ann.search.fill import Scratch, filled, scaled
 from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
 from tracin_ann.search.lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
 from tracin_ann.search.setting import IVFParams, Setting, usual_setting
 from tracin_ann.search.topk import from_padded, joined, merge, negated
-from tracin_ann.search.tree import ListTree
+from tracin_ann.search.tree import Assigner, ListTree
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
@@ -34,6 +34,8 @@ _VERSION = 3
 _QUERIES_AT_ONCE = 256
 _RESCORED_AT_ONCE = 128
 _LEAST_CANDIDATES = 40
+_IDS_AT_ONCE = 65_536
+_MOVED = 0.01
 _LONGER = 3
 """Lists asked of the tree, in those that the budget would fill at their mean size: the best lists are short."""
 
@@ -171,6 +173,33 @@ class IVFIndex:
         # FAISS reads a file that lacks its last few bytes without a word.
         caption = dataclasses.replace(self._caption, lists_bytes=lists_path.stat().st_size)
         caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
+
+    def faults(self, sample: int, seed: int) -> list[str]:
+        """Return what of the lists does not fit the source: ids, and the codes and places of some lists' rows."""
+        parts, found = self._parts, []
+        ids, lists = parts.lists.ids()
+        everything = np.concatenate([ids, parts.outliers])
+        known = np.concatenate([block for block, _ in self._source.blocks(_IDS_AT_ONCE)])
+        twice = len(everything) - len(np.unique(everything))
+        if twice or not np.isin(everything, known).all() or len(known) - len(everything) != self._caption.quiet_rows:
+            found.append(f"{len(everything):,} rows in lists ({twice:,} twice), {self._caption.quiet_rows:,} in none")
+            return found
+        random = np.random.default_rng(seed)
+        assigner = Assigner(parts.tree.group_GR, parts.tree.centroid_LR, parts.tree.parent_L)
+        off = moved = seen = 0
+        for number in random.permutation(np.unique(lists)):
+            if seen >= sample:
+                break
+            rows = self._source.take(ids[lists == number])
+            reduced_BR = parts.reduction.apply(scaled(rows, self._caption.shift))
+            given_BR, step_BR = parts.lists.coded(reduced_BR)
+            # Rounding may take a number to the next code, and a row between two centroids to the other.
+            off += int((np.abs(parts.lists.decoded(int(number)) - given_BR) > 1.01 * step_BR).any(axis=1).sum())
+            moved += int((assigner.assign(reduced_BR) != number).sum())
+            seen += len(rows)
+        if off or moved > _MOVED * seen:
+            found.append(f"of {seen:,} rows looked at, {off:,} with others' codes and {moved:,} in others' lists")
+        return found
 
     def at(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
         """Return an index over the same lists that is searched otherwise."""

@@ -109,6 +109,37 @@ class InvertedLists:
         rows, lists, ids = (np.ascontiguousarray(a) for a in (rows_BR, list_B, id_B))
         self._index.add_core(len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
 
+    def ids(self) -> tuple[Int64, Int64]:
+        """Return the ids of all rows, list by list, and the list of each."""
+        faiss, lists = import_faiss(), self._index.invlists
+        sizes = np.array([lists.list_size(number) for number in range(self.n_lists)], dtype=np.int64)
+        held = [
+            faiss.rev_swig_ptr(lists.get_ids(int(number)), int(sizes[number])).copy()
+            for number in np.flatnonzero(sizes)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *held]), np.repeat(np.arange(self.n_lists), sizes)
+
+    def decoded(self, number: int) -> Float32:
+        """Return the rows of one list as their codes give them, [B, R]."""
+        faiss, lists = import_faiss(), self._index.invlists
+        size = int(lists.list_size(number))
+        n_bytes = size * int(self._index.code_size)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), n_bytes).reshape(size, -1) if size else None
+        rows: Float32 = np.zeros((0, self.dim), np.float32) if codes is None else self._index.sq.decode(codes.copy())
+        return rows
+
+    def coded(self, rows_BR: Float32) -> tuple[Float32, Float32]:
+        """Return rows [B, R] as their codes would give them, and how far the next codes are from those."""
+        sq = self._index.sq
+        rows = np.ascontiguousarray(rows_BR)
+        codes = sq.compute_codes(rows)
+        given: Float32 = sq.decode(codes)
+        if self._index.sq.qtype == import_faiss().ScalarQuantizer.QT_fp16:
+            return given, np.abs(given) * np.float32(2**-9) + np.float32(1e-6)
+        lowest, highest = sq.decode(np.zeros_like(codes[:1])), sq.decode(np.full_like(codes[:1], 255))
+        levels = 255 if self._index.sq.qtype == import_faiss().ScalarQuantizer.QT_8bit else 15
+        return given, np.broadcast_to((highest - lowest) / np.float32(levels), given.shape)
+
     def scan(self, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None) -> tuple[Int64, Float32]:
         """Return FAISS's padded (ids [Q, k], scores [Q, k]) of the lists named by the keys.
 

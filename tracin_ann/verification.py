@@ -1,0 +1,233 @@
+"""Is an index what was built? Every byte against the manifest's digests, the lists against the features; and repair."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tracin_ann.build import BuildReport, build
+from tracin_ann.canaries import read_canaries
+from tracin_ann.columns import read_columns
+from tracin_ann.config import BuildConfig
+from tracin_ann.errors import DamagedIndexError, TracinAnnError, problem
+from tracin_ann.generations import folder_of, generation_of
+from tracin_ann.locks import writing
+from tracin_ann.manifest import (
+    BUILD_RECORD,
+    FEATURES,
+    MANIFEST,
+    Manifest,
+    check_file,
+    read_build_record,
+    write_build_record,
+)
+from tracin_ann.removal import removed_ids
+from tracin_ann.search import IVFIndex
+from tracin_ann.store import FeatureFile, FeatureStore
+from tracin_ann.task import Task
+from tracin_ann.types import ProgressCallback
+
+_LOOKED_AT = 1000
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not what was written, and in one line what is wrong with it."""
+
+    path: Path
+    message: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification saw: the damage, and how many files of how many bytes it read."""
+
+    damage: tuple[Damage, ...]
+    files: int
+    size: int
+
+
+def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None = None) -> Verified:
+    """Read every byte of an index's current generation and return all that is damaged.
+
+    Raises:
+        DamagedIndexError: no manifest can be read, or there is none.
+    """
+    out = Path(directory)
+    found = list(_manifests(out))
+    manifest = _best(out)
+    own = folder_of(out, manifest.generation)
+    names = [(own, record) for record in manifest.besides] + [(out / FEATURES, r) for r in manifest.features]
+    whole = set()
+    for done, (place, record) in enumerate(names):
+        try:
+            check_file(place, record, deep=True)
+            whole.add(record.name)
+        except DamagedIndexError as error:
+            found.append(Damage(place / record.name, _where(place / record.name) or str(error)))
+        if progress is not None:
+            progress("files", done + 1, len(names))
+    found += _contents(out, manifest, whole)
+    return Verified(tuple(found), len(names) + 2, sum(record.size for _, record in names))
+
+
+def repair(
+    directory: str | os.PathLike[str],
+    task: Task | str | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+    device: str = "auto",
+    progress: ProgressCallback | None = None,
+) -> BuildReport | None:
+    """Make anew what `verify` finds damaged, and nothing else; None where nothing had to be computed.
+
+    Args:
+        directory: of an index.
+        task: the task, or its name where it moved; None: as the build was told.
+        arguments: for a task that is a function; None: as the build was told.
+        device: `auto` or a device's name.
+        progress: called with (stage, done, total).
+
+    Raises:
+        DamagedIndexError: what is damaged cannot be made anew: no manifest is left, or which rows were removed is lost.
+        BusyIndexError: another process is writing the index.
+        IndexMismatchError: the task is not the index's.
+    """
+    out = Path(directory)
+    seen = verify(out, progress)
+    manifest = _best(out)
+    with writing(out):
+        if manifest.removed is not None and any(d.path.name == manifest.removed.name for d in seen.damage):
+            raise DamagedIndexError(
+                problem(
+                    f"{folder_of(out, manifest.generation) / manifest.removed.name} cannot be made anew",
+                    got="damage",
+                    expected="the ids of the removed rows",
+                    remedy="restore that file, or build a new index and remove the rows again",
+                )
+            )
+        computed = False
+        for damage in seen.damage:
+            if damage.path.name in (MANIFEST, BUILD_RECORD):
+                continue
+            computed = True
+            damage.path.unlink(missing_ok=True)
+        if any(damage.path.name == BUILD_RECORD for damage in seen.damage):
+            write_build_record(out, manifest.build)
+        for place in (folder_of(out, manifest.generation), out):
+            manifest.write(place)
+    if not computed:
+        return None
+    reference = manifest.build.task
+    chosen = task or reference.reference
+    if chosen is None:
+        raise DamagedIndexError(
+            problem(f"{out} does not know its task", got="no task", expected="one", remedy="pass --task FILE.py:NAME")
+        )
+    given = reference.arguments if arguments is None else arguments
+    return build(chosen, out, config_of(manifest, device), arguments=given, progress=progress)
+
+
+def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
+    """Return the options that make the manifest's index."""
+    built, index = manifest.build, manifest.index
+    spec = built.spec
+    plain = BuildConfig()
+    return BuildConfig(
+        dim=spec.sketch.dim,
+        sketch=spec.sketch.name,
+        seed=spec.sketch.seed,
+        index=index.kind,
+        batch_size=built.batch_size,
+        precision=spec.precision,  # type: ignore[arg-type]
+        target_recall=plain.target_recall if index.calibration is None else index.calibration.target,
+        codes=index.codes or plain.codes,  # type: ignore[arg-type]
+        yardstick=manifest.fidelity is not None,
+        device=device,
+        dtype=spec.dtype,  # type: ignore[arg-type]
+        norms=spec.norms,  # type: ignore[arg-type]
+        partition_rows=built.partition_rows,
+        allow_random_data=built.random_data,
+    )
+
+
+def _manifests(out: Path) -> Iterator[Damage]:
+    """Yield what is wrong with the manifest, its generation's copy and the build record."""
+    best = _best(out)
+    for place in (out, folder_of(out, best.generation)):
+        try:
+            if Manifest.read(place) != best:
+                yield Damage(place / MANIFEST, f"{place / MANIFEST}: another generation's than {best.generation}")
+        except DamagedIndexError as error:
+            yield Damage(place / MANIFEST, str(error))
+    try:
+        read_build_record(out)
+    except DamagedIndexError as error:
+        yield Damage(out / BUILD_RECORD, str(error))
+
+
+def _best(out: Path) -> Manifest:
+    """Return the manifest, or where it is damaged the copy of the last generation that is whole.
+
+    Raises:
+        DamagedIndexError: there is none.
+    """
+    try:
+        return Manifest.read(out)
+    except DamagedIndexError:
+        if not (out / MANIFEST).exists() and not (out / BUILD_RECORD).exists():
+            raise
+        for folder in sorted(out.glob("generation-*"), key=generation_of, reverse=True):
+            try:
+                return Manifest.read(folder)
+            except DamagedIndexError:
+                continue
+        raise
+
+
+def _where(path: Path) -> str:
+    """Return which rows of a feature file are altered, where it can still be read, or nothing."""
+    if path.suffix != ".h5":
+        return ""
+    try:
+        FeatureFile.open(path).verify()
+    except TracinAnnError as error:
+        return str(error)
+    return ""
+
+
+def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage]:
+    """Yield which files say what cannot be, though their bytes are those that were written."""
+    own = folder_of(out, manifest.generation)
+    n_rows = manifest.build.layout.n_rows
+    if manifest.canaries.name in whole:
+        try:
+            read_canaries(own / manifest.canaries.name)
+        except DamagedIndexError as error:
+            yield Damage(own / manifest.canaries.name, str(error))
+    if manifest.columns is not None and manifest.columns.name in whole:
+        lengths = {len(column) for column in read_columns(own / manifest.columns.name).values()}
+        if lengths - {n_rows}:
+            path = own / manifest.columns.name
+            yield Damage(path, f"{path}: got columns of {sorted(lengths)} rows, expected {n_rows}")
+    if manifest.removed is not None and manifest.removed.name in whole:
+        try:
+            removed_ids(out, manifest)
+        except DamagedIndexError as error:
+            yield Damage(own / manifest.removed.name, str(error))
+    listed = {record.name for record in manifest.index.files}
+    features = {record.name for record in manifest.features}
+    if not listed or (listed | features) - whole:
+        return
+    path = own / IVFIndex.FILES[0]
+    try:
+        view = FeatureStore(out / FEATURES, manifest.build.layout).view()
+        faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_LOOKED_AT, seed=0)
+    except DamagedIndexError as error:
+        faults = [str(error)]
+    for fault in faults:
+        yield Damage(path, f"{path} does not belong to the features: {fault}; run tracin-verify --repair")
