@@ -1,4 +1,4 @@
-# demo, test, check: each makes its own environment first, and only when it is not up to date.
+# demo, test, check, fuzz: each makes its own environment first, and only when it is not up to date.
 #
 #   VENV=dir     where the environment is (default .venv)
 #   PYTHON=exe   which Python makes it (default: the first of python3, python3.11, ... that is 3.10 or newer)
@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(FAISS)
 INPUTS := pyproject.toml constraints.txt scripts/make-env
 
 .NOTPARALLEL:
-.PHONY: demo test check format clean
+.PHONY: demo test check fuzz format clean
 
 demo: $(STAMP)-examples
 	$(PY) examples/digits.py
@@ -25,6 +25,9 @@ test: $(STAMP)-dev
 
 check: $(STAMP)-dev
 	PY=$(PY) scripts/check
+
+fuzz: $(STAMP)-dev
+	$(PY) -m benchmarks.fuzz $(ARGS)
 
 format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .

@@ -18,6 +18,8 @@ from tracin_ann.types import Float32, Int64
 FILE = "canaries.h5"
 COUNT = 4
 TOLERANCE = 1e-2
+_DIMENSIONS = 3
+_MOST = 2**31
 _SIDES: tuple[SideName, ...] = ("train", "query")
 
 
@@ -74,13 +76,21 @@ def read_canaries(path: Path) -> tuple[Canaries, ...]:
     """
     try:
         with h5py.File(path, "r") as file:
-            return tuple(Canaries(side, file[side]["id"][()], file[side]["feature"][()]) for side in _SIDES)
-    except (OSError, KeyError, RuntimeError) as error:
+            return tuple(_read(side, file[side]["id"], file[side]["feature"]) for side in _SIDES)
+    # What h5py raises depends on which byte of the file is damaged.
+    except Exception as error:
         raise DamagedIndexError(
             problem(
                 f"{path} cannot be read",
-                got=str(error).splitlines()[0],
+                got=" ".join(f"{type(error).__name__}: {error}".split())[:200],
                 expected="the canaries that the build wrote",
                 remedy="restore the file, or run tracin-verify --repair",
             )
         ) from error
+
+
+def _read(side: SideName, ids: h5py.Dataset, features: h5py.Dataset) -> Canaries:
+    fine = (ids.dtype.str, features.dtype.str) == ("<i8", "<f4") and (ids.ndim, features.ndim) == (1, _DIMENSIONS)
+    if not fine or ids.shape[0] != features.shape[1] or not 0 < ids.shape[0] <= COUNT or features.size > _MOST:
+        raise ValueError(f"ids of {ids.shape} and features of {features.shape}")
+    return Canaries(side, ids[()], features[()])
