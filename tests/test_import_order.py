@@ -60,7 +60,7 @@ FLOORS: list[tuple[set[str], bool]] = [
 
 # Rooms that may import less than all that lies below them: these never see a model.
 ONLY: dict[str, set[str]] = {
-    "search": {"errors", "types", "device"},
+    "search": {"errors", "types", "device", "files"},
     "store": {"errors", "types", "files"},
     "files": {"errors", "types"},
 }
