@@ -163,11 +163,11 @@ def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
         patched.setattr(fill, "_fill", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
-    assert (tmp_path / "out" / BUILD._UNFINISHED_INDEX / "stretch-000000.json").exists()
+    assert (tmp_path / "out" / BUILD.UNFINISHED_INDEX / "stretch-000000.json").exists()
     with monkeypatch.context() as patched:
         patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
-    assert not (tmp_path / "out" / BUILD._UNFINISHED_INDEX).exists()
+    assert not (tmp_path / "out" / BUILD.UNFINISHED_INDEX).exists()
     both = [InfluenceIndex.open(tmp_path / name, task) for name in ("whole", "out")]
     records = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
     assert records[0] == records[1] and len(both[0]) == 400

@@ -24,15 +24,18 @@ from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.extraction import Extraction, data_is_dearer
-from tracin_ann.files import atomic_path
+from tracin_ann.files import atomic_path, is_temporary
 from tracin_ann.generations import (
+    UNFINISHED_INDEX,
     carried,
+    claimed,
     current,
     feature_records,
     folder_of,
     generation_of,
     next_folder,
     published,
+    settled,
 )
 from tracin_ann.locks import WRITER, writing
 from tracin_ann.manifest import (
@@ -67,8 +70,6 @@ from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, refuse_slower_bf16, tun
 from tracin_ann.types import ProgressCallback
 
 logger = logging.getLogger(__name__)
-
-_UNFINISHED_INDEX = ".index-unfinished"
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ class BuildWork:
         """
         if any((self.out / name).exists() for name in (BUILD_RECORD, MANIFEST)) or not self.out.exists():
             return
-        if not self.out.is_dir() or any(path.name != WRITER for path in self.out.iterdir()):
+        # What a build leaves that was killed before it had said what it makes.
+        if not self.out.is_dir() or any(path.name != WRITER and not is_temporary(path) for path in self.out.iterdir()):
             raise UsageError(
                 problem(
                     f"{self.out} cannot hold the index",
@@ -286,7 +288,7 @@ class BuildWork:
         view, progress = yardstick.store.view(), yardstick.progress
         choice = choose_index(self.config.index, len(view), view.dim)
         logger.info("index %s: %s", choice.kind, choice.reason)
-        unfinished = self.out / _UNFINISHED_INDEX
+        unfinished = self.out / UNFINISHED_INDEX
         files: list[FileRecord] = []
         calibration = None
         progress("index", 0, len(view))
@@ -334,22 +336,22 @@ def build(
     work = opened(task, Path(out), config or BuildConfig(), arguments)
     with ExitStack() as held:
         work.refuse_foreign()
-        if work.out.is_dir():
+        is_new = not work.out.is_dir()
+        if not is_new:
             held.enter_context(writing(work.out))
         with work.passes.model() as model:
             start = work.prepared(model)
             store = FeatureStore(work.out / FEATURES, start.record.layout)
             missing = store.missing(start.trusted)
             if start.finished is not None and not missing and work.suits(start.finished):
+                settled(work.out, start.finished)
                 return BuildReport(start.finished, 0, perf_counter() - began)
             chosen = work.tuned(model, start.record)
             record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
-            if not work.out.is_dir():
-                work.out.mkdir(parents=True)
-                held.enter_context(writing(work.out))
+            if is_new:
+                held.enter_context(claimed(work.out))
             if start.begun != record:
                 write_build_record(work.out, record)
-            (work.out / FEATURES).mkdir(exist_ok=True)
             folder = next_folder(work.out, start.manifest)
             columns = work.columns(folder, report)
             features = work.config.features(record.spec.rank_one)

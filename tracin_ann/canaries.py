@@ -11,7 +11,7 @@ import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features import FeatureExtractor
-from tracin_ann.files import atomic_path
+from tracin_ann.files import atomic_path, hdf5_file
 from tracin_ann.loading import SideName
 from tracin_ann.types import Float32, Int64
 
@@ -61,7 +61,11 @@ def canary_ids(n_rows: int) -> list[int]:
 
 def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:
     """Write the canaries of both sides, durably."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "x", libver="earliest") as file:
+    with (
+        atomic_path(path) as temporary,
+        hdf5_file(temporary) as opened,
+        h5py.File(opened, "w", libver="earliest") as file,
+    ):
         for side in canaries:
             group = file.create_group(side.side)
             group.create_dataset("id", data=side.ids_N, track_times=False)

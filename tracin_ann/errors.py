@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TracinAnnError(Exception):
     """Base of all errors that tracin_ann raises on purpose; `exit_code` is the command's status."""
@@ -56,3 +60,22 @@ class MissingPackageError(TracinAnnError):
 def problem(what: str, *, got: object, expected: object, remedy: str) -> str:
     """Return the one-line message all errors share: what happened, got, expected, remedy."""
     return f"{what}: got {got}, expected {expected}; {remedy}"
+
+
+@contextmanager
+def naming(path: Path, written_as: Path | None = None) -> Iterator[None]:
+    """Let an error of the system name this file: those of fsync and write name none.
+
+    Args:
+        path: what the user knows.
+        written_as: what stands for it meanwhile.
+
+    Raises:
+        OSError: with `filename`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and str(error.filename) != str(written_as):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

@@ -1,4 +1,4 @@
-"""Durable small primitives of files: whole or not at all, digests, JSON, sweeping after a killed run (POSIX)."""
+"""Durable small primitives of files (POSIX): whole or not at all, what others write, digests, JSON, sweeping."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.errors import DamagedIndexError, naming, problem
 
 _PREFIX = ".tracin-tmp-"
 _CHUNK_BYTES = 1 << 20
+# Temporaries that this process is writing: another of its number was written by one that is gone.
+_UNDER_WAY: set[str] = set()
 
 
 @contextmanager
@@ -27,16 +31,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     For libraries that write by path (h5py, faiss): the caller creates the file and closes it before the
     block ends. The temporary name keeps the suffix of `path`.
+
+    Raises:
+        OSError: with the name of `path`, whoever wrote.
     """
     name = f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{path.suffix}"
     temporary = path.with_name(name)
+    _UNDER_WAY.add(name)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        # What went wrong is told, not that it also kept the temporary from being removed.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+    finally:
+        _UNDER_WAY.discard(name)
     sync_directory(path.parent)
 
 
@@ -82,10 +95,102 @@ def read_json(path: Path) -> dict[str, object]:
 def file_digest(path: Path) -> str:
     """Return the xxh3_128 of the file's bytes, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def save_array(file: BinaryIO, array: npt.NDArray[Any]) -> None:
+    """Write an array in NumPy's format into an open file.
+
+    NumPy itself hands a real file to C, whose last block is written on closing it: where that finds the disk full, the
+    array is cut without a word.
+    """
+    np.save(_Through(file), array, allow_pickle=False)
+
+
+class _Through:
+    """Something that NumPy can write to and does not take for a real file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        return self._file.write(data)
+
+
+@contextmanager
+def hdf5_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file for h5py to write to, whose errors are raised when the block ends.
+
+    HDF5 itself is told of none: after a failed write it may bring the process down, files or hours later.
+    """
+    with open(path, "x+b") as file:
+        deferred = _Deferred(file)
+        try:
+            yield deferred  # type: ignore[misc]
+        except Exception:
+            if deferred.error is None:
+                raise
+        deferred.flush()
+        if deferred.error is not None:
+            raise deferred.error
+
+
+class _Deferred:
+    """A file that does nothing more once something failed, and keeps that."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: BaseException | None = None
+
+    def _done(self, function: Callable[..., Any], *given: Any, otherwise: Any = 0) -> Any:
+        if self.error is None:
+            try:
+                return function(*given)
+            except BaseException as error:
+                self.error = error
+        return otherwise
+
+    def read(self, size: int = -1) -> Any:
+        return self._done(self._file.read, size, otherwise=b"")
+
+    def readinto(self, buffer: Any) -> Any:
+        size = self._done(self._file.readinto, buffer, otherwise=None)  # type: ignore[attr-defined]
+        if size is None:
+            memoryview(buffer)[:] = bytes(len(buffer))
+        return len(buffer) if size is None else size
+
+    def write(self, data: bytes) -> Any:
+        return self._done(self._file.write, data, otherwise=len(data))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> Any:
+        return self._done(self._file.seek, offset, whence)
+
+    def tell(self) -> Any:
+        return self._done(self._file.tell)
+
+    def truncate(self, size: int | None = None) -> Any:
+        return self._done(self._file.truncate, size)
+
+    def flush(self) -> None:
+        self._done(self._file.flush)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory, and those above it that are missing, durably; one that is there is left as it is."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    for path in reversed(missing):
+        # Another process may make it at this moment.
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync_directory(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path is the temporary of an atomic write."""
+    return path.name.startswith(_PREFIX)
 
 
 def sweep_temporaries(directory: Path, *, idle_s: float = 3600.0) -> list[Path]:
@@ -109,6 +214,8 @@ def _writer_is_gone(name: str) -> bool:
     pid = rest.partition("-")[0]
     if host != _host() or not pid.isdecimal():
         return False
+    if int(pid) == os.getpid():
+        return name not in _UNDER_WAY
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -125,7 +232,8 @@ def _host() -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -135,6 +243,7 @@ def sync_directory(directory: Path) -> None:
     try:
         _sync(directory)
     except OSError as error:
-        # Some network file systems can't sync a directory at all and say EINVAL; there is nothing more to do.
-        if error.errno != errno.EINVAL:
+        # Some network file systems can't sync a directory at all and say EINVAL, and one above the index may not be
+        # ours to read; there is nothing more to do.
+        if error.errno not in (errno.EINVAL, errno.EACCES):
             raise

@@ -12,15 +12,16 @@ is swept by the next writer.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tracin_ann.errors import DamagedIndexError, problem
-from tracin_ann.files import atomic_path, sweep_temporaries, sync_directory
-from tracin_ann.locks import Lease, free
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, problem
+from tracin_ann.files import atomic_path, make_directory, sweep_temporaries, sync_directory
+from tracin_ann.locks import Lease, free, writing
 from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -32,7 +33,29 @@ from tracin_ann.manifest import (
 )
 from tracin_ann.store import FeatureStore, FileRecord
 
+UNFINISHED_INDEX = ".index-unfinished"
 _PREFIX = "generation-"
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Make a new index's directory and hold the right to write in it.
+
+    Raises:
+        BusyIndexError: another build that was started at the same time was faster.
+    """
+    make_directory(directory)
+    with writing(directory):
+        if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)):
+            raise BusyIndexError(
+                problem(
+                    f"{directory} was begun by another build meanwhile",
+                    got="its files",
+                    expected="a new directory",
+                    remedy="run this command again",
+                )
+            )
+        yield
 
 
 def folder_of(directory: Path, generation: int) -> Path:
@@ -40,8 +63,8 @@ def folder_of(directory: Path, generation: int) -> Path:
     return directory / f"{_PREFIX}{generation:06d}"
 
 
-def leased(directory: Path) -> tuple[Manifest, Lease | None]:
-    """Return the current manifest and a lease on its generation, None where its directory is no more.
+def leased(directory: Path) -> tuple[Manifest, Lease]:
+    """Return the current manifest and a lease on its generation: until it ends, nobody sweeps the files.
 
     Raises:
         DamagedIndexError: there is no finished index, or its generation is not there.
@@ -75,12 +98,11 @@ def next_folder(directory: Path, manifest: Manifest | None) -> Path:
 
     A directory that a killed writer left is the next one's again.
     """
-    if manifest is not None:
-        _sweep(directory, manifest, under_way=True)
+    _sweep(directory, manifest, under_way=True)
     taken = [generation_of(path) for path in directory.glob(f"{_PREFIX}*") if (path / MANIFEST).exists()]
     folder = folder_of(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
-    folder.mkdir(exist_ok=True)
-    sync_directory(directory)
+    for place in (directory / FEATURES, folder):
+        make_directory(place)
     for place in (directory, directory / FEATURES, folder):
         sweep_temporaries(place)
     return folder
@@ -88,41 +110,79 @@ def next_folder(directory: Path, manifest: Manifest | None) -> Path:
 
 def published(directory: Path, manifest: Manifest) -> None:
     """Make a generation current, durably, and sweep what it left; everything it names has been written."""
-    manifest.write(folder_of(directory, manifest.generation))
+    folder = folder_of(directory, manifest.generation)
+    named = {record.name for record in manifest.besides}
+    for path in folder.iterdir():
+        # Of a killed writer that wanted another generation here.
+        if path.name not in named and path.is_file():
+            path.unlink()
+    _make_names_durable(directory, manifest)
+    manifest.write(folder)
     manifest.write(directory)
+    _tidied(directory, manifest)
+
+
+def _make_names_durable(directory: Path, manifest: Manifest) -> None:
+    """Fsync the directories: what is found in them may be of a run that was killed before it had."""
+    folder = folder_of(directory, manifest.generation)
+    for place in (directory / FEATURES, folder, directory, directory.resolve().parent):
+        sync_directory(place)
+
+
+def settled(directory: Path, manifest: Manifest) -> None:
+    """Make sure of an index that is finished already: durable, and nothing left over; for the one writer."""
+    _make_names_durable(directory, manifest)
+    _tidied(directory, manifest)
+
+
+def _tidied(directory: Path, manifest: Manifest) -> None:
+    """Remove all that the writing of an index left over, for the one writer with nothing under way."""
     _sweep(directory, manifest, under_way=False)
+    for place in (directory, directory / FEATURES, folder_of(directory, manifest.generation)):
+        sweep_temporaries(place)
 
 
-def _sweep(directory: Path, manifest: Manifest, *, under_way: bool) -> None:
+def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:
     """Remove what neither the current manifest nor a generation that somebody reads names.
 
-    With `under_way`, the directory of the generation that is being made stays. Feature files stay too while
-    build.json speaks of another build than the manifest: they may be that one's.
+    With `under_way`, the directory of the generation that is being made stays, and unfinished lists. Feature files
+    and these stay too while build.json speaks of another build than the manifest: they may be that one's.
     """
-    named = [manifest]
+    named = [] if manifest is None else [manifest]
     for path in sorted(directory.glob(f"{_PREFIX}*")):
-        if path == folder_of(directory, manifest.generation) or (under_way and not (path / MANIFEST).exists()):
+        is_current = manifest is not None and path == folder_of(directory, manifest.generation)
+        if is_current or (under_way and not (path / MANIFEST).exists()):
             continue
         with free(path / MANIFEST) as nobody_reads:
             if nobody_reads:
                 # The manifest last: while it is there, a reader's lock on it counts.
                 for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
                     file.unlink()
-                path.rmdir()
+                try:
+                    path.rmdir()
+                except OSError as error:
+                    # NFS keeps a file that is still open under another name; the next sweep comes back to it.
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
             else:
                 named.append(Manifest.read(path))
-    begun = read_build_record(directory) if (directory / BUILD_RECORD).exists() else manifest.build
-    if begun == manifest.build:
+    built = None if manifest is None else manifest.build
+    begun = read_build_record(directory) if (directory / BUILD_RECORD).exists() else built
+    if begun is not None and begun == built:
         kept = {record.name for each in named for record in each.features}
         for path in (directory / FEATURES).glob("features-*.h5"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+        if not under_way:
+            shutil.rmtree(directory / UNFINISHED_INDEX, ignore_errors=True)
 
 
 def carried(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
     """Put files of a generation into the next one's directory: linked where the file system can, else copied."""
     old = folder_of(directory, manifest.generation)
     for record in records:
+        # A killed writer may have linked this very file: renamed onto itself, the temporary would stay.
+        (folder / record.name).unlink(missing_ok=True)
         with atomic_path(folder / record.name) as temporary:
             try:
                 os.link(old / record.name, temporary)

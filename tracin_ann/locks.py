@@ -17,13 +17,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tracin_ann.errors import BusyIndexError, problem
+from tracin_ann.errors import BusyIndexError, naming, problem
 
 WRITER = "writer.lock"
 _CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _LONGEST_CAPTION = 4096
 
 logger = logging.getLogger(__name__)
+
+# Of writers' locks. A forked child would hold them on after this process was killed.
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -35,16 +46,22 @@ def writing(directory: Path) -> Iterator[None]:
     """
     path = directory / WRITER
     descriptor = _taken(path)
+    _HELD.add(descriptor)
     try:
         caption = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(caption).encode(), 0)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(caption).encode(), 0)
         yield
     finally:
-        # Unlinked while it is held: whoever opened it before finds that the path is another file, and tries again.
-        with suppress(FileNotFoundError):
-            path.unlink()
-        os.close(descriptor)
+        if descriptor in _HELD:
+            try:
+                # While it is held: whoever opened it before finds that the path is another file, and tries again.
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+            finally:
+                _HELD.discard(descriptor)
+                os.close(descriptor)
 
 
 def _taken(path: Path) -> int:
@@ -125,11 +142,18 @@ class Lease:
 
 @contextmanager
 def free(path: Path) -> Iterator[bool]:
-    """Yield whether nobody holds a `Lease` on the file; nobody can take one until the block ends."""
+    """Yield whether nobody holds a `Lease` on the file; nobody can take one until the block ends.
+
+    No, where that cannot be found out.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # For writing, though nothing is written: NFS gives an exclusive lock on no other terms.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True
+        return
+    except PermissionError:
+        yield False
         return
     try:
         yield locked(descriptor, exclusive=True, otherwise=False)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
-from tracin_ann.files import atomic_write
-from tracin_ann.generations import carried, current, folder_of, generation_of, next_folder, published
+from tracin_ann.files import atomic_write, save_array
+from tracin_ann.generations import carried, current, folder_of, generation_of, next_folder, published, settled
 from tracin_ann.locks import writing
 from tracin_ann.manifest import Manifest, record_of
 from tracin_ann.types import Int64
@@ -20,10 +20,10 @@ FILE = "removed.npy"
 
 
 def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
-    """Take training rows out of every answer from now on; return the new generation's manifest.
+    """Take training rows out of every answer from now on; return the current generation's manifest.
 
-    Their features stay on disk until a new index is built, and `train_data` must keep them in their places. Rows
-    that were removed before are none the worse for it.
+    Their features stay on disk until a new index is built, and `train_data` must keep them in their places. Where
+    all were removed before, nothing changes.
 
     Args:
         directory: of a finished index.
@@ -43,16 +43,20 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
         if wrong or not ids:
             got: object = wrong[0] if wrong else "no ids"
             raise UsageError(problem("bad --ids", got=got, expected=f"0 to {n_rows - 1}", remedy="change --ids"))
-        removed = np.union1d(removed_ids(out, manifest), np.array(ids, dtype=np.int64))
+        before = removed_ids(out, manifest)
+        removed = np.union1d(before, np.array(ids, dtype=np.int64))
         if len(removed) == n_rows:
             raise UsageError(
                 problem("no row would be left", got=f"{n_rows} rows to remove", expected="some", remedy="change --ids")
             )
+        if len(removed) == len(before):
+            settled(out, manifest)
+            return manifest
         folder = next_folder(out, manifest)
         kept = [record for record in manifest.besides if record != manifest.removed]
         carried(out, manifest, folder, kept)
         with atomic_write(folder / FILE) as file:
-            np.save(file, removed, allow_pickle=False)
+            save_array(file, removed)
         made = replace(manifest, generation=generation_of(folder), removed=record_of(folder / FILE))
         published(out, made)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -18,12 +19,21 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from tracin_ann.errors import TracinAnnError
+from tracin_ann.errors import TracinAnnError, problem
 from tracin_ann.types import ProgressCallback
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _PLAIN_SECONDS = 10.0
+_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota",
+    errno.EACCES: "get the right to it",
+    errno.EPERM: "get the right to it",
+    errno.EROFS: "name a place that can be written",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "look after the disk",
+}
 
 
 class IdRanges(click.ParamType):  # type: ignore[type-arg]
@@ -108,7 +118,7 @@ def stoppable() -> Iterator[None]:
 
 
 def refusals(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a TracinAnnError, and being told to stop, into one line on stderr and the exit status."""
+    """Turn a TracinAnnError, an error of the system, and being told to stop, into a line on stderr and the status."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -118,12 +128,28 @@ def refusals(function: Callable[P, R]) -> Callable[P, R]:
         except TracinAnnError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise click.exceptions.Exit(error.exit_code) from error
+        except BrokenPipeError:
+            # Whoever read the output has read enough.
+            raise
+        except OSError as error:
+            click.echo(f"error: {' '.join(_told(error).split())}", err=True)
+            raise click.exceptions.Exit(TracinAnnError.exit_code) from error
         except (KeyboardInterrupt, Stopped) as stop:
             click.echo(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}", err=True)
             number = signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT
             raise click.exceptions.Exit(128 + number) from stop
 
     return wrapper
+
+
+def _told(error: OSError) -> str:
+    number = error.errno
+    return problem(
+        f"cannot read or write {error.filename or 'a file'}",
+        got=str(error) if number is None else f"{error.strerror} ({errno.errorcode.get(number, number)})",
+        expected="a file system that does as it is asked",
+        remedy=f"{_REMEDIES.get(number or 0, 'mend that')} and run this command again: what is whole is kept",
+    )
 
 
 @contextmanager

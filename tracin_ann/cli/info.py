@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from tracin_ann.cli.common import duration, refusals, sized
 from tracin_ann.fidelity import Fidelity
+from tracin_ann.generations import leased
 from tracin_ann.manifest import Manifest
 from tracin_ann.removal import removed_ids
 from tracin_ann.search.calibrate import Calibration
@@ -25,7 +27,9 @@ def main(directory: str) -> None:
 
     Example: tracin-info runs/mnist
     """
-    manifest = Manifest.read(Path(directory))
+    manifest, lease = leased(Path(directory))
+    with closing(lease):
+        removed = len(removed_ids(Path(directory), manifest))
     spec, index = manifest.build.spec, manifest.index
     size = sum(record.size for record in manifest.features)
     click.echo(
@@ -34,7 +38,6 @@ def main(directory: str) -> None:
     click.echo(f"sketch      {spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, norms by {spec.norms}")
     held = sum(record.size for record in index.files)
     click.echo(f"index       {index.kind}{f', {sized(held)}' if held else ''}: {index.reason}")
-    removed = len(removed_ids(Path(directory), manifest))
     click.echo(f"generation  {manifest.generation}{f', {removed:,} rows removed' if removed else ''}")
     if manifest.fidelity is not None:
         click.echo(f"fidelity    {fidelity_line(manifest.fidelity)}")

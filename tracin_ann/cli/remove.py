@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
 
 from tracin_ann.cli.common import IdRanges, refusals
+from tracin_ann.generations import leased
 from tracin_ann.removal import remove, removed_ids
 
 
@@ -22,6 +24,9 @@ def main(directory: str, ids: tuple[int, ...]) -> None:
 
     Example: tracin-remove runs/mnist --ids 17,40-59
     """
-    manifest = remove(directory, ids)
-    n_removed, n_rows = len(removed_ids(Path(directory), manifest)), manifest.build.layout.n_rows
+    remove(directory, ids)
+    # As it is now: another writer may already have been here.
+    manifest, lease = leased(Path(directory))
+    with closing(lease):
+        n_removed, n_rows = len(removed_ids(Path(directory), manifest)), manifest.build.layout.n_rows
     click.echo(f"{directory}: {n_removed:,} of {n_rows:,} rows are removed; generation {manifest.generation}")

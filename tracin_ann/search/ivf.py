@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.errors import DamagedIndexError, naming, problem
+from tracin_ann.files import save_array
 from tracin_ann.search.base import checked_queries
 from tracin_ann.search.fill import Scratch, filled, scaled
 from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
@@ -168,11 +169,14 @@ class IVFIndex:
         basis = parts.reduction.basis_FR
         basis = np.zeros((0, 0), np.float32) if basis is None else basis
         tree = {name: getattr(parts.tree, name) for name in ListTree.__dataclass_fields__}
-        np.save(centroids_path, tree.pop("centroid_LR"), allow_pickle=False)
-        np.savez(arrays_path, allow_pickle=False, basis_FR=basis, outliers=parts.outliers, **tree)
+        with naming(centroids_path), centroids_path.open("wb") as file:
+            save_array(file, tree.pop("centroid_LR"))
+        with naming(arrays_path):
+            np.savez(arrays_path, allow_pickle=False, basis_FR=basis, outliers=parts.outliers, **tree)
         # FAISS reads a file that lacks its last few bytes without a word.
         caption = dataclasses.replace(self._caption, lists_bytes=lists_path.stat().st_size)
-        caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
+        with naming(caption_path):
+            caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
 
     def faults(self, sample: int, seed: int) -> list[str]:
         """Return what of the lists does not fit the source: ids, and the codes and places of some lists' rows."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest
+from tracin_ann.files import atomic_path, file_digest, hdf5_file
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Int64
 
@@ -245,14 +245,12 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     checksum = _block_checksums(header, list(columns.values()))
     with atomic_path(path) as temporary:
         # "earliest": with "latest", no file of a killed process could be opened again.
-        with h5py.File(
-            temporary,
-            "w",
-            libver="earliest",
-            locking=False,
-            alignment_threshold=_ALIGNMENT,
-            alignment_interval=_ALIGNMENT,
-        ) as file:
+        with (
+            hdf5_file(temporary) as opened,
+            h5py.File(
+                opened, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
+            ) as file,
+        ):
             for name, value in {"format": FORMAT, "version": VERSION, **asdict(header)}.items():
                 file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
             for name, array in {**columns, "block_checksum": checksum}.items():

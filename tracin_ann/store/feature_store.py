@@ -16,7 +16,7 @@ from typing import get_args
 import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
-from tracin_ann.files import file_digest
+from tracin_ann.files import file_digest, make_directory
 from tracin_ann.store.codec import Dtype
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader, FileRecord, write_feature_file
 from tracin_ann.types import Float32, Int64
@@ -122,7 +122,7 @@ class FeatureStore:
             NonFiniteError: the block holds NaN or inf.
         """
         header = self.layout.header(partition, checkpoint)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         record = write_feature_file(self.path(partition, checkpoint), block, header=header)
         with self._lock:
             self._open.pop((partition, checkpoint), None)

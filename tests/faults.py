@@ -1,0 +1,287 @@
+"""Faults on purpose: every call that changes a disk is seen, numbered, and can fail, be cut short or be the last.
+
+`Watch` stands between the process and the directories below a root: opening for writing, writes, truncations, fsyncs,
+renames, links, unlinks, directories made and removed.
+Nothing is really fsynced meanwhile: a `Disk` keeps what would be durable.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from unittest import mock
+
+from disk import Disk, File, Folder
+
+R = TypeVar("R")
+
+# The calls whose errors name their file.
+_NAMING = frozenset({"open", "replace", "link", "unlink", "mkdir", "rmdir"})
+# What takes space: the calls that fail on a full disk, and go on failing.
+FILLING = frozenset({"open", "write", "mkdir", "link"})
+_OPEN, _FD_OPEN, _CLOSE = builtins.open, os.open, os.close
+_FTRUNCATE, _PWRITE, _FSYNC = os.ftruncate, os.pwrite, os.fsync
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+class Crash(BaseException):
+    """The process is no more: nothing it still does has any effect."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call seen: its number, its kind, and the path below the root."""
+
+    number: int
+    kind: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at the n-th call.
+
+    Attributes:
+        at: the call's number.
+        error: an errno, or None for a crash: then every later call is without effect too.
+        kinds: of later calls that fail too.
+        part: the share of a write that is done all the same.
+    """
+
+    at: int
+    error: int | None = None
+    kinds: frozenset[str] = frozenset()
+    part: float = 0.0
+
+    def hits(self, call: Call) -> bool:
+        return call.number == self.at or (call.number > self.at and (self.error is None or call.kind in self.kinds))
+
+    def raised(self, call: Call, root: Path) -> BaseException:
+        if self.error is None:
+            return Crash()
+        text = os.strerror(self.error)
+        return OSError(self.error, text, str(root / call.path)) if call.kind in _NAMING else OSError(self.error, text)
+
+
+class Watch:
+    """A context in which the calls below a root are counted, kept on a `Disk`, and fail as told.
+
+    Args:
+        root: where calls are watched.
+        disk: what is known of it from before; None: all that is there is durable.
+        fault: what fails.
+        seen: called before every call, with the call and the bytes that it writes.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        disk: Disk | None = None,
+        fault: Fault | None = None,
+        seen: Callable[[Call, bytes], None] | None = None,
+    ) -> None:
+        self.root, self.fault, self.calls, self.seen = root, fault, [], seen
+        self.disk = disk if disk is not None else Disk(root)
+        self.calls: list[Call] = []
+        self._lock = threading.RLock()
+        self._open: dict[int, Any] = {}
+        self._patches: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        wrapped: dict[tuple[Any, str], Any] = {
+            (builtins, "open"): self._opened,
+            (io, "open"): self._opened,
+            (os, "open"): self._fd_opened,
+            (os, "close"): self._closed,
+            (os, "ftruncate"): self._ftruncated,
+            (os, "pwrite"): self._pwritten,
+            (os, "fsync"): self._synced,
+            (os, "replace"): self._two("replace", os.replace, self.disk.rename),
+            (os, "rename"): self._two("replace", os.rename, self.disk.rename),
+            (os, "link"): self._two("link", os.link, lambda old, new: self.disk.name(new, self.disk.at(old))),
+            (os, "unlink"): self._one("unlink", os.unlink, self._gone),
+            (os, "remove"): self._one("unlink", os.unlink, self._gone),
+            (os, "rmdir"): self._one("rmdir", os.rmdir, self._gone),
+            (os, "mkdir"): self._one("mkdir", os.mkdir, self._made),
+            # These would go past the patched names.
+            (shutil, "_use_fd_functions"): False,
+            (shutil, "_USE_CP_SENDFILE"): False,
+        }
+        # Python 3.10: paths have functions of their own.
+        paths = getattr(pathlib, "_normal_accessor", None)
+        if paths is not None:
+            names = {"mkdir", "rename", "replace", "rmdir", "unlink"}
+            wrapped |= {(paths, name): value for (_, name), value in wrapped.items() if name in names}
+            wrapped[paths, "open"] = self._opened
+        for (owner, name), value in wrapped.items():
+            patch = mock.patch.object(owner, name, value)
+            patch.start()
+            self._patches.append(patch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._patches:
+            self._patches.pop().stop()
+
+    def call(
+        self,
+        kind: str,
+        path: str,
+        act: Callable[[], R],
+        change: Callable[[], None],
+        *,
+        data: bytes = b"",
+        part: Callable[[int], None] | None = None,
+    ) -> R:
+        """Do what is asked, unless this call fails; then, where `part` is given, do that for some bytes."""
+        with self._lock:
+            call = Call(len(self.calls), kind, path)
+            self.calls.append(call)
+            if self.seen is not None:
+                self.seen(call, data)
+            if self.fault is not None and self.fault.hits(call):
+                if part is not None:
+                    # A process that is gone does not even begin its later writes.
+                    part(int(len(data) * self.fault.part) if call.number == self.fault.at else 0)
+                raise self.fault.raised(call, self.root)
+            result = act()
+            change()
+            return result
+
+    def inside(self, path: Any) -> str | None:
+        """Return a path relative to the root, or None where it is not below."""
+        if not isinstance(path, str | os.PathLike):
+            return None
+        text = os.path.abspath(os.fspath(path))
+        return os.path.relpath(text, self.root) if f"{text}{os.sep}".startswith(f"{self.root}{os.sep}") else None
+
+    def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
+        path = self.inside(file)
+        if path is None or not set(mode) & set("wxa+"):
+            return _OPEN(file, mode, buffering, *rest, **more)
+        raw = self.call("open", path, lambda: _Raw(self, path, file, mode), lambda: self._created(path, "w" in mode))
+        raw.node = self.disk.at(path)
+        buffer = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)  # type: ignore[type-var]
+        return buffer if "b" in mode else io.TextIOWrapper(buffer, *rest, **more)
+
+    def _fd_opened(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        inside = self.inside(path)
+        if inside is None:
+            return _FD_OPEN(path, flags, mode, **more)
+        if flags & _WRITING:
+            number = self.call(
+                "open",
+                inside,
+                lambda: _FD_OPEN(path, flags, mode, **more),
+                lambda: self._created(inside, bool(flags & os.O_TRUNC)),
+            )
+        else:
+            number = _FD_OPEN(path, flags, mode, **more)
+        self._open[number] = (inside, self.disk.at(inside))
+        return number
+
+    def _closed(self, number: int) -> None:
+        self._open.pop(number, None)
+        _CLOSE(number)
+
+    def _ftruncated(self, number: int, size: int) -> None:
+        if number not in self._open:
+            return _FTRUNCATE(number, size)
+        path, node = self._open[number]
+        change = lambda: setattr(node, "content", node.content[:size].ljust(size, b"\0"))  # noqa: E731
+        return self.call("truncate", path, lambda: _FTRUNCATE(number, size), change)
+
+    def _pwritten(self, number: int, data: bytes, at: int) -> int:
+        if number not in self._open:
+            return _PWRITE(number, data, at)
+        path, node = self._open[number]
+
+        def part(size: int) -> None:
+            _PWRITE(number, data[:size], at)
+            node.write(at, data[:size])
+
+        act = lambda: _PWRITE(number, data, at)  # noqa: E731
+        return self.call("write", path, act, lambda: node.write(at, data), data=data, part=part)
+
+    def _synced(self, number: int) -> None:
+        if number not in self._open:
+            return _FSYNC(number)
+        path, node = self._open[number]
+        return self.call("fsync", path, lambda: None, node.sync)
+
+    def _one(self, kind: str, function: Callable[..., None], change: Callable[[str], None]) -> Callable[..., None]:
+        def called(path: Any, *rest: Any, **more: Any) -> None:
+            inside = self.inside(path)
+            if inside is None:
+                return function(path, *rest, **more)
+            return self.call(kind, inside, lambda: function(path, *rest, **more), lambda: change(inside))
+
+        return called
+
+    def _two(self, kind: str, function: Callable[..., None], change: Callable[[str, str], None]) -> Callable[..., None]:
+        def called(source: Any, target: Any) -> None:
+            old, new = self.inside(source), self.inside(target)
+            if old is None or new is None:
+                return function(source, target)
+            return self.call(kind, new, lambda: function(source, target), lambda: change(old, new))
+
+        return called
+
+    def _created(self, path: str, truncated: bool) -> None:
+        if not self.disk.has(path):
+            self.disk.name(path, File())
+        elif truncated:
+            self.disk.at(path).content = b""  # type: ignore[union-attr]
+
+    def _gone(self, path: str) -> None:
+        self.disk.name(path, None)
+
+    def _made(self, path: str) -> None:
+        self.disk.name(path, Folder())
+
+
+class _Raw(io.FileIO):
+    """A file opened for writing, each of whose writes is a call."""
+
+    node: Any = None
+
+    def __init__(self, watch: Watch, path: str, file: Any, mode: str) -> None:
+        super().__init__(file, mode.replace("b", "").replace("t", ""))
+        self._watch, self._path = watch, path
+
+    def write(self, data: Any) -> int:  # type: ignore[override]
+        written, at = bytes(data), self.tell()
+
+        def done(size: int) -> int:
+            super(_Raw, self).write(written[:size])
+            self.node.write(at, written[:size])
+            return size
+
+        act = lambda: done(len(written))  # noqa: E731
+        return self._watch.call("write", self._path, act, lambda: None, data=written, part=done)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self.tell() if size is None else size
+        change = lambda: setattr(self.node, "content", self.node.content[:size].ljust(size, b"\0"))  # noqa: E731
+        return self._watch.call("truncate", self._path, lambda: super(_Raw, self).truncate(size), change)
+
+
+def faults_of(call: Call) -> list[Fault]:
+    """Return the ways in which a call can fail, its effect not done, or cut short for writes."""
+    n, every = call.number, _NAMING | {"write", "truncate", "fsync"}
+    found = [Fault(n, errno.EIO), Fault(n, errno.EIO, every, part=0.3)]
+    if call.kind in FILLING:
+        found += [Fault(n, errno.ENOSPC, part=0.7), Fault(n, errno.ENOSPC, FILLING, part=1 / 3)]
+    return found
