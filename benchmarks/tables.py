@@ -251,6 +251,26 @@ def precision() -> str:
     return f"{table(*rows)}\n\n{where(content)}"
 
 
+def kills() -> str:
+    """Return how often commands were killed, what that left, what readers found, and how the commands ended."""
+    content = read("kills")
+    rows = [
+        (
+            "command",
+            "undisturbed, s",
+            "kills",
+            "left a temporary",
+            "found: no index, the old, the new",
+            "ends, all equal",
+        )
+    ]
+    for row in content["results"]:
+        found = " / ".join(f"{number}" for number in row["readers_found"].values())
+        counts = (str(row["kills"]), str(row["left"]["a temporary"]), found, str(row["ended_as_undisturbed"]))
+        rows.append((row["command"], f"{row['seconds']:.2f}", *counts))
+    return f"{table(*rows)}\n\n{where(content)}"
+
+
 def fidelity() -> str:
     return importlib.import_module("benchmarks.fidelity").fidelity()  # type: ignore[no-any-return]
 
@@ -274,6 +294,7 @@ _MAKERS = (
     precision,
     fidelity,
     peers,
+    kills,
 )
 TABLES = {make.__name__: make for make in _MAKERS}
 
