@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.factors import Form, inner, materialised
 from tracin_ann.features import squared_norms
 from tracin_ann.gradients import Sink
 from tracin_ann.loading import SideName
 from tracin_ann.passes import LoadedModel, Passes
-from tracin_ann.types import Float64
+from tracin_ann.types import Float64, Int64
 
 Directions = dict[str, Tensor]
 _DIRECTION_BYTES = 1 << 30
+_LARGEST_EXPONENT = 100
 
 
 def exact_scores(
@@ -43,6 +45,7 @@ def exact_scores(
 
     Raises:
         TaskError: the loss breaks the contract.
+        NonFiniteError: a score is NaN or infinite.
     """
     side, query_ids = queries
     scores_QN = np.zeros((len(query_ids), len(rows)))
@@ -55,8 +58,37 @@ def exact_scores(
             for first in range(0, len(query_ids), step):
                 block = slice(first, first + step)
                 directions = _directions(model, side, query_ids[block])
-                _add_inner(model, directions, rows, rate, scores_QN[block], progress)
+                exponent_Q = _scaled(directions)
+                block_QN = np.zeros_like(scores_QN[block])
+                _add_inner(model, directions, rows, rate, block_QN, progress)
+                scores_QN[block] += np.ldexp(block_QN, exponent_Q[:, None])
+    _refuse_infinite(scores_QN, rows)
     return scores_QN
+
+
+def _scaled(directions: Directions) -> Int64:
+    """Scale each query's gradient in place by a power of two, so that no inner product overflows or vanishes.
+
+    Returns the exponents [Q] that undo it.
+    """
+    peaks = [torch.linalg.vector_norm(d, ord=torch.inf, dim=1) for d in directions.values()]
+    exponent_Q = torch.stack(peaks).amax(0).double().frexp().exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    for direction in directions.values():
+        direction.mul_(torch.ldexp(direction.new_ones(len(direction)), -exponent_Q)[:, None])
+    return exponent_Q.cpu().numpy().astype(np.int64)
+
+
+def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
+    bad = np.flatnonzero(~np.isfinite(np.atleast_2d(scores)).all(axis=0))
+    if len(bad):
+        raise NonFiniteError(
+            problem(
+                f"the exact score of row {rows[bad[0]]} is not finite",
+                got="NaN or infinity",
+                expected="finite gradients whose inner products a float32 can hold",
+                remedy="leave out this row (--without), or build with --on-nonfinite skip",
+            )
+        )
 
 
 def _directions(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
@@ -116,17 +148,23 @@ def _add_inner(
 
 
 def exact_self_influence(
-    passes: Passes, checkpoints: Sequence[int], progress: Callable[[int], None] | None = None
+    passes: Passes,
+    rows: Sequence[int],
+    checkpoints: Sequence[int],
+    progress: Callable[[int], None] | None = None,
 ) -> Float64:
-    """Return Σ_c η_c ‖∇ℓ(w_c, z)‖² of every training row, [N] (Pruthi et al. 2020, section 3.4)."""
-    n_rows = passes.n_rows("train")
-    scores_N = np.zeros(n_rows)
+    """Return Σ_c η_c ‖∇ℓ(w_c, z)‖² of these training rows, [n] (Pruthi et al. 2020, section 3.4).
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    scores_N = np.zeros(len(rows))
     with passes.at_precision("fp32").model() as model:
         for checkpoint in checkpoints:
             model.load(checkpoint)
             rate = passes.task.checkpoints[checkpoint].learning_rate
             done = 0
-            for batch in model.batches("train", range(n_rows)):
+            for batch in model.batches("train", rows):
                 forms: dict[tuple[str, int, int], list[Form]] = {}
 
                 def start() -> Sink:
@@ -135,9 +173,10 @@ def exact_self_influence(
                     return lambda name, form, rows: forms[name, rows.start, rows.stop].append(form)
 
                 model.engine("train").run(batch, start)
-                total = squared_norms(forms, len(batch), passes.options.device, torch.float64)
+                total = squared_norms(forms, len(batch), passes.options.device)
                 scores_N[done : done + len(batch)] += rate * total.cpu().numpy()
                 done += len(batch)
                 if progress is not None:
                     progress(len(batch))
+    _refuse_infinite(scores_N, rows)
     return scores_N
