@@ -21,8 +21,9 @@ import torch
 
 from benchmarks import common
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.absent import removed_ids
 from tracin_ann.manifest import Manifest
-from tracin_ann.removal import remove, removed_ids
+from tracin_ann.removal import remove
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

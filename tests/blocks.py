@@ -22,7 +22,7 @@ def make_block(start: int, stop: int, *, dim: int = DIM, seed: int = 0) -> Featu
     return FeatureBlock(
         ids_N=np.arange(start, stop, dtype=np.int64),
         feature_ND=rng.standard_normal((n_rows, dim), dtype=np.float32),
-        sqnorm_N=rng.random(n_rows, dtype=np.float32),
+        sqnorm_N=rng.random(n_rows),
         loss_N=rng.random(n_rows, dtype=np.float32),
     )
 

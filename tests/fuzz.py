@@ -22,12 +22,13 @@ import torch
 
 from tasks.toy import CONFIG, Toy, rows, saved, toy
 from tracin_ann import build
+from tracin_ann.absent import removed_ids
 from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
 from tracin_ann.errors import TracinAnnError
 from tracin_ann.generations import folder_of
 from tracin_ann.manifest import BUILD_RECORD, FORMAT, MANIFEST, Manifest, content_digest, read_build_record
-from tracin_ann.removal import remove, removed_ids
+from tracin_ann.removal import remove
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore
 

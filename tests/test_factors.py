@@ -20,6 +20,7 @@ from tracin_ann.factors import (
     squared_norm,
     summed,
 )
+from tracin_ann.features import squared_norms
 
 FORMS = {
     "outer of rank one": lambda: forms.outer((5, 7), 1),
@@ -196,3 +197,30 @@ def test_rows_that_get_nothing_may_name_any_row_with_a_zero_value():
     assert torch.equal(materialised(form), expected)
     assert torch.equal(squared_norm([form]), torch.tensor([30.0, 25.0]))
     assert torch.equal(squared_norm([form, Dense(-expected)]), torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_exact_norms_of_vast_and_tiny_gradients_are_not_lost_in_float32(name, device):
+    several = [forms.moved(form, device, torch.float32) for form in SEVERAL[name]()]
+    scale = torch.tensor([1e25, 1.0, 1e-28], device=device)
+    # Some uses have the scale on one factor, as a loss that is scaled has it on every output gradient.
+    scaled = [_scaled(form, scale) for form in several]
+    truth = torch.stack([forms.gradient(form) for form in scaled]).sum(0).square().sum(1)
+    found = squared_norms({("weight", 0, 3): scaled}, 3, device)
+    assert found.dtype is torch.float64 and truth[0] > 1e48 and truth[2] < 1e-50
+    torch.testing.assert_close(found.cpu(), truth, rtol=1e-5, atol=0)
+
+
+def _scaled(form, scale):
+    def times(values):
+        return values * scale.view(-1, *[1] * (values.dim() - 1))
+
+    if isinstance(form, factors.Outer):
+        return factors.Outer(times(form.left_BTR), form.right_BTC)
+    if isinstance(form, factors.Convolution):
+        return factors.Convolution(times(form.delta_BO), form.input_BC, form.geometry)
+    return (
+        Rows(form.index_BT, times(form.value_BTC), form.n_rows)
+        if isinstance(form, Rows)
+        else Dense(times(form.grad_BP))
+    )

@@ -125,7 +125,7 @@ def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
         feature_ND = np.ldexp(file["feature"][...].astype(np.float32), file["exponent"][...][:, None].astype(int))
         assert np.array_equal(feature_ND, FeatureFile.open(tmp_path / "a.h5").read(0, 9))
         assert file.attrs["spec_digest"] == b"spec"
-        assert file.attrs["version"] == 1
+        assert file.attrs["version"] == 2
 
 
 def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_other_version_is_refused(tmp_path: Path) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5", "r+") as file:
-        file.attrs["version"] = np.int64(2)
+        file.attrs["version"] = np.int64(1)
     with pytest.raises(DamagedIndexError, match="version"):
         FeatureFile.open(tmp_path / "a.h5")
 
@@ -243,7 +243,7 @@ def test_non_finite_is_refused_naming_row_and_checkpoint(
 ) -> None:
     block = make_block(40, 49)
     getattr(block, column)[3] = value
-    with pytest.raises(NonFiniteError, match=r"of row 43 at checkpoint 2 .*got -?(nan|inf),"):
+    with pytest.raises(NonFiniteError, match=r"of row 43 at checkpoint 2 .*got -?(nan|inf) at a loss of"):
         write_feature_file(tmp_path / "a.h5", block, header=make_header(block, dtype=dtype))
     assert list(tmp_path.iterdir()) == []
 
@@ -281,3 +281,42 @@ def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         write_feature_file(tmp_path / "a.h5", block, header=make_header(make_block(1, 10)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+def test_a_skipped_row_comes_back_as_zeros_beside_a_loss_that_is_not_finite(
+    tmp_path: Path, dtype: Dtype, loss: float
+) -> None:
+    block, whole = make_block(40, 49), make_block(40, 49)
+    for row in (0, 3, 8):
+        block.feature_ND[row] = block.sqnorm_N[row] = 0
+        block.loss_N[row] = loss
+    header = make_header(block, dtype=dtype)
+    for name, each in (("a.h5", block), ("b.h5", whole)):
+        write_feature_file(tmp_path / name, each, header=header)
+    file, other = (FeatureFile.open(tmp_path / name, header) for name in ("a.h5", "b.h5"))
+    file.verify()
+    assert file.skipped_K.tolist() == [0, 3, 8] and other.skipped_K.tolist() == []
+    assert not file.read(0, 9)[[0, 3, 8]].any() and not file.read(0, 9, unit=True)[[0, 3, 8]].any()
+    kept = [1, 2, 4, 5, 6, 7]
+    assert np.array_equal(file.take(np.array(kept)), other.take(np.array(kept)))
+    np.testing.assert_array_equal(file.loss_N[[0, 3, 8]], np.float32(loss))
+
+
+@pytest.mark.parametrize("spoilt", ["feature", "exponent", "sqnorm", "loss", "a norm alone"])
+def test_a_file_whose_row_is_neither_finite_nor_skipped_is_refused(tmp_path: Path, spoilt: str) -> None:
+    block = make_block(0, 9)
+    block.feature_ND[3] = block.sqnorm_N[3] = 0
+    block.loss_N[3] = np.nan
+    write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
+    FeatureFile.open(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        if spoilt == "loss":
+            file["loss"][5] = np.inf
+        elif spoilt == "a norm alone":
+            file["sqnorm"][5] = np.inf
+        else:
+            file[spoilt][3] = 1
+    with pytest.raises(DamagedIndexError, match="rows that are neither finite nor skipped"):
+        FeatureFile.open(tmp_path / "a.h5")

@@ -302,7 +302,7 @@ def test_a_directory_without_a_manifest_is_no_index(tmp_path):
 
 def test_another_format_is_refused_by_its_number(built, tmp_path):
     write_json_atomic(tmp_path / MANIFEST, {**built[3], "format": FORMAT + 1})
-    with pytest.raises(DamagedIndexError, match="has another format: got 4, expected 3; use the tracin_ann that wrote"):
+    with pytest.raises(DamagedIndexError, match="has another format: got 5, expected 4; use the tracin_ann that wrote"):
         Manifest.read(tmp_path)
 
 

@@ -244,3 +244,19 @@ def test_a_write_that_fails_behind_is_raised_and_nothing_after_it_is_written(tmp
         behind.write(1, 0, make_block(8, 16))
         raise KeyError
     assert len(list(store.directory.glob("*.h5"))) == 1
+
+
+def test_a_store_knows_which_rows_were_skipped_at_any_checkpoint_and_the_first(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, LAYOUT)
+    skipped = {(0, 0), (7, 2), (8, 1), (8, 2), (22, 0), (22, 1), (22, 2)}
+    for partition, (start, stop) in enumerate(store.partitions()):
+        for checkpoint in range(3):
+            block = make_block(start, stop, seed=checkpoint)
+            for row in (row for row, at in skipped if at == checkpoint and start <= row < stop):
+                block.feature_ND[row - start] = block.sqnorm_N[row - start] = 0
+                block.loss_N[row - start] = np.nan
+            store.write(partition, checkpoint, block)
+    rows, first = store.skipped()
+    assert (rows.tolist(), first.tolist()) == ([0, 7, 8, 22], [0, 2, 1, 0])
+    assert {tuple(place) for place in np.argwhere(np.isnan(store.losses())).tolist()} == skipped
+    assert rows.dtype == first.dtype == np.int64

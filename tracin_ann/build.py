@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+from tracin_ann.absent import Skipped, carry_removed, skipped_rows, write_skipped
 from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import write_canaries
@@ -27,7 +28,6 @@ from tracin_ann.extraction import Extraction, data_is_dearer
 from tracin_ann.files import atomic_path, is_temporary
 from tracin_ann.generations import (
     UNFINISHED_INDEX,
-    carried,
     claimed,
     current,
     feature_records,
@@ -80,11 +80,13 @@ class BuildReport:
         manifest: of the finished index.
         rows_extracted: rows × checkpoints computed by this run; 0 where all files were there already.
         seconds: wall time.
+        skipped: the rows that are in no answer because they are not finite.
     """
 
     manifest: Manifest
     rows_extracted: int
     seconds: float
+    skipped: Skipped
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class BuildWork:
         self.passes.data("query")
         manifest = current(self.out)
         begun = self._begun(manifest)
+        policy = self.config.policy(None if begun is None else begun.on_nonfinite, str(self.out))
+        self.passes.options = replace(self.passes.options, on_nonfinite=policy)
         if begun is None:
             rank_one = self.examine(model)
             refuse_slower_bf16(model, self.config.features(rank_one))
@@ -193,6 +197,8 @@ class BuildWork:
         checkpoints = range(len(self.passes.task.checkpoints))
         for checkpoint in reversed(checkpoints):
             model.load(checkpoint)
+            if self.passes.options.on_nonfinite == "skip":
+                model.refuse_diverged()
         self._load_seconds = (perf_counter() - began) / len(checkpoints)
         model.probe("train")
         model.probe("query")
@@ -212,7 +218,13 @@ class BuildWork:
             precision=self.config.precision,
             versions=library_versions(),
         )
-        return BuildRecord(spec, self.reference, self.config.partition_rows, self.config.allow_random_data)
+        return BuildRecord(
+            spec,
+            self.reference,
+            self.config.partition_rows,
+            self.config.allow_random_data,
+            on_nonfinite=self.passes.options.on_nonfinite,
+        )
 
     def refuse_foreign(self) -> None:
         """Refuse a directory that holds what no build wrote.
@@ -276,13 +288,6 @@ class BuildWork:
         write_columns(folder / COLUMNS, columns)
         return record_of(folder / COLUMNS)
 
-    def removed(self, folder: Path, manifest: Manifest | None) -> FileRecord | None:
-        """Take over which rows were removed."""
-        if manifest is None or manifest.removed is None:
-            return None
-        carried(self.out, manifest, folder, [manifest.removed])
-        return manifest.removed
-
     def index(self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord]) -> IndexRecord:
         """Choose, build, calibrate and save the search index; unfinished lists are kept for the next time."""
         view, progress = yardstick.store.view(), yardstick.progress
@@ -307,6 +312,10 @@ class BuildWork:
         shutil.rmtree(unfinished, ignore_errors=True)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
+    def report(self, manifest: Manifest, began: float) -> BuildReport:
+        """Return what was done since `began`."""
+        return BuildReport(manifest, self.rows_extracted, perf_counter() - began, skipped_rows(self.out, manifest))
+
 
 def build(
     task: Task | str,
@@ -329,7 +338,8 @@ def build(
         TaskError: the task breaks the contract; nothing is left behind.
         IndexMismatchError: the directory holds another build.
         UsageError: an option or the directory cannot be used.
-        NonFiniteError: a row's loss or gradient is NaN or infinite; whole partitions are kept.
+        NonFiniteError: a row's loss or gradient is NaN or infinite; whole partitions are kept. Where such rows are
+            skipped: none is left.
     """
     began = perf_counter()
     report = progress or _silent
@@ -345,7 +355,7 @@ def build(
             missing = store.missing(start.trusted)
             if start.finished is not None and not missing and work.suits(start.finished):
                 settled(work.out, start.finished)
-                return BuildReport(start.finished, 0, perf_counter() - began)
+                return work.report(start.finished, began)
             chosen = work.tuned(model, start.record)
             record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
             if is_new:
@@ -356,7 +366,7 @@ def build(
             columns = work.columns(folder, report)
             features = work.config.features(record.spec.rank_one)
             plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
-        yardstick = Yardstick(work.passes, store, features, work.config.seed, report)
+        yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
         measured = work.config.yardstick and not work.config.allow_random_data
         files = feature_records(store, start.manifest, missing)
         manifest = Manifest(
@@ -368,10 +378,11 @@ def build(
             steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
             fidelity=yardstick.fidelity() if measured else None,
             columns=columns,
-            removed=work.removed(folder, start.manifest),
+            removed=carry_removed(work.out, start.manifest, folder),
+            skipped=write_skipped(folder, store),
         )
         published(work.out, manifest)
-    return BuildReport(manifest, work.rows_extracted, perf_counter() - began)
+        return work.report(manifest, began)
 
 
 def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:

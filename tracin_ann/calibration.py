@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracin_ann import fidelity
-from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.errors import NonFiniteError, problem
+from tracin_ann.features import FeatureExtractor, FeatureOptions, unsound
 from tracin_ann.fidelity import Fidelity
 from tracin_ann.loading import SideName
 from tracin_ann.passes import Passes
 from tracin_ann.search import FlatIndex, IVFIndex
 from tracin_ann.search.calibrate import Calibration, calibrated
 from tracin_ann.store import FeatureStore
-from tracin_ann.types import Float32, Int64, ProgressCallback
+from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
 CALIBRATION_QUERIES = 400
 FEWEST_QUERIES = 100
@@ -30,6 +31,7 @@ class Yardstick:
         store: the feature rows.
         features: how queries become features.
         seed: which queries and rows.
+        skipped: ids of training rows that are neither asked nor scored, rising.
         progress: told the steps done.
     """
 
@@ -37,16 +39,17 @@ class Yardstick:
     store: FeatureStore
     features: FeatureOptions
     seed: int
+    skipped: Int64
     progress: ProgressCallback
 
     def recall(self, lists: IVFIndex, target: float) -> Calibration:
         """Return the lists' recall on rows of query_data, and on training rows where those are few."""
         view = self.store.view()
         random = np.random.default_rng(self.seed)
-        n_queries = self.passes.n_rows("query")
-        asked_QF = self._queries(random.permutation(n_queries)[:CALIBRATION_QUERIES])
-        n_train = min(len(view), max(0, FEWEST_QUERIES - n_queries))
-        rows = np.sort(random.choice(len(view), n_train, replace=False)).astype(np.int64)
+        _, asked_QF = self._queries(random.permutation(self.passes.n_rows("query"))[:CALIBRATION_QUERIES])
+        rows_N = self._rows()
+        n_train = min(len(rows_N), max(0, FEWEST_QUERIES - len(asked_QF)))
+        rows = rows_N[np.sort(random.choice(len(rows_N), n_train, replace=False))]
         queries_QF = np.concatenate([asked_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
         exact = FlatIndex(view, self.passes.options.device)
@@ -61,21 +64,43 @@ class Yardstick:
         with self.passes.model() as model:
             entries = sum(p.numel() for p in model.parameters.values())
         random = np.random.default_rng(self.seed + 1)
-        ids = np.sort(random.permutation(n_queries)[: fidelity.query_count(entries, n_queries)])
-        norm_N = np.sqrt(self.store.sqnorms().astype(np.float64) @ self._rates())
-        sample = fidelity.sample_rows(norm_N, self.seed)
+        order, wanted = random.permutation(n_queries), fidelity.query_count(entries, n_queries)
+        ids, query_QF = self._queries(np.sort(order[:wanted]))
+        if not len(ids) and wanted < n_queries:
+            ids, query_QF = self._queries(order[wanted : wanted + CALIBRATION_QUERIES], wanted)
+        if not len(ids):
+            tried = min(n_queries, wanted + CALIBRATION_QUERIES)
+            raise NonFiniteError(
+                problem(
+                    "the fidelity cannot be measured",
+                    got=f"NaN or infinity for each of {tried} rows of query_data",
+                    expected="some that are finite at every checkpoint",
+                    remedy="mend query_data or query_loss, or build with --no-yardstick",
+                )
+            )
+        rows_N = self._rows()
+        norm_N = np.sqrt(self.store.sqnorms() @ self._rates())[rows_N]
+        sample = rows_N[fidelity.sample_rows(norm_N, self.seed)]
         side: SideName = "query"
-        found = fidelity.measured(self.passes, (side, ids.tolist()), self._queries(ids), self.store.view(), sample)
+        allowed = rows_N if len(self.skipped) else None
+        asked = side, ids.tolist()
+        found = fidelity.measured(self.passes, asked, query_QF, self.store.view(), sample, allowed)
         self.progress("fidelity", 1, 1)
         return found
 
-    def _rates(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    def _rows(self) -> Int64:
+        """Return the ids of the training rows that were not skipped, rising."""
+        return np.setdiff1d(np.arange(self.store.layout.n_rows, dtype=np.int64), self.skipped, assume_unique=True)
+
+    def _rates(self) -> Float64:
         return np.array([c.learning_rate for c in self.passes.task.checkpoints])
 
-    def _queries(self, ids: Int64) -> Float32:
-        blocks = []
+    def _queries(self, ids: Int64, wanted: int | None = None) -> tuple[Int64, Float32]:
+        """Return those of these rows of query_data that are finite, the first `wanted` or all, and their features."""
+        taken = []
         with self.passes.model() as model:
             for checkpoint in range(len(self.passes.task.checkpoints)):
                 model.load(checkpoint)
-                blocks.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()).feature_ND)
-        return np.concatenate(blocks, axis=1)
+                taken.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
+        fine = np.flatnonzero(~np.any([unsound(rows) for rows in taken], axis=0))[:wanted]
+        return ids[fine], np.concatenate([rows.feature_ND[fine] for rows in taken], axis=1)

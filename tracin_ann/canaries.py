@@ -39,10 +39,10 @@ class Canaries:
         """
         asked_ND = extractor.rows(self.side, self.ids_N.tolist()).feature_ND
         built_ND = self.feature_CND[checkpoint]
-        norms = np.linalg.norm(built_ND, axis=1)
+        norms = np.linalg.norm(built_ND.astype(np.float64), axis=1)
         floor = 1e-3 * float(norms.max())
         for i, (built, asked, norm) in enumerate(zip(built_ND, asked_ND, norms, strict=True)):
-            off = float(np.linalg.norm(built - asked)) / max(float(norm), floor, 1e-30)
+            off = float(np.linalg.norm(built.astype(np.float64) - asked)) / max(float(norm), floor, 1e-30)
             if off > TOLERANCE:
                 raise IndexMismatchError(
                     problem(
@@ -54,9 +54,10 @@ class Canaries:
                 )
 
 
-def canary_ids(n_rows: int) -> list[int]:
-    """Return a few ids spread over n rows."""
-    return sorted({round(i * (n_rows - 1) / (COUNT - 1)) for i in range(COUNT)})
+def canary_ids(n_rows: int, without: Int64 | None = None) -> list[int]:
+    """Return a few ids spread over n rows, or over those of them that are not left out; of no rows, none."""
+    rows = range(n_rows) if without is None or not len(without) else np.setdiff1d(np.arange(n_rows), without).tolist()
+    return sorted({rows[round(i * (len(rows) - 1) / (COUNT - 1))] for i in range(COUNT if len(rows) else 0)})
 
 
 def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:

@@ -47,13 +47,13 @@ class RowFilter:
     without: tuple[int, ...] = ()
     where: tuple[str, ...] = ()
 
-    def allowed(self, n_rows: int, columns: Columns, removed: Int64) -> Int64 | None:
-        """Return the ids that pass, rising, or None where all do; removed ones never do.
+    def allowed(self, n_rows: int, columns: Columns, absent: Int64) -> Int64 | None:
+        """Return the ids that pass, rising, or None where all do; absent ones never do.
 
         Raises:
             UsageError: an id out of range, a column that there is not, or a condition that cannot be read.
         """
-        if self.only is None and not self.without and not self.where and not len(removed):
+        if self.only is None and not self.without and not self.where and not len(absent):
             return None
         for option, ids in (("--only", self.only or ()), ("--without", self.without)):
             wrong = [i for i in ids if not 0 <= i < n_rows]
@@ -66,7 +66,7 @@ class RowFilter:
             passing_N[:] = False
             passing_N[list(self.only)] = True
         passing_N[list(self.without)] = False
-        passing_N[removed] = False
+        passing_N[absent] = False
         for condition in self.where:
             passing_N &= _matching(condition, columns)
         return np.flatnonzero(passing_N).astype(np.int64)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracin_ann.errors import UsageError, problem
+from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureOptions, Norms
 from tracin_ann.gradients import PRECISIONS, Precision
+from tracin_ann.passes import ON_NONFINITE, OnNonfinite
 from tracin_ann.search.lists import CODES, Codes
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import Dtype
@@ -38,6 +39,8 @@ class BuildConfig:
         dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
         partition_rows: rows a feature file; what a killed build repeats at most, for one checkpoint.
+        on_nonfinite: a training row whose loss, gradient or squared norm is NaN or infinite at any checkpoint is an
+            `error`, or to `skip`: it is in no answer. None: as the index was begun; a new one, `error`.
         allow_random_data: accept train or query rows that change when read twice.
         append: a finished index may grow by rows at the end of train_data.
         add_checkpoint: a finished index may grow by checkpoints at the end of the task's.
@@ -58,6 +61,7 @@ class BuildConfig:
     dtype: Dtype = "float16"
     norms: Norms = "sketch"
     partition_rows: int = 8192
+    on_nonfinite: OnNonfinite | None = None
     allow_random_data: bool = False
     append: bool = False
     add_checkpoint: bool = False
@@ -68,17 +72,19 @@ class BuildConfig:
         Raises:
             UsageError: naming the option.
         """
-        choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+        choices: tuple[tuple[str, str | None, Sequence[str | None]], ...] = (
             ("--dtype", self.dtype, _DTYPES),
             ("--norms", self.norms, _NORMS),
             ("--precision", self.precision, PRECISIONS),
             ("--index", self.index, ("auto", "flat", "ivf")),
             ("--codes", self.codes, CODES),
+            ("--on-nonfinite", self.on_nonfinite, (None, *ON_NONFINITE)),
         )
         for option, value, allowed in choices:
             if value not in allowed:
+                expected = " or ".join(choice for choice in allowed if choice is not None)
                 raise UsageError(
-                    problem(f"bad {option}", got=repr(value), expected=" or ".join(allowed), remedy=f"change {option}")
+                    problem(f"bad {option}", got=repr(value), expected=expected, remedy=f"change {option}")
                 )
         if not 0 < self.target_recall < 1:
             expected = "over 0, under 1"
@@ -88,6 +94,19 @@ class BuildConfig:
         for name, number in (("partition_rows", self.partition_rows), ("--memory", self.memory_bytes)):
             if number is not None and number < 1:
                 raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
+
+    def policy(self, begun: OnNonfinite | None, where: str) -> OnNonfinite:
+        """Return what is done with rows that are not finite, given what the build there was begun with, if any.
+
+        Raises:
+            IndexMismatchError: they would be an error, and may have been skipped.
+        """
+        if begun == "skip" and self.on_nonfinite == "error":
+            raise IndexMismatchError(
+                f"index {where} was built with --on-nonfinite skip, this command asks for error; "
+                "leave the option out, or build a new index"
+            )
+        return self.on_nonfinite or begun or "error"
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:
         """Return what turns gradients into rows, given which parameters' gradients are outer products."""

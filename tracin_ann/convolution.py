@@ -46,7 +46,7 @@ class Convolution:
         channels = self.input_BC.shape[1] // self.geometry.groups
         return self.delta_BO.shape[1], channels * prod(self.geometry.kernel)
 
-    def __getitem__(self, rows: slice) -> Convolution:
+    def __getitem__(self, rows: slice | Tensor) -> Convolution:
         """Return the form of some of the examples."""
         return Convolution(self.delta_BO[rows], self.input_BC[rows], self.geometry)
 

@@ -17,7 +17,7 @@ from tracin_ann.sketch import ParameterKey
 from tracin_ann.task import Task
 from tracin_ann.tuning import Tuned
 
-_BESIDES_BYTES = 8 + 2 + 4 + 4
+_BESIDES_BYTES = 8 + 2 + 8 + 4
 
 
 @dataclass(frozen=True)

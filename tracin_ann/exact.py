@@ -16,16 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.factors import Form, Outer, inner_where, materialised
 from tracin_ann.features import squared_norms
 from tracin_ann.gradients import Sink
 from tracin_ann.loading import SideName
 from tracin_ann.passes import LoadedModel, Passes
-from tracin_ann.types import Float64
+from tracin_ann.types import Float64, Int64
 
 Directions = dict[str, Tensor]
 Wanted = npt.NDArray[np.bool_]
 _DIRECTION_BYTES = 1 << 30
+_LARGEST_EXPONENT = 100
 _TOGETHER = 1024
 """Rows whose kept factors are multiplied with the directions at once."""
 
@@ -46,6 +48,7 @@ def exact_scores(
 
     Raises:
         TaskError: the loss breaks the contract.
+        NonFiniteError: a score is NaN or infinite.
     """
     with exact_scorer(passes, queries, checkpoints) as scorer:
         return scorer.scores(rows)
@@ -80,13 +83,14 @@ class ExactScorer:
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         self._step = max(1, _DIRECTION_BYTES // entries)
         self._keep = len(checkpoints) * len(queries[1]) * entries <= _DIRECTION_BYTES
-        self._kept: dict[tuple[int, int], Directions] = {}
+        self._kept: dict[tuple[int, int], tuple[Directions, Int64]] = {}
 
     def scores(self, rows: Sequence[int], wanted_QN: Wanted | None = None) -> Float64:
-        """Return scores [Q, N] of these training rows; where they are not wanted, as they come.
+        """Return scores [Q, N] of these training rows; where they are not wanted, 0.
 
         Raises:
             TaskError: the loss breaks the contract.
+            NonFiniteError: a score is NaN or infinite.
         """
         n_queries = len(self._queries[1])
         scores_QN = np.zeros((n_queries, len(rows)))
@@ -100,24 +104,54 @@ class ExactScorer:
             for first in range(0, n_queries, self._step):
                 block = slice(first, first + self._step)
                 chosen_N = order_N[wanted_QN[block][:, order_N].any(0)]
+                directions, exponent_Q = self._directions(checkpoint, first)
                 found_QN = _inner(
                     self._model,
-                    self._directions(checkpoint, first),
+                    directions,
                     [rows[i] for i in chosen_N],
                     wanted_QN[block][:, chosen_N],
                     self._progress,
                 )
-                scores_QN[block, chosen_N] += rate * found_QN
+                scores_QN[block, chosen_N] += np.ldexp(rate * found_QN, exponent_Q[:, None])
+        scores_QN[~wanted_QN] = 0
+        _refuse_infinite(scores_QN, rows)
         return scores_QN
 
-    def _directions(self, checkpoint: int, first: int) -> Directions:
+    def _directions(self, checkpoint: int, first: int) -> tuple[Directions, Int64]:
+        """Return the queries' gradients, scaled, and the exponents [Q] that undo it."""
         found = self._kept.get((checkpoint, first))
         if found is None:
             side, ids = self._queries
-            found = _directions(self._model, side, ids[first : first + self._step])
+            directions = _directions(self._model, side, ids[first : first + self._step])
+            found = directions, _scaled(directions)
             if self._keep:
                 self._kept[checkpoint, first] = found
         return found
+
+
+def _scaled(directions: Directions) -> Int64:
+    """Scale each query's gradient in place by a power of two, so that no inner product overflows or vanishes.
+
+    Returns the exponents [Q] that undo it.
+    """
+    peaks = [torch.linalg.vector_norm(d, ord=torch.inf, dim=1) for d in directions.values()]
+    exponent_Q = torch.stack(peaks).amax(0).double().frexp().exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    for direction in directions.values():
+        direction.mul_(torch.ldexp(direction.new_ones(len(direction)), -exponent_Q)[:, None])
+    return exponent_Q.cpu().numpy().astype(np.int64)
+
+
+def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
+    bad = np.flatnonzero(~np.isfinite(np.atleast_2d(scores)).all(axis=0))
+    if len(bad):
+        raise NonFiniteError(
+            problem(
+                f"the exact score of row {rows[bad[0]]} is not finite",
+                got="NaN or infinity",
+                expected="finite gradients whose inner products a float32 can hold",
+                remedy="leave out this row (--without), or build with --on-nonfinite skip",
+            )
+        )
 
 
 def _directions(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
@@ -214,17 +248,23 @@ def _finished(parts: Sequence[_Part], directions: Directions) -> Tensor:
 
 
 def exact_self_influence(
-    passes: Passes, checkpoints: Sequence[int], progress: Callable[[int], None] | None = None
+    passes: Passes,
+    rows: Sequence[int],
+    checkpoints: Sequence[int],
+    progress: Callable[[int], None] | None = None,
 ) -> Float64:
-    """Return Σ_c η_c ‖∇ℓ(w_c, z)‖² of every training row, [N] (Pruthi et al. 2020, section 3.4)."""
-    n_rows = passes.n_rows("train")
-    scores_N = np.zeros(n_rows)
+    """Return Σ_c η_c ‖∇ℓ(w_c, z)‖² of these training rows, [n] (Pruthi et al. 2020, section 3.4).
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    scores_N = np.zeros(len(rows))
     with passes.at_precision("fp32").model() as model:
         for checkpoint in checkpoints:
             model.load(checkpoint)
             rate = passes.task.checkpoints[checkpoint].learning_rate
             done = 0
-            for batch in model.batches("train", range(n_rows)):
+            for batch in model.batches("train", rows):
                 forms: dict[tuple[str, int, int], list[Form]] = {}
 
                 def start() -> Sink:
@@ -233,9 +273,10 @@ def exact_self_influence(
                     return lambda name, form, rows: forms[name, rows.start, rows.stop].append(form)
 
                 model.engine("train").run(batch, start)
-                total = squared_norms(forms, len(batch), passes.options.device, torch.float64)
+                total = squared_norms(forms, len(batch), passes.options.device)
                 scores_N[done : done + len(batch)] += rate * total.cpu().numpy()
                 done += len(batch)
                 if progress is not None:
                     progress(len(batch))
+    _refuse_infinite(scores_N, rows)
     return scores_N

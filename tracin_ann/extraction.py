@@ -13,16 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracin_ann.canaries import Canaries, canary_ids
-from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer
+from tracin_ann.errors import NonFiniteError, problem
+from tracin_ann.features import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer, unsound
 from tracin_ann.loading import Collated, SideName
 from tracin_ann.passes import LoadedModel
 from tracin_ann.plan import Plan
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehind
 from tracin_ann.tuning import Tuned
-from tracin_ann.types import ProgressCallback
+from tracin_ann.types import Int64, ProgressCallback
 
 SIDES: tuple[SideName, ...] = ("train", "query")
 _HELD_SHARE = 0.5
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Extraction:
         self._counted = _Counter(report, total)
         self._extractors: dict[int, FeatureExtractor] = {}
         self._canaries: dict[int, dict[SideName, FeatureRows]] = {}
+        self._not_canaries: dict[SideName, Int64] = dict.fromkeys(SIDES, np.zeros(0, np.int64))
         self._plans: dict[int, Plan] = {}
         self._held = False
         # Two: one is filled while the other is written.
@@ -67,7 +70,11 @@ class Extraction:
         self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
 
     def run(self, *, held: bool) -> Extracted:
-        """Write every feature file that is missing; `held`: partitions are read once for all checkpoints."""
+        """Write every feature file that is missing; `held`: partitions are read once for all checkpoints.
+
+        Raises:
+            NonFiniteError: a row is not finite, or where such rows are skipped, none is left.
+        """
         self._held = held
         units = sorted(self._missing, key=lambda unit: unit if held else unit[::-1])
         groups = itertools.groupby(units, key=lambda unit: unit[0]) if held else ((p, [(p, c)]) for p, c in units)
@@ -76,12 +83,7 @@ class Extraction:
         with WriteBehind(self._store) as behind, self._model.passes.reading("train", spans) as reading:
             for partition, checkpoints in work:
                 self._partition(partition, checkpoints, reading.span(), behind.write)
-        n_checkpoints = self.layout.n_checkpoints
-        for checkpoint in range(n_checkpoints):
-            if checkpoint not in self._canaries:
-                self._take_canaries(checkpoint, self._at(checkpoint))
-        canaries = tuple(self._joined(side, range(n_checkpoints)) for side in SIDES)
-        return Extracted(canaries, self._plans[0], self._counted.done)
+        return Extracted(self._settled(), self._plans[0], self._counted.done)
 
     def _partition(
         self,
@@ -100,9 +102,33 @@ class Extraction:
                 self._take_canaries(checkpoint, extractor)
 
     def _take_canaries(self, checkpoint: int, extractor: FeatureExtractor) -> None:
-        n_rows = self._model.passes.n_rows
-        self._canaries[checkpoint] = {side: extractor.rows(side, canary_ids(n_rows(side))) for side in SIDES}
-        self._plans[checkpoint] = self._model.engine("train").plan
+        n_rows, without = self._model.passes.n_rows, self._not_canaries
+        taken = {side: extractor.rows(side, canary_ids(n_rows(side), without[side])) for side in SIDES}
+        self._canaries[checkpoint] = taken
+        if not unsound(taken["train"]).all():
+            self._plans[checkpoint] = self._model.engine("train").plan
+
+    def _settled(self) -> tuple[Canaries, ...]:
+        """Return the canaries, none of which was skipped; others are looked for where a side has none left."""
+        skipped, first = self._store.skipped()
+        if len(skipped) == self.layout.n_rows:
+            raise NonFiniteError(_nothing_left("training row", f"NaN or infinity first at checkpoint {first[0]}"))
+        for _ in range(_TRIES):
+            for checkpoint in range(self.layout.n_checkpoints):
+                if checkpoint not in self._canaries:
+                    self._take_canaries(checkpoint, self._at(checkpoint))
+            found = {side: self._joined(side) for side in SIDES}
+            lacking: list[SideName] = [side for side in SIDES if not len(found[side].ids_N)]
+            if not lacking:
+                return tuple(found[side] for side in SIDES)
+            for side in lacking:
+                self._not_canaries[side] = np.union1d(self._not_canaries[side], self._canaries[0][side].ids_N)
+            self._not_canaries["train"] = np.union1d(self._not_canaries["train"], skipped)
+            if any(len(self._not_canaries[side]) == self._model.passes.n_rows(side) for side in lacking):
+                break
+            self._canaries.clear()
+        tried = self._not_canaries[lacking[0]][:_TRIES].tolist()
+        raise NonFiniteError(_nothing_left(f"{lacking[0]} row", f"NaN or infinity for rows {tried}"))
 
     def _at(self, checkpoint: int) -> FeatureExtractor:
         """Load a checkpoint unless it is there, and return its extractor; kept if it will be needed again."""
@@ -114,9 +140,19 @@ class Extraction:
             self._extractors[checkpoint] = FeatureExtractor(self._model, self._features)
         return self._extractors[checkpoint]
 
-    def _joined(self, side: SideName, checkpoints: Iterable[int]) -> Canaries:
-        ids = np.array(canary_ids(self._model.passes.n_rows(side)), dtype=np.int64)
-        return Canaries(side, ids, np.stack([self._canaries[c][side].feature_ND for c in checkpoints]))
+    def _joined(self, side: SideName) -> Canaries:
+        taken = [self._canaries[checkpoint][side] for checkpoint in range(self.layout.n_checkpoints)]
+        fine_N = ~np.any([unsound(rows) for rows in taken], axis=0)
+        return Canaries(side, taken[0].ids_N[fine_N], np.stack([rows.feature_ND[fine_N] for rows in taken]))
+
+
+def _nothing_left(what: str, got: str) -> str:
+    return problem(
+        f"no {what} is left: those looked at are all to be skipped",
+        got=got,
+        expected="some rows whose losses and gradients are finite at every checkpoint",
+        remedy="leave out that checkpoint, or mend the loss or the data",
+    )
 
 
 def data_is_dearer(layout: StoreLayout, tuned: Tuned, load_seconds: float) -> bool:

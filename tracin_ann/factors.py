@@ -12,7 +12,7 @@ Shapes: B batch, T positions, R rows and C columns of the parameter, P = R·C, Q
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Outer:
         """Return (R, C) of the parameter read as a matrix."""
         return self.left_BTR.shape[2], self.right_BTC.shape[2]
 
-    def __getitem__(self, rows: slice) -> Outer:
+    def __getitem__(self, rows: slice | Tensor) -> Outer:
         """Return the form of some of the examples."""
         return Outer(self.left_BTR[rows], self.right_BTC[rows])
 
@@ -57,7 +57,7 @@ class Rows:
         """Return (R, C) of the parameter read as a matrix."""
         return self.n_rows, self.value_BTC.shape[2]
 
-    def __getitem__(self, rows: slice) -> Rows:
+    def __getitem__(self, rows: slice | Tensor) -> Rows:
         """Return the form of some of the examples."""
         return Rows(self.index_BT[rows], self.value_BTC[rows], self.n_rows)
 
@@ -73,7 +73,7 @@ class Dense:
         """Return (P, 1): a flat gradient knows no columns."""
         return self.grad_BP.shape[1], 1
 
-    def __getitem__(self, rows: slice) -> Dense:
+    def __getitem__(self, rows: slice | Tensor) -> Dense:
         """Return the form of some of the examples."""
         return Dense(self.grad_BP[rows])
 
@@ -210,6 +210,13 @@ def squared_norm(forms: Sequence[Form]) -> Tensor:
         alike = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
         return ((form.value_BTC @ form.value_BTC.mT) * alike).sum((1, 2))
     return torch.stack([block.square().sum(1) for _, block in column_blocks(form)]).sum(0)
+
+
+def doubled(form: Form) -> Form:
+    """Return the form in float64."""
+    values = {field.name: getattr(form, field.name) for field in fields(form)}
+    wide = {k: v.double() for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return replace(form, **wide)  # type: ignore[arg-type]
 
 
 def _merged(forms: Sequence[Form]) -> list[Form]:

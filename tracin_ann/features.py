@@ -8,24 +8,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tracin_ann.device import recorded_event
 from tracin_ann.errors import NonFiniteError
-from tracin_ann.factors import Form, squared_norm
+from tracin_ann.factors import Form, doubled, squared_norm
 from tracin_ann.gradients import Batch
 from tracin_ann.loading import Collated, SideName
 from tracin_ann.passes import LoadedModel
-from tracin_ann.proof import check_finite, not_finite
+from tracin_ann.proof import not_finite
 from tracin_ann.scratch import Scratch
 from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketch, once
-from tracin_ann.types import Float32, Int64
+from tracin_ann.soundness import sound
+from tracin_ann.types import Float32, Float64, Int64
 
 Norms = Literal["sketch", "exact"]
 # Batches under way when a batch's rows are fetched, by kind of device.
 _BEHIND = {"cpu": 0}
 FormSink = Callable[[str, Form, slice], None]
+_LEAST_SQUARE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,12 @@ class FeatureOptions:
 class FeatureRows:
     """Rows of one checkpoint: features [n, D] (√η included), squared gradient norms and losses [n] (without η).
 
-    `ids_N` are the rows' ids in the data set.
+    `ids_N` are the rows' ids in the data set. A row that is skipped has a loss that isn't finite, and zeros.
     """
 
     ids_N: Int64
     feature_ND: Float32
-    sqnorm_N: Float32
+    sqnorm_N: Float64
     loss_N: Float32
 
 
@@ -79,7 +82,7 @@ class FeatureExtractor:
         On an accelerator a batch's rows are fetched when the next is under way, so that nothing waits for it.
 
         Raises:
-            NonFiniteError: a loss or gradient is NaN or infinite.
+            NonFiniteError: a loss or gradient is NaN or infinite, and such rows are not to be skipped.
             TaskError: the loss breaks the contract.
             GradientProofError: no step of the ladder agrees with autograd.
         """
@@ -119,19 +122,46 @@ class FeatureExtractor:
 
             return sink
 
-        losses = self._model.engine(side).run(batch, start)
+        losses = self._losses(side, batch, start)
         if len(spectrum_BF):
             sketch_BD += torch.fft.irfft(spectrum_BF, n=self._options.sketch.dim)
-        sqnorm_B = squared_norms(forms, len(batch), losses.device, self._dtype) if exact else sketch_BD.square().sum(1)
-        finite = torch.isfinite(sketch_BD.sum(1) + losses).all()
-        host = (t.float().to("cpu", non_blocking=True) for t in (sketch_BD * self._rate**0.5, sqnorm_B, losses))
-        return _UnderWay(batch.ids, sketch_BD, losses, finite, tuple(host), recorded_event(losses.device))
+        if exact:
+            sqnorm_B = squared_norms(forms, len(batch), losses.device)
+        else:
+            # In float32, squares of what is past 10^19 are infinite and of what is under 10^-23 zero.
+            sqnorm_B = torch.linalg.vector_norm(sketch_BD, dim=1, dtype=torch.float64).square()
+        rows = (sketch_BD * self._rate**0.5).float(), sqnorm_B, losses.float()
+        finite = torch.isfinite(rows[0].sum(1) + rows[1] + rows[2]).all()
+        host = tuple(t.to("cpu", non_blocking=True) for t in rows)
+        return _UnderWay(batch.ids, finite, host, recorded_event(losses.device))
+
+    def _losses(self, side: SideName, batch: Batch, start: Callable[[], FormSink]) -> Tensor:
+        """Run a batch and return its losses; NaN for rows that a proof could not be made with, if they are skipped."""
+        engine = self._model.engine(side)
+        try:
+            return engine.run(batch, start)
+        except NonFiniteError:
+            if self._model.passes.options.on_nonfinite == "error":
+                raise
+        mended = sound(engine, batch)
+        if mended is None:
+            start()
+            return torch.full((len(batch),), torch.nan, device=self._model.passes.options.device)
+        others, replaced = mended
+        losses = engine.run(others, start).clone()
+        losses[list(replaced)] = torch.nan
+        return losses
 
     def _fetched(self, done: _UnderWay) -> FeatureRows:
         done.wait()
-        if not bool(done.finite):
-            self._refuse_non_finite(done)
-        return FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
+        rows = FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
+        # A sum that overflows is no reason to think ill of the rows.
+        if not bool(done.finite) and (bad := unsound(rows)).any():
+            if self._model.passes.options.on_nonfinite == "error":
+                raise NonFiniteError(self._refusal(rows))
+            rows.loss_N[bad & np.isfinite(rows.loss_N)] = np.nan
+            rows.feature_ND[bad] = rows.sqnorm_N[bad] = 0
+        return rows
 
     def _map(self, name: str) -> ParameterSketch:
         if name not in self._maps:
@@ -143,13 +173,14 @@ class FeatureExtractor:
             )
         return self._maps[name]
 
-    def _refuse_non_finite(self, done: _UnderWay) -> None:
-        check_finite(done.losses_B, done.ids, self._model.checkpoint)
-        rows = (~torch.isfinite(done.sketch_BD)).any(1).nonzero()
-        if len(rows):
-            row = int(rows[0])
-            got = f"NaN or inf at a loss of {float(done.losses_B[row]):.6g}"
-            raise NonFiniteError(not_finite("gradient", done.ids[row], self._model.checkpoint, got))
+    def _refusal(self, rows: FeatureRows) -> str:
+        """Return the message for the first of the rows that is not finite."""
+        place = int(np.flatnonzero(unsound(rows))[0])
+        row, loss = int(rows.ids_N[place]), float(rows.loss_N[place])
+        if not np.isfinite(loss):
+            return not_finite("loss", row, self._model.checkpoint, loss)
+        what = "gradient" if not np.isfinite(rows.feature_ND[place]).all() else "squared norm of the gradient"
+        return not_finite(what, row, self._model.checkpoint, f"NaN or inf at a loss of {loss:.6g}")
 
 
 @dataclass(frozen=True)
@@ -157,20 +188,33 @@ class _UnderWay:
     """A batch whose kernels are launched; what is on the host may be read after `wait`."""
 
     ids: tuple[int, ...]
-    sketch_BD: Tensor
-    losses_B: Tensor
     finite: Tensor
     host: tuple[Tensor, ...]
     wait: Callable[[], None]
 
 
-def squared_norms(
-    forms: dict[tuple[str, int, int], list[Form]], batch: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Return exact squared gradient norms [B] from all forms of a batch, by (parameter, rows)."""
-    total = torch.zeros(batch, dtype=dtype, device=device)
+def unsound(rows: FeatureRows) -> npt.NDArray[np.bool_]:
+    """Return which rows [n] hold a number that is not finite; skipped ones do, their losses."""
+    fine_N = np.isfinite(rows.loss_N) & np.isfinite(rows.sqnorm_N)
+    unsound_N: npt.NDArray[np.bool_] = ~(fine_N & np.isfinite(rows.feature_ND).all(axis=1))
+    return unsound_N
+
+
+def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, device: torch.device) -> Tensor:
+    """Return exact squared gradient norms [B], float64, from all forms of a batch, by (parameter, rows).
+
+    Those too large or too small for the models' own precision are computed again in float64.
+    """
+    total = torch.zeros(batch, dtype=torch.float64, device=device)
     for (_, first, last), uses in forms.items():
         total[first:last] += squared_norm(uses)
+    far = (~(torch.isfinite(total) & (total > _LEAST_SQUARE))).nonzero().flatten()
+    if len(far):
+        total[far] = 0
+        for (_, first, last), uses in forms.items():
+            rows = far[(far >= first) & (far < last)]
+            if len(rows):
+                total[rows] += squared_norm([doubled(form[rows - first]) for form in uses])
     return total
 
 
@@ -184,7 +228,10 @@ class RowBuffer:
 
     def __init__(self, n_rows: int, dim: int) -> None:
         self._room = FeatureRows(
-            np.empty(n_rows, np.int64), *(np.empty(s, np.float32) for s in ((n_rows, dim), (n_rows,), (n_rows,)))
+            np.empty(n_rows, np.int64),
+            np.empty((n_rows, dim), np.float32),
+            np.empty(n_rows, np.float64),
+            np.empty(n_rows, np.float32),
         )
 
     def filled(self, start: int, stop: int, stream: Iterable[FeatureRows]) -> FeatureRows:

@@ -17,7 +17,7 @@ import numpy as np
 from tracin_ann.exact import exact_scores
 from tracin_ann.loading import SideName
 from tracin_ann.passes import Passes
-from tracin_ann.search import FlatIndex
+from tracin_ann.search import FlatIndex, at_unit_scale
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
 K = 10
@@ -66,7 +66,12 @@ def sample_rows(norm_N: Float64, seed: int) -> Int64:
 
 
 def measured(
-    passes: Passes, queries: tuple[SideName, Sequence[int]], query_QF: Float32, view: RowSource, sample: Int64
+    passes: Passes,
+    queries: tuple[SideName, Sequence[int]],
+    query_QF: Float32,
+    view: RowSource,
+    sample: Int64,
+    allowed: Int64 | None = None,
 ) -> Fidelity:
     """Return how the sketch ranks all rows for these queries.
 
@@ -76,9 +81,10 @@ def measured(
         query_QF: their features.
         view: the stored features.
         sample: ids that are scored for every query, rising.
+        allowed: ids of all rows that may be run, rising; None: all.
     """
     checkpoints = range(len(passes.task.checkpoints))
-    sides = FlatIndex(view, passes.options.device).search_both(query_QF, FIRST)
+    sides = FlatIndex(view, passes.options.device).search_both(at_unit_scale(query_QF)[0], FIRST, allowed)
     rows = np.unique(np.concatenate([sample, *sides[0].ids, *sides[1].ids]))
     true_QM = exact_scores(passes, queries, rows.tolist(), checkpoints)
     row_MF = view.take(rows)

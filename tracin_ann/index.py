@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.absent import Skipped, removed_ids, skipped_rows
 from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
 from tracin_ann.canaries import Canaries, read_canaries
 from tracin_ann.columns import RowFilter, read_columns
 from tracin_ann.device import resolve_device
-from tracin_ann.errors import IndexMismatchError, UsageError, problem
+from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
 from tracin_ann.exact import exact_self_influence
 from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.generations import check, folder_of, leased
@@ -25,7 +26,6 @@ from tracin_ann.locks import Lease
 from tracin_ann.manifest import FEATURES, Manifest
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.ranking import Question, Ranking
-from tracin_ann.removal import removed_ids
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import FeatureSpec, SketchSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
@@ -165,6 +165,15 @@ class InfluenceIndex:
         """Return the ids of the rows that were removed, rising: no answer holds them."""
         return removed_ids(self.directory, self.manifest)
 
+    @cached_property
+    def skipped(self) -> Skipped:
+        """Return the rows that the build skipped because they are not finite: no answer holds them."""
+        return skipped_rows(self.directory, self.manifest)
+
+    @cached_property
+    def _absent(self) -> Int64:
+        return np.union1d(self.removed, self.skipped.row_S)
+
     def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
         """Return the stored feature rows over the chosen checkpoints, to read or to search in one's own way."""
         return self._store.view(self._chosen(checkpoints))
@@ -181,6 +190,7 @@ class InfluenceIndex:
         Raises:
             IndexMismatchError: the task does not fit the index, by a field or by a canary.
             UsageError: an id or an option is out of range, or there is no query.
+            NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
         options = options or QueryOptions()
         if not ids and not train_ids:
@@ -188,7 +198,7 @@ class InfluenceIndex:
                 problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
             )
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
-        allowed = options.rows.allowed(len(self), self.columns, self.removed)
+        allowed = options.rows.allowed(len(self), self.columns, self._absent)
         checkpoints = self._chosen(options.checkpoints)
         asked = [Question(side, chosen, checkpoints, options, allowed) for side, chosen in sides if chosen]
         for question in asked:
@@ -202,6 +212,8 @@ class InfluenceIndex:
             scale = None if fidelity is None else fidelity.error_scale
             ranking = Ranking(self._store, self.search_index, self.manifest.index, scale, rates, self.passes, counted)
             answers += ranking.answers(question, queries_QF)
+        if len(self.skipped):
+            answers = [replace(answer, how=f"{answer.how}; {self.skipped.counted}") for answer in answers]
         return answers
 
     def _exact_units(self, question: Question) -> int:
@@ -216,6 +228,7 @@ class InfluenceIndex:
 
         Raises:
             IndexMismatchError: a canary shows that the task is not the index's.
+            NonFiniteError: an example's loss or gradient is NaN or infinite.
         """
         blocks = []
         with self.passes.model() as model:
@@ -223,7 +236,10 @@ class InfluenceIndex:
                 model.load(checkpoint)
                 extractor = FeatureExtractor(model, self._features)
                 self._check_canaries(extractor, checkpoint)
-                blocks.append(extractor.rows(side, ids).feature_ND)
+                try:
+                    blocks.append(extractor.rows(side, ids).feature_ND)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"this row of {side}_data has no features to ask with: {error}") from error
         return np.concatenate(blocks, axis=1)
 
     def _refuse_changed(self, checkpoints: Sequence[int]) -> None:
@@ -268,18 +284,17 @@ class InfluenceIndex:
         if k is not None and k < 1:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
         chosen = self._chosen(checkpoints)
+        allowed = (rows or RowFilter()).allowed(len(self), self.columns, self._absent)
+        ids = np.arange(len(self)) if allowed is None else allowed
         if exact:
             self._refuse_changed(chosen)
-            scores_N = exact_self_influence(self.passes, chosen, _counted(progress, len(self) * len(chosen)))
+            counted = _counted(progress, len(ids) * len(chosen))
+            scores_N = exact_self_influence(self.passes, ids.tolist(), chosen, counted)
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
-            scores_N = self._store.sqnorms(chosen).astype(np.float64) @ rates
-        order = np.lexsort((np.arange(len(scores_N)), -scores_N))
-        allowed = (rows or RowFilter()).allowed(len(self), self.columns, self.removed)
-        if allowed is not None:
-            order = order[np.isin(order, allowed)]
-        order = order[:k]
-        return [SelfInfluence(str(i), float(scores_N[i]), rank) for rank, i in enumerate(order, start=1)]
+            scores_N = (self._store.sqnorms(chosen) @ rates)[ids]
+        order = np.lexsort((ids, -scores_N))[:k]
+        return [SelfInfluence(str(ids[i]), float(scores_N[i]), rank) for rank, i in enumerate(order, start=1)]
 
     def described(self, side: SideName, row: int) -> Description | None:
         """Return what the task shows people of a row, or None."""

@@ -13,12 +13,13 @@ import xxhash
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.fidelity import Fidelity
 from tracin_ann.files import file_digest, read_json, write_json_atomic
+from tracin_ann.passes import ON_NONFINITE, OnNonfinite
 from tracin_ann.search.calibrate import Calibration
 from tracin_ann.spec import FeatureSpec
 from tracin_ann.store import FileRecord, StoreLayout
 from tracin_ann.task import TaskReference
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
@@ -38,6 +39,7 @@ class BuildRecord:
         random_data: the task's rows may change when read twice (`--allow-random-data`).
         batch_size: examples a forward; features differ by rounding with it, so that all files are made with one.
         channels_last: the memory format of pictures, likewise.
+        on_nonfinite: whether rows that are NaN or infinite are an `error`, or are to `skip`.
     """
 
     spec: FeatureSpec
@@ -46,6 +48,7 @@ class BuildRecord:
     random_data: bool
     batch_size: int | None = None
     channels_last: bool = False
+    on_nonfinite: OnNonfinite = "error"
 
     @property
     def layout(self) -> StoreLayout:
@@ -93,6 +96,7 @@ class Manifest:
         fidelity: how well the sketch was seen to stand for true scores; None with random data.
         columns: the file of the rows' columns, where the task gives any.
         removed: the file of the removed rows' ids, where there are any.
+        skipped: the file of the rows that were skipped as not finite, where there are any.
     """
 
     generation: int
@@ -104,11 +108,12 @@ class Manifest:
     fidelity: Fidelity | None = None
     columns: FileRecord | None = None
     removed: FileRecord | None = None
+    skipped: FileRecord | None = None
 
     @property
     def besides(self) -> tuple[FileRecord, ...]:
         """Return the files besides the features: those in the generation's own directory."""
-        more = (record for record in (self.columns, self.removed) if record is not None)
+        more = (record for record in (self.columns, self.removed, self.skipped) if record is not None)
         return self.canaries, *self.index.files, *more
 
     def write(self, directory: Path) -> None:
@@ -135,6 +140,7 @@ class Manifest:
                 fidelity=None if content["fidelity"] is None else Fidelity(**content["fidelity"]),
                 columns=None if content["columns"] is None else _record(content["columns"]),
                 removed=None if content["removed"] is None else _record(content["removed"]),
+                skipped=None if content["skipped"] is None else _record(content["skipped"]),
             )
         except _MISUNDERSTANDINGS as error:
             raise DamagedIndexError(_not_understood(path, error)) from error
@@ -199,7 +205,10 @@ def _build(content: Mapping[str, Any]) -> BuildRecord:
         bool(content["random_data"]),
         None if content["batch_size"] is None else _counted(content["batch_size"]),
         bool(content["channels_last"]),
+        content["on_nonfinite"],
     )
+    if record.on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite {record.on_nonfinite!r}")
     _ = record.layout
     return record
 

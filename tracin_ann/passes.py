@@ -6,13 +6,13 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from tracin_ann.checkpoints import load_checkpoint
-from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
+from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, UsageError, problem
 from tracin_ann.gradients import Batch, GradientEngine, Precision
 from tracin_ann.loading import (
     BatchOptions,
@@ -28,7 +28,11 @@ from tracin_ann.loading import (
 from tracin_ann.nested import to_device
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
 from tracin_ann.session import borrowed_model, preserved_globals
+from tracin_ann.soundness import sound
 from tracin_ann.task import Description, Task, TaskReference
+
+OnNonfinite = Literal["error", "skip"]
+ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class PassOptions:
         workers: processes that read and collate ahead where many rows are passed over.
         precision: of forward and backward: `fp32`, or `bf16` by autocast.
         channels_last: the model starts with pictures kept with channels last.
+        on_nonfinite: rows whose loss or gradient is NaN or infinite: an `error`, or `skip` them.
     """
 
     device: torch.device
@@ -50,6 +55,7 @@ class PassOptions:
     workers: int = 0
     precision: Precision = "fp32"
     channels_last: bool = False
+    on_nonfinite: OnNonfinite = "error"
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -245,6 +251,8 @@ class LoadedModel:
         if not self.passes.options.allow_random_data:
             probe_examples(data, side, ids)
         batch = engine.batch(ids, [data[i] for i in ids])
+        if self.passes.options.on_nonfinite == "skip":
+            batch = self._mended(side, batch)
         probe_losses(engine, batch, self.checkpoint)
         try:
             engine.prove(batch)
@@ -253,6 +261,43 @@ class LoadedModel:
             probe_gradients(engine, batch)
             raise
         probe_gradients(engine, batch)
+
+    def _mended(self, side: SideName, batch: Batch) -> Batch:
+        """Return a batch of finite rows: of this one, or where it has none, of rows spread over the side.
+
+        Raises:
+            NonFiniteError: none of those is finite either.
+        """
+        engine = self.engine(side)
+        found = sound(engine, batch) or sound(engine, self._spread(side))
+        if found is None:
+            raise NonFiniteError(self._no_row_is_finite(side, len(batch)))
+        return found[0]
+
+    def refuse_diverged(self) -> None:
+        """Refuse a checkpoint at which no loss is finite.
+
+        Raises:
+            NonFiniteError: none of a batch of rows spread over the training rows is.
+        """
+        batch = self._spread("train")
+        with torch.no_grad():
+            if not bool(torch.isfinite(self.engine("train").losses(batch)).any()):
+                raise NonFiniteError(self._no_row_is_finite("train", len(batch)))
+
+    def _spread(self, side: SideName) -> Batch:
+        data = self.passes.data(side)
+        size = min(self.passes.options.batch_size, len(data))
+        ids = [round(j * (len(data) - 1) / max(1, size - 1)) for j in range(size)]
+        return self.engine(side).batch(ids, [data[i] for i in ids])
+
+    def _no_row_is_finite(self, side: SideName, n_rows: int) -> str:
+        return problem(
+            f"no row of {side}_data is finite at checkpoint {self.checkpoint}",
+            got=f"NaN or infinity for each of {n_rows} rows spread over it",
+            expected="rows to keep when others are skipped",
+            remedy="leave out this checkpoint, or mend the loss or the data",
+        )
 
 
 class _Examples(Sequence[Any]):

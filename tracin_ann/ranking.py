@@ -16,7 +16,7 @@ from tracin_ann.fidelity import deviations
 from tracin_ann.loading import SideName
 from tracin_ann.manifest import IndexRecord
 from tracin_ann.passes import Passes
-from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, at_unit_scale, search_both
 from tracin_ann.store import FeatureStore
 from tracin_ann.types import Float32, Float64, Int64, TopK
 from tracin_ann.ways import Way, chosen_way
@@ -89,8 +89,9 @@ class Ranking:
             if isinstance(way.index, IVFIndex) and way.index.scans(wanted, question.allowed):
                 n_rows = len(way.index) if question.allowed is None else len(question.allowed)
                 way = replace(way, how=f"exact scan of {n_rows:,} rows: lists would score as many", strange_Q=None)
-            proponents, opponents = search_both(way.index, weighted_QF, wanted, question.allowed)
-            found = self._rescored(question, weighted_QF, proponents, opponents)
+            scaled_QF, exponent_Q = at_unit_scale(weighted_QF)
+            proponents, opponents = search_both(way.index, scaled_QF, wanted, question.allowed)
+            found = self._rescored(question, weighted_QF, _pooled(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         strange = way.strange_Q if way.strange_Q is not None else np.zeros(n_queries, bool)
         return [
@@ -104,8 +105,8 @@ class Ranking:
             return queries_QF
         rates = np.array([self.rates[c] for c in question.checkpoints])
         part_QCD = queries_QF.reshape(len(queries_QF), len(rates), -1)
-        norms = np.linalg.norm(part_QCD, axis=2, keepdims=True)
-        unit_QCD = np.divide(part_QCD, norms, out=np.zeros_like(part_QCD), where=norms > 0)
+        norms = np.linalg.norm(part_QCD.astype(np.float64), axis=2, keepdims=True)
+        unit_QCD = np.divide(part_QCD, norms, out=np.zeros_like(part_QCD), where=norms > 0, casting="same_kind")
         weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return weighted_QCD.reshape(queries_QF.shape)
 
@@ -120,9 +121,7 @@ class Ranking:
         scan = FlatIndex(self.store.view(), self.passes.options.device)
         return chosen_way(self.record, self.index, scan, weighted_QF, options)
 
-    def _rescored(self, question: Question, weighted_QF: Float32, proponents: TopK, opponents: TopK) -> list[Scored]:
-        sides = zip(proponents.ids, proponents.scores, opponents.ids, opponents.scores, strict=True)
-        pooled = [_pooled(np.concatenate([p, o]), np.concatenate([ps, os])) for p, ps, o, os in sides]
+    def _rescored(self, question: Question, weighted_QF: Float32, pooled: list[Scored]) -> list[Scored]:
         if question.options.rerank == "none":
             return pooled
         view = self.store.view(question.checkpoints, cosine=question.options.cosine)
@@ -206,10 +205,14 @@ def _with(stored: Scored, exact: Scored, chosen: npt.NDArray[Any]) -> Scored:
     return Scored(exact.rows_N, exact.score_N, stored.score_N[chosen], error_N)
 
 
-def _pooled(rows: Int64, scores: Float32) -> Scored:
-    """Return both sides' candidates, each row once."""
-    unique, first = np.unique(rows, return_index=True)
-    return Scored(unique, scores[first].astype(np.float64))
+def _pooled(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[Scored]:
+    """Return both sides' candidates of each query, each row once, their scores times two to the query's exponent."""
+    pooled = []
+    for at, exponent in enumerate(exponent_Q):
+        rows, first = np.unique(np.concatenate([proponents.ids[at], opponents.ids[at]]), return_index=True)
+        scores = np.concatenate([proponents.scores[at], opponents.scores[at]])[first]
+        pooled.append(Scored(rows, np.ldexp(scores.astype(np.float64), exponent)))
+    return pooled
 
 
 def _answer(question: Question, query: int, scored: Scored, rows_scored: int) -> Answer:

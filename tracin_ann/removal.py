@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.errors import DamagedIndexError, UsageError, problem
-from tracin_ann.files import atomic_write, save_array
-from tracin_ann.generations import carried, current, folder_of, generation_of, next_folder, published, settled
+from tracin_ann.absent import removed_ids, skipped_rows, write_removed
+from tracin_ann.errors import UsageError, problem
+from tracin_ann.generations import carried, current, generation_of, next_folder, published, settled
 from tracin_ann.locks import writing
-from tracin_ann.manifest import Manifest, record_of
-from tracin_ann.types import Int64
-
-FILE = "removed.npy"
+from tracin_ann.manifest import Manifest
 
 
 def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
@@ -45,7 +42,7 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
             raise UsageError(problem("bad --ids", got=got, expected=f"0 to {n_rows - 1}", remedy="change --ids"))
         before = removed_ids(out, manifest)
         removed = np.union1d(before, np.array(ids, dtype=np.int64))
-        if len(removed) == n_rows:
+        if len(np.union1d(removed, skipped_rows(out, manifest).row_S)) == n_rows:
             raise UsageError(
                 problem("no row would be left", got=f"{n_rows} rows to remove", expected="some", remedy="change --ids")
             )
@@ -55,35 +52,6 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
         folder = next_folder(out, manifest)
         kept = [record for record in manifest.besides if record != manifest.removed]
         carried(out, manifest, folder, kept)
-        with atomic_write(folder / FILE) as file:
-            save_array(file, removed)
-        made = replace(manifest, generation=generation_of(folder), removed=record_of(folder / FILE))
+        made = replace(manifest, generation=generation_of(folder), removed=write_removed(folder, removed))
         published(out, made)
     return made
-
-
-def removed_ids(directory: Path, manifest: Manifest) -> Int64:
-    """Return the ids of the removed rows, rising.
-
-    Raises:
-        DamagedIndexError: their file is missing or cannot be read.
-    """
-    if manifest.removed is None:
-        return np.zeros(0, np.int64)
-    path = folder_of(directory, manifest.generation) / manifest.removed.name
-    try:
-        with path.open("rb") as file:
-            ids: Int64 = np.load(file, allow_pickle=False)
-        n_rows = manifest.build.layout.n_rows
-        if ids.dtype != np.int64 or ids.ndim != 1 or (np.diff(ids, prepend=-1) <= 0).any() or (ids >= n_rows).any():
-            raise ValueError(f"{ids.dtype} of shape {ids.shape}")
-    except Exception as error:
-        raise DamagedIndexError(
-            problem(
-                f"cannot read {path}",
-                got=f"{type(error).__name__}: {error}",
-                expected="the ids of removed rows",
-                remedy="restore the file, or build a new index",
-            )
-        ) from error
-    return ids

@@ -211,7 +211,8 @@ class _Tuning:
             # The model's own code does not take it (a view of pictures, say).
             other = float("inf")
         else:
-            alike = torch.allclose(losses, before[0], rtol=_SAME_LOSS, atol=_SAME_LOSS * float(before[0].abs().mean()))
+            tolerance = _SAME_LOSS * float(before[0][torch.isfinite(before[0])].abs().mean())
+            alike = torch.allclose(losses, before[0], rtol=_SAME_LOSS, atol=tolerance, equal_nan=True)
             if not alike or plan.steps != before[1].steps or plan.rank_one != before[1].rank_one:
                 other = float("inf")
         if other < _BETTER * usual:

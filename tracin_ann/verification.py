@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tracin_ann.absent import removed_ids
 from tracin_ann.build import BuildReport, build
 from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
@@ -25,7 +26,6 @@ from tracin_ann.manifest import (
     read_build_record,
     write_build_record,
 )
-from tracin_ann.removal import removed_ids
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore
 from tracin_ann.task import Task
@@ -152,6 +152,7 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
         norms=spec.norms,  # type: ignore[arg-type]
         partition_rows=built.partition_rows,
         allow_random_data=built.random_data,
+        on_nonfinite=built.on_nonfinite,
     )
 
 
@@ -219,6 +220,11 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
             removed_ids(out, manifest)
         except DamagedIndexError as error:
             yield Damage(own / manifest.removed.name, str(error))
+    if manifest.skipped is not None and manifest.skipped.name in whole:
+        try:
+            skipped_rows(out, manifest)
+        except DamagedIndexError as error:
+            yield Damage(own / manifest.skipped.name, str(error))
     listed = {record.name for record in manifest.index.files}
     features = {record.name for record in manifest.features}
     if not listed or (listed | features) - whole:

@@ -13,6 +13,7 @@ from tracin_ann.cli.info import believed
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
 from tracin_ann.dry_run import BuildPlan, plan
+from tracin_ann.passes import ON_NONFINITE
 from tracin_ann.sketch import SKETCHES
 
 _SHOWN = 12
@@ -39,6 +40,11 @@ _SHOWN = 12
 @click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
 @click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "float32"]))
 @click.option("--norms", default="sketch", show_default=True, type=click.Choice(["sketch", "exact"]))
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(ON_NONFINITE),
+    help="Rows that are NaN or infinite.  [default: error, or as the index was begun]",
+)
 @click.option("--allow-random-data", is_flag=True, help="Accept rows that change when they are read twice.")
 @click.option("--append", is_flag=True, help="Let a finished index grow by rows at the end of train_data.")
 @click.option("--add-checkpoint", is_flag=True, help="Let it grow by checkpoints at the end of the task's.")
@@ -105,6 +111,8 @@ def _show_report(report: BuildReport, out: str) -> None:
     size = sum(record.size for record in (*manifest.features, *manifest.index.files))
     made = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
     click.echo(f"{out}: {made}; {took}")
+    if len(report.skipped):
+        click.echo(f"{report.skipped.counted} ({report.skipped.named})")
     click.echo(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
         click.echo(f"believe {believed(manifest)}")

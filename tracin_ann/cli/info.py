@@ -9,11 +9,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tracin_ann.absent import removed_ids, skipped_rows
 from tracin_ann.cli.common import duration, refusals, sized
 from tracin_ann.fidelity import Fidelity
 from tracin_ann.generations import leased
 from tracin_ann.manifest import Manifest
-from tracin_ann.removal import removed_ids
 from tracin_ann.search.calibrate import Calibration
 
 _SHOWN = 12
@@ -39,6 +39,9 @@ def main(directory: str) -> None:
     held = sum(record.size for record in index.files)
     click.echo(f"index       {index.kind}{f', {sized(held)}' if held else ''}: {index.reason}")
     click.echo(f"generation  {manifest.generation}{f', {removed:,} rows removed' if removed else ''}")
+    skipped = skipped_rows(Path(directory), manifest)
+    if len(skipped):
+        click.echo(f"skipped     {skipped.counted} ({skipped.named})")
     if manifest.fidelity is not None:
         click.echo(f"fidelity    {fidelity_line(manifest.fidelity)}")
     click.echo(f"believe     {believed(manifest)}")

@@ -134,6 +134,8 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: 
             click.echo(json.dumps(_row_json(row)))
     else:
         print_self_influence(index, rows)
+    if len(index.skipped):
+        click.echo(index.skipped.counted, err=True)
 
 
 def _filter(options: Mapping[str, object]) -> RowFilter:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
+from tracin_ann.absent import removed_ids
 from tracin_ann.cli.common import IdRanges, refusals
 from tracin_ann.generations import leased
-from tracin_ann.removal import remove, removed_ids
+from tracin_ann.removal import remove
 
 
 @click.command(context_settings={"max_content_width": 100})

@@ -1,6 +1,6 @@
 """Maximum inner product search over feature rows: exact (`flat`) and by inverted lists (`ivf`)."""
 
-from tracin_ann.search.base import SearchIndex, TwoSidedIndex, search_both
+from tracin_ann.search.base import SearchIndex, TwoSidedIndex, at_unit_scale, search_both
 from tracin_ann.search.choose import IndexChoice, choose_index
 from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.ivf import IVFIndex
@@ -15,6 +15,7 @@ __all__ = [
     "SearchIndex",
     "Setting",
     "TwoSidedIndex",
+    "at_unit_scale",
     "choose_index",
     "from_padded",
     "merge",

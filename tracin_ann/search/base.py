@@ -56,6 +56,17 @@ def search_both(index: SearchIndex, queries_QF: Float32, k: int, allowed: Int64 
     return proponents, negated(opponents)
 
 
+def at_unit_scale(queries_QF: Float32) -> tuple[Float32, Int64]:
+    """Return the queries times a power of two each, of norms in [1/2, 1), and the exponents [Q] that undo it.
+
+    Scores change by those powers exactly, but for those that would overflow or vanish in float32 as they are.
+    """
+    norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
+    exponent_Q = np.where(np.isfinite(norm_Q), np.frexp(norm_Q)[1], 0).astype(np.int64)
+    scaled_QF: Float32 = np.ldexp(queries_QF, -exponent_Q[:, None])
+    return scaled_QF, exponent_Q
+
+
 def checked_queries(index: SearchIndex, queries_QF: Float32, k: int) -> Float32:
     """Return the queries as contiguous float32 [Q, F].
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tracin_ann.search.base import SearchIndex, search_both
+from tracin_ann.search.base import SearchIndex, at_unit_scale, search_both
 from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.search.looks import Looks, looks_of
@@ -140,6 +140,8 @@ def calibrated(
         train_queries: how many of them are training rows.
         progress: told the steps done.
     """
+    looks = looks_of(index, queries_QF)
+    queries_QF, _ = at_unit_scale(queries_QF)
     began = time.perf_counter()
     truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, CALIBRATED_FOR), strict=True))
     batch_seconds = time.perf_counter() - began
@@ -165,7 +167,7 @@ def calibrated(
         points["opponents"],
         Cost(max(0.0, single - each), each),
         max(0.0, index_single - index_each),
-        looks_of(index, queries_QF),
+        looks,
     )
 
 

@@ -129,9 +129,19 @@ class Subset:
 
     def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
         """Yield the rows in rising id order."""
-        for at in range(start, len(self.ids), block_rows):
-            ids_B = self.ids[at : at + block_rows]
-            yield ids_B, self.source.take(ids_B)
+        if 2 * len(self.ids) < len(self.source) or start:
+            for at in range(start, len(self.ids), block_rows):
+                ids_B = self.ids[at : at + block_rows]
+                yield ids_B, self.source.take(ids_B)
+            return
+        # Most rows: whole blocks are read faster than rows by id.
+        for ids_B, rows_BF in self.source.blocks(block_rows):
+            first, last = np.searchsorted(self.ids, [ids_B[0], ids_B[-1] + 1])
+            chosen = self.ids[first:last]
+            if len(chosen) == len(ids_B):
+                yield ids_B, rows_BF
+            elif len(chosen):
+                yield chosen, rows_BF[np.searchsorted(ids_B, chosen)]
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return rows of these ids."""

@@ -3,8 +3,11 @@
 Shapes: N rows of the file, D sketch dimension a checkpoint.
 
 Every dataset is contiguous and uncompressed, so that the features are memory-mapped at their offset:
-`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` and `loss` float32 [N], and
+`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` float64 and `loss` float32 [N], and
 `block_checksum` uint64: the xxh3_64 of the header and of all columns of each `block_rows` rows.
+
+A row that was skipped, because something of it is NaN or infinite, is one whose loss is not finite: its features and
+squared norm are zeros.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import xxhash
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
 from tracin_ann.files import atomic_path, file_digest, hdf5_file
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
-from tracin_ann.types import Float32, Int64
+from tracin_ann.types import Float32, Float64, Int64
 
 FORMAT = "tracin_ann.features"
-VERSION = 1
+VERSION = 2
 
 _ALIGNMENT = 4096
 _REWRITE = "run the build again: it writes anew the files that are missing or damaged"
@@ -40,13 +43,13 @@ class FeatureBlock:
     Attributes:
         ids_N: int64, each one more than the last.
         feature_ND: float32, √learning-rate-scaled sketches of the gradients.
-        sqnorm_N: float32, squared norms of the whole gradients, without the learning rate.
-        loss_N: float32.
+        sqnorm_N: float64, squared norms of the whole gradients, without the learning rate.
+        loss_N: float32; not finite for a row that is skipped, all else of which is zero.
     """
 
     ids_N: Int64
     feature_ND: Float32
-    sqnorm_N: Float32
+    sqnorm_N: Float64
     loss_N: Float32
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ class FeatureBlock:
         columns: dict[str, tuple[npt.NDArray[Any], type[np.generic], tuple[int, ...]]] = {
             "ids_N": (self.ids_N, np.int64, (n_rows,)),
             "feature_ND": (self.feature_ND, np.float32, (n_rows, *self.feature_ND.shape[-1:])),
-            "sqnorm_N": (self.sqnorm_N, np.float32, (n_rows,)),
+            "sqnorm_N": (self.sqnorm_N, np.float64, (n_rows,)),
             "loss_N": (self.loss_N, np.float32, (n_rows,)),
         }
         for name, (array, dtype, shape) in columns.items():
@@ -128,7 +131,7 @@ class FeatureFile:
     stored_ND: Stored
     exponent_N: Int16
     ids_N: Int64
-    sqnorm_N: Float32
+    sqnorm_N: Float64
     loss_N: Float32
     block_checksum: npt.NDArray[np.uint64]
 
@@ -160,6 +163,11 @@ class FeatureFile:
             raise DamagedIndexError(problem(f"{path}: other header", got=got, expected=want, remedy=remedy))
         return opened
 
+    @property
+    def skipped_K(self) -> Int64:
+        """Return the positions of the rows that were skipped, rising."""
+        return np.flatnonzero(~np.isfinite(self.loss_N))
+
     @classmethod
     def _read(cls, path: Path, opened: BinaryIO) -> FeatureFile:
         # By file object, h5py takes no lock: the file never changes once it has its name, locks fail on some
@@ -175,16 +183,21 @@ class FeatureFile:
             if offset is None or offset + n_rows * header.dim * feature_dtype.itemsize > size:
                 raise ValueError("features reach past the end of the file")
             stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
-            return cls(
+            found = cls(
                 path=path,
                 header=header,
                 stored_ND=stored_ND,
                 exponent_N=_dataset(file, "exponent", (n_rows,), "<i2")[...],
                 ids_N=_dataset(file, "id", (n_rows,), "<i8")[...],
-                sqnorm_N=_dataset(file, "sqnorm", (n_rows,), "<f4")[...],
+                sqnorm_N=_dataset(file, "sqnorm", (n_rows,), "<f8")[...],
                 loss_N=_dataset(file, "loss", (n_rows,), "<f4")[...],
                 block_checksum=_dataset(file, "block_checksum", (n_blocks,), "<u8")[...],
             )
+        skipped = found.skipped_K
+        columns = found.sqnorm_N, found.exponent_N, stored_ND
+        if not np.isfinite(found.sqnorm_N).all() or any(column[skipped].any() for column in columns):
+            raise ValueError("rows that are neither finite nor skipped")
+        return found
 
     def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
         """Return float32 rows start..stop-1 [stop - start, D]; with `unit`, each of norm one (or zero).
@@ -228,7 +241,8 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     """Write the file whole or not at all; equal arguments give equal bytes.
 
     Raises:
-        NonFiniteError: a feature, squared norm or loss is NaN or infinite; names checkpoint and row.
+        NonFiniteError: a feature, squared norm or loss of a row that isn't skipped is NaN or infinite; names
+            checkpoint and row.
     """
     found = (int(block.ids_N[0]), int(block.ids_N[-1]) + 1, block.feature_ND.shape[1])
     if found != (header.start, header.stop, header.dim):
@@ -239,7 +253,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
         "feature": stored_ND,
         "exponent": exponent_N,
         "id": block.ids_N.astype("<i8"),
-        "sqnorm": block.sqnorm_N.astype("<f4"),
+        "sqnorm": block.sqnorm_N.astype("<f8"),
         "loss": block.loss_N.astype("<f4"),
     }
     checksum = _block_checksums(header, list(columns.values()))
@@ -260,16 +274,15 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
 
 
 def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
-    for name, value_N in (
-        ("loss", block.loss_N),
-        ("squared gradient norm", block.sqnorm_N),
-        ("feature", row_peaks(block.feature_ND)),
-    ):
-        bad = np.flatnonzero(~np.isfinite(value_N))
+    peak_N = row_peaks(block.feature_ND)
+    skipped_N = ~np.isfinite(block.loss_N) & (block.sqnorm_N == 0) & (peak_N == 0)
+    for name, value_N in (("loss", block.loss_N), ("squared gradient norm", block.sqnorm_N), ("feature", peak_N)):
+        bad = np.flatnonzero(~np.isfinite(value_N) & ~skipped_N)
         if len(bad):
             what = f"{name} of row {block.ids_N[bad[0]]} at checkpoint {checkpoint} ({len(bad)} such rows here)"
-            remedy = "leave out the rows or the checkpoint, or mend the loss"
-            raise NonFiniteError(problem(what, got=value_N[bad[0]], expected="a finite number", remedy=remedy))
+            got = f"{value_N[bad[0]]} at a loss of {block.loss_N[bad[0]]:.6g}"
+            remedy = "leave out the rows or the checkpoint, mend the loss, or skip such rows"
+            raise NonFiniteError(problem(what, got=got, expected="a finite number", remedy=remedy))
 
 
 def _read_header(file: h5py.File) -> FileHeader:

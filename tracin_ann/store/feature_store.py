@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from threading import Lock
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import file_digest, make_directory
 from tracin_ann.store.codec import Dtype
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader, FileRecord, write_feature_file
-from tracin_ann.types import Float32, Int64
+from tracin_ann.types import Float32, Float64, Int64
 
+Number = TypeVar("Number", np.float32, np.float64)
 # Each open map holds a file descriptor, and 1024 a process is a common limit.
 _OPEN_FILES = 256
 
@@ -119,7 +121,7 @@ class FeatureStore:
         """Write one file, durably, in place of whatever has its name.
 
         Raises:
-            NonFiniteError: the block holds NaN or inf.
+            NonFiniteError: the block holds NaN or inf in a row that isn't skipped.
         """
         header = self.layout.header(partition, checkpoint)
         make_directory(self.directory)
@@ -149,13 +151,25 @@ class FeatureStore:
                 problem(f"{path}", got=got, expected=expected, remedy="run the build again, or restore the file")
             )
 
-    def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float32:
+    def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float64:
         """Return squared gradient norms [N, C], without learning rate, of the checkpoints in that order."""
-        return self._column("sqnorm_N", checkpoints)
+        return self._column("sqnorm_N", np.float64, checkpoints)
 
     def losses(self, checkpoints: Sequence[int] | None = None) -> Float32:
-        """Return losses [N, C] of the checkpoints in that order."""
-        return self._column("loss_N", checkpoints)
+        """Return losses [N, C] of the checkpoints in that order; those of skipped rows are not finite."""
+        return self._column("loss_N", np.float32, checkpoints)
+
+    def skipped(self) -> tuple[Int64, Int64]:
+        """Return the ids of the rows skipped at any checkpoint, rising, and the first such checkpoint of each."""
+        rows, firsts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for partition, (start, stop) in enumerate(self.partitions()):
+            first_N = np.full(stop - start, -1, np.int64)
+            for checkpoint in reversed(range(self.layout.n_checkpoints)):
+                first_N[self.file(partition, checkpoint).skipped_K] = checkpoint
+            found = np.flatnonzero(first_N >= 0)
+            rows.append(start + found)
+            firsts.append(first_N[found])
+        return np.concatenate(rows), np.concatenate(firsts)
 
     def view(self, checkpoints: Sequence[int] | None = None, *, cosine: bool = False) -> FeatureView:
         """Return the rows over the chosen checkpoints (all, if None) as a RowSource; reads nothing yet.
@@ -203,9 +217,9 @@ class FeatureStore:
             )
         return chosen
 
-    def _column(self, name: str, checkpoints: Sequence[int] | None) -> Float32:
+    def _column(self, name: str, dtype: type[Number], checkpoints: Sequence[int] | None) -> npt.NDArray[Number]:
         column, chosen = attrgetter(name), self._chosen(checkpoints)
-        value_NC = np.empty((self.layout.n_rows, len(chosen)), dtype=np.float32)
+        value_NC = np.empty((self.layout.n_rows, len(chosen)), dtype=dtype)
         for partition, (start, stop) in enumerate(self.partitions()):
             for i, checkpoint in enumerate(chosen):
                 value_NC[start:stop, i] = column(self.file(partition, checkpoint))
