@@ -296,7 +296,7 @@ def room_for(size: int) -> Iterator[None]:
 
 
 ROWS = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
-BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0] ** 2, ROWS[:, 1])
+BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, ROWS[:, 1])
 WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),

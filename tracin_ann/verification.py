@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tracin_ann.absent import removed_ids
+from tracin_ann.absent import removed_ids, skipped_rows
 from tracin_ann.build import BuildReport, build
 from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
