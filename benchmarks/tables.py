@@ -176,6 +176,33 @@ def calibration() -> str:
     return f"{table(*rows)}\n\n{note}\n\n{where(content)}"
 
 
+def reliability() -> str:
+    """Return what flips, fuzzing, readers, the soak and the checksums' cost came to."""
+    flips, fuzz, readers, soak, checksums = map(read, ("flips", "fuzz", "readers", "soak", "checksums"))
+    flipped = flips["results"]
+    found, missed = sum(r["found"] for r in flipped), sum(len(r["missed"]) for r in flipped)
+    asked = readers["results"]
+    wrong, errors = sum(r["wrong"] for r in asked), sum(len(r["errors"]) for r in asked)
+    soaked, altered = soak["results"][0], fuzz["results"][0]
+    files = f"{soaked['warm']['open_files']} then {soaked['end']['open_files']}"
+    rows = [
+        ("trial", "result"),
+        ("bytes flipped", f"{found} of {sum(r['flips'] for r in flipped)} found, {missed} missed"),
+        ("altered files", f"{altered['all']:,}, {len(altered['failures'])} failures"),
+        (
+            "answers beside a writer",
+            f"{sum(r['answers'] for r in asked):,} over {sum(r['generations_seen'] for r in asked)} generations, "
+            f"{wrong} wrong, {errors} errors",
+        ),
+        (
+            f"{soaked['queries']:,} queries",
+            f"memory grows by {soaked['growth']:.1%} after the first thousand; open files {files}",
+        ),
+        *((f"checksums, {r['what']}", f"{r['checksums']:.2%} of its CPU time") for r in checksums["results"]),
+    ]
+    return f"{table(*rows)}\n\n{where(readers)}"
+
+
 def end_to_end() -> str:
     """Return recall of true TracInCP after exact re-scoring, over all MNIST rows, and its cost."""
     content = read("end_to_end")
@@ -286,6 +313,7 @@ _MAKERS = (
     calibration,
     rivals,
     language,
+    reliability,
     end_to_end,
     digits,
     features,
