@@ -27,6 +27,7 @@ from tracin_ann.locks import WRITER, writing
 from tracin_ann.manifest import BUILD_RECORD, MANIFEST, Manifest
 from tracin_ann.removal import remove
 from tracin_ann.store import FeatureStore
+from tracin_ann.verification import verify
 
 BUILD = importlib.import_module("tracin_ann.build")
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,3 +293,30 @@ def test_a_stopped_build_says_how_to_go_on_and_does(tmp_path, number, status):
     left = {path.name for path in out.iterdir()} - {"generation-000001"}
     assert left == {BUILD_RECORD, "features"} and list((out / "features").iterdir()) == []
     assert json.loads((out / BUILD_RECORD).read_text())["batch_size"] == 4
+
+
+def test_lists_made_anew_leave_removed_rows_out(model, tmp_path):
+    out, n_rows, gone = tmp_path / "out", 300, [*range(40, 90), 299]
+    config = replace(CONFIG, index="ivf", partition_rows=128)
+    build(task(model, n_rows), out, config)
+    assert build(task(model, n_rows), out, config).manifest.generation == 1
+    remove(out, gone)
+    before = answers(InfluenceIndex.open(out, task(model, n_rows)))
+    report = build(task(model, n_rows), out, replace(config, rebuild_index=True))
+    assert (report.rows_extracted, report.manifest.generation) == (0, 3) and whole(out)
+    index = InfluenceIndex.open(out, task(model, n_rows))
+    assert len(index.search_index) == n_rows - len(gone) and index.removed.tolist() == gone
+    assert answers(index) == before
+    lists = answers(index, QueryOptions(k=10, search="lists"))
+    assert not {int(row) for found in lists for row, _ in found} & set(gone)
+    assert verify(out).damage == ()
+    remove(out, [0, 1])
+    both = InfluenceIndex.open(out, task(model, n_rows))
+    kept = [[hit for hit in found if hit[0] not in ("0", "1")] for found in before]
+    for options in (EVERY, QueryOptions(k=300, search="lists")):
+        for found, expected in zip(answers(both, options), kept, strict=True):
+            assert [row for row, _ in found] == [row for row, _ in expected]
+            np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=1e-9)
+    build(task(model, n_rows + 9), out, replace(config, append=True))
+    grown = InfluenceIndex.open(out, task(model, n_rows + 9))
+    assert len(grown.search_index) == n_rows + 9 - len(gone) - 2 and verify(out).damage == ()

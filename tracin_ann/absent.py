@@ -14,10 +14,11 @@ from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.files import atomic_write, save_array
 from tracin_ann.generations import carried, folder_of
 from tracin_ann.manifest import Manifest, record_of
+from tracin_ann.search.flat import Subset
 from tracin_ann.store import FeatureStore, FileRecord
-from tracin_ann.types import Int64
+from tracin_ann.types import Int64, RowSource
 
-REMOVED, SKIPPED = "removed.npy", "skipped.npy"
+REMOVED, SKIPPED, UNLISTED = "removed.npy", "skipped.npy", "unlisted.npy"
 _NAMED = 8
 
 
@@ -45,12 +46,14 @@ class Skipped:
         return ", ".join(f"row {row} at checkpoint {checkpoint}" for row, checkpoint in pairs) + more
 
 
-def removed_ids(directory: Path, manifest: Manifest) -> Int64:
-    """Return the ids of the removed rows, rising.
+def removed_ids(directory: Path, manifest: Manifest | None) -> Int64:
+    """Return the ids of the removed rows, rising; none where there is no index yet.
 
     Raises:
         DamagedIndexError: their file is missing or cannot be read.
     """
+    if manifest is None:
+        return np.zeros(0, np.int64)
     return _read(directory, manifest, manifest.removed, 1)[:, 0]
 
 
@@ -62,6 +65,28 @@ def skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
     """
     found = _read(directory, manifest, manifest.skipped, 2)
     return Skipped(found[:, 0], found[:, 1])
+
+
+def listed_rows(view: RowSource, unlisted_U: Int64) -> RowSource:
+    """Return the rows that lists are made of: all but those that were removed when they were made."""
+    if not len(unlisted_U):
+        return view
+    return Subset(view, np.setdiff1d(np.arange(len(view), dtype=np.int64), unlisted_U))
+
+
+def unlisted_ids(directory: Path, manifest: Manifest) -> Int64:
+    """Return the ids of the rows that are in no list as they were removed before, rising.
+
+    Raises:
+        DamagedIndexError: their file is missing or cannot be read.
+    """
+    found = [record for record in manifest.index.files if record.name == UNLISTED]
+    return _read(directory, manifest, found[0] if found else None, 1)[:, 0]
+
+
+def write_unlisted(folder: Path, row_U: Int64) -> list[FileRecord]:
+    """Write the ids of the rows that are in no list into a generation's directory; nothing where there are none."""
+    return [_written(folder / UNLISTED, row_U)] if len(row_U) else []
 
 
 def write_removed(folder: Path, row_R: Int64) -> FileRecord:

@@ -15,7 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from tracin_ann.absent import Skipped, carry_removed, skipped_rows, write_skipped
+from tracin_ann.absent import (
+    Skipped,
+    carry_removed,
+    listed_rows,
+    removed_ids,
+    skipped_rows,
+    write_skipped,
+    write_unlisted,
+)
 from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import write_canaries
@@ -28,6 +36,7 @@ from tracin_ann.extraction import Extraction, data_is_dearer
 from tracin_ann.files import atomic_path, is_temporary
 from tracin_ann.generations import (
     UNFINISHED_INDEX,
+    Start,
     claimed,
     current,
     feature_records,
@@ -67,7 +76,7 @@ from tracin_ann.spec import (
 from tracin_ann.store import FeatureStore, FileRecord
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
 from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, refuse_slower_bf16, tuned
-from tracin_ann.types import ProgressCallback
+from tracin_ann.types import Int64, ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -87,33 +96,6 @@ class BuildReport:
     rows_extracted: int
     seconds: float
     skipped: Skipped
-
-
-@dataclass(frozen=True)
-class Start:
-    """From where a build goes on.
-
-    Attributes:
-        record: what it sets out to make.
-        begun: what the last build in the directory set out to make, or None.
-        manifest: of the finished index there, or None.
-    """
-
-    record: BuildRecord
-    begun: BuildRecord | None
-    manifest: Manifest | None
-
-    @property
-    def finished(self) -> Manifest | None:
-        """Return the manifest if it is of this very index."""
-        if self.manifest is None or self.manifest.build.spec.digest() != self.record.spec.digest():
-            return None
-        return self.manifest
-
-    @property
-    def trusted(self) -> tuple[FileRecord, ...]:
-        """Return the feature files that are taken as they are: of an index that grows, those that it has."""
-        return () if self.manifest is None or self.finished is not None else self.manifest.features
 
 
 class BuildWork:
@@ -250,6 +232,8 @@ class BuildWork:
         layout = manifest.build.layout
         folder = folder_of(self.out, manifest.generation)
         wanted = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
+        if self.config.rebuild_index:
+            return False
         return manifest.index.kind == wanted and all((folder / r.name).is_file() for r in manifest.besides)
 
     def tuned(self, model: LoadedModel, record: BuildRecord) -> Tuned:
@@ -288,9 +272,11 @@ class BuildWork:
         write_columns(folder / COLUMNS, columns)
         return record_of(folder / COLUMNS)
 
-    def index(self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord]) -> IndexRecord:
+    def index(
+        self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord], removed_R: Int64
+    ) -> IndexRecord:
         """Choose, build, calibrate and save the search index; unfinished lists are kept for the next time."""
-        view, progress = yardstick.store.view(), yardstick.progress
+        view, progress = listed_rows(yardstick.store.view(), removed_R), yardstick.progress
         choice = choose_index(self.config.index, len(view), view.dim)
         logger.info("index %s: %s", choice.kind, choice.reason)
         unfinished = self.out / UNFINISHED_INDEX
@@ -299,7 +285,7 @@ class BuildWork:
         progress("index", 0, len(view))
         if choice.kind == "ivf":
             params = IVFParams(seed=self.config.seed, codes=self.config.codes)
-            scratch = Scratch(unfinished, key_of(params, [asdict(record) for record in features]))
+            scratch = Scratch(unfinished, key_of(params, [asdict(r) for r in features], removed_R.tolist()))
             lists = IVFIndex.build(
                 view, params, self.device, scratch, lambda done, total: progress("index", done, total)
             )
@@ -309,6 +295,7 @@ class BuildWork:
                 with atomic_path(folder / name) as temporary:
                     os.replace(unfinished / name, temporary)
                 files.append(record_of(folder / name))
+            files += write_unlisted(folder, removed_R)
         shutil.rmtree(unfinished, ignore_errors=True)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
@@ -374,7 +361,7 @@ def build(
             build=record,
             features=files,
             canaries=record_of(folder / CANARIES),
-            index=work.index(yardstick, folder, files),
+            index=work.index(yardstick, folder, files, removed_ids(work.out, start.manifest)),
             steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
             fidelity=yardstick.fidelity() if measured else None,
             columns=columns,

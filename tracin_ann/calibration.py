@@ -52,7 +52,7 @@ class Yardstick:
         rows = rows_N[np.sort(random.choice(len(rows_N), n_train, replace=False))]
         queries_QF = np.concatenate([asked_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
-        exact = FlatIndex(view, self.passes.options.device)
+        exact = FlatIndex(lists.source, self.passes.options.device)
         return calibrated(
             lists, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
         )

@@ -44,6 +44,7 @@ class BuildConfig:
         allow_random_data: accept train or query rows that change when read twice.
         append: a finished index may grow by rows at the end of train_data.
         add_checkpoint: a finished index may grow by checkpoints at the end of the task's.
+        rebuild_index: make the lists of a finished index anew, without the rows that were removed.
     """
 
     dim: int = 1024
@@ -65,6 +66,7 @@ class BuildConfig:
     allow_random_data: bool = False
     append: bool = False
     add_checkpoint: bool = False
+    rebuild_index: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no build can use.

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, problem
@@ -26,6 +27,7 @@ from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
     MANIFEST,
+    BuildRecord,
     Manifest,
     check_file,
     read_build_record,
@@ -56,6 +58,33 @@ def claimed(directory: Path) -> Iterator[None]:
                 )
             )
         yield
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a build goes on.
+
+    Attributes:
+        record: what it sets out to make.
+        begun: what the last build in the directory set out to make, or None.
+        manifest: of the finished index there, or None.
+    """
+
+    record: BuildRecord
+    begun: BuildRecord | None
+    manifest: Manifest | None
+
+    @property
+    def finished(self) -> Manifest | None:
+        """Return the manifest if it is of this very index."""
+        if self.manifest is None or self.manifest.build.spec.digest() != self.record.spec.digest():
+            return None
+        return self.manifest
+
+    @property
+    def trusted(self) -> tuple[FileRecord, ...]:
+        """Return the feature files that are taken as they are: of an index that grows, those that it has."""
+        return () if self.manifest is None or self.finished is not None else self.manifest.features
 
 
 def folder_of(directory: Path, generation: int) -> Path:

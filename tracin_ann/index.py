@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.absent import Skipped, removed_ids, skipped_rows
+from tracin_ann.absent import Skipped, listed_rows, removed_ids, skipped_rows, unlisted_ids
 from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
 from tracin_ann.canaries import Canaries, read_canaries
 from tracin_ann.columns import RowFilter, read_columns
@@ -151,7 +151,8 @@ class InfluenceIndex:
     def search_index(self) -> SearchIndex:
         """Return the search index over all checkpoints."""
         if self.manifest.index.kind == "ivf":
-            return IVFIndex.load(self._folder, self._store.view(), self._options.device)
+            rows = listed_rows(self._store.view(), unlisted_ids(self.directory, self.manifest))
+            return IVFIndex.load(self._folder, rows, self._options.device)
         return FlatIndex(self._store.view(), self._options.device)
 
     @cached_property

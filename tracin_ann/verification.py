@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tracin_ann.absent import removed_ids, skipped_rows
+from tracin_ann.absent import listed_rows, removed_ids, skipped_rows, unlisted_ids
 from tracin_ann.build import BuildReport, build
 from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
@@ -231,7 +231,7 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
         return
     path = own / IVFIndex.FILES[0]
     try:
-        view = FeatureStore(out / FEATURES, manifest.build.layout).view()
+        view = listed_rows(FeatureStore(out / FEATURES, manifest.build.layout).view(), unlisted_ids(out, manifest))
         faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_LOOKED_AT, seed=0)
     except DamagedIndexError as error:
         faults = [str(error)]

@@ -48,6 +48,7 @@ _SHOWN = 12
 @click.option("--allow-random-data", is_flag=True, help="Accept rows that change when they are read twice.")
 @click.option("--append", is_flag=True, help="Let a finished index grow by rows at the end of train_data.")
 @click.option("--add-checkpoint", is_flag=True, help="Let it grow by checkpoints at the end of the task's.")
+@click.option("--rebuild-index", is_flag=True, help="Make its lists anew, without removed rows.")
 @click.option("--dry-run", is_flag=True, help="Say what the build would do and take; write nothing.")
 @refusals
 def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **options: object) -> None:

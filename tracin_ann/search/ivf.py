@@ -212,6 +212,11 @@ class IVFIndex:
         return other
 
     @property
+    def source(self) -> RowSource:
+        """Return the rows."""
+        return self._source
+
+    @property
     def params(self) -> IVFParams:
         """Return how the lists were built."""
         return self._caption.params
@@ -270,6 +275,7 @@ class IVFIndex:
         return max(setting.codes, _candidates(k)) >= n_rows
 
     def _searched(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
+        allowed = None if allowed is not None and len(allowed) == len(self) else allowed
         n_rows = len(self) if allowed is None else len(allowed)
         setting = self._for(setting, k, n_rows)
         if self._scans(k, setting, n_rows):
