@@ -115,6 +115,27 @@ def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
         file.read(0, n_rows + 1)
 
 
+@pytest.mark.parametrize("lead", ["link", "storage", "virtual"])
+def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> None:
+    block = make_block(0, 9)
+    for name in ("a.h5", "b.h5"):
+        write_feature_file(tmp_path / name, block, header=make_header(block))
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        held = file["loss"][...]
+        del file["loss"]
+        if lead == "link":
+            file["loss"] = h5py.ExternalLink(str(tmp_path / "b.h5"), "/loss")
+        elif lead == "storage":
+            (tmp_path / "raw").write_bytes(held.tobytes())
+            file.create_dataset("loss", held.shape, "<f4", external=[(str(tmp_path / "raw"), 0, h5py.h5f.UNLIMITED)])
+        else:
+            layout = h5py.VirtualLayout(held.shape, "<f4")
+            layout[:] = h5py.VirtualSource(str(tmp_path / "b.h5"), "loss", held.shape)
+            file.create_virtual_dataset("loss", layout)
+    with pytest.raises(DamagedIndexError, match="loss is no data set of this file"):
+        FeatureFile.open(tmp_path / "a.h5")
+
+
 def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))

@@ -164,3 +164,10 @@ def test_unusable_json_is_damage(tmp_path: Path, data: bytes | None, says: str) 
         path.write_bytes(data)
     with pytest.raises(DamagedIndexError, match=rf"a\.json: got {says}.*expected a JSON.*; "):
         read_json(path)
+
+
+def test_json_nested_past_all_bounds_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DamagedIndexError, match="expected a JSON object"):
+        read_json(path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features import FeatureExtractor
-from tracin_ann.files import atomic_path, hdf5_file
+from tracin_ann.files import atomic_path, hdf5_file, own_dataset
 from tracin_ann.loading import SideName
 from tracin_ann.types import Float32, Int64
 
@@ -81,7 +81,7 @@ def read_canaries(path: Path) -> tuple[Canaries, ...]:
     """
     try:
         with h5py.File(path, "r") as file:
-            return tuple(_read(side, file[side]["id"], file[side]["feature"]) for side in _SIDES)
+            return tuple(_read(side, file) for side in _SIDES)
     # What h5py raises depends on which byte of the file is damaged.
     except Exception as error:
         raise DamagedIndexError(
@@ -94,7 +94,11 @@ def read_canaries(path: Path) -> tuple[Canaries, ...]:
         ) from error
 
 
-def _read(side: SideName, ids: h5py.Dataset, features: h5py.Dataset) -> Canaries:
+def _read(side: SideName, file: h5py.File) -> Canaries:
+    if not isinstance(file.get(side, getlink=True), h5py.HardLink):
+        raise ValueError(f"{side} is no group of this file")
+    group = file[side]
+    ids, features = own_dataset(group, "id"), own_dataset(group, "feature")
     fine = (ids.dtype.str, features.dtype.str) == ("<i8", "<f4") and (ids.ndim, features.ndim) == (1, _DIMENSIONS)
     if not fine or ids.shape[0] != features.shape[1] or not 0 < ids.shape[0] <= COUNT or features.size > _MOST:
         raise ValueError(f"ids of {ids.shape} and features of {features.shape}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -83,7 +84,7 @@ def read_json(path: Path) -> dict[str, object]:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedIndexError(problem(f"{path}", got="no file", expected="a JSON file", remedy=remedy)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = problem(f"{path}", got=f"no JSON ({error})", expected="a JSON object", remedy=remedy)
         raise DamagedIndexError(message) from error
     if not isinstance(value, dict):
@@ -176,6 +177,18 @@ class _Deferred:
 
     def flush(self) -> None:
         self._done(self._file.flush)
+
+
+def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
+    """Return a data set whose numbers lie in its own file: links and storage that lead out of it are refused.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dataset = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.external is not None or dataset.is_virtual:
+        raise ValueError(f"{name} is no data set of this file")
+    return dataset
 
 
 def make_directory(directory: Path) -> None:

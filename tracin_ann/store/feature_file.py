@@ -24,7 +24,7 @@ import numpy.typing as npt
 import xxhash
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest, hdf5_file
+from tracin_ann.files import atomic_path, file_digest, hdf5_file, own_dataset
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
 
@@ -298,7 +298,7 @@ def _plain(value: object) -> Any:
 
 
 def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
-    dataset = file[name]
+    dataset = own_dataset(file, name)
     if (dataset.shape, dataset.dtype.str, dataset.chunks) != (shape, dtype, None):
         raise ValueError(f"dataset {name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")
     return dataset
