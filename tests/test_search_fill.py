@@ -171,3 +171,12 @@ def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
     both = [InfluenceIndex.open(tmp_path / name, task) for name in ("whole", "out")]
     records = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
     assert records[0] == records[1] and len(both[0]) == 400
+
+
+def test_stretches_of_another_training_are_not_used(values: np.ndarray, tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path / "scratch", "key")
+    IVFIndex.build(Rows(values * 2), PARAMS, CPU, scratch)
+    for path in scratch.directory.glob("trained*"):
+        path.unlink()
+    found = IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
+    assert saved(found, tmp_path / "a") == saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b")

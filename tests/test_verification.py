@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from tasks.toy import CONFIG, Toy, rows, saved, toy
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.cli.verify import main as verify_command
-from tracin_ann.errors import DamagedIndexError
+from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.manifest import BUILD_RECORD, MANIFEST, Manifest, record_of
 from tracin_ann.removal import remove
 from tracin_ann.search import IVFIndex
@@ -211,3 +211,53 @@ def test_a_damaged_manifest_is_restored_from_its_copy(made: tuple[Path, Task], i
     assert {damage.path.name for damage in verify(index).damage} == {MANIFEST, BUILD_RECORD}
     assert repair(index, made[1]) is None
     assert (index / MANIFEST).read_bytes() == before
+
+
+def test_a_flipped_list_of_removed_rows_is_not_built_upon(made: tuple[Path, Task], index: Path) -> None:
+    (path,) = index.rglob("removed.npy")
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedIndexError, match="removed.npy is damaged"):
+        remove(index, [9])
+    grown = replace(made[1], train_data=lambda: rows(N + 1))
+    with pytest.raises(DamagedIndexError, match="removed.npy is damaged"):
+        build(grown, index, replace(CONFIG, index=Manifest.read(index).index.kind, partition_rows=128, append=True))
+
+
+def test_a_build_does_not_start_over_where_the_manifest_is_lost(made: tuple[Path, Task], index: Path) -> None:
+    (index / MANIFEST).unlink()
+    with pytest.raises(DamagedIndexError, match="manifest.json: got no file.*tracin-verify --repair"):
+        build(made[1], index, replace(CONFIG, partition_rows=128))
+    assert repair(index, made[1]) is None
+    assert InfluenceIndex.open(index, made[1]).removed.tolist() == [3, 200]
+
+
+def test_an_older_generations_manifest_is_not_taken_for_a_lost_one(made: tuple[Path, Task], index: Path) -> None:
+    reader = InfluenceIndex.open(index, made[1])
+    manifest = remove(index, [7])
+    for place in (index, index / f"generation-{manifest.generation:06d}"):
+        (place / MANIFEST).write_bytes(b"{}")
+    with pytest.raises(DamagedIndexError):
+        repair(index, made[1])
+    assert len(reader) == N
+
+
+def test_damaged_rows_are_not_made_anew_by_another_loss(made: tuple[Path, Task], index: Path) -> None:
+    path = sorted((index / "features").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    other = replace(made[1], loss=lambda model, batch: 2 * made[1].loss(model, batch))
+    with pytest.raises(IndexMismatchError, match="has another gradient than when index"):
+        repair(index, other)
+    assert verify(index).damage != ()
+    repair(index, made[1])
+    assert verify(index).damage == ()
+
+
+def test_a_build_asked_for_again_makes_damaged_canaries_anew(made: tuple[Path, Task], index: Path) -> None:
+    (path,) = index.rglob("canaries.h5")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    build(made[1], index, replace(CONFIG, index=Manifest.read(index).index.kind, partition_rows=128))
+    assert verify(index).damage == ()

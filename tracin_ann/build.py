@@ -26,22 +26,23 @@ from tracin_ann.absent import (
 )
 from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
-from tracin_ann.canaries import write_canaries
+from tracin_ann.canaries import refuse_changed, write_canaries
 from tracin_ann.columns import FILE as COLUMNS
 from tracin_ann.columns import gathered, write_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
-from tracin_ann.errors import IndexMismatchError, UsageError, problem
+from tracin_ann.errors import DamagedIndexError, IndexMismatchError, UsageError, problem
 from tracin_ann.extraction import Extraction, data_is_dearer
 from tracin_ann.files import atomic_path, is_temporary
 from tracin_ann.generations import (
     UNFINISHED_INDEX,
     Start,
+    check,
     claimed,
     current,
     feature_records,
-    folder_of,
     generation_of,
+    kept_canaries,
     next_folder,
     published,
     settled,
@@ -230,11 +231,14 @@ class BuildWork:
     def suits(self, manifest: Manifest) -> bool:
         """Return whether a finished index of these rows has all its files and the kind of search asked for."""
         layout = manifest.build.layout
-        folder = folder_of(self.out, manifest.generation)
         wanted = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
         if self.config.rebuild_index:
             return False
-        return manifest.index.kind == wanted and all((folder / r.name).is_file() for r in manifest.besides)
+        try:
+            check(self.out, manifest, deep=True)
+        except DamagedIndexError:
+            return False
+        return manifest.index.kind == wanted
 
     def tuned(self, model: LoadedModel, record: BuildRecord) -> Tuned:
         """Set the model and its passes to what runs rows fastest here; the last thing that may refuse the build.
@@ -343,6 +347,9 @@ def build(
             if start.finished is not None and not missing and work.suits(start.finished):
                 settled(work.out, start.finished)
                 return work.report(start.finished, began)
+            if start.manifest is not None and missing and not start.record.random_data:
+                features = work.config.features(start.manifest.build.spec.rank_one)
+                refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
             chosen = work.tuned(model, start.record)
             record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
             if is_new:

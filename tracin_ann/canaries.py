@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
-from tracin_ann.features import FeatureExtractor
+from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.files import atomic_path, hdf5_file, own_dataset
 from tracin_ann.loading import SideName
+from tracin_ann.passes import LoadedModel
 from tracin_ann.types import Float32, Int64
 
 FILE = "canaries.h5"
@@ -52,6 +53,18 @@ class Canaries:
                         remedy="restore the task's model code, loss and data, or build a new index",
                     )
                 )
+
+
+def refuse_changed(model: LoadedModel, features: FeatureOptions, canaries: Sequence[Canaries], where: str) -> None:
+    """Refuse to put rows beside those of a finished index that this model and data would make otherwise.
+
+    Raises:
+        IndexMismatchError: a canary among the training rows shows it.
+    """
+    for train in (kept for kept in canaries if kept.side == "train"):
+        for checkpoint in range(len(train.feature_CND)):
+            model.load(checkpoint)
+            train.refuse_unlike(FeatureExtractor(model, features), checkpoint, where)
 
 
 def canary_ids(n_rows: int, without: Int64 | None = None) -> list[int]:

@@ -99,7 +99,7 @@ def gathered(
 def write_columns(path: Path, columns: Columns) -> None:
     """Write the columns durably."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **columns)
+        np.savez(file, **columns)  # type: ignore[arg-type]
 
 
 def read_columns(path: Path) -> dict[str, npt.NDArray[Any]]:

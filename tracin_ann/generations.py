@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tracin_ann.canaries import Canaries, read_canaries
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, problem
 from tracin_ann.files import atomic_path, make_directory, sweep_temporaries, sync_directory
 from tracin_ann.locks import Lease, free, writing
@@ -117,9 +118,16 @@ def current(directory: Path) -> Manifest | None:
     """Return the current manifest, or None where no generation was finished.
 
     Raises:
-        DamagedIndexError: there is a manifest that cannot be understood.
+        DamagedIndexError: there is a manifest that cannot be understood, or there was one and it is gone.
     """
-    return Manifest.read(directory) if (directory / MANIFEST).exists() else None
+    if (directory / MANIFEST).exists():
+        return Manifest.read(directory)
+    # A first build may be killed between its two manifests; later ones leave the one that was current.
+    if any(generation_of(path.parent) > 1 for path in directory.glob(f"{_PREFIX}*/{MANIFEST}")):
+        raise DamagedIndexError(
+            problem(f"{directory / MANIFEST}", got="no file", expected="a file", remedy="run tracin-verify --repair")
+        )
+    return None
 
 
 def next_folder(directory: Path, manifest: Manifest | None) -> Path:
@@ -207,9 +215,14 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
 
 
 def carried(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
-    """Put files of a generation into the next one's directory: linked where the file system can, else copied."""
+    """Put files of a generation into the next one's directory: linked where the file system can, else copied.
+
+    Raises:
+        DamagedIndexError: one is not what was written.
+    """
     old = folder_of(directory, manifest.generation)
     for record in records:
+        check_file(old, record, deep=True)
         # A killed writer may have linked this very file: renamed onto itself, the temporary would stay.
         (folder / record.name).unlink(missing_ok=True)
         with atomic_path(folder / record.name) as temporary:
@@ -227,6 +240,16 @@ def check(directory: Path, manifest: Manifest, *, deep: bool) -> None:
     """
     for record in manifest.besides:
         check_file(folder_of(directory, manifest.generation), record, deep=deep)
+
+
+def kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
+    """Return a generation's canaries, or none where their file is damaged."""
+    folder = folder_of(directory, manifest.generation)
+    try:
+        check_file(folder, manifest.canaries, deep=True)
+        return read_canaries(folder / manifest.canaries.name)
+    except DamagedIndexError:
+        return ()
 
 
 def feature_records(

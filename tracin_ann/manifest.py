@@ -255,7 +255,10 @@ def _read(path: Path) -> dict[str, Any]:
     """
     content: dict[str, Any] = read_json(path)
     _check_format(content.pop("format", None), path)
-    written, found = content.pop("digest", None), content_digest(content)
+    try:
+        written, found = content.pop("digest", None), content_digest(content)
+    except RecursionError as error:
+        raise DamagedIndexError(_not_understood(path, error)) from error
     if written != found:
         raise DamagedIndexError(
             problem(

@@ -11,7 +11,7 @@ import numpy as np
 
 from tracin_ann.absent import removed_ids, skipped_rows, write_removed
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.generations import carried, current, generation_of, next_folder, published, settled
+from tracin_ann.generations import carried, check, current, generation_of, next_folder, published, settled
 from tracin_ann.locks import writing
 from tracin_ann.manifest import Manifest
 
@@ -40,6 +40,7 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
         if wrong or not ids:
             got: object = wrong[0] if wrong else "no ids"
             raise UsageError(problem("bad --ids", got=got, expected=f"0 to {n_rows - 1}", remedy="change --ids"))
+        check(out, manifest, deep=True)
         before = removed_ids(out, manifest)
         removed = np.union1d(before, np.array(ids, dtype=np.int64))
         if len(np.union1d(removed, skipped_rows(out, manifest).row_S)) == n_rows:

@@ -28,7 +28,7 @@ from tracin_ann.manifest import (
 )
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore
-from tracin_ann.task import Task
+from tracin_ann.task import Task, load_task
 from tracin_ann.types import ProgressCallback
 
 _LOOKED_AT = 1000
@@ -100,6 +100,17 @@ def repair(
     out = Path(directory)
     seen = verify(out, progress)
     manifest = _best(out)
+    rotten = [damage.path for damage in seen.damage if damage.path.name not in (MANIFEST, BUILD_RECORD)]
+    reference = manifest.build.task
+    chosen = task or reference.reference
+    given = reference.arguments if arguments is None else arguments
+    if rotten and chosen is None:
+        raise DamagedIndexError(
+            problem(f"{out} does not know its task", got="no task", expected="one", remedy="pass --task FILE.py:NAME")
+        )
+    if rotten and isinstance(chosen, str):
+        # Before anything is removed: a task that cannot be found makes nothing anew.
+        load_task(chosen, given)
     with writing(out):
         if manifest.removed is not None and any(d.path.name == manifest.removed.name for d in seen.damage):
             raise DamagedIndexError(
@@ -110,25 +121,14 @@ def repair(
                     remedy="restore that file, or build a new index and remove the rows again",
                 )
             )
-        computed = False
-        for damage in seen.damage:
-            if damage.path.name in (MANIFEST, BUILD_RECORD):
-                continue
-            computed = True
-            damage.path.unlink(missing_ok=True)
+        for path in rotten:
+            path.unlink(missing_ok=True)
         if any(damage.path.name == BUILD_RECORD for damage in seen.damage):
             write_build_record(out, manifest.build)
         for place in (folder_of(out, manifest.generation), out):
             manifest.write(place)
-    if not computed:
+    if not rotten or chosen is None:
         return None
-    reference = manifest.build.task
-    chosen = task or reference.reference
-    if chosen is None:
-        raise DamagedIndexError(
-            problem(f"{out} does not know its task", got="no task", expected="one", remedy="pass --task FILE.py:NAME")
-        )
-    given = reference.arguments if arguments is None else arguments
     return build(chosen, out, config_of(manifest, device), arguments=given, progress=progress)
 
 
@@ -182,12 +182,11 @@ def _best(out: Path) -> Manifest:
     except DamagedIndexError:
         if not (out / MANIFEST).exists() and not (out / BUILD_RECORD).exists():
             raise
-        for folder in sorted(out.glob("generation-*"), key=generation_of, reverse=True):
-            try:
-                return Manifest.read(folder)
-            except DamagedIndexError:
-                continue
-        raise
+        # Only the last one: an older one, kept by a reader, knows nothing of what was removed since.
+        folders = sorted(out.glob("generation-*"), key=generation_of)
+        if not folders:
+            raise
+        return Manifest.read(folders[-1])
 
 
 def _where(path: Path) -> str:

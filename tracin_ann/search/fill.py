@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.files import atomic_path, file_digest, read_json, write_json_atomic
 from tracin_ann.search.cluster import Survey, stratified_ids, survey
@@ -47,7 +48,7 @@ class Scratch:
         digests = []
         for path, write in (
             (self._path(name, ".faiss"), lists.save),
-            (self._path(name, ".npz"), lambda temporary: np.savez(temporary, allow_pickle=False, **arrays)),
+            (self._path(name, ".npz"), lambda temporary: np.savez(temporary, **arrays)),
         ):
             with atomic_path(path) as temporary:
                 write(temporary)
@@ -65,8 +66,12 @@ class Scratch:
         except _BROKEN:
             return None
 
+    def after(self, name: str) -> Scratch:
+        """Return the scratch of what is made of what is kept under a name: other bits there, another key."""
+        return Scratch(self.directory, f"{self.key} {file_digest(self._path(name, '.json'))}")
+
     def _key(self) -> str:
-        return f"{_VERSION}-{STRETCH_ROWS}-{self.key}"
+        return f"{_VERSION}-{import_faiss().__version__}-{STRETCH_ROWS}-{self.key}"
 
     def _path(self, name: str, suffix: str) -> Path:
         return self.directory / f"{name}{suffix}"
@@ -112,6 +117,7 @@ def filled(
     """
     params.lists_for(len(source))
     found = _trained(source, params, scratch)
+    scratch = None if scratch is None else scratch.after("trained")
     lists, assigner = found.lists, found.assigner
     extents = assigner.taken()
     starts = range(0, len(source), STRETCH_ROWS)

@@ -172,7 +172,7 @@ class IVFIndex:
         with naming(centroids_path), centroids_path.open("wb") as file:
             save_array(file, tree.pop("centroid_LR"))
         with naming(arrays_path):
-            np.savez(arrays_path, allow_pickle=False, basis_FR=basis, outliers=parts.outliers, **tree)
+            np.savez(arrays_path, basis_FR=basis, outliers=parts.outliers, **tree)
         # FAISS reads a file that lacks its last few bytes without a word.
         caption = dataclasses.replace(self._caption, lists_bytes=lists_path.stat().st_size)
         with naming(caption_path):

@@ -70,7 +70,12 @@ def _leading(rows: Tensor, width: int, seed: int) -> Tensor:
     """Return the leading right singular vectors [F, width]."""
     dim = rows.shape[1]
     if dim <= _SMALL_DIM:
-        vectors: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
+        moment = rows.T @ rows
+        try:
+            vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+        except RuntimeError:
+            # Rows of low rank may not converge in float32.
+            vectors = torch.linalg.eigh(moment.double()).eigenvectors.to(rows.dtype)
         return vectors[:, -width:].flip(1)
     random = torch.Generator().manual_seed(seed)
     basis = torch.randn(dim, min(dim, width + _OVERSAMPLED), generator=random, dtype=rows.dtype)
