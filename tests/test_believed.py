@@ -38,7 +38,7 @@ def loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def columns(row: Any) -> dict[str, Any]:
-    return {"label": row[1], "norm": float(row[0].norm()), "even": row[1] % 2 == 0, "name": f"kind-{row[1]}"}
+    return {"label": row[1], "norm": float(row[0].norm()), "even": row[1] % 2 == 0, "file": f"kind-{row[1]}"}
 
 
 def models(folder: Path) -> list[nn.Module]:
@@ -190,7 +190,7 @@ def test_strange_queries_are_marked(index: InfluenceIndex) -> None:
         (RowFilter(without=(0, 7)), lambda c: ~np.isin(np.arange(N), [0, 7])),
         (RowFilter(where=("label=3",)), lambda c: c["label"] == 3),
         (RowFilter(where=("label=1,2", "norm >= 5.5")), lambda c: np.isin(c["label"], [1, 2]) & (c["norm"] >= 5.5)),
-        (RowFilter(where=("name!=kind-0", "even=true")), lambda c: (c["name"] != "kind-0") & c["even"]),
+        (RowFilter(where=("file!=kind-0", "even=true")), lambda c: (c["file"] != "kind-0") & c["even"]),
         (RowFilter(where=("norm<0",)), lambda c: np.zeros(N, bool)),
     ],
 )
@@ -205,7 +205,7 @@ def test_strange_queries_are_marked(index: InfluenceIndex) -> None:
 def test_hits_pass_the_filter_and_none_is_missing(
     index: InfluenceIndex, rows_asked: RowFilter, passing: Any, options: QueryOptions
 ) -> None:
-    held = {name: np.array([columns(row)[name] for row in rows(N, 1)]) for name in ("label", "norm", "even", "name")}
+    held = {name: np.array([columns(row)[name] for row in rows(N, 1)]) for name in ("label", "norm", "even", "file")}
     allowed = np.flatnonzero(passing(held))
     answer = index.query([0], options=replace(options, rows=rows_asked, k=2 * N))[0]
     found = sorted(int(hit.id) for hit in (*answer.proponents, *answer.opponents))
@@ -224,7 +224,7 @@ def test_hits_pass_the_filter_and_none_is_missing(
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (RowFilter(where=("colour=3",)), "no column 'colour'.*label, norm, even, name"),
+        (RowFilter(where=("colour=3",)), "no column 'colour'.*label, norm, even, file"),
         (RowFilter(where=("label",)), "bad --where.*COLUMN=VALUE"),
         (RowFilter(where=("label=red",)), "bad --where.*a number"),
         (RowFilter(where=("even=maybe",)), "bad --where.*true or false"),

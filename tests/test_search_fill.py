@@ -173,6 +173,36 @@ def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
     assert records[0] == records[1] and len(both[0]) == 400
 
 
+def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    config = replace(CONFIG, index="ivf")
+    build(task, tmp_path / "whole", config)
+
+    def killed(*given: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BUILD.Yardstick, "fidelity", killed)
+        with pytest.raises(Killed):
+            build(task, tmp_path / "out", config)
+    filled, starts = fill._fill, []
+
+    def counted(*given: object) -> None:
+        starts.append(given[3])
+        filled(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fill, "_fill", counted)
+        patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
+        build(task, tmp_path / "out", config)
+    assert starts == [300], "only the last stretch, which is never kept by itself"
+    assert not (tmp_path / "out" / BUILD.UNFINISHED_INDEX).exists()
+    both = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
+    assert both[0] == both[1]
+
+
 def test_stretches_of_another_training_are_not_used(values: np.ndarray, tmp_path: Path) -> None:
     scratch = Scratch(tmp_path / "scratch", "key")
     IVFIndex.build(Rows(values * 2), PARAMS, CPU, scratch)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -300,7 +299,6 @@ class BuildWork:
                     os.replace(unfinished / name, temporary)
                 files.append(record_of(folder / name))
             files += write_unlisted(folder, removed_R)
-        shutil.rmtree(unfinished, ignore_errors=True)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
     def report(self, manifest: Manifest, began: float) -> BuildReport:

@@ -20,6 +20,7 @@ from tracin_ann.files import atomic_path
 from tracin_ann.types import Int64, ProgressCallback
 
 FILE = "columns.npz"
+_PREFIX = "column "
 Columns = Mapping[str, npt.NDArray[Any]]
 _KINDS = (bool, int, float, str)
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -99,7 +100,8 @@ def gathered(
 def write_columns(path: Path, columns: Columns) -> None:
     """Write the columns durably."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **columns)  # type: ignore[arg-type]
+        # Prefixed: a column may be called as an argument of savez is.
+        np.savez(file, **{f"{_PREFIX}{name}": column for name, column in columns.items()})
 
 
 def read_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -110,7 +112,7 @@ def read_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name.removeprefix(_PREFIX): arrays[name] for name in arrays.files}
     except Exception as error:
         raise DamagedIndexError(
             problem(

@@ -146,7 +146,19 @@ def import_faiss() -> ModuleType:
         raise _no_faiss() from error
     if not hasattr(faiss, "IndexFlatIP"):
         raise _no_faiss()
+    _single_threaded_after_fork(faiss)
     return faiss
+
+
+@functools.cache
+def _single_threaded_after_fork(faiss: ModuleType) -> None:
+    """Let forked processes search and multiply in one thread: this one's threads are gone there, and waited for."""
+
+    def alone() -> None:
+        faiss.omp_set_num_threads(1)
+        torch.set_num_threads(1)
+
+    os.register_at_fork(after_in_child=alone)
 
 
 def faiss_gpu_resources(device: torch.device) -> Any | None:
