@@ -101,7 +101,7 @@ def write_columns(path: Path, columns: Columns) -> None:
     """Write the columns durably."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         # Prefixed: a column may be called as an argument of savez is.
-        np.savez(file, **{f"{_PREFIX}{name}": column for name, column in columns.items()})
+        np.savez(file, **{f"{_PREFIX}{name}": column for name, column in columns.items()})  # type: ignore[arg-type]
 
 
 def read_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
