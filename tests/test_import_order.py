@@ -26,6 +26,8 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"dry_run"}, False),
     ({"verification"}, False),
     ({"build", "index"}, False),
+    ({"fitting", "results"}, False),
+    ({"formats", "plots"}, False),
     ({"ranking"}, False),
     ({"ways", "calibration", "removal"}, False),
     ({"absent"}, False),

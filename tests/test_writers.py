@@ -28,7 +28,7 @@ from tasks.toy import Toy
 from tracin_ann import InfluenceIndex, build, files
 from tracin_ann.canaries import Canaries, write_canaries
 from tracin_ann.cli.build import main as build_command
-from tracin_ann.columns import write_columns
+from tracin_ann.columns import RowTable, write_columns
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming
 from tracin_ann.files import atomic_write, make_directory, save_array, sweep_temporaries
 from tracin_ann.generations import folder_of, leased
@@ -300,7 +300,7 @@ BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, R
 WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),
-    "columns.npz": lambda path: write_columns(path, {"label": np.arange(3000), "name": np.array(["a", "bc"] * 900)}),
+    "columns.npz": lambda path: write_columns(path, RowTable({"label": np.arange(3000)}, np.arange(3000))),
     "removed.npy": lambda path: _saved(path, np.arange(3000)),
     "ivf.faiss": lambda path: _lists().save(path),
 }

@@ -11,6 +11,7 @@ from tracin_ann.loading import SideName
 
 Rerank = Literal["none", "stored", "exact"]
 Search = Literal["auto", "lists", "scan"]
+Id = int | str
 SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 
 
@@ -78,17 +79,29 @@ class Hit:
     """A training row among the answers.
 
     Attributes:
-        id: its id.
+        id: the task's own id of it (`Task.ids`), else its position.
+        row: its position in train_data.
         score: true where it was computed exactly, else from the stored features.
         stored_score: the score from the stored features, where `score` is exact.
+        by_checkpoint: the stored features' score by checkpoint, in the order that was asked; sums to it.
+        of_means: of a contrast, the scores for the mean of the one set and for that of the other; `score` is their
+            difference.
         error: one standard deviation of the stored features' score around the true one, as far as the build's
             measurement tells; None where the build measured none, or for cosine.
     """
 
-    id: str
+    id: Id
+    row: int
     score: float
     stored_score: float | None = None
     error: float | None = None
+    by_checkpoint: tuple[float, ...] = ()
+    of_means: tuple[float, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether `score` is true TracInCP; then it has no error."""
+        return self.stored_score is not None
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,10 @@ class Answer:
     """A query's rows: proponents by falling score, all > 0; opponents by rising score, all < 0.
 
     Attributes:
-        query: the query's id.
-        side: which data set the id counts in, `query` or `train`.
+        query: the query's own id (`Task.ids`), else its position; of several rows as one question, a caption.
+        side: which data set the query is of, `query` or `train`.
+        members: the positions of its rows in that data set; of a contrast, of those whose helpers are asked for.
+        against: of a contrast, the positions of those to be hurt.
         proponents: training rows that lowered the query's loss.
         opponents: training rows that raised it.
         rows_scored: stored rows and centroids that the index compared, both directions together.
@@ -105,19 +120,32 @@ class Answer:
         strange: whether the query looks unlike all queries that the recall was measured on.
     """
 
-    query: str
+    query: Id
     side: SideName
+    members: tuple[int, ...]
     proponents: tuple[Hit, ...]
     opponents: tuple[Hit, ...]
     rows_scored: int
     how: str = ""
     strange: bool = False
+    against: tuple[int, ...] = ()
+
+    @property
+    def hits(self) -> tuple[Hit, ...]:
+        """Return the proponents, then the opponents."""
+        return (*self.proponents, *self.opponents)
+
+    @property
+    def row(self) -> int | None:
+        """Return the query's position, or None of several rows as one question."""
+        return self.members[0] if len(self.members) == 1 and not self.against else None
 
 
 @dataclass(frozen=True)
 class SelfInfluence:
-    """A training row's own score Σ_c η_c ‖∇ℓ(w_c, z)‖², and its rank from 1, the largest."""
+    """A training row's own score Σ_c η_c ‖∇ℓ(w_c, z)‖², and its rank from 1, the largest; ids as in Hit."""
 
-    id: str
+    id: Id
+    row: int
     score: float
     rank: int

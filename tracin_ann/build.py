@@ -267,12 +267,12 @@ class BuildWork:
         return done.plan
 
     def columns(self, folder: Path, progress: ProgressCallback) -> FileRecord | None:
-        """Write the columns of the training rows, where the task gives any."""
-        asked = self.passes.task.columns
-        if asked is None:
+        """Write the columns and ids of the training rows, where the task gives any."""
+        task = self.passes.task
+        if task.columns is None and task.ids is None:
             return None
-        columns = gathered(asked, self.passes.data("train"), self.passes.n_rows("train"), progress)
-        write_columns(folder / COLUMNS, columns)
+        table = gathered(task, self.passes.data("train"), self.passes.n_rows("train"), progress)
+        write_columns(folder / COLUMNS, table)
         return record_of(folder / COLUMNS)
 
     def index(

@@ -1,6 +1,7 @@
-"""Columns of the training rows, kept with the index, and which rows a query's filter lets pass.
+"""Columns and ids of the training rows, kept with the index, and which rows a query's filter lets pass.
 
-`Task.columns(example) -> {name: number, bool or text}` is asked once a row when the index is built.
+`Task.columns(example) -> {name: number, bool or text}` and `Task.ids(example)` are asked once a row when the index is
+built.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, TaskError, UsageError, problem
 from tracin_ann.files import atomic_path
+from tracin_ann.task import Task
 from tracin_ann.types import Int64, ProgressCallback
 
 FILE = "columns.npz"
-_PREFIX = "column "
+_PREFIX, _IDS = "column ", "ids"
 Columns = Mapping[str, npt.NDArray[Any]]
 _KINDS = (bool, int, float, str)
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -73,46 +75,110 @@ class RowFilter:
         return np.flatnonzero(passing_N).astype(np.int64)
 
 
-def gathered(
-    columns: Callable[[Any], Mapping[str, Any]], rows: Any, n_rows: int, progress: ProgressCallback
-) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of all rows, by name.
+@dataclass(frozen=True)
+class RowTable:
+    """What is kept of the training rows beside their features.
+
+    Attributes:
+        columns: by name, [N] each.
+        ids: the task's own ids [N], int64 or text, each once; None: rows go by their positions.
+    """
+
+    columns: Columns
+    ids: npt.NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that all are of one length.
+
+        Raises:
+            DamagedIndexError: they are not.
+        """
+        lengths = {len(values) for values in self.arrays.values()}
+        if len(lengths) > 1:
+            raise DamagedIndexError(f"columns of {sorted(lengths)} rows cannot be of one index; build a new one")
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return all arrays, by their names in the file: a column may be called as an argument of savez is."""
+        held = {f"{_PREFIX}{name}": column for name, column in self.columns.items()}
+        return held if self.ids is None else {**held, _IDS: self.ids}
+
+    def __len__(self) -> int:
+        """Return N, or 0 where nothing is kept."""
+        return max((len(values) for values in self.arrays.values()), default=0)
+
+    def id_at(self, row: int) -> int | str:
+        """Return the id of the row at a position."""
+        if self.ids is None:
+            return row
+        own: int | str = self.ids[row].item()
+        return own
+
+
+def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> RowTable:
+    """Return the columns and ids of all rows, as far as the task gives them.
 
     Raises:
-        TaskError: a row gives no mapping, other names than the first, or a value of another kind.
+        TaskError: a row gives no mapping, other names than the first, or a value of another kind; an id is of another
+            kind than the first, or another row's.
     """
     found: dict[str, list[Any]] = {}
+    ids: dict[int | str, int] = {}
     for i in range(n_rows):
-        given: object = columns(rows[i])
-        if not isinstance(given, Mapping) or (i and given.keys() != found.keys()) or not all(map(_fine, given)):
-            raise TaskError(_unlike(i, given, list(found)))
-        for name, value in given.items():
-            plain = value.item() if hasattr(value, "item") else value
-            kept = found.setdefault(name, [])
-            if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])):
-                raise TaskError(_unlike(i, {name: value}, list(found)))
-            kept.append(plain)
+        row = rows[i]
+        if task.columns is not None:
+            _add(found, task.columns(row), i)
+        own = task.id_of(row)
+        if own is not None:
+            _refuse_second(ids, own, i)
+            ids[own] = i
         if i % 1000 == 0 or i + 1 == n_rows:
             progress("columns", i + 1, n_rows)
-    return {name: np.array(values) for name, values in found.items()}
+    columns = {name: np.array(values) for name, values in found.items()}
+    return RowTable(columns, np.array(list(ids)) if ids else None)
 
 
-def write_columns(path: Path, columns: Columns) -> None:
-    """Write the columns durably."""
+def _add(found: dict[str, list[Any]], given: object, row: int) -> None:
+    if not isinstance(given, Mapping) or (row and given.keys() != found.keys()) or not all(map(_fine, given)):
+        raise TaskError(_unlike(row, given, list(found)))
+    for name, value in given.items():
+        plain = value.item() if hasattr(value, "item") else value
+        kept = found.setdefault(name, [])
+        if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])):
+            raise TaskError(_unlike(row, {name: value}, list(found)))
+        kept.append(plain)
+
+
+def _refuse_second(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
+    first = next(iter(ids), own)
+    if own in ids or type(own) is not type(first):
+        raise TaskError(
+            problem(
+                f"Task.ids gives row {row} an id that it cannot have",
+                got=f"{own!r}, that of row {ids[own]}" if own in ids else f"{own!r}, the first row's is {first!r}",
+                expected="one kind of id, each once",
+                remedy="mend Task.ids",
+            )
+        )
+
+
+def write_columns(path: Path, table: RowTable) -> None:
+    """Write the columns and ids durably."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        # Prefixed: a column may be called as an argument of savez is.
-        np.savez(file, **{f"{_PREFIX}{name}": column for name, column in columns.items()})  # type: ignore[arg-type]
+        np.savez(file, **table.arrays)  # type: ignore[arg-type]
 
 
-def read_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns that `write_columns` wrote.
+def read_columns(path: Path) -> RowTable:
+    """Return the columns and ids that `write_columns` wrote.
 
     Raises:
         DamagedIndexError: the file is missing or cannot be read.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name.removeprefix(_PREFIX): arrays[name] for name in arrays.files}
+            held = {name: arrays[name] for name in arrays.files}
+        ids = held.pop(_IDS, None)
+        return RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
     except Exception as error:
         raise DamagedIndexError(
             problem(

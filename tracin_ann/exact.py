@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,27 @@ from tracin_ann.passes import LoadedModel, Passes
 from tracin_ann.types import Float64, Int64
 
 Directions = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The examples that rows are scored against, each by itself or mixed.
+
+    Attributes:
+        side: `query`, or `train` for training rows as queries.
+        ids: their positions there, Q of them.
+        mixture_GQ: G weighted sums of the examples' gradients are asked instead of each example's; None: each.
+    """
+
+    side: SideName
+    ids: Sequence[int]
+    mixture_GQ: Float64 | None = None
+
+    def __len__(self) -> int:
+        """Return how many directions are scored against: G, or Q."""
+        return len(self.ids) if self.mixture_GQ is None else len(self.mixture_GQ)
+
+
 Wanted = npt.NDArray[np.bool_]
 _DIRECTION_BYTES = 1 << 30
 _LARGEST_EXPONENT = 100
@@ -50,14 +72,14 @@ def exact_scores(
         TaskError: the loss breaks the contract.
         NonFiniteError: a score is NaN or infinite.
     """
-    with exact_scorer(passes, queries, checkpoints) as scorer:
+    with exact_scorer(passes, Queries(*queries), checkpoints) as scorer:
         return scorer.scores(rows)
 
 
 @contextmanager
 def exact_scorer(
     passes: Passes,
-    queries: tuple[SideName, Sequence[int]],
+    queries: Queries,
     checkpoints: Sequence[int],
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[ExactScorer]:
@@ -75,14 +97,14 @@ class ExactScorer:
     def __init__(
         self,
         model: LoadedModel,
-        queries: tuple[SideName, Sequence[int]],
+        queries: Queries,
         checkpoints: Sequence[int],
         progress: Callable[[int], None] | None,
     ) -> None:
         self._model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         self._step = max(1, _DIRECTION_BYTES // entries)
-        self._keep = len(checkpoints) * len(queries[1]) * entries <= _DIRECTION_BYTES
+        self._keep = len(checkpoints) * len(queries) * entries <= _DIRECTION_BYTES
         self._kept: dict[tuple[int, int], tuple[Directions, Int64]] = {}
 
     def scores(self, rows: Sequence[int], wanted_QN: Wanted | None = None) -> Float64:
@@ -92,7 +114,7 @@ class ExactScorer:
             TaskError: the loss breaks the contract.
             NonFiniteError: a score is NaN or infinite.
         """
-        n_queries = len(self._queries[1])
+        n_queries = len(self._queries)
         scores_QN = np.zeros((n_queries, len(rows)))
         wanted_QN = np.ones(scores_QN.shape, dtype=bool) if wanted_QN is None else wanted_QN
         # Rows that the same queries want come together: a batch then needs few queries' directions.
@@ -121,12 +143,24 @@ class ExactScorer:
         """Return the queries' gradients, scaled, and the exponents [Q] that undo it."""
         found = self._kept.get((checkpoint, first))
         if found is None:
-            side, ids = self._queries
-            directions = _directions(self._model, side, ids[first : first + self._step])
+            directions = self._unscaled(first)
             found = directions, _scaled(directions)
             if self._keep:
                 self._kept[checkpoint, first] = found
         return found
+
+    def _unscaled(self, first: int) -> Directions:
+        side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
+        if mixture_GQ is None:
+            return _directions(self._model, side, ids[first : first + self._step])
+        total: Directions = {}
+        for start in range(0, len(ids), self._step):
+            chosen = slice(start, start + self._step)
+            weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._step, chosen]))
+            for name, direction in _directions(self._model, side, ids[chosen]).items():
+                mixed = weight_GQ.to(direction) @ direction
+                total[name] = total[name] + mixed if name in total else mixed
+        return total
 
 
 def _scaled(directions: Directions) -> Int64:

@@ -7,30 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tracin_ann.absent import Skipped, listed_rows, removed_ids, skipped_rows, unlisted_ids
-from tracin_ann.answers import Answer, QueryOptions, SelfInfluence
-from tracin_ann.canaries import Canaries, read_canaries
-from tracin_ann.columns import RowFilter, read_columns
+from tracin_ann.answers import Answer, Id, QueryOptions, SelfInfluence
+from tracin_ann.columns import Columns, RowFilter, RowTable, read_columns
 from tracin_ann.device import resolve_device
-from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
+from tracin_ann.errors import UsageError, problem
 from tracin_ann.exact import exact_self_influence
-from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.fitting import Fitting, found_task
 from tracin_ann.generations import check, folder_of, leased
 from tracin_ann.loading import SideName
 from tracin_ann.locks import Lease
 from tracin_ann.manifest import FEATURES, Manifest
-from tracin_ann.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.passes import Passes, PassOptions
 from tracin_ann.ranking import Question, Ranking
+from tracin_ann.results import Answers, Ranked
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
-from tracin_ann.sketch import make_sketch
-from tracin_ann.spec import FeatureSpec, SketchSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
+from tracin_ann.spec import SketchSpec
 from tracin_ann.store import FeatureStore, FeatureView
-from tracin_ann.task import Description, Task, load_task
+from tracin_ann.task import Description, Task
 from tracin_ann.types import Float32, Int64, ProgressCallback
 
 
@@ -42,7 +39,7 @@ class InfluenceIndex:
     ) -> None:
         self.directory, self.manifest = directory, manifest
         self._folder = folder_of(directory, manifest.generation)
-        self._find_task, self._options = find_task, options
+        self._fitting, self._options = Fitting(directory, manifest, find_task, options), options
         self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
         self._lease: Lease | None = None
 
@@ -78,7 +75,7 @@ class InfluenceIndex:
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
             channels_last=manifest.build.channels_last,
         )
-        index = cls(path, manifest, lambda: _found(task, arguments, manifest, path), options)
+        index = cls(path, manifest, lambda: found_task(task, arguments, manifest, path), options)
         # Held as long as the index: until then, nobody sweeps its generation's files.
         index._lease = lease
         index._store.check(manifest.features)
@@ -88,40 +85,23 @@ class InfluenceIndex:
         """Return N."""
         return self.manifest.build.layout.n_rows
 
-    @cached_property
+    @property
     def task(self) -> Task:
         """Return the task, imported now if the build was told its name.
 
         Raises:
             UsageError: it cannot be found.
         """
-        return self._find_task()
+        return self._fitting.task
 
-    @cached_property
+    @property
     def passes(self) -> Passes:
         """Return the task's data and model, after every field of the spec was found to fit.
 
         Raises:
             IndexMismatchError: a field differs.
         """
-        passes = Passes(self.task, self._options)
-        with passes.model() as model:
-            self.manifest.build.spec.refuse_unlike(self._asked(passes, model), str(self.directory))
-        return passes
-
-    def _asked(self, passes: Passes, model: LoadedModel) -> FeatureSpec:
-        built = self.manifest.build
-        sketch = self._features.sketch
-        train = passes.data("train")
-        return replace(
-            built.spec,
-            model=model_digest(model.module),
-            train_rows=passes.n_rows("train"),
-            train_data=built.spec.train_data if built.random_data else data_digest(train, len(train)),
-            parameters=parameter_specs(model.parameters, built.spec.rank_one),
-            checkpoints=checkpoint_specs(passes.task),
-            sketch=replace(built.spec.sketch, version=sketch.version),
-        )
+        return self._fitting.passes
 
     def expect(self, sketch: str | None = None, dim: int | None = None, seed: int | None = None) -> None:
         """Refuse the index unless it was built with these.
@@ -139,15 +119,6 @@ class InfluenceIndex:
         built.refuse_unlike(replace(built, sketch=asked), str(self.directory))
 
     @cached_property
-    def _features(self) -> FeatureOptions:
-        spec = self.manifest.build.spec
-        return FeatureOptions(make_sketch(spec.sketch.name, spec.sketch.dim), spec.sketch.seed, spec.rank_one)
-
-    @cached_property
-    def _canaries(self) -> tuple[Canaries, ...]:
-        return read_canaries(self._folder / self.manifest.canaries.name)
-
-    @cached_property
     def search_index(self) -> SearchIndex:
         """Return the search index over all checkpoints."""
         if self.manifest.index.kind == "ivf":
@@ -156,10 +127,46 @@ class InfluenceIndex:
         return FlatIndex(self._store.view(), self._options.device)
 
     @cached_property
-    def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the columns of the training rows by name; none where the task gave none."""
+    def rows(self) -> RowTable:
+        """Return what the task gave of the training rows: columns by name, and ids."""
         record = self.manifest.columns
-        return {} if record is None else read_columns(self._folder / record.name)
+        return RowTable({}) if record is None else read_columns(self._folder / record.name)
+
+    @property
+    def columns(self) -> Columns:
+        """Return the columns of the training rows by name; none where the task gave none."""
+        return self.rows.columns
+
+    def id_of(self, side: SideName, row: int) -> Id:
+        """Return the task's own id of a row, or its position where the task gives none."""
+        if side == "train":
+            return self.rows.id_at(row)
+        own = self.passes.id_of(side, row)
+        return row if own is None else own
+
+    def positions(self, side: SideName, ids: Sequence[Id]) -> tuple[int, ...]:
+        """Return the positions of rows that are named by the task's own ids; for queries, query_data is read through.
+
+        Raises:
+            UsageError: there is no such id, or the task gives none.
+        """
+        if side == "train":
+            own = [] if self.rows.ids is None else self.rows.ids.tolist()
+        else:
+            own = self.passes.own_ids(side)
+        # As text: a command line does not say whether 7 is a number.
+        places = {str(name): row for row, name in enumerate(own)}
+        unknown = [name for name in ids if str(name) not in places]
+        if unknown:
+            raise UsageError(
+                problem(
+                    f"no such id in {side}_data",
+                    got=repr(unknown[0]),
+                    expected=f"one of {len(own):,} ids, such as {own[0]!r}" if own else "a task with ids",
+                    remedy="change the ids" if own else "name rows by their positions, or give Task.ids",
+                )
+            )
+        return tuple(places[str(name)] for name in ids)
 
     @cached_property
     def removed(self) -> Int64:
@@ -185,37 +192,85 @@ class InfluenceIndex:
         train_ids: Sequence[int] = (),
         options: QueryOptions | None = None,
         progress: ProgressCallback | None = None,
-    ) -> list[Answer]:
+        *,
+        together: bool = False,
+    ) -> Answers:
         """Return the proponents and opponents of rows of `query_data` (`ids`) and of `train_data` (`train_ids`).
+
+        Args:
+            ids: positions in query_data.
+            train_ids: positions in train_data.
+            options: see QueryOptions.
+            progress: called with (stage, done, total).
+            together: one answer a side, to the mean of its rows' gradients: a row's score is the mean of its scores
+                for each.
 
         Raises:
             IndexMismatchError: the task does not fit the index, by a field or by a canary.
             UsageError: an id or an option is out of range, or there is no query.
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
-        options = options or QueryOptions()
         if not ids and not train_ids:
             raise UsageError(
                 problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
             )
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
+        plain = self._question(options)
+        asked = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]
+        return self._answered(asked, progress)
+
+    def contrast(
+        self,
+        ids: Sequence[int],
+        against: Sequence[int],
+        side: SideName = "query",
+        options: QueryOptions | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Answers:
+        """Return one answer: which training rows help rows `ids` more than rows `against`, and which the other way.
+
+        A row's score is its mean score for the one set less that for the other; both are in `Hit.of_means`. A row that
+        helps the one and hurts the other has the first above 0 and the second below.
+
+        Raises:
+            As `query`.
+        """
+        for option, rows in (("--ids", ids), ("--against", against)):
+            if not rows:
+                raise UsageError(
+                    problem("half a contrast", got=f"no {option}", expected="rows of both", remedy=f"give {option}")
+                )
+        question = self._question(options)
+        both = replace(question, side=side, ids=(*ids, *against), together=True, n_against=len(against))
+        return self._answered([both], progress)
+
+    def _question(self, options: QueryOptions | None) -> Question:
+        options = options or QueryOptions()
         allowed = options.rows.allowed(len(self), self.columns, self._absent)
-        checkpoints = self._chosen(options.checkpoints)
-        asked = [Question(side, chosen, checkpoints, options, allowed) for side, chosen in sides if chosen]
+        return Question("query", (), self._chosen(options.checkpoints), options, allowed)
+
+    def _answered(self, asked: Sequence[Question], progress: ProgressCallback | None) -> Answers:
         for question in asked:
             self.passes.check_ids(question.side, question.ids)
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
+        fidelity = self.manifest.fidelity
         answers: list[Answer] = []
         for question in asked:
+            ranking = Ranking(
+                store=self._store,
+                index=self.search_index,
+                record=self.manifest.index,
+                error_scale=None if fidelity is None else fidelity.error_scale,
+                rates=rates,
+                passes=self.passes,
+                id_of=self.id_of,
+                progress=_counted(progress, self._exact_units(question)),
+            )
             queries_QF = self.features(question.side, question.ids, question.checkpoints)
-            counted = _counted(progress, self._exact_units(question))
-            fidelity = self.manifest.fidelity
-            scale = None if fidelity is None else fidelity.error_scale
-            ranking = Ranking(self._store, self.search_index, self.manifest.index, scale, rates, self.passes, counted)
             answers += ranking.answers(question, queries_QF)
         if len(self.skipped):
             answers = [replace(answer, how=f"{answer.how}; {self.skipped.counted}") for answer in answers]
-        return answers
+        return Answers(answers, self.described)
 
     def _exact_units(self, question: Question) -> int:
         """Return the most rows that exact scores of a question may run."""
@@ -231,38 +286,7 @@ class InfluenceIndex:
             IndexMismatchError: a canary shows that the task is not the index's.
             NonFiniteError: an example's loss or gradient is NaN or infinite.
         """
-        blocks = []
-        with self.passes.model() as model:
-            for checkpoint in self._chosen(checkpoints):
-                model.load(checkpoint)
-                extractor = FeatureExtractor(model, self._features)
-                self._check_canaries(extractor, checkpoint)
-                try:
-                    blocks.append(extractor.rows(side, ids).feature_ND)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"this row of {side}_data has no features to ask with: {error}") from error
-        return np.concatenate(blocks, axis=1)
-
-    def _refuse_changed(self, checkpoints: Sequence[int]) -> None:
-        with self.passes.model() as model:
-            for checkpoint in checkpoints:
-                model.load(checkpoint)
-                self._check_canaries(FeatureExtractor(model, self._features), checkpoint)
-
-    def _check_canaries(self, extractor: FeatureExtractor, checkpoint: int) -> None:
-        if self.manifest.build.random_data:
-            return
-        for canaries in self._canaries:
-            if max(canaries.ids_N) >= self.passes.n_rows(canaries.side):
-                raise IndexMismatchError(
-                    problem(
-                        f"{canaries.side}_data is not that of index {self.directory}",
-                        got=f"{self.passes.n_rows(canaries.side)} rows",
-                        expected=f"at least {max(canaries.ids_N) + 1}",
-                        remedy="restore the task's data, or build a new index",
-                    )
-                )
-            canaries.refuse_unlike(extractor, checkpoint, str(self.directory))
+        return self._fitting.features(side, ids, self._chosen(checkpoints))
 
     def self_influence(
         self,
@@ -272,7 +296,7 @@ class InfluenceIndex:
         exact: bool = False,
         rows: RowFilter | None = None,
         progress: ProgressCallback | None = None,
-    ) -> list[SelfInfluence]:
+    ) -> Ranked:
         """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖², the k first or all.
 
         From the stored squared norms (estimates from the sketch, unless built with `norms="exact"`),
@@ -288,18 +312,28 @@ class InfluenceIndex:
         allowed = (rows or RowFilter()).allowed(len(self), self.columns, self._absent)
         ids = np.arange(len(self)) if allowed is None else allowed
         if exact:
-            self._refuse_changed(chosen)
+            self._fitting.refuse_changed(chosen)
             counted = _counted(progress, len(ids) * len(chosen))
             scores_N = exact_self_influence(self.passes, ids.tolist(), chosen, counted)
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
             scores_N = (self._store.sqnorms(chosen) @ rates)[ids]
         order = np.lexsort((ids, -scores_N))[:k]
-        return [SelfInfluence(str(ids[i]), float(scores_N[i]), rank) for rank, i in enumerate(order, start=1)]
+        return Ranked(
+            [
+                SelfInfluence(self.rows.id_at(int(ids[i])), int(ids[i]), float(scores_N[i]), rank)
+                for rank, i in enumerate(order, start=1)
+            ],
+            self.described,
+        )
 
     def described(self, side: SideName, row: int) -> Description | None:
-        """Return what the task shows people of a row, or None."""
-        return self.passes.described(side, row)
+        """Return what the task shows people of a row, or None; an index whose task cannot be found shows nothing."""
+        try:
+            shows = self.task.describe is not None
+        except UsageError:
+            return None
+        return self.passes.described(side, row) if shows else None
 
     def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
         n_checkpoints = len(self.manifest.build.spec.checkpoints)
@@ -315,24 +349,6 @@ class InfluenceIndex:
                 )
             )
         return chosen
-
-
-def _found(task: Task | str | None, arguments: Mapping[str, str] | None, manifest: Manifest, directory: Path) -> Task:
-    """Return the task that was passed, or that the build was told."""
-    if isinstance(task, Task):
-        return task
-    built = manifest.build.task
-    name = task or built.reference
-    if name is None:
-        raise UsageError(
-            problem(
-                f"index {directory} does not know its task",
-                got="an index built from a Task object",
-                expected="the task",
-                remedy="pass --task path/to/file.py:name, or InfluenceIndex.open(dir, task=...)",
-            )
-        )
-    return load_task(name, built.arguments if arguments is None else arguments)
 
 
 def _counted(progress: ProgressCallback | None, total: int) -> Callable[[int], None] | None:

@@ -77,6 +77,7 @@ class Passes:
         self.task, self.options, self._origin = task, options, origin or TaskReference()
         self._data: dict[SideName, Any] = {}
         self._by_length: dict[SideName, bool] = {}
+        self._own_ids: dict[SideName, list[int | str]] = {}
 
     def data(self, side: SideName) -> Any:
         """Return the map-style data set of a side, opened once.
@@ -139,6 +140,24 @@ class Passes:
         """Return what the task shows people of a row, or None."""
         with preserved_globals():
             return self.task.described(self.data(side)[row])
+
+    def id_of(self, side: SideName, row: int) -> int | str | None:
+        """Return the task's own id of a row, or None where it gives none."""
+        if self.task.ids is None:
+            return None
+        with preserved_globals():
+            return self.task.id_of(self.data(side)[row])
+
+    def own_ids(self, side: SideName) -> list[int | str]:
+        """Return the task's own ids of all rows of a side, read through once; none where it gives none."""
+        if self.task.ids is None:
+            return []
+        if side not in self._own_ids:
+            with preserved_globals():
+                data = self.data(side)
+                found = [self.task.id_of(data[i]) for i in range(len(data))]
+            self._own_ids[side] = [own for own in found if own is not None]
+        return self._own_ids[side]
 
     def check_ids(self, side: SideName, ids: Sequence[int]) -> None:
         """Refuse ids that the side does not hold.

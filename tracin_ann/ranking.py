@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.answers import Answer, Hit, QueryOptions
-from tracin_ann.exact import ExactScorer, exact_scorer
+from tracin_ann.answers import Answer, Hit, Id, QueryOptions
+from tracin_ann.exact import ExactScorer, Queries, exact_scorer
 from tracin_ann.fidelity import deviations
 from tracin_ann.loading import SideName
 from tracin_ann.manifest import IndexRecord
@@ -29,13 +29,54 @@ _SURE = 4.0
 
 @dataclass(frozen=True)
 class Question:
-    """Which examples are asked about, over which checkpoints and training rows (None: all), and how."""
+    """Which examples are asked about, over which checkpoints and training rows, and how.
+
+    Attributes:
+        side: the data set of the examples.
+        ids: their positions.
+        checkpoints: positions of the checkpoints to sum over.
+        options: how.
+        allowed: the training rows that may be hits; None: all.
+        together: one answer, to the mean of the examples' gradients, instead of one each.
+        n_against: so many examples at the end are a set of their own, whose mean is subtracted; needs `together`.
+    """
 
     side: SideName
     ids: tuple[int, ...]
     checkpoints: tuple[int, ...]
     options: QueryOptions
     allowed: Int64 | None = None
+    together: bool = False
+    n_against: int = 0
+
+    @property
+    def asked(self) -> tuple[tuple[int, ...], ...]:
+        """Return each answer's examples, those of the set against left out."""
+        return (self.ids[: len(self.ids) - self.n_against],) if self.together else tuple((i,) for i in self.ids)
+
+    @property
+    def against(self) -> tuple[int, ...]:
+        """Return the examples of the set whose mean is subtracted."""
+        return self.ids[len(self.ids) - self.n_against :]
+
+    @property
+    def means_GQ(self) -> Float64:
+        """Return the weights by which the examples' gradients make their set's mean, and that of the set against."""
+        n_for = len(self.ids) - self.n_against
+        means_GQ = np.zeros((2 if self.n_against else 1, len(self.ids)))
+        means_GQ[0, :n_for] = 1 / n_for
+        means_GQ[-1, n_for:] = 1 / max(1, self.n_against)
+        return means_GQ
+
+    @property
+    def mixture_GQ(self) -> Float64 | None:
+        """Return the weights by which the examples' gradients make what is asked; None: each by itself."""
+        means_GQ = self.means_GQ if self.together else None
+        return means_GQ if means_GQ is None or not self.n_against else means_GQ[:1] - means_GQ[1:]
+
+    def queries(self, *, apart: bool = False) -> Queries:
+        """Return what rows are scored against; `apart`: of a contrast, both sets by themselves."""
+        return Queries(self.side, self.ids, self.means_GQ if apart else self.mixture_GQ)
 
 
 @dataclass(frozen=True)
@@ -59,6 +100,7 @@ class Ranking:
         error_scale: how far sketch scores were seen from true ones, in their standard deviations; None: not measured.
         rates: η_c of all checkpoints.
         passes: the task's data and model, for exact scores.
+        id_of: an example's id, of a side and position.
         progress: told the rows done while exact scores are computed.
     """
 
@@ -68,12 +110,14 @@ class Ranking:
     error_scale: float | None
     rates: Sequence[float]
     passes: Passes
+    id_of: Callable[[SideName, int], Id]
     progress: Callable[[int], None] | None = None
 
     def answers(self, question: Question, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
-        weighted_QF = self._weighted(question, queries_QF)
-        n_queries = len(question.ids)
+        each_QF = self._weighted(question, queries_QF)
+        weighted_QF = _mixed(question.mixture_GQ, each_QF)
+        n_queries = len(question.asked)
         if question.options.exact:
             n_rows = self.store.layout.n_rows
             rows = np.arange(n_rows, dtype=np.int64) if question.allowed is None else question.allowed
@@ -94,10 +138,61 @@ class Ranking:
             found = self._rescored(question, weighted_QF, _pooled(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         strange = way.strange_Q if way.strange_Q is not None else np.zeros(n_queries, bool)
+        each = zip(question.asked, found, weighted_QF, counts, strange, strict=True)
         return [
-            replace(_answer(question, query, scored, int(count)), how=way.how, strange=bool(odd))
-            for query, scored, count, odd in zip(question.ids, found, counts, strange, strict=True)
+            Answer(
+                query=self._caption(question, members),
+                side=question.side,
+                members=members,
+                proponents=self._hits(question, each_QF, query_F, scored, 1),
+                opponents=self._hits(question, each_QF, query_F, scored, -1),
+                rows_scored=int(count),
+                how=way.how,
+                strange=bool(odd),
+                against=question.against,
+            )
+            for members, scored, query_F, count, odd in each
         ]
+
+    def _caption(self, question: Question, members: tuple[int, ...]) -> Id:
+        if not question.together:
+            return self.id_of(question.side, members[0])
+        against = f" against {len(question.against)}" if question.against else ""
+        return f"mean of {len(members)}{against}"
+
+    def _hits(
+        self, question: Question, each_QF: Float32, query_F: Float32, scored: Scored, sign: int
+    ) -> tuple[Hit, ...]:
+        """Return the k best rows of a direction, 1 or -1, with what the stored features say of each."""
+        order = np.lexsort((scored.rows_N, -sign * scored.score_N))[: question.options.k]
+        hits = [
+            _hit(self.id_of("train", int(scored.rows_N[i])), scored, i) for i in order if sign * scored.score_N[i] > 0
+        ]
+        if not hits or (question.options.rerank == "none" and not question.options.exact):
+            return tuple(hits)
+        rows_N = np.array([hit.row for hit in hits], dtype=np.int64)
+        row_NF = self.store.view(question.checkpoints, cosine=question.options.cosine).take(rows_N)
+        parts_NC = (row_NF.astype(np.float64) * query_F).reshape(len(hits), len(question.checkpoints), -1).sum(axis=2)
+        means_GN = self._means(question, each_QF, row_NF, rows_N)
+        return tuple(
+            replace(
+                hit,
+                stored_score=float(parts_C.sum()) if question.options.exact else hit.stored_score,
+                by_checkpoint=tuple(parts_C.tolist()),
+                of_means=tuple(means_G.tolist()),
+            )
+            for hit, parts_C, means_G in zip(hits, parts_NC, means_GN.T, strict=True)
+        )
+
+    def _means(self, question: Question, each_QF: Float32, row_NF: Float32, rows_N: Int64) -> Float64:
+        """Return of a contrast the scores [2, N] of both sets' means, as exact as the answer's; else none, [0, N]."""
+        if not question.n_against or not len(rows_N):
+            return np.zeros((0, len(rows_N)))
+        if question.options.exact or question.options.rerank == "exact":
+            with exact_scorer(self.passes, question.queries(apart=True), question.checkpoints) as scorer:
+                return scorer.scores(rows_N.tolist())
+        means_GN: Float64 = question.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
+        return means_GN
 
     def _weighted(self, question: Question, queries_QF: Float32) -> Float32:
         """Return the queries as they are, or for cosine each checkpoint's part at norm η_c / Σ η."""
@@ -167,7 +262,7 @@ class Ranking:
         ]
 
     def _scorer(self, question: Question) -> AbstractContextManager[ExactScorer]:
-        return exact_scorer(self.passes, (question.side, question.ids), question.checkpoints, self.progress)
+        return exact_scorer(self.passes, question.queries(), question.checkpoints, self.progress)
 
 
 def _exact(scorer: ExactScorer, rows: Sequence[Int64]) -> list[Scored]:
@@ -215,20 +310,15 @@ def _pooled(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[Scored
     return pooled
 
 
-def _answer(question: Question, query: int, scored: Scored, rows_scored: int) -> Answer:
-    falling = np.lexsort((scored.rows_N, -scored.score_N))
-    rising = np.lexsort((scored.rows_N, scored.score_N))
-    k = question.options.k
-    return Answer(
-        query=str(query),
-        side=question.side,
-        proponents=tuple(_hit(scored, i) for i in falling[:k] if scored.score_N[i] > 0),
-        opponents=tuple(_hit(scored, i) for i in rising[:k] if scored.score_N[i] < 0),
-        rows_scored=rows_scored,
-    )
-
-
-def _hit(scored: Scored, i: int) -> Hit:
+def _hit(own: Id, scored: Scored, i: int) -> Hit:
     stored = None if scored.stored_N is None else float(scored.stored_N[i])
     error = None if scored.error_N is None else float(scored.error_N[i])
-    return Hit(str(scored.rows_N[i]), float(scored.score_N[i]), stored, error)
+    return Hit(own, int(scored.rows_N[i]), float(scored.score_N[i]), stored, error)
+
+
+def _mixed(mixture_GQ: Float64 | None, each_QF: Float32) -> Float32:
+    """Return the feature rows of what is asked: features are linear in the gradients."""
+    if mixture_GQ is None:
+        return each_QF
+    mixed_GF: Float32 = (mixture_GQ @ each_QF.astype(np.float64)).astype(np.float32)
+    return mixed_GF

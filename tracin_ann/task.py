@@ -79,6 +79,7 @@ class Task:
         collate: examples -> batch; torch's default collate where it is None.
         describe: example -> str or Description, for people.
         columns: training example -> {name: number, bool or text}, kept with the index for filters.
+        ids: example of either side -> its own id, an int or str, which answers then name; None: its position.
         load: `load(model, path)` for checkpoints that are no plain state_dict.
     """
 
@@ -93,6 +94,7 @@ class Task:
     describe: Callable[[Any], str | Description] | None = None
     load: Callable[[nn.Module, str], None] | None = None
     columns: Callable[[Any], Mapping[str, Any]] | None = None
+    ids: Callable[[Any], int | str] | None = None
 
     def __post_init__(self) -> None:
         """Check the kinds of the fields.
@@ -101,7 +103,7 @@ class Task:
             TaskError: a field that must be callable is not, or there is no checkpoint.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns")
+        optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
@@ -168,6 +170,27 @@ class Task:
     def collated(self, examples: list[Any]) -> Any:
         """Return the batch of these examples."""
         return (self.collate or torch.utils.data.default_collate)(examples)
+
+    def id_of(self, example: Any) -> int | str | None:
+        """Return the example's own id, or None where the task gives none.
+
+        Raises:
+            TaskError: it is neither an int nor a str.
+        """
+        if self.ids is None:
+            return None
+        given: object = self.ids(example)
+        plain = given.item() if hasattr(given, "item") else given
+        if isinstance(plain, bool) or not isinstance(plain, int | str):
+            raise TaskError(
+                problem(
+                    "Task.ids gives no id",
+                    got=repr(given)[:160],
+                    expected="an int or a str",
+                    remedy="return one of these, the same kind for every example",
+                )
+            )
+        return plain
 
     def described(self, example: Any) -> Description | None:
         """Return what people are shown of an example, or None where the task does not say."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tracin_ann.manifest import (
     write_build_record,
 )
 from tracin_ann.search import IVFIndex
-from tracin_ann.store import FeatureFile, FeatureStore
+from tracin_ann.store import FeatureFile, FeatureStore, FileRecord
 from tracin_ann.task import Task, load_task
 from tracin_ann.types import ProgressCallback
 
@@ -204,26 +204,18 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
     """Yield which files say what cannot be, though their bytes are those that were written."""
     own = folder_of(out, manifest.generation)
     n_rows = manifest.build.layout.n_rows
-    if manifest.canaries.name in whole:
-        try:
-            read_canaries(own / manifest.canaries.name)
-        except DamagedIndexError as error:
-            yield Damage(own / manifest.canaries.name, str(error))
-    if manifest.columns is not None and manifest.columns.name in whole:
-        lengths = {len(column) for column in read_columns(own / manifest.columns.name).values()}
-        if lengths - {n_rows}:
-            path = own / manifest.columns.name
-            yield Damage(path, f"{path}: got columns of {sorted(lengths)} rows, expected {n_rows}")
-    if manifest.removed is not None and manifest.removed.name in whole:
-        try:
-            removed_ids(out, manifest)
-        except DamagedIndexError as error:
-            yield Damage(own / manifest.removed.name, str(error))
-    if manifest.skipped is not None and manifest.skipped.name in whole:
-        try:
-            skipped_rows(out, manifest)
-        except DamagedIndexError as error:
-            yield Damage(own / manifest.skipped.name, str(error))
+    readers: list[tuple[FileRecord | None, Callable[[Path], object]]] = [
+        (manifest.canaries, read_canaries),
+        (manifest.columns, lambda path: _refuse_length(path, n_rows)),
+        (manifest.removed, lambda path: removed_ids(out, manifest)),
+        (manifest.skipped, lambda path: skipped_rows(out, manifest)),
+    ]
+    for record, read in readers:
+        if record is not None and record.name in whole:
+            try:
+                read(own / record.name)
+            except DamagedIndexError as error:
+                yield Damage(own / record.name, str(error))
     listed = {record.name for record in manifest.index.files}
     features = {record.name for record in manifest.features}
     if not listed or (listed | features) - whole:
@@ -236,3 +228,9 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
         faults = [str(error)]
     for fault in faults:
         yield Damage(path, f"{path} does not belong to the features: {fault}; run tracin-verify --repair")
+
+
+def _refuse_length(path: Path, n_rows: int) -> None:
+    length = len(read_columns(path))
+    if length != n_rows:
+        raise DamagedIndexError(f"{path}: got columns of {length} rows, expected {n_rows}; run tracin-verify --repair")

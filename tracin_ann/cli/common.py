@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import click
@@ -37,16 +38,31 @@ _REMEDIES = {
 
 
 class IdRanges(click.ParamType):  # type: ignore[type-arg]
-    """Ids and ranges of ids, both ends included: `0-9,17`."""
+    """Ids and ranges of ids, both ends included: `0-9,17`; or `@file` with such on its lines.
+
+    With the command's flag `--own-ids`, the task's own ids, in the same two ways, as text.
+    """
 
     name = "ids"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...] | tuple[str, ...]:
         """Return the ids in the order given, each once."""
         if isinstance(value, tuple):
             return value
+        text = str(value)
+        if text.startswith("@"):
+            try:
+                text = ",".join(
+                    line for line in Path(text[1:]).read_text(encoding="utf-8").splitlines() if line.strip()
+                )
+            except (OSError, UnicodeDecodeError) as error:
+                self.fail(f"cannot read {text[1:]} ({error}), expected a file with ids on its lines", param, ctx)
+        if ctx is not None and ctx.params.get("own_ids") and param is not None and param.name != "checkpoints":
+            return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
         ids: list[int] = []
-        for part in str(value).split(","):
+        for part in text.split(","):
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
                 self.fail(f"got {part.strip()!r}, expected ids and ranges such as 0-9,17", param, ctx)

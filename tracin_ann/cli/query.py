@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import click
 from click.core import ParameterSource
 
-from tracin_ann.answers import SEARCHES, Answer, QueryOptions, SelfInfluence
+from tracin_ann.answers import SEARCHES, QueryOptions
 from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown, refusals
-from tracin_ann.cli.table import print_answers, print_self_influence
+from tracin_ann.cli.output import Sink, output_options
 from tracin_ann.columns import RowFilter
 from tracin_ann.device import DEVICE_NAMES
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.formats import HITS
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.loading import SideName
+from tracin_ann.results import Answers, Ranked
+from tracin_ann.types import ProgressCallback
 
 _IDS = IdRanges()
 _SHOWN = 8
+_LOT = 512
+_WHOLE = {
+    "self_influence": "ranks all training rows",
+    "exact": "ranks all training rows",
+    "against": "asks of two sets of query_data",
+}
 
 
 @click.command(context_settings={"max_content_width": 100})
 @click.argument("directory", type=click.Path(), metavar="DIR")
 @click.option("--ids", type=_IDS, default=(), help="Rows of query_data, such as 0-9,17.")
 @click.option("--train-ids", type=_IDS, default=(), help="Rows of train_data as queries.")
+@click.option("--together", is_flag=True, help="The rows as one query: the mean of their gradients.")
+@click.option("--against", type=_IDS, default=(), help="Rows of query_data: who helps --ids and hurts these?")
 @click.option("--self-influence", is_flag=True, help="Training rows by their own score, largest first.")
 @click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Hits a side (or rows).")
 @click.option("--candidates", default=200, show_default=True, type=click.IntRange(1), help="Rows re-scored a side.")
@@ -43,7 +54,8 @@ _SHOWN = 8
 @click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Of hits; also != < <= > >=; repeatable.")
 @click.option("--checkpoints", type=_IDS, default=None, help="Positions to sum over, such as 0,2; default all.")
 @click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
-@click.option("--format", "form", default="table", show_default=True, type=click.Choice(["table", "jsonl"]))
+@click.option("--own-ids", is_flag=True, is_eager=True, help="Rows are named by the task's own ids, not positions.")
+@output_options
 @click.option("--task", metavar="FILE.py:NAME", help="Where the task is now, if it moved.")
 @click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Instead of the build's; repeatable.")
 @click.option("--sketch", help="Refuse an index built with another sketch.")
@@ -52,7 +64,7 @@ _SHOWN = 8
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
 @click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
 @refusals
-def main(directory: str, form: str, **options: object) -> None:
+def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
     """Ask the index in DIR which training rows are proponents and opponents of a query.
 
     A proponent's score is positive: training on it lowered the query's loss; an opponent's is negative.
@@ -60,32 +72,31 @@ def main(directory: str, form: str, **options: object) -> None:
     Example: query.py runs/mnist --ids 0-9 -k 5 --rerank exact
     """
     _refuse_idle(options)
+    sink = Sink.of(form, output)
     index = _opened(directory, options)
+    if options["own_ids"]:
+        options |= _at_positions(index, options)
     if options["self_influence"]:
-        _self_influence(index, options, form)
+        _self_influence(index, options, sink)
     else:
-        _query(index, options, form)
+        _query(index, options, sink)
 
 
 def _refuse_idle(options: Mapping[str, object]) -> None:
     """Refuse options that were given and would do nothing beside the others."""
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    ranking = ("cosine", "rerank", "candidates", "search", "recall")
     for asked, idle in (
-        ("self_influence", ("ids", "train_ids", "cosine", "rerank", "candidates", "search", "recall")),
+        ("self_influence", ("ids", "train_ids", "together", "against", *ranking)),
         ("exact", ("rerank", "candidates", "search", "recall")),
+        ("against", ("train_ids", "together")),
     ):
         for name in idle:
             if options[asked] and name in given:
                 flag, other = (f"--{word.replace('_', '-')}" for word in (asked, name))
-                raise UsageError(
-                    problem(
-                        f"{flag} ranks all training rows",
-                        got=other,
-                        expected=f"{flag} without it",
-                        remedy="drop one of the two",
-                    )
-                )
+                what, expected = f"{flag} {_WHOLE[asked]}", f"{flag} without it"
+                raise UsageError(problem(what, got=other, expected=expected, remedy="drop one of the two"))
 
 
 def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
@@ -101,27 +112,73 @@ def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
     return index
 
 
-def _query(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
+def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[str, object]:
+    """Return the options that name rows, by their positions."""
+    sides: dict[str, SideName] = {"ids": "query", "against": "query"}
+    sides |= {"train_ids": "train", "only": "train", "without": "train"}
+    named = {name: options[name] for name in sides if options[name]}
+    return {name: index.positions(sides[name], ids) for name, ids in named.items()}  # type: ignore[arg-type]
+
+
+def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> None:
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
-    with progress_shown("rows") as progress:
-        answers = index.query(options["ids"], options["train_ids"], chosen, progress)  # type: ignore[arg-type]
-    if form == "jsonl":
-        for answer in answers:
-            click.echo(json.dumps(_answer_json(index, answer), ensure_ascii=False))
-    else:
-        print_answers(index, answers)
-    scored = sum(answer.rows_scored for answer in answers) / (2 * len(answers))
-    queries = "1 query" if len(answers) == 1 else f"{len(answers)} queries"
-    click.echo(f"{queries}, {scored:,.0f} of {len(index):,} rows scored a side; {answers[0].how}", err=True)
-    strange = [answer.query for answer in answers if answer.strange]
-    if strange:
-        shown = ", ".join(strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")
+    summary = _Summary(len(index))
+    with sink.opened(HITS) as write, progress_shown("rows") as progress:
+        for answers in _lots(index, options, chosen, progress):
+            write(answers)
+            summary.add(answers)
+    click.echo(summary.line, err=True)
+    if summary.strange:
+        shown = ", ".join(summary.strange[:_SHOWN]) + (", ..." if len(summary.strange) > _SHOWN else "")
         click.echo(f"unlike the queries that recall was measured on: {shown}", err=True)
 
 
-def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: str) -> None:
-    with progress_shown("rows") as progress:
+def _lots(
+    index: InfluenceIndex, options: Mapping[str, object], chosen: QueryOptions, progress: ProgressCallback
+) -> Iterator[Answers]:
+    """Yield the answers lot by lot, so that thousands of queries need no more memory than some."""
+    ids: tuple[int, ...] = options["ids"]  # type: ignore[assignment]
+    train_ids: tuple[int, ...] = options["train_ids"]  # type: ignore[assignment]
+    against: tuple[int, ...] = options["against"]  # type: ignore[assignment]
+    if against:
+        yield index.contrast(ids, against, options=chosen, progress=progress)
+    elif options["together"] or not (ids or train_ids):
+        yield index.query(ids, train_ids, chosen, progress, together=True)
+    else:
+        for start in range(0, len(ids), _LOT):
+            yield index.query(ids[start : start + _LOT], (), chosen, progress)
+        for start in range(0, len(train_ids), _LOT):
+            yield index.query((), train_ids[start : start + _LOT], chosen, progress)
+
+
+@dataclass
+class _Summary:
+    """What is said of all answers at the end."""
+
+    n_rows: int
+    queries: int = 0
+    scored: int = 0
+    how: str = ""
+    strange: list[str] = field(default_factory=list)
+
+    def add(self, answers: Answers) -> None:
+        """Take a lot of answers."""
+        self.queries += len(answers)
+        self.scored += sum(answer.rows_scored for answer in answers)
+        self.how = answers[0].how
+        self.strange += [str(answer.query) for answer in answers if answer.strange]
+
+    @property
+    def line(self) -> str:
+        """Return it in one line."""
+        queries = "1 query" if self.queries == 1 else f"{self.queries:,} queries"
+        scored = self.scored / (2 * self.queries)
+        return f"{queries}, {scored:,.0f} of {self.n_rows:,} rows scored a side; {self.how}"
+
+
+def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> None:
+    with sink.opened(Ranked.FIELDS) as write, progress_shown("rows") as progress:
         rows = index.self_influence(
             int(options["k"]),  # type: ignore[call-overload]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
@@ -129,43 +186,10 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], form: 
             rows=_filter(options),
             progress=progress,
         )
-    if form == "jsonl":
-        for row in rows:
-            click.echo(json.dumps(_row_json(row)))
-    else:
-        print_self_influence(index, rows)
+        write(rows)
     if len(index.skipped):
         click.echo(index.skipped.counted, err=True)
 
 
 def _filter(options: Mapping[str, object]) -> RowFilter:
     return RowFilter(options["only"], options["without"], options["where"])  # type: ignore[arg-type]
-
-
-def _row_json(row: SelfInfluence) -> dict[str, object]:
-    return {"id": row.id, "score": row.score, "rank": row.rank}
-
-
-def _answer_json(index: InfluenceIndex, answer: Answer) -> dict[str, object]:
-    content: dict[str, object] = {"query": answer.query, "side": answer.side}
-    if answer.strange:
-        content["strange"] = True
-    _add_text(content, index, answer.side, answer.query)
-    for name in ("proponents", "opponents"):
-        hits = []
-        for hit in getattr(answer, name):
-            shown: dict[str, object] = {"id": hit.id, "score": hit.score}
-            if hit.stored_score is not None:
-                shown["stored_score"] = hit.stored_score
-            if hit.error is not None:
-                shown["error"] = hit.error
-            _add_text(shown, index, "train", hit.id)
-            hits.append(shown)
-        content[name] = hits
-    return content
-
-
-def _add_text(content: dict[str, object], index: InfluenceIndex, side: SideName, row: str) -> None:
-    described = index.described(side, int(row))
-    if described is not None and described.text is not None:
-        content["text"] = described.text

@@ -3,68 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import singledispatch
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
-from tracin_ann.answers import Answer, Hit, SelfInfluence
-from tracin_ann.errors import UsageError
-from tracin_ann.index import InfluenceIndex
-from tracin_ann.loading import SideName
+from tracin_ann.answers import Hit
+from tracin_ann.formats import Texts, shown_cells
+from tracin_ann.results import Answers, Listed
 
 _TEXT_WIDTH = 48
 
 
-def print_answers(index: InfluenceIndex, answers: Sequence[Answer]) -> None:
+@singledispatch
+def print_results(results: object) -> None:
+    """Print results as people read them: answers a table a query, anything else in one table."""
+    raise TypeError(f"no table for {type(results).__name__}")
+
+
+@print_results.register
+def _(answers: Answers) -> None:
     """Print one table a query: proponents on the left, opponents on the right."""
     console = Console(highlight=False)
     for answer in answers:
-        text = _text(index, answer.side, answer.query)
-        title = f"{answer.side} {answer.query}" + (f": {text}" if text else "")
+        shown = [] if answer.row is None else [answers.texts(answer.side, answer.row)]
+        title = ": ".join([f"{answer.side} {answer.query}", *(_line(text) for text in shown if text)])
         table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+        texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
         for side in ("proponent", "opponent"):
             table.add_column(side, justify="right")
-            table.add_column("score", justify="right")
-            if _describes(index):
+            table.add_column("score, for, against" if answer.against else "score", justify="right")
+            if texts is not None:
                 table.add_column("", overflow="ellipsis", max_width=_TEXT_WIDTH)
         for place in range(max(len(answer.proponents), len(answer.opponents))):
-            table.add_row(*_cells(index, answer.proponents, place), *_cells(index, answer.opponents, place))
+            table.add_row(*_cells(texts, answer.proponents, place), *_cells(texts, answer.opponents, place))
         console.print(table)
-        if not answer.proponents and not answer.opponents:
+        if not answer.hits:
             console.print("no row has a score other than 0")
         console.print()
 
 
-def print_self_influence(index: InfluenceIndex, rows: Sequence[SelfInfluence]) -> None:
-    """Print training rows by rank."""
-    try:
-        described = _describes(index)
-    except UsageError:
-        described = False
+@print_results.register
+def _(rows: Listed) -> None:  # type: ignore[type-arg]
+    """Print one table, a line a result; fields that are empty in all results are left out."""
+    cells = [shown_cells(record) for record in rows.records()]
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("rank", "row", "self-influence"):
-        table.add_column(name, justify="right")
-    if described:
-        table.add_column("", overflow="ellipsis", max_width=_TEXT_WIDTH)
-    for row in rows:
-        cells = [str(row.rank), row.id, f"{row.score:.6g}"]
-        table.add_row(*cells, *([escape(_text(index, "train", row.id))] if described else []))
+    filled = [at for at in range(len(rows.FIELDS.names)) if any(line[at] for line in cells)]
+    for at in filled:
+        name, kind = rows.FIELDS.kinds[at]
+        justify: JustifyMethod = "left" if kind == "text" else "right"
+        table.add_column(name, justify=justify, overflow="ellipsis", max_width=_TEXT_WIDTH)
+    for line in cells:
+        table.add_row(*(escape(line[at]) for at in filled))
     Console(highlight=False).print(table)
 
 
-def _cells(index: InfluenceIndex, hits: Sequence[Hit], place: int) -> list[str]:
-    width = 3 if _describes(index) else 2
+def _cells(texts: Texts | None, hits: Sequence[Hit], place: int) -> list[str]:
     if place >= len(hits):
-        return [""] * width
+        return [""] * (2 if texts is None else 3)
     hit = hits[place]
-    return [hit.id, f"{hit.score:+.4g}", escape(_text(index, "train", hit.id))][:width]
+    score = " ".join(f"{value:+.4g}" for value in (hit.score, *hit.of_means))
+    return [escape(str(hit.id)), score, *([] if texts is None else [_line(texts("train", hit.row))])]
 
 
-def _describes(index: InfluenceIndex) -> bool:
-    return index.task.describe is not None
-
-
-def _text(index: InfluenceIndex, side: SideName, row: str) -> str:
-    described = index.described(side, int(row))
-    return " ".join((described.text or "").split()) if described is not None else ""
+def _line(text: str | None) -> str:
+    """Return a text in one line, harmless to rich."""
+    return escape(" ".join((text or "").split()))

@@ -1,0 +1,72 @@
+"""Where a command's results go, and in which form: `--format` and `--output`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from tracin_ann.cli.table import print_results
+from tracin_ann.errors import UsageError, problem
+from tracin_ann.formats import FORMATS, Fields, Format, writer
+from tracin_ann.results import Answers, Listed
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def output_options(command: Command) -> Command:
+    """Give a command `--format` (its parameter `form`) and `--output`."""
+    form = click.option(
+        "--format", "form", type=click.Choice(["table", *FORMATS]), help="[default: table, or by --output's end]"
+    )
+    output = click.option(
+        "--output", type=click.Path(dir_okay=False), help="A file for the results, such as hits.parquet."
+    )
+    return form(output(command))
+
+
+@dataclass(frozen=True)
+class Sink:
+    """In which form results go where: to the screen, or to a file (`path`)."""
+
+    form: str
+    path: Path | None
+
+    @classmethod
+    def of(cls, form: str | None, output: str | None) -> Sink:
+        """Return what `--format` and `--output` ask for; the end of the file's name says the format unless named.
+
+        Raises:
+            UsageError: a table is to go to a file, or Parquet to the screen.
+        """
+        path = None if output is None else Path(output)
+        end = "" if path is None else path.suffix.removeprefix(".")
+        chosen = form or (end if end in FORMATS else "table")
+        if path is not None and chosen == "table":
+            raise UsageError(
+                problem(
+                    "a table is for the screen",
+                    got=f"--output {output}",
+                    expected=f"a name that ends in {', '.join(FORMATS)}",
+                    remedy="name it so, or give --format",
+                )
+            )
+        if path is None and chosen == "parquet":
+            what = "Parquet is no text"
+            raise UsageError(problem(what, got="no file", expected="--output FILE", remedy="name a file"))
+        return cls(chosen, path)
+
+    @contextmanager
+    def opened(self, fields: Fields) -> Iterator[Callable[[Answers | Listed[Any]], None]]:
+        """Yield what writes results, one lot after another."""
+        if self.form == "table":
+            yield print_results
+            return
+        form = cast(Format, self.form)
+        with writer(form, self.path or sys.stdout, fields) as write:
+            yield lambda results: write(results.lines() if form == "jsonl" else results.records())

@@ -1,0 +1,237 @@
+"""Answers as records, and records as JSON lines, CSV, Parquet and pandas frames.
+
+Schema 1. A hit is one record of CSV, Parquet and frames; in JSON lines a line is a query with its hits inside.
+`by_checkpoint` and `of_means` are lists; in CSV they are JSON text.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from tracin_ann.answers import Answer, Hit
+from tracin_ann.errors import MissingPackageError, UsageError, problem
+from tracin_ann.files import atomic_path
+from tracin_ann.loading import SideName
+
+SCHEMA = 1
+Format = Literal["jsonl", "csv", "parquet"]
+FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
+Record = dict[str, Any]
+# (side, position) -> what the task shows people of it, or None.
+Texts = Callable[[SideName, int], str | None]
+Kind = Literal["id", "int", "float", "bool", "text", "floats"]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names and kinds of a record's fields, in order."""
+
+    kinds: tuple[tuple[str, Kind], ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names."""
+        return [name for name, _ in self.kinds]
+
+
+HITS = Fields(
+    (
+        ("query", "id"),
+        ("query_row", "int"),
+        ("side", "text"),
+        ("kind", "text"),
+        ("rank", "int"),
+        ("id", "id"),
+        ("row", "int"),
+        ("score", "float"),
+        ("stored_score", "float"),
+        ("error", "float"),
+        ("by_checkpoint", "floats"),
+        ("of_means", "floats"),
+        ("strange", "bool"),
+        ("query_text", "text"),
+        ("text", "text"),
+    )
+)
+RANKED = Fields((("rank", "int"), ("id", "id"), ("row", "int"), ("score", "float"), ("text", "text")))
+
+
+def answer_line(answer: Answer, texts: Texts) -> Record:
+    """Return an answer as a JSON line has it; what there is none of is left out."""
+    content: Record = {"schema": SCHEMA, "query": answer.query, "side": answer.side}
+    if answer.row is None:
+        content["rows"] = list(answer.members)
+        content["against"] = list(answer.against) or None
+    else:
+        content |= {"row": answer.row, "text": texts(answer.side, answer.row)}
+    content["strange"] = answer.strange or None
+    for name, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
+        content[name] = [_present({**_hit(hit), "text": texts("train", hit.row)}) for hit in hits]
+    return _present(content)
+
+
+def answer_records(answer: Answer, texts: Texts) -> Iterator[Record]:
+    """Yield a record for every hit."""
+    shown = None if answer.row is None else texts(answer.side, answer.row)
+    query = {"query": answer.query, "query_row": answer.row, "side": answer.side, "strange": answer.strange}
+    for kind, hits in (("proponent", answer.proponents), ("opponent", answer.opponents)):
+        for rank, hit in enumerate(hits, start=1):
+            record = {**query, **_hit(hit), "kind": kind, "rank": rank}
+            yield record | {"query_text": shown, "text": texts("train", hit.row)}
+
+
+def line(record: Record) -> Record:
+    """Return a record as a JSON line has it."""
+    return {"schema": SCHEMA, **_present(record)}
+
+
+def shown_cells(record: Record) -> list[str]:
+    """Return a record as people read it, a text a field."""
+    return [_shown(value) for value in record.values()]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " ".join(_shown(part) for part in value)
+    return "" if value is None else " ".join(str(value).split())
+
+
+def _hit(hit: Hit) -> Record:
+    return {
+        "id": hit.id,
+        "row": hit.row,
+        "score": hit.score,
+        "stored_score": hit.stored_score,
+        "error": hit.error,
+        "by_checkpoint": list(hit.by_checkpoint) or None,
+        "of_means": list(hit.of_means) or None,
+    }
+
+
+def _present(record: Record) -> Record:
+    return {name: value for name, value in record.items() if value is not None}
+
+
+@contextmanager
+def writer(form: Format, out: Path | TextIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+    """Yield what writes records on and on: lines to a stream, or a file that is there whole or not at all.
+
+    Raises:
+        UsageError: Parquet is to go to a stream.
+        MissingPackageError: Parquet, and pyarrow is not installed.
+    """
+    if form == "parquet":
+        if not isinstance(out, Path):
+            raise UsageError(
+                problem("Parquet is no text", got="no file", expected="--output FILE", remedy="name a file")
+            )
+        with atomic_path(out) as temporary:
+            yield from _parquet(temporary, fields)
+        return
+    with atomic_path(out) if isinstance(out, Path) else nullcontext() as temporary:
+        opened = nullcontext(out) if isinstance(out, TextIO) or temporary is None else temporary.open("w", newline="")
+        with opened as stream:
+            yield from (_lines(stream) if form == "jsonl" else _csv(stream, fields))  # type: ignore[arg-type]
+
+
+def _lines(stream: TextIO) -> Iterator[Callable[[Sequence[Record]], None]]:
+    def write(records: Sequence[Record]) -> None:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.flush()
+
+    yield write
+
+
+def _csv(stream: TextIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+    rows = csv.DictWriter(stream, fields.names, lineterminator="\n")
+    rows.writeheader()
+
+    def write(records: Sequence[Record]) -> None:
+        for record in records:
+            rows.writerow({n: json.dumps(v) if isinstance(v, list) else v for n, v in record.items()})
+        stream.flush()
+
+    yield write
+
+
+def _parquet(path: Path, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+    pa, pq = _pyarrow()
+    kinds = {
+        "int": pa.int64(),
+        "float": pa.float64(),
+        "bool": pa.bool_(),
+        "text": pa.string(),
+        "floats": pa.list_(pa.float64()),
+    }
+    opened: list[tuple[Any, Any]] = []
+
+    def begun(records: Sequence[Record]) -> tuple[Any, Any]:
+        columns = []
+        for name, kind in fields.kinds:
+            whole = all(isinstance(record[name], int) for record in records)
+            columns.append((name, (pa.int64() if whole else pa.string()) if kind == "id" else kinds[kind]))
+        schema = pa.schema(columns, metadata={"tracin_ann.schema": str(SCHEMA)})
+        return schema, pq.ParquetWriter(path, schema)
+
+    def write(records: Sequence[Record]) -> None:
+        if not records and opened:
+            return
+        if not opened:
+            opened.append(begun(records))
+        schema, rows = opened[0]
+        texts = [field.name for field in schema if field.type == pa.string()]
+        plain = [{**r, **{n: None if r[n] is None else str(r[n]) for n in texts}} for r in records]
+        rows.write_table(pa.Table.from_pylist(plain, schema=schema))
+
+    try:
+        yield write
+        write([])
+    finally:
+        for _, rows in opened:
+            rows.close()
+
+
+def frame(records: Sequence[Record], fields: Fields) -> Any:
+    """Return records as a pandas DataFrame; its `attrs` hold the schema's version.
+
+    Raises:
+        MissingPackageError: pandas is not installed.
+    """
+    try:
+        import pandas as pd  # noqa: PLC0415
+    except ImportError as error:
+        raise _missing("pandas") from error
+    made = pd.DataFrame.from_records(records, columns=fields.names)
+    kinds = {"int": "Int64", "float": "float64", "bool": "bool"}
+    made = made.astype({name: kinds[kind] for name, kind in fields.kinds if kind in kinds})
+    made.attrs["tracin_ann.schema"] = SCHEMA
+    return made
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise _missing("pyarrow") from error
+    return pyarrow, parquet
+
+
+def _missing(package: str) -> MissingPackageError:
+    return MissingPackageError(
+        problem(
+            f"{package} is not installed",
+            got=f"no module {package}",
+            expected="it, for frames and Parquet",
+            remedy="pip install 'tracin-ann[tables]'",
+        )
+    )
