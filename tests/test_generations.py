@@ -308,11 +308,11 @@ def test_lists_made_anew_leave_removed_rows_out(model, tmp_path):
     assert len(index.search_index) == n_rows - len(gone) and index.removed.tolist() == gone
     assert answers(index) == before
     lists = answers(index, QueryOptions(k=10, search="lists"))
-    assert not {int(row) for found in lists for row, _ in found} & set(gone)
+    assert not {row for found in lists for row, _ in found} & set(gone)
     assert verify(out).damage == ()
     remove(out, [0, 1])
     both = InfluenceIndex.open(out, task(model, n_rows))
-    kept = [[hit for hit in found if hit[0] not in ("0", "1")] for found in before]
+    kept = [[hit for hit in found if hit[0] not in (0, 1)] for found in before]
     for options in (EVERY, QueryOptions(k=300, search="lists")):
         for found, expected in zip(answers(both, options), kept, strict=True):
             assert [row for row, _ in found] == [row for row, _ in expected]
