@@ -125,7 +125,7 @@ def writer(form: Format, out: Path | TextIO, fields: Fields) -> Iterator[Callabl
     """Yield what writes records on and on: lines to a stream, or a file that is there whole or not at all.
 
     Raises:
-        UsageError: Parquet is to go to a stream.
+        UsageError: Parquet is to go to a stream, or a column's ids are not of one kind.
         MissingPackageError: Parquet, and pyarrow is not installed.
     """
     if form == "parquet":
@@ -190,7 +190,13 @@ def _parquet(path: Path, fields: Fields) -> Iterator[Callable[[Sequence[Record]]
         schema, rows = opened[0]
         texts = [field.name for field in schema if field.type == pa.string()]
         plain = [{**r, **{n: None if r[n] is None else str(r[n]) for n in texts}} for r in records]
-        rows.write_table(pa.Table.from_pylist(plain, schema=schema))
+        try:
+            table = pa.Table.from_pylist(plain, schema=schema)
+        except pa.ArrowInvalid as error:
+            what, expected = "ids of two kinds in one Parquet file", "all of the first's kind"
+            remedy = "return one kind from Task.ids, or write csv or jsonl"
+            raise UsageError(problem(what, got=error, expected=expected, remedy=remedy)) from error
+        rows.write_table(table)
 
     try:
         yield write
