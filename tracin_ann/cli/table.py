@@ -31,13 +31,15 @@ def _(answers: Answers) -> None:
         title = ": ".join([f"{answer.side} {answer.query}", *(_line(text) for text in shown if text)])
         table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
         texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
+        scores = ("score", "for", "against") if answer.against else ("score",)
         for side in ("proponent", "opponent"):
-            table.add_column(side, justify="right")
-            table.add_column("score, for, against" if answer.against else "score", justify="right")
+            for name in (side, *scores):
+                table.add_column(name, justify="right")
             if texts is not None:
                 table.add_column("", overflow="ellipsis", max_width=_TEXT_WIDTH)
         for place in range(max(len(answer.proponents), len(answer.opponents))):
-            table.add_row(*_cells(texts, answer.proponents, place), *_cells(texts, answer.opponents, place))
+            cells = (_cells(texts, hits, place, len(scores)) for hits in (answer.proponents, answer.opponents))
+            table.add_row(*(cell for side in cells for cell in side))
         console.print(table)
         if not answer.hits:
             console.print("no row has a score other than 0")
@@ -46,10 +48,12 @@ def _(answers: Answers) -> None:
 
 @print_results.register
 def _(rows: Listed) -> None:  # type: ignore[type-arg]
-    """Print one table, a line a result; fields that are empty in all results are left out."""
-    cells = [shown_cells(record) for record in rows.records()]
+    """Print one table, a line a result, without fields that are empty everywhere and rows that are the ids."""
+    records = rows.records()
+    cells = [shown_cells(record) for record in records]
     table = Table(show_edge=False, pad_edge=False)
-    filled = [at for at in range(len(rows.FIELDS.names)) if any(line[at] for line in cells)]
+    idle = {"row"} if all(record.get("row") == record.get("id") for record in records) else set()
+    filled = [at for at, name in enumerate(rows.FIELDS.names) if name not in idle and any(line[at] for line in cells)]
     for at in filled:
         name, kind = rows.FIELDS.kinds[at]
         justify: JustifyMethod = "left" if kind == "text" else "right"
@@ -59,12 +63,13 @@ def _(rows: Listed) -> None:  # type: ignore[type-arg]
     Console(highlight=False).print(table)
 
 
-def _cells(texts: Texts | None, hits: Sequence[Hit], place: int) -> list[str]:
+def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) -> list[str]:
     if place >= len(hits):
-        return [""] * (2 if texts is None else 3)
+        return [""] * (1 + n_scores + (texts is not None))
     hit = hits[place]
-    score = " ".join(f"{value:+.4g}" for value in (hit.score, *hit.of_means))
-    return [escape(str(hit.id)), score, *([] if texts is None else [_line(texts("train", hit.row))])]
+    scores = (hit.score, *hit.of_means, *[None] * n_scores)[:n_scores]
+    shown = ["" if score is None else f"{score:+.4g}" for score in scores]
+    return [escape(str(hit.id)), *shown, *([] if texts is None else [_line(texts("train", hit.row))])]
 
 
 def _line(text: str | None) -> str:
