@@ -1,13 +1,24 @@
-"""tracin_ann: which training examples made a prediction what it is, by TracIn, searchable with FAISS."""
+"""tracin_ann: which training examples made a prediction what it is, by TracIn, searchable with FAISS.
 
-from tracin_ann.answers import Answer, Hit, QueryOptions, SelfInfluence
-from tracin_ann.build import BuildReport, build
-from tracin_ann.config import BuildConfig
-from tracin_ann.device import import_faiss
-from tracin_ann.dry_run import BuildPlan, plan
-from tracin_ann.errors import TracinAnnError
-from tracin_ann.index import InfluenceIndex
-from tracin_ann.task import Checkpoint, Description, Task
+Names are imported when they are first used: `import tracin_ann` alone waits for neither torch nor FAISS.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tracin_ann.answers import Answer, Hit, QueryOptions, SelfInfluence
+    from tracin_ann.build import BuildReport, build
+    from tracin_ann.config import BuildConfig
+    from tracin_ann.dry_run import BuildPlan, plan
+    from tracin_ann.errors import TracinAnnError
+    from tracin_ann.index import InfluenceIndex
+    from tracin_ann.progress import progress_bar
+    from tracin_ann.task import Checkpoint, Description, Task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +36,41 @@ __all__ = [
     "TracinAnnError",
     "build",
     "plan",
+    "progress_bar",
 ]
 
-import_faiss()
+# The module that each name is from, as above for type checkers.
+_HOMES = {
+    "answers": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
+    "build": ("BuildReport", "build"),
+    "config": ("BuildConfig",),
+    "dry_run": ("BuildPlan", "plan"),
+    "errors": ("TracinAnnError",),
+    "index": ("InfluenceIndex",),
+    "progress": ("progress_bar",),
+    "task": ("Checkpoint", "Description", "Task"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+class _Facade(ModuleType):
+    """The package: `build` stays the function when the module `tracin_ann.build` is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOME_OF or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Facade
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

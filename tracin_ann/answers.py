@@ -8,11 +8,10 @@ from typing import Literal
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.loading import SideName
+from tracin_ann.words import SEARCHES, Search
 
 Rerank = Literal["none", "stored", "exact"]
-Search = Literal["auto", "lists", "scan"]
 Id = int | str
-SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureOptions, Norms
 from tracin_ann.gradients import PRECISIONS, Precision
-from tracin_ann.passes import ON_NONFINITE, OnNonfinite
 from tracin_ann.search.lists import CODES, Codes
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import Dtype
+from tracin_ann.words import ON_NONFINITE, OnNonfinite
 
 _DTYPES = ("float16", "float32")
 _NORMS = ("sketch", "exact")

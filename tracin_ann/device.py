@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from tracin_ann.errors import MissingPackageError, UsageError, problem
+from tracin_ann.words import DEVICE_NAMES
 
-DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
 _FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
 

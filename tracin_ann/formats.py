@@ -18,10 +18,9 @@ from tracin_ann.answers import Answer, Hit
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 from tracin_ann.files import atomic_path
 from tracin_ann.loading import SideName
+from tracin_ann.words import Format
 
 SCHEMA = 1
-Format = Literal["jsonl", "csv", "parquet"]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
 Record = dict[str, Any]
 # (side, position) -> what the task shows people of it, or None.
 Texts = Callable[[SideName, int], str | None]

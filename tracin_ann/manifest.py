@@ -13,11 +13,11 @@ import xxhash
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.fidelity import Fidelity
 from tracin_ann.files import file_digest, read_json, write_json_atomic
-from tracin_ann.passes import ON_NONFINITE, OnNonfinite
 from tracin_ann.search.calibrate import Calibration
 from tracin_ann.spec import FeatureSpec
 from tracin_ann.store import FileRecord, StoreLayout
 from tracin_ann.task import TaskReference
+from tracin_ann.words import ON_NONFINITE, OnNonfinite
 
 FORMAT = 4
 MANIFEST = "manifest.json"

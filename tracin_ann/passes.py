@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +30,7 @@ from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
 from tracin_ann.session import borrowed_model, preserved_globals
 from tracin_ann.soundness import sound
 from tracin_ann.task import Description, Task, TaskReference
-
-OnNonfinite = Literal["error", "skip"]
-ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
+from tracin_ann.words import OnNonfinite
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tracin_ann.cli.info import believed
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
 from tracin_ann.dry_run import BuildPlan, plan
-from tracin_ann.passes import ON_NONFINITE
+from tracin_ann.words import ON_NONFINITE
 from tracin_ann.sketch import SKETCHES
 
 _SHOWN = 12

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from tracin_ann.cli.table import print_results
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.formats import FORMATS, Fields, Format, writer
-from tracin_ann.results import Answers, Listed
+from tracin_ann.words import FORMATS, Format
+
+if TYPE_CHECKING:
+    from tracin_ann.formats import Fields
+    from tracin_ann.results import Answers, Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -64,7 +66,11 @@ class Sink:
     @contextmanager
     def opened(self, fields: Fields) -> Iterator[Callable[[Answers | Listed[Any]], None]]:
         """Yield what writes results, one lot after another."""
+        from tracin_ann.formats import writer
+
         if self.form == "table":
+            from tracin_ann.cli.table import print_results
+
             yield print_results
             return
         form = cast(Format, self.form)

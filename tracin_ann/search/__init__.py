@@ -1,5 +1,6 @@
 """Maximum inner product search over feature rows: exact (`flat`) and by inverted lists (`ivf`)."""
 
+from tracin_ann.device import import_faiss
 from tracin_ann.search.base import SearchIndex, TwoSidedIndex, at_unit_scale, search_both
 from tracin_ann.search.choose import IndexChoice, choose_index
 from tracin_ann.search.flat import FlatIndex
@@ -21,3 +22,6 @@ __all__ = [
     "merge",
     "search_both",
 ]
+
+# Here and not at the first search, which may come hours into a build: that FAISS is missing, or there twice.
+import_faiss()

@@ -11,15 +11,12 @@ from tracin_ann.sketch.dense import DenseSketch
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.kronecker import KroneckerSketch
 from tracin_ann.sketch.tensorsketch import TensorSketch, once
+from tracin_ann.words import SKETCH_NAMES
 
 __all__ = ["SKETCHES", "ParameterKey", "ParameterSketch", "Sketch", "TensorSketch", "make_sketch", "once"]
 
-SKETCHES: dict[str, Callable[[int], Sketch]] = {
-    "factored": FactoredSketch,
-    "kronecker": KroneckerSketch,
-    "dense": DenseSketch,
-    "dense-gaussian": partial(DenseSketch, gaussian=True),
-}
+_MADE_BY = (FactoredSketch, KroneckerSketch, DenseSketch, partial(DenseSketch, gaussian=True))
+SKETCHES: dict[str, Callable[[int], Sketch]] = dict(zip(SKETCH_NAMES, _MADE_BY, strict=True))
 
 
 def make_sketch(name: str, dim: int) -> Sketch:
