@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tracin_ann.errors import TracinAnnError
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.progress import progress_bar
+    from tracin_ann.report import write_report
     from tracin_ann.task import Checkpoint, Description, Task
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "build",
     "plan",
     "progress_bar",
+    "write_report",
 ]
 
 # The module that each name is from, as above for type checkers.
@@ -48,6 +50,7 @@ _HOMES = {
     "errors": ("TracinAnnError",),
     "index": ("InfluenceIndex",),
     "progress": ("progress_bar",),
+    "report": ("write_report",),
     "task": ("Checkpoint", "Description", "Task"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
