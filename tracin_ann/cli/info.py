@@ -60,22 +60,7 @@ def fidelity_line(found: Fidelity) -> str:
 
 def believed(manifest: Manifest) -> str:
     """Return in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
-    found, calibration = manifest.fidelity, manifest.index.calibration
-    if found is None:
-        return "true TracInCP was not measured: the rows are random"
-    lists = (1.0, 1.0)
-    if calibration is not None:
-        points = [
-            calibration.reaching(side, calibration.target) or calibration.best(side)
-            for side in ("proponents", "opponents")
-        ]
-        lists = points[0].recall, points[1].recall
-    plain = found.proponents * lists[0], found.opponents * lists[1]
-    deep = found.deep_proponents * lists[0], found.deep_opponents * lists[1]
-    return (
-        f"about {plain[0]:.0%} of the true ten proponents and {plain[1]:.0%} of the opponents as stored, "
-        f"about {deep[0]:.0%} and {deep[1]:.0%} with --rerank exact --candidates 100"
-    )
+    return manifest.believed
 
 
 def _print_curve(calibration: Calibration) -> None:
