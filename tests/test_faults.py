@@ -26,7 +26,7 @@ import disk
 from commands import KINDS, OUT, Answers, Command, Reference, answers, commands, plain, reference
 from disk import Tree
 from faults import Call, Crash, Fault, Watch, faults_of
-from tracin_ann.cli.common import refusals
+from tracin_ann.cli.failures import refusals
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.manifest import MANIFEST
 

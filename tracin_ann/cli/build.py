@@ -4,27 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.build import BuildReport, build
-from tracin_ann.cli.common import MemorySize, duration, parsed_arguments, progress_shown, refusals, sized
+from tracin_ann.cli.common import MemorySize, parsed_arguments, progress_shown
 from tracin_ann.cli.info import believed
-from tracin_ann.config import BuildConfig
-from tracin_ann.device import DEVICE_NAMES, device_name, resolve_device
-from tracin_ann.dry_run import BuildPlan, plan
-from tracin_ann.words import ON_NONFINITE
-from tracin_ann.sketch import SKETCHES
+from tracin_ann.cli.manners import command, device_option, files, folders, is_quiet, note
+from tracin_ann.words import ON_NONFINITE, SKETCH_NAMES, duration, sized
+
+if TYPE_CHECKING:
+    from tracin_ann.build import BuildReport
+    from tracin_ann.config import BuildConfig
+    from tracin_ann.dry_run import BuildPlan
 
 _SHOWN = 12
 
 
-@click.command(context_settings={"max_content_width": 100})
-@click.option("--task", required=True, metavar="FILE.py:NAME", help="The Task, or a function that returns one.")
-@click.option("--out", required=True, type=click.Path(), help="Directory of the index.")
+@command(
+    "tracin-build --task my_task.py:task --task-arg folder=checkpoints --out runs/mine",
+    "tracin-build --task my_task.py:task --out runs/mine --dry-run",
+    "tracin-build --config build.toml --dim 2048",
+)
+@click.option(
+    "--task",
+    required=True,
+    metavar="FILE.py:NAME",
+    shell_complete=files,
+    help="The Task, or a function that returns one.",
+)
+@click.option("--out", required=True, type=click.Path(), shell_complete=folders, help="Directory of the index.")
 @click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="For the function; repeatable.")
 @click.option("--dim", default=1024, show_default=True, type=click.IntRange(1), help="Dimensions a checkpoint.")
-@click.option("--sketch", default="factored", show_default=True, type=click.Choice(list(SKETCHES)))
+@click.option("--sketch", default="factored", show_default=True, type=click.Choice(SKETCH_NAMES))
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the sketch's random numbers.")
 @click.option("--index", default="auto", show_default=True, type=click.Choice(["auto", "flat", "ivf"]))
 @click.option("--target-recall", default=0.95, show_default=True, type=float, help="Of an index of lists; measured.")
@@ -37,7 +49,7 @@ _SHOWN = 12
 )
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that read data ahead.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
-@click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
+@device_option
 @click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "float32"]))
 @click.option("--norms", default="sketch", show_default=True, type=click.Choice(["sketch", "exact"]))
 @click.option(
@@ -50,30 +62,36 @@ _SHOWN = 12
 @click.option("--add-checkpoint", is_flag=True, help="Let it grow by checkpoints at the end of the task's.")
 @click.option("--rebuild-index", is_flag=True, help="Make its lists anew, without removed rows.")
 @click.option("--dry-run", is_flag=True, help="Say what the build would do and take; write nothing.")
-@refusals
 def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **options: object) -> None:
     """Build an index of a task's training rows in a directory.
 
     Run the same command again after an interruption: it goes on where it was.
-
-    Example: build_index.py --task my_task.py:task --task-arg folder=checkpoints --out runs/mine
     """
+    from tracin_ann.config import BuildConfig
+    from tracin_ann.device import device_name, resolve_device
+    from tracin_ann.dry_run import plan
+
     arguments = parsed_arguments(task_args)
     config = BuildConfig(**options)  # type: ignore[arg-type]
     if dry_run:
         _show_plan(plan(task, out, config, arguments=arguments), config)
         return
-    click.echo(f"building {out} on {device_name(resolve_device(config.device))}", err=True)
+    note(f"building {out} on {device_name(resolve_device(config.device))}", err=True)
     report = _built(task, out, config, arguments)
-    _show_report(report, out)
+    if not is_quiet():
+        _show_report(report, out)
 
 
 def _built(task: str, out: str, config: BuildConfig, arguments: Mapping[str, str]) -> BuildReport:
+    from tracin_ann.build import build
+
     with progress_shown("rows x checkpoints") as progress:
         return build(task, out, config, arguments=arguments, progress=progress)
 
 
 def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
+    from tracin_ann.device import device_name, resolve_device
+
     click.echo(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
     click.echo(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
     click.echo(f"memory      {sized(made.memory_bytes)} besides the model's weights")

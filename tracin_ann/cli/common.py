@@ -1,40 +1,23 @@
-"""What the commands share: option types, errors of one line with their exit status, progress."""
+"""What the commands share: option types, `--task-arg` as a dict, progress."""
 
 from __future__ import annotations
 
-import errno
-import functools
-import os
 import re
-import shlex
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from tracin_ann.errors import TracinAnnError, problem
-from tracin_ann.types import ProgressCallback
+from tracin_ann.cli.failures import refusals
+from tracin_ann.cli.manners import is_quiet
+from tracin_ann.words import duration, sized
 
-P = ParamSpec("P")
-R = TypeVar("R")
-_PLAIN_SECONDS = 10.0
-_REMEDIES = {
-    errno.ENOSPC: "free some space there",
-    errno.EDQUOT: "free some of the quota",
-    errno.EACCES: "get the right to it",
-    errno.EPERM: "get the right to it",
-    errno.EROFS: "name a place that can be written",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EIO: "look after the disk",
-}
+if TYPE_CHECKING:
+    from tracin_ann.types import ProgressCallback
+
+__all__ = ["IdRanges", "MemorySize", "duration", "parsed_arguments", "progress_shown", "refusals", "sized"]
 
 
 class IdRanges(click.ParamType):  # type: ignore[type-arg]
@@ -106,130 +89,17 @@ def parsed_arguments(pairs: Sequence[str]) -> dict[str, str]:
     return arguments
 
 
-class Stopped(BaseException):
-    """The process was told to stop (SIGTERM)."""
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise Stopped where SIGTERM finds the process, so that what is open is closed and temporaries are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    owner = os.getpid()
-
-    def stop(signum: int, frame: object) -> None:
-        if os.getpid() != owner:
-            # A forked worker: to be ended as if it had never inherited this.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-            return
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def refusals(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a TracinAnnError, an error of the system, and being told to stop, into a line on stderr and the status."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with stoppable():
-                return function(*args, **kwargs)
-        except TracinAnnError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise click.exceptions.Exit(error.exit_code) from error
-        except BrokenPipeError:
-            # Whoever read the output has read enough.
-            raise
-        except OSError as error:
-            click.echo(f"error: {' '.join(_told(error).split())}", err=True)
-            raise click.exceptions.Exit(TracinAnnError.exit_code) from error
-        except (KeyboardInterrupt, Stopped) as stop:
-            click.echo(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}", err=True)
-            number = signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT
-            raise click.exceptions.Exit(128 + number) from stop
-
-    return wrapper
-
-
-def _told(error: OSError) -> str:
-    number = error.errno
-    return problem(
-        f"cannot read or write {error.filename or 'a file'}",
-        got=str(error) if number is None else f"{error.strerror} ({errno.errorcode.get(number, number)})",
-        expected="a file system that does as it is asked",
-        remedy=f"{_REMEDIES.get(number or 0, 'mend that')} and run this command again: what is whole is kept",
-    )
-
-
 @contextmanager
 def progress_shown(unit: str) -> Iterator[ProgressCallback]:
     """Yield a progress callback that draws a bar on a terminal, and prints a line now and then elsewhere."""
-    if sys.stderr.isatty():
-        yield from _bar(unit)
-    else:
-        yield _lines(unit)
+    if is_quiet():
+        yield _nothing
+        return
+    from tracin_ann.progress import progress_bar
+
+    with progress_bar(unit) as progress:
+        yield progress
 
 
-def _bar(unit: str) -> Iterator[ProgressCallback]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, tuple[TaskID, float]] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, rate=""), time.perf_counter()
-            task, began = tasks[stage]
-            rate = _rate(done, began, unit) if total > 1 else ""
-            bar.update(task, completed=done, total=total, rate=rate)
-
-        yield show
-
-
-def _lines(unit: str) -> ProgressCallback:
-    began: dict[str, float] = {}
-    last = 0.0
-
-    def show(stage: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        first = stage not in began
-        began.setdefault(stage, now)
-        if first or now - last < _PLAIN_SECONDS:
-            last = now if first else last
-            return
-        last = now
-        left = (now - began[stage]) / max(done, 1) * (total - done)
-        rate = _rate(done, began[stage], unit)
-        click.echo(f"{stage}: {done:,} of {total:,}, {rate}, {duration(left)} left", err=True)
-
-    return show
-
-
-def _rate(done: int, began: float, unit: str) -> str:
-    return f"{done / max(time.perf_counter() - began, 1e-9):,.0f} {unit}/s"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people read them: 41 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:  # noqa: PLR2004
-        return f"{whole} s"
-    if whole < 3600:  # noqa: PLR2004
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def sized(n_bytes: float) -> str:
-    """Return a number of bytes as people read it."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n_bytes < 1000:  # noqa: PLR2004
-            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
+def _nothing(stage: str, done: int, total: int) -> None:
+    """Show no progress."""

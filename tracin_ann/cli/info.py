@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from tracin_ann.absent import removed_ids, skipped_rows
-from tracin_ann.cli.common import duration, refusals, sized
-from tracin_ann.fidelity import Fidelity
-from tracin_ann.generations import leased
-from tracin_ann.manifest import Manifest
-from tracin_ann.search.calibrate import Calibration
+from tracin_ann.cli.manners import command, directory_argument
+from tracin_ann.words import duration, sized
+
+if TYPE_CHECKING:
+    from tracin_ann.fidelity import Fidelity
+    from tracin_ann.manifest import Manifest
+    from tracin_ann.search.calibrate import Calibration
 
 _SHOWN = 12
 
 
-@click.command(context_settings={"max_content_width": 100})
-@click.argument("directory", type=click.Path(), metavar="DIR")
-@refusals
+@command("tracin-info runs/mnist")
+@directory_argument
 def main(directory: str) -> None:
-    """Say what the index in DIR holds and how far its answers may be believed.
+    """Say what the index in DIR holds and how far its answers may be believed."""
+    from tracin_ann.absent import removed_ids, skipped_rows
+    from tracin_ann.generations import leased
 
-    Example: tracin-info runs/mnist
-    """
     manifest, lease = leased(Path(directory))
     with closing(lease):
         removed = len(removed_ids(Path(directory), manifest))
@@ -64,6 +63,9 @@ def believed(manifest: Manifest) -> str:
 
 
 def _print_curve(calibration: Calibration) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
     click.echo(
         f"recall      of the stored rows' own top ten, on {calibration.queries} queries{training}; "

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
-from tracin_ann.answers import SEARCHES, QueryOptions
-from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown, refusals
+from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown
+from tracin_ann.cli.manners import command, device_option, directory_argument, given, note, task_options
 from tracin_ann.cli.output import Sink, output_options
-from tracin_ann.columns import RowFilter
-from tracin_ann.device import DEVICE_NAMES
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.formats import HITS
-from tracin_ann.index import InfluenceIndex
-from tracin_ann.loading import SideName
-from tracin_ann.results import Answers, Ranked
-from tracin_ann.types import ProgressCallback
+from tracin_ann.words import SEARCHES
+
+if TYPE_CHECKING:
+    from tracin_ann.answers import QueryOptions
+    from tracin_ann.columns import RowFilter
+    from tracin_ann.index import InfluenceIndex
+    from tracin_ann.loading import SideName
+    from tracin_ann.results import Answers
+    from tracin_ann.types import ProgressCallback
 
 _IDS = IdRanges()
 _SHOWN = 8
@@ -30,8 +32,12 @@ _WHOLE = {
 }
 
 
-@click.command(context_settings={"max_content_width": 100})
-@click.argument("directory", type=click.Path(), metavar="DIR")
+@command(
+    "tracin-query runs/mnist --ids 0-9 -k 5 --rerank exact",
+    "tracin-query runs/mnist --ids 0-999 --where 'label=3' --output hits.parquet",
+    "tracin-query runs/mnist --self-influence -k 100 --format jsonl",
+)
+@directory_argument
 @click.option("--ids", type=_IDS, default=(), help="Rows of query_data, such as 0-9,17.")
 @click.option("--train-ids", type=_IDS, default=(), help="Rows of train_data as queries.")
 @click.option("--together", is_flag=True, help="The rows as one query: the mean of their gradients.")
@@ -56,20 +62,16 @@ _WHOLE = {
 @click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
 @click.option("--own-ids", is_flag=True, is_eager=True, help="Rows are named by the task's own ids, not positions.")
 @output_options
-@click.option("--task", metavar="FILE.py:NAME", help="Where the task is now, if it moved.")
-@click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Instead of the build's; repeatable.")
+@task_options
 @click.option("--sketch", help="Refuse an index built with another sketch.")
 @click.option("--dim", type=int, help="Refuse an index of another dimension a checkpoint.")
 @click.option("--seed", type=int, help="Refuse an index built with another seed.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
-@click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
-@refusals
+@device_option
 def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
     """Ask the index in DIR which training rows are proponents and opponents of a query.
 
     A proponent's score is positive: training on it lowered the query's loss; an opponent's is negative.
-
-    Example: query.py runs/mnist --ids 0-9 -k 5 --rerank exact
     """
     _refuse_idle(options)
     sink = Sink.of(form, output)
@@ -84,8 +86,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
 
 def _refuse_idle(options: Mapping[str, object]) -> None:
     """Refuse options that were given and would do nothing beside the others."""
-    context = click.get_current_context()
-    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    asked_for = given()
     ranking = ("cosine", "rerank", "candidates", "search", "recall")
     for asked, idle in (
         ("self_influence", ("ids", "train_ids", "together", "against", *ranking)),
@@ -93,13 +94,15 @@ def _refuse_idle(options: Mapping[str, object]) -> None:
         ("against", ("train_ids", "together")),
     ):
         for name in idle:
-            if options[asked] and name in given:
+            if options[asked] and name in asked_for:
                 flag, other = (f"--{word.replace('_', '-')}" for word in (asked, name))
                 what, expected = f"{flag} {_WHOLE[asked]}", f"{flag} without it"
                 raise UsageError(problem(what, got=other, expected=expected, remedy="drop one of the two"))
 
 
 def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
+    from tracin_ann.index import InfluenceIndex
+
     task, arguments = options["task"], parsed_arguments(options["task_args"])  # type: ignore[arg-type]
     index = InfluenceIndex.open(
         directory,
@@ -121,6 +124,9 @@ def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[
 
 
 def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> None:
+    from tracin_ann.answers import QueryOptions
+    from tracin_ann.formats import HITS
+
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
     summary = _Summary(len(index))
@@ -128,10 +134,10 @@ def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> 
         for answers in _lots(index, options, chosen, progress):
             write(answers)
             summary.add(answers)
-    click.echo(summary.line, err=True)
+    note(summary.line, err=True)
     if summary.strange:
         shown = ", ".join(summary.strange[:_SHOWN]) + (", ..." if len(summary.strange) > _SHOWN else "")
-        click.echo(f"unlike the queries that recall was measured on: {shown}", err=True)
+        note(f"unlike the queries that recall was measured on: {shown}", err=True)
 
 
 def _lots(
@@ -178,7 +184,9 @@ class _Summary:
 
 
 def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> None:
-    with sink.opened(Ranked.FIELDS) as write, progress_shown("rows") as progress:
+    from tracin_ann.formats import RANKED
+
+    with sink.opened(RANKED) as write, progress_shown("rows") as progress:
         rows = index.self_influence(
             int(options["k"]),  # type: ignore[call-overload]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
@@ -188,8 +196,10 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: 
         )
         write(rows)
     if len(index.skipped):
-        click.echo(index.skipped.counted, err=True)
+        note(index.skipped.counted, err=True)
 
 
 def _filter(options: Mapping[str, object]) -> RowFilter:
+    from tracin_ann.columns import RowFilter
+
     return RowFilter(options["only"], options["without"], options["where"])  # type: ignore[arg-type]

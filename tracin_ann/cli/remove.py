@@ -7,27 +7,26 @@ from pathlib import Path
 
 import click
 
-from tracin_ann.absent import removed_ids
-from tracin_ann.cli.common import IdRanges, refusals
-from tracin_ann.generations import leased
-from tracin_ann.removal import remove
+from tracin_ann.cli.common import IdRanges
+from tracin_ann.cli.manners import command, directory_argument, note
 
 
-@click.command(context_settings={"max_content_width": 100})
-@click.argument("directory", type=click.Path(), metavar="DIR")
+@command("tracin-remove runs/mnist --ids 17,40-59", "tracin-remove runs/mnist --ids @bad-rows.txt")
+@directory_argument
 @click.option("--ids", type=IdRanges(), required=True, help="Rows of train_data, such as 0-9,17.")
-@refusals
 def main(directory: str, ids: tuple[int, ...]) -> None:
     """Take training rows out of every answer of the index in DIR, from now on.
 
     Answers under way keep the index as they opened it. The rows' features stay on disk until a new index is built,
     and train_data must keep the rows in their places.
-
-    Example: tracin-remove runs/mnist --ids 17,40-59
     """
+    from tracin_ann.absent import removed_ids
+    from tracin_ann.generations import leased
+    from tracin_ann.removal import remove
+
     remove(directory, ids)
     # As it is now: another writer may already have been here.
     manifest, lease = leased(Path(directory))
     with closing(lease):
         n_removed, n_rows = len(removed_ids(Path(directory), manifest)), manifest.build.layout.n_rows
-    click.echo(f"{directory}: {n_removed:,} of {n_rows:,} rows are removed; generation {manifest.generation}")
+    note(f"{directory}: {n_removed:,} of {n_rows:,} rows are removed; generation {manifest.generation}")

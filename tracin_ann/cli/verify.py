@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import click
 
-from tracin_ann.cli.common import parsed_arguments, progress_shown, refusals, sized
-from tracin_ann.device import DEVICE_NAMES
+from tracin_ann.cli.common import parsed_arguments, progress_shown
+from tracin_ann.cli.manners import command, device_option, directory_argument, note, task_options
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.verification import repair, verify
+from tracin_ann.words import sized
 
 
-@click.command(context_settings={"max_content_width": 100})
-@click.argument("directory", type=click.Path(), metavar="DIR")
+@command("tracin-verify runs/mnist", "tracin-verify runs/mnist --repair --task moved/my_task.py:task")
+@directory_argument
 @click.option("--repair", "mend", is_flag=True, help="Make anew what is damaged; needs the task.")
-@click.option("--task", metavar="FILE.py:NAME", help="Where the task is now, if it moved.")
-@click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Instead of the build's; repeatable.")
-@click.option("--device", default="auto", show_default=True, help=DEVICE_NAMES)
-@refusals
+@task_options
+@device_option
 def main(directory: str, mend: bool, task: str | None, task_args: tuple[str, ...], device: str) -> None:
     """Read every byte of the index in DIR and name each file that is damaged.
 
     The exit status is 4 if there is one.
-
-    Example: tracin-verify runs/mnist --repair
     """
+    from tracin_ann.verification import repair, verify
+
     with progress_shown("files") as progress:
         seen = verify(directory, progress)
     for damage in seen.damage:
         click.echo(damage.message)
     if not seen.damage:
-        click.echo(f"{directory}: {seen.files:,} files, {sized(seen.size)}, all as they were written")
+        note(f"{directory}: {seen.files:,} files, {sized(seen.size)}, all as they were written")
         return
     if not mend:
         raise DamagedIndexError(f"{directory}: {len(seen.damage)} damaged; tracin-verify --repair makes them anew")
@@ -41,4 +39,4 @@ def main(directory: str, mend: bool, task: str | None, task_args: tuple[str, ...
         click.echo(damage.message)
     if left.damage:
         raise DamagedIndexError(f"{directory}: {len(left.damage)} still damaged; build a new index")
-    click.echo(f"{directory}: made anew, {left.files:,} files, {sized(left.size)}, all as they were written")
+    note(f"{directory}: made anew, {left.files:,} files, {sized(left.size)}, all as they were written")
