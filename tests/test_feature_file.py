@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -141,12 +142,16 @@ def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5") as file:
         assert {name: (data.chunks, data.compression) for name, data in file.items()} == dict.fromkeys(
-            ["feature", "exponent", "id", "sqnorm", "loss", "block_checksum"], (None, None)
+            [
+                *("feature", "exponent", "id", "sqnorm", "loss"),
+                *("block_checksum", "row_checksum", "column_checksum"),
+            ],
+            (None, None),
         )
         feature_ND = np.ldexp(file["feature"][...].astype(np.float32), file["exponent"][...][:, None].astype(int))
         assert np.array_equal(feature_ND, FeatureFile.open(tmp_path / "a.h5").read(0, 9))
         assert file.attrs["spec_digest"] == b"spec"
-        assert file.attrs["version"] == 2
+        assert file.attrs["version"] == 3
 
 
 def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
@@ -180,12 +185,13 @@ def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, obje
         FeatureFile.open(tmp_path / "a.h5", expected)
 
 
-def test_other_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2, 4])
+def test_other_version_is_refused(tmp_path: Path, version: int) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5", "r+") as file:
-        file.attrs["version"] = np.int64(1)
-    with pytest.raises(DamagedIndexError, match="version"):
+        file.attrs["version"] = np.int64(version)
+    with pytest.raises(DamagedIndexError, match=rf"version .*{version}\), this program reads .*; run the build again"):
         FeatureFile.open(tmp_path / "a.h5")
 
 
@@ -217,22 +223,70 @@ def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path
     block = make_block(50, 61)
     header = make_header(block, dtype=dtype)
     write_feature_file(path, block, header=header)
-    whole = path.read_bytes()
+    whole, sound_ND = path.read_bytes(), FeatureFile.open(path).read(0, 11)
     with h5py.File(path) as file:
         spans = {
             name: (data.id.get_offset(), data.dtype.itemsize * data.size, data.dtype.itemsize * data.size // len(data))
             for name, data in file.items()
         }
-    for name, (offset, size, row_bytes) in spans.items():
-        for position in range(0, size, 5):
-            damaged = bytearray(whole)
-            damaged[offset + position] ^= 1 << position % 8
-            path.write_bytes(damaged)
-            i_block = position // row_bytes // (1 if name == "block_checksum" else header.block_rows)
-            first = 50 + i_block * header.block_rows
-            last = min(first + header.block_rows, 61) - 1
-            with pytest.raises(DamagedIndexError, match=rf"a\.h5: rows {first}\.\.{last} are altered \(1 of 3"):
-                FeatureFile.open(path, header).verify()
+    offset, size, row_bytes = spans.pop("feature")
+    for at, length, _ in spans.values():
+        for position in range(0, length, 5):
+            _flip(path, whole, at + position)
+            with pytest.raises(
+                DamagedIndexError, match=r"a\.h5: got an unreadable one \(header or columns are altered"
+            ):
+                FeatureFile.open(path, header)
+    reads: list[Callable[[FeatureFile, int], object]] = [
+        lambda file, row: file.verify(),
+        lambda file, row: file.take(np.array([0, 10, *range(11)])),
+        lambda file, row: file.take(np.array([row]), unit=True),
+        lambda file, row: file.read(0, 11),
+        # The rest of its block is not trusted either.
+        lambda file, row: file.read(row // 4 * 4, row // 4 * 4 + 1),
+    ]
+    for position in range(0, size, 3):
+        _flip(path, whole, offset + position)
+        row, file = position // row_bytes, FeatureFile.open(path, header)
+        with pytest.raises(DamagedIndexError, match=rf"a\.h5: row {50 + row} is altered.*run tracin-verify --repair"):
+            reads[position % len(reads)](file, row)
+        others = np.delete(np.arange(11), row)
+        assert np.array_equal(file.take(others), sound_ND[others])
+
+
+def _flip(path: Path, whole: bytes, position: int) -> None:
+    damaged = bytearray(whole)
+    damaged[position] ^= 1 << position % 8
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("altered", [[0, 1], [3, 4], [0, 5, 10]])
+def test_altered_rows_are_counted_and_told_from_the_others(tmp_path: Path, altered: list[int]) -> None:
+    block = make_block(50, 61)
+    path, header = tmp_path / "a.h5", make_header(block)
+    write_feature_file(path, block, header=header)
+    with h5py.File(path, "r+") as file:
+        for row in altered:
+            file["feature"][row, 0] = 1
+    named = rf"{len(altered)} of rows {50 + altered[0]}\.\.{50 + altered[-1]} are altered"
+    with pytest.raises(DamagedIndexError, match=named):
+        FeatureFile.open(path, header).verify()
+    with pytest.raises(DamagedIndexError, match=named):
+        FeatureFile.open(path, header).take(np.arange(11))
+
+
+def test_rows_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make_block(0, 11)
+    write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
+    file = FeatureFile.open(tmp_path / "a.h5")
+    file.take(np.array([10, 2, 2]))
+    assert np.flatnonzero(file.checked_N).tolist() == [2, 10]
+    file.read(5, 6)
+    assert np.flatnonzero(file.checked_N).tolist() == [2, 4, 5, 6, 7, 10]
+    file.read(0, 11)
+    monkeypatch.setattr("xxhash.xxh3_64_intdigest", lambda data: pytest.fail("checked twice"))
+    file.read(0, 11)
+    file.take(np.arange(11))
 
 
 def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -53,8 +54,8 @@ def files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def answers(directory: Path, task: Task) -> list:
-    found = InfluenceIndex.open(directory, task).query(range(5), options=QueryOptions(search="scan"))
+def answers(directory: Path, task: Task, search: str = "scan") -> list:
+    found = InfluenceIndex.open(directory, task).query(range(5), options=QueryOptions(search=search))
     return [[(h.id, round(h.score, 5)) for h in (*a.proponents, *a.opponents)] for a in found]
 
 
@@ -127,7 +128,40 @@ def test_a_damaged_block_is_named_by_its_rows(index: Path) -> None:
     content[at] ^= 1
     path.write_bytes(content)
     (damage,) = verify(index).damage
-    assert "rows 0..127 are altered" in damage.message
+    assert "row 0 is altered" in damage.message
+
+
+@pytest.mark.parametrize("search", ["scan", "lists"])
+def test_a_query_refuses_features_that_rotted_and_answers_after_repair(
+    made: tuple[Path, Task], index: Path, search: str
+) -> None:
+    if search == "lists" and Manifest.read(index).index.kind == "flat":
+        pytest.skip("a flat index has no lists")
+    row = int(InfluenceIndex.open(index, made[1]).query([0], options=QueryOptions(search=search))[0].proponents[0].row)
+    store = FeatureStore(index / "features", Manifest.read(index).build.layout)
+    partition = row // store.layout.partition_rows
+    path = store.path(partition, 1)
+    with h5py.File(path, "r+") as file:
+        place = file["feature"].id.get_offset() + (row % store.layout.partition_rows) * file["feature"][0].nbytes + 1
+    content = bytearray(path.read_bytes())
+    content[place] ^= 2
+    path.write_bytes(content)
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: row {row} is altered.*tracin-verify --repair"):
+        answers(index, made[1], search)
+    repair(index, made[1])
+    assert verify(index).damage == () and answers(index, made[1]) == answers(*made)
+
+
+@pytest.mark.parametrize("name", ["sqnorm", "exponent", "loss"])
+def test_self_influence_refuses_columns_that_rotted(made: tuple[Path, Task], index: Path, name: str) -> None:
+    path = sorted((index / "features").iterdir())[1]
+    with h5py.File(path) as file:
+        place = file[name].id.get_offset() + 1
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: .*header or columns are altered"):
+        InfluenceIndex.open(index, made[1]).self_influence(5)
 
 
 def test_damage_of_many_files_is_mended_at_once_by_the_command(made: tuple[Path, Task], index: Path) -> None:

@@ -3,8 +3,12 @@
 Shapes: N rows of the file, D sketch dimension a checkpoint.
 
 Every dataset is contiguous and uncompressed, so that the features are memory-mapped at their offset:
-`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` float64 and `loss` float32 [N], and
-`block_checksum` uint64: the xxh3_64 of the header and of all columns of each `block_rows` rows.
+`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` float64 and `loss` float32 [N], and checksums, uint64:
+`row_checksum` [N] of each row of `feature`, `block_checksum` of each `block_rows` of them, and `column_checksum` [1] of
+the header and all the rest. All are xxh3_64.
+
+What is read is checked: header and columns on opening, features the first time that they are read. Rows taken here and
+there are checked one by one, rows read one after another by blocks, which is ten times as fast a row.
 
 A row that was skipped, because something of it is NaN or infinite, is one whose loss is not finite: its features and
 squared norm are zeros.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, cast, get_args
@@ -29,11 +34,14 @@ from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_row
 from tracin_ann.types import Float32, Float64, Int64
 
 FORMAT = "tracin_ann.features"
-VERSION = 2
+VERSION = 3
 
 _ALIGNMENT = 4096
 _REWRITE = "run the build again: it writes anew the files that are missing or damaged"
+_REPAIR = "run tracin-verify --repair, or restore the file"
 _STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
+_HASHED_AT_ONCE = 1 << 20
+Checksums = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +132,7 @@ class FeatureFile:
     """An open feature file: features memory-mapped, the small columns in memory.
 
     Rows are named by position in the file, 0 for row `header.start`. The map holds one file descriptor.
+    `checked_N` says whose features have been found whole since the file was opened.
     """
 
     path: Path
@@ -133,14 +142,17 @@ class FeatureFile:
     ids_N: Int64
     sqnorm_N: Float64
     loss_N: Float32
-    block_checksum: npt.NDArray[np.uint64]
+    block_checksum: Checksums
+    row_checksum: Checksums
+    checked_N: npt.NDArray[np.bool_]
 
     @classmethod
     def open(cls, path: Path, expected: FileHeader | None = None) -> FeatureFile:
         """Open the file and compare its header with `expected`; the features are not read.
 
         Raises:
-            DamagedIndexError: missing, truncated, not HDF5, of another version, or with another header.
+            DamagedIndexError: missing, truncated, not HDF5, of another version, with altered columns, or with another
+                header.
         """
         try:
             # The system's errors (rights, too many open files) are raised here, and pass; h5py's are damage.
@@ -192,27 +204,45 @@ class FeatureFile:
                 sqnorm_N=_dataset(file, "sqnorm", (n_rows,), "<f8")[...],
                 loss_N=_dataset(file, "loss", (n_rows,), "<f4")[...],
                 block_checksum=_dataset(file, "block_checksum", (n_blocks,), "<u8")[...],
+                row_checksum=_dataset(file, "row_checksum", (n_rows,), "<u8")[...],
+                checked_N=np.zeros(n_rows, dtype=bool),
             )
+            checksum = int(_dataset(file, "column_checksum", (1,), "<u8")[0])
         skipped = found.skipped_K
         columns = found.sqnorm_N, found.exponent_N, stored_ND
         if not np.isfinite(found.sqnorm_N).all() or any(column[skipped].any() for column in columns):
             raise ValueError("rows that are neither finite nor skipped")
+        rest = found.exponent_N, found.ids_N, found.sqnorm_N, found.loss_N, found.block_checksum, found.row_checksum
+        if _column_checksum(header, rest) != checksum:
+            raise ValueError("header or columns are altered")
         return found
 
     def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
         """Return float32 rows start..stop-1 [stop - start, D]; with `unit`, each of norm one (or zero).
 
         Written into `out_ND` if given: its rows must be contiguous, but it may be columns of a wider array.
+
+        Raises:
+            DamagedIndexError: a row is altered.
         """
         if not 0 <= start <= stop <= self.header.n_rows:
             raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
+        self._refuse_altered(start, stop)
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
 
     def take(self, positions: Int64, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
         """Return float32 rows [len(positions), D] in the order asked for; otherwise as `read`."""
         if len(positions) and not 0 <= positions.min() <= positions.max() < self.header.n_rows:
             raise IndexError(f"positions {positions.min()}..{positions.max()} of {self.header.n_rows} rows")
-        return self._decode(self.stored_ND[positions], self.exponent_N[positions], out_ND, unit)
+        stored_KD = self.stored_ND[positions]
+        new_K = ~self.checked_N[positions]
+        if new_K.any():
+            asked, found = positions[new_K], _row_checksums(stored_KD[new_K])
+            altered_K = found != self.row_checksum[asked]
+            if altered_K.any():
+                raise self._altered(np.unique(asked[altered_K]))
+            self.checked_N[asked] = True
+        return self._decode(stored_KD, self.exponent_N[positions], out_ND, unit)
 
     def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
         if out_ND is None:
@@ -221,20 +251,41 @@ class FeatureFile:
         return out_ND
 
     def verify(self) -> None:
-        """Read everything and compare the checksums.
+        """Read all features and compare the checksums.
 
         Raises:
-            DamagedIndexError: names the file and the first block of rows that differs.
+            DamagedIndexError: names the file and the rows that differ.
         """
-        found = _block_checksums(self.header, [self.stored_ND, self.exponent_N, self.ids_N, self.sqnorm_N, self.loss_N])
-        differs = np.flatnonzero(found != self.block_checksum)
-        if len(differs):
-            first = int(differs[0])
-            start = self.header.start + first * self.header.block_rows
-            stop = min(start + self.header.block_rows, self.header.stop)
-            what = f"{self.path}: rows {start}..{stop - 1} are altered ({len(differs)} of {len(found)} blocks are)"
-            got, expected = (f"checksum {int(value):016x}" for value in (found[first], self.block_checksum[first]))
-            raise DamagedIndexError(problem(what, got=got, expected=expected, remedy=_REWRITE))
+        blocks = np.flatnonzero(_block_checksums(self.stored_ND, self.header.block_rows) != self.block_checksum)
+        altered = [self._altered_of(int(block)) for block in blocks]
+        if altered:
+            raise self._altered(np.concatenate(altered))
+
+    def _refuse_altered(self, start: int, stop: int) -> None:
+        """Check the blocks of rows start..stop-1 that have not been checked yet."""
+        size = self.header.block_rows
+        first, last = start // size, -(-stop // size)
+        if self.checked_N[start:stop].all():
+            return
+        for block in range(first, last):
+            rows = slice(block * size, min((block + 1) * size, self.header.n_rows))
+            if not self.checked_N[rows].all():
+                if _checksum(self.stored_ND[rows]) != self.block_checksum[block]:
+                    raise self._altered(self._altered_of(block))
+                self.checked_N[rows] = True
+
+    def _altered_of(self, block: int) -> Int64:
+        """Return the positions of a damaged block's rows that are altered."""
+        start = block * self.header.block_rows
+        stop = min(start + self.header.block_rows, self.header.n_rows)
+        altered = start + np.flatnonzero(_row_checksums(self.stored_ND[start:stop]) != self.row_checksum[start:stop])
+        return altered if len(altered) else np.arange(start, stop)
+
+    def _altered(self, positions: Int64) -> DamagedIndexError:
+        first, last = self.header.start + int(positions[0]), self.header.start + int(positions[-1])
+        which = f"row {first} is" if len(positions) == 1 else f"{len(positions)} of rows {first}..{last} are"
+        got, expected = "other checksums than were written", "the features that the build stored"
+        return DamagedIndexError(problem(f"{self.path}: {which} altered", got=got, expected=expected, remedy=_REPAIR))
 
 
 def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -> FileRecord:
@@ -249,14 +300,17 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
         raise ValueError(f"block of (start, stop, dim) = {found} does not fit {header}")
     _refuse_non_finite(block, header.checkpoint)
     stored_ND, exponent_N = encode_rows(block.feature_ND, header.dtype)
-    columns = {
+    columns: dict[str, npt.NDArray[Any]] = {
         "feature": stored_ND,
         "exponent": exponent_N,
         "id": block.ids_N.astype("<i8"),
         "sqnorm": block.sqnorm_N.astype("<f8"),
         "loss": block.loss_N.astype("<f4"),
     }
-    checksum = _block_checksums(header, list(columns.values()))
+    columns["block_checksum"] = _block_checksums(stored_ND, header.block_rows)
+    columns["row_checksum"] = _row_checksums(stored_ND)
+    rest = [array for name, array in columns.items() if name != "feature"]
+    columns["column_checksum"] = np.array([_column_checksum(header, rest)], dtype="<u8")
     with atomic_path(path) as temporary:
         # "earliest": with "latest", no file of a killed process could be opened again.
         with (
@@ -267,7 +321,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
         ):
             for name, value in {"format": FORMAT, "version": VERSION, **asdict(header)}.items():
                 file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
-            for name, array in {**columns, "block_checksum": checksum}.items():
+            for name, array in columns.items():
                 file.create_dataset(name, data=array, track_times=False)
         record = FileRecord(path.name, temporary.stat().st_size, file_digest(temporary))
     return record
@@ -304,14 +358,32 @@ def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> 
     return dataset
 
 
-def _block_checksums(header: FileHeader, columns: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.uint64]:
+def _checksum(array: npt.NDArray[Any]) -> int:
+    # As bytes: the buffer protocol has no name for little-endian float16 on every platform.
+    found: int = xxhash.xxh3_64_intdigest(array.view(np.uint8).data)
+    return found
+
+
+def _block_checksums(stored_ND: Stored, block_rows: int) -> Checksums:
+    starts = range(0, len(stored_ND), block_rows)
+    return np.array([_checksum(stored_ND[start : start + block_rows]) for start in starts], dtype="<u8")
+
+
+def _row_checksums(stored_ND: Stored) -> Checksums:
+    """Return each row's; as objects of bytes by whole arrays, which is faster than a view a row."""
+    row = np.dtype((np.void, stored_ND.shape[1] * stored_ND.itemsize))
+    checksum_N = np.empty(len(stored_ND), dtype="<u8")
+    step = max(1, _HASHED_AT_ONCE // row.itemsize)
+    for start in range(0, len(stored_ND), step):
+        rows = np.ascontiguousarray(stored_ND[start : start + step]).view(row)[:, 0].tolist()
+        checksum_N[start : start + step] = list(map(xxhash.xxh3_64_intdigest, rows))
+    return checksum_N
+
+
+def _column_checksum(header: FileHeader, columns: Iterable[npt.NDArray[Any]]) -> int:
     # The header goes in too, so that altered attributes are noticed with no expectation to compare with.
-    salt = json.dumps(asdict(header), sort_keys=True).encode()
-    checksums = []
-    for start in range(0, header.n_rows, header.block_rows):
-        digest = xxhash.xxh3_64(salt)
-        for column in columns:
-            # As bytes: the buffer protocol has no name for little-endian float16 on every platform.
-            digest.update(column[start : start + header.block_rows].view(np.uint8).data)
-        checksums.append(digest.intdigest())
-    return np.array(checksums, dtype="<u8")
+    digest = xxhash.xxh3_64(json.dumps(asdict(header), sort_keys=True).encode())
+    for column in columns:
+        digest.update(column.view(np.uint8).data)
+    found: int = digest.intdigest()
+    return found
