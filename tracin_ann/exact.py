@@ -152,12 +152,12 @@ class ExactScorer:
     def _unscaled(self, first: int) -> Directions:
         side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
         if mixture_GQ is None:
-            return _directions(self._model, side, ids[first : first + self._step])
+            return whole_gradients(self._model, side, ids[first : first + self._step])
         total: Directions = {}
         for start in range(0, len(ids), self._step):
             chosen = slice(start, start + self._step)
             weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._step, chosen]))
-            for name, direction in _directions(self._model, side, ids[chosen]).items():
+            for name, direction in whole_gradients(self._model, side, ids[chosen]).items():
                 mixed = weight_GQ.to(direction) @ direction
                 total[name] = total[name] + mixed if name in total else mixed
         return total
@@ -188,8 +188,8 @@ def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
         )
 
 
-def _directions(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
-    """Return the whole gradients of the queries, [Q, P] a parameter."""
+def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
+    """Return the whole gradients of examples at the checkpoint that is loaded, [Q, P] a parameter."""
     device = model.passes.options.device
     shapes = {name: (p.numel(), p.dtype) for name, p in model.parameters.items()}
     directions = {

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tracin_ann.absent import Skipped, listed_rows, removed_ids, skipped_rows, unlisted_ids
 from tracin_ann.answers import Answer, Id, QueryOptions, SelfInfluence
@@ -178,6 +179,20 @@ class InfluenceIndex:
         """Return the rows that the build skipped because they are not finite: no answer holds them."""
         return skipped_rows(self.directory, self.manifest)
 
+    @property
+    def device(self) -> torch.device:
+        """Return where the index computes."""
+        return self._options.device
+
+    def present(self, rows: RowFilter | None = None) -> Int64:
+        """Return the positions of the rows that answers may hold, rising: those of a filter, none removed or skipped.
+
+        Raises:
+            UsageError: the filter names an id out of range or a column that there is not, or cannot be read.
+        """
+        allowed = (rows or RowFilter()).allowed(len(self), self.columns, self._absent)
+        return np.arange(len(self), dtype=np.int64) if allowed is None else allowed
+
     @cached_property
     def _absent(self) -> Int64:
         return np.union1d(self.removed, self.skipped.row_S)
@@ -309,8 +324,7 @@ class InfluenceIndex:
         if k is not None and k < 1:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
         chosen = self._chosen(checkpoints)
-        allowed = (rows or RowFilter()).allowed(len(self), self.columns, self._absent)
-        ids = np.arange(len(self)) if allowed is None else allowed
+        ids = self.present(rows)
         if exact:
             self._fitting.refuse_changed(chosen)
             counted = _counted(progress, len(ids) * len(chosen))

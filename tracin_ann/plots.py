@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from tracin_ann.answers import Answer, SelfInfluence
 from tracin_ann.errors import MissingPackageError, problem
+from tracin_ann.types import Int64
 
 PROPONENT, OPPONENT = "#1a73b5", "#c4501b"
 _MOST = 12
+_MOST_LAYERS = 40
+_BAR = 0.25
 _WIDTH, _HEIGHT = 6.0, 2.2
 
 
@@ -45,6 +50,42 @@ def ranked_figure(rows: Sequence[SelfInfluence]) -> Any:
     axes.set_ylabel("self-influence")
     if any(row.score > 0 for row in rows):
         axes.set_yscale("log")
+    return figure
+
+
+def parts_figure(by_layer: Mapping[str, float], by_checkpoint: Mapping[int, float]) -> Any:
+    """Return a Figure of what layers and checkpoints add to a score; of many layers, those that add or take most."""
+    most = sorted(by_layer, key=lambda name: -abs(by_layer[name]))[:_MOST_LAYERS]
+    layers = {name: value for name, value in by_layer.items() if name in most}
+    if len(layers) < len(by_layer):
+        layers[f"{len(by_layer) - len(layers)} others"] = sum(v for name, v in by_layer.items() if name not in most)
+    checkpoints = {f"checkpoint {c}": value for c, value in by_checkpoint.items()}
+    heights = [len(layers), len(checkpoints)]
+    figure = _figure(_WIDTH, 1 + _BAR * sum(heights))
+    for axes, parts in zip(figure.subplots(2, height_ratios=heights, sharex=True), (layers, checkpoints), strict=True):
+        names = list(parts)
+        axes.barh(
+            range(len(names)), list(parts.values()), color=[PROPONENT if v > 0 else OPPONENT for v in parts.values()]
+        )
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.invert_yaxis()
+        axes.axvline(0, color="grey", linewidth=0.8)
+    figure.axes[-1].set_xlabel("part of the score")
+    return figure
+
+
+def counts_figure(proponent_of: Int64, opponent_of: Int64) -> Any:
+    """Return a Figure of how many rows are proponents, and opponents, of how many queries."""
+    figure = _figure(_WIDTH, _HEIGHT)
+    axes = figure.add_subplot()
+    for counts, colour, name in ((proponent_of, PROPONENT, "proponent"), (opponent_of, OPPONENT, "opponent")):
+        times, rows = np.unique(counts, return_counts=True)
+        axes.plot(times, rows, marker=".", linestyle="none", color=colour, label=name)
+    axes.set_xscale("symlog")
+    axes.set_yscale("log")
+    axes.set_xlabel("queries that a row is among the first of")
+    axes.set_ylabel("rows")
+    axes.legend(frameon=False)
     return figure
 
 
