@@ -25,6 +25,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"evaluate"}, False),
     ({"dry_run"}, False),
     ({"verification"}, False),
+    ({"questions"}, False),
     ({"build", "index"}, False),
     ({"fitting", "results"}, False),
     ({"formats", "plots"}, False),
