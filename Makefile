@@ -1,4 +1,4 @@
-# demo, test, check, fuzz: each makes its own environment first, and only when it is not up to date.
+# demo, test, check, docs, fuzz: each makes its own environment first, and only when it is not up to date.
 #
 #   VENV=dir     where the environment is (default .venv)
 #   PYTHON=exe   which Python makes it (default: the first of python3, python3.11, ... that is 3.10 or newer)
@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(FAISS)
 INPUTS := pyproject.toml constraints.txt scripts/make-env
 
 .NOTPARALLEL:
-.PHONY: demo test check fuzz format clean
+.PHONY: demo test check docs fuzz format clean
 
 demo: $(STAMP)-examples
 	$(PY) examples/digits.py
@@ -25,6 +25,9 @@ test: $(STAMP)-dev
 
 check: $(STAMP)-dev
 	PY=$(PY) scripts/check
+
+docs: $(STAMP)-docs
+	$(PY) -m mkdocs build --strict $(ARGS)
 
 fuzz: $(STAMP)-dev
 	$(PY) -m benchmarks.fuzz $(ARGS)
@@ -39,5 +42,5 @@ $(STAMP)-%: $(INPUTS)
 
 clean:
 	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find tracin_ann tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,23 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+import documents
+from documents import ROOT, words
+
 README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    return [block.code for block in documents.blocks(README, language)]
 
 
-def commands() -> list[tuple[str, list[str]]]:
+def commands() -> list[documents.Command]:
     """Return README's console commands with the lines that they print there."""
-    found: list[tuple[str, list[str]]] = []
-    for line in "".join(blocks("console")).splitlines():
-        if line.startswith("$ "):
-            found.append((line[2:], []))
-        else:
-            found[-1][1].append(line)
-    return found
+    return documents.commands("".join(blocks("console")))
 
 
 @pytest.fixture(scope="session")
@@ -65,15 +61,12 @@ def train(folder: Path) -> None:
 @pytest.mark.xdist_group("readme")
 def test_the_commands_print_what_readme_shows(place: Path) -> None:
     assert len(commands()) == 3
-    for command, shown in commands():
-        words = shlex.split(command)
-        assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=place, capture_output=True, text=True, check=False)
+    for command in commands():
+        python, *arguments = shlex.split(command.text)
+        assert python == "python"
+        done = subprocess.run([sys.executable, *arguments], cwd=place, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        printed = [line.rstrip() for line in done.stdout.splitlines()]
-        # Figures differ by machine and timing; what is said about them does not.
-        words_only = [re.sub(r"[\d.,+-]+", "#", " ".join(line.split())) for line in printed if line.strip()]
-        assert words_only == [re.sub(r"[\d.,+-]+", "#", " ".join(line.split())) for line in shown if line.strip()]
+        assert words(done.stdout.splitlines()) == words(command.shown)
 
 
 @pytest.mark.xdist_group("readme")
