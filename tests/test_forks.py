@@ -30,7 +30,7 @@ faiss = import_faiss()
 faiss.omp_set_num_threads(2)
 rows = np.random.default_rng(0).random((20000, 64), dtype=np.float32)
 index = InfluenceIndex.open(sys.argv[1])
-ask = lambda: index.query([0, 1], options=QueryOptions(search="lists"))
+ask = lambda: [index.query([0, 1], options=QueryOptions(search=search)) for search in ("lists", "scan")]
 exhaustive = faiss.IndexFlatIP(64)
 exhaustive.add(rows)
 exhaustive.search(rows[:200], 5)

@@ -13,10 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from faults import Watch
 from tasks.toy import CONFIG, Toy, rows, saved, toy
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.cli.verify import main as verify_command
-from tracin_ann.errors import DamagedIndexError, IndexMismatchError
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, IndexMismatchError
+from tracin_ann.locks import WRITER
 from tracin_ann.manifest import BUILD_RECORD, MANIFEST, Manifest, record_of
 from tracin_ann.removal import remove
 from tracin_ann.search import IVFIndex
@@ -295,3 +297,25 @@ def test_a_build_asked_for_again_makes_damaged_canaries_anew(made: tuple[Path, T
     path.write_bytes(content)
     build(made[1], index, replace(CONFIG, index=Manifest.read(index).index.kind, partition_rows=128))
     assert verify(index).damage == ()
+
+
+def test_no_writer_slips_in_between_what_repair_removes_and_makes_anew(made: tuple[Path, Task], index: Path) -> None:
+    hurt = [sorted((index / "features").iterdir())[0], *index.rglob("canaries.h5")]
+    for path in hurt:
+        path.write_bytes(path.read_bytes()[:-9])
+    stages: set[str] = set()
+
+    def tried(stage: str, done: int, total: int) -> None:
+        stages.add(stage)
+        with pytest.raises(BusyIndexError, match="is being written"):
+            remove(index, [9])
+
+    with Watch(index) as watch:
+        repair(index, made[1], progress=tried)
+    assert stages >= {"files", "columns", "features", "index"}
+    calls = [(call.kind, call.path) for call in watch.calls]
+    removed = [calls.index(("unlink", str(path.relative_to(index)))) for path in hurt]
+    again = calls.index(("replace", str(hurt[0].relative_to(index))))
+    assert calls.index(("open", WRITER)) < min(removed) < again < calls.index(("unlink", WRITER))
+    assert calls.count(("unlink", WRITER)) == 1
+    assert verify(index).damage == () and answers(index, made[1]) == answers(*made)

@@ -330,51 +330,60 @@ def build(
         NonFiniteError: a row's loss or gradient is NaN or infinite; whole partitions are kept. Where such rows are
             skipped: none is left.
     """
-    began = perf_counter()
-    report = progress or _silent
     work = opened(task, Path(out), config or BuildConfig(), arguments)
     with ExitStack() as held:
         work.refuse_foreign()
         is_new = not work.out.is_dir()
         if not is_new:
             held.enter_context(writing(work.out))
-        with work.passes.model() as model:
-            start = work.prepared(model)
-            store = FeatureStore(work.out / FEATURES, start.record.layout)
-            missing = store.missing(start.trusted)
-            if start.finished is not None and not missing and work.suits(start.finished):
-                settled(work.out, start.finished)
-                return work.report(start.finished, began)
-            if start.manifest is not None and missing and not start.record.random_data:
-                features = work.config.features(start.manifest.build.spec.rank_one)
-                refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
-            chosen = work.tuned(model, start.record)
-            record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
-            if is_new:
-                held.enter_context(claimed(work.out))
-            if start.begun != record:
-                write_build_record(work.out, record)
-            folder = next_folder(work.out, start.manifest)
-            columns = work.columns(folder, report)
-            features = work.config.features(record.spec.rank_one)
-            plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
-        yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
-        measured = work.config.yardstick and not work.config.allow_random_data
-        files = feature_records(store, start.manifest, missing)
-        manifest = Manifest(
-            generation=generation_of(folder),
-            build=record,
-            features=files,
-            canaries=record_of(folder / CANARIES),
-            index=work.index(yardstick, folder, files, removed_ids(work.out, start.manifest)),
-            steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
-            fidelity=yardstick.fidelity() if measured else None,
-            columns=columns,
-            removed=carry_removed(work.out, start.manifest, folder),
-            skipped=write_skipped(folder, store),
-        )
-        published(work.out, manifest)
-        return work.report(manifest, began)
+        return run(work, progress, claims=held if is_new else None)
+
+
+def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
+    """Build in a directory in which the caller holds the right to write, or in a new one, claimed within `claims`.
+
+    Raises:
+        As `build`.
+    """
+    began = perf_counter()
+    report = progress or _silent
+    with work.passes.model() as model:
+        start = work.prepared(model)
+        store = FeatureStore(work.out / FEATURES, start.record.layout)
+        missing = store.missing(start.trusted)
+        if start.finished is not None and not missing and work.suits(start.finished):
+            settled(work.out, start.finished)
+            return work.report(start.finished, began)
+        if start.manifest is not None and missing and not start.record.random_data:
+            features = work.config.features(start.manifest.build.spec.rank_one)
+            refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
+        chosen = work.tuned(model, start.record)
+        record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
+        if claims is not None:
+            claims.enter_context(claimed(work.out))
+        if start.begun != record:
+            write_build_record(work.out, record)
+        folder = next_folder(work.out, start.manifest)
+        columns = work.columns(folder, report)
+        features = work.config.features(record.spec.rank_one)
+        plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+    yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
+    measured = work.config.yardstick and not work.config.allow_random_data
+    files = feature_records(store, start.manifest, missing)
+    manifest = Manifest(
+        generation=generation_of(folder),
+        build=record,
+        features=files,
+        canaries=record_of(folder / CANARIES),
+        index=work.index(yardstick, folder, files, removed_ids(work.out, start.manifest)),
+        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
+        fidelity=yardstick.fidelity() if measured else None,
+        columns=columns,
+        removed=carry_removed(work.out, start.manifest, folder),
+        skipped=write_skipped(folder, store),
+    )
+    published(work.out, manifest)
+    return work.report(manifest, began)
 
 
 def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:

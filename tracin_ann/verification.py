@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tracin_ann.absent import listed_rows, removed_ids, skipped_rows, unlisted_ids
-from tracin_ann.build import BuildReport, build
+from tracin_ann.build import BuildReport, BuildWork, opened, run
 from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
 from tracin_ann.config import BuildConfig
@@ -28,7 +28,7 @@ from tracin_ann.manifest import (
 )
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore, FileRecord
-from tracin_ann.task import Task, load_task
+from tracin_ann.task import Task
 from tracin_ann.types import ProgressCallback
 
 _LOOKED_AT = 1000
@@ -98,38 +98,49 @@ def repair(
         IndexMismatchError: the task is not the index's.
     """
     out = Path(directory)
-    seen = verify(out, progress)
-    manifest = _best(out)
-    rotten = [damage.path for damage in seen.damage if damage.path.name not in (MANIFEST, BUILD_RECORD)]
-    reference = manifest.build.task
-    chosen = task or reference.reference
-    given = reference.arguments if arguments is None else arguments
-    if rotten and chosen is None:
-        raise DamagedIndexError(
-            problem(f"{out} does not know its task", got="no task", expected="one", remedy="pass --task FILE.py:NAME")
-        )
-    if rotten and isinstance(chosen, str):
-        # Before anything is removed: a task that cannot be found makes nothing anew.
-        load_task(chosen, given)
+    # Refused here where there is nothing to mend, before a lock is put there.
+    _best(out)
+    # Held until all is made anew: no other writer finds the directory without what was removed.
     with writing(out):
-        if manifest.removed is not None and any(d.path.name == manifest.removed.name for d in seen.damage):
-            raise DamagedIndexError(
-                problem(
-                    f"{folder_of(out, manifest.generation) / manifest.removed.name} cannot be made anew",
-                    got="damage",
-                    expected="the ids of the removed rows",
-                    remedy="restore that file, or build a new index and remove the rows again",
-                )
-            )
+        seen = verify(out, progress)
+        manifest = _best(out)
+        rotten = [damage.path for damage in seen.damage if damage.path.name not in (MANIFEST, BUILD_RECORD)]
+        work = _work(out, manifest, task, arguments, device) if rotten else None
+        _refuse_lost_removals(out, manifest, rotten)
         for path in rotten:
             path.unlink(missing_ok=True)
         if any(damage.path.name == BUILD_RECORD for damage in seen.damage):
             write_build_record(out, manifest.build)
         for place in (folder_of(out, manifest.generation), out):
             manifest.write(place)
-    if not rotten or chosen is None:
-        return None
-    return build(chosen, out, config_of(manifest, device), arguments=given, progress=progress)
+        return None if work is None else run(work, progress)
+
+
+def _work(
+    out: Path, manifest: Manifest, task: Task | str | None, arguments: Mapping[str, str] | None, device: str
+) -> BuildWork:
+    """Return the build of the manifest's index; refused before anything is removed where its task cannot be found."""
+    reference = manifest.build.task
+    chosen = task or reference.reference
+    if chosen is None:
+        raise DamagedIndexError(
+            problem(f"{out} does not know its task", got="no task", expected="one", remedy="pass --task FILE.py:NAME")
+        )
+    given = reference.arguments if arguments is None else arguments
+    return opened(chosen, out, config_of(manifest, device), given)
+
+
+def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path]) -> None:
+    if manifest.removed is None or all(path.name != manifest.removed.name for path in rotten):
+        return
+    raise DamagedIndexError(
+        problem(
+            f"{folder_of(out, manifest.generation) / manifest.removed.name} cannot be made anew",
+            got="damage",
+            expected="the ids of the removed rows",
+            remedy="restore that file, or build a new index and remove the rows again",
+        )
+    )
 
 
 def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
