@@ -7,6 +7,7 @@ partition of rows is read once, held in memory, and all checkpoints run over it.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from tracin_ann.types import Int64, ProgressCallback
 SIDES: tuple[SideName, ...] = ("train", "query")
 _HELD_SHARE = 0.5
 _TRIES = 8
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Extraction:
             NonFiniteError: a row is not finite, or where such rows are skipped, none is left.
         """
         self._held = held
+        size = f"{self.layout.n_rows:,} rows at {self.layout.n_checkpoints} checkpoints"
+        logger.info("features of %s: %d files to make", size, len(self._missing))
         units = sorted(self._missing, key=lambda unit: unit if held else unit[::-1])
         groups = itertools.groupby(units, key=lambda unit: unit[0]) if held else ((p, [(p, c)]) for p, c in units)
         work = [(partition, [c for _, c in group]) for partition, group in groups]

@@ -13,6 +13,7 @@ is swept by the next writer.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,7 @@ from tracin_ann.store import FeatureStore, FileRecord
 
 UNFINISHED_INDEX = ".index-unfinished"
 _PREFIX = "generation-"
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -156,6 +158,7 @@ def published(directory: Path, manifest: Manifest) -> None:
     _make_names_durable(directory, manifest)
     manifest.write(folder)
     manifest.write(directory)
+    logger.info("generation %d of %s is published", manifest.generation, directory)
     _tidied(directory, manifest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ from tracin_ann.session import borrowed_model, preserved_globals
 from tracin_ann.soundness import sound
 from tracin_ann.task import Description, Task, TaskReference
 from tracin_ann.words import OnNonfinite
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class LoadedModel:
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         task = self.passes.task
+        logger.debug("loading checkpoint %d, %s", checkpoint, task.checkpoints[checkpoint].path)
         load_checkpoint(task, self.module, task.checkpoints[checkpoint], self.passes.options.device)
         before = self.parameters
         self.parameters = task.selected(self.module)

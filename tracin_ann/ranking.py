@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ _FIRST = 3
 """Candidates a side that are scored exactly at once, in k."""
 _SURE = 4.0
 """Error bars within which a candidate's true score is taken to lie."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Ranking:
             if isinstance(way.index, IVFIndex) and way.index.scans(wanted, question.allowed):
                 n_rows = len(way.index) if question.allowed is None else len(question.allowed)
                 way = replace(way, how=f"exact scan of {n_rows:,} rows: lists would score as many", strange_Q=None)
+            logger.info("%d queries: %s", n_queries, way.how)
             scaled_QF, exponent_Q = at_unit_scale(weighted_QF)
             proponents, opponents = search_both(way.index, scaled_QF, wanted, question.allowed)
             found = self._rescored(question, weighted_QF, _pooled(proponents, opponents, exponent_Q))
@@ -272,6 +276,7 @@ def _exact(scorer: ExactScorer, rows: Sequence[Int64]) -> list[Scored]:
     wanted_QN = np.zeros((len(rows), len(union)), dtype=bool)
     for wanted_N, place in zip(wanted_QN, places, strict=True):
         wanted_N[place] = True
+    logger.info("true scores of %s rows for %d queries", f"{len(union):,}", len(rows))
     score_QN = scorer.scores(union.tolist(), wanted_QN)
     return [Scored(r, score_N[place]) for r, place, score_N in zip(rows, places, score_QN, strict=True)]
 

@@ -5,6 +5,7 @@ Neither changes a feature but for rounding. Small builds are not measured: it wo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ _ROWS_WORTH_MEASURING = 64 * USUAL_SIZE
 _REPEATS = 3
 _BETTER = 0.95
 _SHARE_OF_BUILD = 0.05
+logger = logging.getLogger(__name__)
 _SAME_LOSS = 1e-3
 _CLEARLY_SLOWER = 1.05
 # Backward's own temporaries, beside what forward left.
@@ -80,7 +82,9 @@ def tuned(model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> Tuned
     Raises:
         UsageError: one row alone needs more than the memory budget.
     """
-    return _Tuning(model, features, wanted).result()
+    chosen = _Tuning(model, features, wanted).result()
+    logger.info("batches of %d rows%s", chosen.batch_size, ", channels last" if chosen.channels_last else "")
+    return chosen
 
 
 def refuse_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:

@@ -70,7 +70,7 @@ def _value(what: str, parameter: click.Parameter, value: object, context: click.
     """Return a value as click takes it of the parameter, or None for one that leaves it as it is."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         _expect(what, isinstance(value, bool), value, "true or false")
-        if isinstance(parameter.flag_value, bool) or parameter.secondary_opts:
+        if parameter.is_bool_flag:
             return value
         return parameter.flag_value if value else None
     if isinstance(parameter, click.Option) and parameter.count:
