@@ -33,6 +33,13 @@ def project() -> dict[str, Any]:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+def normalised(need: str) -> str:
+    """Return the name of a requirement or pin, as an index compares names."""
+    found = re.match(r"[\w.-]+", need)
+    assert found is not None
+    return re.sub(r"[-_.]+", "-", found[0].split("==")[0]).lower()
+
+
 def committed_files() -> list[Path]:
     """Return the files that are, or would be, committed."""
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -56,7 +63,8 @@ def test_cpu_and_gpu_exclude_each_other(project: dict[str, Any]) -> None:
 
 def test_commands_lead_to_functions(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert set(scripts) == {"tracin-build", "tracin-info", "tracin-query", "tracin-remove", "tracin-verify"}
+    commands = [path.stem for path in (REPOSITORY / "tracin_ann/cli").glob("*.py") if "\n@command(" in path.read_text()]
+    assert scripts == {f"tracin-{name.replace('_', '-')}": f"tracin_ann.cli.{name}:main" for name in commands}
     for target in scripts.values():
         assert callable(importlib.metadata.EntryPoint("command", target, "console_scripts").load())
 
@@ -67,10 +75,16 @@ def test_constraints_pin_every_dependency(project: dict[str, Any]) -> None:
     assert "torch==2.13.0" in pins
     form = re.compile(r"([\w.-]+)==([\w.]+)( ; python_version [<>=]+ \"3\.\d+\")?")
     assert [pin for pin in pins if not form.fullmatch(pin)] == []
-    pinned = {re.split("==", pin)[0].lower() for pin in pins}
     groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
-    wanted = {re.match(r"[\w.-]+", need)[0].lower() for group in groups for need in group}  # type: ignore[index]
-    assert wanted - pinned == set()
+    wanted = {normalised(need) for group in groups for need in group}
+    assert wanted - {normalised(pin) for pin in pins} == {"tracin-ann"}  # extras that hold others of ours
+
+
+def test_extras_of_ours_exist(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    for needs in extras.values():
+        for inner in (need[len("tracin-ann[") : -1] for need in needs if need.startswith("tracin-ann[")):
+            assert set(inner.split(",")) <= set(extras)
 
 
 @pytest.mark.parametrize("pattern", [HOST, MACHINE_PATH], ids=["registry host", "path of a machine"])
