@@ -1,6 +1,7 @@
 """Digits with wrong labels: train a small classifier, index it, ask it, and find the labels that are wrong.
 
-`python examples/digits.py` does it all in a minute; `digits.py:task` is the task that the commands name.
+`python examples/digits.py` does it all in a minute, shows the commands it runs, and writes a report. To build yourself:
+`python build_index.py --task examples/digits.py:task --task-arg runs=runs/digits/seed0 --out runs/mine`.
 The data is scikit-learn's copy of the UCI handwritten digits (1,797 pictures of 8×8), 10% of the training labels
 changed at random.
 """
@@ -20,10 +21,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from tracin_ann import Checkpoint, Description, Task
+from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task
+from tracin_ann.report import write_report
 
 N_TRAIN, FLIPPED, EPOCHS, RATE = 1437, 0.10, 9, 0.1
 Row = tuple[torch.Tensor, int]
+
+# The task: all that an index needs to know.
 
 
 def model() -> nn.Module:
@@ -32,18 +36,6 @@ def model() -> nn.Module:
 
 def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return F.cross_entropy(net(batch[0]), batch[1], reduction="none")
-
-
-def data(seed: int) -> tuple[list[Row], list[Row], np.ndarray]:
-    """Return training rows (some labels flipped), test rows, and the ids of the flipped."""
-    pixels, labels = load_digits(return_X_y=True)
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(labels))
-    pixels, labels = torch.tensor(pixels[order] / 16, dtype=torch.float32), labels[order].copy()
-    flipped = np.sort(random.choice(N_TRAIN, round(FLIPPED * N_TRAIN), replace=False))
-    labels[flipped] = (labels[flipped] + random.integers(1, 10, len(flipped))) % 10
-    rows = list(zip(pixels, labels.tolist(), strict=True))
-    return rows[:N_TRAIN], rows[N_TRAIN:], flipped
 
 
 def describe(row: Row) -> Description:
@@ -59,7 +51,23 @@ def task(runs: str = "runs/digits", seed: str = "0") -> Task:
         query_data=lambda: test_rows,
         checkpoints=[Checkpoint(f"{runs}/epoch-{e}.pt", learning_rate=RATE) for e in range(EPOCHS)],
         describe=describe,
+        columns=lambda row: {"label": row[1]},
     )
+
+
+# Its data, training it, building the index, asking.
+
+
+def data(seed: int) -> tuple[list[Row], list[Row], np.ndarray]:
+    """Return training rows (some labels flipped), test rows, and the ids of the flipped."""
+    pixels, labels = load_digits(return_X_y=True)
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    pixels, labels = torch.tensor(pixels[order] / 16, dtype=torch.float32), labels[order].copy()
+    flipped = np.sort(random.choice(N_TRAIN, round(FLIPPED * N_TRAIN), replace=False))
+    labels[flipped] = (labels[flipped] + random.integers(1, 10, len(flipped))) % 10
+    rows = list(zip(pixels, labels.tolist(), strict=True))
+    return rows[:N_TRAIN], rows[N_TRAIN:], flipped
 
 
 def train(runs: Path, seed: int) -> float:
@@ -133,6 +141,11 @@ def main() -> None:
     print("".join(f"{line}\n" for line in lines[:3]) + f"... {len(lines) - 3} more")
     print(f"\nrows by self-influence: the first 10% hold {found(ranking, flipped, 0.1):.1%} of the wrong labels,")
     print(f"the first 20% hold {found(ranking, flipped, 0.2):.1%} (chance: 10% and 20%)")
+
+    opened = InfluenceIndex.open(index)
+    answers = opened.query(range(6), options=QueryOptions(k=5, rerank="exact"))
+    report = write_report(answers, runs / f"report-seed{options.seed}.html", opened, "Digits: what six of them rest on")
+    print(f"\nthe same with pictures: {report}")
 
 
 if __name__ == "__main__":

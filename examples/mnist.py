@@ -1,7 +1,9 @@
-"""MNIST: train a small CNN with 10% wrong labels and keep checkpoints; `mnist.py:task` is its task.
+"""MNIST: train a small CNN with a tenth of the labels wrong, ask what its mistakes rest on, and find wrong labels.
 
-`python examples/mnist.py --data mnist.npz` trains and prints the commands to build and ask an index. `--data` takes an
-npz with x_train, y_train, x_test, y_test, or the folder that torchvision.datasets.MNIST downloads to.
+`python examples/mnist.py --data DIR` takes a minute; `--data` is an npz with x_train, y_train, x_test, y_test, a folder
+with such a mnist.npz, or the folder that torchvision.datasets.MNIST downloads to. To build an index yourself:
+`python build_index.py --task examples/mnist.py:task --task-arg data_path=DIR --task-arg runs=runs/mnist/10000-rows
+--task-arg rows=10000 --out runs/mine`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tracin_ann import Checkpoint, Description, Task
+from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.report import write_report
 
 EPOCHS, RATE, FLIPPED = 3, 0.05, 0.10
 Row = tuple[torch.Tensor, int]
+
+# The task: all that an index needs to know.
 
 
 def model() -> nn.Module:
@@ -46,10 +51,31 @@ class Digits(torch.utils.data.Dataset[Row]):
         return torch.from_numpy(self.pixels[i]).float().div(255).unsqueeze(0), int(self.labels[i])
 
 
+def describe(row: Row) -> Description:
+    return Description(text=f"labelled {row[1]}", image=row[0])
+
+
+def task(data_path: str, runs: str = "runs/mnist", rows: str = "60000", seed: str = "0") -> Task:
+    train_rows, test_rows, _ = data(data_path, int(rows), int(seed))
+    return Task(
+        model=model,
+        loss=loss,
+        train_data=lambda: train_rows,
+        query_data=lambda: test_rows,
+        checkpoints=[Checkpoint(f"{runs}/epoch-{e}.pt", learning_rate=RATE) for e in range(EPOCHS)],
+        describe=describe,
+        columns=lambda row: {"label": row[1]},
+    )
+
+
+# Its data, training it, building the index, asking.
+
+
 def read(path: str) -> dict[str, np.ndarray]:
-    """Return x_train, y_train, x_test, y_test from an npz or from torchvision's folder."""
-    if Path(path).is_file():
-        with np.load(path) as arrays:
+    """Return x_train, y_train, x_test, y_test from an npz, its folder, or torchvision's."""
+    npz = Path(path) if Path(path).is_file() else Path(path) / "mnist.npz"
+    if npz.is_file():
+        with np.load(npz) as arrays:
             return {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     return {
         f"{letter}_{'train' if part == 'train' else 'test'}": _idx(Path(path), f"{part}-{kind}")
@@ -79,22 +105,6 @@ def data(path: str, rows: int, seed: int) -> tuple[Digits, Digits, np.ndarray]:
     return Digits(arrays["x_train"][:rows], labels), Digits(arrays["x_test"], arrays["y_test"]), flipped
 
 
-def describe(row: Row) -> Description:
-    return Description(text=f"labelled {row[1]}", image=row[0])
-
-
-def task(data_path: str, runs: str = "runs/mnist", rows: str = "60000", seed: str = "0") -> Task:
-    train_rows, test_rows, _ = data(data_path, int(rows), int(seed))
-    return Task(
-        model=model,
-        loss=loss,
-        train_data=lambda: train_rows,
-        query_data=lambda: test_rows,
-        checkpoints=[Checkpoint(f"{runs}/epoch-{e}.pt", learning_rate=RATE) for e in range(EPOCHS)],
-        describe=describe,
-    )
-
-
 def train(path: str, runs: str, rows: int, seed: int) -> float:
     """Train, save a checkpoint an epoch, and return the accuracy on the test digits."""
     train_rows, test_rows, _ = data(path, rows, seed)
@@ -114,19 +124,32 @@ def train(path: str, runs: str, rows: int, seed: int) -> float:
     return float(torch.cat(right).float().mean())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, help="mnist.npz, or torchvision's folder")
-    parser.add_argument("--runs", default="runs/mnist", help="directory for the checkpoints")
-    parser.add_argument("--rows", type=int, default=60_000, help="training digits to use")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    accuracy = train(options.data, options.runs, options.rows, options.seed)
-    print(f"test accuracy {accuracy:.1%}; now build an index and ask it:")
-    arguments = {"data_path": options.data, "runs": options.runs, "rows": options.rows, "seed": options.seed}
-    named = " ".join(f"--task-arg {key}={value}" for key, value in arguments.items())
-    print(f"python build_index.py --task {__file__}:task {named} --out {options.runs}/index")
-    print(f"python query.py {options.runs}/index --ids 0-4 -k 5 --rerank exact")
+    parser.add_argument("--data", required=True, help="mnist.npz, its folder, or torchvision's")
+    parser.add_argument("--out", default="runs/mnist", help="directory for checkpoints, index and report")
+    parser.add_argument("--rows", type=int, default=10_000, help="training digits to use")
+    options = parser.parse_args(arguments)
+    out, path = f"{options.out}/{options.rows}-rows", str(Path(options.data).resolve())
+
+    accuracy = train(path, out, options.rows, 0)
+    print(f"trained on {options.rows:,} digits, 10% with a wrong label; test accuracy {accuracy:.1%}")
+
+    named = {"data_path": path, "runs": out, "rows": str(options.rows)}
+    build(f"{Path(__file__)}:task", f"{out}/index", arguments=named)
+    index = InfluenceIndex.open(f"{out}/index")
+    answers = index.query(range(4), options=QueryOptions(k=5, rerank="exact"))
+    for answer in answers:
+        print(f"\ntest digit {answer.query}, {index.described('query', answer.members[0]).text}")
+        for side, hits in (("for it", answer.proponents), ("against it", answer.opponents)):
+            print(f"  {side}:", ", ".join(f"{hit.id} ({index.columns['label'][hit.row]})" for hit in hits))
+
+    _, _, flipped = data(path, options.rows, 0)
+    suspects = index.self_influence(options.rows // 10)
+    found = np.isin([row.row for row in suspects], flipped).sum() / len(flipped)
+    print(f"\nthe first 10% by self-influence hold {found:.0%} of the wrong labels (chance: 10%)")
+    report = write_report(answers, f"{out}/report.html", index, "MNIST: what four test digits rest on")
+    print(f"the answers with pictures: {report}")
 
 
 if __name__ == "__main__":
