@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.common import IdRanges, parsed_arguments, progress_shown
+from tracin_ann.cli.common import IdRanges, progress_shown
 from tracin_ann.cli.manners import command, device_option, directory_argument, given, note, task_options
+from tracin_ann.cli.opened import opened
 from tracin_ann.cli.output import Sink, output_options
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.words import SEARCHES
@@ -75,7 +76,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     """
     _refuse_idle(options)
     sink = Sink.of(form, output)
-    index = _opened(directory, options)
+    index = opened(directory, options)
+    index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
     if options["own_ids"]:
         options |= _at_positions(index, options)
     if options["self_influence"]:
@@ -98,21 +100,6 @@ def _refuse_idle(options: Mapping[str, object]) -> None:
                 flag, other = (f"--{word.replace('_', '-')}" for word in (asked, name))
                 what, expected = f"{flag} {_WHOLE[asked]}", f"{flag} without it"
                 raise UsageError(problem(what, got=other, expected=expected, remedy="drop one of the two"))
-
-
-def _opened(directory: str, options: Mapping[str, object]) -> InfluenceIndex:
-    from tracin_ann.index import InfluenceIndex
-
-    task, arguments = options["task"], parsed_arguments(options["task_args"])  # type: ignore[arg-type]
-    index = InfluenceIndex.open(
-        directory,
-        task,  # type: ignore[arg-type]
-        arguments=arguments or ({} if task else None),
-        device=str(options["device"]),
-        batch_size=int(options["batch_size"]),  # type: ignore[call-overload]
-    )
-    index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    return index
 
 
 def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[str, object]:

@@ -39,6 +39,8 @@ _SAMPLE = 2048
 """Rows, spread over all, that those are the directions of."""
 _ENTRIES = 1 << 23
 """Numbers of whole rows held at once: 64 MiB in float64."""
+_MANY = 1 << 15
+"""Pairs of a block from which on a matrix product of whole rows is cheaper than pair after pair."""
 _SLACK = 1e-5
 """More than 65 products of unit rows in float32 are off by."""
 
@@ -128,8 +130,9 @@ def duplicates(
 ) -> Duplicates:
     """Return groups of training rows whose stored features have a cosine of the threshold or more.
 
-    A group is all that such pairs link. Needs no task. Time grows with the square of the rows, memory with the rows
-    (260 bytes each, and features of a few hundred).
+    A group is all that such pairs link. Equal examples have features that differ by rounding, since they were in
+    different batches: a cosine of 1 less some millionths, so that a threshold of 1 finds few of them. Needs no task.
+    Time grows with the square of the rows, memory with the rows (260 bytes each, beside the features of some thousand).
 
     Args:
         index: an open index.
@@ -149,7 +152,8 @@ def duplicates(
     told = progress or _silent
     kept, row_NR = _reduced(view, chosen, index.device, told)
     links = _Links(len(kept))
-    for one, other in _likely(row_NR, threshold - _SLACK, told):
+    for pairs in _likely(row_NR, threshold - _SLACK, told):
+        one, other = _likelier(view, kept, pairs, threshold - _SLACK) if len(pairs[0]) > _MANY else pairs
         links.join(one, other, lambda a, b: _cosines(view, kept[a], kept[b]) >= threshold, _pairs_at_once(view))
     groups = sorted((kept[group] for group in links.groups()), key=lambda group: (-len(group), group[0]))
     found = []
@@ -164,7 +168,7 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def _pairs_at_once(view: FeatureView) -> int:
-    return max(1, _ENTRIES // (2 * view.dim))
+    return min(2 * _BLOCK, max(1, _ENTRIES // (2 * view.dim)))
 
 
 def _reduced(
@@ -234,16 +238,28 @@ def _cosines(view: FeatureView, one: Int64, other: Int64) -> Float64:
     return cosines
 
 
+def _likelier(view: FeatureView, kept: Int64, pairs: tuple[Int64, Int64], least: float) -> tuple[Int64, Int64]:
+    """Return those of a block's pairs whose product of whole rows is not below `least`."""
+    one, other = pairs
+    (a, place_A), (b, place_B) = (np.unique(side, return_inverse=True) for side in pairs)
+    near_AB = np.zeros((len(a), len(b)), dtype=bool)
+    for at, to, product_BB in _products(view, kept[a], kept[b]):
+        near_AB[at : at + len(product_BB), to : to + product_BB.shape[1]] = product_BB >= least
+    near_P = near_AB[place_A, place_B]
+    return one[near_P], other[near_P]
+
+
 def _lowest_cosine(view: FeatureView, group: Int64) -> float:
-    size = max(1, _ENTRIES // (2 * view.dim))
-    blocks = [group[start : start + size] for start in range(0, len(group), size)]
-    lowest = 1.0
-    for at, block in enumerate(blocks):
-        unit_BF, _ = _units(view, block)
-        for other in blocks[at:]:
-            other_BF = unit_BF if other is block else _units(view, other)[0]
-            lowest = min(lowest, float((unit_BF @ other_BF.T).min()))
-    return lowest
+    return min(1.0, *(float(product_BB.min()) for *_, product_BB in _products(view, group, group)))
+
+
+def _products(view: FeatureView, one: Int64, other: Int64) -> Iterator[tuple[int, int, Float64]]:
+    """Yield the cosines of rows with others, blocks of a matrix, each with the place of its first row and column."""
+    size = max(1, _ENTRIES // view.dim)
+    for at in range(0, len(one), size):
+        unit_BF, _ = _units(view, one[at : at + size])
+        for to in range(0, len(other), size):
+            yield at, to, unit_BF @ _units(view, other[to : to + size])[0].T
 
 
 class _Links:
@@ -254,13 +270,10 @@ class _Links:
 
     def join(self, one: Int64, other: Int64, linked: Linked, at_once: int) -> None:
         """Link those pairs of places that `linked` says so of; it is not asked of places that are linked already."""
-        while True:
-            open_P = self._roots(one) != self._roots(other)
-            one, other = one[open_P], other[open_P]
-            if not len(one):
-                return
-            first, second, one, other = one[:at_once], other[:at_once], one[at_once:], other[at_once:]
-            for a, b in np.stack([first, second], axis=1)[linked(first, second)].tolist():
+        for start in range(0, len(one), at_once):
+            chunk_2P = np.stack([one[start : start + at_once], other[start : start + at_once]])
+            chunk_2P = chunk_2P[:, self._roots(chunk_2P[0]) != self._roots(chunk_2P[1])]
+            for a, b in chunk_2P.T[linked(*chunk_2P)].tolist() if chunk_2P.size else []:
                 low, high = sorted((self._root(a), self._root(b)))
                 self._above[high] = low
 

@@ -61,6 +61,11 @@ class Counts:
         return float(self.count_N.mean()) if len(self.count_N) else 0.0
 
     @property
+    def largest(self) -> int:
+        """Return the largest count."""
+        return int(self.count_N.max(initial=0))
+
+    @property
     def skewness(self) -> float:
         """Return E (N_k - μ)³ / σ³ over the rows: 0 where all counts are equal, and the larger the fewer the hubs."""
         if not len(self.count_N) or self.count_N.min() == self.count_N.max():
