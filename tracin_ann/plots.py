@@ -103,7 +103,7 @@ def _figure(width: float, height: float) -> Any:
                 remedy="pip install 'tracin-ann[report]'",
             )
         ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
     # Notebooks show a bare Figure as a picture only after pyplot was imported; this they show always.
     figure._repr_png_ = partial(_png, figure)
     return figure
