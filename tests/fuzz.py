@@ -53,6 +53,7 @@ def made(folder: Path) -> dict[str, Reader]:
     model = Toy()
     fields: dict[str, Any] = {"train_data": lambda: rows(120), "query_data": lambda: rows(10, seed=2)}
     fields |= {"checkpoints": saved(model, folder), "columns": lambda row: {"label": row[1], "name": "abc"}}
+    fields |= {"ids": lambda row: f"{float(row[0][0]):.9f}"}
     out = folder / "index"
     build(toy(folder, model, **fields), out, replace(CONFIG, index="ivf", partition_rows=64, dim=8))
     manifest = remove(out, [3, 4])
@@ -75,7 +76,7 @@ def made(folder: Path) -> dict[str, Reader]:
         "build record": Reader(out / BUILD_RECORD, lambda: read_build_record(out), is_json=True),
         "features": Reader(feature, features),
         "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5")),
-        "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz")),
+        "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).refuse_twins()),
         "removed": Reader(own / "removed.npy", lambda: removed_ids(out, manifest)),
     }
     # Not ivf.faiss: FAISS reads it only after its digest has matched.

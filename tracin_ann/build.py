@@ -27,7 +27,7 @@ from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import refuse_changed, write_canaries
 from tracin_ann.columns import FILE as COLUMNS
-from tracin_ann.columns import gathered, write_columns
+from tracin_ann.columns import RowTable, gathered, write_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, UsageError, problem
@@ -266,14 +266,16 @@ class BuildWork:
         write_canaries(folder / CANARIES, done.canaries)
         return done.plan
 
-    def columns(self, folder: Path, progress: ProgressCallback) -> FileRecord | None:
-        """Write the columns and ids of the training rows, where the task gives any."""
+    def table(self, progress: ProgressCallback) -> RowTable | None:
+        """Return the columns and ids of the training rows, where the task gives any.
+
+        Raises:
+            TaskError: what it gives cannot be kept.
+        """
         task = self.passes.task
         if task.columns is None and task.ids is None:
             return None
-        table = gathered(task, self.passes.data("train"), self.passes.n_rows("train"), progress)
-        write_columns(folder / COLUMNS, table)
-        return record_of(folder / COLUMNS)
+        return gathered(task, self.passes.data("train"), self.passes.n_rows("train"), progress)
 
     def index(
         self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord], removed_R: Int64
@@ -359,12 +361,14 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
             refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
         chosen = work.tuned(model, start.record)
         record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
+        table = work.table(report)
         if claims is not None:
             claims.enter_context(claimed(work.out))
         if start.begun != record:
             write_build_record(work.out, record)
         folder = next_folder(work.out, start.manifest)
-        columns = work.columns(folder, report)
+        if table is not None:
+            write_columns(folder / COLUMNS, table)
         features = work.config.features(record.spec.rank_one)
         plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
     yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
@@ -378,7 +382,7 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         index=work.index(yardstick, folder, files, removed_ids(work.out, start.manifest)),
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
         fidelity=yardstick.fidelity() if measured else None,
-        columns=columns,
+        columns=None if table is None else record_of(folder / COLUMNS),
         removed=carry_removed(work.out, start.manifest, folder),
         skipped=write_skipped(folder, store),
     )

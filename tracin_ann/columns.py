@@ -25,6 +25,8 @@ FILE = "columns.npz"
 _PREFIX, _IDS = "column ", "ids"
 Columns = Mapping[str, npt.NDArray[Any]]
 _KINDS = (bool, int, float, str)
+_ARRAY_KINDS = "bifU"
+_INT64 = range(-(2**63), 2**63)
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "!=": operator.ne,
     "<=": operator.le,
@@ -88,11 +90,17 @@ class RowTable:
     ids: npt.NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check that all are of one length.
+        """Check shapes and kinds.
 
         Raises:
-            DamagedIndexError: they are not.
+            DamagedIndexError: an array is no column of numbers, bools or texts, ids are neither int64 nor text, or
+                lengths differ.
         """
+        for name, values in self.arrays.items():
+            if values.ndim != 1 or values.dtype.kind not in _ARRAY_KINDS:
+                raise DamagedIndexError(f"{name!r} is {values.dtype} {values.shape}, no column; build a new index")
+        if self.ids is not None and self.ids.dtype.kind != "U" and self.ids.dtype != np.int64:
+            raise DamagedIndexError(f"ids are {self.ids.dtype}, not int64 or text; build a new index")
         lengths = {len(values) for values in self.arrays.values()}
         if len(lengths) > 1:
             raise DamagedIndexError(f"columns of {sorted(lengths)} rows cannot be of one index; build a new one")
@@ -107,6 +115,20 @@ class RowTable:
         """Return N, or 0 where nothing is kept."""
         return max((len(values) for values in self.arrays.values()), default=0)
 
+    def refuse_twins(self) -> None:
+        """Refuse ids that two rows have; reads them all, which a query need not.
+
+        Raises:
+            DamagedIndexError: names such an id.
+        """
+        if self.ids is None:
+            return
+        order = np.argsort(self.ids, kind="stable")
+        twins = np.flatnonzero(self.ids[order][1:] == self.ids[order][:-1])
+        if len(twins):
+            first, second = (int(row) for row in order[twins[0] : twins[0] + 2])
+            raise DamagedIndexError(f"rows {first} and {second} both have id {self.id_at(first)!r}; build a new index")
+
     def id_at(self, row: int) -> int | str:
         """Return the id of the row at a position."""
         if self.ids is None:
@@ -120,7 +142,7 @@ def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> 
 
     Raises:
         TaskError: a row gives no mapping, other names than the first, or a value of another kind; an id is of another
-            kind than the first, or another row's.
+            kind than the first, or another row's; a whole number is no int64, or a text ends in NUL.
     """
     found: dict[str, list[Any]] = {}
     ids: dict[int | str, int] = {}
@@ -144,19 +166,25 @@ def _add(found: dict[str, list[Any]], given: object, row: int) -> None:
     for name, value in given.items():
         plain = value.item() if hasattr(value, "item") else value
         kept = found.setdefault(name, [])
-        if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])):
+        if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])) or not _fits(plain):
             raise TaskError(_unlike(row, {name: value}, list(found)))
         kept.append(plain)
 
 
+def _fits(value: object) -> bool:
+    """Return whether an array gives the value back: it holds int64, and texts without the NULs at their ends."""
+    return value in _INT64 if type(value) is int else not (isinstance(value, str) and value.endswith("\0"))
+
+
 def _refuse_second(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
     first = next(iter(ids), own)
-    if own in ids or type(own) is not type(first):
+    if own in ids or type(own) is not type(first) or not _fits(own):
+        why = f", that of row {ids[own]}" if own in ids else f", the first row's is {first!r}" if row else ""
         raise TaskError(
             problem(
                 f"Task.ids gives row {row} an id that it cannot have",
-                got=f"{own!r}, that of row {ids[own]}" if own in ids else f"{own!r}, the first row's is {first!r}",
-                expected="one kind of id, each once",
+                got=f"{own!r}{why}",
+                expected="one kind of id, text or int64, each once",
                 remedy="mend Task.ids",
             )
         )
@@ -168,17 +196,20 @@ def write_columns(path: Path, table: RowTable) -> None:
         np.savez(file, **table.arrays)  # type: ignore[arg-type]
 
 
-def read_columns(path: Path) -> RowTable:
-    """Return the columns and ids that `write_columns` wrote.
+def read_columns(path: Path, n_rows: int) -> RowTable:
+    """Return the columns and ids of so many rows that `write_columns` wrote.
 
     Raises:
-        DamagedIndexError: the file is missing or cannot be read.
+        DamagedIndexError: the file is missing, cannot be read, or is of other rows.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in arrays.files}
         ids = held.pop(_IDS, None)
-        return RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
+        table = RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
+        if table.arrays and len(table) != n_rows:
+            raise DamagedIndexError(f"columns of {len(table)} rows, the index has {n_rows}")
+        return table
     except Exception as error:
         raise DamagedIndexError(
             problem(

@@ -131,7 +131,7 @@ class InfluenceIndex:
     def rows(self) -> RowTable:
         """Return what the task gave of the training rows: columns by name, and ids."""
         record = self.manifest.columns
-        return RowTable({}) if record is None else read_columns(self._folder / record.name)
+        return RowTable({}) if record is None else read_columns(self._folder / record.name, len(self))
 
     @property
     def columns(self) -> Columns:

@@ -217,7 +217,7 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
     n_rows = manifest.build.layout.n_rows
     readers: list[tuple[FileRecord | None, Callable[[Path], object]]] = [
         (manifest.canaries, read_canaries),
-        (manifest.columns, lambda path: _refuse_length(path, n_rows)),
+        (manifest.columns, lambda path: read_columns(path, n_rows).refuse_twins()),
         (manifest.removed, lambda path: removed_ids(out, manifest)),
         (manifest.skipped, lambda path: skipped_rows(out, manifest)),
     ]
@@ -239,9 +239,3 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
         faults = [str(error)]
     for fault in faults:
         yield Damage(path, f"{path} does not belong to the features: {fault}; run tracin-verify --repair")
-
-
-def _refuse_length(path: Path, n_rows: int) -> None:
-    length = len(read_columns(path))
-    if length != n_rows:
-        raise DamagedIndexError(f"{path}: got columns of {length} rows, expected {n_rows}; run tracin-verify --repair")
