@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -57,10 +58,41 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Description:
-    """An example for people: a text, a picture (array or tensor, H×W, 1×H×W, 3×H×W, H×W×3), or both."""
+    """An example for people: a text, a picture, a table, tokens with scores, or several of these.
+
+    Attributes:
+        text: what it says; commands and tables show this alone.
+        image: an array or tensor, H×W, 1×H×W, 3×H×W or H×W×3.
+        table: names and values of a tabular row, what matters most first.
+        tokens: the pieces of a text.
+        token_scores: one finite number a token, shown as its shade; needs `tokens`.
+    """
 
     text: str | None = None
     image: Any | None = None
+    table: Mapping[str, Any] | None = None
+    tokens: Sequence[str] | None = None
+    token_scores: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that tokens and their scores fit each other.
+
+        Raises:
+            TaskError: there are scores and no tokens, not one for each, or one that is NaN or infinite.
+        """
+        if self.token_scores is None:
+            return
+        n_tokens, n_scores = len(self.tokens or ()), len(self.token_scores)
+        wrong = [score for score in self.token_scores if not math.isfinite(float(score))]
+        if n_tokens != n_scores or wrong:
+            raise TaskError(
+                problem(
+                    "Description.token_scores does not fit its tokens",
+                    got=f"a score {wrong[0]}" if wrong else f"{n_scores} scores for {n_tokens} tokens",
+                    expected="one finite number for each of Description.tokens",
+                    remedy="mend Task.describe",
+                )
+            )
 
 
 @dataclass(frozen=True)
