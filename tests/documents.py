@@ -1,8 +1,8 @@
 """Documents as they are run: their fenced blocks, the commands shown in them, and what those print.
 
-A block of Python whose first line is `# name.py` is that file. Any other is run, in the order of the page. A block
-of `console` holds commands behind `$ ` and what they print; a block of text with the title `printed` is what the
-Python before it prints. A block whose title begins with `not run: ` is not run, and says why.
+A block of Python or TOML whose first line is `# name.py` or `# name.toml` is that file. Any other Python is run, in the
+order of the page. A block of `console` holds commands behind `$ ` and what they print; a block of text with the title
+`printed` is what the Python before it prints. A block whose title begins with `not run: ` is not run, and says why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN = "not run: "
 _FENCE = re.compile(r"^( *)```([\w-]+)([^\n]*)\n(.*?)^\1```", re.M | re.S)
 _TITLE = re.compile(r'title="([^"]*)"')
-_FILE = re.compile(r"# ([\w/]+\.py)\n")
+_FILE = re.compile(r"# ([\w/]+\.(?:py|toml))\n")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Block:
     @property
     def file(self) -> str | None:
         """Return the name of the file that the block is."""
-        named = _FILE.match(self.code) if self.language == "python" else None
+        named = _FILE.match(self.code) if self.language in ("python", "toml") else None
         return named[1] if named else None
 
 

@@ -10,14 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from tracin_ann.cli.failures import refusals
 from tracin_ann.cli.manners import is_quiet
-from tracin_ann.words import duration, sized
 
 if TYPE_CHECKING:
     from tracin_ann.types import ProgressCallback
-
-__all__ = ["IdRanges", "MemorySize", "duration", "parsed_arguments", "progress_shown", "refusals", "sized"]
 
 
 class IdRanges(click.ParamType):  # type: ignore[type-arg]

@@ -122,10 +122,16 @@ def _unforeseen(error: Exception) -> str:
     theirs = [frame for frame in frames if not _is_installed(frame[0])]
     if theirs:
         file, line, function = theirs[-1]
-        return f"{file}:{line}, in {function}, raised {said}; --debug shows the traceback"
+        return f"{_near(file)}:{line}, in {function}, raised {said}; --debug shows the traceback"
     ours = [frame for frame in frames if Path(frame[0]).is_relative_to(_OURS)] or [("tracin_ann", "?", "?")]
     file, line, function = ours[-1]
     return f"unforeseen, in {Path(file).name}:{line}, {function}: {said}; --debug shows the traceback"
+
+
+def _near(file: str) -> str:
+    """Return a file's path, from the current directory on if it lies below."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 _OURS = Path(__file__).resolve().parent.parent
