@@ -90,18 +90,25 @@ class Reader:
         return out.getvalue()
 
     def command(self, text: str) -> tuple[int, str, str]:
-        name, *arguments = shlex.split(text, comments=True)
+        """Run a command; what follows the first pipe gets what it prints."""
+        first, pipe, rest = text.partition(" | ")
+        name, *arguments = shlex.split(first, comments=True)
         if name == "python":
             return 0, self.script(arguments), ""
-        if name not in SCRIPTS or "|" in arguments:
-            done = subprocess.run(["bash", "-c", text], cwd=self.place, capture_output=True, text=True, check=False)
-            return done.returncode, done.stdout, done.stderr
+        if name not in SCRIPTS:
+            return self.shell(text)
         module, _, function = SCRIPTS[name].partition(":")
-        main = getattr(importlib.import_module(module), function)
-        result = CliRunner().invoke(main, arguments, prog_name=name)
+        result = CliRunner().invoke(getattr(importlib.import_module(module), function), arguments, prog_name=name)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
+        if pipe and not result.exit_code:
+            return self.shell(rest, result.stdout)
         return result.exit_code, result.stdout, result.stderr
+
+    def shell(self, text: str, given: str = "") -> tuple[int, str, str]:
+        command = ["bash", "-c", text]
+        done = subprocess.run(command, cwd=self.place, input=given, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
 
 
 @contextlib.contextmanager
