@@ -1,0 +1,77 @@
+"""tracin-mislabelled: which training rows look as if their label were wrong, and how many to look at."""
+
+from __future__ import annotations
+
+import click
+
+from tracin_ann.cli.common import progress_shown
+from tracin_ann.cli.manners import command, directory_argument, note
+from tracin_ann.cli.opened import (
+    checkpoints_option,
+    filter_options,
+    index_options,
+    opened,
+    own_ids_option,
+    row_filter,
+)
+from tracin_ann.cli.output import Sink, output_options
+
+
+@command(
+    "tracin-mislabelled runs/mnist -k 50",
+    "tracin-mislabelled runs/mnist --labels digit --where digit=3 --output suspects.csv",
+)
+@directory_argument
+@click.option("--labels", default="label", show_default=True, metavar="COLUMN", help="The column with the labels.")
+@click.option("--no-labels", is_flag=True, help="There are none: rank by self-influence alone.")
+@click.option("-k", default=50, show_default=True, type=click.IntRange(1), help="Rows shown or written.")
+@click.option("--neighbours", default=30, show_default=True, type=click.IntRange(1), help="Rows a side that vote.")
+@click.option(
+    "--by",
+    type=click.Choice(["both", "self-influence", "votes"]),
+    help="What rows are ranked by.  [default: both, without labels self-influence]",
+)
+@click.option(
+    "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours are asked."
+)
+@click.option("--exact", is_flag=True, help="True self-influence of every row, computed now.")
+@filter_options
+@checkpoints_option
+@own_ids_option
+@output_options
+@index_options
+def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
+    """Rank training rows by how likely their label is wrong, and say what label speaks against it.
+
+    A row's score is its self-influence times the share of its neighbours' vote that is not for its label. Neighbours
+    are the rows whose gradients are most alike and most opposed to its own; `speaks_for` is the label that most of
+    them have.
+    """
+    from tracin_ann.questions.mislabelled import Suspects, mislabelled
+
+    sink = Sink.of(form, output)
+    index = opened(directory, options)
+    with sink.opened(Suspects.FIELDS) as write, progress_shown("rows") as progress:
+        found = mislabelled(
+            index,
+            None if options["no_labels"] else str(options["labels"]),
+            options["k"],  # type: ignore[arg-type]
+            options["neighbours"],  # type: ignore[arg-type]
+            by=options["by"],  # type: ignore[arg-type]
+            asked=options["asked"],  # type: ignore[arg-type]
+            checkpoints=options["checkpoints"],  # type: ignore[arg-type]
+            exact=bool(options["exact"]),
+            rows=row_filter(index, options),
+            progress=progress,
+        )
+        write(found)
+    told = found.suspicion
+    if told.look_at is None:
+        note(f"{told.n_rows:,} rows by self-influence; without labels nobody votes on how many to look at", err=True)
+        return
+    asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
+    note(
+        f"look at about {told.look_at:,} of {told.n_rows:,} rows: "
+        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours",
+        err=True,
+    )

@@ -1,0 +1,307 @@
+"""Training rows whose label looks wrong: by self-influence, and by the labels that their neighbours speak for.
+
+A row's neighbours are the rows whose gradients are most alike to its own and those most against it, by cosine at each
+checkpoint. Both speak, with the size of their cosine, for the label that they have: a row of the same input and another
+label has a gradient that points the other way, so an opponent's voice is for its own label. That takes nothing but the
+stored features; where the labels' vote goes against a row's own, the row is *outvoted*.
+
+Shapes: N ranked rows, B asked at once, V rows that vote, L labels, C checkpoints, D sketch dimension, F = C·D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tracin_ann.answers import Id
+from tracin_ann.columns import RowFilter
+from tracin_ann.errors import UsageError, problem
+from tracin_ann.formats import Fields, Record
+from tracin_ann.index import InfluenceIndex
+from tracin_ann.results import Describe, Listed
+from tracin_ann.search import FlatIndex
+from tracin_ann.types import Float64, Int64, ProgressCallback
+
+NEIGHBOURS = 30
+ASKED = 20_000
+_LOT = 1024
+"""Rows whose neighbours are found in one pass over the features."""
+_QUANTILE = 0.05
+"""Share of the outvoted rows whose self-influence may be below that of all rows that are to be looked at."""
+
+Label = int | str
+By = Literal["both", "self-influence", "votes"]
+RANKINGS: tuple[By, ...] = ("both", "self-influence", "votes")
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A training row, ranked by how likely its label is wrong.
+
+    Attributes:
+        rank: from 1, the most suspicious.
+        id: the task's own id, else the position.
+        row: the position in train_data.
+        label: the label that it has; None: none was read.
+        score: what it is ranked by.
+        self_influence: Σ_c η_c ‖∇ℓ(w_c, z)‖².
+        speaks_for: the label that its neighbours give most voice; None: they were not asked.
+        share: that label's share of their voice, 0 to 1.
+    """
+
+    rank: int
+    id: Id
+    row: int
+    label: Label | None
+    score: float
+    self_influence: float
+    speaks_for: Label | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """What was found of all rows.
+
+    Attributes:
+        n_rows: rows that were ranked.
+        n_asked: those of largest self-influence, whose neighbours were asked.
+        n_outvoted: those of them whose neighbours speak for another label.
+        look_at: how many from the top to look at; None where no labels were read.
+    """
+
+    n_rows: int
+    n_asked: int = 0
+    n_outvoted: int = 0
+    look_at: int | None = None
+
+
+class Suspects(Listed[Suspect]):
+    """Training rows, the most suspicious first; `suspicion` tells of all of them."""
+
+    FIELDS = Fields(
+        (
+            ("rank", "int"),
+            ("id", "id"),
+            ("row", "int"),
+            ("label", "id"),
+            ("score", "float"),
+            ("self_influence", "float"),
+            ("speaks_for", "id"),
+            ("share", "float"),
+            ("text", "text"),
+        )
+    )
+
+    def __init__(self, rows: Iterable[Suspect], describe: Describe, suspicion: Suspicion) -> None:
+        super().__init__(rows, describe)
+        self.suspicion = suspicion
+
+    def record(self, row: Suspect) -> Record:
+        """Return a row's record."""
+        return {
+            "rank": row.rank,
+            "id": row.id,
+            "row": row.row,
+            "label": row.label,
+            "score": row.score,
+            "self_influence": row.self_influence,
+            "speaks_for": row.speaks_for,
+            "share": row.share,
+            "text": self.texts("train", row.row),
+        }
+
+
+def mislabelled(  # noqa: PLR0913
+    index: InfluenceIndex,
+    labels: str | None = "label",
+    k: int | None = None,
+    neighbours: int = NEIGHBOURS,
+    *,
+    by: By | None = None,
+    asked: int = ASKED,
+    checkpoints: Sequence[int] | None = None,
+    exact: bool = False,
+    rows: RowFilter | None = None,
+    progress: ProgressCallback | None = None,
+) -> Suspects:
+    """Return training rows by how likely their label is wrong, the k first or all.
+
+    By default a row's score is its self-influence times the share of its neighbours' voice that is not for its own
+    label (`both`): measured, that finds as many wrong labels as either alone, or more. Without labels it is the
+    self-influence.
+
+    How many to look at is told by the outvoted rows: as many as have a self-influence that 19 in 20 of those reach.
+    Where hardly a label is wrong, hardly a row is outvoted.
+
+    Neighbours are found by an exact scan of the stored features, in time that grows with `asked` times the rows. Rows
+    that were not asked rank after all that were. Needs no task, unless `exact`.
+
+    Args:
+        index: an open index.
+        labels: the column (`Task.columns`) that has the labels; None: rank by self-influence alone.
+        k: rows wanted; None: all.
+        neighbours: rows on either side, helpers and opponents, that speak for each.
+        by: `both`, `self-influence`, or `votes`, the share alone; None: `both` where there are labels.
+        asked: the rows of largest self-influence whose neighbours are asked.
+        checkpoints: positions of those to sum over; None: all.
+        exact: true self-influence of every row, computed now, instead of the stored estimate; votes stay the stored
+            features'.
+        rows: which rows are ranked; None: all. All rows of the index speak, but removed and skipped ones.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: there is no such column, it holds no labels, or another argument is bad.
+        IndexMismatchError: with `exact`, the task does not fit the index.
+    """
+    for option, value in (("-k", k), ("--neighbours", neighbours), ("--asked", asked)):
+        if value is not None and value < 1:
+            raise UsageError(problem(f"bad {option}", got=value, expected="1 or more", remedy=f"change {option}"))
+    by = by or ("self-influence" if labels is None else "both")
+    if by not in RANKINGS or (labels is None and by != "self-influence"):
+        expected = "self-influence" if labels is None else " or ".join(RANKINGS)
+        raise UsageError(problem("bad --by", got=by, expected=expected, remedy="change --by, or name the labels"))
+    column = None if labels is None else _column(index, labels)
+    ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, progress=progress)
+    row_N = np.array([found.row for found in ranked], dtype=np.int64)
+    own_N = np.array([found.score for found in ranked])
+    if column is None:
+        plain = [Suspect(f.rank, f.id, f.row, None, f.score, f.score) for f in ranked[:k]]
+        return Suspects(plain, index.described, Suspicion(len(ranked)))
+    names_L, label_V = np.unique(column, return_inverse=True)
+    n_asked = min(asked, len(row_N))
+    electorate = _Electorate(index, checkpoints, label_V, len(names_L))
+    share_NL = electorate.shares(row_N[:n_asked], neighbours, progress)
+    voices = _Voices(share_NL, label_V[row_N[:n_asked]])
+    score_N = _scores(by, own_N, voices)
+    order = np.lexsort((row_N, -score_N, np.arange(len(row_N)) >= n_asked))
+    suspicion = Suspicion(len(row_N), n_asked, int(voices.outvoted_N.sum()), _look_at(own_N[:n_asked], voices))
+    found = []
+    for rank, i in enumerate(order[:k].tolist(), start=1):
+        row, told = int(row_N[i]), i < n_asked
+        found.append(
+            Suspect(
+                rank=rank,
+                id=index.rows.id_at(row),
+                row=row,
+                label=_label(column[row]),
+                score=float(score_N[i]),
+                self_influence=float(own_N[i]),
+                speaks_for=_label(names_L[voices.winner_N[i]]) if told else None,
+                share=float(share_NL[i, voices.winner_N[i]]) if told else None,
+            )
+        )
+    return Suspects(found, index.described, suspicion)
+
+
+@dataclass(frozen=True, eq=False)
+class _Voices:
+    """The shares [N, L] of the voice for each label, and the labels [N] that rows have, as places among the names."""
+
+    share_NL: Float64
+    label_N: Int64
+
+    @property
+    def own_N(self) -> Float64:
+        """Return the share for each row's own label."""
+        own_N: Float64 = self.share_NL[np.arange(len(self.label_N)), self.label_N]
+        return own_N
+
+    @property
+    def winner_N(self) -> Int64:
+        """Return the label with the largest share; of equal ones the row's own, then the first."""
+        best_N = self.share_NL.argmax(axis=1)
+        best_N[self.own_N >= self.share_NL.max(axis=1)] = self.label_N[self.own_N >= self.share_NL.max(axis=1)]
+        return best_N
+
+    @property
+    def outvoted_N(self) -> npt.NDArray[np.bool_]:
+        """Return which rows another label has won."""
+        outvoted_N: npt.NDArray[np.bool_] = self.winner_N != self.label_N
+        return outvoted_N
+
+
+class _Electorate:
+    """All rows of an index that are present, with their labels."""
+
+    def __init__(self, index: InfluenceIndex, checkpoints: Sequence[int] | None, label_V: Int64, n_labels: int) -> None:
+        self._label_V, self._n_labels = label_V, n_labels
+        self._view = replace(index.view(checkpoints), cosine=True)
+        rates = [index.manifest.build.spec.checkpoints[c].learning_rate for c in self._view.checkpoints]
+        self._weight_C = (np.array(rates) / np.sum(rates)).astype(np.float32)
+        self._scan, self._allowed = FlatIndex(self._view, index.device), index.present()
+
+    def shares(self, row_N: Int64, neighbours: int, progress: ProgressCallback | None) -> Float64:
+        """Return the share of their neighbours' voice [N, L] for each label; of rows without any, of their own all."""
+        voice_NL = np.zeros((len(row_N), self._n_labels))
+        for start in range(0, len(row_N), _LOT):
+            row_B = row_N[start : start + _LOT]
+            unit_BF = self._view.take(row_B)
+            query_BF = (unit_BF.reshape(len(row_B), len(self._weight_C), -1) * self._weight_C[:, None]).reshape(
+                unit_BF.shape
+            )
+            for sign, top in zip((1, -1), self._scan.search_both(query_BF, neighbours + 1, self._allowed), strict=True):
+                for at, (row, ids, scores) in enumerate(zip(row_B, top.ids, top.scores, strict=True)):
+                    heard = (ids != row) & (sign * scores > 0)
+                    heard_K, loud_K = ids[heard][:neighbours], np.abs(scores[heard][:neighbours])
+                    np.add.at(voice_NL[start + at], self._label_V[heard_K], loud_K)
+            if progress is not None:
+                progress("neighbours", start + len(row_B), len(row_N))
+        silent_N = voice_NL.sum(axis=1) == 0
+        voice_NL[silent_N, self._label_V[row_N[silent_N]]] = 1
+        share_NL: Float64 = voice_NL / voice_NL.sum(axis=1, keepdims=True)
+        return share_NL
+
+
+def _scores(by: By, own_N: Float64, voices: _Voices) -> Float64:
+    """Return what rows are ranked by; of those that were not asked, the self-influence."""
+    score_N = own_N.copy()
+    n_asked = len(voices.label_N)
+    if by == "both":
+        score_N[:n_asked] *= 1 - voices.own_N
+    elif by == "votes":
+        score_N[:n_asked] = 1 - voices.own_N
+    return score_N
+
+
+def _look_at(own_N: Float64, voices: _Voices) -> int:
+    """Return how many rows reach the self-influence that 19 in 20 of the outvoted reach."""
+    outvoted_N = voices.outvoted_N
+    if not outvoted_N.any():
+        return 0
+    return int((own_N >= np.quantile(own_N[outvoted_N], _QUANTILE, method="lower")).sum())
+
+
+def _column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
+    columns = index.columns
+    if labels not in columns:
+        raise UsageError(
+            problem(
+                f"no column {labels!r} in this index",
+                got=f"--labels {labels}",
+                expected=f"one of {', '.join(columns)}" if columns else "an index with columns",
+                remedy="change --labels, or --no-labels to rank by self-influence alone"
+                if columns
+                else "give Task.columns and build again, or --no-labels to rank by self-influence alone",
+            )
+        )
+    column: npt.NDArray[Any] = columns[labels]
+    if column.dtype.kind == "f":
+        raise UsageError(
+            problem(
+                f"column {labels!r} holds no labels",
+                got="numbers with fractions",
+                expected="whole numbers, bools or texts",
+                remedy="name another column, or --no-labels",
+            )
+        )
+    return column
+
+
+def _label(value: Any) -> Label:
+    plain = value.item()
+    return str(plain).lower() if isinstance(plain, bool) else plain
