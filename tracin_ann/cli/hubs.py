@@ -73,8 +73,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
         write(found.ranked(options["by"], options["top"]))  # type: ignore[arg-type]
     census = found.census
     for kind, counts in (("proponents", census.proponents), ("opponents", census.opponents)):
-        least = "none" if not len(counts.count_N) else f"{(counts.count_N == 0).mean():.0%}"
-        expected = f"{counts.expected:.3g} expected a row, {counts.largest:,} at most, {least} of none"
+        idle = f"{(counts.count_N == 0).mean():.0%}" if len(counts.count_N) else "none"
+        expected = f"{counts.expected:.3g} expected a row, {counts.largest:,} at most, {idle} of the rows in no answer"
         note(f"{kind}: {expected}; skewness {counts.skewness:.2f}", err=True)
     note(
         f"{census.n_queries:,} {'query' if census.n_queries == 1 else 'queries'}, k = {census.k}; {census.how}",
