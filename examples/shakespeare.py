@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.questions import explain
 from tracin_ann.report import write_report
 
 Row = tuple[torch.Tensor, int]  # LENGTH + 1 characters, and where they begin in the text
@@ -132,7 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{answer.query}: {index.described('query', answer.members[0]).text}")
         for hit in answer.hits:
             print(f"  {hit.score:+.5f} {hit.id:>8}: {index.described('train', hit.row).text}")
-    print(f"\nreport: {write_report(answers, f'{out}/report.html', index, 'Which passages taught it these')}")
+    parts = explain(index, answers[0].proponents[0].row, answers[0].members[0]).by_layer
+    shares = [f"{layer} {part:+.5f}" for layer, part in sorted(parts.items(), key=lambda item: -item[1])[:4]]
+    print(f"\nthe first score comes most from the layers {', '.join(shares)}")
+    print(f"report: {write_report(answers, f'{out}/report.html', index, 'Which passages taught it these')}")
 
 
 if __name__ == "__main__":

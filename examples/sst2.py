@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.questions import mislabelled
 from tracin_ann.report import write_report
 
 Row = tuple[str, int, str]  # sentence, label, name
@@ -136,11 +137,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {hit.score:+7.3f}  {hit.id}, {index.described('train', hit.row).text}")
 
     _, _, flipped = read(options.data, options.rows)
-    suspects = index.self_influence(options.rows // 10)
-    found = np.isin([row.row for row in suspects], flipped).sum() / len(flipped)
-    print(f"\nthe first 10% by self-influence hold {found:.0%} of the wrong labels (chance: 10%), and begin with")
+    suspects = mislabelled(index, labels="label", k=len(flipped))
+    found = np.isin([row.row for row in suspects], flipped).mean()
+    print(f"\nof the {len(flipped)} most suspicious labels {found:.0%} are wrong (chance: 10%); the first are")
     for row in suspects[:5]:
-        wrong = "wrong label" if row.row in flipped else "right label"
+        wrong = "wrong" if row.row in flipped else "right"
         print(f"  {wrong}: {index.described('train', row.row).text}")
     print(f"\nreport: {write_report(answers, f'{out}/report.html', index, 'What these reviews were judged by')}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks import common
-from examples import digits, mnist
+from examples import digits, mnist, tabular
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, Setting, search_both
 
 ROWS, QUERIES, K = 5000, 50, 10
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -25,6 +28,46 @@ def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
     ranking = [int(row.id) for row in InfluenceIndex.open(tmp_path / "index", task).self_influence()]
     assert sorted(ranking) == list(range(digits.N_TRAIN))
     assert digits.found(ranking, digits.data(seed)[2], 0.2) >= 0.95
+
+
+SMALL = [
+    ("cifar10", "--rows=60", r"test picture \d+: \w+, taken for \w+\n  taught it: \d+ \w+ \+"),
+    ("mnist", "--rows=100", r"test digit 0, labelled \d\n  for it: \d+ \(\d\), "),
+    ("shakespeare", "--rows=60", r"\n\d+: .+\n  \+\d\.\d{5} +\d+: .+(.|\n)+ most from the layers \w+"),
+    (
+        "sst2",
+        "--rows=300",
+        r"\ndev-1, \w+: .+\n +\+\d+\.\d{3}  train-\d+, \w+: (.|\n)+ most suspicious labels \d+% are",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "said"), SMALL, ids=[name for name, *_ in SMALL])
+def test_the_examples_answer_and_report(
+    name: str, rows: str, said: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
+    _answered(capsys.readouterr().out, said)
+
+
+def test_the_table_answers_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tabular.main(["--out", str(tmp_path)])
+    _answered(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
+
+
+def _answered(printed: str, said: str) -> None:
+    assert re.search(said, printed), printed
+    report = re.search(r"(\S+/report\.html)$", printed, re.M)
+    assert report is not None
+    assert "<!doctype html" in Path(report[1]).read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize("name", ["digits", "tabular", *(name for name, *_ in SMALL)])
+def test_the_tasks_are_short(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    found = re.search(r"^# The task: .*\n(?P<task>(.*\n)*?)(?=# Its data|# Training)", text, re.M)
+    assert found is not None
+    assert len([line for line in found["task"].splitlines() if line.strip()]) <= 40
 
 
 class Mnist:
