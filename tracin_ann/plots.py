@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +12,15 @@ import numpy as np
 
 from tracin_ann.answers import Answer, SelfInfluence
 from tracin_ann.errors import MissingPackageError, problem
-from tracin_ann.types import Int64
+from tracin_ann.types import Float64, Int64
 
 PROPONENT, OPPONENT = "#1a73b5", "#c4501b"
 _MOST = 12
 _MOST_LAYERS = 40
 _BAR = 0.25
 _WIDTH, _HEIGHT = 6.0, 2.2
+# What stands for the page's own colour of text while matplotlib draws.
+_INK = "#010203"
 
 
 def scores_figure(answers: Sequence[Answer]) -> Any:
@@ -89,6 +92,88 @@ def counts_figure(proponent_of: Int64, opponent_of: Int64) -> Any:
     axes.set_ylabel("rows")
     axes.legend(frameon=False)
     return figure
+
+
+def score_ranks_figure(answers: Sequence[Answer]) -> Any:
+    """Return a Figure of scores by rank over all queries: the median, and between the 10th and 90th percentile."""
+    figure = _figure(_WIDTH, _HEIGHT)
+    axes = figure.add_subplot()
+    for name, colour in (("proponents", PROPONENT), ("opponents", OPPONENT)):
+        lists = [[hit.score for hit in getattr(answer, name)] for answer in answers]
+        ranks = range(1, max(map(len, lists), default=0) + 1)
+        by_rank = [[scores[rank - 1] for scores in lists if len(scores) >= rank] for rank in ranks]
+        low, middle, high = np.array([np.percentile(scores, (10, 50, 90)) for scores in by_rank]).reshape(-1, 3).T
+        axes.plot(ranks, middle, marker="o", markersize=4, color=colour, label=name)
+        axes.fill_between(ranks, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("score")
+    axes.legend(frameon=False)
+    return figure
+
+
+def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
+    """Return a Figure of the training rows' self-influence: how many of each size, those of some rows marked."""
+    figure = _figure(_WIDTH, _HEIGHT)
+    axes = figure.add_subplot()
+    shown_N = np.isfinite(norm_N) & (norm_N > 0)
+    marked_N = np.zeros(len(norm_N), bool)
+    marked_N[marked_M] = True
+    if shown_N.any():
+        low, high = norm_N[shown_N].min(), norm_N[shown_N].max()
+        edges = np.geomspace(low, max(high, low * 1.01), 41)
+        axes.hist(norm_N[shown_N], edges, color="grey", alpha=0.55, label="all training rows")
+        axes.hist(norm_N[shown_N & marked_N], edges, color=OPPONENT, label=marked)
+        axes.legend(frameon=False)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("self-influence, learning rate x squared gradient norm, summed")
+    axes.set_ylabel("rows")
+    return figure
+
+
+def checkpoints_figure(parts: Mapping[str, Float64], names: Sequence[str]) -> Any:
+    """Return a Figure of what each checkpoint adds, its learning rate included; `parts` has a series [C] a name."""
+    figure = _figure(_WIDTH, _HEIGHT)
+    axes = figure.add_subplot()
+    places, width = np.arange(len(names)), 0.8 / max(1, len(parts))
+    for at, ((name, value_C), colour) in enumerate(zip(parts.items(), (PROPONENT, OPPONENT), strict=False)):
+        axes.bar(places + (at - (len(parts) - 1) / 2) * width, value_C, width, color=colour, label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    every = -(-len(names) // _MOST)
+    axes.set_xticks(places[::every], names[::every], fontsize="small")
+    axes.set_ylabel("part of the score, mean")
+    axes.legend(frameon=False)
+    return figure
+
+
+def as_svg(figure: Any, prefix: str) -> str:
+    """Return a figure as an `svg` element for a page: its ids begin with `prefix`, its text has the page's colour."""
+    import matplotlib  # noqa: PLC0415 - optional package, imported only here
+
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=_INK, which="both")
+        legend = axes.get_legend()
+        texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *(legend.get_texts() if legend else ())]
+        for text in texts:
+            text.set_color(_INK)
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    drawn = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}", drawn)
+    # Sizes are left to the page; the view box keeps the shape.
+    drawn = re.sub(r'^<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', drawn)
+    # A style in it would hold for the whole page, comments name what is drawn, and the font is the page's.
+    drawn = re.sub(r"<!--.*?-->\n?|<style.*?</style>|font-family: [^;\"]*;?", "", drawn, flags=re.DOTALL)
+    return drawn.replace(_INK, "currentColor").strip()
 
 
 def _figure(width: float, height: float) -> Any:
