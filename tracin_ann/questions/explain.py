@@ -134,7 +134,7 @@ class Explanation(Listed[Part]):
         return parts_figure(self.by_layer, self.by_checkpoint)
 
 
-def explain(  # noqa: D417 - the rest is said of the options of a query
+def explain(
     index: InfluenceIndex,
     train_id: int,
     query_id: int,
@@ -149,8 +149,11 @@ def explain(  # noqa: D417 - the rest is said of the options of a query
     Σ_c Σ_p η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4).
 
     Args:
+        index: an open index.
         train_id: the training row's position.
-        query_id: the query's position in the data set `side`.
+        query_id: the query's position.
+        side: the query's data set, `query`, or `train` for a training row as the query.
+        progress: called with ("gradients", checkpoints done, checkpoints).
         checkpoints: positions of those to sum over; None: all.
 
     Raises:

@@ -141,7 +141,7 @@ class Hubs(Listed[Hub]):
         return counts_figure(self.census.proponents.count_N, self.census.opponents.count_N)
 
 
-def hubs(  # noqa: D417
+def hubs(
     index: InfluenceIndex,
     query_ids: Sequence[int] | None = None,
     k: int = 10,
@@ -157,8 +157,10 @@ def hubs(  # noqa: D417
     the options finds all.
 
     Args:
+        index: an open index.
         query_ids: positions in the data set `side`; None: all of it, of the training rows those not removed or skipped.
         k: hits a side.
+        side: the queries' data set.
         options: how queries are answered, and which rows may be hits; its `k` is not used.
         progress: called with ("queries", done, total).
 
