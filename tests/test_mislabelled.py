@@ -77,8 +77,8 @@ def test_votes_are_those_of_all_pairs(index: InfluenceIndex, neighbours: int) ->
     assert [row.rank for row in found] == list(range(1, len(HERE) + 1))
     outvoted = [row for row in HERE if shares(index, neighbours)[row].argmax() != LABELS[row]]
     assert found.suspicion.n_outvoted == len(outvoted)
-    least = sorted(own[row] for row in outvoted)[(len(outvoted) - 1) // 20]
-    assert found.suspicion.look_at == sum(score >= least for score in own.values())
+    least = sorted(own[row] for row in outvoted)[(len(outvoted) - 1) // 10]
+    assert found.suspicion.look_at == min(sum(score >= least for score in own.values()), 5 * len(outvoted))
 
 
 def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> None:
@@ -183,7 +183,7 @@ def test_known_flips_are_found_and_about_as_many_are_to_be_looked_at(tmp_path: P
     build(task, tmp_path / "index", BuildConfig(dim=64, index="flat", device="cpu"))
     found = mislabelled(InfluenceIndex.open(tmp_path / "index", task))
     assert found.suspicion.look_at is not None
-    assert 0.7 * len(flipped) - 3 <= found.suspicion.look_at <= 1.3 * len(flipped) + 3
+    assert 0.5 * len(flipped) - 3 <= found.suspicion.look_at <= 1.3 * len(flipped) + 3
     first = found[: len(flipped)]
     assert sum(row.row in flipped for row in first) >= 0.9 * len(flipped)
     assert sum(row.speaks_for == row.row % 3 for row in first if row.row in flipped) >= 0.9 * len(flipped)

@@ -30,8 +30,10 @@ NEIGHBOURS = 30
 ASKED = 20_000
 _LOT = 1024
 """Rows whose neighbours are found in one pass over the features."""
-_QUANTILE = 0.05
+_QUANTILE = 0.1
 """Share of the outvoted rows whose self-influence may be below that of all rows that are to be looked at."""
+_TIMES = 5
+"""Times the outvoted rows, the most rows that are to be looked at."""
 
 Label = int | str
 By = Literal["both", "self-influence", "votes"]
@@ -135,8 +137,8 @@ def mislabelled(  # noqa: PLR0913
     label (`both`): measured, that finds as many wrong labels as either alone, or more. Without labels it is the
     self-influence.
 
-    How many to look at is told by the outvoted rows: as many as have a self-influence that 19 in 20 of those reach.
-    Where hardly a label is wrong, hardly a row is outvoted.
+    How many to look at is told by the outvoted rows, which are mostly wrong ones but only some of them: as many as have
+    a self-influence that 9 in 10 of those reach, and at most five times as many as those. Take it as a magnitude.
 
     Neighbours are found by an exact scan of the stored features, in time that grows with `asked` times the rows. Rows
     that were not asked rank after all that were. Needs no task, unless `exact`.
@@ -214,7 +216,7 @@ class _Voices:
     @property
     def winner_N(self) -> Int64:
         """Return the label with the largest share; of equal ones the row's own, then the first."""
-        best_N = self.share_NL.argmax(axis=1)
+        best_N: Int64 = self.share_NL.argmax(axis=1)
         best_N[self.own_N >= self.share_NL.max(axis=1)] = self.label_N[self.own_N >= self.share_NL.max(axis=1)]
         return best_N
 
@@ -269,11 +271,12 @@ def _scores(by: By, own_N: Float64, voices: _Voices) -> Float64:
 
 
 def _look_at(own_N: Float64, voices: _Voices) -> int:
-    """Return how many rows reach the self-influence that 19 in 20 of the outvoted reach."""
+    """Return how many rows reach the self-influence that 9 in 10 of the outvoted reach, or 5 times the outvoted."""
     outvoted_N = voices.outvoted_N
     if not outvoted_N.any():
         return 0
-    return int((own_N >= np.quantile(own_N[outvoted_N], _QUANTILE, method="lower")).sum())
+    least = np.quantile(own_N[outvoted_N], _QUANTILE, method="lower")
+    return int(min((own_N >= least).sum(), _TIMES * outvoted_N.sum()))
 
 
 def _column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
