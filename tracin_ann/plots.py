@@ -19,6 +19,8 @@ _MOST = 12
 _MOST_LAYERS = 40
 _BAR = 0.25
 _WIDTH, _HEIGHT = 6.0, 2.2
+_PLATE = 5.0, 2.7
+GREY = "#80868d"
 # What stands for the page's own colour of text while matplotlib draws.
 _INK = "#010203"
 
@@ -96,7 +98,7 @@ def counts_figure(proponent_of: Int64, opponent_of: Int64) -> Any:
 
 def score_ranks_figure(answers: Sequence[Answer]) -> Any:
     """Return a Figure of scores by rank over all queries: the median, and between the 10th and 90th percentile."""
-    figure = _figure(_WIDTH, _HEIGHT)
+    figure = _figure(*_PLATE)
     axes = figure.add_subplot()
     for name, colour in (("proponents", PROPONENT), ("opponents", OPPONENT)):
         lists = [[hit.score for hit in getattr(answer, name)] for answer in answers]
@@ -108,13 +110,13 @@ def score_ranks_figure(answers: Sequence[Answer]) -> Any:
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("rank")
     axes.set_ylabel("score")
-    axes.legend(frameon=False)
+    _legend_above(axes)
     return figure
 
 
 def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
     """Return a Figure of the training rows' self-influence: how many of each size, those of some rows marked."""
-    figure = _figure(_WIDTH, _HEIGHT)
+    figure = _figure(*_PLATE)
     axes = figure.add_subplot()
     shown_N = np.isfinite(norm_N) & (norm_N > 0)
     marked_N = np.zeros(len(norm_N), bool)
@@ -122,30 +124,36 @@ def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
     if shown_N.any():
         low, high = norm_N[shown_N].min(), norm_N[shown_N].max()
         edges = np.geomspace(low, max(high, low * 1.01), 41)
-        axes.hist(norm_N[shown_N], edges, color="grey", alpha=0.55, label="all training rows")
+        axes.hist(norm_N[shown_N], edges, color=GREY, alpha=0.6, label="all training rows")
         axes.hist(norm_N[shown_N & marked_N], edges, color=OPPONENT, label=marked)
-        axes.legend(frameon=False)
+        _legend_above(axes)
     axes.set_xscale("log")
     axes.set_yscale("symlog")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("self-influence, learning rate x squared gradient norm, summed")
+    axes.set_xlabel("self-influence")
     axes.set_ylabel("rows")
     return figure
 
 
-def checkpoints_figure(parts: Mapping[str, Float64], names: Sequence[str]) -> Any:
+def checkpoints_figure(
+    parts: Mapping[str, Float64], names: Sequence[str], colours: Sequence[str] = (PROPONENT, OPPONENT)
+) -> Any:
     """Return a Figure of what each checkpoint adds, its learning rate included; `parts` has a series [C] a name."""
-    figure = _figure(_WIDTH, _HEIGHT)
+    figure = _figure(*_PLATE)
     axes = figure.add_subplot()
     places, width = np.arange(len(names)), 0.8 / max(1, len(parts))
-    for at, ((name, value_C), colour) in enumerate(zip(parts.items(), (PROPONENT, OPPONENT), strict=False)):
+    for at, ((name, value_C), colour) in enumerate(zip(parts.items(), colours, strict=False)):
         axes.bar(places + (at - (len(parts) - 1) / 2) * width, value_C, width, color=colour, label=name)
     axes.axhline(0, color="grey", linewidth=0.8)
     every = -(-len(names) // _MOST)
     axes.set_xticks(places[::every], names[::every], fontsize="small")
     axes.set_ylabel("part of the score, mean")
-    axes.legend(frameon=False)
+    _legend_above(axes)
     return figure
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
 
 def as_svg(figure: Any, prefix: str) -> str:

@@ -1,9 +1,9 @@
-"""Where a command's results go, and in which form: `--format` and `--output`."""
+"""Where a command's results go, and in which form: `--format`, `--output` and `--html`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from tracin_ann.cli.manners import note
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.words import FORMATS, Format
+from tracin_ann.words import FORMATS, Format, sized
 
 if TYPE_CHECKING:
     from tracin_ann.formats import Fields
+    from tracin_ann.index import InfluenceIndex
     from tracin_ann.results import Answers, Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +34,35 @@ def output_options(command: Command) -> Command:
     return form(output(command))
 
 
+def html_option(command: Command) -> Command:
+    """Give a command `--html`."""
+    option = click.option(
+        "--html",
+        type=click.Path(dir_okay=False),
+        help="A page for the results, with pictures and figures; alone, it stands for the table.",
+    )
+    return option(command)
+
+
+def expect_report(path: str | None) -> None:
+    """Refuse a page that could not be written, before the results take their time."""
+    if path is not None:
+        from tracin_ann.report import refuse_unwritable
+
+        refuse_unwritable(path)
+
+
+def write_page(
+    results: Answers | Listed[Any], path: str | None, index: InfluenceIndex, checkpoints: Sequence[int] | None
+) -> None:
+    """Write the page that `--html` asks for, if it does, and say where it is."""
+    if path is not None:
+        from tracin_ann.report import write_report
+
+        written = write_report(results, path, index, checkpoints=checkpoints)
+        note(f"report: {written}, {sized(written.stat().st_size)}", err=True)
+
+
 @dataclass(frozen=True)
 class Sink:
     """In which form results go where: to the screen, or to a file (`path`)."""
@@ -40,12 +71,16 @@ class Sink:
     path: Path | None
 
     @classmethod
-    def of(cls, form: str | None, output: str | None) -> Sink:
+    def of(cls, form: str | None, output: str | None, html: str | None = None) -> Sink:
         """Return what `--format` and `--output` ask for; the end of the file's name says the format unless named.
+
+        With a page (`html`) and neither of them, results go nowhere else.
 
         Raises:
             UsageError: a table is to go to a file, or Parquet to the screen.
         """
+        if html is not None and form is None and output is None:
+            return cls("none", None)
         path = None if output is None else Path(output)
         end = "" if path is None else path.suffix.removeprefix(".")
         chosen = form or (end if end in FORMATS else "table")
@@ -68,6 +103,9 @@ class Sink:
         """Yield what writes results, one lot after another."""
         from tracin_ann.formats import writer
 
+        if self.form == "none":
+            yield lambda results: None
+            return
         if self.form == "table":
             from tracin_ann.cli.table import print_results
 

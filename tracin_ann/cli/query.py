@@ -11,7 +11,7 @@ import click
 from tracin_ann.cli.common import IdRanges, progress_shown
 from tracin_ann.cli.manners import command, device_option, directory_argument, given, note, task_options
 from tracin_ann.cli.opened import opened
-from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.words import SEARCHES
 
@@ -37,6 +37,7 @@ _WHOLE = {
     "tracin-query runs/mnist --ids 0-9 -k 5 --rerank exact",
     "tracin-query runs/mnist --ids 0-999 --where 'label=3' --output hits.parquet",
     "tracin-query runs/mnist --self-influence -k 100 --format jsonl",
+    "tracin-query runs/mnist --ids 0-99 --html report.html",
 )
 @directory_argument
 @click.option("--ids", type=_IDS, default=(), help="Rows of query_data, such as 0-9,17.")
@@ -63,27 +64,29 @@ _WHOLE = {
 @click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
 @click.option("--own-ids", is_flag=True, is_eager=True, help="Rows are named by the task's own ids, not positions.")
 @output_options
+@html_option
 @task_options
 @click.option("--sketch", help="Refuse an index built with another sketch.")
 @click.option("--dim", type=int, help="Refuse an index of another dimension a checkpoint.")
 @click.option("--seed", type=int, help="Refuse an index built with another seed.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
 @device_option
-def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
+def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
     """Ask the index in DIR which training rows are proponents and opponents of a query.
 
     A proponent's score is positive: training on it lowered the query's loss; an opponent's is negative.
     """
     _refuse_idle(options)
-    sink = Sink.of(form, output)
+    sink = Sink.of(form, output, html)
+    expect_report(html)
     index = opened(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
     if options["own_ids"]:
         options |= _at_positions(index, options)
     if options["self_influence"]:
-        _self_influence(index, options, sink)
+        _self_influence(index, options, sink, html)
     else:
-        _query(index, options, sink)
+        _query(index, options, sink, html)
 
 
 def _refuse_idle(options: Mapping[str, object]) -> None:
@@ -110,21 +113,25 @@ def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[
     return {name: index.positions(sides[name], ids) for name, ids in named.items()}  # type: ignore[arg-type]
 
 
-def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> None:
+def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     from tracin_ann.answers import QueryOptions
     from tracin_ann.formats import HITS
+    from tracin_ann.results import Answers
 
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
-    summary = _Summary(len(index))
+    summary, kept = _Summary(len(index)), Answers((), index.described)
     with sink.opened(HITS) as write, progress_shown("rows") as progress:
         for answers in _lots(index, options, chosen, progress):
             write(answers)
             summary.add(answers)
+            if html is not None:
+                kept += answers
     note(summary.line, err=True)
     if summary.strange:
         shown = ", ".join(summary.strange[:_SHOWN]) + (", ..." if len(summary.strange) > _SHOWN else "")
         note(f"unlike the queries that recall was measured on: {shown}", err=True)
+    write_page(kept, html, index, chosen.checkpoints)
 
 
 def _lots(
@@ -170,7 +177,7 @@ class _Summary:
         return f"{queries}, {scored:,.0f} of {self.n_rows:,} rows scored a side; {self.how}"
 
 
-def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink) -> None:
+def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     from tracin_ann.formats import RANKED
 
     with sink.opened(RANKED) as write, progress_shown("rows") as progress:
@@ -184,6 +191,7 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: 
         write(rows)
     if len(index.skipped):
         note(index.skipped.counted, err=True)
+    write_page(rows, html, index, options["checkpoints"])  # type: ignore[arg-type]
 
 
 def _filter(options: Mapping[str, object]) -> RowFilter:

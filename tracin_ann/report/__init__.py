@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tracin_ann.report.writing import write_report
+from tracin_ann.report.writing import refuse_unwritable, write_report
 
-__all__ = ["write_report"]
+__all__ = ["refuse_unwritable", "write_report"]

@@ -193,7 +193,7 @@ def _parts(example: Any) -> Iterator[Any]:
 
 
 def _is_image(value: Any) -> bool:
-    shape = getattr(value, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(value, "shape", ()))
     return len(shape) == _IMAGE_DIMS and shape[0] in _CHANNELS and min(shape[1:]) > 1
 
 

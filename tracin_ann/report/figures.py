@@ -11,7 +11,7 @@ import numpy as np
 from tracin_ann.answers import Answer, Hit
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.manifest import FEATURES
-from tracin_ann.plots import as_svg, checkpoints_figure, norms_figure, score_ranks_figure
+from tracin_ann.plots import GREY, OPPONENT, as_svg, checkpoints_figure, norms_figure, score_ranks_figure
 from tracin_ann.report.views import Asked
 from tracin_ann.store import FeatureStore
 from tracin_ann.types import Float64
@@ -67,7 +67,11 @@ def row_figures(index: InfluenceIndex, rows: Sequence[int], checkpoints: Sequenc
     return (
         _norms(index, asked.checkpoints, rows, "rows of this list", "f1-"),
         _checkpoints(
-            checkpoints_figure(parts, asked.names), "Self-influence by checkpoint, mean.", parts, asked.names, "f2-"
+            checkpoints_figure(parts, asked.names, (OPPONENT, GREY)),
+            "Self-influence by checkpoint, mean.",
+            parts,
+            asked.names,
+            "f2-",
         ),
     )
 
@@ -81,7 +85,8 @@ def _norms(
     return _figure(
         norms_figure(norm_N, np.array(rows, dtype=np.int64), marked),
         "Gradient norms",
-        f"How many training rows have which self-influence, and the {len(rows):,} {marked}.",
+        "Training rows by their self-influence (learning rate × squared gradient norm, summed); coloured, the "
+        f"{len(rows):,} {marked}.",
         f"the median of the {marked} is at or above {above:.0%} of all training rows",
         prefix,
     )
@@ -104,7 +109,8 @@ def _parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
     store = FeatureStore(index.directory / FEATURES, index.manifest.build.layout)
     specs = index.manifest.build.spec.checkpoints
     chosen = range(len(specs)) if checkpoints is None else checkpoints
-    return store.sqnorms(checkpoints) * np.array([specs[c].learning_rate for c in chosen])
+    part_NC: Float64 = store.sqnorms(checkpoints) * np.array([specs[c].learning_rate for c in chosen])
+    return part_NC
 
 
 def _mean_parts(hits: Sequence[Hit]) -> Float64:

@@ -25,6 +25,7 @@ MEMBERS = 12
 """Rows of a group that are shown; the others are counted."""
 _BARS_WIDTH, _BARS_HEIGHT = 60, 16
 _WIDEST_BAR = 8
+_EXACT = "; scores are exact, over all parameters and without projection"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class HitView:
     id: str
     row: int
     score: str
+    error: str
     detail: str
     share: float
     error_share: float
@@ -129,7 +131,7 @@ class Views:
             n_against=len(answer.against),
             loss=self.loss(np.mean(losses_MC, axis=0)) if losses_MC else None,
             sides=self.sides(answer, label),
-            how=answer.how,
+            how=answer.how + (_EXACT if answer.hits and all(hit.is_exact for hit in answer.hits) else ""),
             strange=answer.strange,
         )
 
@@ -161,6 +163,7 @@ class Views:
             id=str(hit.id),
             row=hit.row,
             score=signed(hit.score),
+            error=f"\N{PLUS-MINUS SIGN} {error:.2g}" if error else "",
             detail=_detail(hit),
             share=round(abs(hit.score) / scale[0], 3),
             error_share=round(min(1.0, error / scale[0]), 3),
@@ -238,9 +241,7 @@ def _detail(hit: Hit) -> str:
     if hit.of_means:
         parts.append(f"for {signed(hit.of_means[0])}, against {signed(hit.of_means[1])}")
     if hit.stored_score is not None:
-        parts.append(f"exact; stored {signed(hit.stored_score)}")
-    elif hit.error is not None:
-        parts.append(f"\N{PLUS-MINUS SIGN} {hit.error:.2g}")
+        parts.append(f"stored {signed(hit.stored_score)}")
     return "; ".join(parts)
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tracin_ann.answers import Answer
-from tracin_ann.errors import MissingPackageError, problem
+from tracin_ann.errors import MissingPackageError, UsageError, problem
 from tracin_ann.files import atomic_write
 from tracin_ann.formats import shown_cells
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.loading import SideName
+from tracin_ann.plots import score_ranks_figure
 from tracin_ann.report.examples import Examples
 from tracin_ann.report.figures import Figure, answer_figures, row_figures
 from tracin_ann.report.pictures import Pictures
@@ -89,6 +90,26 @@ def write_report(
         for piece in page:
             file.write(piece.encode("utf-8", "replace"))
     return out
+
+
+def refuse_unwritable(path: str | os.PathLike[str]) -> None:
+    """Refuse a report that `write_report` could not write, before its results are computed.
+
+    Raises:
+        MissingPackageError: jinja2 or matplotlib is not installed.
+        UsageError: there is no such folder.
+    """
+    _templates()
+    score_ranks_figure([])
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(
+            problem(
+                "no place for the report",
+                got=os.fspath(path),
+                expected="a file in a folder that is there",
+                remedy="make the folder",
+            )
+        )
 
 
 class _Maker:
