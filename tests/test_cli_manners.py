@@ -276,6 +276,7 @@ def on_a_terminal(words: list[str], **environment: str) -> str:
     return seen.decode()
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_that_want_them(index: Path) -> None:
     words = [str(index), "--ids", "0", "-k", "2"]
     shown = on_a_terminal(words, TERM="xterm-256color", NO_COLOR="1")
