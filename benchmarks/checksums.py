@@ -18,7 +18,7 @@ from tracin_ann.search import fill
 from tracin_ann.store import feature_file, feature_store
 
 PLACES = [(module, "file_digest") for module in (files, manifest, checkpoints, fill, feature_file, feature_store)]
-PLACES.append((feature_file, "_block_checksums"))
+PLACES += [(feature_file, name) for name in ("_checksum", "_row_checksums", "_column_checksum")]
 
 
 @contextmanager

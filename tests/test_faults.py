@@ -34,7 +34,7 @@ T = TypeVar("T")
 NAMES = ("build", "append", "add a checkpoint", "remove")
 every_command = pytest.mark.parametrize("name", NAMES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-TRIED = os.environ.get("TRACIN_ANN_FAULTS", "12")
+TRIED = os.environ.get("TRACIN_ANN_FAULTS", "8")
 LOSSES = 3
 
 
