@@ -1,0 +1,62 @@
+"""Debian's Chromium, headless, driven by Selenium: pages from disk, what they ask the network for, pictures of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM, DRIVER = "chromium", "chromedriver"
+# Without these, Chromium asks hosts of its own for updates, lists and clocks.
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--force-color-profile=srgb", "--hide-scrollbars"),
+)
+
+
+def missing() -> str:
+    """Return why no browser can be started, or "" where one can."""
+    try:
+        import selenium  # noqa: F401, PLC0415
+    except ImportError:
+        return "no selenium; pip install -e '.[dev]'"
+    names = [name for name in (CHROMIUM, DRIVER) if shutil.which(name) is None]
+    return f"no {' and no '.join(names)} on this machine" if names else ""
+
+
+@contextmanager
+def opened(downloads: Path | None = None) -> Iterator[Any]:
+    """Yield a browser whose console and network are logged; files are saved in `downloads`."""
+    from selenium import webdriver  # noqa: PLC0415
+    from selenium.webdriver.chrome.service import Service  # noqa: PLC0415
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which(CHROMIUM))
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    if downloads is not None:
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    driver = webdriver.Chrome(options=options, service=Service(str(shutil.which(DRIVER))))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def requests(driver: Any) -> list[str]:
+    """Return what pages have asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def sized(driver: Any, width: int, height: int, *, dark: bool = False) -> None:
+    """Let pages have this size, in the light or in the dark."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
