@@ -30,8 +30,9 @@ def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
     assert digits.found(ranking, digits.data(seed)[2], 0.2) >= 0.95
 
 
+SLOW = ("cifar10", "shakespeare")
 SMALL = [
-    ("cifar10", "--rows=60", r"test picture \d+: \w+, taken for \w+\n  taught it: \d+ \w+ \+"),
+    ("cifar10", "--rows=30", r"test picture \d+: \w+, taken for \w+\n  taught it: \d+ \w+ \+"),
     ("mnist", "--rows=100", r"test digit 0, labelled \d\n  for it: \d+ \(\d\), "),
     ("shakespeare", "--rows=60", r"\n\d+: .+\n  \+\d\.\d{5} +\d+: .+(.|\n)+ most from the layers \w+"),
     (
@@ -42,7 +43,10 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("name", "rows", "said"), SMALL, ids=[name for name, *_ in SMALL])
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else [], id=case[0]) for case in SMALL],
+)
 def test_the_examples_answer_and_report(
     name: str, rows: str, said: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
