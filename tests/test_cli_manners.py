@@ -284,3 +284,9 @@ def test_colours_are_for_terminals_that_want_them(index: Path) -> None:
     assert "proponent" in shown
     assert ANSI not in on_a_terminal(words, TERM="dumb")
     assert ANSI not in run(query_command, *words).output
+
+
+def test_the_page_completes_every_command() -> None:
+    page = (REPOSITORY / "docs/cli.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^for c in (.*); do$", page, re.M)
+    assert {f"tracin-{name}" for name in listed.split()} == set(COMMANDS)
