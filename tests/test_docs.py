@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 import documents
+from benchmarks.tables import filled
 from documents import ROOT, Block, words
 
 if sys.version_info >= (3, 11):
@@ -153,6 +154,13 @@ def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
     shutil.copytree(kept, place)
     with inside(place):
         Reader(page, place).follow()
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
+def test_tables_are_those_of_the_result_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    # If not: python -m benchmarks.tables, with the page's name.
+    assert filled(text) == text
 
 
 def test_what_is_not_run_says_why_and_is_little() -> None:
