@@ -76,7 +76,7 @@ from tracin_ann.spec import (
 from tracin_ann.store import FeatureStore, FileRecord
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
 from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, refuse_slower_bf16, tuned
-from tracin_ann.types import Int64, ProgressCallback
+from tracin_ann.types import Int64, ProgressCallback, silent
 
 logger = logging.getLogger(__name__)
 
@@ -348,7 +348,7 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         As `build`.
     """
     began = perf_counter()
-    report = progress or _silent
+    report = progress or silent
     with work.passes.model() as model:
         start = work.prepared(model)
         store = FeatureStore(work.out / FEATURES, start.record.layout)
@@ -396,7 +396,3 @@ def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[
         return BuildWork(task, out, config, TaskReference(None, {}))
     reference = TaskReference(absolute_reference(task), dict(arguments or {}))
     return BuildWork(load_task(task, arguments), out, config, reference)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report nothing."""

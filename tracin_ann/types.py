@@ -65,3 +65,7 @@ class ProgressCallback(Protocol):
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take note: `done` of `total` units of a stage, such as rows × checkpoints of "features"."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Take progress and say nothing."""
