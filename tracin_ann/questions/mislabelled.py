@@ -181,6 +181,7 @@ def mislabelled(  # noqa: PLR0913
     voices = _Voices(share_NL, label_V[row_N[:n_asked]])
     score_N = _scores(by, own_N, voices)
     order = np.lexsort((row_N, -score_N, np.arange(len(row_N)) >= n_asked))
+    winner_N = voices.winner_N
     suspicion = Suspicion(len(row_N), n_asked, int(voices.outvoted_N.sum()), _look_at(own_N[:n_asked], voices))
     found = []
     for rank, i in enumerate(order[:k].tolist(), start=1):
@@ -193,8 +194,8 @@ def mislabelled(  # noqa: PLR0913
                 label=_label(column[row]),
                 score=float(score_N[i]),
                 self_influence=float(own_N[i]),
-                speaks_for=_label(names_L[voices.winner_N[i]]) if told else None,
-                share=float(share_NL[i, voices.winner_N[i]]) if told else None,
+                speaks_for=_label(names_L[winner_N[i]]) if told else None,
+                share=float(share_NL[i, winner_N[i]]) if told else None,
             )
         )
     return Suspects(found, index.described, suspicion)
@@ -216,9 +217,9 @@ class _Voices:
     @property
     def winner_N(self) -> Int64:
         """Return the label with the largest share; of equal ones the row's own, then the first."""
-        best_N: Int64 = self.share_NL.argmax(axis=1)
-        best_N[self.own_N >= self.share_NL.max(axis=1)] = self.label_N[self.own_N >= self.share_NL.max(axis=1)]
-        return best_N
+        unbeaten_N = self.own_N >= self.share_NL.max(axis=1)
+        winner_N: Int64 = np.where(unbeaten_N, self.label_N, self.share_NL.argmax(axis=1))
+        return winner_N
 
     @property
     def outvoted_N(self) -> npt.NDArray[np.bool_]:
