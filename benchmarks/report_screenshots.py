@@ -83,9 +83,8 @@ def table(runs: Path) -> Path:
     tabular.train(out)
 
     def describe(row: tabular.Row) -> Description:
-        order = row[0].abs().argsort(descending=True).tolist()
-        values = {str(tabular.TABLE.feature_names[i]): float(tabular.TABLE.data[row[2], i]) for i in order}
-        return Description(table=dict(list(values.items())[:8]))
+        values = tabular.TABLE.data[row[2]].tolist()
+        return Description(table=dict(zip(map(str, tabular.TABLE.feature_names), values, strict=True)))
 
     task = tabular.task(out)
     columns: Any = lambda row: {"label": str(tabular.TABLE.target_names[row[1]])}  # noqa: E731

@@ -62,7 +62,8 @@
   const cell = (value) => value === null ? "" : /[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value);
 
   document.addEventListener("keydown", (event) => {
-    const at = event.target, typing = at.matches("input:not([type=checkbox]), select, textarea, button, summary, a");
+    const at = event.target instanceof Element ? event.target : document.body;
+    const typing = at.matches("input:not([type=checkbox]), select, textarea, button, summary, a");
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape" && at === text) { text.value = ""; filter(); text.blur(); return; }
     if (typing) return;
