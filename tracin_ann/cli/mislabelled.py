@@ -14,11 +14,12 @@ from tracin_ann.cli.opened import (
     own_ids_option,
     row_filter,
 )
-from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
 
 
 @command(
     "tracin-mislabelled runs/mnist -k 50",
+    "tracin-mislabelled runs/mnist -k 200 --html suspects.html",
     "tracin-mislabelled runs/mnist --labels digit --where digit=3 --output suspects.csv",
 )
 @directory_argument
@@ -38,9 +39,10 @@ from tracin_ann.cli.output import Sink, output_options
 @filter_options
 @checkpoints_option
 @own_ids_option
+@html_option
 @output_options
 @index_options
-def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
+def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
     """Rank training rows by how likely their label is wrong, and say what label speaks against it.
 
     A row's score is its self-influence times the share of its neighbours' vote that is not for its label. Neighbours
@@ -49,7 +51,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     """
     from tracin_ann.questions.mislabelled import Suspects, mislabelled
 
-    sink = Sink.of(form, output)
+    sink = Sink.of(form, output, html)
+    expect_report(html)
     index = opened(directory, options)
     with sink.opened(Suspects.FIELDS) as write, progress_shown("rows") as progress:
         found = mislabelled(
@@ -65,6 +68,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
             progress=progress,
         )
         write(found)
+    write_page(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
     told = found.suspicion
     if told.look_at is None:
         note(f"{told.n_rows:,} rows by self-influence; without labels nobody votes on how many to look at", err=True)
