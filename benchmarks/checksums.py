@@ -18,7 +18,7 @@ from tracin_ann.search import fill
 from tracin_ann.store import feature_file, feature_store
 
 PLACES = [(module, "file_digest") for module in (files, manifest, checkpoints, fill, feature_file, feature_store)]
-PLACES += [(feature_file, name) for name in ("_checksum", "_row_checksums", "_column_checksum")]
+PLACES += [(feature_file, name) for name in ("checksum", "row_checksums", "block_checksums", "column_checksum")]
 
 
 @contextmanager

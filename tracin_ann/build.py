@@ -27,7 +27,7 @@ from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import refuse_changed, write_canaries
 from tracin_ann.columns import FILE as COLUMNS
-from tracin_ann.columns import RowTable, gathered, write_columns
+from tracin_ann.columns import gathered, write_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, UsageError, problem
@@ -266,17 +266,6 @@ class BuildWork:
         write_canaries(folder / CANARIES, done.canaries)
         return done.plan
 
-    def table(self, progress: ProgressCallback) -> RowTable | None:
-        """Return the columns and ids of the training rows, where the task gives any.
-
-        Raises:
-            TaskError: what it gives cannot be kept.
-        """
-        task = self.passes.task
-        if task.columns is None and task.ids is None:
-            return None
-        return gathered(task, self.passes.data("train"), self.passes.n_rows("train"), progress)
-
     def index(
         self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord], removed_R: Int64
     ) -> IndexRecord:
@@ -361,7 +350,7 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
             refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
         chosen = work.tuned(model, start.record)
         record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
-        table = work.table(report)
+        table = gathered(work.passes.task, work.passes.data("train"), work.passes.n_rows("train"), report)
         if claims is not None:
             claims.enter_context(claimed(work.out))
         if start.begun != record:

@@ -137,13 +137,15 @@ class RowTable:
         return own
 
 
-def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> RowTable:
-    """Return the columns and ids of all rows, as far as the task gives them.
+def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> RowTable | None:
+    """Return the columns and ids of all rows, as far as the task gives them; None where it gives neither.
 
     Raises:
         TaskError: a row gives no mapping, other names than the first, or a value of another kind; an id is of another
             kind than the first, or another row's; a whole number is no int64, or a text ends in NUL.
     """
+    if task.columns is None and task.ids is None:
+        return None
     found: dict[str, list[Any]] = {}
     ids: dict[int | str, int] = {}
     for i in range(n_rows):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, cast, get_args
@@ -26,10 +25,10 @@ from typing import Any, BinaryIO, cast, get_args
 import h5py
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
 from tracin_ann.files import atomic_path, file_digest, hdf5_file, own_dataset
+from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
 
@@ -40,8 +39,6 @@ _ALIGNMENT = 4096
 _REWRITE = "run the build again: it writes anew the files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
 _STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
-_HASHED_AT_ONCE = 1 << 20
-Checksums = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +109,11 @@ class FileHeader:
         """Return N."""
         return self.stop - self.start
 
+    @property
+    def salt(self) -> bytes:
+        """Return the header as bytes: in a checksum, it tells of altered attributes with nothing to compare with."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -125,6 +127,14 @@ class FileRecord:
         """Refuse names that lead out of the directory."""
         if Path(self.name).name != self.name:
             raise ValueError(f"not a plain file name: {self.name!r}")
+
+
+class _UnmappedError(Exception):
+    """A file that the system does not map, and what it says."""
+
+    def __init__(self, refusal: OSError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +163,7 @@ class FeatureFile:
         Raises:
             DamagedIndexError: missing, truncated, not HDF5, of another version, with altered columns, or with another
                 header.
+            OSError: the system cannot open or map it; names the file.
         """
         try:
             # The system's errors (rights, too many open files) are raised here, and pass; h5py's are damage.
@@ -162,6 +173,9 @@ class FeatureFile:
         with file:
             try:
                 opened = cls._read(path, file)
+            except _UnmappedError as error:
+                # The system's refusal (memory, open files) is no damage, for which a file would be thrown away.
+                raise error.refusal from None
             # What h5py raises depends on which byte of its metadata is damaged.
             except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
                 got = f"an unreadable one ({' '.join(str(error).split())[:200]})"
@@ -194,7 +208,10 @@ class FeatureFile:
             # A page past the end of the file would kill the process when it is touched (SIGBUS).
             if offset is None or offset + n_rows * header.dim * feature_dtype.itemsize > size:
                 raise ValueError("features reach past the end of the file")
-            stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
+            try:
+                stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
+            except OSError as error:
+                raise _UnmappedError(OSError(error.errno, error.strerror, str(path))) from error
             found = cls(
                 path=path,
                 header=header,
@@ -207,13 +224,13 @@ class FeatureFile:
                 row_checksum=_dataset(file, "row_checksum", (n_rows,), "<u8")[...],
                 checked_N=np.zeros(n_rows, dtype=bool),
             )
-            checksum = int(_dataset(file, "column_checksum", (1,), "<u8")[0])
+            written = int(_dataset(file, "column_checksum", (1,), "<u8")[0])
         skipped = found.skipped_K
         columns = found.sqnorm_N, found.exponent_N, stored_ND
         if not np.isfinite(found.sqnorm_N).all() or any(column[skipped].any() for column in columns):
             raise ValueError("rows that are neither finite nor skipped")
         rest = found.exponent_N, found.ids_N, found.sqnorm_N, found.loss_N, found.block_checksum, found.row_checksum
-        if _column_checksum(header, rest) != checksum:
+        if column_checksum(header.salt, rest) != written:
             raise ValueError("header or columns are altered")
         return found
 
@@ -237,7 +254,7 @@ class FeatureFile:
         stored_KD = self.stored_ND[positions]
         new_K = ~self.checked_N[positions]
         if new_K.any():
-            asked, found = positions[new_K], _row_checksums(stored_KD[new_K])
+            asked, found = positions[new_K], row_checksums(stored_KD[new_K])
             altered_K = found != self.row_checksum[asked]
             if altered_K.any():
                 raise self._altered(np.unique(asked[altered_K]))
@@ -256,7 +273,7 @@ class FeatureFile:
         Raises:
             DamagedIndexError: names the file and the rows that differ.
         """
-        blocks = np.flatnonzero(_block_checksums(self.stored_ND, self.header.block_rows) != self.block_checksum)
+        blocks = np.flatnonzero(block_checksums(self.stored_ND, self.header.block_rows) != self.block_checksum)
         altered = [self._altered_of(int(block)) for block in blocks]
         if altered:
             raise self._altered(np.concatenate(altered))
@@ -270,7 +287,7 @@ class FeatureFile:
         for block in range(first, last):
             rows = slice(block * size, min((block + 1) * size, self.header.n_rows))
             if not self.checked_N[rows].all():
-                if _checksum(self.stored_ND[rows]) != self.block_checksum[block]:
+                if checksum(self.stored_ND[rows]) != self.block_checksum[block]:
                     raise self._altered(self._altered_of(block))
                 self.checked_N[rows] = True
 
@@ -278,7 +295,7 @@ class FeatureFile:
         """Return the positions of a damaged block's rows that are altered."""
         start = block * self.header.block_rows
         stop = min(start + self.header.block_rows, self.header.n_rows)
-        altered = start + np.flatnonzero(_row_checksums(self.stored_ND[start:stop]) != self.row_checksum[start:stop])
+        altered = start + np.flatnonzero(row_checksums(self.stored_ND[start:stop]) != self.row_checksum[start:stop])
         return altered if len(altered) else np.arange(start, stop)
 
     def _altered(self, positions: Int64) -> DamagedIndexError:
@@ -307,10 +324,10 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
         "sqnorm": block.sqnorm_N.astype("<f8"),
         "loss": block.loss_N.astype("<f4"),
     }
-    columns["block_checksum"] = _block_checksums(stored_ND, header.block_rows)
-    columns["row_checksum"] = _row_checksums(stored_ND)
+    columns["block_checksum"] = block_checksums(stored_ND, header.block_rows)
+    columns["row_checksum"] = row_checksums(stored_ND)
     rest = [array for name, array in columns.items() if name != "feature"]
-    columns["column_checksum"] = np.array([_column_checksum(header, rest)], dtype="<u8")
+    columns["column_checksum"] = np.array([column_checksum(header.salt, rest)], dtype="<u8")
     with atomic_path(path) as temporary:
         # "earliest": with "latest", no file of a killed process could be opened again.
         with (
@@ -356,34 +373,3 @@ def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> 
     if (dataset.shape, dataset.dtype.str, dataset.chunks) != (shape, dtype, None):
         raise ValueError(f"dataset {name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")
     return dataset
-
-
-def _checksum(array: npt.NDArray[Any]) -> int:
-    # As bytes: the buffer protocol has no name for little-endian float16 on every platform.
-    found: int = xxhash.xxh3_64_intdigest(array.view(np.uint8).data)
-    return found
-
-
-def _block_checksums(stored_ND: Stored, block_rows: int) -> Checksums:
-    starts = range(0, len(stored_ND), block_rows)
-    return np.array([_checksum(stored_ND[start : start + block_rows]) for start in starts], dtype="<u8")
-
-
-def _row_checksums(stored_ND: Stored) -> Checksums:
-    """Return each row's; as objects of bytes by whole arrays, which is faster than a view a row."""
-    row = np.dtype((np.void, stored_ND.shape[1] * stored_ND.itemsize))
-    checksum_N = np.empty(len(stored_ND), dtype="<u8")
-    step = max(1, _HASHED_AT_ONCE // row.itemsize)
-    for start in range(0, len(stored_ND), step):
-        rows = np.ascontiguousarray(stored_ND[start : start + step]).view(row)[:, 0].tolist()
-        checksum_N[start : start + step] = list(map(xxhash.xxh3_64_intdigest, rows))
-    return checksum_N
-
-
-def _column_checksum(header: FileHeader, columns: Iterable[npt.NDArray[Any]]) -> int:
-    # The header goes in too, so that altered attributes are noticed with no expectation to compare with.
-    digest = xxhash.xxh3_64(json.dumps(asdict(header), sort_keys=True).encode())
-    for column in columns:
-        digest.update(column.view(np.uint8).data)
-    found: int = digest.intdigest()
-    return found
