@@ -248,7 +248,9 @@ class InfluenceIndex:
         helps the one and hurts the other has the first above 0 and the second below.
 
         Raises:
-            As `query`.
+            UsageError: one of the two sets is empty, or an id or an option is out of range.
+            IndexMismatchError: the task does not fit the index, by a field or by a canary.
+            NonFiniteError: a row's loss or gradient is NaN or infinite.
         """
         for option, rows in (("--ids", ids), ("--against", against)):
             if not rows:
