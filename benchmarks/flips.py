@@ -71,7 +71,7 @@ def main() -> None:
                     (harmless if not named and same else missed).append(str(path.relative_to(index)))
                 path.write_bytes(sound)
             result = {"index": kind, "files": len(paths), "flips": options.flips // 2, "found": found}
-            # Before verify is run, a query may read features whose bytes rotted.
+            # Before verify is run: rows that are read are checked by the query itself.
             result |= {"harmless": harmless, "missed": missed, "other_answers_without_verify": misled}
             print(result, flush=True)
             results.append(result)

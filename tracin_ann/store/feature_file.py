@@ -252,13 +252,11 @@ class FeatureFile:
         if len(positions) and not 0 <= positions.min() <= positions.max() < self.header.n_rows:
             raise IndexError(f"positions {positions.min()}..{positions.max()} of {self.header.n_rows} rows")
         stored_KD = self.stored_ND[positions]
-        new_K = ~self.checked_N[positions]
-        if new_K.any():
-            asked, found = positions[new_K], row_checksums(stored_KD[new_K])
-            altered_K = found != self.row_checksum[asked]
+        if not self.checked_N[positions].all():
+            altered_K = row_checksums(stored_KD) != self.row_checksum[positions]
             if altered_K.any():
-                raise self._altered(np.unique(asked[altered_K]))
-            self.checked_N[asked] = True
+                raise self._altered(np.unique(positions[altered_K]))
+            self.checked_N[positions] = True
         return self._decode(stored_KD, self.exponent_N[positions], out_ND, unit)
 
     def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
