@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     answers = index.query(mistakes, options=QueryOptions(k=5, rerank="exact", candidates=50))
     for answer, query in zip(answers, mistakes, strict=True):
         print(f"\ntest picture {answer.query}: {NAMES[labels[query]]}, taken for {NAMES[said[query]]}")
-        for side, hits in (("taught it", answer.proponents), ("taught otherwise", answer.opponents)):
+        for side, hits in ((f"towards {NAMES[labels[query]]}", answer.proponents), ("away from it", answer.opponents)):
             shown = [f"{hit.id} {index.described('train', hit.row).text} {hit.score:+.2f}" for hit in hits]
             print(f"  {side}: {', '.join(shown)}")
     report = write_report(answers, f"{out}/report.html", index, "What a ResNet-9 took these pictures for, and why")

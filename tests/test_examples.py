@@ -32,7 +32,7 @@ def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
 
 SLOW = ("cifar10", "shakespeare")
 SMALL = [
-    ("cifar10", "--rows=30", r"test picture \d+: \w+, taken for \w+\n  taught it: \d+ \w+ \+"),
+    ("cifar10", "--rows=30", r"test picture \d+: \w+, taken for \w+\n  towards \w+: \d+ \w+ \+"),
     ("mnist", "--rows=100", r"test digit 0, labelled \d\n  for it: \d+ \(\d\), "),
     ("shakespeare", "--rows=60", r"\n\d+: .+\n  \+\d\.\d{5} +\d+: .+(.|\n)+ most from the layers \w+"),
     (
