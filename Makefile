@@ -1,4 +1,4 @@
-# demo, test, check, docs, fuzz: each makes its own environment first, and only when it is not up to date.
+# demo, test, test-slow, check, docs, fuzz: each makes its own environment first, and only when it is not up to date.
 #
 #   VENV=dir     where the environment is (default .venv)
 #   PYTHON=exe   which Python makes it (default: the first of python3, python3.11, ... that is 3.10 or newer)
@@ -15,13 +15,17 @@ STAMP := $(VENV)/.installed-$(FAISS)
 INPUTS := pyproject.toml constraints.txt scripts/make-env
 
 .NOTPARALLEL:
-.PHONY: demo test check docs fuzz format clean
+.PHONY: demo test test-slow check docs fuzz format clean
 
 demo: $(STAMP)-examples
 	$(PY) examples/digits.py
 
 test: $(STAMP)-dev
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not slow' $(ARGS)
+
+# What `test` leaves out: tests that take long by themselves.
+test-slow: $(STAMP)-dev
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m slow $(ARGS)
 
 check: $(STAMP)-dev
 	PY=$(PY) scripts/check
