@@ -26,7 +26,7 @@ from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.questions import mislabelled
 
 CHECKED = (0.1, 0.2)
-EPOCHS, KEPT, BATCH = 8, (6, 7, 8), 64
+EPOCHS, KEPT, BATCH = 8, (7, 8), 32
 Labels = np.ndarray
 
 
@@ -101,13 +101,13 @@ def of_vectors(data: Path, vectors: Path, folder: Path, rate: float, seed: int) 
 def trained(
     net: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, folder: Path, recipe: Recipe
 ) -> list[Checkpoint]:
-    """Train by SGD, the learning rate falling to a tenth; return some epochs' checkpoints, each with its last rate."""
+    """Train by SGD, the learning rate falling to a twentieth; return checkpoints, each with its last rate."""
     optimiser = torch.optim.SGD(net.parameters(), lr=recipe.rate)
     steps = -(-len(inputs) // BATCH) * EPOCHS
     kept, step = [], 0
     for epoch in range(1, EPOCHS + 1):
         for batch in torch.randperm(len(inputs)).split(BATCH):
-            now = optimiser.param_groups[0]["lr"] = recipe.rate * (1 - 0.9 * step / steps)
+            now = optimiser.param_groups[0]["lr"] = recipe.rate * (1 - 0.95 * step / steps)
             seen = inputs[batch]
             if recipe.drop:
                 seen = seen * (torch.rand(seen.shape) > recipe.drop)

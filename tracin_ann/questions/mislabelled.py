@@ -137,8 +137,10 @@ def mislabelled(  # noqa: PLR0913
     label (`both`): measured, that finds as many wrong labels as either alone, or more. Without labels it is the
     self-influence.
 
-    How many to look at is told by the outvoted rows, which are mostly wrong ones but only some of them: as many as have
-    a self-influence that 9 in 10 of those reach, and at most five times as many as those. Take it as a magnitude.
+    How many to look at is told by the outvoted rows: as many as have a self-influence that 9 in 10 of those reach, and
+    at most five times as many as those. Where the model predicts well, nearly all outvoted rows are wrong ones, but
+    only some of the wrong are outvoted. Where it predicts poorly, right ones are outvoted too, and the number is far
+    too large: `n_outvoted` then is a large share of the rows.
 
     Neighbours are found by an exact scan of the stored features, in time that grows with `asked` times the rows. Rows
     that were not asked rank after all that were. Needs no task, unless `exact`.
