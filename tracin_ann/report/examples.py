@@ -13,7 +13,6 @@ from tracin_ann.index import InfluenceIndex
 from tracin_ann.loading import SideName
 from tracin_ann.passes import Passes
 from tracin_ann.report.pictures import Pictures
-from tracin_ann.session import preserved_globals
 from tracin_ann.task import Description
 
 LABEL = "label"
@@ -77,7 +76,8 @@ class Shown:
     @property
     def alt(self) -> str:
         """Return what stands for its picture."""
-        said = self.text or (f"label {self.label}" if self.label else "")
+        label = f"label {self.label}" if self.label else ""
+        said = ", ".join(part for part in (label, "" if self.text == self.label else self.text) if part)
         return f"picture: {said}" if said else "picture"
 
 
@@ -101,11 +101,10 @@ class Examples:
         label = "" if side == "query" or self._labels is None else plain(self._labels[row].item())
         if self.passes is None:
             return Shown(label=label)
-        with preserved_globals():
-            example = self.passes.data(side)[row]
-            described = self.passes.task.described(example)
-            if side == "query" and self._labels is not None:
-                label = self._query_label(self.passes, example)
+        example = self.passes.data(side)[row]
+        described = self.passes.task.described(example)
+        if side == "query" and self._labels is not None:
+            label = self._query_label(self.passes, example)
         return self._made(described or described_by_look(example), label)
 
     def _query_label(self, passes: Passes, example: Any) -> str:

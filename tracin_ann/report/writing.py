@@ -27,6 +27,7 @@ from tracin_ann.report.pictures import Pictures
 from tracin_ann.report.suspects import has_rows, kept_rows, neighbours, suspect_views
 from tracin_ann.report.views import Asked, Views
 from tracin_ann.results import Answers, Listed, Ranked
+from tracin_ann.session import preserved_globals
 
 _LOT = 256
 """Queries that are rendered together."""
@@ -83,9 +84,11 @@ def write_report(
         MissingPackageError: jinja2, matplotlib or, for pictures, Pillow is not installed.
         IndexMismatchError: the task does not fit the index.
     """
-    maker = _Maker(index, _templates(), checkpoints)
-    page = maker.answers(results, title) if isinstance(results, Answers) else maker.listed(results, title)
     out = Path(path)
+    # Once, not once a row: the task's code reads and describes thousands.
+    with preserved_globals():
+        maker = _Maker(index, _templates(), checkpoints)
+        page = maker.answers(results, title) if isinstance(results, Answers) else maker.listed(results, title)
     with atomic_write(out) as file:
         for piece in page:
             file.write(piece.encode("utf-8", "replace"))

@@ -1,0 +1,195 @@
+"""Reports in a real Chromium: nothing asked of the network, filters, keys, choices that are saved, dark, on paper."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import browser
+from tasks.toy import CONFIG, rows, toy
+from tracin_ann import Description, InfluenceIndex, QueryOptions, build, write_report
+
+pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
+
+N, LISTED = 24, 9
+# Relative luminance and contrast as WCAG 2.2 defines them; colours are laid over the first opaque one behind.
+CONTRASTS = """
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return Array.from(canvas.getImageData(0, 0, 1, 1).data); };
+const linear = (v) => v <= .03928 * 255 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+const light = (c) => { const [r, g, b] = c.map(linear);
+  return .2126 * r + .7152 * g + .0722 * b; };
+const behind = (at) => { let over = [];
+  for (; at; at = at.parentElement) { const c = rgb(getComputedStyle(at).backgroundColor);
+    over.push(c); if (c[3] === 255) break; }
+  return over.reverse().reduce((under, c) => under.map((v, i) => v + (c[i] - v) * c[3] / 255), [255, 255, 255]); };
+const found = [];
+for (const at of document.querySelectorAll('body *')) {
+  const own = Array.from(at.childNodes).some((node) => node.nodeType === 3 && node.nodeValue.trim());
+  if (!own || at.closest('script, style, .vh, .skip, [disabled], svg') || !at.getClientRects().length) continue;
+  const one = light(rgb(getComputedStyle(at).color).slice(0, 3)), other = light(behind(at));
+  const contrast = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
+  if (contrast < 4.5) found.push(`${at.tagName} ${at.className}: ${contrast.toFixed(2)}`);
+}
+return found;
+"""
+
+
+def picture(row: Any) -> np.ndarray:
+    made = np.zeros((6, 5), np.uint8)
+    made[int(row[1]), :] = 200
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with answers.html and suspects.html, and the suspects' records in suspects.json."""
+    made = tmp_path_factory.mktemp("browser")
+    task = toy(
+        made,
+        train_data=lambda: rows(N),
+        columns=lambda row: {"label": int(row[1])},
+        describe=lambda row: Description(
+            text=f'row "{row[1]}", <b> {row[0][0]:.6f}',
+            image=picture(row),
+            tokens=["so", "good"],
+            token_scores=[-0.5, 1.0],
+        ),
+    )
+    build(task, made / "index", CONFIG)
+    index = InfluenceIndex.open(made / "index", task, device="cpu")
+    ranked = index.self_influence(LISTED)
+    write_report(index.query(range(4), options=QueryOptions(k=4)), made / "answers.html", index)
+    write_report(ranked, made / "suspects.html", index)
+    (made / "suspects.json").write_text(json.dumps(ranked.records()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def started(folder: Path) -> Iterator[Any]:
+    with browser.opened(folder / "saved") as driver:
+        yield driver
+
+
+@pytest.fixture
+def chromium(started: Any) -> Iterator[Any]:
+    """Yield the browser; afterwards it must have complained of nothing and asked for nothing but the page."""
+    browser.requests(started)
+    browser.sized(started, 1200, 900)
+    yield started
+    assert started.get_log("browser") == []
+    assert [url for url in browser.requests(started) if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def shown(chromium: Any) -> list[int]:
+    """Return the places of the items that are not filtered away."""
+    script = "return Array.from(document.querySelectorAll('.item')).flatMap((x, i) => x.hidden ? [] : [i])"
+    return list(chromium.execute_script(script))
+
+
+def press(chromium: Any, *keys: str) -> None:
+    from selenium.webdriver import ActionChains  # noqa: PLC0415
+
+    for key in keys:
+        ActionChains(chromium).send_keys(key).perform()
+
+
+def test_answers_open_alone_and_filter(chromium: Any, folder: Path) -> None:
+    from selenium.webdriver.support.ui import Select  # noqa: PLC0415
+
+    page = (folder / "answers.html").as_uri()
+    chromium.get(page)
+    assert [url for url in browser.requests(chromium) if not url.startswith("data:")] == [page]
+    assert shown(chromium) == [0, 1, 2, 3]
+    css = "return getComputedStyle(document.querySelector('.pic')).backgroundImage"
+    assert chromium.execute_script(css).startswith('url("data:image/png')
+    press(chromium, "j", "j")
+    assert chromium.switch_to.active_element.get_attribute("id") == "q1"
+    press(chromium, "k", "/", f"good {rows(5, seed=2)[3][0][0]:.6f}")
+    assert shown(chromium) == [3]
+    assert chromium.find_element("id", "count").text == "1 of 4 shown"
+    press(chromium, "\ue00c")  # escape
+    assert shown(chromium) == [0, 1, 2, 3]
+    Select(chromium.find_element("id", "label")).select_by_visible_text("1")
+    assert shown(chromium) == [1]
+
+
+def test_choices_are_made_by_keys_and_saved(chromium: Any, folder: Path) -> None:
+    chromium.get((folder / "suspects.html").as_uri())
+    buttons = {name: chromium.find_element("id", name) for name in ("csv", "json")}
+    assert not any(button.is_enabled() for button in buttons.values())
+    press(chromium, "j", "x", "j", "j", " ", "j", "x", "x")
+    chromium.find_elements("class name", "chosen")[-1].click()
+    wanted = [record for at, record in enumerate(json.loads((folder / "suspects.json").read_text())) if at in (0, 2, 8)]
+    assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
+    chromium.find_element("id", "chosen-only").click()
+    assert shown(chromium) == [0, 2, 8]
+    for button in buttons.values():
+        button.click()
+    saved = [arrived(folder / "saved" / f"chosen.{name}") for name in ("csv", "json")]
+    with saved[0].open(newline="") as file:
+        assert [(int(row["row"]), float(row["score"]), row["text"]) for row in csv.DictReader(file)] == [
+            (record["row"], record["score"], record["text"]) for record in wanted
+        ]
+    read = json.loads(saved[1].read_text())
+    assert [{name: row[name] for name in wanted[0]} for row in read] == wanted
+    assert [row["label"] for row in read] == [str(record["row"] % 3) for record in wanted]
+    # A page that is opened again goes on where it was left.
+    chromium.get((folder / "suspects.html").as_uri())
+    assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
+
+
+def arrived(path: Path) -> Path:
+    """Return a file when it is there."""
+    until = time.monotonic() + 20
+    while not path.is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    return path
+
+
+@pytest.mark.parametrize("name", ["answers", "suspects"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_has_contrast_in_light_and_dark(chromium: Any, folder: Path, name: str, dark: bool) -> None:
+    browser.sized(chromium, 1200, 900, dark=dark)
+    chromium.get((folder / f"{name}.html").as_uri())
+    assert chromium.execute_script(CONTRASTS) == []
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    assert (chromium.execute_script(ground) == "rgb(16, 20, 26)") is dark
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_no_page_is_wider_than_its_window(chromium: Any, folder: Path, width: int) -> None:
+    browser.sized(chromium, width, 800)
+    chromium.get((folder / "answers.html").as_uri())
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_a_screen_reader_finds_names(chromium: Any, folder: Path) -> None:
+    chromium.get((folder / "suspects.html").as_uri())
+    chromium.execute_cdp_cmd("Accessibility.enable", {})
+    nodes = chromium.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = [(node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes]
+    asked = ("checkbox", "searchbox", "combobox", "button", "image", "article", "heading", "search")
+    assert [role for role, name in roles if role in asked and not name] == []
+    assert {"main", "banner", "contentinfo", "search", "article", "heading"} <= {str(role) for role, _ in roles}
+    assert any(role == "image" and name.startswith('picture: label 0, row "0", <b>') for role, name in roles)
+    chromium.execute_cdp_cmd("Accessibility.disable", {})
+
+
+def test_it_prints(chromium: Any, folder: Path) -> None:
+    browser.sized(chromium, 1200, 900, dark=True)
+    chromium.get((folder / "answers.html").as_uri())
+    printed = chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
+    document = base64.b64decode(printed["data"])
+    assert document.startswith(b"%PDF")
+    # Pictures are on paper though backgrounds were not asked for.
+    assert b"/Subtype /Image" in document
