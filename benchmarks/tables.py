@@ -234,6 +234,37 @@ def digits() -> str:
     return f"{table(*rows)}\n\n{where(content)}"
 
 
+def mislabelled() -> str:
+    """Return wrong labels found in the first tenth and fifth checked, and how many the estimate says to look at."""
+    content = read("mislabelled")
+    rows = [
+        (
+            "data",
+            "wrong labels",
+            "ranked by",
+            "found in the first 10%",
+            "in the first 20%",
+            "told to look at",
+            "found there",
+        )
+    ]
+    cases: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for result in content["results"]:
+        cases[result["data"], result["rate"]].append(result)
+    for (name, _), seeds in cases.items():
+        first = seeds[0]
+        told = f"{mean(s['look_at'] for s in seeds):,.0f}"
+        wrong = f"{first['flipped']:,} of {first['rows']:,}"
+        if not first["flipped"]:
+            rows.append((name, wrong, "–", "–", "–", told, "–"))
+            continue
+        there = f"{mean(s['found_there'] for s in seeds):.0%}"
+        for by, shown in (("self-influence", "self-influence"), ("both", "self-influence × votes against")):
+            figures = [f"{mean(s[by][f'found_at_{share}%'] for s in seeds):.1%}" for share in (10, 20)]
+            rows.append((name, wrong, shown, *figures, *((told, there) if by == "both" else ("–", "–"))))
+    return f"{table(*rows)}\n\n{where(content)}"
+
+
 def features() -> str:
     content = read("features")
     rows = [
@@ -316,6 +347,7 @@ _MAKERS = (
     reliability,
     end_to_end,
     digits,
+    mislabelled,
     features,
     budget,
     memory,
