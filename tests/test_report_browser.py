@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         describe=lambda row: Description(
             text=f'row "{row[1]}", <b> {row[0][0]:.6f}',
             image=picture(row),
-            tokens=["so", "good"],
+            tokens=[f"{row[0][0]:.6f}", "good"],
             token_scores=[-0.5, 1.0],
         ),
     )
