@@ -73,7 +73,19 @@ ONLY: dict[str, set[str]] = {
 }
 
 # Imported in one module at most, inside the function that needs it.
-OPTIONAL = ("ray", "transformers", "fastapi", "matplotlib", "sklearn", "pandas", "pyarrow", "torchvision", "IPython", "jinja2", "PIL")
+OPTIONAL = (
+    "ray",
+    "transformers",
+    "fastapi",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "pyarrow",
+    "torchvision",
+    "IPython",
+    "jinja2",
+    "PIL",
+)
 
 MAX_LINES = 400
 
