@@ -98,6 +98,7 @@ def test_the_metadata_is_the_projects(made: Made, project: dict[str, Any]) -> No
     assert set(said.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
 
 
+@pytest.mark.slow
 def test_what_is_installed_works_on_its_own(made: Made, project: dict[str, Any], tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"

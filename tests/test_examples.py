@@ -19,7 +19,7 @@ ROWS, QUERIES, K = 5000, 50, 10
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
     accuracy = digits.train(tmp_path, seed)
     assert accuracy > 0.9

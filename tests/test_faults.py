@@ -30,6 +30,8 @@ from tracin_ann.cli.failures import refusals
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.manifest import MANIFEST
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 NAMES = ("build", "append", "add a checkpoint", "remove")
 every_command = pytest.mark.parametrize("name", NAMES)

@@ -25,7 +25,7 @@ import zoo
 from commands import answers, config, task
 from faults import Crash, Fault, Watch
 from tasks.toy import Toy
-from tracin_ann import InfluenceIndex, build, files
+from tracin_ann import InfluenceIndex, absent, build, files
 from tracin_ann.canaries import Canaries, write_canaries
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.columns import RowTable, write_columns
@@ -85,11 +85,14 @@ STAY = """
 import os, sys, time
 from pathlib import Path
 from tracin_ann.locks import writing
+reader, writer = os.pipe()
 with writing(Path(sys.argv[1])):
     if os.fork() == 0:
         os.close(1)
+        os.write(writer, b"forked")  # what a fork lets go of is let go of by now
         time.sleep(60)
         os._exit(0)
+    os.read(reader, 6)
     print("held", flush=True)
     time.sleep(60)
 """
@@ -199,13 +202,13 @@ def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(
 def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = importlib.import_module("tracin_ann.cli.info")
     remove(made, [1])
-    read = info.removed_ids
+    read = absent.removed_ids
 
     def slow(directory: Path, manifest: Manifest) -> object:
         remove(made, [2])
         return read(directory, manifest)
 
-    monkeypatch.setattr(info, "removed_ids", slow)
+    monkeypatch.setattr(absent, "removed_ids", slow)
     result = CliRunner().invoke(info.main, [str(made)])
     assert result.exit_code == 0 and "generation  2, 1 rows removed" in result.output
 
