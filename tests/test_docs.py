@@ -146,6 +146,7 @@ def test_the_start_runs(started: tuple[Path, Path]) -> None:
     assert (started[1] / "runs/mine/manifest.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
     # In the start's own place, anew for each page: an index knows its task's file by its whole path.

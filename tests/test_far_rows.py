@@ -10,6 +10,7 @@ from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
 from tracin_ann.columns import RowFilter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 @pytest.mark.parametrize("norms", ["sketch", "exact"])

@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("formats")
     torch.manual_seed(3)
     saved(Toy(), made)
-    (made / "named.py").write_text(TASK.format(paths=[str(Path(__file__).parent)]))
+    (made / "formats_task.py").write_text(TASK.format(paths=[str(Path(__file__).parent)]))
     for kind in ("words", "numbers", "positions"):
         build(the_task(made, kind), made / kind, CONFIG)
     return made
@@ -90,7 +90,7 @@ def true(folder: Path) -> np.ndarray:
 
 
 def ask(folder: Path, kind: str, *arguments: object) -> Result:
-    named = ("--task", folder / "named.py:task", "--task-arg", f"folder={folder}", "--task-arg", f"kind={kind}")
+    named = ("--task", folder / "formats_task.py:task", "--task-arg", f"folder={folder}", "--task-arg", f"kind={kind}")
     words = [str(argument) for argument in (folder / kind, *named, "--device", "cpu", *arguments)]
     return CliRunner().invoke(query_command, words)
 

@@ -379,11 +379,11 @@ def test_bars_leave_out_what_is_not_finite() -> None:
 
 
 def test_the_commands_page(tmp_path: Path) -> None:
-    (tmp_path / "named.py").write_text(
+    (tmp_path / "report_page_task.py").write_text(
         f"import sys\nsys.path[:0] = {[str(Path(__file__).parent)]!r}\nfrom pathlib import Path\n"
         "from test_report import the_task\ndef task(folder):\n    return the_task(Path(folder), 'images')\n"
     )
-    build(f"{tmp_path / 'named.py'}:task", tmp_path / "index", CONFIG, arguments={"folder": str(tmp_path)})
+    build(f"{tmp_path / 'report_page_task.py'}:task", tmp_path / "index", CONFIG, arguments={"folder": str(tmp_path)})
     runner, page = CliRunner(), tmp_path / "r.html"
     command = [str(tmp_path / "index"), "--device", "cpu", "--task-arg", f"folder={tmp_path}"]
     done = runner.invoke(query_command, [*command, "--ids", "0-2", "--html", str(page)], catch_exceptions=False)
