@@ -67,6 +67,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [False, True], ids=["by checkpoint", "by partition"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("norms", ["sketch", "exact"])
@@ -134,6 +135,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_skipped_rows_are_in_no_answer_and_the_others_answer_as_without_them(built, way):
     index, whole, skipped = built

@@ -17,7 +17,10 @@ import browser
 from tasks.toy import CONFIG, rows, toy
 from tracin_ann import Description, InfluenceIndex, QueryOptions, build, write_report
 
-pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-")
+pytestmark = [
+    pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-"),
+    pytest.mark.slow,
+]
 
 N, LISTED = 24, 9
 # Relative luminance and contrast as WCAG 2.2 defines them; colours are laid over the first opaque one behind.

@@ -22,6 +22,8 @@ from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.generator import Stream
 from tracin_ann.sketch.kronecker import KroneckerSketch
 
+pytestmark = pytest.mark.slow
+
 PAIRS = 12
 DRAWS = 2500
 CPU = torch.device("cpu")
