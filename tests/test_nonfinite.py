@@ -13,17 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from tasks import flawed as tasks
-from tasks.flawed import (
-    FINE,
-    LATE,
-    LATE_INFINITE_LOSS,
-    LATE_NAN_GRADIENT,
-    NAN_GRADIENT,
-    NAN_LOSS,
-    answered,
-    flawed,
-    rows,
-)
+from tasks.flawed import FINE, LATE, NAN_GRADIENT, NAN_LOSS, answered, flawed, rows
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build, fidelity, plan
 from tracin_ann.canaries import read_canaries
 from tracin_ann.cli.build import main as build_command
@@ -40,7 +30,7 @@ BUILD = importlib.import_module("tracin_ann.build")
 N = 61
 # In the first batch; first and last of later ones; a whole batch of four; the last row of all.
 MARKS = {
-    **{1: NAN_LOSS, 2: LATE_NAN_GRADIENT, 7: NAN_GRADIENT, 8: LATE_INFINITE_LOSS, 60: NAN_LOSS},
+    **{1: NAN_LOSS, 2: tasks.LATE_NAN_GRADIENT, 7: NAN_GRADIENT, 8: tasks.LATE_INFINITE_LOSS, 60: NAN_LOSS},
     **dict.fromkeys(range(20, 24), NAN_LOSS),
 }
 SKIP = BuildConfig(
@@ -112,7 +102,7 @@ def test_any_sketch_keeps_a_bad_row_to_itself(tmp_path, sketch):
 def built(request, tmp_path_factory):
     """Return an index with skipped rows, its task, and one of the same rows without marks, nothing skipped."""
     folder = tmp_path_factory.mktemp(request.param)
-    n, marks = 400, MARKS | {0: NAN_LOSS, 399: LATE_NAN_GRADIENT, 133: NAN_LOSS, 266: NAN_GRADIENT}
+    n, marks = 400, MARKS | {0: NAN_LOSS, 399: tasks.LATE_NAN_GRADIENT, 133: NAN_LOSS, 266: NAN_GRADIENT}
     config = replace(SKIP, index=request.param, partition_rows=128)
     made = []
     for name, given in (("bad", marks), ("good", {})):
@@ -187,7 +177,9 @@ def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeyp
 
 
 def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks(tmp_path):
-    query = rows(130, 2, marks=dict.fromkeys([*range(0, 130, 2), 129, 43], NAN_GRADIENT) | {1: LATE_INFINITE_LOSS})
+    query = rows(
+        130, 2, marks=dict.fromkeys([*range(0, 130, 2), 129, 43], NAN_GRADIENT) | {1: tasks.LATE_INFINITE_LOSS}
+    )
     task = flawed(tmp_path, rows(N), query)
     with pytest.raises(NonFiniteError, match="^the gradient of row 0 at checkpoint 0 is not finite"):
         build(task, tmp_path / "error", replace(PLAIN, index="ivf"))
@@ -323,7 +315,7 @@ def test_where_no_row_is_left_the_build_is_refused(tmp_path):
             SKIP,
         )
     assert not (tmp_path / "out").exists()
-    late = rows(N, marks=dict.fromkeys(range(N), LATE_NAN_GRADIENT))
+    late = rows(N, marks=dict.fromkeys(range(N), tasks.LATE_NAN_GRADIENT))
     (tmp_path / "others").mkdir()
     with pytest.raises(NonFiniteError, match="^no train.* row is left.*: got NaN or infinity first at checkpoint 1"):
         build(flawed(tmp_path / "others", late), tmp_path / "out", SKIP)
@@ -332,7 +324,7 @@ def test_where_no_row_is_left_the_build_is_refused(tmp_path):
 
 def test_a_first_batch_of_bad_rows_only_is_stood_in_for_by_others(tmp_path):
     marks = dict.fromkeys(range(20), NAN_LOSS) | dict.fromkeys(range(20, 37), NAN_GRADIENT)
-    query = rows(50, 2, marks=dict.fromkeys(range(49), LATE_NAN_GRADIENT))
+    query = rows(50, 2, marks=dict.fromkeys(range(49), tasks.LATE_NAN_GRADIENT))
     report = build(flawed(tmp_path, rows(N, marks=marks), query), tmp_path / "out", SKIP)
     assert report.skipped.row_S.tolist() == list(range(37))
     build(flawed(tmp_path, rows(N), query), tmp_path / "good", SKIP)

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import documents
 from documents import ROOT, words
@@ -29,33 +27,15 @@ def commands() -> list[documents.Command]:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with README's task file, checkpoints of its model, and the two scripts."""
+    """Return a directory with README's files, checkpoints of its model, and the two scripts."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "my_task.py").write_text(blocks("python")[0])
+    for block in documents.blocks(README, "python"):
+        if block.file is not None:
+            (folder / block.file).write_text(block.code)
     for script in ("build_index.py", "query.py"):
         (folder / script).symlink_to(ROOT / script)
-    (folder / "checkpoints").mkdir()
-    train(folder)
+    subprocess.run([sys.executable, "train.py"], cwd=folder, check=True)
     return folder
-
-
-def train(folder: Path) -> None:
-    """Train README's model for three epochs and save it after each."""
-    sys.path.insert(0, str(folder))
-    try:
-        import my_task  # noqa: PLC0415 - README's own file, just written
-    finally:
-        sys.path.remove(str(folder))
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
-    loader = torch.utils.data.DataLoader(my_task.rows(0, 1400), 16)
-    for epoch in range(3):
-        for batch in loader:
-            optimiser.zero_grad()
-            my_task.loss(net, batch).mean().backward()
-            optimiser.step()
-        torch.save(net.state_dict(), folder / f"checkpoints/epoch-{epoch}.pt")
 
 
 @pytest.mark.xdist_group("readme")
@@ -71,7 +51,7 @@ def test_the_commands_print_what_readme_shows(place: Path) -> None:
 
 @pytest.mark.xdist_group("readme")
 def test_the_ten_lines_run(place: Path) -> None:
-    code = blocks("python")[1]
+    (code,) = (block.code for block in documents.blocks(README, "python") if block.file is None)
     assert len(code.splitlines()) <= 10
     done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tasks import named
-from tasks.toy import Toy, toy
-from tracin_ann import Checkpoint, Description
+from tasks.toy import CONFIG, Toy, toy
+from tracin_ann import Checkpoint, Description, build, plan
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.task import absolute_reference, load_task
 
@@ -289,3 +289,13 @@ def test_a_references_file_is_made_absolute_and_a_module_is_left(monkeypatch):
     monkeypatch.chdir(HERE)
     assert absolute_reference("tasks/named.py:ready") == f"{HERE}/tasks/named.py:ready"
     assert absolute_reference("tasks.named:ready") == "tasks.named:ready"
+
+
+@pytest.mark.parametrize("name", ["ids", "describe", "columns"])
+def test_what_is_asked_of_rows_is_tried_before_the_build(tmp_path: Path, name: str) -> None:
+    wrong = toy(tmp_path, **{name: lambda: ["of all rows"]})
+    said = rf"^Task\.{name} fails on row 0 of train_data: got TypeError: .*{name}=lambda row"
+    for ask in (plan, build):
+        with pytest.raises(TaskError, match=said):
+            ask(wrong, tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()

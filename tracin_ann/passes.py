@@ -27,7 +27,7 @@ from tracin_ann.loading import (
     pickled,
 )
 from tracin_ann.nested import to_device
-from tracin_ann.probe import probe_examples, probe_gradients, probe_losses
+from tracin_ann.probe import probe_examples, probe_gradients, probe_losses, probe_shown
 from tracin_ann.session import borrowed_model, preserved_globals
 from tracin_ann.soundness import sound
 from tracin_ann.task import Description, Task, TaskReference
@@ -271,6 +271,8 @@ class LoadedModel:
         ids = range(min(self.passes.options.batch_size, len(data)))
         if not self.passes.options.allow_random_data:
             probe_examples(data, side, ids)
+        with preserved_globals():
+            probe_shown(self.passes.task, data[0], f"row 0 of {side}_data")
         batch = engine.batch(ids, [data[i] for i in ids])
         if self.passes.options.on_nonfinite == "skip":
             batch = self._mended(side, batch)

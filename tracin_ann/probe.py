@@ -11,6 +11,7 @@ from tracin_ann.errors import TaskError, problem
 from tracin_ann.gradients import Batch, GradientEngine
 from tracin_ann.nested import same
 from tracin_ann.proof import check_finite
+from tracin_ann.task import EXAMPLES, Task
 
 _READ_TWICE = 16
 _ALONE = 3
@@ -36,6 +37,35 @@ def probe_examples(data: Any, side: str, ids: Sequence[int]) -> None:
                     remedy="leave random augmentation out of the task's data, or pass --allow-random-data",
                 )
             )
+
+
+def probe_shown(task: Task, example: Any, whose: str) -> None:
+    """Ask the task's `ids`, `describe` and `columns` of one example, as a build and its answers will.
+
+    Args:
+        task: the task.
+        example: a row.
+        whose: what it is called in an error, such as `row 0 of train_data`.
+
+    Raises:
+        TaskError: one of them cannot be asked.
+    """
+    asked = {"ids": task.id_of, "describe": task.described, "columns": task.columns}
+    for name, ask in asked.items():
+        try:
+            if ask is not None:
+                ask(example)
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                problem(
+                    f"Task.{name} fails on {whose}",
+                    got=f"{type(error).__name__}: {error}",
+                    expected="a function of one example",
+                    remedy=f"mend it, for example {EXAMPLES[name]}",
+                )
+            ) from error
 
 
 def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:

@@ -21,6 +21,16 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import TaskError, UsageError, problem
 
+# How the functions of a Task look, for errors.
+EXAMPLES = {
+    "loss": "loss=lambda model, batch: ...",
+    "query_loss": "query_loss=lambda model, batch: ...",
+    "collate": "collate=lambda examples: ...",
+    "load": "load=lambda model, path: ...",
+    "describe": 'describe=lambda row: f"a {row[1]}"',
+    "columns": 'columns=lambda row: {"label": row[1]}',
+    "ids": "ids=lambda row: row[2]",
+}
 LossFunction = Callable[[nn.Module, Any], Tensor]
 ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
@@ -144,7 +154,7 @@ class Task:
                         f"Task.{name} cannot be called",
                         got=type(value).__name__,
                         expected="a function",
-                        remedy=f"pass a function, for example {name}=lambda: ...",
+                        remedy=f"pass a function, for example {EXAMPLES.get(name, f'{name}=lambda: ...')}",
                     )
                 )
         given: object = self.checkpoints

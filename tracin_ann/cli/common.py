@@ -44,7 +44,8 @@ class IdRanges(click.ParamType):  # type: ignore[type-arg]
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"got {part.strip()!r}, expected ids and ranges such as 0-9,17", param, ctx)
+                own = "" if ctx is None or "own_ids" not in ctx.params else "; with --own-ids the task's own ids"
+                self.fail(f"got {part.strip()!r}, expected positions and ranges such as 0-9,17{own}", param, ctx)
             start, stop = int(first), int(last or first)
             if stop < start:
                 self.fail(f"got {part.strip()!r}, expected a range that rises", param, ctx)

@@ -57,7 +57,7 @@ def main(directory: str, form: str | None, output: str | None, by: str, **option
             write(found)
     pair = found.pair
     said = f"{found.score:+.6g} of row {pair.id} for {side} {pair.query}"
-    note(f"{said}; by the stored features {found.stored_score:+.6g}, {found.difference:+.3g}", err=True)
+    note(f"{said}; the stored features say {found.stored_score:+.6g}, off by {found.difference:+.3g}", err=True)
 
 
 def _query_option(options: dict[str, object]) -> tuple[SideName, str]:

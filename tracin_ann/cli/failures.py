@@ -123,6 +123,10 @@ def _unforeseen(error: Exception) -> str:
     if theirs:
         file, line, function = theirs[-1]
         return f"{_near(file)}:{line}, in {function}, raised {said}; --debug shows the traceback"
+    if isinstance(error, ModuleNotFoundError):
+        found = f"no module {error.name} in {sys.executable}"
+        remedy = "activate the environment that it was installed in (here . .venv/bin/activate), or install it"
+        return problem("tracin_ann is not installed whole", got=found, expected="all that it needs", remedy=remedy)
     ours = [frame for frame in frames if Path(frame[0]).is_relative_to(_OURS)] or [("tracin_ann", "?", "?")]
     file, line, function = ours[-1]
     return f"unforeseen, in {Path(file).name}:{line}, {function}: {said}; --debug shows the traceback"

@@ -74,8 +74,9 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
         note(f"{told.n_rows:,} rows by self-influence; without labels nobody votes on how many to look at", err=True)
         return
     asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
+    more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
     note(
-        f"look at about {told.look_at:,} of {told.n_rows:,} rows: "
-        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours",
+        f"look at about the first {told.look_at:,} of {told.n_rows:,} rows{more}: "
+        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours, and so many rows have as large a self-influence",
         err=True,
     )
