@@ -193,7 +193,8 @@ def test_what_cannot_be_is_refused(folder: Path, kind: str, arguments: tuple[str
 )
 def test_ids_that_cannot_be_leave_no_index(folder: Path, tmp_path: Path, ids: Any, said: str) -> None:
     with pytest.raises(TaskError, match="Task.ids") as refused:
-        build(toy(tmp_path, train_data=lambda: numbered(N, 1), ids=ids), tmp_path / "out", CONFIG)
+        sides = {"train_data": lambda: numbered(N, 1), "query_data": lambda: numbered(QUERIES, 2)}
+        build(toy(tmp_path, **sides, ids=ids), tmp_path / "out", CONFIG)
     assert said in str(refused.value)
     with pytest.raises(Exception, match="no file, expected a JSON file"):
         InfluenceIndex.open(tmp_path / "out")

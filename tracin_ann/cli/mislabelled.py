@@ -73,6 +73,9 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     if told.look_at is None:
         note(f"{told.n_rows:,} rows by self-influence; without labels nobody votes on how many to look at", err=True)
         return
+    if not told.look_at:
+        note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
+        return
     asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
     more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
     note(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import singledispatch
 
-from rich.console import Console, JustifyMethod
+from rich.cells import cell_len
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -13,7 +14,8 @@ from tracin_ann.answers import Hit
 from tracin_ann.formats import Texts, shown_cells
 from tracin_ann.results import Answers, Listed
 
-_TEXT_WIDTH = 48
+_TEXT_WIDTH, _LEAST_TEXT, _BETWEEN = 48, 8, 3
+"""The most and least columns of a text, and those between two cells."""
 
 
 @singledispatch
@@ -29,18 +31,18 @@ def _(answers: Answers) -> None:
     for answer in answers:
         shown = [] if answer.row is None else [answers.texts(answer.side, answer.row)]
         title = ": ".join([f"{answer.side} {answer.query}", *(_line(text) for text in shown if text)])
-        table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
         texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
         scores = ("score", "for", "against") if answer.against else ("score",)
-        for side in ("proponent", "opponent"):
-            for name in (side, *scores):
-                table.add_column(name, justify="right")
-            if texts is not None:
-                table.add_column("", overflow="ellipsis", max_width=_TEXT_WIDTH)
+        heads = [
+            (head, head == "")
+            for side in ("proponent", "opponent")
+            for head in (side, *scores, *([] if texts is None else [""]))
+        ]
+        lines = []
         for place in range(max(len(answer.proponents), len(answer.opponents))):
             cells = (_cells(texts, hits, place, len(scores)) for hits in (answer.proponents, answer.opponents))
-            table.add_row(*(cell for side in cells for cell in side))
-        console.print(table)
+            lines.append([cell for side in cells for cell in side])
+        console.print(_table(console, heads, lines, title))
         if not answer.hits:
             console.print("no row has a score other than 0")
         console.print()
@@ -51,16 +53,33 @@ def _(rows: Listed) -> None:  # type: ignore[type-arg]
     """Print one table, a line a result, without fields that are empty everywhere and rows that are the ids."""
     records = rows.records()
     cells = [shown_cells(record) for record in records]
-    table = Table(show_edge=False, pad_edge=False)
     idle = {"row"} if all(record.get("row") == record.get("id") for record in records) else set()
     filled = [at for at, name in enumerate(rows.FIELDS.names) if name not in idle and any(line[at] for line in cells)]
-    for at in filled:
-        name, kind = rows.FIELDS.kinds[at]
-        justify: JustifyMethod = "left" if kind == "text" else "right"
-        table.add_column(name, justify=justify, overflow="ellipsis", max_width=_TEXT_WIDTH)
-    for line in cells:
-        table.add_row(*(escape(line[at]) for at in filled))
-    Console(highlight=False).print(table)
+    heads = [(rows.FIELDS.kinds[at][0], rows.FIELDS.kinds[at][1] == "text") for at in filled]
+    console = Console(highlight=False)
+    console.print(_table(console, heads, [[line[at] for at in filled] for line in cells]))
+
+
+def _table(
+    console: Console, heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]], title: str | None = None
+) -> Table:
+    """Return a table of one line a row; columns of text, marked in `heads`, are cut to what the others leave."""
+    table = Table(title=title and escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    widths = [
+        max(cell_len(text) for text in (head, *(line[at] for line in lines))) for at, (head, _) in enumerate(heads)
+    ]
+    texts = [at for at, (_, is_text) in enumerate(heads) if is_text]
+    left = console.width - sum(widths) + sum(widths[at] for at in texts) - _BETWEEN * (len(heads) - 1)
+    room = left // max(1, len(texts))
+    kept = [at for at in range(len(heads)) if at not in texts or room >= _LEAST_TEXT]
+    for at in kept:
+        if at in texts:
+            table.add_column(heads[at][0], overflow="ellipsis", no_wrap=True, max_width=min(_TEXT_WIDTH, room))
+        else:
+            table.add_column(heads[at][0], justify="right")
+    for line in lines:
+        table.add_row(*(escape(line[at]) for at in kept))
+    return table
 
 
 def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) -> list[str]:
@@ -69,9 +88,9 @@ def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) 
     hit = hits[place]
     scores = (hit.score, *hit.of_means, *[None] * n_scores)[:n_scores]
     shown = ["" if score is None else f"{score:+.4g}" for score in scores]
-    return [escape(str(hit.id)), *shown, *([] if texts is None else [_line(texts("train", hit.row))])]
+    return [str(hit.id), *shown, *([] if texts is None else [_line(texts("train", hit.row))])]
 
 
 def _line(text: str | None) -> str:
-    """Return a text in one line, harmless to rich."""
-    return escape(" ".join((text or "").split()))
+    """Return a text in one line."""
+    return " ".join((text or "").split())
