@@ -69,6 +69,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return built("mlp", tmp_path_factory.mktemp("mlp"), "--norms", "exact")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", models.CASES)
 def test_exact_scores_of_every_model_equal_brute_force(case: str, tmp_path: Path) -> None:
     index = built(case, tmp_path, seed=3)

@@ -163,6 +163,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden", [False, True], ids=["layer rules", "a raw parameter too"])
 def test_batches_of_every_kind_give_the_same_answers(tmp_path, kind, hidden):

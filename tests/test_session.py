@@ -146,6 +146,7 @@ def plain(tmp_path_factory):
     return verbs(drawing_task(folder, Live()), folder / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
 def test_every_verb_leaves_everything_as_it_was_and_answers_the_same_in_any_mode(tmp_path, plain, around):
     torch.manual_seed(0)

@@ -208,6 +208,7 @@ def tiny_blocks(monkeypatch):
     monkeypatch.setattr(dense, "column_blocks", partial(column_blocks, elements=20000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vector", "narrow", "tall", "wide convolution", "embedding"])
 @pytest.mark.parametrize("kind", ["dense", "outer by rows", "rows with repeats", "groups"])
 def test_any_split_of_the_batch_gives_the_same_rows(sketch, name, kind, device, request):

@@ -97,6 +97,7 @@ def _same_json(before: bytes, after: bytes) -> bool:
 HARMS = ("gone", "empty", "cut", "longer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS)
 def test_missing_and_cut_files_are_found_and_made_anew(made: tuple[Path, Task], index: Path, harm: str) -> None:
     """Every file is harmed in every way and found; in one of the ways, each in its turn, it is made anew."""
