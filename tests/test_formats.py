@@ -39,7 +39,7 @@ def numbered(n: int, seed: int) -> list[tuple[torch.Tensor, int, int]]:
 
 
 def word(row: Sequence[Any]) -> str:
-    return f"row-{row[2]:04}"
+    return f"row-{row[2]:04}" if row[2] != 206 else "row, 206"
 
 
 def the_task(folder: str | Path, kind: str) -> Task:
@@ -151,11 +151,11 @@ def test_ids_are_the_tasks_own_and_rows_are_positions(index: InfluenceIndex) -> 
 
 
 def test_rows_are_named_by_own_ids(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "ids.txt").write_text("row-0203\n\nrow-0201\n")
+    (tmp_path / "ids.txt").write_text("row-0203\n\nrow, 206\nrow-0201\n")
     own = ask(
         folder, "words", "--own-ids", "--ids", f"@{tmp_path / 'ids.txt'}", "--without", "row-0100", "--format", "jsonl"
     )
-    plain = ask(folder, "words", "--ids", "3,1", "--without", "0", "--format", "jsonl")
+    plain = ask(folder, "words", "--ids", "3,6,1", "--without", "0", "--format", "jsonl")
     assert own.exit_code == plain.exit_code == 0
     assert own.stdout == plain.stdout
     numbers = ask(folder, "numbers", "--own-ids", "--train-ids", "107", "--format", "jsonl").stdout

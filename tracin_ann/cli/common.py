@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class IdRanges(click.ParamType):  # type: ignore[type-arg]
     """Ids and ranges of ids, both ends included: `0-9,17`; or `@file` with such on its lines.
 
-    With the command's flag `--own-ids`, the task's own ids, in the same two ways, as text.
+    With the command's flag `--own-ids`, the task's own ids as text: parted by commas, or one a line of the file.
     """
 
     name = "ids"
@@ -31,21 +31,24 @@ class IdRanges(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         text = str(value)
+        own = ctx is not None and ctx.params.get("own_ids") and param is not None and param.name != "checkpoints"
         if text.startswith("@"):
             try:
-                text = ",".join(
-                    line for line in Path(text[1:]).read_text(encoding="utf-8").splitlines() if line.strip()
-                )
+                lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 self.fail(f"cannot read {text[1:]} ({error}), expected a file with ids on its lines", param, ctx)
-        if ctx is not None and ctx.params.get("own_ids") and param is not None and param.name != "checkpoints":
-            return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+            # An own id may have a comma in it: a line is one.
+            parts = [part for line in lines if line.strip() for part in ([line] if own else line.split(","))]
+        else:
+            parts = text.split(",")
+        if own:
+            return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
         ids: list[int] = []
-        for part in text.split(","):
+        for part in parts:
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
-                own = "" if ctx is None or "own_ids" not in ctx.params else "; with --own-ids the task's own ids"
-                self.fail(f"got {part.strip()!r}, expected positions and ranges such as 0-9,17{own}", param, ctx)
+                more = "" if ctx is None or "own_ids" not in ctx.params else "; with --own-ids the task's own ids"
+                self.fail(f"got {part.strip()!r}, expected positions and ranges such as 0-9,17{more}", param, ctx)
             start, stop = int(first), int(last or first)
             if stop < start:
                 self.fail(f"got {part.strip()!r}, expected a range that rises", param, ctx)

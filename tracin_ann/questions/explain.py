@@ -78,6 +78,11 @@ class Explanation(Listed[Part]):
 
     FIELDS = Fields(
         (
+            ("query", "id"),
+            ("query_row", "int"),
+            ("side", "text"),
+            ("id", "id"),
+            ("row", "int"),
             ("checkpoint", "int"),
             ("layer", "text"),
             ("parameter", "text"),
@@ -116,6 +121,11 @@ class Explanation(Listed[Part]):
     def record(self, row: Part) -> Record:
         """Return a part's record."""
         return {
+            "query": self.pair.query,
+            "query_row": self.pair.query_row,
+            "side": self.pair.side,
+            "id": self.pair.id,
+            "row": self.pair.row,
             "checkpoint": row.checkpoint,
             "layer": row.layer,
             "parameter": row.parameter,
