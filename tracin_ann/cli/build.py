@@ -95,7 +95,8 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     click.echo(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
     click.echo(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
     click.echo(f"memory      {sized(made.memory_bytes)} besides the model's weights")
-    click.echo(f"time        {duration(made.seconds)} on {device_name(resolve_device(config.device))}")
+    on = device_name(resolve_device(config.device))
+    click.echo(f"time        {duration(made.seconds)} on {on} for the features; index and measurements come on top")
     tuned = made.tuned
     layout = ", channels last" if tuned.channels_last else ""
     share = tuned.read_seconds / (tuned.read_seconds + tuned.row_seconds)
