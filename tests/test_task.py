@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import operator
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from tasks import named
-from tasks.toy import CONFIG, Toy, toy
+from tasks.toy import CONFIG, Toy, rows, toy
 from tracin_ann import Checkpoint, Description, build, plan
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.task import absolute_reference, load_task
@@ -299,3 +300,11 @@ def test_what_is_asked_of_rows_is_tried_before_the_build(tmp_path: Path, name: s
         with pytest.raises(TaskError, match=said):
             ask(wrong, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_are_asked_of_training_rows_alone(tmp_path: Path) -> None:
+    labelled = toy(
+        tmp_path, train_data=lambda: [(*row, "named") for row in rows(10)], columns=lambda row: {"name": row[2]}
+    )
+    drop = replace(labelled, collate=lambda given: torch.utils.data.default_collate([row[:2] for row in given]))
+    assert build(drop, tmp_path / "out", CONFIG).manifest.columns is not None

@@ -272,7 +272,7 @@ class LoadedModel:
         if not self.passes.options.allow_random_data:
             probe_examples(data, side, ids)
         with preserved_globals():
-            probe_shown(self.passes.task, data[0], f"row 0 of {side}_data")
+            probe_shown(self.passes.task, data[0], side)
         batch = engine.batch(ids, [data[i] for i in ids])
         if self.passes.options.on_nonfinite == "skip":
             batch = self._mended(side, batch)

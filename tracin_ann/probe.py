@@ -39,18 +39,18 @@ def probe_examples(data: Any, side: str, ids: Sequence[int]) -> None:
             )
 
 
-def probe_shown(task: Task, example: Any, whose: str) -> None:
-    """Ask the task's `ids`, `describe` and `columns` of one example, as a build and its answers will.
+def probe_shown(task: Task, example: Any, side: str) -> None:
+    """Ask the task's `ids`, `describe` and, of a training row, `columns` of a side's first row, as a build will.
 
     Args:
         task: the task.
-        example: a row.
-        whose: what it is called in an error, such as `row 0 of train_data`.
+        example: the row.
+        side: `train` or `query`.
 
     Raises:
         TaskError: one of them cannot be asked.
     """
-    asked = {"ids": task.id_of, "describe": task.described, "columns": task.columns}
+    asked = {"ids": task.id_of, "describe": task.described, "columns": task.columns if side == "train" else None}
     for name, ask in asked.items():
         try:
             if ask is not None:
@@ -60,7 +60,7 @@ def probe_shown(task: Task, example: Any, whose: str) -> None:
         except Exception as error:
             raise TaskError(
                 problem(
-                    f"Task.{name} fails on {whose}",
+                    f"Task.{name} fails on row 0 of {side}_data",
                     got=f"{type(error).__name__}: {error}",
                     expected="a function of one example",
                     remedy=f"mend it, for example {EXAMPLES[name]}",
