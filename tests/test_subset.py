@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from tasks.toy import CONFIG, Toy, saved, toy
-from test_formats import QUERIES, TASK, N, the_task
+from test_formats import QUERIES, TASK, N, the_task, word
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.select import main as select_command
@@ -71,7 +71,7 @@ def test_round_robin_is_that_of_the_full_matrix(
     assert [(row.query_row, row.row) for row in found] == expected
     assert [row.score for row in found] == pytest.approx([score_QN[turn] for turn in expected], rel=1e-4, abs=1e-6)
     assert [row.rank for row in found] == list(range(1, min(n, len(HERE)) + 1))
-    assert [row.query for row in found] == [f"row-{200 + query:04}" for query, _ in expected]
+    assert [row.query for row in found] == [word((0, 0, 200 + query)) for query, _ in expected]
     assert [row.id for row in found] == [f"row-{100 + row:04}" for _, row in expected]
     assert found.rows == [row for _, row in expected]
 
