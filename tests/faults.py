@@ -1,7 +1,7 @@
 """Faults on purpose: every call that changes a disk is seen, numbered, and can fail, be cut short or be the last.
 
 `Watch` stands between the process and the directories below a root: opening for writing, writes, truncations, fsyncs,
-renames, links, unlinks, directories made and removed.
+renames, links, unlinks, directories made and removed; and files mapped into memory, which changes none but may fail.
 Nothing is really fsynced meanwhile: a `Disk` keeps what would be durable.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import mmap
 import os
 import pathlib
 import shutil
@@ -30,7 +31,7 @@ _NAMING = frozenset({"open", "replace", "link", "unlink", "mkdir", "rmdir"})
 # What takes space: the calls that fail on a full disk, and go on failing.
 FILLING = frozenset({"open", "write", "mkdir", "link"})
 _OPEN, _FD_OPEN, _CLOSE = builtins.open, os.open, os.close
-_FTRUNCATE, _PWRITE, _FSYNC = os.ftruncate, os.pwrite, os.fsync
+_FTRUNCATE, _PWRITE, _FSYNC, _MAP = os.ftruncate, os.pwrite, os.fsync, mmap.mmap
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -112,6 +113,7 @@ class Watch:
             (os, "unlink"): self._one("unlink", os.unlink, self._gone),
             (os, "remove"): self._one("unlink", os.unlink, self._gone),
             (os, "rmdir"): self._one("rmdir", os.rmdir, self._gone),
+            (mmap, "mmap"): self._mapped,
             (os, "mkdir"): self._one("mkdir", os.mkdir, self._made),
             # These would go past the patched names.
             (shutil, "_use_fd_functions"): False,
@@ -221,6 +223,12 @@ class Watch:
         path, node = self._open[number]
         return self.call("fsync", path, lambda: None, node.sync)
 
+    def _mapped(self, number: int, *rest: Any, **more: Any) -> mmap.mmap:
+        named = Path(f"/proc/self/fd/{number}")
+        path = self.inside(os.readlink(named)) if named.is_symlink() else None
+        act = lambda: _MAP(number, *rest, **more)  # noqa: E731
+        return act() if path is None else self.call("map", path, act, lambda: None)
+
     def _one(self, kind: str, function: Callable[..., None], change: Callable[[str], None]) -> Callable[..., None]:
         def called(path: Any, *rest: Any, **more: Any) -> None:
             inside = self.inside(path)
@@ -282,6 +290,8 @@ def faults_of(call: Call) -> list[Fault]:
     """Return the ways in which a call can fail, its effect not done, or cut short for writes."""
     n, every = call.number, _NAMING | {"write", "truncate", "fsync"}
     found = [Fault(n, errno.EIO), Fault(n, errno.EIO, every, part=0.3)]
+    if call.kind == "map":
+        found.append(Fault(n, errno.ENOMEM, frozenset({"map"})))
     if call.kind in FILLING:
         found += [Fault(n, errno.ENOSPC, part=0.7), Fault(n, errno.ENOSPC, FILLING, part=1 / 3)]
     return found

@@ -16,7 +16,7 @@ from tracin_ann.columns import RowFilter
 @pytest.mark.parametrize("norms", ["sketch", "exact"])
 def test_vast_and_tiny_rows_spoil_nobodys_codes_or_scores(tmp_path, scale, kind, norms):
     """Scores are linear in a row's gradient: a row scaled scores so many times more, and all others as before."""
-    n, far = 600, (3, 280, 481)
+    n, far = 1500, (3, 700, 1201)
     config = BuildConfig(dim=64, batch_size=50, device="cpu", index=kind, norms=norms, target_recall=0.8)
     indexes, queries = [], rows(40, 2)
     for name, scales in (("far", dict.fromkeys(far, scale)), ("near", {})):

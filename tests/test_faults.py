@@ -7,6 +7,7 @@ tried, chosen by a seed; with TRACIN_ANN_FAULTS=100 so many a test, with TRACIN_
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -36,7 +37,7 @@ T = TypeVar("T")
 NAMES = ("build", "append", "add a checkpoint", "remove")
 every_command = pytest.mark.parametrize("name", NAMES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-TRIED = os.environ.get("TRACIN_ANN_FAULTS", "8")
+TRIED = os.environ.get("TRACIN_ANN_FAULTS", "12")
 LOSSES = 3
 
 
@@ -181,6 +182,22 @@ def test_a_call_that_fails_is_told_in_a_line_and_leaves_the_old_or_the_new(
             seen = seen_by_a_reader(expected, root)
             assert said or seen == expected.after
             goes_on(expected, root)
+
+
+@every_kind
+def test_a_file_that_the_system_does_not_map_is_named_and_no_damage(root: Path, kind: str) -> None:
+    expected = reference(kind, "append")
+    disk.write(expected.command.start, root)
+    with Watch(root) as watch:
+        assert answers(root / OUT) == expected.before
+    mapped = [call for call in watch.calls if call.kind == "map"]
+    assert any(call.path.endswith(".h5") for call in mapped)
+    assert kind == "flat" or any(call.path.endswith(".npy") for call in mapped)
+    for call in mapped:
+        with Watch(root, fault=Fault(call.number, errno.ENOMEM)), pytest.raises(OSError) as found:
+            answers(root / OUT)
+        assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(root / call.path))
+        assert answers(root / OUT) == expected.before
 
 
 def _told(command: Command, root: Path) -> int:

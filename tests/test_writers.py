@@ -300,10 +300,11 @@ def room_for(size: int) -> Iterator[None]:
 
 ROWS = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
 BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, ROWS[:, 1])
+ROW_TABLE = RowTable({"label": np.arange(3000), "name": np.array(["a", "bc"] * 1500)}, np.arange(3000))
 WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),
-    "columns.npz": lambda path: write_columns(path, RowTable({"label": np.arange(3000)}, np.arange(3000))),
+    "columns.npz": lambda path: write_columns(path, ROW_TABLE),
     "removed.npy": lambda path: _saved(path, np.arange(3000)),
     "ivf.faiss": lambda path: _lists().save(path),
 }

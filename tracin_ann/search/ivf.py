@@ -9,6 +9,7 @@ Shapes: N rows, Q queries, L lists, W lists a query, M candidates, F feature dim
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
 _VERSION = 3
+_SHORT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the system says when it has no more memory or files to give."""
 _QUERIES_AT_ONCE = 256
 _RESCORED_AT_ONCE = 128
 _LEAST_CANDIDATES = 40
@@ -123,6 +126,7 @@ class IVFIndex:
 
         Raises:
             DamagedIndexError: a file is missing, cut short, of another version, or not the others'.
+            OSError: the system has no memory or files left for it.
         """
         lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.FILES)
         try:
@@ -137,6 +141,9 @@ class IVFIndex:
                 if outliers.ndim != 1 or outliers.dtype != np.int64:
                     raise ValueError(f"outliers of shape {outliers.shape} and type {outliers.dtype}")
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _SHORT_OF:
+                # What the system lacks is no damage, and rebuilding would not mend it.
+                raise OSError(error.errno, error.strerror, str(error.filename or centroids_path)) from error
             raise DamagedIndexError(
                 problem(
                     f"cannot open {caption_path}, {arrays_path.name} or {centroids_path.name}",
