@@ -1,7 +1,8 @@
 """The one seam to accelerators: which device torch computes on, which FAISS is installed.
 
 This is the only module that may name an accelerator's API. Devices are resolved once, at the
-edge (`resolve_device`), and passed down as `torch.device`.
+edge (`resolve_device`), and passed down as `torch.device`. torch is imported where it is used: commands read
+the names of devices for their `--help`, which is not to wait for it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tracin_ann.errors import MissingPackageError, UsageError, problem
-from tracin_ann.words import DEVICE_NAMES
 
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
 _FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
 
@@ -30,6 +33,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises:
         UsageError: the name is no device, or that device is not on this machine.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -54,6 +59,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """Return a name for people: the GPU's model, or the number of CPU threads."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -61,11 +68,15 @@ def device_name(device: torch.device) -> str:
 
 def devices() -> list[torch.device]:
     """Return the kinds of device on this machine, the CPU first."""
+    import torch
+
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """Return the bytes now free on the device."""
+    import torch
+
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
@@ -83,6 +94,8 @@ def container_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 def recorded_event(device: torch.device) -> Callable[[], None]:
     """Return what waits until all work launched on the device so far is done; on a CPU it is."""
+    import torch
+
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -96,6 +109,8 @@ def refuse_slow_bf16(device: torch.device) -> None:
     Raises:
         UsageError: the device has no bfloat16 arithmetic.
     """
+    import torch
+
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not native:
         raise UsageError(
@@ -111,6 +126,8 @@ def refuse_slow_bf16(device: torch.device) -> None:
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
     """Put torch's random state (CPU and every GPU) back as it was on leaving."""
+    import torch
+
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         yield
 
@@ -118,6 +135,8 @@ def preserved_rng() -> Iterator[None]:
 @contextlib.contextmanager
 def differentiable_recurrence() -> Iterator[None]:
     """Let recurrent layers in eval mode run backward: cuDNN's kernels refuse, torch's own do not."""
+    import torch
+
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         yield
 
@@ -153,6 +172,7 @@ def import_faiss() -> ModuleType:
 @functools.cache
 def _single_threaded_after_fork(faiss: ModuleType) -> None:
     """Let forked processes search and multiply in one thread: this one's threads are gone there, and waited for."""
+    import torch
 
     def alone() -> None:
         faiss.omp_set_num_threads(1)

@@ -15,8 +15,6 @@ SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
 SKETCH_NAMES = ("factored", "kronecker", "dense", "dense-gaussian")
-DEVICES = ("auto", "cpu", "cuda")
-DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
 
 
 def duration(seconds: float) -> str:

@@ -14,8 +14,8 @@ from click.shell_completion import CompletionItem
 from tracin_ann import __version__
 from tracin_ann.cli.config_file import read_config
 from tracin_ann.cli.failures import DEBUG, refusals, refused
+from tracin_ann.device import DEVICE_NAMES, DEVICES
 from tracin_ann.errors import UsageError
-from tracin_ann.words import DEVICE_NAMES, DEVICES
 
 _QUIET = "tracin_ann.quiet"
 _STATUSES = (
