@@ -163,10 +163,18 @@ def published(directory: Path, manifest: Manifest) -> None:
 
 
 def _make_names_durable(directory: Path, manifest: Manifest) -> None:
-    """Fsync the directories: what is found in them may be of a run that was killed before it had."""
+    """Fsync the directories, those above the index too: what is in them may be of a run that was killed before it had."""
     folder = folder_of(directory, manifest.generation)
-    for place in (directory / FEATURES, folder, directory, directory.resolve().parent):
+    for place in (directory / FEATURES, folder, directory, *_above(directory)):
         sync_directory(place)
+
+
+def _above(directory: Path) -> Iterator[Path]:
+    """Yield the directories above one, up to that which its file system begins with."""
+    place = directory.resolve()
+    while not os.path.ismount(place):
+        place = place.parent
+        yield place
 
 
 def settled(directory: Path, manifest: Manifest) -> None:
