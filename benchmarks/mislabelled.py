@@ -2,7 +2,8 @@
 
 `--data` is a folder with mnist.npz and sst2_train.tsv, sst2_dev.tsv (see examples/mnist.py and examples/sst2.py for
 their forms). Models train on the flipped labels; only the figures know which those are. `--vectors` adds SST-2 by a
-line through frozen sentence vectors: an npz of arrays `train` and `dev`, a row a line of the files.
+line through frozen sentence vectors: an npz of arrays `train` and `dev`, a row a line of the files. `--encoder` adds
+SST-2 by a pretrained encoder, fine-tuned: a folder that Hugging Face's `AutoModel` loads (needs `transformers`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import common
+from benchmarks import common, sst2_encoder
 from benchmarks.mislabelled_digits import auc
 from examples import digits, mnist, sst2
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
@@ -98,6 +99,15 @@ def of_vectors(data: Path, vectors: Path, folder: Path, rate: float, seed: int) 
     return task, accuracy_on(net, dev_x, dev_y), flipped
 
 
+def of_encoder(data: Path, encoder: Path, folder: Path, rate: float, seed: int) -> tuple[Task, float, Labels]:
+    """Fine-tune a pretrained encoder, all of it; the index is of all its parameters."""
+    train_rows, dev_rows = (sst2._sentences(str(data), part) for part in ("train", "dev"))
+    train_rows.sort(key=lambda row: len(row[0].split()))
+    labels, flipped = flipped_labels(np.array([row[1] for row in train_rows]), rate, seed)
+    train_rows = [(text, int(label), name) for (text, _, name), label in zip(train_rows, labels, strict=True)]
+    return *sst2_encoder.fine_tuned(str(encoder), train_rows, dev_rows, folder, seed), flipped
+
+
 def trained(
     net: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, folder: Path, recipe: Recipe
 ) -> list[Checkpoint]:
@@ -168,6 +178,8 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             lambda *case: of_vectors(data, options.vectors, *case),
             options.seeds,
         )
+    if options.encoder:
+        kinds["SST-2, fine-tuned encoder"] = (lambda *case: of_encoder(data, options.encoder, *case), 1)
     for name, (make, seeds) in kinds.items():
         if not options.only or name in options.only:
             for rate in options.rates:
@@ -179,9 +191,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of mnist.npz and sst2_*.tsv")
     parser.add_argument("--vectors", type=Path, help="npz of frozen sentence vectors")
+    parser.add_argument("--encoder", type=Path, help="folder of a pretrained encoder of Hugging Face")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], help="shares of wrong labels")
     parser.add_argument("--rows", type=int, default=10_000, help="MNIST digits")
-    parser.add_argument("--seeds", type=int, default=2, help="of digits and SST-2; MNIST has one")
+    parser.add_argument("--seeds", type=int, default=2, help="of digits and SST-2; MNIST and the encoder have one")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--only", nargs="+", help="data sets by their names in the results; those of others are kept")
     options = parser.parse_args()

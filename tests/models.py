@@ -42,6 +42,10 @@ def sequence(length: int, vocabulary: int) -> Callable[[torch.Generator], Any]:
     return lambda g: tuple(torch.randint(0, vocabulary, (length,), generator=g) for _ in range(2))
 
 
+def words(length: int) -> Callable[[torch.Generator], Any]:
+    return lambda g: (torch.randint(0, 11, (length,), generator=g), torch.randint(0, 4, (), generator=g))
+
+
 class Lambda(nn.Module):
     def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
         super().__init__()
@@ -106,6 +110,26 @@ class TinyGPT(nn.Module):
         q, k, v = self.qkv(self.first(x)).chunk(3, -1)
         x = self.rms(x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
         return F.linear(x, self.tokens.weight) if self.functional else self.head(x)
+
+
+class Placed(nn.Module):
+    """Tokens and their places, which are looked up once for all examples: a row `[1, T]`, or indices `[T]`."""
+
+    def __init__(self, places: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.placed = places
+        self.tokens, self.places = nn.Embedding(11, 6), nn.Embedding(16, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, index: Tensor) -> Tensor:
+        places = self.placed(self, torch.arange(index.shape[1]))
+        return self.head(torch.tanh(self.norm(self.tokens(index) + places))).mean(1)
+
+
+def placed_in_place(model: nn.Module, t: Tensor) -> Tensor:
+    looked_up = model.places(t.unsqueeze(0))
+    looked_up += 1
+    return looked_up
 
 
 def attention() -> nn.Module:
@@ -295,6 +319,15 @@ CASES: dict[str, Case] = {
     "gpt tied by F.linear": case(
         lambda: TinyGPT(functional=True), sequence(7, 11), RULE, VMAP, "no gradient", loss=tokens
     ),
+    "places of a row": case(lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))), words(9), RULE),
+    "places of indices": case(lambda: Placed(lambda m, t: m.places(t)), words(9), RULE),
+    "places as many as examples": case(lambda: Placed(lambda m, t: m.places(t)), words(6), RULE),
+    "places through layers": case(
+        lambda: Placed(lambda m, t: m.norm(torch.tanh(m.places(t.unsqueeze(0))))), words(9), RULE
+    ),
+    "places in place": case(lambda: Placed(placed_in_place), words(9), RULE),
+    "places reshaped": case(lambda: Placed(lambda m, t: m.places(t).view(1, len(t), 6)), words(9), RULE, VMAP),
+    "places of the first alone": case(lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))[0]), words(9), RULE, VMAP),
     "attention": case(attention, vector(5, 6), RULE, VMAP),
     "encoder": case(encoder, vector(5, 6), RULE, VMAP),
     "gru": case(lambda: recurrent(nn.GRU), vector(5, 3), RULE, LOOP),

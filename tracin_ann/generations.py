@@ -163,7 +163,7 @@ def published(directory: Path, manifest: Manifest) -> None:
 
 
 def _make_names_durable(directory: Path, manifest: Manifest) -> None:
-    """Fsync the directories, those above the index too: what is in them may be of a run that was killed before it had."""
+    """Fsync the directories and those above the index: a run that was killed before it had may have made them."""
     folder = folder_of(directory, manifest.generation)
     for place in (directory / FEATURES, folder, directory, *_above(directory)):
         sync_directory(place)

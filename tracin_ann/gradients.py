@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
+from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError
 from tracin_ann.factors import Dense, Form
-from tracin_ann.layers import LayerCapture, Layout, covered_layers
+from tracin_ann.layers import LayerCapture, Layouts, covered_layers
 from tracin_ann.nested import batched_tensors, rebuild
 from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
-from tracin_ann.proof import ProofSink, Truth, check_finite, not_finite, unproven
+from tracin_ann.proof import ProofSink, Truth, check_finite, no_gradient, not_finite, unproven, wrong_shape
 from tracin_ann.task import LossFunction
 
 _STEPS = (RULE, VMAP, LOOP)
@@ -81,7 +81,7 @@ class GradientEngine:
         self._plan: Plan | None = None
         self._rank_one: frozenset[str] = frozenset()
         self._fallen: dict[str, Step] = {}
-        self._layouts: set[Layout] = set()
+        self._layouts = Layouts()
         self._capture = LayerCapture(model, {}, self._layouts)
 
     @property
@@ -100,7 +100,7 @@ class GradientEngine:
         with self._autocast():
             values = self._loss(self._model, batch.inputs)
         if not isinstance(values, Tensor) or values.shape != (len(batch),):
-            raise TaskError(_wrong_shape(values, len(batch)))
+            raise TaskError(wrong_shape(values, len(batch)))
         return values
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -246,7 +246,7 @@ class GradientEngine:
         steps.update({name: Step(NONE, "no loss of the first batch reaches it") for name in truth.unreached})
         self._adopt(steps)
         for position, name in enumerate(_STEPS):
-            failed = self._failures(name, batch, truth)
+            failed = self._rule_failures(batch, truth) if name == RULE else self._failures(name, batch, truth)
             if failed and position + 1 == len(_STEPS):
                 raise GradientProofError(unproven(failed))
             self._fallen.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()})
@@ -272,13 +272,13 @@ class GradientEngine:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise TaskError(_no_gradient(_first_line(error))) from error
+            raise TaskError(no_gradient(_first_line(error))) from error
         if not all(bool(torch.isfinite(grad).all()) for grad in summed):
             self._refuse_non_finite(batch)
         few = range(min(PROVEN_ALONE, len(batch)))
         together = [self._autograd(lambda i=i: self.losses(batch)[i], names)[0] for i in few]  # type: ignore[misc]
         if not any(reached):
-            raise TaskError(_no_gradient())
+            raise TaskError(no_gradient())
         return Truth(
             {name: grad.flatten() for name, grad in zip(names, summed, strict=True)},
             {
@@ -301,8 +301,29 @@ class GradientEngine:
     def _checked(self, batch: Batch) -> Tensor:
         values = self.losses(batch)
         if not values.requires_grad:
-            raise TaskError(_no_gradient())
+            raise TaskError(no_gradient())
         return values
+
+    def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
+        """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""
+        layouts, failed = self._layouts, self._failures(RULE, batch, truth)
+        rank_one = self._rank_one
+        doubtful = {layer for name, layer in self._capture.doubtful.items() if name in failed}
+        if doubtful:
+            layouts.for_all |= doubtful
+            again = self._failures(RULE, batch, truth)
+            if len(again) < len(failed):
+                failed, rank_one = again, self._rank_one
+            else:
+                layouts.for_all -= doubtful
+        if failed and self._capture.repeated:
+            layouts.repeating = False
+            again = self._failures(RULE, batch, truth)
+            layouts.repeating = len(again) >= len(failed)
+            if not layouts.repeating:
+                failed, rank_one = again, self._rank_one
+        self._rank_one = rank_one
+        return failed
 
     def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why each parameter that this step cannot serve fails."""
@@ -326,7 +347,8 @@ class GradientEngine:
             else:
                 self._run_loop(batch, names, sink)
         except Exception as error:
-            if step == LOOP or isinstance(error, (TaskError, torch.OutOfMemoryError)):
+            ours = step == RULE and self._capture.repeated
+            if step == LOOP or isinstance(error, torch.OutOfMemoryError) or (isinstance(error, TaskError) and not ours):
                 raise
             return dict.fromkeys(names, f"{step} fails: {_first_line(error)}")
         if step == RULE:
@@ -371,22 +393,3 @@ class _registered:  # noqa: N801 - a context manager, named as it reads
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
-
-
-def _wrong_shape(values: Any, batch: int) -> str:
-    got = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-    return problem(
-        "the loss is not one number an example",
-        got=got,
-        expected=f"a tensor of shape [{batch}]",
-        remedy="return per-example losses (reduction='none', and the mean over positions of each example)",
-    )
-
-
-def _no_gradient(got: str = "losses that depend on none of the chosen parameters") -> str:
-    return problem(
-        "the loss has no gradient",
-        got=got,
-        expected="losses that autograd can follow back to them",
-        remedy="compute the loss in PyTorch without .detach(), .item() or no_grad, or change Task.parameters",
-    )

@@ -112,3 +112,24 @@ def unproven(failed: Mapping[str, str]) -> str:
         expected="per-example gradients that add up to the gradient of the summed loss",
         remedy="make each loss a function of its own example, or leave these out with Task.parameters",
     )
+
+
+def wrong_shape(values: object, batch: int) -> str:
+    """Return the message for a loss that is not one number an example."""
+    got = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    return problem(
+        "the loss is not one number an example",
+        got=got,
+        expected=f"a tensor of shape [{batch}]",
+        remedy="return per-example losses (reduction='none', and the mean over positions of each example)",
+    )
+
+
+def no_gradient(got: str = "losses that depend on none of the chosen parameters") -> str:
+    """Return the message for losses that autograd cannot follow back."""
+    return problem(
+        "the loss has no gradient",
+        got=got,
+        expected="losses that autograd can follow back to them",
+        remedy="compute the loss in PyTorch without .detach(), .item() or no_grad, or change Task.parameters",
+    )

@@ -9,6 +9,7 @@ handed over as backward reaches it and dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +20,27 @@ from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.rules import rule_for
 
 Sink = Callable[[str, Form], None]
-# A layer, the rank of its input, and whether the batch is its first dimension.
-Layout = tuple[int, int, bool]
+# A layer, the rank of its input, whether the batch is its first dimension, and whether the call is for all examples.
+_Layout = tuple[int, int, bool, bool]
+
+
+@dataclass
+class Layouts:
+    """What proofs found of how the batch lies in layers' inputs; one for all captures of an engine.
+
+    A layer may be called once for all examples of a batch, as position embeddings are: on one row `[1, ...]`, or on
+    indices `[T]`. Its output is then repeated for each example, so that each brings a gradient of its own.
+
+    Attributes:
+        proven: the layouts of inputs that were proven.
+        repeating: whether outputs are repeated; a model that cannot take that is run as it is.
+        for_all: embeddings whose indices `[T]` are for all examples, whatever T; where T is a multiple of the
+            batch's size they may as well be the examples' own.
+    """
+
+    proven: set[_Layout] = field(default_factory=set)
+    repeating: bool = True
+    for_all: set[int] = field(default_factory=set)
 
 
 class _Root(torch.autograd.Function):
@@ -43,10 +63,15 @@ class LayerCapture:
         model: the model.
         layers: the parameters wanted, each with the names of the layer attributes that hold it:
             `{layer path: {attribute: parameter name}}`; see `covered_layers`.
-        layouts: the layouts of layers' inputs that were proven so far; a proof adds to them.
+        layouts: what proofs have found so far; a proof adds to it.
+
+    Attributes:
+        failures: why parameters were not served in the last run.
+        repeated: whether the last run repeated an output.
+        doubtful: the embeddings by parameter whose indices were taken for the examples' own and may be for all.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[str, str]], layouts: set[Layout]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[str, str]], layouts: Layouts) -> None:
         self._layers = [(model.get_submodule(path), dict(attributes)) for path, attributes in layers.items()]
         self._anchor: Tensor | None = None
         self._sink: Sink | None = None
@@ -54,6 +79,8 @@ class LayerCapture:
         self._layouts = layouts
         self._proving = False
         self.failures: dict[str, str] = {}
+        self.repeated = False
+        self.doubtful: dict[str, int] = {}
 
     def run(
         self,
@@ -82,6 +109,7 @@ class LayerCapture:
             for module, attributes in self._layers
         ]
         self._sink, self._batch, self._proving, self.failures = sink, batch, proving, {}
+        self.repeated, self.doubtful = False, {}
         try:
             for parameter in watched:
                 parameter.requires_grad_(True)
@@ -112,11 +140,16 @@ class LayerCapture:
             if not isinstance(x, Tensor):
                 self._fail(attributes, "the layer's input is no tensor")
                 return None
-            if not self._known(module, x):
+            for_all = self._for_all(module, x, output, attributes)
+            if not self._known(module, x, for_all):
                 self._fail(attributes, "the layer's input is laid out as in no batch that was proven")
                 return None
             x = x.detach()
             version = x._version
+            if for_all:
+                self.repeated = True
+                # A copy, so that layers that work in place may follow.
+                x, output = self._repeated(x), self._repeated(output).contiguous()
             if output._is_view():
                 # In-place operations on a view drop the hooks of its grad_fn; this alias is no view.
                 output = torch.ops.aten._unsafe_view(output, output.shape)
@@ -142,14 +175,33 @@ class LayerCapture:
 
         return after_forward
 
-    def _known(self, module: nn.Module, x: Tensor) -> bool:
+    def _for_all(self, module: nn.Module, x: Tensor, output: Tensor, attributes: Mapping[str, str]) -> bool:
+        """Return whether this call serves all examples of the batch, so that its output is to be repeated."""
+        if self._batch == 1 or x.dim() == 0 or output.shape[:1] != x.shape[:1] or not self._layouts.repeating:
+            return False
+        if x.dim() > 1:
+            return len(x) == 1
+        if not isinstance(module, nn.Embedding) or id(module) in self._layouts.for_all:
+            return isinstance(module, nn.Embedding)
+        if len(x) % self._batch == 0:
+            self.doubtful.update(dict.fromkeys(attributes.values(), id(module)))
+            return False
+        if self._proving:
+            self._layouts.for_all.add(id(module))
+        return True
+
+    def _repeated(self, tensor: Tensor) -> Tensor:
+        """Return `[1, ...]` or `[T, ...]` as `[B, ...]` or `[B, T, ...]`."""
+        return tensor.expand(self._batch, *tensor.shape[tensor.shape[0] == 1 :])
+
+    def _known(self, module: nn.Module, x: Tensor, for_all: bool) -> bool:
         """Return whether a proof saw this layer's input in this layout; a batch of one has but one."""
         if self._batch == 1:
             return True
-        layout = (id(module), x.dim(), x.shape[:1] == (self._batch,))
+        layout = (id(module), x.dim(), x.shape[:1] == (self._batch,), for_all)
         if self._proving:
-            self._layouts.add(layout)
-        return layout in self._layouts
+            self._layouts.proven.add(layout)
+        return layout in self._layouts.proven
 
     def _deliver(self, rule: LayerRule, call: Call, attributes: Mapping[str, str], wanted: frozenset[str]) -> None:
         assert self._sink is not None
