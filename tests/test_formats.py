@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +15,20 @@ import torch
 from click.testing import CliRunner, Result
 
 import oracle
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved, toy
-from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build
+from tasks import own_ids
+from tasks.own_ids import QUERIES, N, numbered, the_task
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, toy
+from tracin_ann import InfluenceIndex, QueryOptions, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.formats import HITS, SCHEMA, Fields, writer
 
-N, QUERIES = 40, 7
-AWKWARD = ["plain", 'with, comma and "quotes"', "two\nlines", "naïve ✓", "<script>alert(1)</script>", "=1+1", "null"]
-TASK = """
-import sys
-sys.path[:0] = {paths!r}
-from test_formats import the_task as made
-def task(folder, kind="words"):
-    return made(folder, kind)
-"""
-
-
-def numbered(n: int, seed: int) -> list[tuple[torch.Tensor, int, int]]:
-    return [(x, label, 100 * seed + i) for i, (x, label) in enumerate(rows(n, seed))]
-
-
-def word(row: Sequence[Any]) -> str:
-    return f"row-{row[2]:04}" if row[2] != 206 else "row, 206"
-
-
-def the_task(folder: str | Path, kind: str) -> Task:
-    ids = {"words": word, "numbers": lambda row: row[2], "positions": None}[kind]
-    checkpoints = [str(Path(folder) / f"checkpoint{i}.pt") for i in range(len(RATES))]
-    return toy(
-        Path(folder),
-        train_data=lambda: numbered(N, 1),
-        query_data=lambda: numbered(QUERIES, 2),
-        checkpoints=_of(checkpoints),
-        columns=lambda row: {"label": row[1]},
-        describe=lambda row: Description(text=AWKWARD[row[2] % len(AWKWARD)]),
-        ids=ids,
-    )
-
-
-def _of(paths: list[str]) -> list[Checkpoint]:
-    return [Checkpoint(path, rate) for path, rate in zip(paths, RATES, strict=True)]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("formats")
-    torch.manual_seed(3)
-    saved(Toy(), made)
-    (made / "formats_task.py").write_text(TASK.format(paths=[str(Path(__file__).parent)]))
-    for kind in ("words", "numbers", "positions"):
-        build(the_task(made, kind), made / kind, CONFIG)
+    own_ids.made(made, "formats_task.py", ("words", "numbers", "positions"))
     return made
 
 

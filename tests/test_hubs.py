@@ -8,30 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
-from tasks.toy import CONFIG, Toy, saved
-from test_formats import QUERIES, TASK, N, the_task
-from tracin_ann import InfluenceIndex, QueryOptions, build
+from tasks import own_ids
+from tasks.own_ids import GONE, HERE, QUERIES, N, the_task
+from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.hubs import main as hubs_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError
 from tracin_ann.questions import hubs
 from tracin_ann.questions.hubs import Counts
-from tracin_ann.removal import remove
-
-GONE = [4, 11]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("hubs")
-    torch.manual_seed(3)
-    saved(Toy(), made)
-    (made / "of_hubs.py").write_text(TASK.format(paths=[str(Path(__file__).parent)]))
-    build(the_task(made, "words"), made / "words", CONFIG)
-    remove(made / "words", GONE)
+    own_ids.made(made, "of_hubs.py", gone=GONE)
     return made
 
 
@@ -62,9 +54,6 @@ def counted(
             for row in sorted(allowed, key=lambda row: -sign * score_N[row])[:k]:
                 counts[row] += sign * score_N[row] > 0
     return found
-
-
-HERE = [row for row in range(N) if row not in GONE]
 
 
 @pytest.mark.parametrize("side", ["query", "train"])

@@ -12,28 +12,22 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, saved, toy
-from test_formats import TASK, N, the_task
+from tasks import own_ids
+from tasks.own_ids import GONE, HERE, N, the_task
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, toy
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.cli.mislabelled import main as mislabelled_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError
 from tracin_ann.questions import Suspects, mislabelled
-from tracin_ann.removal import remove
 
-GONE = [4, 11]
-HERE = [row for row in range(N) if row not in GONE]
 LABELS = np.array([row % 3 for row in range(N)])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("mislabelled")
-    torch.manual_seed(3)
-    saved(Toy(), made)
-    (made / "of_mislabelled.py").write_text(TASK.format(paths=[str(Path(__file__).parent)]))
-    build(the_task(made, "words"), made / "words", CONFIG)
-    remove(made / "words", GONE)
+    own_ids.made(made, "of_mislabelled.py", gone=GONE)
     return made
 
 

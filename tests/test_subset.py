@@ -12,8 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tasks.toy import CONFIG, Toy, saved, toy
-from test_formats import QUERIES, TASK, N, the_task, word
+from tasks import own_ids
+from tasks.own_ids import GONE, HERE, QUERIES, N, the_task, word
+from tasks.toy import CONFIG, toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.select import main as select_command
@@ -21,20 +22,12 @@ from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError
 from tracin_ann.questions import select
 from tracin_ann.questions import subset as module
-from tracin_ann.removal import remove
-
-GONE = [4, 11]
-HERE = [row for row in range(N) if row not in GONE]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("subset")
-    torch.manual_seed(3)
-    saved(Toy(), made)
-    (made / "of_subset.py").write_text(TASK.format(paths=[str(Path(__file__).parent)]))
-    build(the_task(made, "words"), made / "words", CONFIG)
-    remove(made / "words", GONE)
+    own_ids.made(made, "of_subset.py", gone=GONE)
     return made
 
 
