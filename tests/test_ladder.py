@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import oracle
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import factors, plan
+from tracin_ann.cli.build import _show_plan
 from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.gradients import GradientEngine
 from tracin_ann.passes import Passes, PassOptions
@@ -103,6 +104,16 @@ def test_the_plan_says_which_step_serves_what_why_and_what_share_that_is(tmp_pat
     assert planned.steps["unused.bias"].reason == "no loss of the first batch reaches it"
     sizes = {RULE: 57, VMAP: 6, LOOP: 0, NONE: 6}
     assert {step: planned.share(step) for step in sizes} == {step: n / 69 for step, n in sizes.items()}
+
+
+def test_a_reason_that_many_parameters_share_is_said_once(tmp_path, capsys):
+    _show_plan(plan(toy(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [line.rpartition(" (")[2] for line in shown if "unused" in line or "scale" in line] == [
+        "no layer rule covers it)",
+        "no loss of the first batch reaches it)",
+        "as above)",
+    ]
 
 
 def test_a_parameter_that_falls_says_how_the_step_above_fails(tmp_path):

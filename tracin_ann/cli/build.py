@@ -110,9 +110,12 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
             click.echo(
                 f"gradients   {name}: {len(served)} parameters, {made.gradients.share(name):.1%} of their entries"
             )
+            said = ""
             for parameter in served[:_SHOWN]:
                 reason = made.gradients.steps[parameter].reason
-                click.echo(f"  {parameter}: {made.sketches[parameter]}{f' ({reason})' if reason else ''}")
+                why = f" ({'as above' if reason == said else reason})" if reason else ""
+                click.echo(f"  {parameter}: {made.sketches[parameter]}{why}")
+                said = reason
             if len(served) > _SHOWN:
                 click.echo(f"  and {len(served) - _SHOWN} more")
     if made.frozen:
