@@ -126,6 +126,23 @@ class Placed(nn.Module):
         return self.head(torch.tanh(self.norm(self.tokens(index) + places))).mean(1)
 
 
+class Patches(nn.Module):
+    """As vision transformers have it: a class token and positions `[1, ...]`; a bias `[1, C]` of vectors, or of all."""
+
+    def __init__(self, of_all: bool = False) -> None:
+        super().__init__()
+        self.of_all = of_all
+        self.patch, self.norm, self.head = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 9, 6))
+        self.bias = nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.patch(x)], 1)
+        x = self.norm(x + self.places[:, : x.shape[1]])
+        x = torch.tanh(x + self.bias).mean(1) if self.of_all else torch.tanh(x.mean(1) + self.bias)
+        return self.head(x)
+
+
 def placed_in_place(model: nn.Module, t: Tensor) -> Tensor:
     looked_up = model.places(t.unsqueeze(0))
     looked_up += 1
@@ -328,6 +345,9 @@ CASES: dict[str, Case] = {
     "places in place": case(lambda: Placed(placed_in_place), words(9), RULE),
     "places reshaped": case(lambda: Placed(lambda m, t: m.places(t).view(1, len(t), 6)), words(9), RULE, VMAP),
     "places of the first alone": case(lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))[0]), words(9), RULE, VMAP),
+    "patches": case(Patches, vector(7, 3), RULE),
+    "patches, a row for all": case(lambda: Patches(of_all=True), vector(7, 3), RULE, VMAP),
+    "patches as many as examples": case(lambda: Patches(of_all=True), vector(5, 3), RULE, VMAP),
     "attention": case(attention, vector(5, 6), RULE, VMAP),
     "encoder": case(encoder, vector(5, 6), RULE, VMAP),
     "gru": case(lambda: recurrent(nn.GRU), vector(5, 3), RULE, LOOP),

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError
 from tracin_ann.factors import Dense, Form
-from tracin_ann.layers import LayerCapture, Layouts, covered_layers
+from tracin_ann.layers import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
 from tracin_ann.nested import batched_tensors, rebuild
 from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
 from tracin_ann.proof import ProofSink, Truth, check_finite, no_gradient, not_finite, unproven, wrong_shape
@@ -82,7 +82,8 @@ class GradientEngine:
         self._rank_one: frozenset[str] = frozenset()
         self._fallen: dict[str, Step] = {}
         self._layouts = Layouts()
-        self._capture = LayerCapture(model, {}, self._layouts)
+        self._rows = covered_rows(model, self.parameters)
+        self._capture = LayerCapture(model, {}, {}, self._layouts)
 
     @property
     def plan(self) -> Plan:
@@ -238,7 +239,7 @@ class GradientEngine:
             GradientProofError: no step of the ladder agrees with autograd.
         """
         truth = self._truth(batch)
-        covered = {name for attributes in self._covered.values() for name in attributes.values()}
+        covered = {name for attributes in self._covered.values() for name in attributes.values()} | set(self._rows)
         steps = {
             name: Step(RULE) if name in covered else Step(VMAP, "no layer rule covers it") for name in self.parameters
         }
@@ -263,7 +264,8 @@ class GradientEngine:
             for path, attributes in self._covered.items()
         }
         layers = {path: held for path, held in layers.items() if held}
-        self._capture = LayerCapture(self._model, layers, self._layouts)
+        rows = {name: held for name, held in self._rows.items() if name in self._plan.names(RULE)}
+        self._capture = LayerCapture(self._model, layers, rows, self._layouts)
 
     def _truth(self, batch: Batch) -> Truth:
         names = tuple(self.parameters)
@@ -307,22 +309,23 @@ class GradientEngine:
     def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""
         layouts, failed = self._layouts, self._failures(RULE, batch, truth)
-        rank_one = self._rank_one
+        rank_one, repeated = self._rank_one, self._capture.repeated
         doubtful = {layer for name, layer in self._capture.doubtful.items() if name in failed}
         if doubtful:
             layouts.for_all |= doubtful
             again = self._failures(RULE, batch, truth)
             if len(again) < len(failed):
-                failed, rank_one = again, self._rank_one
+                failed, rank_one, repeated = again, self._rank_one, self._capture.repeated
             else:
                 layouts.for_all -= doubtful
-        if failed and self._capture.repeated:
-            layouts.repeating = False
-            again = self._failures(RULE, batch, truth)
-            layouts.repeating = len(again) >= len(failed)
-            if not layouts.repeating:
-                failed, rank_one = again, self._rank_one
-        self._rank_one = rank_one
+        best = layouts.repeated
+        for left in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
+            if failed and repeated - left:
+                layouts.repeated = left
+                again = self._failures(RULE, batch, truth)
+                if len(again) < len(failed):
+                    failed, rank_one, best = again, self._rank_one, left
+        layouts.repeated, self._rank_one = best, rank_one
         return failed
 
     def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:

@@ -8,20 +8,26 @@ handed over as backward reaches it and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracin_ann.factors import Form
+from tracin_ann.factors import Dense, Form
 from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.rules import rule_for
 
 Sink = Callable[[str, Form], None]
+# A module and the attribute of it that is a parameter.
+Holder = tuple[nn.Module, str]
 # A layer, the rank of its input, whether the batch is its first dimension, and whether the call is for all examples.
 _Layout = tuple[int, int, bool, bool]
+
+OUTPUTS, PARAMETERS = "outputs of layers", "parameters"
 
 
 @dataclass
@@ -29,17 +35,18 @@ class Layouts:
     """What proofs found of how the batch lies in layers' inputs; one for all captures of an engine.
 
     A layer may be called once for all examples of a batch, as position embeddings are: on one row `[1, ...]`, or on
-    indices `[T]`. Its output is then repeated for each example, so that each brings a gradient of its own.
+    indices `[T]`. Its output is then repeated for each example, so that each brings a gradient of its own; and so is
+    a parameter `[1, ...]` of a model's own (a vision transformer's class token and positions).
 
     Attributes:
         proven: the layouts of inputs that were proven.
-        repeating: whether outputs are repeated; a model that cannot take that is run as it is.
+        repeated: what is repeated; a model that cannot take it is run as it is.
         for_all: embeddings whose indices `[T]` are for all examples, whatever T; where T is a multiple of the
             batch's size they may as well be the examples' own.
     """
 
     proven: set[_Layout] = field(default_factory=set)
-    repeating: bool = True
+    repeated: frozenset[str] = frozenset({OUTPUTS, PARAMETERS})
     for_all: set[int] = field(default_factory=set)
 
 
@@ -63,15 +70,23 @@ class LayerCapture:
         model: the model.
         layers: the parameters wanted, each with the names of the layer attributes that hold it:
             `{layer path: {attribute: parameter name}}`; see `covered_layers`.
+        rows: parameters `[1, ...]` that are used for all examples; see `covered_rows`.
         layouts: what proofs have found so far; a proof adds to it.
 
     Attributes:
         failures: why parameters were not served in the last run.
-        repeated: whether the last run repeated an output.
+        repeated: what the last run repeated.
         doubtful: the embeddings by parameter whose indices were taken for the examples' own and may be for all.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[str, str]], layouts: Layouts) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Mapping[str, str]],
+        rows: Mapping[str, Sequence[Holder]],
+        layouts: Layouts,
+    ) -> None:
+        self._rows = rows
         self._layers = [(model.get_submodule(path), dict(attributes)) for path, attributes in layers.items()]
         self._anchor: Tensor | None = None
         self._sink: Sink | None = None
@@ -79,7 +94,7 @@ class LayerCapture:
         self._layouts = layouts
         self._proving = False
         self.failures: dict[str, str] = {}
-        self.repeated = False
+        self.repeated: frozenset[str] = frozenset()
         self.doubtful: dict[str, int] = {}
 
     def run(
@@ -109,12 +124,13 @@ class LayerCapture:
             for module, attributes in self._layers
         ]
         self._sink, self._batch, self._proving, self.failures = sink, batch, proving, {}
-        self.repeated, self.doubtful = False, {}
+        self.repeated, self.doubtful = frozenset(), {}
         try:
             for parameter in watched:
                 parameter.requires_grad_(True)
-            values = losses()
-            reached = self._backward(values, watched)
+            with self._rows_repeated() as leaves:
+                values = losses()
+                reached = self._backward(values, watched, leaves)
         finally:
             for handle in handles:
                 handle.remove()
@@ -123,12 +139,41 @@ class LayerCapture:
             self._sink = self._anchor = None
         return _Pass(values.detach(), reached)
 
-    def _backward(self, values: Tensor, watched: Sequence[nn.Parameter]) -> tuple[bool, ...]:
+    def _backward(
+        self, values: Tensor, watched: Sequence[nn.Parameter], leaves: Mapping[str, Tensor]
+    ) -> tuple[bool, ...]:
         if not values.requires_grad:
             return (False,) * len(watched)
-        inputs = ([self._anchor] if self._anchor is not None else []) + list(watched)
+        inputs = [*([self._anchor] if self._anchor is not None else []), *leaves.values(), *watched]
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
-        return tuple(grad is not None for grad in grads[len(grads) - len(watched) :])
+        own = grads[len(inputs) - len(watched) - len(leaves) :]
+        assert self._sink is not None
+        for name, grad in zip(leaves, own, strict=False):
+            if grad is not None:
+                self._sink(name, Dense(widened(grad.flatten(1))))
+        return tuple(grad is not None for grad in own[len(leaves) :])
+
+    @contextmanager
+    def _rows_repeated(self) -> Iterator[dict[str, Tensor]]:
+        """Put `[B, ...]` in the place of every parameter `[1, ...]`, and yield them."""
+        leaves: dict[str, Tensor] = {}
+        if PARAMETERS not in self._layouts.repeated:
+            self.failures.update(dict.fromkeys(self._rows, "the model does not take it repeated for each example"))
+        else:
+            self.repeated |= {PARAMETERS} if self._rows else set()
+            for name, holders in self._rows.items():
+                row = holders[0][0]._parameters[holders[0][1]]
+                assert row is not None
+                leaves[name] = nn.Parameter(row.detach().expand(self._batch, *row.shape[1:]).contiguous())
+        held = [(module, name, module._parameters[name]) for at in leaves for module, name in self._rows[at]]
+        try:
+            for name, leaf in leaves.items():
+                for module, attribute in self._rows[name]:
+                    module._parameters[attribute] = leaf  # type: ignore[assignment]
+            yield leaves
+        finally:
+            for module, attribute, parameter in held:
+                module._parameters[attribute] = parameter
 
     def _hook(self, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
         wanted = frozenset(attributes)
@@ -147,7 +192,7 @@ class LayerCapture:
             x = x.detach()
             version = x._version
             if for_all:
-                self.repeated = True
+                self.repeated |= {OUTPUTS}
                 # A copy, so that layers that work in place may follow.
                 x, output = self._repeated(x), self._repeated(output).contiguous()
             if output._is_view():
@@ -177,7 +222,7 @@ class LayerCapture:
 
     def _for_all(self, module: nn.Module, x: Tensor, output: Tensor, attributes: Mapping[str, str]) -> bool:
         """Return whether this call serves all examples of the batch, so that its output is to be repeated."""
-        if self._batch == 1 or x.dim() == 0 or output.shape[:1] != x.shape[:1] or not self._layouts.repeating:
+        if self._batch == 1 or x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self._layouts.repeated:
             return False
         if x.dim() > 1:
             return len(x) == 1
@@ -245,3 +290,21 @@ def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[
         if attributes:
             layers[path] = attributes
     return layers
+
+
+def covered_rows(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, list[Holder]]:
+    """Return the parameters `[1, ...]` that modules of the model's own hold, each with all that hold it.
+
+    None of a layer with a rule, or of PyTorch's: those know their parameters' shapes.
+    """
+    by_identity = {id(p): name for name, p in names.items() if p.dim() > 1 and len(p) == 1}
+    holders: dict[str, list[Holder]] = defaultdict(list)
+    others: set[str] = set()
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            name = by_identity.get(id(parameter))
+            if name is not None:
+                holders[name].append((module, attribute))
+                if rule_for(module) is not None or type(module).__module__.startswith("torch.nn."):
+                    others.add(name)
+    return {name: held for name, held in holders.items() if name not in others}
