@@ -27,6 +27,7 @@ from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.questions import mislabelled
 
 CHECKED = (0.1, 0.2)
+ENCODER = "SST-2, fine-tuned encoder"
 EPOCHS, KEPT, BATCH = 8, (7, 8), 32
 Labels = np.ndarray
 
@@ -100,7 +101,7 @@ def of_vectors(data: Path, vectors: Path, folder: Path, rate: float, seed: int) 
 
 
 def of_encoder(data: Path, encoder: Path, folder: Path, rate: float, seed: int) -> tuple[Task, float, Labels]:
-    """Fine-tune a pretrained encoder, all of it; the index is of all its parameters."""
+    """Fine-tune a pretrained encoder, all of it."""
     train_rows, dev_rows = (sst2._sentences(str(data), part) for part in ("train", "dev"))
     train_rows.sort(key=lambda row: len(row[0].split()))
     labels, flipped = flipped_labels(np.array([row[1] for row in train_rows]), rate, seed)
@@ -139,8 +140,9 @@ def accuracy_on(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> f
 def figures(task: Task, folder: Path, flipped: Labels, dim: int) -> dict[str, Any]:
     """Build an index and return what each ranking finds, and what the estimate says."""
     labelled = replace(task, columns=lambda row: {"label": int(row[1])})
-    build(labelled, folder / "index", BuildConfig(dim=dim, index="flat"))
-    index = InfluenceIndex.open(folder / "index", labelled)
+    out = Path(tempfile.mkdtemp(dir=folder)) / "index"
+    build(labelled, out, BuildConfig(dim=dim, index="flat"))
+    index = InfluenceIndex.open(out, labelled)
     found: dict[str, Any] = {"rows": len(index), "flipped": len(flipped)}
     for by in ("self-influence", "votes", "both"):
         suspects = mislabelled(index, by=by)
@@ -161,11 +163,12 @@ def _share(wrong_N: np.ndarray, n_checked: float) -> float | None:
 
 
 def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    def run(name: str, make: Any, rate: float, seed: int) -> dict[str, Any]:
+    def run(name: str, make: Any, rate: float, seed: int) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as made:
             task, accuracy, flipped = make(Path(made), rate, seed)
-            row = {"data": name, "rate": rate, "seed": seed, "test_accuracy": accuracy}
-            return row | figures(task, Path(made), flipped, options.dim)
+            for layers, wanted in (sst2_encoder.INDEXED if name == ENCODER else {"": None}).items():
+                row = {"data": name + layers, "rate": rate, "seed": seed, "test_accuracy": accuracy}
+                yield row | figures(replace(task, parameters=wanted), Path(made), flipped, options.dim)
 
     data = options.data
     kinds = {
@@ -179,12 +182,12 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             options.seeds,
         )
     if options.encoder:
-        kinds["SST-2, fine-tuned encoder"] = (lambda *case: of_encoder(data, options.encoder, *case), 1)
+        kinds[ENCODER] = (lambda *case: of_encoder(data, options.encoder, *case), 1)
     for name, (make, seeds) in kinds.items():
         if not options.only or name in options.only:
             for rate in options.rates:
                 for seed in range(seeds):
-                    yield run(name, make, rate, seed)
+                    yield from run(name, make, rate, seed)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from tracin_ann import Checkpoint, Task
 
 RATE, EPOCHS, KEPT, BATCH, LONGEST = 1e-4, 2, (1, 2), 32, 64
 """RATE: AdamW's highest, reached after a tenth of the steps; LONGEST: tokens of a sentence, cut there."""
+INDEXED: dict[str, Any] = {"": None, ", last layer": lambda name, parameter: name.startswith("out.")}
+"""Which of its parameters are indexed."""
 Row = tuple[str, int, str]
 
 
