@@ -259,7 +259,8 @@ def mislabelled() -> str:
             rows.append((name, wrong, "–", "–", "–", told, "–"))
             continue
         there = f"{mean(s['found_there'] for s in seeds):.0%}"
-        shown_by = {"self-influence": "self-influence", "votes": "votes against", "both": "self-influence × votes against"}
+        shown_by = {"self-influence": "self-influence", "votes": "votes against"}
+        shown_by["both"] = " × ".join(shown_by.values())
         for by, shown in shown_by.items():
             figures = [f"{mean(s[by][f'found_at_{share}%'] for s in seeds):.1%}" for share in (10, 20)]
             rows.append((name, wrong, shown, *figures, *((told, there) if by == "both" else ("–", "–"))))
