@@ -308,24 +308,26 @@ class GradientEngine:
 
     def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""
-        layouts, failed = self._layouts, self._failures(RULE, batch, truth)
-        rank_one, repeated = self._rank_one, self._capture.repeated
-        doubtful = {layer for name, layer in self._capture.doubtful.items() if name in failed}
-        if doubtful:
+        layouts, before = self._layouts, frozenset(self._layouts.proven)
+
+        def tried() -> tuple[dict[str, str], frozenset[str], frozenset[str], Any]:
+            layouts.proven = set(before)
+            return self._failures(RULE, batch, truth), self._rank_one, self._capture.repeated, layouts.proven
+
+        best, kept = tried(), layouts.repeated
+        if doubtful := {layer for name, layer in self._capture.doubtful.items() if name in best[0]}:
             layouts.for_all |= doubtful
-            again = self._failures(RULE, batch, truth)
-            if len(again) < len(failed):
-                failed, rank_one, repeated = again, self._rank_one, self._capture.repeated
+            if len((other := tried())[0]) < len(best[0]):
+                best = other
             else:
                 layouts.for_all -= doubtful
-        best = layouts.repeated
         for left in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
-            if failed and repeated - left:
+            if best[0] and best[2] - left:
                 layouts.repeated = left
-                again = self._failures(RULE, batch, truth)
-                if len(again) < len(failed):
-                    failed, rank_one, best = again, self._rank_one, left
-        layouts.repeated, self._rank_one = best, rank_one
+                if len((other := tried())[0]) < len(best[0]):
+                    best, kept = other, left
+        layouts.repeated = kept
+        failed, self._rank_one, _, layouts.proven = best
         return failed
 
     def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:
