@@ -144,7 +144,7 @@ def figures(task: Task, folder: Path, flipped: Labels, dim: int) -> dict[str, An
     build(labelled, out, BuildConfig(dim=dim, index="flat"))
     index = InfluenceIndex.open(out, labelled)
     found: dict[str, Any] = {"rows": len(index), "flipped": len(flipped)}
-    for by in ("self-influence", "votes", "both"):
+    for by in ("self-influence", "loss", "votes", "loss-and-votes"):
         suspects = mislabelled(index, by=by)
         ranking = [suspect.row for suspect in suspects]
         wrong = np.isin(ranking, flipped)
@@ -166,9 +166,8 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def run(name: str, make: Any, rate: float, seed: int) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as made:
             task, accuracy, flipped = make(Path(made), rate, seed)
-            for layers, wanted in (sst2_encoder.INDEXED if name == ENCODER else {"": None}).items():
-                row = {"data": name + layers, "rate": rate, "seed": seed, "test_accuracy": accuracy}
-                yield row | figures(replace(task, parameters=wanted), Path(made), flipped, options.dim)
+            row = {"data": name, "rate": rate, "seed": seed, "test_accuracy": accuracy}
+            yield row | figures(task, Path(made), flipped, options.dim)
 
     data = options.data
     kinds = {
@@ -182,7 +181,7 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             options.seeds,
         )
     if options.encoder:
-        kinds[ENCODER] = (lambda *case: of_encoder(data, options.encoder, *case), 1)
+        kinds[ENCODER] = (lambda *case: of_encoder(data, options.encoder, *case), options.seeds)
     for name, (make, seeds) in kinds.items():
         if not options.only or name in options.only:
             for rate in options.rates:
@@ -197,7 +196,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="folder of a pretrained encoder of Hugging Face")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], help="shares of wrong labels")
     parser.add_argument("--rows", type=int, default=10_000, help="MNIST digits")
-    parser.add_argument("--seeds", type=int, default=2, help="of digits and SST-2; MNIST and the encoder have one")
+    parser.add_argument("--seeds", type=int, default=2, help="of digits and SST-2; MNIST has one")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--only", nargs="+", help="data sets by their names in the results; those of others are kept")
     options = parser.parse_args()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -10,11 +12,11 @@ from torch import nn
 
 from tracin_ann import Checkpoint, Task
 
-RATE, EPOCHS, KEPT, BATCH, LONGEST = 1e-4, 2, (1, 2), 32, 64
-"""RATE: AdamW's highest, reached after a tenth of the steps; LONGEST: tokens of a sentence, cut there."""
-INDEXED: dict[str, Any] = {"": None, ", last layer": lambda name, parameter: name.startswith("out.")}
-"""Which of its parameters are indexed."""
+RATE, RUNS, EPOCHS, BATCH, LONGEST = 1e-4, 2, 2, 32, 64
+"""RATE: AdamW's highest, reached after a tenth of the steps; RUNS: fine-tuned apart, a checkpoint after each epoch of
+each; LONGEST: tokens of a sentence, cut there."""
 Row = tuple[str, int, str]
+Collate = Callable[[list[Row]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class Encoder(nn.Module):
@@ -38,7 +40,7 @@ def loss(net: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def fine_tuned(folder: str, rows: list[Row], dev: list[Row], out: Path, seed: int) -> tuple[Task, float]:
-    """Fine-tune on the rows, the learning rate falling to a twentieth; return the task and the accuracy on others."""
+    """Fine-tune on the rows, RUNS times; return the task of all checkpoints and the mean accuracy on others."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -48,13 +50,24 @@ def fine_tuned(folder: str, rows: list[Row], dev: list[Row], out: Path, seed: in
         made = tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
         return made["input_ids"], made["attention_mask"], torch.tensor([label for _, label, _ in given])
 
-    torch.manual_seed(seed)
-    net = Encoder(folder)
+    kept: list[Checkpoint] = []
+    accuracies = []
+    for run in range(RUNS):
+        torch.manual_seed(RUNS * seed + run)
+        net = Encoder(folder)
+        kept += one_run(net, collated, rows, out, f"run-{run}")
+        accuracies.append(accuracy(net, collated, dev))
+    task = Task(lambda: Encoder(folder), loss, lambda: rows, lambda: dev, kept, collate=collated)
+    return task, mean(accuracies)
+
+
+def one_run(net: Encoder, collated: Collate, rows: list[Row], out: Path, name: str) -> list[Checkpoint]:
+    """Fine-tune once, the learning rate falling to a twentieth; return a checkpoint of each epoch."""
     optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.01)
     steps, step, kept = EPOCHS * -(-len(rows) // BATCH), 0, []
     words = torch.tensor([float(len(text.split())) for text, _, _ in rows])
+    net.train()
     for epoch in range(1, EPOCHS + 1):
-        net.train()
         # Sentences of like length share a batch, which are drawn anew each epoch.
         batches = (words + 5 * torch.rand(len(rows))).argsort().split(BATCH)
         for i in torch.randperm(len(batches)):
@@ -65,14 +78,18 @@ def fine_tuned(folder: str, rows: list[Row], dev: list[Row], out: Path, seed: in
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             step += 1
-        if epoch in KEPT:
-            torch.save(net.state_dict(), out / f"epoch-{epoch}.pt")
-            kept.append(Checkpoint(out / f"epoch-{epoch}.pt", now))
+        path = out / f"{name}-epoch-{epoch}.pt"
+        torch.save(net.state_dict(), path)
+        kept.append(Checkpoint(path, now))
+    return kept
+
+
+def accuracy(net: Encoder, collated: Collate, rows: list[Row]) -> float:
+    """Return the share of rows whose label is the likeliest."""
     net.eval()
     right = 0
     with torch.no_grad():
-        for start in range(0, len(dev), BATCH):
-            tokens, mask, labels = collated(dev[start : start + BATCH])
+        for start in range(0, len(rows), BATCH):
+            tokens, mask, labels = collated(rows[start : start + BATCH])
             right += int((net(tokens, mask).argmax(1) == labels).sum())
-    task = Task(lambda: Encoder(folder), loss, lambda: rows, lambda: dev, kept, collate=collated)
-    return task, right / len(dev)
+    return right / len(rows)

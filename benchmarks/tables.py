@@ -259,11 +259,11 @@ def mislabelled() -> str:
             rows.append((name, wrong, "–", "–", "–", told, "–"))
             continue
         there = f"{mean(s['found_there'] for s in seeds):.0%}"
-        shown_by = {"self-influence": "self-influence", "votes": "votes against"}
-        shown_by["both"] = " × ".join(shown_by.values())
+        shown_by = {"self-influence": "self-influence", "loss": "loss", "votes": "votes against"}
+        shown_by["loss-and-votes"] = "loss × votes against"
         for by, shown in shown_by.items():
             figures = [f"{mean(s[by][f'found_at_{share}%'] for s in seeds):.1%}" for share in (10, 20)]
-            rows.append((name, wrong, shown, *figures, *((told, there) if by == "both" else ("–", "–"))))
+            rows.append((name, wrong, shown, *figures, *((told, there) if by == "loss-and-votes" else ("–", "–"))))
     return f"{table(*rows)}\n\n{where(content)}"
 
 

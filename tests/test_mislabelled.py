@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tracin_ann.cli.mislabelled import main as mislabelled_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError
 from tracin_ann.questions import Suspects, mislabelled
+from tracin_ann.questions.mislabelled import By
 
 LABELS = np.array([row % 3 for row in range(N)])
 
@@ -52,11 +54,25 @@ def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE)
     return voice_NL / voice_NL.sum(axis=1, keepdims=True)
 
 
+def mean_losses(folder: Path, index: InfluenceIndex) -> dict[int, float]:
+    """Return the mean losses of the rows that are there, each computed alone by its model."""
+    task, of_row = the_task(folder, "words"), dict.fromkeys(HERE, 0.0)
+    for checkpoint in task.checkpoints:
+        net = task.model()
+        net.load_state_dict(torch.load(checkpoint.path, weights_only=True))
+        for row in HERE:
+            batch = torch.utils.data.default_collate([task.train_data()[row]])
+            of_row[row] += task.loss(net.eval(), batch).item() / len(task.checkpoints)
+    return of_row
+
+
 @pytest.mark.parametrize("neighbours", [1, 5, 100])
-def test_votes_are_those_of_all_pairs(index: InfluenceIndex, neighbours: int) -> None:
+def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
     found = mislabelled(index, neighbours=neighbours)
     expected_NL = shares(index, neighbours)
     own = {row.row: row.score for row in index.self_influence()}
+    losses = mean_losses(folder, index)
+    lowest = index.view().store.losses()[HERE].min(axis=0).mean()
     assert sorted(row.row for row in found) == HERE
     for suspect in found:
         share_L = expected_NL[suspect.row]
@@ -64,15 +80,17 @@ def test_votes_are_those_of_all_pairs(index: InfluenceIndex, neighbours: int) ->
         assert suspect.speaks_for == share_L.argmax()
         assert suspect.label == LABELS[suspect.row]
         assert suspect.self_influence == own[suspect.row]
-        expected = own[suspect.row] * (1 - share_L[LABELS[suspect.row]])
+        assert suspect.loss == pytest.approx(losses[suspect.row], rel=1e-5)
+        expected = (suspect.loss - lowest) * (1 - share_L[LABELS[suspect.row]])
         assert suspect.score == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert suspect.id == f"row-{100 + suspect.row:04}"
     assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
     assert [row.rank for row in found] == list(range(1, len(HERE) + 1))
     outvoted = [row for row in HERE if shares(index, neighbours)[row].argmax() != LABELS[row]]
     assert found.suspicion.n_outvoted == len(outvoted)
-    least = sorted(own[row] for row in outvoted)[(len(outvoted) - 1) // 10]
-    assert found.suspicion.look_at == min(sum(score >= least for score in own.values()), 5 * len(outvoted))
+    stored = {suspect.row: suspect.loss for suspect in found}
+    least = sorted(stored[row] for row in outvoted)[(len(outvoted) - 1) // 20]
+    assert found.suspicion.look_at == min(sum(loss >= least for loss in stored.values()), 5 * len(outvoted))
 
 
 def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> None:
@@ -83,20 +101,46 @@ def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> No
     assert all(row.label == 1 and row.score == pytest.approx(whole[row.row].score, rel=1e-6) for row in found)
 
 
-def test_rows_not_asked_come_after_those_asked_by_self_influence(index: InfluenceIndex) -> None:
-    found = mislabelled(index, neighbours=5, asked=6)
-    ranking = [row.row for row in index.self_influence()]
+@pytest.mark.parametrize("by", ["loss-and-votes", "votes", "loss", "self-influence"])
+def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) -> None:
+    found = mislabelled(index, neighbours=5, asked=6, by=by)
+    ranking = [row.row for row in mislabelled(index, None, by="self-influence" if by == "self-influence" else "loss")]
     assert {row.row for row in found[:6]} == set(ranking[:6])
     assert [row.row for row in found[6:]] == ranking[6:]
     assert all(row.speaks_for is None and row.share is None for row in found[6:])
     assert found.suspicion.n_asked == 6
 
 
-def test_without_labels_rows_go_by_self_influence(index: InfluenceIndex) -> None:
+def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
     found = mislabelled(index, labels=None, k=7)
-    assert [(row.row, row.score) for row in found] == [(row.row, row.score) for row in index.self_influence(7)]
+    losses = mean_losses(folder, index)
+    assert [row.row for row in found] == sorted(HERE, key=lambda row: -losses[row])[:7]
+    assert [row.score for row in found] == pytest.approx([losses[row.row] for row in found], rel=1e-5)
     assert found.suspicion.look_at is None
     assert all(row.label is None for row in found)
+    by_own = mislabelled(index, labels=None, k=7, by="self-influence")
+    assert [(row.row, row.score) for row in by_own] == [(row.row, row.score) for row in index.self_influence(7)]
+
+
+def test_losses_are_those_of_the_checkpoints_chosen(index: InfluenceIndex) -> None:
+    stored_NC = index.view().store.losses()
+    for suspect in mislabelled(index, neighbours=5, checkpoints=[1]):
+        assert suspect.loss == stored_NC[suspect.row, 1]
+
+
+def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None:
+    rankings, plain = [], toy(tmp_path, columns=lambda row: {"label": row[1]})
+    for shift in (0.0, -7.0):
+
+        def loss(net: torch.nn.Module, batch: list[torch.Tensor], shift: float = shift) -> torch.Tensor:
+            return cross_entropy(net, batch) + shift
+
+        task = replace(plain, loss=loss)
+        build(task, tmp_path / f"index {shift}", CONFIG)
+        found = mislabelled(InfluenceIndex.open(tmp_path / f"index {shift}", task), neighbours=3)
+        rankings.append([row.row for row in found])
+        assert min(row.score for row in found) >= 0
+    assert rankings[0] == rankings[1]
 
 
 def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
@@ -119,7 +163,8 @@ def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
         ({"neighbours": 0}, "bad --neighbours"),
         ({"asked": 0}, "bad --asked"),
         ({"labels": None, "by": "votes"}, "bad --by"),
-        ({"by": "magic"}, "bad --by"),
+        ({"labels": None, "by": "loss-and-votes"}, "bad --by"),
+        ({"by": "magic"}, "bad --by.*loss-and-votes or loss or votes or self-influence"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, arguments: dict[str, object], message: str) -> None:
@@ -205,7 +250,8 @@ def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index:
     assert asked(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
     assert out.read_text().splitlines()[0] == ",".join(Suspects.FIELDS.names)
     assert "row-01" in asked(folder, "-k", "2").stdout
-    assert "nobody votes" in asked(folder, "--no-labels").stderr
+    assert f"{len(HERE)} rows by loss; without labels nobody votes" in asked(folder, "--no-labels").stderr
+    assert "have as large a self-influence" in asked(folder, "--by", "self-influence").stderr
     refused = asked(folder, "--labels", "colour")
     assert refused.exit_code == UsageError.exit_code
     assert "no column 'colour'" in refused.stderr

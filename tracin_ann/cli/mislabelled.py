@@ -24,13 +24,13 @@ from tracin_ann.cli.output import Sink, expect_report, html_option, output_optio
 )
 @directory_argument
 @click.option("--labels", default="label", show_default=True, metavar="COLUMN", help="The column with the labels.")
-@click.option("--no-labels", is_flag=True, help="There are none: rank by self-influence alone.")
+@click.option("--no-labels", is_flag=True, help="There are none: rank without votes.")
 @click.option("-k", default=50, show_default=True, type=click.IntRange(1), help="Rows shown or written.")
 @click.option("--neighbours", default=30, show_default=True, type=click.IntRange(1), help="Rows a side that vote.")
 @click.option(
     "--by",
-    type=click.Choice(["both", "self-influence", "votes"]),
-    help="What rows are ranked by.  [default: both, without labels self-influence]",
+    type=click.Choice(["loss-and-votes", "loss", "votes", "self-influence"]),
+    help="What rows are ranked by.  [default: loss-and-votes, without labels loss]",
 )
 @click.option(
     "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours are asked."
@@ -45,9 +45,9 @@ from tracin_ann.cli.output import Sink, expect_report, html_option, output_optio
 def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
     """Rank training rows by how likely their label is wrong, and say what label speaks against it.
 
-    A row's score is its self-influence times the share of its neighbours' vote that is not for its label. Neighbours
-    are the rows whose gradients are most alike and most opposed to its own; `speaks_for` is the label that most of
-    them have.
+    A row's score is its loss, over the checkpoints and counted from the lowest of all rows, times the share of its
+    neighbours' vote that is not for its label. Neighbours are the rows whose gradients are most alike and most opposed
+    to its own; `speaks_for` is the label that most of them have.
     """
     from tracin_ann.questions.mislabelled import Suspects, mislabelled
 
@@ -71,15 +71,17 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     write_page(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
     told = found.suspicion
     if told.look_at is None:
-        note(f"{told.n_rows:,} rows by self-influence; without labels nobody votes on how many to look at", err=True)
+        by = str(options["by"] or "loss")
+        note(f"{told.n_rows:,} rows by {by}; without labels nobody votes on how many to look at", err=True)
         return
     if not told.look_at:
         note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
         return
+    known = "self-influence" if options["by"] == "self-influence" else "loss"
     asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
     more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
     note(
         f"look at about the first {told.look_at:,} of {told.n_rows:,} rows{more}: "
-        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours, and so many rows have as large a self-influence",
+        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours, and so many rows have as large a {known}",
         err=True,
     )

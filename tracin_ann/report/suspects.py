@@ -22,7 +22,7 @@ from tracin_ann.results import Listed, Ranked
 NEIGHBOURS = 8
 _LOT = 256
 _TOLD_APART = ("rank", "id", "row", "text", LABEL)
-_NAMES = {"speaks_for": "neighbours speak for", "share": "with a share of"}
+_NAMES = {"loss": "mean loss", "speaks_for": "neighbours speak for", "share": "with a share of"}
 _HEADINGS = {
     "pro": ("Speak for its label", "the training rows whose gradients are most alike, by cosine"),
     "opp": ("Speak against it", "the training rows whose gradients are most opposed, by cosine"),
