@@ -255,3 +255,16 @@ def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index:
     refused = asked(folder, "--labels", "colour")
     assert refused.exit_code == UsageError.exit_code
     assert "no column 'colour'" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("columns", "left_out"), [(120, set()), (90, {"self_influence"}), (76, {"self_influence", "loss"})]
+)
+def test_a_narrow_terminal_shows_the_texts_rather_than_details(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int, left_out: set[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = asked(folder, "-k", "3", "--format", "table")
+    assert result.exit_code == 0, result.output
+    heads = result.stdout.splitlines()[0].split(" ┃ ")
+    assert set(Suspects.FIELDS.names) - {head.strip() for head in heads} == left_out

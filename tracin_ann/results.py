@@ -65,9 +65,13 @@ class Answers(list[Answer]):
 
 
 class Listed(ABC, list[T]):
-    """Results of which each is one record: a line of JSON, a row of a table."""
+    """Results of which each is one record: a line of JSON, a row of a table.
+
+    `DETAILS` are fields that a table on a terminal leaves out, the first first, where its texts have too little room.
+    """
 
     FIELDS: ClassVar[Fields]
+    DETAILS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, rows: Iterable[T], describe: Describe) -> None:
         super().__init__(rows)

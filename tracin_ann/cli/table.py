@@ -14,8 +14,8 @@ from tracin_ann.answers import Hit
 from tracin_ann.formats import Texts, shown_cells
 from tracin_ann.results import Answers, Listed
 
-_TEXT_WIDTH, _LEAST_TEXT, _BETWEEN = 48, 8, 3
-"""The most and least columns of a text, and those between two cells."""
+_TEXT_WIDTH, _GOOD_TEXT, _LEAST_TEXT, _BETWEEN = 48, 20, 8, 3
+"""The most columns of a text, those for which details give way, the least, and those between two cells."""
 
 
 @singledispatch
@@ -55,9 +55,16 @@ def _(rows: Listed) -> None:  # type: ignore[type-arg]
     cells = [shown_cells(record) for record in records]
     idle = {"row"} if all(record.get("row") == record.get("id") for record in records) else set()
     filled = [at for at, name in enumerate(rows.FIELDS.names) if name not in idle and any(line[at] for line in cells)]
-    heads = [(rows.FIELDS.kinds[at][0], rows.FIELDS.kinds[at][1] == "text") for at in filled]
     console = Console(highlight=False)
-    console.print(_table(console, heads, [[line[at] for at in filled] for line in cells]))
+    details = [rows.FIELDS.names.index(name) for name in rows.DETAILS]
+    while True:
+        heads = [(rows.FIELDS.kinds[at][0], rows.FIELDS.kinds[at][1] == "text") for at in filled]
+        lines = [[line[at] for at in filled] for line in cells]
+        if not details or _room(console, heads, lines) >= _wanted(heads, lines):
+            break
+        spared = details.pop(0)
+        filled = [at for at in filled if at != spared]
+    console.print(_table(console, heads, lines))
 
 
 def _table(
@@ -65,12 +72,8 @@ def _table(
 ) -> Table:
     """Return a table of one line a row; columns of text, marked in `heads`, are cut to what the others leave."""
     table = Table(title=title and escape(title), title_justify="left", show_edge=False, pad_edge=False)
-    widths = [
-        max(cell_len(text) for text in (head, *(line[at] for line in lines))) for at, (head, _) in enumerate(heads)
-    ]
     texts = [at for at, (_, is_text) in enumerate(heads) if is_text]
-    left = console.width - sum(widths) + sum(widths[at] for at in texts) - _BETWEEN * (len(heads) - 1)
-    room = left // max(1, len(texts))
+    room = _room(console, heads, lines)
     kept = [at for at in range(len(heads)) if at not in texts or room >= _LEAST_TEXT]
     for at in kept:
         if at in texts:
@@ -80,6 +83,23 @@ def _table(
     for line in lines:
         table.add_row(*(escape(line[at]) for at in kept))
     return table
+
+
+def _widths(heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(cell_len(text) for text in (head, *(line[at] for line in lines))) for at, (head, _) in enumerate(heads)]
+
+
+def _room(console: Console, heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> int:
+    """Return the columns that the other cells leave to each text."""
+    taken = sum(width for width, (_, is_text) in zip(_widths(heads, lines), heads, strict=True) if not is_text)
+    left = console.width - taken - _BETWEEN * (len(heads) - 1)
+    return left // max(1, sum(is_text for _, is_text in heads))
+
+
+def _wanted(heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> int:
+    """Return the columns that a text should have: all that it needs, or a good many."""
+    widths = [width for width, (_, is_text) in zip(_widths(heads, lines), heads, strict=True) if is_text]
+    return max(_LEAST_TEXT, min(_GOOD_TEXT, max(widths))) if widths else 0
 
 
 def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) -> list[str]:

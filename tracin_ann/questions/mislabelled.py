@@ -106,6 +106,7 @@ class Suspects(Listed[Suspect]):
             ("text", "text"),
         )
     )
+    DETAILS = ("self_influence", "loss")
 
     def __init__(self, rows: Iterable[Suspect], describe: Describe, suspicion: Suspicion) -> None:
         super().__init__(rows, describe)
