@@ -35,7 +35,11 @@ from tracin_ann.cli.output import Sink, expect_report, html_option, output_optio
 @click.option(
     "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours are asked."
 )
-@click.option("--exact", is_flag=True, help="True self-influence of every row, computed now.")
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="True self-influence of every row, computed now; --by tells whether it ranks.",
+)
 @filter_options
 @checkpoints_option
 @own_ids_option

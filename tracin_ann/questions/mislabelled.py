@@ -144,9 +144,9 @@ def mislabelled(  # noqa: PLR0913
     """Return training rows by how likely their label is wrong, the k first or all.
 
     By default (`loss-and-votes`) a row's score is its loss, the mean over the checkpoints and counted from the lowest
-    of all rows, times the share of its neighbours' voice that is not for its own label: measured on five data sets,
-    that finds as many wrong labels as either alone, or nearly, and more than self-influence. The losses are those that
-    the build stored. Without labels it is the loss.
+    of all rows, times the share of its neighbours' voice that is not for its own label: measured with five models of
+    three data sets, that finds as many wrong labels as either alone, or nearly, and more than self-influence. The
+    losses are those that the build stored. Without labels it is the loss.
 
     How many to look at is told by the outvoted rows: as many as have a loss that 19 in 20 of those reach, and at most
     five times as many as those. Where the model predicts well, nearly all outvoted rows are wrong ones, but only some
@@ -165,8 +165,8 @@ def mislabelled(  # noqa: PLR0913
             `loss`.
         asked: the rows of largest loss (by `self-influence`: of largest self-influence) whose neighbours are asked.
         checkpoints: positions of those to take; None: all.
-        exact: true self-influence of every row, computed now, instead of the stored estimate; votes stay the stored
-            features'.
+        exact: true self-influence of every row, computed now, instead of the stored estimate; losses and votes are
+            those stored.
         rows: which rows are ranked; None: all. All rows of the index speak, but removed and skipped ones.
         progress: called with (stage, done, total).
 
