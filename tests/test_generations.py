@@ -282,7 +282,12 @@ def test_a_stopped_build_says_how_to_go_on_and_does(tmp_path, number, status):
     words = [sys.executable, str(ROOT / "build_index.py"), "--task", f"{slow}:task", "--task-arg", f"folder={tmp_path}"]
     words += ["--out", str(out), "--dim", "8", "--batch-size", "4", "--no-yardstick"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    # Tests started in a shell's background ignore SIGINT, and so would what they start.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(number, before)
     until = time.monotonic() + 120
     while not (out / "features").is_dir() and time.monotonic() < until:
         time.sleep(0.02)
