@@ -23,6 +23,7 @@ import tabular  # noqa: E402
 
 import browser  # noqa: E402
 from tracin_ann import BuildConfig, Description, InfluenceIndex, QueryOptions, Task, build, write_report  # noqa: E402
+from tracin_ann.questions import mislabelled  # noqa: E402
 
 FIGURES = ROOT / "docs" / "figures"
 WIDTH = 1280
@@ -38,7 +39,7 @@ def images(data: str, runs: Path) -> tuple[Path, Path]:
     wrong = mistakes(index, 400)
     answers = index.query(wrong[:12], options=OPTIONS)
     page = write_report(answers, runs / "images.html", index, "Why twelve digits were misread")
-    suspects = index.self_influence(60)
+    suspects = mislabelled(index, k=60)
     return page, write_report(suspects, runs / "suspects.html", index, "MNIST: training labels that look wrong")
 
 
