@@ -27,7 +27,6 @@ from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.questions import mislabelled
 
 CHECKED = (0.1, 0.2)
-ENCODER = "SST-2, fine-tuned encoder"
 EPOCHS, KEPT, BATCH = 8, (7, 8), 32
 Labels = np.ndarray
 
@@ -140,9 +139,8 @@ def accuracy_on(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> f
 def figures(task: Task, folder: Path, flipped: Labels, dim: int) -> dict[str, Any]:
     """Build an index and return what each ranking finds, and what the estimate says."""
     labelled = replace(task, columns=lambda row: {"label": int(row[1])})
-    out = Path(tempfile.mkdtemp(dir=folder)) / "index"
-    build(labelled, out, BuildConfig(dim=dim, index="flat"))
-    index = InfluenceIndex.open(out, labelled)
+    build(labelled, folder / "index", BuildConfig(dim=dim, index="flat"))
+    index = InfluenceIndex.open(folder / "index", labelled)
     found: dict[str, Any] = {"rows": len(index), "flipped": len(flipped)}
     for by in ("self-influence", "loss", "votes", "loss-and-votes"):
         suspects = mislabelled(index, by=by)
@@ -163,11 +161,11 @@ def _share(wrong_N: np.ndarray, n_checked: float) -> float | None:
 
 
 def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    def run(name: str, make: Any, rate: float, seed: int) -> Iterator[dict[str, Any]]:
+    def run(name: str, make: Any, rate: float, seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as made:
             task, accuracy, flipped = make(Path(made), rate, seed)
             row = {"data": name, "rate": rate, "seed": seed, "test_accuracy": accuracy}
-            yield row | figures(task, Path(made), flipped, options.dim)
+            return row | figures(task, Path(made), flipped, options.dim)
 
     data = options.data
     kinds = {
@@ -181,12 +179,12 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             options.seeds,
         )
     if options.encoder:
-        kinds[ENCODER] = (lambda *case: of_encoder(data, options.encoder, *case), options.seeds)
+        kinds["SST-2, fine-tuned encoder"] = (lambda *case: of_encoder(data, options.encoder, *case), options.seeds)
     for name, (make, seeds) in kinds.items():
         if not options.only or name in options.only:
             for rate in options.rates:
                 for seed in range(seeds):
-                    yield from run(name, make, rate, seed)
+                    yield run(name, make, rate, seed)
 
 
 def main() -> None:

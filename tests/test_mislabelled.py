@@ -21,7 +21,7 @@ from tracin_ann.cli.mislabelled import main as mislabelled_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import UsageError
 from tracin_ann.questions import Suspects, mislabelled
-from tracin_ann.questions.mislabelled import By
+from tracin_ann.questions.mislabelled import RANKINGS, By
 
 LABELS = np.array([row % 3 for row in range(N)])
 
@@ -54,7 +54,7 @@ def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE)
     return voice_NL / voice_NL.sum(axis=1, keepdims=True)
 
 
-def mean_losses(folder: Path, index: InfluenceIndex) -> dict[int, float]:
+def mean_losses(folder: Path) -> dict[int, float]:
     """Return the mean losses of the rows that are there, each computed alone by its model."""
     task, of_row = the_task(folder, "words"), dict.fromkeys(HERE, 0.0)
     for checkpoint in task.checkpoints:
@@ -71,7 +71,7 @@ def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neigh
     found = mislabelled(index, neighbours=neighbours)
     expected_NL = shares(index, neighbours)
     own = {row.row: row.score for row in index.self_influence()}
-    losses = mean_losses(folder, index)
+    losses = mean_losses(folder)
     lowest = index.view().store.losses()[HERE].min(axis=0).mean()
     assert sorted(row.row for row in found) == HERE
     for suspect in found:
@@ -101,7 +101,7 @@ def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> No
     assert all(row.label == 1 and row.score == pytest.approx(whole[row.row].score, rel=1e-6) for row in found)
 
 
-@pytest.mark.parametrize("by", ["loss-and-votes", "votes", "loss", "self-influence"])
+@pytest.mark.parametrize("by", RANKINGS)
 def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) -> None:
     found = mislabelled(index, neighbours=5, asked=6, by=by)
     ranking = [row.row for row in mislabelled(index, None, by="self-influence" if by == "self-influence" else "loss")]
@@ -113,7 +113,7 @@ def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) ->
 
 def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
     found = mislabelled(index, labels=None, k=7)
-    losses = mean_losses(folder, index)
+    losses = mean_losses(folder)
     assert [row.row for row in found] == sorted(HERE, key=lambda row: -losses[row])[:7]
     assert [row.score for row in found] == pytest.approx([losses[row.row] for row in found], rel=1e-5)
     assert found.suspicion.look_at is None
@@ -268,3 +268,8 @@ def test_a_narrow_terminal_shows_the_texts_rather_than_details(
     assert result.exit_code == 0, result.output
     heads = result.stdout.splitlines()[0].split(" ┃ ")
     assert set(Suspects.FIELDS.names) - {head.strip() for head in heads} == left_out
+
+
+def test_the_command_knows_every_ranking() -> None:
+    choices = {tuple(p.type.choices) for p in mislabelled_command.params if p.name == "by"}  # type: ignore[attr-defined]
+    assert choices == {RANKINGS}

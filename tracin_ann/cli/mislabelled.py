@@ -75,13 +75,12 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     write_page(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
     told = found.suspicion
     if told.look_at is None:
-        by = str(options["by"] or "loss")
-        note(f"{told.n_rows:,} rows by {by}; without labels nobody votes on how many to look at", err=True)
+        note(f"{told.n_rows:,} rows by {told.by}; without labels nobody votes on how many to look at", err=True)
         return
     if not told.look_at:
         note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
         return
-    known = "self-influence" if options["by"] == "self-influence" else "loss"
+    known = "self-influence" if told.by == "self-influence" else "loss"
     asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
     more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
     note(

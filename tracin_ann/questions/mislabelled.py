@@ -9,7 +9,8 @@ checkpoint. Both speak, with the size of their cosine, for the label that they h
 label has a gradient that points the other way, so an opponent's voice is for its own label. That takes nothing but the
 stored features; where the labels' vote goes against a row's own, the row is *outvoted*.
 
-Shapes: N ranked rows, B asked at once, V rows that vote, L labels, C checkpoints, D sketch dimension, F = C·D.
+Shapes: N ranked rows, A of them asked, B at once, V rows that vote, L labels, C checkpoints, D sketch dimension,
+F = C·D.
 """
 
 from __future__ import annotations
@@ -78,12 +79,14 @@ class Suspicion:
 
     Attributes:
         n_rows: rows that were ranked.
+        by: what they were ranked by.
         n_asked: those of largest loss, whose neighbours were asked; of largest self-influence where that ranks.
         n_outvoted: those of them whose neighbours speak for another label.
         look_at: how many from the top to look at; None where no labels were read.
     """
 
     n_rows: int
+    by: By
     n_asked: int = 0
     n_outvoted: int = 0
     look_at: int | None = None
@@ -145,8 +148,8 @@ def mislabelled(  # noqa: PLR0913
 
     By default (`loss-and-votes`) a row's score is its loss, the mean over the checkpoints and counted from the lowest
     of all rows, times the share of its neighbours' voice that is not for its own label: measured with five models of
-    three data sets, that finds as many wrong labels as either alone, or nearly, and more than self-influence. The
-    losses are those that the build stored. Without labels it is the loss.
+    three data sets, that finds as many wrong labels as either alone, or nearly, and more than self-influence but where
+    that finds all but a few. The losses are those that the build stored. Without labels it is the loss.
 
     How many to look at is told by the outvoted rows: as many as have a loss that 19 in 20 of those reach, and at most
     five times as many as those. Where the model predicts well, nearly all outvoted rows are wrong ones, but only some
@@ -186,15 +189,14 @@ def mislabelled(  # noqa: PLR0913
     ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, progress=progress)
     known = _Known.of(index, ranked, checkpoints, by)
     if column is None:
-        return Suspects(_suspects(index, known, known.score_N, k), index.described, Suspicion(len(known)))
+        return Suspects(_suspects(index, known, by, k), index.described, Suspicion(len(known), by))
     names_L, label_V = np.unique(column, return_inverse=True)
     asked_N = known.row_N[:asked]
     electorate = _Electorate(index, checkpoints, label_V, len(names_L))
-    voices = _Voices(electorate.shares(asked_N, neighbours, progress), label_V[asked_N])
-    said = _Said(column, names_L, voices)
-    n_outvoted = int(voices.outvoted_N.sum())
-    suspicion = Suspicion(len(known), len(asked_N), n_outvoted, _look_at(known.first_N[: len(asked_N)], voices))
-    return Suspects(_suspects(index, known, _scores(by, known, voices), k, said), index.described, suspicion)
+    voices = _Voices(electorate.shares(asked_N, neighbours, progress), label_V[known.row_N], names_L)
+    n_outvoted = int(voices.outvoted_A.sum())
+    suspicion = Suspicion(len(known), by, len(asked_N), n_outvoted, _look_at(known.first_N[: len(asked_N)], voices))
+    return Suspects(_suspects(index, known, by, k, voices), index.described, suspicion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,14 +208,12 @@ class _Known:
         loss_N: mean losses over the checkpoints.
         own_N: self-influence.
         first_N: what they are put in order by: the loss above the lowest of all rows, or self-influence.
-        score_N: what they are ranked by where nobody votes: the loss, or self-influence.
     """
 
     row_N: Int64
     loss_N: Float64
     own_N: Float64
     first_N: Float64
-    score_N: Float64
 
     def __len__(self) -> int:
         """Return N."""
@@ -227,72 +227,75 @@ class _Known:
         lowest = float(loss_VC[index.present()].min(axis=0, initial=np.inf).mean())
         row_N = np.array([found.row for found in ranked], dtype=np.int64)
         own_N, loss_N = np.array([found.score for found in ranked]), loss_VC[row_N].mean(axis=1)
-        first_N, score_N = (own_N, own_N) if by == "self-influence" else (loss_N - lowest, loss_N)
+        first_N = own_N if by == "self-influence" else loss_N - lowest
         order_N = np.lexsort((row_N, -first_N))
-        return cls(row_N[order_N], loss_N[order_N], own_N[order_N], first_N[order_N], score_N[order_N])
-
-
-@dataclass(frozen=True, eq=False)
-class _Said:
-    """The labels [V] of all rows, their names [L], and the voices for the rows that were asked, the first of N."""
-
-    column_V: npt.NDArray[Any]
-    names_L: npt.NDArray[Any]
-    voices: _Voices
-
-
-def _suspects(
-    index: InfluenceIndex, known: _Known, score_N: Float64, k: int | None, said: _Said | None = None
-) -> list[Suspect]:
-    """Return the k first: those that were asked by their score, then the others as they are."""
-    n_asked = len(known) if said is None else len(said.voices.label_N)
-    order = np.lexsort((known.row_N, -score_N, np.arange(len(known)) >= n_asked))
-    winner_N = None if said is None else said.voices.winner_N
-    found = []
-    for rank, i in enumerate(order[:k].tolist(), start=1):
-        row = int(known.row_N[i])
-        suspect = Suspect(
-            rank=rank,
-            id=index.rows.id_at(row),
-            row=row,
-            label=None if said is None else _label(said.column_V[row]),
-            score=float(score_N[i]),
-            loss=float(known.loss_N[i]),
-            self_influence=float(known.own_N[i]),
-        )
-        if said is not None and winner_N is not None and i < n_asked:
-            winner = winner_N[i]
-            share = float(said.voices.share_NL[i, winner])
-            suspect = replace(suspect, speaks_for=_label(said.names_L[winner]), share=share)
-        found.append(suspect)
-    return found
+        return cls(row_N[order_N], loss_N[order_N], own_N[order_N], first_N[order_N])
 
 
 @dataclass(frozen=True, eq=False)
 class _Voices:
-    """The shares [N, L] of the voice for each label, and the labels [N] that rows have, as places among the names."""
+    """What was said of the first A of N rows: shares [A, L] of the voice; rows' labels [N], places among names [L]."""
 
-    share_NL: Float64
+    share_AL: Float64
     label_N: Int64
+    names_L: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        """Return A."""
+        return len(self.share_AL)
 
     @property
-    def own_N(self) -> Float64:
+    def own_A(self) -> Float64:
         """Return the share for each row's own label."""
-        own_N: Float64 = self.share_NL[np.arange(len(self.label_N)), self.label_N]
-        return own_N
+        own_A: Float64 = self.share_AL[np.arange(len(self)), self.label_N[: len(self)]]
+        return own_A
 
     @property
-    def winner_N(self) -> Int64:
+    def winner_A(self) -> Int64:
         """Return the label with the largest share; of equal ones the row's own, then the first."""
-        unbeaten_N = self.own_N >= self.share_NL.max(axis=1)
-        winner_N: Int64 = np.where(unbeaten_N, self.label_N, self.share_NL.argmax(axis=1))
-        return winner_N
+        unbeaten_A = self.own_A >= self.share_AL.max(axis=1)
+        winner_A: Int64 = np.where(unbeaten_A, self.label_N[: len(self)], self.share_AL.argmax(axis=1))
+        return winner_A
 
     @property
-    def outvoted_N(self) -> npt.NDArray[np.bool_]:
+    def outvoted_A(self) -> npt.NDArray[np.bool_]:
         """Return which rows another label has won."""
-        outvoted_N: npt.NDArray[np.bool_] = self.winner_N != self.label_N
-        return outvoted_N
+        outvoted_A: npt.NDArray[np.bool_] = self.winner_A != self.label_N[: len(self)]
+        return outvoted_A
+
+
+def _suspects(
+    index: InfluenceIndex, known: _Known, by: By, k: int | None, voices: _Voices | None = None
+) -> list[Suspect]:
+    """Return the k first: those that were asked by their score, then the others as they are."""
+    score_N = _scores(by, known, voices)
+    n_asked = len(known) if voices is None else len(voices)
+    order = np.lexsort((known.row_N, -score_N, np.arange(len(known)) >= n_asked))[:k].tolist()
+    found = [
+        Suspect(
+            rank=rank,
+            id=index.rows.id_at(int(known.row_N[i])),
+            row=int(known.row_N[i]),
+            label=None,
+            score=float(score_N[i]),
+            loss=float(known.loss_N[i]),
+            self_influence=float(known.own_N[i]),
+        )
+        for rank, i in enumerate(order, start=1)
+    ]
+    return found if voices is None else _labelled(found, order, voices)
+
+
+def _labelled(found: Sequence[Suspect], order: Sequence[int], voices: _Voices) -> list[Suspect]:
+    """Return suspects, the i-th of `order` each, with their labels, and of those asked what was said."""
+    winner_A, labelled = voices.winner_A, []
+    for suspect, i in zip(found, order, strict=True):
+        told: dict[str, Any] = {"label": _label(voices.names_L[voices.label_N[i]])}
+        if i < len(voices):
+            told["speaks_for"] = _label(voices.names_L[winner_A[i]])
+            told["share"] = float(voices.share_AL[i, winner_A[i]])
+        labelled.append(replace(suspect, **told))
+    return labelled
 
 
 class _Electorate:
@@ -327,24 +330,22 @@ class _Electorate:
         return share_NL
 
 
-def _scores(by: By, known: _Known, voices: _Voices) -> Float64:
+def _scores(by: By, known: _Known, voices: _Voices | None) -> Float64:
     """Return what rows [N] are ranked by; those that were not asked keep the order of what is known."""
-    if by in _WITHOUT_LABELS:
-        return known.score_N
-    score_N = known.first_N.copy()
-    n_asked = len(voices.label_N)
-    against_N = 1 - voices.own_N
-    score_N[:n_asked] = against_N if by == "votes" else score_N[:n_asked] * against_N
+    if voices is None or by in _WITHOUT_LABELS:
+        return known.own_N if by == "self-influence" else known.loss_N
+    score_N, against_A = known.first_N.copy(), 1 - voices.own_A
+    score_N[: len(voices)] = against_A if by == "votes" else score_N[: len(voices)] * against_A
     return score_N
 
 
-def _look_at(known_N: Float64, voices: _Voices) -> int:
+def _look_at(known_A: Float64, voices: _Voices) -> int:
     """Return how many of the rows asked reach what 19 in 20 of the outvoted reach, or 5 times the outvoted."""
-    outvoted_N = voices.outvoted_N
-    if not outvoted_N.any():
+    outvoted_A = voices.outvoted_A
+    if not outvoted_A.any():
         return 0
-    least = np.quantile(known_N[outvoted_N], _QUANTILE, method="lower")
-    return int(min((known_N >= least).sum(), _TIMES * outvoted_N.sum()))
+    least = np.quantile(known_A[outvoted_A], _QUANTILE, method="lower")
+    return int(min((known_A >= least).sum(), _TIMES * outvoted_A.sum()))
 
 
 def _column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
