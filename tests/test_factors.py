@@ -18,7 +18,7 @@ from tracin_ann.factors import (
     inner_where,
     materialised,
     squared_norm,
-    summed,
+    weighted_sums,
 )
 from tracin_ann.features import squared_norms
 
@@ -101,8 +101,9 @@ def test_column_blocks_are_whole_rows_in_order_and_cover_the_gradient(form, elem
     assert stop == truth.shape[1]
 
 
-def test_the_sum_over_the_batch_is_the_definitions(form):
-    close(summed(form), forms.gradient(form).sum(0))
+def test_weighted_sums_over_the_batch_are_the_definitions(form):
+    weights_KB = torch.randn(2, batch_size(form), dtype=torch.float64)
+    close(weighted_sums(form, weights_KB), weights_KB @ forms.gradient(form))
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -172,8 +173,9 @@ def test_every_way_to_say_a_gradient_has_its_norm_and_its_sum(shape):
     for name, several in forms.same_gradient(grad).items():
         whole = torch.stack([materialised(form) for form in several]).sum(0)
         torch.testing.assert_close(whole, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
-        total = torch.stack([summed(form) for form in several]).sum(0)
-        torch.testing.assert_close(total, grad.sum(0).flatten(), msg=lambda m, name=name: f"{name}: {m}")
+        weights_KB = torch.randn(2, 3, dtype=torch.float64)
+        total = torch.stack([weighted_sums(form, weights_KB) for form in several]).sum(0)
+        torch.testing.assert_close(total, weights_KB @ grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
         norm = squared_norm(several)
         torch.testing.assert_close(norm, grad.square().sum((1, 2)), msg=lambda m, name=name: f"{name}: {m}")
 
@@ -184,7 +186,8 @@ def test_forms_keep_their_float64():
         truth = forms.gradient(form)
         direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
         torch.testing.assert_close(materialised(form), truth, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(summed(form), truth.sum(0), rtol=1e-12, atol=1e-12)
+        weights_KB = torch.randn(2, len(truth), dtype=torch.float64)
+        torch.testing.assert_close(weighted_sums(form, weights_KB), weights_KB @ truth, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(inner(form, direction), truth @ direction.T, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(squared_norm([form]), truth.square().sum(1), rtol=1e-12, atol=1e-12)
 

@@ -87,8 +87,6 @@ OPTIONAL = (
     "PIL",
 )
 
-MAX_LINES = 400
-
 
 @dataclass(frozen=True)
 class Module:
@@ -216,13 +214,6 @@ def test_optional_packages_have_one_door(package: str) -> None:
 def test_faiss_comes_through_device(module: Module) -> None:
     lines = [line for line, name in imports(module, ROOMS) if name == "faiss"]  # its submodules may be imported after
     assert module.room == "device" or lines == [], f"{module.path} imports faiss; call device.import_faiss()"
-
-
-@pytest.mark.parametrize("folder", [PACKAGE, "tests", "examples", "benchmarks"])
-def test_no_file_is_too_long(folder: str) -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in sorted((REPOSITORY / folder).rglob("*.py"))}
-    long = {str(path.relative_to(REPOSITORY)): n for path, n in lengths.items() if n > MAX_LINES}
-    assert long == {}, f"over {MAX_LINES} lines; look for the second idea in each: {long}"
 
 
 # The checker itself, on a small made-up package.

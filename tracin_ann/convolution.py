@@ -31,6 +31,11 @@ class Geometry:
     groups: int = 1
     padding: tuple[tuple[int, int], ...] = ()
 
+    def deepened(self) -> Geometry:
+        """Return the same kernel over layers of pictures: one dimension more in front, along which nothing moves."""
+        padding = ((0, 0), *self.padding) if self.padding else ()
+        return Geometry((1, *self.kernel), (1, *self.stride), (1, *self.dilation), self.groups, padding)
+
 
 @dataclass(frozen=True)
 class Convolution:

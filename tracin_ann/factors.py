@@ -128,17 +128,24 @@ def materialised(form: Form) -> Tensor:
     return torch.cat([block for _, block in column_blocks(form)], dim=1)
 
 
-def summed(form: Form) -> Tensor:
-    """Return the gradient summed over the batch, [P], without per-example gradients."""
+def weighted_sums(form: Form, weights_KB: Tensor) -> Tensor:
+    """Return weighted sums of the per-example gradients, [K, P], without gradients of examples where they are large."""
     if isinstance(form, Dense):
-        return form.grad_BP.sum(0)
-    if isinstance(form, Rows):
-        flat = form.value_BTC.new_zeros(form.shape)
-        flat.index_add_(0, form.index_BT.flatten(), form.value_BTC.flatten(0, 1))
-        return flat.flatten()
+        return weights_KB.to(form.grad_BP) @ form.grad_BP
     if isinstance(form, Convolution):
-        return torch.cat([block.sum(0) for _, block in column_blocks(form)])
-    return (form.left_BTR.flatten(0, 1).T @ form.right_BTC.flatten(0, 1)).flatten()
+        weights_KB = weights_KB.to(form.delta_BO)
+        return torch.cat([weights_KB @ block for _, block in column_blocks(form)], dim=1)
+    return torch.stack([_weighted_sum(form, weights_B.view(-1, 1, 1)) for weights_B in weights_KB])
+
+
+def _weighted_sum(form: Outer | Rows, weights_B11: Tensor) -> Tensor:
+    if isinstance(form, Outer):
+        left_BTR = form.left_BTR * weights_B11.to(form.left_BTR)
+        return (left_BTR.flatten(0, 1).T @ form.right_BTC.flatten(0, 1)).flatten()
+    value_BTC = form.value_BTC * weights_B11.to(form.value_BTC)
+    flat = value_BTC.new_zeros(form.shape)
+    flat.index_add_(0, form.index_BT.flatten(), value_BTC.flatten(0, 1))
+    return flat.flatten()
 
 
 def inner(form: Form, direction_QP: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """The ladder: every parameter's per-example gradient by a layer rule, else vmap(grad), else a loop; proven.
 
-On the first batch of every checkpoint each parameter's per-example gradients must add up to
-autograd's gradient of the summed loss, and those of a few examples must each equal autograd's; a
-parameter that fails falls one step down. Parameters that no example's loss reaches are watched:
-should a later batch reach one, the proof is made again on that batch.
+On the first batch of every checkpoint each parameter's per-example gradients, times random weights, must add
+up to autograd's gradient of the losses so weighted; a parameter that fails falls one step down. Parameters
+that no example's loss reaches are watched: should a later batch reach one, the proof is made again on that batch.
 """
 
 from __future__ import annotations
@@ -24,12 +23,22 @@ from tracin_ann.factors import Dense, Form
 from tracin_ann.layers import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
 from tracin_ann.nested import batched_tensors, rebuild
 from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
-from tracin_ann.proof import ProofSink, Truth, check_finite, no_gradient, not_finite, unproven, wrong_shape
+from tracin_ann.proof import (
+    ProofSink,
+    Truth,
+    check_finite,
+    misplaced,
+    no_gradient,
+    not_finite,
+    proof_weights,
+    unproven,
+    wrong_shape,
+)
 from tracin_ann.task import LossFunction
 
 _STEPS = (RULE, VMAP, LOOP)
-PROVEN_ALONE = 3
 _FALLBACK_ELEMENTS = 1 << 26
+_CHECK_EVERY = 64
 
 Sink = Callable[[str, Form, slice], None]
 Precision = Literal["fp32", "bf16"]
@@ -81,6 +90,7 @@ class GradientEngine:
         self._plan: Plan | None = None
         self._rank_one: frozenset[str] = frozenset()
         self._fallen: dict[str, Step] = {}
+        self._n_batches = 0
         self._layouts = Layouts()
         self._rows = covered_rows(model, self.parameters)
         self._capture = LayerCapture(model, {}, {}, self._layouts)
@@ -154,10 +164,11 @@ class GradientEngine:
 
     def _run_rules(self, batch: Batch, sink: Sink) -> Tensor:
         watched = [self.parameters[name] for name in self.plan.names(NONE)]
-        everything = slice(0, len(batch))
-        done = self._capture.run(
-            lambda: self.losses(batch), len(batch), lambda name, form: sink(name, form, everything), watched
-        )
+        checking = _is_checked(self._n_batches)
+        self._n_batches += 1
+        done = self._capture.run(lambda: self.losses(batch), len(batch), sink, watched, checking=checking)
+        if self._capture.misplaced:
+            raise GradientProofError(misplaced(self._capture.misplaced, batch.ids))
         if self._capture.failures or any(done.watched_reached):
             raise _PlanChangedError
         return done.losses_B
@@ -205,24 +216,35 @@ class GradientEngine:
     def _alone(self, single: Batch, names: Sequence[str] | None = None) -> list[Tensor]:
         return self._autograd(lambda: self.losses(single).sum(), names or tuple(self.parameters))[0]
 
-    def _autograd(self, scalar: Callable[[], Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
-        """Return the gradients of a scalar, zeros where it does not depend on a parameter, and whether it does."""
+    def _autograd(
+        self, values: Callable[[], Tensor], names: Sequence[str], weights_KB: Tensor | None = None
+    ) -> tuple[list[Tensor], list[bool]]:
+        """Return autograd's gradients of a scalar, or [K, ...] of weighted sums of losses, and which are not missing.
+
+        Zeros stand where nothing depends on a parameter.
+        """
         parameters = [self.parameters[name] for name in names]
+        rounds: list[tuple[Tensor | None, ...]] = []
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            value = scalar()
-            grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
-            if value.requires_grad:
-                grads = torch.autograd.grad(value, parameters, allow_unused=True)
+            value = values()
+            weights = [None] if weights_KB is None else list(weights_KB.to(value))
+            for k, weights_B in enumerate(weights):
+                grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
+                if value.requires_grad:
+                    more = k + 1 < len(weights)
+                    grads = torch.autograd.grad(value, parameters, weights_B, retain_graph=more, allow_unused=True)
+                rounds.append(grads)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
         dense = [
-            torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach()
-            for g, p in zip(grads, parameters, strict=True)
+            [torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach() for g in each]
+            for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
         ]
-        return dense, [g is not None for g in grads]
+        whole = [each[0] if weights_KB is None else torch.stack(each) for each in dense]
+        return whole, [grad is not None for grad in rounds[0]]
 
     def _slices(self, batch: int, names: Sequence[str]) -> list[slice]:
         """Return row slices whose materialised gradients stay in bounded memory."""
@@ -269,27 +291,20 @@ class GradientEngine:
 
     def _truth(self, batch: Batch) -> Truth:
         names = tuple(self.parameters)
+        weights_KB = proof_weights(len(batch), self.checkpoint)
         try:
-            summed, reached = self._autograd(lambda: self._checked(batch).sum(), names)
+            grads, reached = self._autograd(lambda: self._checked(batch), names, weights_KB)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise TaskError(no_gradient(_first_line(error))) from error
-        if not all(bool(torch.isfinite(grad).all()) for grad in summed):
+        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
             self._refuse_non_finite(batch)
-        few = range(min(PROVEN_ALONE, len(batch)))
-        together = [self._autograd(lambda i=i: self.losses(batch)[i], names)[0] for i in few]  # type: ignore[misc]
         if not any(reached):
             raise TaskError(no_gradient())
-        return Truth(
-            {name: grad.flatten() for name, grad in zip(names, summed, strict=True)},
-            {
-                name: torch.stack([grads[j].flatten() for grads in together]).to(summed[j].dtype)
-                for j, name in enumerate(names)
-            },
-            tuple(name for name, hit in zip(names, reached, strict=True) if not hit),
-            self.precision == "bf16",
-        )
+        sums = {name: grad.flatten(1) for name, grad in zip(names, grads, strict=True)}
+        unreached = tuple(name for name, hit in zip(names, reached, strict=True) if not hit)
+        return Truth(weights_KB, sums, unreached, self.precision == "bf16")
 
     def _refuse_non_finite(self, batch: Batch) -> None:
         """Refuse the first row whose own loss or gradient is not finite; a sum that overflows has none."""
@@ -308,42 +323,39 @@ class GradientEngine:
 
     def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""
-        layouts, before = self._layouts, frozenset(self._layouts.proven)
+        best = self._attempt(self._layouts, batch, truth)
 
-        def tried() -> tuple[dict[str, str], frozenset[str], frozenset[str], Any]:
-            layouts.proven = set(before)
-            return self._failures(RULE, batch, truth), self._rank_one, self._capture.repeated, layouts.proven
+        def better(**reading: Any) -> _Attempt:
+            other = self._attempt(replace(best.tried, **reading), batch, truth)
+            return other if len(other.failed) < len(best.failed) else best
 
-        best, kept = tried(), layouts.repeated
-        if doubtful := {layer for name, layer in self._capture.doubtful.items() if name in best[0]}:
-            layouts.for_all |= doubtful
-            if len((other := tried())[0]) < len(best[0]):
-                best = other
-            else:
-                layouts.for_all -= doubtful
+        if doubtful := best.layers(best.doubtful):
+            best = better(for_all=best.tried.for_all | doubtful)
         for left in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
-            if best[0] and best[2] - left:
-                layouts.repeated = left
-                if len((other := tried())[0]) < len(best[0]):
-                    best, kept = other, left
-        layouts.repeated = kept
-        failed, self._rank_one, _, layouts.proven = best
-        return failed
+            if best.failed and best.repeated - left:
+                best = better(repeated=left)
+        if batch_first := best.layers(best.batch_first):
+            best = better(by_rows=best.tried.by_rows | batch_first)
+        self._layouts, self._rank_one = best.layouts, best.rank_one
+        return best.failed
+
+    def _attempt(self, layouts: Layouts, batch: Batch, truth: Truth) -> _Attempt:
+        capture = self._capture
+        capture.layouts = layouts
+        failed = self._failures(RULE, batch, truth)
+        return _Attempt(
+            failed, layouts, capture.layouts, self._rank_one, capture.repeated, capture.doubtful, capture.batch_first
+        )
 
     def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why each parameter that this step cannot serve fails."""
         names = self.plan.names(step)
         if not names:
             return {}
-        sink = ProofSink(len(truth.few[names[0]]))
+        sink = ProofSink(truth.weights_KB)
         try:
             if step == RULE:
-                self._capture.run(
-                    lambda: self.losses(batch),
-                    len(batch),
-                    lambda n, f: sink(n, f, slice(0, len(batch))),
-                    proving=True,
-                )
+                self._capture.run(lambda: self.losses(batch), len(batch), sink, proving=True)
             elif step == VMAP:
                 why = batched_tensors(batch.inputs, len(batch))
                 if isinstance(why, str):
@@ -365,6 +377,23 @@ class GradientEngine:
         return {name: why for name, why in failed.items() if name in names}
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """What came of one reading of layers' inputs: why parameters fail, and the layouts before and after."""
+
+    failed: dict[str, str]
+    tried: Layouts
+    layouts: Layouts
+    rank_one: frozenset[str]
+    repeated: frozenset[str]
+    doubtful: Mapping[str, frozenset[int]]
+    batch_first: Mapping[str, frozenset[int]]
+
+    def layers(self, of: Mapping[str, frozenset[int]]) -> frozenset[int]:
+        """Return those of some layers, by parameter, whose parameters fail."""
+        return frozenset(layer for name, layers in of.items() if name in self.failed for layer in layers)
+
+
 class _LossModule(nn.Module):
     """The user's loss as a module, so that the parameters in all of it can be swapped."""
 
@@ -375,6 +404,11 @@ class _LossModule(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss(self.model, batch)
+
+
+def _is_checked(n_batches: int) -> bool:
+    """Return whether a batch, n after the proof, is checked for inputs that are no longer batch first."""
+    return n_batches > 0 and (n_batches % _CHECK_EVERY == 0 or n_batches & (n_batches - 1) == 0)
 
 
 class _registered:  # noqa: N801 - a context manager, named as it reads

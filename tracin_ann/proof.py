@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,15 +18,24 @@ _RELATIVE = {torch.float64: 1e-6, torch.float32: 5e-4}
 _RELATIVE_HALF = 5e-2
 _ABSOLUTE = 1e-2
 _MANY = 2
+_DRAWS = 2
+
+
+def proof_weights(batch: int, seed: int) -> Tensor:
+    """Return the Gaussian weights of the losses that a proof compares gradients of, [K, B], float64.
+
+    A gradient that goes to another example than its own changes a sum with random weights, and not the plain sum.
+    """
+    random = np.random.Generator(np.random.Philox(seed))
+    return torch.from_numpy(random.standard_normal((_DRAWS, batch)))
 
 
 class ProofSink:
-    """Adds up what a step gives: the summed gradient, and those of the first few examples."""
+    """Adds up what a step gives: the gradients [K, P] of the losses' weighted sums, by parameter."""
 
-    def __init__(self, few: int) -> None:
-        self._few = few
+    def __init__(self, weights_KB: Tensor) -> None:
+        self._weights_KB = weights_KB
         self.sums: dict[str, Tensor] = {}
-        self.alone: dict[str, Tensor] = {}
         self._positions: dict[str, int] = defaultdict(int)
 
     @property
@@ -36,49 +46,42 @@ class ProofSink:
     def __call__(self, name: str, form: Form, rows: slice) -> None:
         """Take one use of a parameter by some rows of the batch."""
         self._positions[name] += form.left_BTR.shape[1] if isinstance(form, Outer) else _MANY
-        total = factors.summed(form)
+        total = factors.weighted_sums(form, self._weights_KB[:, rows])
         self.sums[name] = self.sums[name] + total if name in self.sums else total
-        n_few = max(0, min(self._few - rows.start, rows.stop - rows.start))
-        if n_few:
-            alone = factors.materialised(form[:n_few])
-            if name not in self.alone:
-                self.alone[name] = alone.new_zeros(self._few, alone.shape[1])
-            self.alone[name][rows.start : rows.start + n_few] += alone
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Autograd's own gradients on a batch: of the summed loss, and of the first few examples' losses.
+    """Autograd's own gradients on a batch, of the losses' weighted sums.
 
     Attributes:
-        summed: by parameter, flat.
-        few: by parameter, [n, P].
+        weights_KB: the weights.
+        sums: by parameter, [K, P].
         unreached: parameters that no loss depends on.
         half: forward and backward ran in half precision, whatever the dtype of the parameters.
     """
 
-    summed: Mapping[str, Tensor]
-    few: Mapping[str, Tensor]
+    weights_KB: Tensor
+    sums: Mapping[str, Tensor]
     unreached: tuple[str, ...]
     half: bool = False
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
         """Take the whole gradient's size as the measure of rounding in a gradient whose true value is zero."""
-        squares = [float(g.double().square().sum()) for g in (*self.summed.values(), *self.few.values())]
+        squares = [float(sum_KP.double().square().sum()) for sum_KP in self.sums.values()]
         object.__setattr__(self, "scale", sum(squares) ** 0.5)
 
     def disagreement(self, name: str, sink: ProofSink) -> str:
         """Return how the step's gradients of a parameter differ from autograd's, or nothing."""
-        tolerance = _RELATIVE_HALF if self.half else _RELATIVE.get(self.summed[name].dtype, _RELATIVE_HALF)
+        true_KP, given_KP = self.sums[name], sink.sums.get(name)
+        tolerance = _RELATIVE_HALF if self.half else _RELATIVE.get(true_KP.dtype, _RELATIVE_HALF)
         noise = _ABSOLUTE * tolerance * self.scale
-        pairs = [("summed", sink.sums.get(name), self.summed[name])]
-        pairs += [("one example's", sink.alone.get(name), self.few[name])]
-        for what, given, true in pairs:
-            off = true.double() if given is None else given.double() - true.double()
-            norm, error = float(true.double().norm()), float(off.norm())
+        for k, true_P in enumerate(true_KP.double()):
+            error = float((true_P if given_KP is None else given_KP[k].double() - true_P).norm())
+            norm = float(true_P.norm())
             if not error <= tolerance * norm + noise:
-                return f"gives {what} gradient off by {error / max(norm, 1e-300):.2g} of its norm"
+                return f"gives gradients of the examples off by {error / max(norm, 1e-300):.2g} of their norm"
         return ""
 
 
@@ -100,6 +103,16 @@ def not_finite(what: str, row: int, checkpoint: int, got: object) -> str:
         got=got,
         expected="finite numbers",
         remedy="look at this row and this checkpoint's weights",
+    )
+
+
+def misplaced(why: str, ids: Sequence[int]) -> str:
+    """Return the message for a layer whose input came batch first when it was proven, and now does not."""
+    return problem(
+        "the examples lie otherwise in a layer's input than when its gradients were proven",
+        got=f"{why}, in the batch of row {ids[0]}",
+        expected="the batch's examples in the first dimension, in order, in every batch",
+        remedy="pass --batch-size 1, or let the model keep the examples in order",
     )
 
 

@@ -46,12 +46,14 @@ class LayerRule:
         forms: (call, attributes wanted) -> forms by attribute; may raise LayoutError.
         applies: whether this very layer, by its settings, is one that the rule understands.
         wants_output: whether this layer's calls are to hold its output.
+        n_leading: (layer, input) -> how many leading dimensions of the input count rows that the layer treats alike.
     """
 
     parameters: tuple[str, ...]
     forms: Callable[[Call, frozenset[str]], dict[str, Form]]
     applies: Callable[[Any], bool] = lambda module: True
     wants_output: Callable[[nn.Module], bool] = lambda module: False
+    n_leading: Callable[[Any, Tensor], int] = lambda module, x: x.dim() - 1
 
 
 def by_example(tensor: Tensor, batch: int) -> Tensor:

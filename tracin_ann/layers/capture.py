@@ -9,28 +9,34 @@ handed over as backward reaches it and dropped.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tracin_ann.factors import Dense, Form
+from tracin_ann.layers.attribution import WeightCode, arrange
 from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.rules import rule_for
 
-Sink = Callable[[str, Form], None]
+Sink = Callable[[str, Form, slice], None]
 # A module and the attribute of it that is a parameter.
 Holder = tuple[nn.Module, str]
-# A layer, the rank of its input, whether the batch is its first dimension, and whether the call is for all examples.
-_Layout = tuple[int, int, bool, bool]
+# A layer, the rank of its input, whether its first dimension is the outermost in memory, and how the batch lies in it.
+_Layout = tuple[int, int, bool, "Reading"]
+Reading = Literal["batch first", "rows", "for all"]
+"""How a call's input is read: its first dimension is the batch; rows of examples to be found; one for all examples."""
+_IRRATIONAL = 2.399963
+_HALF = (torch.float16, torch.bfloat16)
 
 OUTPUTS, PARAMETERS = "outputs of layers", "parameters"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layouts:
     """What proofs found of how the batch lies in layers' inputs; one for all captures of an engine.
 
@@ -38,16 +44,23 @@ class Layouts:
     indices `[T]`. Its output is then repeated for each example, so that each brings a gradient of its own; and so is
     a parameter `[1, ...]` of a model's own (a vision transformer's class token and positions).
 
+    A layer whose input's first dimension is not the batch has rows whose examples are found anew in every batch.
+
     Attributes:
         proven: the layouts of inputs that were proven.
         repeated: what is repeated; a model that cannot take it is run as it is.
-        for_all: embeddings whose indices `[T]` are for all examples, whatever T; where T is a multiple of the
-            batch's size they may as well be the examples' own.
+        for_all: embeddings whose indices `[T]` are for all examples, whatever T.
+        by_rows: layers whose rows' examples are found in every batch, even where there are as many as examples.
     """
 
-    proven: set[_Layout] = field(default_factory=set)
+    proven: frozenset[_Layout] = frozenset()
     repeated: frozenset[str] = frozenset({OUTPUTS, PARAMETERS})
-    for_all: set[int] = field(default_factory=set)
+    for_all: frozenset[int] = frozenset()
+    by_rows: frozenset[int] = frozenset()
+
+
+class _MisplacedError(LayoutError):
+    """A layer's input was proven to be batch first, and is not."""
 
 
 class _Root(torch.autograd.Function):
@@ -71,12 +84,15 @@ class LayerCapture:
         layers: the parameters wanted, each with the names of the layer attributes that hold it:
             `{layer path: {attribute: parameter name}}`; see `covered_layers`.
         rows: parameters `[1, ...]` that are used for all examples; see `covered_rows`.
-        layouts: what proofs have found so far; a proof adds to it.
+        layouts: what proofs have found so far.
 
     Attributes:
+        layouts: the same, with what a proof added.
         failures: why parameters were not served in the last run.
+        misplaced: a layer whose input was checked and is not batch first as it was proven to be, or nothing.
         repeated: what the last run repeated.
-        doubtful: the embeddings by parameter whose indices were taken for the examples' own and may be for all.
+        doubtful: the embeddings by parameter whose indices `[T]` were taken for the examples' own and may be for all.
+        batch_first: the layers by parameter whose input's first dimension was taken for the batch.
     """
 
     def __init__(
@@ -87,15 +103,28 @@ class LayerCapture:
         layouts: Layouts,
     ) -> None:
         self._rows = rows
-        self._layers = [(model.get_submodule(path), dict(attributes)) for path, attributes in layers.items()]
+        self._layers = [(model.get_submodule(path), path, dict(attributes)) for path, attributes in layers.items()]
         self._anchor: Tensor | None = None
         self._sink: Sink | None = None
         self._batch = 0
-        self._layouts = layouts
+        self.layouts = layouts
         self._proving = False
+        self._checking = False
+        self._half = False
+        self._by_rows = False
+        self._code: WeightCode | None = None
+        self._weighting = False
+        self._n_runs = 0
+        self._clear()
+
+    def _clear(self) -> None:
         self.failures: dict[str, str] = {}
         self.repeated: frozenset[str] = frozenset()
-        self.doubtful: dict[str, int] = {}
+        self.misplaced = ""
+        self.doubtful: dict[str, frozenset[int]] = {}
+        self.batch_first: dict[str, frozenset[int]] = {}
+        self._half = self._by_rows = self._weighting = False
+        self._anchor = self._code = None
 
     def run(
         self,
@@ -105,26 +134,32 @@ class LayerCapture:
         watched: Sequence[nn.Parameter] = (),
         *,
         proving: bool = False,
+        checking: bool = False,
     ) -> _Pass:
         """Run one forward (`losses()`) and backward, handing every gradient form to `sink`.
+
+        One more backward, of weighted losses, is run where layers are called on rows whose examples are to be found.
 
         Args:
             losses: computes the per-example losses [B].
             batch: B.
-            sink: called with (parameter name, form), once for each use of a parameter.
+            sink: called with (parameter name, form, rows of the batch), for every use of a parameter.
             watched: parameters that are thought to get no gradient.
             proving: the forms are held against autograd's gradients; else a layer whose input is laid
                 out as in no proof fails.
+            checking: find also the examples of inputs whose first dimension is taken for the batch; a layer where
+                they are others fails.
 
         Returns:
             The detached losses, and which of the watched parameters did get a gradient.
         """
         handles = [
-            module.register_forward_hook(self._hook(attributes), with_kwargs=True)
-            for module, attributes in self._layers
+            module.register_forward_hook(self._hook(path, attributes), with_kwargs=True)
+            for module, path, attributes in self._layers
         ]
-        self._sink, self._batch, self._proving, self.failures = sink, batch, proving, {}
-        self.repeated, self.doubtful = frozenset(), {}
+        self._clear()
+        self._sink, self._batch, self._proving, self._checking = sink, batch, proving, checking and batch > 1
+        self._n_runs += 1
         try:
             for parameter in watched:
                 parameter.requires_grad_(True)
@@ -136,28 +171,39 @@ class LayerCapture:
                 handle.remove()
             for parameter in watched:
                 parameter.requires_grad_(False)
-            self._sink = self._anchor = None
+            self._sink = self._anchor = self._code = None
         return _Pass(values.detach(), reached)
 
     def _backward(
         self, values: Tensor, watched: Sequence[nn.Parameter], leaves: Mapping[str, Tensor]
     ) -> tuple[bool, ...]:
-        if not values.requires_grad:
+        if not values.requires_grad or (self.failures and not self._proving):
             return (False,) * len(watched)
         inputs = [*([self._anchor] if self._anchor is not None else []), *leaves.values(), *watched]
+        if self._by_rows or self._checking:
+            self._weighted_backward(values, inputs)
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
         own = grads[len(inputs) - len(watched) - len(leaves) :]
         assert self._sink is not None
         for name, grad in zip(leaves, own, strict=False):
             if grad is not None:
-                self._sink(name, Dense(widened(grad.flatten(1))))
+                self._sink(name, Dense(widened(grad.flatten(1))), slice(0, self._batch))
         return tuple(grad is not None for grad in own[len(leaves) :])
+
+    def _weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Let calls see their output gradients of weighted losses, which tell whose their rows are."""
+        half = self._half or values.dtype in _HALF
+        self._code = WeightCode(self._batch, values.device, half=half, seed=self._n_runs)
+        self._weighting = True
+        for weights_B in self._code.weights_KB.to(values.dtype):
+            torch.autograd.grad(values, inputs, weights_B, retain_graph=True, allow_unused=True)
+        self._weighting = False
 
     @contextmanager
     def _rows_repeated(self) -> Iterator[dict[str, Tensor]]:
         """Put `[B, ...]` in the place of every parameter `[1, ...]`, and yield them."""
         leaves: dict[str, Tensor] = {}
-        if PARAMETERS not in self._layouts.repeated:
+        if PARAMETERS not in self.layouts.repeated:
             self.failures.update(dict.fromkeys(self._rows, "the model does not take it repeated for each example"))
         else:
             self.repeated |= {PARAMETERS} if self._rows else set()
@@ -175,9 +221,7 @@ class LayerCapture:
             for module, attribute, parameter in held:
                 module._parameters[attribute] = parameter
 
-    def _hook(self, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
-        wanted = frozenset(attributes)
-
+    def _hook(self, path: str, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
                 return None
@@ -185,13 +229,13 @@ class LayerCapture:
             if not isinstance(x, Tensor):
                 self._fail(attributes, "the layer's input is no tensor")
                 return None
-            for_all = self._for_all(module, x, output, attributes)
-            if not self._known(module, x, for_all):
+            reading = self._reading(module, x, output, attributes)
+            if not self._known(module, x, reading):
                 self._fail(attributes, "the layer's input is laid out as in no batch that was proven")
                 return None
             x = x.detach()
             version = x._version
-            if for_all:
+            if reading == "for all":
                 self.repeated |= {OUTPUTS}
                 # A copy, so that layers that work in place may follow.
                 x, output = self._repeated(x), self._repeated(output).contiguous()
@@ -202,62 +246,110 @@ class LayerCapture:
                 if self._anchor is None:
                     self._anchor = torch.zeros((), device=output.device, requires_grad=True)
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-
+            self._half |= output.dtype in _HALF
             rule = rule_for(module)
             assert rule is not None
             made = output.detach() if rule.wants_output(module) else None
             made_version = output._version
+            weighted: list[Tensor] = []
 
             def on_gradient(grad: Tensor) -> None:
+                if self._weighting:
+                    if reading == "rows" or self._checking:
+                        wide = widened(grad.detach())
+                        weighted.append(wide if reading == "rows" else _mixed(wide, self._batch))
+                    return
                 if x._version != version or (made is not None and made._version != made_version):
                     self._fail(attributes, "the layer's input or output is changed in place after its forward")
                     return
                 call = Call(module, widened(x), widened(grad.detach()), self._batch, made)
-                self._deliver(rule, call, attributes, wanted)
+                try:
+                    with torch.no_grad():
+                        self._deliver(rule, call, attributes, reading, weighted)
+                except LayoutError as error:
+                    why = f"layer {path or type(module).__name__}: {error}"
+                    self._fail(attributes, why)
+                    if isinstance(error, _MisplacedError):
+                        self.misplaced = why
 
             output.register_hook(on_gradient)
             return output
 
         return after_forward
 
-    def _for_all(self, module: nn.Module, x: Tensor, output: Tensor, attributes: Mapping[str, str]) -> bool:
+    def _reading(self, module: nn.Module, x: Tensor, output: Tensor, attributes: Mapping[str, str]) -> Reading:
+        """Return how the batch lies in this call's input."""
+        if self._batch == 1:
+            return "batch first"
+        if isinstance(module, nn.Embedding) and x.dim() == 1 and id(module) not in self.layouts.for_all:
+            _add(self.doubtful, attributes, module)
+        elif self._serves_all(x, output):
+            return "for all"
+        if id(module) in self.layouts.by_rows or x.shape[:1] != (self._batch,):
+            self._by_rows = True
+            return "rows"
+        _add(self.batch_first, attributes, module)
+        return "batch first"
+
+    def _serves_all(self, x: Tensor, output: Tensor) -> bool:
         """Return whether this call serves all examples of the batch, so that its output is to be repeated."""
-        if self._batch == 1 or x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self._layouts.repeated:
+        if x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self.layouts.repeated:
             return False
-        if x.dim() > 1:
-            return len(x) == 1
-        if not isinstance(module, nn.Embedding) or id(module) in self._layouts.for_all:
-            return isinstance(module, nn.Embedding)
-        if len(x) % self._batch == 0:
-            self.doubtful.update(dict.fromkeys(attributes.values(), id(module)))
-            return False
-        if self._proving:
-            self._layouts.for_all.add(id(module))
-        return True
+        return x.dim() == 1 or len(x) == 1
 
     def _repeated(self, tensor: Tensor) -> Tensor:
         """Return `[1, ...]` or `[T, ...]` as `[B, ...]` or `[B, T, ...]`."""
         return tensor.expand(self._batch, *tensor.shape[tensor.shape[0] == 1 :])
 
-    def _known(self, module: nn.Module, x: Tensor, for_all: bool) -> bool:
+    def _known(self, module: nn.Module, x: Tensor, reading: Reading) -> bool:
         """Return whether a proof saw this layer's input in this layout; a batch of one has but one."""
         if self._batch == 1:
             return True
-        layout = (id(module), x.dim(), x.shape[:1] == (self._batch,), for_all)
+        outermost = x.dim() == 0 or x.layout != torch.strided or x.stride(0) == max(x.stride())
+        layout = (id(module), x.dim(), outermost, reading)
         if self._proving:
-            self._layouts.proven.add(layout)
-        return layout in self._layouts.proven
+            by_rows = self.layouts.by_rows | {id(module)} if reading == "rows" else self.layouts.by_rows
+            self.layouts = replace(self.layouts, proven=self.layouts.proven | {layout}, by_rows=by_rows)
+        return layout in self.layouts.proven
 
-    def _deliver(self, rule: LayerRule, call: Call, attributes: Mapping[str, str], wanted: frozenset[str]) -> None:
+    def _deliver(
+        self, rule: LayerRule, call: Call, attributes: Mapping[str, str], reading: Reading, weighted: Sequence[Tensor]
+    ) -> None:
+        """Hand the forms of a call to the sink, its rows by example.
+
+        Raises:
+            LayoutError: the rows cannot be told apart by example, or the rule cannot read them.
+        """
         assert self._sink is not None
-        try:
-            with torch.no_grad():
-                forms = rule.forms(call, wanted)
-        except LayoutError as error:
-            self._fail(attributes, str(error))
-            return
-        for attribute, form in forms.items():
-            self._sink(attributes[attribute], form)
+        if reading != "rows":
+            if self._checking:
+                self._check_batch_first(call, weighted)
+            parts: Iterable[tuple[slice, Call]] = [(slice(0, call.batch), call)]
+        else:
+            assert self._code is not None
+            n_leading = rule.n_leading(call.module, call.input)
+            n_rows = prod(call.input.shape[:n_leading])
+            if n_leading < 0 or call.grad_output.shape[:n_leading] != call.input.shape[:n_leading]:
+                raise LayoutError(f"an input of shape {list(call.input.shape)} has no rows")
+            plain_RC, *weighted_RC = (grad.reshape(n_rows, -1) for grad in (call.grad_output, *weighted))
+            parts = arrange(call, n_leading, self._code.attribute(plain_RC, weighted_RC))
+        for rows, part in parts:
+            for attribute, form in rule.forms(part, frozenset(attributes)).items():
+                self._sink(attributes[attribute], form, rows)
+
+    def _check_batch_first(self, call: Call, weighted: Sequence[Tensor]) -> None:
+        """Refuse an input whose first dimension is not the batch in order, by one number an example.
+
+        Raises:
+            _MisplacedError: another example's loss reaches some row.
+        """
+        assert self._code is not None
+        plain_B = _mixed(call.grad_output, call.batch)
+        norm_B = torch.linalg.vector_norm(call.grad_output.reshape(call.batch, -1), dim=1)
+        for weights_B, weighted_B in zip(self._code.weights_KB.to(plain_B.dtype), weighted, strict=True):
+            off_B = (weighted_B - weights_B * plain_B).abs()
+            if bool((off_B > self._code.precision.rounding(norm_B) * weights_B.abs()).any()):
+                raise _MisplacedError("the rows of its input are not the batch's examples in order")
 
     def _fail(self, attributes: Mapping[str, str], reason: str) -> None:
         self.failures.update(dict.fromkeys(attributes.values(), reason))
@@ -269,6 +361,18 @@ class _Pass:
     def __init__(self, losses: Tensor, reached: tuple[bool, ...]) -> None:
         self.losses_B = losses
         self.watched_reached = reached
+
+
+def _add(layers: dict[str, frozenset[int]], attributes: Mapping[str, str], module: nn.Module) -> None:
+    """Add a layer to those of its parameters."""
+    for name in attributes.values():
+        layers[name] = layers.get(name, frozenset()) | {id(module)}
+
+
+def _mixed(grad: Tensor, batch: int) -> Tensor:
+    """Return one number an example, [B]: its entries' sum, each times a fixed number."""
+    grad_BP = grad.reshape(batch, -1)
+    return grad_BP @ torch.arange(1, grad_BP.shape[1] + 1, device=grad.device, dtype=grad.dtype).mul(_IRRATIONAL).cos()
 
 
 def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:

@@ -34,16 +34,28 @@ def _linear(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
 
 
 def _convolution(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
-    delta = by_example(call.grad_output, call.batch)
+    module: Any = call.module
+    x, delta = call.input, call.grad_output
+    if _pictures(module, x) == 0:
+        x, delta = x.unsqueeze(0), delta.unsqueeze(0)
+    several = len(delta) != call.batch
+    if several:
+        delta = _pictures_as_depth(delta, call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
-        module: Any = call.module
-        x, padding = _padding(module, by_example(call.input, call.batch))
+        x, padding = _padding(module, x)
         geometry = Geometry(module.kernel_size, module.stride, module.dilation, module.groups, padding)
+        if several:
+            x, geometry = _pictures_as_depth(x, call.batch), geometry.deepened()
         forms["weight"] = Convolution(delta, x, geometry)
     if "bias" in wanted:
         forms["bias"] = Dense(delta.flatten(2).sum(2))
     return forms
+
+
+def _pictures_as_depth(tensor: Tensor, batch: int) -> Tensor:
+    """Return an example's pictures [B·n, C, ...] as one of n layers [B, C, n, ...]."""
+    return by_example(tensor, batch).transpose(1, 2)
 
 
 def _padding(module: Any, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -118,6 +130,15 @@ def _over_channels(call: Call, wanted: frozenset[str], normalised: Tensor) -> di
     return forms
 
 
+def _pictures(module: Any, x: Tensor) -> int:
+    """Return the dimensions of a convolution's input before the channels: 1, or 0 for one picture alone."""
+    return x.dim() - 1 - len(module.kernel_size)
+
+
+def _before_normalised(module: Any, x: Tensor) -> int:
+    return x.dim() - len(module.normalized_shape)
+
+
 def _plain_embedding(module: Any) -> bool:
     """Return whether forward is a pure look-up: no renormalising, no scaling by batch frequency."""
     return module.max_norm is None and not module.scale_grad_by_freq
@@ -130,17 +151,17 @@ def _running_statistics(module: Any) -> bool:
 
 RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule(_AFFINE, _linear),
-    **{kind: LayerRule(_AFFINE, _convolution) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
-    nn.Embedding: LayerRule(("weight",), _embedding, _plain_embedding),
-    nn.LayerNorm: LayerRule(_AFFINE, _layer_norm),
-    nn.GroupNorm: LayerRule(_AFFINE, _group_norm),
+    **{kind: LayerRule(_AFFINE, _convolution, n_leading=_pictures) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    nn.Embedding: LayerRule(("weight",), _embedding, _plain_embedding, n_leading=lambda module, x: x.dim()),
+    nn.LayerNorm: LayerRule(_AFFINE, _layer_norm, n_leading=_before_normalised),
+    nn.GroupNorm: LayerRule(_AFFINE, _group_norm, n_leading=lambda module, x: 1),
     **{
-        kind: LayerRule(_AFFINE, _batch_norm, _running_statistics)
+        kind: LayerRule(_AFFINE, _batch_norm, _running_statistics, n_leading=lambda module, x: 1)
         for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     },
 }
 if hasattr(torch.nn, "RMSNorm"):
-    RULES[nn.RMSNorm] = LayerRule(("weight",), _rms_norm)
+    RULES[nn.RMSNorm] = LayerRule(("weight",), _rms_norm, n_leading=_before_normalised)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:

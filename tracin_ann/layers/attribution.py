@@ -1,0 +1,180 @@
+"""Attribution: which example each row of a layer's call belongs to, read from gradients of weighted losses.
+
+A layer may run on rows that are no batch: nodes of graphs, tokens of texts packed one after another, options of
+questions, positions that a mask chose. Sizes do not tell whose a row is; gradients do. With the losses weighted by
+w_b, the output gradient of row r is w_e(r) times the plain one, e(r) the row's example: the ratio names the example.
+A row whose ratio is no example's weight gets gradients of several examples.
+
+Shapes: B batch, R rows, C features of a row, K passes with weighted losses, L levels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracin_ann.layers.base import Call, LayoutError
+
+_LARGEST_WEIGHT = 4.0
+# How many padded rows a row may cost before a batch's examples are arranged in more than one part.
+_PADDED = 2
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What rounding leaves of a ratio.
+
+    Attributes:
+        levels: how many weights one pass tells apart.
+        relative: rounding of a row's gradient, relative to its norm.
+        floor: rounding relative to the largest row's norm, for rows whose gradient is all but zero.
+    """
+
+    levels: int
+    relative: float
+    floor: float
+
+    def rounding(self, norm_R: Tensor) -> Tensor:
+        """Return how far rounding may take rows' gradients of these norms from what they are, [R]."""
+        return self.relative * norm_R + self.floor * norm_R.amax() if len(norm_R) else norm_R
+
+
+_FULL, _HALF = Precision(2048, 1e-3, 1e-5), Precision(24, 8e-2, 1e-2)
+
+
+class WeightCode:
+    """Weights of a batch's losses, [K, B]: example b has its own K weights, far enough apart for rounding.
+
+    The weights are ± a geometric series, in random order. One pass is enough for 2,048 examples in float32; in half
+    precision a weight is one of 24 and an example's number is written in that base.
+    """
+
+    def __init__(self, batch: int, device: torch.device, *, half: bool, seed: int) -> None:
+        self.batch, self.precision = batch, _HALF if half else _FULL
+        n_levels = min(self.precision.levels, batch + batch % 2)
+        n_passes = 1
+        while n_levels**n_passes < batch:
+            n_passes += 1
+        one_side = np.geomspace(1 / _LARGEST_WEIGHT, _LARGEST_WEIGHT, n_levels // 2)
+        levels_L = torch.from_numpy(np.concatenate([-one_side[::-1], one_side]))
+        random = np.random.Generator(np.random.Philox(seed))
+        number_B = torch.from_numpy(random.permutation(batch))
+        place = n_levels ** torch.arange(n_passes).unsqueeze(1)
+        self._base = n_levels
+        self._levels_L = levels_L.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self._between_l = (self._levels_L[1:] + self._levels_L[:-1]) / 2
+        self._example_of = torch.argsort(number_B).to(device)
+        self.weights_KB = self._levels_L[(number_B // place % n_levels).to(device)]
+
+    def attribute(self, plain_RC: Tensor, weighted: Sequence[Tensor]) -> Tensor:
+        """Return each row's example, int64 [R]; -1 for a row without a gradient.
+
+        Args:
+            plain_RC: the rows' gradient of Σ_b ℓ_b.
+            weighted: those of Σ_b w_kb ℓ_b, [R, C], one for each pass.
+
+        Raises:
+            LayoutError: some row gets gradients of several examples.
+        """
+        norm_R = torch.linalg.vector_norm(plain_RC, dim=1)
+        number_R = torch.zeros(len(plain_RC), dtype=torch.int64, device=plain_RC.device)
+        mixed_R = torch.zeros(len(plain_RC), dtype=torch.bool, device=plain_RC.device)
+        rounding_R = self.precision.rounding(norm_R)
+        for k, weighted_RC in enumerate(weighted):
+            ratio_R = torch.linalg.vecdot(weighted_RC, plain_RC) / norm_R.square().clamp_min(1e-37)
+            digit_R = torch.bucketize(ratio_R.to(self._levels_L.dtype), self._between_l)
+            weight_R = self._levels_L[digit_R].to(plain_RC.dtype)
+            off_R = torch.linalg.vector_norm(torch.addcmul(weighted_RC, plain_RC, -weight_R.unsqueeze(1)), dim=1)
+            mixed_R |= ~(off_R <= weight_R.abs() * rounding_R)
+            number_R += digit_R * self._base**k
+        mixed_R |= (number_R >= self.batch) & (norm_R > rounding_R)
+        if bool(mixed_R.any()):
+            raise LayoutError(f"{int(mixed_R.sum())} of its {len(mixed_R)} rows get gradients of several examples")
+        example_R = self._example_of[number_R.clamp_max(self.batch - 1)]
+        return example_R.masked_fill(norm_R == 0, -1)
+
+
+def arrange(call: Call, n_leading: int, example_R: Tensor) -> Iterator[tuple[slice, Call]]:
+    """Yield parts of a call by example: the examples of the batch, and a call that has as many rows for each of them.
+
+    Rows that an example has less than others are copies of some row, with no gradient.
+
+    Args:
+        call: of a layer on rows of unknown examples.
+        n_leading: how many leading dimensions of its input count rows.
+        example_R: each row's example; -1: none.
+    """
+    sizes = call.input.shape[:n_leading]
+    example_R, n_rows = _by_first_dimension(example_R, sizes), prod(sizes[:1])
+    if n_leading == 0 or len(example_R) != n_rows:
+        call = _reshaped(call, n_leading)
+    if is_uniform(example_R, call.batch):
+        yield slice(0, call.batch), call
+        return
+    example_R = example_R.cpu()
+    kept = (example_R >= 0).nonzero()[:, 0]
+    if not len(kept):
+        return
+    order = kept[torch.argsort(example_R[kept], stable=True)]
+    counts = torch.bincount(example_R[kept], minlength=call.batch)
+    starts = torch.cumsum(counts, 0) - counts
+    for first, last in _parts(counts.tolist(), 0, call.batch):
+        n_positions = max(1, int(counts[first:last].max()))
+        position = torch.arange(n_positions)
+        taken = position < counts[first:last, None]
+        row = order[(starts[first:last, None] + position).clamp_max(len(order) - 1)]
+        yield slice(first, last), _gathered(call, row.flatten(), taken.flatten(), last - first)
+
+
+def is_uniform(example_R: Tensor, batch: int) -> bool:
+    """Return whether the rows are the batch's examples in order, as many rows for each."""
+    if not len(example_R) or len(example_R) % batch:
+        return False
+    expected = torch.arange(batch, device=example_R.device).unsqueeze(1)
+    example_Bn = example_R.view(batch, -1)
+    return bool(((example_Bn == expected) | (example_Bn < 0)).all())
+
+
+def _by_first_dimension(example_R: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return an example for each entry of the first dimension, where all its rows are of one example."""
+    if len(sizes) < 2 or not len(example_R):  # noqa: PLR2004
+        return example_R
+    example_SR = example_R.view(sizes[0], -1)
+    highest_S = example_SR.amax(1)
+    alike = (example_SR == highest_S.unsqueeze(1)) | (example_SR < 0)
+    return highest_S if bool(alike.all()) else example_R
+
+
+def _reshaped(call: Call, n_leading: int) -> Call:
+    """Return the call with its leading dimensions as one."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, *tensor.shape[n_leading:])
+
+    output = None if call.output is None else rows(call.output)
+    return replace(call, input=rows(call.input), grad_output=rows(call.grad_output), output=output)
+
+
+def _gathered(call: Call, row_r: Tensor, taken_r: Tensor, batch: int) -> Call:
+    """Return the call on these rows, those that are not taken without a gradient."""
+    row_r = row_r.to(call.input.device)
+    grad = call.grad_output[row_r]
+    grad *= taken_r.to(grad.device, grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+    output = None if call.output is None else call.output[row_r]
+    return Call(call.module, call.input[row_r], grad, batch, output)
+
+
+def _parts(counts: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield runs of examples whose padding stays small, by halves."""
+    held = counts[first:last]
+    if last - first > 1 and max(held) * len(held) > _PADDED * max(1, sum(held)):
+        middle = (first + last) // 2
+        yield from itertools.chain(_parts(counts, first, middle), _parts(counts, middle, last))
+    else:
+        yield first, last
