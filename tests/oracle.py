@@ -16,6 +16,7 @@ def gradients(
     loss: Callable[[nn.Module, Any], Tensor],
     examples: Sequence[Any],
     names: Sequence[str] | None = None,
+    collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate,
 ) -> Tensor:
     """Return per-example gradients [N, P] in float64, one example at a time, parameters in the model's order."""
     model = _double(model).eval()
@@ -24,7 +25,7 @@ def gradients(
         parameter.requires_grad_(True)
     rows = []
     for example in examples:
-        batch = _double_batch(torch.utils.data.default_collate([example]))
+        batch = _double_batch(collate([example]))
         grads = torch.autograd.grad(loss(model, batch).sum(), chosen, allow_unused=True)
         rows.append(
             torch.cat(
@@ -46,7 +47,7 @@ def _double_batch(batch: Any) -> Any:
         return batch.double() if batch.is_floating_point() else batch
     if isinstance(batch, dict):
         return {key: _double_batch(value) for key, value in batch.items()}
-    return type(batch)(_double_batch(item) for item in batch)
+    return type(batch)(_double_batch(item) for item in batch) if isinstance(batch, (list, tuple)) else batch
 
 
 def tracin(gradients_QCP: Tensor, gradients_NCP: Tensor, rates: Sequence[float]) -> np.ndarray:

@@ -227,3 +227,16 @@ def _scaled(form, scale):
         if isinstance(form, Rows)
         else Dense(times(form.grad_BP))
     )
+
+
+def test_norms_are_of_all_forms_of_a_parameter_however_the_batch_is_cut():
+    first, second = torch.randn(2, 6, 4, dtype=torch.float64)
+    cut = {
+        ("weight", 0, 6): [factors.Dense(first)],
+        ("weight", 0, 2): [factors.Dense(second[:2])],
+        ("weight", 2, 6): [factors.Dense(second[2:])],
+        ("bias", 1, 3): [factors.Dense(first[1:3])],
+    }
+    expected = (first + second).square().sum(1)
+    expected[1:3] += first[1:3].square().sum(1)
+    torch.testing.assert_close(squared_norms(cut, 6, torch.device("cpu")), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -206,16 +207,30 @@ def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, dev
     Those too large or too small for the models' own precision are computed again in float64.
     """
     total = torch.zeros(batch, dtype=torch.float64, device=device)
-    for (_, first, last), uses in forms.items():
+    parts = list(_norm_parts(forms))
+    for first, last, uses in parts:
         total[first:last] += squared_norm(uses)
     far = (~(torch.isfinite(total) & (total > _LEAST_SQUARE))).nonzero().flatten()
     if len(far):
         total[far] = 0
-        for (_, first, last), uses in forms.items():
+        for first, last, uses in parts:
             rows = far[(far >= first) & (far < last)]
             if len(rows):
                 total[rows] += squared_norm([doubled(form[rows - first]) for form in uses])
     return total
+
+
+def _norm_parts(forms: dict[tuple[str, int, int], list[Form]]) -> Iterator[tuple[int, int, list[Form]]]:
+    """Yield rows of the batch with all of one parameter's forms of just these rows: only together have they a norm."""
+    by_name: dict[str, list[tuple[int, int, Form]]] = defaultdict(list)
+    for (name, first, last), uses in forms.items():
+        by_name[name] += [(first, last, form) for form in uses]
+    for uses_of in by_name.values():
+        cuts = sorted({cut for first, last, _ in uses_of for cut in (first, last)})
+        for start, stop in itertools.pairwise(cuts):
+            held = [form[start - first : stop - first] for first, last, form in uses_of if first <= start < last]
+            if held:
+                yield start, stop, held
 
 
 def joined(parts: Sequence[FeatureRows]) -> FeatureRows:

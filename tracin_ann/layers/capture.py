@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tracin_ann.factors import Dense, Form
 from tracin_ann.layers.attribution import WeightCode, arrange
 from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
+from tracin_ann.layers.row_moves import RowMoves
 from tracin_ann.layers.rules import rule_for
 
 Sink = Callable[[str, Form, slice], None]
@@ -50,7 +51,8 @@ class Layouts:
         proven: the layouts of inputs that were proven.
         repeated: what is repeated; a model that cannot take it is run as it is.
         for_all: embeddings whose indices `[T]` are for all examples, whatever T.
-        by_rows: layers whose rows' examples are found in every batch, even where there are as many as examples.
+        by_rows: layers whose rows' examples are found in every batch, even where there are as many as examples:
+            rows were picked by index before them, or their input was not batch first in some batch.
     """
 
     proven: frozenset[_Layout] = frozenset()
@@ -108,7 +110,7 @@ class LayerCapture:
         self._sink: Sink | None = None
         self._batch = 0
         self.layouts = layouts
-        self._proving = False
+        self._moves: RowMoves | None = None
         self._checking = False
         self._half = False
         self._by_rows = False
@@ -133,7 +135,7 @@ class LayerCapture:
         sink: Sink,
         watched: Sequence[nn.Parameter] = (),
         *,
-        proving: bool = False,
+        proving: Sequence[Tensor] | None = None,
         checking: bool = False,
     ) -> _Pass:
         """Run one forward (`losses()`) and backward, handing every gradient form to `sink`.
@@ -145,8 +147,8 @@ class LayerCapture:
             batch: B.
             sink: called with (parameter name, form, rows of the batch), for every use of a parameter.
             watched: parameters that are thought to get no gradient.
-            proving: the forms are held against autograd's gradients; else a layer whose input is laid
-                out as in no proof fails.
+            proving: the batch's own tensors, where the forms are held against autograd's gradients; else a layer
+                whose input is laid out as in no proof fails.
             checking: find also the examples of inputs whose first dimension is taken for the batch; a layer where
                 they are others fails.
 
@@ -158,26 +160,28 @@ class LayerCapture:
             for module, path, attributes in self._layers
         ]
         self._clear()
-        self._sink, self._batch, self._proving, self._checking = sink, batch, proving, checking and batch > 1
+        self._sink, self._batch, self._checking = sink, batch, checking and batch > 1
+        self._moves = None if proving is None else RowMoves(proving)
         self._n_runs += 1
         try:
             for parameter in watched:
                 parameter.requires_grad_(True)
             with self._rows_repeated() as leaves:
-                values = losses()
+                with self._moves or nullcontext():
+                    values = losses()
                 reached = self._backward(values, watched, leaves)
         finally:
             for handle in handles:
                 handle.remove()
             for parameter in watched:
                 parameter.requires_grad_(False)
-            self._sink = self._anchor = self._code = None
+            self._sink = self._anchor = self._code = self._moves = None
         return _Pass(values.detach(), reached)
 
     def _backward(
         self, values: Tensor, watched: Sequence[nn.Parameter], leaves: Mapping[str, Tensor]
     ) -> tuple[bool, ...]:
-        if not values.requires_grad or (self.failures and not self._proving):
+        if not values.requires_grad or (self.failures and self._moves is None):
             return (False,) * len(watched)
         inputs = [*([self._anchor] if self._anchor is not None else []), *leaves.values(), *watched]
         if self._by_rows or self._checking:
@@ -285,7 +289,8 @@ class LayerCapture:
             _add(self.doubtful, attributes, module)
         elif self._serves_all(x, output):
             return "for all"
-        if id(module) in self.layouts.by_rows or x.shape[:1] != (self._batch,):
+        moved = self._moves is not None and self._moves.seen
+        if moved or id(module) in self.layouts.by_rows or x.shape[:1] != (self._batch,):
             self._by_rows = True
             return "rows"
         _add(self.batch_first, attributes, module)
@@ -307,7 +312,7 @@ class LayerCapture:
             return True
         outermost = x.dim() == 0 or x.layout != torch.strided or x.stride(0) == max(x.stride())
         layout = (id(module), x.dim(), outermost, reading)
-        if self._proving:
+        if self._moves is not None:
             by_rows = self.layouts.by_rows | {id(module)} if reading == "rows" else self.layouts.by_rows
             self.layouts = replace(self.layouts, proven=self.layouts.proven | {layout}, by_rows=by_rows)
         return layout in self.layouts.proven
