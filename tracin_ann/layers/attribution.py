@@ -22,6 +22,7 @@ from torch import Tensor
 from tracin_ann.layers.base import Call, LayoutError
 
 _LARGEST_WEIGHT = 4.0
+_LEAST = 1e-37
 # How many padded rows a row may cost before a batch's examples are arranged in more than one part.
 _PADDED = 2
 
@@ -55,7 +56,7 @@ class WeightCode:
     precision a weight is one of 24 and an example's number is written in that base.
     """
 
-    def __init__(self, batch: int, device: torch.device, *, half: bool, seed: int) -> None:
+    def __init__(self, batch: int, device: torch.device, *, half: bool) -> None:
         self.batch, self.precision = batch, _HALF if half else _FULL
         n_levels = min(self.precision.levels, batch + batch % 2)
         n_passes = 1
@@ -63,7 +64,7 @@ class WeightCode:
             n_passes += 1
         one_side = np.geomspace(1 / _LARGEST_WEIGHT, _LARGEST_WEIGHT, n_levels // 2)
         levels_L = torch.from_numpy(np.concatenate([-one_side[::-1], one_side]))
-        random = np.random.Generator(np.random.Philox(seed))
+        random = np.random.Generator(np.random.Philox(batch))
         number_B = torch.from_numpy(random.permutation(batch))
         place = n_levels ** torch.arange(n_passes).unsqueeze(1)
         self._base = n_levels
@@ -72,26 +73,29 @@ class WeightCode:
         self._example_of = torch.argsort(number_B).to(device)
         self.weights_KB = self._levels_L[(number_B // place % n_levels).to(device)]
 
-    def attribute(self, plain_RC: Tensor, weighted: Sequence[Tensor]) -> Tensor:
+    def attribute(self, plain_RC: Tensor, weighted: Sequence[Tensor], guess_R: Tensor | None = None) -> Tensor:
         """Return each row's example, int64 [R]; -1 for a row without a gradient.
 
         Args:
             plain_RC: the rows' gradient of Σ_b ℓ_b.
             weighted: those of Σ_b w_kb ℓ_b, [R, C], one for each pass.
+            guess_R: examples that the rows may have, -1 where unknown; returned if they have them.
 
         Raises:
             LayoutError: some row gets gradients of several examples.
         """
         norm_R = torch.linalg.vector_norm(plain_RC, dim=1)
+        rounding_R = self.precision.rounding(norm_R)
+        if guess_R is not None:
+            weights_KR = torch.where(guess_R >= 0, self.weights_KB[:, guess_R], 0).to(plain_RC.dtype)
+            if not any(_differ(p, plain_RC, w, rounding_R).any() for p, w in zip(weighted, weights_KR, strict=True)):
+                return guess_R
         number_R = torch.zeros(len(plain_RC), dtype=torch.int64, device=plain_RC.device)
         mixed_R = torch.zeros(len(plain_RC), dtype=torch.bool, device=plain_RC.device)
-        rounding_R = self.precision.rounding(norm_R)
         for k, weighted_RC in enumerate(weighted):
-            ratio_R = torch.linalg.vecdot(weighted_RC, plain_RC) / norm_R.square().clamp_min(1e-37)
+            ratio_R = torch.linalg.vecdot(weighted_RC, plain_RC) / norm_R.square().clamp_min(_LEAST)
             digit_R = torch.bucketize(ratio_R.to(self._levels_L.dtype), self._between_l)
-            weight_R = self._levels_L[digit_R].to(plain_RC.dtype)
-            off_R = torch.linalg.vector_norm(torch.addcmul(weighted_RC, plain_RC, -weight_R.unsqueeze(1)), dim=1)
-            mixed_R |= ~(off_R <= weight_R.abs() * rounding_R)
+            mixed_R |= _differ(weighted_RC, plain_RC, self._levels_L[digit_R].to(plain_RC.dtype), rounding_R)
             number_R += digit_R * self._base**k
         mixed_R |= (number_R >= self.batch) & (norm_R > rounding_R)
         if bool(mixed_R.any()):
@@ -100,36 +104,78 @@ class WeightCode:
         return example_R.masked_fill(norm_R == 0, -1)
 
 
-def arrange(call: Call, n_leading: int, example_R: Tensor) -> Iterator[tuple[slice, Call]]:
-    """Yield parts of a call by example: the examples of the batch, and a call that has as many rows for each of them.
+def _differ(weighted_RC: Tensor, plain_RC: Tensor, weight_R: Tensor, rounding_R: Tensor) -> Tensor:
+    """Return which rows [R] differ from the plain ones times a weight by more than rounding; those with NaN do."""
+    off_RC = torch.addcmul(weighted_RC, plain_RC, weight_R.unsqueeze(1), value=-1)
+    alike_R: Tensor = torch.linalg.vector_norm(off_RC, dim=1) <= weight_R.abs() * rounding_R
+    return ~alike_R
 
-    Rows that an example has less than others are copies of some row, with no gradient.
+
+class Arrangement:
+    """The rows of a call by example, for all calls whose rows are the same examples'.
 
     Args:
-        call: of a layer on rows of unknown examples.
-        n_leading: how many leading dimensions of its input count rows.
         example_R: each row's example; -1: none.
+        batch: B.
     """
-    sizes = call.input.shape[:n_leading]
-    example_R, n_rows = _by_first_dimension(example_R, sizes), prod(sizes[:1])
-    if n_leading == 0 or len(example_R) != n_rows:
-        call = _reshaped(call, n_leading)
-    if is_uniform(example_R, call.batch):
-        yield slice(0, call.batch), call
-        return
-    example_R = example_R.cpu()
+
+    def __init__(self, example_R: Tensor, batch: int) -> None:
+        self.example_R, self.batch = example_R, batch
+        self._by_sizes: dict[tuple[int, ...], tuple[bool, list[_Part] | None]] = {}
+
+    def parts(self, call: Call, n_leading: int) -> Iterator[tuple[slice, Call]]:
+        """Yield examples of the batch, and a call that has as many rows for each of them.
+
+        Rows that an example has less than others are copies of some row, with no gradient.
+
+        Args:
+            call: of a layer on these rows.
+            n_leading: how many leading dimensions of its input count rows.
+        """
+        sizes = tuple(call.input.shape[:n_leading])
+        if sizes not in self._by_sizes:
+            example_R = _by_first_dimension(self.example_R, sizes)
+            flat = n_leading == 0 or len(example_R) != prod(sizes[:1])
+            even = is_uniform(example_R, self.batch)
+            self._by_sizes[sizes] = flat, None if even else list(_parts(example_R, self.batch))
+        flat, parts = self._by_sizes[sizes]
+        call = _reshaped(call, n_leading) if flat else call
+        if parts is None:
+            yield slice(0, self.batch), call
+            return
+        for part in parts:
+            yield part.examples, part.take(call)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a batch: which rows they get, as many for each, and which of these are theirs."""
+
+    examples: slice
+    row_r: Tensor
+    taken_r: Tensor
+
+    def take(self, call: Call) -> Call:
+        """Return the call on these rows, those that are not the examples' own without a gradient."""
+        grad = call.grad_output[self.row_r]
+        grad.mul_(self.taken_r.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+        output = None if call.output is None else call.output[self.row_r]
+        return Call(call.module, call.input[self.row_r], grad, self.examples.stop - self.examples.start, output)
+
+
+def _parts(example_R: Tensor, batch: int) -> Iterator[_Part]:
+    device, example_R = example_R.device, example_R.cpu()
     kept = (example_R >= 0).nonzero()[:, 0]
     if not len(kept):
         return
     order = kept[torch.argsort(example_R[kept], stable=True)]
-    counts = torch.bincount(example_R[kept], minlength=call.batch)
+    counts = torch.bincount(example_R[kept], minlength=batch)
     starts = torch.cumsum(counts, 0) - counts
-    for first, last in _parts(counts.tolist(), 0, call.batch):
-        n_positions = max(1, int(counts[first:last].max()))
-        position = torch.arange(n_positions)
+    for first, last in _runs(counts.tolist(), 0, batch):
+        position = torch.arange(max(1, int(counts[first:last].max())))
         taken = position < counts[first:last, None]
         row = order[(starts[first:last, None] + position).clamp_max(len(order) - 1)]
-        yield slice(first, last), _gathered(call, row.flatten(), taken.flatten(), last - first)
+        yield _Part(slice(first, last), row.flatten().to(device), taken.flatten().to(device))
 
 
 def is_uniform(example_R: Tensor, batch: int) -> bool:
@@ -161,20 +207,11 @@ def _reshaped(call: Call, n_leading: int) -> Call:
     return replace(call, input=rows(call.input), grad_output=rows(call.grad_output), output=output)
 
 
-def _gathered(call: Call, row_r: Tensor, taken_r: Tensor, batch: int) -> Call:
-    """Return the call on these rows, those that are not taken without a gradient."""
-    row_r = row_r.to(call.input.device)
-    grad = call.grad_output[row_r]
-    grad *= taken_r.to(grad.device, grad.dtype).view(-1, *[1] * (grad.dim() - 1))
-    output = None if call.output is None else call.output[row_r]
-    return Call(call.module, call.input[row_r], grad, batch, output)
-
-
-def _parts(counts: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:
+def _runs(counts: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:
     """Yield runs of examples whose padding stays small, by halves."""
     held = counts[first:last]
     if last - first > 1 and max(held) * len(held) > _PADDED * max(1, sum(held)):
         middle = (first + last) // 2
-        yield from itertools.chain(_parts(counts, first, middle), _parts(counts, middle, last))
+        yield from itertools.chain(_runs(counts, first, middle), _runs(counts, middle, last))
     else:
         yield first, last

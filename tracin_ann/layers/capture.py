@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.factors import Dense, Form
-from tracin_ann.layers.attribution import WeightCode, arrange
+from tracin_ann.layers.attribution import Arrangement, WeightCode
 from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.row_moves import RowMoves
 from tracin_ann.layers.rules import rule_for
@@ -116,7 +116,7 @@ class LayerCapture:
         self._by_rows = False
         self._code: WeightCode | None = None
         self._weighting = False
-        self._n_runs = 0
+        self._codes: dict[tuple[int, torch.device, bool], WeightCode] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -126,6 +126,7 @@ class LayerCapture:
         self.doubtful: dict[str, frozenset[int]] = {}
         self.batch_first: dict[str, frozenset[int]] = {}
         self._half = self._by_rows = self._weighting = False
+        self._arrangements: dict[int, Arrangement] = {}
         self._anchor = self._code = None
 
     def run(
@@ -162,7 +163,6 @@ class LayerCapture:
         self._clear()
         self._sink, self._batch, self._checking = sink, batch, checking and batch > 1
         self._moves = None if proving is None else RowMoves(proving)
-        self._n_runs += 1
         try:
             for parameter in watched:
                 parameter.requires_grad_(True)
@@ -176,6 +176,7 @@ class LayerCapture:
             for parameter in watched:
                 parameter.requires_grad_(False)
             self._sink = self._anchor = self._code = self._moves = None
+            self._arrangements = {}
         return _Pass(values.detach(), reached)
 
     def _backward(
@@ -197,7 +198,10 @@ class LayerCapture:
     def _weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
         """Let calls see their output gradients of weighted losses, which tell whose their rows are."""
         half = self._half or values.dtype in _HALF
-        self._code = WeightCode(self._batch, values.device, half=half, seed=self._n_runs)
+        key = self._batch, values.device, half
+        if key not in self._codes:
+            self._codes[key] = WeightCode(self._batch, values.device, half=half)
+        self._code = self._codes[key]
         self._weighting = True
         for weights_B in self._code.weights_KB.to(values.dtype):
             torch.autograd.grad(values, inputs, weights_B, retain_graph=True, allow_unused=True)
@@ -337,10 +341,26 @@ class LayerCapture:
             if n_leading < 0 or call.grad_output.shape[:n_leading] != call.input.shape[:n_leading]:
                 raise LayoutError(f"an input of shape {list(call.input.shape)} has no rows")
             plain_RC, *weighted_RC = (grad.reshape(n_rows, -1) for grad in (call.grad_output, *weighted))
-            parts = arrange(call, n_leading, self._code.attribute(plain_RC, weighted_RC))
+            parts = self._arranged(plain_RC, weighted_RC).parts(call, n_leading)
         for rows, part in parts:
             for attribute, form in rule.forms(part, frozenset(attributes)).items():
                 self._sink(attributes[attribute], form, rows)
+
+    def _arranged(self, plain_RC: Tensor, weighted: Sequence[Tensor]) -> Arrangement:
+        """Return a call's rows by example; most layers of a model run on the same rows.
+
+        Raises:
+            LayoutError: some row gets gradients of several examples.
+        """
+        assert self._code is not None
+        known = self._arrangements.get(len(plain_RC))
+        guess_R = None if known is None else known.example_R
+        example_R = self._code.attribute(plain_RC, weighted, guess_R)
+        if known is None or example_R is not guess_R:
+            if guess_R is not None:
+                example_R = torch.where(example_R < 0, guess_R, example_R)
+            known = self._arrangements[len(plain_RC)] = Arrangement(example_R, self._batch)
+        return known
 
     def _check_batch_first(self, call: Call, weighted: Sequence[Tensor]) -> None:
         """Refuse an input whose first dimension is not the batch in order, by one number an example.
