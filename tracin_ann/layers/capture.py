@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.factors import Dense, Form
-from tracin_ann.layers.attribution import Arrangement, WeightCode
+from tracin_ann.layers.attribution import Arrangement, WeightCode, project
 from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.row_moves import RowMoves
 from tracin_ann.layers.rules import rule_for
@@ -31,7 +31,6 @@ Holder = tuple[nn.Module, str]
 _Layout = tuple[int, int, bool, "Reading"]
 Reading = Literal["batch first", "rows", "for all"]
 """How a call's input is read: its first dimension is the batch; rows of examples to be found; one for all examples."""
-_IRRATIONAL = 2.399963
 _HALF = (torch.float16, torch.bfloat16)
 
 OUTPUTS, PARAMETERS = "outputs of layers", "parameters"
@@ -259,13 +258,13 @@ class LayerCapture:
             assert rule is not None
             made = output.detach() if rule.wants_output(module) else None
             made_version = output._version
+            n_rows = self._n_rows(rule, module, x, output, reading)
             weighted: list[Tensor] = []
 
             def on_gradient(grad: Tensor) -> None:
                 if self._weighting:
-                    if reading == "rows" or self._checking:
-                        wide = widened(grad.detach())
-                        weighted.append(wide if reading == "rows" else _mixed(wide, self._batch))
+                    if n_rows:
+                        weighted.append(project(widened(grad.detach()), n_rows))
                     return
                 if x._version != version or (made is not None and made._version != made_version):
                     self._fail(attributes, "the layer's input or output is changed in place after its forward")
@@ -330,51 +329,57 @@ class LayerCapture:
             LayoutError: the rows cannot be told apart by example, or the rule cannot read them.
         """
         assert self._sink is not None
-        if reading != "rows":
-            if self._checking:
-                self._check_batch_first(call, weighted)
-            parts: Iterable[tuple[slice, Call]] = [(slice(0, call.batch), call)]
-        else:
-            assert self._code is not None
-            n_leading = rule.n_leading(call.module, call.input)
-            n_rows = prod(call.input.shape[:n_leading])
-            if n_leading < 0 or call.grad_output.shape[:n_leading] != call.input.shape[:n_leading]:
-                raise LayoutError(f"an input of shape {list(call.input.shape)} has no rows")
-            plain_RC, *weighted_RC = (grad.reshape(n_rows, -1) for grad in (call.grad_output, *weighted))
-            parts = self._arranged(plain_RC, weighted_RC).parts(call, n_leading)
+        parts: Iterable[tuple[slice, Call]] = [(slice(0, call.batch), call)]
+        if weighted:
+            plain_RJ = project(call.grad_output, len(weighted[0]))
+            if reading == "rows":
+                parts = self._arranged(plain_RJ, weighted).parts(call, rule.n_leading(call.module, call.input))
+            else:
+                self._check_batch_first(plain_RJ, weighted)
+        elif reading == "rows":
+            raise LayoutError(f"an input of shape {list(call.input.shape)} has no rows")
         for rows, part in parts:
             for attribute, form in rule.forms(part, frozenset(attributes)).items():
                 self._sink(attributes[attribute], form, rows)
 
-    def _arranged(self, plain_RC: Tensor, weighted: Sequence[Tensor]) -> Arrangement:
+    def _n_rows(self, rule: LayerRule, module: nn.Module, x: Tensor, output: Tensor, reading: Reading) -> int:
+        """Return how many rows of a call are held against their examples; 0: none are, or it has none."""
+        if reading != "rows":
+            return self._batch if self._checking and reading == "batch first" else 0
+        n_leading = rule.n_leading(module, x)
+        rows = x.shape[: max(0, n_leading)]
+        return prod(rows) if n_leading >= 0 and output.shape[:n_leading] == rows else 0
+
+    def _arranged(self, plain_RJ: Tensor, weighted: Sequence[Tensor]) -> Arrangement:
         """Return a call's rows by example; most layers of a model run on the same rows.
 
         Raises:
             LayoutError: some row gets gradients of several examples.
         """
         assert self._code is not None
-        known = self._arrangements.get(len(plain_RC))
+        known = self._arrangements.get(len(plain_RJ))
         guess_R = None if known is None else known.example_R
-        example_R = self._code.attribute(plain_RC, weighted, guess_R)
+        example_R = self._code.attribute(plain_RJ, weighted, guess_R)
         if known is None or example_R is not guess_R:
             if guess_R is not None:
                 example_R = torch.where(example_R < 0, guess_R, example_R)
-            known = self._arrangements[len(plain_RC)] = Arrangement(example_R, self._batch)
+            known = self._arrangements[len(plain_RJ)] = Arrangement(example_R, self._batch)
         return known
 
-    def _check_batch_first(self, call: Call, weighted: Sequence[Tensor]) -> None:
-        """Refuse an input whose first dimension is not the batch in order, by one number an example.
+    def _check_batch_first(self, plain_BJ: Tensor, weighted: Sequence[Tensor]) -> None:
+        """Refuse an input whose first dimension is not the batch in order.
 
         Raises:
             _MisplacedError: another example's loss reaches some row.
         """
         assert self._code is not None
-        plain_B = _mixed(call.grad_output, call.batch)
-        norm_B = torch.linalg.vector_norm(call.grad_output.reshape(call.batch, -1), dim=1)
-        for weights_B, weighted_B in zip(self._code.weights_KB.to(plain_B.dtype), weighted, strict=True):
-            off_B = (weighted_B - weights_B * plain_B).abs()
-            if bool((off_B > self._code.precision.rounding(norm_B) * weights_B.abs()).any()):
-                raise _MisplacedError("the rows of its input are not the batch's examples in order")
+        own_B = torch.arange(len(plain_BJ), device=plain_BJ.device)
+        try:
+            example_B = self._code.attribute(plain_BJ, weighted, own_B)
+        except LayoutError as error:
+            raise _MisplacedError(str(error)) from error
+        if not bool(((example_B == own_B) | (example_B < 0)).all()):
+            raise _MisplacedError("the rows of its input are not the batch's examples in order")
 
     def _fail(self, attributes: Mapping[str, str], reason: str) -> None:
         self.failures.update(dict.fromkeys(attributes.values(), reason))
@@ -392,12 +397,6 @@ def _add(layers: dict[str, frozenset[int]], attributes: Mapping[str, str], modul
     """Add a layer to those of its parameters."""
     for name in attributes.values():
         layers[name] = layers.get(name, frozenset()) | {id(module)}
-
-
-def _mixed(grad: Tensor, batch: int) -> Tensor:
-    """Return one number an example, [B]: its entries' sum, each times a fixed number."""
-    grad_BP = grad.reshape(batch, -1)
-    return grad_BP @ torch.arange(1, grad_BP.shape[1] + 1, device=grad.device, dtype=grad.dtype).mul(_IRRATIONAL).cos()
 
 
 def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
