@@ -13,7 +13,7 @@ from torch import nn
 
 from tasks.toy import CONFIG, Toy, toy
 from tracin_ann import Checkpoint, build
-from tracin_ann.checkpoints import checkpoint_digest, load_checkpoint
+from tracin_ann.checkpoints import CheckpointLoader, checkpoint_digest
 from tracin_ann.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -26,7 +26,8 @@ def state(seed=3):
 
 def loaded(tmp_path, path, **changes):
     model = Toy().train()
-    load_checkpoint(toy(tmp_path, model, **changes), model, Checkpoint(path, 1.0), CPU)
+    task = toy(tmp_path, model, checkpoints=[Checkpoint(path, 1.0)], **changes)
+    CheckpointLoader(task).load(model, 0, CPU)
     return model
 
 
@@ -140,8 +141,12 @@ def test_a_whole_pickled_model_is_refused(tmp_path):
         (lambda s: s.update({"first.bias": torch.zeros(7)}), "first.bias of shape [7] instead of [6]"),
         (lambda s: s.update({"first.bias": torch.zeros(6, 1)}), "first.bias of shape [6, 1] instead of [6]"),
         (
-            lambda s: [s.update({f"module.{key}": s.pop(key)}) for key in list(s)],
+            lambda s: [s.update({f"net.{key}": s.pop(key)}) for key in list(s)],
             "missing first.weight; missing first.bias; missing second.weight; missing second.bias and 4 more",
+        ),
+        (
+            lambda s: s.update({"first.bias": torch.zeros(7), "extra": torch.zeros(1)}),
+            'Unexpected key(s) in state_dict: "extra".; first.bias of shape [7] instead of [6]',
         ),
     ],
 )

@@ -8,9 +8,10 @@ import torch
 import models
 import oracle
 from tracin_ann import factors
+from tracin_ann.checkpoint import Checkpoint
 from tracin_ann.gradients import GradientEngine
 from tracin_ann.nested import to_device
-from tracin_ann.task import Checkpoint, Task
+from tracin_ann.task import Task
 
 
 def engine_for(model, case, examples, device, **options):

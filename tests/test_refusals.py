@@ -22,7 +22,7 @@ REFUSED = {
     "nan": ["the loss of row 2 at checkpoint 0 is not finite", "got nan"],
     "dropout": ["the loss is random", "functional dropout"],
     "empty": ["Task.train_data cannot be used", "got no rows", "at least one row"],
-    "learning rate": ["bad learning rate", "got -1", "a positive finite number"],
+    "learning rate": ["bad learning rate", "got -1", "a finite number, 0 or more"],
 }
 
 

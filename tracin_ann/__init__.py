@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tracin_ann.answers import Answer, Hit, QueryOptions, SelfInfluence
     from tracin_ann.build import BuildReport, build
+    from tracin_ann.checkpoint import Checkpoint
     from tracin_ann.config import BuildConfig
     from tracin_ann.dry_run import BuildPlan, plan
     from tracin_ann.errors import TracinAnnError
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.progress import progress_bar
     from tracin_ann.report import write_report
-    from tracin_ann.task import Checkpoint, Description, Task
+    from tracin_ann.task import Description, Task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,13 +46,14 @@ __all__ = [
 _HOMES = {
     "answers": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
     "build": ("BuildReport", "build"),
+    "checkpoint": ("Checkpoint",),
     "config": ("BuildConfig",),
     "dry_run": ("BuildPlan", "plan"),
     "errors": ("TracinAnnError",),
     "index": ("InfluenceIndex",),
     "progress": ("progress_bar",),
     "report": ("write_report",),
-    "task": ("Checkpoint", "Description", "Task"),
+    "task": ("Description", "Task"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -90,12 +90,14 @@ class BuildReport:
         rows_extracted: rows × checkpoints computed by this run; 0 where all files were there already.
         seconds: wall time.
         skipped: the rows that are in no answer because they are not finite.
+        notes: in a line each, how checkpoints were read whose files are no plain state_dict.
     """
 
     manifest: Manifest
     rows_extracted: int
     seconds: float
     skipped: Skipped
+    notes: tuple[str, ...] = ()
 
 
 class BuildWork:
@@ -294,7 +296,13 @@ class BuildWork:
 
     def report(self, manifest: Manifest, began: float) -> BuildReport:
         """Return what was done since `began`."""
-        return BuildReport(manifest, self.rows_extracted, perf_counter() - began, skipped_rows(self.out, manifest))
+        return BuildReport(
+            manifest,
+            self.rows_extracted,
+            perf_counter() - began,
+            skipped_rows(self.out, manifest),
+            self.passes.loader.notes,
+        )
 
 
 def build(

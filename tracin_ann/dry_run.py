@@ -35,6 +35,7 @@ class BuildPlan:
         gradients: which step of the ladder serves which parameter.
         sketches: what the sketch does with each parameter.
         frozen: parameters of the model that do not take part.
+        notes: in a line each, how checkpoints were read whose files are no plain state_dict.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class BuildPlan:
     gradients: Plan
     sketches: Mapping[str, str]
     frozen: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -90,6 +92,7 @@ def plan(
                 for p in record.spec.parameters
             },
             frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
+            notes=work.passes.loader.notes,
         )
 
 

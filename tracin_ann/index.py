@@ -364,6 +364,15 @@ class InfluenceIndex:
                     remedy="change --checkpoints",
                 )
             )
+        if not any(self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen):
+            raise UsageError(
+                problem(
+                    "bad --checkpoints",
+                    got="only some whose learning rate is 0",
+                    expected="one that adds to scores",
+                    remedy="change --checkpoints",
+                )
+            )
         return chosen
 
 

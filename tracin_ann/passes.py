@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracin_ann.checkpoints import load_checkpoint
+from tracin_ann.checkpoints import CheckpointLoader
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, UsageError, problem
 from tracin_ann.gradients import Batch, GradientEngine, Precision
 from tracin_ann.loading import (
@@ -76,6 +76,7 @@ class Passes:
 
     def __init__(self, task: Task, options: PassOptions, origin: TaskReference | None = None) -> None:
         self.task, self.options, self._origin = task, options, origin or TaskReference()
+        self.loader = CheckpointLoader(task)
         self._data: dict[SideName, Any] = {}
         self._by_length: dict[SideName, bool] = {}
         self._own_ids: dict[SideName, list[int | str]] = {}
@@ -208,22 +209,30 @@ class LoadedModel:
             parameter.requires_grad_(name in self._trainable)
         task = self.passes.task
         logger.debug("loading checkpoint %d, %s", checkpoint, task.checkpoints[checkpoint].path)
-        load_checkpoint(task, self.module, task.checkpoints[checkpoint], self.passes.options.device)
+        # Until it is whole: a load that fails leaves a part of it.
+        self.checkpoint = -1
+        self.passes.loader.load(self.module, checkpoint, self.passes.options.device)
         before = self.parameters
         self.parameters = task.selected(self.module)
-        if {name: p.shape for name, p in before.items()} != {name: p.shape for name, p in self.parameters.items()}:
+        was, now = ({name: (list(p.shape), p.dtype) for name, p in each.items()} for each in (before, self.parameters))
+        if was != now:
+            name = next(name for name in {**was, **now} if was.get(name) != now.get(name))
+            there, here = ("nothing" if got is None else f"{got[0]} {got[1]}" for got in (was.get(name), now.get(name)))
             raise TaskError(
                 problem(
                     f"loading checkpoint {checkpoint} changed the model's parameters",
-                    got=f"{len(self.parameters)} chosen parameters",
-                    expected=f"the same {len(before)} names and shapes as before",
-                    remedy="let Task.model build the model whole, and Task.load only fill it",
+                    got=f"{len(now)} chosen parameters, {name} {here}",
+                    expected=f"the same {len(was)} names, shapes and types as before, {name} {there}",
+                    remedy="let Task.model build the model whole and in its type, and Task.load only fill it",
                 )
             )
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         if any(after is not before[name] for name, after in self.parameters.items()):
             self._engines.clear()
+            # What was put in place of a parameter has a layout of its own.
+            if self.channels_last:
+                self.lay_out(channels_last=True)
         self.checkpoint = checkpoint
 
     def lay_out(self, *, channels_last: bool) -> None:

@@ -19,7 +19,7 @@ from tracin_ann.task import Task
 
 @contextlib.contextmanager
 def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
-    """Yield `task.model()` in eval mode on `device`; on leaving, everything is as it was before.
+    """Yield `task.model()` in eval mode on `device`, or with a part on meta; on leaving, all is as it was before.
 
     Put back: the model's weights, buffers, grads, modes, requires_grad flags and device (the user's
     function may return an object that it keeps), torch's, numpy's and Python's random state, grad
@@ -42,7 +42,9 @@ def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
         _refuse_lazy(model)
         with _preserved_model(model):
             model.eval()
-            model.to(device)
+            # What is on meta has nothing to move; a checkpoint fills it, and its loader moves it.
+            if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+                model.to(device)
             yield model
 
 

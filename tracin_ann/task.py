@@ -7,11 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracin_ann.checkpoint import Checkpoint
 from tracin_ann.errors import TaskError, UsageError, problem
 
 # How the functions of a Task look, for errors.
@@ -33,37 +32,6 @@ EXAMPLES = {
 }
 LossFunction = Callable[[nn.Module, Any], Tensor]
 ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A saved state of the model and the learning rate in force when it was saved.
-
-    Attributes:
-        path: a file that `torch.load(weights_only=True)` or safetensors reads, or whatever the
-            task's own `load` reads (a directory too).
-        learning_rate: η_c of TracInCP (Pruthi et al. 2020, section 3.3); positive and finite.
-    """
-
-    path: str | os.PathLike[str]
-    learning_rate: float
-
-    def __post_init__(self) -> None:
-        """Refuse a learning rate that is not positive.
-
-        Raises:
-            TaskError: the learning rate is zero, negative, NaN, infinite or no number.
-        """
-        rate: object = self.learning_rate
-        if not isinstance(rate, Real) or not 0 < float(rate) < float("inf"):
-            raise TaskError(
-                problem(
-                    f"checkpoint {os.fspath(self.path)} has a bad learning rate",
-                    got=repr(rate) if isinstance(rate, str) else rate,
-                    expected="a positive finite number",
-                    remedy="give the learning rate that training used at this checkpoint",
-                )
-            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +90,8 @@ class Task:
         describe: example -> str or Description, for people.
         columns: training example -> {name: number, bool or text}, kept with the index for filters.
         ids: example of either side -> its own id, an int or str, which answers then name; None: its position.
-        load: `load(model, path)` for checkpoints that are no plain state_dict.
+        load: `load(model, path)` for checkpoints that are no plain state_dict: fills the model, or returns a module
+            of the same layers, whose parameters and buffers are then copied into the model.
     """
 
     model: Callable[[], nn.Module]
@@ -134,7 +103,7 @@ class Task:
     parameters: ParameterFilter | None = None
     collate: Callable[[list[Any]], Any] | None = None
     describe: Callable[[Any], str | Description] | None = None
-    load: Callable[[nn.Module, str], None] | None = None
+    load: Callable[[nn.Module, str], object] | None = None
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
 
@@ -142,7 +111,7 @@ class Task:
         """Check the kinds of the fields.
 
         Raises:
-            TaskError: a field that must be callable is not, or there is no checkpoint.
+            TaskError: a field that must be callable is not, there is no checkpoint, or none that counts.
         """
         required = ("model", "loss", "train_data", "query_data")
         optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
@@ -175,6 +144,16 @@ class Task:
                     got="no checkpoint",
                     expected="at least one",
                     remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
+                )
+            )
+
+        if not any(checkpoint.learning_rate for checkpoint in self.checkpoints):
+            raise TaskError(
+                problem(
+                    "no checkpoint counts",
+                    got=f"learning rate 0 at {'each of ' * (len(self.checkpoints) > 1)}{len(self.checkpoints)}",
+                    expected="a learning rate above 0 at one at least",
+                    remedy="name a checkpoint that training left with a learning rate above 0",
                 )
             )
 

@@ -103,6 +103,8 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     click.echo(
         f"batches     {tuned.batch_size} rows{layout}, {config.precision}; reading takes {share:.0%} of the time"
     )
+    for line in made.notes:
+        click.echo(f"checkpoints {line}")
     click.echo(f"index       {made.index_kind}: {made.index_reason}")
     for name in ("layer rule", "vmap(grad)", "loop", "no gradient"):
         served = made.gradients.names(name)
@@ -136,6 +138,8 @@ def _show_report(report: BuildReport, out: str) -> None:
     click.echo(f"{out}: {made}; {took}")
     if len(report.skipped):
         click.echo(f"{report.skipped.counted} ({report.skipped.named})")
+    for line in report.notes:
+        click.echo(line)
     click.echo(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
         click.echo(f"believe {believed(manifest)}")
