@@ -69,6 +69,8 @@ def test_rows_of_uneven_examples_get_their_own_examples_gradients_by_rule(name, 
     model, case, examples = ragged.made(name, SIZES[sizes])
     engine = expect(model, case, examples)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
+    said = any("rows are matched with examples in every batch" in step.reason for step in engine.plan.steps.values())
+    assert said or sizes == "as many as examples"
 
 
 @pytest.mark.parametrize("name", ragged.CASES)

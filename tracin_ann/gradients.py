@@ -39,6 +39,7 @@ from tracin_ann.task import LossFunction
 _STEPS = (RULE, VMAP, LOOP)
 _FALLBACK_ELEMENTS = 1 << 26
 _CHECK_EVERY = 64
+_BY_ROWS = "its layer's rows are matched with examples in every batch, by one more backward"
 
 Sink = Callable[[str, Form, slice], None]
 Precision = Literal["fp32", "bf16"]
@@ -275,8 +276,13 @@ class GradientEngine:
             self._fallen.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()})
             steps.update({p: self._fallen[p] for p in failed})
             self._adopt(steps)
-        self._plan = replace(self.plan, rank_one=self._rank_one & set(self.plan.names(RULE)))
+        by_rows = {n for path, held in self._covered.items() if self._is_by_rows(path) for n in held.values()}
+        steps.update({name: Step(RULE, _BY_ROWS) for name in self.plan.names(RULE) if name in by_rows})
+        self._plan = replace(self.plan, steps=dict(steps), rank_one=self._rank_one & set(self.plan.names(RULE)))
         return self.plan
+
+    def _is_by_rows(self, path: str) -> bool:
+        return id(self._model.get_submodule(path)) in self._layouts.by_rows
 
     def _adopt(self, steps: Mapping[str, Step]) -> None:
         self._plan = Plan(dict(steps), {name: p.numel() for name, p in self.parameters.items()})
