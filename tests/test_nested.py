@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tasks.toy import CONFIG, rows, toy
 from tracin_ann import InfluenceIndex, build
-from tracin_ann.nested import batched_tensors, leaf_bytes, leaves, map_leaves, rebuild, same, to_device
+from tracin_ann.nested import batched_tensors, leaves, map_leaves, rebuild, to_device
 
 
 class Pair(NamedTuple):
@@ -90,50 +90,6 @@ def test_rebuilding_puts_the_tensors_where_they_were():
     value = Encoding({"x": torch.zeros(2), "n": 3, "deep": [torch.ones(2), None]}, "kept")
     built = rebuild(value, [torch.full((1,), 5.0), torch.full((1,), 6.0)])
     assert (built["x"].item(), built["n"], built["deep"][0].item(), built["deep"][1]) == (5.0, 3, 6.0, None)
-
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "expected"),
-    [
-        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]), True),
-        (torch.tensor([1.0]), torch.tensor([1.0]).double(), False),
-        (torch.zeros(2, 1), torch.zeros(1, 2), False),
-        (torch.zeros(2), [0.0, 0.0], False),
-        (torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0], dtype=torch.bfloat16), True),
-        (torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.5], dtype=torch.bfloat16), False),
-        (torch.arange(6).view(2, 3).T, torch.arange(6).view(2, 3).T.contiguous(), True),
-        (torch.ones(2, requires_grad=True), torch.ones(2), True),
-        (np.array([1, 2]), np.array([1, 2]), True),
-        (np.float32(1), np.float32(2), False),
-        ({"a": 1, "b": "x"}, {"a": 1, "b": "x"}, True),
-        ({"a": 1, "b": "x"}, {"a": 1, "b": "y"}, False),
-        ((1, None), (1, 0), False),
-        ((1,), (1, 2), False),
-        (1, True, False),
-        (b"ab", b"ab", True),
-    ],
-)
-def test_two_readings_are_the_same_bit_for_bit(left, right, expected):
-    assert same(left, right) is expected
-    assert same(right, left) is expected
-
-
-def test_leaf_bytes_tell_shape_dtype_and_value_apart():
-    leaves_ = [
-        torch.zeros(2, 3),
-        torch.zeros(3, 2),
-        torch.zeros(6),
-        torch.zeros(6, dtype=torch.int32),
-        0,
-        "0",
-        None,
-        b"0",
-    ]
-    assert len({leaf_bytes(leaf) for leaf in leaves_}) == len(leaves_)
-    assert leaf_bytes(torch.arange(3)) == leaf_bytes(np.arange(3))
 
 
 def as_dict(x, y):

@@ -55,7 +55,6 @@ class Normalised(Toy):
         (lambda m, b: cross_entropy(m, b).mean(), "a tensor of shape []"),
         (lambda m, b: cross_entropy(m, b).sum(0, keepdim=True), "a tensor of shape [1]"),
         (lambda m, b: m(b[0]), "a tensor of shape [4, 3]"),
-        (lambda m, b: cross_entropy(m, b)[:, None], "a tensor of shape [4, 1]"),
         (lambda m, b: cross_entropy(m, b).tolist(), "list"),
         (lambda m, b: cross_entropy(m, b).detach().numpy(), "ndarray"),
         (lambda m, b: None, "NoneType"),
@@ -66,6 +65,29 @@ def test_a_loss_that_is_not_one_number_an_example_is_refused(tmp_path, loss, got
     assert refused(tmp_path, toy(tmp_path, **{side: loss})) == (
         f"the loss is not one number an example: got {got}, expected a tensor of shape [4]; return per-example losses "
         "(reduction='none', and the mean over positions of each example)"
+    )
+
+
+def test_a_loss_with_a_last_dimension_of_one_is_refused_with_what_removes_it(tmp_path):
+    assert refused(tmp_path, toy(tmp_path, loss=lambda m, b: cross_entropy(m, b)[:, None])) == (
+        "the loss is not one number an example: got a tensor of shape [4, 1], expected a tensor of shape [4]; "
+        "return losses.squeeze(1)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [
+        (lambda m, b: (m(b[0]).argmax(1) != b[1]).long(), "torch.int64"),
+        (lambda m, b: m(b[0]).argmax(1) != b[1], "torch.bool"),
+        (lambda m, b: cross_entropy(m, b).cfloat(), "torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize("side", ["loss", "query_loss"])
+def test_a_loss_that_is_no_floating_point_number_is_refused(tmp_path, loss, dtype, side):
+    assert refused(tmp_path, toy(tmp_path, **{side: loss})) == (
+        f"the loss has no gradient: got losses of {dtype}, expected floating-point losses; leave out what has no "
+        "derivative (argmax, comparisons, casts to integers), or take the real part"
     )
 
 
@@ -232,26 +254,50 @@ def test_a_nan_gradient_later_names_the_row(tmp_path):
         build(task, tmp_path / "out", CONFIG)
 
 
+LIST = "a list or a torch.utils.data.Dataset that is not empty"
+MATERIALISE = "tracin_ann.materialise(data), which reads it into a list"
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows(10))
+
+    def __len__(self):
+        return 10
+
+
+class Lost:
+    def __len__(self):
+        raise ValueError("lost")
+
+    def __getitem__(self, i):
+        return rows(3)[i]
+
+
 class NoLength:
     def __getitem__(self, i):
         return rows(3)[i]
 
 
 @pytest.mark.parametrize(
-    ("data", "got"),
+    ("data", "got", "remedy"),
     [
-        ([], "no rows"),
-        (NoLength(), "a NoLength without a length"),
-        (iter(rows(3)), "a list_iterator without a length"),
-        (set(range(3)), "a set that cannot be indexed"),
-        (None, "a NoneType without a length"),
+        ([], "no rows", LIST),
+        (NoLength(), "a NoLength without a length", LIST),
+        (Lost(), "a Lost whose len() fails with ValueError: lost (test_probe.py:", LIST),
+        (None, "a NoneType without a length", LIST),
+        (iter(rows(3)), "a list_iterator without a length", MATERIALISE),
+        (set(range(3)), "a set that cannot be indexed", MATERIALISE),
+        (Stream(), "Stream, an IterableDataset", MATERIALISE),
     ],
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("side", ["train", "query"])
-def test_data_that_is_no_map_style_set_with_rows_is_refused(tmp_path, data, got, side):
-    assert refused(tmp_path, toy(tmp_path, **{f"{side}_data": lambda: data})) == (
-        f"Task.{side}_data cannot be used: got {got}, expected a map-style data set (len(data), data[i]) with at least "
-        "one row; return a list or a torch.utils.data.Dataset that is not empty"
+def test_data_that_is_no_map_style_set_with_rows_is_refused(tmp_path, data, got, remedy, side):
+    message = refused(tmp_path, toy(tmp_path, **{f"{side}_data": lambda: data}))
+    assert message.startswith(f"Task.{side}_data cannot be used: got {got}")
+    assert message.endswith(
+        f", expected a map-style data set (len(data), data[i]) with at least one row; return {remedy}"
     )
 
 

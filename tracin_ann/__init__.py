@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tracin_ann.build import BuildReport, build
     from tracin_ann.checkpoint import Checkpoint
     from tracin_ann.config import BuildConfig
+    from tracin_ann.dataset import materialise
     from tracin_ann.dry_run import BuildPlan, plan
     from tracin_ann.errors import TracinAnnError
     from tracin_ann.index import InfluenceIndex
@@ -37,6 +38,7 @@ __all__ = [
     "Task",
     "TracinAnnError",
     "build",
+    "materialise",
     "plan",
     "progress_bar",
     "write_report",
@@ -48,6 +50,7 @@ _HOMES = {
     "build": ("BuildReport", "build"),
     "checkpoint": ("Checkpoint",),
     "config": ("BuildConfig",),
+    "dataset": ("materialise",),
     "dry_run": ("BuildPlan", "plan"),
     "errors": ("TracinAnnError",),
     "index": ("InfluenceIndex",),

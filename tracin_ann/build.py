@@ -68,7 +68,6 @@ from tracin_ann.spec import (
     FeatureSpec,
     SketchSpec,
     checkpoint_specs,
-    data_digest,
     library_versions,
     model_digest,
     parameter_specs,
@@ -169,7 +168,7 @@ class BuildWork:
         """Return what is asked for less the rows and checkpoints that may be new."""
         if self.config.append and asked.train_rows > built.train_rows:
             random = self.config.allow_random_data
-            digest = "random" if random else data_digest(self.passes.data("train"), built.train_rows)
+            digest = "random" if random else self.passes.data_digest(built.train_rows)
             asked = replace(asked, train_rows=built.train_rows, train_data=digest)
         if self.config.add_checkpoint:
             asked = replace(asked, checkpoints=asked.checkpoints[: max(1, len(built.checkpoints))])
@@ -193,7 +192,7 @@ class BuildWork:
         spec = FeatureSpec(
             model=model_digest(model.module),
             train_rows=len(train),
-            train_data="random" if self.config.allow_random_data else data_digest(train, len(train)),
+            train_data="random" if self.config.allow_random_data else self.passes.data_digest(len(train)),
             parameters=parameter_specs(model.parameters, rank_one),
             checkpoints=checkpoint_specs(self.passes.task),
             sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),

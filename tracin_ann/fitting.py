@@ -17,7 +17,7 @@ from tracin_ann.loading import SideName
 from tracin_ann.manifest import Manifest
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.sketch import make_sketch
-from tracin_ann.spec import FeatureSpec, checkpoint_specs, data_digest, model_digest, parameter_specs
+from tracin_ann.spec import FeatureSpec, checkpoint_specs, model_digest, parameter_specs
 from tracin_ann.task import Task, load_task
 from tracin_ann.types import Float32
 
@@ -53,12 +53,11 @@ class Fitting:
 
     def _asked(self, passes: Passes, model: LoadedModel) -> FeatureSpec:
         built = self._manifest.build
-        train = passes.data("train")
         return replace(
             built.spec,
             model=model_digest(model.module),
             train_rows=passes.n_rows("train"),
-            train_data=built.spec.train_data if built.random_data else data_digest(train, len(train)),
+            train_data=built.spec.train_data if built.random_data else passes.data_digest(passes.n_rows("train")),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
             checkpoints=checkpoint_specs(passes.task),
             sketch=replace(built.spec.sketch, version=self._features.sketch.version),

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import torch
 
+from tracin_ann.dataset import open_data
 from tracin_ann.errors import TaskError, UsageError, problem
-from tracin_ann.nested import leaf_size, leaves, pinned
+from tracin_ann.nested import length, pinned
 from tracin_ann.task import Task, TaskReference, load_task
 
 SideName = Literal["train", "query"]
@@ -100,11 +101,6 @@ def collated(task: Task, ids: Sequence[int], examples: list[Any], options: Batch
     return batches
 
 
-def length(example: Any) -> int:
-    """Return how long an example is: its numbers, and the characters of its texts."""
-    return sum(leaf_size(leaf) for leaf in leaves(example))
-
-
 def lengths_differ(data: Any) -> bool:
     """Return whether some rows spread over a data set are of unlike length."""
     n_rows = len(data)
@@ -175,9 +171,16 @@ def _ahead(workers: ProcessPoolExecutor, windows: Sequence[Sequence[int]], n_ahe
     for window in windows:
         waiting.append(workers.submit(_read_window, window))
         if len(waiting) > n_ahead:
-            yield pickle.loads(waiting.popleft().result())
+            yield _received(waiting.popleft().result())
     while waiting:
-        yield pickle.loads(waiting.popleft().result())
+        yield _received(waiting.popleft().result())
+
+
+def _received(sent: bytes) -> list[Collated]:
+    batches: list[Collated] = pickle.loads(sent)
+    # Unpickling notes every sparse tensor for torch.load to check, and so keeps it for good; this checks and forgets.
+    torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+    return batches
 
 
 # In a worker process: the one reader it serves.
@@ -192,33 +195,6 @@ def _start_worker(sent: bytes) -> None:
 def _read_window(ids: Sequence[int]) -> bytes:
     # By value: shared memory is small in many containers, and breaks with the process that made it.
     return pickle.dumps(_served[0][ids], protocol=5)
-
-
-def open_data(task: Task, side: SideName) -> Any:
-    """Return the data set of a side, checked to be map-style and not empty.
-
-    Raises:
-        TaskError: it has no length or no rows, or cannot be indexed.
-    """
-    data = task.train_data() if side == "train" else task.query_data()
-    try:
-        n_rows = len(data)
-    except TypeError as error:
-        raise TaskError(_no_rows(side, f"a {type(data).__name__} without a length")) from error
-    if not hasattr(data, "__getitem__"):
-        raise TaskError(_no_rows(side, f"a {type(data).__name__} that cannot be indexed"))
-    if n_rows == 0:
-        raise TaskError(_no_rows(side, "no rows"))
-    return data
-
-
-def _no_rows(side: SideName, got: str) -> str:
-    return problem(
-        f"Task.{side}_data cannot be used",
-        got=got,
-        expected="a map-style data set (len(data), data[i]) with at least one row",
-        remedy="return a list or a torch.utils.data.Dataset that is not empty",
-    )
 
 
 def pickled(reader: Reader) -> bytes:

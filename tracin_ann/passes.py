@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tracin_ann.checkpoints import CheckpointLoader
+from tracin_ann.dataset import open_data
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, UsageError, problem
 from tracin_ann.gradients import Batch, GradientEngine, Precision
 from tracin_ann.loading import (
@@ -23,13 +24,13 @@ from tracin_ann.loading import (
     SideName,
     collated,
     lengths_differ,
-    open_data,
     pickled,
 )
 from tracin_ann.nested import to_device
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses, probe_shown
 from tracin_ann.session import borrowed_model, preserved_globals
 from tracin_ann.soundness import sound
+from tracin_ann.spec import data_digest
 from tracin_ann.task import Description, Task, TaskReference
 from tracin_ann.words import OnNonfinite
 
@@ -91,6 +92,11 @@ class Passes:
             with preserved_globals():
                 self._data[side] = open_data(self.task, side)
         return self._data[side]
+
+    def data_digest(self, n_rows: int) -> str:
+        """Return the digest of the first n_rows training rows."""
+        with preserved_globals():
+            return data_digest(self.data("train"), n_rows, self.task.collated)
 
     def n_rows(self, side: SideName) -> int:
         """Return the number of examples of a side."""
@@ -279,7 +285,8 @@ class LoadedModel:
         data, engine = self.passes.data(side), self.engine(side)
         ids = range(min(self.passes.options.batch_size, len(data)))
         if not self.passes.options.allow_random_data:
-            probe_examples(data, side, ids)
+            with preserved_globals():
+                probe_examples(data, side, ids, self.passes.task.collated)
         with preserved_globals():
             probe_shown(self.passes.task, data[0], side)
         batch = engine.batch(ids, [data[i] for i in ids])

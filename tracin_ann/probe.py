@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from tracin_ann.content import content_of
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.gradients import Batch, GradientEngine
-from tracin_ann.nested import same
 from tracin_ann.proof import check_finite
 from tracin_ann.task import EXAMPLES, Task
 
@@ -19,16 +20,28 @@ _SAME_LOSS = 1e-5
 _MIXED_LOSS = 1e-3
 _MIXED_GRADIENT = 2e-2
 _HALF_PRECISION = 50.0
+logger = logging.getLogger(__name__)
 
 
-def probe_examples(data: Any, side: str, ids: Sequence[int]) -> None:
-    """Refuse a data set whose rows change when they are read twice.
+def probe_examples(data: Any, side: str, ids: Sequence[int], collate: Callable[[list[Any]], Any]) -> None:
+    """Refuse a data set whose rows change when they are read twice; log what cannot be compared.
+
+    Args:
+        data: of the side.
+        side: `train` or `query`.
+        ids: the first batch's.
+        collate: what is compared of rows whose objects cannot be.
 
     Raises:
         TaskError: a row came back different.
     """
+    unknown: set[str] = set()
     for i in ids[:_READ_TWICE]:
-        if not same(data[i], data[i]):
+        # One after the other: a data set may fill one object again and again.
+        first = content_of(data[i], collate)
+        second = content_of(data[i], collate)
+        unknown.update(first.unknown)
+        if first != second:
             raise TaskError(
                 problem(
                     f"rows of {side}_data change when they are read twice",
@@ -37,6 +50,12 @@ def probe_examples(data: Any, side: str, ids: Sequence[int]) -> None:
                     remedy="leave random augmentation out of the task's data, or pass --allow-random-data",
                 )
             )
+    if unknown:
+        logger.warning(
+            "rows of %s_data hold %s, whose content cannot be known: whether it changes when read twice is not checked",
+            side,
+            ", ".join(sorted(unknown)),
+        )
 
 
 def probe_shown(task: Task, example: Any, side: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import nn
 
 from tracin_ann.checkpoints import checkpoint_digest
+from tracin_ann.content import content_of
 from tracin_ann.errors import IndexMismatchError
-from tracin_ann.nested import leaf_bytes, leaves
 from tracin_ann.task import Task
 
 _DIGEST_ROWS = 16
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,25 @@ def model_digest(model: nn.Module) -> str:
     return hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
 
 
-def data_digest(data: Any, n_rows: int) -> str:
-    """Return a digest of some 16 rows spread over the first n_rows of a data set."""
+def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | None = None) -> str:
+    """Return a digest of some 16 rows spread over the first n_rows of a data set.
+
+    It names the types of objects whose content is not in it, as `content_of` cannot know it, by collate neither.
+    """
     digest = hashlib.blake2b(digest_size=8)
+    unknown: set[str] = set()
     for i in sorted({round(j * (n_rows - 1) / (_DIGEST_ROWS - 1)) for j in range(_DIGEST_ROWS)}):
-        for leaf in leaves(data[i]):
-            digest.update(leaf_bytes(leaf))
-    return digest.hexdigest()
+        content = content_of(data[i], collate)
+        unknown.update(content.unknown)
+        for piece in content.pieces:
+            digest.update(piece)
+    if not unknown:
+        return digest.hexdigest()
+    names = ", ".join(sorted(unknown))
+    logger.warning(
+        "rows of train_data hold %s, whose content cannot be known: the digest of the data leaves it out", names
+    )
+    return f"{digest.hexdigest()} without {names}"
 
 
 def parameter_specs(parameters: Mapping[str, nn.Parameter], rank_one: frozenset[str]) -> tuple[ParameterSpec, ...]:

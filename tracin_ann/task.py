@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tracin_ann.checkpoint import Checkpoint
 from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.nested import default_batch
 
 # How the functions of a Task look, for errors.
 EXAMPLES = {
@@ -189,8 +189,12 @@ class Task:
         return chosen
 
     def collated(self, examples: list[Any]) -> Any:
-        """Return the batch of these examples."""
-        return (self.collate or torch.utils.data.default_collate)(examples)
+        """Return the batch of these examples.
+
+        Raises:
+            TaskError: the default collate cannot make one.
+        """
+        return (self.collate or default_batch)(examples)
 
     def id_of(self, example: Any) -> int | str | None:
         """Return the example's own id, or None where the task gives none.
