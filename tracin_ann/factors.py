@@ -52,6 +52,10 @@ class Rows:
     value_BTC: Tensor
     n_rows: int
 
+    def __post_init__(self) -> None:
+        """Check that the indices are what scattering and gathering take."""
+        assert self.index_BT.dtype is torch.int64
+
     @property
     def shape(self) -> tuple[int, int]:
         """Return (R, C) of the parameter read as a matrix."""

@@ -32,7 +32,7 @@ from tracin_ann.proof import (
     not_finite,
     proof_weights,
     unproven,
-    wrong_shape,
+    unusable,
 )
 from tracin_ann.task import LossFunction
 
@@ -111,8 +111,8 @@ class GradientEngine:
         """Return the per-example losses [B], checked for their shape."""
         with self._autocast():
             values = self._loss(self._model, batch.inputs)
-        if not isinstance(values, Tensor) or values.shape != (len(batch),):
-            raise TaskError(wrong_shape(values, len(batch)))
+        if why := unusable(values, len(batch)):
+            raise TaskError(why)
         return values
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:

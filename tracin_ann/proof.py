@@ -131,14 +131,26 @@ def unproven(failed: Mapping[str, str]) -> str:
     )
 
 
-def wrong_shape(values: object, batch: int) -> str:
-    """Return the message for a loss that is not one number an example."""
-    got = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+def unusable(values: object, batch: int) -> str:
+    """Return the message for a loss that is not one floating-point number an example, "" for one that is."""
+    shape = list(values.shape) if isinstance(values, Tensor) else None
+    if isinstance(values, Tensor) and shape == [batch]:
+        return "" if values.is_floating_point() else _no_floats(values.dtype)
+    remedy = "return per-example losses (reduction='none', and the mean over positions of each example)"
     return problem(
         "the loss is not one number an example",
-        got=got,
+        got=type(values).__name__ if shape is None else f"a tensor of shape {shape}",
         expected=f"a tensor of shape [{batch}]",
-        remedy="return per-example losses (reduction='none', and the mean over positions of each example)",
+        remedy="return losses.squeeze(1)" if shape == [batch, 1] else remedy,
+    )
+
+
+def _no_floats(dtype: torch.dtype) -> str:
+    return problem(
+        "the loss has no gradient",
+        got=f"losses of {dtype}",
+        expected="floating-point losses",
+        remedy="leave out what has no derivative (argmax, comparisons, casts to integers), or take the real part",
     )
 
 

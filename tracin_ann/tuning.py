@@ -251,7 +251,11 @@ def _held_bytes(module: nn.Module) -> Any:
 
     def seen(tensors: Iterable[Any]) -> None:
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in own:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.layout is torch.strided
+                and tensor.untyped_storage().data_ptr() not in own
+            ):
                 storage = tensor.untyped_storage()
                 held[storage.data_ptr()] = max(storage.nbytes(), held.get(storage.data_ptr(), 0))
 

@@ -57,11 +57,13 @@ class LayerRule:
 
 
 def by_example(tensor: Tensor, batch: int) -> Tensor:
-    """Return the tensor with B in front: as it is, or unflattened from [B·T, ...].
+    """Return the tensor with B in front: as it is, or unflattened from [B·T, ...]; a sparse one made dense.
 
     Raises:
         LayoutError: the first dimension is no multiple of B.
     """
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
     if tensor.dim() and tensor.shape[0] == batch:
         return tensor
     if tensor.dim() == 0 or tensor.shape[0] % batch:

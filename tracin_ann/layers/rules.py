@@ -75,7 +75,7 @@ def _padding(module: Any, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...
 
 def _embedding(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
-    index = by_example(call.input, call.batch).reshape(call.batch, -1)
+    index = by_example(call.input, call.batch).reshape(call.batch, -1).long()
     value = positions(call.grad_output, call.batch)
     if module.padding_idx is not None:
         value = value * (index != module.padding_idx).unsqueeze(2)
