@@ -58,11 +58,10 @@ FAULTS = {
 def test_a_row_that_cannot_be_read_is_named(tmp_path, fault, side):
     data, got = FAULTS[fault]
     task = toy(tmp_path, **{f"{side}_data": data})
-    if side == "query":
+    # Of a len() that lies, any row that is not there.
+    with pytest.raises(TaskError, match=rf"^row 3[79] of {side}_data cannot be read: got {got}, {WORKING}") as caught:
         build(task, tmp_path / "out", replace(CONFIG, yardstick=False))
-        index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
-    with pytest.raises(TaskError, match=rf"^row 37 of {side}_data cannot be read: got {got}, {WORKING}") as caught:
-        build(task, tmp_path / "out", CONFIG) if side == "train" else index.query([37])
+        InfluenceIndex.open(tmp_path / "out", task, device="cpu").query([37])
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, Exception) and not isinstance(caught.value.__cause__, TaskError)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, defaultdict
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+import attr
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from tasks.toy import CONFIG, rows, toy
 from tracin_ann import InfluenceIndex, build
-from tracin_ann.nested import batched_tensors, leaves, map_leaves, rebuild, to_device
+from tracin_ann.errors import TaskError
+from tracin_ann.nested import batched_tensors, leaves, length, map_leaves, pinned, rebuild, to_device
 
 
 class Pair(NamedTuple):
@@ -29,6 +33,29 @@ class Encoding(UserDict):
         self.encodings = encodings
 
 
+@dataclass
+class Derived:
+    """A dataclass that works one field out of another, once."""
+
+    x: object
+    y: object = field(init=False)
+
+    def __post_init__(self):
+        self.y = [2, 3]
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: object
+    y: object = field(default=(2, 3), kw_only=True)
+
+
+@attr.s(auto_attribs=True)
+class Attrs:
+    x: object
+    y: object = (2, 3)
+
+
 NESTED = {
     "dict": {"a": 1, "b": [2, 3]},
     "tuple": (1, (2, [3])),
@@ -38,6 +65,9 @@ NESTED = {
     "user dict": UserDict(a=1, b={"c": 2, "d": 3}),
     "encoding": Encoding({"a": 1, "b": [2, 3]}, "kept"),
     "mapping proxy": MappingProxyType({"a": 1, "b": [2, 3]}),
+    "dataclass": Derived(1),
+    "frozen dataclass": Frozen(1),
+    "attrs": Attrs(1),
     "leaf": 1,
 }
 
@@ -60,6 +90,113 @@ def test_only_tensors_move():
     moved = to_device({"t": torch.zeros(2), "s": text, "n": None, "a": array}, torch.device("meta"))
     assert moved["t"].device.type == "meta"
     assert moved["s"] is text and moved["n"] is None and moved["a"] is array
+
+
+META = torch.device("meta")
+
+
+class Own:
+    """A batch of one's own, as torch_geometric's and transformers' are: it moves itself, lengths aside."""
+
+    def __init__(self, x, returned):
+        self.x, self.lengths, self.returned = x, torch.tensor([2, 1]), returned
+
+    def to(self, device):
+        self.x = self.x.to(device)
+        return self if self.returned else None
+
+    def pin_memory(self):
+        self.x = "pinned"
+        return self
+
+
+@dataclass
+class OwnFields(Own):
+    """A dataclass with a method of its own."""
+
+    x: object
+    lengths: object
+    returned: bool = True
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_an_object_that_moves_itself_does_and_the_users_own_stays_where_it_was(returned):
+    for own in (Own(torch.zeros(2), returned), OwnFields(torch.zeros(2), torch.tensor([2, 1]), returned)):
+        batch = {"own": own, "y": torch.zeros(2)}
+        moved = to_device(batch, META)
+        assert type(moved["own"]) is type(own)
+        assert moved["own"].x.device.type == moved["y"].device.type == "meta"
+        assert moved["own"].lengths.device.type == "cpu"
+        assert own.x.device.type == "cpu" and moved["own"] is not own
+
+
+def test_a_packed_sequence_moves_and_keeps_its_lengths():
+    packed = pack_sequence([torch.arange(3.0), torch.arange(2.0)])
+    moved = to_device((packed, torch.zeros(2)), META)[0]
+    assert isinstance(moved, PackedSequence)
+    assert moved.data.device.type == "meta" and moved.batch_sizes.device.type == "cpu"
+    assert batched_tensors(packed, 2) == "a batch that holds PackedSequence cannot be split into examples"
+
+
+@pytest.mark.parametrize("made", [Derived, Frozen, Attrs])
+def test_a_dataclass_is_moved_by_its_fields_without_being_made_anew(made):
+    value = made((torch.zeros(2), "text"))
+    moved = to_device(value, META)
+    assert type(moved) is made and moved is not value
+    assert moved.x[0].device.type == "meta" and value.x[0].device.type == "cpu"
+    assert moved.x[1] == "text" and moved.y == value.y
+
+
+def test_a_field_that_is_not_set_stays_so():
+    value = Derived(torch.zeros(2))
+    del value.y
+    assert not hasattr(to_device(value, META), "y")
+
+
+def test_an_object_that_fails_to_move_is_refused():
+    class Failing:
+        def to(self, device):
+            raise ValueError("not mine")
+
+    with pytest.raises(
+        TaskError, match="^a Failing in the batch cannot be moved to meta: got ValueError: not mine, ex"
+    ):
+        to_device([Failing()], META)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_tensors_move_and_are_not_split():
+    for value in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
+        assert to_device([value], META)[0].device.type == "meta"
+        assert to_device([value], META)[0].layout is value.layout
+        assert batched_tensors([value], 3) == (
+            f"a batch that holds a tensor of layout {value.layout} cannot be split into examples"
+        )
+        assert pinned([value])[0] is value
+
+
+def test_objects_that_know_how_are_pinned():
+    own = Own(torch.zeros(2), True)
+    assert pinned({"own": own})["own"].x == "pinned"
+
+
+def test_a_value_that_holds_itself_is_walked_once():
+    value = Derived(1)
+    value.y = [2, value]
+    assert leaves(value) == [1, 2]
+    assert map_leaves(lambda leaf: leaf * 10, value).x == 10
+
+
+def test_the_length_of_an_object_is_that_of_what_it_holds():
+    class Graph:
+        def __init__(self, n):
+            self.nodes, self.stores, self.n, self.parent = torch.zeros(n, 2), {"edges": torch.zeros(2, n)}, n, self
+
+    assert length(Derived(torch.zeros(2, 3))) == 6 + 2
+    assert length(Graph(5)) == 20
+    assert length((pack_sequence([torch.arange(3)]), "four", 1, None)) == 3 + 4 + 1 + 1
+    image = pytest.importorskip("PIL.Image")
+    assert length((image.new("RGB", (4, 3)), 0)) == 13
 
 
 def test_a_batch_is_split_where_every_tensor_has_its_rows():
@@ -105,6 +242,14 @@ def loss_of_dict(model, batch):
     return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
 
+def frozen(x, y):
+    return Frozen(x, y=y)
+
+
+def collate_fields(examples):
+    return Frozen(torch.stack([e.x for e in examples]), y=torch.tensor([e.y for e in examples]))
+
+
 KINDS = {
     "dict": (as_dict, None, loss_of_dict),
     "user dict": (lambda x, y: UserDict(x=x, y=y), None, loss_of_dict),
@@ -116,6 +261,7 @@ KINDS = {
         lambda m, b: F.cross_entropy(m(b[0][0]), b[0][1][0], reduction="none"),
     ),
     "named tuple": (Pair, None, lambda m, b: F.cross_entropy(m(b.x), b.y, reduction="none")),
+    "dataclass": (frozen, collate_fields, lambda m, b: F.cross_entropy(m(b.x), b.y, reduction="none")),
 }
 
 

@@ -273,4 +273,4 @@ def _held_bytes(module: nn.Module) -> Any:
 
 
 def _bytes(inputs: Any) -> int:
-    return sum(leaf.nbytes for leaf in leaves(inputs) if isinstance(leaf, Tensor))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(inputs) if isinstance(leaf, Tensor))

@@ -57,13 +57,11 @@ class LayerRule:
 
 
 def by_example(tensor: Tensor, batch: int) -> Tensor:
-    """Return the tensor with B in front: as it is, or unflattened from [B·T, ...]; a sparse one made dense.
+    """Return the tensor with B in front: as it is, or unflattened from [B·T, ...].
 
     Raises:
         LayoutError: the first dimension is no multiple of B.
     """
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
     if tensor.dim() and tensor.shape[0] == batch:
         return tensor
     if tensor.dim() == 0 or tensor.shape[0] % batch:
@@ -87,5 +85,6 @@ def summed_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return half-precision tensors as float32, others as they are: sketches accumulate in float32."""
+    """Return what rules compute with: half precision as float32, in which sketches accumulate, and sparse as dense."""
+    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
