@@ -159,7 +159,7 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any] | None:
         tensor = tensor.float()
     try:
         return tensor.numpy()
-    except TypeError:
+    except (TypeError, RuntimeError):
         return None
 
 

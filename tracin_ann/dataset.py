@@ -70,11 +70,11 @@ def open_data(task: Task, side: str) -> DataSet:
     except Exception as error:
         raise TaskError(_no_rows(side, f"a {name} whose len() fails with {_told(error)}", data)) from error
     if n_rows == 0:
-        raise TaskError(_no_rows(side, "no rows", data))
+        raise TaskError(_no_rows(side, "no rows"))
     return DataSet(side, data, n_rows)
 
 
-def _no_rows(side: str, got: str, data: Any) -> str:
+def _no_rows(side: str, got: str, data: Any = None) -> str:
     streams = isinstance(data, Iterable) and not isinstance(data, Sequence)
     return problem(
         f"Task.{side}_data cannot be used",

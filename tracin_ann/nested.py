@@ -15,6 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tracin_ann.errors import TaskError, problem
 
+# What holds no other values: found first, as rows may be long lists of them.
+_ATOMS = (int, float, str, bytes, type(None), Tensor, np.ndarray)
+
 
 def default_batch(examples: list[Any]) -> Any:
     """Return the batch that PyTorch's default collate makes of a list of examples.
@@ -62,14 +65,20 @@ def leaves(value: Any) -> list[Any]:
         if opened is None:
             yield value
         elif id(value) not in above:
+            inside = (*above, id(value))
             for item in opened[0]:
-                yield from walked(item, (*above, id(value)))
+                if isinstance(item, _ATOMS):
+                    yield item
+                else:
+                    yield from walked(item, inside)
 
     return list(walked(value, ()))
 
 
 def _open(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """Return a container's items, and what makes a container of its kind of others; None of a leaf."""
+    if isinstance(value, _ATOMS):
+        return None
     if isinstance(value, Mapping):
         return list(value.values()), lambda items: _mapping_like(value, dict(zip(value, items, strict=True)))
     if isinstance(value, list):
@@ -163,7 +172,8 @@ def pinned(value: Any) -> Any:
 
     def locked(leaf: Any) -> Any:
         known = leaf.layout is torch.strided if isinstance(leaf, Tensor) else hasattr(type(leaf), "pin_memory")
-        return leaf.pin_memory() if known else leaf
+        made = leaf.pin_memory() if known else leaf
+        return leaf if made is None else made
 
     return map_leaves(locked, value)
 
@@ -174,14 +184,12 @@ def length(value: Any) -> int:
 
 
 def _leaf_size(leaf: Any) -> int:
-    if isinstance(leaf, Tensor):
-        return leaf.numel()
+    if isinstance(leaf, (Tensor, PackedSequence)):
+        return (leaf if isinstance(leaf, Tensor) else leaf.data).numel()
     if isinstance(leaf, np.ndarray):
         return leaf.size
-    if isinstance(leaf, (str, bytes)):
-        return len(leaf)
-    if isinstance(leaf, PackedSequence):
-        return leaf.data.numel()
+    if isinstance(leaf, _ATOMS):
+        return len(leaf) if isinstance(leaf, (str, bytes)) else 1
     if is_of(leaf, "PIL.Image", "Image"):
         return int(leaf.width * leaf.height)
     # An object's own attributes and no further: one may lead to all of the data set.
