@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from tasks.toy import CONFIG, rows, toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import TaskError
-from tracin_ann.nested import batched_tensors, leaves, length, map_leaves, pinned, rebuild, to_device
+from tracin_ann.nested import batched_tensors, leaves, length, map_leaves, pinned, rebuild, tensors_within, to_device
 
 
 class Pair(NamedTuple):
@@ -187,6 +187,13 @@ def test_a_value_that_holds_itself_is_walked_once():
     assert map_leaves(lambda leaf: leaf * 10, value).x == 10
 
 
+def test_all_tensors_of_a_batch_are_found_those_of_its_objects_too():
+    x, y, packed = torch.zeros(2), torch.zeros(3), pack_sequence([torch.arange(3.0), torch.arange(2.0)])
+    own = Own(x, True)
+    found = tensors_within({"own": own, "y": [y, 1, "text"], "packed": packed})
+    assert {id(t) for t in found} == {id(t) for t in (x, own.lengths, y, *packed) if t is not None}
+
+
 def test_the_length_of_an_object_is_that_of_what_it_holds():
     class Graph:
         def __init__(self, n):
@@ -194,7 +201,7 @@ def test_the_length_of_an_object_is_that_of_what_it_holds():
 
     assert length(Derived(torch.zeros(2, 3))) == 6 + 2
     assert length(Graph(5)) == 20
-    assert length((pack_sequence([torch.arange(3)]), "four", 1, None)) == 3 + 4 + 1 + 1
+    assert length(("four", 1, None)) == 4 + 1 + 1
     image = pytest.importorskip("PIL.Image")
     assert length((image.new("RGB", (4, 3)), 0)) == 13
 

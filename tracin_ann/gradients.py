@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError
 from tracin_ann.factors import Dense, Form
 from tracin_ann.layers import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
-from tracin_ann.nested import batched_tensors, leaves, rebuild
+from tracin_ann.nested import batched_tensors, rebuild, tensors_within
 from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
 from tracin_ann.proof import (
     ProofSink,
@@ -361,7 +361,7 @@ class GradientEngine:
         sink = ProofSink(truth.weights_KB)
         try:
             if step == RULE:
-                own = [leaf for leaf in leaves(batch.inputs) if isinstance(leaf, Tensor)]
+                own = tensors_within(batch.inputs)
                 self._capture.run(lambda: self.losses(batch), len(batch), sink, proving=own)
             elif step == VMAP:
                 why = batched_tensors(batch.inputs, len(batch))

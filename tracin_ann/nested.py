@@ -184,17 +184,27 @@ def length(value: Any) -> int:
 
 
 def _leaf_size(leaf: Any) -> int:
-    if isinstance(leaf, (Tensor, PackedSequence)):
-        return (leaf if isinstance(leaf, Tensor) else leaf.data).numel()
+    if isinstance(leaf, Tensor):
+        return leaf.numel()
     if isinstance(leaf, np.ndarray):
         return leaf.size
     if isinstance(leaf, _ATOMS):
         return len(leaf) if isinstance(leaf, (str, bytes)) else 1
     if is_of(leaf, "PIL.Image", "Image"):
         return int(leaf.width * leaf.height)
-    # An object's own attributes and no further: one may lead to all of the data set.
-    held = leaves(list(getattr(leaf, "__dict__", {}).values()))
-    return max(1, sum(_leaf_size(item) for item in held if isinstance(item, (Tensor, np.ndarray, str, bytes))))
+    return max(1, sum(_leaf_size(item) for item in _held(leaf) if isinstance(item, (Tensor, np.ndarray, str, bytes))))
+
+
+def tensors_within(value: Any) -> list[Tensor]:
+    """Return all tensors of a batch: its own, and those that its packed sequences and objects hold."""
+    found = leaves(value)
+    found += [held for leaf in found if not isinstance(leaf, _ATOMS) for held in _held(leaf)]
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _held(leaf: Any) -> list[Any]:
+    """Return the leaves of an object's own attributes and no further: one may lead to all of the data set."""
+    return leaves(list(leaf) if isinstance(leaf, PackedSequence) else list(getattr(leaf, "__dict__", {}).values()))
 
 
 def batched_tensors(value: Any, batch: int) -> list[Tensor] | str:

@@ -20,7 +20,7 @@ from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.gradients import PRECISIONS, Precision
 from tracin_ann.loading import Collated
-from tracin_ann.nested import leaves
+from tracin_ann.nested import leaves, tensors_within
 from tracin_ann.passes import LoadedModel
 
 USUAL_SIZE = 64
@@ -273,4 +273,4 @@ def _held_bytes(module: nn.Module) -> Any:
 
 
 def _bytes(inputs: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(inputs) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_within(inputs))
