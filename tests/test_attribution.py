@@ -123,6 +123,20 @@ def test_examples_in_another_order_than_was_proven_are_noticed_in_a_checked_batc
         gradients(engine, twisted)
 
 
+def test_a_row_that_is_not_finite_does_not_make_a_checked_batch_look_misplaced():
+    def loss(model, batch):
+        return model.head(model.inner(batch[0])).square().sum(1).sqrt()
+
+    case = ragged.Ragged(Twisted, loss, None, torch.utils.data.default_collate)
+    model = Twisted().eval()
+    nn.init.zeros_(model.head.bias), nn.init.zeros_(model.inner.bias)
+    rows = [(torch.randn(3), 0) for _ in range(6)]
+    engine = expect(model, case, rows)
+    expect(model, case, rows, engine)
+    found = gradients(engine, [*rows[:2], (torch.zeros(3), 0), *rows[3:]])
+    assert torch.isfinite(found).all(1).tolist() == [True, True, False, True, True, True]
+
+
 class Shared(nn.Module):
     """One row that all examples use, among rows of their own."""
 

@@ -38,21 +38,23 @@ class Precision:
         levels: how many weights one pass tells apart.
         relative: rounding of a row's gradient, relative to its norm.
         floor: rounding relative to the largest row's norm, for rows whose gradient is all but zero.
+        refuted: relative to a row's norm, what no rounding explains: the row is not the example's.
     """
 
     levels: int
     relative: float
     floor: float
+    refuted: float
 
     def rounding(self, norm_R: Tensor) -> Tensor:
         """Return how far rounding may take rows' gradients of these norms from what they are, [R]."""
         return self.relative * norm_R + self.floor * norm_R.amax() if len(norm_R) else norm_R
 
 
-_FULL = Precision(2048, 1e-3, 1e-5)
+_FULL = Precision(2048, 1e-3, 1e-5, 3e-2)
 # Accelerators multiply float32 by parts of it.
-_ACCELERATED = Precision(192, 1e-2, 1e-3)
-_HALF = Precision(24, 8e-2, 1e-2)
+_ACCELERATED = Precision(192, 1e-2, 1e-3, 1e-1)
+_HALF = Precision(24, 8e-2, 1e-2, 0.4)
 _PROJECTIONS = 8
 _IRRATIONAL = 2.399963
 
@@ -110,10 +112,8 @@ class WeightCode:
         """
         norm_R = torch.linalg.vector_norm(plain_RJ, dim=1)
         rounding_R = self.precision.rounding(norm_R)
-        if guess_R is not None:
-            weights_KR = torch.where(guess_R >= 0, self.weights_KB[:, guess_R], 0).to(plain_RJ.dtype)
-            if not any(_differ(p, plain_RJ, w, rounding_R).any() for p, w in zip(weighted, weights_KR, strict=True)):
-                return guess_R
+        if guess_R is not None and not self._differ(plain_RJ, weighted, guess_R, rounding_R):
+            return guess_R
         number_R = torch.zeros(len(plain_RJ), dtype=torch.int64, device=plain_RJ.device)
         mixed_R = torch.zeros(len(plain_RJ), dtype=torch.bool, device=plain_RJ.device)
         for k, weighted_RJ in enumerate(weighted):
@@ -126,6 +126,26 @@ class WeightCode:
             raise LayoutError(f"{int(mixed_R.sum())} of its {len(mixed_R)} rows get gradients of several examples")
         example_R = self._example_of[number_R.clamp_max(self.batch - 1)]
         return example_R.masked_fill(norm_R == 0, -1)
+
+    def refutes(self, plain_RJ: Tensor, weighted: Sequence[Tensor], example_R: Tensor) -> bool:
+        """Return whether some row is certainly not of the example that it is taken for; arguments as of `attribute`.
+
+        Rows that are not finite tell nothing.
+        """
+        finite_R1 = torch.isfinite(plain_RJ).all(1, keepdim=True)
+        for each in weighted:
+            finite_R1 &= torch.isfinite(each).all(1, keepdim=True)
+        plain_RJ, *weighted = (torch.where(finite_R1, each, 0) for each in (plain_RJ, *weighted))
+        norm_R = torch.linalg.vector_norm(plain_RJ, dim=1)
+        floor = self.precision.floor * norm_R.amax()
+        return self._differ(plain_RJ, weighted, example_R, self.precision.refuted * norm_R + floor)
+
+    def _differ(self, plain_RJ: Tensor, weighted: Sequence[Tensor], example_R: Tensor, rounding_R: Tensor) -> bool:
+        weights_KR = torch.where(example_R >= 0, self.weights_KB[:, example_R], 0).to(plain_RJ.dtype)
+        return any(
+            bool(_differ(weighted_RJ, plain_RJ, weight_R, rounding_R).any())
+            for weighted_RJ, weight_R in zip(weighted, weights_KR, strict=True)
+        )
 
 
 def _differ(weighted_RJ: Tensor, plain_RJ: Tensor, weight_R: Tensor, rounding_R: Tensor) -> Tensor:
