@@ -40,6 +40,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"extraction"}, False),
     ({"search"}, False),
     ({"columns"}, False),
+    ({"arrays"}, False),
     ({"store"}, False),
     ({"canaries", "tuning"}, False),
     ({"features"}, False),
@@ -59,6 +60,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"dataset"}, False),
     ({"task"}, False),
     ({"checkpoint"}, False),
+    ({"named_files"}, False),
     ({"files", "locks"}, False),
     ({"device"}, False),
     ({"content"}, False),
@@ -66,7 +68,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"progress"}, False),
     ({"types"}, False),
     ({"errors"}, False),
-    ({"words"}, False),
+    ({"words", "escapes"}, False),
 ]
 
 # Rooms that may import less than all that lies below them: these never see a model.

@@ -120,7 +120,7 @@ def test_an_appended_row_of_a_taken_id_is_refused_before_anything_is_written(
     assert ids_by_row(index, whole) == {i: row[2] for i, row in enumerate(named(N))}
 
 
-@pytest.mark.parametrize(("value", "said"), [("a\0", r"'a\\x00'"), (2**63, "9223372036854775808")])
+@pytest.mark.parametrize(("value", "said"), [(2**63, "9223372036854775808")])
 def test_what_an_array_would_alter_is_refused(whole: Task, tmp_path: Path, value: Any, said: str) -> None:
     with pytest.raises(TaskError, match=rf"Task.ids gives row 0 an id that it cannot have: got {said}, expected"):
         build(replace(whole, ids=lambda row: value), tmp_path / "index", SMALL)

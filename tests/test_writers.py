@@ -28,6 +28,7 @@ from tasks.toy import Toy
 from tracin_ann import InfluenceIndex, absent, build, files
 from tracin_ann.canaries import Canaries, write_canaries
 from tracin_ann.cli.build import main as build_command
+from tracin_ann.arrays import text_array
 from tracin_ann.columns import RowTable, write_columns
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming
 from tracin_ann.files import atomic_write, make_directory, save_array, sweep_temporaries
@@ -300,7 +301,7 @@ def room_for(size: int) -> Iterator[None]:
 
 ROWS = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
 BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, ROWS[:, 1])
-ROW_TABLE = RowTable({"label": np.arange(3000), "name": np.array(["a", "bc"] * 1500)}, np.arange(3000))
+ROW_TABLE = RowTable({"label": np.arange(3000), "name": text_array(["a", "bc"] * 1500)}, np.arange(3000))
 WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),

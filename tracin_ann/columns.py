@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.arrays import read_arrays, text_array, write_arrays
 from tracin_ann.errors import DamagedIndexError, TaskError, UsageError, problem
-from tracin_ann.files import atomic_path
+from tracin_ann.escapes import encodable
 from tracin_ann.task import Task
 from tracin_ann.types import Int64, ProgressCallback
 
@@ -25,7 +26,6 @@ FILE = "columns.npz"
 _PREFIX, _IDS = "column ", "ids"
 Columns = Mapping[str, npt.NDArray[Any]]
 _KINDS = (bool, int, float, str)
-_ARRAY_KINDS = "bifU"
 _INT64 = range(-(2**63), 2**63)
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "!=": operator.ne,
@@ -82,7 +82,7 @@ class RowTable:
     """What is kept of the training rows beside their features.
 
     Attributes:
-        columns: by name, [N] each.
+        columns: by name, [N] each; those of texts are arrays of str, of dtype object.
         ids: the task's own ids [N], int64 or text, each once; None: rows go by their positions.
     """
 
@@ -97,9 +97,9 @@ class RowTable:
                 lengths differ.
         """
         for name, values in self.arrays.items():
-            if values.ndim != 1 or values.dtype.kind not in _ARRAY_KINDS:
+            if values.ndim != 1 or not (values.dtype.kind in "bif" or _is_text(values)):
                 raise DamagedIndexError(f"{name!r} is {values.dtype} {values.shape}, no column; build a new index")
-        if self.ids is not None and self.ids.dtype.kind != "U" and self.ids.dtype != np.int64:
+        if self.ids is not None and self.ids.dtype != np.int64 and not _is_text(self.ids):
             raise DamagedIndexError(f"ids are {self.ids.dtype}, not int64 or text; build a new index")
         lengths = {len(values) for values in self.arrays.values()}
         if len(lengths) > 1:
@@ -133,8 +133,8 @@ class RowTable:
         """Return the id of the row at a position."""
         if self.ids is None:
             return row
-        own: int | str = self.ids[row].item()
-        return own
+        own = self.ids[row]
+        return own if isinstance(own, str) else int(own)
 
 
 def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> RowTable | None:
@@ -142,7 +142,7 @@ def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> 
 
     Raises:
         TaskError: a row gives no mapping, other names than the first, or a value of another kind; an id is of another
-            kind than the first, or another row's; a whole number is no int64, or a text ends in NUL.
+            kind than the first, or another row's; a whole number is no int64.
     """
     if task.columns is None and task.ids is None:
         return None
@@ -158,8 +158,16 @@ def gathered(task: Task, rows: Any, n_rows: int, progress: ProgressCallback) -> 
             ids[own] = i
         if i % 1000 == 0 or i + 1 == n_rows:
             progress("columns", i + 1, n_rows)
-    columns = {name: np.array(values) for name, values in found.items()}
-    return RowTable(columns, np.array(list(ids)) if ids else None)
+    columns = {name: _array(values) for name, values in found.items()}
+    return RowTable(columns, _array(list(ids)) if ids else None)
+
+
+def _array(values: list[Any]) -> npt.NDArray[Any]:
+    return text_array(values) if isinstance(values[0], str) else np.array(values)
+
+
+def _is_text(values: npt.NDArray[Any]) -> bool:
+    return values.dtype == object and all(type(value) is str for value in values.flat)
 
 
 def _add(found: dict[str, list[Any]], given: object, row: int) -> None:
@@ -174,8 +182,8 @@ def _add(found: dict[str, list[Any]], given: object, row: int) -> None:
 
 
 def _fits(value: object) -> bool:
-    """Return whether an array gives the value back: it holds int64, and texts without the NULs at their ends."""
-    return value in _INT64 if type(value) is int else not (isinstance(value, str) and value.endswith("\0"))
+    """Return whether an array can hold the value: whole numbers are int64."""
+    return type(value) is not int or value in _INT64
 
 
 def _refuse_second(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
@@ -194,8 +202,7 @@ def _refuse_second(ids: Mapping[int | str, int], own: int | str, row: int) -> No
 
 def write_columns(path: Path, table: RowTable) -> None:
     """Write the columns and ids durably."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **table.arrays)  # type: ignore[arg-type]
+    write_arrays(path, table.arrays)
 
 
 def read_columns(path: Path, n_rows: int) -> RowTable:
@@ -205,8 +212,7 @@ def read_columns(path: Path, n_rows: int) -> RowTable:
         DamagedIndexError: the file is missing, cannot be read, or is of other rows.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            held = {name: arrays[name] for name in arrays.files}
+        held = read_arrays(path)
         ids = held.pop(_IDS, None)
         table = RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
         if table.arrays and len(table) != n_rows:
@@ -248,7 +254,7 @@ def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
     texts = text.split(",") if sign in ("=", "!=") else [text]
     values = [_value(t.strip(), column, condition) for t in texts]
     if sign in ("=", "!="):
-        equal = np.isin(column, np.array(values))
+        equal = np.isin(column, text_array(values) if column.dtype == object else np.array(values))
         return equal if sign == "=" else ~equal
     matching: npt.NDArray[np.bool_] = _OPERATORS[sign](column, values[0])
     return matching
@@ -259,7 +265,7 @@ def _value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
     try:
         if kind == "b":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return text if kind == "U" else float(text)
+        return text if kind == "O" else float(text)
     except (KeyError, ValueError) as error:
         expected = "true or false" if kind == "b" else "a number"
         raise UsageError(
@@ -268,7 +274,10 @@ def _value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
 
 
 def _fine(name: object) -> bool:
-    return isinstance(name, str) and _CONDITION.fullmatch(f"{name}=0") is not None
+    if not isinstance(name, str) or _CONDITION.fullmatch(f"{name}=0") is None:
+        return False
+    # The file of columns has it as a member's name.
+    return name == encodable(name) and "\0" not in name
 
 
 def _unlike(row: int, given: object, names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -36,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: with the name of `path`, whoever wrote.
     """
-    name = f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{path.suffix}"
+    name = f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}-{_mark(path)}{path.suffix}"
     temporary = path.with_name(name)
     _UNDER_WAY.add(name)
     try:
@@ -73,6 +74,45 @@ def write_json_atomic(path: Path, value: Mapping[str, object]) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
+class NotRegularError(Exception):
+    """A FIFO, device or other thing stands where a file should be; the message says what."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; waits for nothing and reads nothing where it is no regular file.
+
+    Raises:
+        NotRegularError: it is a FIFO, a device or a socket.
+        IsADirectoryError: it is a directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _refuse_irregular(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is there and no regular file, for those that open by path.
+
+    Raises:
+        NotRegularError: it is a FIFO, a device or a socket.
+        IsADirectoryError: it is a directory.
+    """
+    with suppress(FileNotFoundError):
+        _refuse_irregular(path, path.stat().st_mode)
+
+
+def _refuse_irregular(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+        raise NotRegularError(kinds.get(stat.S_IFMT(mode), "no regular file"))
+
+
 def read_json(path: Path) -> dict[str, object]:
     """Return the JSON object in `path`.
 
@@ -81,7 +121,10 @@ def read_json(path: Path) -> dict[str, object]:
     """
     remedy = "name the directory of a finished index, or run the build again"
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            value = json.loads(file.read())
+    except NotRegularError as error:
+        raise DamagedIndexError(problem(f"{path}", got=error, expected="a JSON file", remedy=remedy)) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedIndexError(problem(f"{path}", got="no file", expected="a JSON file", remedy=remedy)) from None
     except (ValueError, RecursionError) as error:
@@ -96,7 +139,7 @@ def read_json(path: Path) -> dict[str, object]:
 def file_digest(path: Path) -> str:
     """Return the xxh3_128 of the file's bytes, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -222,6 +265,14 @@ def sweep_temporaries(directory: Path, *, idle_s: float = 3600.0) -> list[Path]:
     return swept
 
 
+def sweep_temporaries_of(target: Path) -> None:
+    """Remove the temporaries of killed runs that were to become `target`, and no others."""
+    with suppress(OSError):
+        for path in target.parent.glob(f"{_PREFIX}*-{_mark(target)}*"):
+            if _writer_is_gone(path.name):
+                path.unlink()
+
+
 def _writer_is_gone(name: str) -> bool:
     host, _, rest = name.removeprefix(_PREFIX).partition("-")
     pid = rest.partition("-")[0]
@@ -236,6 +287,11 @@ def _writer_is_gone(name: str) -> bool:
     except (PermissionError, OverflowError):
         return False
     return False
+
+
+def _mark(path: Path) -> str:
+    """Return what a temporary's name says of the name that it is to have."""
+    return xxhash.xxh3_64_hexdigest(os.fsencode(path.name))[:8]
 
 
 def _host() -> str:

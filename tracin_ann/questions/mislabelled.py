@@ -375,5 +375,5 @@ def _column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
 
 
 def _label(value: Any) -> Label:
-    plain = value.item()
+    plain = value.item() if isinstance(value, np.generic) else value
     return str(plain).lower() if isinstance(plain, bool) else plain

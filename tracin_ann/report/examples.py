@@ -98,7 +98,7 @@ class Examples:
         return self._shown[key]
 
     def _read(self, side: SideName, row: int) -> Shown:
-        label = "" if side == "query" or self._labels is None else plain(self._labels[row].item())
+        label = "" if side == "query" or self._labels is None else plain(self._labels[row])
         if self.passes is None:
             return Shown(label=label)
         example = self.passes.data(side)[row]
