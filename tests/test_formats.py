@@ -85,8 +85,8 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
 def test_every_format_says_the_same(folder: Path, tmp_path: Path, kind: str, more: tuple[str, ...]) -> None:
     asked = ("--ids", "0-6", "--train-ids", "3", "-k", 4, *more)
     lines = ask(folder, kind, *asked, "--format", "jsonl").stdout
-    for name in ("a.csv", "a.parquet"):
-        assert ask(folder, kind, *asked, "--output", tmp_path / name).exit_code == 0
+    for name, raw in (("a.csv", ("--csv-raw",)), ("a.parquet", ())):
+        assert ask(folder, kind, *asked, *raw, "--output", tmp_path / name).exit_code == 0
     index = InfluenceIndex.open(folder / kind, the_task(folder, kind), device="cpu")
     rerank: Any = more[1] if "--rerank" in more else "stored"
     answers = index.query(range(7), [3], QueryOptions(k=4, rerank=rerank, cosine="--cosine" in more))

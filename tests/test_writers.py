@@ -26,9 +26,9 @@ from commands import answers, config, task
 from faults import Crash, Fault, Watch
 from tasks.toy import Toy
 from tracin_ann import InfluenceIndex, absent, build, files
+from tracin_ann.arrays import text_array
 from tracin_ann.canaries import Canaries, write_canaries
 from tracin_ann.cli.build import main as build_command
-from tracin_ann.arrays import text_array
 from tracin_ann.columns import RowTable, write_columns
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming
 from tracin_ann.files import atomic_write, make_directory, save_array, sweep_temporaries

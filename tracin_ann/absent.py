@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, problem
-from tracin_ann.files import atomic_write, save_array
+from tracin_ann.files import atomic_write, open_regular, save_array
 from tracin_ann.generations import carried, folder_of
 from tracin_ann.manifest import Manifest, record_of
 from tracin_ann.search.flat import Subset
@@ -120,7 +120,7 @@ def _read(directory: Path, manifest: Manifest, record: FileRecord | None, width:
         return np.zeros((0, width), np.int64)
     path = folder_of(directory, manifest.generation) / record.name
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found: Int64 = np.load(file, allow_pickle=False)
         if found.dtype != np.int64 or found.shape != ((len(found),) if width == 1 else (len(found), width)):
             raise ValueError(f"{found.dtype} of shape {found.shape}")

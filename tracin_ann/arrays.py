@@ -1,8 +1,8 @@
 """Named arrays in one file: numbers as NumPy keeps them, texts as UTF-8 one after another with offsets.
 
-The file is a `.npz` of which nothing is compressed, so that what is read takes no more memory than the file is large. An
-array of texts, `NAME`, is two members: `utf8 NAME`, uint8, and `offsets NAME`, int64 [N + 1]: text i is the bytes from
-offset i to offset i + 1. Lone surrogates are kept (`surrogatepass`). In memory, texts are an array of Python's own strings.
+The file is a `.npz` of which nothing is compressed: what is read takes no more memory than the file is large. An array
+of texts, `NAME`, is two members: `utf8 NAME`, uint8, and `offsets NAME`, int64 [N + 1]; text i is the bytes from offset
+i to offset i + 1. Lone surrogates are kept (`surrogatepass`). In memory, texts are an array of Python's own strings.
 
 Files of earlier versions, with texts of fixed width, are read as well.
 """

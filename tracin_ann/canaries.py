@@ -11,7 +11,7 @@ import numpy as np
 
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.files import atomic_path, hdf5_file, own_dataset
+from tracin_ann.files import atomic_path, hdf5_file, open_regular, own_dataset
 from tracin_ann.loading import SideName
 from tracin_ann.passes import LoadedModel
 from tracin_ann.types import Float32, Int64
@@ -93,7 +93,7 @@ def read_canaries(path: Path) -> tuple[Canaries, ...]:
         DamagedIndexError: the file is missing or unreadable.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_regular(path) as opened, h5py.File(opened, "r") as file:
             return tuple(_read(side, file) for side in _SIDES)
     # What h5py raises depends on which byte of the file is damaged.
     except Exception as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracin_ann.checkpoint import Checkpoint
 from tracin_ann.errors import CheckpointError, problem
-from tracin_ann.files import file_digest
+from tracin_ann.files import NotRegularError, file_digest, require_regular
 from tracin_ann.states import fill, is_plain, joined, load_strictly, named_tensors, read_content
 from tracin_ann.task import Task
 
@@ -37,6 +37,7 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return "+".join(f"{p.relative_to(path)}:{file_digest(p)}" for p in files)
+    _refuse_irregular(path)
     raise CheckpointError(
         problem(
             "a checkpoint is missing",
@@ -45,6 +46,20 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
             remedy="correct the path, or train first",
         )
     )
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Refuse a FIFO or a device, which the readers would wait for or read on and on."""
+    try:
+        require_regular(path)
+    except IsADirectoryError:
+        # Task.load may read a folder.
+        return
+    except NotRegularError as error:
+        remedy = "name the file that holds the weights"
+        raise CheckpointError(
+            problem(f"checkpoint {path} is no file", got=error, expected="a file or a folder", remedy=remedy)
+        ) from error
 
 
 class CheckpointLoader:
@@ -88,6 +103,7 @@ class CheckpointLoader:
     def _fill(self, model: nn.Module, checkpoint: int) -> None:
         """Load, by the task or by default, and leave no tie undone and nothing on meta."""
         before, path = named_tensors(model), self._path(checkpoint)
+        _refuse_irregular(Path(path))
         if self._task.load is None:
             self._load_state(model, checkpoint)
         else:

@@ -1,4 +1,4 @@
-"""Texts made safe to show and to write: control characters and lone surrogates as escapes such as `\\x1b`."""
+"""Texts made safe to show and to write: control characters and lone surrogates become escapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Return a text in which no character moves a cursor, changes a terminal or reorders others, but those to `keep`."""
+    r"""Return a text in one line that changes no terminal and reorders nothing: ESC becomes `\x1b`.
+
+    Args:
+        text: any text.
+        keep: characters that stay as they are.
+    """
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text)
 
 

@@ -1,23 +1,27 @@
-"""Answers as records, and records as JSON lines, CSV, Parquet and pandas frames.
+r"""Answers as records, and records as JSON lines, CSV, Parquet and pandas frames.
 
 Schema 1. A hit is one record of CSV, Parquet and frames; in JSON lines a line is a query with its hits inside.
-`by_checkpoint` and `of_means` are lists; in CSV they are JSON text.
+`by_checkpoint` and `of_means` are lists; in CSV they are JSON text. Files are UTF-8, whatever the locale. Of lone
+surrogates, which UTF-8 has no bytes for, JSON lines have JSON's escapes; in CSV and Parquet the text says `\ud800`.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 from tracin_ann.answers import Answer, Hit
 from tracin_ann.errors import MissingPackageError, UsageError, problem
-from tracin_ann.files import atomic_path
+from tracin_ann.escapes import encodable, json_escaped, visible
 from tracin_ann.loading import SideName
+from tracin_ann.named_files import output_file
 from tracin_ann.words import Format
 
 SCHEMA = 1
@@ -25,6 +29,9 @@ Record = dict[str, Any]
 # (side, position) -> what the task shows people of it, or None.
 Texts = Callable[[SideName, int], str | None]
 Kind = Literal["id", "int", "float", "bool", "text", "floats"]
+# What spreadsheets take for the beginning of a formula, or drop before they look for one.
+_FORMULA = re.compile(r"[=+\-@\x00-\x1f\x7f-\x9f]")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def line(record: Record) -> Record:
 
 
 def shown_cells(record: Record) -> list[str]:
-    """Return a record as people read it, a text a field."""
+    """Return a record as people read it, a text a field, in one line and without control characters."""
     return [_shown(value) for value in record.values()]
 
 
@@ -100,7 +107,12 @@ def _shown(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return " ".join(_shown(part) for part in value)
-    return "" if value is None else " ".join(str(value).split())
+    return "" if value is None else one_line(str(value))
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line, without control characters."""
+    return visible(" ".join(text.split()))
 
 
 def _hit(hit: Hit) -> Record:
@@ -120,49 +132,79 @@ def _present(record: Record) -> Record:
 
 
 @contextmanager
-def writer(form: Format, out: Path | TextIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+def writer(
+    form: Format, out: Path | TextIO, fields: Fields, *, csv_raw: bool = False
+) -> Iterator[Callable[[Sequence[Record]], None]]:
     """Yield what writes records on and on: lines to a stream, or a file that is there whole or not at all.
+
+    Args:
+        form: the format.
+        out: where to, as `named_files.output_file` takes it, or a stream.
+        fields: of the records.
+        csv_raw: leave CSV cells as they are; else those that a spreadsheet would take for formulas begin with `'`.
 
     Raises:
         UsageError: Parquet is to go to a stream, or a column's ids are not of one kind.
         MissingPackageError: Parquet, and pyarrow is not installed.
     """
-    if form == "parquet":
-        if not isinstance(out, Path):
+    if not isinstance(out, Path):
+        if form == "parquet":
             raise UsageError(
                 problem("Parquet is no text", got="no file", expected="--output FILE", remedy="name a file")
             )
-        with atomic_path(out) as temporary:
-            yield from _parquet(temporary, fields)
+        yield from _texts(form, out, fields, csv_raw)
         return
-    with atomic_path(out) if isinstance(out, Path) else nullcontext() as temporary:
-        opened = nullcontext(out) if isinstance(out, TextIO) or temporary is None else temporary.open("w", newline="")
-        with opened as stream:
-            yield from (_lines(stream) if form == "jsonl" else _csv(stream, fields))  # type: ignore[arg-type]
+    with output_file(out) as file:
+        if form == "parquet":
+            yield from _parquet(file, fields)
+            return
+        stream = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        try:
+            yield from _texts(form, stream, fields, csv_raw)
+        finally:
+            # Flushed, and left open: who opened the file closes it.
+            stream.detach()
+
+
+def _texts(form: Format, stream: TextIO, fields: Fields, csv_raw: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
+    yield from (_lines(stream) if form == "jsonl" else _csv(stream, fields, csv_raw))
 
 
 def _lines(stream: TextIO) -> Iterator[Callable[[Sequence[Record]], None]]:
+    # JSON is UTF-8; where the stream is not, JSON's escapes are right in every encoding.
+    in_ascii = (stream.encoding or "utf-8").lower().replace("-", "") != "utf8"
+
     def write(records: Sequence[Record]) -> None:
         for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            stream.write(json_escaped(json.dumps(record, ensure_ascii=in_ascii)) + "\n")
         stream.flush()
 
     yield write
 
 
-def _csv(stream: TextIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+def _csv(stream: TextIO, fields: Fields, raw: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
     rows = csv.DictWriter(stream, fields.names, lineterminator="\n")
     rows.writeheader()
 
+    def cell(value: object) -> object:
+        if isinstance(value, list):
+            return json.dumps(value)
+        return guarded(value) if isinstance(value, str) and not raw else value
+
     def write(records: Sequence[Record]) -> None:
         for record in records:
-            rows.writerow({n: json.dumps(v) if isinstance(v, list) else v for n, v in record.items()})
+            rows.writerow({name: cell(value) for name, value in record.items()})
         stream.flush()
 
     yield write
 
 
-def _parquet(path: Path, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+def guarded(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula: one that it could, and is no number, begins with `'`."""
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
     pa, pq = _pyarrow()
     kinds = {
         "int": pa.int64(),
@@ -179,7 +221,7 @@ def _parquet(path: Path, fields: Fields) -> Iterator[Callable[[Sequence[Record]]
             whole = all(isinstance(record[name], int) for record in records)
             columns.append((name, (pa.int64() if whole else pa.string()) if kind == "id" else kinds[kind]))
         schema = pa.schema(columns, metadata={"tracin_ann.schema": str(SCHEMA)})
-        return schema, pq.ParquetWriter(path, schema)
+        return schema, pq.ParquetWriter(file, schema)
 
     def write(records: Sequence[Record]) -> None:
         if not records and opened:
@@ -188,7 +230,7 @@ def _parquet(path: Path, fields: Fields) -> Iterator[Callable[[Sequence[Record]]
             opened.append(begun(records))
         schema, rows = opened[0]
         texts = [field.name for field in schema if field.type == pa.string()]
-        plain = [{**r, **{n: None if r[n] is None else str(r[n]) for n in texts}} for r in records]
+        plain = [{**r, **{n: None if r[n] is None else encodable(str(r[n])) for n in texts}} for r in records]
         try:
             table = pa.Table.from_pylist(plain, schema=schema)
         except pa.ArrowInvalid as error:

@@ -125,7 +125,7 @@ class Lease:
             FileNotFoundError: there is no such file (any more), or it is being swept.
         """
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if not (locked(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
             self.close()
             raise FileNotFoundError(errno.ENOENT, "being removed", str(path))

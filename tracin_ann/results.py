@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, ClassVar, TypeVar
 
 from tracin_ann.answers import Answer, SelfInfluence
+from tracin_ann.escapes import visible
 from tracin_ann.formats import (
     HITS,
     RANKED,
@@ -143,9 +144,13 @@ def _answer_html(answer: Answer, texts: Texts) -> str:
 
 
 def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head = "".join(f"<th scope='col'>{_safe(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><caption>{_safe(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _safe(text: str) -> str:
+    return escape(visible(text, "\n\t"))
 
 
 def _more(n_rows: int) -> str:

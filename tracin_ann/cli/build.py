@@ -10,7 +10,7 @@ import click
 
 from tracin_ann.cli.common import MemorySize, parsed_arguments, progress_shown
 from tracin_ann.cli.info import believed
-from tracin_ann.cli.manners import command, device_option, files, folders, is_quiet, note
+from tracin_ann.cli.manners import command, device_option, files, folders, is_quiet, note, say
 from tracin_ann.words import ON_NONFINITE, SKETCH_NAMES, duration, sized
 
 if TYPE_CHECKING:
@@ -92,37 +92,35 @@ def _built(task: str, out: str, config: BuildConfig, arguments: Mapping[str, str
 def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     from tracin_ann.device import device_name, resolve_device
 
-    click.echo(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
-    click.echo(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
-    click.echo(f"memory      {sized(made.memory_bytes)} besides the model's weights")
+    say(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
+    say(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
+    say(f"memory      {sized(made.memory_bytes)} besides the model's weights")
     on = device_name(resolve_device(config.device))
-    click.echo(f"time        {duration(made.seconds)} on {on} for the features; index and measurements come on top")
+    say(f"time        {duration(made.seconds)} on {on} for the features; index and measurements come on top")
     tuned = made.tuned
     layout = ", channels last" if tuned.channels_last else ""
     share = tuned.read_seconds / (tuned.read_seconds + tuned.row_seconds)
-    click.echo(
+    say(
         f"batches     {tuned.batch_size} rows{layout}, {config.precision}; reading takes {share:.0%} of the time"
     )
     for line in made.notes:
-        click.echo(f"checkpoints {line}")
-    click.echo(f"index       {made.index_kind}: {made.index_reason}")
+        say(f"checkpoints {line}")
+    say(f"index       {made.index_kind}: {made.index_reason}")
     for name in ("layer rule", "vmap(grad)", "loop", "no gradient"):
         served = made.gradients.names(name)
         if served:
-            click.echo(
-                f"gradients   {name}: {len(served)} parameters, {made.gradients.share(name):.1%} of their entries"
-            )
+            say(f"gradients   {name}: {len(served)} parameters, {made.gradients.share(name):.1%} of their entries")
             said = ""
             for parameter in served[:_SHOWN]:
                 reason = made.gradients.steps[parameter].reason
                 why = f" ({'as above' if reason == said else reason})" if reason else ""
-                click.echo(f"  {parameter}: {made.sketches[parameter]}{why}")
+                say(f"  {parameter}: {made.sketches[parameter]}{why}")
                 said = reason
             if len(served) > _SHOWN:
-                click.echo(f"  and {len(served) - _SHOWN} more")
+                say(f"  and {len(served) - _SHOWN} more")
     if made.frozen:
-        click.echo(f"left out    {len(made.frozen)} parameters that Task.parameters or requires_grad exclude")
-        click.echo("  " + ", ".join(made.frozen[:_SHOWN]) + (", ..." if len(made.frozen) > _SHOWN else ""))
+        say(f"left out    {len(made.frozen)} parameters that Task.parameters or requires_grad exclude")
+        say("  " + ", ".join(made.frozen[:_SHOWN]) + (", ..." if len(made.frozen) > _SHOWN else ""))
 
 
 def _show_report(report: BuildReport, out: str) -> None:
@@ -135,20 +133,20 @@ def _show_report(report: BuildReport, out: str) -> None:
         took = "all features were there already"
     size = sum(record.size for record in (*manifest.features, *manifest.index.files))
     made = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
-    click.echo(f"{out}: {made}; {took}")
+    say(f"{out}: {made}; {took}")
     if len(report.skipped):
-        click.echo(f"{report.skipped.counted} ({report.skipped.named})")
+        say(f"{report.skipped.counted} ({report.skipped.named})")
     for line in report.notes:
-        click.echo(line)
-    click.echo(f"index {manifest.index.kind}: {manifest.index.reason}")
+        say(line)
+    say(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
-        click.echo(f"believe {believed(manifest)}")
+        say(f"believe {believed(manifest)}")
     steps = {step.step for step in manifest.steps}
     shares = [f"{name} {_share(report, name)}" for name in ("layer rule", "vmap(grad)", "loop") if name in steps]
-    click.echo(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))
+    say(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))
     unreached = [step.parameter for step in manifest.steps if step.step == "no gradient"]
     if unreached:
-        click.echo(f"no gradient reaches {', '.join(unreached)}")
+        say(f"no gradient reaches {', '.join(unreached)}")
 
 
 def _share(report: BuildReport, step: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,12 @@ else:
     import tomli as tomllib
 
 _NEVER = ("config", "help", "version")
+# Keys of many parts take the parser time that grows with their square.
+_MOST_BYTES = 1 << 16
+_INT64 = range(-(2**63), 2**63)
+# Of values nested however deep.
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 120
 
 
 def read_config(path: Path, command: click.Command, context: click.Context) -> dict[str, Any]:
@@ -29,9 +36,12 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
     Raises:
         UsageError: the file cannot be read, a name is unknown, or a value is of the wrong type.
     """
+    from tracin_ann.named_files import read_given_text
+
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(read_given_text(path, _MOST_BYTES))
+    # A number of thousands of digits is a ValueError as well.
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             problem(f"cannot read --config {path}", got=error, expected="a TOML file", remedy="correct it")
         ) from error
@@ -74,7 +84,7 @@ def _value(what: str, parameter: click.Parameter, value: object, context: click.
             return value
         return parameter.flag_value if value else None
     if isinstance(parameter, click.Option) and parameter.count:
-        _expect(what, type(value) is int, value, "a whole number")
+        _expect(what, type(value) is int and value in _INT64, value, "a whole number")
         return value
     if parameter.multiple:
         if isinstance(value, Mapping):
@@ -87,7 +97,7 @@ def _value(what: str, parameter: click.Parameter, value: object, context: click.
 def _single(what: str, parameter: click.Parameter, value: Any, context: click.Context) -> object:
     kind = parameter.type
     if isinstance(kind, click.types.IntParamType):
-        _expect(what, type(value) is int, value, "a whole number")
+        _expect(what, type(value) is int and value in _INT64, value, "a whole number")
     elif isinstance(kind, click.types.FloatParamType):
         _expect(what, type(value) in (int, float), value, "a number")
     elif isinstance(kind, click.Choice | click.Path | click.types.StringParamType):
@@ -101,7 +111,7 @@ def _single(what: str, parameter: click.Parameter, value: Any, context: click.Co
         kind.convert(value, parameter, context)
     except click.BadParameter as error:
         raise UsageError(
-            problem(what, got=repr(value), expected=error.message.rstrip("."), remedy="change it")
+            problem(what, got=_brief.repr(value), expected=error.message.rstrip("."), remedy="change it")
         ) from error
     return value
 
@@ -114,4 +124,4 @@ def _plain(what: str, value: object) -> str:
 
 def _expect(what: str, right: bool, value: object, expected: str) -> None:
     if not right:
-        raise UsageError(problem(what, got=repr(value), expected=expected, remedy="change it"))
+        raise UsageError(problem(what, got=_brief.repr(value), expected=expected, remedy="change it"))

@@ -11,6 +11,7 @@ from tracin_ann.cli.manners import command, directory_argument, note
 from tracin_ann.cli.opened import checkpoints_option, index_options, one_position, opened, own_ids_option
 from tracin_ann.cli.output import Sink, output_options
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.escapes import visible
 
 if TYPE_CHECKING:
     from tracin_ann.loading import SideName
@@ -93,7 +94,7 @@ def _print(found: Explanation, by: str) -> None:
     sums = found.by_layer if by == "layer" else found.by_parameter
     for name, parts in lines.items():
         cells = [f"{parts[c]:+.4g}" for c in checkpoints]
-        table.add_row(escape(name), *cells, f"{sums[name]:+.4g}", f"{sums[name] / whole:+.1%}")
+        table.add_row(escape(visible(name)), *cells, f"{sums[name]:+.4g}", f"{sums[name] / whole:+.1%}")
     table.add_section()
     shares = f"{found.score / whole:+.1%}"
     table.add_row("all", *(f"{found.by_checkpoint[c]:+.4g}" for c in checkpoints), f"{found.score:+.4g}", shares)

@@ -19,7 +19,9 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from tracin_ann.cli.streams import abandon_stdout, usable_streams
 from tracin_ann.errors import TracinAnnError, problem
+from tracin_ann.escapes import visible
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +36,7 @@ _REMEDIES = {
     errno.EROFS: "name a place that can be written",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "look after the disk",
+    errno.EBADF: "leave it open, or name a file by --output",
 }
 
 
@@ -73,7 +76,7 @@ def refusals(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with stoppable():
+            with usable_streams(), stoppable():
                 return function(*args, **kwargs)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -83,11 +86,12 @@ def refusals(function: Callable[P, R]) -> Callable[P, R]:
             # Whoever read the output has read enough.
             raise
         except OSError as error:
+            abandon_stdout()
             raise refused(error, _told(error), TracinAnnError.exit_code) from error
         except Exception as error:
             raise refused(error, _unforeseen(error), TracinAnnError.exit_code) from error
         except (KeyboardInterrupt, Stopped) as stop:
-            click.echo(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}", err=True)
+            click.echo(visible(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}"), err=True)
             number = signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT
             raise click.exceptions.Exit(128 + number) from stop
 
@@ -98,8 +102,8 @@ def refused(error: Exception, said: str, status: int) -> click.exceptions.Exit:
     """Say why in one line, below the traceback with `--debug`; return what ends the command."""
     context = click.get_current_context(silent=True)
     if context is not None and context.meta.get(DEBUG):
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    click.echo(f"error: {' '.join(said.split())}", err=True)
+        click.echo(visible("".join(traceback.format_exception(error)), "\n"), err=True, nl=False)
+    click.echo(f"error: {visible(' '.join(said.split()))}", err=True)
     return click.exceptions.Exit(status)
 
 

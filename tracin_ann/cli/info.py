@@ -6,9 +6,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from tracin_ann.cli.manners import command, directory_argument
+from tracin_ann.cli.manners import command, directory_argument, say
+from tracin_ann.cli.streams import expect_stdout
 from tracin_ann.words import duration, sized
 
 if TYPE_CHECKING:
@@ -26,24 +25,23 @@ def main(directory: str) -> None:
     from tracin_ann.absent import removed_ids, skipped_rows
     from tracin_ann.generations import leased
 
+    expect_stdout()
     manifest, lease = leased(Path(directory))
     with closing(lease):
         removed = len(removed_ids(Path(directory), manifest))
     spec, index = manifest.build.spec, manifest.index
     size = sum(record.size for record in manifest.features)
-    click.echo(
-        f"rows        {spec.train_rows:,}, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
-    )
-    click.echo(f"sketch      {spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, norms by {spec.norms}")
+    say(f"rows        {spec.train_rows:,}, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}")
+    say(f"sketch      {spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, norms by {spec.norms}")
     held = sum(record.size for record in index.files)
-    click.echo(f"index       {index.kind}{f', {sized(held)}' if held else ''}: {index.reason}")
-    click.echo(f"generation  {manifest.generation}{f', {removed:,} rows removed' if removed else ''}")
+    say(f"index       {index.kind}{f', {sized(held)}' if held else ''}: {index.reason}")
+    say(f"generation  {manifest.generation}{f', {removed:,} rows removed' if removed else ''}")
     skipped = skipped_rows(Path(directory), manifest)
     if len(skipped):
-        click.echo(f"skipped     {skipped.counted} ({skipped.named})")
+        say(f"skipped     {skipped.counted} ({skipped.named})")
     if manifest.fidelity is not None:
-        click.echo(f"fidelity    {fidelity_line(manifest.fidelity)}")
-    click.echo(f"believe     {believed(manifest)}")
+        say(f"fidelity    {fidelity_line(manifest.fidelity)}")
+    say(f"believe     {believed(manifest)}")
     if index.calibration is not None:
         _print_curve(index.calibration)
 
@@ -67,7 +65,7 @@ def _print_curve(calibration: Calibration) -> None:
     from rich.table import Table
 
     training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
-    click.echo(
+    say(
         f"recall      of the stored rows' own top ten, on {calibration.queries} queries{training}; "
         f"target {calibration.target:g}; an exact scan takes {_seconds(calibration.scan.of(1))} for one query, "
         f"{_seconds(calibration.scan.each)} for each of many"
@@ -86,9 +84,7 @@ def _print_curve(calibration: Calibration) -> None:
             )
     Console(highlight=False).print(table)
     if any(calibration.reaching(side, calibration.target) is None for side in ("proponents", "opponents")):
-        click.echo(
-            f"the target {calibration.target:g} is out of the lists' reach: query with --search scan to find all"
-        )
+        say(f"the target {calibration.target:g} is out of the lists' reach: query with --search scan to find all")
 
 
 def _seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ from tracin_ann.cli.config_file import read_config
 from tracin_ann.cli.failures import DEBUG, refusals, refused
 from tracin_ann.device import DEVICE_NAMES, DEVICES
 from tracin_ann.errors import UsageError
+from tracin_ann.escapes import visible
 
 _QUIET = "tracin_ann.quiet"
 _STATUSES = (
@@ -103,7 +104,7 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        click.echo(self.format(record), err=True)
+        click.echo(visible(self.format(record), "\n"), err=True)
 
 
 def _log(context: click.Context, parameter: click.Parameter, value: int) -> None:
@@ -131,7 +132,12 @@ def is_quiet() -> bool:
 def note(message: str, *, err: bool = False) -> None:
     """Print what is neither a result nor an error: nothing with `--quiet`."""
     if not is_quiet():
-        click.echo(message, err=err)
+        say(message, err=err)
+
+
+def say(message: str, *, err: bool = False) -> None:
+    """Print a line, whatever stands in it: a manifest, a task or a data set of somebody else may have a part in it."""
+    click.echo(visible(message), err=err)
 
 
 def given() -> set[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.cli.common import IdRanges, parsed_arguments
+from tracin_ann.cli.common import CheckpointRanges, IdRanges, Positions, parsed_arguments
 from tracin_ann.cli.manners import device_option, task_options
 from tracin_ann.errors import UsageError, problem
 
@@ -39,7 +39,7 @@ def own_ids_option(function: Function) -> Function:
 def checkpoints_option(function: Function) -> Function:
     """Give a command `--checkpoints`."""
     return click.option(
-        "--checkpoints", type=IdRanges(), default=None, help="Positions to sum over, such as 0,2; default all."
+        "--checkpoints", type=CheckpointRanges(), default=None, help="Positions to sum over, such as 0,2; default all."
     )(function)
 
 
@@ -67,12 +67,17 @@ def opened(directory: str, options: Options) -> InfluenceIndex:
     )
 
 
-def positions(index: InfluenceIndex, side: SideName, ids: Sequence[Id], options: Options) -> tuple[int, ...]:
+def positions(
+    index: InfluenceIndex, side: SideName, ids: Positions | Sequence[Id], options: Options
+) -> tuple[int, ...]:
     """Return the positions of rows that the command line names, in `--own-ids` by the task's own ids.
 
     Raises:
-        UsageError: there is no such id.
+        UsageError: there is no such row.
     """
+    if isinstance(ids, Positions):
+        n_rows = len(index) if side == "train" else index.passes.n_rows(side)
+        return ids.within(n_rows, f"no such row in {side}_data")
     return index.positions(side, ids) if options["own_ids"] and ids else tuple(ids)  # type: ignore[arg-type]
 
 

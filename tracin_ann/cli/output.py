@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from tracin_ann.cli.manners import note
+from tracin_ann.cli.streams import expect_stdout
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.words import FORMATS, Format, sized
 
@@ -21,24 +22,41 @@ if TYPE_CHECKING:
     from tracin_ann.results import Answers, Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_CSV_RAW = "tracin_ann.csv_raw"
+# A device or a FIFO is as good, and need not be one that can be read.
+_OUTPUT = click.Path(dir_okay=False, readable=False)
 
 
 def output_options(command: Command) -> Command:
-    """Give a command `--format` (its parameter `form`) and `--output`."""
+    """Give a command `--format` (its parameter `form`), `--output` and `--csv-raw`, which `Sink` asks for itself."""
     form = click.option(
         "--format", "form", type=click.Choice(["table", *FORMATS]), help="[default: table, or by --output's end]"
     )
-    output = click.option(
-        "--output", type=click.Path(dir_okay=False), help="A file for the results, such as hits.parquet."
+    output = click.option("--output", type=_OUTPUT, help="A file for the results, such as hits.parquet.")
+    raw = click.option(
+        "--csv-raw",
+        is_flag=True,
+        expose_value=False,
+        callback=_keep_raw,
+        help="CSV cells as they are; else a ' stands before what a spreadsheet would run.",
     )
-    return form(output(command))
+    return form(output(raw(command)))
+
+
+def _keep_raw(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.meta[_CSV_RAW] = value
+
+
+def _is_raw() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_CSV_RAW))
 
 
 def html_option(command: Command) -> Command:
     """Give a command `--html`."""
     option = click.option(
         "--html",
-        type=click.Path(dir_okay=False),
+        type=_OUTPUT,
         help="A page for the results, with pictures and figures; alone, it stands for the table.",
     )
     return option(command)
@@ -60,15 +78,17 @@ def write_page(
         from tracin_ann.report import write_report
 
         written = write_report(results, path, index, checkpoints=checkpoints)
-        note(f"report: {written}, {sized(written.stat().st_size)}", err=True)
+        size = f", {sized(written.stat().st_size)}" if written.is_file() else ""
+        note(f"report: {written}{size}", err=True)
 
 
 @dataclass(frozen=True)
 class Sink:
-    """In which form results go where: to the screen, or to a file (`path`)."""
+    """In which form results go where: to the screen, or to a file (`path`); CSV for spreadsheets, or `csv_raw`."""
 
     form: str
     path: Path | None
+    csv_raw: bool = False
 
     @classmethod
     def of(cls, form: str | None, output: str | None, html: str | None = None) -> Sink:
@@ -77,7 +97,8 @@ class Sink:
         With a page (`html`) and neither of them, results go nowhere else.
 
         Raises:
-            UsageError: a table is to go to a file, or Parquet to the screen.
+            UsageError: a table is to go to a file, or Parquet to the screen; `--csv-raw` with another format.
+            OSError: results are to go to stdout, and it is closed.
         """
         if html is not None and form is None and output is None:
             return cls("none", None)
@@ -96,7 +117,12 @@ class Sink:
         if path is None and chosen == "parquet":
             what = "Parquet is no text"
             raise UsageError(problem(what, got="no file", expected="--output FILE", remedy="name a file"))
-        return cls(chosen, path)
+        if _is_raw() and chosen != "csv":
+            what, remedy = "--csv-raw changes CSV", "give --format csv, or drop --csv-raw"
+            raise UsageError(problem(what, got=f"--format {chosen}", expected="--format csv", remedy=remedy))
+        if path is None:
+            expect_stdout()
+        return cls(chosen, path, _is_raw())
 
     @contextmanager
     def opened(self, fields: Fields) -> Iterator[Callable[[Answers | Listed[Any]], None]]:
@@ -112,5 +138,5 @@ class Sink:
             yield print_results
             return
         form = cast(Format, self.form)
-        with writer(form, self.path or sys.stdout, fields) as write:
+        with writer(form, self.path or sys.stdout, fields, csv_raw=self.csv_raw) as write:
             yield lambda results: write(results.lines() if form == "jsonl" else results.records())

@@ -10,7 +10,7 @@ import click
 
 from tracin_ann.cli.common import IdRanges, progress_shown
 from tracin_ann.cli.manners import command, device_option, directory_argument, given, note, task_options
-from tracin_ann.cli.opened import opened
+from tracin_ann.cli.opened import checkpoints_option, opened, positions
 from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.words import SEARCHES
@@ -60,7 +60,7 @@ _WHOLE = {
 @click.option("--only", type=_IDS, default=None, help="Training rows that may be hits; default all.")
 @click.option("--without", type=_IDS, default=(), help="Training rows that may not be hits.")
 @click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Of hits; also != < <= > >=; repeatable.")
-@click.option("--checkpoints", type=_IDS, default=None, help="Positions to sum over, such as 0,2; default all.")
+@checkpoints_option
 @click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
 @click.option("--own-ids", is_flag=True, is_eager=True, help="Rows are named by the task's own ids, not positions.")
 @output_options
@@ -81,8 +81,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     expect_report(html)
     index = opened(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    if options["own_ids"]:
-        options |= _at_positions(index, options)
+    options |= _at_positions(index, options)
     if options["self_influence"]:
         _self_influence(index, options, sink, html)
     else:
@@ -110,7 +109,7 @@ def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[
     sides: dict[str, SideName] = {"ids": "query", "against": "query"}
     sides |= {"train_ids": "train", "only": "train", "without": "train"}
     named = {name: options[name] for name in sides if options[name]}
-    return {name: index.positions(sides[name], ids) for name, ids in named.items()}  # type: ignore[arg-type]
+    return {name: positions(index, sides[name], ids, options) for name, ids in named.items()}  # type: ignore[arg-type]
 
 
 def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from tracin_ann.cli.common import IdRanges
+from tracin_ann.cli.common import IdRanges, Positions
 from tracin_ann.cli.manners import command, directory_argument, note
 
 
 @command("tracin-remove runs/mnist --ids 17,40-59", "tracin-remove runs/mnist --ids @bad-rows.txt")
 @directory_argument
 @click.option("--ids", type=IdRanges(), required=True, help="Rows of train_data, such as 0-9,17.")
-def main(directory: str, ids: tuple[int, ...]) -> None:
+def main(directory: str, ids: Positions) -> None:
     """Take training rows out of every answer of the index in DIR, from now on.
 
     Answers under way keep the index as they opened it. The rows' features stay on disk until a new index is built,
@@ -22,9 +22,11 @@ def main(directory: str, ids: tuple[int, ...]) -> None:
     """
     from tracin_ann.absent import removed_ids
     from tracin_ann.generations import leased
+    from tracin_ann.manifest import Manifest
     from tracin_ann.removal import remove
 
-    remove(directory, ids)
+    n_rows = Manifest.read(Path(directory)).build.layout.n_rows
+    remove(directory, ids.within(n_rows, "bad --ids"))
     # As it is now: another writer may already have been here.
     manifest, lease = leased(Path(directory))
     with closing(lease):

@@ -79,11 +79,12 @@ def main(directory: str, form: str | None, output: str | None, **options: object
 
 
 def _list(path: Path, found: Subset, *, own: bool) -> None:
-    from tracin_ann.files import atomic_path
+    from tracin_ann.named_files import output_file
 
-    with atomic_path(path) as temporary:
-        text = "".join(f"{chosen.id if own else chosen.row}\n" for chosen in found)
-        temporary.write_text(text, encoding="utf-8")
+    text = "".join(f"{chosen.id if own else chosen.row}\n" for chosen in found)
+    with output_file(path) as file:
+        # As IdRanges reads it.
+        file.write(text.encode("utf-8", "surrogatepass"))
 
 
 def _summary(index: InfluenceIndex, found: Subset, method: str, ids: tuple[int, ...] | None) -> str:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tracin_ann.answers import Hit
-from tracin_ann.formats import Texts, shown_cells
+from tracin_ann.formats import Texts, one_line, shown_cells
 from tracin_ann.results import Answers, Listed
 
 _TEXT_WIDTH, _GOOD_TEXT, _LEAST_TEXT, _BETWEEN = 48, 20, 8, 3
@@ -30,7 +30,7 @@ def _(answers: Answers) -> None:
     console = Console(highlight=False)
     for answer in answers:
         shown = [] if answer.row is None else [answers.texts(answer.side, answer.row)]
-        title = ": ".join([f"{answer.side} {answer.query}", *(_line(text) for text in shown if text)])
+        title = ": ".join(one_line(text) for text in (f"{answer.side} {answer.query}", *shown) if text)
         texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
         scores = ("score", "for", "against") if answer.against else ("score",)
         heads = [
@@ -108,9 +108,4 @@ def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) 
     hit = hits[place]
     scores = (hit.score, *hit.of_means, *[None] * n_scores)[:n_scores]
     shown = ["" if score is None else f"{score:+.4g}" for score in scores]
-    return [str(hit.id), *shown, *([] if texts is None else [_line(texts("train", hit.row))])]
-
-
-def _line(text: str | None) -> str:
-    """Return a text in one line."""
-    return " ".join((text or "").split())
+    return [one_line(str(hit.id)), *shown, *([] if texts is None else [one_line(texts("train", hit.row) or "")])]

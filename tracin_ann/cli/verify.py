@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from tracin_ann.cli.common import parsed_arguments, progress_shown
-from tracin_ann.cli.manners import command, device_option, directory_argument, note, task_options
+from tracin_ann.cli.manners import command, device_option, directory_argument, note, say, task_options
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.words import sized
 
@@ -25,7 +25,7 @@ def main(directory: str, mend: bool, task: str | None, task_args: tuple[str, ...
     with progress_shown("files") as progress:
         seen = verify(directory, progress)
     for damage in seen.damage:
-        click.echo(damage.message)
+        say(damage.message)
     if not seen.damage:
         note(f"{directory}: {seen.files:,} files, {sized(seen.size)}, all as they were written")
         return
@@ -36,7 +36,7 @@ def main(directory: str, mend: bool, task: str | None, task_args: tuple[str, ...
         repair(directory, task, arguments=arguments or ({} if task else None), device=device, progress=progress)
         left = verify(directory, progress)
     for damage in left.damage:
-        click.echo(damage.message)
+        say(damage.message)
     if left.damage:
         raise DamagedIndexError(f"{directory}: {len(left.damage)} still damaged; build a new index")
     note(f"{directory}: made anew, {left.files:,} files, {sized(left.size)}, all as they were written")

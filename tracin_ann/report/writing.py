@@ -16,10 +16,11 @@ from typing import Any
 
 from tracin_ann.answers import Answer
 from tracin_ann.errors import MissingPackageError, UsageError, problem
-from tracin_ann.files import atomic_write
+from tracin_ann.escapes import json_escaped, visible
 from tracin_ann.formats import shown_cells
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.loading import SideName
+from tracin_ann.named_files import output_file
 from tracin_ann.plots import score_ranks_figure
 from tracin_ann.report.examples import Examples
 from tracin_ann.report.figures import Figure, answer_figures, row_figures
@@ -75,7 +76,7 @@ def write_report(
 
     Args:
         results: of `index`.
-        path: the file; it is there whole or not at all.
+        path: the file; it is there whole or not at all. A device or a FIFO is written to as it is.
         index: what answered.
         title: of the page.
         checkpoints: those that were asked, where not all were; they name the parts of scores.
@@ -89,9 +90,9 @@ def write_report(
     with preserved_globals():
         maker = _Maker(index, _templates(), checkpoints)
         page = maker.answers(results, title) if isinstance(results, Answers) else maker.listed(results, title)
-    with atomic_write(out) as file:
+    with output_file(out) as file:
         for piece in page:
-            file.write(piece.encode("utf-8", "replace"))
+            file.write(piece.encode("utf-8", "backslashreplace"))
     return out
 
 
@@ -252,8 +253,8 @@ def _facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
 
 def _safe_json(value: Any) -> str:
     """Return JSON that ends no script element, whatever the texts in it."""
-    coded = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-    for character in "<>&\u2028\u2029":
+    coded = json_escaped(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
+    for character in "<>&":
         coded = coded.replace(character, f"\\u{ord(character):04x}")
     return coded
 
@@ -276,5 +277,10 @@ def _templates() -> Any:
             )
         ) from error
     return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_resource), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FunctionLoader(_resource),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        # HTML has no control characters; what is HTML already is a Markup.
+        finalize=lambda value: visible(value, "\n\t") if type(value) is str else value,
     )

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest, hdf5_file, own_dataset
+from tracin_ann.files import NotRegularError, atomic_path, file_digest, hdf5_file, open_regular, own_dataset
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
@@ -167,7 +167,9 @@ class FeatureFile:
         """
         try:
             # The system's errors (rights, too many open files) are raised here, and pass; h5py's are damage.
-            file = path.open("rb")
+            file = open_regular(path)
+        except NotRegularError as error:
+            raise DamagedIndexError(problem(f"{path}", got=error, expected="a file", remedy=_REWRITE)) from None
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedIndexError(problem(f"{path}", got="no file", expected="a file", remedy=_REWRITE)) from None
         with file:

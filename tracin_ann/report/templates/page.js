@@ -59,7 +59,11 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   }
-  const cell = (value) => value === null ? "" : /[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value);
+  // As formats.guarded: what a spreadsheet would take for a formula begins with an apostrophe.
+  const formula = /^[=+\-@\x00-\x1f\x7f-\x9f]/, number = /^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$/;
+  const guarded = (value) => typeof value === "string" && formula.test(value) && !number.test(value) ? `'${value}` : String(value);
+  const quoted = (told) => /[",\r\n]/.test(told) ? `"${told.replaceAll('"', '""')}"` : told;
+  const cell = (value) => value === null ? "" : quoted(guarded(value));
 
   document.addEventListener("keydown", (event) => {
     const at = event.target instanceof Element ? event.target : document.body;
