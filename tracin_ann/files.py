@@ -74,7 +74,7 @@ def write_json_atomic(path: Path, value: Mapping[str, object]) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
-class NotRegularError(Exception):
+class NotRegularError(ValueError):
     """A FIFO, device or other thing stands where a file should be; the message says what."""
 
 

@@ -2,7 +2,7 @@ r"""Answers as records, and records as JSON lines, CSV, Parquet and pandas frame
 
 Schema 1. A hit is one record of CSV, Parquet and frames; in JSON lines a line is a query with its hits inside.
 `by_checkpoint` and `of_means` are lists; in CSV they are JSON text. Files are UTF-8, whatever the locale. Of lone
-surrogates, which UTF-8 has no bytes for, JSON lines have JSON's escapes; in CSV and Parquet the text says `\ud800`.
+surrogates, which UTF-8 has no bytes for, JSON lines have JSON's escapes; in the others the text says `\ud800`.
 """
 
 from __future__ import annotations
@@ -257,7 +257,9 @@ def frame(records: Sequence[Record], fields: Fields) -> Any:
         import pandas as pd  # noqa: PLC0415
     except ImportError as error:
         raise _missing("pandas") from error
-    made = pd.DataFrame.from_records(records, columns=fields.names)
+    # Texts of pandas are UTF-8 as well.
+    plain = [{n: encodable(v) if isinstance(v, str) else v for n, v in record.items()} for record in records]
+    made = pd.DataFrame.from_records(plain, columns=fields.names)
     kinds = {"int": "Int64", "float": "float64", "bool": "bool"}
     made = made.astype({name: kinds[kind] for name, kind in fields.kinds if kind in kinds})
     made.attrs["tracin_ann.schema"] = SCHEMA

@@ -85,10 +85,10 @@ def read_given_text(path: Path, most_bytes: int) -> str:
         os.set_blocking(file.fileno(), True)
         for chunk in chain([first], iter(lambda: file.read(_CHUNK_BYTES), b"")):
             n_bytes += len(chunk)
-            if n_bytes > most_bytes:
-                raise ValueError(f"more than {most_bytes:,} bytes")
             if b"\0" in chunk:
                 raise ValueError("no text: it holds a NUL byte")
+            if n_bytes > most_bytes:
+                raise ValueError(f"more than {most_bytes:,} bytes")
             parts.append(decoder.decode(chunk))
     return "".join((*parts, decoder.decode(b"", final=True)))
 

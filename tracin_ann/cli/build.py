@@ -100,9 +100,7 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     tuned = made.tuned
     layout = ", channels last" if tuned.channels_last else ""
     share = tuned.read_seconds / (tuned.read_seconds + tuned.row_seconds)
-    say(
-        f"batches     {tuned.batch_size} rows{layout}, {config.precision}; reading takes {share:.0%} of the time"
-    )
+    say(f"batches     {tuned.batch_size} rows{layout}, {config.precision}; reading takes {share:.0%} of the time")
     for line in made.notes:
         say(f"checkpoints {line}")
     say(f"index       {made.index_kind}: {made.index_reason}")

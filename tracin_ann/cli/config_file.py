@@ -19,8 +19,9 @@ else:
     import tomli as tomllib
 
 _NEVER = ("config", "help", "version")
-# Keys of many parts take the parser time that grows with their square.
 _MOST_BYTES = 1 << 16
+# A key of many parts, which has to be in one line, takes the parser time that grows with their square.
+_MOST_DOTS = 200
 _INT64 = range(-(2**63), 2**63)
 # Of values nested however deep.
 _brief = reprlib.Repr()
@@ -39,7 +40,10 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
     from tracin_ann.named_files import read_given_text
 
     try:
-        table = tomllib.loads(read_given_text(path, _MOST_BYTES))
+        text = read_given_text(path, _MOST_BYTES)
+        if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line with more than {_MOST_DOTS} dots")
+        table = tomllib.loads(text)
     # A number of thousands of digits is a ValueError as well.
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
@@ -111,17 +115,25 @@ def _single(what: str, parameter: click.Parameter, value: Any, context: click.Co
         kind.convert(value, parameter, context)
     except click.BadParameter as error:
         raise UsageError(
-            problem(what, got=_brief.repr(value), expected=error.message.rstrip("."), remedy="change it")
+            problem(what, got=_shown(value), expected=error.message.rstrip("."), remedy="change it")
         ) from error
     return value
 
 
 def _plain(what: str, value: object) -> str:
     """Return a text or a number as the command line has it."""
-    _expect(what, isinstance(value, str) or type(value) in (int, float), value, "a text in quotes or a number")
+    fine = isinstance(value, str | float) or (type(value) is int and value in _INT64)
+    _expect(what, fine, value, "a text in quotes or a number")
     return str(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        return _brief.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _expect(what: str, right: bool, value: object, expected: str) -> None:
     if not right:
-        raise UsageError(problem(what, got=_brief.repr(value), expected=expected, remedy="change it"))
+        raise UsageError(problem(what, got=_shown(value), expected=expected, remedy="change it"))
