@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import ragged
 import zoo
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import Checkpoint, build
@@ -31,73 +32,95 @@ class Wide(nn.Module):
         return self.last(torch.relu(self.first(x)))
 
 
-class TestNothingWrong:
-    """No audit finds fault with a right build."""
+@pytest.mark.parametrize("case", models.CASES)
+def test_every_model_of_the_zoo_passes_by_far(case, tmp_path):
+    zoo.trained(case, 0, tmp_path)
+    made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
+    assert made.manifest.audit is not None
+    assert made.manifest.audit.drawn == DRAWN
+    assert made.manifest.audit.largest < 1e-5
 
-    @pytest.mark.parametrize("case", models.CASES)
-    def test_every_model_of_the_zoo_passes_by_far(self, case, tmp_path):
-        zoo.trained(case, 0, tmp_path)
-        made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
-        assert made.manifest.audit is not None
-        assert made.manifest.audit.drawn == DRAWN
-        assert made.manifest.audit.largest < 1e-5
 
-    @pytest.mark.parametrize("sketch", ["factored", "kronecker", "dense", "dense-gaussian"])
-    @pytest.mark.parametrize("case", ["mlp", "conv2d", "gpt tied", "own linear layers", "gru"])
-    def test_every_sketch_takes_a_whole_gradient_as_it_takes_its_factors(self, sketch, case, tmp_path):
-        zoo.trained(case, 0, tmp_path)
-        config = replace(SMALL, batch_size=5, sketch=sketch, dim=16)
-        made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
-        assert made.manifest.audit.largest < 1e-5
+@pytest.mark.parametrize("case", ragged.CASES)
+def test_every_row_of_layers_that_run_on_rows_that_are_no_batch(case, tmp_path):
+    sizes = torch.randint(1, 6, (60,)).tolist()
+    model, chosen, examples = ragged.made(case, sizes)
+    task = toy(
+        tmp_path,
+        model,
+        loss=chosen.loss,
+        collate=chosen.collate,
+        train_data=lambda: examples,
+        query_data=lambda: examples[:3],
+    )
+    made = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
+    assert made.manifest.audit.uneven == 8
+    found = audit(tmp_path / "i", Draw(120), task)
+    assert (found.rows, found.differences) == (120, ())
+    assert found.largest < 1e-5
 
-    @pytest.mark.parametrize("dim", [16, 2048])
-    def test_layers_called_once_are_sketched_alike_by_factors_and_whole(self, dim, tmp_path):
-        model = nn.Sequential(nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 70), nn.Tanh(), nn.Linear(70, 3))
-        made = build(toy(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
-        assert made.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
-        assert made.manifest.audit.largest < 1e-5
 
-    @pytest.mark.parametrize("dtype", ["float16", "float32"])
-    def test_the_storing_of_rows_is_allowed_for(self, dtype, tmp_path):
-        made = build(toy(tmp_path, train_data=lambda: rows(N)), tmp_path / "i", replace(SMALL, dtype=dtype, dim=512))
-        assert made.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
+@pytest.mark.parametrize("sketch", ["factored", "kronecker", "dense", "dense-gaussian"])
+@pytest.mark.parametrize("case", ["mlp", "conv2d", "gpt tied", "own linear layers", "gru"])
+def test_every_sketch_takes_a_whole_gradient_as_it_takes_its_factors(sketch, case, tmp_path):
+    zoo.trained(case, 0, tmp_path)
+    config = replace(SMALL, batch_size=5, sketch=sketch, dim=16)
+    made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
+    assert made.manifest.audit.largest < 1e-5
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-    def test_models_of_every_floating_dtype(self, dtype, tmp_path):
-        torch.manual_seed(0)
-        data = [(x.to(dtype), y) for x, y in rows(N)]
-        task = toy(tmp_path, Toy().to(dtype), train_data=lambda: data, query_data=lambda: data[:3])
-        made = build(task, tmp_path / "i", SMALL)
-        assert made.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
 
-    def test_what_batches_round_away_is_measured_where_dtypes_do_not_tell(self, tmp_path):
-        """As in a loss that computes in half precision by itself: off by more than the tolerance of float32."""
+@pytest.mark.parametrize("dim", [16, 2048])
+def test_layers_called_once_are_sketched_alike_by_factors_and_whole(dim, tmp_path):
+    model = nn.Sequential(nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 70), nn.Tanh(), nn.Linear(70, 3))
+    made = build(toy(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
+    assert made.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
+    assert made.manifest.audit.largest < 1e-5
 
-        def loss(model: nn.Module, batch: Any) -> Tensor:
-            coarse = 7e-4 * torch.sin(1e3 * batch[0].sum(1)) if len(batch[0]) > 1 else 0
-            plain = cross_entropy(model, batch)
-            return plain + coarse * (plain - plain.detach())
 
-        task = toy(tmp_path, loss=loss, train_data=lambda: rows(N))
-        build(task, tmp_path / "i", SMALL)
-        found = audit(tmp_path / "i", Draw(N), task)
-        assert not found.differences
-        assert found.largest > 6e-4
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_storing_of_rows_is_allowed_for(dtype, tmp_path):
+    made = build(toy(tmp_path, train_data=lambda: rows(N)), tmp_path / "i", replace(SMALL, dtype=dtype, dim=512))
+    assert made.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
 
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-    def test_gradients_that_are_nothing_but_rounding(self, scale, precision, tmp_path, monkeypatch):
-        """Rows that the model fits ever better, down to a loss of nought."""
-        monkeypatch.setattr("tracin_ann.tuning._CLEARLY_SLOWER", 1e9)
-        monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
-        model = Wide()
-        with torch.no_grad():
-            model.last.weight.mul_(scale)
-            labels = model(torch.stack([x for x, _ in rows(N)])).argmax(1).tolist()
-        data = [(x, y) for (x, _), y in zip(rows(N), labels, strict=True)]
-        torch.save(model.state_dict(), tmp_path / "fitted.pt")
-        checkpoints = [Checkpoint(tmp_path / "fitted.pt", learning_rate=0.1)]
-        task = toy(tmp_path, model, checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5])
-        build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
-        found = audit(tmp_path / "i", Draw(N), task)
-        assert (found.rows, found.differences) == (N, ())
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_every_floating_dtype(dtype, tmp_path):
+    torch.manual_seed(0)
+    data = [(x.to(dtype), y) for x, y in rows(N)]
+    task = toy(tmp_path, Toy().to(dtype), train_data=lambda: data, query_data=lambda: data[:3])
+    made = build(task, tmp_path / "i", SMALL)
+    assert made.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
+
+
+def test_what_batches_round_away_is_measured_where_dtypes_do_not_tell(tmp_path):
+    """As in a loss that computes in half precision by itself: off by more than the tolerance of float32."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        coarse = 7e-4 * torch.sin(1e3 * batch[0].sum(1)) if len(batch[0]) > 1 else 0
+        plain = cross_entropy(model, batch)
+        return plain + coarse * (plain - plain.detach())
+
+    task = toy(tmp_path, loss=loss, train_data=lambda: rows(N))
+    build(task, tmp_path / "i", SMALL)
+    found = audit(tmp_path / "i", Draw(N), task)
+    assert not found.differences
+    assert found.largest > 6e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_gradients_that_are_nothing_but_rounding(scale, precision, tmp_path, monkeypatch):
+    """Rows that the model fits ever better, down to a loss of nought."""
+    monkeypatch.setattr("tracin_ann.tuning._CLEARLY_SLOWER", 1e9)
+    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    model = Wide()
+    with torch.no_grad():
+        model.last.weight.mul_(scale)
+        labels = model(torch.stack([x for x, _ in rows(N)])).argmax(1).tolist()
+    data = [(x, y) for (x, _), y in zip(rows(N), labels, strict=True)]
+    torch.save(model.state_dict(), tmp_path / "fitted.pt")
+    checkpoints = [Checkpoint(tmp_path / "fitted.pt", learning_rate=0.1)]
+    task = toy(tmp_path, model, checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5])
+    build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
+    found = audit(tmp_path / "i", Draw(N), task)
+    assert (found.rows, found.differences) == (N, ())

@@ -39,7 +39,7 @@ _STORED: dict[Dtype, float] = {"float16": 2.0**-11, "float32": 2.0**-23}
 _FLOOR = 1e-2
 # How many copies of a row are run, how often the rounding seen in them is allowed, and the most, of the largest norm.
 _COPIES, _TIMES, _MOST_ROUNDING = 16, 8.0, 0.1
-_ENTRIES = 1 << 24
+_ENTRIES = 1 << 22
 
 Place = tuple[int, int]
 
@@ -145,7 +145,7 @@ def audit_build(auditor: Auditor, built: Built) -> AuditRecord | None:
 
 
 def _refusal(differences: Sequence[Difference], *, is_new: bool) -> str:
-    more = f" ({len(differences) - 1} more rows differ)" if len(differences) > 1 else ""
+    more = f" ({len(differences)} rows differ)" if len(differences) > 1 else ""
     remedy = "leave that parameter out with Task.parameters, or build with --batch-size 1"
     if not is_new:
         remedy = "this row is of the index as it was before: build a new one"
