@@ -119,8 +119,8 @@ def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeyp
     assert feature_files(tmp_path / "i") == files
     np.testing.assert_array_equal(stored(tmp_path / "i"), before)
     assert verify(tmp_path / "i").damage == ()
-    made = build(task, tmp_path / "i", replace(SMALL, append=True)).manifest
-    assert (made.build.spec.train_rows, made.audit.drawn, made.audit.uneven) == (N, DRAWN, 4)
+    made = build(task, tmp_path / "i", replace(SMALL, append=True))
+    assert (made.manifest.build.spec.train_rows, made.manifest.audit.rows, made.uneven.rows) == (N, DRAWN, 4)
 
 
 def test_old_rows_are_audited_beside_new_ones(task, tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_files_of_a_killed_run_are_audited_by_the_next(task, tmp_path, monkeypat
     made = build(task, tmp_path / "i", SMALL)
     assert made.rows_extracted == 0
     # Its batches are not known any more.
-    assert (made.manifest.audit.drawn, made.manifest.audit.uneven) == (DRAWN, 0)
+    assert (made.manifest.audit.rows, made.uneven) == (DRAWN, None)
 
 
 def test_nothing_is_audited_where_nothing_was_computed_for_a_finished_index(task, tmp_path, monkeypatch):
@@ -190,14 +190,14 @@ def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
     asked.clear()
     grown = replace(task, train_data=lambda: [*data, *ragged(10, long=-1)])
     made = build(grown, tmp_path / "i", replace(config, append=True))
-    assert made.manifest.audit.drawn == DRAWN
+    assert made.manifest.audit.rows == DRAWN
     assert not {3, 5, 17} & {row for row, _ in asked}
 
 
 def test_random_rows_cannot_be_audited(tmp_path):
     task = toy(tmp_path)
     made = build(task, tmp_path / "i", replace(SMALL, allow_random_data=True)).manifest
-    assert (made.audit, made.audited) == (None, "nothing: the rows are random")
+    assert (made.audit, made.audited()) == (None, "nothing: the rows are random")
     with pytest.raises(UsageError, match=r"cannot be audited: got an index built with --allow-random-data"):
         audit(tmp_path / "i", Draw(3), task)
 
@@ -210,7 +210,7 @@ def test_a_manifest_of_before_audits_is_read(tmp_path):
             del content[name]
         path.write_text(json.dumps({"format": FORMAT, "digest": content_digest(content), **content}))
     found = Manifest.read(tmp_path / "i")
-    assert (found.audit, found.audited) == (None, "nothing: built by an earlier version")
+    assert (found.audit, found.audited()) == (None, "nothing: built by an earlier version")
     result = CliRunner().invoke(info_command, [str(tmp_path / "i")])
     assert "audited     nothing: built by an earlier version\n" in result.output
 

@@ -37,7 +37,7 @@ def test_every_model_of_the_zoo_passes_by_far(case, tmp_path):
     zoo.trained(case, 0, tmp_path)
     made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
     assert made.manifest.audit is not None
-    assert made.manifest.audit.drawn == DRAWN
+    assert made.manifest.audit.rows == DRAWN
     assert made.manifest.audit.largest < 1e-5
 
 
@@ -54,7 +54,7 @@ def test_every_row_of_layers_that_run_on_rows_that_are_no_batch(case, tmp_path):
         query_data=lambda: examples[:3],
     )
     made = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
-    assert made.manifest.audit.uneven == 8
+    assert made.uneven.rows == 8
     found = audit(tmp_path / "i", Draw(120), task)
     assert (found.rows, found.differences) == (120, ())
     assert found.largest < 1e-5

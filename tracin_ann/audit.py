@@ -79,9 +79,9 @@ class Audited:
     differences: tuple[Difference, ...]
 
     @property
-    def told(self) -> str:
-        """Say in words what was audited."""
-        return AuditRecord(self.rows, 0, self.largest).told
+    def record(self) -> AuditRecord:
+        """Return what a manifest keeps of it."""
+        return AuditRecord(self.rows, self.largest)
 
 
 def draw_places(n_places: int, store: FeatureStore, without: Int64, seed: int) -> list[Place]:
@@ -115,8 +115,22 @@ class Built:
     seed: int
 
 
-def audit_build(auditor: Auditor, built: Built) -> AuditRecord | None:
-    """Audit the rows of a build, old ones and new ones; None where that cannot be done, as the rows are random.
+@dataclass(frozen=True)
+class Audits:
+    """The audits of a build.
+
+    Attributes:
+        drawn: of the rows that the seed draws; None where the rows are random. The same however often a build was
+            interrupted, so that its manifest is.
+        uneven: of the most uneven batch among those that this run computed, if any.
+    """
+
+    drawn: AuditRecord | None = None
+    uneven: AuditRecord | None = None
+
+
+def audit_build(auditor: Auditor, built: Built) -> Audits:
+    """Audit the rows of a build, old ones and new ones.
 
     Where nothing was computed for an index that is finished already, its own audit stands. Where a row differs, the
     feature files that no manifest names, and those that this run wrote, are removed: a later build computes them anew.
@@ -126,22 +140,23 @@ def audit_build(auditor: Auditor, built: Built) -> AuditRecord | None:
     """
     start = built.start
     if start.record.random_data:
-        return None
+        return Audits()
     if not built.missing and start.finished is not None:
-        return start.finished.audit
+        return Audits(start.finished.audit)
     store = auditor.store
     without = np.union1d(store.skipped()[0], built.removed)
-    drawn = draw_places(DRAWN, store, without, built.seed)
-    uneven = [(row, checkpoint) for row, checkpoint in built.extracted.uneven if row not in without]
-    found = auditor.audit([*drawn, *uneven])
-    if found.differences:
+    # The uneven batch first: its checkpoint is loaded.
+    uneven = auditor.audit([place for place in built.extracted.uneven if place[0] not in without])
+    drawn = auditor.audit(draw_places(DRAWN, store, without, built.seed))
+    differences = *uneven.differences, *drawn.differences
+    if differences:
         computed = unnamed_files(store, start.manifest, built.missing)
         for path in computed:
             path.unlink(missing_ok=True)
-        worst = found.differences[0]
-        is_new = store.path(worst.row // store.layout.partition_rows, worst.checkpoint) in computed
-        raise GradientProofError(_refusal(found.differences, is_new=is_new))
-    return AuditRecord(len(drawn), len(uneven), found.largest)
+        first = differences[0]
+        is_new = store.path(first.row // store.layout.partition_rows, first.checkpoint) in computed
+        raise GradientProofError(_refusal(differences, is_new=is_new))
+    return Audits(drawn.record, uneven.record if uneven.rows else None)
 
 
 def _refusal(differences: Sequence[Difference], *, is_new: bool) -> str:

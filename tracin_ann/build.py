@@ -52,6 +52,7 @@ from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
     MANIFEST,
+    AuditRecord,
     BuildRecord,
     IndexRecord,
     Manifest,
@@ -90,6 +91,7 @@ class BuildReport:
         seconds: wall time.
         skipped: the rows that are in no answer because they are not finite.
         notes: in a line each, how checkpoints were read whose files are no plain state_dict.
+        uneven: the audit of the most uneven batch that this run computed, if any; the manifest's is of other rows.
     """
 
     manifest: Manifest
@@ -97,6 +99,7 @@ class BuildReport:
     seconds: float
     skipped: Skipped
     notes: tuple[str, ...] = ()
+    uneven: AuditRecord | None = None
 
 
 class BuildWork:
@@ -293,7 +296,7 @@ class BuildWork:
             files += write_unlisted(folder, removed_R)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
-    def report(self, manifest: Manifest, began: float) -> BuildReport:
+    def report(self, manifest: Manifest, began: float, uneven: AuditRecord | None = None) -> BuildReport:
         """Return what was done since `began`."""
         return BuildReport(
             manifest,
@@ -301,6 +304,7 @@ class BuildWork:
             perf_counter() - began,
             skipped_rows(self.out, manifest),
             self.passes.loader.notes,
+            uneven,
         )
 
 
@@ -371,7 +375,7 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
         removed = removed_ids(work.out, start.manifest)
         auditor = Auditor(model, store, features, report)
-        audit = audit_build(auditor, Built(done, start, missing, removed, work.config.seed))
+        audits = audit_build(auditor, Built(done, start, missing, removed, work.config.seed))
     yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
     measured = work.config.yardstick and not work.config.allow_random_data
     files = feature_records(store, start.manifest, missing)
@@ -386,10 +390,10 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         columns=None if table is None else record_of(folder / COLUMNS),
         removed=carry_removed(work.out, start.manifest, folder),
         skipped=write_skipped(folder, store),
-        audit=audit,
+        audit=audits.drawn,
     )
     published(work.out, manifest)
-    return work.report(manifest, began)
+    return work.report(manifest, began, audits.uneven)
 
 
 def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:

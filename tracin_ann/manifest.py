@@ -87,22 +87,21 @@ class AuditRecord:
     """An audit of stored rows against plain autograd in which none differed.
 
     Attributes:
-        drawn: (row, checkpoint) pairs drawn at random.
-        uneven: rows of the most uneven batch at one checkpoint.
+        rows: (row, checkpoint) pairs compared.
         largest: the largest difference, as a share of the row's norm.
     """
 
-    drawn: int
-    uneven: int
+    rows: int
     largest: float
 
-    @property
-    def told(self) -> str:
-        """Say in words what was audited."""
-        rows = f"{self.drawn:,} {'row' if self.drawn == 1 else 'rows'}"
-        if self.uneven:
-            rows += f" and {self.uneven} of the most uneven batch"
-        return f"{rows} against plain autograd: largest difference {self.largest:.0e} of a row's norm"
+    def told(self, uneven: AuditRecord | None = None) -> str:
+        """Say in words what was audited, with the rows of the most uneven batch if there were any."""
+        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        largest = self.largest
+        if uneven is not None:
+            rows += f" and {uneven.rows} of the most uneven batch"
+            largest = max(largest, uneven.largest)
+        return f"{rows} against plain autograd: largest difference {largest:.0e} of a row's norm"
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Manifest:
         columns: the file of the rows' columns, where the task gives any.
         removed: the file of the removed rows' ids, where there are any.
         skipped: the file of the rows that were skipped as not finite, where there are any.
-        audit: of the stored rows; None with random data, and where an earlier version built it.
+        audit: of stored rows drawn by the seed; None with random data, and where an earlier version built it.
     """
 
     generation: int
@@ -161,11 +160,10 @@ class Manifest:
             f"about {deep[0]:.0%} and {deep[1]:.0%} with --rerank exact --candidates 100"
         )
 
-    @property
-    def audited(self) -> str:
-        """Say in one line what was audited, or why nothing was."""
+    def audited(self, uneven: AuditRecord | None = None) -> str:
+        """Say in one line what was audited, or why nothing was; `uneven`: of the most uneven batch."""
         if self.audit is not None:
-            return self.audit.told
+            return self.audit.told(uneven)
         return "nothing: the rows are random" if self.build.random_data else "nothing: built by an earlier version"
 
     def write(self, directory: Path) -> None:
@@ -268,7 +266,7 @@ def _build(content: Mapping[str, Any]) -> BuildRecord:
 
 
 def _audit(content: Mapping[str, Any]) -> AuditRecord:
-    return AuditRecord(int(content["drawn"]), int(content["uneven"]), float(content["largest"]))
+    return AuditRecord(int(content["rows"]), float(content["largest"]))
 
 
 def _index(content: Mapping[str, Any]) -> IndexRecord:

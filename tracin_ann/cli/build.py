@@ -143,7 +143,7 @@ def _show_report(report: BuildReport, out: str) -> None:
     click.echo(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
         click.echo(f"believe {believed(manifest)}")
-    click.echo(f"audited {manifest.audited}")
+    click.echo(f"audited {manifest.audited(report.uneven)}")
     steps = {step.step for step in manifest.steps}
     shares = [f"{name} {_share(report, name)}" for name in ("layer rule", "vmap(grad)", "loop") if name in steps]
     click.echo(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))

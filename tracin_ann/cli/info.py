@@ -44,7 +44,7 @@ def main(directory: str) -> None:
     if manifest.fidelity is not None:
         click.echo(f"fidelity    {fidelity_line(manifest.fidelity)}")
     click.echo(f"believe     {believed(manifest)}")
-    click.echo(f"audited     {manifest.audited}")
+    click.echo(f"audited     {manifest.audited()}")
     if index.calibration is not None:
         _print_curve(index.calibration)
 
