@@ -177,7 +177,7 @@ def test_nothing_is_audited_where_nothing_was_computed_for_a_finished_index(task
 
 def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
     data = ragged(40, long=17)
-    data[3][0][0, 0] = torch.nan
+    data[9][0][0, 0] = torch.nan
     task = replace(task, train_data=lambda: data)
     config = replace(SMALL, on_nonfinite="skip")
     build(task, tmp_path / "i", config)
@@ -186,12 +186,12 @@ def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
     true_audit = Auditor.audit
     monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
     assert audit(tmp_path / "i", Draw(1000), task).rows == 37 * 2
-    assert {row for row, _ in asked} == {*range(40)} - {3, 5, 17}
+    assert {row for row, _ in asked} == {*range(40)} - {5, 9, 17}
     asked.clear()
     grown = replace(task, train_data=lambda: [*data, *ragged(10, long=-1)])
     made = build(grown, tmp_path / "i", replace(config, append=True))
     assert made.manifest.audit.rows == DRAWN
-    assert not {3, 5, 17} & {row for row, _ in asked}
+    assert not {5, 9, 17} & {row for row, _ in asked}
 
 
 def test_random_rows_cannot_be_audited(tmp_path):

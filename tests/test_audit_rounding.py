@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import models
 import ragged
 import zoo
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import Checkpoint, build
-from tracin_ann.audit import DRAWN
+from tracin_ann.audit import DRAWN, _in_half
+from tracin_ann.gradients import GradientEngine
 from tracin_ann.verification import Draw, audit
 
 BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
@@ -93,7 +95,7 @@ def test_models_of_every_floating_dtype(dtype, tmp_path):
 
 
 def test_what_batches_round_away_is_measured_where_dtypes_do_not_tell(tmp_path):
-    """As in a loss that computes in half precision by itself: off by more than the tolerance of float32."""
+    """As where batches are computed by other kernels: off by more than the tolerance of float32."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         coarse = 7e-4 * torch.sin(1e3 * batch[0].sum(1)) if len(batch[0]) > 1 else 0
@@ -124,3 +126,35 @@ def test_gradients_that_are_nothing_but_rounding(scale, precision, tmp_path, mon
     build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
     found = audit(tmp_path / "i", Draw(N), task)
     assert (found.rows, found.differences) == (N, ())
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.float()
+
+
+def by_autocast(model: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.cross_entropy(model(batch[0]).float(), batch[1], reduction="none")
+
+
+def by_a_function_of_its_own(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(Rounded.apply(model(batch[0])).float(), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(cross_entropy, False), (by_autocast, True), (by_a_function_of_its_own, True)]
+)
+def test_what_a_loss_computes_in_is_seen_whatever_its_dtypes(loss, expected):
+    """The tolerance follows it."""
+    model = Toy().requires_grad_(False)
+    engine = GradientEngine(model, dict(model.named_parameters()), loss, torch.utils.data.default_collate)
+    batch = engine.batch([0], rows(1))
+    assert engine.losses(batch).dtype == torch.float32
+    assert _in_half(engine, batch) is expected
+    assert not any(parameter.requires_grad for parameter in model.parameters())

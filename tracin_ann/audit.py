@@ -215,7 +215,7 @@ class Auditor:
         largest = float(np.max(norm_B[np.isfinite(norm_B)], initial=0.0))
         size_B = np.maximum(norm_B, _FLOOR * largest)
         share_B = np.divide(off_B, size_B, out=np.where(off_B == 0, 0.0, np.inf), where=size_B > 0)
-        allowed_B = np.full(len(rows), self._tolerance())
+        allowed_B = np.full(len(rows), self._tolerance(rows[0]))
         for i in np.flatnonzero(~(share_B <= allowed_B)).tolist():
             seen = self._rounding(extractor, rows[i], expected_BD[i])
             allowed_B[i] += min(_TIMES * seen, _MOST_ROUNDING * largest) / max(float(size_B[i]), 1e-300)
@@ -243,13 +243,12 @@ class Auditor:
         """Return a row's whole gradient [P], computed alone by plain autograd."""
         return self._engine.alone(Batch((row,), [self._data[row]], None), 0)[1]
 
-    def _tolerance(self) -> float:
-        """Return the share of a row's norm that rounding explains, of what is computed and of what is stored."""
+    def _tolerance(self, row: int) -> float:
+        """Return the share of its norm that rounding explains, of a row as it is computed and as it is stored."""
         dtypes = {p.dtype for p in self._model.parameters.values()}
-        if self._passes.options.precision == "bf16" or dtypes - _COMPUTED.keys():
+        computed = max(_COMPUTED.get(dtype, _COMPUTED_HALF) for dtype in dtypes)
+        if _in_half(self._engine, self._engine.batch((row,), [self._data[row]])):
             computed = _COMPUTED_HALF
-        else:
-            computed = max(_COMPUTED[dtype] for dtype in dtypes)
         return computed + _STORED[self.store.layout.dtype]
 
     def _rounding(self, extractor: FeatureExtractor, row: int, expected_D: Float64) -> float:
@@ -272,7 +271,7 @@ class Auditor:
         true = dict(zip(parameters, parts, strict=True))
         off = {name: float((found[name] - grad if name in found else grad).norm()) for name, grad in true.items()}
         worst = max(off, key=off.__getitem__)
-        if not off[worst] > self._tolerance() * float(true[worst].norm()):
+        if not off[worst] > self._tolerance(row) * float(true[worst].norm()):
             return "though its batch, run again, gives what autograd gives"
         return f"most of it in {worst} of {_layer(self._model.module, parameters[worst])}"
 
@@ -308,6 +307,27 @@ class Auditor:
 
         self._engine.run(self._model.batch("train", read), start)
         return found
+
+
+def _in_half(engine: GradientEngine, batch: Batch) -> bool:
+    """Return whether anything behind the losses of a batch is computed in half precision, by autocast for example."""
+    parameters = engine.parameters.values()
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        waiting: list[Any] = [engine.losses(batch).grad_fn]
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    seen = {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            if any(made.dtype not in _COMPUTED and made.dtype.is_floating_point for made in node._input_metadata):
+                return True
+            seen.add(node)
+            waiting += [above for above, _ in node.next_functions]
+    return False
 
 
 def _layer(model: Any, parameter: Tensor) -> str:
