@@ -31,6 +31,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"formats", "plots"}, False),
     ({"ranking"}, False),
     ({"ways", "calibration", "removal"}, False),
+    ({"audit"}, False),
     ({"absent"}, False),
     ({"answers", "config", "generations"}, False),
     ({"manifest"}, False),

@@ -23,6 +23,7 @@ from tracin_ann.absent import (
     write_skipped,
     write_unlisted,
 )
+from tracin_ann.audit import Auditor, Built, audit_build
 from tracin_ann.calibration import Yardstick
 from tracin_ann.canaries import FILE as CANARIES
 from tracin_ann.canaries import refuse_changed, write_canaries
@@ -31,7 +32,7 @@ from tracin_ann.columns import gathered, write_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, UsageError, problem
-from tracin_ann.extraction import Extraction, data_is_dearer
+from tracin_ann.extraction import Extracted, Extraction, data_is_dearer
 from tracin_ann.files import atomic_path, is_temporary
 from tracin_ann.generations import (
     UNFINISHED_INDEX,
@@ -51,6 +52,7 @@ from tracin_ann.manifest import (
     BUILD_RECORD,
     FEATURES,
     MANIFEST,
+    AuditRecord,
     BuildRecord,
     IndexRecord,
     Manifest,
@@ -60,7 +62,6 @@ from tracin_ann.manifest import (
     write_build_record,
 )
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
-from tracin_ann.plan import Plan
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
 from tracin_ann.search.fill import Scratch, key_of
 from tracin_ann.sketch import make_sketch
@@ -90,6 +91,7 @@ class BuildReport:
         seconds: wall time.
         skipped: the rows that are in no answer because they are not finite.
         notes: in a line each, how checkpoints were read whose files are no plain state_dict.
+        uneven: the audit of the most uneven batch that this run computed, if any; the manifest's is of other rows.
     """
 
     manifest: Manifest
@@ -97,6 +99,7 @@ class BuildReport:
     seconds: float
     skipped: Skipped
     notes: tuple[str, ...] = ()
+    uneven: AuditRecord | None = None
 
 
 class BuildWork:
@@ -260,12 +263,12 @@ class BuildWork:
         self.passes.options = replace(self.passes.options, channels_last=chosen.channels_last)
         return chosen
 
-    def extract(self, extraction: Extraction, chosen: Tuned, folder: Path) -> Plan:
-        """Write every feature file that is not there whole, and the canaries; return the plan of gradients."""
+    def extract(self, extraction: Extraction, chosen: Tuned, folder: Path) -> Extracted:
+        """Write every feature file that is not there whole, and the canaries."""
         done = extraction.run(held=data_is_dearer(extraction.layout, chosen, self._load_seconds))
         self.rows_extracted += done.rows
         write_canaries(folder / CANARIES, done.canaries)
-        return done.plan
+        return done
 
     def index(
         self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord], removed_R: Int64
@@ -293,7 +296,7 @@ class BuildWork:
             files += write_unlisted(folder, removed_R)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
-    def report(self, manifest: Manifest, began: float) -> BuildReport:
+    def report(self, manifest: Manifest, began: float, uneven: AuditRecord | None = None) -> BuildReport:
         """Return what was done since `began`."""
         return BuildReport(
             manifest,
@@ -301,6 +304,7 @@ class BuildWork:
             perf_counter() - began,
             skipped_rows(self.out, manifest),
             self.passes.loader.notes,
+            uneven,
         )
 
 
@@ -327,6 +331,8 @@ def build(
         UsageError: an option or the directory cannot be used.
         NonFiniteError: a row's loss or gradient is NaN or infinite; whole partitions are kept. Where such rows are
             skipped: none is left.
+        GradientProofError: no way to compute a parameter's gradients agrees with autograd, or a stored row does not;
+            nothing is published.
     """
     work = opened(task, Path(out), config or BuildConfig(), arguments)
     with ExitStack() as held:
@@ -366,7 +372,10 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         if table is not None:
             write_columns(folder / COLUMNS, table)
         features = work.config.features(record.spec.rank_one)
-        plan = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+        done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+        removed = removed_ids(work.out, start.manifest)
+        auditor = Auditor(model, store, features, report)
+        audits = audit_build(auditor, Built(done, start, missing, removed, work.config.seed))
     yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
     measured = work.config.yardstick and not work.config.allow_random_data
     files = feature_records(store, start.manifest, missing)
@@ -375,15 +384,16 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         build=record,
         features=files,
         canaries=record_of(folder / CANARIES),
-        index=work.index(yardstick, folder, files, removed_ids(work.out, start.manifest)),
-        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in plan.steps.items()),
+        index=work.index(yardstick, folder, files, removed),
+        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in done.plan.steps.items()),
         fidelity=yardstick.fidelity() if measured else None,
         columns=None if table is None else record_of(folder / COLUMNS),
         removed=carry_removed(work.out, start.manifest, folder),
         skipped=write_skipped(folder, store),
+        audit=audits.drawn,
     )
     published(work.out, manifest)
-    return work.report(manifest, began)
+    return work.report(manifest, began, audits.uneven)
 
 
 def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:

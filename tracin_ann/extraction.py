@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehin
 from tracin_ann.tuning import Tuned
 from tracin_ann.types import Int64, ProgressCallback
 
+MOST_UNEVEN = 64
+"""Rows of the most uneven batch that are kept, at most."""
 SIDES: tuple[SideName, ...] = ("train", "query")
 _HELD_SHARE = 0.5
 _TRIES = 8
@@ -31,11 +33,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extraction gives besides the files: canaries, the plan of gradients, rows × checkpoints computed."""
+    """What an extraction gives besides the files.
+
+    Attributes:
+        canaries: of both sides.
+        plan: of gradients.
+        rows: rows × checkpoints computed.
+        uneven: (row, checkpoint) of the most uneven batch: those of its rows, at most 64, whose sizes are least like
+            the others'; empty where nothing was computed. Batches of an earlier run that was killed take no part.
+    """
 
     canaries: tuple[Canaries, ...]
     plan: Plan
     rows: int
+    uneven: tuple[tuple[int, int], ...]
 
 
 class Extraction:
@@ -67,6 +78,7 @@ class Extraction:
         self._not_canaries: dict[SideName, Int64] = dict.fromkeys(SIDES, np.zeros(0, np.int64))
         self._plans: dict[int, Plan] = {}
         self._held = False
+        self._uneven = _MostUneven()
         # Two: one is filled while the other is written.
         size = min(self.layout.partition_rows, self.layout.n_rows)
         self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
@@ -87,7 +99,7 @@ class Extraction:
         with WriteBehind(self._store) as behind, self._model.passes.reading("train", spans) as reading:
             for partition, checkpoints in work:
                 self._partition(partition, checkpoints, reading.span(), behind.write)
-        return Extracted(self._settled(), self._plans[0], self._counted.done)
+        return Extracted(self._settled(), self._plans[0], self._counted.done, self._uneven.places)
 
     def _partition(
         self,
@@ -100,7 +112,8 @@ class Extraction:
         batches = list(span) if len(checkpoints) > 1 else span
         for checkpoint in checkpoints:
             extractor = self._at(checkpoint)
-            rows = next(self._buffers).filled(start, stop, self._counted(extractor.stream("train", batches)))
+            stream = extractor.stream("train", self._uneven.watching(batches, checkpoint))
+            rows = next(self._buffers).filled(start, stop, self._counted(stream))
             write(partition, checkpoint, FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N))
             if checkpoint not in self._canaries:
                 self._take_canaries(checkpoint, extractor)
@@ -179,3 +192,40 @@ class _Counter:
             yield rows
             self.done += len(rows.loss_N)
             self._report("features", self.done, self._total)
+
+
+class _MostUneven:
+    """Passes batches on and keeps the one whose rows differ most in size; of equals, the last.
+
+    Compared are, in this order: the largest size less the smallest, the distance of the mean size from that of the
+    first batch, which the gradients were proven on, and the number of rows.
+    """
+
+    def __init__(self) -> None:
+        self._first_mean: float | None = None
+        self._most: tuple[float, float, int] = 0, 0, 0
+        self._kept: tuple[Collated, int] | None = None
+
+    def watching(self, batches: Iterable[Collated], checkpoint: int) -> Iterator[Collated]:
+        """Yield the batches that run at a checkpoint."""
+        for read in batches:
+            sizes = read.sizes or (0,)
+            mean = sum(sizes) / len(sizes)
+            if self._first_mean is None:
+                self._first_mean = mean
+            found = max(sizes) - min(sizes), abs(mean - self._first_mean), len(read.ids)
+            if found >= self._most:
+                # Not its inputs, which would stay in memory.
+                self._most, self._kept = found, (replace(read, inputs=None, examples=None), checkpoint)
+            yield read
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Return (row, checkpoint) of the batch's rows, the most unlike sizes first."""
+        if self._kept is None:
+            return ()
+        read, checkpoint = self._kept
+        sizes = read.sizes or (0,) * len(read.ids)
+        middle = sorted(sizes)[len(sizes) // 2]
+        order = sorted(range(len(sizes)), key=lambda i: -abs(sizes[i] - middle))
+        return tuple((read.ids[i], checkpoint) for i in order[:MOST_UNEVEN])

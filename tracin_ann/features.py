@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tracin_ann.device import recorded_event
 from tracin_ann.errors import NonFiniteError
-from tracin_ann.factors import Form, doubled, squared_norm
+from tracin_ann.factors import Dense, Form, doubled, squared_norm
 from tracin_ann.gradients import Batch
 from tracin_ann.loading import Collated, SideName
 from tracin_ann.passes import LoadedModel
@@ -95,6 +95,17 @@ class FeatureExtractor:
                 yield self._fetched(under_way.popleft())
         while under_way:
             yield self._fetched(under_way.popleft())
+
+    def of_gradients(self, grad_BP: Tensor) -> Float64:
+        """Return the features [B, D] of whole gradients [B, P], the parameters one after another."""
+        parameters = self._model.parameters
+        sketch_BD = torch.zeros(len(grad_BP), self._options.sketch.dim, dtype=self._dtype, device=grad_BP.device)
+        parts = torch.split(grad_BP.to(self._dtype), [p.numel() for p in parameters.values()], dim=1)
+        for name, part_BP in zip(parameters, parts, strict=True):
+            if part_BP.shape[1]:
+                self._map(name).add(sketch_BD, Dense(part_BP))
+        feature_BD: Float64 = (sketch_BD.double() * self._rate**0.5).cpu().numpy()
+        return feature_BD
 
     def _started(self, side: SideName, batch: Batch) -> _UnderWay:
         sketch_BD = spectrum_BF = torch.zeros(0)

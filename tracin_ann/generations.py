@@ -267,12 +267,29 @@ def feature_records(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> tuple[FileRecord, ...]:
     """Return the records of a store's files; those that the manifest has and that were not written now are not read."""
+    known = _named_before(store, manifest, written)
+    return tuple(known.get(path.name) or record_of(path) for path in _paths(store))
+
+
+def unnamed_files(store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]) -> list[Path]:
+    """Return the paths of a store's files that the manifest does not name, and of those that were written now."""
+    known = _named_before(store, manifest, written)
+    return [path for path in _paths(store) if path.name not in known]
+
+
+def _named_before(
+    store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
+) -> dict[str, FileRecord]:
+    """Return the manifest's records of feature files by name, without those that were written now."""
     known = {} if manifest is None else {record.name: record for record in manifest.features}
     for partition, checkpoint in written:
         known.pop(store.path(partition, checkpoint).name, None)
+    return known
+
+
+def _paths(store: FeatureStore) -> list[Path]:
     layout = store.layout
-    paths = [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
-    return tuple(record_of(path) if path.name not in known else known[path.name] for path in paths)
+    return [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
 
 
 def generation_of(path: Path) -> int:

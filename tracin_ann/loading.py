@@ -31,11 +31,19 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Collated:
-    """A batch as collate made it: the rows' ids in its order, and the examples where they cannot be read again."""
+    """A batch as collate made it.
+
+    Attributes:
+        ids: of the rows, in its order.
+        inputs: what the loss takes.
+        examples: where they cannot be read again.
+        sizes: of the rows, by `length`; empty where PyTorch's own collate has stacked them, which takes equal ones.
+    """
 
     ids: tuple[int, ...]
     inputs: Any
     examples: list[Any] | None = None
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,14 +98,16 @@ class Reader:
 def collated(task: Task, ids: Sequence[int], examples: list[Any], options: BatchOptions) -> list[Collated]:
     """Return these examples in batches: in order, or by falling length."""
     order = list(range(len(ids)))
+    sizes = [length(example) for example in examples] if options.by_length or task.collate is not None else []
     if options.by_length:
-        order.sort(key=lambda j: -length(examples[j]))
+        order.sort(key=lambda j: -sizes[j])
     batches = []
     for start in range(0, len(order), options.size):
         chosen = order[start : start + options.size]
         given = [examples[j] for j in chosen]
         kept = given if options.keep_examples else None
-        batches.append(Collated(tuple(ids[j] for j in chosen), task.collated(given), kept))
+        own = tuple(sizes[j] for j in chosen) if sizes else ()
+        batches.append(Collated(tuple(ids[j] for j in chosen), task.collated(given), kept, own))
     return batches
 
 

@@ -83,6 +83,28 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class AuditRecord:
+    """An audit of stored rows against plain autograd in which none differed.
+
+    Attributes:
+        rows: (row, checkpoint) pairs compared.
+        largest: the largest difference, as a share of the row's norm.
+    """
+
+    rows: int
+    largest: float
+
+    def told(self, uneven: AuditRecord | None = None) -> str:
+        """Say in words what was audited, with the rows of the most uneven batch if there were any."""
+        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        largest = self.largest
+        if uneven is not None:
+            rows += f" and {uneven.rows} of the most uneven batch"
+            largest = max(largest, uneven.largest)
+        return f"{rows} against plain autograd: largest difference {largest:.0e} of a row's norm"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything one generation of an index holds; its presence means that the generation is whole.
 
@@ -97,6 +119,7 @@ class Manifest:
         columns: the file of the rows' columns, where the task gives any.
         removed: the file of the removed rows' ids, where there are any.
         skipped: the file of the rows that were skipped as not finite, where there are any.
+        audit: of stored rows drawn by the seed; None with random data, and where an earlier version built it.
     """
 
     generation: int
@@ -109,6 +132,7 @@ class Manifest:
     columns: FileRecord | None = None
     removed: FileRecord | None = None
     skipped: FileRecord | None = None
+    audit: AuditRecord | None = None
 
     @property
     def besides(self) -> tuple[FileRecord, ...]:
@@ -136,6 +160,12 @@ class Manifest:
             f"about {deep[0]:.0%} and {deep[1]:.0%} with --rerank exact --candidates 100"
         )
 
+    def audited(self, uneven: AuditRecord | None = None) -> str:
+        """Say in one line what was audited, or why nothing was; `uneven`: of the most uneven batch."""
+        if self.audit is not None:
+            return self.audit.told(uneven)
+        return "nothing: the rows are random" if self.build.random_data else "nothing: built by an earlier version"
+
     def write(self, directory: Path) -> None:
         """Write the manifest durably."""
         _write(directory / MANIFEST, asdict(self))
@@ -161,6 +191,8 @@ class Manifest:
                 columns=None if content["columns"] is None else _record(content["columns"]),
                 removed=None if content["removed"] is None else _record(content["removed"]),
                 skipped=None if content["skipped"] is None else _record(content["skipped"]),
+                # Earlier versions wrote none.
+                audit=None if content.get("audit") is None else _audit(content["audit"]),
             )
         except _MISUNDERSTANDINGS as error:
             raise DamagedIndexError(_not_understood(path, error)) from error
@@ -231,6 +263,10 @@ def _build(content: Mapping[str, Any]) -> BuildRecord:
         raise ValueError(f"on_nonfinite {record.on_nonfinite!r}")
     _ = record.layout
     return record
+
+
+def _audit(content: Mapping[str, Any]) -> AuditRecord:
+    return AuditRecord(int(content["rows"]), float(content["largest"]))
 
 
 def _index(content: Mapping[str, Any]) -> IndexRecord:

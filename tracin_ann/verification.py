@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tracin_ann.absent import listed_rows, removed_ids, skipped_rows, unlisted_ids
+from tracin_ann.audit import Audited, Auditor, draw_places
 from tracin_ann.build import BuildReport, BuildWork, opened, run
 from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
 from tracin_ann.config import BuildConfig
-from tracin_ann.errors import DamagedIndexError, TracinAnnError, problem
+from tracin_ann.device import resolve_device
+from tracin_ann.errors import DamagedIndexError, TracinAnnError, UsageError, problem
+from tracin_ann.fitting import Fitting, found_task
 from tracin_ann.generations import folder_of, generation_of
 from tracin_ann.locks import writing
 from tracin_ann.manifest import (
@@ -26,10 +30,11 @@ from tracin_ann.manifest import (
     read_build_record,
     write_build_record,
 )
+from tracin_ann.passes import PassOptions
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore, FileRecord
 from tracin_ann.task import Task
-from tracin_ann.types import ProgressCallback
+from tracin_ann.types import ProgressCallback, silent
 
 _LOOKED_AT = 1000
 
@@ -49,6 +54,19 @@ class Verified:
     damage: tuple[Damage, ...]
     files: int
     size: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an audit draws.
+
+    Attributes:
+        rows: how many, each at one checkpoint; all if there are fewer.
+        seed: which; None: by the index's spec, so that the same index draws the same rows.
+    """
+
+    rows: int
+    seed: int | None = None
 
 
 def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None = None) -> Verified:
@@ -114,6 +132,59 @@ def repair(
         for place in (folder_of(out, manifest.generation), out):
             manifest.write(place)
         return None if work is None else run(work, progress)
+
+
+def audit(
+    directory: str | os.PathLike[str],
+    draw: Draw,
+    task: Task | str | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+    device: str = "auto",
+    progress: ProgressCallback = silent,
+) -> Audited:
+    """Compare rows of an index, drawn at random, with the gradients of single examples by plain autograd.
+
+    Args:
+        directory: of an index.
+        draw: which rows.
+        task: the task, or its name where it moved; None: as the build was told.
+        arguments: for a task that is a function; None: as the build was told.
+        device: `auto` or a device's name.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: its rows are random, so that there is nothing to compare with; or the task cannot be found.
+        IndexMismatchError: the task is not the index's.
+        DamagedIndexError: a file of the index is.
+    """
+    out = Path(directory)
+    manifest = Manifest.read(out)
+    built, config = manifest.build, config_of(manifest, device)
+    if built.random_data:
+        raise UsageError(
+            problem(
+                f"{out} cannot be audited",
+                got="an index built with --allow-random-data",
+                expected="rows that are the same whenever they are read",
+                remedy="leave out --audit",
+            )
+        )
+    options = PassOptions(
+        resolve_device(device),
+        built.batch_size or PassOptions.batch_size,
+        precision=config.precision,
+        channels_last=built.channels_last,
+        on_nonfinite=built.on_nonfinite,
+    )
+    fitting = Fitting(out, manifest, lambda: found_task(task, arguments, manifest, out), options)
+    store = FeatureStore(out / FEATURES, built.layout)
+    without = np.union1d(skipped_rows(out, manifest).row_S, removed_ids(out, manifest))
+    seed = int(built.spec.digest(), 16) if draw.seed is None else draw.seed
+    drawn = draw_places(draw.rows, store, without, seed)
+    fitting.refuse_changed(sorted({checkpoint for _, checkpoint in drawn}))
+    with fitting.passes.model() as model:
+        return Auditor(model, store, config.features(built.spec.rank_one), progress).audit(drawn)
 
 
 def _work(

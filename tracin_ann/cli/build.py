@@ -139,6 +139,7 @@ def _show_report(report: BuildReport, out: str) -> None:
     say(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
         say(f"believe {believed(manifest)}")
+    say(f"audited {manifest.audited(report.uneven)}")
     steps = {step.step for step in manifest.steps}
     shares = [f"{name} {_share(report, name)}" for name in ("layer rule", "vmap(grad)", "loop") if name in steps]
     say(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))

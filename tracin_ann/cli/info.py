@@ -42,6 +42,7 @@ def main(directory: str) -> None:
     if manifest.fidelity is not None:
         say(f"fidelity    {fidelity_line(manifest.fidelity)}")
     say(f"believe     {believed(manifest)}")
+    say(f"audited     {manifest.audited()}")
     if index.calibration is not None:
         _print_curve(index.calibration)
 
