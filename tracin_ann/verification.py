@@ -15,7 +15,7 @@ from tracin_ann.canaries import read_canaries
 from tracin_ann.columns import read_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.errors import DamagedIndexError, TracinAnnError, problem
-from tracin_ann.generations import folder_of, generation_of
+from tracin_ann.generations import folder_of, generation_of, settled
 from tracin_ann.locks import writing
 from tracin_ann.manifest import (
     BUILD_RECORD,
@@ -113,7 +113,11 @@ def repair(
             write_build_record(out, manifest.build)
         for place in (folder_of(out, manifest.generation), out):
             manifest.write(place)
-        return None if work is None else run(work, progress)
+        if work is None:
+            # What a repair that was killed after its last file left is nobody else's to sweep.
+            settled(out, manifest)
+            return None
+        return run(work, progress)
 
 
 def _work(
@@ -154,6 +158,7 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
         seed=spec.sketch.seed,
         index=index.kind,
         batch_size=built.batch_size,
+        memory_format="channels-last" if built.channels_last else "contiguous",
         precision=spec.precision,  # type: ignore[arg-type]
         target_recall=plain.target_recall if index.calibration is None else index.calibration.target,
         codes=index.codes or plain.codes,  # type: ignore[arg-type]
