@@ -85,6 +85,8 @@ def repair(
 ) -> BuildReport | None:
     """Make anew what `verify` finds damaged, and nothing else; None where nothing had to be computed.
 
+    What killed writers left is swept.
+
     Args:
         directory: of an index.
         task: the task, or its name where it moved; None: as the build was told.
@@ -114,10 +116,20 @@ def repair(
         for place in (folder_of(out, manifest.generation), out):
             manifest.write(place)
         if work is None:
-            # What a repair that was killed after its last file left is nobody else's to sweep.
             settled(out, manifest)
             return None
         return run(work, progress)
+
+
+def sweep(directory: str | os.PathLike[str]) -> None:
+    """Remove what killed writers left in a whole index: a repair that is run again finds nothing else to do.
+
+    Raises:
+        BusyIndexError: another process is writing the index.
+    """
+    out = Path(directory)
+    with writing(out):
+        settled(out, _best(out))
 
 
 def _work(

@@ -20,13 +20,15 @@ def main(directory: str, mend: bool, task: str | None, task_args: tuple[str, ...
 
     The exit status is 4 if there is one.
     """
-    from tracin_ann.verification import repair, verify
+    from tracin_ann.verification import repair, sweep, verify
 
     with progress_shown("files") as progress:
         seen = verify(directory, progress)
     for damage in seen.damage:
         click.echo(damage.message)
     if not seen.damage:
+        if mend:
+            sweep(directory)
         note(f"{directory}: {seen.files:,} files, {sized(seen.size)}, all as they were written")
         return
     if not mend:
