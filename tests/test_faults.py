@@ -213,7 +213,11 @@ def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_els
     disk.write(expected.command.start, root)
     (path,) = (path for path in (root / OUT).rglob(harmed) if path.parent != root / OUT)
     content = path.read_bytes()
-    path.write_bytes(content[:-9] + bytes(9))
+    middle = len(content) // 2
+    path.write_bytes(
+        content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 9]) + content[middle + 9 :]
+    )
+    assert [damage.path for damage in verify(root / OUT).damage] == [path]
     start = disk.read(root)
     with Watch(root) as watch:
         repair(root / OUT, task(10))
