@@ -24,7 +24,7 @@ from tracin_ann.features import FeatureExtractor, FeatureOptions, RowBuffer
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
-from tracin_ann.tuning import Wanted, tuned
+from tracin_ann.tuning import Wanted, tune
 
 Part = Callable[[], object]
 
@@ -71,7 +71,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, object]:
             model.load(0)
             model.engine("train").prove(next(model.batches("train", range(size))))
             features = FeatureOptions(make_sketch("factored", options.dim), 0, frozenset())
-            made = tuned(model, features, Wanted(size, None, 10**9))
+            made = tune(model, features, Wanted(size))
             timed = parts(model, options, n_rows, folder)
             times: dict[str, list[float]] = {part: [] for part in (*timed, "plain")}
             for round_ in range(options.rounds + 1):

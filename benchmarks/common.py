@@ -69,6 +69,18 @@ def write(name: str, settings: dict[str, Any], results: Any) -> Path:
     return path
 
 
+def timeless(manifest: bytes) -> bytes:
+    """Return a manifest's content without the times that a clock measured, and the digest over them."""
+    said = json.loads(manifest)
+    del said["digest"]
+    calibration = said["index"]["calibration"]
+    if calibration is not None:
+        del calibration["scan"], calibration["index_fixed"]
+        for point in (*calibration["proponents"], *calibration["opponents"]):
+            del point["seconds"]
+    return json.dumps(said, sort_keys=True).encode()
+
+
 def gradients(task: Task, model: nn.Module, side: str, ids: Sequence[int], size: int = 64) -> Iterator[torch.Tensor]:
     """Yield brute-force gradients [B, P] over all parameters, by vmap(grad), independent of the library's ladder."""
     rows = task.train_data() if side == "train" else task.query_data()

@@ -1,8 +1,8 @@
 """What a feature row costs: whole builds against plain batched forward and backward of the same model.
 
 The build's cost a row is the difference of builds of two sizes, so that starting up, probing and proving do not count;
-rounds of build, build, plain are interleaved in one process, and medians are reported. A build measures whether
-pictures with channels last are faster; plain training is timed in both formats.
+rounds of build, build, plain are interleaved in one process, and medians are reported. A build
+keeps pictures with channels last on a CPU; plain training is timed in both formats.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Each starts from a directory's state, ends in another, and both have answers; be
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import disk
+from benchmarks.common import timeless
 from disk import Tree
 from tasks.toy import CONFIG, Toy, rows, saved, toy
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build
@@ -127,15 +127,6 @@ def answers(out: Path) -> Answers:
 
 def plain(tree: Tree) -> dict[str, bytes | None]:
     """Return what every file holds, but for the times that a manifest of lists reports."""
-    return {path: None if entry is None else _timeless(path, entry[1]) for path, entry in tree.items()}
-
-
-def _timeless(path: str, content: bytes) -> bytes:
-    if not path.endswith(MANIFEST):
-        return content
-    said = json.loads(content)
-    if said["index"]["kind"] == "flat":
-        return content
-    said["index"].pop("calibration")
-    said.pop("digest")
-    return json.dumps(said, sort_keys=True).encode()
+    return {
+        path: entry and (timeless(entry[1]) if path.endswith(MANIFEST) else entry[1]) for path, entry in tree.items()
+    }

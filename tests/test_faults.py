@@ -25,12 +25,14 @@ import click
 import pytest
 
 import disk
-from commands import KINDS, OUT, Answers, Command, Reference, answers, commands, plain, reference
+from commands import KINDS, OUT, Answers, Command, Reference, answers, commands, plain, reference, task
 from disk import Tree
 from faults import Call, Crash, Fault, Watch, faults_of
 from tracin_ann.cli.failures import refusals
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.manifest import MANIFEST
+from tracin_ann.generations import folder_of
+from tracin_ann.manifest import BUILD_RECORD, FEATURES, MANIFEST, Manifest
+from tracin_ann.verification import repair, verify
 
 pytestmark = pytest.mark.slow
 
@@ -200,6 +202,45 @@ def test_a_file_that_the_system_does_not_map_is_named_and_no_damage(root: Path, 
             answers(root / OUT)
         assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(root / call.path))
         assert answers(root / OUT) == expected.before
+
+
+@every_kind
+@pytest.mark.parametrize("harmed", ["features-000001-0001.h5", "canaries.h5", MANIFEST])
+def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_else(
+    root: Path, kind: str, harmed: str
+) -> None:
+    expected = reference(kind, "remove")
+    disk.write(expected.command.start, root)
+    (path,) = (path for path in (root / OUT).rglob(harmed) if path.parent != root / OUT)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 9]) + content[middle + 9 :]
+    )
+    assert [damage.path for damage in verify(root / OUT).damage] == [path]
+    start = disk.read(root)
+    with Watch(root) as watch:
+        repair(root / OUT, task(10))
+    for call in chosen(watch.calls, seed=len(watch.calls)):
+        shutil.rmtree(root)
+        disk.write(start, root)
+        with Watch(root, fault=Fault(call.number)), pytest.raises(Crash):
+            repair(root / OUT, task(10))
+        with said_with(f"{kind} {harmed}: killed at {call}"):
+            repair(root / OUT, task(10))
+            assert verify(root / OUT).damage == () and answers(root / OUT) == expected.before
+            assert _left_over(root / OUT) == []
+
+
+def _left_over(out: Path) -> list[Path]:
+    """Return the files and directories that the current manifest does not name."""
+    manifest = Manifest.read(out)
+    own, features = folder_of(out, manifest.generation), out / FEATURES
+    named = {out / MANIFEST, out / BUILD_RECORD, own, own / MANIFEST, features}
+    named |= {own / record.name for record in manifest.besides} | {
+        features / record.name for record in manifest.features
+    }
+    return sorted(set(out.rglob("*")) - named)
 
 
 def _told(command: Command, root: Path) -> int:

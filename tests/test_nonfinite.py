@@ -358,7 +358,6 @@ def test_a_batch_that_shows_the_plan_to_be_wrong_is_proven_on_its_finite_rows(tm
 
 def test_half_precision_that_overflows_takes_the_same_path(tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
-    monkeypatch.setattr(BUILD, "refuse_slower_bf16", lambda model, features: None)
     given = rows(N)
     for row in (2, 40):  # finite in float32 as they are; a square of theirs is not
         given[row] = (given[row][0], given[row][1], FINE, 3e38)

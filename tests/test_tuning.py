@@ -19,6 +19,7 @@ from tracin_ann.cli.common import MemorySize
 from tracin_ann.device import container_memory_bytes
 from tracin_ann.errors import UsageError
 from tracin_ann.features import FeatureExtractor
+from tracin_ann.manifest import read_build_record
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
 
 CPU = torch.device("cpu")
@@ -55,107 +56,167 @@ def pictures(folder: Path, model: nn.Module) -> Task:
     )
 
 
-def stored(task: Task, out: Path) -> np.ndarray:
-    build(task, out, CONFIG)
-    index = InfluenceIndex.open(out)
-    return index.view().take(range(N_ROWS))
-
-
-def timed(monkeypatch: pytest.MonkeyPatch, seconds: Any) -> list[tuple[int, bool]]:
-    """Let tuning take place and find a row's time by `seconds(batch size, channels last)`; return what it tried."""
-    monkeypatch.setattr(tuning, "_ROWS_WORTH_MEASURING", 1)
-    monkeypatch.setattr(tuning, "_SHARE_OF_BUILD", float("inf"))
-    tried: list[tuple[int, bool]] = []
-    run = tuning._Tuning.seconds
-
-    def told(self: Any, size: int, repeats: int = 1) -> float:
-        run(self, size, 1)
-        tried.append((size, self._model.channels_last))
-        return seconds(size, self._model.channels_last)
-
-    monkeypatch.setattr(tuning._Tuning, "seconds", told)
-    return tried
+def stored(task: Task, out: Path, **changes: Any) -> np.ndarray:
+    build(task, out, replace(CONFIG, **changes))
+    return InfluenceIndex.open(out).view().take(range(N_ROWS))
 
 
 def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.Tuned:
     return plan(task, tmp_path / "planned", replace(CONFIG, **changes)).tuned
 
 
-@pytest.mark.parametrize("best", [8, 64, 128])
-def test_the_batch_size_with_the_cheapest_rows_is_taken(best, tmp_path, monkeypatch):
-    timed(monkeypatch, lambda size, last: 1 + abs(np.log2(size / best)))
-    assert chosen(pictures(tmp_path, Pictures()), tmp_path).batch_size == best
+class Wide(nn.Module):
+    """Two layers between which a row takes `width` numbers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, width, bias=False), nn.Linear(width, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x.flatten(1)[:, :3]))
 
 
-def test_a_size_that_is_asked_for_is_kept_and_the_format_still_measured(tmp_path, monkeypatch):
-    tried = timed(monkeypatch, lambda size, last: 0.5 if last else 1.0)
-    made = chosen(pictures(tmp_path, Pictures()), tmp_path, batch_size=24)
-    assert (made.batch_size, made.channels_last) == (24, True)
-    assert {size for size, _ in tried} == {24}
+@pytest.mark.parametrize(
+    ("width", "size"),
+    # 6 bytes a number: 128 MB, within 32 and 512 rows, and 2 GB at most.
+    [(8, 512), (60_000, 256), (400_000, 32), (4_000_000, 32), (40_000_000, 8)],
+)
+def test_the_batch_size_is_a_function_of_the_rows_size(width, size):
+    row_bytes = 6 * width
+    rule = tuning._ON_CPU.size(row_bytes)
+    assert min(rule, tuning._power_of_two(tuning._MOST_BYTES // row_bytes)) == size
 
 
-def test_small_builds_are_not_measured(tmp_path):
-    made = chosen(pictures(tmp_path, Pictures()), tmp_path)
-    assert (made.batch_size, made.channels_last) == (tuning.USUAL_SIZE, False)
+@pytest.mark.parametrize(("width", "size"), [(8, 512), (100_000, 128)])
+def test_neither_the_clock_nor_the_number_of_rows_nor_other_memory_moves_it(width, size, tmp_path, monkeypatch):
+    task = pictures(tmp_path, Wide(width))
+    found = [chosen(task, tmp_path)]
+    few = replace(task, train_data=lambda: rows()[:3])
+    found.append(chosen(few, tmp_path))
+    monkeypatch.setattr(tuning, "perf_counter", iter(np.random.default_rng(0).random(10_000)).__next__)
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 10**10)
+    found.append(chosen(task, tmp_path))
+    assert [made.batch_size for made in found] == [size] * 3
+    assert found[0].batch_bytes == found[2].batch_bytes
 
 
-def test_larger_batches_are_taken_only_as_far_as_memory_goes(tmp_path, monkeypatch):
-    timed(monkeypatch, lambda size, last: 1 / size)
+def test_working_memory_is_added_up_the_same_whatever_was_freed_before(tmp_path):
+    task, found = pictures(tmp_path, Pictures()), set()
+    for n in range(8):
+        held = [torch.empty(2**k) for k in range(n, 20)]
+        del held[:: n + 1]
+        found.add(chosen(task, tmp_path).batch_bytes)
+    assert len(found) == 1
+
+
+def test_options_pin_both(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    assert chosen(task, tmp_path).channels_last
+    made = chosen(task, tmp_path, batch_size=24, memory_format="contiguous")
+    assert (made.batch_size, made.channels_last) == (24, False)
+    build(task, tmp_path / "i", replace(CONFIG, batch_size=24, memory_format="channels-last"))
+    record = read_build_record(tmp_path / "i")
+    assert (record.batch_size, record.channels_last) == (24, True)
+    with pytest.raises(UsageError, match=r"bad --memory-format: got 'nhwc', expected auto or contiguous or channels"):
+        replace(CONFIG, memory_format="nhwc")  # type: ignore[arg-type]
+
+
+def test_memory_that_is_given_bounds_the_batch(tmp_path):
     task = pictures(tmp_path, Pictures())
     free = chosen(task, tmp_path)
-    assert free.batch_size == 128
     row_bytes = free.batch_bytes // free.batch_size
     # Of one picture: itself, what each layer takes and gives, and half of it again for backward.
     at_least = 4 * (3 * 64 + 3 * 8 * 64 + 2 * 6 * 16)
     assert at_least < row_bytes < 5 * at_least
-    for budget in (100, 33, 2):
+    for budget, size in ((100, 64), (33, 32), (2, 2)):
         made = chosen(task, tmp_path, memory_bytes=budget * row_bytes)
         assert made.batch_bytes <= made.memory_bytes == budget * row_bytes
-        assert made.batch_size > budget // 4
-    with pytest.raises(UsageError, match=r"one row needs more than the memory budget.*raise --memory"):
+        assert made.batch_size == size
+    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*raise --memory"):
         chosen(task, tmp_path, memory_bytes=row_bytes // 4)
-    with pytest.raises(UsageError, match="one row needs more than the memory budget"):
+    with pytest.raises(UsageError, match="one row needs more than the memory"):
         build(task, tmp_path / "i", replace(CONFIG, memory_bytes=row_bytes // 4))
     assert not (tmp_path / "i").exists()
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_features_are_the_same_in_either_memory_format(last, tmp_path, monkeypatch):
+def test_too_little_free_memory_lowers_the_batch_aloud_and_is_recorded(tmp_path, monkeypatch, caplog):
     task = pictures(tmp_path, Pictures())
-    usual = stored(task, tmp_path / "usual")
-    tried = timed(monkeypatch, lambda size, is_last: 0.5 if is_last == last else 1.0)
-    assert chosen(task, tmp_path).channels_last == last
-    other = stored(task, tmp_path / "other")
-    assert {is_last for _, is_last in tried} == {False, True}
+    free = chosen(task, tmp_path)
+    row_bytes = free.batch_bytes // free.batch_size
+    assert not caplog.records
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 20 * row_bytes)
+    build(task, tmp_path / "i", CONFIG)
+    assert read_build_record(tmp_path / "i").batch_size == 16
+    assert f"batches of 16 rows instead of {free.batch_size}: only" in caplog.text
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: row_bytes // 2)
+    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*free some, or set"):
+        chosen(task, tmp_path)
+
+
+def test_features_are_the_same_in_either_memory_format(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    usual = stored(task, tmp_path / "usual", memory_format="contiguous")
+    other = stored(task, tmp_path / "other", memory_format="channels-last")
     assert (np.linalg.norm(other - usual, axis=1) <= 1e-5 * np.linalg.norm(usual, axis=1)).all()
+    assert not np.array_equal(other, usual)
 
 
 @pytest.mark.parametrize(
-    "flat",
+    ("flat", "why"),
     [
-        lambda x: x.view(len(x), -1),  # an error with channels last
-        lambda x: torch.as_strided(x, (len(x), 96), (96, 1)),  # other numbers with channels last
+        (lambda x: x.view(len(x), -1), "view size is not compatible"),  # an error with channels last
+        (lambda x: torch.as_strided(x, (len(x), 96), (96, 1)), "other losses"),  # other numbers with channels last
     ],
     ids=["raises", "differs"],
 )
-def test_a_model_that_takes_no_channels_last_is_left_as_it_is(flat, tmp_path, monkeypatch):
+def test_a_model_that_takes_no_channels_last_is_left_as_it_is_or_refused(flat, why, tmp_path):
     model = Pictures(flat)
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    timed(monkeypatch, lambda size, last: 0.1 if last else 1.0)
     task = pictures(tmp_path, model)
     assert not chosen(task, tmp_path).channels_last
     stored(task, tmp_path / "i")
+    with pytest.raises(UsageError, match=rf"does not take --memory-format channels-last: got .*{why}.*contiguous"):
+        build(task, tmp_path / "j", replace(CONFIG, memory_format="channels-last"))
+    assert not (tmp_path / "j").exists()
     assert {name: p.stride() for name, p in model.named_parameters()} == strides
 
 
-def test_channels_last_is_taken_back_from_a_borrowed_model(tmp_path, monkeypatch):
+def test_a_query_loss_that_takes_no_channels_last_leaves_pictures_contiguous(tmp_path):
+    def asked(net: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(net(batch[0]), batch[1], reduction="none") + 0 * batch[0].view(len(batch[0]), -1).sum(1)
+
+    task = replace(pictures(tmp_path, Pictures()), query_loss=asked)
+    assert not chosen(task, tmp_path).channels_last
+    stored(task, tmp_path / "i")
+
+
+def test_pictures_of_unlike_size_stay_contiguous(tmp_path):
+    unlike = [(torch.randn(3, 8, 8 + i % 2), i % 4) for i in range(N_ROWS)]
+    task = replace(pictures(tmp_path, Pictures()), train_data=lambda: unlike)
+    task = replace(task, collate=lambda examples: (torch.stack([x[..., :8] for x, _ in examples]), _labels(examples)))
+    assert not chosen(task, tmp_path).channels_last
+
+
+def _labels(examples: Any) -> Tensor:
+    return torch.tensor([y for _, y in examples])
+
+
+def test_channels_last_is_taken_back_from_a_borrowed_model(tmp_path):
     model = Pictures()
     values = {name: p.clone() for name, p in model.named_parameters()}
-    timed(monkeypatch, lambda size, last: 0.1 if last else 1.0)
     stored(pictures(tmp_path, model), tmp_path / "i")
+    assert read_build_record(tmp_path / "i").channels_last
     for name, parameter in model.named_parameters():
         assert parameter.is_contiguous()
         assert torch.equal(parameter, values[name])
+
+
+def test_a_model_of_its_own_memory_format_is_laid_out_as_recorded_and_gets_it_back(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    usual = stored(task, tmp_path / "usual", memory_format="contiguous")
+    model = Pictures().to(memory_format=torch.channels_last)
+    assert np.array_equal(stored(replace(task, model=lambda: model), tmp_path / "i", memory_format="contiguous"), usual)
+    assert model.first.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_proof_holds_when_its_checkpoint_is_loaded_again(tmp_path):
@@ -189,6 +250,12 @@ def test_a_container_may_take_less_than_the_machine_has(limit, used, left, tmp_p
         (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text(used + "\n")
     assert container_memory_bytes(tmp_path) == left
+
+
+def test_what_a_container_keeps_of_files_counts_as_free(tmp_path):
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\ninactive_file 500\nslab 7")):
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert container_memory_bytes(tmp_path) == 600
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1GB", "3 apples"])

@@ -18,6 +18,7 @@ from tasks.toy import CONFIG, Toy, rows, saved, toy
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, IndexMismatchError
+from tracin_ann.generations import UNFINISHED_INDEX
 from tracin_ann.locks import WRITER
 from tracin_ann.manifest import BUILD_RECORD, MANIFEST, Manifest, record_of
 from tracin_ann.removal import remove
@@ -112,6 +113,18 @@ def test_missing_and_cut_files_are_found_and_made_anew(made: tuple[Path, Task], 
             shutil.copytree(made[0], index)
         else:
             path.write_bytes(content)
+
+
+def test_a_repair_that_finds_no_damage_sweeps_what_a_killed_one_left(index: Path) -> None:
+    whole = files(index)
+    for left in (index / "generation-000009" / "canaries.h5", index / UNFINISHED_INDEX / "ivf.faiss"):
+        left.parent.mkdir()
+        left.write_bytes(b"")
+    result = CliRunner().invoke(verify_command, [str(index)])
+    assert result.exit_code == 0 and len(files(index)) == len(whole) + 2
+    result = CliRunner().invoke(verify_command, [str(index), "--repair"])
+    assert result.exit_code == 0 and "all as they were written" in result.output
+    assert files(index) == whole and not (index / UNFINISHED_INDEX).exists()
 
 
 def test_swapped_feature_files_are_found(index: Path) -> None:

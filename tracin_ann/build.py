@@ -75,7 +75,7 @@ from tracin_ann.spec import (
 )
 from tracin_ann.store import FeatureStore, FileRecord
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
-from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, refuse_slower_bf16, tuned
+from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, tune, warn_of_slower_bf16
 from tracin_ann.types import Int64, ProgressCallback, silent
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class BuildWork:
         self.passes.options = replace(self.passes.options, on_nonfinite=policy)
         if begun is None:
             rank_one = self.examine(model)
-            refuse_slower_bf16(model, self.config.features(rank_one))
+            warn_of_slower_bf16(model, self.config.features(rank_one))
             return Start(self._record(model, rank_one), None, None)
         record = self._record(model, begun.spec.rank_one)
         self._refuse_unlike(begun, record, manifest)
@@ -243,23 +243,21 @@ class BuildWork:
             return False
         return manifest.index.kind == wanted
 
-    def tuned(self, model: LoadedModel, record: BuildRecord) -> Tuned:
-        """Set the model and its passes to what runs rows fastest here; the last thing that may refuse the build.
+    def tune(self, model: LoadedModel, record: BuildRecord) -> Tuned:
+        """Set the model and its passes to how rows are run; the last thing that may refuse the build.
 
-        What was measured when the build was begun is kept: all files are made alike.
+        What was chosen when the build was begun is kept: all files are made alike.
         """
         self.passes.check_workers("train")
         if model.checkpoint < 0:
             self.examine(model)
-        passes = self.passes.n_rows("train") * len(self.passes.task.checkpoints)
-        known = record.batch_size is not None
         wanted = Wanted(
-            self.config.batch_size or record.batch_size,
+            self.config.batch_size,
             self.config.memory_bytes,
-            passes,
-            record.channels_last if known else None,
+            self.config.memory_format,
+            None if record.batch_size is None else (record.batch_size, record.channels_last),
         )
-        chosen = tuned(model, self.config.features(record.spec.rank_one), wanted)
+        chosen = tune(model, self.config.features(record.spec.rank_one), wanted)
         self.passes.options = replace(self.passes.options, channels_last=chosen.channels_last)
         return chosen
 
@@ -361,8 +359,9 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         if start.manifest is not None and missing and not start.record.random_data:
             features = work.config.features(start.manifest.build.spec.rank_one)
             refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
-        chosen = work.tuned(model, start.record)
-        record = replace(start.record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
+        record = work.config.agree_on_batches(start.record, len(missing), str(work.out))
+        chosen = work.tune(model, record)
+        record = replace(record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
         table = gathered(work.passes.task, work.passes.data("train"), work.passes.n_rows("train"), report)
         if claims is not None:
             claims.enter_context(claimed(work.out))

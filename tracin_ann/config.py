@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureOptions, Norms
 from tracin_ann.gradients import PRECISIONS, Precision
+from tracin_ann.manifest import BuildRecord
 from tracin_ann.search.lists import CODES, Codes
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import Dtype
-from tracin_ann.words import ON_NONFINITE, OnNonfinite
+from tracin_ann.words import MEMORY_FORMATS, ON_NONFINITE, MemoryFormat, OnNonfinite
 
 _DTYPES = ("float16", "float32")
 _NORMS = ("sketch", "exact")
@@ -26,9 +27,10 @@ class BuildConfig:
         sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
         seed: of the sketch's random numbers.
         index: `auto`, `flat` or `ivf`.
-        batch_size: examples a forward; None: measured.
-        memory_bytes: what batches and rows read ahead may take when the batch size is measured; None: half of
-            what is free.
+        batch_size: examples a forward; None: by a rule that knows the model, the rows and the device.
+        memory_format: of pictures, `contiguous` or `channels-last`; `auto`: by a rule likewise.
+        memory_bytes: what a batch may take where the batch size is left to the rule, and rows read ahead; None: the
+            rule's bound, and half of what is free.
         workers: processes that read and collate ahead.
         precision: of forward and backward, `fp32` or `bf16`; sketches are added up in float32.
         target_recall: recall@10 of the stored rows' own ranking that an index of lists is calibrated to.
@@ -52,6 +54,7 @@ class BuildConfig:
     seed: int = 0
     index: str = "auto"
     batch_size: int | None = None
+    memory_format: MemoryFormat = "auto"
     memory_bytes: int | None = None
     workers: int = 0
     precision: Precision = "fp32"
@@ -80,6 +83,7 @@ class BuildConfig:
             ("--precision", self.precision, PRECISIONS),
             ("--index", self.index, ("auto", "flat", "ivf")),
             ("--codes", self.codes, CODES),
+            ("--memory-format", self.memory_format, MEMORY_FORMATS),
             ("--on-nonfinite", self.on_nonfinite, (None, *ON_NONFINITE)),
         )
         for option, value, allowed in choices:
@@ -109,6 +113,28 @@ class BuildConfig:
                 "leave the option out, or build a new index"
             )
         return self.on_nonfinite or begun or "error"
+
+    def agree_on_batches(self, record: BuildRecord, n_missing: int, where: str) -> BuildRecord:
+        """Return what is made, with the batch size and memory format of the feature files that are kept, if any are.
+
+        Args:
+            record: what is made, and how what is there of it was begun.
+            n_missing: feature files that are to be made.
+            where: the index's directory.
+
+        Raises:
+            IndexMismatchError: others are asked for: rows of one index would differ by rounding.
+        """
+        known = record.batch_size, "channels-last" if record.channels_last else "contiguous"
+        asked = self.batch_size or known[0], known[1] if self.memory_format == "auto" else self.memory_format
+        if record.batch_size is None or asked == known:
+            return record
+        if n_missing == record.layout.n_partitions * record.layout.n_checkpoints:
+            return replace(record, batch_size=None, channels_last=False)
+        raise IndexMismatchError(
+            f"the features in {where} were made with batch size {known[0]} and memory format {known[1]}, this build "
+            f"asks for {asked[0]} and {asked[1]}; leave out --batch-size and --memory-format, or use another --out"
+        )
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:
         """Return what turns gradients into rows, given which parameters' gradients are outer products."""

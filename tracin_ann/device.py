@@ -79,15 +79,31 @@ def free_memory_bytes(device: torch.device) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-    return min(free, container_memory_bytes())
+    return min(_available_bytes(), container_memory_bytes())
+
+
+def _available_bytes() -> int:
+    """Return what the machine can give without swapping: on Linux, what it keeps of files counts as free."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def container_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what a container may still take by its control group (version 2), or more than any machine has."""
+    """Return what a container may still take by its control group (version 2), or more than any machine has.
+
+    What it keeps of files that nobody reads at the moment counts as free.
+    """
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return max(0, int(limit) - int(used)) if limit != "max" else sys.maxsize
+        if limit == "max":
+            return sys.maxsize
+        cached = 0
+        with contextlib.suppress(OSError, KeyError):
+            counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(counts["inactive_file"])
+        return max(0, int(limit) - max(0, int(used) - cached))
     except (OSError, ValueError):
         return sys.maxsize
 

@@ -11,11 +11,13 @@ import numpy as np
 
 from tracin_ann.build import opened
 from tracin_ann.config import BuildConfig
+from tracin_ann.manifest import FEATURES
 from tracin_ann.plan import Plan
 from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
+from tracin_ann.store import FeatureStore
 from tracin_ann.task import Task
-from tracin_ann.tuning import Tuned
+from tracin_ann.tuning import Tuned, measure_row_seconds
 
 _BESIDES_BYTES = 8 + 2 + 8 + 4
 
@@ -30,7 +32,8 @@ class BuildPlan:
         disk_bytes: size of the feature files and the index.
         memory_bytes: largest arrays that the build holds at once, a batch's activations counted, weights not.
         seconds: time for all rows and checkpoints, from a few timed batches.
-        tuned: batch size and memory format, and the times measured.
+        row_seconds: time for one row at one checkpoint, reading not counted.
+        tuned: batch size and memory format.
         index_kind: the search index and why.
         gradients: which step of the ladder serves which parameter.
         sketches: what the sketch does with each parameter.
@@ -43,6 +46,7 @@ class BuildPlan:
     disk_bytes: int
     memory_bytes: int
     seconds: float
+    row_seconds: float
     tuned: Tuned
     index_kind: str
     index_reason: str
@@ -68,8 +72,11 @@ def plan(
     work = opened(task, Path(out), config, arguments)
     with work.passes.model() as model:
         work.refuse_foreign()
-        record = work.prepared(model).record
-        chosen = work.tuned(model, record)
+        start = work.prepared(model)
+        missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
+        record = config.agree_on_batches(start.record, len(missing), str(work.out))
+        chosen = work.tune(model, record)
+        row_seconds = measure_row_seconds(model, config.features(record.spec.rank_one))
         layout = record.layout
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
         choice = choose_index(config.index, n_rows, dim)
@@ -82,7 +89,8 @@ def plan(
             feature_dim=dim,
             disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _BESIDES_BYTES + index_bytes,
             memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
-            seconds=_seconds(chosen, record.spec.train_rows, len(record.spec.checkpoints), config.workers),
+            seconds=n_rows * layout.n_checkpoints * (row_seconds + _reading(chosen, row_seconds, config.workers)),
+            row_seconds=row_seconds,
             tuned=chosen,
             index_kind=choice.kind,
             index_reason=choice.reason,
@@ -96,7 +104,7 @@ def plan(
         )
 
 
-def _seconds(chosen: Tuned, rows: int, checkpoints: int, workers: int) -> float:
-    """Return the build's time; reading counts unless workers hide it."""
-    hidden = workers > 0 and chosen.read_seconds / workers < chosen.row_seconds
-    return rows * checkpoints * (chosen.row_seconds + (0.0 if hidden else chosen.read_seconds / max(1, workers)))
+def _reading(chosen: Tuned, row_seconds: float, workers: int) -> float:
+    """Return the seconds that reading adds to a row: none where workers hide it."""
+    hidden = workers > 0 and chosen.read_seconds / workers < row_seconds
+    return 0.0 if hidden else chosen.read_seconds / max(1, workers)

@@ -173,7 +173,10 @@ def _nothing_left(what: str, got: str) -> str:
 
 
 def data_is_dearer(layout: StoreLayout, tuned: Tuned, load_seconds: float) -> bool:
-    """Return whether to read each partition once for all checkpoints, rather than load each checkpoint once."""
+    """Return whether to read each partition once for all checkpoints, rather than load each checkpoint once.
+
+    The clock may decide this: batches are the same in either order, and so are the features.
+    """
     reading = (layout.n_checkpoints - 1) * layout.n_rows * tuned.read_seconds
     loading = (layout.n_partitions - 1) * layout.n_checkpoints * load_seconds
     fits = min(layout.partition_rows, layout.n_rows) * tuned.row_bytes <= _HELD_SHARE * tuned.memory_bytes

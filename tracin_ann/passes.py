@@ -200,9 +200,7 @@ class LoadedModel:
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self.checkpoint = -1
-        self.channels_last = False
-        if passes.options.channels_last:
-            self.lay_out(channels_last=True)
+        self.lay_out(channels_last=passes.options.channels_last)
 
     def load(self, checkpoint: int) -> None:
         """Read a checkpoint into the model; what was proven at a checkpoint holds when it is loaded again.
@@ -237,8 +235,7 @@ class LoadedModel:
         if any(after is not before[name] for name, after in self.parameters.items()):
             self._engines.clear()
             # What was put in place of a parameter has a layout of its own.
-            if self.channels_last:
-                self.lay_out(channels_last=True)
+            self.lay_out(channels_last=self.channels_last)
         self.checkpoint = checkpoint
 
     def lay_out(self, *, channels_last: bool) -> None:
@@ -246,7 +243,7 @@ class LoadedModel:
         self.channels_last = channels_last
         form = torch.channels_last if channels_last else torch.contiguous_format
         for parameter in self.module.parameters():
-            if parameter.dim() == 4:  # noqa: PLR2004
+            if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=form):  # noqa: PLR2004
                 parameter.data = parameter.data.contiguous(memory_format=form)
 
     def engine(self, side: SideName) -> GradientEngine:

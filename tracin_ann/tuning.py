@@ -1,6 +1,7 @@
-"""How rows are run fastest here: memory format and batch size by measurement, within a memory budget.
+"""How rows are run: batch size and memory format, chosen by rules that know the model, the rows and the device.
 
-Neither changes a feature but for rounding. Small builds are not measured: it would not pay.
+Both change features by rounding, so no clock decides them, and free memory only where a batch would not fit, which is
+said. Equal inputs give equal choices; the constants were measured (docs/design.md, "Batches").
 """
 
 from __future__ import annotations
@@ -22,173 +23,174 @@ from tracin_ann.gradients import PRECISIONS, Precision
 from tracin_ann.loading import Collated
 from tracin_ann.nested import leaves, tensors_within
 from tracin_ann.passes import LoadedModel
+from tracin_ann.words import MemoryFormat
 
 USUAL_SIZE = 64
-LARGEST = 2048
-_ROWS_WORTH_MEASURING = 64 * USUAL_SIZE
+_MOST_BYTES = 2 * 10**9
+"""Working memory of a batch that is not exceeded unless asked for."""
+_ROWS_LOOKED_AT = 8
 _REPEATS = 3
-_BETTER = 0.95
-_SHARE_OF_BUILD = 0.05
-logger = logging.getLogger(__name__)
 _SAME_LOSS = 1e-3
 _CLEARLY_SLOWER = 1.05
 # Backward's own temporaries, beside what forward left.
 _BACKWARD = 1.5
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _SizeRule:
+    """The batch size of a kind of device: the largest power of two within `batch_bytes`, `fewest` and `most`."""
+
+    batch_bytes: int
+    fewest: int
+    most: int
+
+    def size(self, row_bytes: int) -> int:
+        return _power_of_two(min(self.most, max(self.fewest, self.batch_bytes // row_bytes)))
+
+
+_ON_CPU = _SizeRule(128 * 10**6, 32, 512)
+_ON_ACCELERATOR = _SizeRule(10**9, 64, 2048)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What tuning may choose.
+    """What a build asks of tuning.
 
     Attributes:
-        batch_size: B, or None to measure.
-        memory_bytes: for a batch's activations and for rows read ahead, or None for half of what is free.
-        passes: rows × checkpoints of the build, which the measuring must be worth.
-        channels_last: the memory format, or None to measure.
+        batch_size: B, or None for the rule's.
+        memory_bytes: a batch's working memory and rows read ahead stay within it; None: the rule's own bounds.
+        memory_format: of pictures; `auto` for the rule's.
+        known: what the index was begun with, (B, channels last), which is kept; None for a new one.
     """
 
-    batch_size: int | None
-    memory_bytes: int | None
-    passes: int
-    channels_last: bool | None = None
+    batch_size: int | None = None
+    memory_bytes: int | None = None
+    memory_format: MemoryFormat = "auto"
+    known: tuple[int, bool] | None = None
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was chosen and measured.
+    """How rows are run. Nothing that determines a feature depends on `read_seconds` and `memory_bytes`.
 
     Attributes:
         batch_size: B.
         channels_last: pictures are kept with channels last.
-        row_seconds: time for one row at one checkpoint, reading not counted.
         read_seconds: time to read and collate one row.
         row_bytes: of a collated row.
         batch_bytes: estimated working memory of a batch.
-        memory_bytes: the budget.
+        memory_bytes: for rows read ahead: what was asked for, or half of what is free.
     """
 
     batch_size: int
     channels_last: bool
-    row_seconds: float
     read_seconds: float
     row_bytes: int
     batch_bytes: int
     memory_bytes: int
 
 
-def tuned(model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> Tuned:
-    """Return the fastest way to run rows, and leave the model and its passes set to it.
+def tune(model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> Tuned:
+    """Choose how rows are run, and leave the model and its passes set to it.
 
     Raises:
-        UsageError: one row alone needs more than the memory budget.
+        UsageError: one row alone needs more memory than there may be, or the model does not take the memory format.
     """
     chosen = _Tuning(model, features, wanted).result()
     logger.info("batches of %d rows%s", chosen.batch_size, ", channels last" if chosen.channels_last else "")
     return chosen
 
 
-def refuse_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
-    """Refuse bf16 on a CPU where rows of this model take longer in it than in fp32; a GPU is not measured.
+def measure_row_seconds(model: LoadedModel, features: FeatureOptions, repeats: int = _REPEATS) -> float:
+    """Return the seconds a training row takes as the model is set, reading left out: the best of several batches."""
+    read, _ = _read(model)
+    extractor = FeatureExtractor(model, features)
+    _run(extractor, read)
+    times = []
+    for _ in range(repeats):
+        began = perf_counter()
+        _run(extractor, read)
+        times.append(perf_counter() - began)
+    return min(times) / len(read.ids)
 
-    Raises:
-        UsageError: they do.
-    """
+
+def warn_of_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
+    """Log a warning where rows of this model take longer in bf16 than in fp32 on a CPU; a GPU is not measured."""
     passes = model.passes
     if passes.options.precision != "bf16" or passes.options.device.type != "cpu":
         return
     took: dict[Precision, float] = {}
     for precision in PRECISIONS:
         passes.options = replace(passes.options, precision=precision)
-        took[precision] = _Tuning(model, features, Wanted(None, None, 0)).seconds(
-            min(USUAL_SIZE, passes.n_rows("train"))
-        )
+        took[precision] = measure_row_seconds(model, features)
+    passes.options = replace(passes.options, precision="bf16")
     if took["bf16"] > _CLEARLY_SLOWER * took["fp32"]:
-        raise UsageError(
-            problem(
-                "bf16 is slower than fp32 here",
-                got=f"{took['bf16'] * 1e6:,.0f} µs a row against {took['fp32'] * 1e6:,.0f} on this CPU",
-                expected="a model and machine that gain by it",
-                remedy="use --precision fp32",
-            )
+        logger.warning(
+            "bf16 was slower than fp32 here: %.0f µs a row against %.0f; --precision fp32 is exacter as well",
+            took["bf16"] * 1e6,
+            took["fp32"] * 1e6,
         )
 
 
 class _Tuning:
     def __init__(self, model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> None:
-        self._model, self._wanted = model, wanted
-        self._device = model.passes.options.device
-        self._budget = wanted.memory_bytes or free_memory_bytes(self._device) // 2
-        self._extractor = FeatureExtractor(model, features)
-        self._n_rows = model.passes.n_rows("train")
-        self._read: dict[int, tuple[Collated, float]] = {}
-        self._began = perf_counter()
+        self._model, self._features, self._wanted = model, features, wanted
+        self._options = model.passes.options
 
     def result(self) -> Tuned:
-        size = self._wanted.batch_size or min(USUAL_SIZE, self._n_rows)
-        row_bytes = self._working_bytes(min(size, self._n_rows, 8))
-        if self._wanted.batch_size is None:
-            size = min(size, self._largest(row_bytes))
-        if self._wanted.channels_last:
-            self._model.lay_out(channels_last=True)
-        seconds = self.seconds(size, 1)
-        if self._wanted.channels_last is None and self._wanted.passes >= _ROWS_WORTH_MEASURING:
-            seconds = self._with_format(size)
-            if self._wanted.batch_size is None:
-                size, seconds = self._with_size(size, seconds, row_bytes, seconds * self._wanted.passes)
-        self._model.passes.options = replace(self._model.passes.options, batch_size=size)
-        read, read_seconds = self._collated(size)
+        self._model.passes.options = replace(self._options, batch_size=_ROWS_LOOKED_AT)
+        read, read_seconds = _read(self._model)
+        row_bytes = self._working_bytes(read)
+        known = self._wanted.known
+        size = known[0] if known else self._wanted.batch_size or self._fitting_size(row_bytes)
+        self._model.passes.options = replace(self._options, batch_size=size)
+        if known:
+            self._model.lay_out(channels_last=known[1])
+        else:
+            self._choose_format(read)
+        free = free_memory_bytes(self._options.device)
         return Tuned(
             batch_size=size,
             channels_last=self._model.channels_last,
-            row_seconds=seconds,
             read_seconds=read_seconds,
             row_bytes=_bytes(read.inputs) // len(read.ids),
             batch_bytes=row_bytes * size,
-            memory_bytes=self._budget,
+            memory_bytes=self._wanted.memory_bytes or free // 2,
         )
 
-    def _largest(self, row_bytes: int) -> int:
-        if row_bytes > self._budget:
+    def _fitting_size(self, row_bytes: int) -> int:
+        """Return the rule's batch size, less where memory that was given or is free cannot hold it."""
+        device = self._options.device
+        rule = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+        most = self._wanted.memory_bytes or max(_MOST_BYTES, row_bytes)
+        size = min(rule.size(row_bytes), self._most(row_bytes, most, "raise --memory"))
+        if self._wanted.memory_bytes is not None:
+            return size
+        free = free_memory_bytes(device)
+        fitting = min(size, self._most(row_bytes, free, "free some"))
+        if fitting < size:
+            logger.warning(
+                "batches of %d rows instead of %d: only %.0f MB of memory are free; --batch-size %d elsewhere "
+                "gives the same features to the bit",
+                *(fitting, size, free / 1e6, fitting),
+            )
+        return fitting
+
+    def _most(self, row_bytes: int, memory_bytes: int, remedy: str) -> int:
+        if row_bytes > memory_bytes:
             raise UsageError(
                 problem(
-                    "one row needs more than the memory budget",
+                    "one row needs more than the memory there is for it",
                     got=f"about {row_bytes / 1e6:,.0f} MB a row",
-                    expected=f"at most {self._budget / 1e6:,.0f} MB",
-                    remedy="raise --memory, or set --batch-size 1 to try",
+                    expected=f"at most {memory_bytes / 1e6:,.0f} MB",
+                    remedy=f"{remedy}, or set --batch-size 1 to try",
                 )
             )
-        return self._budget // row_bytes
+        return _power_of_two(memory_bytes // row_bytes)
 
-    def _collated(self, size: int) -> tuple[Collated, float]:
-        """Return a batch, the longest rows of its window, and the seconds a row that reading it took."""
-        if size not in self._read:
-            passes = self._model.passes
-            passes.options = replace(passes.options, batch_size=size)
-            window = range(min(self._n_rows, passes.window("train")))
-            began = perf_counter()
-            with passes.reading("train", [window], ahead=False) as reading:
-                batches = list(reading.span())
-            self._read[size] = batches[0], (perf_counter() - began) / len(window)
-        return self._read[size]
-
-    def _run(self, read: Collated) -> None:
-        for _ in self._extractor.stream("train", [read]):
-            pass
-
-    def seconds(self, size: int, repeats: int = _REPEATS) -> float:
-        """Return the seconds a row in a batch of this size, the best of several after one to warm up."""
-        read, _ = self._collated(size)
-        self._run(read)
-        times = []
-        for _ in range(repeats):
-            began = perf_counter()
-            self._run(read)
-            times.append(perf_counter() - began)
-        return min(times) / len(read.ids)
-
-    def _working_bytes(self, size: int) -> int:
+    def _working_bytes(self, read: Collated) -> int:
         """Return about the bytes a row that forward leaves for backward and the layer rules, and backward's own."""
-        read, _ = self._collated(size)
         batch, parameters = self._model.batch("train", read), self._model.parameters.values()
         with _held_bytes(self._model.module) as held:
             for parameter in parameters:
@@ -198,55 +200,96 @@ class _Tuning:
             finally:
                 for parameter in parameters:
                     parameter.requires_grad_(False)
-        return int(_BACKWARD * sum(held.values()) / len(read.ids)) + 1
+        return int(_BACKWARD * sum(storage.nbytes() for storage in held.values()) / len(read.ids)) + 1
 
-    def _with_format(self, size: int) -> float:
-        """Put channels last if that is right and faster; return the seconds a row."""
-        usual = self.seconds(size)
-        if not any(p.dim() == 4 for p in self._model.parameters.values()):  # noqa: PLR2004
-            return usual
-        read, _ = self._collated(size)
-        before = self._losses(read), self._model.engine("train").plan
+    def _choose_format(self, read: Collated) -> None:
+        """Put channels last where the rule or the user wants it and the model computes the same with it.
+
+        Raises:
+            UsageError: it was asked for, and the model does not take it.
+        """
+        asked = self._wanted.memory_format
+        if asked == "contiguous" or (asked == "auto" and not self._gains_by_channels_last()):
+            return
+        before = self._outcome(read)
         self._model.lay_out(channels_last=True)
         try:
-            other = self.seconds(size)
-            losses, plan = self._losses(read), self._model.engine("train").plan
-        except (RuntimeError, TaskError, GradientProofError):
+            why = "" if _alike(self._outcome(read), before) else "other losses or another plan of gradients"
+        except (RuntimeError, TaskError, GradientProofError) as error:
             # The model's own code does not take it (a view of pictures, say).
-            other = float("inf")
-        else:
-            tolerance = _SAME_LOSS * float(before[0][torch.isfinite(before[0])].abs().mean())
-            alike = torch.allclose(losses, before[0], rtol=_SAME_LOSS, atol=tolerance, equal_nan=True)
-            if not alike or plan.steps != before[1].steps or plan.rank_one != before[1].rank_one:
-                other = float("inf")
-        if other < _BETTER * usual:
-            return other
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not why:
+            return
         self._model.lay_out(channels_last=False)
-        return usual
+        if asked == "auto":
+            logger.info("pictures stay contiguous: with channels last, %s", why)
+            return
+        raise UsageError(
+            problem(
+                "the model does not take --memory-format channels-last",
+                got=why,
+                expected="what it computes with contiguous pictures",
+                remedy="use --memory-format contiguous, or flatten with reshape where the model uses view",
+            )
+        )
 
-    def _losses(self, read: Collated) -> Tensor:
+    def _gains_by_channels_last(self) -> bool:
+        """Return whether pictures with channels last run faster by rule.
+
+        On accelerators only the kernels of bf16 gain. Where rows differ in length, a batch that is looked at says
+        little of those to come.
+        """
+        passes = self._model.passes
+        pictures = any(p.dim() == 4 for p in self._model.parameters.values())  # noqa: PLR2004
+        alike = passes.window("train") == passes.options.batch_size
+        return pictures and alike and (self._options.device.type == "cpu" or self._options.precision == "bf16")
+
+    def _outcome(self, read: Collated) -> tuple[list[Tensor], Any]:
+        """Return the losses of a batch of both sides, and the plan of gradients."""
+        _run(FeatureExtractor(self._model, self._features), read)
+        ids = range(min(_ROWS_LOOKED_AT, self._model.passes.n_rows("query")))
+        query = next(self._model.batches("query", ids))
+        train, asked = self._model.engine("train"), self._model.engine("query")
         with torch.no_grad():
-            return self._model.engine("train").losses(self._model.batch("train", read)).float()
+            losses = [
+                train.losses(self._model.batch("train", read)).float(),
+                asked.losses(query).float(),
+            ]
+        plan = train.plan
+        return losses, (plan.steps, plan.rank_one)
 
-    def _with_size(self, size: int, seconds: float, row_bytes: int, build: float) -> tuple[int, float]:
-        """Double the batch while rows get cheaper, or else halve it; return the best size and its seconds a row."""
-        best, limit = (seconds, size), min(self._n_rows, self._largest(row_bytes), LARGEST)
-        for factor in (2.0, 0.5):
-            trial = int(size * factor)
-            while 1 <= trial <= limit and perf_counter() - self._began < _SHARE_OF_BUILD * build:
-                found = self.seconds(trial)
-                if found > _BETTER * best[0]:
-                    break
-                best, trial = (found, trial), int(trial * factor)
-            if best[1] != size:
-                break
-        return best[1], best[0]
+
+def _alike(one: tuple[list[Tensor], Any], other: tuple[list[Tensor], Any]) -> bool:
+    for loss_B, expected_B in zip(one[0], other[0], strict=True):
+        finite_B = expected_B[torch.isfinite(expected_B)]
+        tolerance = _SAME_LOSS * float(finite_B.abs().mean()) if len(finite_B) else 0.0
+        if not torch.allclose(loss_B, expected_B, rtol=_SAME_LOSS, atol=tolerance, equal_nan=True):
+            return False
+    return bool(one[1] == other[1])
+
+
+def _read(model: LoadedModel) -> tuple[Collated, float]:
+    """Return a batch, the longest rows of its window, and the seconds a row that reading it took."""
+    passes = model.passes
+    window = range(min(passes.n_rows("train"), passes.window("train")))
+    began = perf_counter()
+    with passes.reading("train", [window], ahead=False) as reading:
+        batches = list(reading.span())
+    return batches[0], (perf_counter() - began) / len(window)
+
+
+def _run(extractor: FeatureExtractor, read: Collated) -> None:
+    for _ in extractor.stream("train", [read]):
+        pass
 
 
 @contextmanager
 def _held_bytes(module: nn.Module) -> Any:
-    """Yield the bytes of all memory that autograd saves or a layer takes or gives meanwhile, by address."""
-    held: dict[int, int] = {}
+    """Yield the memory that autograd saves or a layer takes or gives meanwhile, by address; all of it is kept alive.
+
+    Memory that was freed could be given out again at the same address, or not: then the sum would be chance.
+    """
+    held: dict[int, torch.UntypedStorage] = {}
     own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
 
     def seen(tensors: Iterable[Any]) -> None:
@@ -257,7 +300,7 @@ def _held_bytes(module: nn.Module) -> Any:
                 and tensor.untyped_storage().data_ptr() not in own
             ):
                 storage = tensor.untyped_storage()
-                held[storage.data_ptr()] = max(storage.nbytes(), held.get(storage.data_ptr(), 0))
+                held[storage.data_ptr()] = storage
 
     def pack(tensor: Tensor) -> Tensor:
         seen([tensor])
@@ -270,6 +313,11 @@ def _held_bytes(module: nn.Module) -> Any:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _power_of_two(number: int) -> int:
+    """Return the largest power of two that is not larger."""
+    return 1 << (number.bit_length() - 1)
 
 
 def _bytes(inputs: Any) -> int:

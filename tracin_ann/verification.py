@@ -19,7 +19,7 @@ from tracin_ann.config import BuildConfig
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import DamagedIndexError, TracinAnnError, UsageError, problem
 from tracin_ann.fitting import Fitting, found_task
-from tracin_ann.generations import folder_of, generation_of
+from tracin_ann.generations import folder_of, generation_of, settled
 from tracin_ann.locks import writing
 from tracin_ann.manifest import (
     BUILD_RECORD,
@@ -103,6 +103,8 @@ def repair(
 ) -> BuildReport | None:
     """Make anew what `verify` finds damaged, and nothing else; None where nothing had to be computed.
 
+    What killed writers left is swept.
+
     Args:
         directory: of an index.
         task: the task, or its name where it moved; None: as the build was told.
@@ -131,7 +133,21 @@ def repair(
             write_build_record(out, manifest.build)
         for place in (folder_of(out, manifest.generation), out):
             manifest.write(place)
-        return None if work is None else run(work, progress)
+        if work is None:
+            settled(out, manifest)
+            return None
+        return run(work, progress)
+
+
+def sweep(directory: str | os.PathLike[str]) -> None:
+    """Remove what killed writers left in a whole index: a repair that is run again finds nothing else to do.
+
+    Raises:
+        BusyIndexError: another process is writing the index.
+    """
+    out = Path(directory)
+    with writing(out):
+        settled(out, _best(out))
 
 
 def audit(
@@ -225,6 +241,7 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
         seed=spec.sketch.seed,
         index=index.kind,
         batch_size=built.batch_size,
+        memory_format="channels-last" if built.channels_last else "contiguous",
         precision=spec.precision,  # type: ignore[arg-type]
         target_recall=plain.target_recall if index.calibration is None else index.calibration.target,
         codes=index.codes or plain.codes,  # type: ignore[arg-type]

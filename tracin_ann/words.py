@@ -10,10 +10,12 @@ from typing import Literal
 Search = Literal["auto", "lists", "scan"]
 OnNonfinite = Literal["error", "skip"]
 Format = Literal["jsonl", "csv", "parquet"]
+MemoryFormat = Literal["auto", "contiguous", "channels-last"]
 
 SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
+MEMORY_FORMATS: tuple[MemoryFormat, ...] = ("auto", "contiguous", "channels-last")
 SKETCH_NAMES = ("factored", "kronecker", "dense", "dense-gaussian")
 
 

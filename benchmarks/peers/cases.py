@@ -17,7 +17,7 @@ from benchmarks import models
 from tracin_ann import BuildConfig
 from tracin_ann.build import opened
 from tracin_ann.features import FeatureExtractor
-from tracin_ann.tuning import Wanted, tuned
+from tracin_ann.tuning import Wanted, tune
 
 Row = tuple[Tensor, Tensor]
 SIZES = (16, 32, 64, 128)
@@ -120,8 +120,8 @@ def our_stream(case: Case, n_rows: int) -> Iterator[Callable[[int], None]]:
         work = opened(task, Path(folder) / "index", config, None)
         with work.passes.model() as model:
             features = config.features(work.examine(model))
-            # As in a build of many rows: the memory format is measured.
-            tuned(model, features, Wanted(size, None, 10**9))
+            # As in a build: the memory format by its rule.
+            tune(model, features, Wanted(size))
             extractor = FeatureExtractor(model, features)
 
             def run(n: int) -> None:

@@ -11,7 +11,7 @@ import click
 from tracin_ann.cli.common import MemorySize, parsed_arguments, progress_shown
 from tracin_ann.cli.info import believed
 from tracin_ann.cli.manners import command, device_option, files, folders, is_quiet, note, say
-from tracin_ann.words import ON_NONFINITE, SKETCH_NAMES, duration, sized
+from tracin_ann.words import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES, duration, sized
 
 if TYPE_CHECKING:
     from tracin_ann.build import BuildReport
@@ -43,9 +43,14 @@ _SHOWN = 12
 @click.option("--codes", default="sq8", show_default=True, type=click.Choice(["sq8", "sq4", "fp16"]))
 @click.option("--compact", "codes", flag_value="sq4", help="The same as --codes sq4: half the index's memory.")
 @click.option("--yardstick/--no-yardstick", default=True, help="Measure the sketch against true scores of a few rows.")
-@click.option("--batch-size", type=click.IntRange(1), help="Examples a forward.  [default: measured]")
+@click.option("--batch-size", type=click.IntRange(1), help="Examples a forward.  [default: by the rows' size]")
+@click.option("--memory", "memory_bytes", type=MemorySize(), help="For batches, as 8GB.  [default: 2GB or one row]")
 @click.option(
-    "--memory", "memory_bytes", type=MemorySize(), help="For batches, as 8GB.  [default: half of what is free]"
+    "--memory-format",
+    default="auto",
+    show_default=True,
+    type=click.Choice(MEMORY_FORMATS),
+    help="Of pictures in memory.",
 )
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that read data ahead.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
@@ -99,7 +104,7 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     say(f"time        {duration(made.seconds)} on {on} for the features; index and measurements come on top")
     tuned = made.tuned
     layout = ", channels last" if tuned.channels_last else ""
-    share = tuned.read_seconds / (tuned.read_seconds + tuned.row_seconds)
+    share = tuned.read_seconds / (tuned.read_seconds + made.row_seconds)
     say(f"batches     {tuned.batch_size} rows{layout}, {config.precision}; reading takes {share:.0%} of the time")
     for line in made.notes:
         say(f"checkpoints {line}")

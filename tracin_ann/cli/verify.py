@@ -49,13 +49,15 @@ def _task(options: Options) -> dict[str, Any]:
 
 
 def _verify(directory: str, mend: bool, options: Options) -> None:
-    from tracin_ann.verification import repair, verify
+    from tracin_ann.verification import repair, sweep, verify
 
     with progress_shown("files") as progress:
         seen = verify(directory, progress)
     for damage in seen.damage:
         say(damage.message)
     if not seen.damage:
+        if mend:
+            sweep(directory)
         note(f"{directory}: {seen.files:,} files, {sized(seen.size)}, all as they were written")
         return
     if not mend:

@@ -151,7 +151,7 @@ def calibrated(
     for done, (direction, sign) in enumerate((("proponents", 1.0), ("opponents", -1.0))):
         signed = np.ascontiguousarray(queries_QF * np.float32(sign))
         best_scores = [sign * scores for scores in truth[direction].scores]
-        points[direction] = _curve(index, signed, truth[direction], best_scores, each)
+        points[direction] = _curve(index, signed, truth[direction], best_scores)
         if progress is not None:
             progress(done + 1, 2)
     usual = usual_setting(len(index))
@@ -180,10 +180,11 @@ def _single_seconds(index: SearchIndex, queries_QF: Float32) -> float:
     return median(times) if times else 0.0
 
 
-def _curve(
-    index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32], scan_seconds: float
-) -> tuple[Point, ...]:
-    """Return the settings worth having: α by half of the queries, then budgets that rise up to a scan's cost."""
+def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
+    """Return the settings worth having: α by half of the queries, then budgets that rise to a share of the rows.
+
+    Counts alone decide which are tried and kept, so that equal lists get equal settings.
+    """
     half = max(1, len(signed_QF) // 2)
     usual = usual_setting(len(index))
 
@@ -200,7 +201,7 @@ def _curve(
                 _point(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
             )
         found_all = measured[-1].recall >= _ENOUGH
-        if found_all or codes >= _LARGEST_SHARE * len(index) or measured[-1].seconds > scan_seconds:
+        if found_all or codes >= _LARGEST_SHARE * len(index):
             break
         codes = math.ceil(codes * math.sqrt(2))
     kept: list[Point] = []
