@@ -1,8 +1,9 @@
 """What rows that are no batch cost: a graph network of ragged graphs, beside its plain step and beside a loop.
 
-Whole builds by the difference of two sizes, so that starting up, probing and proving do not count; rounds of two
-builds, plain and loop are interleaved in one process, and medians are reported. Plain is batched forward and backward,
-the loop is forward and backward of one graph at a time, without any sketch.
+Whole builds by the difference of two sizes, so that starting up, probing and proving do not count; rounds of all that
+is compared are interleaved in one process, and medians are reported. Plain is batched forward and backward. The loop is
+the ladder's last step, one graph at a time, which such layers would otherwise fall to; the plain loop is forward and
+backward of one graph at a time without any sketch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +105,30 @@ def built(rows: list, size: int, dim: int) -> float:
         return time.perf_counter() - began
 
 
+def difference(few: list, many: list, options: argparse.Namespace) -> float:
+    """Return the seconds that a graph more takes a build."""
+    seconds = built(many, options.batch_size, options.dim) - built(few, options.batch_size, options.dim)
+    return seconds / (len(many) - len(few))
+
+
+def looped(few: list, many: list, options: argparse.Namespace) -> float:
+    """Return the same where no layer has a rule."""
+    with mock.patch("tracin_ann.gradients.covered_layers", return_value={}):
+        return difference(few, many, options)
+
+
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     few, many = molecules(options.rows), molecules(options.rows * 5)
-    ours, theirs, loop = [], [], []
+    ours, theirs, loop, plain_loop = [], [], [], []
     for round_ in range(options.rounds + 1):
-        difference = built(many, options.batch_size, options.dim) - built(few, options.batch_size, options.dim)
-        times = difference / (len(many) - len(few)), plain(many, options.batch_size), plain(few[:200], 1)
+        times = (
+            difference(few, many, options),
+            plain(many, options.batch_size),
+            looped(few[: options.rows // 4], few, options),
+            plain(few[:200], 1),
+        )
         if round_:  # the first warms up
-            for kept, seconds in zip((ours, theirs, loop), times, strict=True):
+            for kept, seconds in zip((ours, theirs, loop, plain_loop), times, strict=True):
                 kept.append(seconds)
     return {
         "model": "graph network, 3 layers of 64",
@@ -121,6 +139,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": median(p / o for p, o in zip(theirs, ours, strict=True)),
         "rounds_ratio": [p / o for p, o in zip(theirs, ours, strict=True)],
         "times_the_loop": median(slow / o for slow, o in zip(loop, ours, strict=True)),
+        "times_the_plain_loop": median(slow / o for slow, o in zip(plain_loop, ours, strict=True)),
     }
 
 

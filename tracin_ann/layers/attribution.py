@@ -5,7 +5,7 @@ questions, positions that a mask chose. Sizes do not tell whose a row is; gradie
 w_b, the output gradient of row r is w_e(r) times the plain one, e(r) the row's example: the ratio names the example.
 A row whose ratio is no example's weight gets gradients of several examples.
 
-All is read from a few random projections of a row's gradient: one pass over it, and little to keep.
+Of large gradients all is read from a few random projections of each row: one pass over it, and little to keep.
 
 Shapes: B batch, R rows, C features of a row, J projections, K passes with weighted losses, L levels.
 """
@@ -56,13 +56,14 @@ _FULL = Precision(2048, 1e-3, 1e-5, 3e-2)
 _ACCELERATED = Precision(192, 1e-2, 1e-3, 1e-1)
 _HALF = Precision(24, 8e-2, 1e-2, 0.4)
 _PROJECTIONS = 8
+_SMALL = 1 << 20
 _IRRATIONAL = 2.399963
 
 
 def project(grad: Tensor, n_rows: int) -> Tensor:
-    """Return fixed projections of each row of an output gradient, [R, J]; short rows as they are."""
+    """Return fixed projections of each row of an output gradient, [R, J]; what is small as it is, which is faster."""
     grad_RC = grad.reshape(n_rows, -1)
-    if grad_RC.shape[1] <= _PROJECTIONS:
+    if grad_RC.shape[1] <= _PROJECTIONS or grad_RC.numel() <= _SMALL:
         return grad_RC
     # A product with few columns is slow, its transpose is not.
     return (_projections(grad_RC.shape[1], grad.device, grad.dtype) @ grad_RC.T).T.contiguous()
