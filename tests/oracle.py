@@ -39,7 +39,9 @@ def gradients(
 
 
 def _double(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).double()
+    # Copies of TorchScript's parameters are leaves only where no graph is made.
+    with torch.no_grad():
+        return copy.deepcopy(model).double()
 
 
 def _double_batch(batch: Any) -> Any:

@@ -16,7 +16,7 @@ import ragged
 import zoo
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import Checkpoint, build
-from tracin_ann.audit import DRAWN, _in_half
+from tracin_ann.audit import DRAWN
 from tracin_ann.gradients import GradientEngine
 from tracin_ann.verification import Draw, audit
 
@@ -156,5 +156,5 @@ def test_what_a_loss_computes_in_is_seen_whatever_its_dtypes(loss, expected):
     engine = GradientEngine(model, dict(model.named_parameters()), loss, torch.utils.data.default_collate)
     batch = engine.batch([0], rows(1))
     assert engine.losses(batch).dtype == torch.float32
-    assert _in_half(engine, batch) is expected
+    assert engine.in_half(batch) is expected
     assert not any(parameter.requires_grad for parameter in model.parameters())

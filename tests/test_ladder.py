@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import oracle
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import factors, plan
 from tracin_ann.cli.build import _show_plan
+from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.gradients import GradientEngine
+from tracin_ann.layers import LayerCapture
 from tracin_ann.passes import Passes, PassOptions
-from tracin_ann.plan import LOOP, NONE, RULE, VMAP
+from tracin_ann.plan import FORWARD, LOOP, NONE, RULE, VMAP
 from tracin_ann.sketch import make_sketch
 
 CPU = torch.device("cpu")
@@ -343,3 +346,155 @@ def test_a_model_of_two_dtypes_is_served():
     model = Two()
     model.second.double()
     steps_over(model, [rows(6)])
+
+
+def penalised_where_large(model, batch):
+    """Return a loss with a gradient penalty in those batches that have a large entry."""
+    x = batch[0].detach().requires_grad_(True)
+    losses = cross_entropy(model, (x, batch[1]))
+    if bool((x > 2).any()):
+        grad = torch.autograd.grad(losses.sum(), x, create_graph=True)[0]
+        losses = losses + grad.flatten(1).norm(dim=1)
+    return losses
+
+
+def test_a_gradient_that_only_the_loss_of_a_later_batch_takes_is_differentiated_there():
+    steps = steps_over(Positions(), [examples(4), examples(4, shift=3), examples(4)], penalised_where_large)
+    assert set(steps[0].values()) == {RULE}
+    assert steps[1]["inner.weight"] == steps[2]["inner.weight"] == LOOP
+
+
+class Numbers(Positions):
+    """Parameters of one number each: few or many."""
+
+    def __init__(self, n, *, branching=False):
+        super().__init__()
+        self.branching = branching
+        self.numbers = nn.ParameterList([nn.Parameter(torch.tensor(0.5 + i)) for i in range(n)])
+
+    def forward(self, x):
+        for number in self.numbers:
+            x = torch.tanh(x * number)
+        if self.branching and float(x.detach().sum()) > 1e9:
+            x = 2 * x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("n", "branching", "step"), [(4, False, FORWARD), (4, True, FORWARD), (5, False, VMAP), (5, True, FORWARD)]
+)
+def test_parameters_of_one_number_cost_no_backward_an_example(n, branching, step):
+    steps = steps_over(Numbers(n, branching=branching), [examples(4), examples(3)])
+    assert {steps[-1][f"numbers.{i}"] for i in range(n)} == {step}
+
+
+def test_a_number_that_forward_mode_cannot_serve_falls_to_vmap():
+    class Opaque(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Model(Numbers):
+        def forward(self, x):
+            return super().forward(Opaque.apply(x * self.numbers[0]))
+
+    steps = steps_over(Model(1), [examples(4), examples(3)])
+    assert steps[-1]["numbers.0"] == VMAP
+
+
+def test_a_batch_that_fails_after_every_proof_is_refused_with_the_layer_and_the_cause(monkeypatch):
+    run = LayerCapture.run
+
+    def fails_unproven(self, *args, **options):
+        done = run(self, *args, **options)
+        if options.get("proving") is None:
+            self.failures["inner.weight"] = "the layer's input is no tensor"
+        return done
+
+    engine = engine_of(Positions())
+    monkeypatch.setattr(LayerCapture, "run", fails_unproven)
+    with pytest.raises(GradientProofError) as refused:
+        gradients(engine, examples(4))
+    assert str(refused.value) == (
+        "the gradients of rows 0 to 3 fail each time after they are proven: got inner.weight: the layer's input is no "
+        "tensor, expected a loss that does the same each time it is computed; mend the loss, or leave these parameters "
+        "out with Task.parameters; --debug shows the trace"
+    )
+
+
+def test_an_error_after_every_proof_is_the_cause_of_the_refusal(monkeypatch):
+    run = LayerCapture.run
+
+    def raises_unproven(self, *args, **options):
+        if options.get("proving") is None:
+            raise RuntimeError("the kernel's own words")
+        return run(self, *args, **options)
+
+    engine = engine_of(Positions())
+    monkeypatch.setattr(LayerCapture, "run", raises_unproven)
+    with pytest.raises(GradientProofError, match="got RuntimeError: the kernel's own words, expected") as refused:
+        gradients(engine, examples(4))
+    assert isinstance(refused.value.__cause__.__cause__, RuntimeError)
+
+
+def test_a_runtime_error_of_the_users_own_is_not_taken_for_a_missing_gradient():
+    def loss(model, batch):
+        if batch[0].shape[1] > 3:
+            raise RuntimeError("the user's own")
+        return cross_entropy(model, batch)
+
+    engine = engine_of(Positions(), loss)
+    gradients(engine, examples(4))
+    with pytest.raises(RuntimeError, match="^the user's own$"):
+        gradients(engine, examples(4, 5))
+
+
+class Reentrant(torch.autograd.Function):
+    """Checkpointing by a backward inside backward, as packages other than PyTorch have it."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_(True)
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.function(x), grad)
+        return x.grad, None
+
+
+@pytest.mark.parametrize(
+    ("checkpointed", "got"),
+    [
+        # Outside a session nothing stands in the place of PyTorch's own.
+        (lambda f, x: checkpoint(f, x, use_reentrant=True), "When use_reentrant=True, torch.utils.checkpoint is"),
+        (lambda f, x: Reentrant.apply(x, f), "a backward runs inside backward, as reentrant checkpointing does"),
+    ],
+)
+@pytest.mark.parametrize("part", [False, True])
+def test_reentrant_checkpointing_that_hides_gradients_is_refused_with_the_remedy(checkpointed, got, part):
+    class Model(Positions):
+        def forward(self, x):
+            x = x.detach().requires_grad_(True)
+            if part:
+                return self.head(torch.tanh(checkpointed(self.inner, x))).mean(1)
+            return checkpointed(super().forward, x)
+
+    with pytest.raises(TaskError) as refused:
+        gradients(engine_of(Model()), examples(4))
+    assert str(refused.value).startswith(f"the loss has no gradient: got RuntimeError: {got}")
+    assert str(refused.value).endswith("; checkpoint with use_reentrant=False, or not at all")

@@ -247,7 +247,7 @@ class Auditor:
         """Return the share of its norm that rounding explains, of a row as it is computed and as it is stored."""
         dtypes = {p.dtype for p in self._model.parameters.values()}
         computed = max(_COMPUTED.get(dtype, _COMPUTED_HALF) for dtype in dtypes)
-        if _in_half(self._engine, self._engine.batch((row,), [self._data[row]])):
+        if self._engine.in_half(self._engine.batch((row,), [self._data[row]])):
             computed = _COMPUTED_HALF
         return computed + _STORED[self.store.layout.dtype]
 
@@ -307,27 +307,6 @@ class Auditor:
 
         self._engine.run(self._model.batch("train", read), start)
         return found
-
-
-def _in_half(engine: GradientEngine, batch: Batch) -> bool:
-    """Return whether anything behind the losses of a batch is computed in half precision, by autocast for example."""
-    parameters = engine.parameters.values()
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        waiting: list[Any] = [engine.losses(batch).grad_fn]
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    seen = {None}
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            if any(made.dtype not in _COMPUTED and made.dtype.is_floating_point for made in node._input_metadata):
-                return True
-            seen.add(node)
-            waiting += [above for above, _ in node.next_functions]
-    return False
 
 
 def _layer(model: Any, parameter: Tensor) -> str:

@@ -62,6 +62,12 @@ def problem(what: str, *, got: object, expected: object, remedy: str) -> str:
     return f"{what}: got {got}, expected {expected}; {remedy}"
 
 
+def first_line(error: Exception) -> str:
+    """Return an exception's kind and the first line of what it says, cut where it is long."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
+
+
 @contextmanager
 def naming(path: Path, written_as: Path | None = None) -> Iterator[None]:
     """Let an error of the system name this file: those of fsync and write name none.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.factors import Form, Outer, inner_where, materialised
+from tracin_ann.factors import Form, Outer, form_dtype, inner_where, materialised
 from tracin_ann.features import squared_norms
 from tracin_ann.gradients import Sink
 from tracin_ann.loading import SideName
@@ -191,12 +191,11 @@ def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
 def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
     """Return the whole gradients of examples at the checkpoint that is loaded, [Q, P] a parameter."""
     device = model.passes.options.device
-    shapes = {name: (p.numel(), p.dtype) for name, p in model.parameters.items()}
+    dtype = form_dtype(model.parameters.values())
     directions = {
-        name: torch.zeros(
-            len(ids), size, dtype=torch.float64 if dtype is torch.float64 else torch.float32, device=device
-        )
-        for name, (size, dtype) in shapes.items()
+        name: torch.zeros(len(ids), p.numel(), dtype=dtype, device=device)
+        for name, p in model.parameters.items()
+        if p.numel()
     }
     done = 0
     for batch in model.batches(side, ids):

@@ -11,7 +11,7 @@ Shapes: B batch, T positions, R rows and C columns of the parameter, P = R·C, Q
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -223,11 +223,18 @@ def squared_norm(forms: Sequence[Form]) -> Tensor:
     return torch.stack([block.square().sum(1) for _, block in column_blocks(form)]).sum(0)
 
 
-def doubled(form: Form) -> Form:
-    """Return the form in float64."""
+def form_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """Return what all forms of these parameters are in: float64 where one of them is, else float32."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+
+
+def converted(form: Form, dtype: torch.dtype) -> Form:
+    """Return the form in another floating dtype; itself where it is in that."""
     values = {field.name: getattr(form, field.name) for field in fields(form)}
-    wide = {k: v.double() for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return replace(form, **wide)  # type: ignore[arg-type]
+    floating = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if all(v.dtype == dtype for v in floating.values()):
+        return form
+    return replace(form, **{k: v.to(dtype) for k, v in floating.items()})  # type: ignore[arg-type]
 
 
 def _merged(forms: Sequence[Form]) -> list[Form]:

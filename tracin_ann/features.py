@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tracin_ann.device import recorded_event
 from tracin_ann.errors import NonFiniteError
-from tracin_ann.factors import Dense, Form, doubled, squared_norm
+from tracin_ann.factors import Dense, Form, converted, form_dtype, squared_norm
 from tracin_ann.gradients import Batch
 from tracin_ann.loading import Collated, SideName
 from tracin_ann.passes import LoadedModel
@@ -70,8 +70,7 @@ class FeatureExtractor:
         self._rate = model.passes.task.checkpoints[model.checkpoint].learning_rate
         self._maps: dict[str, ParameterSketch] = {}
         self._scratch = Scratch()
-        dtypes = {p.dtype for p in model.parameters.values()}
-        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._dtype = form_dtype(model.parameters.values())
 
     def rows(self, side: SideName, ids: Sequence[int]) -> FeatureRows:
         """Return the rows of these examples, in order."""
@@ -227,7 +226,7 @@ def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, dev
         for first, last, uses in parts:
             rows = far[(far >= first) & (far < last)]
             if len(rows):
-                total[rows] += squared_norm([doubled(form[rows - first]) for form in uses])
+                total[rows] += squared_norm([converted(form[rows - first], torch.float64) for form in uses])
     return total
 
 

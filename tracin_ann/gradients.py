@@ -8,21 +8,20 @@ that no example's loss reaches are watched: should a later batch reach one, the 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError
-from tracin_ann.factors import Dense, Form
+from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, first_line
+from tracin_ann.factors import Dense, Form, converted, form_dtype
+from tracin_ann.functional import derivatives_by_forward_mode, gradients_by_vmap
+from tracin_ann.graph import HALF, computed_in_half, plain_gradients, requiring_grad
 from tracin_ann.layers import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
-from tracin_ann.nested import batched_tensors, rebuild, tensors_within
-from tracin_ann.plan import LOOP, NONE, RULE, VMAP, Plan, Step
+from tracin_ann.nested import batched_tensors, tensors_within
+from tracin_ann.plan import FORWARD, LOOP, NONE, RULE, VMAP, Plan, Step
 from tracin_ann.proof import (
     ProofSink,
     Truth,
@@ -32,11 +31,14 @@ from tracin_ann.proof import (
     not_finite,
     proof_weights,
     unproven,
+    unsettled,
     unusable,
 )
 from tracin_ann.task import LossFunction
 
-_STEPS = (RULE, VMAP, LOOP)
+# Forward mode serves some parameters instead of vmap(grad), others where that fails.
+_ROUNDS = (RULE, FORWARD, VMAP, FORWARD, LOOP)
+_ATTEMPTS = 4
 _FALLBACK_ELEMENTS = 1 << 26
 _CHECK_EVERY = 64
 _BY_ROWS = "its layer's rows are matched with examples in every batch, by one more backward"
@@ -60,7 +62,7 @@ class Batch:
 
 
 class _PlanChangedError(Exception):
-    """A batch showed that the plan no longer holds; prove again."""
+    """A batch showed that the plan no longer holds, and why; prove again."""
 
 
 class GradientEngine:
@@ -87,13 +89,16 @@ class GradientEngine:
         self.parameters = dict(parameters)
         self.checkpoint = checkpoint
         self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
-        self._covered = covered_layers(model, self.parameters)
+        held = {name: p for name, p in self.parameters.items() if p.numel()}
+        self._empty = frozenset(self.parameters) - set(held)
+        self._form_dtype = form_dtype(self.parameters.values())
+        self._covered = covered_layers(model, held)
         self._plan: Plan | None = None
         self._rank_one: frozenset[str] = frozenset()
         self._fallen: dict[str, Step] = {}
         self._n_batches = 0
         self._layouts = Layouts()
-        self._rows = covered_rows(model, self.parameters)
+        self._rows = covered_rows(model, held)
         self._capture = LayerCapture(model, {}, {}, self._layouts)
 
     @property
@@ -107,13 +112,31 @@ class GradientEngine:
             raise TaskError("the gradients are not proven yet: run a batch first")
         return self._plan
 
+    @property
+    def reached(self) -> bool:
+        """Return whether the losses of a batch that was proven depend on any chosen parameter."""
+        return any(step.name != NONE for step in self.plan.steps.values())
+
     def losses(self, batch: Batch) -> Tensor:
         """Return the per-example losses [B], checked for their shape."""
-        with self._autocast():
-            values = self._loss(self._model, batch.inputs)
+        values = self._values(self._model, batch.inputs)
         if why := unusable(values, len(batch)):
             raise TaskError(why)
         return values
+
+    def loss_values(self, batch: Batch) -> Tensor:
+        """Return the per-example losses [B] without a graph; a loss may take gradients itself."""
+        return self.losses(batch).detach()
+
+    def in_half(self, batch: Batch) -> bool:
+        """Return whether the losses of a batch are computed in half precision, whatever the parameters' dtype."""
+        with self._followed(batch), requiring_grad(self.parameters.values()):
+            values = self.losses(batch)
+        return values.dtype in HALF or computed_in_half(values)
+
+    def _values(self, model: nn.Module, inputs: Any) -> Tensor:
+        with self._autocast():
+            return self._loss(model, inputs)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "fp32":
@@ -141,61 +164,66 @@ class GradientEngine:
         """
         if self._plan is None:
             self.prove(batch)
-        for _ in range(1 + len(_STEPS)):
+        for attempt in range(_ATTEMPTS):
             try:
-                return self._run(batch, start())
+                return self._run(batch, self._widening(start()))
             except _PlanChangedError as change:
-                cause = change.__cause__
+                if attempt + 1 == _ATTEMPTS:
+                    raise GradientProofError(unsettled(str(change), batch.ids)) from change
                 self.prove(batch)
-        raise GradientProofError("the plan of gradients changes with every proof on one batch") from cause
+        raise AssertionError
+
+    def _widening(self, sink: Sink) -> Sink:
+        """Return a sink of forms in one dtype, float32 or wider, whatever step gave them and in what."""
+        return lambda name, form, rows: sink(name, converted(form, self._form_dtype), rows)
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan
         try:
             losses = self._run_rules(batch, sink)
+            self._run_forward(batch, plan.names(FORWARD), sink)
             if names := plan.names(VMAP):
                 self._run_vmap(batch, names, sink)
         except (_PlanChangedError, TaskError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise _PlanChangedError from error
+            raise _PlanChangedError(first_line(error)) from error
         if names := plan.names(LOOP):
             self._run_loop(batch, names, sink)
         return losses
 
     def _run_rules(self, batch: Batch, sink: Sink) -> Tensor:
-        watched = [self.parameters[name] for name in self.plan.names(NONE)]
+        unreached = [name for name in self.plan.names(NONE) if name not in self._empty]
+        watched = [self.parameters[name] for name in unreached]
         checking = _is_checked(self._n_batches)
         self._n_batches += 1
         done = self._capture.run(lambda: self.losses(batch), len(batch), sink, watched, checking=checking)
         if self._capture.misplaced:
             raise GradientProofError(misplaced(self._capture.misplaced, batch.ids))
-        if self._capture.failures or any(done.watched_reached):
-            raise _PlanChangedError
+        failures = self._capture.failures | {
+            name: "a loss of this batch reaches it, and none before did"
+            for name, reached in zip(unreached, done.watched_reached, strict=True)
+            if reached
+        }
+        for name, why in failures.items():
+            raise _PlanChangedError(f"{name}: {why}")
         return done.losses_B
+
+    def _run_forward(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
+        for name in names:
+            values = derivatives_by_forward_mode(self._model, self._values, name, self.parameters[name], batch.inputs)
+            if values is not None:
+                sink(name, Dense(values.unsqueeze(1)), slice(0, len(batch)))
 
     def _run_vmap(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
         tensors = batched_tensors(batch.inputs, len(batch))
         if isinstance(tensors, str):
-            raise _PlanChangedError
+            raise _PlanChangedError(f"{names[0]}: {tensors}")
+        chosen = {name: self.parameters[name] for name in names}
         for rows in self._slices(len(batch), names):
-            grads = self._vmapped(batch.inputs, [t[rows] for t in tensors], names)
+            grads = gradients_by_vmap(self._model, self._values, chosen, batch.inputs, [t[rows] for t in tensors])
             for name in names:
-                sink(name, Dense(grads[name].flatten(1)), rows)
-
-    def _vmapped(self, inputs: Any, tensors: list[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        wrapped = _LossModule(self._model, self._loss)
-
-        def one(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
-            batch = rebuild(inputs, [t.unsqueeze(0) for t in example])
-            with self._autocast():
-                return functional_call(wrapped, parameters, (batch,)).squeeze(0)  # type: ignore[no-any-return]
-
-        parameters = {f"model.{name}": self.parameters[name].detach() for name in names}
-        with _registered(self._model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            grads, _ = vmap(grad_and_value(one), in_dims=(None, *([0] * len(tensors))))(parameters, *tensors)
-        return {name: grads[f"model.{name}"].detach() for name in names}
+                sink(name, Dense(grads[name].reshape(rows.stop - rows.start, -1)), rows)
 
     def _run_loop(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
         for rows in self._slices(len(batch), names):
@@ -220,32 +248,7 @@ class GradientEngine:
     def _autograd(
         self, values: Callable[[], Tensor], names: Sequence[str], weights_KB: Tensor | None = None
     ) -> tuple[list[Tensor], list[bool]]:
-        """Return autograd's gradients of a scalar, or [K, ...] of weighted sums of losses, and which are not missing.
-
-        Zeros stand where nothing depends on a parameter.
-        """
-        parameters = [self.parameters[name] for name in names]
-        rounds: list[tuple[Tensor | None, ...]] = []
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            value = values()
-            weights = [None] if weights_KB is None else list(weights_KB.to(value))
-            for k, weights_B in enumerate(weights):
-                grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
-                if value.requires_grad:
-                    more = k + 1 < len(weights)
-                    grads = torch.autograd.grad(value, parameters, weights_B, retain_graph=more, allow_unused=True)
-                rounds.append(grads)
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-        dense = [
-            [torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach() for g in each]
-            for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
-        ]
-        whole = [each[0] if weights_KB is None else torch.stack(each) for each in dense]
-        return whole, [grad is not None for grad in rounds[0]]
+        return plain_gradients(values, [self.parameters[name] for name in names], weights_KB)
 
     def _slices(self, batch: int, names: Sequence[str]) -> list[slice]:
         """Return row slices whose materialised gradients stay in bounded memory."""
@@ -257,32 +260,35 @@ class GradientEngine:
         """Find and prove the highest step that serves each parameter on this batch; what fell once stays down.
 
         Raises:
-            TaskError: the loss does not depend on any chosen parameter.
+            TaskError: autograd cannot follow the loss back.
             NonFiniteError: a loss or gradient is NaN or infinite.
             GradientProofError: no step of the ladder agrees with autograd.
         """
         truth = self._truth(batch)
         covered = {name for attributes in self._covered.values() for name in attributes.values()} | set(self._rows)
-        steps = {
-            name: Step(RULE) if name in covered else Step(VMAP, "no layer rule covers it") for name in self.parameters
-        }
-        steps.update(self._fallen)
+        steps = {name: Step(RULE) for name in self.parameters} | self._fallen
         steps.update({name: Step(NONE, "no loss of the first batch reaches it") for name in truth.unreached})
+        steps.update({name: Step(NONE, "it holds no numbers") for name in self._empty})
         self._adopt(steps)
-        for position, name in enumerate(_STEPS):
-            failed = self._rule_failures(batch, truth) if name == RULE else self._failures(name, batch, truth)
-            if failed and position + 1 == len(_STEPS):
+        self._lower({name: "no layer rule covers it" for name in self.plan.names(RULE) if name not in covered})
+        for step in _ROUNDS:
+            failed = self._rule_failures(batch, truth) if step == RULE else self._failures(step, batch, truth)
+            if failed and step == LOOP:
                 raise GradientProofError(unproven(failed))
-            self._fallen.update({p: Step(_STEPS[position + 1], why) for p, why in failed.items()})
-            steps.update({p: self._fallen[p] for p in failed})
-            self._adopt(steps)
+            self._lower(failed)
         by_rows = {n for path, held in self._covered.items() if self._is_by_rows(path) for n in held.values()}
-        steps.update({name: Step(RULE, _BY_ROWS) for name in self.plan.names(RULE) if name in by_rows})
-        self._plan = replace(self.plan, steps=dict(steps), rank_one=self._rank_one & set(self.plan.names(RULE)))
+        steps = {n: Step(RULE, _BY_ROWS) if n in by_rows and s.name == RULE else s for n, s in self.plan.steps.items()}
+        self._plan = replace(self.plan, steps=steps, rank_one=self._rank_one & set(self.plan.names(RULE)))
         return self.plan
 
     def _is_by_rows(self, path: str) -> bool:
         return id(self._model.get_submodule(path)) in self._layouts.by_rows
+
+    def _lower(self, failed: Mapping[str, str]) -> None:
+        """Let parameters fall one step down, and stay there."""
+        lower = self.plan.lowered(failed)
+        self._fallen.update(lower)
+        self._adopt({**self.plan.steps, **lower})
 
     def _adopt(self, steps: Mapping[str, Step]) -> None:
         self._plan = Plan(dict(steps), {name: p.numel() for name, p in self.parameters.items()})
@@ -298,34 +304,40 @@ class GradientEngine:
     def _truth(self, batch: Batch) -> Truth:
         names = tuple(self.parameters)
         weights_KB = proof_weights(len(batch), self.checkpoint)
-        try:
-            grads, reached = self._autograd(lambda: self._checked(batch), names, weights_KB)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise TaskError(no_gradient(_first_line(error))) from error
+        with self._followed(batch):
+            grads, reached = self._autograd(lambda: self.losses(batch), names, weights_KB)
         if not all(bool(torch.isfinite(grad).all()) for grad in grads):
             self._refuse_non_finite(batch)
-        if not any(reached):
-            raise TaskError(no_gradient())
-        sums = {name: grad.flatten(1) for name, grad in zip(names, grads, strict=True)}
+        sums = {
+            name: grad.reshape(len(grad), self.parameters[name].numel())
+            for name, grad in zip(names, grads, strict=True)
+        }
         unreached = tuple(name for name, hit in zip(names, reached, strict=True) if not hit)
-        return Truth(weights_KB, sums, unreached, self.precision == "bf16")
+        return Truth(weights_KB, sums, unreached, self.in_half(batch))
 
     def _refuse_non_finite(self, batch: Batch) -> None:
         """Refuse the first row whose own loss or gradient is not finite; a sum that overflows has none."""
-        check_finite(self.losses(batch), batch.ids, self.checkpoint)
+        check_finite(self.loss_values(batch), batch.ids, self.checkpoint)
         for i, row in enumerate(batch.ids):
             loss, grad = self.alone(batch, i)
             if not bool(torch.isfinite(grad).all()):
                 got = f"NaN or inf at a loss of {float(loss):.6g}"
                 raise NonFiniteError(not_finite("gradient", row, self.checkpoint, got))
 
-    def _checked(self, batch: Batch) -> Tensor:
-        values = self.losses(batch)
-        if not values.requires_grad:
-            raise TaskError(no_gradient())
-        return values
+    @contextlib.contextmanager
+    def _followed(self, batch: Batch) -> Iterator[None]:
+        """Refuse a loss that fails for autograd's sake; what fails without it is the user's own error, shown as it is.
+
+        Raises:
+            TaskError: autograd cannot follow the loss back.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.loss_values(batch)
+            raise TaskError(no_gradient(first_line(error))) from error
 
     def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""
@@ -356,13 +368,17 @@ class GradientEngine:
     def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why each parameter that this step cannot serve fails."""
         names = self.plan.names(step)
-        if not names:
+        # Layers whose parameters no loss reaches are run as well: how their inputs are laid out is to be known.
+        if not names and (step != RULE or not self.plan.names(NONE)):
             return {}
-        sink = ProofSink(truth.weights_KB)
+        proof = ProofSink(truth.weights_KB)
+        sink = self._widening(proof)
         try:
             if step == RULE:
                 own = tensors_within(batch.inputs)
                 self._capture.run(lambda: self.losses(batch), len(batch), sink, proving=own)
+            elif step == FORWARD:
+                self._run_forward(batch, names, sink)
             elif step == VMAP:
                 why = batched_tensors(batch.inputs, len(batch))
                 if isinstance(why, str):
@@ -374,12 +390,12 @@ class GradientEngine:
             ours = step == RULE and self._capture.repeated
             if step == LOOP or isinstance(error, torch.OutOfMemoryError) or (isinstance(error, TaskError) and not ours):
                 raise
-            return dict.fromkeys(names, f"{step} fails: {_first_line(error)}")
+            return dict.fromkeys(names, f"{step} fails: {first_line(error)}")
         if step == RULE:
-            self._rank_one = sink.rank_one
+            self._rank_one = proof.rank_one
         failed = dict(self._capture.failures) if step == RULE else {}
         for name in names:
-            if name not in failed and (why := truth.disagreement(name, sink)):
+            if name not in failed and (why := truth.disagreement(name, proof)):
                 failed[name] = f"{step} {why}"
         return {name: why for name, why in failed.items() if name in names}
 
@@ -401,41 +417,6 @@ class _Attempt:
         return frozenset(layer for name, layers in of.items() if name in self.failed for layer in layers)
 
 
-class _LossModule(nn.Module):
-    """The user's loss as a module, so that the parameters in all of it can be swapped."""
-
-    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss(self.model, batch)
-
-
 def _is_checked(n_batches: int) -> bool:
     """Return whether a batch, n after the proof, is checked for inputs that are no longer batch first."""
     return n_batches > 0 and (n_batches % _CHECK_EVERY == 0 or n_batches & (n_batches - 1) == 0)
-
-
-class _registered:  # noqa: N801 - a context manager, named as it reads
-    """Put every module's own parameters and buffers back on leaving.
-
-    `functional_call` on a model that holds one submodule twice leaves swapped tensors behind.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._held = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        for module, parameters, buffers in self._held:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from tracin_ann.checkpoints import CheckpointLoader
 from tracin_ann.dataset import open_data
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, UsageError, problem
 from tracin_ann.gradients import Batch, GradientEngine, Precision
+from tracin_ann.graph import without_graph
 from tracin_ann.loading import (
     BatchOptions,
     Collated,
@@ -26,8 +28,9 @@ from tracin_ann.loading import (
     lengths_differ,
     pickled,
 )
-from tracin_ann.nested import to_device
+from tracin_ann.nested import leaves, map_leaves, to_device
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses, probe_shown
+from tracin_ann.proof import no_gradient
 from tracin_ann.session import borrowed_model, preserved_globals
 from tracin_ann.soundness import sound
 from tracin_ann.spec import data_digest
@@ -35,6 +38,8 @@ from tracin_ann.task import Description, Task, TaskReference
 from tracin_ann.words import OnNonfinite
 
 logger = logging.getLogger(__name__)
+_LOOK_FURTHER = 16
+"""Batches of spread rows that are proven before a loss is said to reach no parameter."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,10 @@ class LoadedModel:
         return self._moved(self.passes.task.collated(examples))
 
     def _moved(self, inputs: Any) -> Any:
-        return to_device(inputs, self.passes.options.device, channels_last=self.channels_last)
+        moved = to_device(inputs, self.passes.options.device, channels_last=self.channels_last)
+        # A graph that rows bring along is not the loss's: a backward through it would use it up.
+        grown = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
+        return map_leaves(without_graph, moved) if grown else moved
 
     def batch(self, side: SideName, read: Collated) -> Batch:
         """Return a batch that was read, on the device."""
@@ -292,11 +300,30 @@ class LoadedModel:
         probe_losses(engine, batch, self.checkpoint)
         try:
             engine.prove(batch)
+            self._look_further(side)
         except GradientProofError:
             # No step can serve examples that mix; the probe says that more plainly.
             probe_gradients(engine, batch)
             raise
         probe_gradients(engine, batch)
+
+    def _look_further(self, side: SideName) -> None:
+        """Prove rows spread over a side where no loss of the first batch reaches a parameter.
+
+        Raises:
+            TaskError: none of those does either.
+        """
+        engine, n_rows = self.engine(side), self.passes.n_rows(side)
+        parts = min(_LOOK_FURTHER, math.ceil(n_rows / self.passes.options.batch_size))
+        for part in range(parts):
+            if engine.reached:
+                return
+            batch = self._spread(side, part, parts)
+            if self.passes.options.on_nonfinite == "skip":
+                batch = self._mended(side, batch)
+            engine.prove(batch)
+        if not engine.reached:
+            raise TaskError(no_gradient(looked=min(n_rows, parts * self.passes.options.batch_size)))
 
     def _mended(self, side: SideName, batch: Batch) -> Batch:
         """Return a batch of finite rows: of this one, or where it has none, of rows spread over the side.
@@ -317,14 +344,14 @@ class LoadedModel:
             NonFiniteError: none of a batch of rows spread over the training rows is.
         """
         batch = self._spread("train")
-        with torch.no_grad():
-            if not bool(torch.isfinite(self.engine("train").losses(batch)).any()):
-                raise NonFiniteError(self._no_row_is_finite("train", len(batch)))
+        if not bool(torch.isfinite(self.engine("train").loss_values(batch)).any()):
+            raise NonFiniteError(self._no_row_is_finite("train", len(batch)))
 
-    def _spread(self, side: SideName) -> Batch:
+    def _spread(self, side: SideName, part: int = 0, parts: int = 1) -> Batch:
+        """Return a batch of rows spread over a side, or one of several with other rows in each."""
         data = self.passes.data(side)
-        size = min(self.passes.options.batch_size, len(data))
-        ids = [round(j * (len(data) - 1) / max(1, size - 1)) for j in range(size)]
+        size = min(parts * self.passes.options.batch_size, len(data))
+        ids = [round(j * (len(data) - 1) / max(1, size - 1)) for j in range(part, size, parts)]
         return self.engine(side).batch(ids, [data[i] for i in ids])
 
     def _no_row_is_finite(self, side: SideName, n_rows: int) -> str:

@@ -6,10 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from tracin_ann.content import content_of
-from tracin_ann.errors import TaskError, problem
+from tracin_ann.errors import TaskError, first_line, problem
 from tracin_ann.gradients import Batch, GradientEngine
 from tracin_ann.proof import check_finite
 from tracin_ann.task import EXAMPLES, Task
@@ -94,20 +92,19 @@ def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
         TaskError: the loss breaks the contract.
         NonFiniteError: a loss is NaN or infinite.
     """
-    with torch.no_grad():
-        first, second = engine.losses(batch), engine.losses(batch)
-        check_finite(first, batch.ids, checkpoint)
-        scale = float(first.abs().mean()) + float(first.abs().max()) * 1e-3
-        slack = _slack(engine, first)
-        if float((first - second).abs().max()) > _SAME_LOSS * slack * max(scale, 1e-6):
-            raise TaskError(
-                problem(
-                    "the loss is random",
-                    got="two different losses of one batch",
-                    expected="the same loss each time",
-                    remedy="drop what draws random numbers in eval mode (functional dropout, sampled noise)",
-                )
+    first, second = engine.loss_values(batch), engine.loss_values(batch)
+    check_finite(first, batch.ids, checkpoint)
+    scale = float(first.abs().mean()) + float(first.abs().max()) * 1e-3
+    slack = _slack(engine, batch)
+    if float((first - second).abs().max()) > _SAME_LOSS * slack * max(scale, 1e-6):
+        raise TaskError(
+            problem(
+                "the loss is random",
+                got="two different losses of one batch",
+                expected="the same loss each time",
+                remedy="drop what draws random numbers in eval mode (functional dropout, sampled noise)",
             )
+        )
     if len(batch) > 1:
         for i in range(min(_ALONE, len(batch))):
             _compare_alone(engine, batch, i, float(first[i]), _MIXED_LOSS * slack * max(scale, 1e-6))
@@ -121,20 +118,21 @@ def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
     """
     if len(batch) < 2:  # noqa: PLR2004
         return
+    tolerance = _MIXED_GRADIENT * max(_slack(engine, batch) / 5, 1.0)
     for i in range(min(_ALONE, len(batch))):
-        loss, alone = engine.alone(batch, i)
+        _, alone = engine.alone(batch, i)
         _, together = engine.together(batch, i)
         off, norm = float((alone - together).norm()), float(together.norm())
-        if off > _MIXED_GRADIENT * max(_slack(engine, loss) / 5, 1.0) * norm + 1e-6:
+        if off > tolerance * norm + 1e-6:
             raise TaskError(_mixed(batch, i, f"a gradient {off / max(norm, 1e-300):.2g} of its norm away from its own"))
 
 
 def _compare_alone(engine: GradientEngine, batch: Batch, i: int, among: float, tolerance: float) -> None:
     single = engine.batch(batch.ids[i : i + 1], batch.examples[i : i + 1])
     try:
-        alone = float(engine.losses(single)[0])
-    except (RuntimeError, ValueError) as error:
-        raise TaskError(_mixed(batch, i, f"an error for the example alone ({error})")) from error
+        alone = float(engine.loss_values(single)[0])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise TaskError(_mixed(batch, i, f"an error for the example alone ({first_line(error)})")) from error
     if not abs(alone - among) <= tolerance:
         raise TaskError(_mixed(batch, i, f"a loss of {among:.6g} among {len(batch)} examples but {alone:.6g} alone"))
 
@@ -148,6 +146,5 @@ def _mixed(batch: Batch, i: int, got: str) -> str:
     )
 
 
-def _slack(engine: GradientEngine, values: torch.Tensor) -> float:
-    half = engine.precision == "bf16" or values.dtype in (torch.float16, torch.bfloat16)
-    return _HALF_PRECISION if half else 1.0
+def _slack(engine: GradientEngine, batch: Batch) -> float:
+    return _HALF_PRECISION if engine.in_half(batch) else 1.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -67,7 +69,13 @@ def preserved_globals() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     dtype, fused = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
     try:
-        with preserved_rng(), torch.inference_mode(False), torch.enable_grad(), differentiable_recurrence():
+        with (
+            preserved_rng(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            differentiable_recurrence(),
+            _recomputed_without_reentry(),
+        ):
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
@@ -78,24 +86,59 @@ def preserved_globals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _recomputed_without_reentry() -> Iterator[None]:
+    """Let gradient checkpointing that is reentrant run as that which is not.
+
+    Reentrant checkpointing refuses `torch.autograd.grad` and drops gradients where no input requires one.
+    The values are the same.
+    """
+    reentrant = torch.utils.checkpoint.CheckpointFunction
+    try:
+        torch.utils.checkpoint.CheckpointFunction = _Checkpoint  # type: ignore[misc, assignment]
+        yield
+    finally:
+        torch.utils.checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+
+
+class _Checkpoint:
+    """What stands in the place of reentrant checkpointing."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+
+
+@contextlib.contextmanager
+def preserved_registry(model: nn.Module) -> Iterator[None]:
+    """Put every module's own parameters and buffers back on leaving."""
+    # Of a dict, what TorchScript modules keep these in has only `items` and item access.
+    owners: list[Any] = [own for module in model.modules() for own in (module._parameters, module._buffers)]
+    held = [(own, dict(own.items())) for own in owners]
+    try:
+        yield
+    finally:
+        for own, tensors in held:
+            for name, tensor in tensors.items():
+                if name not in own or own[name] is not tensor:
+                    own[name] = tensor
+
+
+@contextlib.contextmanager
 def _preserved_model(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     # The very storage is kept, and filled again: a state_dict that the user took shares it.
     saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    parameters = [(module, dict(module._parameters)) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
     hooks = [(module, copy.copy(module._forward_hooks)) for module in model.modules()]
     try:
         for parameter, _ in grads:
             parameter.grad = None
-        yield
+        with preserved_registry(model):
+            yield
     finally:
-        for module, held in parameters:
-            module._parameters.update(held)
-        for module, held_buffers in buffers:
-            module._buffers.update(held_buffers)
         with torch.no_grad():
             for tensor, storage, values in saved:
                 tensor.data = storage.copy_(values)

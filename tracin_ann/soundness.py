@@ -16,8 +16,7 @@ def sound(engine: GradientEngine, batch: Batch) -> tuple[Batch, tuple[int, ...]]
     Each row stays in its place or is replaced by one of the others: whatever runs a batch of this size and layout runs
     the batch returned, and with the same rounding. None where no row is finite. A backward a row.
     """
-    with torch.no_grad():
-        finite = torch.isfinite(engine.losses(batch)).tolist()
+    finite = torch.isfinite(engine.loss_values(batch)).tolist()
     kept = [i for i, fine in enumerate(finite) if fine and bool(torch.isfinite(engine.alone(batch, i)[1]).all())]
     if not kept:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -20,6 +20,7 @@ from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions
 from tracin_ann.gradients import PRECISIONS, Precision
+from tracin_ann.graph import requiring_grad
 from tracin_ann.loading import Collated
 from tracin_ann.nested import leaves, tensors_within
 from tracin_ann.passes import LoadedModel
@@ -191,15 +192,15 @@ class _Tuning:
 
     def _working_bytes(self, read: Collated) -> int:
         """Return about the bytes a row that forward leaves for backward and the layer rules, and backward's own."""
-        batch, parameters = self._model.batch("train", read), self._model.parameters.values()
-        with _held_bytes(self._model.module) as held:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        batch = self._model.batch("train", read)
+        with requiring_grad(self._model.parameters.values()):
             try:
-                self._model.engine("train").losses(batch)
-            finally:
-                for parameter in parameters:
-                    parameter.requires_grad_(False)
+                with _held_bytes(self._model.module) as held:
+                    self._model.engine("train").losses(batch)
+            except RuntimeError:
+                # A loss by torch.func refuses to have what autograd saves seen.
+                with _held_bytes(self._model.module, saved=False) as held:
+                    self._model.engine("train").losses(batch)
         return int(_BACKWARD * sum(storage.nbytes() for storage in held.values()) / len(read.ids)) + 1
 
     def _choose_format(self, read: Collated) -> None:
@@ -250,11 +251,7 @@ class _Tuning:
         ids = range(min(_ROWS_LOOKED_AT, self._model.passes.n_rows("query")))
         query = next(self._model.batches("query", ids))
         train, asked = self._model.engine("train"), self._model.engine("query")
-        with torch.no_grad():
-            losses = [
-                train.losses(self._model.batch("train", read)).float(),
-                asked.losses(query).float(),
-            ]
+        losses = [train.loss_values(self._model.batch("train", read)).float(), asked.loss_values(query).float()]
         plan = train.plan
         return losses, (plan.steps, plan.rank_one)
 
@@ -284,31 +281,33 @@ def _run(extractor: FeatureExtractor, read: Collated) -> None:
 
 
 @contextmanager
-def _held_bytes(module: nn.Module) -> Any:
-    """Yield the memory that autograd saves or a layer takes or gives meanwhile, by address; all of it is kept alive.
+def _held_bytes(module: nn.Module, *, saved: bool = True) -> Any:
+    """Yield the memory that autograd saves (`saved`) or a layer takes or gives meanwhile, by address; all kept alive.
 
     Memory that was freed could be given out again at the same address, or not: then the sum would be chance.
     """
     held: dict[int, torch.UntypedStorage] = {}
-    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    # A tensor of a subclass may have no memory of its own.
+    kinds = (Tensor, nn.Parameter)
+    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers()) if type(p) in kinds}
 
     def seen(tensors: Iterable[Any]) -> None:
         for tensor in tensors:
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.layout is torch.strided
-                and tensor.untyped_storage().data_ptr() not in own
-            ):
+            if type(tensor) not in kinds or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                continue
+            if tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() not in own:
                 storage = tensor.untyped_storage()
                 held[storage.data_ptr()] = storage
 
     def pack(tensor: Tensor) -> Tensor:
         seen([tensor])
-        return tensor
+        # A node that keeps its own output by itself is never freed.
+        return tensor.detach()
 
-    hooks = [m.register_forward_hook(lambda _m, given, made: seen([*given, *leaves(made)])) for m in module.modules()]
+    watched = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    hooks = [m.register_forward_hook(lambda _m, given, made: seen([*given, *leaves(made)])) for m in watched]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor) if saved else nullcontext():
             yield held
     finally:
         for hook in hooks:

@@ -11,6 +11,7 @@ import click
 from tracin_ann.cli.common import MemorySize, parsed_arguments, progress_shown
 from tracin_ann.cli.info import believed
 from tracin_ann.cli.manners import command, device_option, files, folders, is_quiet, note, say
+from tracin_ann.plan import NONE, STEPS
 from tracin_ann.words import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES, duration, sized
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     for line in made.notes:
         say(f"checkpoints {line}")
     say(f"index       {made.index_kind}: {made.index_reason}")
-    for name in ("layer rule", "vmap(grad)", "loop", "no gradient"):
+    for name in (*STEPS, NONE):
         served = made.gradients.names(name)
         if served:
             say(f"gradients   {name}: {len(served)} parameters, {made.gradients.share(name):.1%} of their entries")
@@ -146,9 +147,9 @@ def _show_report(report: BuildReport, out: str) -> None:
         say(f"believe {believed(manifest)}")
     say(f"audited {manifest.audited(report.uneven)}")
     steps = {step.step for step in manifest.steps}
-    shares = [f"{name} {_share(report, name)}" for name in ("layer rule", "vmap(grad)", "loop") if name in steps]
+    shares = [f"{name} {_share(report, name)}" for name in STEPS if name in steps]
     say(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))
-    unreached = [step.parameter for step in manifest.steps if step.step == "no gradient"]
+    unreached = [step.parameter for step in manifest.steps if step.step == NONE]
     if unreached:
         say(f"no gradient reaches {', '.join(unreached)}")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.factors import Dense, Form
+from tracin_ann.graph import HALF, other_leaves
 from tracin_ann.layers.attribution import Arrangement, WeightCode, project
 from tracin_ann.layers.base import Call, LayerRule, LayoutError, widened
 from tracin_ann.layers.row_moves import RowMoves
@@ -31,7 +32,6 @@ Holder = tuple[nn.Module, str]
 _Layout = tuple[int, int, bool, "Reading"]
 Reading = Literal["batch first", "rows", "for all"]
 """How a call's input is read: its first dimension is the batch; rows of examples to be found; one for all examples."""
-_HALF = (torch.float16, torch.bfloat16)
 
 OUTPUTS, PARAMETERS = "outputs of layers", "parameters"
 
@@ -114,7 +114,7 @@ class LayerCapture:
         self._half = False
         self._by_rows = False
         self._code: WeightCode | None = None
-        self._weighting = False
+        self._weighting = self._in_loss = False
         self._codes: dict[tuple[int, torch.device, bool], WeightCode] = {}
         self._clear()
 
@@ -124,7 +124,7 @@ class LayerCapture:
         self.misplaced = ""
         self.doubtful: dict[str, frozenset[int]] = {}
         self.batch_first: dict[str, frozenset[int]] = {}
-        self._half = self._by_rows = self._weighting = False
+        self._half = self._by_rows = self._weighting = self._in_loss = False
         self._arrangements: dict[int, Arrangement] = {}
         self._anchor = self._code = None
 
@@ -167,7 +167,9 @@ class LayerCapture:
                 parameter.requires_grad_(True)
             with self._rows_repeated() as leaves:
                 with self._moves or nullcontext():
+                    self._in_loss = True
                     values = losses()
+                    self._in_loss = False
                 reached = self._backward(values, watched, leaves)
         finally:
             for handle in handles:
@@ -183,7 +185,9 @@ class LayerCapture:
     ) -> tuple[bool, ...]:
         if not values.requires_grad or (self.failures and self._moves is None):
             return (False,) * len(watched)
-        inputs = [*([self._anchor] if self._anchor is not None else []), *leaves.values(), *watched]
+        inputs = [*leaves.values(), *watched]
+        # The anchor, and leaves of others: layers behind an input that requires a gradient hang on that alone.
+        inputs = [*other_leaves(values, inputs), *inputs]
         if self._by_rows or self._checking:
             self._weighted_backward(values, inputs)
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
@@ -196,7 +200,7 @@ class LayerCapture:
 
     def _weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
         """Let calls see their output gradients of weighted losses, which tell whose their rows are."""
-        half = self._half or values.dtype in _HALF
+        half = self._half or values.dtype in HALF
         key = self._batch, values.device, half
         if key not in self._codes:
             self._codes[key] = WeightCode(self._batch, values.device, half=half)
@@ -236,6 +240,9 @@ class LayerCapture:
             if not isinstance(x, Tensor):
                 self._fail(attributes, "the layer's input is no tensor")
                 return None
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, output)):
+                self._fail(attributes, "a transform of torch.func goes through the layer")
+                return None
             reading = self._reading(module, x, output, attributes)
             if not self._known(module, x, reading):
                 self._fail(attributes, "the layer's input is laid out as in no batch that was proven")
@@ -253,7 +260,7 @@ class LayerCapture:
                 if self._anchor is None:
                     self._anchor = torch.zeros((), device=output.device, requires_grad=True)
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-            self._half |= output.dtype in _HALF
+            self._half |= output.dtype in HALF
             rule = rule_for(module)
             assert rule is not None
             made = output.detach() if rule.wants_output(module) else None
@@ -262,6 +269,11 @@ class LayerCapture:
             weighted: list[Tensor] = []
 
             def on_gradient(grad: Tensor) -> None:
+                if self._in_loss:
+                    # Not the losses' gradient but one that the loss takes itself: with a graph, it is differentiated.
+                    if torch.is_grad_enabled():
+                        self._fail(attributes, "the loss differentiates a gradient that it takes through the layer")
+                    return
                 if self._weighting:
                     if n_rows:
                         weighted.append(project(widened(grad.detach()), n_rows))
@@ -407,9 +419,9 @@ def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[
         if rule is None:
             continue
         attributes = {
-            attribute: by_identity[id(module._parameters[attribute])]
-            for attribute in rule.parameters
-            if id(module._parameters.get(attribute)) in by_identity
+            attribute: by_identity[id(parameter)]
+            for attribute, parameter in module._parameters.items()
+            if attribute in rule.parameters and id(parameter) in by_identity
         }
         if attributes:
             layers[path] = attributes

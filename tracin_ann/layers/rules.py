@@ -177,6 +177,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         if rule is not None:
             inherited: Any = kind
             return rule if type(module).forward is inherited.forward and rule.applies(module) else None
-    if type(module).__module__.startswith("torch.nn."):
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.nn."):
+        # TorchScript calls its layers without their hooks.
         return None
     return OWN_SCALE if is_scale(module) else OWN_LINEAR if is_linear(module) else None

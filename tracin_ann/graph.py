@@ -1,0 +1,87 @@
+"""Autograd's own gradients and the graph behind a tensor: what they reach, and what it was computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let these leaves require a gradient, and none of them afterwards."""
+    leaves = list(tensors)
+    try:
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        yield
+    finally:
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+
+
+def plain_gradients(
+    values: Callable[[], Tensor], parameters: Sequence[Tensor], weights_KB: Tensor | None = None
+) -> tuple[list[Tensor], list[bool]]:
+    """Return autograd's gradients of a scalar, or [K, ...] of weighted sums of losses, and which are not missing.
+
+    Zeros stand where nothing depends on a parameter.
+
+    Raises:
+        RuntimeError: of weighted sums, where a parameter gets a gradient that this way of asking does not see.
+    """
+    rounds: list[tuple[Tensor | None, ...]] = []
+    with requiring_grad(parameters):
+        value = values()
+        weights = [None] if weights_KB is None else list(weights_KB.to(value))
+        # All that backward can reach is run, for a node that hides a backward of its own to be seen.
+        inputs = [*parameters, *([] if weights_KB is None else other_leaves(value, parameters))]
+        for k, weights_B in enumerate(weights):
+            grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
+            if value.requires_grad:
+                more = k + 1 < len(weights)
+                grads = torch.autograd.grad(value, inputs, weights_B, retain_graph=more, allow_unused=True)
+            rounds.append(grads[: len(parameters)])
+        if any(parameter.grad is not None for parameter in parameters):
+            for parameter in parameters:
+                parameter.grad = None
+            raise RuntimeError("a backward runs inside backward, as reentrant checkpointing does (use_reentrant=True)")
+    dense = [
+        [torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach() for g in each]
+        for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
+    ]
+    whole = [each[0] if weights_KB is None else torch.stack(each) for each in dense]
+    return whole, [grad is not None for grad in rounds[0]]
+
+
+def without_graph(value: Any) -> Any:
+    """Return a tensor as a leaf that requires a gradient if it did, anything else as it is."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def nodes(tensor: Tensor) -> Iterator[Any]:
+    """Yield every node of the graph behind a tensor once."""
+    waiting: list[Any] = [tensor.grad_fn]
+    seen = {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [above for above, _ in node.next_functions]
+
+
+def other_leaves(tensor: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaves that the gradient of a tensor reaches, less those known."""
+    own = {id(leaf) for leaf in known}
+    return [node.variable for node in nodes(tensor) if hasattr(node, "variable") and id(node.variable) not in own]
+
+
+def computed_in_half(tensor: Tensor) -> bool:
+    """Return whether any number behind a tensor was computed in half precision, by autocast or the code itself."""
+    return any(made.dtype in HALF for node in nodes(tensor) for made in node._input_metadata)
