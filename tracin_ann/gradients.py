@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, first_line
 from tracin_ann.factors import Dense, Form, converted, form_dtype
 from tracin_ann.functional import derivatives_by_forward_mode, gradients_by_vmap
-from tracin_ann.graph import HALF, computed_in_half, plain_gradients, requiring_grad
+from tracin_ann.graph import PlainGradients, in_half, plain_gradients, requiring_grad
 from tracin_ann.layers import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
 from tracin_ann.nested import batched_tensors, tensors_within
 from tracin_ann.plan import FORWARD, LOOP, NONE, RULE, VMAP, Plan, Step
@@ -40,7 +40,7 @@ from tracin_ann.task import LossFunction
 _ROUNDS = (RULE, FORWARD, VMAP, FORWARD, LOOP)
 _ATTEMPTS = 4
 _FALLBACK_ELEMENTS = 1 << 26
-_CHECK_EVERY = 64
+_CHECKED_FIRST, _CHECK_EVERY = (1, 4, 16), 64
 _BY_ROWS = "its layer's rows are matched with examples in every batch, by one more backward"
 
 Sink = Callable[[str, Form, slice], None]
@@ -131,8 +131,7 @@ class GradientEngine:
     def in_half(self, batch: Batch) -> bool:
         """Return whether the losses of a batch are computed in half precision, whatever the parameters' dtype."""
         with self._followed(batch), requiring_grad(self.parameters.values()):
-            values = self.losses(batch)
-        return values.dtype in HALF or computed_in_half(values)
+            return in_half(self.losses(batch))
 
     def _values(self, model: nn.Module, inputs: Any) -> Tensor:
         with self._autocast():
@@ -239,15 +238,15 @@ class GradientEngine:
 
     def together(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
         """Return one example's loss and its whole gradient [P] by autograd, computed among its batch."""
-        grads, _ = self._autograd(lambda: self.losses(batch)[i], tuple(self.parameters))
+        grads = self._autograd(lambda: self.losses(batch)[i], tuple(self.parameters)).of
         return self.losses(batch)[i].detach(), torch.cat([g.flatten() for g in grads])
 
     def _alone(self, single: Batch, names: Sequence[str] | None = None) -> list[Tensor]:
-        return self._autograd(lambda: self.losses(single).sum(), names or tuple(self.parameters))[0]
+        return self._autograd(lambda: self.losses(single).sum(), names or tuple(self.parameters)).of
 
     def _autograd(
         self, values: Callable[[], Tensor], names: Sequence[str], weights_KB: Tensor | None = None
-    ) -> tuple[list[Tensor], list[bool]]:
+    ) -> PlainGradients:
         return plain_gradients(values, [self.parameters[name] for name in names], weights_KB)
 
     def _slices(self, batch: int, names: Sequence[str]) -> list[slice]:
@@ -305,15 +304,15 @@ class GradientEngine:
         names = tuple(self.parameters)
         weights_KB = proof_weights(len(batch), self.checkpoint)
         with self._followed(batch):
-            grads, reached = self._autograd(lambda: self.losses(batch), names, weights_KB)
-        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            true = self._autograd(lambda: self.losses(batch), names, weights_KB)
+        if not all(bool(torch.isfinite(grad).all()) for grad in true.of):
             self._refuse_non_finite(batch)
         sums = {
             name: grad.reshape(len(grad), self.parameters[name].numel())
-            for name, grad in zip(names, grads, strict=True)
+            for name, grad in zip(names, true.of, strict=True)
         }
-        unreached = tuple(name for name, hit in zip(names, reached, strict=True) if not hit)
-        return Truth(weights_KB, sums, unreached, self.in_half(batch))
+        unreached = tuple(name for name, hit in zip(names, true.reached, strict=True) if not hit)
+        return Truth(weights_KB, sums, unreached, true.half)
 
     def _refuse_non_finite(self, batch: Batch) -> None:
         """Refuse the first row whose own loss or gradient is not finite; a sum that overflows has none."""
@@ -419,4 +418,4 @@ class _Attempt:
 
 def _is_checked(n_batches: int) -> bool:
     """Return whether a batch, n after the proof, is checked for inputs that are no longer batch first."""
-    return n_batches > 0 and (n_batches % _CHECK_EVERY == 0 or n_batches & (n_batches - 1) == 0)
+    return n_batches in _CHECKED_FIRST or (n_batches > 0 and n_batches % _CHECK_EVERY == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +26,25 @@ def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
             leaf.requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class PlainGradients:
+    """Autograd's gradients of some values.
+
+    Attributes:
+        of: by parameter, of a scalar or [K, ...] of weighted sums; zeros where nothing depends on it.
+        reached: which parameters something depends on.
+        half: whether the values were computed in half precision.
+    """
+
+    of: list[Tensor]
+    reached: list[bool]
+    half: bool
+
+
 def plain_gradients(
     values: Callable[[], Tensor], parameters: Sequence[Tensor], weights_KB: Tensor | None = None
-) -> tuple[list[Tensor], list[bool]]:
-    """Return autograd's gradients of a scalar, or [K, ...] of weighted sums of losses, and which are not missing.
-
-    Zeros stand where nothing depends on a parameter.
+) -> PlainGradients:
+    """Return autograd's gradients of a scalar, or of the weighted sums of losses.
 
     Raises:
         RuntimeError: of weighted sums, where a parameter gets a gradient that this way of asking does not see.
@@ -38,6 +52,7 @@ def plain_gradients(
     rounds: list[tuple[Tensor | None, ...]] = []
     with requiring_grad(parameters):
         value = values()
+        half = in_half(value)
         weights = [None] if weights_KB is None else list(weights_KB.to(value))
         # All that backward can reach is run, for a node that hides a backward of its own to be seen.
         inputs = [*parameters, *([] if weights_KB is None else other_leaves(value, parameters))]
@@ -56,7 +71,7 @@ def plain_gradients(
         for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
     ]
     whole = [each[0] if weights_KB is None else torch.stack(each) for each in dense]
-    return whole, [grad is not None for grad in rounds[0]]
+    return PlainGradients(whole, [grad is not None for grad in rounds[0]], half)
 
 
 def without_graph(value: Any) -> Any:
@@ -82,6 +97,6 @@ def other_leaves(tensor: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
     return [node.variable for node in nodes(tensor) if hasattr(node, "variable") and id(node.variable) not in own]
 
 
-def computed_in_half(tensor: Tensor) -> bool:
-    """Return whether any number behind a tensor was computed in half precision, by autocast or the code itself."""
-    return any(made.dtype in HALF for node in nodes(tensor) for made in node._input_metadata)
+def in_half(tensor: Tensor) -> bool:
+    """Return whether a tensor, or any number behind it, was computed in half precision, by autocast or otherwise."""
+    return tensor.dtype in HALF or any(made.dtype in HALF for node in nodes(tensor) for made in node._input_metadata)
