@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, first_line
 from tracin_ann.factors import Dense, Form, converted, form_dtype
 from tracin_ann.functional import derivatives_by_forward_mode, gradients_by_vmap
-from tracin_ann.graph import PlainGradients, in_half, plain_gradients, requiring_grad
+from tracin_ann.graph import PlainGradients, Weighting, in_half, plain_gradients, requiring_grad
 from tracin_ann.layers import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
 from tracin_ann.nested import batched_tensors, tensors_within
 from tracin_ann.plan import FORWARD, LOOP, NONE, RULE, VMAP, Plan, Step
@@ -245,9 +245,9 @@ class GradientEngine:
         return self._autograd(lambda: self.losses(single).sum(), names or tuple(self.parameters)).of
 
     def _autograd(
-        self, values: Callable[[], Tensor], names: Sequence[str], weights_KB: Tensor | None = None
+        self, values: Callable[[], Tensor], names: Sequence[str], weighting: Weighting | None = None
     ) -> PlainGradients:
-        return plain_gradients(values, [self.parameters[name] for name in names], weights_KB)
+        return plain_gradients(values, [self.parameters[name] for name in names], weighting)
 
     def _slices(self, batch: int, names: Sequence[str]) -> list[slice]:
         """Return row slices whose materialised gradients stay in bounded memory."""
@@ -302,9 +302,12 @@ class GradientEngine:
 
     def _truth(self, batch: Batch) -> Truth:
         names = tuple(self.parameters)
-        weights_KB = proof_weights(len(batch), self.checkpoint)
+
+        def weights(half: bool) -> Tensor:
+            return proof_weights(len(batch), self.checkpoint, half=half)
+
         with self._followed(batch):
-            true = self._autograd(lambda: self.losses(batch), names, weights_KB)
+            true = self._autograd(lambda: self.losses(batch), names, weights)
         if not all(bool(torch.isfinite(grad).all()) for grad in true.of):
             self._refuse_non_finite(batch)
         sums = {
@@ -312,7 +315,7 @@ class GradientEngine:
             for name, grad in zip(names, true.of, strict=True)
         }
         unreached = tuple(name for name, hit in zip(names, true.reached, strict=True) if not hit)
-        return Truth(weights_KB, sums, unreached, true.half)
+        return Truth(weights(true.half), sums, unreached, true.half)
 
     def _refuse_non_finite(self, batch: Batch) -> None:
         """Refuse the first row whose own loss or gradient is not finite; a sum that overflows has none."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+Weighting = Callable[[bool], Tensor]
 
 
 @contextmanager
@@ -42,9 +43,14 @@ class PlainGradients:
 
 
 def plain_gradients(
-    values: Callable[[], Tensor], parameters: Sequence[Tensor], weights_KB: Tensor | None = None
+    values: Callable[[], Tensor], parameters: Sequence[Tensor], weighting: Weighting | None = None
 ) -> PlainGradients:
-    """Return autograd's gradients of a scalar, or of the weighted sums of losses.
+    """Return autograd's gradients of a scalar, or of weighted sums of losses.
+
+    Args:
+        values: computes them.
+        parameters: what they are differentiated by.
+        weighting: whether the losses are computed in half precision -> their weights [K, B]; None: a scalar.
 
     Raises:
         RuntimeError: of weighted sums, where a parameter gets a gradient that this way of asking does not see.
@@ -53,9 +59,9 @@ def plain_gradients(
     with requiring_grad(parameters):
         value = values()
         half = in_half(value)
-        weights = [None] if weights_KB is None else list(weights_KB.to(value))
+        weights = [None] if weighting is None else list(weighting(half).to(value))
         # All that backward can reach is run, for a node that hides a backward of its own to be seen.
-        inputs = [*parameters, *([] if weights_KB is None else other_leaves(value, parameters))]
+        inputs = [*parameters, *([] if weighting is None else other_leaves(value, parameters))]
         for k, weights_B in enumerate(weights):
             grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
             if value.requires_grad:
@@ -70,7 +76,7 @@ def plain_gradients(
         [torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach() for g in each]
         for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
     ]
-    whole = [each[0] if weights_KB is None else torch.stack(each) for each in dense]
+    whole = [each[0] if weighting is None else torch.stack(each) for each in dense]
     return PlainGradients(whole, [grad is not None for grad in rounds[0]], half)
 
 
