@@ -75,7 +75,7 @@ def made(folder: Path) -> dict[str, Reader]:
         "manifest": Reader(out / MANIFEST, lambda: Manifest.read(out), is_json=True),
         "build record": Reader(out / BUILD_RECORD, lambda: read_build_record(out), is_json=True),
         "features": Reader(feature, features),
-        "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5")),
+        "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5", 120, 2, 8)),
         "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).refuse_twins()),
         "removed": Reader(own / "removed.npy", lambda: removed_ids(out, manifest)),
     }

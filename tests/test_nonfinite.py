@@ -15,13 +15,12 @@ from click.testing import CliRunner
 from tasks import flawed as tasks
 from tasks.flawed import FINE, LATE, NAN_GRADIENT, NAN_LOSS, answered, flawed, rows
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build, fidelity, plan
-from tracin_ann.canaries import read_canaries
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, NonFiniteError, UsageError
-from tracin_ann.generations import folder_of
+from tracin_ann.generations import canaries_of, folder_of
 from tracin_ann.manifest import Manifest
 from tracin_ann.removal import remove
 from tracin_ann.store import FeatureStore, FeatureView
@@ -151,7 +150,7 @@ def test_skipped_rows_have_no_self_influence(built, exact):
 
 def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeypatch, tmp_path):
     index, _, skipped = built
-    train, query = read_canaries(folder_of(index.directory, 1) / index.manifest.canaries.name)
+    train, query = canaries_of(folder_of(index.directory, 1), index.manifest)
     assert not set(train.ids_N.tolist()) & set(skipped) and len(train.ids_N) and query.ids_N.tolist() == [0, 2, 4, 6]
     scored, asked = [], []
 
@@ -185,7 +184,7 @@ def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks
         build(task, tmp_path / "error", replace(PLAIN, index="ivf"))
     manifest = build(task, tmp_path / "out", replace(SKIP, index="ivf")).manifest
     assert manifest.skipped is None
-    _, canaries = read_canaries(folder_of(tmp_path / "out", 1) / manifest.canaries.name)
+    _, canaries = canaries_of(folder_of(tmp_path / "out", 1), manifest)
     assert all(query[row][2] == FINE for row in canaries.ids_N)
     fine = sum(row[2] == FINE for row in query)
     assert manifest.index.calibration.queries == 100 and manifest.index.calibration.train_queries == 100 - fine

@@ -18,7 +18,8 @@ import numpy as np
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import atomic_path, file_digest, read_json, write_json_atomic
+from tracin_ann.files import atomic_path, file_digest, read_json, read_npz, write_json_atomic
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.search.cluster import Survey, stratified_ids, survey
 from tracin_ann.search.lists import InvertedLists
 from tracin_ann.search.reduction import Reduction, fitted
@@ -32,7 +33,6 @@ _TRAIN_ROWS_A_LIST = 16
 _SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
-_BROKEN = (DamagedIndexError, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Scratch:
         try:
             if read_json(self._path(name, ".json")) != {"key": self._key(), "digests": [file_digest(p) for p in paths]}:
                 return None
-            with paths[1].open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return InvertedLists.load(paths[0], mapped=False), dict(arrays)
-        except _BROKEN:
+            with reading(paths[1], "what a build keeps", "run the build again"), open_plain(paths[1]) as file:
+                return InvertedLists.load(paths[0], mapped=False), read_npz(file)
+        except (DamagedIndexError, FileNotFoundError):
             return None
 
     def after(self, name: str) -> Scratch:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from tracin_ann.device import import_faiss
-from tracin_ann.errors import DamagedIndexError, naming, problem
+from tracin_ann.errors import naming
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.types import Float32, Int64
 
 Codes = Literal["sq8", "sq4", "fp16"]
@@ -38,7 +39,7 @@ class InvertedLists:
             faiss.IndexFlatIP(dim),
             dim,
             n_lists,
-            getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes]),
+            _qtypes()[codes],
             faiss.METRIC_INNER_PRODUCT,
             False,
         )
@@ -52,15 +53,26 @@ class InvertedLists:
 
         Raises:
             DamagedIndexError: the file is missing, cut short, or holds no lists of ours.
+            OSError: the system has no memory or descriptors left for it.
         """
         faiss = import_faiss()
-        try:
+        with reading(path, "inverted lists of coded rows", "rebuild the index"), open_plain(path):
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        except RuntimeError as error:
-            raise _damaged(path, "a file that FAISS cannot read") from error
-        if not isinstance(index, faiss.IndexIVFScalarQuantizer) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise _damaged(path, type(index).__name__)
-        return cls(index)
+            lists = cls(index)
+            if not isinstance(index, faiss.IndexIVFScalarQuantizer) or not lists._is_sound():
+                raise ValueError(f"{type(index).__name__} whose parts differ")
+            return lists
+
+    def _is_sound(self) -> bool:
+        """Return whether the parts speak of the same lists: FAISS takes their word when it reads codes."""
+        faiss, own = import_faiss(), self._index
+        if own.sq.qtype not in _qtypes().values() or own.metric_type != faiss.METRIC_INNER_PRODUCT or own.by_residual:
+            return False
+        bits, trained = {"sq8": (8, 2), "sq4": (4, 2), "fp16": (16, 0)}[self.codes]
+        code_size = (own.d * bits + 7) // 8
+        return (own.sq.d, own.code_size, own.sq.code_size, own.invlists.code_size, own.invlists.nlist) == (
+            *(own.d, code_size, code_size, code_size, own.nlist),
+        ) and (own.quantizer.d, own.sq.trained.size(), self.sizes().sum()) == (own.d, trained * own.d, own.ntotal)
 
     def save(self, path: Path) -> None:
         """Write the lists to this very path; the caller moves and fsyncs."""
@@ -82,6 +94,16 @@ class InvertedLists:
     def n_lists(self) -> int:
         """Return L."""
         return int(self._index.nlist)
+
+    @property
+    def codes(self) -> Codes:
+        """Return the kind of the codes."""
+        return next(name for name, qtype in _qtypes().items() if qtype == self._index.sq.qtype)
+
+    def sizes(self) -> Int64:
+        """Return the rows of each list, [L]."""
+        lists = self._index.invlists
+        return np.array([lists.list_size(number) for number in range(lists.nlist)], dtype=np.int64)
 
     @property
     def bytes_a_row(self) -> int:
@@ -115,7 +137,7 @@ class InvertedLists:
     def ids(self) -> tuple[Int64, Int64]:
         """Return the ids of all rows, list by list, and the list of each."""
         faiss, lists = import_faiss(), self._index.invlists
-        sizes = np.array([lists.list_size(number) for number in range(self.n_lists)], dtype=np.int64)
+        sizes = self.sizes()
         held = [
             faiss.rev_swig_ptr(lists.get_ids(int(number)), int(sizes[number])).copy()
             for number in np.flatnonzero(sizes)
@@ -190,7 +212,6 @@ def _selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
     return faiss.IDSelectorBatch(allowed), allowed
 
 
-def _damaged(path: Path, got: str) -> DamagedIndexError:
-    return DamagedIndexError(
-        problem(f"cannot open {path}", got=got, expected="inverted lists of coded rows", remedy="rebuild the index")
-    )
+def _qtypes() -> dict[Codes, int]:
+    quantizer = import_faiss().ScalarQuantizer
+    return {codes: getattr(quantizer, _QUANTIZERS[codes]) for codes in CODES}
