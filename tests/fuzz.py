@@ -79,8 +79,7 @@ def made(folder: Path) -> dict[str, Reader]:
         "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).refuse_twins()),
         "removed": Reader(own / "removed.npy", lambda: removed_ids(out, manifest)),
     }
-    # Not ivf.faiss: FAISS reads it only after its digest has matched.
-    return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES[1:]}
+    return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES}
 
 
 def mutated(content: bytes, random: np.random.Generator) -> bytes:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.remove import main as remove_command
 from tracin_ann.cli.verify import main as verify_command
-from tracin_ann.errors import UsageError
+from tracin_ann.errors import DamagedIndexError, UsageError
 from tracin_ann.generations import folder_of
 from tracin_ann.locks import WRITER
 from tracin_ann.manifest import BUILD_RECORD, FEATURES, MANIFEST, Manifest
+from tracin_ann.removal import remove
 from tracin_ann.verification import repair
 
 TESTS = Path(__file__).resolve().parent
@@ -109,7 +111,7 @@ def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -
 
 def test_arguments_that_are_no_texts_are_refused(index: Path, project: Path) -> None:
     named_task(index, f"{project / NAME}.py:task", folder=["x"])
-    with pytest.raises(tracin_ann.errors.DamagedIndexError, match="TaskReference.arguments"):
+    with pytest.raises(DamagedIndexError, match="TaskReference.arguments"):
         InfluenceIndex.open(index)
 
 
@@ -274,5 +276,72 @@ def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) 
     link.symlink_to(index)
     assert len(InfluenceIndex.open(link).query([0])) == 1
     build(f"{NAME}.py:task", link, CONFIG)
-    assert tracin_ann.removal.remove(link, [2]).generation == 2 and folder_of(index, 2).is_dir()
+    assert remove(link, [2]).generation == 2 and folder_of(index, 2).is_dir()
     assert InfluenceIndex.open(link).removed.tolist() == [2]
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "another file's second name", "a directory", "a FIFO"])
+def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
+    canary = tmp_path / "canary"
+    canary.write_bytes(b"sings")
+    make = {"a symbolic link": os.symlink, "another file's second name": os.link}.get(kind)
+    if make is not None:
+        make(canary, index / WRITER)
+    elif kind == "a FIFO":
+        os.mkfifo(index / WRITER)
+    else:
+        (index / WRITER).mkdir()
+    for act in (lambda: remove(index, [1]), lambda: repair(index), lambda: build(f"{NAME}.py:task", index, CONFIG)):
+        with pytest.raises(DamagedIndexError, match=rf"{WRITER}: got {kind}.*; look at it and remove it"):
+            act()
+    assert canary.read_bytes() == b"sings" and (index / WRITER).exists()
+
+
+@pytest.mark.parametrize("place", [FEATURES, ".index-unfinished", ".index-unfinished/ivf.faiss", "generation-000000"])
+def test_writers_refuse_a_planted_link_and_remove_nothing_by_it(index: Path, tmp_path: Path, place: str) -> None:
+    victim = tmp_path / "victim"
+    if (index / place).exists():
+        shutil.move(index / place, victim)
+    else:
+        victim.mkdir()
+    for name in ("features-000009-0000.h5", MANIFEST, "ivf.faiss", ".tracin-tmp-00000000-1-00.h5"):
+        (victim / name).write_bytes(b"mine")
+        os.utime(victim / name, (0, 0))
+    (index / place).parent.mkdir(exist_ok=True)
+    (index / place).symlink_to(victim)
+    before = held(victim)
+    for act in (
+        lambda: remove(index, [1]),
+        lambda: repair(index),
+        lambda: build(f"{NAME}.py:task", index, replace(CONFIG, index="ivf")),
+    ):
+        with pytest.raises(DamagedIndexError, match=rf"{place}: got a symbolic link"):
+            act()
+    assert held(victim) == before
+
+
+def test_a_sweep_removes_what_writers_name_and_nothing_else(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "canary").write_bytes(b"sings")
+    mine = ["generation-notes", "generation-1", "generation-", "generation-000000/notes", f"{FEATURES}/notes"]
+    for name in mine:
+        (index / name).mkdir(parents=True)
+        (index / name / "canary").write_bytes(b"mine")
+    (index / FEATURES / "features-notes.h5").write_bytes(b"mine")
+    swept = ["generation-000000/link", f"{FEATURES}/features-000009-0000.h5", ".tracin-tmp-00000000-1-00.h5"]
+    for name in swept:
+        (index / name).symlink_to(tmp_path / "canary")
+    os.utime(index / swept[2], (0, 0), follow_symlinks=False)
+    assert remove(index, [1]).generation == 2
+    assert (tmp_path / "canary").read_bytes() == b"sings"
+    assert not any((index / name).is_symlink() for name in swept)
+    assert all((index / name / "canary").read_bytes() == b"mine" for name in mine)
+    assert (index / FEATURES / "features-notes.h5").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("place", [MANIFEST, "generation-000001/canaries.h5", "features"])
+def test_a_fifo_in_an_index_is_not_waited_for(index: Path, place: str) -> None:
+    path = index / place if place != "features" else sorted((index / FEATURES).iterdir())[0]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedIndexError, match=f"{path.name}.*a FIFO, not a plain file"):
+        InfluenceIndex.open(index)

@@ -61,7 +61,8 @@ class InfluenceIndex:
 
         Args:
             directory: where `build` made it.
-            task: the task, or its name where it moved; None: as the build was told.
+            task: the task, or its name where it moved; None: as the build was told, if that is a file below the
+                current directory whose text shows a task (`load_named_task`).
             arguments: for a task that is a function; None: as the build was told.
             device: `auto` or a device's name, as `resolve_device` takes it.
             batch_size: examples a forward.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,18 +133,20 @@ class IVFIndex:
             basis, outliers = arrays["basis_FR"], arrays["outliers"]
             if basis.dtype != np.float32 or outliers.ndim != 1 or outliers.dtype != np.int64:
                 raise ValueError(f"a basis of {basis.dtype}, outliers of {outliers.dtype} {outliers.shape}")
+            if (np.diff(outliers, prepend=-1) <= 0).any():
+                raise ValueError("outliers that do not rise")
             reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
-        lists = InvertedLists.load(lists_path)
+        lists = InvertedLists.load(lists_path, (tree.n_lists, reduction.width), caption.params.codes)
         n_bytes, n_centroids, width = lists_path.stat().st_size, *tree.centroid_LR.shape
         got = n_bytes, len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), width, caption.rows
         n_listed = len(source) - caption.quiet_rows - len(outliers)
         fitting = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
-        if got != fitting or lists.codes != caption.params.codes or not np.array_equal(lists.sizes(), tree.size_L):
+        if got != fitting or not np.array_equal(lists.sizes(), tree.size_L):
             raise DamagedIndexError(
                 problem(
                     f"{caption_path} does not belong to {lists_path.name}, {arrays_path.name} and the features",
                     got=f"bytes, rows, dimensions, lists, rows in lists, dimensions, rows {got}",
-                    expected=f"{fitting}, {caption.params.codes} codes and the lists' sizes",
+                    expected=f"{fitting} and the lists' sizes",
                     remedy=remedy,
                 )
             )
@@ -272,7 +275,8 @@ class IVFIndex:
         found = joined([self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches])
         outliers = self._parts.outliers if allowed is None else np.intersect1d(self._parts.outliers, allowed)
         if len(outliers):
-            found = merge([found, self._scanned(queries_QF, k, outliers)], k)
+            with _of_the_source():
+                found = merge([found, self._scanned(queries_QF, k, outliers)], k)
         return self._completed(found, queries_QF, k, allowed)
 
     def _scanned(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
@@ -304,7 +308,8 @@ class IVFIndex:
             part = slice(at, at + _RESCORED_AT_ONCE)
             unique, place = np.unique(ids_QM[part], return_inverse=True)
             n_padding = int(np.searchsorted(unique, 0))
-            rows = torch.from_numpy(self._rows(unique[n_padding:]))
+            with _of_the_source():
+                rows = torch.from_numpy(self._source.take(unique[n_padding:]))
             if not len(rows):
                 continue
             chosen_QMF = rows[torch.from_numpy((place.reshape(ids_QM[part].shape) - n_padding).clip(0))]
@@ -312,19 +317,6 @@ class IVFIndex:
             scores_QM[part] = torch.bmm(chosen_QMF, query_QF1)[:, :, 0].numpy()
         scores_QM[ids_QM < 0] = 0
         return scores_QM
-
-    def _rows(self, ids: Int64) -> Float32:
-        try:
-            return self._source.take(ids)
-        except KeyError as error:
-            raise DamagedIndexError(
-                problem(
-                    f"{self.FILES[0]} does not belong to the features",
-                    got=f"row {error} in its lists",
-                    expected="rows of the index",
-                    remedy="rebuild the index",
-                )
-            ) from error
 
     def _completed(self, top: TopK, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
         """Return the answers, scanned anew where lists cannot give them: too few rows, scores like the quiet rows'."""
@@ -350,6 +342,24 @@ class IVFIndex:
 def _candidates(k: int) -> int:
     """Return how many rows the codes hand on for k results."""
     return max(_LEAST_CANDIDATES, 2 * k)
+
+
+@contextmanager
+def _of_the_source() -> Iterator[None]:
+    """Take a row that the source does not hold for damage of the lists: they are not read whole when they are opened.
+
+    Raises:
+        DamagedIndexError: names the row.
+    """
+    try:
+        yield
+    except KeyError as error:
+        expected = "rows of the index alone"
+        raise DamagedIndexError(
+            problem(
+                f"{IVFIndex.FILES[0]}: lists of other rows", got=error, expected=expected, remedy="rebuild the index"
+            )
+        ) from error
 
 
 def _unit(vectors: Float32) -> Float32:

@@ -7,10 +7,13 @@ Shapes: Q queries, W keys a query, L lists, B rows of a block, R reduced dimensi
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import naming
@@ -21,6 +24,10 @@ Codes = Literal["sq8", "sq4", "fp16"]
 CODES: tuple[Codes, ...] = ("sq8", "sq4", "fp16")
 _QUANTIZERS = {"sq8": "QT_8bit", "sq4": "QT_4bit", "fp16": "QT_fp16"}
 _BITMAP_ENTRIES_A_ROW = 64
+# Of FAISS's files: where the number of rows is, and what the lists begin with.
+_N_ROWS = slice(8, 16)
+_LISTS = b"ilar"
+_TAIL = struct.Struct("<4sQQ4sQ")
 
 
 class InvertedLists:
@@ -33,46 +40,23 @@ class InvertedLists:
     @classmethod
     def trained(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
         """Return lists without rows whose codes suit rows like these."""
-        faiss = import_faiss()
-        dim = sample_BR.shape[1]
-        index = faiss.IndexIVFScalarQuantizer(
-            faiss.IndexFlatIP(dim),
-            dim,
-            n_lists,
-            _qtypes()[codes],
-            faiss.METRIC_INNER_PRODUCT,
-            False,
-        )
+        index = _empty(n_lists, sample_BR.shape[1], codes)
         index.sq.train(np.ascontiguousarray(sample_BR))
-        index.is_trained = True
         return cls(index)
 
     @classmethod
-    def load(cls, path: Path, *, mapped: bool = True) -> InvertedLists:
-        """Return the lists of a file, its pages mapped (and not to be changed) or read.
+    def load(cls, path: Path, shape: tuple[int, int], codes: Codes, *, mapped: bool = True) -> InvertedLists:
+        """Return the lists of a file, so many of so many dimensions; its pages mapped (and not to be changed) or read.
 
         Raises:
-            DamagedIndexError: the file is missing, cut short, or holds no lists of ours.
+            DamagedIndexError: the file is missing, cut short, or holds no such lists.
             OSError: the system has no memory or descriptors left for it.
         """
         faiss = import_faiss()
-        with reading(path, "inverted lists of coded rows", "rebuild the index"), open_plain(path):
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-            lists = cls(index)
-            if not isinstance(index, faiss.IndexIVFScalarQuantizer) or not lists._is_sound():
-                raise ValueError(f"{type(index).__name__} whose parts differ")
-            return lists
-
-    def _is_sound(self) -> bool:
-        """Return whether the parts speak of the same lists: FAISS takes their word when it reads codes."""
-        faiss, own = import_faiss(), self._index
-        if own.sq.qtype not in _qtypes().values() or own.metric_type != faiss.METRIC_INNER_PRODUCT or own.by_residual:
-            return False
-        bits, trained = {"sq8": (8, 2), "sq4": (4, 2), "fp16": (16, 0)}[self.codes]
-        code_size = (own.d * bits + 7) // 8
-        return (own.sq.d, own.code_size, own.sq.code_size, own.invlists.code_size, own.invlists.nlist) == (
-            *(own.d, code_size, code_size, code_size, own.nlist),
-        ) and (own.quantizer.d, own.sq.trained.size(), self.sizes().sum()) == (own.d, trained * own.d, own.ntotal)
+        with reading(path, "inverted lists of coded rows", "rebuild the index"):
+            with open_plain(path) as file:
+                _refuse_other_layout(file, shape, codes)
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
 
     def save(self, path: Path) -> None:
         """Write the lists to this very path; the caller moves and fsyncs."""
@@ -94,11 +78,6 @@ class InvertedLists:
     def n_lists(self) -> int:
         """Return L."""
         return int(self._index.nlist)
-
-    @property
-    def codes(self) -> Codes:
-        """Return the kind of the codes."""
-        return next(name for name, qtype in _qtypes().items() if qtype == self._index.sq.qtype)
 
     def sizes(self) -> Int64:
         """Return the rows of each list, [L]."""
@@ -212,6 +191,54 @@ def _selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
     return faiss.IDSelectorBatch(allowed), allowed
 
 
-def _qtypes() -> dict[Codes, int]:
-    quantizer = import_faiss().ScalarQuantizer
-    return {codes: getattr(quantizer, _QUANTIZERS[codes]) for codes in CODES}
+def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
+    """Return FAISS's lists without rows."""
+    faiss = import_faiss()
+    quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(dim), dim, n_lists, quantizer, faiss.METRIC_INNER_PRODUCT, False
+    )
+    index.is_trained = True
+    return index
+
+
+def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
+    """Refuse a file that differs from lists of this shape by more than rows and the ranges of codes.
+
+    FAISS takes a file's word for every size in it, and reads or writes past its memory where one is wrong.
+
+    Raises:
+        ValueError: it does.
+    """
+    n_bytes = os.fstat(file.fileno()).st_size
+    plain, marked = (_empty_bytes(shape, codes, ranges) for ranges in (0x00, 0xFF))
+    start = plain.tobytes().rfind(_LISTS)
+    same = plain == marked
+    same[_N_ROWS] = False
+    head = np.frombuffer(file.read(start), np.uint8)
+    if len(head) < start or (head != plain[:start])[same[:start]].any():
+        raise ValueError(f"no {shape[0]:,} lists of {shape[1]} dimensions in {codes}")
+    tail = file.read(_TAIL.size).ljust(_TAIL.size)
+    # All sizes, or pairs of a list and its size where most lists are empty.
+    name, n_lists, code_size, kind, n_numbers = _TAIL.unpack(tail)
+    ours = _TAIL.unpack(plain[start:].tobytes()[: _TAIL.size])
+    if (name, n_lists, code_size) != ours[:3] or kind not in (b"full", b"sprs") or n_numbers > 2 * n_lists:
+        raise ValueError("lists of another form")
+    numbers = np.frombuffer(file.read(8 * n_numbers).ljust(8 * n_numbers), "<u8")
+    sizes, at = (numbers, np.arange(n_lists)) if kind == b"full" else (numbers[1::2], numbers[::2])
+    n_rows = sum(sizes.tolist())
+    fine = (
+        len(sizes) == len(at) and (at < n_lists).all() and n_rows == int.from_bytes(head[_N_ROWS].tobytes(), "little")
+    )
+    if not fine or start + _TAIL.size + 8 * n_numbers + n_rows * (code_size + 8) != n_bytes:
+        raise ValueError(f"{n_bytes:,} bytes for {n_rows:,} rows")
+
+
+def _empty_bytes(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a file of lists without rows, those of the codes' ranges all alike."""
+    faiss = import_faiss()
+    index = _empty(*shape, codes)
+    n_ranges = 0 if codes == "fp16" else 2 * shape[1]
+    faiss.copy_array_to_vector(np.full(4 * n_ranges, ranges, np.uint8).view(np.float32), index.sq.trained)
+    found: npt.NDArray[np.uint8] = faiss.serialize_index(index)
+    return found
