@@ -223,12 +223,13 @@ def test_the_commands_say_which_rows_were_skipped(tmp_path):
     assert made.exit_code == 0 and named in made.stdout and "row 23 at checkpoint 0, ...)" in made.stdout
     told = CliRunner().invoke(info_command, [str(tmp_path / "out")])
     assert f"skipped     {named}" in told.stdout
-    asked = CliRunner().invoke(query_command, [str(tmp_path / "out"), "--ids", "0-1", "-k", "2", "--format", "jsonl"])
+    query = [str(tmp_path / "out"), *words[:2]]
+    asked = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
     assert "exact scan of the stored rows; 9 rows skipped at the build: not finite" in asked.stderr
     assert len([json.loads(line) for line in asked.stdout.splitlines()]) == 2
-    own = CliRunner().invoke(query_command, [str(tmp_path / "out"), "--self-influence", "-k", "2"])
+    own = CliRunner().invoke(query_command, [*query, "--self-influence", "-k", "2"])
     assert own.exit_code == 0 and "9 rows skipped at the build: not finite" in own.stderr
-    bad = CliRunner().invoke(query_command, [str(tmp_path / "out"), "--train-ids", "3,60"])
+    bad = CliRunner().invoke(query_command, [*query, "--train-ids", "3,60"])
     assert bad.exit_code == 1 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
     assert "row of train_data" in bad.stderr and "the loss of row 60 at checkpoint 0" in bad.stderr
 
