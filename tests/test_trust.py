@@ -343,5 +343,5 @@ def test_a_fifo_in_an_index_is_not_waited_for(index: Path, place: str) -> None:
     path = index / place if place != "features" else sorted((index / FEATURES).iterdir())[0]
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(DamagedIndexError, match=f"{path.name}.*a FIFO, not a plain file"):
+    with pytest.raises(DamagedIndexError, match=f"{path.name}.*a FIFO"):
         InfluenceIndex.open(index)
