@@ -15,9 +15,9 @@ from benchmarks import common
 from examples import mnist
 from tracin_ann import BuildConfig, InfluenceIndex, build, checkpoints, files, manifest
 from tracin_ann.search import fill
-from tracin_ann.store import feature_file, feature_store
+from tracin_ann.store import feature_file
 
-PLACES = [(module, "file_digest") for module in (files, manifest, checkpoints, fill, feature_file, feature_store)]
+PLACES = [(module, "file_digest") for module in (files, manifest, checkpoints, fill, feature_file)]
 PLACES += [(feature_file, name) for name in ("checksum", "row_checksums", "block_checksums", "column_checksum")]
 
 

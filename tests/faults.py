@@ -231,7 +231,8 @@ class Watch:
 
     def _one(self, kind: str, function: Callable[..., None], change: Callable[[str], None]) -> Callable[..., None]:
         def called(path: Any, *rest: Any, **more: Any) -> None:
-            inside = self.inside(path)
+            folder = more.get("dir_fd")
+            inside = self.inside(path if folder is None else self.root / self._open.get(folder, (os.pardir,))[0] / path)
             if inside is None:
                 return function(path, *rest, **more)
             return self.call(kind, inside, lambda: function(path, *rest, **more), lambda: change(inside))

@@ -75,12 +75,11 @@ def made(folder: Path) -> dict[str, Reader]:
         "manifest": Reader(out / MANIFEST, lambda: Manifest.read(out), is_json=True),
         "build record": Reader(out / BUILD_RECORD, lambda: read_build_record(out), is_json=True),
         "features": Reader(feature, features),
-        "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5")),
+        "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5", 120, 2, 8)),
         "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).refuse_twins()),
         "removed": Reader(own / "removed.npy", lambda: removed_ids(out, manifest)),
     }
-    # Not ivf.faiss: FAISS reads it only after its digest has matched.
-    return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES[1:]}
+    return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES}
 
 
 def mutated(content: bytes, random: np.random.Generator) -> bytes:

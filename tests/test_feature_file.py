@@ -71,7 +71,7 @@ def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> N
             layout = h5py.VirtualLayout(held.shape, "<f4")
             layout[:] = h5py.VirtualSource(str(tmp_path / "b.h5"), "loss", held.shape)
             file.create_virtual_dataset("loss", layout)
-    with pytest.raises(DamagedIndexError, match="loss is no data set of this file"):
+    with pytest.raises(DamagedIndexError, match="loss is no dataset of this file"):
         FeatureFile.open(tmp_path / "a.h5")
 
 
@@ -187,9 +187,7 @@ def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path
     for at, length, _ in spans.values():
         for position in range(0, length, 5):
             _flip(path, whole, at + position)
-            with pytest.raises(
-                DamagedIndexError, match=r"a\.h5: got an unreadable one \(header or columns are altered"
-            ):
+            with pytest.raises(DamagedIndexError, match=r"a\.h5: got header or columns are altered"):
                 FeatureFile.open(path, header)
     reads: list[Callable[[FeatureFile, int], object]] = [
         lambda file, row: file.verify(),

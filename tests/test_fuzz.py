@@ -13,7 +13,7 @@ import fuzz
 CASES = 250
 NAMES = (
     *("manifest", "build record", "features", "canaries", "columns", "removed"),
-    *("ivf.npz", "ivf-centroids.npy", "ivf.json"),
+    *("ivf.faiss", "ivf.npz", "ivf-centroids.npy", "ivf.json"),
 )
 
 

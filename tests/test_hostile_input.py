@@ -192,7 +192,7 @@ def test_no_command_waits_for_what_is_no_file(
     if name in ("manifest", "feature file"):
         assert run(query_command, copied, *task, "--ids", "0").exit_code == 4
     if name == "build record":
-        with pytest.raises(DamagedIndexError, match=r"build.json: got (a FIFO|a device|no file)"):
+        with pytest.raises(DamagedIndexError, match=r"build.json: got (a FIFO|a symbolic link|a directory)"):
             read_build_record(copied)
 
 

@@ -28,6 +28,7 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"questions"}, False),
     ({"build", "index"}, False),
     ({"fitting", "results"}, False),
+    ({"trust"}, False),
     ({"formats", "plots"}, False),
     ({"ranking"}, False),
     ({"ways", "calibration", "removal"}, False),
@@ -60,14 +61,17 @@ FLOORS: list[tuple[set[str], bool]] = [
     ({"states"}, False),
     ({"loading"}, False),
     ({"dataset"}, False),
+    ({"references"}, False),
     ({"task"}, False),
     ({"checkpoint"}, False),
     ({"named_files"}, False),
     ({"files", "locks"}, False),
+    ({"opening"}, False),
     ({"device"}, False),
     ({"content"}, False),
     ({"nested", "scratch", "graph"}, False),
     ({"progress"}, False),
+    ({"records"}, False),
     ({"types"}, False),
     ({"errors"}, False),
     ({"words", "escapes"}, False),
@@ -75,9 +79,9 @@ FLOORS: list[tuple[set[str], bool]] = [
 
 # Rooms that may import less than all that lies below them: these never see a model.
 ONLY: dict[str, set[str]] = {
-    "search": {"errors", "types", "device", "files"},
-    "store": {"errors", "types", "files"},
-    "files": {"errors", "types"},
+    "search": {"errors", "types", "device", "files", "opening", "records"},
+    "store": {"errors", "types", "files", "opening"},
+    "files": {"errors", "types", "opening"},
 }
 
 # Imported in one module at most, inside the function that needs it.

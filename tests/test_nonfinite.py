@@ -15,13 +15,12 @@ from click.testing import CliRunner
 from tasks import flawed as tasks
 from tasks.flawed import FINE, LATE, NAN_GRADIENT, NAN_LOSS, answered, flawed, rows
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build, fidelity, plan
-from tracin_ann.canaries import read_canaries
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.columns import RowFilter
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, NonFiniteError, UsageError
-from tracin_ann.generations import folder_of
+from tracin_ann.generations import canaries_of, folder_of
 from tracin_ann.manifest import Manifest
 from tracin_ann.removal import remove
 from tracin_ann.store import FeatureStore, FeatureView
@@ -151,7 +150,7 @@ def test_skipped_rows_have_no_self_influence(built, exact):
 
 def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeypatch, tmp_path):
     index, _, skipped = built
-    train, query = read_canaries(folder_of(index.directory, 1) / index.manifest.canaries.name)
+    train, query = canaries_of(folder_of(index.directory, 1), index.manifest)
     assert not set(train.ids_N.tolist()) & set(skipped) and len(train.ids_N) and query.ids_N.tolist() == [0, 2, 4, 6]
     scored, asked = [], []
 
@@ -185,7 +184,7 @@ def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks
         build(task, tmp_path / "error", replace(PLAIN, index="ivf"))
     manifest = build(task, tmp_path / "out", replace(SKIP, index="ivf")).manifest
     assert manifest.skipped is None
-    _, canaries = read_canaries(folder_of(tmp_path / "out", 1) / manifest.canaries.name)
+    _, canaries = canaries_of(folder_of(tmp_path / "out", 1), manifest)
     assert all(query[row][2] == FINE for row in canaries.ids_N)
     fine = sum(row[2] == FINE for row in query)
     assert manifest.index.calibration.queries == 100 and manifest.index.calibration.train_queries == 100 - fine
@@ -224,12 +223,13 @@ def test_the_commands_say_which_rows_were_skipped(tmp_path):
     assert made.exit_code == 0 and named in made.stdout and "row 23 at checkpoint 0, ...)" in made.stdout
     told = CliRunner().invoke(info_command, [str(tmp_path / "out")])
     assert f"skipped     {named}" in told.stdout
-    asked = CliRunner().invoke(query_command, [str(tmp_path / "out"), "--ids", "0-1", "-k", "2", "--format", "jsonl"])
+    query = [str(tmp_path / "out"), *words[:2]]
+    asked = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
     assert "exact scan of the stored rows; 9 rows skipped at the build: not finite" in asked.stderr
     assert len([json.loads(line) for line in asked.stdout.splitlines()]) == 2
-    own = CliRunner().invoke(query_command, [str(tmp_path / "out"), "--self-influence", "-k", "2"])
+    own = CliRunner().invoke(query_command, [*query, "--self-influence", "-k", "2"])
     assert own.exit_code == 0 and "9 rows skipped at the build: not finite" in own.stderr
-    bad = CliRunner().invoke(query_command, [str(tmp_path / "out"), "--train-ids", "3,60"])
+    bad = CliRunner().invoke(query_command, [*query, "--train-ids", "3,60"])
     assert bad.exit_code == 1 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
     assert "row of train_data" in bad.stderr and "the loss of row 60 at checkpoint 0" in bad.stderr
 

@@ -385,7 +385,8 @@ def test_the_commands_page(tmp_path: Path) -> None:
     )
     build(f"{tmp_path / 'report_page_task.py'}:task", tmp_path / "index", CONFIG, arguments={"folder": str(tmp_path)})
     runner, page = CliRunner(), tmp_path / "r.html"
-    command = [str(tmp_path / "index"), "--device", "cpu", "--task-arg", f"folder={tmp_path}"]
+    named = f"{tmp_path / 'report_page_task.py'}:task"
+    command = [str(tmp_path / "index"), "--device", "cpu", "--task", named, "--task-arg", f"folder={tmp_path}"]
     done = runner.invoke(query_command, [*command, "--ids", "0-2", "--html", str(page)], catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (0, "")
     assert f"report: {page}" in done.stderr

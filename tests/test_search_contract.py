@@ -336,6 +336,18 @@ def test_faiss_files_of_another_kind_are_refused(tmp_path: Path, wide: tuple[Row
         refused(tmp_path, source, files | {"ivf.faiss": faiss.serialize_index(other).tobytes()})
 
 
+def test_lists_that_name_a_row_that_there_is_not_are_refused_when_it_is_found(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]
+) -> None:
+    source, files = wide
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "ivf.faiss").write_bytes(files["ivf.faiss"][:-8] + (10_000).to_bytes(8, "little"))
+    index = IVFIndex.load(tmp_path, source, CPU).at(Setting(500, 500, 0.3))
+    with pytest.raises(DamagedIndexError, match="ivf.faiss: lists of other rows: got 10000"):
+        index.search(normal(50, 18, source.dim), 100)
+
+
 def test_choice_of_backend() -> None:
     assert choose_index("auto", 99_999, 768).kind == "flat"
     assert choose_index("auto", 100_000, 768).kind == "ivf"

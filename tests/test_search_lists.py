@@ -12,6 +12,7 @@ import torch
 
 from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, oracle
 from tracin_ann.errors import NonFiniteError, UsageError
+from tracin_ann.records import read_record
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, Setting, search_both
 from tracin_ann.search.calibrate import Calibration, calibrated, lower_bound, recalls
 from tracin_ann.search.cluster import survey
@@ -368,7 +369,7 @@ def test_queries_from_elsewhere_are_noticed(calibration: Calibration, index: IVF
 
 
 def test_a_calibration_comes_back_from_json(calibration: Calibration) -> None:
-    assert Calibration.from_json(json.loads(json.dumps(asdict(calibration)))) == calibration
+    assert read_record(Calibration, json.loads(json.dumps(asdict(calibration)))) == calibration
 
 
 def test_the_tail_is_found() -> None:

@@ -17,7 +17,7 @@ from tasks import named
 from tasks.toy import CONFIG, Toy, rows, toy
 from tracin_ann import Checkpoint, Description, build, plan
 from tracin_ann.errors import TaskError, UsageError
-from tracin_ann.task import absolute_reference, load_task
+from tracin_ann.references import absolute_reference, load_task
 
 HERE = Path(__file__).resolve().parent
 TASK_FILE = '''

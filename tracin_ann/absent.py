@@ -5,20 +5,21 @@ Each kind is a file of the generation, there only where there are any such rows.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.errors import DamagedIndexError, problem
-from tracin_ann.files import atomic_write, open_regular, save_array
+from tracin_ann.files import atomic_write, read_array, save_array
 from tracin_ann.generations import carried, folder_of
-from tracin_ann.manifest import Manifest, record_of
+from tracin_ann.manifest import UNLISTED, Manifest, record_of
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.search.flat import Subset
 from tracin_ann.store import FeatureStore, FileRecord
 from tracin_ann.types import Int64, RowSource
 
-REMOVED, SKIPPED, UNLISTED = "removed.npy", "skipped.npy", "unlisted.npy"
+REMOVED, SKIPPED = "removed.npy", "skipped.npy"
 _NAMED = 8
 
 
@@ -119,22 +120,13 @@ def _read(directory: Path, manifest: Manifest, record: FileRecord | None, width:
     if record is None:
         return np.zeros((0, width), np.int64)
     path = folder_of(directory, manifest.generation) / record.name
-    try:
-        with open_regular(path) as file:
-            found: Int64 = np.load(file, allow_pickle=False)
+    remedy = "restore the file, or build a new index"
+    with reading(path, "the ids of rows that may be no answers", remedy), open_plain(path) as file:
+        found: Int64 = read_array(file, os.fstat(file.fileno()).st_size)
         if found.dtype != np.int64 or found.shape != ((len(found),) if width == 1 else (len(found), width)):
             raise ValueError(f"{found.dtype} of shape {found.shape}")
         table = found.reshape(-1, width)
         limits = [manifest.build.layout.n_rows, manifest.build.layout.n_checkpoints][:width]
         if (np.diff(table[:, 0], prepend=-1) <= 0).any() or (table < 0).any() or (table >= limits).any():
             raise ValueError("ids that do not rise or are of no row")
-    except Exception as error:
-        raise DamagedIndexError(
-            problem(
-                f"cannot read {path}",
-                got=f"{type(error).__name__}: {error}",
-                expected="the ids of rows that may be no answers",
-                remedy="restore the file, or build a new index",
-            )
-        ) from error
     return table

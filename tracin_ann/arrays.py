@@ -9,20 +9,18 @@ Files of earlier versions, with texts of fixed width, are read as well.
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.files import atomic_path, open_regular
+from tracin_ann.files import atomic_path, read_npz
+from tracin_ann.opening import open_plain
 from tracin_ann.types import Int64
 
-_UTF8, _OFFSETS, _SUFFIX = "utf8 ", "offsets ", ".npy"
+_UTF8, _OFFSETS = "utf8 ", "offsets "
 _CODING = ("utf-8", "surrogatepass")
 Texts = npt.NDArray[np.object_]
 
@@ -50,15 +48,8 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         OSError: the file cannot be read.
         Exception: of any kind, where the file is damaged: what zipfile and NumPy raise depends on the byte.
     """
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        infos, size = archive.infolist(), os.fstat(file.fileno()).st_size
-        # Compressed or overlapping members could hold far more than the file is large.
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or sum(i.file_size for i in infos) > size:
-            raise ValueError("members that are compressed, or larger than the file")
-        members: dict[str, npt.NDArray[Any]] = {}
-        for info in infos:
-            with archive.open(info) as member:
-                members[info.filename.removesuffix(_SUFFIX)] = _member(member, info)
+    with open_plain(path) as file:
+        members = read_npz(file)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, array in members.items():
         if name.startswith(_UTF8):
@@ -67,17 +58,6 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         elif not name.startswith(_OFFSETS):
             arrays[name] = text_array(array.tolist()) if array.dtype.kind == "U" and array.ndim == 1 else array
     return arrays
-
-
-def _member(file: IO[bytes], info: zipfile.ZipInfo) -> npt.NDArray[Any]:
-    """Return an array of the size that its header says, which must be that of the member."""
-    version = np.lib.format.read_magic(file)
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, is_fortran, dtype = header(file)
-    held = info.file_size - file.tell()
-    if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != held:
-        raise ValueError(f"{info.filename} of {dtype} {shape} in {held} bytes")
-    return np.ndarray(shape, dtype, file.read(), order="F" if is_fortran else "C")
 
 
 def _encoded(name: str, texts: Texts) -> dict[str, npt.NDArray[Any]]:

@@ -62,6 +62,7 @@ from tracin_ann.manifest import (
     write_build_record,
 )
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.references import TaskReference, absolute_reference, load_task
 from tracin_ann.search import IVFIndex, IVFParams, choose_index
 from tracin_ann.search.fill import Scratch, key_of
 from tracin_ann.sketch import make_sketch
@@ -74,7 +75,7 @@ from tracin_ann.spec import (
     parameter_specs,
 )
 from tracin_ann.store import FeatureStore, FileRecord
-from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
+from tracin_ann.task import Task
 from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, tune, warn_of_slower_bf16
 from tracin_ann.types import Int64, ProgressCallback, silent
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
 
-from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
+from tracin_ann.errors import IndexMismatchError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.files import atomic_path, hdf5_file, open_regular, own_dataset
+from tracin_ann.files import atomic_path, hdf5_file, own_dataset, own_object
 from tracin_ann.loading import SideName
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.passes import LoadedModel
 from tracin_ann.types import Float32, Int64
 
 FILE = "canaries.h5"
 COUNT = 4
 TOLERANCE = 1e-2
-_DIMENSIONS = 3
-_MOST = 2**31
 _SIDES: tuple[SideName, ...] = ("train", "query")
 
 
@@ -86,33 +87,30 @@ def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:
             group.create_dataset("feature", data=side.feature_CND, track_times=False)
 
 
-def read_canaries(path: Path) -> tuple[Canaries, ...]:
-    """Return the canaries of both sides.
+def read_canaries(path: Path, n_rows: int, n_checkpoints: int, dim: int) -> tuple[Canaries, ...]:
+    """Return the canaries of both sides of an index of so many training rows and checkpoints of D dimensions.
 
     Raises:
-        DamagedIndexError: the file is missing or unreadable.
+        DamagedIndexError: the file is missing, unreadable or another index's.
+        OSError: the system cannot read it.
     """
-    try:
-        with open_regular(path) as opened, h5py.File(opened, "r") as file:
-            return tuple(_read(side, file) for side in _SIDES)
-    # What h5py raises depends on which byte of the file is damaged.
-    except Exception as error:
-        raise DamagedIndexError(
-            problem(
-                f"{path} cannot be read",
-                got=" ".join(f"{type(error).__name__}: {error}".split())[:200],
-                expected="the canaries that the build wrote",
-                remedy="restore the file, or run tracin-verify --repair",
-            )
-        ) from error
+    expected = "the canaries that the build wrote"
+    with reading(path, expected, "restore the file, or run tracin-verify --repair"), open_plain(path) as opened:
+        found = tuple(_read(side, opened, (n_checkpoints, dim)) for side in _SIDES)
+        if found[0].ids_N[-1] >= n_rows:
+            raise ValueError(f"row {found[0].ids_N[-1]} of {n_rows}")
+        return found
 
 
-def _read(side: SideName, file: h5py.File) -> Canaries:
-    if not isinstance(file.get(side, getlink=True), h5py.HardLink):
-        raise ValueError(f"{side} is no group of this file")
-    group = file[side]
-    ids, features = own_dataset(group, "id"), own_dataset(group, "feature")
-    fine = (ids.dtype.str, features.dtype.str) == ("<i8", "<f4") and (ids.ndim, features.ndim) == (1, _DIMENSIONS)
-    if not fine or ids.shape[0] != features.shape[1] or not 0 < ids.shape[0] <= COUNT or features.size > _MOST:
-        raise ValueError(f"ids of {ids.shape} and features of {features.shape}")
-    return Canaries(side, ids[()], features[()])
+def _read(side: SideName, opened: BinaryIO, shape: tuple[int, int]) -> Canaries:
+    size = os.fstat(opened.fileno()).st_size
+    with h5py.File(opened, "r") as file:
+        group = own_object(file, side, h5py.Group)
+        n_ids = own_object(group, "id", h5py.Dataset).size
+        if not 0 < n_ids <= COUNT:
+            raise ValueError(f"{n_ids} canaries of {side}_data")
+        ids_N: Int64 = own_dataset(group, "id", (n_ids,), "<i8", size)[()]
+        feature_CND: Float32 = own_dataset(group, "feature", (shape[0], n_ids, shape[1]), "<f4", size)[()]
+    if (np.diff(ids_N, prepend=-1) <= 0).any() or not np.isfinite(feature_CND).all():
+        raise ValueError(f"canaries of {side}_data that are no rows, or not finite")
+    return Canaries(side, ids_N, feature_CND)

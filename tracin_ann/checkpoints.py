@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tracin_ann.checkpoint import Checkpoint
 from tracin_ann.errors import CheckpointError, problem
-from tracin_ann.files import NotRegularError, file_digest, require_regular
+from tracin_ann.files import file_digest
+from tracin_ann.opening import NotPlainError, require_regular
 from tracin_ann.states import fill, is_plain, joined, load_strictly, named_tensors, read_content
 from tracin_ann.task import Task
 
@@ -55,7 +56,7 @@ def _refuse_irregular(path: Path) -> None:
     except IsADirectoryError:
         # Task.load may read a folder.
         return
-    except NotRegularError as error:
+    except NotPlainError as error:
         remedy = "name the file that holds the weights"
         raise CheckpointError(
             problem(f"checkpoint {path} is no file", got=error, expected="a file or a folder", remedy=remedy)

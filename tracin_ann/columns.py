@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tracin_ann.arrays import read_arrays, text_array, write_arrays
 from tracin_ann.errors import DamagedIndexError, TaskError, UsageError, problem
 from tracin_ann.escapes import encodable
+from tracin_ann.opening import reading
 from tracin_ann.task import Task
 from tracin_ann.types import Int64, ProgressCallback
 
@@ -211,22 +212,13 @@ def read_columns(path: Path, n_rows: int) -> RowTable:
     Raises:
         DamagedIndexError: the file is missing, cannot be read, or is of other rows.
     """
-    try:
+    with reading(path, "the columns that a build writes", "restore the file, or build a new index"):
         held = read_arrays(path)
         ids = held.pop(_IDS, None)
         table = RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
         if table.arrays and len(table) != n_rows:
             raise DamagedIndexError(f"columns of {len(table)} rows, the index has {n_rows}")
         return table
-    except Exception as error:
-        raise DamagedIndexError(
-            problem(
-                f"cannot read {path}",
-                got=f"{type(error).__name__}: {error}",
-                expected="the columns that a build writes",
-                remedy="restore the file, or build a new index",
-            )
-        ) from error
 
 
 def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:

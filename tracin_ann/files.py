@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import secrets
 import stat
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -20,9 +22,12 @@ import numpy.typing as npt
 import xxhash
 
 from tracin_ann.errors import DamagedIndexError, naming, problem
+from tracin_ann.opening import NotPlainError, open_plain, reading
 
 _PREFIX = ".tracin-tmp-"
 _CHUNK_BYTES = 1 << 20
+_LARGEST_JSON = 64 << 20
+_JSON_REMEDY = "name the directory of a finished index, or run the build again"
 # Temporaries that this process is writing: another of its number was written by one that is gone.
 _UNDER_WAY: set[str] = set()
 
@@ -74,59 +79,20 @@ def write_json_atomic(path: Path, value: Mapping[str, object]) -> None:
     write_bytes_atomic(path, (text + "\n").encode())
 
 
-class NotRegularError(ValueError):
-    """A FIFO, device or other thing stands where a file should be; the message says what."""
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read; waits for nothing and reads nothing where it is no regular file.
-
-    Raises:
-        NotRegularError: it is a FIFO, a device or a socket.
-        IsADirectoryError: it is a directory.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        _refuse_irregular(path, os.fstat(descriptor).st_mode)
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def require_regular(path: Path) -> None:
-    """Refuse what is there and no regular file, for those that open by path.
-
-    Raises:
-        NotRegularError: it is a FIFO, a device or a socket.
-        IsADirectoryError: it is a directory.
-    """
-    with suppress(FileNotFoundError):
-        _refuse_irregular(path, path.stat().st_mode)
-
-
-def _refuse_irregular(path: Path, mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-        raise NotRegularError(kinds.get(stat.S_IFMT(mode), "no regular file"))
-
-
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path, remedy: str = _JSON_REMEDY) -> dict[str, object]:
     """Return the JSON object in `path`.
 
     Raises:
-        DamagedIndexError: there is no such file, or it holds something else than a JSON object.
+        DamagedIndexError: there is no such plain file, it is larger than any that is written, or it holds something
+            else than a JSON object.
+        OSError: the system cannot read it.
     """
-    remedy = "name the directory of a finished index, or run the build again"
+    with reading(path, "a JSON file", remedy), open_plain(path) as file:
+        data = file.read(_LARGEST_JSON + 1)
+        if len(data) > _LARGEST_JSON:
+            raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
     try:
-        with open_regular(path) as file:
-            value = json.loads(file.read())
-    except NotRegularError as error:
-        raise DamagedIndexError(problem(f"{path}", got=error, expected="a JSON file", remedy=remedy)) from None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise DamagedIndexError(problem(f"{path}", got="no file", expected="a JSON file", remedy=remedy)) from None
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         message = problem(f"{path}", got=f"no JSON ({error})", expected="a JSON object", remedy=remedy)
         raise DamagedIndexError(message) from error
@@ -139,10 +105,84 @@ def read_json(path: Path) -> dict[str, object]:
 def file_digest(path: Path) -> str:
     """Return the xxh3_128 of the file's bytes, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    with naming(path), open_regular(path) as file:
+    with naming(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def difference(path: Path, size: int, digest: str | None) -> str:
+    """Return how a file of an index differs from what was written, "" if it does not; None: its digest is not read.
+
+    Raises:
+        OSError: the system cannot read it.
+    """
+    try:
+        with open_plain(path) as file:
+            found = os.fstat(file.fileno()).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return "no file"
+    except NotPlainError as error:
+        return str(error)
+    if found != size:
+        return f"{found} bytes"
+    return "other content" if digest is not None and file_digest(path) != digest else ""
+
+
+def read_array(file: IO[bytes], n_bytes: int) -> npt.NDArray[Any]:
+    """Return the array in NumPy's format that the next so many bytes of a file hold.
+
+    NumPy itself sets aside as much memory as the array's header asks for, whatever there is to read.
+
+    Raises:
+        ValueError: they hold none, or one of another size.
+    """
+    begin = file.tell()
+    shape, is_fortran, dtype = _array_header(file)
+    size = math.prod(shape) * dtype.itemsize
+    if size != n_bytes - (file.tell() - begin):
+        raise ValueError(f"{dtype} of shape {shape} in {n_bytes} bytes")
+    data = bytearray(file.read(size))
+    return np.ndarray(shape, dtype, data, order="F" if is_fortran else "C")
+
+
+def mapped_array(path: Path) -> npt.NDArray[Any]:
+    """Return the array in a file in NumPy's format, mapped.
+
+    Raises:
+        ValueError: it holds none, or less than the whole.
+        OSError: the system cannot open or map it.
+    """
+    with open_plain(path) as file:
+        shape, is_fortran, dtype = _array_header(file)
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
+
+
+def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, is_fortran, dtype = readers[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"an array of {dtype} and shape {shape}")
+    return shape, is_fortran, dtype
+
+
+def read_npz(file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays by name that `numpy.savez` wrote into an open file; they take no more memory than it has bytes.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: there are none.
+    """
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+            raise ValueError("more bytes than the file has")
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            with archive.open(entry) as part:
+                found[entry.filename.removesuffix(".npy")] = read_array(part, entry.file_size)
+    return found
 
 
 def save_array(file: BinaryIO, array: npt.NDArray[Any]) -> None:
@@ -222,15 +262,35 @@ class _Deferred:
         self._done(self._file.flush)
 
 
-def own_dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """Return a data set whose numbers lie in its own file: links and storage that lead out of it are refused.
+def own_object(group: h5py.Group, name: str, kind: type) -> Any:
+    """Return a group or data set that lies in the file itself: no link is followed.
 
     Raises:
         ValueError: there is none.
     """
-    dataset = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
-    if not isinstance(dataset, h5py.Dataset) or dataset.external is not None or dataset.is_virtual:
-        raise ValueError(f"{name} is no data set of this file")
+    found = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, kind):
+        raise ValueError(f"{name} is no {kind.__name__.lower()} of this file")
+    return found
+
+
+def own_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: str, n_bytes: int) -> h5py.Dataset:
+    """Return a data set of this shape and type whose numbers lie in its own file of so many bytes, as they are.
+
+    Links and storage that lead out of the file are refused, and chunks: filters would run on them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dataset: h5py.Dataset = own_object(group, name, h5py.Dataset)
+    if dataset.external is not None or dataset.is_virtual:
+        raise ValueError(f"{name} is no dataset of this file")
+    if (dataset.shape, dataset.dtype.str, dataset.chunks) != (shape, dtype, None):
+        raise ValueError(f"dataset {name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")
+    # A page past the end of the file would kill the process when it is touched (SIGBUS).
+    offset = dataset.id.get_offset()
+    if offset is None or offset + math.prod(shape) * dataset.dtype.itemsize > n_bytes:
+        raise ValueError(f"dataset {name} reaches past the end of the file")
     return dataset
 
 
@@ -259,7 +319,10 @@ def sweep_temporaries(directory: Path, *, idle_s: float = 3600.0) -> list[Path]:
     for path in sorted(directory.glob(f"{_PREFIX}*")):
         # A writer may finish, or another sweep may win, between the listing and here.
         with suppress(FileNotFoundError):
-            if _writer_is_gone(path.name) or time.time() - path.stat().st_mtime >= idle_s:
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode):
+                continue
+            if _writer_is_gone(path.name) or time.time() - found.st_mtime >= idle_s:
                 path.unlink()
                 swept.append(path)
     return swept

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.canaries import Canaries, read_canaries
+from tracin_ann.canaries import Canaries
 from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.generations import folder_of
+from tracin_ann.generations import canaries_of, folder_of
 from tracin_ann.loading import SideName
 from tracin_ann.manifest import Manifest
 from tracin_ann.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.references import load_task
 from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import FeatureSpec, checkpoint_specs, model_digest, parameter_specs
-from tracin_ann.task import Task, load_task
+from tracin_ann.task import Task
+from tracin_ann.trust import load_named_task
 from tracin_ann.types import Float32
 
 
@@ -70,8 +72,7 @@ class Fitting:
 
     @cached_property
     def _canaries(self) -> tuple[Canaries, ...]:
-        folder = folder_of(self._directory, self._manifest.generation)
-        return read_canaries(folder / self._manifest.canaries.name)
+        return canaries_of(folder_of(self._directory, self._manifest.generation), self._manifest)
 
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int]) -> Float32:
         """Return the feature rows [Q, F] of examples, computed now.
@@ -125,13 +126,15 @@ def found_task(
     """Return the task that was passed, or that the build was told.
 
     Raises:
-        UsageError: the build was told none, or it cannot be found.
+        UsageError: the build was told none, it cannot be found, or it is none that may be imported unasked.
     """
     if isinstance(task, Task):
         return task
     built = manifest.build.task
-    name = task or built.reference
-    if name is None:
+    given = built.arguments if arguments is None else arguments
+    if task is not None:
+        return load_task(task, given)
+    if built.reference is None:
         raise UsageError(
             problem(
                 f"index {directory} does not know its task",
@@ -140,4 +143,4 @@ def found_task(
                 remedy="pass --task path/to/file.py:name, or InfluenceIndex.open(dir, task=...)",
             )
         )
-    return load_task(name, built.arguments if arguments is None else arguments)
+    return load_named_task(built.reference, given, directory)

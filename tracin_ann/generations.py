@@ -15,14 +15,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tracin_ann.canaries import Canaries, read_canaries
-from tracin_ann.errors import BusyIndexError, DamagedIndexError, problem
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming, problem
 from tracin_ann.files import atomic_path, make_directory, sweep_temporaries, sync_directory
 from tracin_ann.locks import Lease, free, writing
 from tracin_ann.manifest import (
@@ -35,10 +37,12 @@ from tracin_ann.manifest import (
     read_build_record,
     record_of,
 )
-from tracin_ann.store import FeatureStore, FileRecord
+from tracin_ann.opening import NotPlainError, open_directory
+from tracin_ann.store import FeatureStore, FileRecord, is_feature_file
 
 UNFINISHED_INDEX = ".index-unfinished"
 _PREFIX = "generation-"
+_NAME = re.compile(rf"{_PREFIX}([0-9]{{6,}})")
 logger = logging.getLogger(__name__)
 
 
@@ -95,17 +99,48 @@ def folder_of(directory: Path, generation: int) -> Path:
     return directory / f"{_PREFIX}{generation:06d}"
 
 
+def generations(directory: Path) -> list[Path]:
+    """Return the directories of generations in a directory, by rising number; what is named otherwise is none."""
+    return sorted(filter(_is_generation, directory.glob(f"{_PREFIX}*")), key=generation_of)
+
+
+def _is_generation(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse an index in which something that is read, written or swept is a link out of it.
+
+    Its directory itself may be one. Single files are looked at when they are opened.
+
+    Raises:
+        DamagedIndexError: names the link.
+    """
+    unfinished = directory / UNFINISHED_INDEX
+    inside = [] if unfinished.is_symlink() else unfinished.glob("*")
+    for path in (directory / FEATURES, unfinished, *generations(directory), *inside):
+        if path.is_symlink():
+            expected = "a directory or a file of the index itself"
+            raise DamagedIndexError(
+                problem(f"{path}", got="a symbolic link", expected=expected, remedy="look at it and remove it")
+            )
+
+
 def leased(directory: Path) -> tuple[Manifest, Lease]:
     """Return the current manifest and a lease on its generation: until it ends, nobody sweeps the files.
 
     Raises:
-        DamagedIndexError: there is no finished index, or its generation is not there.
+        DamagedIndexError: there is no finished index, its generation is not there, or something in it is a link.
     """
+    refuse_links(directory)
     manifest = Manifest.read(directory)
     while True:
         path = folder_of(directory, manifest.generation) / MANIFEST
         try:
             return manifest, Lease(path)
+        except NotPlainError as error:
+            remedy = "restore it, or build a new index"
+            raise DamagedIndexError(problem(f"{path}", got=error, expected="a manifest", remedy=remedy)) from error
         except FileNotFoundError:
             # Swept in between: then another one is current by now.
             newer = Manifest.read(directory)
@@ -120,12 +155,14 @@ def current(directory: Path) -> Manifest | None:
     """Return the current manifest, or None where no generation was finished.
 
     Raises:
-        DamagedIndexError: there is a manifest that cannot be understood, or there was one and it is gone.
+        DamagedIndexError: there is a manifest that cannot be understood, there was one and it is gone, or something
+            in the directory is a link.
     """
+    refuse_links(directory)
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
     # A first build may be killed between its two manifests; later ones leave the one that was current.
-    if any(generation_of(path.parent) > 1 for path in directory.glob(f"{_PREFIX}*/{MANIFEST}")):
+    if any(generation_of(path) > 1 and (path / MANIFEST).exists() for path in generations(directory)):
         raise DamagedIndexError(
             problem(f"{directory / MANIFEST}", got="no file", expected="a file", remedy="run tracin-verify --repair")
         )
@@ -138,7 +175,7 @@ def next_folder(directory: Path, manifest: Manifest | None) -> Path:
     A directory that a killed writer left is the next one's again.
     """
     _sweep(directory, manifest, under_way=True)
-    taken = [generation_of(path) for path in directory.glob(f"{_PREFIX}*") if (path / MANIFEST).exists()]
+    taken = [generation_of(path) for path in generations(directory) if (path / MANIFEST).exists()]
     folder = folder_of(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
     for place in (directory / FEATURES, folder):
         make_directory(place)
@@ -151,10 +188,8 @@ def published(directory: Path, manifest: Manifest) -> None:
     """Make a generation current, durably, and sweep what it left; everything it names has been written."""
     folder = folder_of(directory, manifest.generation)
     named = {record.name for record in manifest.besides}
-    for path in folder.iterdir():
-        # Of a killed writer that wanted another generation here.
-        if path.name not in named and path.is_file():
-            path.unlink()
+    # Of a killed writer that wanted another generation here.
+    _remove_files(folder, lambda name: name not in named)
     _make_names_durable(directory, manifest)
     manifest.write(folder)
     manifest.write(directory)
@@ -197,19 +232,18 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
     and these stay too while build.json speaks of another build than the manifest: they may be that one's.
     """
     named = [] if manifest is None else [manifest]
-    for path in sorted(directory.glob(f"{_PREFIX}*")):
+    for path in generations(directory):
         is_current = manifest is not None and path == folder_of(directory, manifest.generation)
         if is_current or (under_way and not (path / MANIFEST).exists()):
             continue
         with free(path / MANIFEST) as nobody_reads:
             if nobody_reads:
-                # The manifest last: while it is there, a reader's lock on it counts.
-                for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
-                    file.unlink()
+                _remove_files(path, lambda name: True)
                 try:
                     path.rmdir()
                 except OSError as error:
-                    # NFS keeps a file that is still open under another name; the next sweep comes back to it.
+                    # NFS keeps a file that is still open under another name; the next sweep comes back to it. And a
+                    # directory that somebody put there stays.
                     if error.errno != errno.ENOTEMPTY:
                         raise
             else:
@@ -218,9 +252,8 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
     begun = read_build_record(directory) if (directory / BUILD_RECORD).exists() else built
     if begun is not None and begun == built:
         kept = {record.name for each in named for record in each.features}
-        for path in (directory / FEATURES).glob("features-*.h5"):
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            _remove_files(directory / FEATURES, lambda name: is_feature_file(name) and name not in kept)
         if not under_way:
             shutil.rmtree(directory / UNFINISHED_INDEX, ignore_errors=True)
 
@@ -244,13 +277,27 @@ def carried(directory: Path, manifest: Manifest, folder: Path, records: Iterable
 
 
 def check(directory: Path, manifest: Manifest, *, deep: bool) -> None:
-    """Compare a generation's own files with its manifest.
+    """Compare a generation's own files with its manifest, the manifest's copy among them.
 
     Raises:
         DamagedIndexError: the first that is missing or altered.
     """
+    refuse_other_copy(folder_of(directory, manifest.generation), manifest)
     for record in manifest.besides:
         check_file(folder_of(directory, manifest.generation), record, deep=deep)
+
+
+def refuse_other_copy(place: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that is not the one in another place.
+
+    Raises:
+        DamagedIndexError: that one cannot be read, or is another.
+    """
+    if Manifest.read(place) != manifest:
+        expected, remedy = f"that of generation {manifest.generation}", "run tracin-verify --repair"
+        raise DamagedIndexError(
+            problem(f"{place / MANIFEST}", got="another manifest", expected=expected, remedy=remedy)
+        )
 
 
 def kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
@@ -258,9 +305,19 @@ def kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
     folder = folder_of(directory, manifest.generation)
     try:
         check_file(folder, manifest.canaries, deep=True)
-        return read_canaries(folder / manifest.canaries.name)
+        return canaries_of(folder, manifest)
     except DamagedIndexError:
         return ()
+
+
+def canaries_of(folder: Path, manifest: Manifest) -> tuple[Canaries, ...]:
+    """Return the canaries in a generation's directory.
+
+    Raises:
+        DamagedIndexError: their file is missing, damaged or another index's.
+    """
+    layout = manifest.build.layout
+    return read_canaries(folder / manifest.canaries.name, layout.n_rows, layout.n_checkpoints, layout.dim)
 
 
 def feature_records(
@@ -293,7 +350,18 @@ def _paths(store: FeatureStore) -> list[Path]:
 
 
 def generation_of(path: Path) -> int:
-    """Return the number of a generation's directory."""
-    with suppress(ValueError):
-        return int(path.name.removeprefix(_PREFIX))
-    return 0
+    """Return the number of a generation's directory, 0 of any other."""
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else 0
+
+
+def _remove_files(directory: Path, chosen: Callable[[str], bool]) -> None:
+    """Remove the chosen files of a directory; links are not followed, and directories in it are left alone.
+
+    The manifest goes last: while it is there, a reader's lock on it counts.
+    """
+    with open_directory(directory) as descriptor:
+        for name in sorted(filter(chosen, os.listdir(descriptor)), key=lambda name: name == MANIFEST):
+            with naming(directory / name, Path(name)), suppress(FileNotFoundError):
+                if not stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.task import Description, Task
 from tracin_ann.types import Float32, Int64, ProgressCallback
 
+logger = logging.getLogger(__name__)
+
 
 class InfluenceIndex:
     """A finished index, opened by `InfluenceIndex.open`; answers from one manifest."""
@@ -58,7 +61,8 @@ class InfluenceIndex:
 
         Args:
             directory: where `build` made it.
-            task: the task, or its name where it moved; None: as the build was told.
+            task: the task, or its name where it moved; None: as the build was told, if that is a file below the
+                current directory whose text shows a task (`load_named_task`).
             arguments: for a task that is a function; None: as the build was told.
             device: `auto` or a device's name, as `resolve_device` takes it.
             batch_size: examples a forward.
@@ -345,11 +349,15 @@ class InfluenceIndex:
 
     def described(self, side: SideName, row: int) -> Description | None:
         """Return what the task shows people of a row, or None; an index whose task cannot be found shows nothing."""
+        return self.passes.described(side, row) if self._describes else None
+
+    @cached_property
+    def _describes(self) -> bool:
         try:
-            shows = self.task.describe is not None
-        except UsageError:
-            return None
-        return self.passes.described(side, row) if shows else None
+            return self.task.describe is not None
+        except UsageError as error:
+            logger.warning("rows are shown without descriptions: %s", error)
+            return False
 
     def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
         n_checkpoints = len(self.manifest.build.spec.checkpoints)

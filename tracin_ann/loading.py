@@ -21,7 +21,8 @@ import torch
 from tracin_ann.dataset import open_data
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.nested import length, pinned
-from tracin_ann.task import Task, TaskReference, load_task
+from tracin_ann.references import TaskReference, load_task
+from tracin_ann.task import Task
 
 SideName = Literal["train", "query"]
 SORTED_BATCHES = 16

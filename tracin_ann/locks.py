@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tracin_ann.errors import BusyIndexError, naming, problem
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming, problem
+from tracin_ann.opening import NotPlainError, open_descriptor
 
 WRITER = "writer.lock"
 _CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
@@ -43,6 +44,7 @@ def writing(directory: Path) -> Iterator[None]:
 
     Raises:
         BusyIndexError: another process holds it; names the process, its machine and since when.
+        DamagedIndexError: the lock's file is a link, or no plain file: to write to it would alter another.
     """
     path = directory / WRITER
     descriptor = _taken(path)
@@ -67,8 +69,13 @@ def writing(directory: Path) -> Iterator[None]:
 def _taken(path: Path) -> int:
     """Return the descriptor of the locked file that is at this path."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
+        except NotPlainError as error:
+            raise _foreign(path, str(error)) from error
+        try:
+            if os.fstat(descriptor).st_nlink > 1:
+                raise _foreign(path, "another file's second name")
             if not locked(descriptor, exclusive=True):
                 raise BusyIndexError(
                     problem(
@@ -84,6 +91,11 @@ def _taken(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _foreign(path: Path, got: str) -> DamagedIndexError:
+    expected = "a lock that a writer of the index made, or none"
+    return DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy="look at it and remove it"))
 
 
 def locked(descriptor: int, *, exclusive: bool, otherwise: bool = True) -> bool:
@@ -102,7 +114,7 @@ def locked(descriptor: int, *, exclusive: bool, otherwise: bool = True) -> bool:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 
@@ -123,9 +135,10 @@ class Lease:
 
         Raises:
             FileNotFoundError: there is no such file (any more), or it is being swept.
+            NotPlainError: it is a link, or no plain file.
         """
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._descriptor = open_descriptor(path)
         if not (locked(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
             self.close()
             raise FileNotFoundError(errno.ENOENT, "being removed", str(path))
@@ -148,8 +161,9 @@ def free(path: Path) -> Iterator[bool]:
     """
     try:
         # For writing, though nothing is written: NFS gives an exclusive lock on no other terms.
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        descriptor = open_descriptor(path, os.O_RDWR)
+    except (FileNotFoundError, NotPlainError):
+        # What is no plain file is nobody's manifest.
         yield True
         return
     except PermissionError:

@@ -6,26 +6,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import xxhash
 
-from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.errors import DamagedIndexError, UsageError, problem
+from tracin_ann.features import Norms
 from tracin_ann.fidelity import Fidelity
-from tracin_ann.files import file_digest, read_json, write_json_atomic
+from tracin_ann.files import difference, file_digest, read_json, write_json_atomic
+from tracin_ann.gradients import PRECISIONS
+from tracin_ann.records import read_record
+from tracin_ann.references import TaskReference
+from tracin_ann.search import IVFIndex
 from tracin_ann.search.calibrate import Calibration
+from tracin_ann.search.lists import CODES
+from tracin_ann.sketch import make_sketch
 from tracin_ann.spec import FeatureSpec
 from tracin_ann.store import FileRecord, StoreLayout
-from tracin_ann.task import TaskReference
-from tracin_ann.words import ON_NONFINITE, OnNonfinite
+from tracin_ann.words import OnNonfinite
 
 FORMAT = 4
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
-_MISUNDERSTANDINGS = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
-_IN_NO_NAME = frozenset("/\\\0")
-_LONGEST_NAME = 100
+UNLISTED = "unlisted.npy"
+_MISUNDERSTANDINGS = (TypeError, ValueError, OverflowError, UsageError)
+_LARGEST_DIM = 2**31
 
 
 @dataclass(frozen=True)
@@ -180,20 +186,10 @@ class Manifest:
         path = directory / MANIFEST
         content = _read(path)
         try:
-            return cls(
-                generation=_counted(content["generation"]),
-                build=_build(content["build"]),
-                features=_records(content["features"]),
-                canaries=_record(content["canaries"]),
-                index=_index(content["index"]),
-                steps=tuple(StepRecord(**step) for step in content["steps"]),
-                fidelity=None if content["fidelity"] is None else Fidelity(**content["fidelity"]),
-                columns=None if content["columns"] is None else _record(content["columns"]),
-                removed=None if content["removed"] is None else _record(content["removed"]),
-                skipped=None if content["skipped"] is None else _record(content["skipped"]),
-                # Earlier versions wrote none.
-                audit=None if content.get("audit") is None else _audit(content["audit"]),
-            )
+            manifest = read_record(cls, content)
+            _refuse_impossible(manifest.build)
+            _refuse_contradictions(manifest)
+            return manifest
         except _MISUNDERSTANDINGS as error:
             raise DamagedIndexError(_not_understood(path, error)) from error
 
@@ -212,7 +208,9 @@ def read_build_record(directory: Path) -> BuildRecord:
     path = directory / BUILD_RECORD
     content = _read(path)
     try:
-        return _build(content)
+        record = read_record(BuildRecord, content)
+        _refuse_impossible(record)
+        return record
     except _MISUNDERSTANDINGS as error:
         raise DamagedIndexError(_not_understood(path, error)) from error
 
@@ -229,13 +227,8 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
         DamagedIndexError: it is missing, of another size or (if `deep`) of another digest.
     """
     path = directory / record.name
-    if not path.is_file():
-        got: str = "no file"
-    elif path.stat().st_size != record.size:
-        got = f"{path.stat().st_size} bytes"
-    elif deep and file_digest(path) != record.digest:
-        got = "other content"
-    else:
+    got = difference(path, record.size, record.digest if deep else None)
+    if not got:
         return
     raise DamagedIndexError(
         problem(
@@ -247,56 +240,49 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
     )
 
 
-def _build(content: Mapping[str, Any]) -> BuildRecord:
-    task = TaskReference(content["task"]["reference"], dict(content["task"]["arguments"]))
-    spec = FeatureSpec.from_json(content["spec"])
-    record = BuildRecord(
-        spec,
-        task,
-        int(content["partition_rows"]),
-        bool(content["random_data"]),
-        None if content["batch_size"] is None else _counted(content["batch_size"]),
-        bool(content["channels_last"]),
-        content["on_nonfinite"],
-    )
-    if record.on_nonfinite not in ON_NONFINITE:
-        raise ValueError(f"on_nonfinite {record.on_nonfinite!r}")
+def _refuse_impossible(record: BuildRecord) -> None:
+    """Refuse what no build sets out to make.
+
+    Raises:
+        ValueError, UsageError: names it.
+    """
+    spec = record.spec
+    if spec.sketch.dim > _LARGEST_DIM:
+        raise ValueError(f"{spec.sketch.dim} dimensions")
+    make_sketch(spec.sketch.name, spec.sketch.dim)
     _ = record.layout
-    return record
+    if spec.precision not in PRECISIONS or spec.norms not in get_args(Norms):
+        raise ValueError(f"precision {spec.precision!r}, norms {spec.norms!r}")
+    if record.batch_size is not None and record.batch_size < 1:
+        raise ValueError(f"batches of {record.batch_size}")
+    if any(checkpoint.learning_rate < 0 for checkpoint in spec.checkpoints):
+        raise ValueError("a negative learning rate")
 
 
-def _audit(content: Mapping[str, Any]) -> AuditRecord:
-    return AuditRecord(int(content["rows"]), float(content["largest"]))
+def _refuse_contradictions(manifest: Manifest) -> None:
+    """Refuse a manifest whose files are not those of what it says was built: readers find files by either.
 
-
-def _index(content: Mapping[str, Any]) -> IndexRecord:
-    found = content["calibration"]
-    calibration = None if found is None else Calibration.from_json(found)
-    return IndexRecord(
-        content["kind"], content["reason"], _records(content["files"]), calibration, str(content["codes"])
-    )
-
-
-def _record(content: Mapping[str, Any]) -> FileRecord:
-    name = content["name"]
-    if (
-        not isinstance(name, str)
-        or name.startswith(".")
-        or _IN_NO_NAME & set(name)
-        or not 0 < len(name) < _LONGEST_NAME
-    ):
-        raise ValueError(f"a file named {name!r} is not inside the index")
-    return FileRecord(name, int(content["size"]), str(content["digest"]))
-
-
-def _counted(number: object) -> int:
-    if type(number) is not int or number < 1:
-        raise ValueError(f"{number!r} counts nothing")
-    return number
-
-
-def _records(content: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
-    return tuple(_record(item) for item in content)
+    Raises:
+        ValueError: names the contradiction.
+    """
+    layout, index = manifest.build.layout, manifest.index
+    if manifest.generation < 1:
+        raise ValueError(f"generation {manifest.generation}")
+    # Counted first: a forged number of rows may be any.
+    n_files = layout.n_partitions * layout.n_checkpoints
+    if len(manifest.features) != n_files:
+        raise ValueError(f"{len(manifest.features)} feature files, not {n_files}")
+    names = [layout.file_name(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
+    wrong = [record.name for record, name in zip(manifest.features, names, strict=True) if record.name != name]
+    if wrong:
+        raise ValueError(f"a feature file {wrong[0]!r}")
+    listed = [record.name for record in index.files]
+    expected = {"flat": ([],), "ivf": ([*IVFIndex.FILES], [*IVFIndex.FILES, UNLISTED])}.get(index.kind, ())
+    if listed not in expected or index.codes not in (("",) if index.kind == "flat" else CODES):
+        raise ValueError(f"an index {index.kind!r} of codes {index.codes!r} and files {listed}")
+    own = [record.name for record in manifest.besides]
+    if len({*own, MANIFEST}) <= len(own):
+        raise ValueError("two files of one name")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -31,10 +31,11 @@ from tracin_ann.loading import (
 from tracin_ann.nested import leaves, map_leaves, to_device
 from tracin_ann.probe import probe_examples, probe_gradients, probe_losses, probe_shown
 from tracin_ann.proof import no_gradient
+from tracin_ann.references import TaskReference
 from tracin_ann.session import borrowed_model, preserved_globals
 from tracin_ann.soundness import sound
 from tracin_ann.spec import data_digest
-from tracin_ann.task import Description, Task, TaskReference
+from tracin_ann.task import Description, Task
 from tracin_ann.words import OnNonfinite
 
 logger = logging.getLogger(__name__)

@@ -92,21 +92,6 @@ class FeatureSpec:
         """Return the fields as JSON has them."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> FeatureSpec:
-        """Return the spec that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError: a field is missing or of the wrong kind.
-        """
-        fields = dict(content)
-        fields["parameters"] = tuple(
-            ParameterSpec(p["name"], tuple(p["shape"]), p["dtype"], bool(p["rank_one"])) for p in content["parameters"]
-        )
-        fields["checkpoints"] = tuple(CheckpointSpec(**c) for c in content["checkpoints"])
-        fields["sketch"] = SketchSpec(**content["sketch"])
-        return cls(**fields)
-
     def refuse_unlike(self, asked: FeatureSpec, where: str) -> None:
         """Refuse a spec that differs from this one, the index's.
 

@@ -12,14 +12,13 @@ import torch
 
 from tracin_ann.absent import listed_rows, removed_ids, skipped_rows, unlisted_ids
 from tracin_ann.audit import Audited, Auditor, draw_places
-from tracin_ann.build import BuildReport, BuildWork, opened, run
-from tracin_ann.canaries import read_canaries
+from tracin_ann.build import BuildReport, BuildWork, run
 from tracin_ann.columns import read_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import DamagedIndexError, TracinAnnError, UsageError, problem
 from tracin_ann.fitting import Fitting, found_task
-from tracin_ann.generations import folder_of, generation_of, settled
+from tracin_ann.generations import canaries_of, folder_of, generations, refuse_links, refuse_other_copy, settled
 from tracin_ann.locks import writing
 from tracin_ann.manifest import (
     BUILD_RECORD,
@@ -31,6 +30,7 @@ from tracin_ann.manifest import (
     write_build_record,
 )
 from tracin_ann.passes import PassOptions
+from tracin_ann.references import TaskReference, absolute_reference
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore, FileRecord
 from tracin_ann.task import Task
@@ -175,6 +175,7 @@ def audit(
         DamagedIndexError: a file of the index is.
     """
     out = Path(directory)
+    refuse_links(out)
     manifest = Manifest.read(out)
     built, config = manifest.build, config_of(manifest, device)
     if built.random_data:
@@ -207,14 +208,12 @@ def _work(
     out: Path, manifest: Manifest, task: Task | str | None, arguments: Mapping[str, str] | None, device: str
 ) -> BuildWork:
     """Return the build of the manifest's index; refused before anything is removed where its task cannot be found."""
-    reference = manifest.build.task
-    chosen = task or reference.reference
-    if chosen is None:
-        raise DamagedIndexError(
-            problem(f"{out} does not know its task", got="no task", expected="one", remedy="pass --task FILE.py:NAME")
-        )
-    given = reference.arguments if arguments is None else arguments
-    return opened(chosen, out, config_of(manifest, device), given)
+    built = manifest.build.task
+    given = built.arguments if arguments is None else arguments
+    found = found_task(task, given, manifest, out)
+    name = task or built.reference
+    named = TaskReference(absolute_reference(name), dict(given)) if isinstance(name, str) else TaskReference()
+    return BuildWork(found, out, config_of(manifest, device), named)
 
 
 def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path]) -> None:
@@ -260,8 +259,7 @@ def _manifests(out: Path) -> Iterator[Damage]:
     best = _best(out)
     for place in (out, folder_of(out, best.generation)):
         try:
-            if Manifest.read(place) != best:
-                yield Damage(place / MANIFEST, f"{place / MANIFEST}: another generation's than {best.generation}")
+            refuse_other_copy(place, best)
         except DamagedIndexError as error:
             yield Damage(place / MANIFEST, str(error))
     try:
@@ -274,15 +272,16 @@ def _best(out: Path) -> Manifest:
     """Return the manifest, or where it is damaged the copy of the last generation that is whole.
 
     Raises:
-        DamagedIndexError: there is none.
+        DamagedIndexError: there is none, or something in the directory is a link.
     """
+    refuse_links(out)
     try:
         return Manifest.read(out)
     except DamagedIndexError:
         if not (out / MANIFEST).exists() and not (out / BUILD_RECORD).exists():
             raise
         # Only the last one: an older one, kept by a reader, knows nothing of what was removed since.
-        folders = sorted(out.glob("generation-*"), key=generation_of)
+        folders = generations(out)
         if not folders:
             raise
         return Manifest.read(folders[-1])
@@ -302,10 +301,21 @@ def _where(path: Path) -> str:
 def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage]:
     """Yield which files say what cannot be, though their bytes are those that were written."""
     own = folder_of(out, manifest.generation)
-    n_rows = manifest.build.layout.n_rows
+    layout = manifest.build.layout
+    store = FeatureStore(out / FEATURES, layout)
+    for partition in range(layout.n_partitions):
+        for checkpoint in range(layout.n_checkpoints):
+            path = store.path(partition, checkpoint)
+            if path.name in whole:
+                try:
+                    # Opened here and let go of: the store would keep some hundred maps.
+                    FeatureFile.open(path, layout.header(partition, checkpoint)).verify()
+                except DamagedIndexError as error:
+                    whole.discard(path.name)
+                    yield Damage(path, str(error))
     readers: list[tuple[FileRecord | None, Callable[[Path], object]]] = [
-        (manifest.canaries, read_canaries),
-        (manifest.columns, lambda path: read_columns(path, n_rows).refuse_twins()),
+        (manifest.canaries, lambda path: canaries_of(own, manifest)),
+        (manifest.columns, lambda path: read_columns(path, layout.n_rows).refuse_twins()),
         (manifest.removed, lambda path: removed_ids(out, manifest)),
         (manifest.skipped, lambda path: skipped_rows(out, manifest)),
     ]
@@ -321,7 +331,7 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
         return
     path = own / IVFIndex.FILES[0]
     try:
-        view = listed_rows(FeatureStore(out / FEATURES, manifest.build.layout).view(), unlisted_ids(out, manifest))
+        view = listed_rows(store.view(), unlisted_ids(out, manifest))
         faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_LOOKED_AT, seed=0)
     except DamagedIndexError as error:
         faults = [str(error)]

@@ -20,7 +20,8 @@ TASK = """
 import sys
 sys.path[:0] = {paths!r}
 from tasks.own_ids import the_task as made
-def task(folder, kind="words"):
+from tracin_ann import Task
+def task(folder, kind="words") -> Task:
     return made(folder, kind)
 """
 

@@ -35,6 +35,8 @@ _REMEDIES = {
     errno.EPERM: "get the right to it",
     errno.EROFS: "name a place that can be written",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close programs that hold files open",
+    errno.ENOMEM: "free some memory",
     errno.EIO: "look after the disk",
     errno.EBADF: "leave it open, or name a file by --output",
 }
@@ -112,7 +114,7 @@ def _told(error: OSError) -> str:
     return problem(
         f"cannot read or write {error.filename or 'a file'}",
         got=str(error) if number is None else f"{error.strerror} ({errno.errorcode.get(number, number)})",
-        expected="a file system that does as it is asked",
+        expected="a system that does as it is asked",
         remedy=f"{_REMEDIES.get(number or 0, 'mend that')} and run this command again: what is whole is kept",
     )
 

@@ -180,7 +180,7 @@ def device_option(function: Function) -> Function:
 def task_options(function: Function) -> Function:
     """Give a command on an index `--task` and `--task-arg` (its parameter `task_args`)."""
     task = click.option(
-        "--task", metavar="FILE.py:NAME", shell_complete=files, help="Where the task is now, if it moved."
+        "--task", metavar="FILE.py:NAME", shell_complete=files, help="The task, if it moved, or is not below here."
     )
     arguments = click.option(
         "--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Instead of the build's; repeatable."

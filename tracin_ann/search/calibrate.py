@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -101,12 +101,16 @@ class Calibration:
     index_fixed: float
     looks: Looks
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Calibration:
-        """Return what `dataclasses.asdict` made into JSON."""
-        points = {side: tuple(Point(**point) for point in content[side]) for side in ("proponents", "opponents")}
-        looks = Looks(**{name: tuple(values) for name, values in content["looks"].items()})
-        return cls(**(dict(content) | points | {"scan": Cost(**content["scan"]), "looks": looks}))
+    def __post_init__(self) -> None:
+        """Refuse what cannot be searched with.
+
+        Raises:
+            ValueError, UsageError: a direction without a point, or a setting out of its range.
+        """
+        if not self.proponents or not self.opponents:
+            raise ValueError("a calibration without settings")
+        for point in (*self.proponents, *self.opponents):
+            _ = point.setting
 
     def reaching(self, direction: Direction, recall: float) -> Point | None:
         """Return the cheapest point whose lower bound reaches a recall, or None."""

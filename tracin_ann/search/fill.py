@@ -18,9 +18,10 @@ import numpy as np
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import atomic_path, file_digest, read_json, write_json_atomic
+from tracin_ann.files import atomic_path, file_digest, read_json, read_npz, write_json_atomic
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.search.cluster import Survey, stratified_ids, survey
-from tracin_ann.search.lists import InvertedLists
+from tracin_ann.search.lists import Codes, InvertedLists
 from tracin_ann.search.reduction import Reduction, fitted
 from tracin_ann.search.setting import IVFParams
 from tracin_ann.search.tree import Assigner, Extents, ListTree, trained
@@ -32,7 +33,6 @@ _TRAIN_ROWS_A_LIST = 16
 _SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
-_BROKEN = (DamagedIndexError, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,22 @@ class Scratch:
                 digests.append(file_digest(temporary))
         write_json_atomic(self._path(name, ".json"), {"key": self._key(), "digests": digests})
 
-    def load(self, name: str) -> tuple[InvertedLists, dict[str, Any]] | None:
-        """Return what was kept under a name, or None where that is nothing, another build's, or damaged."""
+    def load(
+        self, name: str, codes: Codes, like: InvertedLists | None = None
+    ) -> tuple[InvertedLists, dict[str, Any]] | None:
+        """Return what was kept under a name, or None where that is nothing, another build's, or damaged.
+
+        The lists are as many as others, or as there are centroids among the arrays.
+        """
         paths = self._path(name, ".faiss"), self._path(name, ".npz")
         try:
             if read_json(self._path(name, ".json")) != {"key": self._key(), "digests": [file_digest(p) for p in paths]}:
                 return None
-            with paths[1].open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return InvertedLists.load(paths[0], mapped=False), dict(arrays)
-        except _BROKEN:
+            with reading(paths[1], "what a build keeps", "run the build again"), open_plain(paths[1]) as file:
+                arrays = read_npz(file)
+                shape = arrays["centroid_LR"].shape if like is None else (like.n_lists, like.dim)
+                return InvertedLists.load(paths[0], shape, codes, mapped=False), arrays
+        except (DamagedIndexError, FileNotFoundError):
             return None
 
     def after(self, name: str) -> Scratch:
@@ -125,7 +132,7 @@ def filled(
         stop = min(start + STRETCH_ROWS, len(source))
         # The last one is merged at once: keeping it would save nothing but itself.
         kept = scratch if number + 1 < len(starts) else None
-        done = kept.load(f"stretch-{number:06d}") if kept is not None else None
+        done = kept.load(f"stretch-{number:06d}", params.codes, lists) if kept is not None else None
         if done is None:
             part = lists.emptied()
             _fill(part, source, found, start, stop)
@@ -155,7 +162,7 @@ def _fill(lists: InvertedLists, source: RowSource, found: _Trained, start: int, 
 
 
 def _trained(source: RowSource, params: IVFParams, scratch: Scratch | None) -> _Trained:
-    kept = None if scratch is None else scratch.load("trained")
+    kept = None if scratch is None else scratch.load("trained", params.codes)
     if kept is not None:
         lists, arrays = kept
         basis = arrays["basis_FR"]

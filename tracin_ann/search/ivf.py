@@ -9,10 +9,10 @@ Shapes: N rows, Q queries, L lists, W lists a query, M candidates, F feature dim
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import DamagedIndexError, naming, problem
-from tracin_ann.files import save_array
+from tracin_ann.files import mapped_array, read_json, read_npz, save_array
+from tracin_ann.opening import open_plain, reading
+from tracin_ann.records import read_record
 from tracin_ann.search.base import checked_queries
 from tracin_ann.search.fill import Scratch, filled, scaled
 from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
@@ -33,8 +35,6 @@ from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
 _VERSION = 3
-_SHORT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""What the system says when it has no more memory or files to give."""
 _QUERIES_AT_ONCE = 256
 _RESCORED_AT_ONCE = 128
 _LEAST_CANDIDATES = 40
@@ -59,17 +59,8 @@ class _Caption:
     version: int = _VERSION
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value).__name__ != field.type:
-                raise ValueError(f"{field.name}: {value!r} is no {field.type}")
         if (self.caption, self.version) != (_CAPTION, _VERSION):
             raise ValueError(f"{self.caption!r} version {self.version}, not {_CAPTION!r} version {_VERSION}")
-
-    @classmethod
-    def parse(cls, text: str) -> _Caption:
-        fields = json.loads(text)
-        return cls(**(fields | {"params": IVFParams(**fields["params"])}))
 
 
 @dataclass(frozen=True)
@@ -129,41 +120,34 @@ class IVFIndex:
             OSError: the system has no memory or files left for it.
         """
         lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.FILES)
-        try:
-            caption = _Caption.parse(caption_path.read_text(encoding="utf-8"))
-            with arrays_path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                # Mapped: they are read once, when FAISS is given its own copy.
-                centroids = np.load(centroids_path, mmap_mode="r", allow_pickle=False)
-                tree = ListTree.of({**arrays, "centroid_LR": centroids})
-                basis = arrays["basis_FR"]
-                reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
-                outliers = arrays["outliers"]
-                if outliers.ndim != 1 or outliers.dtype != np.int64:
-                    raise ValueError(f"outliers of shape {outliers.shape} and type {outliers.dtype}")
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in _SHORT_OF:
-                # What the system lacks is no damage, and rebuilding would not mend it.
-                raise OSError(error.errno, error.strerror, str(error.filename or centroids_path)) from error
-            raise DamagedIndexError(
-                problem(
-                    f"cannot open {caption_path}, {arrays_path.name} or {centroids_path.name}",
-                    got=f"{type(error).__name__}: {error}",
-                    expected="what a build writes",
-                    remedy="rebuild the index",
-                )
-            ) from error
-        lists = InvertedLists.load(lists_path)
+        expected, remedy = "what a build writes", "rebuild the index"
+        content = read_json(caption_path, remedy)
+        with reading(caption_path, expected, remedy):
+            caption = read_record(_Caption, content)
+        with reading(centroids_path, expected, remedy):
+            # Mapped: they are read once, when FAISS is given its own copy.
+            centroids = mapped_array(centroids_path)
+        with reading(arrays_path, expected, remedy), open_plain(arrays_path) as file:
+            arrays = read_npz(file)
+            tree = ListTree.of({**arrays, "centroid_LR": centroids})
+            basis, outliers = arrays["basis_FR"], arrays["outliers"]
+            if basis.dtype != np.float32 or outliers.ndim != 1 or outliers.dtype != np.int64:
+                raise ValueError(f"a basis of {basis.dtype}, outliers of {outliers.dtype} {outliers.shape}")
+            if (np.diff(outliers, prepend=-1) <= 0).any():
+                raise ValueError("outliers that do not rise")
+            reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
+        lists = InvertedLists.load(lists_path, (tree.n_lists, reduction.width), caption.params.codes)
         n_bytes, n_centroids, width = lists_path.stat().st_size, *tree.centroid_LR.shape
         got = n_bytes, len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), width, caption.rows
         n_listed = len(source) - caption.quiet_rows - len(outliers)
-        expected = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
-        if got != expected:
+        fitting = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
+        if got != fitting or not np.array_equal(lists.sizes(), tree.size_L):
             raise DamagedIndexError(
                 problem(
                     f"{caption_path} does not belong to {lists_path.name}, {arrays_path.name} and the features",
                     got=f"bytes, rows, dimensions, lists, rows in lists, dimensions, rows {got}",
-                    expected=str(expected),
-                    remedy="rebuild the index",
+                    expected=f"{fitting} and the lists' sizes",
+                    remedy=remedy,
                 )
             )
         return cls(source, _Parts(lists, tree, reduction, outliers), caption, device)
@@ -291,7 +275,8 @@ class IVFIndex:
         found = joined([self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches])
         outliers = self._parts.outliers if allowed is None else np.intersect1d(self._parts.outliers, allowed)
         if len(outliers):
-            found = merge([found, self._scanned(queries_QF, k, outliers)], k)
+            with _of_the_source():
+                found = merge([found, self._scanned(queries_QF, k, outliers)], k)
         return self._completed(found, queries_QF, k, allowed)
 
     def _scanned(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
@@ -323,7 +308,8 @@ class IVFIndex:
             part = slice(at, at + _RESCORED_AT_ONCE)
             unique, place = np.unique(ids_QM[part], return_inverse=True)
             n_padding = int(np.searchsorted(unique, 0))
-            rows = torch.from_numpy(self._source.take(unique[n_padding:]))
+            with _of_the_source():
+                rows = torch.from_numpy(self._source.take(unique[n_padding:]))
             if not len(rows):
                 continue
             chosen_QMF = rows[torch.from_numpy((place.reshape(ids_QM[part].shape) - n_padding).clip(0))]
@@ -356,6 +342,24 @@ class IVFIndex:
 def _candidates(k: int) -> int:
     """Return how many rows the codes hand on for k results."""
     return max(_LEAST_CANDIDATES, 2 * k)
+
+
+@contextmanager
+def _of_the_source() -> Iterator[None]:
+    """Take a row that the source does not hold for damage of the lists: they are not read whole when they are opened.
+
+    Raises:
+        DamagedIndexError: names the row.
+    """
+    try:
+        yield
+    except KeyError as error:
+        expected = "rows of the index alone"
+        raise DamagedIndexError(
+            problem(
+                f"{IVFIndex.FILES[0]}: lists of other rows", got=error, expected=expected, remedy="rebuild the index"
+            )
+        ) from error
 
 
 def _unit(vectors: Float32) -> Float32:

@@ -7,19 +7,27 @@ Shapes: Q queries, W keys a query, L lists, B rows of a block, R reduced dimensi
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
-from tracin_ann.errors import DamagedIndexError, naming, problem
+from tracin_ann.errors import naming
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.types import Float32, Int64
 
 Codes = Literal["sq8", "sq4", "fp16"]
 CODES: tuple[Codes, ...] = ("sq8", "sq4", "fp16")
 _QUANTIZERS = {"sq8": "QT_8bit", "sq4": "QT_4bit", "fp16": "QT_fp16"}
 _BITMAP_ENTRIES_A_ROW = 64
+# Of FAISS's files: where the number of rows is, and what the lists begin with.
+_N_ROWS = slice(8, 16)
+_LISTS = b"ilar"
+_TAIL = struct.Struct("<4sQQ4sQ")
 
 
 class InvertedLists:
@@ -32,35 +40,23 @@ class InvertedLists:
     @classmethod
     def trained(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
         """Return lists without rows whose codes suit rows like these."""
-        faiss = import_faiss()
-        dim = sample_BR.shape[1]
-        index = faiss.IndexIVFScalarQuantizer(
-            faiss.IndexFlatIP(dim),
-            dim,
-            n_lists,
-            getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes]),
-            faiss.METRIC_INNER_PRODUCT,
-            False,
-        )
+        index = _empty(n_lists, sample_BR.shape[1], codes)
         index.sq.train(np.ascontiguousarray(sample_BR))
-        index.is_trained = True
         return cls(index)
 
     @classmethod
-    def load(cls, path: Path, *, mapped: bool = True) -> InvertedLists:
-        """Return the lists of a file, its pages mapped (and not to be changed) or read.
+    def load(cls, path: Path, shape: tuple[int, int], codes: Codes, *, mapped: bool = True) -> InvertedLists:
+        """Return the lists of a file, so many of so many dimensions; its pages mapped (and not to be changed) or read.
 
         Raises:
-            DamagedIndexError: the file is missing, cut short, or holds no lists of ours.
+            DamagedIndexError: the file is missing, cut short, or holds no such lists.
+            OSError: the system has no memory or descriptors left for it.
         """
         faiss = import_faiss()
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        except RuntimeError as error:
-            raise _damaged(path, "a file that FAISS cannot read") from error
-        if not isinstance(index, faiss.IndexIVFScalarQuantizer) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise _damaged(path, type(index).__name__)
-        return cls(index)
+        with reading(path, "inverted lists of coded rows", "rebuild the index"):
+            with open_plain(path) as file:
+                _refuse_other_layout(file, shape, codes)
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
 
     def save(self, path: Path) -> None:
         """Write the lists to this very path; the caller moves and fsyncs."""
@@ -82,6 +78,11 @@ class InvertedLists:
     def n_lists(self) -> int:
         """Return L."""
         return int(self._index.nlist)
+
+    def sizes(self) -> Int64:
+        """Return the rows of each list, [L]."""
+        lists = self._index.invlists
+        return np.array([lists.list_size(number) for number in range(lists.nlist)], dtype=np.int64)
 
     @property
     def bytes_a_row(self) -> int:
@@ -115,7 +116,7 @@ class InvertedLists:
     def ids(self) -> tuple[Int64, Int64]:
         """Return the ids of all rows, list by list, and the list of each."""
         faiss, lists = import_faiss(), self._index.invlists
-        sizes = np.array([lists.list_size(number) for number in range(self.n_lists)], dtype=np.int64)
+        sizes = self.sizes()
         held = [
             faiss.rev_swig_ptr(lists.get_ids(int(number)), int(sizes[number])).copy()
             for number in np.flatnonzero(sizes)
@@ -190,7 +191,54 @@ def _selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
     return faiss.IDSelectorBatch(allowed), allowed
 
 
-def _damaged(path: Path, got: str) -> DamagedIndexError:
-    return DamagedIndexError(
-        problem(f"cannot open {path}", got=got, expected="inverted lists of coded rows", remedy="rebuild the index")
+def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
+    """Return FAISS's lists without rows."""
+    faiss = import_faiss()
+    quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(dim), dim, n_lists, quantizer, faiss.METRIC_INNER_PRODUCT, False
     )
+    index.is_trained = True
+    return index
+
+
+def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
+    """Refuse a file that differs from lists of this shape by more than rows and the ranges of codes.
+
+    FAISS takes a file's word for every size in it, and reads or writes past its memory where one is wrong.
+
+    Raises:
+        ValueError: it does.
+    """
+    n_bytes = os.fstat(file.fileno()).st_size
+    plain, marked = (_empty_bytes(shape, codes, ranges) for ranges in (0x00, 0xFF))
+    start = plain.tobytes().rfind(_LISTS)
+    same = plain == marked
+    same[_N_ROWS] = False
+    head = np.frombuffer(file.read(start), np.uint8)
+    if len(head) < start or (head != plain[:start])[same[:start]].any():
+        raise ValueError(f"no {shape[0]:,} lists of {shape[1]} dimensions in {codes}")
+    tail = file.read(_TAIL.size).ljust(_TAIL.size)
+    # All sizes, or pairs of a list and its size where most lists are empty.
+    name, n_lists, code_size, kind, n_numbers = _TAIL.unpack(tail)
+    ours = _TAIL.unpack(plain[start:].tobytes()[: _TAIL.size])
+    if (name, n_lists, code_size) != ours[:3] or kind not in (b"full", b"sprs") or n_numbers > 2 * n_lists:
+        raise ValueError("lists of another form")
+    numbers = np.frombuffer(file.read(8 * n_numbers).ljust(8 * n_numbers), "<u8")
+    sizes, at = (numbers, np.arange(n_lists)) if kind == b"full" else (numbers[1::2], numbers[::2])
+    n_rows = sum(sizes.tolist())
+    fine = (
+        len(sizes) == len(at) and (at < n_lists).all() and n_rows == int.from_bytes(head[_N_ROWS].tobytes(), "little")
+    )
+    if not fine or start + _TAIL.size + 8 * n_numbers + n_rows * (code_size + 8) != n_bytes:
+        raise ValueError(f"{n_bytes:,} bytes for {n_rows:,} rows")
+
+
+def _empty_bytes(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a file of lists without rows, those of the codes' ranges all alike."""
+    faiss = import_faiss()
+    index = _empty(*shape, codes)
+    n_ranges = 0 if codes == "fp16" else 2 * shape[1]
+    faiss.copy_array_to_vector(np.full(4 * n_ranges, ranges, np.uint8).view(np.float32), index.sq.trained)
+    found: npt.NDArray[np.uint8] = faiss.serialize_index(index)
+    return found

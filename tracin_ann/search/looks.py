@@ -33,6 +33,15 @@ class Looks:
     cosine: tuple[float, ...]
     samples: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse what no queries look like.
+
+        Raises:
+            ValueError: there are no quantiles, or there was no query.
+        """
+        if not self.log_norm or not self.cosine or len(self.samples) != 1 or self.samples[0] < 1:
+            raise ValueError("quantiles of no queries")
+
     def strange(self, index: IVFIndex, queries_QF: Float32) -> npt.NDArray[np.bool_]:
         """Return which queries [Q] lie well outside what was measured."""
         strange_Q = np.zeros(len(queries_QF), dtype=bool)

@@ -72,6 +72,10 @@ class ListTree:
         n_groups, n_lists = len(self.group_GR), len(self.centroid_LR)
         fine = self.group_radius_G.shape == (n_groups,) and self.group_GR.shape[1:] == self.centroid_LR.shape[1:]
         fine = fine and all(a.shape == (n_lists,) for a in (self.parent_L, self.radius_L, self.size_L))
+        fine = fine and self.group_GR.ndim == 2 and not (n_lists and self.size_L.min() < 0)  # noqa: PLR2004
+        reals = (self.group_GR, self.centroid_LR, self.group_radius_G, self.radius_L)
+        fine = fine and all(a.dtype == np.float32 for a in reals)
+        fine = fine and self.parent_L.dtype == self.size_L.dtype == np.int64
         if not (fine and n_groups and n_lists and 0 <= self.parent_L.min() <= self.parent_L.max() < n_groups):
             raise ValueError(f"a tree of {n_groups} groups and {n_lists} lists whose arrays differ")
 

@@ -9,7 +9,7 @@ from tracin_ann.store.feature_file import (
     FileRecord,
     write_feature_file,
 )
-from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout
+from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout, is_feature_file
 
 __all__ = [
     "Dtype",
@@ -21,5 +21,6 @@ __all__ = [
     "FileRecord",
     "StoreLayout",
     "WriteBehind",
+    "is_feature_file",
     "write_feature_file",
 ]

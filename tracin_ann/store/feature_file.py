@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import NotRegularError, atomic_path, file_digest, hdf5_file, open_regular, own_dataset
+from tracin_ann.files import atomic_path, file_digest, hdf5_file, own_dataset
+from tracin_ann.opening import open_plain, reading
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
@@ -39,6 +40,9 @@ _ALIGNMENT = 4096
 _REWRITE = "run the build again: it writes anew the files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
 _STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
+_IN_NO_NAME = frozenset("/\\\0")
+_LONGEST_NAME = 100
+_LONGEST_ATTRIBUTE = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,16 +129,8 @@ class FileRecord:
 
     def __post_init__(self) -> None:
         """Refuse names that lead out of the directory."""
-        if Path(self.name).name != self.name:
-            raise ValueError(f"not a plain file name: {self.name!r}")
-
-
-class _UnmappedError(Exception):
-    """A file that the system does not map, and what it says."""
-
-    def __init__(self, refusal: OSError) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
+        if not 0 < len(self.name) < _LONGEST_NAME or self.name.startswith(".") or _IN_NO_NAME & set(self.name):
+            raise ValueError(f"a file named {self.name!r} is not inside the index")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,24 +161,8 @@ class FeatureFile:
                 header.
             OSError: the system cannot open or map it; names the file.
         """
-        try:
-            # The system's errors (rights, too many open files) are raised here, and pass; h5py's are damage.
-            file = open_regular(path)
-        except NotRegularError as error:
-            raise DamagedIndexError(problem(f"{path}", got=error, expected="a file", remedy=_REWRITE)) from None
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise DamagedIndexError(problem(f"{path}", got="no file", expected="a file", remedy=_REWRITE)) from None
-        with file:
-            try:
-                opened = cls._read(path, file)
-            except _UnmappedError as error:
-                # The system's refusal (memory, open files) is no damage, for which a file would be thrown away.
-                raise error.refusal from None
-            # What h5py raises depends on which byte of its metadata is damaged.
-            except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
-                got = f"an unreadable one ({' '.join(str(error).split())[:200]})"
-                message = problem(f"{path}", got=got, expected="a whole feature file", remedy=_REWRITE)
-                raise DamagedIndexError(message) from error
+        with reading(path, "a whole feature file", _REWRITE), open_plain(path) as file:
+            opened = cls._read(path, file)
         if expected is not None and opened.header != expected:
             names = [f.name for f in fields(expected) if getattr(opened.header, f.name) != getattr(expected, f.name)]
             got = ", ".join(f"{name}={getattr(opened.header, name)}" for name in names)
@@ -203,30 +183,27 @@ class FeatureFile:
         with h5py.File(opened, "r") as file:
             header = _read_header(file)
             n_rows, n_blocks = header.n_rows, -(-header.n_rows // header.block_rows)
-            feature_shape = (n_rows, header.dim)
-            feature_dtype = np.dtype(_STORED_DTYPE[header.dtype])
-            dataset = _dataset(file, "feature", feature_shape, feature_dtype.str)
-            offset, size = dataset.id.get_offset(), os.fstat(opened.fileno()).st_size
-            # A page past the end of the file would kill the process when it is touched (SIGBUS).
-            if offset is None or offset + n_rows * header.dim * feature_dtype.itemsize > size:
-                raise ValueError("features reach past the end of the file")
-            try:
-                stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
-            except OSError as error:
-                raise _UnmappedError(OSError(error.errno, error.strerror, str(path))) from error
+            size = os.fstat(opened.fileno()).st_size
+
+            def dataset(name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
+                return own_dataset(file, name, shape, dtype, size)
+
+            feature_shape, feature_dtype = (n_rows, header.dim), _STORED_DTYPE[header.dtype]
+            offset = dataset("feature", feature_shape, feature_dtype).id.get_offset()
+            stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
             found = cls(
                 path=path,
                 header=header,
                 stored_ND=stored_ND,
-                exponent_N=_dataset(file, "exponent", (n_rows,), "<i2")[...],
-                ids_N=_dataset(file, "id", (n_rows,), "<i8")[...],
-                sqnorm_N=_dataset(file, "sqnorm", (n_rows,), "<f8")[...],
-                loss_N=_dataset(file, "loss", (n_rows,), "<f4")[...],
-                block_checksum=_dataset(file, "block_checksum", (n_blocks,), "<u8")[...],
-                row_checksum=_dataset(file, "row_checksum", (n_rows,), "<u8")[...],
+                exponent_N=dataset("exponent", (n_rows,), "<i2")[...],
+                ids_N=dataset("id", (n_rows,), "<i8")[...],
+                sqnorm_N=dataset("sqnorm", (n_rows,), "<f8")[...],
+                loss_N=dataset("loss", (n_rows,), "<f4")[...],
+                block_checksum=dataset("block_checksum", (n_blocks,), "<u8")[...],
+                row_checksum=dataset("row_checksum", (n_rows,), "<u8")[...],
                 checked_N=np.zeros(n_rows, dtype=bool),
             )
-            written = int(_dataset(file, "column_checksum", (1,), "<u8")[0])
+            written = int(dataset("column_checksum", (1,), "<u8")[0])
         skipped = found.skipped_K
         columns = found.sqnorm_N, found.exponent_N, stored_ND
         if not np.isfinite(found.sqnorm_N).all() or any(column[skipped].any() for column in columns):
@@ -234,6 +211,8 @@ class FeatureFile:
         rest = found.exponent_N, found.ids_N, found.sqnorm_N, found.loss_N, found.block_checksum, found.row_checksum
         if column_checksum(header.salt, rest) != written:
             raise ValueError("header or columns are altered")
+        if not np.array_equal(found.ids_N, np.arange(header.start, header.stop)):
+            raise ValueError("ids of other rows")
         return found
 
     def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
@@ -357,19 +336,15 @@ def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
 
 
 def _read_header(file: h5py.File) -> FileHeader:
-    attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    found = (attributes.pop("format", None), attributes.pop("version", None))
+    found = (_attribute(file, "format"), _attribute(file, "version"))
     if found != (FORMAT, VERSION):
         raise ValueError(f"format and version {found}, this program reads {(FORMAT, VERSION)}")
-    return FileHeader(**attributes)
+    return FileHeader(**{field.name: _attribute(file, field.name) for field in fields(FileHeader)})
 
 
-def _plain(value: object) -> Any:
+def _attribute(file: h5py.File, name: str) -> Any:
+    held = file.attrs.get_id(name) if name in file.attrs else None
+    if held is None or held.shape != () or held.dtype.itemsize > _LONGEST_ATTRIBUTE:
+        raise ValueError(f"no attribute {name} of a feature file")
+    value = file.attrs[name]
     return value.decode() if isinstance(value, bytes) else int(cast(np.int64, value))
-
-
-def _dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
-    dataset = own_dataset(file, name)
-    if (dataset.shape, dataset.dtype.str, dataset.chunks) != (shape, dtype, None):
-        raise ValueError(f"dataset {name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")
-    return dataset

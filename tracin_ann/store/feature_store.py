@@ -5,6 +5,7 @@ Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = (checkpoints
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
-from tracin_ann.files import file_digest, make_directory
+from tracin_ann.files import difference, make_directory
 from tracin_ann.store.codec import Dtype
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader, FileRecord, write_feature_file
 from tracin_ann.types import Float32, Float64, Int64
@@ -25,6 +26,7 @@ from tracin_ann.types import Float32, Float64, Int64
 Number = TypeVar("Number", np.float32, np.float64)
 # Each open map holds a file descriptor, and 1024 a process is a common limit.
 _OPEN_FILES = 256
+_FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,26 @@ class StoreLayout:
         start = partition * self.partition_rows
         return start, min(start + self.partition_rows, self.n_rows)
 
+    def file_name(self, partition: int, checkpoint: int) -> str:
+        """Return the name of a file.
+
+        A partition that isn't full has its rows in the name: when it grows, its old file stays for those who read it.
+        """
+        start, stop = self.rows(partition)
+        rows = "" if stop - start == self.partition_rows else f"-{stop - start}"
+        return f"features-{partition:06d}-{checkpoint:04d}{rows}.h5"
+
     def header(self, partition: int, checkpoint: int) -> FileHeader:
         """Return the header that the file must have."""
         if not 0 <= checkpoint < self.n_checkpoints:
             raise IndexError(f"checkpoint {checkpoint} of {self.n_checkpoints}")
         start, stop = self.rows(partition)
         return FileHeader(self.digests[checkpoint], start, stop, checkpoint, self.dim, self.dtype)
+
+
+def is_feature_file(name: str) -> bool:
+    """Return whether a name is that of a file of some store."""
+    return _FILE_NAME.fullmatch(name) is not None
 
 
 class FeatureStore:
@@ -92,13 +108,8 @@ class FeatureStore:
         self._lock = Lock()
 
     def path(self, partition: int, checkpoint: int) -> Path:
-        """Return where the file is, or would be.
-
-        A partition that isn't full has its rows in the name: when it grows, its old file stays for those who read it.
-        """
-        start, stop = self.layout.rows(partition)
-        rows = "" if stop - start == self.layout.partition_rows else f"-{stop - start}"
-        return self.directory / f"features-{partition:06d}-{checkpoint:04d}{rows}.h5"
+        """Return where the file is, or would be."""
+        return self.directory / self.layout.file_name(partition, checkpoint)
 
     def partitions(self) -> list[tuple[int, int]]:
         """Return (start, stop) of every partition."""
@@ -138,18 +149,11 @@ class FeatureStore:
         """
         for record in records:
             path = self.directory / record.name
-            try:
-                found = FileRecord(record.name, path.stat().st_size, file_digest(path) if deep else record.digest)
-            except FileNotFoundError:
-                got: object = "no file"
-            else:
-                got = f"{found.size} bytes" + (f" of digest {found.digest}" if deep else "")
-                if found == record:
-                    continue
-            expected = f"{record.size} bytes" + (f" of digest {record.digest}" if deep else "")
-            raise DamagedIndexError(
-                problem(f"{path}", got=got, expected=expected, remedy="run the build again, or restore the file")
-            )
+            got = difference(path, record.size, record.digest if deep else None)
+            if got:
+                expected = f"{record.size} bytes" + (f" of digest {record.digest}" if deep else "")
+                remedy = "run the build again, or restore the file"
+                raise DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy=remedy))
 
     def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float64:
         """Return squared gradient norms [N, C], without learning rate, of the checkpoints in that order."""
@@ -201,7 +205,7 @@ class FeatureStore:
         path = self.path(partition, checkpoint)
         try:
             file = FeatureFile.open(path, self.layout.header(partition, checkpoint))
-            if path.stat().st_size != sizes.get(path.name):
+            if path.lstat().st_size != sizes.get(path.name):
                 file.verify()
         except DamagedIndexError:
             return False
