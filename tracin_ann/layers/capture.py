@@ -302,7 +302,7 @@ class LayerCapture:
             return "batch first"
         if isinstance(module, nn.Embedding) and x.dim() == 1 and id(module) not in self.layouts.for_all:
             _add(self.doubtful, attributes, module)
-        elif self._serves_all(x, output):
+        elif self._serves_all(module, x, output):
             return "for all"
         moved = self._moves is not None and self._moves.seen
         if moved or id(module) in self.layouts.by_rows or x.shape[:1] != (self._batch,):
@@ -311,11 +311,11 @@ class LayerCapture:
         _add(self.batch_first, attributes, module)
         return "batch first"
 
-    def _serves_all(self, x: Tensor, output: Tensor) -> bool:
+    def _serves_all(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         """Return whether this call serves all examples of the batch, so that its output is to be repeated."""
         if x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self.layouts.repeated:
             return False
-        return x.dim() == 1 or len(x) == 1
+        return isinstance(module, nn.Embedding) if x.dim() == 1 else len(x) == 1
 
     def _repeated(self, tensor: Tensor) -> Tensor:
         """Return `[1, ...]` or `[T, ...]` as `[B, ...]` or `[B, T, ...]`."""
