@@ -136,6 +136,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "row_us": median(ours) * 1e6,
         "plain_us": median(theirs) * 1e6,
         "loop_us": median(loop) * 1e6,
+        "plain_loop_us": median(plain_loop) * 1e6,
         "ratio": median(p / o for p, o in zip(theirs, ours, strict=True)),
         "rounds_ratio": [p / o for p, o in zip(theirs, ours, strict=True)],
         "times_the_loop": median(slow / o for slow, o in zip(loop, ours, strict=True)),

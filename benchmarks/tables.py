@@ -339,7 +339,40 @@ def peers() -> str:
     return importlib.import_module("benchmarks.peers.collect").printed(read("peers"))  # type: ignore[no-any-return]
 
 
+def attribution() -> str:
+    content = read("attribution")
+    head = ("model", "plain step, µs", "build, µs", "ratio", "loop, µs", "plain loop, µs")
+    rows = [
+        (
+            row["model"],
+            *(f"{row[key]:,.0f}" for key in ("plain_us", "row_us")),
+            f"{row['ratio']:.2f}",
+            f"{row['loop_us']:,.0f}",
+            f"{row['plain_loop_us']:,.0f}",
+        )
+        for row in content["results"]
+    ]
+    return f"{table(head, *rows)}\n\n{where(content)}"
+
+
+def proofs() -> str:
+    content = read("proofs")
+    head = ("rows x checkpoints", "build, CPU s", "proofs", "checks", "audit", "together")
+    rows = [
+        (
+            f"{row['rows']:,} x {row['checkpoints']}",
+            f"{row['build_cpu_s']:.1f}",
+            *(f"{row[f'{part}_cpu_s'] / row['build_cpu_s']:.1%}" for part in ("proofs", "checks", "audit")),
+            f"{row['share']:.1%}",
+        )
+        for row in content["results"]
+    ]
+    return f"{table(head, *rows)}\n\n{where(content)}"
+
+
 _MAKERS = (
+    attribution,
+    proofs,
     recall,
     retrieval,
     growth,
