@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from torch.nn import functional as F
 
 import oracle
 import ragged
-from tracin_ann import factors
-from tracin_ann.errors import GradientProofError
+from tasks.toy import CONFIG, toy
+from tracin_ann import build, factors
+from tracin_ann.errors import GradientProofError, MisplacedRowsError
 from tracin_ann.gradients import GradientEngine
 from tracin_ann.layers.attribution import Arrangement, WeightCode, is_uniform
 from tracin_ann.layers.base import Call, LayoutError
@@ -120,6 +123,17 @@ def test_examples_in_another_order_than_was_proven_are_noticed_in_a_checked_batc
     twisted = [(x + 20 * (x == rows[0][0]), y) for x, y in rows]
     with pytest.raises(GradientProofError, match="layer head: the rows of its input are not the batch's examples"):
         gradients(engine, twisted)
+
+
+def test_a_build_that_notices_it_keeps_no_features_and_goes_through_with_batches_of_one(tmp_path):
+    model = Twisted().eval()
+    data = [(torch.rand(3) + (20 if i >= 32 else 0), i % 4) for i in range(96)]
+    task = toy(tmp_path, model, train_data=lambda: data, query_data=lambda: data[:4])
+    config = replace(CONFIG, partition_rows=16)
+    with pytest.raises(MisplacedRowsError, match="--batch-size 1"):
+        build(task, tmp_path / "out", config)
+    assert not list((tmp_path / "out" / "features").glob("*.h5"))
+    assert build(task, tmp_path / "out", replace(config, batch_size=1)).rows_extracted == 2 * 96
 
 
 def test_a_row_that_is_not_finite_does_not_make_a_checked_batch_look_misplaced():

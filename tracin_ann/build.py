@@ -31,7 +31,7 @@ from tracin_ann.columns import FILE as COLUMNS
 from tracin_ann.columns import gathered, write_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
-from tracin_ann.errors import DamagedIndexError, IndexMismatchError, UsageError, problem
+from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError, UsageError, problem
 from tracin_ann.extraction import Extracted, Extraction, data_is_dearer
 from tracin_ann.files import atomic_path, is_temporary
 from tracin_ann.generations import (
@@ -46,6 +46,7 @@ from tracin_ann.generations import (
     next_folder,
     published,
     settled,
+    unnamed_files,
 )
 from tracin_ann.locks import WRITER, writing
 from tracin_ann.manifest import (
@@ -372,7 +373,13 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         if table is not None:
             write_columns(folder / COLUMNS, table)
         features = work.config.features(record.spec.rank_one)
-        done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+        try:
+            done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+        except MisplacedRowsError:
+            # Files that are whole would be gone on with, and rows in them may be wrong.
+            for path in unnamed_files(store, start.manifest, missing):
+                path.unlink(missing_ok=True)
+            raise
         removed = removed_ids(work.out, start.manifest)
         auditor = Auditor(model, store, features, report)
         audits = audit_build(auditor, Built(done, start, missing, removed, work.config.seed))

@@ -35,6 +35,10 @@ class GradientProofError(TaskError):
     """No step of the ladder gives per-example gradients that agree with autograd."""
 
 
+class MisplacedRowsError(GradientProofError):
+    """Examples lie otherwise in a layer's input than when its gradients were proven; earlier batches may be wrong."""
+
+
 class IndexMismatchError(TracinAnnError):
     """A query or a build does not fit the index in the directory."""
 

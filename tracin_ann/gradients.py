@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, first_line
+from tracin_ann.errors import GradientProofError, MisplacedRowsError, NonFiniteError, TaskError, first_line
 from tracin_ann.factors import Dense, Form, converted, form_dtype
 from tracin_ann.functional import derivatives_by_forward_mode, gradients_by_vmap
 from tracin_ann.graph import PlainGradients, Weighting, in_half, plain_gradients, requiring_grad
@@ -160,6 +160,7 @@ class GradientEngine:
             TaskError: the loss breaks the contract.
             NonFiniteError: a loss or gradient is NaN or infinite in a batch that had to be proven.
             GradientProofError: no step of the ladder agrees with autograd.
+            MisplacedRowsError: the examples lie otherwise in a layer's input than when it was proven.
         """
         if self._plan is None:
             self.prove(batch)
@@ -198,7 +199,7 @@ class GradientEngine:
         self._n_batches += 1
         done = self._capture.run(lambda: self.losses(batch), len(batch), sink, watched, checking=checking)
         if self._capture.misplaced:
-            raise GradientProofError(misplaced(self._capture.misplaced, batch.ids))
+            raise MisplacedRowsError(misplaced(self._capture.misplaced, batch.ids))
         failures = self._capture.failures | {
             name: "a loss of this batch reaches it, and none before did"
             for name, reached in zip(unreached, done.watched_reached, strict=True)
