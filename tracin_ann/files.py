@@ -88,9 +88,11 @@ def read_json(path: Path, remedy: str = _JSON_REMEDY) -> dict[str, object]:
         OSError: the system cannot read it.
     """
     with reading(path, "a JSON file", remedy), open_plain(path) as file:
-        data = file.read(_LARGEST_JSON + 1)
-        if len(data) > _LARGEST_JSON:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST_JSON:
             raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
+        # A read takes memory for all that it asks for.
+        data = file.read(size)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
