@@ -101,6 +101,8 @@ def test_csv_guards_texts_unless_told_not_to(folder: Path, tmp_path: Path) -> No
         assert {float(record["score"]) < 0 for record in records} == {True, False}
     refused = ask(folder, *asked, "--csv-raw", "--format", "jsonl")
     assert refused.exit_code == 2 and "--csv-raw changes CSV: got --format jsonl" in refused.stderr
+    refused = ask(folder, *asked, "--csv-raw", "--html", tmp_path / "a.html")
+    assert refused.exit_code == 2 and "--csv-raw changes CSV: got --html alone" in refused.stderr
 
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -47,6 +47,17 @@ def _keep_raw(context: click.Context, parameter: click.Parameter, value: bool) -
     context.meta[_CSV_RAW] = value
 
 
+def refuse_raw(got: str) -> None:
+    """Refuse `--csv-raw` where no CSV is written.
+
+    Raises:
+        UsageError: it was given.
+    """
+    if _is_raw():
+        what, remedy = "--csv-raw changes CSV", "give --format csv, or drop --csv-raw"
+        raise UsageError(problem(what, got=got, expected="--format csv", remedy=remedy))
+
+
 def _is_raw() -> bool:
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(_CSV_RAW))
@@ -101,6 +112,7 @@ class Sink:
             OSError: results are to go to stdout, and it is closed.
         """
         if html is not None and form is None and output is None:
+            refuse_raw("--html alone")
             return cls("none", None)
         path = None if output is None else Path(output)
         end = "" if path is None else path.suffix.removeprefix(".")
@@ -117,9 +129,8 @@ class Sink:
         if path is None and chosen == "parquet":
             what = "Parquet is no text"
             raise UsageError(problem(what, got="no file", expected="--output FILE", remedy="name a file"))
-        if _is_raw() and chosen != "csv":
-            what, remedy = "--csv-raw changes CSV", "give --format csv, or drop --csv-raw"
-            raise UsageError(problem(what, got=f"--format {chosen}", expected="--format csv", remedy=remedy))
+        if chosen != "csv":
+            refuse_raw(f"--format {chosen}")
         if path is None:
             expect_stdout()
         return cls(chosen, path, _is_raw())

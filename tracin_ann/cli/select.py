@@ -18,7 +18,7 @@ from tracin_ann.cli.opened import (
     positions,
     row_filter,
 )
-from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.output import Sink, output_options, refuse_raw
 
 if TYPE_CHECKING:
     from tracin_ann.index import InfluenceIndex
@@ -56,6 +56,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     from tracin_ann.questions.subset import Subset, select
 
     listed = form is None and output is not None and output.endswith(".txt")
+    if listed:
+        refuse_raw(f"--output {output}")
     sink = None if listed else Sink.of(form, output)
     index = opened(directory, options)
     named = options["ids"]
