@@ -113,7 +113,7 @@ class WeightCode:
         """
         norm_R = torch.linalg.vector_norm(plain_RJ, dim=1)
         rounding_R = self.precision.rounding(norm_R)
-        if guess_R is not None and not self._differ(plain_RJ, weighted, guess_R, rounding_R):
+        if guess_R is not None and not self._contradicts(plain_RJ, weighted, guess_R, rounding_R):
             return guess_R
         number_R = torch.zeros(len(plain_RJ), dtype=torch.int64, device=plain_RJ.device)
         mixed_R = torch.zeros(len(plain_RJ), dtype=torch.bool, device=plain_RJ.device)
@@ -139,9 +139,9 @@ class WeightCode:
         plain_RJ, *weighted = (torch.where(finite_R1, each, 0) for each in (plain_RJ, *weighted))
         norm_R = torch.linalg.vector_norm(plain_RJ, dim=1)
         floor = self.precision.floor * norm_R.amax()
-        return self._differ(plain_RJ, weighted, example_R, self.precision.refuted * norm_R + floor)
+        return self._contradicts(plain_RJ, weighted, example_R, self.precision.refuted * norm_R + floor)
 
-    def _differ(self, plain_RJ: Tensor, weighted: Sequence[Tensor], example_R: Tensor, rounding_R: Tensor) -> bool:
+    def _contradicts(self, plain_RJ: Tensor, weighted: Sequence[Tensor], example_R: Tensor, rounding_R: Tensor) -> bool:
         weights_KR = torch.where(example_R >= 0, self.weights_KB[:, example_R], 0).to(plain_RJ.dtype)
         return any(
             bool(_differ(weighted_RJ, plain_RJ, weight_R, rounding_R).any())
