@@ -257,7 +257,7 @@ def test_all_commands_are_walked() -> None:
 
 
 def test_real_kills_of_real_processes() -> None:
-    words = [sys.executable, "-m", "benchmarks.kills", "--kills", "5", "--rows", "300", "--print"]
+    words = [sys.executable, "-m", "benchmarks.reliability.kills", "--kills", "5", "--rows", "300", "--print"]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,8 @@
 
 Each sketch is linear and unbiased, draws its random numbers from the library's generator, and has the interface of the
 library's sketches for materialised gradients: `parameter(key, device, dtype).add(out_BD, Dense(grad_BP))`. The
-hashes of the whole gradient are CountSketch (Charikar et al. 2002) and TensorSketch (Pham and Pagh 2013). Masked factors followed
-by a hash are those of FactGraSS (Hu et al. 2025).
+hashes of the whole gradient are CountSketch (Charikar et al. 2002) and TensorSketch (Pham and Pagh 2013). Masked
+factors followed by a hash are those of FactGraSS (Hu et al. 2025).
 """
 
 from __future__ import annotations
