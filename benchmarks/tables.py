@@ -204,7 +204,8 @@ def _describe_search(content: dict[str, Any]) -> str:
         "the search index alone, on features that are already computed; query features and exact re-scoring are not "
         f"included. The feature files have partitions of {partition_rows:,} rows, {times:g} times the default; the "
         "rates of queries one by one hold for this size. Lists use the settings that reach the target recall on these "
-        "queries with the fewest scored rows; if no setting reaches it, the one with the highest recall. Cells with two figures are proponents / opponents."
+        "queries with the fewest scored rows; if no setting reaches it, the one with the highest recall. "
+        "Cells with two figures are proponents / opponents."
     )
 
 

@@ -61,7 +61,7 @@ def make_task(folder: Path, n_rows: int) -> Task:
 
 
 def compute_digest(*contents: bytes) -> str:
-    return hashlib.blake2b(b"".join(contents), digest_size=8).hexcompute_digest()
+    return hashlib.blake2b(b"".join(contents), digest_size=8).hexdigest()
 
 
 def query(index: InfluenceIndex, search: str) -> str:
