@@ -70,7 +70,8 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
     n_rows = size * options.batches * (16 if "CNN" in name else 1)
     with tempfile.TemporaryDirectory() as folder:
         passes = Passes(models.make_task(name, folder, n_rows), PassOptions(torch.device("cpu"), size))
-        data = list(passes.data("train"))
+        train_data = passes.data("train")
+        data = [train_data[i] for i in range(n_rows)]
         with passes.model() as model:
             model.load(0)
             model.engine("train").prove(next(model.batches("train", range(size))))
