@@ -34,7 +34,7 @@ docs: $(STAMP)-docs
 	$(PY) -m mkdocs build --strict $(ARGS)
 
 fuzz: $(STAMP)-dev
-	$(PY) -m benchmarks.fuzz $(ARGS)
+	$(PY) -m benchmarks.reliability.fuzz $(ARGS)
 
 format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .

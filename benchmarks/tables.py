@@ -1,415 +1,573 @@
-"""README's and the design notes' tables from the committed result files: printed, or put into the documents named."""
+"""Tables of the documents from the result files: printed, or written into the documents that are named."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS
+from benchmarks.common.results import read_results
+
+OUTPUT = "the documents that are named"
+Row = tuple[str, ...]
+Results = list[dict[str, Any]]
+
+SIDES = ("proponents", "opponents")
+TARGETS = ("0.95", "0.98")
+DEFAULT_PARTITION_ROWS = 8192
+# For result files that do not record it: benchmarks.retrieval.rows wrote all of them with this size.
+RETRIEVAL_PARTITION_ROWS = 65_536
 
 
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(*rows: tuple[str, ...]) -> str:
+def format_table(*rows: Row) -> str:
+    """Return a Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def where(content: dict[str, Any]) -> str:
+def format_environment(content: dict[str, Any]) -> str:
+    """Return the line below a table: machine, threads, versions and date."""
     machine = content["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return f"{machine['machine']}; {machine['device']}; {versions}; {machine['date']}"
 
 
+def compose(scope: str, *parts: str) -> str:
+    """Return a caption line, which says what was measured, and the parts below it."""
+    return "\n\n".join([f"Scope: {scope}", *parts])
+
+
+def format_sides(values: Iterable[float], form: str = ".3f") -> str:
+    """Return the figures of proponents and opponents in one cell."""
+    return " / ".join(format(value, form) for value in values)
+
+
+def find_sides(figures: dict[str, Any]) -> Results:
+    """Return the figures of proponents and opponents."""
+    return [figures[side] for side in SIDES]
+
+
+# Features
+
+
+def features() -> str:
+    content = read_results("features")
+    rows: list[Row] = [
+        ("model", "parameters", "plain step, µs/row", "build, µs/row", "plain/build", "plain channels-last/build")
+    ]
+    for row in content["results"]:
+        costs = (f"{row['plain_us']:,.0f}", f"{row['row_us']:,.0f}", f"{row['ratio']:.2f}")
+        has_images = row["plain_channels_last_us"] != row["plain_us"]
+        channels_last = f"{row['ratio_to_channels_last']:.2f}" if has_images else "–"
+        rows.append((row["model"], f"{row['parameters']:,}", *costs, channels_last))
+    scope = (
+        f"whole builds by `tracin_ann.build` with D = {content['settings']['dim']:,}; other settings are the defaults, "
+        "except the batch size (equal to that of the plain step) and the estimate of fidelity (off). "
+        "The plain step is batched forward and backward."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def budget() -> str:
+    content = read_results("budget")
+    steps = ("reading", "forward", "input_gradients", "sketch", "storing")
+    rows: list[Row] = [("model", "plain step", *(step.replace("_", " ") for step in steps), "operations, plain/build")]
+    for row in content["results"]:
+        name = row["model"] + (", channels last" if row["channels_last"] else "")
+        costs = (f"{row[f'{step}_us']:,.0f}" for step in ("plain", *steps))
+        rows.append((name, *costs, f"{row['arithmetic_ratio']:.2f}"))
+    scope = "the steps of feature extraction alone, in µs per row; storing runs in its own thread during a build."
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def memory() -> str:
+    content = read_results("memory")
+    rows: list[Row] = [("model", "rows", "plain training, MB", "build, MB")]
+    for row in content["results"]:
+        name = row["model"].replace("cheap", "small")  # the name in earlier result files
+        plain = f"{row['plain_mb']:,.0f}" if "plain_mb" in row else "–"
+        rows.append((name, f"{row['rows']:,}", plain, f"{row['build_mb']:,.0f}"))
+    scope = (
+        'peak memory of a process that runs a whole build by `tracin_ann.build` with `index="flat"`. Other settings '
+        "are the defaults, except the batch size (equal to that of plain training) and, for the small MLP, D = 64."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def precision() -> str:
+    content = read_results("precision")
+    rows: list[Row] = [
+        ("model", "score error of bf16", "of the sketch", "recall fp32", "recall bf16", "µs/row, fp32 / bf16")
+    ]
+    for row in content["results"]:
+        recalls = (format_sides(row[f"{side}_{p}"] for side in SIDES) for p in ("fp32", "bf16"))
+        times = format_sides((row[f"row_us_{p}"] for p in ("fp32", "bf16")), ",.0f")
+        rows.append((row["model"], f"{row['score_error']:.2%}", f"{row['sketch_error']:.1%}", *recalls, times))
+    scope = (
+        f"feature extraction alone (D = {content['settings']['dim']:,}). Recall@10 of true TracInCP for "
+        "proponents / opponents; errors are relative root mean squares."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def attribution() -> str:
+    content = read_results("attribution")
+    rows: list[Row] = [("model", "plain step, µs", "build, µs", "plain/build", "loop, µs", "plain loop, µs")]
+    for row in content["results"]:
+        costs = (f"{row[key]:,.0f}" for key in ("plain_us", "row_us"))
+        loops = (f"{row[key]:,.0f}" for key in ("loop_us", "plain_loop_us"))
+        rows.append((row["model"], *costs, f"{row['ratio']:.2f}", *loops))
+    settings = content["settings"]
+    scope = (
+        f"whole builds by `tracin_ann.build`, time per graph, D = {settings['dim']:,}, {settings['batch_size']} graphs "
+        "per batch; other settings are the defaults. The loops process one graph at a time."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def proofs() -> str:
+    content = read_results("proofs")
+    rows: list[Row] = [("rows × checkpoints", "build, CPU s", "proofs", "batch checks", "audit", "total")]
+    for row in content["results"]:
+        shares = (f"{row[f'{part}_cpu_s'] / row['build_cpu_s']:.1%}" for part in ("proofs", "checks", "audit"))
+        size = f"{row['rows']:,} × {row['checkpoints']}"
+        rows.append((size, f"{row['build_cpu_s']:.1f}", *shares, f"{row['share']:.1%}"))
+    scope = f"whole builds by `tracin_ann.build`, D = {content['settings']['dim']:,}; other settings are the defaults."
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+# Fidelity
+
+
 def recall() -> str:
-    content = read("recall_mnist")
-    by_sketch: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    content = read_results("recall_mnist")
+    by_sketch: dict[str, Results] = defaultdict(list)
     for row in content["results"]:
         by_sketch[row["sketch"]].append(row)
-    rows = [("sketch", "proponents", "opponents", "re-scored exactly (200 candidates)")]
+    settings = content["settings"]
+    rows: list[Row] = [("sketch", *SIDES, f"re-scored exactly ({settings['candidates']} candidates)")]
     for name, seeds in by_sketch.items():
-        figures = [
-            mean(s[kind][side] for s in seeds) for kind in ("stored", "exact") for side in ("proponents", "opponents")
-        ]
-        up, down, exact_up, exact_down = (f"{x:.3f}" for x in figures)
-        rows.append((name, up, down, f"{exact_up} / {exact_down}"))
-    return f"{table(*rows)}\n\n{where(content)}"
+        stored, exact = ([mean(s[kind][side] for s in seeds) for side in SIDES] for kind in ("stored", "exact"))
+        rows.append((name, *(f"{x:.3f}" for x in stored), format_sides(exact)))
+    scope = (
+        f"whole builds by `tracin_ann.build` and queries by `InfluenceIndex.query`, D = {settings['dim']:,}; other "
+        "settings are the defaults. Recall@10 of true TracInCP, "
+        f"{settings['rows']:,} rows, {settings['queries']} queries, mean of {settings['seeds']} seeds."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
 
 
-def _lists(name: str, found: dict[str, Any], n_rows: int) -> list[tuple[str, ...]]:
-    """Return a row for each of the two recalls that lists were set to."""
-    rows = []
-    for target in ("0.95", "0.98"):
-        chosen, times = found[f"at_{target}"], found["times"]
-        sides = [(chosen[side], times[f"{side} {target}"]) for side in ("proponents", "opponents")]
-        rows.append(
-            (
-                f"{name}, for {target}",
-                _both(point["recall"] for point, _ in sides),
-                _both((point["p10"] for point, _ in sides), ".2f"),
-                _both((point["scored"] / n_rows for point, _ in sides), ".2%"),
-                _both((1 / time["batch"] for _, time in sides), ",.0f"),
-                _both((1 / time["single"] for _, time in sides), ",.0f"),
-                f"{found['bytes_a_row']:.0f}",
-                f"{found['build_seconds']:.0f}",
-            )
-        )
-    return rows
+def fidelity() -> str:
+    """Return recall of each sketch, one table per direction."""
+    content = read_results("fidelity")
+    cells: dict[tuple[str, str], Results] = defaultdict(list)
+    for row in content["results"]:
+        cells[row["sketch"], row["model"]].append(row)
+    sketches, models = (list(dict.fromkeys(pair[i] for pair in cells)) for i in (0, 1))
+    tables = []
+    for side in SIDES:
+        rows: list[Row] = [(f"sketch, {side}", *models)]
+        for sketch in sketches:
+            rows.append((sketch, *(_format_spread([r[side] for r in cells[sketch, model]]) for model in models)))
+        tables.append(format_table(*rows))
+    settings = content["settings"]
+    scope = (
+        f"the sketches alone, D = {settings['dim']:,}. Recall@10 of true TracInCP, "
+        f"mean ± standard deviation of {settings['seeds']} seeds."
+    )
+    return compose(scope, *tables, format_environment(content))
 
 
-_RETRIEVAL = ("index", "recall@10", "10th percentile", "scored", "queries/s, many at once", "one by one", "bytes a row")
+def _format_spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+# Retrieval
+
+_QUALITY: Row = ("index", "recall@10", "10th percentile of recall", "scored rows")
+_COST: Row = ("index", "queries/s in a batch", "queries/s one by one", "bytes/row", "build, s")
+
+
+def _describe_search(content: dict[str, Any]) -> str:
+    settings = content["settings"]
+    partition_rows = settings.get("partition_rows", RETRIEVAL_PARTITION_ROWS)
+    times = partition_rows / DEFAULT_PARTITION_ROWS
+    return (
+        "the search index alone, on features that are already computed; query features and exact re-scoring are not "
+        f"included. The feature files have partitions of {partition_rows:,} rows, {times:g} times the default; the "
+        "rates of queries one by one hold for this size. Lists use the settings that reach the target recall on these "
+        "queries with the fewest scored rows; if no setting reaches it, the one with the highest recall. "
+        "Cells with two figures are proponents / opponents."
+    )
+
+
+def _name_rival(rival: dict[str, Any]) -> str:
+    return rival["rival"] + "".join(f", {key} {rival[key]}" for key in ("nprobe", "ef") if key in rival)
+
+
+def _format_quality(name: str, sides: Results, n_rows: int) -> Row:
+    return (
+        name,
+        format_sides(side["recall"] for side in sides),
+        format_sides((side["p10"] for side in sides), ".2f"),
+        format_sides((side["scored"] / n_rows for side in sides), ".2%"),
+    )
+
+
+def _format_lists(name: str, figures: dict[str, Any], n_rows: int, target: str) -> tuple[Row, Row]:
+    """Return the rows of quality and cost of lists that are set to a recall."""
+    sides = find_sides(figures[f"at_{target}"])
+    times = [figures["times"][f"{side} {target}"] for side in SIDES]
+    name = f"{name}, target {target}"
+    cost = (
+        name,
+        format_sides((1 / time["batch"] for time in times), ",.0f"),
+        format_sides((1 / time["single"] for time in times), ",.0f"),
+        f"{figures['bytes_a_row']:.0f}",
+        f"{figures['build_seconds']:.0f}",
+    )
+    return _format_quality(name, sides, n_rows), cost
 
 
 def retrieval() -> str:
-    """Return what one million rows take: ours at two recalls, exact scans."""
-    content = read("retrieval_compact")
-    big = content["results"][0]
-    rows = [(*_RETRIEVAL, "built in, s")]
-    rows += _lists("lists", big["sq8"], big["rows"]) + _lists("lists, `--compact`", big["sq4"], big["rows"])[:1]
+    """Return recall and cost of lists and exact scans with one million rows."""
+    content = read_results("retrieval_compact")
+    result = content["results"][0]
+    n_rows = result["rows"]
+    pairs = [_format_lists("lists", result["sq8"], n_rows, target) for target in TARGETS]
+    pairs.append(_format_lists("lists, `--compact`", result["sq4"], n_rows, TARGETS[0]))
     for name, shown in (("scan", "exact scan, float32 in memory"), ("scan of the files", "exact scan of the files")):
-        time = big["sq8"]["times"][name]
-        rates = (f"{2 / time[kind]:,.1f}" for kind in ("batch", "single"))
-        rows.append((f"{shown}, both directions (counted as two)", "1.000", "1.00", "100%", *rates, "–", "–"))
-    return f"{table(*rows)}\n\n{where(content)}"
+        # A scan computes both directions at once, which count as two queries.
+        rates = (f"{2 / result['sq8']['times'][name][kind]:,.1f}" for kind in ("batch", "single"))
+        pairs.append(((shown, "1.000", "1.00", "100%"), (shown, *rates, "–", "–")))
+    quality, cost = zip(*pairs, strict=True)
+    scope = f"{_describe_search(content)} {n_rows:,} rows; a scan of both directions counts as two queries."
+    return compose(scope, format_table(_QUALITY, *quality), format_table(_COST, *cost), format_environment(content))
 
 
 def rivals() -> str:
-    """Return other indexes of the same million rows beside ours, in one run on one thread."""
-    content = read("retrieval_rivals")
-    big = content["results"][0]
-    rows = [(*_RETRIEVAL, "built in, s"), *_lists("lists", big["sq8"], big["rows"])]
-    for rival in big["rivals"]:
-        name = rival["rival"] + "".join(f", {key} {rival[key]}" for key in ("nprobe", "ef") if key in rival)
-        sides = [rival["proponents"], rival["opponents"]]
-        rows.append(
-            (
-                name,
-                _both(side["recall"] for side in sides),
-                _both((side["p10"] for side in sides), ".2f"),
-                _both((side["scored"] / big["rows"] for side in sides), ".2%"),
-                _both((1 / side["batch"] for side in sides), ",.0f"),
-                "–",
-                f"{rival['bytes_a_row']:,}",
-                f"{rival['build_seconds']:.0f}",
-            )
-        )
-    return f"{table(*rows)}\n\n{where(content)}"
+    """Return recall and cost of lists and other indexes of the same rows, in one run."""
+    content = read_results("retrieval_rivals")
+    result = content["results"][0]
+    n_rows = result["rows"]
+    pairs = [_format_lists("lists", result["sq8"], n_rows, target) for target in TARGETS]
+    for rival in result["rivals"]:
+        name, sides = _name_rival(rival), find_sides(rival)
+        rate = format_sides((1 / side["batch"] for side in sides), ",.0f")
+        cost = (name, rate, "–", f"{rival['bytes_a_row']:,}", f"{rival['build_seconds']:.0f}")
+        pairs.append((_format_quality(name, sides, n_rows), cost))
+    quality, cost_rows = zip(*pairs, strict=True)
+    scope = f"{_describe_search(content)} {n_rows:,} rows."
+    tables = (format_table(_QUALITY, *quality), format_table(_COST, *cost_rows))
+    return compose(scope, *tables, format_environment(content))
 
 
 def language() -> str:
-    """Return recall and what is scored over windows of text, and rivals at the largest size."""
-    content = read("retrieval_language")
-    rows = [("rows", "index", "recall@10", "scored", "queries/s, many at once")]
+    """Return recall and speed over windows of text, with other indexes at the largest size."""
+    content = read_results("retrieval_language")
+    rows: list[Row] = [("rows", "index", "recall@10", "scored rows", "queries/s in a batch")]
     for result in content["results"]:
-        n_rows = result["rows"]
-        for target in ("0.95", "0.98"):
-            found = result["sq8"][f"at_{target}"]
-            times = result["sq8"]["times"]
-            sides = [found[side] for side in ("proponents", "opponents")]
-            rates = [1 / times[f"{side} {target}"]["batch"] for side in ("proponents", "opponents")]
-            shares = _both((side["scored"] / n_rows for side in sides), ".2%")
-            recall = _both(side["recall"] for side in sides)
-            rows.append((f"{n_rows:,}", f"lists, for {target}", recall, shares, _both(rates, ",.0f")))
+        n_rows, ours = result["rows"], result["sq8"]
+        found = [
+            (
+                f"lists, target {target}",
+                find_sides(ours[f"at_{target}"]),
+                [ours["times"][f"{side} {target}"]["batch"] for side in SIDES],
+            )
+            for target in TARGETS
+        ]
         for rival in result.get("rivals", []):
-            name = rival["rival"] + "".join(f", {key} {rival[key]}" for key in ("nprobe", "ef") if key in rival)
-            sides = [rival[side] for side in ("proponents", "opponents")]
-            shares = _both((side["scored"] / n_rows for side in sides), ".2%")
-            recall = _both(side["recall"] for side in sides)
-            rates = [1 / side["batch"] for side in sides]
-            rows.append((f"{n_rows:,}", name, recall, shares, _both(rates, ",.0f")))
-    return f"{table(*rows)}\n\n{where(content)}"
+            sides = find_sides(rival)
+            found.append((_name_rival(rival), sides, [side["batch"] for side in sides]))
+        for name, sides, times in found:
+            _, recall_cell, _, scored = _format_quality(name, sides, n_rows)
+            rows.append((f"{n_rows:,}", name, recall_cell, scored, format_sides((1 / t for t in times), ",.0f")))
+    return compose(_describe_search(content), format_table(*rows), format_environment(content))
 
 
 def growth() -> str:
-    """Return what recall .95 and .98 take as rows grow, and the exponents of N."""
-    content = read("retrieval")
-    results = content["results"] + read("retrieval_growth")["results"]
-    rows = [
-        ("rows", "lists", "scored for .95", "scored for .98", "ms for .95", "ms for .98", "built in, s", "bytes a row")
+    """Return scored rows and time at two recalls as the rows grow, and exponents of N."""
+    content = read_results("retrieval")
+    results = content["results"] + read_results("retrieval_growth")["results"]
+    rows: list[Row] = [
+        ("rows", "lists", "scored at 0.95", "scored at 0.98", "ms at 0.95", "ms at 0.98", "build, s", "bytes/row")
     ]
     series: dict[tuple[str, str], list[float]] = defaultdict(list)
     for result in results:
         found, cells = result["sq8"], []
         for kind in ("scored", "batch"):
-            for target in ("0.95", "0.98"):
-                values = [
-                    found[f"at_{target}"][side]["scored"]
-                    if kind == "scored"
-                    else 1e3 * found["times"][f"{side} {target}"]["batch"]
-                    for side in ("proponents", "opponents")
-                ]
+            for target in TARGETS:
+                if kind == "scored":
+                    values = [side["scored"] for side in find_sides(found[f"at_{target}"])]
+                else:
+                    values = [1e3 * found["times"][f"{side} {target}"]["batch"] for side in SIDES]
                 series[kind, target].append(sum(values))
-                cells.append(_both(values, ",.0f" if kind == "scored" else ".2f"))
+                cells.append(format_sides(values, ",.0f" if kind == "scored" else ".2f"))
         build = f"{found['build_seconds']:,.0f}"
         rows.append((f"{result['rows']:,}", f"{found['lists']:,}", *cells, build, f"{found['bytes_a_row']:.0f}"))
     sizes = np.log([result["rows"] for result in results])
     slopes = (f"N^{np.polyfit(sizes, np.log(values), 1)[0]:.2f}" for values in series.values())
-    rows.append(("grows like", "", *slopes, "", ""))
-    return f"{table(*rows)}\n\n{where(content)}"
+    rows.append(("fitted growth", "", *slopes, "", ""))
+    scope = f"{_describe_search(content)} Times are ms per query in a batch, at a recall@10 of 0.95 and 0.98."
+    return compose(scope, format_table(*rows), format_environment(content))
 
 
 def calibration() -> str:
-    content = read("calibration")
+    content = read_results("calibration")
     summary, *cases = content["results"]
-    rows = [
-        ("direction", "lower bound, mean", "recall on fresh queries, mean", "least recall over bound", "bound broken")
+    rows: list[Row] = [
+        ("direction", "mean lower bound", "mean recall of new queries", "least recall minus bound", "bound violated")
     ]
-    for side in ("proponents", "opponents"):
+    for side in SIDES:
         found = [case[side] for case in cases]
         least = min(f["fresh"] - f["lower"] for f in found)
         figures = (mean(f["lower"] for f in found), mean(f["fresh"] for f in found))
-        broken = f"{sum(f['broken'] for f in found)} of {len(found)}"
-        rows.append((side, *(f"{x:.3f}" for x in figures), f"{least:+.3f}", broken))
-    flagged = ", ".join(f"{name} {n} of {len(cases)}" for name, n in summary["flagged"].items())
-    note = f"Shifted sets flagged: {flagged}; unshifted sets flagged: {summary['falsely_flagged']}."
-    return f"{table(*rows)}\n\n{note}\n\n{where(content)}"
-
-
-def reliability() -> str:
-    """Return what flips, fuzzing, readers, the soak and the checksums' cost came to."""
-    flips, fuzz, readers, soak, checksums = map(read, ("flips", "fuzz", "readers", "soak", "checksums"))
-    flipped = flips["results"]
-    found, missed = sum(r["found"] for r in flipped), sum(len(r["missed"]) for r in flipped)
-    asked = readers["results"]
-    wrong, errors = sum(r["wrong"] for r in asked), sum(len(r["errors"]) for r in asked)
-    soaked, altered = soak["results"][0], fuzz["results"][0]
-    files = f"{soaked['warm']['open_files']} then {soaked['end']['open_files']}"
-    rows = [
-        ("trial", "result"),
-        ("bytes flipped", f"{found} of {sum(r['flips'] for r in flipped)} found, {missed} missed"),
-        ("altered files", f"{altered['all']:,}, {len(altered['failures'])} failures"),
-        (
-            "answers beside a writer",
-            f"{sum(r['answers'] for r in asked):,} over {sum(r['generations_seen'] for r in asked)} generations, "
-            f"{wrong} wrong, {errors} errors",
-        ),
-        (
-            f"{soaked['queries']:,} queries",
-            f"memory grows by {soaked['growth']:.1%} after the first thousand; open files {files}",
-        ),
-        *((f"checksums, {r['what']}", f"{r['checksums']:.2%} of its CPU time") for r in checksums["results"]),
-    ]
-    return f"{table(*rows)}\n\n{where(readers)}"
+        violated = f"{sum(f['broken'] for f in found)} of {len(found)}"
+        rows.append((side, *(f"{x:.3f}" for x in figures), f"{least:+.3f}", violated))
+    flagged = ", ".join(f"{name}: {n} of {len(cases)}" for name, n in summary["flagged"].items())
+    note = f"Shifted sets that were flagged: {flagged}. Unshifted sets that were flagged: {summary['falsely_flagged']}."
+    scope = f"the search index alone, {content['settings']['rows']:,} rows per case, calibrated on 400 queries."
+    return compose(scope, format_table(*rows), note, format_environment(content))
 
 
 def end_to_end() -> str:
-    """Return recall of true TracInCP after exact re-scoring, over all MNIST rows, and its cost."""
-    content = read("end_to_end")
-    brute, *found = content["results"]
-    rows = [
-        ("candidates a side", "recall@10", "10th percentile", "rows run for one query", "for all 50 at once")
-        + ("time of the 50, of an exact scan's", "steps a row", "in the second round")
+    """Return recall of true TracInCP after exact re-scoring over all MNIST rows, and its cost."""
+    content = read_results("end_to_end")
+    _, *found = content["results"]
+    settings = content["settings"]
+    quality: list[Row] = [("candidates per direction", "recall@10", "10th percentile of recall")]
+    n_queries = settings["queries"]
+    cost: list[Row] = [
+        ("candidates per direction", "rows run, 1 query", f"rows run, {n_queries} queries", "time/exact scan")
+        + ("plain steps/row", "in round 2")
     ]
     for row in found:
-        recall, low = (_both(row[f"{side}{end}"] for side in ("proponents", "opponents")) for end in ("", "_p10"))
-        shares = (f"{row[name]:.2%}" for name in ("share_alone", "share_of_scan", "time_of_scan"))
-        steps = (f"{row[name]:.2f}" for name in ("steps_a_row", "more_steps_a_row"))
-        rows.append((str(row["candidates"]), recall, low, *shares, *steps))
-    return f"{table(*rows)}\n\n{where(content)}"
+        name = str(row["candidates"])
+        ends = ([row[f"{side}{end}"] for side in SIDES] for end in ("", "_p10"))
+        quality.append((name, *map(format_sides, ends)))
+        shares = (f"{row[key]:.2%}" for key in ("share_alone", "share_of_scan", "time_of_scan"))
+        steps = (f"{row[key]:.2f}" for key in ("steps_a_row", "more_steps_a_row"))
+        cost.append((name, *shares, *steps))
+    scope = (
+        "a build by `tracin_ann.build` and queries by `InfluenceIndex.query` with exact re-scoring, "
+        f"{settings['rows']:,} rows, {n_queries} queries. Not the defaults: D = {settings['dim']:,}, "
+        '`index="ivf"` and queries of the lists with a recall of 0.98. '
+        " Rows and time are shares of an exact scan; the time is that of all queries in a batch."
+    )
+    return compose(scope, format_table(*quality), format_table(*cost), format_environment(content))
 
 
-def _both(values: Iterable[float], form: str = ".3f") -> str:
-    return " / ".join(format(value, form) for value in values)
+# Reliability
 
 
-def digits() -> str:
-    content = read("mislabelled_digits")
-    rows = [("self-influence", "AUC", "found in the first 10%", "in the first 20%", "worst seed, 20%")]
-    for kind in ("sketch", "exact"):
-        results = content["results"]
-        figures = [mean(r[f"{kind}_{name}"] for r in results) for name in ("auc", "found_at_10", "found_at_20")]
-        worst = min(r[f"{kind}_found_at_20"] for r in results)
-        rows.append((kind, f"{figures[0]:.3f}", *(f"{x:.1%}" for x in (*figures[1:], worst))))
-    return f"{table(*rows)}\n\n{where(content)}"
-
-
-def mislabelled() -> str:
-    """Return wrong labels found in the first tenth and fifth checked, and how many the estimate says to look at."""
-    content = read("mislabelled")
-    rows = [
+def reliability() -> str:
+    """Return the results of flips, fuzzing, readers and the soak, and the cost of checksums."""
+    flips, fuzz, readers, soak, checksums = map(read_results, ("flips", "fuzz", "readers", "soak", "checksums"))
+    flipped, queried = flips["results"], readers["results"]
+    found, missed = sum(r["found"] for r in flipped), sum(len(r["missed"]) for r in flipped)
+    wrong, errors = sum(r["wrong"] for r in queried), sum(len(r["errors"]) for r in queried)
+    soaked, altered = soak["results"][0], fuzz["results"][0]
+    files = f"{soaked['warm']['open_files']}, then {soaked['end']['open_files']}"
+    rows: list[Row] = [
+        ("trial", "result"),
+        ("flipped bytes", f"{found} of {sum(r['flips'] for r in flipped)} found, {missed} missed"),
+        ("altered files", f"{altered['all']:,}, {len(altered['failures'])} failures"),
         (
-            "data",
-            "wrong labels",
-            "ranked by",
-            "found in the first 10%",
-            "in the first 20%",
-            "told to look at",
-            "found there",
-        )
+            "answers during writes",
+            f"{sum(r['answers'] for r in queried):,} over {sum(r['generations_seen'] for r in queried)} generations, "
+            f"{wrong} wrong, {errors} errors",
+        ),
+        (
+            f"{soaked['queries']:,} queries in one process",
+            f"memory grows by {soaked['growth']:.1%} after the first thousand; open files: {files}",
+        ),
     ]
-    cases: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for result in content["results"]:
-        cases[result["data"], result["rate"]].append(result)
-    for (name, _), seeds in cases.items():
-        first = seeds[0]
-        told = f"{mean(s['look_at'] for s in seeds):,.0f}"
-        wrong = f"{first['flipped']:,} of {first['rows']:,}"
-        if not first["flipped"]:
-            rows.append((name, wrong, "–", "–", "–", told, "–"))
-            continue
-        there = f"{mean(s['found_there'] for s in seeds):.0%}"
-        shown_by = {"self-influence": "self-influence", "loss": "loss", "votes": "votes against"}
-        shown_by["loss-and-votes"] = "loss × votes against"
-        for by, shown in shown_by.items():
-            figures = [f"{mean(s[by][f'found_at_{share}%'] for s in seeds):.1%}" for share in (10, 20)]
-            rows.append((name, wrong, shown, *figures, *((told, there) if by == "loss-and-votes" else ("–", "–"))))
-    return f"{table(*rows)}\n\n{where(content)}"
-
-
-def features() -> str:
-    content = read("features")
-    rows = [
-        ("model", "parameters", "plain step, µs a row", "whole build, µs a row", "ratio", "to plain, channels last")
-    ]
-    for row in content["results"]:
-        costs = (f"{row['plain_us']:,.0f}", f"{row['row_us']:,.0f}", f"{row['ratio']:.2f}")
-        pictures = row["plain_channels_last_us"] != row["plain_us"]
-        last = f"{row['ratio_to_channels_last']:.2f}" if pictures else "–"
-        rows.append((row["model"], f"{row['parameters']:,}", *costs, last))
-    return f"{table(*rows)}\n\n{where(content)}"
-
-
-def budget() -> str:
-    content = read("budget")
-    parts = ("reading", "forward", "input_gradients", "sketch", "storing")
-    names = ("model", "plain", *(p.replace("_", " ") for p in parts), "arithmetic's limit")
-    rows = [names]
-    for row in content["results"]:
-        name = row["model"] + (", channels last" if row["channels_last"] else "")
-        costs = (f"{row[f'{part}_us']:,.0f}" for part in ("plain", *parts))
-        rows.append((name, *costs, f"{row['arithmetic_ratio']:.2f}"))
-    return f"{table(*rows)}\n\n{where(content)}"
-
-
-def memory() -> str:
-    content = read("memory")
-    rows = [("model", "rows", "plain training, MB", "build, MB")]
-    for row in content["results"]:
-        plain = f"{row['plain_mb']:,.0f}" if "plain_mb" in row else "–"
-        rows.append((row["model"], f"{row['rows']:,}", plain, f"{row['build_mb']:,.0f}"))
-    return f"{table(*rows)}\n\n{where(content)}"
-
-
-def precision() -> str:
-    content = read("precision")
-    rows = [("model", "error of scores", "of the sketch itself", "recall fp32", "recall bf16", "µs a row fp32 / bf16")]
-    for row in content["results"]:
-        recalls = (f"{row[f'proponents_{p}']:.3f} / {row[f'opponents_{p}']:.3f}" for p in ("fp32", "bf16"))
-        times = f"{row['row_us_fp32']:,.0f} / {row['row_us_bf16']:,.0f}"
-        rows.append((row["model"], f"{row['score_error']:.2%}", f"{row['sketch_error']:.1%}", *recalls, times))
-    return f"{table(*rows)}\n\n{where(content)}"
+    for row in checksums["results"]:
+        rows.append((f"checksums, {row['what'].replace('ask', 'query')}", f"{row['checksums']:.2%} of the CPU time"))
+    scope = (
+        "whole builds, queries, removals and verification through the public functions; for altered files, each "
+        "reader alone."
+    )
+    return compose(scope, format_table(*rows), format_environment(readers))
 
 
 def kills() -> str:
-    """Return how often commands were killed, what that left, what readers found, and how the commands ended."""
-    content = read("kills")
-    rows = [
-        (
-            "command",
-            "undisturbed, s",
-            "kills",
-            "left a temporary",
-            "found: no index, the old, the new",
-            "ends, all equal",
-        )
+    """Return the number of kills, the files that they left, what readers found, and how the commands ended."""
+    content = read_results("kills")
+    rows: list[Row] = [
+        ("command", "without kills, s", "kills", "temporary left", "reader found none / old / new", "ends, all equal")
     ]
     for row in content["results"]:
         found = " / ".join(f"{number}" for number in row["readers_found"].values())
         counts = (str(row["kills"]), str(row["left"]["a temporary"]), found, str(row["ended_as_undisturbed"]))
         rows.append((row["command"], f"{row['seconds']:.2f}", *counts))
-    return f"{table(*rows)}\n\n{where(content)}"
+    scope = f"whole builds and removals through the public functions, {content['settings']['rows']:,} rows."
+    return compose(scope, format_table(*rows), format_environment(content))
 
 
-def fidelity() -> str:
-    return importlib.import_module("benchmarks.fidelity").fidelity()  # type: ignore[no-any-return]
+# Labels
+
+
+def digits() -> str:
+    content = read_results("mislabelled_digits")
+    rows: list[Row] = [("self-influence", "AUC", "found in the first 10%", "in the first 20%", "worst seed, 20%")]
+    results = content["results"]
+    for kind in ("sketch", "exact"):
+        figures = [mean(r[f"{kind}_{name}"] for r in results) for name in ("auc", "found_at_10", "found_at_20")]
+        worst = min(r[f"{kind}_found_at_20"] for r in results)
+        rows.append((kind, f"{figures[0]:.3f}", *(f"{x:.1%}" for x in (*figures[1:], worst))))
+    settings = content["settings"]
+    scope = (
+        "whole builds by `tracin_ann.build` and `InfluenceIndex.self_influence`, "
+        f"D = {settings['dim']:,}; other settings are the defaults. Mean of {settings['seeds']} seeds."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def mislabelled() -> str:
+    """Return the wrong labels found in the first 10% and 20% of each ranking, and the estimate of their number."""
+    content = read_results("mislabelled")
+    rows: list[Row] = [
+        ("data", "wrong labels", "ranking", "found in first 10%", "first 20%", "estimated number", "found in these")
+    ]
+    cases: dict[tuple[str, float], Results] = defaultdict(list)
+    for result in content["results"]:
+        cases[result["data"], result["rate"]].append(result)
+    rankings = {"self-influence": "self-influence", "loss": "loss", "votes": "votes against"}
+    rankings["loss-and-votes"] = "loss × votes against"
+    for (name, _), seeds in cases.items():
+        first = seeds[0]
+        estimate = f"{mean(s['look_at'] for s in seeds):,.0f}"
+        wrong = f"{first['flipped']:,} of {first['rows']:,}"
+        if not first["flipped"]:
+            rows.append((name, wrong, "–", "–", "–", estimate, "–"))
+            continue
+        found = f"{mean(s['found_there'] for s in seeds):.0%}"
+        for by, shown in rankings.items():
+            figures = [f"{mean(s[by][f'found_at_{share}%'] for s in seeds):.1%}" for share in (10, 20)]
+            last = (estimate, found) if by == "loss-and-votes" else ("–", "–")
+            rows.append((name, wrong, shown, *figures, *last))
+    scope = (
+        "whole builds by `tracin_ann.build` and `tracin_ann.mislabelled`, with "
+        f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults.'
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+# Peers
 
 
 def peers() -> str:
-    return importlib.import_module("benchmarks.peers.collect").printed(read("peers"))  # type: ignore[no-any-return]
+    """Return speed and memory of each method of the peers, one table per model."""
+    content = read_results("peers")
+    by_model: dict[str, Results] = defaultdict(list)
+    for row in content["results"]:
+        by_model[row["model"]].append(row)
+    sizes = {model: max(row.get("parameters", 0) for row in rows) for model, rows in by_model.items()}
+    methods = list(dict.fromkeys(row["side"] for row in content["results"]))
+    parts = []
+    for model in sorted(by_model, key=lambda model: sizes[model]):
+        found = sorted(by_model[model], key=lambda row: methods.index(row["side"]))
+        head = ("method", "speed/plain step", "time/tracin_ann", "peak memory", "parameters covered")
+        rows = [head, *_format_baselines(found), *map(_format_peer, found)]
+        parts.append(f"{model}, {sizes[model] / 1e6:.2f} M parameters:\n\n{format_table(*rows)}")
+    places = (f"{peer}: {format_environment(run)}" for peer, runs in content["runs"].items() for run in runs)
+    scope = (
+        "feature extraction alone: gradients and projection, nothing is written. Speed is relative to batched forward "
+        "and backward. The figures of the plain step and of tracin_ann are medians over the runs of all peers."
+    )
+    return compose(scope, *parts, *dict.fromkeys(places))
 
 
-def attribution() -> str:
-    content = read("attribution")
-    head = ("model", "plain step, µs", "build, µs", "ratio", "loop, µs", "plain loop, µs")
-    rows = [
-        (
-            row["model"],
-            *(f"{row[key]:,.0f}" for key in ("plain_us", "row_us")),
-            f"{row['ratio']:.2f}",
-            f"{row['loop_us']:,.0f}",
-            f"{row['plain_loop_us']:,.0f}",
-        )
-        for row in content["results"]
-    ]
-    return f"{table(head, *rows)}\n\n{where(content)}"
+def _format_baselines(rows: Results) -> list[Row]:
+    """Return the plain step and the library, the median over the runs of all peers."""
+    complete = [row for row in rows if "failed" not in row]
+    if not complete:
+        return []
+    peaks = {who: _format_memory(median(row["peak_mb"][who] for row in complete)) for who in ("plain", "ours")}
+    speed = f"{median(row['ours_to_plain'] for row in complete):.2f}"
+    return [("plain step", "1", "–", peaks["plain"], "–"), ("tracin_ann", speed, "1×", peaks["ours"], "100%")]
 
 
-def proofs() -> str:
-    content = read("proofs")
-    head = ("rows x checkpoints", "build, CPU s", "proofs", "checks", "audit", "together")
-    rows = [
-        (
-            f"{row['rows']:,} x {row['checkpoints']}",
-            f"{row['build_cpu_s']:.1f}",
-            *(f"{row[f'{part}_cpu_s'] / row['build_cpu_s']:.1%}" for part in ("proofs", "checks", "audit")),
-            f"{row['share']:.1%}",
-        )
-        for row in content["results"]
-    ]
-    return f"{table(head, *rows)}\n\n{where(content)}"
+def _format_peer(row: dict[str, Any]) -> Row:
+    if "failed" in row:
+        return (row["side"], f"fails: {row['failed']}", "–", "–", "–")
+    speed, faster = f"{row['peer_to_plain']:.3g}", f"{row['times_faster']:.3g}×"
+    covered = row["covered"] / row["parameters"]
+    return (
+        row["side"],
+        speed,
+        faster,
+        _format_memory(row["peak_mb"]["peer"]),
+        "100%" if covered == 1 else f"{covered:.1%}",
+    )
 
 
-_MAKERS = (
-    attribution,
-    proofs,
-    recall,
-    retrieval,
-    growth,
-    calibration,
-    rivals,
-    language,
-    reliability,
-    end_to_end,
-    digits,
-    mislabelled,
-    features,
-    budget,
-    memory,
-    precision,
-    fidelity,
+def _format_memory(megabytes: float | str) -> str:
+    return f"{megabytes / 1000:.1f} GB" if isinstance(megabytes, int | float) else str(megabytes)
+
+
+_TABLES = (
+    *(features, budget, memory, precision, attribution, proofs),
+    *(recall, fidelity),
+    *(retrieval, rivals, language, growth, calibration, end_to_end),
+    *(reliability, kills),
+    *(digits, mislabelled),
     peers,
-    kills,
 )
-TABLES = {make.__name__: make for make in _MAKERS}
+TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in _TABLES}
+"""The functions that make the tables, by the name that documents use: `<!-- table: NAME -->` ... `<!-- end -->`."""
+
+_MARK = re.compile(r"^<!-- (?:table: (?P<name>\S+)|(?P<end>end)) -->$", re.MULTILINE)
 
 
-def filled(text: str) -> str:
-    """Return a document with what stands between `<!-- table: name -->` and `<!-- end -->` made anew."""
+def fill_tables(text: str) -> str:
+    """Return a document with the current table between each pair of marks.
 
-    def fill(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}"
-
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+    Raises:
+        ValueError: a mark that names no table, or marks that do not form pairs.
+    """
+    parts, position, opened = [], 0, None
+    for mark in _MARK.finditer(text):
+        if mark["name"] is not None and opened is None:
+            if mark["name"] not in TABLES:
+                raise ValueError(f"unknown table: got {mark['name']!r}, expected one of {', '.join(TABLES)}")
+            parts.append(f"{text[position : mark.end()]}\n{TABLES[mark['name']]()}\n")
+            opened, position = mark, mark.end()
+        elif mark["end"] is not None and opened is not None:
+            opened, position = None, mark.start()
+        else:
+            raise ValueError(f"marks of tables do not form pairs: {mark[0]!r} at character {mark.start()}")
+    if opened is not None:
+        raise ValueError(f"marks of tables do not form pairs: {opened[0]!r} has no end mark")
+    return "".join([*parts, text[position:]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("documents", nargs="*", type=Path, help="fill the tables that they name, in place")
+    parser.add_argument("documents", nargs="*", type=Path, help="documents whose tables are filled in place")
+    parser.add_argument("--table", choices=list(TABLES), help="print this table only")
     options = parser.parse_args()
-    for path in options.documents:
-        path.write_text(filled(path.read_text()))
-    if not options.documents:
+    if options.table and options.documents:
+        parser.error("--table prints a table; name documents or a table, not both")
+    # All documents are read first, so that an error leaves every file unchanged.
+    try:
+        filled = {path: fill_tables(path.read_text(encoding="utf-8")) for path in options.documents}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for path, text in filled.items():
+        path.write_text(text, encoding="utf-8")
+    if options.table:
+        print(TABLES[options.table]())
+    elif not options.documents:
         for name, make in TABLES.items():
             print(f"## {name}\n\n{make()}\n")
 

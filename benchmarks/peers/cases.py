@@ -1,4 +1,4 @@
-"""What is timed: a model with made-up rows, our feature stream on it, and the shape that a peer's side must have."""
+"""Cases of the comparison: a model with synthetic rows, the library's feature stream, and the interface of adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor, nn
 
-from benchmarks import models
+from benchmarks.common import models
 from tracin_ann import BuildConfig
 from tracin_ann.build import open_build
 from tracin_ann.features.autotune import TuningRequest, tune
@@ -23,60 +23,62 @@ Row = tuple[Tensor, Tensor]
 SIZES = (16, 32, 64, 128)
 
 
-def _llama() -> nn.Module:
-    """Return a Hugging Face Llama over characters, random weights, nothing downloaded."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  (one peer's environment has it)
+def _make_llama() -> nn.Module:
+    """Return a Hugging Face Llama over characters with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  (installed in one environment only)
 
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=65, max_position_embeddings=64, use_cache=False))
 
 
-def _llama_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return models.language(lambda x: model(x).logits, batch)  # type: ignore[arg-type]
+def _compute_llama_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return models.compute_language_loss(lambda x: model(x).logits, batch)  # type: ignore[arg-type]
 
 
-# Beside the models of the other speed benchmarks: a Llama.
-models.MODELS.setdefault("Llama 4x128", models.Model(_llama, _llama_loss, models.MODELS["GPT 4x128"].example, 64))
+# A Llama in addition to the models of the other speed benchmarks.
+models.MODELS.setdefault(
+    "Llama 4x128", models.Model(_make_llama, _compute_llama_loss, models.MODELS["GPT 4x128"].example, 64)
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model by its name, D, and how many bytes a side may take."""
+    """The name of a model, D, and the memory limit of a process in bytes."""
 
     name: str
     dim: int
     memory: int
 
     @property
-    def chosen(self) -> models.Model:
+    def model(self) -> models.Model:
         return models.MODELS[self.name]
 
-    def module(self) -> nn.Module:
+    def make_module(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.chosen.make().eval()
+        return self.model.make().eval()
 
-    def rows(self, n_rows: int) -> list[Row]:
+    def make_rows(self, n_rows: int) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
-            return models.task(self.name, folder, n_rows).train_data()
+            return models.make_task(self.name, folder, n_rows).train_data()
 
-    def block(self, parameters: int) -> int:
-        """Return how many columns of a dense float32 matrix [P, D] fit, with a third of the memory for the rest."""
+    def count_columns(self, parameters: int) -> int:
+        """Return the number of columns of a dense float32 matrix [P, D] that fit in 65% of the memory."""
         columns = int(0.65 * self.memory / (4 * parameters))
         if columns < 1:
-            raise MemoryError(f"one column of a dense matrix over {parameters:,} parameters does not fit")
+            raise MemoryError(f"one column of a dense matrix over {parameters:,} parameters does not fit in memory")
         return min(self.dim, columns)
 
 
 @dataclass(frozen=True)
 class Side:
-    """A peer at its best settings on one model.
+    """A method of a peer with its fastest settings for one model.
 
     Attributes:
-        run: rows to their projected gradients [B, D']; collating included.
-        dim: D', which some peers cannot choose freely.
-        covered: parameters whose gradients are in the projection.
-        settings: for the reader of the result.
-        sizes: batch sizes to try; the fastest is timed.
+        run: a function from rows to projected gradients [B, D'], which includes collating.
+        dim: D', which some peers restrict.
+        covered: number of parameters whose gradients are projected.
+        settings: a description for the result file.
+        sizes: batch sizes to try; the fastest one is timed.
     """
 
     run: Callable[[Sequence[Row]], Tensor]
@@ -90,37 +92,37 @@ Maker = Callable[[Case], Side]
 
 
 class NotApplicable(Exception):
-    """This side would only repeat another one on this model."""
+    """On this model, the side is identical to another one."""
 
 
-def collated(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     return torch.utils.data.default_collate(list(rows))
 
 
-def vmappable_attention() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which attention is made of products: vmap runs PyTorch's fused one example by example."""
+def use_math_attention() -> contextlib.AbstractContextManager[None]:
+    """Return a context with attention by matrix products, because vmap runs fused attention one example at a time."""
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # type: ignore[no-any-return]
 
 
-def count(parameters: Any) -> int:
+def count_entries(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def find_linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
 
 @contextlib.contextmanager
-def our_stream(case: Case, n_rows: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that runs our feature stream over the first n rows, as a build does but for the writing."""
+def open_stream(case: Case, n_rows: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that computes features of the first n rows as a build does, without writing them."""
     with tempfile.TemporaryDirectory() as folder:
-        task = models.task(case.name, folder, n_rows)
-        size = case.chosen.batch_size
+        task = models.make_task(case.name, folder, n_rows)
+        size = case.model.batch_size
         config = BuildConfig(dim=case.dim, batch_size=size, device="cpu")
         work = open_build(task, Path(folder) / "index", config, None)
         with work.passes.model() as model:
             features = config.features(work.examine(model))
-            # As in a build: the memory format by its rule.
+            # As in a build, choose the memory format.
             tune(model, features, TuningRequest(size))
             extractor = FeatureExtractor(model, features)
 

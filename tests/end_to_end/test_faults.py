@@ -258,7 +258,7 @@ def test_all_commands_are_walked() -> None:
 
 
 def test_real_kills_of_real_processes() -> None:
-    words = [sys.executable, "-m", "benchmarks.kills", "--kills", "5", "--rows", "300", "--print"]
+    words = [sys.executable, "-m", "benchmarks.reliability.kills", "--kills", "5", "--rows", "300", "--print"]
     root = ROOT
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,10 @@ def files(out: Path) -> dict[str, bytes]:
 STEPS = {
     "layer rules": [],
     "vmap": [("find_covered_layers", lambda model, names: {})],
-    "loop": [("find_covered_layers", lambda model, names: {}), ("batched_tensors", lambda value, batch: "refused here")],
+    "loop": [
+        ("find_covered_layers", lambda model, names: {}),
+        ("batched_tensors", lambda value, batch: "refused here"),
+    ],
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common import timeless
+from benchmarks.common.results import strip_times
 from faults import Crash, Fault, Watch
 from paths import ROOT
 from tasks.toy import saved
@@ -80,7 +80,7 @@ def disturbed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 def content(out: Path) -> dict[str, bytes]:
     """Return what the files of an index hold, but for its manifests' times."""
     return {
-        str(path.relative_to(out)): timeless(path.read_bytes()) if path.name == MANIFEST else path.read_bytes()
+        str(path.relative_to(out)): strip_times(path.read_bytes()) if path.name == MANIFEST else path.read_bytes()
         for path in sorted(out.rglob("*"))
         if path.is_file()
     }
@@ -119,7 +119,7 @@ def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypa
             disturbed(patched, seed)
             build(task(begun_with), out, replace(CONFIG, index="auto" if begun_with < 300 else "ivf"))
             manifest = build(task(), out, replace(CONFIG, append=True)).manifest
-        content = json.loads(timeless((out / MANIFEST).read_bytes()))
+        content = json.loads(strip_times((out / MANIFEST).read_bytes()))
         settings.append(content | {"generation": 0})
         assert answers(out, task()) == said
         assert manifest.index.kind == "ivf"
@@ -213,7 +213,18 @@ def test_a_repaired_index_has_the_rounding_that_it_was_built_with(task, tmp_path
 
 @pytest.mark.slow
 def test_processes_apart_build_the_same_killed_or_not() -> None:
-    words = [sys.executable, "-m", "benchmarks.repeat", "--builds", "2", "--appends", "1", "--rows", "900", "--print"]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.reliability.repeat",
+        "--builds",
+        "2",
+        "--appends",
+        "1",
+        "--rows",
+        "900",
+        "--print",
+    ]
     root = ROOT
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 import documents
-from benchmarks.tables import filled
+from benchmarks.tables import fill_tables
 from documents import Block, words
 from paths import ROOT
 from project import SCRIPTS
@@ -157,7 +157,7 @@ def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
 def test_tables_are_those_of_the_result_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     # If not: python -m benchmarks.tables, with the page's name.
-    assert filled(text) == text
+    assert fill_tables(text) == text
 
 
 def test_what_is_not_run_says_why_and_is_little() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks.common.brute_force import compute_recalls, compute_scores, find_top
 from examples import digits, mnist, tabular
 from paths import ROOT
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
@@ -84,14 +84,14 @@ class Mnist:
         self.task = mnist.task(path, str(folder), str(ROWS))
         build(self.task, folder / "index", BuildConfig(dim=1024))
         self.index = InfluenceIndex.open(folder / "index", self.task)
-        self.scores = common.brute_force(self.task, range(QUERIES), ROWS)
+        self.scores = compute_scores(self.task, range(QUERIES), ROWS)
 
     def recall(self, options: QueryOptions) -> tuple[float, float]:
         answers = self.index.query(range(QUERIES), options=options)
         up = [[int(hit.id) for hit in answer.proponents] for answer in answers]
         down = [[int(hit.id) for hit in answer.opponents] for answer in answers]
         pairs = ((self.scores, up), (-self.scores, down))
-        first, second = (float(common.recalls(common.top(s, K), found).mean()) for s, found in pairs)
+        first, second = (float(compute_recalls(find_top(s, K), found).mean()) for s, found in pairs)
         return first, second
 
 
@@ -129,7 +129,7 @@ def test_inverted_lists_recall_the_scan_on_real_features(cnn: Mnist) -> None:
         IVFIndex.build(view, IVFParams(), torch.device("cpu")).at(Setting(300, 300, 0.1)), queries_QF, K
     )
     for true, given, least in zip(exact, found, (0.95, 0.99), strict=True):
-        assert common.recalls(np.stack(true.ids), [row.tolist() for row in given.ids]).mean() >= least
+        assert compute_recalls(np.stack(true.ids), [row.tolist() for row in given.ids]).mean() >= least
         assert given.rows_scored.mean() <= 0.15 * ROWS  # the centroids alone are some 6% of so few rows
 
 

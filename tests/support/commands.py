@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import disk
-from benchmarks.common import timeless
+from benchmarks.common.results import strip_times
 from disk import Tree
 from tasks.toy import CONFIG, Toy, rows, saved, toy
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build
@@ -128,5 +128,5 @@ def answers(out: Path) -> Answers:
 def plain(tree: Tree) -> dict[str, bytes | None]:
     """Return what every file holds, but for the times that a manifest of lists reports."""
     return {
-        path: entry and (timeless(entry[1]) if path.endswith(MANIFEST) else entry[1]) for path, entry in tree.items()
+        path: entry and (strip_times(entry[1]) if path.endswith(MANIFEST) else entry[1]) for path, entry in tree.items()
     }

@@ -1,0 +1,1 @@
+"""Benchmarks of tracin_ann; `python -m benchmarks` lists them."""

@@ -1,0 +1,127 @@
+"""Time of each step of feature extraction: reading, forward, input gradients, sketch, storing.
+
+Each measurement runs one step more than the one before it over the same rows; the time of a step is the difference.
+Rounds are interleaved; the medians are reported. PyTorch's FlopCounterMode counts the operations of matrix products,
+convolutions and attention. The ratio of the counts, plain step to extraction, is the ratio of times that equal
+throughput in all steps would give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import models
+from benchmarks.common.plain_step import time_plain_step
+from benchmarks.common.results import report_results
+from tracin_ann.features.autotune import TuningRequest, tune
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, RowBuffer
+from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.sketch import make_sketch
+from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
+
+RESULT = "budget"
+Part = Callable[[], object]
+
+
+def make_parts(model: LoadedModel, options: argparse.Namespace, n_rows: int, folder: str) -> dict[str, Part]:
+    """Return the functions to time, by name; each runs over all rows."""
+    passes, engine = model.passes, model.engine("train")
+    loaded = list(passes.read("train", range(n_rows)))
+    batches = [model.batch("train", each) for each in loaded]
+    features = FeatureOptions(make_sketch("factored", options.dim), 0, engine.prove(batches[0]).rank_one)
+    extractor = FeatureExtractor(model, features)
+    rows = RowBuffer(n_rows, options.dim).filled(0, n_rows, extractor.stream("train", loaded))
+    store = FeatureStore(Path(folder), StoreLayout(n_rows, n_rows, options.dim, "float16", ("benchmark",)))
+    block = FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                engine.losses(batch)
+
+    return {
+        "reading": lambda: list(passes.read("train", range(n_rows))),
+        "forward": forward,
+        "factors": lambda: [engine.run(batch, lambda: lambda name, form, rows: None) for batch in batches],
+        "rows": lambda: list(extractor.stream("train", loaded)),
+        "storing": lambda: store.write(0, 0, block),
+    }
+
+
+def count_flops(run: Part) -> float:
+    """Return the floating-point operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
+    benchmarked = models.MODELS[name]
+    size = benchmarked.batch_size
+    n_rows = size * options.batches * (16 if "CNN" in name else 1)
+    with tempfile.TemporaryDirectory() as folder:
+        passes = Passes(models.make_task(name, folder, n_rows), PassOptions(torch.device("cpu"), size))
+        train_data = passes.data("train")
+        data = [train_data[i] for i in range(n_rows)]
+        with passes.model() as model:
+            model.load(0)
+            model.engine("train").prove(next(model.batches("train", range(size))))
+            features = FeatureOptions(make_sketch("factored", options.dim), 0, frozenset())
+            tuning = tune(model, features, TuningRequest(size))
+            timed = make_parts(model, options, n_rows, folder)
+            times: dict[str, list[float]] = {part: [] for part in (*timed, "plain")}
+            for round_ in range(options.rounds + 1):
+                for part, run in timed.items():
+                    start_s = time.perf_counter()
+                    run()
+                    if round_:  # the first round is a warm-up
+                        times[part].append((time.perf_counter() - start_s) / n_rows)
+                step = time_plain_step(benchmarked, data, size)
+                if round_:
+                    times["plain"].append(step)
+            build_flops, plain_flops = (
+                count_flops(timed["rows"]),
+                count_flops(lambda: time_plain_step(benchmarked, data, size)),
+            )
+    us = {part: median(values) * 1e6 for part, values in times.items()}
+    return {
+        "model": name,
+        "batch_size": size,
+        "channels_last": tuning.channels_last,
+        "plain_us": us["plain"],
+        "reading_us": us["reading"],
+        "forward_us": us["forward"],
+        "input_gradients_us": us["factors"] - us["forward"],
+        "sketch_us": us["rows"] - us["factors"],
+        "storing_us": us["storing"],
+        "arithmetic_ratio": float(np.divide(plain_flops, build_flops)),
+        "mflop_row_plain": plain_flops / n_rows / 1e6,
+        "mflop_row_ours": build_flops / n_rows / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS), help="models to measure"
+    )
+    parser.add_argument("--dim", type=int, default=1024, help="sketch dimensions per checkpoint")
+    parser.add_argument("--batches", type=int, default=4, help="batches per round; 16 times as many for the CNN")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    report_results(RESULT, vars(options), (measure_model(name, options) for name in options.models))
+
+
+if __name__ == "__main__":
+    main()

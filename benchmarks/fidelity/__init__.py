@@ -1,0 +1,1 @@
+"""Accuracy of sketched scores against true TracInCP scores."""

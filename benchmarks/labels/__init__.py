@@ -1,0 +1,1 @@
+"""Detection of wrong training labels."""

@@ -1,0 +1,1 @@
+"""Feature extraction compared with other libraries."""

@@ -1,0 +1,1 @@
+"""Behaviour under damage, kills, concurrent access and long use."""

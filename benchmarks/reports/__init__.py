@@ -1,0 +1,1 @@
+"""Size and opening time of HTML reports, and their screenshots."""

@@ -1,0 +1,1 @@
+"""Recall, speed and memory of approximate search."""
