@@ -115,7 +115,7 @@ def difference(few: list, many: list, options: argparse.Namespace) -> float:
 
 def looped(few: list, many: list, options: argparse.Namespace) -> float:
     """Return the same where no layer has a rule."""
-    with mock.patch("tracin_ann.gradients.covered_layers", return_value={}):
+    with mock.patch("tracin_ann.gradients.engine.covered_layers", return_value={}):
         return difference(few, many, options)
 
 

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, models
 from benchmarks.features import plain
-from tracin_ann.features import FeatureExtractor, FeatureOptions, RowBuffer
-from tracin_ann.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.autotune import Wanted, tune
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, RowBuffer
+from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
-from tracin_ann.tuning import Wanted, tune
 
 Part = Callable[[], object]
 

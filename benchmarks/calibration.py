@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from tracin_ann.manifest import FEATURES, Manifest
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
-from tracin_ann.search.calibrate import CALIBRATED_FOR, calibrated, recalls
+from tracin_ann.search.calibration import CALIBRATED_FOR, calibrated, recalls
 from tracin_ann.search.flat import Subset
 from tracin_ann.store import FeatureStore
+from tracin_ann.store.manifest import FEATURES, Manifest
 
 CPU = torch.device("cpu")
 FRESH, MEASURED = 1000, 400

@@ -13,9 +13,11 @@ from unittest import mock
 
 from benchmarks import common
 from examples import mnist
-from tracin_ann import BuildConfig, InfluenceIndex, build, checkpoints, files, manifest
-from tracin_ann.search import fill
-from tracin_ann.store import feature_file
+from tracin_ann import BuildConfig, InfluenceIndex, build
+from tracin_ann.files import durable as files
+from tracin_ann.search import construction as fill
+from tracin_ann.store import feature_file, manifest
+from tracin_ann.task import checkpoints
 
 PLACES = [(module, "file_digest") for module in (files, manifest, checkpoints, fill, feature_file)]
 PLACES += [(feature_file, name) for name in ("checksum", "row_checksums", "block_checksums", "column_checksum")]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from tracin_ann.device import device_name
-from tracin_ann.task import Task
+from tracin_ann.task.task import Task
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

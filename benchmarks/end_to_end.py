@@ -20,7 +20,7 @@ from benchmarks import common, features
 from benchmarks.models import MODELS
 from examples import mnist
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
-from tracin_ann.exact import ExactScorer, exact_scores
+from tracin_ann.scoring.exact import ExactScorer, exact_scores
 
 K = 10
 ALONE = 10

@@ -41,9 +41,9 @@ from benchmarks.fidelity_sketches import (
 )
 from benchmarks.tables import table, where
 from tracin_ann import Task
-from tracin_ann.factors import Dense
-from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
+from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.gradients.factors import Dense
 from tracin_ann.sketch import ParameterKey, make_sketch
 
 K, CANDIDATES = 10, 100

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracin_ann.factors import Dense
+from tracin_ann.gradients.factors import Dense
 from tracin_ann.sketch import ParameterKey, ParameterSketch
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.sides import Side, Untouched, projected

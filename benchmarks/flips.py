@@ -17,10 +17,10 @@ import torch
 from benchmarks import common
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.errors import TracinAnnError
-from tracin_ann.removal import remove
-from tracin_ann.verification import verify
+from tracin_ann.operations.removal import remove
+from tracin_ann.operations.verification import verify
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from tasks.toy import CONFIG, Toy, rows, saved, toy  # noqa: E402
 

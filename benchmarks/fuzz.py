@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 CHUNK = 2000
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from benchmarks import common
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.generations import UNFINISHED_INDEX
-from tracin_ann.locks import WRITER
-from tracin_ann.manifest import MANIFEST, Manifest
-from tracin_ann.removal import remove
+from tracin_ann.operations.removal import remove
+from tracin_ann.store.generations import UNFINISHED_INDEX
+from tracin_ann.store.locks import WRITER
+from tracin_ann.store.manifest import MANIFEST, Manifest
 
 CONFIG = BuildConfig(dim=16, partition_rows=128, batch_size=64, device="cpu", yardstick=False, index="flat")
 LISTS = replace(CONFIG, index="ivf")

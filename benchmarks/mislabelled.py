@@ -24,7 +24,7 @@ from benchmarks import common, sst2_encoder
 from benchmarks.mislabelled_digits import auc
 from examples import digits, mnist, sst2
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
-from tracin_ann.questions import mislabelled
+from tracin_ann.analysis import find_mislabelled
 
 CHECKED = (0.1, 0.2)
 EPOCHS, KEPT, BATCH = 8, (7, 8), 32
@@ -143,7 +143,7 @@ def figures(task: Task, folder: Path, flipped: Labels, dim: int) -> dict[str, An
     index = InfluenceIndex.open(folder / "index", labelled)
     found: dict[str, Any] = {"rows": len(index), "flipped": len(flipped)}
     for by in ("self-influence", "loss", "votes", "loss-and-votes"):
-        suspects = mislabelled(index, by=by)
+        suspects = find_mislabelled(index, by=by)
         ranking = [suspect.row for suspect in suspects]
         wrong = np.isin(ranking, flipped)
         found[by] = {f"found_at_{share:.0%}": _share(wrong, share * len(wrong)) for share in CHECKED}

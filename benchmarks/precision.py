@@ -14,9 +14,9 @@ import torch
 from benchmarks import common
 from benchmarks.fidelity_models import SUBJECTS
 from tracin_ann import Task
-from tracin_ann.exact import exact_scores
-from tracin_ann.features import FeatureExtractor, FeatureOptions
-from tracin_ann.passes import Passes, PassOptions
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
+from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.scoring.exact import exact_scores
 from tracin_ann.sketch import make_sketch
 
 K = 10

@@ -20,9 +20,9 @@ import torch
 from benchmarks import common
 from examples import mnist
 from tracin_ann import BuildConfig, build
-from tracin_ann.audit import Auditor
-from tracin_ann.gradients import GradientEngine
-from tracin_ann.layers import LayerCapture
+from tracin_ann.features.audit import Auditor
+from tracin_ann.gradients.capture import LayerCapture
+from tracin_ann.gradients.engine import GradientEngine
 
 PLACES = {
     "proofs": (GradientEngine, "prove"),

@@ -21,11 +21,11 @@ import torch
 
 from benchmarks import common
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.absent import removed_ids
-from tracin_ann.manifest import Manifest
-from tracin_ann.removal import remove
+from tracin_ann.operations.removal import remove
+from tracin_ann.store.exclusions import removed_ids
+from tracin_ann.store.manifest import Manifest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from tasks.toy import CONFIG, RATES, Toy, rows, saved, toy  # noqa: E402
 

@@ -31,8 +31,8 @@ from torch import nn
 from benchmarks import common
 from examples import mnist
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.generations import folder_of
-from tracin_ann.manifest import FEATURES, MANIFEST
+from tracin_ann.store.generations import folder_of
+from tracin_ann.store.manifest import FEATURES, MANIFEST
 
 CONFIG = BuildConfig(dim=64, partition_rows=256, device="cpu", index="ivf", target_recall=0.8)
 MOST_ROWS, QUERIES, CHECKPOINTS = 20_000, 60, 2

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from benchmarks import common
 from tracin_ann import BuildConfig, Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build, write_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 import browser  # noqa: E402
 

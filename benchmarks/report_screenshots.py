@@ -23,7 +23,7 @@ import tabular  # noqa: E402
 
 import browser  # noqa: E402
 from tracin_ann import BuildConfig, Description, InfluenceIndex, QueryOptions, Task, build, write_report  # noqa: E402
-from tracin_ann.questions import mislabelled  # noqa: E402
+from tracin_ann.analysis import find_mislabelled  # noqa: E402
 
 FIGURES = ROOT / "docs" / "figures"
 WIDTH = 1280
@@ -39,7 +39,7 @@ def images(data: str, runs: Path) -> tuple[Path, Path]:
     wrong = mistakes(index, 400)
     answers = index.query(wrong[:12], options=OPTIONS)
     page = write_report(answers, runs / "images.html", index, "Why twelve digits were misread")
-    suspects = mislabelled(index, k=60)
+    suspects = find_mislabelled(index, k=60)
     return page, write_report(suspects, runs / "suspects.html", index, "MNIST: training labels that look wrong")
 
 

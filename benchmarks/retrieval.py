@@ -23,9 +23,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.retrieval_rivals import RIVALS
-from tracin_ann.manifest import FEATURES, Manifest
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, Setting
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
+from tracin_ann.search.settings import Setting
 from tracin_ann.store import FeatureStore, FeatureView
+from tracin_ann.store.manifest import FEATURES, Manifest
 from tracin_ann.types import Float32, Int64
 
 CPU = torch.device("cpu")

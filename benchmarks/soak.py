@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import common
 from tracin_ann import InfluenceIndex, QueryOptions, build
-from tracin_ann.columns import RowFilter
+from tracin_ann.store.columns import RowFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from tasks.toy import CONFIG, Toy, rows, saved, toy  # noqa: E402
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.questions import mislabelled
+from tracin_ann.analysis import find_mislabelled
 from tracin_ann.report import write_report
 
 EPOCHS, RATE, FLIPPED = 3, 0.05, 0.10
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {side}:", ", ".join(f"{hit.id} ({index.columns['label'][hit.row]})" for hit in hits))
 
     _, _, flipped = data(path, options.rows, 0)
-    suspects = mislabelled(index, labels="label", k=options.rows // 10)
+    suspects = find_mislabelled(index, labels="label", k=options.rows // 10)
     found = np.isin([row.row for row in suspects], flipped).sum() / len(flipped)
     print(f"\nthe 10% most suspicious labels hold {found:.0%} of the wrong ones (chance: 10%)")
     report = write_report(answers, f"{out}/report.html", index, "MNIST: what four test digits rest on")

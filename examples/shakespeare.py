@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.questions import explain
+from tracin_ann.analysis import explain
 from tracin_ann.report import write_report
 
 Row = tuple[torch.Tensor, int]  # LENGTH + 1 characters, and where they begin in the text

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.questions import mislabelled
+from tracin_ann.analysis import find_mislabelled
 from tracin_ann.report import write_report
 
 Row = tuple[str, int, str]  # sentence, label, name
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {hit.score:+7.3f}  {hit.id}, {index.described('train', hit.row).text}")
 
     _, _, flipped = read(options.data, options.rows)
-    suspects = mislabelled(index, labels="label", k=len(flipped))
+    suspects = find_mislabelled(index, labels="label", k=len(flipped))
     found = np.isin([row.row for row in suspects], flipped).mean()
     print(f"\nof the {len(flipped)} most suspicious labels {found:.0%} are wrong (chance: 10%); the first are")
     for row in suspects[:5]:

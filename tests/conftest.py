@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from paths import ROOT as REPOSITORY
+
 # Before torch and FAISS start their thread pools: parallel test processes must not each take every core.
 # Threads that wait for a core that something else holds cost these small operations a thousandfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +23,6 @@ from tracin_ann.device import devices  # noqa: E402
 if "OMP_NUM_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 # No deadline and no database: a slow machine or an earlier run must not decide whether a test passes.
 settings.register_profile(

@@ -11,17 +11,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tracin_ann.answers import Answer, Hit, QueryOptions, SelfInfluence
     from tracin_ann.build import BuildReport, build
-    from tracin_ann.checkpoint import Checkpoint
     from tracin_ann.config import BuildConfig
-    from tracin_ann.dataset import materialise
-    from tracin_ann.dry_run import BuildPlan, plan
     from tracin_ann.errors import TracinAnnError
     from tracin_ann.index import InfluenceIndex
+    from tracin_ann.operations import BuildPlan, plan
     from tracin_ann.progress import progress_bar
     from tracin_ann.report import write_report
-    from tracin_ann.task import Description, Task
+    from tracin_ann.scoring import Answer, Hit, QueryOptions, SelfInfluence
+    from tracin_ann.task import Checkpoint, Description, Task, materialise
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,17 +44,15 @@ __all__ = [
 
 # The module that each name is from, as above for type checkers.
 _HOMES = {
-    "answers": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
     "build": ("BuildReport", "build"),
-    "checkpoint": ("Checkpoint",),
     "config": ("BuildConfig",),
-    "dataset": ("materialise",),
-    "dry_run": ("BuildPlan", "plan"),
     "errors": ("TracinAnnError",),
     "index": ("InfluenceIndex",),
+    "operations": ("BuildPlan", "plan"),
     "progress": ("progress_bar",),
     "report": ("write_report",),
-    "task": ("Description", "Task"),
+    "scoring": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
+    "task": ("Checkpoint", "Description", "Task", "materialise"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -14,70 +14,78 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from tracin_ann.absent import (
-    Skipped,
-    carry_removed,
-    listed_rows,
-    removed_ids,
-    skipped_rows,
-    write_skipped,
-    write_unlisted,
-)
-from tracin_ann.audit import Auditor, Built, audit_build
-from tracin_ann.calibration import Yardstick
-from tracin_ann.canaries import FILE as CANARIES
-from tracin_ann.canaries import refuse_changed, write_canaries
-from tracin_ann.columns import FILE as COLUMNS
-from tracin_ann.columns import gathered, write_columns
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError, UsageError, problem
-from tracin_ann.extraction import Extracted, Extraction, data_is_dearer
-from tracin_ann.files import atomic_path, is_temporary
-from tracin_ann.generations import (
-    UNFINISHED_INDEX,
-    Start,
-    check,
-    claimed,
-    current,
-    feature_records,
-    generation_of,
-    kept_canaries,
-    next_folder,
-    published,
-    settled,
-    unnamed_files,
-)
-from tracin_ann.locks import WRITER, writing
-from tracin_ann.manifest import (
-    BUILD_RECORD,
-    FEATURES,
-    MANIFEST,
-    AuditRecord,
-    BuildRecord,
-    IndexRecord,
-    Manifest,
-    StepRecord,
-    read_build_record,
-    record_of,
-    write_build_record,
-)
-from tracin_ann.passes import LoadedModel, Passes, PassOptions
-from tracin_ann.references import TaskReference, absolute_reference, load_task
-from tracin_ann.search import IVFIndex, IVFParams, choose_index
-from tracin_ann.search.fill import Scratch, key_of
-from tracin_ann.sketch import make_sketch
-from tracin_ann.spec import (
-    FeatureSpec,
-    SketchSpec,
+from tracin_ann.features import (
+    CANARY_FILE,
+    USUAL_SIZE,
+    Auditor,
+    Built,
+    Extracted,
+    Extraction,
+    LoadedModel,
+    Passes,
+    PassOptions,
+    Tuned,
+    Wanted,
+    audit_build,
     checkpoint_specs,
+    data_is_dearer,
+    kept_canaries,
     library_versions,
     model_digest,
     parameter_specs,
+    refuse_changed,
+    tune,
+    warn_of_slower_bf16,
+    write_canaries,
 )
-from tracin_ann.store import FeatureStore, FileRecord
-from tracin_ann.task import Task
-from tracin_ann.tuning import USUAL_SIZE, Tuned, Wanted, tune, warn_of_slower_bf16
+from tracin_ann.files import atomic_path, is_temporary
+from tracin_ann.scoring import Yardstick
+from tracin_ann.search import IVFIndex, IVFParams, Scratch, choose_index, key_of
+from tracin_ann.sketch import make_sketch
+from tracin_ann.store import (
+    BUILD_RECORD,
+    COLUMN_FILE,
+    FEATURES,
+    MANIFEST,
+    UNFINISHED_INDEX,
+    WRITER,
+    AuditRecord,
+    BuildRecord,
+    FeatureSpec,
+    FeatureStore,
+    FileRecord,
+    IndexRecord,
+    Manifest,
+    SketchSpec,
+    Skipped,
+    Start,
+    StepRecord,
+    carry_removed,
+    check,
+    claimed,
+    collect_columns,
+    current,
+    feature_records,
+    generation_of,
+    listed_rows,
+    next_folder,
+    published,
+    read_build_record,
+    record_of,
+    removed_ids,
+    settled,
+    skipped_rows,
+    unnamed_files,
+    write_build_record,
+    write_columns,
+    write_skipped,
+    write_unlisted,
+    writing,
+)
+from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
 from tracin_ann.types import Int64, ProgressCallback, silent
 
 logger = logging.getLogger(__name__)
@@ -267,7 +275,7 @@ class BuildWork:
         """Write every feature file that is not there whole, and the canaries."""
         done = extraction.run(held=data_is_dearer(extraction.layout, chosen, self._load_seconds))
         self.rows_extracted += done.rows
-        write_canaries(folder / CANARIES, done.canaries)
+        write_canaries(folder / CANARY_FILE, done.canaries)
         return done
 
     def index(
@@ -364,14 +372,20 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         record = work.config.agree_on_batches(start.record, len(missing), str(work.out))
         chosen = work.tune(model, record)
         record = replace(record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
-        table = gathered(work.passes.task, work.passes.data("train"), work.passes.n_rows("train"), report)
+        table = collect_columns(
+            work.passes.data("train"),
+            work.passes.n_rows("train"),
+            work.passes.task.columns,
+            None if work.passes.task.ids is None else work.passes.task.id_of,
+            report,
+        )
         if claims is not None:
             claims.enter_context(claimed(work.out))
         if start.begun != record:
             write_build_record(work.out, record)
         folder = next_folder(work.out, start.manifest)
         if table is not None:
-            write_columns(folder / COLUMNS, table)
+            write_columns(folder / COLUMN_FILE, table)
         features = work.config.features(record.spec.rank_one)
         try:
             done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
@@ -390,11 +404,11 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         generation=generation_of(folder),
         build=record,
         features=files,
-        canaries=record_of(folder / CANARIES),
+        canaries=record_of(folder / CANARY_FILE),
         index=work.index(yardstick, folder, files, removed),
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in done.plan.steps.items()),
         fidelity=yardstick.fidelity() if measured else None,
-        columns=None if table is None else record_of(folder / COLUMNS),
+        columns=None if table is None else record_of(folder / COLUMN_FILE),
         removed=carry_removed(work.out, start.manifest, folder),
         skipped=write_skipped(folder, store),
         audit=audits.drawn,

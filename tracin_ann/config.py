@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tracin_ann.choices import (
+    MEMORY_FORMATS,
+    NORMS,
+    ON_NONFINITE,
+    PRECISIONS,
+    MemoryFormat,
+    Norms,
+    OnNonfinite,
+    Precision,
+)
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
-from tracin_ann.features import FeatureOptions, Norms
-from tracin_ann.gradients import PRECISIONS, Precision
-from tracin_ann.manifest import BuildRecord
-from tracin_ann.search.lists import CODES, Codes
+from tracin_ann.features import FeatureOptions
+from tracin_ann.search import CODES, Codes
 from tracin_ann.sketch import make_sketch
-from tracin_ann.store import Dtype
-from tracin_ann.words import MEMORY_FORMATS, ON_NONFINITE, MemoryFormat, OnNonfinite
+from tracin_ann.store import BuildRecord, Dtype
 
 _DTYPES = ("float16", "float32")
-_NORMS = ("sketch", "exact")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class BuildConfig:
         """
         choices: tuple[tuple[str, str | None, Sequence[str | None]], ...] = (
             ("--dtype", self.dtype, _DTYPES),
-            ("--norms", self.norms, _NORMS),
+            ("--norms", self.norms, NORMS),
             ("--precision", self.precision, PRECISIONS),
             ("--index", self.index, ("auto", "flat", "ivf")),
             ("--codes", self.codes, CODES),

@@ -12,23 +12,42 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracin_ann.absent import Skipped, listed_rows, removed_ids, skipped_rows, unlisted_ids
-from tracin_ann.answers import Answer, Id, QueryOptions, SelfInfluence
-from tracin_ann.columns import Columns, RowFilter, RowTable, read_columns
+from tracin_ann.choices import SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.exact import exact_self_influence
-from tracin_ann.fitting import Fitting, found_task
-from tracin_ann.generations import check, folder_of, leased
-from tracin_ann.loading import SideName
-from tracin_ann.locks import Lease
-from tracin_ann.manifest import FEATURES, Manifest
-from tracin_ann.passes import Passes, PassOptions
-from tracin_ann.ranking import Question, Ranking
-from tracin_ann.results import Answers, Ranked
+from tracin_ann.features import Fitting, Passes, PassOptions, found_task
+from tracin_ann.scoring import (
+    Answer,
+    Answers,
+    Id,
+    QueryOptions,
+    Question,
+    Ranked,
+    Ranking,
+    SelfInfluence,
+    exact_self_influence,
+)
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
-from tracin_ann.spec import SketchSpec
-from tracin_ann.store import FeatureStore, FeatureView
+from tracin_ann.store import (
+    FEATURES,
+    Columns,
+    FeatureStore,
+    FeatureView,
+    Lease,
+    Manifest,
+    RowFilter,
+    RowTable,
+    SketchSpec,
+    Skipped,
+    check,
+    folder_of,
+    leased,
+    listed_rows,
+    read_columns,
+    removed_ids,
+    skipped_rows,
+    unlisted_ids,
+)
 from tracin_ann.task import Description, Task
 from tracin_ann.types import Float32, Int64, ProgressCallback
 

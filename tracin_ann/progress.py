@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from tracin_ann.words import duration
+from tracin_ann.text import duration
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from benchmarks import models
 from tracin_ann import BuildConfig
 from tracin_ann.build import opened
-from tracin_ann.features import FeatureExtractor
-from tracin_ann.tuning import Wanted, tune
+from tracin_ann.features.autotune import Wanted, tune
+from tracin_ann.features.extractor import FeatureExtractor
 
 Row = tuple[Tensor, Tensor]
 SIZES = (16, 32, 64, 128)

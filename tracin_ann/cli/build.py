@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.common import MemorySize, parsed_arguments, progress_shown
+from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES
+from tracin_ann.cli.command import command, device_option, files, folders, is_quiet, note, say
 from tracin_ann.cli.info import believed
-from tracin_ann.cli.manners import command, device_option, files, folders, is_quiet, note, say
-from tracin_ann.plan import NONE, STEPS
-from tracin_ann.words import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES, duration, sized
+from tracin_ann.cli.parameters import MemorySize, parsed_arguments, progress_shown
+from tracin_ann.text import duration, sized
 
 if TYPE_CHECKING:
     from tracin_ann.build import BuildReport
     from tracin_ann.config import BuildConfig
-    from tracin_ann.dry_run import BuildPlan
+    from tracin_ann.operations import BuildPlan
 
 _SHOWN = 12
 
@@ -75,7 +75,7 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
     """
     from tracin_ann.config import BuildConfig
     from tracin_ann.device import device_name, resolve_device
-    from tracin_ann.dry_run import plan
+    from tracin_ann.operations import plan
 
     arguments = parsed_arguments(task_args)
     config = BuildConfig(**options)  # type: ignore[arg-type]
@@ -97,6 +97,7 @@ def _built(task: str, out: str, config: BuildConfig, arguments: Mapping[str, str
 
 def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     from tracin_ann.device import device_name, resolve_device
+    from tracin_ann.gradients import NONE, STEPS
 
     say(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
     say(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
@@ -128,6 +129,8 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
 
 
 def _show_report(report: BuildReport, out: str) -> None:
+    from tracin_ann.gradients import NONE, STEPS
+
     manifest = report.manifest
     spec = manifest.build.spec
     if report.rows_extracted:

@@ -37,7 +37,7 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
     Raises:
         UsageError: the file cannot be read, a name is unknown, or a value is of the wrong type.
     """
-    from tracin_ann.named_files import read_given_text
+    from tracin_ann.files import read_given_text
 
     try:
         text = read_given_text(path, _MOST_BYTES)

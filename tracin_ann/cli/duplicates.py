@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import click
 
-from tracin_ann.cli.common import progress_shown
-from tracin_ann.cli.manners import command, directory_argument, note
-from tracin_ann.cli.opened import checkpoints_option, filter_options, index_options, opened, own_ids_option, row_filter
+from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.index_options import (
+    checkpoints_option,
+    filter_options,
+    index_options,
+    opened,
+    own_ids_option,
+    row_filter,
+)
 from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.parameters import progress_shown
 
 
 @command(
@@ -28,12 +35,12 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     pairs of at least the threshold link; its lowest cosine is that of any two of its rows. Rows without a gradient are
     left out and counted. Every pair is compared: time grows with the square of the rows.
     """
-    from tracin_ann.questions import Duplicates, duplicates
+    from tracin_ann.analysis import Duplicates, find_duplicates
 
     sink = Sink.of(form, output)
     index = opened(directory, options)
     with sink.opened(Duplicates.FIELDS) as write, progress_shown("units") as progress:
-        found = duplicates(
+        found = find_duplicates(
             index,
             options["threshold"],  # type: ignore[arg-type]
             row_filter(index, options),

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.common import IdRanges, progress_shown
-from tracin_ann.cli.manners import command, directory_argument, note
-from tracin_ann.cli.opened import checkpoints_option, index_options, one_position, opened, own_ids_option
+from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.index_options import checkpoints_option, index_options, one_position, opened, own_ids_option
 from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.parameters import IdRanges, progress_shown
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.escapes import visible
+from tracin_ann.text import visible
 
 if TYPE_CHECKING:
-    from tracin_ann.loading import SideName
-    from tracin_ann.questions import Explanation
+    from tracin_ann.analysis import Explanation
+    from tracin_ann.choices import SideName
 
 _MOST_COLUMNS = 6
 
@@ -43,7 +43,7 @@ def main(directory: str, form: str | None, output: str | None, by: str, **option
     gives. A share is a part's, with its sign, of all parts' sizes. Files have a line for every parameter at every
     checkpoint.
     """
-    from tracin_ann.questions import Explanation, explain
+    from tracin_ann.analysis import Explanation, explain
 
     side, name = _query_option(options)
     sink = Sink.of(form, output)

@@ -21,7 +21,7 @@ import click
 
 from tracin_ann.cli.streams import abandon_stdout, usable_streams
 from tracin_ann.errors import TracinAnnError, problem
-from tracin_ann.escapes import visible
+from tracin_ann.text import visible
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from tracin_ann.cli.common import IdRanges, progress_shown
-from tracin_ann.cli.manners import command, directory_argument, note
-from tracin_ann.cli.opened import (
+from tracin_ann.choices import SEARCHES
+from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
@@ -16,8 +16,8 @@ from tracin_ann.cli.opened import (
     row_filter,
 )
 from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.parameters import IdRanges, progress_shown
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.words import SEARCHES
 
 
 @command(
@@ -51,8 +51,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     Rows that answer nearly every query say little of any. Where the counts are skewed, look at those first, or ask by
     cosine: rows of large gradients are hubs of inner products.
     """
-    from tracin_ann.answers import QueryOptions
-    from tracin_ann.questions import Hubs, hubs
+    from tracin_ann.analysis import Hubs, find_hubs
+    from tracin_ann.scoring import QueryOptions
 
     if options["ids"] and options["train_ids"]:
         what, got = "hubs of one data set's queries", "--ids and --train-ids"
@@ -69,7 +69,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
         rows=row_filter(index, options),
     )
     with sink.opened(Hubs.FIELDS) as write, progress_shown("queries") as progress:
-        found = hubs(index, ids, options["k"], side, chosen, progress)  # type: ignore[arg-type]
+        found = find_hubs(index, ids, options["k"], side, chosen, progress)  # type: ignore[arg-type]
         write(found.ranked(options["by"], options["top"]))  # type: ignore[arg-type]
     census = found.census
     for kind, counts in (("proponents", census.proponents), ("opponents", census.opponents)):

@@ -6,14 +6,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracin_ann.cli.manners import command, directory_argument, say
+from tracin_ann.cli.command import command, directory_argument, say
 from tracin_ann.cli.streams import expect_stdout
-from tracin_ann.words import duration, sized
+from tracin_ann.text import duration, sized
 
 if TYPE_CHECKING:
-    from tracin_ann.fidelity import Fidelity
-    from tracin_ann.manifest import Manifest
-    from tracin_ann.search.calibrate import Calibration
+    from tracin_ann.search import Calibration
+    from tracin_ann.store import Fidelity, Manifest
 
 _SHOWN = 12
 
@@ -22,8 +21,7 @@ _SHOWN = 12
 @directory_argument
 def main(directory: str) -> None:
     """Say what the index in DIR holds and how far its answers may be believed."""
-    from tracin_ann.absent import removed_ids, skipped_rows
-    from tracin_ann.generations import leased
+    from tracin_ann.store import leased, removed_ids, skipped_rows
 
     expect_stdout()
     manifest, lease = leased(Path(directory))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from tracin_ann.cli.common import progress_shown
-from tracin_ann.cli.manners import command, directory_argument, note
-from tracin_ann.cli.opened import (
+from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
@@ -15,6 +14,7 @@ from tracin_ann.cli.opened import (
     row_filter,
 )
 from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
+from tracin_ann.cli.parameters import progress_shown
 
 
 @command(
@@ -53,13 +53,13 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     neighbours' vote that is not for its label. Neighbours are the rows whose gradients are most alike and most opposed
     to its own; `speaks_for` is the label that most of them have.
     """
-    from tracin_ann.questions.mislabelled import Suspects, mislabelled
+    from tracin_ann.analysis import Suspects, find_mislabelled
 
     sink = Sink.of(form, output, html)
     expect_report(html)
     index = opened(directory, options)
     with sink.opened(Suspects.FIELDS) as write, progress_shown("rows") as progress:
-        found = mislabelled(
+        found = find_mislabelled(
             index,
             None if options["no_labels"] else str(options["labels"]),
             options["k"],  # type: ignore[arg-type]

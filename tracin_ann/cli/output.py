@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from tracin_ann.cli.manners import note
+from tracin_ann.choices import FORMATS, Format
+from tracin_ann.cli.command import note
 from tracin_ann.cli.streams import expect_stdout
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.words import FORMATS, Format, sized
+from tracin_ann.text import sized
 
 if TYPE_CHECKING:
-    from tracin_ann.formats import Fields
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.results import Answers, Listed
+    from tracin_ann.scoring import Answers, Fields, Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CSV_RAW = "tracin_ann.csv_raw"
@@ -138,7 +138,7 @@ class Sink:
     @contextmanager
     def opened(self, fields: Fields) -> Iterator[Callable[[Answers | Listed[Any]], None]]:
         """Yield what writes results, one lot after another."""
-        from tracin_ann.formats import writer
+        from tracin_ann.scoring import writer
 
         if self.form == "none":
             yield lambda results: None

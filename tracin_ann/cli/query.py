@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.common import IdRanges, progress_shown
-from tracin_ann.cli.manners import command, device_option, directory_argument, given, note, task_options
-from tracin_ann.cli.opened import checkpoints_option, opened, positions
+from tracin_ann.choices import SEARCHES
+from tracin_ann.cli.command import command, device_option, directory_argument, given, note, task_options
+from tracin_ann.cli.index_options import checkpoints_option, opened, positions
 from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
+from tracin_ann.cli.parameters import IdRanges, progress_shown
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.words import SEARCHES
 
 if TYPE_CHECKING:
-    from tracin_ann.answers import QueryOptions
-    from tracin_ann.columns import RowFilter
+    from tracin_ann.choices import SideName
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.loading import SideName
-    from tracin_ann.results import Answers
+    from tracin_ann.scoring import Answers, QueryOptions
+    from tracin_ann.store import RowFilter
     from tracin_ann.types import ProgressCallback
 
 _IDS = IdRanges()
@@ -113,9 +112,7 @@ def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[
 
 
 def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
-    from tracin_ann.answers import QueryOptions
-    from tracin_ann.formats import HITS
-    from tracin_ann.results import Answers
+    from tracin_ann.scoring import HITS, Answers, QueryOptions
 
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
@@ -177,7 +174,7 @@ class _Summary:
 
 
 def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
-    from tracin_ann.formats import RANKED
+    from tracin_ann.scoring import RANKED
 
     with sink.opened(RANKED) as write, progress_shown("rows") as progress:
         rows = index.self_influence(
@@ -194,6 +191,6 @@ def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: 
 
 
 def _filter(options: Mapping[str, object]) -> RowFilter:
-    from tracin_ann.columns import RowFilter
+    from tracin_ann.store import RowFilter
 
     return RowFilter(options["only"], options["without"], options["where"])  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from tracin_ann.cli.common import IdRanges, Positions
-from tracin_ann.cli.manners import command, directory_argument, note
+from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.parameters import IdRanges, Positions
 
 
 @command("tracin-remove runs/mnist --ids 17,40-59", "tracin-remove runs/mnist --ids @bad-rows.txt")
@@ -20,10 +20,8 @@ def main(directory: str, ids: Positions) -> None:
     Answers under way keep the index as they opened it. The rows' features stay on disk until a new index is built,
     and train_data must keep the rows in their places.
     """
-    from tracin_ann.absent import removed_ids
-    from tracin_ann.generations import leased
-    from tracin_ann.manifest import Manifest
-    from tracin_ann.removal import remove
+    from tracin_ann.operations import remove
+    from tracin_ann.store import Manifest, leased, removed_ids
 
     n_rows = Manifest.read(Path(directory)).build.layout.n_rows
     remove(directory, ids.within(n_rows, "bad --ids"))

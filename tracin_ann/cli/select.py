@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.common import IdRanges, progress_shown
-from tracin_ann.cli.manners import command, directory_argument, note
-from tracin_ann.cli.opened import (
+from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
@@ -19,10 +18,11 @@ from tracin_ann.cli.opened import (
     row_filter,
 )
 from tracin_ann.cli.output import Sink, output_options, refuse_raw
+from tracin_ann.cli.parameters import IdRanges, progress_shown
 
 if TYPE_CHECKING:
+    from tracin_ann.analysis import Subset
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.questions.subset import Subset
 
 
 @command(
@@ -53,7 +53,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     To a name that ends in .txt go the rows alone, one a line, positions or with --own-ids the task's own ids, as
     options such as --only @chosen.txt read them.
     """
-    from tracin_ann.questions.subset import Subset, select
+    from tracin_ann.analysis import Subset, select
 
     listed = form is None and output is not None and output.endswith(".txt")
     if listed:
@@ -81,7 +81,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
 
 
 def _list(path: Path, found: Subset, *, own: bool) -> None:
-    from tracin_ann.named_files import output_file
+    from tracin_ann.files import output_file
 
     text = "".join(f"{chosen.id if own else chosen.row}\n" for chosen in found)
     with output_file(path) as file:

@@ -10,9 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tracin_ann.answers import Hit
-from tracin_ann.formats import Texts, one_line, shown_cells
-from tracin_ann.results import Answers, Listed
+from tracin_ann.scoring import Answers, Hit, Listed, Texts, one_line, shown_cells
 
 _TEXT_WIDTH, _GOOD_TEXT, _LEAST_TEXT, _BETWEEN = 48, 20, 8, 3
 """The most columns of a text, those for which details give way, the least, and those between two cells."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from tracin_ann.cli.common import parsed_arguments, progress_shown
-from tracin_ann.cli.manners import command, device_option, directory_argument, note, say, task_options
+from tracin_ann.cli.command import command, device_option, directory_argument, note, say, task_options
+from tracin_ann.cli.parameters import parsed_arguments, progress_shown
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.words import sized
+from tracin_ann.text import sized
 
 Options = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def _task(options: Options) -> dict[str, Any]:
 
 
 def _verify(directory: str, mend: bool, options: Options) -> None:
-    from tracin_ann.verification import repair, sweep, verify
+    from tracin_ann.operations import repair, sweep, verify
 
     with progress_shown("files") as progress:
         seen = verify(directory, progress)
@@ -73,7 +73,7 @@ def _verify(directory: str, mend: bool, options: Options) -> None:
 
 
 def _audit(directory: str, n_rows: int, seed: int | None, options: Options) -> None:
-    from tracin_ann.verification import Draw, audit
+    from tracin_ann.operations import Draw, audit
 
     with progress_shown("rows") as progress:
         seen = audit(directory, Draw(n_rows, seed), **_task(options), progress=progress)

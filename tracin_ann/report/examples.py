@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tracin_ann.choices import SideName
 from tracin_ann.errors import UsageError
+from tracin_ann.features import Passes
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.loading import SideName
-from tracin_ann.passes import Passes
 from tracin_ann.report.pictures import Pictures
 from tracin_ann.task import Description
 

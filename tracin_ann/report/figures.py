@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tracin_ann.answers import Answer, Hit
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.manifest import FEATURES
-from tracin_ann.plots import GREY, OPPONENT, as_svg, checkpoints_figure, norms_figure, score_ranks_figure
 from tracin_ann.report.views import Asked
-from tracin_ann.store import FeatureStore
+from tracin_ann.scoring import GREY, OPPONENT, Answer, Hit, as_svg, checkpoints_figure, norms_figure, score_ranks_figure
+from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.types import Float64
 
 

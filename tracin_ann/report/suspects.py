@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tracin_ann.answers import Answer, QueryOptions
-from tracin_ann.formats import Record
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import LABEL, Examples, Shown, plain
 from tracin_ann.report.views import LossView, Side, Views
-from tracin_ann.results import Listed, Ranked
+from tracin_ann.scoring import Answer, Listed, QueryOptions, Ranked, Record
 
 NEIGHBOURS = 8
 _LOT = 256

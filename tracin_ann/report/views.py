@@ -12,13 +12,12 @@ from pathlib import PurePath
 
 import numpy as np
 
-from tracin_ann.answers import Answer, Hit
+from tracin_ann.choices import SideName
+from tracin_ann.features import Passes
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.loading import SideName
-from tracin_ann.manifest import FEATURES
-from tracin_ann.passes import Passes
 from tracin_ann.report.examples import Examples, Shown
-from tracin_ann.store import FeatureStore
+from tracin_ann.scoring import Answer, Hit
+from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.types import Float64
 
 MEMBERS = 12

@@ -14,21 +14,18 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from tracin_ann.answers import Answer
+from tracin_ann.choices import SideName
 from tracin_ann.errors import MissingPackageError, UsageError, problem
-from tracin_ann.escapes import json_escaped, visible
-from tracin_ann.formats import shown_cells
+from tracin_ann.files import output_file
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.loading import SideName
-from tracin_ann.named_files import output_file
-from tracin_ann.plots import score_ranks_figure
 from tracin_ann.report.examples import Examples
 from tracin_ann.report.figures import Figure, answer_figures, row_figures
 from tracin_ann.report.pictures import Pictures
 from tracin_ann.report.suspects import has_rows, kept_rows, neighbours, suspect_views
 from tracin_ann.report.views import Asked, Views
-from tracin_ann.results import Answers, Listed, Ranked
-from tracin_ann.session import preserved_globals
+from tracin_ann.scoring import Answer, Answers, Listed, Ranked, score_ranks_figure, shown_cells
+from tracin_ann.task import preserved_globals
+from tracin_ann.text import json_escaped, visible
 
 _LOT = 256
 """Queries that are rendered together."""

@@ -1,27 +1,34 @@
 """Maximum inner product search over feature rows: exact (`flat`) and by inverted lists (`ivf`)."""
 
+from __future__ import annotations
+
 from tracin_ann.device import import_faiss
-from tracin_ann.search.base import SearchIndex, TwoSidedIndex, at_unit_scale, search_both
-from tracin_ann.search.choose import IndexChoice, choose_index
-from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.backend import choose_index
+from tracin_ann.search.base import SearchIndex, at_unit_scale, search_both
+from tracin_ann.search.calibration import Calibration, Point, calibrated
+from tracin_ann.search.construction import Scratch, key_of
+from tracin_ann.search.flat import FlatIndex, Subset
+from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
-from tracin_ann.search.setting import IVFParams, Setting
-from tracin_ann.search.topk import from_padded, merge
+from tracin_ann.search.settings import IVFParams
 
 __all__ = [
+    "CODES",
+    "Calibration",
+    "Codes",
     "FlatIndex",
     "IVFIndex",
     "IVFParams",
-    "IndexChoice",
+    "Point",
+    "Scratch",
     "SearchIndex",
-    "Setting",
-    "TwoSidedIndex",
+    "Subset",
     "at_unit_scale",
+    "calibrated",
     "choose_index",
-    "from_padded",
-    "merge",
+    "key_of",
     "search_both",
 ]
 
-# Here and not at the first search, which may come hours into a build: that FAISS is missing, or there twice.
+# Here and not at the first search, which may come hours into a build: FAISS is missing, or installed twice.
 import_faiss()

@@ -20,17 +20,15 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import DamagedIndexError, naming, problem
-from tracin_ann.files import mapped_array, read_json, read_npz, save_array
-from tracin_ann.opening import open_plain, reading
-from tracin_ann.records import read_record
+from tracin_ann.files import mapped_array, open_plain, read_json, read_npz, read_record, reading, save_array
 from tracin_ann.search.base import checked_queries
-from tracin_ann.search.fill import Scratch, filled, scaled
+from tracin_ann.search.coarse_quantizer import Assigner, ListTree
+from tracin_ann.search.construction import Scratch, filled, scaled
 from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
-from tracin_ann.search.lists import InvertedLists
+from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
-from tracin_ann.search.setting import IVFParams, Setting, usual_setting
+from tracin_ann.search.settings import IVFParams, Setting, usual_setting
 from tracin_ann.search.topk import from_padded, joined, merge, negated
-from tracin_ann.search.tree import Assigner, ListTree
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"

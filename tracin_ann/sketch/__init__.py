@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from tracin_ann.choices import SKETCH_NAMES
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.sketch.base import ParameterKey, ParameterSketch, Sketch
 from tracin_ann.sketch.dense import DenseSketch
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.kronecker import KroneckerSketch
 from tracin_ann.sketch.tensorsketch import TensorSketch, once
-from tracin_ann.words import SKETCH_NAMES
 
-__all__ = ["SKETCHES", "ParameterKey", "ParameterSketch", "Sketch", "TensorSketch", "make_sketch", "once"]
+__all__ = ["ParameterKey", "ParameterSketch", "SKETCHES", "Sketch", "TensorSketch", "make_sketch", "once"]
 
 _MADE_BY = (FactoredSketch, KroneckerSketch, DenseSketch, partial(DenseSketch, gaussian=True))
 SKETCHES: dict[str, Callable[[int], Sketch]] = dict(zip(SKETCH_NAMES, _MADE_BY, strict=True))

@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tracin_ann.factors import Form
-from tracin_ann.scratch import Scratch
+from tracin_ann.gradients import Form, Scratch
 from tracin_ann.sketch.generator import Stream
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracin_ann.factors import Form, column_blocks
-from tracin_ann.scratch import Scratch
+from tracin_ann.gradients import Form, Scratch, column_blocks
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.generator import Stream
 

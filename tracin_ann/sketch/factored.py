@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from tracin_ann.scratch import Scratch
+from tracin_ann.gradients import Scratch
 from tracin_ann.sketch.base import ParameterKey, ParameterSketch
 from tracin_ann.sketch.sides import Side, Untouched, channels_folded, folded
 from tracin_ann.sketch.tensorsketch import tensor_sketch

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.scratch import Scratch
+from tracin_ann.gradients import Scratch
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.sides import Untouched, projected
 from tracin_ann.sketch.twosided import Plain, TwoSided

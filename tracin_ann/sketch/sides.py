@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracin_ann.scratch import Room, fresh
+from tracin_ann.gradients import Room, fresh
 from tracin_ann.sketch.generator import Stream
 
 

@@ -14,8 +14,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from tracin_ann.factors import Form, Outer, column_blocks
-from tracin_ann.scratch import Scratch
+from tracin_ann.gradients import Form, Outer, Scratch, column_blocks
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.sides import fold
 

@@ -14,9 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tracin_ann.convolution import Convolution, channels_last
-from tracin_ann.factors import Dense, Form, Outer, Rows, materialised
-from tracin_ann.scratch import Room, Scratch
+from tracin_ann.gradients import Convolution, Dense, Form, Outer, Room, Rows, Scratch, channels_last, materialised
 from tracin_ann.sketch.sides import ChannelsFolded, Folded, Side, fold
 
 _BLOCK_ELEMENTS = 1 << 19

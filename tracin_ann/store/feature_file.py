@@ -27,13 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest, hdf5_file, own_dataset
-from tracin_ann.opening import open_plain, reading
+from tracin_ann.files import atomic_path, file_digest, hdf5_file, open_plain, own_dataset, reading
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
 
-FORMAT = "tracin_ann.features"
+FORMAT = "tracin_ann.features.extractor"
 VERSION = 3
 
 _ALIGNMENT = 4096

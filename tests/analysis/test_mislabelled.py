@@ -1,0 +1,277 @@
+"""Suspects against a brute-force vote over all pairs of rows; the estimate on flips that are known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from tasks import own_ids
+from tasks.own_ids import GONE, HERE, N, the_task
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, toy
+from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
+from tracin_ann.analysis import Suspects, find_mislabelled
+from tracin_ann.analysis.mislabelled import RANKINGS, By
+from tracin_ann.cli.mislabelled import main as mislabelled_command
+from tracin_ann.errors import UsageError
+from tracin_ann.store.columns import RowFilter
+
+LABELS = np.array([row % 3 for row in range(N)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("mislabelled")
+    own_ids.made(made, "of_mislabelled.py", gone=GONE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path) -> InfluenceIndex:
+    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
+
+
+def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:
+    """Return the share of the vote [N, 3] for each label, row after row, all cosines sorted."""
+    row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
+    unit_NCD = row_NCD / np.linalg.norm(row_NCD, axis=2, keepdims=True)
+    weights = np.array(RATES) / sum(RATES)
+    cosine_NN = np.einsum("acd,bcd,c->ab", unit_NCD, unit_NCD, weights)
+    voice_NL = np.zeros((N, 3))
+    for row in range(N):
+        others = [other for other in voters if other != row]
+        for sign in (1, -1):
+            near = sorted(others, key=lambda other: -sign * cosine_NN[row, other])[:neighbours]  # noqa: B023
+            for other in near:
+                voice_NL[row, LABELS[other]] += max(0.0, sign * cosine_NN[row, other])
+    return voice_NL / voice_NL.sum(axis=1, keepdims=True)
+
+
+def mean_losses(folder: Path) -> dict[int, float]:
+    """Return the mean losses of the rows that are there, each computed alone by its model."""
+    task, of_row = the_task(folder, "words"), dict.fromkeys(HERE, 0.0)
+    for checkpoint in task.checkpoints:
+        net = task.model()
+        net.load_state_dict(torch.load(checkpoint.path, weights_only=True))
+        for row in HERE:
+            batch = torch.utils.data.default_collate([task.train_data()[row]])
+            of_row[row] += task.loss(net.eval(), batch).item() / len(task.checkpoints)
+    return of_row
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 100])
+def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
+    found = find_mislabelled(index, neighbours=neighbours)
+    expected_NL = shares(index, neighbours)
+    own = {row.row: row.score for row in index.self_influence()}
+    losses = mean_losses(folder)
+    lowest = index.view().store.losses()[HERE].min(axis=0).mean()
+    assert sorted(row.row for row in found) == HERE
+    for suspect in found:
+        share_L = expected_NL[suspect.row]
+        assert suspect.share == pytest.approx(share_L.max(), rel=1e-4)
+        assert suspect.speaks_for == share_L.argmax()
+        assert suspect.label == LABELS[suspect.row]
+        assert suspect.self_influence == own[suspect.row]
+        assert suspect.loss == pytest.approx(losses[suspect.row], rel=1e-5)
+        expected = (suspect.loss - lowest) * (1 - share_L[LABELS[suspect.row]])
+        assert suspect.score == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert suspect.id == f"row-{100 + suspect.row:04}"
+    assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
+    assert [row.rank for row in found] == list(range(1, len(HERE) + 1))
+    outvoted = [row for row in HERE if shares(index, neighbours)[row].argmax() != LABELS[row]]
+    assert found.suspicion.n_outvoted == len(outvoted)
+    stored = {suspect.row: suspect.loss for suspect in found}
+    least = sorted(stored[row] for row in outvoted)[(len(outvoted) - 1) // 20]
+    assert found.suspicion.look_at == min(sum(loss >= least for loss in stored.values()), 5 * len(outvoted))
+
+
+def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> None:
+    whole = {row.row: row for row in find_mislabelled(index, neighbours=5)}
+    found = find_mislabelled(index, k=4, neighbours=5, rows=RowFilter(where=("label=1",)))
+    assert len(found) == 4
+    assert found.suspicion.n_rows == sum(LABELS[row] == 1 for row in HERE)
+    assert all(row.label == 1 and row.score == pytest.approx(whole[row.row].score, rel=1e-6) for row in found)
+
+
+@pytest.mark.parametrize("by", RANKINGS)
+def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) -> None:
+    found = find_mislabelled(index, neighbours=5, asked=6, by=by)
+    ranking = [
+        row.row for row in find_mislabelled(index, None, by="self-influence" if by == "self-influence" else "loss")
+    ]
+    assert {row.row for row in found[:6]} == set(ranking[:6])
+    assert [row.row for row in found[6:]] == ranking[6:]
+    assert all(row.speaks_for is None and row.share is None for row in found[6:])
+    assert found.suspicion.n_asked == 6
+
+
+def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
+    found = find_mislabelled(index, labels=None, k=7)
+    losses = mean_losses(folder)
+    assert [row.row for row in found] == sorted(HERE, key=lambda row: -losses[row])[:7]
+    assert [row.score for row in found] == pytest.approx([losses[row.row] for row in found], rel=1e-5)
+    assert found.suspicion.look_at is None
+    assert all(row.label is None for row in found)
+    by_own = find_mislabelled(index, labels=None, k=7, by="self-influence")
+    assert [(row.row, row.score) for row in by_own] == [(row.row, row.score) for row in index.self_influence(7)]
+
+
+def test_losses_are_those_of_the_checkpoints_chosen(index: InfluenceIndex) -> None:
+    stored_NC = index.view().store.losses()
+    for suspect in find_mislabelled(index, neighbours=5, checkpoints=[1]):
+        assert suspect.loss == stored_NC[suspect.row, 1]
+
+
+def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None:
+    rankings, plain = [], toy(tmp_path, columns=lambda row: {"label": row[1]})
+    for shift in (0.0, -7.0):
+
+        def loss(net: torch.nn.Module, batch: list[torch.Tensor], shift: float = shift) -> torch.Tensor:
+            return cross_entropy(net, batch) + shift
+
+        task = replace(plain, loss=loss)
+        build(task, tmp_path / f"index {shift}", CONFIG)
+        found = find_mislabelled(InfluenceIndex.open(tmp_path / f"index {shift}", task), neighbours=3)
+        rankings.append([row.row for row in found])
+        assert min(row.score for row in found) >= 0
+    assert rankings[0] == rankings[1]
+
+
+def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
+    by_votes = find_mislabelled(index, neighbours=5, by="votes")
+    share_NL = shares(index, 5)
+    assert [row.score for row in by_votes] == pytest.approx(
+        sorted((1 - share_NL[row, LABELS[row]] for row in HERE), reverse=True), abs=1e-5
+    )
+    true = {row.row: row.score for row in index.self_influence(exact=True)}
+    exact = find_mislabelled(index, neighbours=5, by="self-influence", exact=True)
+    assert {row.row: row.self_influence for row in exact} == true
+    assert [row.row for row in exact] == [row.row for row in index.self_influence(exact=True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": "colour"}, "no column 'colour'.*one of label.*--no-labels"),
+        ({"k": 0}, "bad -k"),
+        ({"neighbours": 0}, "bad --neighbours"),
+        ({"asked": 0}, "bad --asked"),
+        ({"labels": None, "by": "votes"}, "bad --by"),
+        ({"labels": None, "by": "loss-and-votes"}, "bad --by"),
+        ({"by": "magic"}, "bad --by.*loss-and-votes or loss or votes or self-influence"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace(" ", r"\s")):
+        find_mislabelled(index, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_index_without_columns_says_what_to_do(tmp_path: Path) -> None:
+    build(toy(tmp_path), tmp_path / "index", CONFIG)
+    index = InfluenceIndex.open(tmp_path / "index", toy(tmp_path))
+    with pytest.raises(UsageError, match="give Task.columns and build again"):
+        find_mislabelled(index)
+    assert len(find_mislabelled(index, labels=None)) == 10
+
+
+def test_a_column_of_fractions_holds_no_labels_and_of_bools_and_texts_does(tmp_path: Path) -> None:
+    task = toy(tmp_path, columns=lambda row: {"half": row[1] / 2, "odd": bool(row[1] % 2), "word": f"w{row[1]}"})
+    build(task, tmp_path / "index", CONFIG)
+    index = InfluenceIndex.open(tmp_path / "index", task)
+    with pytest.raises(UsageError, match="holds no labels"):
+        find_mislabelled(index, "half")
+    assert {row.label for row in find_mislabelled(index, "odd")} == {"true", "false"}
+    assert {row.label for row in find_mislabelled(index, "word")} == {"w0", "w1", "w2"}
+
+
+def clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]], set[int]]:
+    """Return points around three centres, labelled by them but for a share, and which of them are wrong."""
+    random = np.random.default_rng(5)
+    flipped = set(random.choice(n, round(wrong * n), replace=False).tolist())
+    centres = 3 * torch.eye(5)[:3]
+    points = torch.from_numpy(random.normal(size=(n, 5)).astype(np.float32)) * 0.7
+    return [(points[i] + centres[i % 3], (i + (i in flipped)) % 3) for i in range(n)], flipped
+
+
+def trained(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
+    """Return a task of a net that was trained on the points, two checkpoints on the way."""
+    torch.manual_seed(0)
+    net = Toy()
+    batch = torch.utils.data.default_collate(data)
+    for step in range(60):
+        slopes = torch.autograd.grad(cross_entropy(net, batch).mean(), list(net.parameters()))
+        with torch.no_grad():
+            for parameter, slope in zip(net.parameters(), slopes, strict=True):
+                parameter.sub_(0.1 * slope)
+        if step in (29, 59):
+            torch.save(net.state_dict(), folder / f"{step}.pt")
+    checkpoints = [Checkpoint(folder / f"{step}.pt", 0.1) for step in (29, 59)]
+    return Task(Toy, cross_entropy, lambda: data, lambda: data[:1], checkpoints, columns=lambda row: {"label": row[1]})
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.05, 0.1, 0.2])
+def test_known_flips_are_found_and_about_as_many_are_to_be_looked_at(tmp_path: Path, wrong: float) -> None:
+    data, flipped = clusters(wrong)
+    task = trained(tmp_path, data)
+    build(task, tmp_path / "index", BuildConfig(dim=64, index="flat", device="cpu"))
+    found = find_mislabelled(InfluenceIndex.open(tmp_path / "index", task))
+    assert found.suspicion.look_at is not None
+    assert 0.5 * len(flipped) - 3 <= found.suspicion.look_at <= 1.3 * len(flipped) + 3
+    first = found[: len(flipped)]
+    assert sum(row.row in flipped for row in first) >= 0.9 * len(flipped)
+    assert sum(row.speaks_for == row.row % 3 for row in first if row.row in flipped) >= 0.9 * len(flipped)
+
+
+def asked(folder: Path, *words: str) -> Result:
+    sys.path_importer_cache.clear()
+    command = [
+        str(folder / "words"),
+        "--task",
+        f"{folder / 'of_mislabelled.py'}:task",
+        "--task-arg",
+        f"folder={folder}",
+    ]
+    return CliRunner().invoke(mislabelled_command, [*command, *words])
+
+
+def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index: InfluenceIndex) -> None:
+    found = find_mislabelled(index, k=6)
+    result = asked(folder, "-k", "6", "--format", "jsonl")
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line) for line in result.stdout.splitlines()] == json.loads(json.dumps(found.lines()))
+    assert f"look at about the first {found.suspicion.look_at} of {len(HERE)} rows" in result.stderr
+    out = folder / "suspects.csv"
+    assert asked(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
+    assert out.read_text().splitlines()[0] == ",".join(Suspects.FIELDS.names)
+    assert "row-01" in asked(folder, "-k", "2").stdout
+    assert f"{len(HERE)} rows by loss; without labels nobody votes" in asked(folder, "--no-labels").stderr
+    assert "have as large a self-influence" in asked(folder, "--by", "self-influence").stderr
+    refused = asked(folder, "--labels", "colour")
+    assert refused.exit_code == UsageError.exit_code
+    assert "no column 'colour'" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("columns", "left_out"), [(120, set()), (90, {"self_influence"}), (76, {"self_influence", "loss"})]
+)
+def test_a_narrow_terminal_shows_the_texts_rather_than_details(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int, left_out: set[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = asked(folder, "-k", "3", "--format", "table")
+    assert result.exit_code == 0, result.output
+    heads = result.stdout.splitlines()[0].split(" ┃ ")
+    assert set(Suspects.FIELDS.names) - {head.strip() for head in heads} == left_out
+
+
+def test_the_command_knows_every_ranking() -> None:
+    choices = {tuple(p.type.choices) for p in mislabelled_command.params if p.name == "by"}  # type: ignore[attr-defined]
+    assert choices == {RANKINGS}

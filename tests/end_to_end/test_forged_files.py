@@ -1,0 +1,278 @@
+"""Whoever forges a file forges its digest: verifying an index and asking it agree about what may be in one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from forgery import acknowledge, forge
+from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tracin_ann import InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.errors import DamagedIndexError, IndexMismatchError
+from tracin_ann.operations.removal import remove
+from tracin_ann.operations.verification import verify
+from tracin_ann.store.manifest import MANIFEST, Manifest
+
+N = 70
+FEATURE_SETS = ("feature", "exponent", "id", "sqnorm", "loss", "block_checksum", "row_checksum", "column_checksum")
+CANARY_SETS = ("train/id", "train/feature", "query/id", "query/feature")
+OWN = "generation-000002"
+UNLIKE = "not of this task:"
+
+
+@pytest.fixture(scope="module", params=["flat", "ivf"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = Toy()
+    fields: dict[str, Any] = {"train_data": lambda: rows(N), "query_data": lambda: rows(9, seed=2)}
+    task = toy(folder, model, checkpoints=saved(model, folder), columns=lambda row: {"label": row[1]}, **fields)
+    build(task, folder / "index", replace(CONFIG, index=request.param, partition_rows=32, dim=8))
+    remove(folder / "index", [3, 50])
+    return folder / "index", task
+
+
+@pytest.fixture
+def index(made: tuple[Path, Task], tmp_path: Path) -> Path:
+    shutil.copytree(made[0], tmp_path / "index")
+    return tmp_path / "index"
+
+
+def of_verify(index: Path) -> str:
+    """Return what is said to be damaged, "" for nothing."""
+    try:
+        return "".join(damage.message for damage in verify(index).damage)
+    except DamagedIndexError as error:
+        return str(error)
+
+
+def of_query(index: Path, task: Task) -> str:
+    """Return the damage for which a query is refused, "" where it is answered."""
+    try:
+        opened = InfluenceIndex.open(index, task)
+        for search in ("scan", "lists") if opened.manifest.index.kind == "ivf" else ("scan",):
+            opened.query([0], options=QueryOptions(search=search))  # type: ignore[arg-type]
+        opened.self_influence(3)
+    except IndexMismatchError as error:
+        # The task's own fields are compared before a feature file is opened.
+        return f"{UNLIKE} {error}"
+    except DamagedIndexError as error:
+        return str(error)
+    return ""
+
+
+def test_both_take_a_sound_index(index: Path, made: tuple[Path, Task]) -> None:
+    assert (of_verify(index), of_query(index, made[1])) == ("", "")
+
+
+def refuse(index: Path, task: Task, path: Path) -> None:
+    """Expect that both refuse, with the file's name."""
+    acknowledge(index, path)
+    for said in (of_verify(index), of_query(index, task)):
+        assert path.name in said and said.count("\n") == 0
+
+
+ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "a scalar": lambda held: held.reshape(-1)[0],
+    "shorter": lambda held: held[:-1],
+    "longer": lambda held: np.concatenate([held, held[-1:]]),
+    "narrower": lambda held: held[..., :-1],
+    "deeper": lambda held: held[..., None],
+    "flat": lambda held: held.reshape(-1) if held.ndim > 1 else held[None],
+    "wider numbers": lambda held: held.astype(np.complex128),
+    "other numbers": lambda held: held.astype(np.float64 if held.dtype.kind != "f" else np.int32),
+    "big-endian": lambda held: held.astype(held.dtype.newbyteorder(">")),
+    "texts": lambda held: np.full(held.shape, b"x"),
+}
+
+
+def forged(path: Path, name: str, kind: str) -> None:
+    """Put something else in place of a data set."""
+    with h5py.File(path, "r+") as file:
+        held = file[name][...]
+        del file[name]
+        if kind in ALTERED:
+            file.create_dataset(name, data=ALTERED[kind](held))
+        elif kind == "compressed":
+            file.create_dataset(name, data=held, compression="gzip", chunks=held.shape)
+        elif kind == "never written":
+            file.create_dataset(name, held.shape, held.dtype)
+        elif kind == "huge":
+            file.create_dataset(name, (2**40, *held.shape[1:]), held.dtype)
+        elif kind == "a link":
+            file["away"] = held
+            file[name] = h5py.SoftLink("/away")
+        elif kind == "a group":
+            file.create_group(name)
+
+
+KINDS = [*ALTERED, "gone", "compressed", "never written", "huge", "a link", "a group"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FEATURE_SETS)
+def test_a_feature_file_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
+    path = sorted((index / "features").iterdir())[1]
+    forged(path, name, kind)
+    refuse(index, made[1], path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CANARY_SETS)
+def test_canaries_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
+    forged(index / OWN / "canaries.h5", name, kind)
+    refuse(index, made[1], index / OWN / "canaries.h5")
+
+
+CANARY_VALUES = {
+    "a row that there is not": ("train/id", -1, N),
+    "a negative row": ("train/id", 0, -1),
+    "rows that fall": ("query/id", 0, 2**40),
+    "NaN": ("train/feature", (0, 0, 0), np.nan),
+}
+
+
+@pytest.mark.parametrize("case", CANARY_VALUES)
+def test_canaries_of_no_rows(index: Path, made: tuple[Path, Task], case: str) -> None:
+    name, place, value = CANARY_VALUES[case]
+    with h5py.File(index / OWN / "canaries.h5", "r+") as file:
+        file[name][place] = value
+    refuse(index, made[1], index / OWN / "canaries.h5")
+
+
+@pytest.mark.parametrize(
+    "change", [{"stop": 33}, {"start": 1}, {"checkpoint": 7}, {"dim": 9}, {"block_rows": 0}, {"dtype": b"f8"}]
+)
+def test_a_feature_file_of_another_header(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
+    path = sorted((index / "features").iterdir())[0]
+    with h5py.File(path, "r+") as file:
+        for name, value in change.items():
+            file.attrs[name] = value
+    refuse(index, made[1], path)
+
+
+@pytest.mark.parametrize(
+    "value", [np.zeros((3, 3)), np.bytes_(b"x" * 5000), "text", np.float64(np.nan), h5py.Empty("f")]
+)
+@pytest.mark.parametrize("name", ["format", "version", "stop"])
+def test_a_feature_file_with_another_attribute(index: Path, made: tuple[Path, Task], name: str, value: Any) -> None:
+    path = sorted((index / "features").iterdir())[0]
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    refuse(index, made[1], path)
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in ALTERED if kind not in ("shorter", "narrower")), "gone", "huge"])
+def test_removed_rows_of_another_structure(index: Path, made: tuple[Path, Task], kind: str) -> None:
+    path = index / OWN / "removed.npy"
+    array = np.load(path)
+    path.write_bytes(b"" if kind == "gone" else npy(array, kind))
+    refuse(index, made[1], path)
+
+
+def npy(array: np.ndarray, kind: str) -> bytes:
+    file = io.BytesIO()
+    if kind == "huge":
+        header = {"shape": (2**40, *array.shape[1:]), "fortran_order": False, "descr": array.dtype.str}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.tobytes())
+    else:
+        np.save(file, ALTERED[kind](array))
+    return file.getvalue()
+
+
+ARRAYS = ("basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "radius_L", "size_L")
+
+
+@pytest.mark.parametrize("kind", [*ALTERED, "gone"])
+@pytest.mark.parametrize("name", [*ARRAYS, "centroids"])
+def test_lists_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
+    if Manifest.read(index).index.kind == "flat":
+        pytest.skip("a flat index has no lists")
+    path = index / OWN / ("ivf-centroids.npy" if name == "centroids" else "ivf.npz")
+    if name == "centroids":
+        array = np.load(path)
+        path.write_bytes(b"" if kind == "gone" else npy(array, kind))
+    else:
+        arrays = dict(np.load(path))
+        array = arrays.pop(name)
+        if not array.size:
+            pytest.skip("empty here")
+        np.savez(path, **(arrays if kind == "gone" else arrays | {name: ALTERED[kind](array)}))
+    acknowledge(index, path)
+    assert "ivf" in of_verify(index) and "ivf" in of_query(index, made[1])
+
+
+def leaves(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the way to every value, of lists to their first and last items alone."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    last = len(value) - 1 if isinstance(value, list) else 0
+    for key, item in inner:
+        if isinstance(value, dict) or key in (0, last):
+            yield (*here, key)
+            yield from leaves(item, (*here, key))
+
+
+VALUES = (None, True, -1, 0, 1.5, 2**70, "x", [], {})
+
+
+def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -> None:
+    """Of each field; a digest that differs is no structure: a query does not read those of features."""
+    sound = json.loads((index / MANIFEST).read_text())
+    content = {name: value for name, value in sound.items() if name not in ("digest", "format")}
+    ways = [way for way in leaves(content) if way[-1] != "digest" or way[0] != "features"]
+    random = np.random.default_rng(0)
+    for way in ways:
+        for value in [VALUES[i] for i in random.choice(len(VALUES), 3, replace=False)]:
+            changed = copy.deepcopy(content)
+            node = changed
+            for key in way[:-1]:
+                node = node[key]
+            node[way[-1]] = value
+            forge(index, lambda held, changed=changed: held.update(changed))
+            said = of_verify(index), of_query(index, made[1])
+            assert bool(said[0]) == bool(said[1]) or said[1].startswith(UNLIKE), (way, value, said)
+            for place in (index, index / OWN):
+                (place / MANIFEST).write_text(json.dumps(sound))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "hnsw"},
+        {"kind": "ivf", "files": []},
+        {"kind": "flat", "codes": "sq8"},
+        {"codes": "pq"},
+        {"files": [{"name": MANIFEST, "size": 1, "digest": ""}]},
+    ],
+)
+def test_an_index_record_of_no_index(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
+    forge(index, lambda content: content["index"].update(change))
+    for said in (of_verify(index), of_query(index, made[1])):
+        assert "manifest.json cannot be understood" in said
+
+
+def test_a_manifest_and_its_copy_that_differ(index: Path, made: tuple[Path, Task]) -> None:
+    shutil.copy(index / MANIFEST, index / "kept")
+    forge(index, lambda content: content["index"].update(reason="another"))
+    shutil.move(index / "kept", index / MANIFEST)
+    for said in (of_verify(index), of_query(index, made[1])):
+        assert f"{OWN}/{MANIFEST}" in said
+
+
+def test_a_manifest_larger_than_any_that_is_written(index: Path, made: tuple[Path, Task]) -> None:
+    with (index / MANIFEST).open("r+b") as file:
+        file.truncate(2**40)
+    for said in (of_verify(index), of_query(index, made[1])):
+        assert "more than 67,108,864 bytes" in said

@@ -1,0 +1,146 @@
+"""A checkpoint of learning rate 0 adds nothing to any answer; rates that are tensors or arrays are numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from tasks.toy import CONFIG, Toy, cross_entropy, rows, saved, toy
+from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build
+from tracin_ann.analysis.explanation import explain
+from tracin_ann.analysis.mislabelled import find_mislabelled
+from tracin_ann.errors import IndexMismatchError, UsageError
+from tracin_ann.store.manifest import Manifest
+
+GIVEN = (0, torch.tensor(0.5), np.float32(0.125))
+RATES = (0.0, 0.5, 0.125)
+COLUMNS = {"columns": lambda row: {"label": int(row[1])}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rates")
+
+
+@pytest.fixture(scope="module")
+def task(folder):
+    model = Toy()
+    torch.save(model.state_dict(), folder / "first.pt")
+    paths = [folder / "first.pt", *(c.path for c in saved(model, folder))]
+    checkpoints = [Checkpoint(path, rate) for path, rate in zip(paths, GIVEN, strict=True)]
+    return toy(folder, model, checkpoints=checkpoints, train_data=lambda: rows(40), **COLUMNS)
+
+
+@pytest.fixture(scope="module", params=["flat", "ivf"])
+def index(request, folder, task):
+    out = folder / request.param
+    build(task, out, replace(CONFIG, index=request.param, norms="exact"))
+    return InfluenceIndex.open(out, task, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def gradients(task):
+    """Return those [C, N, P] of the queries and of the training rows, in float64."""
+    found = []
+    for data in (rows(5, seed=2), rows(40)):
+        each = []
+        for checkpoint in task.checkpoints:
+            model = Toy()
+            model.load_state_dict(torch.load(checkpoint.path, weights_only=True))
+            each.append(oracle.gradients(model, cross_entropy, data))
+        found.append(torch.stack(each))
+    return found
+
+
+def close(found, wanted):
+    assert np.abs(np.asarray(found) - np.asarray(wanted)).max() < 1e-5 * np.abs(np.asarray(wanted)).max()
+
+
+def true_scores(gradients):
+    queries, train = (grads.transpose(0, 1) for grads in gradients)
+    return oracle.tracin(queries, train, RATES)
+
+
+@pytest.mark.parametrize("options", [QueryOptions(exact=True), QueryOptions(rerank="exact", candidates=40)])
+def test_exact_scores_are_the_oracles(index, gradients, options):
+    wanted = true_scores(gradients)
+    for answer in index.query(range(5), options=replace(options, k=40)):
+        hits = [*answer.proponents, *answer.opponents]
+        close([hit.score for hit in hits], [wanted[answer.query][hit.row] for hit in hits])
+        assert all(hit.by_checkpoint[0] == 0 for hit in hits)
+
+
+def test_stored_features_cosines_and_error_bars_are_numbers(index):
+    assert not index.view().take(range(40))[:, :32].any()
+    for options in (QueryOptions(k=40), QueryOptions(k=40, cosine=True)):
+        for answer in index.query(range(5), options=options):
+            assert len(answer.proponents) + len(answer.opponents) == 40
+            assert all(np.isfinite(hit.score) and hit.score for hit in (*answer.proponents, *answer.opponents))
+            bars = [hit.error for hit in answer.proponents]
+            assert all(bar is None if options.cosine else bar > 0 for bar in bars)
+    fidelity = index.manifest.fidelity
+    assert fidelity.error_scale > 0
+    assert np.isfinite(list(vars(fidelity).values())).all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_self_influence_is_the_oracles(index, gradients, exact):
+    wanted = sum(rate * grads.square().sum(1) for rate, grads in zip(RATES, gradients[1], strict=True))
+    found = index.self_influence(exact=exact)
+    close([row.score for row in found], wanted[[row.row for row in found]])
+
+
+def test_an_explanation_gives_it_nothing(index, gradients):
+    found = explain(index, 3, 1)
+    assert {part.checkpoint for part in found} == {0, 1, 2}
+    assert all(part.contribution == 0 for part in found if part.checkpoint == 0)
+    assert found.score == pytest.approx(true_scores(gradients)[1, 3], rel=1e-5)
+
+
+def test_wrong_labels_are_ranked(index):
+    assert all(np.isfinite(row.score) for row in find_mislabelled(index, "label"))
+
+
+@pytest.mark.parametrize("ask", ["query", "self-influence", "explain", "mislabelled"])
+def test_a_choice_of_such_checkpoints_alone_is_refused(index, ask):
+    with pytest.raises(
+        UsageError, match="^bad --checkpoints: got only some whose learning rate is 0, expected one that"
+    ):
+        {
+            "query": lambda: index.query([0], options=QueryOptions(checkpoints=(0,))),
+            "self-influence": lambda: index.self_influence(checkpoints=(0,)),
+            "explain": lambda: explain(index, 3, 1, checkpoints=(0,)),
+            "mislabelled": lambda: find_mislabelled(index, "label", checkpoints=(0,)),
+        }[ask]()
+
+
+def test_the_record_holds_plain_numbers_and_another_rate_is_refused(index, task):
+    spec = Manifest.read(index.directory).build.spec
+    assert [(type(c.learning_rate), c.learning_rate) for c in spec.checkpoints] == [(float, rate) for rate in RATES]
+    other = [replace(task.checkpoints[0], learning_rate=0.25), *task.checkpoints[1:]]
+    with pytest.raises(IndexMismatchError, match="learning rate 0 at checkpoint 0, the task has 0.25; restore"):
+        InfluenceIndex.open(index.directory, replace(task, checkpoints=other), device="cpu").query([0])
+
+
+def test_data_that_changed_are_noticed_at_the_other_checkpoints(index, task):
+    moved = replace(task, loss=lambda model, batch: 1.5 * cross_entropy(model, batch))
+    with pytest.raises(IndexMismatchError, match="has another gradient than when .* at checkpoint 1"):
+        InfluenceIndex.open(index.directory, moved, device="cpu").query([0])
+
+
+def test_a_checkpoint_of_rate_0_can_be_added(folder, task):
+    out = folder / "grown"
+    begun = replace(task, checkpoints=task.checkpoints[1:])
+    build(begun, out, CONFIG)
+    grown = replace(task, checkpoints=[*task.checkpoints[1:], task.checkpoints[0]])
+    build(grown, out, replace(CONFIG, add_checkpoint=True))
+    before = [hit.score for hit in InfluenceIndex.open(out, grown, device="cpu").query([0])[0].proponents]
+    build(begun, folder / "as it was", CONFIG)
+    after = [
+        hit.score for hit in InfluenceIndex.open(folder / "as it was", begun, device="cpu").query([0])[0].proponents
+    ]
+    assert before == pytest.approx(after, rel=1e-6)

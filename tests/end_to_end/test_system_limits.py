@@ -1,0 +1,178 @@
+"""What the system lacks, descriptors or memory, is told as such: no file is said to be damaged, and none is removed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from paths import ROOT
+from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tracin_ann import InfluenceIndex, Task, build
+from tracin_ann.cli.verify import main as verify_command
+from tracin_ann.device import import_faiss
+from tracin_ann.errors import DamagedIndexError
+from tracin_ann.features.canaries import canaries_of
+from tracin_ann.files import durable as files
+from tracin_ann.files.opening import reading, refusal_of_the_system
+from tracin_ann.operations.removal import remove
+from tracin_ann.operations.verification import repair, verify
+from tracin_ann.store.generations import folder_of
+from tracin_ann.store.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    model = Toy()
+    fields: dict[str, Any] = {"train_data": lambda: rows(70), "columns": lambda row: {"label": row[1]}}
+    task = toy(folder, model, checkpoints=saved(model, folder), **fields)
+    build(task, folder / "index", replace(CONFIG, index="ivf", partition_rows=32, dim=8))
+    remove(folder / "index", [3])
+    return folder / "index", task
+
+
+@pytest.fixture
+def index(made: tuple[Path, Task], tmp_path: Path) -> Path:
+    shutil.copytree(made[0], tmp_path / "index")
+    return tmp_path / "index"
+
+
+def held(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def descriptors(n: int) -> Iterator[None]:
+    """Leave the process so many descriptors more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/", os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_nothing_is_damaged(index: Path, made: tuple[Path, Task]) -> None:
+    """Whatever the number at which they run out; with enough of them all is well."""
+    before = held(index)
+    verify(index)
+    InfluenceIndex.open(index, made[1]).query([0])
+    acts: list[Callable[[], object]] = [
+        lambda: verify(index),
+        lambda: repair(index, made[1]),
+        lambda: InfluenceIndex.open(index, made[1]).query([0]),
+        lambda: remove(index, [3]),
+    ]
+    for act in acts:
+        refused = 0
+        for n in range(40):
+            try:
+                with descriptors(n):
+                    act()
+            except OSError as error:
+                assert error.errno == errno.EMFILE, error
+                refused += 1
+        assert refused
+        assert held(index) == before
+    assert verify(index).damage == ()
+
+
+LIMITED = """
+import resource, sys
+from click.testing import CliRunner
+from tracin_ann.cli.verify import main
+import tracin_ann.operations.verification, faiss
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
+main([sys.argv[1], "--repair"])
+"""
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_the_command_says_so_in_one_line(index: Path, n: int) -> None:
+    before = held(index)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LIMITED, str(index), str(n)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "got Too many open files (EMFILE)" in line and "raise the limit of open files" in line
+    assert held(index) == before
+
+
+LACK = [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    OSError(errno.ENFILE, os.strerror(errno.ENFILE)),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    MemoryError(),
+    OSError("Unable to open file (unable to open file: errno = 24, error message = 'Too many open files')"),
+    RuntimeError("Error in FileIOReader: could not open x for reading: Too many open files"),
+]
+
+
+@pytest.mark.parametrize("error", LACK, ids=lambda error: type(error).__name__ + str(error)[:12])
+@pytest.mark.parametrize("place", ["h5py", "numpy's map", "arrays", "faiss", "JSON"])
+def test_whoever_says_it(
+    index: Path, made: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+) -> None:
+    def lacking(*given: object, **more: object) -> object:
+        raise error
+
+    before, faiss = held(index), import_faiss()
+    owner, name = {
+        "h5py": (h5py, "File"),
+        "numpy's map": (np, "memmap"),
+        "arrays": (files, "read_array"),
+        "faiss": (faiss, "read_index"),
+        "JSON": (files, "open_plain"),
+    }[place]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, lacking)
+        with pytest.raises(OSError) as found:
+            verify(index)
+        assert found.value.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        assert str(index) in str(found.value.filename)
+        done = CliRunner().invoke(verify_command, [str(index), "--repair"])
+        assert done.exit_code == 1
+    assert held(index) == before and verify(index).damage == ()
+
+
+def test_an_error_that_hides_the_systems_is_seen_through() -> None:
+    try:
+        try:
+            raise OSError(errno.EMFILE, "too many")
+        except OSError:
+            raise KeyError("id") from None
+    except KeyError as error:
+        found = refusal_of_the_system(error, Path("a"))
+    assert found is not None and (found.errno, found.filename) == (errno.EMFILE, "a")
+    assert refusal_of_the_system(ValueError("odd"), Path("a")) is None
+    with pytest.raises(DamagedIndexError, match="cannot read a: got odd, expected b; c"), reading(Path("a"), "b", "c"):
+        raise ValueError("odd")
+    with pytest.raises(PermissionError), reading(Path("a"), "b", "c"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_repair_under_pressure_keeps_canaries(index: Path, made: tuple[Path, Task]) -> None:
+    manifest = Manifest.read(index)
+    own = folder_of(index, manifest.generation)
+    with descriptors(0), pytest.raises(OSError, match="Too many open files"):
+        canaries_of(own, manifest)
+    assert len(canaries_of(own, manifest)) == 2

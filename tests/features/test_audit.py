@@ -1,0 +1,219 @@
+"""The audit of stored rows by plain autograd: it finds one mixed batch among many, and never fires without a fault."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tasks.padded import LONG, Pooled, padded, pooled_loss, ragged
+from tasks.toy import CONFIG, RATES, rows, toy
+from tracin_ann import InfluenceIndex, Task, build
+from tracin_ann.cli.info import main as info_command
+from tracin_ann.errors import GradientProofError, UsageError
+from tracin_ann.features.audit import DRAWN, Auditor
+from tracin_ann.operations.removal import remove
+from tracin_ann.operations.verification import Draw, audit, repair, verify
+from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest
+from wrong_rows import alter, plant
+
+BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
+N = 200
+SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return toy(
+        tmp_path,
+        Pooled(),
+        loss=pooled_loss,
+        collate=padded,
+        train_data=lambda: ragged(N),
+        query_data=lambda: ragged(5),
+    )
+
+
+def feature_files(directory: Path) -> set[str]:
+    return {path.name for path in (directory / FEATURES).glob("*.h5")}
+
+
+def stored(directory: Path) -> np.ndarray:
+    index = InfluenceIndex.open(directory)
+    return index.view().take(range(len(index)))
+
+
+def test_the_most_uneven_batch_is_audited_whatever_is_drawn(task, tmp_path, monkeypatch):
+    with monkeypatch.context() as planted:
+        plant(planted, lambda ids: LONG in ids, "second.weight")
+        with pytest.raises(
+            GradientProofError,
+            match=r"^row 14\d at checkpoint 1 differs from plain autograd: got a feature that is 0\.\d+ of its "
+            r"norm away, most of it in second\.weight of layer second \(Linear\), expected at most 0\.0005 "
+            r"\(2 rows differ\); nothing is published and what this build computed is removed; ",
+        ):
+            build(task, tmp_path / "i", SMALL)
+    assert not (tmp_path / "i" / MANIFEST).exists()
+    assert feature_files(tmp_path / "i") == set()
+    # Without the fault the same command makes the index that was never faulty.
+    assert build(task, tmp_path / "i", SMALL).rows_extracted == N * len(RATES)
+    build(task, tmp_path / "clean", SMALL)
+    np.testing.assert_array_equal(stored(tmp_path / "i"), stored(tmp_path / "clean"))
+
+
+def test_rows_are_drawn_from_all_partitions_and_checkpoints(tmp_path, monkeypatch):
+    plant(monkeypatch, lambda ids: min(ids) >= N // 2, "first.bias")
+    with pytest.raises(GradientProofError, match=r"most of it in first\.bias of layer first \(Linear\)"):
+        build(toy(tmp_path, train_data=lambda: rows(N)), tmp_path / "i", SMALL)
+
+
+def test_a_fault_that_does_not_come_again_is_told_without_a_parameter(task, tmp_path, monkeypatch):
+    passes = [*RATES]
+    plant(monkeypatch, lambda ids: LONG in ids and bool(passes) and passes.pop() > 0, "second.weight")
+    with pytest.raises(GradientProofError, match="though its batch, run again, gives what autograd gives"):
+        build(task, tmp_path / "i", SMALL)
+
+
+def test_a_layer_that_mixes_in_one_batch_only_is_found(tmp_path):
+    """Not planted: questions of four options, one batch of which holds one with three and one with five."""
+    counts = [4] * 400
+    counts[258], counts[300] = 3, 5
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(n, 5, generator=generator), i % 3) for i, n in enumerate(counts)]
+
+    def collate(examples: list[Any]) -> Any:
+        sizes = tuple(len(x) for x, _ in examples)
+        return torch.cat([x for x, _ in examples]), sizes, torch.tensor([y for _, y in examples])
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        logits = torch.split(model(batch[0])[:, 0], batch[1])
+        return torch.stack([F.cross_entropy(one, y) for one, y in zip(logits, batch[2], strict=True)])
+
+    task = toy(tmp_path, loss=loss, collate=collate, train_data=lambda: data, query_data=lambda: data[:5])
+    try:
+        build(task, tmp_path / "i", replace(SMALL, batch_size=64))
+    except GradientProofError as error:
+        assert re.match(r"row (25[6-9]|2[6-9]\d|3[01]\d) at checkpoint 1 differs .* of layer ", str(error)), error
+    else:
+        assert not audit(tmp_path / "i", Draw(2 * len(data)), task).differences
+
+
+def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeypatch):
+    short = replace(task, train_data=lambda: ragged(N)[:130])
+    build(short, tmp_path / "i", SMALL)
+    before, files = stored(tmp_path / "i"), feature_files(tmp_path / "i")
+    with monkeypatch.context() as planted:
+        plant(planted, lambda ids: LONG in ids, "second.weight")
+        with pytest.raises(GradientProofError, match="row 14"):
+            build(task, tmp_path / "i", replace(SMALL, append=True))
+    assert feature_files(tmp_path / "i") == files
+    np.testing.assert_array_equal(stored(tmp_path / "i"), before)
+    assert verify(tmp_path / "i").damage == ()
+    made = build(task, tmp_path / "i", replace(SMALL, append=True))
+    assert (made.manifest.build.spec.train_rows, made.manifest.audit.rows, made.uneven.rows) == (N, DRAWN, 4)
+
+
+def test_old_rows_are_audited_beside_new_ones(task, tmp_path, monkeypatch):
+    short = replace(task, train_data=lambda: ragged(N)[:130])
+    build(short, tmp_path / "i", SMALL)
+    asked: list[Any] = []
+    true_audit = Auditor.audit
+    monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
+    build(task, tmp_path / "i", replace(SMALL, append=True))
+    assert {row < 80 for row, _ in asked} == {True, False}
+    assert {checkpoint for _, checkpoint in asked} == {0, 1}
+
+
+def test_a_wrong_row_of_the_index_that_grows_is_told_and_keeps_its_file(task, tmp_path):
+    short = replace(task, train_data=lambda: ragged(N)[:130])
+    build(short, tmp_path / "i", SMALL)
+    alter(tmp_path / "i", range(80))
+    files = feature_files(tmp_path / "i")
+    with pytest.raises(GradientProofError, match="this row is of the index as it was before: build a new one$"):
+        build(task, tmp_path / "i", replace(SMALL, append=True))
+    assert feature_files(tmp_path / "i") == files
+
+
+def test_a_repair_that_fails_leaves_nothing_wrong_behind(task, tmp_path, monkeypatch):
+    build(task, tmp_path / "i", SMALL)
+    (tmp_path / "i" / FEATURES / "features-000001-0001.h5").unlink()
+    with monkeypatch.context() as planted:
+        plant(planted, lambda ids: LONG in ids, "second.weight")
+        with pytest.raises(GradientProofError, match="row 14"):
+            repair(tmp_path / "i", task)
+    assert "features-000001-0001.h5" not in feature_files(tmp_path / "i")
+    repair(tmp_path / "i", task)
+    assert verify(tmp_path / "i").damage == ()
+
+
+def test_files_of_a_killed_run_are_audited_by_the_next(task, tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(BUILD, "audit_build", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(task, tmp_path / "i", SMALL)
+    assert len(feature_files(tmp_path / "i")) == 6
+    made = build(task, tmp_path / "i", SMALL)
+    assert made.rows_extracted == 0
+    # Its batches are not known any more.
+    assert (made.manifest.audit.rows, made.uneven) == (DRAWN, None)
+
+
+def test_nothing_is_audited_where_nothing_was_computed_for_a_finished_index(task, tmp_path, monkeypatch):
+    before = build(task, tmp_path / "i", SMALL).manifest
+    monkeypatch.setattr(Auditor, "audit", interrupt)
+    made = build(task, tmp_path / "i", replace(SMALL, rebuild_index=True)).manifest
+    assert (made.generation, made.audit) == (2, before.audit)
+
+
+def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
+    data = ragged(40, long=17)
+    data[9][0][0, 0] = torch.nan
+    task = replace(task, train_data=lambda: data)
+    config = replace(SMALL, on_nonfinite="skip")
+    build(task, tmp_path / "i", config)
+    remove(tmp_path / "i", [5, 17])
+    asked: list[Any] = []
+    true_audit = Auditor.audit
+    monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
+    assert audit(tmp_path / "i", Draw(1000), task).rows == 37 * 2
+    assert {row for row, _ in asked} == {*range(40)} - {5, 9, 17}
+    asked.clear()
+    grown = replace(task, train_data=lambda: [*data, *ragged(10, long=-1)])
+    made = build(grown, tmp_path / "i", replace(config, append=True))
+    assert made.manifest.audit.rows == DRAWN
+    assert not {5, 9, 17} & {row for row, _ in asked}
+
+
+def test_random_rows_cannot_be_audited(tmp_path):
+    task = toy(tmp_path)
+    made = build(task, tmp_path / "i", replace(SMALL, allow_random_data=True)).manifest
+    assert (made.audit, made.audited()) == (None, "nothing: the rows are random")
+    with pytest.raises(UsageError, match=r"cannot be audited: got an index built with --allow-random-data"):
+        audit(tmp_path / "i", Draw(3), task)
+
+
+def test_a_manifest_of_before_audits_is_read(tmp_path):
+    build(toy(tmp_path), tmp_path / "i", SMALL)
+    for path in (tmp_path / "i").rglob(MANIFEST):
+        content = json.loads(path.read_text())
+        for name in ("format", "digest", "audit"):
+            del content[name]
+        path.write_text(json.dumps({"format": FORMAT, "digest": content_digest(content), **content}))
+    found = Manifest.read(tmp_path / "i")
+    assert (found.audit, found.audited()) == (None, "nothing: built by an earlier version")
+    result = CliRunner().invoke(info_command, [str(tmp_path / "i")])
+    assert "audited     nothing: built by an earlier version\n" in result.output
+
+
+def interrupt(*given: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,265 @@
+"""What tuning chooses: within memory, only what is right, and no feature changes but for rounding."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tasks.toy import saved
+from tracin_ann import BuildConfig, InfluenceIndex, Task, build, plan
+from tracin_ann.cli.parameters import MemorySize
+from tracin_ann.device import container_memory_bytes
+from tracin_ann.errors import UsageError
+from tracin_ann.features import autotune as tuning
+from tracin_ann.features.extractor import FeatureExtractor
+from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.store.manifest import read_build_record
+
+CPU = torch.device("cpu")
+CONFIG = BuildConfig(dim=64, device="cpu", dtype="float32", index="flat")
+N_ROWS = 200
+
+
+class Pictures(nn.Module):
+    """Two convolutions and a head, with batch norm between; `flat` is how pictures become rows."""
+
+    def __init__(self, flat: Any = lambda x: x.flatten(1)) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 6, 3, stride=2, padding=1, groups=2)
+        self.head, self.flat = nn.Linear(6 * 16, 4), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.relu(self.norm(self.first(x))), 1)
+        return self.head(self.flat(torch.relu(self.second(x))))
+
+
+def rows() -> list[tuple[Tensor, int]]:
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(3, 8, 8, generator=g), i % 4) for i in range(N_ROWS)]
+
+
+def pictures(folder: Path, model: nn.Module) -> Task:
+    return Task(
+        model=lambda: model,
+        loss=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], reduction="none"),
+        train_data=rows,
+        query_data=lambda: rows()[:4],
+        checkpoints=saved(model, folder),
+    )
+
+
+def stored(task: Task, out: Path, **changes: Any) -> np.ndarray:
+    build(task, out, replace(CONFIG, **changes))
+    return InfluenceIndex.open(out).view().take(range(N_ROWS))
+
+
+def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.Tuned:
+    return plan(task, tmp_path / "planned", replace(CONFIG, **changes)).tuned
+
+
+class Wide(nn.Module):
+    """Two layers between which a row takes `width` numbers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, width, bias=False), nn.Linear(width, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x.flatten(1)[:, :3]))
+
+
+@pytest.mark.parametrize(
+    ("width", "size"),
+    # 6 bytes a number: 128 MB, within 32 and 512 rows, and 2 GB at most.
+    [(8, 512), (60_000, 256), (400_000, 32), (4_000_000, 32), (40_000_000, 8)],
+)
+def test_the_batch_size_is_a_function_of_the_rows_size(width, size):
+    row_bytes = 6 * width
+    rule = tuning._ON_CPU.size(row_bytes)
+    assert min(rule, tuning._power_of_two(tuning._MOST_BYTES // row_bytes)) == size
+
+
+@pytest.mark.parametrize(("width", "size"), [(8, 512), (100_000, 128)])
+def test_neither_the_clock_nor_the_number_of_rows_nor_other_memory_moves_it(width, size, tmp_path, monkeypatch):
+    task = pictures(tmp_path, Wide(width))
+    found = [chosen(task, tmp_path)]
+    few = replace(task, train_data=lambda: rows()[:3])
+    found.append(chosen(few, tmp_path))
+    monkeypatch.setattr(tuning, "perf_counter", iter(np.random.default_rng(0).random(10_000)).__next__)
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 10**10)
+    found.append(chosen(task, tmp_path))
+    assert [made.batch_size for made in found] == [size] * 3
+    assert found[0].batch_bytes == found[2].batch_bytes
+
+
+def test_working_memory_is_added_up_the_same_whatever_was_freed_before(tmp_path):
+    task, found = pictures(tmp_path, Pictures()), set()
+    for n in range(8):
+        held = [torch.empty(2**k) for k in range(n, 20)]
+        del held[:: n + 1]
+        found.add(chosen(task, tmp_path).batch_bytes)
+    assert len(found) == 1
+
+
+def test_options_pin_both(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    assert chosen(task, tmp_path).channels_last
+    made = chosen(task, tmp_path, batch_size=24, memory_format="contiguous")
+    assert (made.batch_size, made.channels_last) == (24, False)
+    build(task, tmp_path / "i", replace(CONFIG, batch_size=24, memory_format="channels-last"))
+    record = read_build_record(tmp_path / "i")
+    assert (record.batch_size, record.channels_last) == (24, True)
+    with pytest.raises(UsageError, match=r"bad --memory-format: got 'nhwc', expected auto or contiguous or channels"):
+        replace(CONFIG, memory_format="nhwc")  # type: ignore[arg-type]
+
+
+def test_memory_that_is_given_bounds_the_batch(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    free = chosen(task, tmp_path)
+    row_bytes = free.batch_bytes // free.batch_size
+    # Of one picture: itself, what each layer takes and gives, and half of it again for backward.
+    at_least = 4 * (3 * 64 + 3 * 8 * 64 + 2 * 6 * 16)
+    assert at_least < row_bytes < 5 * at_least
+    for budget, size in ((100, 64), (33, 32), (2, 2)):
+        made = chosen(task, tmp_path, memory_bytes=budget * row_bytes)
+        assert made.batch_bytes <= made.memory_bytes == budget * row_bytes
+        assert made.batch_size == size
+    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*raise --memory"):
+        chosen(task, tmp_path, memory_bytes=row_bytes // 4)
+    with pytest.raises(UsageError, match="one row needs more than the memory"):
+        build(task, tmp_path / "i", replace(CONFIG, memory_bytes=row_bytes // 4))
+    assert not (tmp_path / "i").exists()
+
+
+def test_too_little_free_memory_lowers_the_batch_aloud_and_is_recorded(tmp_path, monkeypatch, caplog):
+    task = pictures(tmp_path, Pictures())
+    free = chosen(task, tmp_path)
+    row_bytes = free.batch_bytes // free.batch_size
+    assert not caplog.records
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 20 * row_bytes)
+    build(task, tmp_path / "i", CONFIG)
+    assert read_build_record(tmp_path / "i").batch_size == 16
+    assert f"batches of 16 rows instead of {free.batch_size}: only" in caplog.text
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: row_bytes // 2)
+    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*free some, or set"):
+        chosen(task, tmp_path)
+
+
+def test_features_are_the_same_in_either_memory_format(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    usual = stored(task, tmp_path / "usual", memory_format="contiguous")
+    other = stored(task, tmp_path / "other", memory_format="channels-last")
+    assert (np.linalg.norm(other - usual, axis=1) <= 1e-5 * np.linalg.norm(usual, axis=1)).all()
+    assert not np.array_equal(other, usual)
+
+
+@pytest.mark.parametrize(
+    ("flat", "why"),
+    [
+        (lambda x: x.view(len(x), -1), "view size is not compatible"),  # an error with channels last
+        (lambda x: torch.as_strided(x, (len(x), 96), (96, 1)), "other losses"),  # other numbers with channels last
+    ],
+    ids=["raises", "differs"],
+)
+def test_a_model_that_takes_no_channels_last_is_left_as_it_is_or_refused(flat, why, tmp_path):
+    model = Pictures(flat)
+    strides = {name: p.stride() for name, p in model.named_parameters()}
+    task = pictures(tmp_path, model)
+    assert not chosen(task, tmp_path).channels_last
+    stored(task, tmp_path / "i")
+    with pytest.raises(UsageError, match=rf"does not take --memory-format channels-last: got .*{why}.*contiguous"):
+        build(task, tmp_path / "j", replace(CONFIG, memory_format="channels-last"))
+    assert not (tmp_path / "j").exists()
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
+
+
+def test_a_query_loss_that_takes_no_channels_last_leaves_pictures_contiguous(tmp_path):
+    def asked(net: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(net(batch[0]), batch[1], reduction="none") + 0 * batch[0].view(len(batch[0]), -1).sum(1)
+
+    task = replace(pictures(tmp_path, Pictures()), query_loss=asked)
+    assert not chosen(task, tmp_path).channels_last
+    stored(task, tmp_path / "i")
+
+
+def test_pictures_of_unlike_size_stay_contiguous(tmp_path):
+    unlike = [(torch.randn(3, 8, 8 + i % 2), i % 4) for i in range(N_ROWS)]
+    task = replace(pictures(tmp_path, Pictures()), train_data=lambda: unlike)
+    task = replace(task, collate=lambda examples: (torch.stack([x[..., :8] for x, _ in examples]), _labels(examples)))
+    assert not chosen(task, tmp_path).channels_last
+
+
+def _labels(examples: Any) -> Tensor:
+    return torch.tensor([y for _, y in examples])
+
+
+def test_channels_last_is_taken_back_from_a_borrowed_model(tmp_path):
+    model = Pictures()
+    values = {name: p.clone() for name, p in model.named_parameters()}
+    stored(pictures(tmp_path, model), tmp_path / "i")
+    assert read_build_record(tmp_path / "i").channels_last
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous()
+        assert torch.equal(parameter, values[name])
+
+
+def test_a_model_of_its_own_memory_format_is_laid_out_as_recorded_and_gets_it_back(tmp_path):
+    task = pictures(tmp_path, Pictures())
+    usual = stored(task, tmp_path / "usual", memory_format="contiguous")
+    model = Pictures().to(memory_format=torch.channels_last)
+    assert np.array_equal(stored(replace(task, model=lambda: model), tmp_path / "i", memory_format="contiguous"), usual)
+    assert model.first.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_proof_holds_when_its_checkpoint_is_loaded_again(tmp_path):
+    passes = Passes(pictures(tmp_path, Pictures()), PassOptions(CPU, 16))
+    options = CONFIG.features(frozenset({"head.weight"}))
+    with passes.model() as model:
+        model.load(0)
+        before = FeatureExtractor(model, options).rows("train", range(5)).feature_ND
+        proven = model.engine("train").plan
+        model.load(1)
+        FeatureExtractor(model, options).rows("train", range(5))
+        model.load(0)
+        assert isinstance(model, LoadedModel)
+        assert model.engine("train").plan is proven
+        assert np.array_equal(FeatureExtractor(model, options).rows("train", range(5)).feature_ND, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512MB", 512_000_000), ("8G", 8 * 10**9), ("1.5 gb", 1_500_000_000), ("4096", 4096)]
+)
+def test_sizes_are_read(text, size):
+    assert MemorySize().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [("1000", "400", 600), ("max", "400", sys.maxsize), ("100", "400", 0), (None, "1", sys.maxsize)],
+)
+def test_a_container_may_take_less_than_the_machine_has(limit, used, left, tmp_path):
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(used + "\n")
+    assert container_memory_bytes(tmp_path) == left
+
+
+def test_what_a_container_keeps_of_files_counts_as_free(tmp_path):
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\ninactive_file 500\nslab 7")):
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert container_memory_bytes(tmp_path) == 600
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GB", "3 apples"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(Exception, match="expected a size such as 512MB or 8GB"):
+        MemorySize().convert(text, None, None)

@@ -1,0 +1,146 @@
+"""A query notices that code, loss or data are no longer those that the index was built from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tasks.toy import CONFIG, Toy, cross_entropy, rows, saved, toy
+from tracin_ann import InfluenceIndex, QueryOptions, build
+from tracin_ann.errors import IndexMismatchError
+from tracin_ann.features.canaries import canary_ids
+
+N = 31
+
+
+def train(row=None, shift=0.0):
+    """Return the training rows, one of them changed."""
+    data = rows(N)
+    if row is not None:
+        data[row] = (data[row][0] + shift, data[row][1])
+    return data
+
+
+def queries(row=None):
+    data = rows(5, seed=2)
+    if row is not None:
+        data[row] = (-data[row][0], data[row][1])
+    return data
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("canaries")
+    checkpoints = saved(Toy(), folder)
+
+    def task(model=None, **changes):
+        fields = {"checkpoints": checkpoints, "train_data": train, "query_data": queries, **changes}
+        return toy(folder, model, **fields)
+
+    build(task(), folder / "out", CONFIG)
+    return folder / "out", task
+
+
+def ask(built, task, ids=(0,), **options):
+    index = InfluenceIndex.open(built[0], task, device="cpu", batch_size=4)
+    return index.query(list(ids), options=QueryOptions(**options))
+
+
+def test_the_same_task_is_answered_whatever_the_batch_size(built):
+    out, task = built
+    found = [
+        InfluenceIndex.open(out, task(), device="cpu", batch_size=size).query([0, 1, 2, 3, 4]) for size in (1, 3, 64)
+    ]
+    assert len({tuple(hit.id for answer in answers for hit in answer.proponents) for answers in found}) == 1
+
+
+def smoothed(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=0.1)
+
+
+def twice(model, batch):
+    return 2 * cross_entropy(model, batch)
+
+
+CHANGED = {
+    "another activation": ({"model": Toy(torch.relu)}, "train row 0 has another gradient"),
+    "another nonlinearity by little": (
+        {"model": Toy(lambda x: torch.tanh(1.05 * x))},
+        "train row 0 has another",
+    ),
+    "label smoothing": ({"loss": smoothed}, "train row 0 has another gradient"),
+    "a loss twice as large": ({"loss": twice}, "train row 0 has another gradient"),
+    "another query loss": ({"query_loss": smoothed}, "query row 0 has another gradient"),
+    "a query row": ({"query_data": lambda: queries(4)}, "query row 4 has another gradient"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("options", [{}, {"checkpoints": (1,)}, {"rerank": "none"}, {"rerank": "exact"}])
+def test_changed_code_loss_or_data_is_noticed_by_a_canary(built, name, options):
+    changes, message = CHANGED[name]
+    with pytest.raises(IndexMismatchError) as caught:
+        ask(built, built[1](**changes), **options)
+    checkpoint = options.get("checkpoints", (0,))[0]
+    assert str(caught.value).startswith(f"{message}")
+    assert f" than when index {built[0]} was built: got a feature at checkpoint {checkpoint} that is " in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("restore the task's model code, loss and data, or build a new index")
+
+
+def test_changed_code_is_noticed_by_an_exact_query_and_exact_self_influence(built):
+    out, task = built
+    index = InfluenceIndex.open(out, task(loss=smoothed), device="cpu", batch_size=4)
+    with pytest.raises(IndexMismatchError, match="^train row 0 has another gradient"):
+        index.query([0], options=QueryOptions(exact=True))
+    with pytest.raises(IndexMismatchError, match="^train row 0 has another gradient"):
+        index.self_influence(3, exact=True)
+
+
+@pytest.mark.parametrize("row", canary_ids(N))
+def test_a_canary_rows_new_content_is_noticed(built, row):
+    with pytest.raises(
+        IndexMismatchError, match="was built with a task whose train data has digest .*; restore train_d"
+    ):
+        ask(built, built[1](train_data=lambda: train(row, 0.5)))
+
+
+def test_another_number_of_rows_is_noticed(built):
+    with pytest.raises(IndexMismatchError, match=f"with train rows numbering {N}, this task has {N + 1}; build with"):
+        ask(built, built[1](train_data=lambda: rows(N + 1)))
+    with pytest.raises(
+        IndexMismatchError, match="^query_data is not that of index .*: got 4 rows, expected at least 5"
+    ):
+        ask(built, built[1](query_data=lambda: queries()[:4]))
+
+
+def test_another_choice_of_parameters_model_or_checkpoint_is_noticed(built, tmp_path):
+    out, task = built
+    with pytest.raises(
+        IndexMismatchError, match=r"parameter first.weight \(\[6, 5\] torch.float32\), the task has it abs"
+    ):
+        ask(built, task(parameters="second.*"))
+    with pytest.raises(IndexMismatchError, match="whose model has layers of digest"):
+        ask(built, task(torch.nn.Sequential(*Toy().children())))
+    first, second = task().checkpoints
+    with pytest.raises(
+        IndexMismatchError, match="learning rate 0.125 at checkpoint 1, the task has 0.25; restore Task."
+    ):
+        ask(built, task(checkpoints=[first, replace(second, learning_rate=0.25)]))
+    with pytest.raises(IndexMismatchError, match=r"checkpoint 0 \(checkpoint0.pt\) of digest .*\(and 1 more diff"):
+        ask(built, task(checkpoints=saved(Toy(), tmp_path, seed=9)))
+
+
+def test_a_changed_task_cannot_go_on_with_the_build(built):
+    out, task = built
+    with pytest.raises(IndexMismatchError, match="was built with a task whose train data has digest"):
+        build(task(train_data=lambda: train(0, 0.5)), out, CONFIG)
+    with pytest.raises(
+        IndexMismatchError, match="was built with seed 0, this command asks for seed 4; pass --seed 0 or"
+    ):
+        build(task(), out, replace(CONFIG, seed=4))
+    assert build(task(), out, CONFIG).rows_extracted == 0

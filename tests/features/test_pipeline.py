@@ -1,0 +1,203 @@
+"""Feature rows are the same however they are read: any batch size, order, number of workers, length, precision."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from tasks import texts
+from tracin_ann import BuildConfig, InfluenceIndex, Task, build
+from tracin_ann.errors import TaskError, UsageError
+from tracin_ann.features import autotune as tuning
+from tracin_ann.features.pipeline import data_is_dearer
+from tracin_ann.store import StoreLayout
+from tracin_ann.task.batches import BatchOptions, collated, lengths_differ
+
+BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
+NAME = f"{Path(texts.__file__).resolve()}:task"
+CONFIG = BuildConfig(
+    dim=64, batch_size=8, device="cpu", dtype="float32", index="flat", partition_rows=40, yardstick=False
+)
+
+
+def stored(task: Task | str, out: Path, folder: Path, **changes: Any) -> np.ndarray:
+    """Build with a config changed, and return the stored rows [N, F]."""
+    named = isinstance(task, str)
+    build(task, out, replace(CONFIG, **changes), arguments={"folder": str(folder)} if named else None)
+    index = InfluenceIndex.open(out)
+    return index.view().take(range(len(index)))
+
+
+def assert_same_rows(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert error.max() <= tolerance
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("texts")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(folder: Path) -> np.ndarray:
+    """Rows of a build in batches of one, in order: the slow path."""
+    return stored(texts.task(str(folder)), folder / "one", folder, batch_size=1)
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_any_batch_size_gives_the_same_rows(size, folder, one_by_one, tmp_path):
+    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder, batch_size=size), one_by_one)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_rows(workers, folder, one_by_one, tmp_path):
+    assert_same_rows(stored(NAME, tmp_path / "i", folder, workers=workers), one_by_one)
+
+
+def test_a_task_that_can_be_pickled_needs_no_name(folder, one_by_one, tmp_path):
+    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder, workers=1), one_by_one)
+
+
+def test_a_task_that_cannot_be_sent_to_workers_is_refused(folder, tmp_path):
+    task = replace(texts.task(str(folder)), train_data=lambda: [*texts.train_data()])
+    with pytest.raises(UsageError, match=r"cannot be sent to worker processes.*use 0 workers"):
+        build(task, tmp_path / "i", replace(CONFIG, workers=1))
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_worker_that_dies_is_told_of_and_the_build_goes_on_later(folder, one_by_one, tmp_path, monkeypatch):
+    monkeypatch.delenv("TEXTS_MAKER", raising=False)
+    arguments = {"folder": str(folder), "deadly": "yes"}
+    with pytest.raises(TaskError, match="a worker process that reads the data died"):
+        build(NAME, tmp_path / "i", replace(CONFIG, workers=1), arguments=arguments)
+    assert list((tmp_path / "i" / "features").glob("*.h5"))
+    build(NAME, tmp_path / "i", CONFIG, arguments=arguments)
+    index = InfluenceIndex.open(tmp_path / "i")
+    assert_same_rows(index.view().take(range(len(index))), one_by_one)
+
+
+def test_rows_that_workers_collated_are_read_again_where_a_loop_needs_them(folder, tmp_path, monkeypatch):
+    """No layer rule and no vmap: every gradient by the loop, from examples that only the worker had."""
+    monkeypatch.setattr("tracin_ann.gradients.engine.covered_layers", lambda model, names: {})
+    monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
+    expected = stored(texts.task(str(folder)), tmp_path / "a", folder)
+    assert_same_rows(stored(NAME, tmp_path / "b", folder, workers=1), expected)
+
+
+def test_batches_hold_rows_of_like_length(folder):
+    task = texts.task(str(folder))
+    examples = texts.train_data()
+    batches = collated(task, range(64), examples[:64], BatchOptions(16, by_length=True))
+    lengths = [[len(examples[i][0]) for i in batch.ids] for batch in batches]
+    assert sorted(i for batch in batches for i in batch.ids) == list(range(64))
+    assert all(min(longer) >= max(shorter) for longer, shorter in zip(lengths, lengths[1:], strict=False))
+    assert all(batch.inputs[0].shape == (16, max(given)) for batch, given in zip(batches, lengths, strict=True))
+    assert lengths_differ(examples)
+    assert not lengths_differ([(torch.zeros(3), 1)] * 20)
+
+
+class Counted(list[Any]):
+    """Rows that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        Counted.reads += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize(("held", "readings"), [(False, len(texts.RATES)), (True, 1)])
+def test_dear_data_is_read_once_for_all_checkpoints(held, readings, folder, one_by_one, tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given: held)
+    data = Counted(texts.train_data())
+    task = replace(texts.task(str(folder)), train_data=lambda: data)
+    before = Counted.reads = 0
+    rows = stored(task, tmp_path / "i", folder)
+    assert_same_rows(rows, one_by_one)
+    # Beside the passes: the probe, the digest, the sampled lengths, tuning, four canaries a checkpoint.
+    extra = Counted.reads - before - readings * texts.N_TRAIN
+    assert 0 <= extra < texts.N_TRAIN + 100
+
+
+def test_rows_fetched_while_the_next_batch_is_under_way_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
+    """As on an accelerator: nothing of a batch may lie in a buffer that the next one uses."""
+    monkeypatch.setattr("tracin_ann.features.extractor._BEHIND", {"cpu": 1})
+    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({}, True),  # 2 x 1000 rows at 1 ms against 9 x 3 loads at 10 ms
+        ({"load_seconds": 0.1}, False),
+        ({"read_seconds": 1e-4}, False),
+        ({"n_checkpoints": 1}, False),  # nothing is read twice
+        ({"memory_bytes": 100 * 1000 * 2 - 1}, False),  # a partition takes more than half
+    ],
+)
+def test_data_is_held_where_reading_it_again_costs_more_than_loading(changes, held):
+    given = {"load_seconds": 0.01, "read_seconds": 1e-3, "n_checkpoints": 3, "memory_bytes": 100 * 1000 * 2} | changes
+    layout = StoreLayout(1000, 100, 8, "float16", ("test",) * int(given["n_checkpoints"]))
+    tuned = tuning.Tuned(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
+    assert data_is_dearer(layout, tuned, given["load_seconds"]) == held
+
+
+def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, tmp_path, monkeypatch):
+    task = texts.task(str(folder))
+    rows = stored(task, tmp_path / "i", folder)
+    files = sorted((tmp_path / "i" / "features").glob("*.h5"))
+    for file in (files[1], files[2], files[-1]):
+        file.unlink()
+    (tmp_path / "i" / "manifest.json").unlink()
+    monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given: True)
+    report = build(task, tmp_path / "i", CONFIG)
+    assert 0 < report.rows_extracted < len(rows) * len(texts.RATES)
+    index = InfluenceIndex.open(tmp_path / "i")
+    assert_same_rows(index.view().take(range(len(rows))), one_by_one)
+
+
+def test_bf16_scores_are_near_the_true_ones_and_its_index_knows_its_precision(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    task = texts.task(str(folder))
+    stored(task, tmp_path / "i", folder, precision="bf16", dim=4096)
+    index = InfluenceIndex.open(tmp_path / "i", task)
+    models = [texts.model() for _ in texts.RATES]
+    for model, checkpoint in zip(models, task.checkpoints, strict=True):
+        model.load_state_dict(torch.load(checkpoint.path))
+    sides = [
+        torch.stack([oracle.gradients(m, texts.loss, data) for m in models], 1)
+        for data in (texts.query_data(), texts.train_data())
+    ]
+    true = oracle.tracin(*sides, texts.RATES)
+    found = index.features("query", range(4)) @ index.view().take(range(texts.N_TRAIN)).T
+    assert np.corrcoef(found.ravel(), true.ravel())[0, 1] > 0.97
+    fp32 = stored(task, tmp_path / "j", folder, dim=4096)
+    off = np.linalg.norm(index.view().take(range(texts.N_TRAIN)) - fp32, axis=1) / np.linalg.norm(fp32, axis=1)
+    assert 1e-5 < off.max() < 0.05
+    with pytest.raises(Exception, match="built with precision bf16"):
+        build(task, tmp_path / "i", replace(CONFIG, dim=4096))
+
+
+@pytest.mark.parametrize(("slower", "warned"), [(1.2, True), (0.9, False)])
+def test_bf16_that_was_slower_on_a_cpu_is_said_and_not_refused(slower, warned, folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    told = lambda model, features: slower if model.passes.options.precision == "bf16" else 1.0  # noqa: E731
+    monkeypatch.setattr(tuning, "measure_row_seconds", told)
+    made = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
+    assert made.manifest.build.spec.precision == "bf16"
+    said = "bf16 was slower than fp32 here: 1200000 µs a row against 1000000; --precision fp32"
+    assert (said in caplog.text) == warned
+
+
+def test_bf16_is_refused_where_it_would_be_slower(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UsageError, match="bf16 would be slower than fp32 here"):
+        build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
+    assert not (tmp_path / "i").exists()

@@ -1,0 +1,177 @@
+"""The code and the commands of docs/ are run as they stand, page by page, each page in a directory of its own.
+
+The pages that go on with the five-minute start find what its blocks made. Commands of ours run in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import documents
+from benchmarks.tables import filled
+from documents import Block, words
+from paths import ROOT
+from project import SCRIPTS
+
+DOCS = ROOT / "docs"
+START = "start.md"
+MOST_NOT_RUN = 6
+RUN = ("python", "console")
+
+pytestmark = pytest.mark.xdist_group("docs")
+
+
+def page_blocks(page: str) -> list[Block]:
+    return documents.blocks((DOCS / page).read_text(encoding="utf-8"))
+
+
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+RUN_PAGES = [page for page in PAGES if page != START and any(b.language in RUN for b in page_blocks(page))]
+
+
+@dataclass
+class Reader:
+    """Somebody who follows a page in a directory: writes its files, runs its Python in order, types its commands."""
+
+    page: str
+    place: Path
+    names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__page__"})
+    printed: str = ""
+
+    def follow(self) -> None:
+        for block in page_blocks(self.page):
+            where = f"docs/{self.page}:{block.line}"
+            if not block.is_run:
+                continue
+            if block.file is not None:
+                (self.place / block.file).write_text(block.code, encoding="utf-8")
+            elif block.language == "python":
+                self.run(block.code, where)
+            elif block.language == "text" and block.title == "printed":
+                assert words(self.printed.splitlines()) == words(block.code.splitlines()), where
+            elif block.language == "console":
+                self.type(block.code, where)
+
+    def run(self, code: str, where: str) -> None:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, where, "exec"), self.names)
+        self.printed = out.getvalue()
+
+    def type(self, console: str, where: str) -> None:
+        for command in documents.commands(console):
+            status, out, err = self.command(command.text)
+            refused = command.shown[:1] and command.shown[0].startswith("error: ")
+            assert bool(status) == bool(refused), f"{where}: {command.text}\n{out}{err}"
+            lines = err.splitlines()[-1:] if refused else out.splitlines()
+            assert words(lines) == words(command.shown), f"{where}: {command.text}"
+
+    def script(self, arguments: list[str]) -> str:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", arguments)
+            runpy.run_path(arguments[0], run_name="__main__")
+        return out.getvalue()
+
+    def command(self, text: str) -> tuple[int, str, str]:
+        """Run a command; what follows the first pipe gets what it prints."""
+        first, pipe, rest = text.partition(" | ")
+        name, *arguments = shlex.split(first, comments=True)
+        if name == "python":
+            return 0, self.script(arguments), ""
+        if name not in SCRIPTS:
+            return self.shell(text)
+        module, _, function = SCRIPTS[name].partition(":")
+        result = CliRunner().invoke(getattr(importlib.import_module(module), function), arguments, prog_name=name)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        if pipe and not result.exit_code:
+            return self.shell(rest, result.stdout)
+        return result.exit_code, result.stdout, result.stderr
+
+    def shell(self, text: str, given: str = "") -> tuple[int, str, str]:
+        command = ["bash", "-c", text]
+        done = subprocess.run(command, cwd=self.place, input=given, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+
+@contextlib.contextmanager
+def inside(place: Path) -> Iterator[None]:
+    """Work in a directory, its modules importable; forget them afterwards."""
+    before, path = set(sys.modules), list(sys.path)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(place)
+            patch.setenv("COLUMNS", "100")
+            sys.path.insert(0, str(place))
+            yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(place)):
+                del sys.modules[name]
+        importlib.invalidate_caches()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a directory in which somebody has followed the five-minute start, and a copy of what that made."""
+    folder = tmp_path_factory.mktemp("docs")
+    place = folder / "place"
+    place.mkdir()
+    with inside(place):
+        Reader(START, place).follow()
+    shutil.copytree(place, folder / "kept", ignore=shutil.ignore_patterns("__pycache__"))
+    return place, folder / "kept"
+
+
+def test_the_start_runs(started: tuple[Path, Path]) -> None:
+    assert (started[1] / "runs/mine/manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
+    # In the start's own place, anew for each page: an index knows its task's file by its whole path.
+    place, kept = started
+    shutil.rmtree(place)
+    shutil.copytree(kept, place)
+    with inside(place):
+        Reader(page, place).follow()
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
+def test_tables_are_those_of_the_result_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    # If not: python -m benchmarks.tables, with the page's name.
+    assert filled(text) == text
+
+
+def test_what_is_not_run_says_why_and_is_little() -> None:
+    marked = {
+        f"{page}:{block.line}": block.title.removeprefix(documents.NOT_RUN)
+        for page in PAGES
+        for block in page_blocks(page)
+        if not block.is_run
+    }
+    assert all(len(reason.split()) >= 2 for reason in marked.values()), marked
+    assert len(marked) <= MOST_NOT_RUN, marked
+
+
+def test_every_command_is_run_or_says_that_it_is_not() -> None:
+    shells = ("bash", "sh", "shell")
+    loose = [f"{p}:{b.line}" for p in PAGES for b in page_blocks(p) if b.language in shells and b.is_run]
+    assert loose == []

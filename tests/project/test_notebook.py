@@ -1,0 +1,71 @@
+"""The notebook examples/tour.ipynb: kept without outputs, it runs, and its cells show tables, pictures and files."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+from paths import ROOT
+
+PATH = ROOT / "examples" / "tour.ipynb"
+
+
+class Here(AsyncKernelManager):
+    """Kernels of this Python, whatever kernels the machine has been told of; their connection is a file's."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Return what each cell showed, by its last line."""
+    folder = tmp_path_factory.mktemp("tour")
+    book = nbformat.read(PATH, as_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        client = NotebookClient(book, timeout=300, kernel_manager_class=Here, resources={"metadata": {"path": folder}})
+        client.execute()
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert (folder / "runs/tour/report.html").stat().st_size > 1000
+    return {cell.source.splitlines()[-1]: cell.outputs for cell in cells}
+
+
+def test_it_is_kept_without_outputs() -> None:
+    book = nbformat.read(PATH, as_version=4)
+    nbformat.validate(book)
+    assert [cell for cell in book.cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebook")
+@pytest.mark.filterwarnings("default")  # what a notebook's machinery warns of is not ours
+def test_every_result_shows_itself(shown: dict[str, list[Any]]) -> None:
+    for line in ("answers", "explanation", "index.self_influence(5)", "answers.to_pandas().head()", "suspects"):
+        assert "<table" in shown[line][-1].data["text/html"]
+    for line in ("answers.plot()", "explanation.plot()", "ranked.plot()"):
+        assert set(shown[line][-1].data) == {"image/png", "text/plain"}
+    assert (
+        "labelled 3" in shown["index.query(ids=threes, together=True, options=QueryOptions(k=5))"][-1].data["text/html"]
+    )
+    bar = [output for outputs in shown.values() for output in outputs if output.output_type == "display_data"]
+    assert len(bar) == 1
+    assert "<progress" in bar[0].data["text/html"]
+    assert [outputs for outputs in shown.values() for out in outputs if out.get("name") == "stderr"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebook")
+@pytest.mark.filterwarnings("default")
+def test_it_finds_the_wrong_labels(shown: dict[str, list[Any]]) -> None:
+    printed = "".join(out.text for outputs in shown.values() for out in outputs if out.output_type == "stream")
+    assert [int(share) >= 80 for share in re.findall(r"first tenth holds (\d+)%", printed)] == [True, True]

@@ -1,0 +1,277 @@
+"""What an index says may be believed, and what queries do with it: calibration, fidelity, error bars, ways, filters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.nn import functional as F
+
+import oracle
+from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.cli.info import believed
+from tracin_ann.cli.info import main as info
+from tracin_ann.errors import TaskError, UsageError
+from tracin_ann.scoring import ranking
+from tracin_ann.scoring import strategy as ways
+from tracin_ann.scoring.exact import ExactScorer
+from tracin_ann.search.calibration import Cost
+from tracin_ann.store.columns import RowFilter
+
+N, QUERIES = 1200, 130
+CONFIG = BuildConfig(dim=128, batch_size=100, device="cpu", index="ivf", target_recall=0.8)
+
+
+def rows(n: int, seed: int) -> list[tuple[torch.Tensor, int]]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 8, generator=g) * (1 + 3 * torch.rand(n, 1, generator=g))
+    labels = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+    return [(x[i], int(labels[i])) for i in range(n)]
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def columns(row: Any) -> dict[str, Any]:
+    return {"label": row[1], "norm": float(row[0].norm()), "even": row[1] % 2 == 0, "file": f"kind-{row[1]}"}
+
+
+def models(folder: Path) -> list[nn.Module]:
+    made = []
+    for i in range(2):
+        torch.manual_seed(i)
+        made.append(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+        torch.save(made[-1].state_dict(), folder / f"{i}.pt")
+    return made
+
+
+def task(folder: Path) -> Task:
+    return Task(
+        model=lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)),
+        loss=loss,
+        train_data=lambda: rows(N, 1),
+        query_data=lambda: rows(QUERIES, 2),
+        checkpoints=[Checkpoint(str(folder / f"{i}.pt"), learning_rate=rate) for i, rate in enumerate((0.3, 0.1))],
+        columns=columns,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("believed")
+
+
+@pytest.fixture(scope="module")
+def true(folder: Path) -> np.ndarray:
+    """True scores [queries, rows] in float64."""
+    made = models(folder)
+    train, asked = ([oracle.gradients(m, loss, some) for m in made] for some in (rows(N, 1), rows(QUERIES, 2)))
+    return oracle.tracin(torch.stack(asked, 1), torch.stack(train, 1), (0.3, 0.1))
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path, true: np.ndarray) -> InfluenceIndex:
+    build(task(folder), folder / "index", CONFIG)
+    return InfluenceIndex.open(folder / "index", task(folder), device="cpu")
+
+
+def test_fidelity_is_what_brute_force_finds(index: InfluenceIndex, true: np.ndarray) -> None:
+    """The pool of so few rows holds nearly all: recall over all rows, and errors in units of the sketch's deviation."""
+    found = index.manifest.fidelity
+    assert found is not None
+    view = index.view().take(range(N)).astype(np.float64)
+    queries = index.features("query", range(QUERIES)).astype(np.float64)
+    stored = queries @ view.T
+    for side, sign in (("proponents", 1), ("opponents", -1)):
+        recall = oracle.recall(oracle.top(sign * true, 10), oracle.top(sign * stored, 10))
+        assert abs(getattr(found, side) - recall) <= 0.15  # of 8 queries against 130
+        assert getattr(found, f"deep_{side}") >= getattr(found, side)
+    parts = [np.square(f).reshape(len(f), 2, -1).sum(2) for f in (queries, view)]
+    deviation = np.sqrt(parts[0] @ parts[1].T / 128)
+    scale = float(np.sqrt(np.mean(((stored - true) / deviation) ** 2)))
+    assert 0.5 * scale <= found.error_scale <= 2 * scale
+    assert 0.5 <= found.correlation <= 1
+
+
+def test_error_bars_hold_the_truth(index: InfluenceIndex, true: np.ndarray) -> None:
+    answers = index.query(range(60), options=QueryOptions(k=20))
+    off = [
+        abs(hit.score - true[q, int(hit.id)]) / hit.error
+        for q, answer in enumerate(answers)
+        for hit in (*answer.proponents, *answer.opponents)
+        if hit.error
+    ]
+    assert len(off) == sum(len(a.proponents) + len(a.opponents) for a in answers)
+    assert np.mean(np.array(off) <= 3) >= 0.97
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_adaptive_rescoring_answers_as_scoring_all_candidates(
+    index: InfluenceIndex, true: np.ndarray, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    plain = ExactScorer.scores
+
+    def counting(scorer: Any, chosen: Any, *rest: Any) -> Any:
+        counted.append(len(chosen))
+        return plain(scorer, chosen, *rest)
+
+    monkeypatch.setattr(ExactScorer, "scores", counting)
+    options = QueryOptions(k=k, rerank="exact", candidates=300, search="scan")
+    answers = index.query([3], options=options)
+    adaptive, counted[:] = sum(counted), []
+    assert [int(hit.id) for hit in answers[0].proponents] == oracle.top(true[3:4], k)[0].tolist()
+    assert [int(hit.id) for hit in answers[0].opponents] == oracle.top(true[3:4], k, largest=False)[0].tolist()
+    monkeypatch.setattr(ranking, "_SURE", np.inf)
+    everything = index.query([3], options=options)
+    assert [h.id for h in everything[0].proponents] == [h.id for h in answers[0].proponents]
+    assert adaptive <= sum(counted)
+    if k == 1:
+        assert adaptive < sum(counted)
+
+
+def test_a_query_says_how_and_reaches_what_it_asks_for(index: InfluenceIndex) -> None:
+    calibration = index.manifest.index.calibration
+    assert calibration is not None
+    assert (calibration.queries, calibration.train_queries, calibration.target) == (QUERIES, 0, 0.8)
+    lists = index.query([0, 1], options=QueryOptions(search="lists"))
+    scan = index.query([0, 1], options=QueryOptions(search="scan"))
+    assert lists[0].how.startswith("lists, recall@10 of the stored ranking measured at")
+    assert scan[0].how == "exact scan of the stored rows, as asked"
+    assert scan[0].rows_scored == 2 * N > lists[0].rows_scored
+    reach = min(calibration.best(side).lower for side in ("proponents", "opponents"))  # type: ignore[arg-type]
+    dear = index.query([0], options=QueryOptions(search="lists", recall=reach - 1e-6))
+    assert dear[0].rows_scored >= lists[0].rows_scored
+    with pytest.raises(UsageError, match="out of the lists' reach: got --recall 0.9999.*--search scan"):
+        index.query([0], options=QueryOptions(recall=0.9999))
+    with pytest.raises(UsageError, match="lists cannot serve"):
+        index.query([0], options=QueryOptions(search="lists", cosine=True))
+    assert "(cosine)" in index.query([0], options=QueryOptions(cosine=True))[0].how
+
+
+def test_the_cheaper_way_is_taken(index: InfluenceIndex) -> None:
+    record = index.manifest.index
+    assert record.calibration is not None
+    queries = index.features("query", range(3))
+    scan = index.search_index
+    for cost, kind in ((Cost(0.0, 1e-9), "flat"), (Cost(9.0, 9.0), "ivf")):
+        changed = replace(record, calibration=replace(record.calibration, scan=cost))
+        flat = ways.FlatIndex(index.view(), torch.device("cpu"))
+        way = ways.chosen_way(changed, scan, flat, queries, QueryOptions())
+        assert way.index.kind == kind
+        assert "by lists" in way.how and "by scan" in way.how
+
+
+def test_strange_queries_are_marked(index: InfluenceIndex) -> None:
+    record, scan = index.manifest.index, index.search_index
+    flat = ways.FlatIndex(index.view(), torch.device("cpu"))
+    queries = index.features("query", range(40))
+    options = QueryOptions(search="lists")
+    usual = ways.chosen_way(record, scan, flat, queries, options)
+    assert usual.strange_Q is not None and not usual.strange_Q.any()
+    shifted = ways.chosen_way(record, scan, flat, queries * 5, options)
+    assert shifted.strange_Q is not None and shifted.strange_Q.all()
+    assert "not distributed like those measured" in shifted.how
+    one = queries.copy()
+    one[7] *= 1e5
+    odd = ways.chosen_way(record, scan, flat, one, options)
+    assert odd.strange_Q is not None and np.flatnonzero(odd.strange_Q).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("rows_asked", "passing"),
+    [
+        (RowFilter(only=tuple(range(50))), lambda c: np.arange(N) < 50),
+        (RowFilter(without=(0, 7)), lambda c: ~np.isin(np.arange(N), [0, 7])),
+        (RowFilter(where=("label=3",)), lambda c: c["label"] == 3),
+        (RowFilter(where=("label=1,2", "norm >= 5.5")), lambda c: np.isin(c["label"], [1, 2]) & (c["norm"] >= 5.5)),
+        (RowFilter(where=("file!=kind-0", "even=true")), lambda c: (c["file"] != "kind-0") & c["even"]),
+        (RowFilter(where=("norm<0",)), lambda c: np.zeros(N, bool)),
+    ],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(QueryOptions(search="scan"), QueryOptions(search="lists"), QueryOptions(cosine=True)),
+        *(QueryOptions(rerank="exact"), QueryOptions(exact=True)),
+    ],
+    ids=["scan", "lists", "cosine", "rescored", "exact"],
+)
+def test_hits_pass_the_filter_and_none_is_missing(
+    index: InfluenceIndex, rows_asked: RowFilter, passing: Any, options: QueryOptions
+) -> None:
+    held = {name: np.array([columns(row)[name] for row in rows(N, 1)]) for name in ("label", "norm", "even", "file")}
+    allowed = np.flatnonzero(passing(held))
+    answer = index.query([0], options=replace(options, rows=rows_asked, k=2 * N))[0]
+    found = sorted(int(hit.id) for hit in (*answer.proponents, *answer.opponents))
+    assert found == allowed.tolist()  # every row that passes has a score other than 0
+    few = index.query([0], options=replace(options, rows=rows_asked, k=5))[0]
+    assert len(few.proponents) <= 5
+    if options.search == "lists" and len(allowed) <= 50:
+        assert few.how == f"exact scan of {len(allowed)} rows: lists would score as many"
+    if options.search == "scan" or options.exact:
+        assert [h.id for h in few.proponents] == [h.id for h in answer.proponents[:5]]
+        assert [h.id for h in few.opponents] == [h.id for h in answer.opponents[:5]]
+    own = index.self_influence(rows=rows_asked)
+    assert sorted(int(row.id) for row in own) == allowed.tolist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (RowFilter(where=("colour=3",)), "no column 'colour'.*label, norm, even, file"),
+        (RowFilter(where=("label",)), "bad --where.*COLUMN=VALUE"),
+        (RowFilter(where=("label=red",)), "bad --where.*a number"),
+        (RowFilter(where=("even=maybe",)), "bad --where.*true or false"),
+        (RowFilter(only=(N,)), f"bad --only: got {N}, expected 0 to {N - 1}"),
+        (RowFilter(without=(-1,)), "bad --without"),
+    ],
+)
+def test_filters_that_are_refused(index: InfluenceIndex, asked: RowFilter, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        index.query([0], options=QueryOptions(rows=asked))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda row: 3,
+        lambda row: {"label": [1]},
+        lambda row: {"a b": 1},
+        lambda row: {"label": 1.0 if row[1] else 1},
+        lambda row: {f"label{row[1]}": 1},
+    ],
+)
+def test_columns_that_are_refused(folder: Path, true: np.ndarray, tmp_path: Path, given: Any) -> None:
+    with pytest.raises(TaskError, match=r"Task\.columns"):
+        build(replace(task(folder), columns=given), tmp_path / "index", CONFIG)
+
+
+def test_info_shows_what_may_be_believed(index: InfluenceIndex, folder: Path) -> None:
+    result = CliRunner().invoke(info, [str(folder / "index")])
+    assert result.exit_code == 0
+    fidelity, calibration = index.manifest.fidelity, index.manifest.index.calibration
+    assert fidelity is not None and calibration is not None
+    assert f"rows        {N:,}, 2 checkpoints x 128" in result.stdout
+    assert believed(index.manifest) in " ".join(result.stdout.split())
+    for point in (*calibration.proponents[-3:], *calibration.opponents[-3:]):
+        assert f"{point.recall:.3f}" in result.stdout and f"{point.scored:,.0f}" in result.stdout
+    assert CliRunner().invoke(info, [str(folder)]).exit_code != 0
+
+
+def test_without_the_yardstick_nothing_is_claimed(folder: Path, true: np.ndarray, tmp_path: Path) -> None:
+    build(task(folder), tmp_path / "index", replace(CONFIG, yardstick=False, index="flat"))
+    index = InfluenceIndex.open(tmp_path / "index", task(folder), device="cpu")
+    assert index.manifest.fidelity is None and index.manifest.index.calibration is None
+    hit = index.query([0], options=QueryOptions(rerank="exact"))[0].proponents[0]
+    assert hit.error is None and hit.stored_score is not None
+    assert "was not measured" in CliRunner().invoke(info, [str(tmp_path / "index")]).stdout
+    with pytest.raises(UsageError, match="lists cannot serve.*this one is flat"):
+        index.query([0], options=QueryOptions(search="lists"))

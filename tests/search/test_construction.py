@@ -1,0 +1,213 @@
+"""Lists that are filled in stretches: a build killed at any point goes on to the same bytes and reads no row again."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_search_contract import Rows
+
+from tasks.toy import CONFIG, rows, toy
+from tracin_ann import InfluenceIndex, build
+from tracin_ann.search import IVFIndex, IVFParams
+from tracin_ann.search import construction as fill
+from tracin_ann.search.construction import Scratch, key_of
+from tracin_ann.search.flat import Subset
+from tracin_ann.store.manifest import Manifest
+from tracin_ann.types import Float32, Int64
+
+CPU = torch.device("cpu")
+BUILD = importlib.import_module("tracin_ann.build")
+N, F, STRETCH = 700, 12, 150
+PARAMS = IVFParams(nlist=20)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Counting(Rows):
+    """Rows that know how often each was read in blocks."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(values)
+        self.read = np.zeros(len(values), dtype=int)
+
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        for ids, values in super().blocks(block_rows, start):
+            self.read[ids] += 1
+            yield ids, values
+
+
+@pytest.fixture(scope="module")
+def values() -> np.ndarray:
+    random = np.random.default_rng(0)
+    made = random.standard_normal((N, F)) * random.lognormal(0, 1, (N, 1))
+    made[[5, 300, 699]] *= 1e6  # outliers
+    made[[7, 449, 450]] = 0  # quiet
+    return made.astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill, "STRETCH_ROWS", STRETCH)
+    monkeypatch.setattr(fill, "_BLOCK_ROWS", 64)
+
+
+def saved(index: IVFIndex, folder: Path) -> dict[str, bytes]:
+    folder.mkdir(exist_ok=True)
+    index.save(folder)
+    return {name: (folder / name).read_bytes() for name in IVFIndex.FILES}
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Make the n-th file of a scratch the last thing that happens; -1: before the first."""
+    replace_, count = fill.atomic_path.__globals__["os"].replace, []
+
+    def counted(*paths: object) -> None:
+        if len(count) == n:
+            raise Killed
+        count.append(paths)
+        replace_(*paths)
+
+    monkeypatch.setattr("tracin_ann.files.durable.os.replace", counted)
+
+
+def test_stretches_hold_what_one_stretch_holds(
+    values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = IVFIndex.build(Rows(values), PARAMS, CPU)
+    monkeypatch.setattr(fill, "STRETCH_ROWS", N)
+    one = IVFIndex.build(Rows(values), PARAMS, CPU)
+    queries = np.random.default_rng(1).standard_normal((20, F)).astype(np.float32)
+    for a, b in zip(many.search(queries, 10).ids, one.search(queries, 10).ids, strict=True):
+        assert a.tolist() == b.tolist()
+    assert many.tree.size_L.tolist() == one.tree.size_L.tolist()
+    np.testing.assert_allclose(many.tree.radius_L, one.tree.radius_L, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", range(15))
+def test_a_build_killed_at_any_file_goes_on_to_the_same_bytes(
+    values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Three files for training and for each of four stretches (the fifth is not kept): fifteen to be killed at."""
+    expected = saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "expected")
+    scratch = Scratch(tmp_path / "scratch", key_of(PARAMS, "rows"))
+    with monkeypatch.context() as patched:
+        killed_at(patched, n)
+        with pytest.raises(Killed):
+            IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
+    source, told = Counting(values), []
+    found = IVFIndex.build(source, PARAMS, CPU, scratch, lambda done, total: told.append((done, total)))
+    assert saved(found, tmp_path / "found") == expected
+    finished = max(0, n // 3 - 1) * STRETCH  # whole stretches, training apart
+    surveyed = 1 if n < 3 else 0
+    assert (source.read[:finished] == surveyed).all()
+    # The block that crosses a stretch's end is read for either.
+    assert (source.read[finished:] >= surveyed + 1).all()
+    assert told == [(min(at, N), N) for at in range(STRETCH, N + STRETCH, STRETCH)]
+
+
+@pytest.mark.parametrize("name", ["trained.npz", "trained.faiss", "trained.json", "stretch-000001.faiss"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone", "empty"])
+def test_a_damaged_scratch_is_done_again(values: np.ndarray, tmp_path: Path, name: str, harm: str) -> None:
+    scratch = Scratch(tmp_path / "scratch", "key")
+    expected = saved(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "expected")
+    path = scratch.directory / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-9]), "empty": b""}[harm])
+    assert saved(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "found") == expected
+
+
+def test_anothers_scratch_is_not_used(values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Scratch(tmp_path / "scratch", key_of(PARAMS, "other rows"))
+    IVFIndex.build(Rows(values[::-1].copy()), PARAMS, CPU, other)
+    scratch = Scratch(tmp_path / "scratch", key_of(PARAMS, "rows"))
+    found = IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
+    assert saved(found, tmp_path / "a") == saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b")
+    assert key_of(PARAMS, 1) != key_of(replace(PARAMS, seed=1), 1)
+
+
+@pytest.mark.parametrize("start", [0, 1, 37, 63, 99, 100])
+def test_blocks_from_a_start_are_the_rest(values: np.ndarray, start: int) -> None:
+    whole = Rows(values[:100])
+    for source in (whole, Subset(whole, np.arange(0, 100, dtype=np.int64))):
+        blocks = list(source.blocks(37, start))
+        assert np.concatenate([np.zeros(0, int), *(ids for ids, _ in blocks)]).tolist() == list(range(start, 100))
+        assert all(np.array_equal(got, values[ids]) for ids, got in blocks)
+
+
+def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    config = replace(CONFIG, index="ivf")
+    build(task, tmp_path / "whole", config)
+    emptied, done = fill._fill, []
+
+    def killed(*given: object) -> None:
+        if len(done) == 1:
+            raise Killed
+        done.append(given)
+        emptied(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fill, "_fill", killed)
+        with pytest.raises(Killed):
+            build(task, tmp_path / "out", config)
+    assert (tmp_path / "out" / BUILD.UNFINISHED_INDEX / "stretch-000000.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
+        build(task, tmp_path / "out", config)
+    assert not (tmp_path / "out" / BUILD.UNFINISHED_INDEX).exists()
+    both = [InfluenceIndex.open(tmp_path / name, task) for name in ("whole", "out")]
+    records = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
+    assert records[0] == records[1] and len(both[0]) == 400
+
+
+def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    config = replace(CONFIG, index="ivf")
+    build(task, tmp_path / "whole", config)
+
+    def killed(*given: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BUILD.Yardstick, "fidelity", killed)
+        with pytest.raises(Killed):
+            build(task, tmp_path / "out", config)
+    filled, starts = fill._fill, []
+
+    def counted(*given: object) -> None:
+        starts.append(given[3])
+        filled(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fill, "_fill", counted)
+        patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
+        build(task, tmp_path / "out", config)
+    assert starts == [300], "only the last stretch, which is never kept by itself"
+    assert not (tmp_path / "out" / BUILD.UNFINISHED_INDEX).exists()
+    both = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
+    assert both[0] == both[1]
+
+
+def test_stretches_of_another_training_are_not_used(values: np.ndarray, tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path / "scratch", "key")
+    IVFIndex.build(Rows(values * 2), PARAMS, CPU, scratch)
+    for path in scratch.directory.glob("trained*"):
+        path.unlink()
+    found = IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
+    assert saved(found, tmp_path / "a") == saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b")

@@ -1,0 +1,382 @@
+"""Lists that are really probed: what they find, count and keep aside, and how they are calibrated."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, oracle
+
+from tracin_ann.errors import NonFiniteError, UsageError
+from tracin_ann.files.json_records import read_record
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
+from tracin_ann.search.calibration import Calibration, calibrated, lower_bound, recalls
+from tracin_ann.search.clustering import survey
+from tracin_ann.search.coarse_quantizer import trained
+from tracin_ann.search.reduction import fitted
+from tracin_ann.search.settings import Setting
+from tracin_ann.types import TopK
+
+CPU = torch.device("cpu")
+N = 3000
+
+
+@pytest.fixture(scope="module")
+def source() -> Rows:
+    return Rows(normal(N, 0))
+
+
+@pytest.fixture(scope="module")
+def index(source: Rows) -> IVFIndex:
+    return IVFIndex.build(source, IVFParams(), CPU)
+
+
+def mean_recall(found: TopK, source: Rows, queries: np.ndarray, k: int = 10) -> float:
+    ids, _ = oracle(source, queries, k)
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found.ids, ids, strict=True)]))
+
+
+@pytest.mark.parametrize("codes", ["sq8", "sq4", "fp16"])
+def test_a_part_of_the_rows_holds_the_answers(source: Rows, codes: str) -> None:
+    queries = normal(60, 1)
+    lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).at(Setting(N // 6, N // 6, 0.2))
+    for signed in (queries, -queries):
+        found = lists.search(signed, 10)
+        assert found.rows_scored.max() < N / 2
+        assert mean_recall(found, source, signed) >= 0.95
+        exact = source.rows.astype(np.float64) @ signed.T.astype(np.float64)
+        for q, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True)):
+            np.testing.assert_allclose(scores, exact[ids, q], rtol=1e-4, atol=1e-4)
+            assert (np.diff(scores) <= 0).all()
+
+
+def test_more_is_found_for_more(index: IVFIndex, source: Rows) -> None:
+    queries = normal(60, 2)
+    found = [index.at(Setting(codes, codes, 0.2)).search(queries, 10) for codes in (64, 400, 1500)]
+    recall = [mean_recall(top, source, queries) for top in found]
+    scored = [float(top.rows_scored.mean()) for top in found]
+    assert recall == sorted(recall) and scored == sorted(scored)
+    assert recall[-1] >= 0.99
+
+
+def compared(index: IVFIndex, setting: Setting, queries: np.ndarray, aside: int = 0) -> list[int]:
+    """Return, by a loop: all groups, the lists with rows of the groups reached, the rows of the lists reached."""
+    tree, counts = index.tree, []
+    n_groups = int(np.ceil(setting.centroids * len(tree.group_GR) / tree.n_lists))
+    for query in queries / np.linalg.norm(queries, axis=1, keepdims=True):
+        worth_G = tree.group_GR @ query + setting.alpha * tree.group_radius_G
+        near = np.isin(tree.parent_L, np.argsort(-worth_G)[:n_groups]) & (tree.size_L > 0)
+        worth_L = (tree.centroid_LR @ query + setting.alpha * tree.radius_L)[near]
+        rows = 0
+        for size in tree.size_L[near][np.argsort(-worth_L)].tolist():
+            rows += size if rows < setting.codes else 0
+        counts.append(len(tree.group_GR) + int(near.sum()) + rows + aside)
+    return counts
+
+
+COUNTED = [Setting(400, 200, 0.2), Setting(300, 100, 0.0), Setting(10**3, 10**6, 0.5), Setting(100, 10**6, 0.1)]
+
+
+@pytest.mark.parametrize("setting", COUNTED)
+def test_what_is_counted_is_what_is_scored(index: IVFIndex, source: Rows, setting: Setting) -> None:
+    queries = normal(20, 3)
+    assert index.tree.size_L.sum() == N
+    found = index.at(setting).search(queries, 10)
+    assert found.rows_scored.tolist() == compared(index, setting, queries)
+    rows = source.rows.copy()
+    rows[:5] *= np.float32(1e6)
+    spoilt = IVFIndex.build(Rows(rows), IVFParams(), CPU)
+    assert spoilt.tree.size_L.sum() == N - 5
+    assert spoilt.at(setting).search(queries, 10).rows_scored.tolist() == compared(spoilt, setting, queries, aside=5)
+
+
+def test_a_tree_knows_the_extents_of_its_lists() -> None:
+    rows = normal(900, 42)
+    assigner = trained(rows[:500], 60, 0)
+    list_B = np.concatenate([assigner.assign(rows[:400]), assigner.assign(rows[400:])])
+    tree = assigner.tree(assigner.taken())
+    assert tree.size_L.tolist() == np.bincount(list_B, minlength=tree.n_lists).tolist()
+    parent_B = tree.parent_L[list_B]
+    for radii, centres, of_B in (
+        (tree.radius_L, tree.centroid_LR, list_B),
+        (tree.group_radius_G, tree.group_GR, parent_B),
+    ):
+        square_B = np.square(rows.astype(np.float64) - centres[of_B]).sum(axis=1)
+        mean = [square_B[of_B == at].mean() if (of_B == at).any() else 0.0 for at in range(len(centres))]
+        np.testing.assert_allclose(radii, 1.5 * np.sqrt(mean), rtol=1e-3, atol=1e-3)
+    square_BL = np.square(rows[:, None] - tree.centroid_LR).sum(axis=2)
+    square_BG = np.square(rows[:, None] - tree.group_GR).sum(axis=2)
+    for row, nearest in enumerate(np.argsort(square_BG, axis=1)[:, :3]):
+        open_L = np.isin(tree.parent_L, nearest)
+        assert square_BL[row, list_B[row]] <= square_BL[row, open_L].min() * (1 + 1e-4)
+
+
+def test_lists_without_rows_are_not_counted() -> None:
+    lists = IVFIndex.build(Rows(np.repeat(normal(30, 8), 30, axis=0)), IVFParams(), CPU)
+    assert (lists.tree.size_L == 0).any()
+    setting, queries = Setting(200, 10**6, 0.1), normal(6, 9)
+    assert lists.at(setting).search(queries, 10).rows_scored.tolist() == compared(lists, setting, queries)
+
+
+@pytest.mark.parametrize("codes", ["sq8", "fp16"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_all_lists_probed_give_the_scans_scores(source: Rows, codes: str, alpha: float) -> None:
+    queries = normal(30, 29)
+    lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).at(Setting(N - 1, 10**6, alpha))
+    for found, signed, sign in zip(search_both(lists, queries, 10), (queries, -queries), (1, -1), strict=True):
+        assert (found.rows_scored > N).all()  # centroids as well: not a scan
+        _, scores = oracle(source, signed, 10)
+        np.testing.assert_allclose(sign * np.stack(found.scores), scores, rtol=1e-4)
+
+
+def test_a_score_that_is_not_finite_is_refused(source: Rows) -> None:
+    """As the scan does: past float32's range, and of a row that was spoilt after the build."""
+    query, setting = normal(1, 30), Setting(500, 500, 0.2)
+    huge = Rows(source.rows * np.float32(1e28))
+    with pytest.raises(NonFiniteError):
+        IVFIndex.build(huge, IVFParams(), CPU).at(setting).search(query * np.float32(1e15), 3)
+    spoilt = Rows(source.rows.copy())
+    lists = IVFIndex.build(spoilt, IVFParams(), CPU).at(setting)
+    best = int(oracle(source, query, 1)[0][0, 0])
+    assert lists.search(query, 1).ids[0].tolist() == [best]
+    spoilt.rows = source.rows.copy()
+    spoilt.rows[best] = np.nan
+    with pytest.raises(NonFiniteError, match=f"row {best} "):
+        lists.search(query, 1)
+
+
+def test_directions_have_settings_of_their_own(index: IVFIndex) -> None:
+    few, many = Setting(64, 64, 0.1), Setting(1500, 1500, 0.1)
+    queries = normal(5, 4)
+    proponents, opponents = search_both(index.at(few, many), queries, 10)
+    assert proponents.rows_scored.tolist() == index.at(few).search(queries, 10).rows_scored.tolist()
+    assert opponents.rows_scored.tolist() == index.at(many).search(-queries, 10).rows_scored.tolist()
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e10])
+@pytest.mark.parametrize("n_outliers", [1, 5])
+def test_outliers_spoil_nothing_and_are_found(source: Rows, factor: float, n_outliers: int) -> None:
+    rows, queries = source.rows.copy(), normal(40, 5)
+    rows[:n_outliers] *= np.float32(factor)
+    spoilt = Rows(rows)
+    assert survey(spoilt, 500).outlier_N.tolist() == [i < n_outliers for i in range(N)]
+    found = IVFIndex.build(spoilt, IVFParams(), CPU).at(Setting(N // 6, N // 6, 0.2)).search(queries, 10)
+    assert mean_recall(found, spoilt, queries) >= 0.95
+    best, _ = oracle(spoilt, queries, 1)
+    assert [ids[0] for ids in found.ids] == best[:, 0].tolist()
+
+
+@pytest.mark.parametrize("loud", [0, 5, 19])
+def test_rows_near_zero_crowd_no_list_and_are_found_where_they_belong(loud: int) -> None:
+    """The best twenty are some loud rows, and then quiet ones: of a size of their own, in an order of their own."""
+    rows = normal(1000, 6)
+    rows[:, 0] = np.where((np.arange(1000) < loud) | (np.arange(1000) >= 100), 1, -1) * (np.abs(rows[:, 0]) + 0.1)
+    rows[100:] *= np.float32(1e-12)
+    rows[500:] = 0
+    quiet, queries = Rows(rows), np.eye(1, DIM, dtype=np.float32)
+    lists = IVFIndex.build(quiet, IVFParams(), CPU)
+    assert lists.tree.size_L.sum() == 100
+    found = lists.at(Setting(90, 90, 0.1)).search(queries, 20)
+    ids, scores = oracle(quiet, queries, 20)
+    assert (ids[0] >= 100).sum() == 20 - loud
+    assert found.ids[0].tolist() == ids[0].tolist()
+    np.testing.assert_allclose(found.scores[0], scores[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [np.tile(integers(1, 7), (900, 1)), np.repeat(normal(30, 8), 30, axis=0)])
+def test_equal_rows_have_the_right_scores(rows: np.ndarray) -> None:
+    source, queries = Rows(rows), normal(6, 9)
+    found = IVFIndex.build(source, IVFParams(), CPU).at(Setting(200, 200, 0.1)).search(queries, 10)
+    _, scores = oracle(source, queries, 10)
+    np.testing.assert_allclose(np.stack(found.scores), scores, rtol=1e-4)
+    assert all(len(set(ids.tolist())) == 10 for ids in found.ids)
+
+
+def test_k_past_the_budget_is_reached(index: IVFIndex, source: Rows) -> None:
+    found = index.at(Setting(5, 5, 0.1)).search(normal(4, 10), 300)
+    assert [len(set(ids.tolist())) for ids in found.ids] == [300] * 4
+    assert found.rows_scored.max() < N  # by a larger budget, not a scan
+
+
+FAR = 5_000_000_000 + 7 * np.arange(N)
+
+
+@pytest.mark.parametrize("ids", [np.arange(N), FAR], ids=["near", "far"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.8])
+def test_a_filter_keeps_the_recall(source: Rows, ids: np.ndarray, share: float) -> None:
+    """A rare filter is scanned; half of the rows and more are probed, by FAISS's bitmap or its set of ids."""
+    passing, queries = np.random.default_rng(11).random(N) < share, normal(40, 12)
+    chosen = Rows(source.rows[passing], ids[passing])
+    lists = IVFIndex.build(Rows(source.rows, ids), IVFParams(), CPU).at(Setting(300, 300, 0.2))
+    found = lists.search(queries, 10, chosen.ids)
+    assert (found.rows_scored == len(chosen)).all() == (share < 0.1)
+    assert share < 0.1 or found.rows_scored.mean() > 1.1 * lists.search(queries, 10).rows_scored.mean()
+    assert found.rows_scored.max() <= len(chosen)
+    assert all(np.isin(ids, chosen.ids).all() and len(set(ids.tolist())) == 10 for ids in found.ids)
+    assert mean_recall(found, chosen, queries) >= 0.95
+
+
+def test_never_fewer_are_found_than_pass(index: IVFIndex, source: Rows) -> None:
+    counts = []
+    for query in normal(20, 12):
+        away = np.sort(np.argsort(source.rows @ query, kind="stable")[: N // 2])
+        found = index.at(Setting(40, 40, 0.2)).search(query[None], 10, away)
+        assert len(np.intersect1d(found.ids[0], away)) == 10
+        counts.append(int(found.rows_scored[0]))
+    assert max(counts) > N // 2  # lists that held too few, and a scan
+
+
+@pytest.mark.parametrize("n_outliers", [5, 180])
+def test_outliers_that_a_filter_leaves_out_spoil_nothing(n_outliers: int) -> None:
+    rows, queries = normal(20_000, 40), normal(20, 41)
+    rows[:n_outliers] *= np.float32(1e6)
+    kept = np.arange(n_outliers, len(rows))
+    lists = IVFIndex.build(Rows(rows), IVFParams(), CPU).at(Setting(2000, 2000, 0.2))
+    assert mean_recall(lists.search(queries, 10, kept), Rows(rows[kept], kept), queries) >= 0.95
+
+
+def test_threads_do_not_disturb_each_other(index: IVFIndex, source: Rows) -> None:
+    queries = normal(30, 13)
+    asked = [(Setting(codes, codes, 0.1), allowed) for codes in (100, 700) for allowed in (None, np.arange(0, N, 2))]
+    alone = [index.at(setting).search(queries, 10, allowed) for setting, allowed in asked]
+    done: list[int] = []
+    cold, together = IVFIndex.build(source, IVFParams(), CPU), threading.Barrier(len(asked))
+
+    def ask(which: int) -> None:
+        setting, allowed = asked[which]
+        together.wait()
+        for _ in range(10):
+            found = cold.at(setting).search(queries, 10, allowed)
+            right = [i.tolist() for i in found.ids] == [i.tolist() for i in alone[which].ids]
+            if right and found.rows_scored.tolist() == alone[which].rows_scored.tolist():
+                done.append(which)
+
+    threads = [threading.Thread(target=ask, args=(which,)) for which in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [which for which in range(len(asked)) for _ in range(10)]
+
+
+def test_reduction_does_not_centre() -> None:
+    rows = normal(800, 14, 96) @ np.diag(np.geomspace(1, 1e-3, 96)).astype(np.float32) + 5
+    reduction = fitted(rows, 24, 0)
+    inner, reduced = rows @ rows.T, reduction.apply(rows) @ reduction.apply(rows).T
+    assert np.abs(inner - reduced).max() <= 0.01 * np.abs(inner).max()
+    assert reduction.energy > 0.99
+    assert fitted(rows, 96, 0).basis_FR is None
+
+
+def test_the_randomised_reduction_keeps_what_the_exact_one_keeps() -> None:
+    random = np.random.default_rng(15)
+    rows = (random.standard_normal((300, 2100)) * np.geomspace(1, 0.01, 2100)).astype(np.float32)
+    found = fitted(rows, 40, 0)
+    values = np.linalg.svd(rows.astype(np.float64), compute_uv=False) ** 2
+    assert found.energy >= 0.99 * values[:40].sum() / values.sum()
+    basis = found.basis_FR
+    assert basis is not None
+    np.testing.assert_allclose(basis.T @ basis, np.eye(40), atol=1e-4)
+
+
+def test_built_twice_answers_alike(source: Rows) -> None:
+    queries = normal(10, 16)
+    first, second = (
+        IVFIndex.build(source, IVFParams(seed=5), CPU).at(Setting(300, 300, 0.1)).search(queries, 10) for _ in range(2)
+    )
+    assert [ids.tolist() for ids in first.ids] == [ids.tolist() for ids in second.ids]
+    assert first.rows_scored.tolist() == second.rows_scored.tolist()
+
+
+@pytest.mark.parametrize("bad", [{"nlist": 0}, {"width": 0}, {"codes": "pq"}, {"seed": -1}, {"train_rows": 0}])
+def test_bad_params_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        IVFParams(**bad)
+
+
+@pytest.mark.parametrize("bad", [(0, 1, 0.1), (1, 0, 0.1), (1, 1, -0.1), (1, 1, np.inf)])
+def test_bad_settings_are_refused(bad: tuple[int, int, float]) -> None:
+    with pytest.raises(UsageError):
+        Setting(*bad)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "params"), [(0, IVFParams()), (10, IVFParams(nlist=11)), (100, IVFParams(nlist=20, train_rows=19))]
+)
+def test_too_few_rows_are_refused(n_rows: int, params: IVFParams) -> None:
+    with pytest.raises(UsageError, match="too few rows"):
+        IVFIndex.build(Rows(np.zeros((n_rows, DIM), np.float32)), params, CPU)
+
+
+def test_number_of_lists() -> None:
+    sizes = (1, 15, 16, 1000, 100_000, 1_000_000)
+    assert [IVFParams().lists_for(n) for n in sizes] == [1, 1, 2, 125, 7589, 24_000]
+
+
+def test_recall_counts_ties_and_short_answers() -> None:
+    def top(ids: list[int], scores: list[float]) -> TopK:
+        return TopK((np.array(ids, np.int64),), (np.array(scores, np.float32),), np.array([1]))
+
+    truth = top([1, 2, 3], [5.0, 4.0, 4.0])
+    for ids, scores, expected in (
+        ([1, 2, 3], [5, 4, 4], 1.0),
+        ([1, 2, 9], [5, 4, 4], 1.0),
+        ([1, 2, 9], [5, 4, 3], 2 / 3),
+        ([9], [3], 0.0),
+    ):
+        assert recalls(top(ids, scores), truth, truth.scores).tolist() == pytest.approx([expected])
+
+
+def test_the_bound_lies_under_the_mean_and_is_never_sure() -> None:
+    random = np.random.default_rng(19)
+    broken = 0
+    for _ in range(300):
+        values = random.binomial(10, 0.96, 200) / 10
+        broken += lower_bound(values) > 0.96
+    assert broken <= 300 * 0.08
+    assert 0.99 < lower_bound(np.ones(200)) < 1
+
+
+@pytest.fixture(scope="module")
+def calibration(index: IVFIndex, source: Rows) -> Calibration:
+    return calibrated(index, FlatIndex(source, CPU), normal(200, 20), 0.9)
+
+
+def test_calibration_gives_settings_that_hold_on_other_queries(
+    calibration: Calibration, index: IVFIndex, source: Rows
+) -> None:
+    fresh = normal(300, 21)
+    for side, sign in (("proponents", 1), ("opponents", -1)):
+        points = getattr(calibration, side)
+        assert [p.scored for p in points] == sorted(p.scored for p in points)
+        assert [p.lower for p in points] == sorted(p.lower for p in points)
+        point = calibration.reaching(side, 0.9)
+        assert point is not None
+        assert mean_recall(index.at(point.setting).search(sign * fresh, 10), source, sign * fresh) >= point.lower - 0.01
+        assert calibration.reaching(side, 1.0) is None
+
+
+def test_queries_from_elsewhere_are_noticed(calibration: Calibration, index: IVFIndex) -> None:
+    looks = calibration.looks
+    assert not looks.shifted(index, normal(100, 22))
+    assert looks.strange(index, normal(100, 23)).mean() <= 0.02
+    assert looks.shifted(index, normal(100, 24) * 30)
+    assert looks.strange(index, normal(10, 25) * 1e4).all()
+    assert not looks.shifted(index, normal(19, 26) * 30)
+
+
+def test_a_calibration_comes_back_from_json(calibration: Calibration) -> None:
+    assert read_record(Calibration, json.loads(json.dumps(asdict(calibration)))) == calibration
+
+
+def test_the_tail_is_found() -> None:
+    source = Rows(heavy_tailed(4000, 27))
+    queries = normal(50, 28)
+    found = IVFIndex.build(source, IVFParams(), CPU).at(Setting(800, 800, 0.2)).search(queries, 10)
+    _, scores = oracle(source, queries, 10)
+    hits = [np.mean(s >= t[-1] - 1e-4) for s, t in zip(found.scores, scores, strict=True)]
+    assert np.mean(hits) >= 0.95

@@ -1,0 +1,350 @@
+"""The contract of every search backend on every device: an argsort's ids in float64, ties included; and of its files.
+
+Rows are small integers times powers of two, so that products are exact in half precision and ties are real.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tracin_ann.device import import_faiss
+from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, choose_index, search_both
+from tracin_ann.search.clustering import stratified_ids, survey
+from tracin_ann.search.settings import Setting
+from tracin_ann.types import Float32, Int64, RowSource
+
+DIM = 12
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """A `RowSource` over arrays; blocks come read-only, as from a mapped file."""
+
+    def __init__(self, rows: np.ndarray, ids: np.ndarray | None = None) -> None:
+        self.rows = np.asarray(rows, dtype=np.float32)
+        self.ids = np.arange(len(rows), dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+        self.rows.setflags(write=False)
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        for at in range(start, len(self.rows), block_rows):
+            yield self.ids[at : at + block_rows], self.rows[at : at + block_rows]
+
+    def take(self, ids: Sequence[int] | Int64) -> Float32:
+        where = {number: row for row, number in enumerate(self.ids.tolist())}
+        return self.rows[[where[number] for number in np.asarray(ids).tolist()]]
+
+
+def flat(source: RowSource, device: torch.device) -> SearchIndex:
+    return FlatIndex(source, device, block_rows=37)
+
+
+def ivf(source: RowSource, device: torch.device) -> SearchIndex:
+    return IVFIndex.build(source, IVFParams(), device).at(Setting(10**9, 10**9, 0.1))
+
+
+def reloaded_ivf(source: RowSource, device: torch.device) -> SearchIndex:
+    with tempfile.TemporaryDirectory() as directory:
+        IVFIndex.build(source, IVFParams(), device).save(Path(directory))
+        return IVFIndex.load(Path(directory), source, device).at(Setting(10**9, 10**9, 0.1))
+
+
+Backend = Callable[[RowSource, torch.device], SearchIndex]
+
+
+@pytest.fixture(params=[flat, ivf, reloaded_ivf], ids=lambda backend: backend.__name__)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+def integers(n: int, seed: int, span: int = 4) -> Float32:
+    return np.random.default_rng(seed).integers(-span, span + 1, (n, DIM)).astype(np.float32)
+
+
+def heavy_tailed(n: int, seed: int) -> Float32:
+    powers = np.random.default_rng(seed + 1).choice([1, 2, 4, 16], size=(n, 1), p=[0.6, 0.25, 0.1, 0.05])
+    return integers(n, seed) * powers.astype(np.float32)
+
+
+def normal(n: int, seed: int, dim: int = DIM) -> Float32:
+    """Rows of heavy-tailed norms in a few directions."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((12, dim))
+    rows = centres[random.integers(0, 12, n)] + 0.4 * random.standard_normal((n, dim))
+    return (rows * np.exp(0.7 * random.standard_normal((n, 1)))).astype(np.float32)
+
+
+def oracle(source: Rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and scores [Q, min(k, N)] by argsort in float64; ties by rising id."""
+    scores = queries.astype(np.float64) @ source.rows.astype(np.float64).T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return source.ids[order], np.take_along_axis(scores, order, axis=1)
+
+
+def assert_exact(index: SearchIndex, source: Rows, queries: np.ndarray, k: int) -> None:
+    ids, scores = oracle(source, queries, k)
+    top = index.search(queries, k)
+    assert [found.tolist() for found in top.ids] == ids.tolist()
+    assert [found.tolist() for found in top.scores] == scores.tolist()
+    assert all(found.dtype == np.int64 for found in top.ids)
+    assert all(found.dtype == np.float32 for found in top.scores)
+    low_ids, low_scores = oracle(source, -queries, k)
+    proponents, opponents = search_both(index, queries, k)
+    assert [found.tolist() for found in proponents.ids] == ids.tolist()
+    assert [found.tolist() for found in proponents.scores] == scores.tolist()
+    assert [found.tolist() for found in opponents.ids] == low_ids.tolist()
+    assert [found.tolist() for found in opponents.scores] == (-low_scores).tolist()
+
+
+CASES = {
+    "heavy tail": heavy_tailed(700, 0),
+    "one row": integers(1, 1),
+    "few rows": integers(9, 2),
+    "duplicates": np.repeat(heavy_tailed(40, 3), 8, axis=0),
+    "duplicates far apart": np.tile(heavy_tailed(40, 4), (8, 1)),
+    "all rows equal": np.tile(integers(1, 5), (120, 1)),
+    "all rows zero": np.zeros((90, DIM), np.float32),
+    "some rows zero": heavy_tailed(200, 6) * (np.arange(200) % 3 > 0)[:, None],
+    "an outlier": np.concatenate([integers(150, 7), integers(1, 8) * 2.0**13, integers(150, 9)]),
+    "outliers": np.concatenate([heavy_tailed(400, 43), integers(3, 44) * 2.0**20]),
+    "tiny": heavy_tailed(300, 10) * 2.0**-60,
+    "huge": heavy_tailed(300, 11) * 2.0**60,
+}
+
+
+@pytest.mark.parametrize("k", [1, 10, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_the_oracles(backend: Backend, device: torch.device, case: str, k: int) -> None:
+    source = Rows(CASES[case])
+    queries = np.concatenate([integers(6, 20), np.zeros((1, DIM), np.float32)])
+    assert_exact(backend(source, device), source, queries, k)
+
+
+def test_ids_are_the_sources(backend: Backend, device: torch.device) -> None:
+    source = Rows(heavy_tailed(300, 12), ids=5_000_000_000 + 7 * np.arange(300))
+    assert_exact(backend(source, device), source, integers(5, 21), 10)
+
+
+def test_no_queries(backend: Backend, device: torch.device) -> None:
+    index = backend(Rows(integers(50, 13)), device)
+    for top in (
+        index.search(np.zeros((0, DIM), np.float32), 5),
+        *search_both(index, np.zeros((0, DIM), np.float32), 5),
+    ):
+        assert (top.ids, top.scores, top.rows_scored.tolist()) == ((), (), [])
+
+
+def test_no_rows() -> None:
+    source = Rows(np.zeros((0, DIM)))
+    assert_exact(FlatIndex(source, torch.device("cpu")), source, integers(2, 36), 5)
+
+
+def test_says_what_it_is(backend: Backend, device: torch.device) -> None:
+    index = backend(Rows(integers(50, 13)), device)
+    assert (index.kind, index.dim, len(index)) == ("flat" if backend is flat else "ivf", DIM, 50)
+
+
+def test_a_second_search_answers_alike(backend: Backend, device: torch.device) -> None:
+    source = Rows(heavy_tailed(300, 14))
+    index = backend(source, device)
+    for seed in (22, 23):
+        assert_exact(index, source, integers(4, seed), 7)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "error"),
+    [
+        (np.zeros((2, DIM), np.float32), 0, UsageError),
+        (np.zeros((2, DIM + 1), np.float32), 5, UsageError),
+        (np.zeros(DIM, np.float32), 5, UsageError),
+        (np.full((2, DIM), np.nan, np.float32), 5, NonFiniteError),
+    ],
+)
+def test_bad_queries_are_refused(backend: Backend, queries: Float32, k: int, error: type[Exception]) -> None:
+    index = backend(Rows(integers(50, 15)), torch.device("cpu"))
+    with pytest.raises(error):
+        index.search(queries, k)
+    with pytest.raises(error):
+        search_both(index, queries, k)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_named(backend: Backend, poison: float) -> None:
+    rows = integers(60, 16)
+    rows[41, 3] = poison
+    source = Rows(rows, ids=100 + np.arange(60))
+    with pytest.raises(NonFiniteError, match="row 141 "):
+        search_both(backend(source, torch.device("cpu")), np.abs(integers(1, 24)) + 1, 5)
+
+
+def test_many_queries_are_answered_in_chunks(device: torch.device) -> None:
+    source = Rows(heavy_tailed(80, 17))
+    queries = integers(2100, 25)
+    assert_exact(FlatIndex(source, device, block_rows=2**14), source, queries, 3)
+    assert_exact(ivf(source, device), source, queries, 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.3, 1.0])
+def test_only_allowed_rows_are_found(backend: Backend, device: torch.device, share: float) -> None:
+    source = Rows(heavy_tailed(300, 40), ids=5_000_000_000 + 7 * np.arange(300))
+    passing = np.random.default_rng(41).random(300) < share
+    chosen, queries = Rows(source.rows[passing], source.ids[passing]), integers(5, 42)
+    proponents, opponents = search_both(backend(source, device), queries, 10, source.ids[passing])
+    for found, signed in ((proponents, queries), (opponents, -queries)):
+        ids, scores = oracle(chosen, signed, 10)
+        assert [row.tolist() for row in found.ids] == ids.tolist()
+        assert [np.abs(row).tolist() for row in found.scores] == np.abs(scores).tolist()
+
+
+def test_the_sample_spans_the_norms() -> None:
+    source = Rows(2.0 ** np.linspace(-4, 4, 1000)[:, None] * np.ones((1000, DIM)), ids=50 + np.arange(1000))
+    measured = survey(source, 300)
+    sample = stratified_ids(measured, 100, seed=3)
+    assert ((sample - 50) // 10).tolist() == list(range(100))
+    assert sample.tolist() == stratified_ids(measured, 100, seed=3).tolist()
+    assert sample.tolist() != stratified_ids(measured, 100, seed=4).tolist()
+    assert stratified_ids(measured, 5000, seed=3).tolist() == source.ids.tolist()
+
+
+HARMS: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    **{f"{cut} bytes short": lambda content, cut=cut: content[:-cut] for cut in (2, 7, 300)},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, dict[str, bytes]]:
+    """Rows that the index reduces, one of them an outlier, and its files."""
+    rows = normal(600, 17, 300)
+    rows[3] *= np.float32(1e7)
+    folder = tmp_path_factory.mktemp("wide")
+    IVFIndex.build(Rows(rows), IVFParams(), CPU).save(folder)
+    return Rows(rows), {name: (folder / name).read_bytes() for name in IVFIndex.FILES}
+
+
+def refused(folder: Path, source: Rows, files: Mapping[str, bytes | None]) -> None:
+    for name, content in files.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    with pytest.raises(DamagedIndexError, match="rebuild the index"):
+        IVFIndex.load(folder, source, CPU)
+
+
+def npz(content: bytes, **other: object) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **(dict(np.load(io.BytesIO(content))) | other))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dim", [DIM, 300])
+def test_a_saved_index_answers_alike(tmp_path: Path, dim: int) -> None:
+    rows = normal(600, 17, dim)
+    rows[3] *= np.float32(1e7)
+    source = Rows(rows)
+    index = IVFIndex.build(source, IVFParams(), CPU)
+    index.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(IVFIndex.FILES)
+    loaded, queries = IVFIndex.load(tmp_path, source, CPU), normal(10, 18, source.dim)
+    assert loaded.params == index.params
+    setting = Setting(200, 200, 0.3)
+    pairs = zip(search_both(index.at(setting), queries, 10), search_both(loaded.at(setting), queries, 10), strict=True)
+    for before, after in pairs:
+        assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
+        assert before.rows_scored.tolist() == after.rows_scored.tolist()
+
+
+@pytest.mark.parametrize("name", IVFIndex.FILES)
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_file_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str, harm: str) -> None:
+    source, files = wide
+    refused(tmp_path, source, files | {name: HARMS[harm](files[name])})
+
+
+@pytest.mark.parametrize("name", IVFIndex.FILES)
+def test_a_file_of_other_rows_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str) -> None:
+    source, files = wide
+    IVFIndex.build(Rows(normal(700, 30, 300)), IVFParams(), CPU).save(tmp_path)
+    refused(tmp_path, source, {other: files[other] for other in IVFIndex.FILES if other != name})
+
+
+@pytest.mark.parametrize(("n", "dim"), [(599, 300), (600, 299), (600, 301)])
+def test_rows_of_another_shape_are_refused(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], n: int, dim: int
+) -> None:
+    refused(tmp_path, Rows(normal(n, 17, dim)), wide[1])
+
+
+@pytest.mark.parametrize("change", ["shorter", "narrower", "deeper", "objects"])
+@pytest.mark.parametrize(
+    "array", ["basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "radius_L", "size_L"]
+)
+def test_an_altered_array_is_refused(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], array: str, change: str
+) -> None:
+    source, files = wide
+    held = np.load(io.BytesIO(files["ivf.npz"]))[array]
+    altered = {
+        "shorter": held[:-1],
+        "narrower": held[..., :-1],
+        "deeper": held[..., None],
+        "objects": held.astype(object),
+    }[change]
+    refused(tmp_path, source, files | {"ivf.npz": npz(files["ivf.npz"], **{array: altered})})
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": 1}, {"version": 99}, {"caption": "lists"}, {"rows": 599}, {"quiet_rows": 1}, {"more": 1}]
+    + [{"quiet_rows": "0"}, {"quiet_rows": None}, {"quiet_norm": "0"}, {"params": {"codes": "pq"}}],
+)  # fmt: skip
+def test_an_altered_caption_is_refused(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], change: dict[str, object]
+) -> None:
+    source, files = wide
+    caption = json.dumps(json.loads(files["ivf.json"]) | change).encode()
+    refused(tmp_path, source, files | {"ivf.json": caption})
+
+
+def test_faiss_files_of_another_kind_are_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]) -> None:
+    faiss, (source, files) = import_faiss(), wide
+    nearest = faiss.deserialize_index(np.frombuffer(files["ivf.faiss"], np.uint8))
+    nearest.metric_type = faiss.METRIC_L2
+    for other in (faiss.IndexFlatIP(256), nearest):
+        refused(tmp_path, source, files | {"ivf.faiss": faiss.serialize_index(other).tobytes()})
+
+
+def test_lists_that_name_a_row_that_there_is_not_are_refused_when_it_is_found(
+    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]
+) -> None:
+    source, files = wide
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "ivf.faiss").write_bytes(files["ivf.faiss"][:-8] + (10_000).to_bytes(8, "little"))
+    index = IVFIndex.load(tmp_path, source, CPU).at(Setting(500, 500, 0.3))
+    with pytest.raises(DamagedIndexError, match="ivf.faiss: lists of other rows: got 10000"):
+        index.search(normal(50, 18, source.dim), 100)
+
+
+def test_choice_of_backend() -> None:
+    assert choose_index("auto", 99_999, 768).kind == "flat"
+    assert choose_index("auto", 100_000, 768).kind == "ivf"
+    assert "100,000 rows" in choose_index("auto", 100_000, 768).reason
+    assert [choose_index(kind, 10, 4).kind for kind in ("flat", "ivf")] == ["flat", "ivf"]
+    with pytest.raises(UsageError, match="'hnsw'"):
+        choose_index("hnsw", 10, 4)

@@ -1,0 +1,138 @@
+"""Laws of search: merging shards changes nothing, opponents mirror proponents, filters hold, padding stays in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from test_search_contract import DIM, Rows, heavy_tailed, oracle
+
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
+from tracin_ann.search.settings import Setting
+from tracin_ann.search.topk import best, from_padded, merge, negated
+from tracin_ann.types import Float32, TopK
+
+CPU = torch.device("cpu")
+small = st.integers(-3, 3).map(float)
+
+
+def rectangles(max_columns: int = 25) -> st.SearchStrategy[Float32]:
+    """Scores [Q, M] full of ties."""
+    shapes = st.tuples(st.integers(0, 4), st.integers(1, max_columns))
+    return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=small))
+
+
+def ranked(ids: np.ndarray, scores: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+    """The oracle: sort pairs in Python."""
+    rows = [sorted(zip(ids.tolist(), row, strict=True), key=lambda hit: (-hit[1], hit[0])) for row in scores.tolist()]
+    return [row[:k] for row in rows]
+
+
+def hits(top: TopK) -> list[list[tuple[int, float]]]:
+    return [
+        list(zip(ids.tolist(), scores.tolist(), strict=True)) for ids, scores in zip(top.ids, top.scores, strict=True)
+    ]
+
+
+@given(rectangles(), st.integers(1, 30))
+def test_best_is_a_stable_sort(scores: Float32, k: int) -> None:
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    assert best(torch.from_numpy(scores), k).tolist() == expected.tolist()
+
+
+@given(rectangles(), st.integers(1, 30), st.data())
+def test_merged_shards_are_the_whole(scores: Float32, k: int, data: st.DataObject) -> None:
+    n_queries, n_rows = scores.shape
+    ids = np.array(data.draw(st.permutations(range(n_rows))), dtype=np.int64) * 3
+    shard = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n_rows, max_size=n_rows)))
+    parts = []
+    for number in range(4):
+        columns = shard == number
+        shard_ids = np.tile(ids[columns], (n_queries, 1))
+        counts = np.full(n_queries, columns.sum())
+        parts.append(from_padded(shard_ids, scores[:, columns], k, counts))
+    merged = merge(parts, k)
+    assert hits(merged) == ranked(ids, scores, k)
+    assert merged.rows_scored.tolist() == [n_rows] * n_queries
+
+
+@given(rectangles(), st.integers(1, 30), st.data())
+def test_padding_never_gets_out(scores: Float32, k: int, data: st.DataObject) -> None:
+    n_rows = scores.shape[1]
+    padding = np.array(data.draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
+    ids = np.where(padding, -1, np.arange(n_rows))
+    padded = np.where(padding, np.finfo(np.float32).min, scores).astype(np.float32)
+    top = from_padded(np.tile(ids, (len(scores), 1)), padded, k, np.zeros(len(scores), np.int64))
+    assert hits(top) == ranked(ids[~padding], scores[:, ~padding], k)
+
+
+@settings(max_examples=25)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 60), st.just(5)), elements=small),
+    hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.just(5)), elements=small),
+    st.integers(1, 70),
+    st.sampled_from([1, 20, 1000]),
+)
+def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, codes: int) -> None:
+    source = Rows(rows)
+    for index in (
+        FlatIndex(source, CPU, block_rows=16),
+        IVFIndex.build(source, IVFParams(), CPU).at(Setting(codes, codes, 0.1)),
+    ):
+        proponents, opponents = search_both(index, queries, k)
+        assert hits(proponents) == hits(index.search(queries, k))
+        mirrored = index.search(-queries, k)
+        assert hits(opponents) == [[(number, -score) for number, score in row] for row in hits(mirrored)]
+        assert opponents.rows_scored.tolist() == mirrored.rows_scored.tolist()
+        assert [len(row) for row in hits(opponents)] == [min(k, len(rows))] * len(queries)
+        assert not any(np.signbit(scores[scores == 0]).any() for scores in opponents.scores)
+
+
+@settings(max_examples=25)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 60), st.just(5)), elements=small),
+    st.integers(1, 20),
+    st.integers(1, 70),
+)
+def test_block_size_changes_nothing(rows: Float32, k: int, block_rows: int) -> None:
+    queries = np.array([[1, 0, 0, 0, 0], [1, 2, -1, 0, 1]], np.float32)
+    whole = FlatIndex(Rows(rows), CPU).search(queries, k)
+    assert hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == hits(whole)
+
+
+MANY = Rows(heavy_tailed(400, 50), ids=5_000_000_000 + 7 * np.arange(400))
+PROBED = IVFIndex.build(MANY, IVFParams(codes="fp16"), CPU)
+budgets = st.builds(Setting, st.integers(1, 399), st.integers(1, 200), st.sampled_from([0.0, 0.1, 1.0]))
+
+
+@settings(max_examples=60)
+@given(budgets, budgets, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2**32 - 1))
+def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing: int | None, seed: int) -> None:
+    """Each direction goes by its own setting; k distinct rows that pass, if there are; each with its own score."""
+    random = np.random.default_rng(seed)
+    queries = random.integers(-3, 4, (3, DIM)).astype(np.float32)
+    allowed = None if passing is None else np.sort(random.choice(MANY.ids, passing, replace=False))
+    may = MANY.ids if allowed is None else allowed
+    chosen = Rows(MANY.take(may), may)
+    proponents, opponents = search_both(PROBED.at(up, down), queries, k, allowed)
+    assert hits(proponents) == hits(PROBED.at(up).search(queries, k, allowed))
+    assert hits(negated(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
+    for found, signed in ((proponents, queries), (negated(opponents), -queries)):
+        _, best_scores = oracle(chosen, signed, k)
+        for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):
+            assert len(set(ids.tolist())) == len(ids) == min(k, len(may))
+            assert np.isin(ids, may).all()
+            assert scores.tolist() == (MANY.take(ids) @ query).tolist()
+            assert (np.diff(scores) <= 0).all() and (scores <= best_K).all()
+
+
+def test_merge_wants_the_same_queries() -> None:
+    one, none = from_padded(np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32), 3, np.zeros(1)), []
+    two = from_padded(np.zeros((2, 0), np.int64), np.zeros((2, 0), np.float32), 3, np.zeros(2))
+    with pytest.raises(ValueError, match="1, 2"):
+        merge([one, two], 3)
+    with pytest.raises(ValueError, match="merge of parts"):
+        merge(none, 3)

@@ -1,0 +1,256 @@
+"""Tests of the store of many feature files: what is missing, what is read, what is refused.
+
+Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blocks import DIM, DTYPES, LAYOUT, make_block
+from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
+from tracin_ann.store import Dtype, FeatureStore, FileRecord, StoreLayout, WriteBehind
+from tracin_ann.store import feature_store as feature_store_module
+from tracin_ann.types import Float32, RowSource
+
+
+def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
+    """Write every file; return the records and what rows [N, F] must come back."""
+    records = []
+    row_NF = np.empty((store.layout.n_rows, store.layout.n_checkpoints * store.layout.dim), dtype=np.float32)
+    for checkpoint in range(store.layout.n_checkpoints):
+        for partition, (start, stop) in enumerate(store.partitions()):
+            block = make_block(start, stop, dim=store.layout.dim, seed=checkpoint)
+            columns = slice(checkpoint * store.layout.dim, (checkpoint + 1) * store.layout.dim)
+            row_NF[start:stop, columns] = block.feature_ND
+            records.append(store.write(partition, checkpoint, block))
+    return records, row_NF
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> tuple[FeatureStore, list[FileRecord], Float32]:
+    store = FeatureStore(tmp_path / "store", LAYOUT)
+    return store, *fill(store)
+
+
+# Codec
+# The store
+
+
+def test_partitions_cover_the_rows() -> None:
+    assert FeatureStore(Path("nowhere"), LAYOUT).partitions() == [(0, 8), (8, 16), (16, 23)]
+
+
+def test_missing_lists_what_is_absent_damaged_or_of_another_spec(
+    filled: tuple[FeatureStore, list[FileRecord], Float32],
+) -> None:
+    store, _, _ = filled
+    assert store.missing() == []
+    store.path(0, 1).unlink()
+    damaged = bytearray(store.path(2, 0).read_bytes())
+    with h5py.File(store.path(2, 0)) as file:
+        damaged[file["feature"].id.get_offset() + 3] ^= 1
+    store.path(2, 0).write_bytes(damaged)
+    store.path(1, 2).write_bytes(store.path(1, 2).read_bytes()[:-1])
+    store.path(0, 0).write_bytes(store.path(1, 0).read_bytes())
+    wrong = [(0, 0), (0, 1), (1, 2), (2, 0)]
+    assert store.missing() == wrong
+    for partition, checkpoint in wrong:
+        start, stop = store.partitions()[partition]
+        store.write(partition, checkpoint, make_block(start, stop, seed=checkpoint))
+    assert store.missing() == []
+    everything = [(partition, checkpoint) for partition in range(3) for checkpoint in range(3)]
+    other = StoreLayout(**{**vars(LAYOUT), "digests": ("other",) * 3})
+    assert FeatureStore(store.directory, other).missing() == everything
+    assert FeatureStore(store.directory / "none", LAYOUT).missing() == everything
+
+
+def test_check_compares_sizes_and_digests(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+    store, records, _ = filled
+    store.check(records, deep=True)
+    path = store.path(1, 1)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    store.check(records)
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: got .* of digest"):
+        store.check(records, deep=True)
+    path.write_bytes(damaged[:-1])
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: got \d+ bytes, expected"):
+        store.check(records)
+    path.unlink()
+    with pytest.raises(DamagedIndexError, match=rf"{path.name}: got no file"):
+        store.check(records)
+    with pytest.raises(ValueError, match="not inside the index"):
+        FileRecord("../a.h5", 1, "")
+
+
+def test_written_again_is_read_anew(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+    store, _, _ = filled
+    view = store.view([1])
+    view.take([8])
+    block = make_block(8, 16, seed=99)
+    store.write(1, 1, block)
+    assert np.array_equal(view.take([8]), block.feature_ND[:1])
+
+
+@pytest.mark.parametrize("checkpoints", [None, [0], [2, 0]])
+@pytest.mark.parametrize("block_rows", [1, 2, 3, 7, 8, 9, 23, 1000])
+def test_blocks_cover_all_rows_once(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], checkpoints: list[int] | None, block_rows: int
+) -> None:
+    store, _, row_NF = filled
+    view: RowSource = store.view(checkpoints)
+    chosen = [0, 1, 2] if checkpoints is None else checkpoints
+    expected_NF = np.concatenate([row_NF[:, c * DIM : (c + 1) * DIM] for c in chosen], axis=1)
+    blocks = list(view.blocks(block_rows))
+    assert (len(view), view.dim) == expected_NF.shape
+    assert max(len(ids) for ids, _ in blocks) <= block_rows
+    assert np.array_equal(np.concatenate([ids for ids, _ in blocks]), np.arange(23))
+    assert np.array_equal(np.concatenate([rows for _, rows in blocks]), expected_NF)
+
+
+@settings(deadline=None, max_examples=25)
+@given(ids=st.lists(st.integers(0, 22), max_size=40))
+def test_take_keeps_order_and_duplicates(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
+    store = FeatureStore(tmp_path_factory.getbasetemp() / "take", LAYOUT)
+    if store.missing():
+        fill(store)
+    row_NF = np.concatenate([rows for _, rows in store.view().blocks(100)])
+    taken = store.view([1, 2]).take(ids)
+    assert taken.dtype == np.float32
+    assert np.array_equal(taken, row_NF[ids, DIM:] if ids else np.empty((0, 2 * DIM)))
+    assert np.array_equal(store.view([1, 2]).take(np.array(ids, dtype=np.int64)), taken)
+
+
+@pytest.mark.parametrize("unknown", [-1, 23])
+def test_take_of_an_unknown_id_is_a_key_error(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], unknown: int
+) -> None:
+    with pytest.raises(KeyError, match=str(unknown)):
+        filled[0].view().take([1, unknown])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype) -> None:
+    layout = StoreLayout(n_rows=6, partition_rows=4, dim=DIM, dtype=dtype, digests=("spec",) * 2)
+    store = FeatureStore(tmp_path, layout)
+    row_NF = fill(store)[1]
+    block = make_block(0, 4, seed=1)
+    block.feature_ND[1] = 0
+    block.feature_ND[2] *= np.float32(1e30)
+    block.feature_ND[3] *= np.float32(1e-30)
+    store.write(0, 1, block)
+    row_NF[:4, DIM:] = block.feature_ND
+    wide_NCD = row_NF.astype(np.float64).reshape(6, 2, DIM)
+    norm_NC1 = np.linalg.norm(wide_NCD, axis=2, keepdims=True)
+    expected_NF = (wide_NCD / np.where(norm_NC1 == 0, 1, norm_NC1)).reshape(6, 2 * DIM)
+    view = store.view(cosine=True)
+    tolerance = {"float16": 1e-3, "float32": 1e-6}[dtype]
+    ((_, first), (_, second)) = view.blocks(5)
+    assert np.abs(np.concatenate([first, second]) - expected_NF).max() <= tolerance
+    assert np.array_equal(view.take([5, 1]), np.stack([second[1], first[1]]))
+    assert not first[1, DIM:].any()
+    assert np.linalg.norm(first[1, :DIM]) == pytest.approx(1)
+
+
+def test_columns_are_beside_their_checkpoints(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+    store, _, _ = filled
+    for name, read in (("sqnorm_N", store.sqnorms), ("loss_N", store.losses)):
+        expected_NC = np.stack(
+            [
+                np.concatenate([getattr(make_block(*rows, seed=checkpoint), name) for rows in store.partitions()])
+                for checkpoint in range(3)
+            ],
+            axis=1,
+        )
+        assert np.array_equal(read(), expected_NC)
+        assert np.array_equal(read([2, 0]), expected_NC[:, [2, 0]])
+
+
+@pytest.mark.parametrize("checkpoints", [[], [3], [-1]])
+def test_unknown_checkpoints_are_refused(tmp_path: Path, checkpoints: list[int]) -> None:
+    store = FeatureStore(tmp_path, LAYOUT)
+    with pytest.raises(UsageError, match=r"expected some of 0\.\.2"):
+        store.view(checkpoints)
+    with pytest.raises(UsageError):
+        store.losses(checkpoints)
+
+
+def test_open_files_are_bounded(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, row_NF = filled
+    monkeypatch.setattr(feature_store_module, "_OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    assert np.array_equal(np.concatenate([rows for _, rows in store.view().blocks(4)]), row_NF)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert store.file(0, 0) is store.file(0, 0)
+
+
+def test_impossible_layouts_are_refused() -> None:
+    for wrong in (
+        {"n_rows": 0},
+        {"partition_rows": 0},
+        {"dim": 0},
+        {"dtype": "int8"},
+        {"digests": ("",)},
+        {"digests": ()},
+    ):
+        with pytest.raises(ValueError, match="impossible"):
+            StoreLayout(**{**vars(LAYOUT), **wrong})
+    store = FeatureStore(Path("nowhere"), LAYOUT)
+    with pytest.raises(IndexError):
+        store.write(3, 0, make_block(0, 8))
+    with pytest.raises(IndexError):
+        store.write(0, 3, make_block(0, 8))
+
+
+def test_writing_behind_leaves_the_same_files(tmp_path: Path) -> None:
+    stores = [FeatureStore(tmp_path / name, LAYOUT) for name in ("now", "behind")]
+    fill(stores[0])
+    with WriteBehind(stores[1]) as behind:
+        for checkpoint in range(LAYOUT.n_checkpoints):
+            for partition, (start, stop) in enumerate(stores[1].partitions()):
+                behind.write(partition, checkpoint, make_block(start, stop, dim=LAYOUT.dim, seed=checkpoint))
+    contents = [{p.name: p.read_bytes() for p in sorted(store.directory.iterdir())} for store in stores]
+    assert contents[0] == contents[1]
+
+
+def test_a_write_that_fails_behind_is_raised_and_nothing_after_it_is_written(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store", LAYOUT)
+    bad = make_block(0, 8)
+    bad.feature_ND[3, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="3"), WriteBehind(store) as behind:
+        behind.write(0, 0, bad)
+        behind.write(1, 0, make_block(8, 16))
+    assert not list(store.directory.glob("*.h5"))
+    with pytest.raises(NonFiniteError), WriteBehind(store) as behind:
+        behind.write(0, 0, bad)
+    with pytest.raises(KeyError), WriteBehind(store) as behind:
+        behind.write(1, 0, make_block(8, 16))
+        raise KeyError
+    assert len(list(store.directory.glob("*.h5"))) == 1
+
+
+def test_a_store_knows_which_rows_were_skipped_at_any_checkpoint_and_the_first(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, LAYOUT)
+    skipped = {(0, 0), (7, 2), (8, 1), (8, 2), (22, 0), (22, 1), (22, 2)}
+    for partition, (start, stop) in enumerate(store.partitions()):
+        for checkpoint in range(3):
+            block = make_block(start, stop, seed=checkpoint)
+            for row in (row for row, at in skipped if at == checkpoint and start <= row < stop):
+                block.feature_ND[row - start] = block.sqnorm_N[row - start] = 0
+                block.loss_N[row - start] = np.nan
+            store.write(partition, checkpoint, block)
+    rows, first = store.skipped()
+    assert (rows.tolist(), first.tolist()) == ([0, 7, 8, 22], [0, 2, 1, 0])
+    assert {tuple(place) for place in np.argwhere(np.isnan(store.losses())).tolist()} == skipped
+    assert rows.dtype == first.dtype == np.int64

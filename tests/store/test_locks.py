@@ -1,0 +1,391 @@
+"""Writers beside each other and beside readers, writers that die, and disks that are full: the lock, and each writer of
+a file by itself."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import zoo
+from commands import answers, config, task
+from faults import Crash, Fault, Watch
+from paths import ROOT, SUPPORT
+from tasks.toy import Toy
+from tracin_ann import InfluenceIndex, build
+from tracin_ann.cli.build import main as build_command
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming
+from tracin_ann.features.canaries import Canaries, write_canaries
+from tracin_ann.files import durable as files
+from tracin_ann.files.durable import atomic_write, make_directory, save_array, sweep_temporaries
+from tracin_ann.operations.removal import remove
+from tracin_ann.search.inverted_lists import InvertedLists
+from tracin_ann.store import FeatureBlock
+from tracin_ann.store import exclusions as absent
+from tracin_ann.store.arrays import text_array
+from tracin_ann.store.columns import RowTable, write_columns
+from tracin_ann.store.feature_file import FileHeader, write_feature_file
+from tracin_ann.store.generations import folder_of, leased
+from tracin_ann.store.locks import WRITER, Lease, free, writing
+from tracin_ann.store.manifest import MANIFEST, Manifest
+
+BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """Return a finished index of ten rows."""
+    build(task(10), tmp_path / "index", config("flat"))
+    return tmp_path / "index"
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# Two writers.
+
+
+@pytest.mark.parametrize("other", ["is at it", "is done"])
+def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The other comes between this one's first look at the directory and its own making of it."""
+    out = tmp_path / "index"
+    tune = BUILD.BuildWork.tune
+
+    def overtaken(work: object, *given: object) -> object:
+        monkeypatch.undo()
+        if other == "is done":
+            build(replace(task(10), model=Toy), out, config("flat"))
+        else:
+            out.mkdir()
+            held.enter_context(writing(out))
+        return tune(work, *given)
+
+    with ExitStack() as held:
+        monkeypatch.setattr(BUILD.BuildWork, "tune", overtaken)
+        with pytest.raises(BusyIndexError, match="is being written|was begun by another build"):
+            build(task(10), out, config("flat"))
+    assert build(task(10), out, config("flat")).rows_extracted == (0 if other == "is done" else 20)
+    assert WRITER not in names(out)
+
+
+STAY = """
+import os, sys, time
+from pathlib import Path
+from tracin_ann.store.locks import writing
+reader, writer = os.pipe()
+with writing(Path(sys.argv[1])):
+    if os.fork() == 0:
+        os.close(1)
+        os.write(writer, b"forked")  # what a fork lets go of is let go of by now
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 6)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_forked(made: Path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-c", STAY, str(made)], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    try:
+        assert running.stdout is not None and running.stdout.readline() == "held\n"
+        with pytest.raises(BusyIndexError, match=f"process {running.pid}"), writing(made):
+            pass
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+        with writing(made):
+            pass
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        running.stdout.close()  # type: ignore[union-attr]
+
+
+def test_a_writer_that_cannot_remove_its_lock_lets_go_of_it(made: Path) -> None:
+    with Watch(made) as watch:
+        with writing(made):
+            pass
+        (unlinked,) = (call.number for call in watch.calls if call.kind == "unlink")
+    with Watch(made, fault=Fault(unlinked, errno.EIO)), pytest.raises(OSError, match="Input/output"), writing(made):
+        pass
+    with writing(made):
+        pass
+    assert WRITER not in names(made)
+
+
+def test_a_writer_gone_between_removing_its_lock_and_letting_go_hinders_nobody(made: Path) -> None:
+    with Watch(made) as watch:
+        with writing(made):
+            pass
+        last = len(watch.calls) - 1
+    for number in range(last + 1):
+        with Watch(made, fault=Fault(number)), pytest.raises(Crash), writing(made):
+            pass
+        with writing(made):
+            pass
+        assert WRITER not in names(made)
+
+
+def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS refuses an exclusive lock on a file that is open for reading only."""
+    path, flags, opened = folder_of(made, 1) / MANIFEST, [], os.open
+
+    def noted(path: Path, flag: int, *rest: int) -> int:
+        flags.append(flag)
+        return opened(path, flag, *rest)
+
+    monkeypatch.setattr(os, "open", noted)
+    with free(path) as nobody_reads:
+        assert nobody_reads
+    assert flags[0] & os.O_RDWR
+    lease = Lease(path)
+    with free(path) as nobody_reads:
+        assert not nobody_reads
+    lease.close()
+
+    def refused(*given: object) -> int:
+        raise PermissionError(errno.EACCES, "not yours", str(path))
+
+    monkeypatch.setattr(os, "open", refused)
+    with free(path) as nobody_reads:
+        assert not nobody_reads
+
+
+# Readers meanwhile.
+
+
+def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(made: Path) -> None:
+    found: list[int] = []
+    wrong: list[BaseException] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                index = InfluenceIndex.open(made)
+                assert len(index.removed) == index.manifest.generation - 1
+                assert len(index.columns["label"]) == len(index.view().take(range(len(index)))) == 10
+                found.append(index.manifest.generation)
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for row in range(9):
+        remove(made, [row])
+        time.sleep(0.01)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert wrong == [] and len(found) > len(readers)
+    remove(made, [0])
+    assert names(made) == ["build.json", "features", "generation-000010", MANIFEST]
+
+
+def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = importlib.import_module("tracin_ann.cli.info")
+    remove(made, [1])
+    read = absent.removed_ids
+
+    def slow(directory: Path, manifest: Manifest) -> object:
+        remove(made, [2])
+        return read(directory, manifest)
+
+    monkeypatch.setattr(absent, "removed_ids", slow)
+    result = CliRunner().invoke(info.main, [str(made)])
+    assert result.exit_code == 0 and "generation  2, 1 rows removed" in result.output
+
+
+# What dead writers leave.
+
+
+def test_a_finished_build_asked_for_again_sweeps_what_a_killed_one_left(made: Path) -> None:
+    """It may have been killed after its manifest and before its sweep."""
+    old, folder = made / "generation-000000", folder_of(made, 1)
+    old.mkdir()
+    (old / "canaries.h5").write_bytes(b"")
+    for place in (made, folder, made / "features"):
+        (place / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.h5").write_bytes(b"")
+    (made / "features" / "features-000009-0000.h5").write_bytes(b"")
+    (made / ".index-unfinished").mkdir()
+    (made / ".index-unfinished" / "ivf.faiss").write_bytes(b"")
+    (made / WRITER).write_bytes(b"")
+    assert build(task(10), made, config("flat")).rows_extracted == 0
+    assert names(made) == ["build.json", "features", folder.name, MANIFEST]
+    assert len(names(made / "features")) == 6 and len(names(folder)) == 3
+
+
+def test_a_generation_whose_files_nfs_keeps_is_swept_later(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "not empty", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rmdir", refused)
+        assert remove(made, [1]).generation == 2
+    assert names(folder_of(made, 1)) == []
+    remove(made, [2])
+    assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]
+
+
+def test_a_build_killed_before_its_first_file_had_its_name_goes_on(tmp_path: Path) -> None:
+    (tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.json").write_bytes(b"{")
+    (tmp_path / WRITER).write_bytes(b"")
+    build(task(10), tmp_path, config("flat"))
+    assert names(tmp_path) == ["build.json", "features", "generation-000001", MANIFEST]
+
+
+def test_a_removal_killed_before_it_was_current_leaves_nothing_behind(made: Path) -> None:
+    """Its generation has a manifest of its own, and links to the very files that the next one links to."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(REMOVAL, "published", lambda *given: pytest.fail("not yet"))
+        with pytest.raises(pytest.fail.Exception):
+            remove(made, [3])
+    assert not (folder_of(made, 2) / MANIFEST).exists()
+    assert remove(made, [3]).generation == 2
+    assert names(folder_of(made, 2)) == ["canaries.h5", "columns.npz", MANIFEST, "removed.npy"]
+    assert remove(made, [3]).generation == 2
+
+
+def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_written(tmp_path: Path) -> None:
+    """In a container every run may have the same number."""
+    left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
+    left.write_bytes(b"")
+    with atomic_write(tmp_path / "a.bin") as file:
+        assert sweep_temporaries(tmp_path) == [left]
+        file.write(b"x")
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_directory_is_made_durably_with_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Watch(tmp_path) as watch:
+        make_directory(tmp_path / "a" / "b")
+        make_directory(tmp_path / "a" / "b")
+    assert [(call.kind, call.path) for call in watch.calls] == [
+        ("mkdir", "a"),
+        ("fsync", "."),
+        ("mkdir", "a/b"),
+        ("fsync", "a"),
+    ]
+
+
+# Full disks: the system itself refuses more than so many bytes, in the middle of whatever HDF5, FAISS or NumPy do.
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+ROWS = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
+BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, ROWS[:, 1])
+ROW_TABLE = RowTable({"label": np.arange(3000), "name": text_array(["a", "bc"] * 1500)}, np.arange(3000))
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
+    "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),
+    "columns.npz": lambda path: write_columns(path, ROW_TABLE),
+    "removed.npy": lambda path: _saved(path, np.arange(3000)),
+    "ivf.faiss": lambda path: _lists().save(path),
+}
+
+
+def _saved(path: Path, array: np.ndarray) -> None:
+    with atomic_write(path) as file:
+        save_array(file, array)
+
+
+def _lists() -> InvertedLists:
+    lists = InvertedLists.trained(ROWS, 4, "sq8")
+    lists.add(ROWS, np.arange(600) % 4, np.arange(600))
+    return lists
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_file_is_cut_by_a_full_disk_without_a_word(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    size = path.stat().st_size
+    path.unlink()
+    for room in (0, 1, 200, size // 2, size - 4097, size - 1000, size - 1):
+        if room < 0:
+            continue
+        # What is raised in there may be shown only out here: standard output may be a file too.
+        with pytest.raises(OSError, match="File too large") as raised, room_for(room):
+            WRITERS[name](path)
+        assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
+        assert names(tmp_path) in ([], ["ivf.faiss"])
+
+
+def test_saved_arrays_are_numpys(tmp_path: Path) -> None:
+    for array in (np.arange(10), np.zeros((0, 3), np.float32), ROWS[:, ::2]):
+        _saved(tmp_path / "ours.npy", array)
+        np.save(tmp_path / "numpys.npy", array)
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+
+
+def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes_on_later(tmp_path: Path) -> None:
+    zoo.trained("mlp", 0, tmp_path)
+    words = ["--task", f"{SUPPORT / 'zoo.py'}:task", "--task-arg", "case=mlp"]
+    words += ["--task-arg", f"folder={tmp_path}", "--dim", "8", "--no-yardstick"]
+    out, other = tmp_path / "index", tmp_path / "other"
+    assert CliRunner().invoke(build_command, [*words, "--out", str(other)]).exit_code == 0
+    size, largest = max((path.stat().st_size, path.relative_to(other)) for path in other.rglob("*"))
+    with room_for(size - 1):
+        result = CliRunner().invoke(build_command, [*words, "--out", str(out)])
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: cannot read or write {out / largest}: got File too large (EFBIG), expected ")
+    assert line.endswith("; mend that and run this command again: what is whole is kept")
+    result = CliRunner().invoke(build_command, [*words, "--out", str(out)])
+    assert result.exit_code == 0 and (out / largest).stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "full"), "full: 'a'"),
+        (OSError(errno.EIO, "sick", "b"), "sick: 'b'"),
+        (OSError(errno.EIO, "sick", "a.tmp"), "sick: 'a'"),
+        (OSError("10 requested and 5 written"), "10 requested and 5 written: 'a'"),
+        (RuntimeError("something else"), "^something else$"),
+        (DamagedIndexError("damaged"), "^damaged$"),
+    ],
+)
+def test_errors_of_the_system_name_the_file(error: Exception, said: str) -> None:
+    with pytest.raises(type(error) if "else" in said or "damaged" in said else OSError, match=said):
+        with naming(Path("a"), Path("a.tmp")):
+            raise error
+
+
+def test_a_reader_of_a_growing_index_is_leased_the_newest(made: Path) -> None:
+    manifest, lease = leased(made)
+    build(task(11), made, config("flat", append=True))
+    assert answers(made) and names(made).count(folder_of(made, manifest.generation).name) == 1
+    lease.close()
+    remove(made, [1])
+    assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]

@@ -1,0 +1,132 @@
+"""The commands that change an index, on a task so small that one takes some hundredths of a second.
+
+Each starts from a directory's state, ends in another, and both have answers; between the two nothing is allowed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import disk
+from benchmarks.common import timeless
+from disk import Tree
+from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.operations.removal import remove
+from tracin_ann.store.manifest import MANIFEST, Manifest
+
+OUT = "made/index"
+KINDS = ("flat", "ivf")
+_MANY = QueryOptions(k=300)
+
+Answers = list[list[tuple[str, float]]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A change of an index: its name, what a directory is first, how to make it what it will be."""
+
+    name: str
+    start: Tree
+    run: Callable[[Path], object]
+
+    def at(self, root: Path) -> object:
+        """Run it on the index below a directory."""
+        return self.run(root / OUT)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A command that went well: its directory and the answers of before (None: no index) and after."""
+
+    command: Command
+    end: dict[str, bytes | None]
+    before: Answers | None
+    after: Answers
+
+
+@cache
+def _checkpoints() -> tuple[Toy, list[Any]]:
+    model = Toy()
+    return model, saved(model, Path(tempfile.mkdtemp(prefix="checkpoints-")))
+
+
+@cache
+def task(n_rows: int, n_checkpoints: int = 2) -> Task:
+    """Return the task with the first rows and checkpoints."""
+    model, checkpoints = _checkpoints()
+    return toy(
+        Path(),
+        model,
+        train_data=lambda: rows(n_rows),
+        checkpoints=checkpoints[:n_checkpoints],
+        columns=lambda row: {"label": int(row[1])},
+    )
+
+
+def config(kind: str, **changes: Any) -> BuildConfig:
+    """Return how the small indexes are built."""
+    return replace(CONFIG, dim=4, partition_rows=4, yardstick=False, index=kind, **changes)
+
+
+@cache
+def commands(kind: str) -> dict[str, Command]:
+    """Return the commands by name."""
+
+    def built(n_rows: int, n_checkpoints: int = 2, **changes: Any) -> Callable[[Path], object]:
+        return lambda out: build(task(n_rows, n_checkpoints), out, config(kind, **changes))
+
+    def removed(out: Path) -> None:
+        built(10)(out)
+        remove(out, [7])
+
+    nothing: Tree = {}
+    made = [
+        Command("build", nothing, built(10)),
+        Command("append", _state(removed), built(15, append=True)),
+        Command("add a checkpoint", _state(built(10, 1)), built(10, add_checkpoint=True)),
+        Command("remove", _state(removed), lambda out: remove(out, [3])),
+    ]
+    return {command.name: command for command in made}
+
+
+@cache
+def reference(kind: str, name: str) -> Reference:
+    """Return what a command makes where nothing goes wrong."""
+    command = commands(kind)[name]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        disk.write(command.start, root)
+        before = answers(root / OUT) if command.start else None
+        command.at(root)
+        return Reference(command, plain(disk.read(root)), before, answers(root / OUT))
+
+
+def _state(run: Callable[[Path], object]) -> Tree:
+    root = Path(tempfile.mkdtemp())
+    try:
+        run(root / OUT)
+        return disk.read(root)
+    finally:
+        shutil.rmtree(root)
+
+
+def answers(out: Path) -> Answers:
+    """Return what the index answers to all queries, whatever its size."""
+    manifest = Manifest.read(out)
+    its_task = task(manifest.build.spec.train_rows, len(manifest.build.spec.checkpoints))
+    found = InfluenceIndex.open(out, its_task).query(range(3), options=_MANY)
+    return [[(hit.id, hit.score) for hit in (*answer.proponents, *answer.opponents)] for answer in found]
+
+
+def plain(tree: Tree) -> dict[str, bytes | None]:
+    """Return what every file holds, but for the times that a manifest of lists reports."""
+    return {
+        path: entry and (timeless(entry[1]) if path.endswith(MANIFEST) else entry[1]) for path, entry in tree.items()
+    }

@@ -1,0 +1,46 @@
+"""An index directory as a stranger may make it: content of their choice under digests that agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tracin_ann.store.generations import folder_of
+from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest, record_of
+
+
+def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of an index's manifest, both copies, and make their digests anew."""
+    content = json.loads((directory / MANIFEST).read_text())
+    own = folder_of(directory, content["generation"])
+    for name in ("digest", "format"):
+        del content[name]
+    change(content)
+    text = json.dumps({"format": FORMAT, "digest": content_digest(content), **content})
+    for place in (directory, own):
+        (place / MANIFEST).write_text(text)
+
+
+def named_task(directory: Path, reference: object, /, **arguments: object) -> None:
+    """Let the manifest name a task."""
+    forge(directory, lambda content: content["build"].update(task={"reference": reference, "arguments": arguments}))
+
+
+def acknowledge(directory: Path, path: Path) -> None:
+    """Let the manifest take a file of the index for what was written."""
+    manifest, record = Manifest.read(directory), record_of(path)
+
+    def newer(records: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(record if old.name == record.name else old for old in records)
+
+    if path.parent.name == FEATURES:
+        manifest = replace(manifest, features=newer(manifest.features))
+    else:
+        own = {name: getattr(manifest, name) for name in ("canaries", "columns", "removed", "skipped")}
+        own = {name: record if old is not None and old.name == record.name else old for name, old in own.items()}
+        manifest = replace(manifest, index=replace(manifest.index, files=newer(manifest.index.files)), **own)
+    for place in (directory, folder_of(directory, manifest.generation)):
+        manifest.write(place)

@@ -1,0 +1,54 @@
+"""Rows that are wrong: gradients of two examples that change places, and stored rows that are altered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tracin_ann.gradients.engine import GradientEngine
+from tracin_ann.store import FeatureBlock, FeatureStore
+from tracin_ann.store.manifest import FEATURES, Manifest, record_of
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]], bool], name: str) -> None:
+    """Let a parameter's gradients of a batch's first two examples change places where the batch's ids say so.
+
+    Their sum stays, so that no proof by sums sees it.
+    """
+    run = GradientEngine.run
+
+    def mixing(engine: GradientEngine, batch: Any, start: Any) -> Tensor:
+        def begun() -> Any:
+            sink = start()
+
+            def mixed(parameter: str, form: Any, part: slice) -> None:
+                if parameter == name and len(batch) > 1 and is_mixed(batch.ids):
+                    form = form[torch.tensor([1, 0, *range(2, len(batch))])]
+                sink(parameter, form, part)
+
+            return mixed
+
+        return run(engine, batch, begun)
+
+    monkeypatch.setattr(GradientEngine, "run", mixing)
+
+
+def alter(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor: float = 1.01) -> None:
+    """Multiply stored rows of one partition, in a file and manifests whose digests agree."""
+    manifest = Manifest.read(directory)
+    store = FeatureStore(directory / FEATURES, manifest.build.layout)
+    partition = rows[0] // store.layout.partition_rows
+    file = store.file(partition, checkpoint)
+    feature_ND = file.read(0, file.header.n_rows)
+    feature_ND[[row - file.header.start for row in rows]] *= factor
+    store.write(partition, checkpoint, FeatureBlock(file.ids_N, feature_ND, file.sqnorm_N, file.loss_N))
+    path = store.path(partition, checkpoint)
+    records = tuple(record_of(path) if record.name == path.name else record for record in manifest.features)
+    for place in (directory, directory / f"generation-{manifest.generation:06d}"):
+        replace(manifest, features=records).write(place)

@@ -1,0 +1,284 @@
+"""A borrowed model and all global state are as they were, after every verb, error and surrounding mode."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tasks.toy import CONFIG, RATES, cross_entropy, rows, saved, toy
+from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build, plan
+from tracin_ann.errors import NonFiniteError, TaskError
+from tracin_ann.features.passes import Passes, PassOptions
+
+CPU = torch.device("cpu")
+
+
+class Live(nn.Module):
+    """What can be disturbed: batch statistics, dropout, attention's fused path, a hook, modes and flags that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+        self.calls = 0
+        self.head.register_forward_hook(self._count)
+        self.train()
+        self.drop.eval()
+        self.head.bias.grad = torch.ones(3)
+
+    def _count(self, module, args, output):
+        self.calls += 1
+
+    def forward(self, x):
+        x = self.frozen(self.drop(self.norm(self.first(x))))[:, None]
+        return self.head(self.attend(x, x, x, need_weights=False)[0][:, 0])
+
+
+def drawn(value):
+    """Return the value, after a draw from every global generator."""
+    torch.rand(1)
+    np.random.rand()
+    random.random()
+    return value
+
+
+@pytest.fixture
+def live():
+    return Live()
+
+
+def drawing_task(folder, live):
+    """Return a task whose every function draws from the global generators."""
+    return toy(
+        folder,
+        live,
+        model=lambda: drawn(live),
+        train_data=lambda: drawn(rows(10)),
+        query_data=lambda: drawn(rows(5, seed=2)),
+        collate=lambda examples: drawn(torch.utils.data.default_collate(examples)),
+        describe=lambda example: drawn("a row"),
+    )
+
+
+def global_state():
+    return [
+        torch.get_rng_state().tolist(),
+        [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        random.getstate(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cudnn.enabled,
+    ]
+
+
+def model_state(model):
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "values": {name: tensor.tolist() for name, tensor in named},
+        "storage": {name: (id(tensor), tensor.data_ptr()) for name, tensor in named},
+        "flags": [(tensor.requires_grad, tensor.is_leaf) for _, tensor in named],
+        "grads": {n: None if p.grad is None else (id(p.grad), p.grad.tolist()) for n, p in model.named_parameters()},
+        "training": [module.training for module in model.modules()],
+        "hooks": [
+            (list(m._forward_hooks.items()), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+        ],
+        "tensor hooks": [tensor._backward_hooks for _, tensor in named],
+        "members": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    """Fail unless the globals, the model, and a state_dict taken before are afterwards as they were."""
+    alias = model.state_dict()
+    values = {key: value.clone() for key, value in alias.items()}
+    before = global_state(), model_state(model)
+    yield
+    assert global_state() == before[0]
+    after = model_state(model)
+    for what, was in before[1].items():
+        assert after[what] == was, what
+    assert all(torch.equal(alias[key], value) for key, value in values.items())
+
+
+@contextlib.contextmanager
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND = {
+    "nothing": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "float64 default": double_by_default,
+}
+
+
+def verbs(task, out):
+    """Run every verb that runs the model, and return what they said."""
+    planned = plan(task, out, CONFIG)
+    build(task, out, CONFIG)
+    index = InfluenceIndex.open(out, task, device="cpu", batch_size=4)
+    assert index.described("train", 0).text == "a row"
+    answers = index.query([0, 1], train_ids=[2])
+    exact = index.query([3], options=QueryOptions(exact=True))
+    return planned.rows, answers, exact, index.self_influence(3, exact=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("plain")
+    return verbs(drawing_task(folder, Live()), folder / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("around", AROUND)
+def test_every_verb_leaves_everything_as_it_was_and_answers_the_same_in_any_mode(tmp_path, plain, around):
+    torch.manual_seed(0)
+    live = Live()
+    task = drawing_task(tmp_path, live)
+    with AROUND[around](), unchanged(live):
+        assert verbs(task, tmp_path / "out") == plain
+    assert live.calls > 0
+
+
+def test_a_model_made_under_a_float64_default_is_served_in_float64(tmp_path):
+    with double_by_default():
+        model = nn.Linear(5, 3)
+        data = [(x.double(), y) for x, y in rows(6)]
+        task = toy(tmp_path, model, train_data=lambda: data, query_data=lambda: data)
+        build(task, tmp_path / "out", CONFIG)
+        found = InfluenceIndex.open(tmp_path / "out", task, device="cpu").query([0])[0]
+    assert model.weight.dtype is torch.float64
+    assert found.proponents[0].score > 0
+
+
+class Boom(Exception):
+    pass
+
+
+def fails_at(call):
+    """Return a loss that raises at its n-th call."""
+    count = iter(range(1, 10_000))
+
+    def loss(model, batch):
+        if next(count) == call:
+            raise Boom
+        return cross_entropy(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 6, 12, 17, 22, 25, 29])
+def test_an_error_in_the_loss_leaves_everything_as_it_was(tmp_path, live, call):
+    task = toy(tmp_path, live, loss=fails_at(call))
+    with pytest.raises(Boom), unchanged(live):
+        build(task, tmp_path / "out", CONFIG)
+
+
+def test_an_error_while_weights_are_loaded_leaves_everything_as_it_was(tmp_path, live):
+    def load(model, path):
+        with torch.no_grad():
+            model.first.weight.fill_(7)
+        model.train().requires_grad_(True)
+        raise Boom
+
+    task = toy(tmp_path, live, load=load)
+    with pytest.raises(Boom), unchanged(live):
+        plan(task, tmp_path / "out", CONFIG)
+
+
+def test_weights_that_load_replaces_and_not_fills_are_put_back(tmp_path, live):
+    def load(model, path):
+        model.load_state_dict(torch.load(path, weights_only=True), assign=True)
+
+    task = toy(tmp_path, live, load=load)
+    with unchanged(live):
+        build(task, tmp_path / "out", CONFIG)
+
+
+def test_refusals_and_nan_leave_everything_as_it_was(tmp_path, live):
+    bad = rows(10)
+    bad[7] = (torch.full((5,), float("nan")), 0)
+    refused = [
+        (NonFiniteError, toy(tmp_path, live, train_data=lambda: bad)),
+        (TaskError, toy(tmp_path, live, loss=lambda m, b: cross_entropy(m, b).mean())),
+        (TaskError, toy(tmp_path, live, checkpoints=[Checkpoint("absent.pt", 1.0)])),
+    ]
+    for i, (error, task) in enumerate(refused):
+        with pytest.raises(error), unchanged(live):
+            build(task, tmp_path / f"out{i}", CONFIG)
+
+
+def test_a_models_own_changes_of_the_globals_end_with_the_session(tmp_path, live):
+    def model():
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        torch.set_default_dtype(torch.float64)
+        torch.backends.mha.set_fastpath_enabled(True)
+        return live
+
+    task = toy(tmp_path, live, model=model)
+    with unchanged(live):
+        build(task, tmp_path / "out", CONFIG)
+
+
+def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradient(tmp_path, live):
+    seen = set()
+
+    def loss(model, batch):
+        seen.update(module.training for module in model.modules())
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    build(toy(tmp_path, live, loss=loss), tmp_path / "out", CONFIG)
+    assert seen == {False}
+    with Passes(toy(tmp_path, live), PassOptions(CPU)).model() as model:
+        model.load(0)
+        assert not any(parameter.requires_grad for parameter in live.parameters())
+        assert not torch.backends.mha.get_fastpath_enabled()
+        assert torch.is_grad_enabled()
+        first = live.first.weight.clone()
+        model.load(1)
+        assert not torch.equal(live.first.weight, first)
+        assert list(model.parameters) == [n for n, _ in live.named_parameters() if not n.startswith("frozen")]
+
+
+def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
+    checkpoints = saved(live, tmp_path)
+    with Passes(toy(tmp_path, live, checkpoints=checkpoints), PassOptions(CPU)).model() as model:
+        for i in (1, 0, 1):
+            model.load(i)
+            state = torch.load(checkpoints[i].path, weights_only=True)
+            assert all(torch.equal(live.state_dict()[key], value) for key, value in state.items())
+            assert checkpoints[i].learning_rate == RATES[i]
+
+
+@pytest.mark.parametrize("made", [None, torch.zeros(3), {"model": 1}])
+def test_a_model_function_that_returns_no_model_is_refused(tmp_path, made):
+    with pytest.raises(
+        TaskError, match=rf"^Task.model returns no model: got {type(made).__name__}, expected a torch.nn"
+    ):
+        plan(toy(tmp_path, model=lambda: made), tmp_path / "out", CONFIG)
+
+
+def test_a_model_with_uninitialized_layers_is_refused(tmp_path):
+    task = toy(tmp_path, model=lambda: nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(TaskError, match="whose shapes are not known yet: got an uninitialized 0.weight, .*one forward"):
+        build(task, tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,353 @@
+"""A checkpoint loads as load_state_dict loads it: by its layers' versions and hooks, under wrappers and entries."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file, save_model
+from torch import nn
+from torch.nn import functional as F
+
+import oracle
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved, toy
+from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build, plan
+from tracin_ann.cli.build import main
+from tracin_ann.errors import CheckpointError
+from tracin_ann.task.checkpoints import CheckpointLoader
+
+CPU = torch.device("cpu")
+
+
+class Scaled(nn.Module):
+    """A linear layer whose first version kept half its weight."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if (local_metadata.get("version") or 1) < 2:
+            state_dict[f"{prefix}weight"] = 2 * state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class Renamed(nn.Linear):
+    """A linear layer whose weight had another name."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if f"{prefix}kernel" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Tempered(nn.Linear):
+    """A linear layer with state that is no tensor."""
+
+    temperature = 1.0
+
+    def get_extra_state(self):
+        return {"temperature": self.temperature, "steps": [1, 2]}
+
+    def set_extra_state(self, state):
+        self.temperature = state["temperature"]
+
+    def forward(self, x):
+        return super().forward(x) / self.temperature
+
+
+class Tied(nn.Module):
+    """Tokens' vectors and the head are one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.embed(x)))
+
+
+class Holder(nn.Module):
+    """A model with a part that really has a wrapper's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def loaded(tmp_path, model, path):
+    loader = CheckpointLoader(toy(tmp_path, model, checkpoints=[Checkpoint(path, 1.0)]))
+    loader.load(model, 0, CPU)
+    return loader
+
+
+def written(tmp_path, value):
+    torch.save(value, tmp_path / "given.pt")
+    return tmp_path / "given.pt"
+
+
+def refusal(tmp_path, model, path):
+    with pytest.raises(CheckpointError) as caught:
+        loaded(tmp_path, model, path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def exact(task, out):
+    """Return the true scores [Q, N] of an index built of the task."""
+    build(task, out, CONFIG)
+    answers = InfluenceIndex.open(out, task, device="cpu").query(range(5), options=QueryOptions(k=10, exact=True))
+    scores = torch.zeros(5, 10, dtype=torch.float64)
+    for answer, row in zip(answers, scores, strict=True):
+        for hit in (*answer.proponents, *answer.opponents):
+            row[hit.row] = hit.score
+    return scores.numpy()
+
+
+def true(models, rates=RATES):
+    """Return the same by the oracle, of a model a checkpoint."""
+    sides = [
+        torch.stack([oracle.gradients(model, cross_entropy, data) for model in models], 1)
+        for data in (rows(5, seed=2), rows(10))
+    ]
+    return oracle.tracin(*sides, rates)
+
+
+def equal(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(
+        torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name] for name in a
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_a_layers_version_is_kept_so_that_nothing_is_converted_twice(tmp_path, prefix):
+    models, checkpoints = [Scaled(), Scaled()], []
+    for i, model in enumerate(models):
+        whole = model
+        for name in reversed(prefix.split(".")[:-1]):
+            holder = nn.Module()
+            holder.add_module(name, whole)
+            whole = holder
+        torch.save(whole.state_dict(), tmp_path / f"{i}.pt")
+        checkpoints.append(Checkpoint(tmp_path / f"{i}.pt", RATES[i]))
+    found = exact(toy(tmp_path, Scaled(), checkpoints=checkpoints), tmp_path / "out")
+    assert abs(found - true(models)).max() < 1e-5 * abs(found).max()
+
+
+def test_an_old_version_is_converted(tmp_path):
+    made, model = Scaled(), Scaled()
+    loaded(tmp_path, model, written(tmp_path, {"weight": made.weight.detach() / 2}))
+    assert torch.equal(model.weight, made.weight)
+
+
+def test_names_that_a_layer_maps_itself_fit(tmp_path):
+    made, model = Renamed(5, 3), Renamed(5, 3)
+    loaded(tmp_path, model, written(tmp_path, {"kernel": made.weight.detach(), "bias": made.bias.detach()}))
+    assert equal(model, made)
+
+
+def test_weights_before_parametrisations_fit(tmp_path):
+    made, model = (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)) for _ in range(2))
+    halves = made.parametrizations.weight
+    old = {"bias": made.bias, "weight_g": halves.original0, "weight_v": halves.original1}
+    loaded(tmp_path, model, written(tmp_path, {name: value.detach() for name, value in old.items()}))
+    assert equal(model, made)
+
+
+def test_batch_norm_of_before_it_counted_batches_fits(tmp_path):
+    made, model = (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    made[1].running_mean.fill_(0.5)
+    state = {name: value for name, value in made.state_dict().items() if "num_batches" not in name}
+    loaded(tmp_path, model, written(tmp_path, state))
+    assert equal(model, made)
+
+
+def test_state_that_is_no_tensor_is_loaded(tmp_path):
+    made, model = Tempered(5, 3), Tempered(5, 3)
+    made.temperature = 0.25
+    loaded(tmp_path, model, written(tmp_path, made.state_dict()))
+    assert model.temperature == 0.25
+    state = made.state_dict()
+    del state["_extra_state"]
+    assert "does not match the model: got missing _extra_state, expected" in refusal(
+        tmp_path, model, written(tmp_path, state)
+    )
+
+
+class Odd:
+    """What weights_only refuses."""
+
+
+def test_an_object_in_a_file_is_refused_by_its_class(tmp_path):
+    path = written(tmp_path, {**Toy().state_dict(), "_extra_state": Odd()})
+    assert (
+        f"checkpoint {path} cannot be read: got UnpicklingError: an object of test_state_dicts.Odd, which "
+        "weights_only=True refuses, expected a state_dict"
+    ) in refusal(tmp_path, Toy(), path)
+
+
+def test_what_a_layers_own_code_raises_is_one_line(tmp_path):
+    path = written(tmp_path, {**Tempered(5, 3).state_dict(), "_extra_state": {"steps": []}})
+    message = refusal(tmp_path, Tempered(5, 3), path)
+    assert message.startswith(f"checkpoint {path} does not match the model: got 'temperature', expected")
+
+
+@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+@pytest.mark.parametrize("form", ["safetensors", "torch"])
+def test_tied_weights_may_be_in_a_file_once(tmp_path, kept, form):
+    made, model = Tied(), Tied()
+    state = {name: value for name, value in made.state_dict().items() if name == kept or "norm" in name}
+    if form == "torch":
+        path = written(tmp_path, state)
+    else:
+        path = tmp_path / "given.safetensors"
+        save_file(state, path)
+    loaded(tmp_path, model, path)
+    assert equal(model, made)
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_file_of_save_model_fits(tmp_path):
+    made, model = Tied(), Tied()
+    save_model(made, str(tmp_path / "given.safetensors"))
+    loaded(tmp_path, model, tmp_path / "given.safetensors")
+    assert equal(model, made)
+
+
+def test_a_weight_that_is_tied_to_nothing_in_the_file_is_missing(tmp_path):
+    model = Tied()
+    path = written(tmp_path, {"norm.weight": torch.ones(4), "head.weight": torch.ones(7, 4)})
+    assert "got missing norm.bias, expected" in refusal(tmp_path, model, path)
+    path = written(tmp_path, {"norm.weight": torch.ones(4), "norm.bias": torch.ones(4)})
+    assert "got missing embed.weight; missing head.weight, expected" in refusal(tmp_path, model, path)
+
+
+WRAPPERS = {
+    "module.": "'module.' cut from the names",
+    "_orig_mod.": "'_orig_mod.' cut from the names",
+    "module._orig_mod.": "'module._orig_mod.' cut from the names",
+    "_orig_mod.module.": "'_orig_mod.module.' cut from the names",
+}
+
+
+@pytest.mark.parametrize("entry", ["", "model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", *WRAPPERS])
+def test_prefixes_and_entries_are_taken_off_and_said(tmp_path, prefix, entry):
+    made, model = Toy(), Toy()
+    state = OrderedDict((f"{prefix}{name}", value) for name, value in made.state_dict().items())
+    optimiser = torch.optim.Adam(made.parameters())
+    content = (
+        {"epoch": 3, entry: state, "optimizer": optimiser.state_dict(), "step": torch.tensor(7)} if entry else state
+    )
+    loader = loaded(tmp_path, model, written(tmp_path, content))
+    assert equal(model, made)
+    parts = [f" from its entry {entry!r}"] * bool(entry) + [f" with {WRAPPERS.get(prefix)}"] * bool(prefix)
+    assert loader.notes == ((f"given.pt: weights read{''.join(parts)}",) if parts else ())
+
+
+def test_layers_that_were_compiled_one_by_one_are_read(tmp_path):
+    made, model = Toy(), Toy()
+    state = {name.replace("first.", "first._orig_mod."): value for name, value in made.state_dict().items()}
+    loader = loaded(tmp_path, model, written(tmp_path, state))
+    assert equal(model, made)
+    assert loader.notes == ("given.pt: weights read with '._orig_mod.' cut from the names",)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_part_that_really_has_a_wrappers_name_keeps_it(tmp_path, wrapped):
+    made, model = Holder(), Holder()
+    state = nn.ModuleDict({"module": made}).state_dict() if wrapped else made.state_dict()
+    loader = loaded(tmp_path, model, written(tmp_path, state))
+    assert equal(model, made)
+    assert len(loader.notes) == wrapped
+
+
+def test_of_two_entries_the_one_that_fits_is_taken(tmp_path):
+    made, model = Toy(), Toy()
+    content = {"model": made.state_dict(), "state_dict": nn.Linear(2, 2).state_dict()}
+    assert loaded(tmp_path, model, written(tmp_path, content)).notes == (
+        "given.pt: weights read from its entry 'model'",
+    )
+    assert equal(model, made)
+
+
+def test_two_entries_that_fit_are_refused_by_name(tmp_path):
+    path = written(tmp_path, {"model": Toy().state_dict(), "state_dict": Toy().state_dict()})
+    assert refusal(tmp_path, Toy(), path) == (
+        f"checkpoint {path} holds more than one state_dict that fits the model: got 'model' and 'state_dict', expected "
+        "one; give Task a load(model, path) that takes one of them"
+    )
+
+
+def test_the_nearest_reading_names_what_does_not_fit(tmp_path):
+    state = {f"module.{name}": value for name, value in Toy().state_dict().items() if name != "first.bias"}
+    path = written(tmp_path, {"epoch": 1, "model": state})
+    assert refusal(tmp_path, Toy(), path).startswith(
+        f"checkpoint {path}, read from its entry 'model' with 'module.' cut from the names, does not match the model: "
+        "got missing first.bias, expected the 4 entries"
+    )
+
+
+TASK = """
+from tasks.toy import toy
+from tracin_ann import Checkpoint
+
+def task(folder):
+    return toy(folder, checkpoints=[Checkpoint(f"{folder}/wrapped{i}.pt", 0.5) for i in (0, 1)])
+"""
+
+
+def test_a_build_and_its_plan_say_it_once(tmp_path, monkeypatch):
+    checkpoints = saved(Toy(), tmp_path)
+    for i, checkpoint in enumerate(checkpoints):
+        state = torch.load(checkpoint.path, weights_only=True)
+        torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / f"wrapped{i}.pt")
+    wrapped = [Checkpoint(tmp_path / f"wrapped{i}.pt", RATES[i]) for i in (0, 1)]
+    said = "weights read from its entry 'model' with 'module.' cut from the names"
+    task = toy(tmp_path, checkpoints=wrapped)
+    assert plan(task, tmp_path / "out", CONFIG).notes == (f"wrapped0.pt and 1 more: {said}",)
+    report = build(task, tmp_path / "out", CONFIG)
+    assert report.notes == (f"wrapped0.pt and 1 more: {said}",)
+    plain = build(toy(tmp_path, checkpoints=checkpoints), tmp_path / "plain", CONFIG)
+    assert plain.notes == ()
+    rows_NF = [InfluenceIndex.open(tmp_path / name, task).view().take(range(10)) for name in ("out", "plain")]
+    assert (rows_NF[0] == rows_NF[1]).all()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wrapped_task.py").write_text(TASK)
+    words = ["--task", f"{tmp_path}/wrapped_task.py:task", "--task-arg", f"folder={tmp_path}", "--out"]
+    for more in (["--dry-run"], []):
+        shown = CliRunner().invoke(main, [*words, str(tmp_path / "cli"), "--device", "cpu", *more])
+        assert shown.exit_code == 0, shown.output
+        assert shown.output.count(said) == 1
+
+
+def test_a_model_of_tied_weights_scores_as_the_oracle_from_safetensors(tmp_path):
+    models, checkpoints = [Tied(), Tied()], []
+    for i, model in enumerate(models):
+        save_model(model, str(tmp_path / f"{i}.safetensors"))
+        checkpoints.append(Checkpoint(tmp_path / f"{i}.safetensors", RATES[i]))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(1)
+
+    generator = torch.Generator().manual_seed(5)
+    data = [tuple(torch.randint(0, 7, (2, 6), generator=generator)) for _ in range(10)]
+    task = toy(
+        tmp_path, Tied(), loss=loss, train_data=lambda: data, query_data=lambda: data[:5], checkpoints=checkpoints
+    )
+    found = exact(task, tmp_path / "out")
+    grads = torch.stack([oracle.gradients(model, loss, data) for model in models], 1)
+    wanted = oracle.tracin(grads[:5], grads, RATES)
+    assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()

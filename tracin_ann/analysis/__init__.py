@@ -1,0 +1,28 @@
+"""Analyses of an index: explanations of a score, hubs, duplicates, mislabelled rows and subsets."""
+
+from __future__ import annotations
+
+from tracin_ann.analysis.duplicates import Duplicate, Duplicates, find_duplicates
+from tracin_ann.analysis.explanation import Explanation, Part, explain
+from tracin_ann.analysis.hubs import Hub, Hubs, find_hubs
+from tracin_ann.analysis.mislabelled import Suspect, Suspects, Suspicion, find_mislabelled
+from tracin_ann.analysis.subset import Chosen, Subset, select
+
+__all__ = [
+    "Chosen",
+    "Duplicate",
+    "Duplicates",
+    "Explanation",
+    "Hub",
+    "Hubs",
+    "Part",
+    "Subset",
+    "Suspect",
+    "Suspects",
+    "Suspicion",
+    "explain",
+    "find_duplicates",
+    "find_hubs",
+    "find_mislabelled",
+    "select",
+]

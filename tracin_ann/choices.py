@@ -1,0 +1,24 @@
+"""The values that options take: names of sketches, searches, formats and policies. It imports nothing heavy.
+
+Commands list these in `--help` and complete them in a shell; neither may wait for torch to be imported.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SideName = Literal["train", "query"]
+Precision = Literal["fp32", "bf16"]
+Norms = Literal["sketch", "exact"]
+Search = Literal["auto", "lists", "scan"]
+OnNonfinite = Literal["error", "skip"]
+Format = Literal["jsonl", "csv", "parquet"]
+MemoryFormat = Literal["auto", "contiguous", "channels-last"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+NORMS: tuple[Norms, ...] = ("sketch", "exact")
+SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
+ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
+FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
+MEMORY_FORMATS: tuple[MemoryFormat, ...] = ("auto", "contiguous", "channels-last")
+SKETCH_NAMES = ("factored", "kronecker", "dense", "dense-gaussian")

@@ -1,0 +1,66 @@
+"""Fingerprint of a task: digests of its model, data and checkpoints, as a FeatureSpec records them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tracin_ann.store import CheckpointSpec, ParameterSpec
+from tracin_ann.task import Task, checkpoint_digest, content_of
+
+_DIGEST_ROWS = 16
+logger = logging.getLogger(__name__)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest of the model's layers: their paths and classes, not their weights."""
+    layers = [f"{path}:{type(module).__qualname__}" for path, module in model.named_modules()]
+    return hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
+
+
+def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | None = None) -> str:
+    """Return a digest of some 16 rows spread over the first n_rows of a data set.
+
+    It names the types of objects whose content is not in it, as `content_of` cannot know it, by collate neither.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    unknown: set[str] = set()
+    for i in sorted({round(j * (n_rows - 1) / (_DIGEST_ROWS - 1)) for j in range(_DIGEST_ROWS)}):
+        content = content_of(data[i], collate)
+        unknown.update(content.unknown)
+        for piece in content.pieces:
+            digest.update(piece)
+    if not unknown:
+        return digest.hexdigest()
+    names = ", ".join(sorted(unknown))
+    logger.warning(
+        "rows of train_data hold %s, whose content cannot be known: the digest of the data leaves it out", names
+    )
+    return f"{digest.hexdigest()} without {names}"
+
+
+def parameter_specs(parameters: Mapping[str, nn.Parameter], rank_one: frozenset[str]) -> tuple[ParameterSpec, ...]:
+    """Return the specs of the chosen parameters, in the model's order."""
+    return tuple(ParameterSpec(name, tuple(p.shape), str(p.dtype), name in rank_one) for name, p in parameters.items())
+
+
+def checkpoint_specs(task: Task) -> tuple[CheckpointSpec, ...]:
+    """Return the specs of a task's checkpoints; reads every byte of them."""
+    names: Sequence[str] = [os.path.basename(os.fspath(c.path)) for c in task.checkpoints]
+    return tuple(
+        CheckpointSpec(name, checkpoint_digest(c), float(c.learning_rate))
+        for name, c in zip(names, task.checkpoints, strict=True)
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what computes features."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

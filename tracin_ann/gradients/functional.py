@@ -1,0 +1,76 @@
+"""Per-example gradients by torch.func, for parameters that no layer rule serves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tracin_ann.task import preserved_registry, rebuild
+
+Losses = Callable[[nn.Module, Any], Tensor]
+
+
+def gradients_by_vmap(
+    model: nn.Module, losses: Losses, parameters: Mapping[str, Tensor], inputs: Any, tensors: list[Tensor]
+) -> dict[str, Tensor]:
+    """Return per-example gradients [B, ...] by vmap(grad).
+
+    Args:
+        model: the model.
+        losses: `(model, batch) -> Tensor[B]`.
+        parameters: those wanted, by name.
+        inputs: a batch.
+        tensors: what the batch's tensors are replaced by, in walk order; B rows each.
+    """
+    wrapped = _LossModule(model, losses)
+
+    def one(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
+        batch = rebuild(inputs, [t.unsqueeze(0) for t in example])
+        return functional_call(wrapped, parameters, (batch,)).squeeze(0)  # type: ignore[no-any-return]
+
+    own = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    # `functional_call` on a model that holds one submodule twice leaves swapped tensors behind.
+    with preserved_registry(model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        grads, _ = vmap(grad_and_value(one), in_dims=(None, *([0] * len(tensors))))(own, *tensors)
+    return {name: grads[f"model.{name}"].detach() for name in parameters}
+
+
+def derivatives_by_forward_mode(
+    model: nn.Module, losses: Losses, name: str, parameter: Tensor, inputs: Any
+) -> Tensor | None:
+    """Return the losses' derivatives [B] by a parameter of one number, in one forward; None where there are none.
+
+    All examples share the number, so that one tangent gives each example's own derivative.
+    """
+    with (
+        forward_ad.dual_level(),
+        preserved_registry(model),
+        sdpa_kernel(SDPBackend.MATH),
+        warnings.catch_warnings(),
+    ):
+        # PyTorch's own first use of forward mode.
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+        dual = forward_ad.make_dual(parameter.detach(), torch.ones_like(parameter))  # type: ignore[no-untyped-call]
+        values = functional_call(_LossModule(model, losses), {f"model.{name}": dual}, (inputs,))
+        tangent: Tensor | None = forward_ad.unpack_dual(values).tangent  # type: ignore[no-untyped-call]
+    return None if tangent is None else tangent.detach()
+
+
+class _LossModule(nn.Module):
+    """The user's loss as a module, so that the parameters in all of it can be swapped."""
+
+    def __init__(self, model: nn.Module, losses: Losses) -> None:
+        super().__init__()
+        self.model = model
+        self._losses = losses
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._losses(self.model, batch)

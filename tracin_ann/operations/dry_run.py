@@ -1,0 +1,109 @@
+"""What a build would do and take, by `--dry-run`: the plan, from the probes and a few timed batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tracin_ann.build import opened
+from tracin_ann.config import BuildConfig
+from tracin_ann.features import Tuned, measure_row_seconds
+from tracin_ann.gradients import Plan
+from tracin_ann.search import IVFParams, choose_index
+from tracin_ann.sketch import ParameterKey
+from tracin_ann.store import FEATURES, FeatureStore
+from tracin_ann.task import Task
+
+_BESIDES_BYTES = 8 + 2 + 8 + 4
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do, by `--dry-run`: nothing is written.
+
+    Attributes:
+        rows: N.
+        feature_dim: F = C·D.
+        disk_bytes: size of the feature files and the index.
+        memory_bytes: largest arrays that the build holds at once, a batch's activations counted, weights not.
+        seconds: time for all rows and checkpoints, from a few timed batches.
+        row_seconds: time for one row at one checkpoint, reading not counted.
+        tuned: batch size and memory format.
+        index_kind: the search index and why.
+        gradients: which step of the ladder serves which parameter.
+        sketches: what the sketch does with each parameter.
+        frozen: parameters of the model that do not take part.
+        notes: in a line each, how checkpoints were read whose files are no plain state_dict.
+    """
+
+    rows: int
+    feature_dim: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    row_seconds: float
+    tuned: Tuned
+    index_kind: str
+    index_reason: str
+    gradients: Plan
+    sketches: Mapping[str, str]
+    frozen: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    task: Task | str,
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+) -> BuildPlan:
+    """Return what `build` with these arguments would do; writes nothing.
+
+    Raises:
+        TracinAnnError: whatever `build` would refuse before any work.
+    """
+    config = config or BuildConfig()
+    work = opened(task, Path(out), config, arguments)
+    with work.passes.model() as model:
+        work.refuse_foreign()
+        start = work.prepared(model)
+        missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
+        record = config.agree_on_batches(start.record, len(missing), str(work.out))
+        chosen = work.tune(model, record)
+        row_seconds = measure_row_seconds(model, config.features(record.spec.rank_one))
+        layout = record.layout
+        n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
+        choice = choose_index(config.index, n_rows, dim)
+        stored = np.dtype(config.dtype).itemsize
+        lists = IVFParams(codes=config.codes)
+        index_bytes = lists.bytes_for(n_rows, dim) if choice.kind == "ivf" else 0
+        block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
+        return BuildPlan(
+            rows=n_rows,
+            feature_dim=dim,
+            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _BESIDES_BYTES + index_bytes,
+            memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
+            seconds=n_rows * layout.n_checkpoints * (row_seconds + _reading(chosen, row_seconds, config.workers)),
+            row_seconds=row_seconds,
+            tuned=chosen,
+            index_kind=choice.kind,
+            index_reason=choice.reason,
+            gradients=model.engine("train").plan,
+            sketches={
+                p.name: work.sketch.describe(ParameterKey(config.seed, 0, p.name, p.shape, p.rank_one))
+                for p in record.spec.parameters
+            },
+            frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
+            notes=work.passes.loader.notes,
+        )
+
+
+def _reading(chosen: Tuned, row_seconds: float, workers: int) -> float:
+    """Return the seconds that reading adds to a row: none where workers hide it."""
+    hidden = workers > 0 and chosen.read_seconds / workers < row_seconds
+    return 0.0 if hidden else chosen.read_seconds / max(1, workers)

@@ -1,0 +1,208 @@
+"""Figures of answers, by matplotlib: for notebooks and reports."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tracin_ann.errors import MissingPackageError, problem
+from tracin_ann.scoring.answers import Answer, SelfInfluence
+from tracin_ann.types import Float64, Int64
+
+PROPONENT, OPPONENT = "#1a73b5", "#c4501b"
+_MOST = 12
+_MOST_LAYERS = 40
+_BAR = 0.25
+_WIDTH, _HEIGHT = 6.0, 2.2
+_PLATE = 5.0, 2.7
+GREY = "#80868d"
+# What stands for the page's own colour of text while matplotlib draws.
+_INK = "#010203"
+
+
+def scores_figure(answers: Sequence[Answer]) -> Any:
+    """Return a Figure of the hits' scores by rank, one panel for each of the first queries, error bars where known."""
+    shown = answers[:_MOST]
+    figure = _figure(_WIDTH, _HEIGHT * max(1, len(shown)))
+    for place, answer in enumerate(shown):
+        axes = figure.add_subplot(len(shown), 1, place + 1)
+        for hits, colour, name in (
+            (answer.proponents, PROPONENT, "proponents"),
+            (answer.opponents, OPPONENT, "opponents"),
+        ):
+            ranks = range(1, len(hits) + 1)
+            errors = [0.0 if hit.is_exact else hit.error or 0.0 for hit in hits]
+            axes.bar(ranks, [hit.score for hit in hits], color=colour, label=name, yerr=errors)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_title(f"{answer.side} {answer.query}", fontsize="medium", loc="left")
+        axes.set_ylabel("score")
+        if place == 0:
+            axes.legend(frameon=False)
+    if shown:
+        figure.axes[-1].set_xlabel("rank")
+    return figure
+
+
+def ranked_figure(rows: Sequence[SelfInfluence]) -> Any:
+    """Return a Figure of self-influence by rank."""
+    figure = _figure(_WIDTH, _HEIGHT)
+    axes = figure.add_subplot()
+    axes.plot([row.rank for row in rows], [row.score for row in rows], color=PROPONENT)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("self-influence")
+    if any(row.score > 0 for row in rows):
+        axes.set_yscale("log")
+    return figure
+
+
+def parts_figure(by_layer: Mapping[str, float], by_checkpoint: Mapping[int, float]) -> Any:
+    """Return a Figure of what layers and checkpoints add to a score; of many layers, those that add or take most."""
+    most = sorted(by_layer, key=lambda name: -abs(by_layer[name]))[:_MOST_LAYERS]
+    layers = {name: value for name, value in by_layer.items() if name in most}
+    if len(layers) < len(by_layer):
+        layers[f"{len(by_layer) - len(layers)} others"] = sum(v for name, v in by_layer.items() if name not in most)
+    checkpoints = {f"checkpoint {c}": value for c, value in by_checkpoint.items()}
+    heights = [len(layers), len(checkpoints)]
+    figure = _figure(_WIDTH, 1 + _BAR * sum(heights))
+    for axes, parts in zip(figure.subplots(2, height_ratios=heights, sharex=True), (layers, checkpoints), strict=True):
+        names = list(parts)
+        axes.barh(
+            range(len(names)), list(parts.values()), color=[PROPONENT if v > 0 else OPPONENT for v in parts.values()]
+        )
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.invert_yaxis()
+        axes.axvline(0, color="grey", linewidth=0.8)
+    figure.axes[-1].set_xlabel("part of the score")
+    return figure
+
+
+def counts_figure(proponent_of: Int64, opponent_of: Int64) -> Any:
+    """Return a Figure of how many rows are proponents, and opponents, of how many queries."""
+    figure = _figure(_WIDTH, _HEIGHT)
+    axes = figure.add_subplot()
+    for counts, colour, name in ((proponent_of, PROPONENT, "proponent"), (opponent_of, OPPONENT, "opponent")):
+        times, rows = np.unique(counts, return_counts=True)
+        axes.plot(times, rows, marker=".", linestyle="none", color=colour, label=name)
+    axes.set_xscale("symlog")
+    axes.set_yscale("log")
+    axes.set_xlabel("queries that a row is among the first of")
+    axes.set_ylabel("rows")
+    axes.legend(frameon=False)
+    return figure
+
+
+def score_ranks_figure(answers: Sequence[Answer]) -> Any:
+    """Return a Figure of scores by rank over all queries: the median, and between the 10th and 90th percentile."""
+    figure = _figure(*_PLATE)
+    axes = figure.add_subplot()
+    for name, colour in (("proponents", PROPONENT), ("opponents", OPPONENT)):
+        lists = [[hit.score for hit in getattr(answer, name)] for answer in answers]
+        ranks = range(1, max(map(len, lists), default=0) + 1)
+        by_rank = [[scores[rank - 1] for scores in lists if len(scores) >= rank] for rank in ranks]
+        low, middle, high = np.array([np.percentile(scores, (10, 50, 90)) for scores in by_rank]).reshape(-1, 3).T
+        axes.plot(ranks, middle, marker="o", markersize=4, color=colour, label=name)
+        axes.fill_between(ranks, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("score")
+    _legend_above(axes)
+    return figure
+
+
+def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
+    """Return a Figure of the training rows' self-influence: how many of each size, those of some rows marked."""
+    figure = _figure(*_PLATE)
+    axes = figure.add_subplot()
+    shown_N = np.isfinite(norm_N) & (norm_N > 0)
+    marked_N = np.zeros(len(norm_N), bool)
+    marked_N[marked_M] = True
+    if shown_N.any():
+        low, high = norm_N[shown_N].min(), norm_N[shown_N].max()
+        edges = np.geomspace(low, max(high, low * 1.01), 41)
+        axes.hist(norm_N[shown_N], edges, color=GREY, alpha=0.6, label="all training rows")
+        axes.hist(norm_N[shown_N & marked_N], edges, color=OPPONENT, label=marked)
+        _legend_above(axes)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("self-influence")
+    axes.set_ylabel("rows")
+    return figure
+
+
+def checkpoints_figure(
+    parts: Mapping[str, Float64], names: Sequence[str], colours: Sequence[str] = (PROPONENT, OPPONENT)
+) -> Any:
+    """Return a Figure of what each checkpoint adds, its learning rate included; `parts` has a series [C] a name."""
+    figure = _figure(*_PLATE)
+    axes = figure.add_subplot()
+    places, width = np.arange(len(names)), 0.8 / max(1, len(parts))
+    for at, ((name, value_C), colour) in enumerate(zip(parts.items(), colours, strict=False)):
+        axes.bar(places + (at - (len(parts) - 1) / 2) * width, value_C, width, color=colour, label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    every = -(-len(names) // _MOST)
+    axes.set_xticks(places[::every], names[::every], fontsize="small")
+    axes.set_ylabel("part of the score, mean")
+    _legend_above(axes)
+    return figure
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+
+
+def as_svg(figure: Any, prefix: str) -> str:
+    """Return a figure as an `svg` element for a page: its ids begin with `prefix`, its text has the page's colour."""
+    import matplotlib  # noqa: PLC0415 - optional package, imported only here
+
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=_INK, which="both")
+        legend = axes.get_legend()
+        texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *(legend.get_texts() if legend else ())]
+        for text in texts:
+            text.set_color(_INK)
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    drawn = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}", drawn)
+    # Sizes are left to the page; the view box keeps the shape.
+    drawn = re.sub(r'^<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', drawn)
+    # A style in it would hold for the whole page, comments name what is drawn, and the font is the page's.
+    drawn = re.sub(r"<!--.*?-->\n?|<style.*?</style>|font-family: [^;\"]*;?", "", drawn, flags=re.DOTALL)
+    return drawn.replace(_INK, "currentColor").strip()
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional package, imported only here
+    except ImportError as error:
+        raise MissingPackageError(
+            problem(
+                "matplotlib is not installed",
+                got="no module matplotlib",
+                expected="it, for figures and reports",
+                remedy="pip install 'tracin-ann[report]'",
+            )
+        ) from error
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    # Notebooks show a bare Figure as a picture only after pyplot was imported; this they show always.
+    figure._repr_png_ = partial(_png, figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

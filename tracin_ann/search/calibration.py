@@ -1,0 +1,259 @@
+"""What recall the lists give on the user's own gradients: measured against an exact scan, each direction by itself.
+
+Recall is of the k rows of largest (most negative) inner product over the stored rows, ties counted as hits. Its lower
+bound is one-sided at 95%: the lesser of those of two halves of the queries, so that choosing the cheapest setting
+that reaches a target does not choose the luckiest.
+
+Shapes: N rows, Q queries, F feature dimension, K results.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import numpy as np
+
+from tracin_ann.search.base import SearchIndex, at_unit_scale, search_both
+from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.query_distribution import Looks, looks_of
+from tracin_ann.search.settings import Setting, usual_setting
+from tracin_ann.types import Float32, Float64, TopK
+
+Direction = Literal["proponents", "opponents"]
+CALIBRATED_FOR = 10
+"""k of the recall that is measured."""
+_ALPHAS = (0.0, 0.1, 0.2, 0.3)
+_RATIOS = (0.5, 1.0, 2.0)
+_LEAST_CODES = 128
+_ENOUGH = 0.9995
+_LARGEST_SHARE = 0.25
+_NORMAL_95 = 1.645
+_SINGLES = 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting and what it gave.
+
+    Attributes:
+        codes, centroids, alpha: the setting.
+        recall: recall@10, mean over the queries.
+        lower: its one-sided 95% lower bound.
+        tenth: its 10th percentile over the queries.
+        scored: rows and centroids scored a query.
+        seconds: a query, of many at once.
+    """
+
+    codes: int
+    centroids: int
+    alpha: float
+    recall: float
+    lower: float
+    tenth: float
+    scored: float
+    seconds: float
+
+    @property
+    def setting(self) -> Setting:
+        """Return the setting."""
+        return Setting(self.codes, self.centroids, self.alpha)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of both directions for Q queries at once: `fixed` + Q · `each`."""
+
+    fixed: float
+    each: float
+
+    def of(self, n_queries: int) -> float:
+        """Return the seconds."""
+        return self.fixed + n_queries * self.each
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The recall of an index, measured when it was built.
+
+    Attributes:
+        target: the recall asked for.
+        queries: how many queries, and how many of them were training rows.
+        train_queries: see `queries`.
+        proponents: settings in rising order of what they score, each of higher recall than those before.
+        opponents: the same of the other direction.
+        scan: what an exact scan costs.
+        index_fixed: seconds of a search besides those of its queries.
+        looks: what the queries looked like.
+    """
+
+    target: float
+    queries: int
+    train_queries: int
+    proponents: tuple[Point, ...]
+    opponents: tuple[Point, ...]
+    scan: Cost
+    index_fixed: float
+    looks: Looks
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be searched with.
+
+        Raises:
+            ValueError, UsageError: a direction without a point, or a setting out of its range.
+        """
+        if not self.proponents or not self.opponents:
+            raise ValueError("a calibration without settings")
+        for point in (*self.proponents, *self.opponents):
+            _ = point.setting
+
+    def reaching(self, direction: Direction, recall: float) -> Point | None:
+        """Return the cheapest point whose lower bound reaches a recall, or None."""
+        return next((point for point in getattr(self, direction) if point.lower >= recall), None)
+
+    def best(self, direction: Direction) -> Point:
+        """Return the point of highest lower bound."""
+        points: tuple[Point, ...] = getattr(self, direction)
+        return max(points, key=lambda point: point.lower)
+
+    def index_cost(self, proponents: Point, opponents: Point) -> Cost:
+        """Return what both directions cost with these settings."""
+        return Cost(self.index_fixed, proponents.seconds + opponents.seconds)
+
+
+def calibrated(
+    index: IVFIndex,
+    exact: FlatIndex,
+    queries_QF: Float32,
+    target: float,
+    train_queries: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Return the measured recall of an index.
+
+    Args:
+        index: the lists.
+        exact: the scan of the same rows.
+        queries_QF: queries like those to come, in random order.
+        target: the recall asked for.
+        train_queries: how many of them are training rows.
+        progress: told the steps done.
+    """
+    looks = looks_of(index, queries_QF)
+    queries_QF, _ = at_unit_scale(queries_QF)
+    began = time.perf_counter()
+    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, CALIBRATED_FOR), strict=True))
+    batch_seconds = time.perf_counter() - began
+    single = _single_seconds(exact, queries_QF)
+    each = max(0.0, (batch_seconds - single) / max(1, len(queries_QF) - 1))
+    points: dict[str, tuple[Point, ...]] = {}
+    for done, (direction, sign) in enumerate((("proponents", 1.0), ("opponents", -1.0))):
+        signed = np.ascontiguousarray(queries_QF * np.float32(sign))
+        best_scores = [sign * scores for scores in truth[direction].scores]
+        points[direction] = _curve(index, signed, truth[direction], best_scores)
+        if progress is not None:
+            progress(done + 1, 2)
+    usual = usual_setting(len(index))
+    index_single = _single_seconds(index.at(usual), queries_QF)
+    began = time.perf_counter()
+    search_both(index.at(usual), queries_QF, CALIBRATED_FOR)
+    index_each = (time.perf_counter() - began) / max(1, len(queries_QF))
+    return Calibration(
+        target,
+        len(queries_QF),
+        train_queries,
+        points["proponents"],
+        points["opponents"],
+        Cost(max(0.0, single - each), each),
+        max(0.0, index_single - index_each),
+        looks,
+    )
+
+
+def _single_seconds(index: SearchIndex, queries_QF: Float32) -> float:
+    times = []
+    for at in range(min(_SINGLES, len(queries_QF))):
+        began = time.perf_counter()
+        search_both(index, queries_QF[at : at + 1], CALIBRATED_FOR)
+        times.append(time.perf_counter() - began)
+    return median(times) if times else 0.0
+
+
+def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
+    """Return the settings worth having: α by half of the queries, then budgets that rise to a share of the rows.
+
+    Counts alone decide which are tried and kept, so that equal lists get equal settings.
+    """
+    half = max(1, len(signed_QF) // 2)
+    usual = usual_setting(len(index))
+
+    def at_alpha(alpha: float) -> float:
+        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], CALIBRATED_FOR)
+        return float(recalls(found, truth, scores).mean())
+
+    alpha = max(_ALPHAS, key=at_alpha)
+    measured: list[Point] = []
+    codes = min(_LEAST_CODES, len(index))
+    while True:
+        for ratio in _RATIOS:
+            measured.append(
+                _point(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
+            )
+        found_all = measured[-1].recall >= _ENOUGH
+        if found_all or codes >= _LARGEST_SHARE * len(index):
+            break
+        codes = math.ceil(codes * math.sqrt(2))
+    kept: list[Point] = []
+    for point in sorted(measured, key=lambda p: (p.scored, -p.lower)):
+        if not kept or point.lower > kept[-1].lower:
+            kept.append(point)
+    return tuple(kept)
+
+
+def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> Point:
+    searched = index.at(setting)
+    began = time.perf_counter()
+    found = searched.search(signed_QF, CALIBRATED_FOR)
+    seconds = (time.perf_counter() - began) / max(1, len(signed_QF))
+    recall_Q = recalls(found, truth, scores)
+    half = max(1, len(recall_Q) // 2)
+    return Point(
+        setting.codes,
+        setting.centroids,
+        setting.alpha,
+        float(recall_Q.mean()),
+        min(lower_bound(recall_Q[:half]), lower_bound(recall_Q[half:] if len(recall_Q) > half else recall_Q)),
+        float(np.percentile(recall_Q, 10)),
+        float(found.rows_scored.mean()),
+        seconds,
+    )
+
+
+def lower_bound(recall_Q: Float64) -> float:
+    """Return the one-sided 95% lower bound of a mean recall, never surer than with one more at a half."""
+    n = len(recall_Q)
+    spread = math.sqrt(float(recall_Q.var()) * n / max(1, n - 1) / n + 0.25 / (n + 1) ** 2)
+    return max(0.0, float(recall_Q.mean()) - _NORMAL_95 * spread)
+
+
+def recalls(found: TopK, truth: TopK, truth_scores: Sequence[Float32]) -> Float64:
+    """Return each query's share of the true results that was found, [Q]; equal scores count as found.
+
+    Args:
+        found: the answers, as many queries as wanted of those in `truth`.
+        truth: the right ids.
+        truth_scores: their scores, falling.
+    """
+    recall_Q = np.ones(len(found.ids))
+    for at, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True)):
+        wanted = len(truth.ids[at])
+        if wanted:
+            last = float(truth_scores[at][-1])
+            hit = np.isin(ids, truth.ids[at]) | (scores >= last - 1e-6 * abs(last))
+            recall_Q[at] = min(1.0, int(hit.sum()) / wanted)
+    return recall_Q

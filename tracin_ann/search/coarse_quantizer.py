@@ -1,0 +1,259 @@
+"""Two levels of lists: centroids in groups, groups and then centroids taken in order of what they may hold.
+
+A list is worth probing for q·c + α·‖q‖·radius(list), an estimate of the best score in it (after Bruch et al. 2024,
+Optimist). With the radius as one more coordinate of a centroid, and α·‖q‖ of the query, that is an inner product
+again, so both levels are FAISS's own. A group's centroids are k-means of its rows alone; groups get centroids by the
+sum of their rows' distances.
+
+Shapes: N rows, Q queries, B rows of a block, G groups, L lists, W lists a query, R reduced dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tracin_ann.device import import_faiss
+from tracin_ann.search.clustering import centroids_of
+from tracin_ann.search.inverted_lists import preassigned
+from tracin_ann.types import Float32, Float64, Int64
+
+_RADIUS = 1.5
+"""A radius, in root mean square distances of rows to their centroid."""
+_GROUPS_A_ROW = 3
+"""Groups in whose centroids a row's nearest is looked for."""
+_ROWS_A_CENTROID = 4
+_GROUPS_A_ROOT = 4
+"""Groups for L lists are this many times √L: with one, twice as many centroids are scored for the same recall."""
+_MULTIPLE = 8
+"""FAISS's inner products are fastest over multiples of this many coordinates."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The lists of each query in falling order of worth.
+
+    Attributes:
+        list_QW: int64; -1 where fewer were reached.
+        scored_Q: groups and centroids compared.
+    """
+
+    list_QW: Int64
+    scored_Q: Int64
+
+
+@dataclass(frozen=True)
+class ListTree:
+    """Groups of list centroids, in the reduced space.
+
+    Attributes:
+        group_GR: float32 centres of the groups.
+        centroid_LR: float32 centroids of the lists, group by group.
+        parent_L: int64, each list's group, rising.
+        group_radius_G: float32, of all rows of a group.
+        radius_L: float32, of a list's rows; 0 where it is empty.
+        size_L: int64 rows of each list.
+    """
+
+    group_GR: Float32
+    centroid_LR: Float32
+    parent_L: Int64
+    group_radius_G: Float32
+    radius_L: Float32
+    size_L: Int64
+
+    def __post_init__(self) -> None:
+        """Check that the arrays speak of the same groups and lists."""
+        n_groups, n_lists = len(self.group_GR), len(self.centroid_LR)
+        fine = self.group_radius_G.shape == (n_groups,) and self.group_GR.shape[1:] == self.centroid_LR.shape[1:]
+        fine = fine and all(a.shape == (n_lists,) for a in (self.parent_L, self.radius_L, self.size_L))
+        fine = fine and self.group_GR.ndim == 2 and not (n_lists and self.size_L.min() < 0)  # noqa: PLR2004
+        reals = (self.group_GR, self.centroid_LR, self.group_radius_G, self.radius_L)
+        fine = fine and all(a.dtype == np.float32 for a in reals)
+        fine = fine and self.parent_L.dtype == self.size_L.dtype == np.int64
+        if not (fine and n_groups and n_lists and 0 <= self.parent_L.min() <= self.parent_L.max() < n_groups):
+            raise ValueError(f"a tree of {n_groups} groups and {n_lists} lists whose arrays differ")
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any]) -> ListTree:
+        """Return the tree whose fields are these arrays."""
+        return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+
+    @property
+    def n_lists(self) -> int:
+        """Return L."""
+        return len(self.centroid_LR)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return what searching keeps in memory: FAISS's centroids with radii and numbers, and the small arrays."""
+        coordinates = -(-(self.centroid_LR.shape[1] + 1) // _MULTIPLE) * _MULTIPLE
+        centroids: int = (self.n_lists + len(self.group_GR)) * (4 * coordinates + 8)
+        small = (self.group_GR, self.parent_L, self.group_radius_G, self.radius_L, self.size_L)
+        return centroids + sum(int(array.nbytes) for array in small)
+
+    @cached_property
+    def centroids_a_group(self) -> float:
+        """Return the mean number of centroids in a group."""
+        return self.n_lists / len(self.group_GR)
+
+    def probe(self, queries_QR: Float32, alpha: float, n_groups: int, n_lists: int) -> Probes:
+        """Return the lists to probe: of the n_groups worthiest groups, the n_lists worthiest lists."""
+        norm_Q1 = np.linalg.norm(queries_QR, axis=1, keepdims=True).astype(np.float32)
+        with_radius = _lengthened(queries_QR, alpha * norm_Q1)
+        n_groups = min(n_groups, len(self.group_GR))
+        groups, lists = self._worth
+        _, group_QG = groups.search(with_radius, n_groups)
+        list_QW, _ = preassigned(lists, with_radius, min(n_lists, self.n_lists), group_QG)
+        return Probes(list_QW, self._group_sizes[group_QG].sum(axis=1) + len(self.group_GR))
+
+    @cached_property
+    def _group_sizes(self) -> Int64:
+        return np.bincount(self.parent_L[self.size_L > 0], minlength=len(self.group_GR))
+
+    @cached_property
+    def _worth(self) -> tuple[Any, Any]:
+        """Return FAISS indexes of groups and of lists, radii as one more coordinate; empty lists left out."""
+        faiss = import_faiss()
+        group_GX = _lengthened(self.group_GR, self.group_radius_G[:, None])
+        groups = faiss.IndexFlatIP(group_GX.shape[1])
+        groups.add(group_GX)
+        held = np.flatnonzero(self.size_L > 0)
+        lists = _grouped(
+            _lengthened(self.centroid_LR[held], self.radius_L[held, None]),
+            self.parent_L[held],
+            held,
+            len(self.group_GR),
+            faiss.METRIC_INNER_PRODUCT,
+        )
+        return groups, lists
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Of some rows: how many each list got, and sums of squared distances to its centroid and to its group's."""
+
+    size_L: Int64
+    square_L: Float64
+    group_square_G: Float64
+
+    def plus(self, other: Extents) -> Extents:
+        """Return the extents of both sets of rows."""
+        return Extents(
+            self.size_L + other.size_L,
+            self.square_L + other.square_L,
+            self.group_square_G + other.group_square_G,
+        )
+
+
+class Assigner:
+    """Assigns blocks of rows to the nearest centroid of their nearest groups, and adds up the lists' extents."""
+
+    def __init__(self, group_GR: Float32, centroid_LR: Float32, parent_L: Int64) -> None:
+        """Put groups and centroids where rows can be looked up."""
+        faiss = import_faiss()
+        self._group_GR, self._centroid_LR, self._parent_L = group_GR, centroid_LR, parent_L
+        self._groups = faiss.IndexFlatL2(group_GR.shape[1])
+        self._groups.add(group_GR)
+        self._lists = _grouped(
+            centroid_LR, parent_L, np.arange(len(parent_L), dtype=np.int64), len(group_GR), faiss.METRIC_L2
+        )
+        self._extents = self._none()
+
+    def _none(self) -> Extents:
+        n_lists, n_groups = len(self._parent_L), len(self._group_GR)
+        return Extents(np.zeros(n_lists, np.int64), np.zeros(n_lists), np.zeros(n_groups))
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """Return what the constructor takes, by name."""
+        return {"group_GR": self._group_GR, "centroid_LR": self._centroid_LR, "parent_L": self._parent_L}
+
+    @property
+    def n_lists(self) -> int:
+        """Return L."""
+        return len(self._parent_L)
+
+    def assign(self, rows_BR: Float32) -> Int64:
+        """Return the list [B] of each row."""
+        _, group_BG = self._groups.search(rows_BR, min(_GROUPS_A_ROW, len(self._group_GR)))
+        list_B1, square_B1 = preassigned(self._lists, rows_BR, 1, group_BG)
+        list_B: Int64 = list_B1[:, 0]
+        n_lists = len(self._parent_L)
+        parent_B = self._parent_L[list_B]
+        off_B = np.square(rows_BR - self._group_GR[parent_B]).sum(axis=1)
+        more = Extents(
+            np.bincount(list_B, minlength=n_lists),
+            np.bincount(list_B, weights=square_B1[:, 0].clip(0), minlength=n_lists).astype(np.float64),
+            np.bincount(parent_B, weights=off_B, minlength=len(self._group_GR)).astype(np.float64),
+        )
+        self._extents = self._extents.plus(more)
+        return list_B
+
+    def taken(self) -> Extents:
+        """Return the extents of the rows assigned since the last time."""
+        taken, self._extents = self._extents, self._none()
+        return taken
+
+    def tree(self, extents: Extents) -> ListTree:
+        """Return the tree of lists with these extents."""
+        rows_G = np.bincount(self._parent_L, weights=extents.size_L, minlength=len(self._group_GR))
+        return ListTree(
+            self._group_GR,
+            self._centroid_LR,
+            self._parent_L,
+            (_RADIUS * np.sqrt(extents.group_square_G / np.maximum(rows_G, 1))).astype(np.float32),
+            (_RADIUS * np.sqrt(extents.square_L / np.maximum(extents.size_L, 1))).astype(np.float32),
+            extents.size_L,
+        )
+
+
+def trained(sample_BR: Float32, n_lists: int, seed: int) -> Assigner:
+    """Return about n_lists centroids of the sample in about 4·√n_lists groups."""
+    n_groups = min(len(sample_BR), max(1, round(_GROUPS_A_ROOT * math.sqrt(n_lists))))
+    group_GR = centroids_of(sample_BR, n_groups, seed)
+    nearest = import_faiss().IndexFlatL2(group_GR.shape[1])
+    nearest.add(group_GR)
+    square_B1, group_B1 = nearest.search(np.ascontiguousarray(sample_BR), 1)
+    group_B = group_B1[:, 0]
+    spread_G = np.bincount(group_B, weights=np.sqrt(square_B1[:, 0].clip(0)), minlength=n_groups)
+    size_G = np.bincount(group_B, minlength=n_groups)
+    fair_G = np.round(n_lists * spread_G / max(spread_G.sum(), np.finfo(float).tiny)).astype(np.int64)
+    wanted_G = np.clip(fair_G, 1, np.maximum(1, size_G // _ROWS_A_CENTROID))
+    centroids = [
+        centroids_of(sample_BR[group_B == g], int(wanted_G[g]), seed) if size_G[g] else group_GR[g : g + 1]
+        for g in range(n_groups)
+    ]
+    parent_L = np.repeat(np.arange(n_groups, dtype=np.int64), [len(c) for c in centroids])
+    return Assigner(group_GR, np.concatenate(centroids), parent_L)
+
+
+def _grouped(vectors: Float32, parent: Int64, labels: Int64, n_groups: int, metric: int) -> Any:
+    """Return FAISS lists of these vectors, one a group, searched by naming the groups."""
+    faiss = import_faiss()
+    dim = vectors.shape[1]
+    lists = faiss.IndexIVFFlat(faiss.IndexFlat(dim, metric), dim, n_groups, metric)
+    lists.is_trained = True
+    order = np.argsort(parent, kind="stable")
+    for group, members in enumerate(np.split(order, np.searchsorted(parent[order], np.arange(1, n_groups)))):
+        if len(members):
+            codes, ids = np.ascontiguousarray(vectors[members]), np.ascontiguousarray(labels[members])
+            lists.invlists.add_entries(
+                group, len(members), faiss.swig_ptr(ids), faiss.swig_ptr(codes.view(np.uint8).reshape(-1))
+            )
+    lists.ntotal = len(vectors)
+    return lists
+
+
+def _lengthened(vectors: Float32, more: Float32) -> Float32:
+    """Return vectors with one coordinate more, and zeros up to a multiple of 8."""
+    width = vectors.shape[1]
+    longer = np.zeros((len(vectors), -(-(width + 1) // _MULTIPLE) * _MULTIPLE), np.float32)
+    longer[:, :width] = vectors
+    longer[:, width : width + 1] = more
+    return longer

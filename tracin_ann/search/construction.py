@@ -1,0 +1,207 @@
+"""How lists come to be: trained on a sample, then filled stretch by stretch; a killed build goes on with the next one.
+
+With a `Scratch`, what training found and each stretch's lists are kept on disk, and the rows of finished stretches are
+not read again. The result is the same to the bit, interrupted or not: stretches are filled apart and merged in order.
+
+Shapes: N rows, B rows of a block, L lists, G groups, F feature dimension, R reduced dimension.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tracin_ann.device import import_faiss
+from tracin_ann.errors import DamagedIndexError
+from tracin_ann.files import atomic_path, file_digest, open_plain, read_json, read_npz, reading, write_json_atomic
+from tracin_ann.search.clustering import Survey, stratified_ids, survey
+from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, trained
+from tracin_ann.search.inverted_lists import Codes, InvertedLists
+from tracin_ann.search.reduction import Reduction, fitted
+from tracin_ann.search.settings import IVFParams
+from tracin_ann.types import Float32, RowSource
+
+STRETCH_ROWS = 2**19
+_VERSION = 1
+_TRAIN_ROWS_A_LIST = 16
+_SAMPLE_NUMBERS = 2**26
+_BLOCK_ROWS = 65_536
+_BLOCK_NUMBERS = 2**25
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where unfinished lists are kept, and the key of what they are made of: others' are thrown away."""
+
+    directory: Path
+    key: str
+
+    def save(self, name: str, lists: InvertedLists, arrays: Mapping[str, Any]) -> None:
+        """Keep lists and arrays under a name, durably; the caption, last, is what makes them count."""
+        self.directory.mkdir(exist_ok=True)
+        digests = []
+        for path, write in (
+            (self._path(name, ".faiss"), lists.save),
+            (self._path(name, ".npz"), lambda temporary: np.savez(temporary, **arrays)),
+        ):
+            with atomic_path(path) as temporary:
+                write(temporary)
+                digests.append(file_digest(temporary))
+        write_json_atomic(self._path(name, ".json"), {"key": self._key(), "digests": digests})
+
+    def load(
+        self, name: str, codes: Codes, like: InvertedLists | None = None
+    ) -> tuple[InvertedLists, dict[str, Any]] | None:
+        """Return what was kept under a name, or None where that is nothing, another build's, or damaged.
+
+        The lists are as many as others, or as there are centroids among the arrays.
+        """
+        paths = self._path(name, ".faiss"), self._path(name, ".npz")
+        try:
+            if read_json(self._path(name, ".json")) != {"key": self._key(), "digests": [file_digest(p) for p in paths]}:
+                return None
+            with reading(paths[1], "what a build keeps", "run the build again"), open_plain(paths[1]) as file:
+                arrays = read_npz(file)
+                shape = arrays["centroid_LR"].shape if like is None else (like.n_lists, like.dim)
+                return InvertedLists.load(paths[0], shape, codes, mapped=False), arrays
+        except (DamagedIndexError, FileNotFoundError):
+            return None
+
+    def after(self, name: str) -> Scratch:
+        """Return the scratch of what is made of what is kept under a name: other bits there, another key."""
+        return Scratch(self.directory, f"{self.key} {file_digest(self._path(name, '.json'))}")
+
+    def _key(self) -> str:
+        return f"{_VERSION}-{import_faiss().__version__}-{STRETCH_ROWS}-{self.key}"
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.directory / f"{name}{suffix}"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Lists with all rows, and what they are searched with."""
+
+    lists: InvertedLists
+    tree: ListTree
+    reduction: Reduction
+    measured: Survey
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What training found: lists without rows, how rows get into them, and every row's norm."""
+
+    lists: InvertedLists
+    assigner: Assigner
+    reduction: Reduction
+    measured: Survey
+
+
+def filled(
+    source: RowSource,
+    params: IVFParams,
+    scratch: Scratch | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Filled:
+    """Return lists of all rows of the source; reads it twice, and the training sample once.
+
+    Args:
+        source: the rows.
+        params: how lists are made.
+        scratch: where to keep what is done, and to go on from.
+        progress: called with (rows done, rows).
+
+    Raises:
+        UsageError: no rows, or fewer than lists.
+        NonFiniteError: a row holds NaN or infinity; names its id.
+    """
+    params.lists_for(len(source))
+    found = _trained(source, params, scratch)
+    scratch = None if scratch is None else scratch.after("trained")
+    lists, assigner = found.lists, found.assigner
+    extents = assigner.taken()
+    starts = range(0, len(source), STRETCH_ROWS)
+    for number, start in enumerate(starts):
+        stop = min(start + STRETCH_ROWS, len(source))
+        # The last one is merged at once: keeping it would save nothing but itself.
+        kept = scratch if number + 1 < len(starts) else None
+        done = kept.load(f"stretch-{number:06d}", params.codes, lists) if kept is not None else None
+        if done is None:
+            part = lists.emptied()
+            _fill(part, source, found, start, stop)
+            done = part, asdict(assigner.taken())
+            if kept is not None:
+                kept.save(f"stretch-{number:06d}", *done)
+        lists.merge(done[0])
+        extents = extents.plus(Extents(**done[1]))
+        if progress is not None:
+            progress(stop, len(source))
+    return Filled(lists, assigner.tree(extents), found.reduction, found.measured)
+
+
+def _fill(lists: InvertedLists, source: RowSource, found: _Trained, start: int, stop: int) -> None:
+    """Put the rows at positions start..stop-1 into lists."""
+    measured = found.measured
+    for ids_B, rows_BF in source.blocks(_block_rows(source), start):
+        rows = slice(start, min(start + len(ids_B), stop))
+        n_rows = rows.stop - rows.start
+        listed_B = measured.listed_N[rows]
+        if listed_B.any():
+            reduced_BR = found.reduction.apply(scaled(rows_BF[:n_rows][listed_B], measured.shift))
+            lists.add(reduced_BR, found.assigner.assign(reduced_BR), ids_B[:n_rows][listed_B])
+        start = rows.stop
+        if start == stop:
+            return
+
+
+def _trained(source: RowSource, params: IVFParams, scratch: Scratch | None) -> _Trained:
+    kept = None if scratch is None else scratch.load("trained", params.codes)
+    if kept is not None:
+        lists, arrays = kept
+        basis = arrays["basis_FR"]
+        return _Trained(
+            lists,
+            Assigner(arrays["group_GR"], arrays["centroid_LR"], arrays["parent_L"]),
+            Reduction(source.dim, basis if basis.size else None, float(arrays["energy"])),
+            Survey(arrays["ids_N"], arrays["norm_N"]),
+        )
+    block_rows = _block_rows(source)
+    measured = survey(source, block_rows)
+    n_lists = min(params.lists_for(len(source)), max(1, int(measured.listed_N.sum())))
+    sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_A_LIST * n_lists, params.seed)
+    some_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
+    reduction = fitted(scaled(source.take(some_ids), measured.shift), params.width, params.seed)
+    sample = [np.zeros((0, reduction.width), np.float32)]
+    for at in range(0, len(sample_ids), block_rows):
+        rows = source.take(sample_ids[at : at + block_rows])
+        sample.append(reduction.apply(scaled(rows, measured.shift)))
+    sample_BR = np.concatenate(sample) if len(sample_ids) else np.zeros((1, reduction.width), np.float32)
+    assigner = trained(sample_BR, n_lists, params.seed)
+    made = _Trained(InvertedLists.trained(sample_BR, assigner.n_lists, params.codes), assigner, reduction, measured)
+    if scratch is not None:
+        basis = reduction.basis_FR
+        arrays = {"basis_FR": np.zeros((0, 0), np.float32) if basis is None else basis, "energy": reduction.energy}
+        arrays |= {"ids_N": measured.ids_N, "norm_N": measured.norm_N}
+        scratch.save("trained", made.lists, arrays | assigner.arrays)
+    return made
+
+
+def _block_rows(source: RowSource) -> int:
+    return max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.dim))
+
+
+def scaled(rows_BF: Float32, shift: int) -> Float32:
+    """Return rows × 2^shift."""
+    scaled_BF: Float32 = np.ldexp(rows_BF, shift)
+    return scaled_BF
+
+
+def key_of(params: IVFParams, *parts: object) -> str:
+    """Return a key of lists: their parameters, and what else determines them, as JSON has it."""
+    return json.dumps([asdict(params), *parts], sort_keys=True)

@@ -1,0 +1,244 @@
+"""Inverted lists of coded rows in FAISS: filled by us, scanned in the lists we name, kept in one file.
+
+Codes are of the reduced rows: a byte (`sq8`), half a byte (`sq4`) or a half-precision number (`fp16`) a dimension.
+
+Shapes: Q queries, W keys a query, L lists, B rows of a block, R reduced dimension, K results.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tracin_ann.device import import_faiss
+from tracin_ann.errors import naming
+from tracin_ann.files import open_plain, reading
+from tracin_ann.types import Float32, Int64
+
+Codes = Literal["sq8", "sq4", "fp16"]
+CODES: tuple[Codes, ...] = ("sq8", "sq4", "fp16")
+_QUANTIZERS = {"sq8": "QT_8bit", "sq4": "QT_4bit", "fp16": "QT_fp16"}
+_BITMAP_ENTRIES_A_ROW = 64
+# Of FAISS's files: where the number of rows is, and what the lists begin with.
+_N_ROWS = slice(8, 16)
+_LISTS = b"ilar"
+_TAIL = struct.Struct("<4sQQ4sQ")
+
+
+class InvertedLists:
+    """FAISS lists searched by inner product; safe to scan from several threads."""
+
+    def __init__(self, index: Any) -> None:
+        """Hold a trained `faiss.IndexIVFScalarQuantizer`; use `trained` or `load` to get one."""
+        self._index = index
+
+    @classmethod
+    def trained(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
+        """Return lists without rows whose codes suit rows like these."""
+        index = _empty(n_lists, sample_BR.shape[1], codes)
+        index.sq.train(np.ascontiguousarray(sample_BR))
+        return cls(index)
+
+    @classmethod
+    def load(cls, path: Path, shape: tuple[int, int], codes: Codes, *, mapped: bool = True) -> InvertedLists:
+        """Return the lists of a file, so many of so many dimensions; its pages mapped (and not to be changed) or read.
+
+        Raises:
+            DamagedIndexError: the file is missing, cut short, or holds no such lists.
+            OSError: the system has no memory or descriptors left for it.
+        """
+        faiss = import_faiss()
+        with reading(path, "inverted lists of coded rows", "rebuild the index"):
+            with open_plain(path) as file:
+                _refuse_other_layout(file, shape, codes)
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+
+    def save(self, path: Path) -> None:
+        """Write the lists to this very path; the caller moves and fsyncs."""
+        faiss = import_faiss()
+        # Through a file of ours: FAISS's own is cut without a word where its last block finds the disk full.
+        with naming(path), path.open("wb") as file:
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self._index.ntotal)
+
+    @property
+    def dim(self) -> int:
+        """Return R."""
+        return int(self._index.d)
+
+    @property
+    def n_lists(self) -> int:
+        """Return L."""
+        return int(self._index.nlist)
+
+    def sizes(self) -> Int64:
+        """Return the rows of each list, [L]."""
+        lists = self._index.invlists
+        return np.array([lists.list_size(number) for number in range(lists.nlist)], dtype=np.int64)
+
+    @property
+    def bytes_a_row(self) -> int:
+        """Return what a row takes: its code and its id."""
+        return int(self._index.code_size) + 8
+
+    def emptied(self) -> InvertedLists:
+        """Return lists without rows that take what these take."""
+        faiss = import_faiss()
+        own = self._index
+        index = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(own.d), own.d, own.nlist, own.sq.qtype, own.metric_type, False
+        )
+        index.sq, index.is_trained = own.sq, True
+        return InvertedLists(index)
+
+    def merge(self, other: InvertedLists) -> None:
+        """Append another's rows to these lists; the other is left without."""
+        # Not the index's own merge_from: it compares centroids, which the lists here do without.
+        self._index.invlists.merge_from(other._index.invlists, 0)
+        self._index.ntotal += other._index.ntotal
+        other._index.ntotal = 0
+
+    def add(self, rows_BR: Float32, list_B: Int64, id_B: Int64) -> None:
+        """Append rows to the lists named."""
+        faiss = import_faiss()
+        # Held by name until FAISS is done: a pointer keeps nothing alive.
+        rows, lists, ids = (np.ascontiguousarray(a) for a in (rows_BR, list_B, id_B))
+        self._index.add_core(len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
+
+    def ids(self) -> tuple[Int64, Int64]:
+        """Return the ids of all rows, list by list, and the list of each."""
+        faiss, lists = import_faiss(), self._index.invlists
+        sizes = self.sizes()
+        held = [
+            faiss.rev_swig_ptr(lists.get_ids(int(number)), int(sizes[number])).copy()
+            for number in np.flatnonzero(sizes)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *held]), np.repeat(np.arange(self.n_lists), sizes)
+
+    def decoded(self, number: int) -> Float32:
+        """Return the rows of one list as their codes give them, [B, R]."""
+        faiss, lists = import_faiss(), self._index.invlists
+        size = int(lists.list_size(number))
+        n_bytes = size * int(self._index.code_size)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), n_bytes).reshape(size, -1) if size else None
+        rows: Float32 = np.zeros((0, self.dim), np.float32) if codes is None else self._index.sq.decode(codes.copy())
+        return rows
+
+    def coded(self, rows_BR: Float32) -> tuple[Float32, Float32]:
+        """Return rows [B, R] as their codes would give them, and how far the next codes are from those."""
+        sq = self._index.sq
+        rows = np.ascontiguousarray(rows_BR)
+        codes = sq.compute_codes(rows)
+        given: Float32 = sq.decode(codes)
+        if self._index.sq.qtype == import_faiss().ScalarQuantizer.QT_fp16:
+            return given, np.abs(given) * np.float32(2**-9) + np.float32(1e-6)
+        lowest, highest = sq.decode(np.zeros_like(codes[:1])), sq.decode(np.full_like(codes[:1], 255))
+        levels = 255 if self._index.sq.qtype == import_faiss().ScalarQuantizer.QT_8bit else 15
+        return given, np.broadcast_to((highest - lowest) / np.float32(levels), given.shape)
+
+    def scan(self, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None) -> tuple[Int64, Float32]:
+        """Return FAISS's padded (ids [Q, k], scores [Q, k]) of the lists named by the keys.
+
+        Args:
+            queries_QR: float32.
+            k: places a query.
+            key_QW: int64 list numbers, -1 where a query wants no more.
+            allowed: ids that may be found, rising; None: all.
+        """
+        return preassigned(self._index, queries_QR, k, key_QW, allowed)
+
+
+def preassigned(
+    index: Any, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None
+) -> tuple[Int64, Float32]:
+    """Return padded (ids, distances) [Q, k] from the lists of a FAISS IVF index that the keys name.
+
+    FAISS's Python wrapper for this takes its width from the index and no parameters, so that two threads would
+    disturb each other.
+    """
+    faiss = import_faiss()
+    parameters = faiss.SearchParametersIVF(nprobe=key_QW.shape[1])
+    if allowed is not None:
+        selector, held = _selector(allowed, index.ntotal)
+        parameters.sel = selector
+    queries, keys = np.ascontiguousarray(queries_QR), np.ascontiguousarray(key_QW)
+    coarse = np.zeros(keys.shape, np.float32)
+    distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    if len(queries):
+        pointers = [faiss.swig_ptr(a) for a in (queries, keys, coarse, distances, ids)]
+        index.search_preassigned_c(len(queries), pointers[0], k, *pointers[1:], False, parameters, None)
+    if allowed is not None:
+        del selector, held
+    return ids, distances
+
+
+def _selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
+    """Return FAISS's selector of these ids and the memory that it points to."""
+    faiss = import_faiss()
+    largest = int(allowed[-1]) if len(allowed) else 0
+    if largest < _BITMAP_ENTRIES_A_ROW * max(n_rows, 1):
+        bits = np.zeros(largest // 8 + 1, np.uint8)
+        np.bitwise_or.at(bits, allowed // 8, np.left_shift(1, allowed % 8).astype(np.uint8))
+        return faiss.IDSelectorBitmap(bits), bits
+    return faiss.IDSelectorBatch(allowed), allowed
+
+
+def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
+    """Return FAISS's lists without rows."""
+    faiss = import_faiss()
+    quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(dim), dim, n_lists, quantizer, faiss.METRIC_INNER_PRODUCT, False
+    )
+    index.is_trained = True
+    return index
+
+
+def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
+    """Refuse a file that differs from lists of this shape by more than rows and the ranges of codes.
+
+    FAISS takes a file's word for every size in it, and reads or writes past its memory where one is wrong.
+
+    Raises:
+        ValueError: it does.
+    """
+    n_bytes = os.fstat(file.fileno()).st_size
+    plain, marked = (_empty_bytes(shape, codes, ranges) for ranges in (0x00, 0xFF))
+    start = plain.tobytes().rfind(_LISTS)
+    same = plain == marked
+    same[_N_ROWS] = False
+    head = np.frombuffer(file.read(start), np.uint8)
+    if len(head) < start or (head != plain[:start])[same[:start]].any():
+        raise ValueError(f"no {shape[0]:,} lists of {shape[1]} dimensions in {codes}")
+    tail = file.read(_TAIL.size).ljust(_TAIL.size)
+    # All sizes, or pairs of a list and its size where most lists are empty.
+    name, n_lists, code_size, kind, n_numbers = _TAIL.unpack(tail)
+    ours = _TAIL.unpack(plain[start:].tobytes()[: _TAIL.size])
+    if (name, n_lists, code_size) != ours[:3] or kind not in (b"full", b"sprs") or n_numbers > 2 * n_lists:
+        raise ValueError("lists of another form")
+    numbers = np.frombuffer(file.read(8 * n_numbers).ljust(8 * n_numbers), "<u8")
+    sizes, at = (numbers, np.arange(n_lists)) if kind == b"full" else (numbers[1::2], numbers[::2])
+    n_rows = sum(sizes.tolist())
+    fine = (
+        len(sizes) == len(at) and (at < n_lists).all() and n_rows == int.from_bytes(head[_N_ROWS].tobytes(), "little")
+    )
+    if not fine or start + _TAIL.size + 8 * n_numbers + n_rows * (code_size + 8) != n_bytes:
+        raise ValueError(f"{n_bytes:,} bytes for {n_rows:,} rows")
+
+
+def _empty_bytes(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a file of lists without rows, those of the codes' ranges all alike."""
+    faiss = import_faiss()
+    index = _empty(*shape, codes)
+    n_ranges = 0 if codes == "fp16" else 2 * shape[1]
+    faiss.copy_array_to_vector(np.full(4 * n_ranges, ranges, np.uint8).view(np.float32), index.sq.trained)
+    found: npt.NDArray[np.uint8] = faiss.serialize_index(index)
+    return found
