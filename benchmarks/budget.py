@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, models
 from benchmarks.features import plain
-from tracin_ann.features.autotune import Wanted, tune
+from tracin_ann.features.autotune import TuningRequest, tune
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, RowBuffer
 from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.sketch import make_sketch
@@ -71,7 +71,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, object]:
             model.load(0)
             model.engine("train").prove(next(model.batches("train", range(size))))
             features = FeatureOptions(make_sketch("factored", options.dim), 0, frozenset())
-            made = tune(model, features, Wanted(size))
+            made = tune(model, features, TuningRequest(size))
             timed = parts(model, options, n_rows, folder)
             times: dict[str, list[float]] = {part: [] for part in (*timed, "plain")}
             for round_ in range(options.rounds + 1):

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import common
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
-from tracin_ann.search.calibration import CALIBRATED_FOR, calibrated, recalls
+from tracin_ann.search.calibration import CALIBRATED_FOR, calibrate, compute_recalls
 from tracin_ann.search.flat import Subset
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES, Manifest
@@ -39,18 +39,18 @@ def case(rows: Subset, queries: np.ndarray, seed: int, target: float) -> dict[st
     order = random.permutation(len(queries))
     measured, fresh = queries[order[:MEASURED]], queries[order[MEASURED : MEASURED + FRESH]]
     index, exact = IVFIndex.build(rows, IVFParams(seed=seed), CPU), FlatIndex(rows, CPU)
-    calibration = calibrated(index, exact, measured, target)
+    calibration = calibrate(index, exact, measured, target)
     found: dict[str, object] = {"seed": seed, "rows": len(rows)}
     for side, sign in (("proponents", 1), ("opponents", -1)):
         point = calibration.reaching(side, target) or calibration.best(side)
         signed = sign * fresh
         truth = exact.search(signed, CALIBRATED_FOR)
-        recall = float(recalls(index.at(point.setting).search(signed, CALIBRATED_FOR), truth, truth.scores).mean())
+        recall = float(compute_recalls(index.at(point.setting).search(signed, CALIBRATED_FOR), truth, truth.scores).mean())
         reached = calibration.reaching(side, target) is not None
         found[side] = {"lower": point.lower, "fresh": recall, "broken": recall < point.lower, "reached": reached}
     looks = calibration.looks
-    found["flagged"] = {name: bool(looks.shifted(index, q)) for name, q in shifts(fresh, random)}
-    found["falsely_flagged"] = bool(looks.shifted(index, fresh[:100]))
+    found["flagged"] = {name: bool(looks.is_shifted(index, q)) for name, q in shifts(fresh, random)}
+    found["falsely_flagged"] = bool(looks.is_shifted(index, fresh[:100]))
     found["strange_share"] = float(looks.strange(index, fresh).mean())
     return found
 

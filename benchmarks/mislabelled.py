@@ -67,8 +67,8 @@ def of_words(data: Path, folder: Path, rate: float, seed: int) -> tuple[Task, fl
     train_rows = [(text, int(label), name) for (text, _, name), label in zip(train_rows, labels, strict=True)]
     places = sst2.vocabulary(train_rows)
 
-    def collated(rows: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return sst2.collated(rows, places)
+    def collate_rows(rows: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return sst2.collate_rows(rows, places)
 
     words, targets = collated(train_rows)
     torch.manual_seed(seed)

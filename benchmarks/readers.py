@@ -22,7 +22,7 @@ import torch
 from benchmarks import common
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.operations.removal import remove
-from tracin_ann.store.exclusions import removed_ids
+from tracin_ann.store.exclusions import read_removed_ids
 from tracin_ann.store.manifest import Manifest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
@@ -55,7 +55,7 @@ def write(folder: Path, kind: str, over: Any) -> None:
 
 
 def _note(folder: Path, manifest: Manifest) -> None:
-    held = removed_ids(folder / "index", manifest).tolist()
+    held = read_removed_ids(folder / "index", manifest).tolist()
     with (folder / "made.jsonl").open("a") as file:
         file.write(json.dumps([manifest.generation, manifest.build.layout.n_rows, held]) + "\n")
 

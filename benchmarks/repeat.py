@@ -31,7 +31,7 @@ from torch import nn
 from benchmarks import common
 from examples import mnist
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import FEATURES, MANIFEST
 
 CONFIG = BuildConfig(dim=64, partition_rows=256, device="cpu", index="ivf", target_recall=0.8)
@@ -72,7 +72,7 @@ def answers(index: InfluenceIndex, search: str) -> str:
 def made(out: Path, folder: Path, n_rows: int) -> dict[str, str]:
     """Return digests of all that may not differ, and of what may: answers where the clock chooses lists or a scan."""
     index = InfluenceIndex.open(out, task(folder, n_rows), device="cpu")
-    own = folder_of(out, index.manifest.generation)
+    own = generation_folder(out, index.manifest.generation)
     settings = json.loads(common.timeless((own / MANIFEST).read_bytes()))
     settings.pop("generation")
     return {

@@ -45,7 +45,7 @@ def fine_tuned(folder: str, rows: list[Row], dev: list[Row], out: Path, seed: in
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def collated(given: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def collate_rows(given: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         texts = [text for text, _, _ in given]
         made = tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
         return made["input_ids"], made["attention_mask"], torch.tensor([label for _, label, _ in given])

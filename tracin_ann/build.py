@@ -21,29 +21,29 @@ from tracin_ann.features import (
     CANARY_FILE,
     USUAL_SIZE,
     Auditor,
-    Built,
-    Extracted,
+    BuiltRows,
     Extraction,
+    ExtractionResult,
     LoadedModel,
     Passes,
     PassOptions,
-    Tuned,
-    Wanted,
+    RunSettings,
+    TuningRequest,
     audit_build,
     checkpoint_specs,
-    data_is_dearer,
-    kept_canaries,
     library_versions,
     model_digest,
     parameter_specs,
+    read_kept_canaries,
+    reading_costs_more,
     refuse_changed,
     tune,
     warn_of_slower_bf16,
     write_canaries,
 )
 from tracin_ann.files import atomic_path, is_temporary
-from tracin_ann.scoring import Yardstick
-from tracin_ann.search import IVFIndex, IVFParams, Scratch, choose_index, key_of
+from tracin_ann.scoring import QualityMeasurement
+from tracin_ann.search import IVFIndex, IVFParams, UnfinishedLists, choose_index, digest_inputs
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
     BUILD_RECORD,
@@ -64,29 +64,29 @@ from tracin_ann.store import (
     Start,
     StepRecord,
     carry_removed,
-    check,
-    claimed,
+    check_generation,
+    claim,
     collect_columns,
-    current,
-    feature_records,
-    generation_of,
-    listed_rows,
-    next_folder,
-    published,
+    find_unnamed_files,
+    generation_number,
+    hold_writer_lock,
+    list_feature_records,
+    make_next_folder,
+    publish,
     read_build_record,
-    record_of,
-    removed_ids,
-    settled,
-    skipped_rows,
-    unnamed_files,
+    read_current,
+    read_removed_ids,
+    read_skipped_rows,
+    record_file,
+    select_listed_rows,
+    tidy,
     write_build_record,
     write_columns,
     write_skipped,
     write_unlisted,
-    writing,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
-from tracin_ann.types import Int64, ProgressCallback, silent
+from tracin_ann.types import Int64, ProgressCallback, ignore_progress
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class BuildWork:
         self.rows_extracted = 0
         self._load_seconds = 0.0
 
-    def prepared(self, model: LoadedModel) -> Start:
+    def prepare(self, model: LoadedModel) -> Start:
         """Return what this build sets out to make, and from where it starts.
 
         All that can be refused is refused here, before anything is written.
@@ -143,7 +143,7 @@ class BuildWork:
             TaskError: the task breaks the contract.
         """
         self.passes.data("query")
-        manifest = current(self.out)
+        manifest = read_current(self.out)
         begun = self._begun(manifest)
         policy = self.config.policy(None if begun is None else begun.on_nonfinite, str(self.out))
         self.passes.options = replace(self.passes.options, on_nonfinite=policy)
@@ -248,12 +248,12 @@ class BuildWork:
         if self.config.rebuild_index:
             return False
         try:
-            check(self.out, manifest, deep=True)
+            check_generation(self.out, manifest, deep=True)
         except DamagedIndexError:
             return False
         return manifest.index.kind == wanted
 
-    def tune(self, model: LoadedModel, record: BuildRecord) -> Tuned:
+    def tune(self, model: LoadedModel, record: BuildRecord) -> RunSettings:
         """Set the model and its passes to how rows are run; the last thing that may refuse the build.
 
         What was chosen when the build was begun is kept: all files are made alike.
@@ -261,7 +261,7 @@ class BuildWork:
         self.passes.check_workers("train")
         if model.checkpoint < 0:
             self.examine(model)
-        wanted = Wanted(
+        wanted = TuningRequest(
             self.config.batch_size,
             self.config.memory_bytes,
             self.config.memory_format,
@@ -271,18 +271,18 @@ class BuildWork:
         self.passes.options = replace(self.passes.options, channels_last=chosen.channels_last)
         return chosen
 
-    def extract(self, extraction: Extraction, chosen: Tuned, folder: Path) -> Extracted:
+    def extract(self, extraction: Extraction, chosen: RunSettings, folder: Path) -> ExtractionResult:
         """Write every feature file that is not there whole, and the canaries."""
-        done = extraction.run(held=data_is_dearer(extraction.layout, chosen, self._load_seconds))
+        done = extraction.run(held=reading_costs_more(extraction.layout, chosen, self._load_seconds))
         self.rows_extracted += done.rows
         write_canaries(folder / CANARY_FILE, done.canaries)
         return done
 
     def index(
-        self, yardstick: Yardstick, folder: Path, features: Sequence[FileRecord], removed_R: Int64
+        self, yardstick: QualityMeasurement, folder: Path, features: Sequence[FileRecord], removed_R: Int64
     ) -> IndexRecord:
         """Choose, build, calibrate and save the search index; unfinished lists are kept for the next time."""
-        view, progress = listed_rows(yardstick.store.view(), removed_R), yardstick.progress
+        view, progress = select_listed_rows(yardstick.store.view(), removed_R), yardstick.progress
         choice = choose_index(self.config.index, len(view), view.dim)
         logger.info("index %s: %s", choice.kind, choice.reason)
         unfinished = self.out / UNFINISHED_INDEX
@@ -291,7 +291,9 @@ class BuildWork:
         progress("index", 0, len(view))
         if choice.kind == "ivf":
             params = IVFParams(seed=self.config.seed, codes=self.config.codes)
-            scratch = Scratch(unfinished, key_of(params, [asdict(r) for r in features], removed_R.tolist()))
+            scratch = UnfinishedLists(
+                unfinished, digest_inputs(params, [asdict(r) for r in features], removed_R.tolist())
+            )
             lists = IVFIndex.build(
                 view, params, self.device, scratch, lambda done, total: progress("index", done, total)
             )
@@ -300,7 +302,7 @@ class BuildWork:
             for name in IVFIndex.FILES:
                 with atomic_path(folder / name) as temporary:
                     os.replace(unfinished / name, temporary)
-                files.append(record_of(folder / name))
+                files.append(record_file(folder / name))
             files += write_unlisted(folder, removed_R)
         return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
 
@@ -310,7 +312,7 @@ class BuildWork:
             manifest,
             self.rows_extracted,
             perf_counter() - began,
-            skipped_rows(self.out, manifest),
+            read_skipped_rows(self.out, manifest),
             self.passes.loader.notes,
             uneven,
         )
@@ -342,12 +344,12 @@ def build(
         GradientProofError: no way to compute a parameter's gradients agrees with autograd, or a stored row does not;
             nothing is published.
     """
-    work = opened(task, Path(out), config or BuildConfig(), arguments)
+    work = open_build(task, Path(out), config or BuildConfig(), arguments)
     with ExitStack() as held:
         work.refuse_foreign()
         is_new = not work.out.is_dir()
         if not is_new:
-            held.enter_context(writing(work.out))
+            held.enter_context(hold_writer_lock(work.out))
         return run(work, progress, claims=held if is_new else None)
 
 
@@ -358,17 +360,17 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
         As `build`.
     """
     began = perf_counter()
-    report = progress or silent
+    report = progress or ignore_progress
     with work.passes.model() as model:
-        start = work.prepared(model)
+        start = work.prepare(model)
         store = FeatureStore(work.out / FEATURES, start.record.layout)
         missing = store.missing(start.trusted)
         if start.finished is not None and not missing and work.suits(start.finished):
-            settled(work.out, start.finished)
+            tidy(work.out, start.finished)
             return work.report(start.finished, began)
         if start.manifest is not None and missing and not start.record.random_data:
             features = work.config.features(start.manifest.build.spec.rank_one)
-            refuse_changed(model, features, kept_canaries(work.out, start.manifest), str(work.out))
+            refuse_changed(model, features, read_kept_canaries(work.out, start.manifest), str(work.out))
         record = work.config.agree_on_batches(start.record, len(missing), str(work.out))
         chosen = work.tune(model, record)
         record = replace(record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
@@ -380,10 +382,10 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
             report,
         )
         if claims is not None:
-            claims.enter_context(claimed(work.out))
+            claims.enter_context(claim(work.out))
         if start.begun != record:
             write_build_record(work.out, record)
-        folder = next_folder(work.out, start.manifest)
+        folder = make_next_folder(work.out, start.manifest)
         if table is not None:
             write_columns(folder / COLUMN_FILE, table)
         features = work.config.features(record.spec.rank_one)
@@ -391,33 +393,33 @@ def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: Ex
             done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
         except MisplacedRowsError:
             # Files that are whole would be gone on with, and rows in them may be wrong.
-            for path in unnamed_files(store, start.manifest, missing):
+            for path in find_unnamed_files(store, start.manifest, missing):
                 path.unlink(missing_ok=True)
             raise
-        removed = removed_ids(work.out, start.manifest)
+        removed = read_removed_ids(work.out, start.manifest)
         auditor = Auditor(model, store, features, report)
-        audits = audit_build(auditor, Built(done, start, missing, removed, work.config.seed))
-    yardstick = Yardstick(work.passes, store, features, work.config.seed, store.skipped()[0], report)
+        audits = audit_build(auditor, BuiltRows(done, start, missing, removed, work.config.seed))
+    yardstick = QualityMeasurement(work.passes, store, features, work.config.seed, store.skipped()[0], report)
     measured = work.config.yardstick and not work.config.allow_random_data
-    files = feature_records(store, start.manifest, missing)
+    files = list_feature_records(store, start.manifest, missing)
     manifest = Manifest(
-        generation=generation_of(folder),
+        generation=generation_number(folder),
         build=record,
         features=files,
-        canaries=record_of(folder / CANARY_FILE),
+        canaries=record_file(folder / CANARY_FILE),
         index=work.index(yardstick, folder, files, removed),
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in done.plan.steps.items()),
         fidelity=yardstick.fidelity() if measured else None,
-        columns=None if table is None else record_of(folder / COLUMN_FILE),
+        columns=None if table is None else record_file(folder / COLUMN_FILE),
         removed=carry_removed(work.out, start.manifest, folder),
         skipped=write_skipped(folder, store),
         audit=audits.drawn,
     )
-    published(work.out, manifest)
+    publish(work.out, manifest)
     return work.report(manifest, began, audits.uneven)
 
 
-def opened(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:
+def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:
     """Return the work of a build: the task found, nothing read or written yet."""
     if isinstance(task, Task):
         return BuildWork(task, out, config, TaskReference(None, {}))

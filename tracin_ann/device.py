@@ -108,7 +108,7 @@ def container_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
         return sys.maxsize
 
 
-def recorded_event(device: torch.device) -> Callable[[], None]:
+def record_event(device: torch.device) -> Callable[[], None]:
     """Return what waits until all work launched on the device so far is done; on a CPU it is."""
     import torch
 
@@ -140,7 +140,7 @@ def refuse_slow_bf16(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Put torch's random state (CPU and every GPU) back as it was on leaving."""
     import torch
 
@@ -149,7 +149,7 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def differentiable_recurrence() -> Iterator[None]:
+def allow_recurrent_backward() -> Iterator[None]:
     """Let recurrent layers in eval mode run backward: cuDNN's kernels refuse, torch's own do not."""
     import torch
 

@@ -73,7 +73,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def naming(path: Path, written_as: Path | None = None) -> Iterator[None]:
+def attach_path(path: Path, written_as: Path | None = None) -> Iterator[None]:
     """Let an error of the system name this file: those of fsync and write name none.
 
     Args:

@@ -15,14 +15,14 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.features import Fitting, Passes, PassOptions, found_task
+from tracin_ann.features import IndexTask, Passes, PassOptions, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,
     Id,
     QueryOptions,
     Question,
-    Ranked,
+    RankedRows,
     Ranking,
     SelfInfluence,
     exact_self_influence,
@@ -39,14 +39,14 @@ from tracin_ann.store import (
     RowTable,
     SketchSpec,
     Skipped,
-    check,
-    folder_of,
-    leased,
-    listed_rows,
+    check_generation,
+    generation_folder,
     read_columns,
-    removed_ids,
-    skipped_rows,
-    unlisted_ids,
+    read_removed_ids,
+    read_skipped_rows,
+    read_unlisted_ids,
+    select_listed_rows,
+    take_lease,
 )
 from tracin_ann.task import Description, Task
 from tracin_ann.types import Float32, Int64, ProgressCallback
@@ -61,8 +61,8 @@ class InfluenceIndex:
         self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
     ) -> None:
         self.directory, self.manifest = directory, manifest
-        self._folder = folder_of(directory, manifest.generation)
-        self._fitting, self._options = Fitting(directory, manifest, find_task, options), options
+        self._folder = generation_folder(directory, manifest.generation)
+        self._fitting, self._options = IndexTask(directory, manifest, find_task, options), options
         self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
         self._lease: Lease | None = None
 
@@ -90,8 +90,8 @@ class InfluenceIndex:
             DamagedIndexError: a file is missing or altered, or there is no finished index.
         """
         path = Path(directory)
-        manifest, lease = leased(path)
-        check(path, manifest, deep=True)
+        manifest, lease = take_lease(path)
+        check_generation(path, manifest, deep=True)
         options = PassOptions(
             resolve_device(device),
             batch_size,
@@ -99,7 +99,7 @@ class InfluenceIndex:
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
             channels_last=manifest.build.channels_last,
         )
-        index = cls(path, manifest, lambda: found_task(task, arguments, manifest, path), options)
+        index = cls(path, manifest, lambda: load_index_task(task, arguments, manifest, path), options)
         # Held as long as the index: until then, nobody sweeps its generation's files.
         index._lease = lease
         index._store.check(manifest.features)
@@ -146,7 +146,7 @@ class InfluenceIndex:
     def search_index(self) -> SearchIndex:
         """Return the search index over all checkpoints."""
         if self.manifest.index.kind == "ivf":
-            rows = listed_rows(self._store.view(), unlisted_ids(self.directory, self.manifest))
+            rows = select_listed_rows(self._store.view(), read_unlisted_ids(self.directory, self.manifest))
             return IVFIndex.load(self._folder, rows, self._options.device)
         return FlatIndex(self._store.view(), self._options.device)
 
@@ -195,12 +195,12 @@ class InfluenceIndex:
     @cached_property
     def removed(self) -> Int64:
         """Return the ids of the rows that were removed, rising: no answer holds them."""
-        return removed_ids(self.directory, self.manifest)
+        return read_removed_ids(self.directory, self.manifest)
 
     @cached_property
     def skipped(self) -> Skipped:
         """Return the rows that the build skipped because they are not finite: no answer holds them."""
-        return skipped_rows(self.directory, self.manifest)
+        return read_skipped_rows(self.directory, self.manifest)
 
     @property
     def device(self) -> torch.device:
@@ -336,7 +336,7 @@ class InfluenceIndex:
         exact: bool = False,
         rows: RowFilter | None = None,
         progress: ProgressCallback | None = None,
-    ) -> Ranked:
+    ) -> RankedRows:
         """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖², the k first or all.
 
         From the stored squared norms (estimates from the sketch, unless built with `norms="exact"`),
@@ -358,7 +358,7 @@ class InfluenceIndex:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
             scores_N = (self._store.sqnorms(chosen) @ rates)[ids]
         order = np.lexsort((ids, -scores_N))[:k]
-        return Ranked(
+        return RankedRows(
             [
                 SelfInfluence(self.rows.id_at(int(ids[i])), int(ids[i]), float(scores_N[i]), rank)
                 for rank, i in enumerate(order, start=1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from tracin_ann.text import duration
+from tracin_ann.text import format_duration
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -57,7 +57,7 @@ class _Clock:
         seconds = time.perf_counter() - self.began.setdefault(stage, time.perf_counter())
         if total <= 1 or not done or not seconds:
             return ""
-        left = "" if done >= total else f", {duration(seconds / done * (total - done))} left"
+        left = "" if done >= total else f", {format_duration(seconds / done * (total - done))} left"
         return f"{done:,} of {total:,}, {done / seconds:,.0f} {self.unit}/s{left}"
 
 

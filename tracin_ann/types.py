@@ -67,5 +67,5 @@ class ProgressCallback(Protocol):
         """Take note: `done` of `total` units of a stage, such as rows × checkpoints of "features"."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def ignore_progress(stage: str, done: int, total: int) -> None:
     """Take progress and say nothing."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from tracin_ann import BuildConfig
-from tracin_ann.build import opened
-from tracin_ann.features.autotune import Wanted, tune
+from tracin_ann.build import open_build
+from tracin_ann.features.autotune import TuningRequest, tune
 from tracin_ann.features.extractor import FeatureExtractor
 
 Row = tuple[Tensor, Tensor]
@@ -117,11 +117,11 @@ def our_stream(case: Case, n_rows: int) -> Iterator[Callable[[int], None]]:
         task = models.task(case.name, folder, n_rows)
         size = case.chosen.batch_size
         config = BuildConfig(dim=case.dim, batch_size=size, device="cpu")
-        work = opened(task, Path(folder) / "index", config, None)
+        work = open_build(task, Path(folder) / "index", config, None)
         with work.passes.model() as model:
             features = config.features(work.examine(model))
             # As in a build: the memory format by its rule.
-            tune(model, features, Wanted(size))
+            tune(model, features, TuningRequest(size))
             extractor = FeatureExtractor(model, features)
 
             def run(n: int) -> None:

@@ -23,7 +23,7 @@ from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.remove import main as remove_command
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import CheckpointError, DamagedIndexError, TracinAnnError
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest, read_build_record
 
 ROOM = 1 << 29
@@ -157,11 +157,11 @@ def directory(path: Path) -> None:
 
 FILES: dict[str, Callable[[Path, Manifest], Path]] = {
     "manifest": lambda out, manifest: out / "manifest.json",
-    "the generation's manifest": lambda out, manifest: folder_of(out, manifest.generation) / "manifest.json",
+    "the generation's manifest": lambda out, manifest: generation_folder(out, manifest.generation) / "manifest.json",
     "build record": lambda out, manifest: out / "build.json",
     "feature file": lambda out, manifest: out / "features" / manifest.features[0].name,
-    "canaries": lambda out, manifest: folder_of(out, manifest.generation) / "canaries.h5",
-    "columns": lambda out, manifest: folder_of(out, manifest.generation) / "columns.npz",
+    "canaries": lambda out, manifest: generation_folder(out, manifest.generation) / "canaries.h5",
+    "columns": lambda out, manifest: generation_folder(out, manifest.generation) / "columns.npz",
 }
 
 

@@ -16,11 +16,11 @@ from tasks.own_ids import QUERIES, N, numbered
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
-from tracin_ann.scoring.formats import guarded
+from tracin_ann.scoring.formats import guard_formula
 from tracin_ann.store.arrays import read_arrays
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import FORMAT, Manifest, content_digest
-from tracin_ann.text import visible
+from tracin_ann.text import escape_control
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def test_what_is_visible_is_one_line_that_changes_no_terminal() -> None:
     for text, shown in SIGNS.items():
-        assert visible(text) == shown
-    assert visible("naïve ✓ 😀 א") == "naïve ✓ 😀 א"
-    assert visible("a\tb\nc\u2028d") == r"a\tb\nc\u2028d"
-    assert visible("a\tb\nc", "\n\t") == "a\tb\nc"
+        assert escape_control(text) == shown
+    assert escape_control("naïve ✓ 😀 א") == "naïve ✓ 😀 א"
+    assert escape_control("a\tb\nc\u2028d") == r"a\tb\nc\u2028d"
+    assert escape_control("a\tb\nc", "\n\t") == "a\tb\nc"
 
 
 def test_tables_show_escapes_of_texts_and_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_no_line_of_a_manifest_reaches_the_terminal_raw(folder: Path, copied: Pa
     forged["build"]["task"]["reference"] = "\x1b[31mnowhere.py:task"
     content = {name: value for name, value in forged.items() if name not in ("format", "digest")}
     text = json.dumps({"format": FORMAT, "digest": content_digest(content), **content})
-    for path in (copied / "manifest.json", folder_of(copied, manifest.generation) / "manifest.json"):
+    for path in (copied / "manifest.json", generation_folder(copied, manifest.generation) / "manifest.json"):
         path.write_text(text)
     told = run(info_command, copied).stdout
     assert not RAW.search(told) and r"\x1b]0;owned\x07\u202eflat\nrows" in told
@@ -86,7 +86,7 @@ def test_no_line_of_a_manifest_reaches_the_terminal_raw(folder: Path, copied: Pa
     ],
 )
 def test_cells_that_a_spreadsheet_would_run_are_guarded(text: str, cell: str) -> None:
-    assert guarded(text) == cell
+    assert guard_formula(text) == cell
 
 
 def test_csv_guards_texts_unless_told_not_to(folder: Path, tmp_path: Path) -> None:

@@ -130,8 +130,8 @@ def test_open_descriptors_are_written_to(folder: Path, tmp_path: Path) -> None:
 WRITES = """
 import sys, time
 from pathlib import Path
-from tracin_ann.scoring.formats import Fields, writer
-with writer("csv", Path(sys.argv[1]), Fields((("id", "id"),))) as write:
+from tracin_ann.scoring.formats import Fields, open_writer
+with open_writer("csv", Path(sys.argv[1]), Fields((("id", "id"),))) as write:
     write([{"id": 1}])
     print("written", flush=True)
     time.sleep(600)

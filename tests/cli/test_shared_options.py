@@ -243,7 +243,7 @@ def test_our_own_bug_is_told_in_a_line(index: Path, monkeypatch: pytest.MonkeyPa
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("tracin_ann.store.leased", broken)
+    monkeypatch.setattr("tracin_ann.store.take_lease", broken)
     result = run(info_command, index)
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
     assert "raised ZeroDivisionError; --debug shows" in result.stderr

@@ -32,7 +32,7 @@ from paths import ROOT
 from tracin_ann.cli.failures import refusals
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.operations.verification import repair, verify
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, Manifest
 
 pytestmark = pytest.mark.slow
@@ -236,9 +236,9 @@ def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_els
 def _left_over(out: Path) -> list[Path]:
     """Return the files and directories that the current manifest does not name."""
     manifest = Manifest.read(out)
-    own, features = folder_of(out, manifest.generation), out / FEATURES
+    own, features = generation_folder(out, manifest.generation), out / FEATURES
     named = {out / MANIFEST, out / BUILD_RECORD, own, own / MANIFEST, features}
-    named |= {own / record.name for record in manifest.besides} | {
+    named |= {own / record.name for record in manifest.own_files} | {
         features / record.name for record in manifest.features
     }
     return sorted(set(out.rglob("*")) - named)

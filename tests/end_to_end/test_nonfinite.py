@@ -19,12 +19,12 @@ from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, NonFiniteError, UsageError
-from tracin_ann.features.canaries import canaries_of
+from tracin_ann.features.canaries import read_generation_canaries
 from tracin_ann.operations.removal import remove
 from tracin_ann.scoring import quality
 from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.store.columns import RowFilter
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
 
 BUILD = importlib.import_module("tracin_ann.build")
@@ -53,8 +53,8 @@ def files(out: Path) -> dict[str, bytes]:
 
 STEPS = {
     "layer rules": [],
-    "vmap": [("covered_layers", lambda model, names: {})],
-    "loop": [("covered_layers", lambda model, names: {}), ("batched_tensors", lambda value, batch: "refused here")],
+    "vmap": [("find_covered_layers", lambda model, names: {})],
+    "loop": [("find_covered_layers", lambda model, names: {}), ("batched_tensors", lambda value, batch: "refused here")],
 }
 
 
@@ -67,7 +67,7 @@ def test_the_neighbours_of_a_bad_row_are_those_of_a_build_without_it_bit_for_bit
 ):
     for name, other in STEPS[step]:
         monkeypatch.setattr(f"tracin_ann.gradients.engine.{name}", other)
-    monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given: held)
+    monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: held)
     config = replace(SKIP, norms=norms)
     report = build(flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "bad", config)
     build(flawed(tmp_path, rows(N)), tmp_path / "good", replace(config, on_nonfinite="error"))
@@ -152,7 +152,7 @@ def test_skipped_rows_have_no_self_influence(built, exact):
 
 def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeypatch, tmp_path):
     index, _, skipped = built
-    train, query = canaries_of(folder_of(index.directory, 1), index.manifest)
+    train, query = read_generation_canaries(generation_folder(index.directory, 1), index.manifest)
     assert not set(train.ids_N.tolist()) & set(skipped) and len(train.ids_N) and query.ids_N.tolist() == [0, 2, 4, 6]
     scored, asked = [], []
 
@@ -186,7 +186,7 @@ def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks
         build(task, tmp_path / "error", replace(PLAIN, index="ivf"))
     manifest = build(task, tmp_path / "out", replace(SKIP, index="ivf")).manifest
     assert manifest.skipped is None
-    _, canaries = canaries_of(folder_of(tmp_path / "out", 1), manifest)
+    _, canaries = read_generation_canaries(generation_folder(tmp_path / "out", 1), manifest)
     assert all(query[row][2] == FINE for row in canaries.ids_N)
     fine = sum(row[2] == FINE for row in query)
     assert manifest.index.calibration.queries == 100 and manifest.index.calibration.train_queries == 100 - fine
@@ -264,7 +264,7 @@ def test_a_stopped_build_goes_on_and_knows_what_it_skipped(tmp_path, monkeypatch
 
 
 def test_a_build_that_an_error_stopped_goes_on_when_told_to_skip(tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given: False)
+    monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: False)
     task = flawed(tmp_path, rows(N, marks={41: NAN_LOSS}))
     with pytest.raises(NonFiniteError, match="row 41"):
         build(task, tmp_path / "out", PLAIN)
@@ -376,7 +376,7 @@ def test_half_precision_that_overflows_takes_the_same_path(tmp_path, monkeypatch
 def test_a_damaged_list_of_skipped_rows_is_refused_and_a_lost_one_made_again(tmp_path, content):
     task, out = flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "out"
     manifest = build(task, out, SKIP).manifest
-    path = folder_of(out, 1) / manifest.skipped.name
+    path = generation_folder(out, 1) / manifest.skipped.name
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:

@@ -27,7 +27,7 @@ from tracin_ann.errors import IndexMismatchError
 from tracin_ann.features import autotune as tuning
 from tracin_ann.operations.verification import config_of, repair
 from tracin_ann.search import calibration as calibrate
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, read_build_record
 
 BUILD = importlib.import_module("tracin_ann.build")
@@ -144,7 +144,7 @@ def test_what_a_calibration_tries_depends_on_no_clock(task, tmp_path, monkeypatc
 
 def test_either_order_of_reading_gives_the_same_files(task, tmp_path, monkeypatch):
     for held in (False, True):
-        monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given, held=held: held)
+        monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given, held=held: held)
         build(task(), tmp_path / str(held), CONFIG)
     assert content(tmp_path / "False") == content(tmp_path / "True")
 
@@ -208,7 +208,7 @@ def test_a_repaired_index_has_the_rounding_that_it_was_built_with(task, tmp_path
     disturbed(monkeypatch, 1)
     repair(out, task())
     assert path.read_bytes() == before
-    assert folder_of(out, 2).exists()
+    assert generation_folder(out, 2).exists()
 
 
 @pytest.mark.slow

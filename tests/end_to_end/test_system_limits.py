@@ -26,12 +26,12 @@ from tracin_ann import InfluenceIndex, Task, build
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.features.canaries import canaries_of
+from tracin_ann.features.canaries import read_generation_canaries
 from tracin_ann.files import durable as files
-from tracin_ann.files.opening import reading, refusal_of_the_system
+from tracin_ann.files.opening import find_system_error, report_damage
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
 
 
@@ -161,18 +161,21 @@ def test_an_error_that_hides_the_systems_is_seen_through() -> None:
         except OSError:
             raise KeyError("id") from None
     except KeyError as error:
-        found = refusal_of_the_system(error, Path("a"))
+        found = find_system_error(error, Path("a"))
     assert found is not None and (found.errno, found.filename) == (errno.EMFILE, "a")
-    assert refusal_of_the_system(ValueError("odd"), Path("a")) is None
-    with pytest.raises(DamagedIndexError, match="cannot read a: got odd, expected b; c"), reading(Path("a"), "b", "c"):
+    assert find_system_error(ValueError("odd"), Path("a")) is None
+    with (
+        pytest.raises(DamagedIndexError, match="cannot read a: got odd, expected b; c"),
+        report_damage(Path("a"), "b", "c"),
+    ):
         raise ValueError("odd")
-    with pytest.raises(PermissionError), reading(Path("a"), "b", "c"):
+    with pytest.raises(PermissionError), report_damage(Path("a"), "b", "c"):
         raise PermissionError(errno.EACCES, "no")
 
 
 def test_a_repair_under_pressure_keeps_canaries(index: Path, made: tuple[Path, Task]) -> None:
     manifest = Manifest.read(index)
-    own = folder_of(index, manifest.generation)
+    own = generation_folder(index, manifest.generation)
     with descriptors(0), pytest.raises(OSError, match="Too many open files"):
-        canaries_of(own, manifest)
-    assert len(canaries_of(own, manifest)) == 2
+        read_generation_canaries(own, manifest)
+    assert len(read_generation_canaries(own, manifest)) == 2

@@ -156,5 +156,5 @@ def test_what_a_loss_computes_in_is_seen_whatever_its_dtypes(loss, expected):
     engine = GradientEngine(model, dict(model.named_parameters()), loss, torch.utils.data.default_collate)
     batch = engine.batch([0], rows(1))
     assert engine.losses(batch).dtype == torch.float32
-    assert engine.in_half(batch) is expected
+    assert engine.is_half_precision(batch) is expected
     assert not any(parameter.requires_grad for parameter in model.parameters())

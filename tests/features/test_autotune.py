@@ -62,7 +62,7 @@ def stored(task: Task, out: Path, **changes: Any) -> np.ndarray:
     return InfluenceIndex.open(out).view().take(range(N_ROWS))
 
 
-def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.Tuned:
+def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.RunSettings:
     return plan(task, tmp_path / "planned", replace(CONFIG, **changes)).tuned
 
 

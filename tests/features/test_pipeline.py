@@ -16,9 +16,9 @@ from tasks import texts
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.features import autotune as tuning
-from tracin_ann.features.pipeline import data_is_dearer
+from tracin_ann.features.pipeline import reading_costs_more
 from tracin_ann.store import StoreLayout
-from tracin_ann.task.batches import BatchOptions, collated, lengths_differ
+from tracin_ann.task.batches import BatchOptions, differ_in_length, make_batches
 
 BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
 NAME = f"{Path(texts.__file__).resolve()}:task"
@@ -85,7 +85,7 @@ def test_a_worker_that_dies_is_told_of_and_the_build_goes_on_later(folder, one_b
 
 def test_rows_that_workers_collated_are_read_again_where_a_loop_needs_them(folder, tmp_path, monkeypatch):
     """No layer rule and no vmap: every gradient by the loop, from examples that only the worker had."""
-    monkeypatch.setattr("tracin_ann.gradients.engine.covered_layers", lambda model, names: {})
+    monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
     expected = stored(texts.task(str(folder)), tmp_path / "a", folder)
     assert_same_rows(stored(NAME, tmp_path / "b", folder, workers=1), expected)
@@ -94,13 +94,13 @@ def test_rows_that_workers_collated_are_read_again_where_a_loop_needs_them(folde
 def test_batches_hold_rows_of_like_length(folder):
     task = texts.task(str(folder))
     examples = texts.train_data()
-    batches = collated(task, range(64), examples[:64], BatchOptions(16, by_length=True))
+    batches = make_batches(task, range(64), examples[:64], BatchOptions(16, by_length=True))
     lengths = [[len(examples[i][0]) for i in batch.ids] for batch in batches]
     assert sorted(i for batch in batches for i in batch.ids) == list(range(64))
     assert all(min(longer) >= max(shorter) for longer, shorter in zip(lengths, lengths[1:], strict=False))
     assert all(batch.inputs[0].shape == (16, max(given)) for batch, given in zip(batches, lengths, strict=True))
-    assert lengths_differ(examples)
-    assert not lengths_differ([(torch.zeros(3), 1)] * 20)
+    assert differ_in_length(examples)
+    assert not differ_in_length([(torch.zeros(3), 1)] * 20)
 
 
 class Counted(list[Any]):
@@ -115,7 +115,7 @@ class Counted(list[Any]):
 
 @pytest.mark.parametrize(("held", "readings"), [(False, len(texts.RATES)), (True, 1)])
 def test_dear_data_is_read_once_for_all_checkpoints(held, readings, folder, one_by_one, tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given: held)
+    monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: held)
     data = Counted(texts.train_data())
     task = replace(texts.task(str(folder)), train_data=lambda: data)
     before = Counted.reads = 0
@@ -145,8 +145,8 @@ def test_rows_fetched_while_the_next_batch_is_under_way_are_the_same(folder, one
 def test_data_is_held_where_reading_it_again_costs_more_than_loading(changes, held):
     given = {"load_seconds": 0.01, "read_seconds": 1e-3, "n_checkpoints": 3, "memory_bytes": 100 * 1000 * 2} | changes
     layout = StoreLayout(1000, 100, 8, "float16", ("test",) * int(given["n_checkpoints"]))
-    tuned = tuning.Tuned(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
-    assert data_is_dearer(layout, tuned, given["load_seconds"]) == held
+    tuned = tuning.RunSettings(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
+    assert reading_costs_more(layout, tuned, given["load_seconds"]) == held
 
 
 def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, t
     for file in (files[1], files[2], files[-1]):
         file.unlink()
     (tmp_path / "i" / "manifest.json").unlink()
-    monkeypatch.setattr(BUILD, "data_is_dearer", lambda *given: True)
+    monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: True)
     report = build(task, tmp_path / "i", CONFIG)
     assert 0 < report.rows_extracted < len(rows) * len(texts.RATES)
     index = InfluenceIndex.open(tmp_path / "i")

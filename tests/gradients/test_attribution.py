@@ -46,7 +46,7 @@ def gradients(engine, examples):
             found[name] = torch.zeros(len(examples), p.numel(), dtype=torch.float64)
 
         def sink(name, form, rows):
-            found[name][rows] += factors.materialised(form).double()
+            found[name][rows] += factors.materialise(form).double()
 
         return sink
 

@@ -62,7 +62,7 @@ def gradients(engine, given_examples):
 
         def sink(name, form, part):
             zeros = torch.zeros(len(batch), engine.parameters[name].numel(), dtype=torch.float64)
-            found.setdefault(name, zeros)[part] += factors.materialised(form).double()
+            found.setdefault(name, zeros)[part] += factors.materialise(form).double()
 
         return sink
 

@@ -17,7 +17,7 @@ from tracin_ann.gradients.factors import (
     column_blocks,
     inner,
     inner_where,
-    materialised,
+    materialise,
     squared_norm,
     weighted_sums,
 )
@@ -84,7 +84,7 @@ def form(request, device):
 
 
 def test_the_gradient_materialised_is_the_definitions(form):
-    close(materialised(form), forms.gradient(form))
+    close(materialise(form), forms.gradient(form))
 
 
 @pytest.mark.parametrize("elements", [1, 7, 40, 1 << 24])
@@ -146,7 +146,7 @@ def test_inner_products_and_norms_add_up_over_blocks(form, elements, device, mon
     direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
     close(inner(form, direction.to(device, torch.float32)), truth @ direction.T)
     close(squared_norm([form]), truth.square().sum(1))
-    close(materialised(form), truth)
+    close(materialise(form), truth)
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 3), slice(0, 3), slice(1, 9)])
@@ -171,7 +171,7 @@ def test_the_shape_is_the_parameters_read_as_a_matrix():
 def test_every_way_to_say_a_gradient_has_its_norm_and_its_sum(shape):
     grad = torch.randn(3, *shape, dtype=torch.float64)
     for name, several in forms.same_gradient(grad).items():
-        whole = torch.stack([materialised(form) for form in several]).sum(0)
+        whole = torch.stack([materialise(form) for form in several]).sum(0)
         torch.testing.assert_close(whole, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
         weights_KB = torch.randn(2, 3, dtype=torch.float64)
         total = torch.stack([weighted_sums(form, weights_KB) for form in several]).sum(0)
@@ -185,7 +185,7 @@ def test_forms_keep_their_float64():
         form = make()
         truth = forms.gradient(form)
         direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
-        torch.testing.assert_close(materialised(form), truth, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(materialise(form), truth, rtol=1e-12, atol=1e-12)
         weights_KB = torch.randn(2, len(truth), dtype=torch.float64)
         torch.testing.assert_close(weighted_sums(form, weights_KB), weights_KB @ truth, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(inner(form, direction), truth @ direction.T, rtol=1e-12, atol=1e-12)
@@ -197,7 +197,7 @@ def test_rows_that_get_nothing_may_name_any_row_with_a_zero_value():
     value = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [2.0, 3.0], [0.0, 0.0]]])
     form = Rows(index, value, 3)
     expected = torch.tensor([[1.0, 2.0, 0.0, 0.0, 3.0, 4.0], [0.0, 0.0, 3.0, 4.0, 0.0, 0.0]])
-    assert torch.equal(materialised(form), expected)
+    assert torch.equal(materialise(form), expected)
     assert torch.equal(squared_norm([form]), torch.tensor([30.0, 25.0]))
     assert torch.equal(squared_norm([form, Dense(-expected)]), torch.zeros(2))
 

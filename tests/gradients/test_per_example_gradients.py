@@ -23,10 +23,10 @@ def engine_for(model, case, examples, device, **options):
         **options,
     )
     model = model.to(device)
-    parameters = task.selected(model)
+    parameters = task.select_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return GradientEngine(model, parameters, case.loss, lambda rows: to_device(task.collated(rows), device))
+    return GradientEngine(model, parameters, case.loss, lambda rows: to_device(task.collate_rows(rows), device))
 
 
 def collected(engine, batch):
@@ -36,7 +36,7 @@ def collected(engine, batch):
         gradients.clear()
 
         def sink(name, form, rows):
-            flat = factors.materialised(form)
+            flat = factors.materialise(form)
             whole = gradients.setdefault(
                 name, torch.zeros(len(batch), engine.parameters[name].numel(), device=flat.device)
             )

@@ -93,7 +93,7 @@ def test_int32_token_ids_are_served_by_every_step(step, scaled, monkeypatch):
     model, rows = Bag(scaled), texts(5, torch.int32)
     truth = oracle.gradients(model, cross_entropy, texts(5, torch.int64))
     if step != RULE:
-        monkeypatch.setattr("tracin_ann.gradients.engine.covered_layers", lambda model, names: {})
+        monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     if step == LOOP:
         monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
     engine, found = engine_and_gradients(model, rows, cross_entropy)
@@ -192,7 +192,7 @@ def test_sparse_inputs_are_served_by_the_rule(made, layout, size):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sparse_inputs_fall_past_vmap_to_the_loop(layout, monkeypatch):
-    monkeypatch.setattr("tracin_ann.gradients.engine.covered_layers", lambda model, names: {})
+    monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     model, rows = Counts(), counts(5)
     truth = oracle.gradients(model, cross_entropy, rows)
     engine, found = engine_and_gradients(model, rows, cross_entropy, sparse_batch(layout))

@@ -26,7 +26,7 @@ from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUneven
 from tracin_ann.operations.verification import Draw, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
-from tracin_ann.task.batches import Collated
+from tracin_ann.task.batches import CollatedBatch
 from wrong_rows import alter
 
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
@@ -128,10 +128,10 @@ def test_rows_are_left_out_and_few_are_all_drawn():
     assert draw_places(16, store(2), np.arange(2), 0) == []
 
 
-def watched(batches: list[list[int]]) -> Iterator[Collated]:
+def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     first = 0
     for sizes in batches:
-        yield Collated(tuple(range(first, first + len(sizes))), "inputs", sizes=tuple(sizes))
+        yield CollatedBatch(tuple(range(first, first + len(sizes))), "inputs", sizes=tuple(sizes))
         first += len(sizes)
 
 

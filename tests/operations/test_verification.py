@@ -24,7 +24,7 @@ from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.generations import UNFINISHED_INDEX
 from tracin_ann.store.locks import WRITER
-from tracin_ann.store.manifest import BUILD_RECORD, MANIFEST, Manifest, record_of
+from tracin_ann.store.manifest import BUILD_RECORD, MANIFEST, Manifest, record_file
 
 N = 300
 
@@ -244,7 +244,7 @@ def test_lists_of_other_rows_are_found_though_their_digests_agree(made: tuple[Pa
     cpu = torch.device("cpu")
     params = IVFIndex.load(folder, view, cpu).params
     IVFIndex.build(Shuffled(), params, cpu).save(folder)
-    records = tuple(record_of(folder / name) for name in IVFIndex.FILES)
+    records = tuple(record_file(folder / name) for name in IVFIndex.FILES)
     changed = replace(manifest, index=replace(manifest.index, files=records))
     for place in (folder, index):
         changed.write(place)

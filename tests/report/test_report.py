@@ -27,7 +27,7 @@ from tracin_ann.report.examples import described_by_look
 from tracin_ann.report.pictures import EDGE, Pictures, as_pixels
 from tracin_ann.report.views import bars
 from tracin_ann.scoring.formats import Fields
-from tracin_ann.scoring.results import Answers, Listed, Ranked
+from tracin_ann.scoring.results import Answers, RankedRows, RowList
 
 N, QUERIES = 24, 6
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
@@ -84,7 +84,7 @@ def test_a_page_says_what_the_answers_say(indexes: dict[str, InfluenceIndex], tm
     for hit in hits:
         assert f"{abs(hit.score):.4g}" in page.text
         assert hit.error is None or f"± {hit.error:.2g}" in page.text
-    assert index.manifest.believed in page.text
+    assert index.manifest.quality_summary in page.text
     assert all(answer.how in page.text for answer in answers)
     parts = [a["aria-label"] or "" for _, a in page.elements if (a.get("class") or "").strip() == "cp"]
     assert parts == [
@@ -270,7 +270,7 @@ def test_rows_to_go_through(indexes: dict[str, InfluenceIndex], tmp_path: Path) 
     assert ids == [str(row) for row in sum(wanted, [])]
 
 
-class Odd(Listed[dict[str, Any]]):
+class Odd(RowList[dict[str, Any]]):
     """Results of some other kind."""
 
     FIELDS = Fields((("row", "int"), ("other", "int"), ("alike", "float")))
@@ -294,7 +294,7 @@ def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex
     page = Page(write_report(Votes([record], index.described), tmp_path / "v.html", index))
     assert "neighbours speak for dog" in page.text and "labelled cat" in page.text
     assert json.loads(page.scripts[0])["rows"][0]["score"] is None
-    empty = Page(write_report(Ranked([], index.described), tmp_path / "e.html", index))
+    empty = Page(write_report(RankedRows([], index.described), tmp_path / "e.html", index))
     assert "0 training rows" in empty.text
 
 

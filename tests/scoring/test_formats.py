@@ -21,7 +21,7 @@ from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, toy
 from tracin_ann import InfluenceIndex, QueryOptions, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import TaskError, UsageError
-from tracin_ann.scoring.formats import HITS, SCHEMA, Fields, writer
+from tracin_ann.scoring.formats import HITS, SCHEMA, Fields, open_writer
 from tracin_ann.store.columns import RowFilter
 
 
@@ -166,7 +166,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     for name in ("a.csv", "a.parquet", "a.jsonl"):
         path = tmp_path / name
         path.write_text("before")
-        with pytest.raises(RuntimeError, match="stop"), writer(path.suffix[1:], path, fields) as write:  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="stop"), open_writer(path.suffix[1:], path, fields) as write:  # type: ignore[arg-type]
             write([{"id": 1, "score": 0.5}])
             raise RuntimeError("stop")
         assert path.read_text() == "before"
@@ -177,14 +177,14 @@ def test_lots_are_one_file(tmp_path: Path) -> None:
     fields = Fields((("id", "id"), ("score", "float")))
     lots = [[{"id": i, "score": i / 2}] for i in range(5)]
     for form in ("csv", "parquet", "jsonl"):
-        with writer(form, tmp_path / f"a.{form}", fields) as write:  # type: ignore[arg-type]
+        with open_writer(form, tmp_path / f"a.{form}", fields) as write:  # type: ignore[arg-type]
             for lot in lots:
                 write(lot)
     read = pd.read_json(tmp_path / "a.jsonl", lines=True)
     for other in (pd.read_csv(tmp_path / "a.csv"), pd.read_parquet(tmp_path / "a.parquet")):
         assert other.to_dict("list") == read.to_dict("list") == {"id": [*range(5)], "score": [i / 2 for i in range(5)]}
     stream = io.StringIO()
-    with writer("csv", stream, fields) as write:
+    with open_writer("csv", stream, fields) as write:
         write([])
     assert stream.getvalue() == "id,score\n"
 
@@ -193,7 +193,7 @@ def test_parquet_refuses_ids_of_two_kinds(tmp_path: Path) -> None:
     fields = Fields((("id", "id"),))
     with (
         pytest.raises(UsageError, match="ids of two kinds"),
-        writer("parquet", tmp_path / "a.parquet", fields) as write,
+        open_writer("parquet", tmp_path / "a.parquet", fields) as write,
     ):
         write([{"id": 1}])
         write([{"id": "one"}])

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import oracle
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.cli.info import believed
 from tracin_ann.cli.info import main as info
+from tracin_ann.cli.info import quality_lines
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.scoring import ranking
 from tracin_ann.scoring import strategy as ways
@@ -164,7 +164,7 @@ def test_the_cheaper_way_is_taken(index: InfluenceIndex) -> None:
     for cost, kind in ((Cost(0.0, 1e-9), "flat"), (Cost(9.0, 9.0), "ivf")):
         changed = replace(record, calibration=replace(record.calibration, scan=cost))
         flat = ways.FlatIndex(index.view(), torch.device("cpu"))
-        way = ways.chosen_way(changed, scan, flat, queries, QueryOptions())
+        way = ways.choose_strategy(changed, scan, flat, queries, QueryOptions())
         assert way.index.kind == kind
         assert "by lists" in way.how and "by scan" in way.how
 
@@ -174,14 +174,14 @@ def test_strange_queries_are_marked(index: InfluenceIndex) -> None:
     flat = ways.FlatIndex(index.view(), torch.device("cpu"))
     queries = index.features("query", range(40))
     options = QueryOptions(search="lists")
-    usual = ways.chosen_way(record, scan, flat, queries, options)
+    usual = ways.choose_strategy(record, scan, flat, queries, options)
     assert usual.strange_Q is not None and not usual.strange_Q.any()
-    shifted = ways.chosen_way(record, scan, flat, queries * 5, options)
+    shifted = ways.choose_strategy(record, scan, flat, queries * 5, options)
     assert shifted.strange_Q is not None and shifted.strange_Q.all()
     assert "not distributed like those measured" in shifted.how
     one = queries.copy()
     one[7] *= 1e5
-    odd = ways.chosen_way(record, scan, flat, one, options)
+    odd = ways.choose_strategy(record, scan, flat, one, options)
     assert odd.strange_Q is not None and np.flatnonzero(odd.strange_Q).tolist() == [7]
 
 
@@ -260,7 +260,7 @@ def test_info_shows_what_may_be_believed(index: InfluenceIndex, folder: Path) ->
     fidelity, calibration = index.manifest.fidelity, index.manifest.index.calibration
     assert fidelity is not None and calibration is not None
     assert f"rows        {N:,}, 2 checkpoints x 128" in result.stdout
-    assert believed(index.manifest) in " ".join(result.stdout.split())
+    assert quality_lines(index.manifest) in " ".join(result.stdout.split())
     for point in (*calibration.proponents[-3:], *calibration.opponents[-3:]):
         assert f"{point.recall:.3f}" in result.stdout and f"{point.scored:,.0f}" in result.stdout
     assert CliRunner().invoke(info, [str(folder)]).exit_code != 0

@@ -16,7 +16,7 @@ from tasks.toy import CONFIG, rows, toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.search import IVFIndex, IVFParams
 from tracin_ann.search import construction as fill
-from tracin_ann.search.construction import Scratch, key_of
+from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.flat import Subset
 from tracin_ann.store.manifest import Manifest
 from tracin_ann.types import Float32, Int64
@@ -97,7 +97,7 @@ def test_a_build_killed_at_any_file_goes_on_to_the_same_bytes(
 ) -> None:
     """Three files for training and for each of four stretches (the fifth is not kept): fifteen to be killed at."""
     expected = saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "expected")
-    scratch = Scratch(tmp_path / "scratch", key_of(PARAMS, "rows"))
+    scratch = UnfinishedLists(tmp_path / "scratch", digest_inputs(PARAMS, "rows"))
     with monkeypatch.context() as patched:
         killed_at(patched, n)
         with pytest.raises(Killed):
@@ -116,7 +116,7 @@ def test_a_build_killed_at_any_file_goes_on_to_the_same_bytes(
 @pytest.mark.parametrize("name", ["trained.npz", "trained.faiss", "trained.json", "stretch-000001.faiss"])
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone", "empty"])
 def test_a_damaged_scratch_is_done_again(values: np.ndarray, tmp_path: Path, name: str, harm: str) -> None:
-    scratch = Scratch(tmp_path / "scratch", "key")
+    scratch = UnfinishedLists(tmp_path / "scratch", "key")
     expected = saved(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "expected")
     path = scratch.directory / name
     content = bytearray(path.read_bytes())
@@ -129,12 +129,12 @@ def test_a_damaged_scratch_is_done_again(values: np.ndarray, tmp_path: Path, nam
 
 
 def test_anothers_scratch_is_not_used(values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Scratch(tmp_path / "scratch", key_of(PARAMS, "other rows"))
+    other = UnfinishedLists(tmp_path / "scratch", digest_inputs(PARAMS, "other rows"))
     IVFIndex.build(Rows(values[::-1].copy()), PARAMS, CPU, other)
-    scratch = Scratch(tmp_path / "scratch", key_of(PARAMS, "rows"))
+    scratch = UnfinishedLists(tmp_path / "scratch", digest_inputs(PARAMS, "rows"))
     found = IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
     assert saved(found, tmp_path / "a") == saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b")
-    assert key_of(PARAMS, 1) != key_of(replace(PARAMS, seed=1), 1)
+    assert digest_inputs(PARAMS, 1) != digest_inputs(replace(PARAMS, seed=1), 1)
 
 
 @pytest.mark.parametrize("start", [0, 1, 37, 63, 99, 100])
@@ -185,7 +185,7 @@ def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(BUILD.Yardstick, "fidelity", killed)
+        patched.setattr(BUILD.QualityMeasurement, "fidelity", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
     filled, starts = fill._fill, []
@@ -205,7 +205,7 @@ def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
 
 
 def test_stretches_of_another_training_are_not_used(values: np.ndarray, tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path / "scratch", "key")
+    scratch = UnfinishedLists(tmp_path / "scratch", "key")
     IVFIndex.build(Rows(values * 2), PARAMS, CPU, scratch)
     for path in scratch.directory.glob("trained*"):
         path.unlink()

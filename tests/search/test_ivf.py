@@ -14,7 +14,7 @@ from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, orac
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.files.json_records import read_record
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
-from tracin_ann.search.calibration import Calibration, calibrated, lower_bound, recalls
+from tracin_ann.search.calibration import Calibration, calibrate, compute_recalls, lower_bound
 from tracin_ann.search.clustering import survey
 from tracin_ann.search.coarse_quantizer import trained
 from tracin_ann.search.reduction import fitted
@@ -328,7 +328,7 @@ def test_recall_counts_ties_and_short_answers() -> None:
         ([1, 2, 9], [5, 4, 3], 2 / 3),
         ([9], [3], 0.0),
     ):
-        assert recalls(top(ids, scores), truth, truth.scores).tolist() == pytest.approx([expected])
+        assert compute_recalls(top(ids, scores), truth, truth.scores).tolist() == pytest.approx([expected])
 
 
 def test_the_bound_lies_under_the_mean_and_is_never_sure() -> None:
@@ -343,7 +343,7 @@ def test_the_bound_lies_under_the_mean_and_is_never_sure() -> None:
 
 @pytest.fixture(scope="module")
 def calibration(index: IVFIndex, source: Rows) -> Calibration:
-    return calibrated(index, FlatIndex(source, CPU), normal(200, 20), 0.9)
+    return calibrate(index, FlatIndex(source, CPU), normal(200, 20), 0.9)
 
 
 def test_calibration_gives_settings_that_hold_on_other_queries(
@@ -362,11 +362,11 @@ def test_calibration_gives_settings_that_hold_on_other_queries(
 
 def test_queries_from_elsewhere_are_noticed(calibration: Calibration, index: IVFIndex) -> None:
     looks = calibration.looks
-    assert not looks.shifted(index, normal(100, 22))
+    assert not looks.is_shifted(index, normal(100, 22))
     assert looks.strange(index, normal(100, 23)).mean() <= 0.02
-    assert looks.shifted(index, normal(100, 24) * 30)
+    assert looks.is_shifted(index, normal(100, 24) * 30)
     assert looks.strange(index, normal(10, 25) * 1e4).all()
-    assert not looks.shifted(index, normal(19, 26) * 30)
+    assert not looks.is_shifted(index, normal(19, 26) * 30)
 
 
 def test_a_calibration_comes_back_from_json(calibration: Calibration) -> None:

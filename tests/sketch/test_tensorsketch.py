@@ -10,7 +10,7 @@ import torch
 
 import forms
 from tracin_ann.gradients.factors import Dense, Outer, column_blocks
-from tracin_ann.sketch import ParameterKey, TensorSketch, once
+from tracin_ann.sketch import ParameterKey, TensorSketch, is_rank_one
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.twosided import TwoSided
 
@@ -76,7 +76,7 @@ def test_spectra_of_several_parameters_are_transformed_back_together():
     total, expected = torch.zeros(()), torch.zeros(3, dim, dtype=torch.float64)
     for shape in shapes:
         form = forms.outer(shape, 1)
-        assert once(form)
+        assert is_rank_one(form)
         parameter = FactoredSketch(dim).parameter(key_for(shape), CPU, torch.float64)
         assert isinstance(parameter, TensorSketch)
         total = total + parameter.spectrum(form, dim)

@@ -26,8 +26,8 @@ from tracin_ann.errors import BusyIndexError, DamagedIndexError, IndexMismatchEr
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import verify
 from tracin_ann.store import FeatureStore
-from tracin_ann.store.generations import folder_of, leased
-from tracin_ann.store.locks import WRITER, writing
+from tracin_ann.store.generations import generation_folder, take_lease
+from tracin_ann.store.locks import WRITER, hold_writer_lock
 from tracin_ann.store.manifest import BUILD_RECORD, MANIFEST, Manifest
 
 BUILD = importlib.import_module("tracin_ann.build")
@@ -74,7 +74,10 @@ def files(directory):
 def whole(directory):
     """Return whether nothing but the current generation is left."""
     manifest = Manifest.read(directory)
-    expected = sorted(record.name for record in manifest.features), [folder_of(directory, manifest.generation).name]
+    expected = (
+        sorted(record.name for record in manifest.features),
+        [generation_folder(directory, manifest.generation).name],
+    )
     others = {path.name for path in directory.iterdir()} - {expected[1][0]}
     return own(directory) == expected and others == {MANIFEST, BUILD_RECORD, "features"}
 
@@ -208,7 +211,7 @@ def test_an_append_given_up_is_swept(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     with monkeypatch.context() as patched:
-        patched.setattr(BUILD, "published", lambda *given: pytest.fail("not yet"))
+        patched.setattr(BUILD, "publish", lambda *given: pytest.fail("not yet"))
         with pytest.raises(pytest.fail.Exception):
             build(task(model, 17), out, GROWING)
     (out / BUILD_RECORD).unlink()
@@ -229,9 +232,9 @@ def test_a_reader_whose_generation_vanishes_takes_the_newer_or_says_so(model, tm
         return old if len(seen) == 1 else read(directory)
 
     monkeypatch.setattr(Manifest, "read", slow)
-    assert leased(out)[0].generation == 2
+    assert take_lease(out)[0].generation == 2
     monkeypatch.undo()
-    (folder_of(out, 2) / MANIFEST).unlink()
+    (generation_folder(out, 2) / MANIFEST).unlink()
     with pytest.raises(DamagedIndexError, match="generation-000002/manifest.json: got no file"):
         InfluenceIndex.open(out)
 
@@ -239,8 +242,8 @@ def test_a_reader_whose_generation_vanishes_takes_the_newer_or_says_so(model, tm
 HOLD = """
 import sys, time
 from pathlib import Path
-from tracin_ann.store.locks import writing
-with writing(Path(sys.argv[1])):
+from tracin_ann.store.locks import hold_writer_lock
+with hold_writer_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -263,7 +266,7 @@ def test_a_second_writer_is_refused_with_who_holds_it_and_a_dead_ones_lock_is_no
     assert (out / WRITER).exists()
     remove(out, [1])
     assert whole(out)
-    with writing(out), pytest.raises(BusyIndexError, match=f"process {os.getpid()}"), writing(out):
+    with hold_writer_lock(out), pytest.raises(BusyIndexError, match=f"process {os.getpid()}"), hold_writer_lock(out):
         pass
 
 

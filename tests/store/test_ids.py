@@ -19,8 +19,8 @@ from tracin_ann.errors import DamagedIndexError, TaskError
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
 from tracin_ann.store.columns import read_columns
-from tracin_ann.store.generations import folder_of
-from tracin_ann.store.manifest import Manifest, record_of
+from tracin_ann.store.generations import generation_folder
+from tracin_ann.store.manifest import Manifest, record_file
 
 N = 12
 SMALL = replace(CONFIG, dim=8, partition_rows=5, yardstick=False)
@@ -157,14 +157,14 @@ TWINS = {"twins": np.array([*range(N - 1), 4]), "named twins": np.array(["a", *m
 def with_arrays(index: Path, arrays: dict[str, Any]) -> Path:
     """Put arrays into the index, and what they are into its manifests: only reading them tells."""
     manifest = Manifest.read(index)
-    own_folder = folder_of(index, manifest.generation)
+    own_folder = generation_folder(index, manifest.generation)
     path = own_folder / "columns.npz"
     content = io.BytesIO()
     np.savez(content, allow_pickle=True, **arrays)
     path.unlink()
     path.write_bytes(content.getvalue())
     for place in (own_folder, index):
-        replace(manifest, columns=record_of(path)).write(place)
+        replace(manifest, columns=record_file(path)).write(place)
     return path
 
 

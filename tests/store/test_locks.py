@@ -28,7 +28,7 @@ from paths import ROOT, SUPPORT
 from tasks.toy import Toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
-from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path
 from tracin_ann.features.canaries import Canaries, write_canaries
 from tracin_ann.files import durable as files
 from tracin_ann.files.durable import atomic_write, make_directory, save_array, sweep_temporaries
@@ -39,8 +39,8 @@ from tracin_ann.store import exclusions as absent
 from tracin_ann.store.arrays import text_array
 from tracin_ann.store.columns import RowTable, write_columns
 from tracin_ann.store.feature_file import FileHeader, write_feature_file
-from tracin_ann.store.generations import folder_of, leased
-from tracin_ann.store.locks import WRITER, Lease, free, writing
+from tracin_ann.store.generations import generation_folder, take_lease
+from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
 from tracin_ann.store.manifest import MANIFEST, Manifest
 
 BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
@@ -74,7 +74,7 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
             build(replace(task(10), model=Toy), out, config("flat"))
         else:
             out.mkdir()
-            held.enter_context(writing(out))
+            held.enter_context(hold_writer_lock(out))
         return tune(work, *given)
 
     with ExitStack() as held:
@@ -88,9 +88,9 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
 STAY = """
 import os, sys, time
 from pathlib import Path
-from tracin_ann.store.locks import writing
+from tracin_ann.store.locks import hold_writer_lock
 reader, writer = os.pipe()
-with writing(Path(sys.argv[1])):
+with hold_writer_lock(Path(sys.argv[1])):
     if os.fork() == 0:
         os.close(1)
         os.write(writer, b"forked")  # what a fork lets go of is let go of by now
@@ -108,11 +108,11 @@ def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_for
     )
     try:
         assert running.stdout is not None and running.stdout.readline() == "held\n"
-        with pytest.raises(BusyIndexError, match=f"process {running.pid}"), writing(made):
+        with pytest.raises(BusyIndexError, match=f"process {running.pid}"), hold_writer_lock(made):
             pass
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
-        with writing(made):
+        with hold_writer_lock(made):
             pass
     finally:
         os.killpg(running.pid, signal.SIGKILL)
@@ -122,43 +122,47 @@ def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_for
 
 def test_a_writer_that_cannot_remove_its_lock_lets_go_of_it(made: Path) -> None:
     with Watch(made) as watch:
-        with writing(made):
+        with hold_writer_lock(made):
             pass
         (unlinked,) = (call.number for call in watch.calls if call.kind == "unlink")
-    with Watch(made, fault=Fault(unlinked, errno.EIO)), pytest.raises(OSError, match="Input/output"), writing(made):
+    with (
+        Watch(made, fault=Fault(unlinked, errno.EIO)),
+        pytest.raises(OSError, match="Input/output"),
+        hold_writer_lock(made),
+    ):
         pass
-    with writing(made):
+    with hold_writer_lock(made):
         pass
     assert WRITER not in names(made)
 
 
 def test_a_writer_gone_between_removing_its_lock_and_letting_go_hinders_nobody(made: Path) -> None:
     with Watch(made) as watch:
-        with writing(made):
+        with hold_writer_lock(made):
             pass
         last = len(watch.calls) - 1
     for number in range(last + 1):
-        with Watch(made, fault=Fault(number)), pytest.raises(Crash), writing(made):
+        with Watch(made, fault=Fault(number)), pytest.raises(Crash), hold_writer_lock(made):
             pass
-        with writing(made):
+        with hold_writer_lock(made):
             pass
         assert WRITER not in names(made)
 
 
 def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS refuses an exclusive lock on a file that is open for reading only."""
-    path, flags, opened = folder_of(made, 1) / MANIFEST, [], os.open
+    path, flags, opened = generation_folder(made, 1) / MANIFEST, [], os.open
 
     def noted(path: Path, flag: int, *rest: int) -> int:
         flags.append(flag)
         return opened(path, flag, *rest)
 
     monkeypatch.setattr(os, "open", noted)
-    with free(path) as nobody_reads:
+    with hold_unless_read(path) as nobody_reads:
         assert nobody_reads
     assert flags[0] & os.O_RDWR
     lease = Lease(path)
-    with free(path) as nobody_reads:
+    with hold_unless_read(path) as nobody_reads:
         assert not nobody_reads
     lease.close()
 
@@ -166,7 +170,7 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
         raise PermissionError(errno.EACCES, "not yours", str(path))
 
     monkeypatch.setattr(os, "open", refused)
-    with free(path) as nobody_reads:
+    with hold_unless_read(path) as nobody_reads:
         assert not nobody_reads
 
 
@@ -206,13 +210,13 @@ def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(
 def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = importlib.import_module("tracin_ann.cli.info")
     remove(made, [1])
-    read = absent.removed_ids
+    read = absent.read_removed_ids
 
     def slow(directory: Path, manifest: Manifest) -> object:
         remove(made, [2])
         return read(directory, manifest)
 
-    monkeypatch.setattr(absent, "removed_ids", slow)
+    monkeypatch.setattr(absent, "read_removed_ids", slow)
     result = CliRunner().invoke(info.main, [str(made)])
     assert result.exit_code == 0 and "generation  2, 1 rows removed" in result.output
 
@@ -222,7 +226,7 @@ def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: py
 
 def test_a_finished_build_asked_for_again_sweeps_what_a_killed_one_left(made: Path) -> None:
     """It may have been killed after its manifest and before its sweep."""
-    old, folder = made / "generation-000000", folder_of(made, 1)
+    old, folder = made / "generation-000000", generation_folder(made, 1)
     old.mkdir()
     (old / "canaries.h5").write_bytes(b"")
     for place in (made, folder, made / "features"):
@@ -243,7 +247,7 @@ def test_a_generation_whose_files_nfs_keeps_is_swept_later(made: Path, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rmdir", refused)
         assert remove(made, [1]).generation == 2
-    assert names(folder_of(made, 1)) == []
+    assert names(generation_folder(made, 1)) == []
     remove(made, [2])
     assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]
 
@@ -258,12 +262,12 @@ def test_a_build_killed_before_its_first_file_had_its_name_goes_on(tmp_path: Pat
 def test_a_removal_killed_before_it_was_current_leaves_nothing_behind(made: Path) -> None:
     """Its generation has a manifest of its own, and links to the very files that the next one links to."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(REMOVAL, "published", lambda *given: pytest.fail("not yet"))
+        patched.setattr(REMOVAL, "publish", lambda *given: pytest.fail("not yet"))
         with pytest.raises(pytest.fail.Exception):
             remove(made, [3])
-    assert not (folder_of(made, 2) / MANIFEST).exists()
+    assert not (generation_folder(made, 2) / MANIFEST).exists()
     assert remove(made, [3]).generation == 2
-    assert names(folder_of(made, 2)) == ["canaries.h5", "columns.npz", MANIFEST, "removed.npy"]
+    assert names(generation_folder(made, 2)) == ["canaries.h5", "columns.npz", MANIFEST, "removed.npy"]
     assert remove(made, [3]).generation == 2
 
 
@@ -378,14 +382,14 @@ def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes
 )
 def test_errors_of_the_system_name_the_file(error: Exception, said: str) -> None:
     with pytest.raises(type(error) if "else" in said or "damaged" in said else OSError, match=said):
-        with naming(Path("a"), Path("a.tmp")):
+        with attach_path(Path("a"), Path("a.tmp")):
             raise error
 
 
 def test_a_reader_of_a_growing_index_is_leased_the_newest(made: Path) -> None:
-    manifest, lease = leased(made)
+    manifest, lease = take_lease(made)
     build(task(11), made, config("flat", append=True))
-    assert answers(made) and names(made).count(folder_of(made, manifest.generation).name) == 1
+    assert answers(made) and names(made).count(generation_folder(made, manifest.generation).name) == 1
     lease.close()
     remove(made, [1])
     assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]

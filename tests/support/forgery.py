@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tracin_ann.store.generations import folder_of
-from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest, record_of
+from tracin_ann.store.generations import generation_folder
+from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest, record_file
 
 
 def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the content of an index's manifest, both copies, and make their digests anew."""
     content = json.loads((directory / MANIFEST).read_text())
-    own = folder_of(directory, content["generation"])
+    own = generation_folder(directory, content["generation"])
     for name in ("digest", "format"):
         del content[name]
     change(content)
@@ -31,7 +31,7 @@ def named_task(directory: Path, reference: object, /, **arguments: object) -> No
 
 def acknowledge(directory: Path, path: Path) -> None:
     """Let the manifest take a file of the index for what was written."""
-    manifest, record = Manifest.read(directory), record_of(path)
+    manifest, record = Manifest.read(directory), record_file(path)
 
     def newer(records: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(record if old.name == record.name else old for old in records)
@@ -42,5 +42,5 @@ def acknowledge(directory: Path, path: Path) -> None:
         own = {name: getattr(manifest, name) for name in ("canaries", "columns", "removed", "skipped")}
         own = {name: record if old is not None and old.name == record.name else old for name, old in own.items()}
         manifest = replace(manifest, index=replace(manifest.index, files=newer(manifest.index.files)), **own)
-    for place in (directory, folder_of(directory, manifest.generation)):
+    for place in (directory, generation_folder(directory, manifest.generation)):
         manifest.write(place)

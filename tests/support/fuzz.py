@@ -28,8 +28,8 @@ from tracin_ann.operations.removal import remove
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import FeatureFile, FeatureStore
 from tracin_ann.store.columns import read_columns
-from tracin_ann.store.exclusions import removed_ids
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.exclusions import read_removed_ids
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FORMAT, MANIFEST, Manifest, content_digest, read_build_record
 
 SECONDS_A_CASE = 10
@@ -57,7 +57,7 @@ def made(folder: Path) -> dict[str, Reader]:
     out = folder / "index"
     build(toy(folder, model, **fields), out, replace(CONFIG, index="ivf", partition_rows=64, dim=8))
     manifest = remove(out, [3, 4])
-    own = folder_of(out, manifest.generation)
+    own = generation_folder(out, manifest.generation)
     store = FeatureStore(out / "features", manifest.build.layout)
     feature = store.path(0, 0)
     header = manifest.build.layout.header(0, 0)
@@ -77,7 +77,7 @@ def made(folder: Path) -> dict[str, Reader]:
         "features": Reader(feature, features),
         "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5", 120, 2, 8)),
         "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).refuse_twins()),
-        "removed": Reader(own / "removed.npy", lambda: removed_ids(out, manifest)),
+        "removed": Reader(own / "removed.npy", lambda: read_removed_ids(out, manifest)),
     }
     return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tracin_ann.gradients.engine import GradientEngine
 from tracin_ann.store import FeatureBlock, FeatureStore
-from tracin_ann.store.manifest import FEATURES, Manifest, record_of
+from tracin_ann.store.manifest import FEATURES, Manifest, record_file
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]], bool], name: str) -> None:
@@ -49,6 +49,6 @@ def alter(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor: flo
     feature_ND[[row - file.header.start for row in rows]] *= factor
     store.write(partition, checkpoint, FeatureBlock(file.ids_N, feature_ND, file.sqnorm_N, file.loss_N))
     path = store.path(partition, checkpoint)
-    records = tuple(record_of(path) if record.name == path.name else record for record in manifest.features)
+    records = tuple(record_file(path) if record.name == path.name else record for record in manifest.features)
     for place in (directory, directory / f"generation-{manifest.generation:06d}"):
         replace(manifest, features=records).write(place)

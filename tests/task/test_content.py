@@ -24,7 +24,7 @@ from tasks.toy import CONFIG, Toy, rows, toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import IndexMismatchError, TaskError
 from tracin_ann.features.fingerprint import data_digest
-from tracin_ann.task.content import content_of
+from tracin_ann.task.content import encode_content
 
 pandas = pytest.importorskip("pandas")
 pictures = pytest.importorskip("PIL.Image")
@@ -54,12 +54,12 @@ NAN = float("nan")
     ],
 )
 def test_two_readings_are_the_same_bit_for_bit(left, right, expected):
-    assert (content_of(left) == content_of(right)) is expected
+    assert (encode_content(left) == encode_content(right)) is expected
 
 
 def test_leaves_have_the_bytes_that_digests_of_older_indexes_hold():
     row = {"x": torch.arange(3.0), "y": 2, "deep": [np.float32(1), ("text", None)], "half": torch.ones(1).bfloat16()}
-    assert content_of(row).pieces == (
+    assert encode_content(row).pieces == (
         b"((3,), 'float32')" + torch.arange(3.0).numpy().tobytes(),
         b"2",
         b"((), 'float32')" + np.float32(1).tobytes(),
@@ -67,7 +67,7 @@ def test_leaves_have_the_bytes_that_digests_of_older_indexes_hold():
         b"None",
         b"((1,), 'float32')" + np.ones(1, np.float32).tobytes(),
     )
-    expected = hashlib.blake2b(b"".join(content_of(row).pieces), digest_size=8).hexdigest()
+    expected = hashlib.blake2b(b"".join(encode_content(row).pieces), digest_size=8).hexdigest()
     assert data_digest([row], 1) == expected
 
 
@@ -209,9 +209,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_objects_are_compared_by_what_they_hold(kind):
     made = KINDS[kind]
-    assert content_of(made(1)) == content_of(made(1))
-    assert content_of([made(1)]).pieces != content_of([made(2)]).pieces
-    assert content_of(made(1)).unknown == ()
+    assert encode_content(made(1)) == encode_content(made(1))
+    assert encode_content([made(1)]).pieces != encode_content([made(2)]).pieces
+    assert encode_content(made(1)).unknown == ()
 
 
 def test_sparse_matrices_of_scipy_are_compared_whatever_they_noted_of_themselves():
@@ -219,16 +219,16 @@ def test_sparse_matrices_of_scipy_are_compared_whatever_they_noted_of_themselves
     for kind in (sparse.csr_matrix, sparse.csr_array, sparse.coo_array):
         one, same, other = (kind(np.array([[0.0, v, 0.0], [1.0, 0.0, 0.0]])) for v in (1, 1, 2))
         same.tocsr().sort_indices()
-        assert content_of(one) == content_of(same)
-        assert content_of(one) != content_of(other)
-        assert not content_of(one).unknown
+        assert encode_content(one) == encode_content(same)
+        assert encode_content(one) != encode_content(other)
+        assert not encode_content(one).unknown
 
 
 def test_what_an_object_keeps_of_its_own_computing_is_no_content():
     value = Plain(x=1)
-    before = content_of(value)
+    before = encode_content(value)
     assert value.size is value.size
-    assert content_of(value) == before
+    assert encode_content(value) == before
 
 
 def endless():
@@ -261,9 +261,9 @@ def deep():
     ],
 )
 def test_what_cannot_be_taken_apart_is_said_and_the_batch_stands_in(value, name):
-    assert name in content_of(value).unknown
-    assert content_of((1, value), lambda examples: torch.zeros(1)) == content_of(torch.zeros(1))
-    assert name in content_of((1, value), lambda examples: examples).unknown
+    assert name in encode_content(value).unknown
+    assert encode_content((1, value), lambda examples: torch.zeros(1)) == encode_content(torch.zeros(1))
+    assert name in encode_content((1, value), lambda examples: examples).unknown
 
 
 class Drawn:

@@ -22,7 +22,7 @@ from tracin_ann.task.nested import (
     leaves,
     length,
     map_leaves,
-    pinned,
+    pin_memory,
     rebuild,
     tensors_within,
     to_device,
@@ -181,12 +181,12 @@ def test_sparse_tensors_move_and_are_not_split():
         assert batched_tensors([value], 3) == (
             f"a batch that holds a tensor of layout {value.layout} cannot be split into examples"
         )
-        assert pinned([value])[0] is value
+        assert pin_memory([value])[0] is value
 
 
 def test_objects_that_know_how_are_pinned():
     own = Own(torch.zeros(2), True)
-    assert pinned({"own": own})["own"].x == "pinned"
+    assert pin_memory({"own": own})["own"].x == "pinned"
 
 
 def test_a_value_that_holds_itself_is_walked_once():

@@ -159,20 +159,20 @@ def test_checkpoints_must_be_a_list_of_checkpoint(tmp_path, checkpoints):
 )
 def test_parameters_are_chosen_by_glob_list_or_predicate_in_the_models_order(tmp_path, parameters, expected):
     model = Toy()
-    assert list(toy(tmp_path, model, parameters=parameters).selected(model)) == expected
+    assert list(toy(tmp_path, model, parameters=parameters).select_parameters(model)) == expected
 
 
 def test_without_a_choice_only_parameters_that_train_take_part_and_a_choice_may_name_frozen_ones(tmp_path):
     model = Toy()
     model.first.requires_grad_(False)
-    assert list(toy(tmp_path, model).selected(model)) == ["second.weight", "second.bias"]
-    assert list(toy(tmp_path, model, parameters="first.*").selected(model)) == ["first.weight", "first.bias"]
+    assert list(toy(tmp_path, model).select_parameters(model)) == ["second.weight", "second.bias"]
+    assert list(toy(tmp_path, model, parameters="first.*").select_parameters(model)) == ["first.weight", "first.bias"]
 
 
 def test_a_tied_parameter_takes_part_once(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    assert list(toy(tmp_path, model).selected(model)) == ["0.weight", "0.bias", "1.bias"]
+    assert list(toy(tmp_path, model).select_parameters(model)) == ["0.weight", "0.bias", "1.bias"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_tied_parameter_takes_part_once(tmp_path):
 def test_a_choice_that_matches_nothing_is_refused_with_the_names_there_are(tmp_path, parameters, what):
     model = Toy()
     with pytest.raises(TaskError) as caught:
-        toy(tmp_path, model, parameters=parameters).selected(model)
+        toy(tmp_path, model, parameters=parameters).select_parameters(model)
     assert str(caught.value) == (
         f"{what}: got no match, expected some of the model's 4 parameters (first.weight, first.bias, second.weight, "
         "second.bias); mend Task.parameters, or requires_grad in the model"
@@ -197,7 +197,7 @@ def test_a_choice_that_matches_nothing_is_refused_with_the_names_there_are(tmp_p
 def test_a_parameter_that_is_not_real_is_refused(tmp_path):
     model = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(TaskError, match="^parameter weight cannot be used: got torch.complex64, expected a real float"):
-        toy(tmp_path, model=lambda: model, checkpoints=[Checkpoint("a.pt", 1.0)]).selected(model)
+        toy(tmp_path, model=lambda: model, checkpoints=[Checkpoint("a.pt", 1.0)]).select_parameters(model)
 
 
 def test_a_description_may_be_a_text_or_a_description(tmp_path):

@@ -24,7 +24,7 @@ from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import DamagedIndexError, UsageError
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair
-from tracin_ann.store.generations import folder_of
+from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.locks import WRITER
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, Manifest
 
@@ -276,7 +276,7 @@ def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) 
     link.symlink_to(index)
     assert len(InfluenceIndex.open(link).query([0])) == 1
     build(f"{NAME}.py:task", link, CONFIG)
-    assert remove(link, [2]).generation == 2 and folder_of(index, 2).is_dir()
+    assert remove(link, [2]).generation == 2 and generation_folder(index, 2).is_dir()
     assert InfluenceIndex.open(link).removed.tolist() == [2]
 
 

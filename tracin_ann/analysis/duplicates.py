@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Fields, Id, Listed, Record
+from tracin_ann.scoring import Describe, Fields, Id, Record, RowList
 from tracin_ann.store import FeatureView, RowFilter
 from tracin_ann.types import Float64, Int64, ProgressCallback
 
@@ -79,7 +79,7 @@ class Extent:
     n_zero: int
 
 
-class Duplicates(Listed[Duplicate]):
+class Duplicates(RowList[Duplicate]):
     """The rows that have a duplicate, group after group, the largest group first, rows rising."""
 
     FIELDS = Fields(

@@ -17,7 +17,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Directions, Fields, Id, Listed, Record, parts_figure, whole_gradients
+from tracin_ann.scoring import Describe, Directions, Fields, Id, Record, RowList, parts_figure, whole_gradients
 from tracin_ann.types import ProgressCallback
 
 MODEL = "(model)"
@@ -63,7 +63,7 @@ class Pair:
     side: SideName
 
 
-class Explanation(Listed[Part]):
+class Explanation(RowList[Part]):
     """The parts of one true score, checkpoint after checkpoint, parameters in the model's order; they add up to it.
 
     Attributes:

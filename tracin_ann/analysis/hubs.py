@@ -17,7 +17,7 @@ import numpy as np
 from tracin_ann.choices import SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Answer, Describe, Fields, Id, Listed, QueryOptions, Record, counts_figure
+from tracin_ann.scoring import Answer, Describe, Fields, Id, QueryOptions, Record, RowList, counts_figure
 from tracin_ann.types import Int64, ProgressCallback
 
 _LOT = 512
@@ -90,7 +90,7 @@ class Census:
     how: str
 
 
-class Hubs(Listed[Hub]):
+class Hubs(RowList[Hub]):
     """The rows that are among the first k of any query, by falling count; `census` knows the others too."""
 
     FIELDS = Fields(

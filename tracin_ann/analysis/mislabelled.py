@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Fields, Id, Listed, Ranked, Record
+from tracin_ann.scoring import Describe, Fields, Id, RankedRows, Record, RowList
 from tracin_ann.search import FlatIndex
 from tracin_ann.store import RowFilter
 from tracin_ann.types import Float64, Int64, ProgressCallback
@@ -90,7 +90,7 @@ class Suspicion:
     look_at: int | None = None
 
 
-class Suspects(Listed[Suspect]):
+class Suspects(RowList[Suspect]):
     """Training rows, the most suspicious first; `suspicion` tells of all of them."""
 
     FIELDS = Fields(
@@ -218,7 +218,7 @@ class _Known:
         return len(self.row_N)
 
     @classmethod
-    def of(cls, index: InfluenceIndex, ranked: Ranked, checkpoints: Sequence[int] | None, by: By) -> _Known:
+    def of(cls, index: InfluenceIndex, ranked: RankedRows, checkpoints: Sequence[int] | None, by: By) -> _Known:
         """Return what an index says of rows whose self-influence is given."""
         view = index.view(checkpoints)
         loss_VC = view.store.losses(view.checkpoints).astype(np.float64)

@@ -16,8 +16,8 @@ import numpy as np
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Fields, Id, Listed, Record
-from tracin_ann.search import FlatIndex, at_unit_scale
+from tracin_ann.scoring import Fields, Id, Record, RowList
+from tracin_ann.search import FlatIndex, scale_to_unit
 from tracin_ann.store import RowFilter
 from tracin_ann.types import Float32, Int64, ProgressCallback
 
@@ -48,7 +48,7 @@ class Chosen:
     query_row: int | None = None
 
 
-class Subset(Listed[Chosen]):
+class Subset(RowList[Chosen]):
     """The rows of a subset in the order in which they were taken."""
 
     FIELDS = Fields(
@@ -175,7 +175,7 @@ def _in_turn(
 
 def _best(scan: FlatIndex, queries_QF: Float32, k: int, allowed: Int64) -> list[list[tuple[int, float]]]:
     """Return of each query the k allowed rows of highest score, best first, equal ones by rising row, with scores."""
-    scaled_QF, exponent_Q = at_unit_scale(queries_QF)
+    scaled_QF, exponent_Q = scale_to_unit(queries_QF)
     top = scan.search(scaled_QF, min(k, len(allowed)), allowed)
     return [
         list(zip(ids.tolist(), np.ldexp(scores.astype(np.float64), exponent).tolist(), strict=True))

@@ -10,9 +10,9 @@ import click
 
 from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES
 from tracin_ann.cli.command import command, device_option, files, folders, is_quiet, note, say
-from tracin_ann.cli.info import believed
-from tracin_ann.cli.parameters import MemorySize, parsed_arguments, progress_shown
-from tracin_ann.text import duration, sized
+from tracin_ann.cli.info import quality_lines
+from tracin_ann.cli.parameters import MemorySize, parse_arguments, show_progress
+from tracin_ann.text import format_duration, format_size
 
 if TYPE_CHECKING:
     from tracin_ann.build import BuildReport
@@ -77,7 +77,7 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
     from tracin_ann.device import device_name, resolve_device
     from tracin_ann.operations import plan
 
-    arguments = parsed_arguments(task_args)
+    arguments = parse_arguments(task_args)
     config = BuildConfig(**options)  # type: ignore[arg-type]
     if dry_run:
         _show_plan(plan(task, out, config, arguments=arguments), config)
@@ -91,7 +91,7 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
 def _built(task: str, out: str, config: BuildConfig, arguments: Mapping[str, str]) -> BuildReport:
     from tracin_ann.build import build
 
-    with progress_shown("rows x checkpoints") as progress:
+    with show_progress("rows x checkpoints") as progress:
         return build(task, out, config, arguments=arguments, progress=progress)
 
 
@@ -100,10 +100,10 @@ def _show_plan(made: BuildPlan, config: BuildConfig) -> None:
     from tracin_ann.gradients import NONE, STEPS
 
     say(f"rows        {made.rows:,} x {made.feature_dim:,} dimensions ({config.sketch}, seed {config.seed})")
-    say(f"disk        {sized(made.disk_bytes)} as {config.dtype}")
-    say(f"memory      {sized(made.memory_bytes)} besides the model's weights")
+    say(f"disk        {format_size(made.disk_bytes)} as {config.dtype}")
+    say(f"memory      {format_size(made.memory_bytes)} besides the model's weights")
     on = device_name(resolve_device(config.device))
-    say(f"time        {duration(made.seconds)} on {on} for the features; index and measurements come on top")
+    say(f"time        {format_duration(made.seconds)} on {on} for the features; index and measurements come on top")
     tuned = made.tuned
     layout = ", channels last" if tuned.channels_last else ""
     share = tuned.read_seconds / (tuned.read_seconds + made.row_seconds)
@@ -135,11 +135,13 @@ def _show_report(report: BuildReport, out: str) -> None:
     spec = manifest.build.spec
     if report.rows_extracted:
         rate = report.rows_extracted / max(report.seconds, 1e-9)
-        took = f"{report.rows_extracted:,} rows x checkpoints in {duration(report.seconds)}, {rate:,.0f} a second"
+        took = (
+            f"{report.rows_extracted:,} rows x checkpoints in {format_duration(report.seconds)}, {rate:,.0f} a second"
+        )
     else:
         took = "all features were there already"
     size = sum(record.size for record in (*manifest.features, *manifest.index.files))
-    made = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}"
+    made = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {format_size(size)}"
     say(f"{out}: {made}; {took}")
     if len(report.skipped):
         say(f"{report.skipped.counted} ({report.skipped.named})")
@@ -147,8 +149,8 @@ def _show_report(report: BuildReport, out: str) -> None:
         say(line)
     say(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
-        say(f"believe {believed(manifest)}")
-    say(f"audited {manifest.audited(report.uneven)}")
+        say(f"believe {quality_lines(manifest)}")
+    say(f"audited {manifest.audit_summary(report.uneven)}")
     steps = {step.step for step in manifest.steps}
     shares = [f"{name} {_share(report, name)}" for name in STEPS if name in steps]
     say(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))

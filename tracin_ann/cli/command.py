@@ -16,7 +16,7 @@ from tracin_ann.cli.config_file import read_config
 from tracin_ann.cli.failures import DEBUG, refusals, refused
 from tracin_ann.device import DEVICE_NAMES, DEVICES
 from tracin_ann.errors import UsageError
-from tracin_ann.text import visible
+from tracin_ann.text import escape_control
 
 _QUIET = "tracin_ann.quiet"
 _STATUSES = (
@@ -104,7 +104,7 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        click.echo(visible(self.format(record), "\n"), err=True)
+        click.echo(escape_control(self.format(record), "\n"), err=True)
 
 
 def _log(context: click.Context, parameter: click.Parameter, value: int) -> None:
@@ -137,7 +137,7 @@ def note(message: str, *, err: bool = False) -> None:
 
 def say(message: str, *, err: bool = False) -> None:
     """Print a line, whatever stands in it: a manifest, a task or a data set of somebody else may have a part in it."""
-    click.echo(visible(message), err=err)
+    click.echo(escape_control(message), err=err)
 
 
 def given() -> set[str]:

@@ -37,10 +37,10 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
     Raises:
         UsageError: the file cannot be read, a name is unknown, or a value is of the wrong type.
     """
-    from tracin_ann.files import read_given_text
+    from tracin_ann.files import read_user_text
 
     try:
-        text = read_given_text(path, _MOST_BYTES)
+        text = read_user_text(path, _MOST_BYTES)
         if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
             raise ValueError(f"a line with more than {_MOST_DOTS} dots")
         table = tomllib.loads(text)

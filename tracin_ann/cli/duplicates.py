@@ -9,12 +9,12 @@ from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
-    opened,
+    open_index,
     own_ids_option,
     row_filter,
 )
 from tracin_ann.cli.output import Sink, output_options
-from tracin_ann.cli.parameters import progress_shown
+from tracin_ann.cli.parameters import show_progress
 
 
 @command(
@@ -38,8 +38,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     from tracin_ann.analysis import Duplicates, find_duplicates
 
     sink = Sink.of(form, output)
-    index = opened(directory, options)
-    with sink.opened(Duplicates.FIELDS) as write, progress_shown("units") as progress:
+    index = open_index(directory, options)
+    with sink.opened(Duplicates.FIELDS) as write, show_progress("units") as progress:
         found = find_duplicates(
             index,
             options["threshold"],  # type: ignore[arg-type]

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from tracin_ann.cli.command import command, directory_argument, note
-from tracin_ann.cli.index_options import checkpoints_option, index_options, one_position, opened, own_ids_option
+from tracin_ann.cli.index_options import checkpoints_option, index_options, one_position, open_index, own_ids_option
 from tracin_ann.cli.output import Sink, output_options
-from tracin_ann.cli.parameters import IdRanges, progress_shown
+from tracin_ann.cli.parameters import IdRanges, show_progress
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.text import visible
+from tracin_ann.text import escape_control
 
 if TYPE_CHECKING:
     from tracin_ann.analysis import Explanation
@@ -47,9 +47,9 @@ def main(directory: str, form: str | None, output: str | None, by: str, **option
 
     side, name = _query_option(options)
     sink = Sink.of(form, output)
-    index = opened(directory, options)
+    index = open_index(directory, options)
     row, query = one_position(index, "train", "train_id", options), one_position(index, side, name, options)
-    with progress_shown("checkpoints") as progress:
+    with show_progress("checkpoints") as progress:
         found = explain(index, row, query, side, progress, checkpoints=options["checkpoints"])  # type: ignore[arg-type]
     if sink.form == "table":
         _print(found, by)
@@ -94,7 +94,7 @@ def _print(found: Explanation, by: str) -> None:
     sums = found.by_layer if by == "layer" else found.by_parameter
     for name, parts in lines.items():
         cells = [f"{parts[c]:+.4g}" for c in checkpoints]
-        table.add_row(escape(visible(name)), *cells, f"{sums[name]:+.4g}", f"{sums[name] / whole:+.1%}")
+        table.add_row(escape(escape_control(name)), *cells, f"{sums[name]:+.4g}", f"{sums[name] / whole:+.1%}")
     table.add_section()
     shares = f"{found.score / whole:+.1%}"
     table.add_row("all", *(f"{found.by_checkpoint[c]:+.4g}" for c in checkpoints), f"{found.score:+.4g}", shares)

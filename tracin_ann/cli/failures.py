@@ -21,7 +21,7 @@ import click
 
 from tracin_ann.cli.streams import abandon_stdout, usable_streams
 from tracin_ann.errors import TracinAnnError, problem
-from tracin_ann.text import visible
+from tracin_ann.text import escape_control
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ def refusals(function: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             raise refused(error, _unforeseen(error), TracinAnnError.exit_code) from error
         except (KeyboardInterrupt, Stopped) as stop:
-            click.echo(visible(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}"), err=True)
+            click.echo(escape_control(f"stopped: nothing is half-written; again: {shlex.join(sys.argv)}"), err=True)
             number = signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT
             raise click.exceptions.Exit(128 + number) from stop
 
@@ -104,8 +104,8 @@ def refused(error: Exception, said: str, status: int) -> click.exceptions.Exit:
     """Say why in one line, below the traceback with `--debug`; return what ends the command."""
     context = click.get_current_context(silent=True)
     if context is not None and context.meta.get(DEBUG):
-        click.echo(visible("".join(traceback.format_exception(error)), "\n"), err=True, nl=False)
-    click.echo(f"error: {visible(' '.join(said.split()))}", err=True)
+        click.echo(escape_control("".join(traceback.format_exception(error)), "\n"), err=True, nl=False)
+    click.echo(f"error: {escape_control(' '.join(said.split()))}", err=True)
     return click.exceptions.Exit(status)
 
 

@@ -10,13 +10,13 @@ from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
-    opened,
+    open_index,
     own_ids_option,
     positions,
     row_filter,
 )
 from tracin_ann.cli.output import Sink, output_options
-from tracin_ann.cli.parameters import IdRanges, progress_shown
+from tracin_ann.cli.parameters import IdRanges, show_progress
 from tracin_ann.errors import UsageError, problem
 
 
@@ -58,7 +58,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
         what, got = "hubs of one data set's queries", "--ids and --train-ids"
         raise UsageError(problem(what, got=got, expected="one of the two", remedy="drop one of them"))
     sink = Sink.of(form, output)
-    index = opened(directory, options)
+    index = open_index(directory, options)
     side, name = ("train", "train_ids") if options["train_ids"] else ("query", "ids")
     named = options[name]
     ids = None if named is None else positions(index, side, named, options)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
         search=options["search"],  # type: ignore[arg-type]
         rows=row_filter(index, options),
     )
-    with sink.opened(Hubs.FIELDS) as write, progress_shown("queries") as progress:
+    with sink.opened(Hubs.FIELDS) as write, show_progress("queries") as progress:
         found = find_hubs(index, ids, options["k"], side, chosen, progress)  # type: ignore[arg-type]
         write(found.ranked(options["by"], options["top"]))  # type: ignore[arg-type]
     census = found.census

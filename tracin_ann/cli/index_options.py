@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracin_ann.cli.command import device_option, task_options
-from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, Positions, parsed_arguments
+from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, Positions, parse_arguments
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def filter_options(function: Function) -> Function:
     return only(without(where(function)))
 
 
-def opened(directory: str, options: Options) -> InfluenceIndex:
+def open_index(directory: str, options: Options) -> InfluenceIndex:
     """Return the index in a directory, as `index_options` say."""
     from tracin_ann.index import InfluenceIndex
 
-    task, arguments = options["task"], parsed_arguments(options["task_args"])
+    task, arguments = options["task"], parse_arguments(options["task_args"])
     return InfluenceIndex.open(
         directory,
         task,

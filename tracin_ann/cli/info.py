@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tracin_ann.cli.command import command, directory_argument, say
 from tracin_ann.cli.streams import expect_stdout
-from tracin_ann.text import duration, sized
+from tracin_ann.text import format_duration, format_size
 
 if TYPE_CHECKING:
     from tracin_ann.search import Calibration
@@ -21,26 +21,28 @@ _SHOWN = 12
 @directory_argument
 def main(directory: str) -> None:
     """Say what the index in DIR holds and how far its answers may be believed."""
-    from tracin_ann.store import leased, removed_ids, skipped_rows
+    from tracin_ann.store import read_removed_ids, read_skipped_rows, take_lease
 
     expect_stdout()
-    manifest, lease = leased(Path(directory))
+    manifest, lease = take_lease(Path(directory))
     with closing(lease):
-        removed = len(removed_ids(Path(directory), manifest))
+        removed = len(read_removed_ids(Path(directory), manifest))
     spec, index = manifest.build.spec, manifest.index
     size = sum(record.size for record in manifest.features)
-    say(f"rows        {spec.train_rows:,}, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {sized(size)}")
+    say(
+        f"rows        {spec.train_rows:,}, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {format_size(size)}"
+    )
     say(f"sketch      {spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, norms by {spec.norms}")
     held = sum(record.size for record in index.files)
-    say(f"index       {index.kind}{f', {sized(held)}' if held else ''}: {index.reason}")
+    say(f"index       {index.kind}{f', {format_size(held)}' if held else ''}: {index.reason}")
     say(f"generation  {manifest.generation}{f', {removed:,} rows removed' if removed else ''}")
-    skipped = skipped_rows(Path(directory), manifest)
+    skipped = read_skipped_rows(Path(directory), manifest)
     if len(skipped):
         say(f"skipped     {skipped.counted} ({skipped.named})")
     if manifest.fidelity is not None:
         say(f"fidelity    {fidelity_line(manifest.fidelity)}")
-    say(f"believe     {believed(manifest)}")
-    say(f"audited     {manifest.audited()}")
+    say(f"believe     {quality_lines(manifest)}")
+    say(f"audited     {manifest.audit_summary()}")
     if index.calibration is not None:
         _print_curve(index.calibration)
 
@@ -54,9 +56,9 @@ def fidelity_line(found: Fidelity) -> str:
     )
 
 
-def believed(manifest: Manifest) -> str:
+def quality_lines(manifest: Manifest) -> str:
     """Return in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
-    return manifest.believed
+    return manifest.quality_summary
 
 
 def _print_curve(calibration: Calibration) -> None:
@@ -89,4 +91,4 @@ def _print_curve(calibration: Calibration) -> None:
 def _seconds(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1e3:.2f} ms"
-    return duration(seconds)
+    return format_duration(seconds)

@@ -9,12 +9,12 @@ from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
-    opened,
+    open_index,
     own_ids_option,
     row_filter,
 )
 from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
-from tracin_ann.cli.parameters import progress_shown
+from tracin_ann.cli.parameters import show_progress
 
 
 @command(
@@ -57,8 +57,8 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
 
     sink = Sink.of(form, output, html)
     expect_report(html)
-    index = opened(directory, options)
-    with sink.opened(Suspects.FIELDS) as write, progress_shown("rows") as progress:
+    index = open_index(directory, options)
+    with sink.opened(Suspects.FIELDS) as write, show_progress("rows") as progress:
         found = find_mislabelled(
             index,
             None if options["no_labels"] else str(options["labels"]),

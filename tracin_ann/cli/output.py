@@ -15,11 +15,11 @@ from tracin_ann.choices import FORMATS, Format
 from tracin_ann.cli.command import note
 from tracin_ann.cli.streams import expect_stdout
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.text import sized
+from tracin_ann.text import format_size
 
 if TYPE_CHECKING:
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.scoring import Answers, Fields, Listed
+    from tracin_ann.scoring import Answers, Fields, RowList
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CSV_RAW = "tracin_ann.csv_raw"
@@ -82,14 +82,14 @@ def expect_report(path: str | None) -> None:
 
 
 def write_page(
-    results: Answers | Listed[Any], path: str | None, index: InfluenceIndex, checkpoints: Sequence[int] | None
+    results: Answers | RowList[Any], path: str | None, index: InfluenceIndex, checkpoints: Sequence[int] | None
 ) -> None:
     """Write the page that `--html` asks for, if it does, and say where it is."""
     if path is not None:
         from tracin_ann.report import write_report
 
         written = write_report(results, path, index, checkpoints=checkpoints)
-        size = f", {sized(written.stat().st_size)}" if written.is_file() else ""
+        size = f", {format_size(written.stat().st_size)}" if written.is_file() else ""
         note(f"report: {written}{size}", err=True)
 
 
@@ -136,9 +136,9 @@ class Sink:
         return cls(chosen, path, _is_raw())
 
     @contextmanager
-    def opened(self, fields: Fields) -> Iterator[Callable[[Answers | Listed[Any]], None]]:
+    def opened(self, fields: Fields) -> Iterator[Callable[[Answers | RowList[Any]], None]]:
         """Yield what writes results, one lot after another."""
-        from tracin_ann.scoring import writer
+        from tracin_ann.scoring import open_writer
 
         if self.form == "none":
             yield lambda results: None
@@ -149,5 +149,5 @@ class Sink:
             yield print_results
             return
         form = cast(Format, self.form)
-        with writer(form, self.path or sys.stdout, fields, csv_raw=self.csv_raw) as write:
+        with open_writer(form, self.path or sys.stdout, fields, csv_raw=self.csv_raw) as write:
             yield lambda results: write(results.lines() if form == "jsonl" else results.records())

@@ -72,10 +72,10 @@ class IdRanges(click.ParamType):  # type: ignore[type-arg]
     def _parts(self, text: str, own: bool, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         if not text.startswith("@"):
             return text.split(",")
-        from tracin_ann.files import read_given_text
+        from tracin_ann.files import read_user_text
 
         try:
-            lines = read_given_text(Path(text[1:]), _MOST_BYTES).splitlines()
+            lines = read_user_text(Path(text[1:]), _MOST_BYTES).splitlines()
         except (OSError, ValueError) as error:
             self.fail(f"cannot read {text[1:]} ({error}), expected a file with ids on its lines", param, ctx)
         # An own id may have a comma in it: a line is one.
@@ -129,7 +129,7 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]
         return int(size)
 
 
-def parsed_arguments(pairs: Sequence[str]) -> dict[str, str]:
+def parse_arguments(pairs: Sequence[str]) -> dict[str, str]:
     """Return `--task-arg key=value` pairs as a dict.
 
     Raises:
@@ -147,7 +147,7 @@ def parsed_arguments(pairs: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def progress_shown(unit: str) -> Iterator[ProgressCallback]:
+def show_progress(unit: str) -> Iterator[ProgressCallback]:
     """Yield a progress callback that draws a bar on a terminal, and prints a line now and then elsewhere."""
     if is_quiet():
         yield _nothing

@@ -10,9 +10,9 @@ import click
 
 from tracin_ann.choices import SEARCHES
 from tracin_ann.cli.command import command, device_option, directory_argument, given, note, task_options
-from tracin_ann.cli.index_options import checkpoints_option, opened, positions
+from tracin_ann.cli.index_options import checkpoints_option, open_index, positions
 from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
-from tracin_ann.cli.parameters import IdRanges, progress_shown
+from tracin_ann.cli.parameters import IdRanges, show_progress
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     _refuse_idle(options)
     sink = Sink.of(form, output, html)
     expect_report(html)
-    index = opened(directory, options)
+    index = open_index(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
     options |= _at_positions(index, options)
     if options["self_influence"]:
@@ -117,7 +117,7 @@ def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, htm
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
     summary, kept = _Summary(len(index)), Answers((), index.described)
-    with sink.opened(HITS) as write, progress_shown("rows") as progress:
+    with sink.opened(HITS) as write, show_progress("rows") as progress:
         for answers in _lots(index, options, chosen, progress):
             write(answers)
             summary.add(answers)
@@ -176,7 +176,7 @@ class _Summary:
 def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     from tracin_ann.scoring import RANKED
 
-    with sink.opened(RANKED) as write, progress_shown("rows") as progress:
+    with sink.opened(RANKED) as write, show_progress("rows") as progress:
         rows = index.self_influence(
             int(options["k"]),  # type: ignore[call-overload]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]

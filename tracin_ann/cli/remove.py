@@ -21,12 +21,12 @@ def main(directory: str, ids: Positions) -> None:
     and train_data must keep the rows in their places.
     """
     from tracin_ann.operations import remove
-    from tracin_ann.store import Manifest, leased, removed_ids
+    from tracin_ann.store import Manifest, read_removed_ids, take_lease
 
     n_rows = Manifest.read(Path(directory)).build.layout.n_rows
     remove(directory, ids.within(n_rows, "bad --ids"))
     # As it is now: another writer may already have been here.
-    manifest, lease = leased(Path(directory))
+    manifest, lease = take_lease(Path(directory))
     with closing(lease):
-        n_removed, n_rows = len(removed_ids(Path(directory), manifest)), manifest.build.layout.n_rows
+        n_removed, n_rows = len(read_removed_ids(Path(directory), manifest)), manifest.build.layout.n_rows
     note(f"{directory}: {n_removed:,} of {n_rows:,} rows are removed; generation {manifest.generation}")

@@ -12,13 +12,13 @@ from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
-    opened,
+    open_index,
     own_ids_option,
     positions,
     row_filter,
 )
 from tracin_ann.cli.output import Sink, output_options, refuse_raw
-from tracin_ann.cli.parameters import IdRanges, progress_shown
+from tracin_ann.cli.parameters import IdRanges, show_progress
 
 if TYPE_CHECKING:
     from tracin_ann.analysis import Subset
@@ -59,10 +59,10 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     if listed:
         refuse_raw(f"--output {output}")
     sink = None if listed else Sink.of(form, output)
-    index = opened(directory, options)
+    index = open_index(directory, options)
     named = options["ids"]
     ids = None if named is None else positions(index, "query", named, options)  # type: ignore[arg-type]
-    with progress_shown("rows") as progress:
+    with show_progress("rows") as progress:
         found = select(
             index,
             options["n"],  # type: ignore[arg-type]
@@ -81,10 +81,10 @@ def main(directory: str, form: str | None, output: str | None, **options: object
 
 
 def _list(path: Path, found: Subset, *, own: bool) -> None:
-    from tracin_ann.files import output_file
+    from tracin_ann.files import open_output
 
     text = "".join(f"{chosen.id if own else chosen.row}\n" for chosen in found)
-    with output_file(path) as file:
+    with open_output(path) as file:
         # As IdRanges reads it.
         file.write(text.encode("utf-8", "surrogatepass"))
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tracin_ann.scoring import Answers, Hit, Listed, Texts, one_line, shown_cells
+from tracin_ann.scoring import Answers, Hit, RowList, Texts, format_cells, join_lines
 
 _TEXT_WIDTH, _GOOD_TEXT, _LEAST_TEXT, _BETWEEN = 48, 20, 8, 3
 """The most columns of a text, those for which details give way, the least, and those between two cells."""
@@ -28,7 +28,7 @@ def _(answers: Answers) -> None:
     console = Console(highlight=False)
     for answer in answers:
         shown = [] if answer.row is None else [answers.texts(answer.side, answer.row)]
-        title = ": ".join(one_line(text) for text in (f"{answer.side} {answer.query}", *shown) if text)
+        title = ": ".join(join_lines(text) for text in (f"{answer.side} {answer.query}", *shown) if text)
         texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
         scores = ("score", "for", "against") if answer.against else ("score",)
         heads = [
@@ -47,10 +47,10 @@ def _(answers: Answers) -> None:
 
 
 @print_results.register
-def _(rows: Listed) -> None:  # type: ignore[type-arg]
+def _(rows: RowList) -> None:  # type: ignore[type-arg]
     """Print one table, a line a result, without fields that are empty everywhere and rows that are the ids."""
     records = rows.records()
-    cells = [shown_cells(record) for record in records]
+    cells = [format_cells(record) for record in records]
     idle = {"row"} if all(record.get("row") == record.get("id") for record in records) else set()
     filled = [at for at, name in enumerate(rows.FIELDS.names) if name not in idle and any(line[at] for line in cells)]
     console = Console(highlight=False)
@@ -106,4 +106,4 @@ def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) 
     hit = hits[place]
     scores = (hit.score, *hit.of_means, *[None] * n_scores)[:n_scores]
     shown = ["" if score is None else f"{score:+.4g}" for score in scores]
-    return [one_line(str(hit.id)), *shown, *([] if texts is None else [one_line(texts("train", hit.row) or "")])]
+    return [join_lines(str(hit.id)), *shown, *([] if texts is None else [join_lines(texts("train", hit.row) or "")])]

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from tracin_ann.cli.command import command, device_option, directory_argument, note, say, task_options
-from tracin_ann.cli.parameters import parsed_arguments, progress_shown
+from tracin_ann.cli.parameters import parse_arguments, show_progress
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.text import sized
+from tracin_ann.text import format_size
 
 Options = Mapping[str, Any]
 
@@ -44,38 +44,38 @@ def main(directory: str, mend: bool, n_audited: int | None, seed: int | None, **
 
 def _task(options: Options) -> dict[str, Any]:
     """Return the task and device as `repair` and `audit` take them."""
-    task, arguments = options["task"], parsed_arguments(options["task_args"])
+    task, arguments = options["task"], parse_arguments(options["task_args"])
     return {"task": task, "arguments": arguments or ({} if task else None), "device": options["device"]}
 
 
 def _verify(directory: str, mend: bool, options: Options) -> None:
     from tracin_ann.operations import repair, sweep, verify
 
-    with progress_shown("files") as progress:
+    with show_progress("files") as progress:
         seen = verify(directory, progress)
     for damage in seen.damage:
         say(damage.message)
     if not seen.damage:
         if mend:
             sweep(directory)
-        note(f"{directory}: {seen.files:,} files, {sized(seen.size)}, all as they were written")
+        note(f"{directory}: {seen.files:,} files, {format_size(seen.size)}, all as they were written")
         return
     if not mend:
         raise DamagedIndexError(f"{directory}: {len(seen.damage)} damaged; tracin-verify --repair makes them anew")
-    with progress_shown("rows x checkpoints") as progress:
+    with show_progress("rows x checkpoints") as progress:
         repair(directory, **_task(options), progress=progress)
         left = verify(directory, progress)
     for damage in left.damage:
         say(damage.message)
     if left.damage:
         raise DamagedIndexError(f"{directory}: {len(left.damage)} still damaged; build a new index")
-    note(f"{directory}: made anew, {left.files:,} files, {sized(left.size)}, all as they were written")
+    note(f"{directory}: made anew, {left.files:,} files, {format_size(left.size)}, all as they were written")
 
 
 def _audit(directory: str, n_rows: int, seed: int | None, options: Options) -> None:
     from tracin_ann.operations import Draw, audit
 
-    with progress_shown("rows") as progress:
+    with show_progress("rows") as progress:
         seen = audit(directory, Draw(n_rows, seed), **_task(options), progress=progress)
     for difference in seen.differences:
         click.echo(str(difference))
@@ -83,4 +83,4 @@ def _audit(directory: str, n_rows: int, seed: int | None, options: Options) -> N
         raise DamagedIndexError(
             f"{directory}: {len(seen.differences)} of {seen.rows} rows differ from plain autograd; build a new index"
         )
-    note(f"{directory}: audited {seen.record.told()}")
+    note(f"{directory}: audited {seen.record.summary()}")

@@ -21,10 +21,10 @@ from torch import Tensor
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.passes import LoadedModel
-from tracin_ann.features.pipeline import Extracted
-from tracin_ann.gradients import Batch, Form, GradientEngine, Sink, materialised
-from tracin_ann.store import AuditRecord, Dtype, FeatureStore, Start, unnamed_files
-from tracin_ann.task import Collated
+from tracin_ann.features.pipeline import ExtractionResult
+from tracin_ann.gradients import Batch, Form, GradientEngine, Sink, materialise
+from tracin_ann.store import AuditRecord, Dtype, FeatureStore, Start, find_unnamed_files
+from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Float64, Int64, ProgressCallback
 
 DRAWN = 16
@@ -68,7 +68,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Audited:
+class AuditResult:
     """What an audit found: how many rows it compared, the largest share of those that agree, and those that differ."""
 
     rows: int
@@ -94,7 +94,7 @@ def draw_places(n_places: int, store: FeatureStore, without: Int64, seed: int) -
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltRows:
     """What a build is about to publish.
 
     Attributes:
@@ -105,7 +105,7 @@ class Built:
         seed: of the rows that are drawn.
     """
 
-    extracted: Extracted
+    extracted: ExtractionResult
     start: Start
     missing: Sequence[tuple[int, int]]
     removed: Int64
@@ -126,7 +126,7 @@ class Audits:
     uneven: AuditRecord | None = None
 
 
-def audit_build(auditor: Auditor, built: Built) -> Audits:
+def audit_build(auditor: Auditor, built: BuiltRows) -> Audits:
     """Audit the rows of a build, old ones and new ones.
 
     Where nothing was computed for an index that is finished already, its own audit stands. Where a row differs, the
@@ -147,7 +147,7 @@ def audit_build(auditor: Auditor, built: Built) -> Audits:
     drawn = auditor.audit(draw_places(DRAWN, store, without, built.seed))
     differences = *uneven.differences, *drawn.differences
     if differences:
-        computed = unnamed_files(store, start.manifest, built.missing)
+        computed = find_unnamed_files(store, start.manifest, built.missing)
         for path in computed:
             path.unlink(missing_ok=True)
         first = differences[0]
@@ -181,7 +181,7 @@ class Auditor:
         self._model, self._features, self._progress = model, features, progress
         self._passes, self._data = model.passes, model.passes.data("train")
 
-    def audit(self, places: Sequence[Place]) -> Audited:
+    def audit(self, places: Sequence[Place]) -> AuditResult:
         """Compare the rows at these places, each (row, checkpoint); every checkpoint is loaded once."""
         by_checkpoint: dict[int, list[int]] = defaultdict(list)
         for row, checkpoint in dict.fromkeys(places):
@@ -194,13 +194,13 @@ class Auditor:
             differences += found.differences
             rows_done += found.rows
             self._progress("audit", rows_done, total)
-        return Audited(rows_done, largest, tuple(differences))
+        return AuditResult(rows_done, largest, tuple(differences))
 
     @property
     def _engine(self) -> GradientEngine:
         return self._model.engine("train")
 
-    def _at(self, checkpoint: int, rows: Sequence[int]) -> Audited:
+    def _at(self, checkpoint: int, rows: Sequence[int]) -> AuditResult:
         if self._model.checkpoint != checkpoint:
             self._model.load(checkpoint)
         extractor = FeatureExtractor(self._model, self._features)
@@ -217,7 +217,7 @@ class Auditor:
             seen = self._rounding(extractor, rows[i], expected_BD[i])
             allowed_B[i] += min(_TIMES * seen, _MOST_ROUNDING * largest) / max(float(size_B[i]), 1e-300)
         fine_B: npt.NDArray[np.bool_] = share_B <= allowed_B
-        return Audited(
+        return AuditResult(
             len(rows),
             float(np.max(share_B[fine_B], initial=0.0)),
             tuple(
@@ -244,7 +244,7 @@ class Auditor:
         """Return the share of its norm that rounding explains, of a row as it is computed and as it is stored."""
         dtypes = {p.dtype for p in self._model.parameters.values()}
         computed = max(_COMPUTED.get(dtype, _COMPUTED_HALF) for dtype in dtypes)
-        if self._engine.in_half(self._engine.batch((row,), [self._data[row]])):
+        if self._engine.is_half_precision(self._engine.batch((row,), [self._data[row]])):
             computed = _COMPUTED_HALF
         return computed + _STORED[self.store.layout.dtype]
 
@@ -282,12 +282,12 @@ class Auditor:
         read = next(read for read in self._batches(first, stop) if row in read.ids)
         return self._gradient(read, read.ids.index(row))
 
-    def _batches(self, first: int, stop: int) -> Iterator[Collated]:
+    def _batches(self, first: int, stop: int) -> Iterator[CollatedBatch]:
         span = range(first, min(first + self._passes.window("train"), stop))
         with self._passes.reading("train", [span], ahead=False) as reading:
             yield from reading.span()
 
-    def _gradient(self, read: Collated, place: int) -> dict[str, Tensor]:
+    def _gradient(self, read: CollatedBatch, place: int) -> dict[str, Tensor]:
         """Run a batch as a build does and return the gradient of one of its examples, by parameter that it reaches."""
         found: dict[str, Tensor] = {}
 
@@ -297,7 +297,7 @@ class Auditor:
             def sink(name: str, form: Form, rows: slice) -> None:
                 if rows.start <= place < rows.stop:
                     own = place - rows.start
-                    grad_P = materialised(form[own : own + 1])[0]
+                    grad_P = materialise(form[own : own + 1])[0]
                     found[name] = found[name] + grad_P if name in found else grad_P
 
             return sink

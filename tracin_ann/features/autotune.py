@@ -21,8 +21,8 @@ from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.passes import LoadedModel
-from tracin_ann.gradients import requiring_grad
-from tracin_ann.task import Collated, leaves, tensors_within
+from tracin_ann.gradients import require_grad
+from tracin_ann.task import CollatedBatch, leaves, tensors_within
 
 USUAL_SIZE = 64
 _MOST_BYTES = 2 * 10**9
@@ -53,7 +53,7 @@ _ON_ACCELERATOR = _SizeRule(10**9, 64, 2048)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TuningRequest:
     """What a build asks of tuning.
 
     Attributes:
@@ -70,7 +70,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class RunSettings:
     """How rows are run. Nothing that determines a feature depends on `read_seconds` and `memory_bytes`.
 
     Attributes:
@@ -90,7 +90,7 @@ class Tuned:
     memory_bytes: int
 
 
-def tune(model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> Tuned:
+def tune(model: LoadedModel, features: FeatureOptions, wanted: TuningRequest) -> RunSettings:
     """Choose how rows are run, and leave the model and its passes set to it.
 
     Raises:
@@ -133,11 +133,11 @@ def warn_of_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
 
 
 class _Tuning:
-    def __init__(self, model: LoadedModel, features: FeatureOptions, wanted: Wanted) -> None:
+    def __init__(self, model: LoadedModel, features: FeatureOptions, wanted: TuningRequest) -> None:
         self._model, self._features, self._wanted = model, features, wanted
         self._options = model.passes.options
 
-    def result(self) -> Tuned:
+    def result(self) -> RunSettings:
         self._model.passes.options = replace(self._options, batch_size=_ROWS_LOOKED_AT)
         read, read_seconds = _read(self._model)
         row_bytes = self._working_bytes(read)
@@ -149,7 +149,7 @@ class _Tuning:
         else:
             self._choose_format(read)
         free = free_memory_bytes(self._options.device)
-        return Tuned(
+        return RunSettings(
             batch_size=size,
             channels_last=self._model.channels_last,
             read_seconds=read_seconds,
@@ -188,10 +188,10 @@ class _Tuning:
             )
         return _power_of_two(memory_bytes // row_bytes)
 
-    def _working_bytes(self, read: Collated) -> int:
+    def _working_bytes(self, read: CollatedBatch) -> int:
         """Return about the bytes a row that forward leaves for backward and the layer rules, and backward's own."""
         batch = self._model.batch("train", read)
-        with requiring_grad(self._model.parameters.values()):
+        with require_grad(self._model.parameters.values()):
             try:
                 with _held_bytes(self._model.module) as held:
                     self._model.engine("train").losses(batch)
@@ -201,7 +201,7 @@ class _Tuning:
                     self._model.engine("train").losses(batch)
         return int(_BACKWARD * sum(storage.nbytes() for storage in held.values()) / len(read.ids)) + 1
 
-    def _choose_format(self, read: Collated) -> None:
+    def _choose_format(self, read: CollatedBatch) -> None:
         """Put channels last where the rule or the user wants it and the model computes the same with it.
 
         Raises:
@@ -243,7 +243,7 @@ class _Tuning:
         alike = passes.window("train") == passes.options.batch_size
         return pictures and alike and (self._options.device.type == "cpu" or self._options.precision == "bf16")
 
-    def _outcome(self, read: Collated) -> tuple[list[Tensor], Any]:
+    def _outcome(self, read: CollatedBatch) -> tuple[list[Tensor], Any]:
         """Return the losses of a batch of both sides, and the plan of gradients."""
         _run(FeatureExtractor(self._model, self._features), read)
         ids = range(min(_ROWS_LOOKED_AT, self._model.passes.n_rows("query")))
@@ -263,7 +263,7 @@ def _alike(one: tuple[list[Tensor], Any], other: tuple[list[Tensor], Any]) -> bo
     return bool(one[1] == other[1])
 
 
-def _read(model: LoadedModel) -> tuple[Collated, float]:
+def _read(model: LoadedModel) -> tuple[CollatedBatch, float]:
     """Return a batch, the longest rows of its window, and the seconds a row that reading it took."""
     passes = model.passes
     window = range(min(passes.n_rows("train"), passes.window("train")))
@@ -273,7 +273,7 @@ def _read(model: LoadedModel) -> tuple[Collated, float]:
     return batches[0], (perf_counter() - began) / len(window)
 
 
-def _run(extractor: FeatureExtractor, read: Collated) -> None:
+def _run(extractor: FeatureExtractor, read: CollatedBatch) -> None:
     for _ in extractor.stream("train", [read]):
         pass
 

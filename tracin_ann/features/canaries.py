@@ -15,8 +15,8 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.passes import LoadedModel
-from tracin_ann.files import atomic_path, hdf5_file, open_plain, own_dataset, own_object, reading
-from tracin_ann.store import Manifest, check_file, folder_of
+from tracin_ann.files import atomic_path, open_plain, report_damage, require_own_dataset, require_own_object, write_hdf5
+from tracin_ann.store import Manifest, check_file, generation_folder
 from tracin_ann.types import Float32, Int64
 
 CANARY_FILE = "canaries.h5"
@@ -78,7 +78,7 @@ def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:
     """Write the canaries of both sides, durably."""
     with (
         atomic_path(path) as temporary,
-        hdf5_file(temporary) as opened,
+        write_hdf5(temporary) as opened,
         h5py.File(opened, "w", libver="earliest") as file,
     ):
         for side in canaries:
@@ -95,7 +95,7 @@ def read_canaries(path: Path, n_rows: int, n_checkpoints: int, dim: int) -> tupl
         OSError: the system cannot read it.
     """
     expected = "the canaries that the build wrote"
-    with reading(path, expected, "restore the file, or run tracin-verify --repair"), open_plain(path) as opened:
+    with report_damage(path, expected, "restore the file, or run tracin-verify --repair"), open_plain(path) as opened:
         found = tuple(_read(side, opened, (n_checkpoints, dim)) for side in _SIDES)
         if found[0].ids_N[-1] >= n_rows:
             raise ValueError(f"row {found[0].ids_N[-1]} of {n_rows}")
@@ -105,28 +105,28 @@ def read_canaries(path: Path, n_rows: int, n_checkpoints: int, dim: int) -> tupl
 def _read(side: SideName, opened: BinaryIO, shape: tuple[int, int]) -> Canaries:
     size = os.fstat(opened.fileno()).st_size
     with h5py.File(opened, "r") as file:
-        group = own_object(file, side, h5py.Group)
-        n_ids = own_object(group, "id", h5py.Dataset).size
+        group = require_own_object(file, side, h5py.Group)
+        n_ids = require_own_object(group, "id", h5py.Dataset).size
         if not 0 < n_ids <= COUNT:
             raise ValueError(f"{n_ids} canaries of {side}_data")
-        ids_N: Int64 = own_dataset(group, "id", (n_ids,), "<i8", size)[()]
-        feature_CND: Float32 = own_dataset(group, "feature", (shape[0], n_ids, shape[1]), "<f4", size)[()]
+        ids_N: Int64 = require_own_dataset(group, "id", (n_ids,), "<i8", size)[()]
+        feature_CND: Float32 = require_own_dataset(group, "feature", (shape[0], n_ids, shape[1]), "<f4", size)[()]
     if (np.diff(ids_N, prepend=-1) <= 0).any() or not np.isfinite(feature_CND).all():
         raise ValueError(f"canaries of {side}_data that are no rows, or not finite")
     return Canaries(side, ids_N, feature_CND)
 
 
-def kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
+def read_kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
     """Return a generation's canaries, or none where their file is damaged."""
-    folder = folder_of(directory, manifest.generation)
+    folder = generation_folder(directory, manifest.generation)
     try:
         check_file(folder, manifest.canaries, deep=True)
-        return canaries_of(folder, manifest)
+        return read_generation_canaries(folder, manifest)
     except DamagedIndexError:
         return ()
 
 
-def canaries_of(folder: Path, manifest: Manifest) -> tuple[Canaries, ...]:
+def read_generation_canaries(folder: Path, manifest: Manifest) -> tuple[Canaries, ...]:
     """Return the canaries in a generation's directory.
 
     Raises:

@@ -11,17 +11,17 @@ import numpy as np
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
-from tracin_ann.features.canaries import Canaries, canaries_of
+from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
 from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.sketch import make_sketch
-from tracin_ann.store import FeatureSpec, Manifest, folder_of
+from tracin_ann.store import FeatureSpec, Manifest, generation_folder
 from tracin_ann.task import Task, load_named_task, load_task
 from tracin_ann.types import Float32
 
 
-class Fitting:
+class IndexTask:
     """An index's task, found and compared with the manifest when it is first needed."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Fitting:
 
     @cached_property
     def _canaries(self) -> tuple[Canaries, ...]:
-        return canaries_of(folder_of(self._directory, self._manifest.generation), self._manifest)
+        return read_generation_canaries(generation_folder(self._directory, self._manifest.generation), self._manifest)
 
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int]) -> Float32:
         """Return the feature rows [Q, F] of examples, computed now.
@@ -117,7 +117,7 @@ class Fitting:
             canaries.refuse_unlike(extractor, checkpoint, str(self._directory))
 
 
-def found_task(
+def load_index_task(
     task: Task | str | None, arguments: Mapping[str, str] | None, manifest: Manifest, directory: Path
 ) -> Task:
     """Return the task that was passed, or that the build was told.

@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 from tracin_ann.choices import Norms, SideName
-from tracin_ann.device import recorded_event
+from tracin_ann.device import record_event
 from tracin_ann.errors import NonFiniteError
 from tracin_ann.features.passes import LoadedModel
-from tracin_ann.gradients import Batch, Dense, Form, Scratch, converted, form_dtype, not_finite, sound, squared_norm
-from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketch, once
-from tracin_ann.task import Collated
+from tracin_ann.gradients import (
+    Batch,
+    Dense,
+    Form,
+    Scratch,
+    convert,
+    describe_nonfinite,
+    form_dtype,
+    replace_nonfinite,
+    squared_norm,
+)
+from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketch, is_rank_one
+from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Float32, Float64, Int64
 
 # Batches under way when a batch's rows are fetched, by kind of device.
@@ -71,7 +81,7 @@ class FeatureExtractor:
         """Return the rows of these examples, in order."""
         return joined(list(self.stream(side, self._model.passes.read(side, ids))))
 
-    def stream(self, side: SideName, batches: Iterable[Collated]) -> Iterator[FeatureRows]:
+    def stream(self, side: SideName, batches: Iterable[CollatedBatch]) -> Iterator[FeatureRows]:
         """Yield the rows of batches that were read, a batch at a time.
 
         On an accelerator a batch's rows are fetched when the next is under way, so that nothing waits for it.
@@ -117,7 +127,7 @@ class FeatureExtractor:
             def sink(name: str, form: Form, rows: slice) -> None:
                 nonlocal spectrum_BF
                 each = self._map(name)
-                if isinstance(each, TensorSketch) and once(form) and len(form.left_BTR) == len(batch):
+                if isinstance(each, TensorSketch) and is_rank_one(form) and len(form.left_BTR) == len(batch):
                     # Transforms back cost a quarter of these sketches: all layers' at once.
                     spectrum = each.spectrum(form, self._options.sketch.dim)
                     spectrum_BF = spectrum_BF + spectrum if len(spectrum_BF) else spectrum
@@ -139,7 +149,7 @@ class FeatureExtractor:
         rows = (sketch_BD * self._rate**0.5).float(), sqnorm_B, losses.float()
         finite = torch.isfinite(rows[0].sum(1) + rows[1] + rows[2]).all()
         host = tuple(t.to("cpu", non_blocking=True) for t in rows)
-        return _UnderWay(batch.ids, finite, host, recorded_event(losses.device))
+        return _UnderWay(batch.ids, finite, host, record_event(losses.device))
 
     def _losses(self, side: SideName, batch: Batch, start: Callable[[], FormSink]) -> Tensor:
         """Run a batch and return its losses; NaN for rows that a proof could not be made with, if they are skipped."""
@@ -149,7 +159,7 @@ class FeatureExtractor:
         except NonFiniteError:
             if self._model.passes.options.on_nonfinite == "error":
                 raise
-        mended = sound(engine, batch)
+        mended = replace_nonfinite(engine, batch)
         if mended is None:
             start()
             return torch.full((len(batch),), torch.nan, device=self._model.passes.options.device)
@@ -162,7 +172,7 @@ class FeatureExtractor:
         done.wait()
         rows = FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
         # A sum that overflows is no reason to think ill of the rows.
-        if not bool(done.finite) and (bad := unsound(rows)).any():
+        if not bool(done.finite) and (bad := find_nonfinite(rows)).any():
             if self._model.passes.options.on_nonfinite == "error":
                 raise NonFiniteError(self._refusal(rows))
             rows.loss_N[bad & np.isfinite(rows.loss_N)] = np.nan
@@ -181,12 +191,12 @@ class FeatureExtractor:
 
     def _refusal(self, rows: FeatureRows) -> str:
         """Return the message for the first of the rows that is not finite."""
-        place = int(np.flatnonzero(unsound(rows))[0])
+        place = int(np.flatnonzero(find_nonfinite(rows))[0])
         row, loss = int(rows.ids_N[place]), float(rows.loss_N[place])
         if not np.isfinite(loss):
-            return not_finite("loss", row, self._model.checkpoint, loss)
+            return describe_nonfinite("loss", row, self._model.checkpoint, loss)
         what = "gradient" if not np.isfinite(rows.feature_ND[place]).all() else "squared norm of the gradient"
-        return not_finite(what, row, self._model.checkpoint, f"NaN or inf at a loss of {loss:.6g}")
+        return describe_nonfinite(what, row, self._model.checkpoint, f"NaN or inf at a loss of {loss:.6g}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,7 @@ class _UnderWay:
     wait: Callable[[], None]
 
 
-def unsound(rows: FeatureRows) -> npt.NDArray[np.bool_]:
+def find_nonfinite(rows: FeatureRows) -> npt.NDArray[np.bool_]:
     """Return which rows [n] hold a number that is not finite; skipped ones do, their losses."""
     fine_N = np.isfinite(rows.loss_N) & np.isfinite(rows.sqnorm_N)
     unsound_N: npt.NDArray[np.bool_] = ~(fine_N & np.isfinite(rows.feature_ND).all(axis=1))
@@ -221,7 +231,7 @@ def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, dev
         for first, last, uses in parts:
             rows = far[(far >= first) & (far < last)]
             if len(rows):
-                total[rows] += squared_norm([converted(form[rows - first], torch.float64) for form in uses])
+                total[rows] += squared_norm([convert(form[rows - first], torch.float64) for form in uses])
     return total
 
 

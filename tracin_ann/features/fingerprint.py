@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tracin_ann.store import CheckpointSpec, ParameterSpec
-from tracin_ann.task import Task, checkpoint_digest, content_of
+from tracin_ann.task import Task, checkpoint_digest, encode_content
 
 _DIGEST_ROWS = 16
 logger = logging.getLogger(__name__)
@@ -29,12 +29,12 @@ def model_digest(model: nn.Module) -> str:
 def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | None = None) -> str:
     """Return a digest of some 16 rows spread over the first n_rows of a data set.
 
-    It names the types of objects whose content is not in it, as `content_of` cannot know it, by collate neither.
+    It names the types of objects whose content is not in it, as `encode_content` cannot know it, by collate neither.
     """
     digest = hashlib.blake2b(digest_size=8)
     unknown: set[str] = set()
     for i in sorted({round(j * (n_rows - 1) / (_DIGEST_ROWS - 1)) for j in range(_DIGEST_ROWS)}):
-        content = content_of(data[i], collate)
+        content = encode_content(data[i], collate)
         unknown.update(content.unknown)
         for piece in content.pieces:
             digest.update(piece)

@@ -19,31 +19,31 @@ from tracin_ann.features.fingerprint import data_digest
 from tracin_ann.gradients import (
     Batch,
     GradientEngine,
-    no_gradient,
+    describe_no_gradient,
+    detach_graph,
+    probe_description,
     probe_examples,
     probe_gradients,
     probe_losses,
-    probe_shown,
-    sound,
-    without_graph,
+    replace_nonfinite,
 )
 from tracin_ann.task import (
     BatchOptions,
     CheckpointLoader,
-    Collated,
+    CollatedBatch,
     Description,
     Reader,
     Reading,
     Task,
     TaskReference,
-    borrowed_model,
-    collated,
+    borrow_model,
+    differ_in_length,
     leaves,
-    lengths_differ,
+    make_batches,
     map_leaves,
     open_data,
-    pickled,
-    preserved_globals,
+    pickle_reader,
+    preserve_globals,
     to_device,
 )
 
@@ -104,25 +104,25 @@ class Passes:
             TaskError: it has no length or no rows, or cannot be indexed.
         """
         if side not in self._data:
-            with preserved_globals():
+            with preserve_globals():
                 self._data[side] = open_data(self.task, side)
         return self._data[side]
 
     def data_digest(self, n_rows: int) -> str:
         """Return the digest of the first n_rows training rows."""
-        with preserved_globals():
-            return data_digest(self.data("train"), n_rows, self.task.collated)
+        with preserve_globals():
+            return data_digest(self.data("train"), n_rows, self.task.collate_rows)
 
     def n_rows(self, side: SideName) -> int:
         """Return the number of examples of a side."""
         return len(self.data(side))
 
-    def read(self, side: SideName, ids: Sequence[int]) -> Iterator[Collated]:
+    def read(self, side: SideName, ids: Sequence[int]) -> Iterator[CollatedBatch]:
         """Yield the examples with these ids in batches, in order, read in this process."""
         data, options = self.data(side), BatchOptions(self.options.batch_size, keep_examples=True)
         for start in range(0, len(ids), options.size):
             chunk = ids[start : start + options.size]
-            yield from collated(self.task, chunk, [data[i] for i in chunk], options)
+            yield from make_batches(self.task, chunk, [data[i] for i in chunk], options)
 
     def reading(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> Reading:
         """Return a context that reads spans of rows, alike lengths together; `ahead`: in workers if there are any."""
@@ -136,7 +136,7 @@ class Passes:
             UsageError: there are to be workers, and the task has no name and cannot be pickled.
         """
         if self.options.workers:
-            pickled(Reader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin))
+            pickle_reader(Reader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin))
 
     def window(self, side: SideName) -> int:
         """Return the rows of a side that are read together."""
@@ -144,13 +144,13 @@ class Passes:
 
     def _batch_options(self, side: SideName, ahead: bool) -> BatchOptions:
         if side not in self._by_length:
-            self._by_length[side] = lengths_differ(self.data(side))
+            self._by_length[side] = differ_in_length(self.data(side))
         return BatchOptions(
             self.options.batch_size,
             by_length=self._by_length[side],
             keep_examples=not ahead or self.options.allow_random_data,
             workers=self.options.workers if ahead else 0,
-            pinned=self.options.device.type != "cpu",
+            pin_memory=self.options.device.type != "cpu",
         )
 
     def at_precision(self, precision: Precision) -> Passes:
@@ -161,14 +161,14 @@ class Passes:
 
     def described(self, side: SideName, row: int) -> Description | None:
         """Return what the task shows people of a row, or None."""
-        with preserved_globals():
+        with preserve_globals():
             return self.task.described(self.data(side)[row])
 
     def id_of(self, side: SideName, row: int) -> int | str | None:
         """Return the task's own id of a row, or None where it gives none."""
         if self.task.ids is None:
             return None
-        with preserved_globals():
+        with preserve_globals():
             return self.task.id_of(self.data(side)[row])
 
     def own_ids(self, side: SideName) -> list[int | str]:
@@ -176,7 +176,7 @@ class Passes:
         if self.task.ids is None:
             return []
         if side not in self._own_ids:
-            with preserved_globals():
+            with preserve_globals():
                 data = self.data(side)
                 found = [self.task.id_of(data[i]) for i in range(len(data))]
             self._own_ids[side] = [own for own in found if own is not None]
@@ -202,7 +202,7 @@ class Passes:
     @contextlib.contextmanager
     def model(self) -> Iterator[LoadedModel]:
         """Yield the model, to be loaded with one checkpoint after another; all is put back on leaving."""
-        with borrowed_model(self.task, self.options.device) as model:
+        with borrow_model(self.task, self.options.device) as model:
             yield LoadedModel(self, model)
 
 
@@ -211,7 +211,7 @@ class LoadedModel:
 
     def __init__(self, passes: Passes, model: nn.Module) -> None:
         self.passes, self.module = passes, model
-        self.parameters = passes.task.selected(model)
+        self.parameters = passes.task.select_parameters(model)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self.checkpoint = -1
@@ -232,7 +232,7 @@ class LoadedModel:
         self.checkpoint = -1
         self.passes.loader.load(self.module, checkpoint, self.passes.options.device)
         before = self.parameters
-        self.parameters = task.selected(self.module)
+        self.parameters = task.select_parameters(self.module)
         was, now = ({name: (list(p.shape), p.dtype) for name, p in each.items()} for each in (before, self.parameters))
         if was != now:
             name = next(name for name in {**was, **now} if was.get(name) != now.get(name))
@@ -273,15 +273,15 @@ class LoadedModel:
         return self._engines[key]
 
     def _inputs(self, examples: list[Any]) -> Any:
-        return self._moved(self.passes.task.collated(examples))
+        return self._moved(self.passes.task.collate_rows(examples))
 
     def _moved(self, inputs: Any) -> Any:
         moved = to_device(inputs, self.passes.options.device, channels_last=self.channels_last)
         # A graph that rows bring along is not the loss's: a backward through it would use it up.
         grown = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
-        return map_leaves(without_graph, moved) if grown else moved
+        return map_leaves(detach_graph, moved) if grown else moved
 
-    def batch(self, side: SideName, read: Collated) -> Batch:
+    def batch(self, side: SideName, read: CollatedBatch) -> Batch:
         """Return a batch that was read, on the device."""
         examples = _Examples(self.passes.data(side), read.ids) if read.examples is None else read.examples
         return Batch(read.ids, examples, self._moved(read.inputs))
@@ -300,10 +300,10 @@ class LoadedModel:
         data, engine = self.passes.data(side), self.engine(side)
         ids = range(min(self.passes.options.batch_size, len(data)))
         if not self.passes.options.allow_random_data:
-            with preserved_globals():
-                probe_examples(data, side, ids, self.passes.task.collated)
-        with preserved_globals():
-            probe_shown(self.passes.task, data[0], side)
+            with preserve_globals():
+                probe_examples(data, side, ids, self.passes.task.collate_rows)
+        with preserve_globals():
+            probe_description(self.passes.task, data[0], side)
         batch = engine.batch(ids, [data[i] for i in ids])
         if self.passes.options.on_nonfinite == "skip":
             batch = self._mended(side, batch)
@@ -333,7 +333,7 @@ class LoadedModel:
                 batch = self._mended(side, batch)
             engine.prove(batch)
         if not engine.reached:
-            raise TaskError(no_gradient(looked=min(n_rows, parts * self.passes.options.batch_size)))
+            raise TaskError(describe_no_gradient(looked=min(n_rows, parts * self.passes.options.batch_size)))
 
     def _mended(self, side: SideName, batch: Batch) -> Batch:
         """Return a batch of finite rows: of this one, or where it has none, of rows spread over the side.
@@ -342,7 +342,7 @@ class LoadedModel:
             NonFiniteError: none of those is finite either.
         """
         engine = self.engine(side)
-        found = sound(engine, batch) or sound(engine, self._spread(side))
+        found = replace_nonfinite(engine, batch) or replace_nonfinite(engine, self._spread(side))
         if found is None:
             raise NonFiniteError(self._no_row_is_finite(side, len(batch)))
         return found[0]

@@ -15,13 +15,13 @@ import numpy as np
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.features.autotune import Tuned
+from tracin_ann.features.autotune import RunSettings
 from tracin_ann.features.canaries import Canaries, canary_ids
-from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer, unsound
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer, find_nonfinite
 from tracin_ann.features.passes import LoadedModel
 from tracin_ann.gradients import Plan
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehind
-from tracin_ann.task import Collated
+from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Int64, ProgressCallback
 
 MOST_UNEVEN = 64
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractionResult:
     """What an extraction gives besides the files.
 
     Attributes:
@@ -84,7 +84,7 @@ class Extraction:
         size = min(self.layout.partition_rows, self.layout.n_rows)
         self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
 
-    def run(self, *, held: bool) -> Extracted:
+    def run(self, *, held: bool) -> ExtractionResult:
         """Write every feature file that is missing; `held`: partitions are read once for all checkpoints.
 
         Raises:
@@ -100,13 +100,13 @@ class Extraction:
         with WriteBehind(self._store) as behind, self._model.passes.reading("train", spans) as reading:
             for partition, checkpoints in work:
                 self._partition(partition, checkpoints, reading.span(), behind.write)
-        return Extracted(self._settled(), self._plans[0], self._counted.done, self._uneven.places)
+        return ExtractionResult(self._settled(), self._plans[0], self._counted.done, self._uneven.places)
 
     def _partition(
         self,
         partition: int,
         checkpoints: Sequence[int],
-        span: Iterable[Collated],
+        span: Iterable[CollatedBatch],
         write: Callable[[int, int, FeatureBlock], None],
     ) -> None:
         start, stop = self.layout.rows(partition)
@@ -123,7 +123,7 @@ class Extraction:
         n_rows, without = self._model.passes.n_rows, self._not_canaries
         taken = {side: extractor.rows(side, canary_ids(n_rows(side), without[side])) for side in SIDES}
         self._canaries[checkpoint] = taken
-        if not unsound(taken["train"]).all():
+        if not find_nonfinite(taken["train"]).all():
             self._plans[checkpoint] = self._model.engine("train").plan
 
     def _settled(self) -> tuple[Canaries, ...]:
@@ -160,7 +160,7 @@ class Extraction:
 
     def _joined(self, side: SideName) -> Canaries:
         taken = [self._canaries[checkpoint][side] for checkpoint in range(self.layout.n_checkpoints)]
-        fine_N = ~np.any([unsound(rows) for rows in taken], axis=0)
+        fine_N = ~np.any([find_nonfinite(rows) for rows in taken], axis=0)
         return Canaries(side, taken[0].ids_N[fine_N], np.stack([rows.feature_ND[fine_N] for rows in taken]))
 
 
@@ -173,7 +173,7 @@ def _nothing_left(what: str, got: str) -> str:
     )
 
 
-def data_is_dearer(layout: StoreLayout, tuned: Tuned, load_seconds: float) -> bool:
+def reading_costs_more(layout: StoreLayout, tuned: RunSettings, load_seconds: float) -> bool:
     """Return whether to read each partition once for all checkpoints, rather than load each checkpoint once.
 
     The clock may decide this: batches are the same in either order, and so are the features.
@@ -208,9 +208,9 @@ class _MostUneven:
     def __init__(self) -> None:
         self._first_mean: float | None = None
         self._most: tuple[float, float, int] = 0, 0, 0
-        self._kept: tuple[Collated, int] | None = None
+        self._kept: tuple[CollatedBatch, int] | None = None
 
-    def watching(self, batches: Iterable[Collated], checkpoint: int) -> Iterator[Collated]:
+    def watching(self, batches: Iterable[CollatedBatch], checkpoint: int) -> Iterator[CollatedBatch]:
         """Yield the batches that run at a checkpoint."""
         for read in batches:
             sizes = read.sizes or (0,)

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tracin_ann.errors import DamagedIndexError, naming, problem
-from tracin_ann.files.opening import NotPlainError, open_plain, reading
+from tracin_ann.errors import DamagedIndexError, attach_path, problem
+from tracin_ann.files.opening import NotPlainError, open_plain, report_damage
 
 _PREFIX = ".tracin-tmp-"
 _CHUNK_BYTES = 1 << 20
@@ -46,7 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(name)
     _UNDER_WAY.add(name)
     try:
-        with naming(path, temporary):
+        with attach_path(path, temporary):
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
@@ -87,7 +87,7 @@ def read_json(path: Path, remedy: str = _JSON_REMEDY) -> dict[str, object]:
             else than a JSON object.
         OSError: the system cannot read it.
     """
-    with reading(path, "a JSON file", remedy), open_plain(path) as file:
+    with report_damage(path, "a JSON file", remedy), open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _LARGEST_JSON:
             raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
@@ -107,13 +107,13 @@ def read_json(path: Path, remedy: str = _JSON_REMEDY) -> dict[str, object]:
 def file_digest(path: Path) -> str:
     """Return the xxh3_128 of the file's bytes, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    with naming(path), open(path, "rb") as file:
+    with attach_path(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def difference(path: Path, size: int, digest: str | None) -> str:
+def describe_difference(path: Path, size: int, digest: str | None) -> str:
     """Return how a file of an index differs from what was written, "" if it does not; None: its digest is not read.
 
     Raises:
@@ -148,7 +148,7 @@ def read_array(file: IO[bytes], n_bytes: int) -> npt.NDArray[Any]:
     return np.ndarray(shape, dtype, data, order="F" if is_fortran else "C")
 
 
-def mapped_array(path: Path) -> npt.NDArray[Any]:
+def map_array(path: Path) -> npt.NDArray[Any]:
     """Return the array in a file in NumPy's format, mapped.
 
     Raises:
@@ -207,7 +207,7 @@ class _Through:
 
 
 @contextmanager
-def hdf5_file(path: Path) -> Iterator[BinaryIO]:
+def write_hdf5(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file for h5py to write to, whose errors are raised when the block ends.
 
     HDF5 itself is told of none: after a failed write it may bring the process down, files or hours later.
@@ -264,7 +264,7 @@ class _Deferred:
         self._done(self._file.flush)
 
 
-def own_object(group: h5py.Group, name: str, kind: type) -> Any:
+def require_own_object(group: h5py.Group, name: str, kind: type) -> Any:
     """Return a group or data set that lies in the file itself: no link is followed.
 
     Raises:
@@ -276,7 +276,7 @@ def own_object(group: h5py.Group, name: str, kind: type) -> Any:
     return found
 
 
-def own_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: str, n_bytes: int) -> h5py.Dataset:
+def require_own_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: str, n_bytes: int) -> h5py.Dataset:
     """Return a data set of this shape and type whose numbers lie in its own file of so many bytes, as they are.
 
     Links and storage that lead out of the file are refused, and chunks: filters would run on them.
@@ -284,7 +284,7 @@ def own_dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: str
     Raises:
         ValueError: there is none.
     """
-    dataset: h5py.Dataset = own_object(group, name, h5py.Dataset)
+    dataset: h5py.Dataset = require_own_object(group, name, h5py.Dataset)
     if dataset.external is not None or dataset.is_virtual:
         raise ValueError(f"{name} is no dataset of this file")
     if (dataset.shape, dataset.dtype.str, dataset.chunks) != (shape, dtype, None):
@@ -366,7 +366,7 @@ def _host() -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with attach_path(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -103,7 +103,7 @@ def _kind(mode: int) -> str:
 
 
 @contextmanager
-def reading(path: Path, expected: str, remedy: str) -> Iterator[None]:
+def report_damage(path: Path, expected: str, remedy: str) -> Iterator[None]:
     """Take for damage what goes wrong while a file is read, unless the system refused: then nothing is known of it.
 
     Raises:
@@ -118,7 +118,7 @@ def reading(path: Path, expected: str, remedy: str) -> Iterator[None]:
         raise DamagedIndexError(problem(f"{path}", got=error, expected=expected, remedy=remedy)) from error
     # What readers raise depends on which byte of the file is damaged.
     except Exception as error:
-        refused = refusal_of_the_system(error, path)
+        refused = find_system_error(error, path)
         if refused is not None:
             raise refused from error
         got = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
@@ -126,7 +126,7 @@ def reading(path: Path, expected: str, remedy: str) -> Iterator[None]:
         raise DamagedIndexError(message) from error
 
 
-def refusal_of_the_system(error: BaseException, path: Path) -> OSError | None:
+def find_system_error(error: BaseException, path: Path) -> OSError | None:
     """Return what the system refused, with the file's name, or None where an error is about the file's content.
 
     HDF5 and FAISS say it in their text only, or in an error that theirs has taken the place of.

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from tracin_ann.errors import naming
+from tracin_ann.errors import attach_path
 from tracin_ann.files.durable import atomic_write, sweep_temporaries_of
 
 _CHUNK_BYTES = 1 << 20
@@ -22,7 +22,7 @@ _PATIENCE_S = 3
 
 
 @contextmanager
-def output_file(path: Path) -> Iterator[BinaryIO]:
+def open_output(path: Path) -> Iterator[BinaryIO]:
     """Yield a file for what a user wants at `path`, which may be anything that a shell could redirect to.
 
     A regular file, or one that is not there yet, is replaced on a clean exit and keeps its rights; behind a symbolic
@@ -34,7 +34,7 @@ def output_file(path: Path) -> Iterator[BinaryIO]:
     """
     target, is_regular = _followed(path)
     if not is_regular:
-        with naming(path), os.fdopen(_opened_as_it_is(target), "wb") as file:
+        with attach_path(path), os.fdopen(_opened_as_it_is(target), "wb") as file:
             yield file
         return
     sweep_temporaries_of(target)
@@ -72,7 +72,7 @@ def _opened_as_it_is(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
-def read_given_text(path: Path, most_bytes: int) -> str:
+def read_user_text(path: Path, most_bytes: int) -> str:
     """Return the text, in UTF-8, of a file that the user names; a FIFO, as of `<(command)`, is read to its end.
 
     Raises:
@@ -80,7 +80,10 @@ def read_given_text(path: Path, most_bytes: int) -> str:
         ValueError: it is no text, or longer than it may be.
     """
     decoder, parts, n_bytes = codecs.getincrementaldecoder("utf-8")("surrogatepass"), [], 0
-    with naming(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
+    with (
+        attach_path(path),
+        os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file,
+    ):
         first = _first_byte(file, path)
         os.set_blocking(file.fileno(), True)
         for chunk in chain([first], iter(lambda: file.read(_CHUNK_BYTES), b"")):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tracin_ann.gradients.autograd import requiring_grad, without_graph
-from tracin_ann.gradients.buffers import Room, Scratch, fresh
+from tracin_ann.gradients.autograd import detach_graph, require_grad
+from tracin_ann.gradients.buffers import Room, Scratch, allocate
 from tracin_ann.gradients.convolution import Convolution, channels_last
 from tracin_ann.gradients.engine import Batch, GradientEngine, Sink
 from tracin_ann.gradients.factors import (
@@ -12,15 +12,21 @@ from tracin_ann.gradients.factors import (
     Outer,
     Rows,
     column_blocks,
-    converted,
+    convert,
     form_dtype,
     inner_where,
-    materialised,
+    materialise,
     squared_norm,
 )
 from tracin_ann.gradients.plan import NONE, STEPS, Plan
-from tracin_ann.gradients.probes import probe_examples, probe_gradients, probe_losses, probe_shown, sound
-from tracin_ann.gradients.proof import no_gradient, not_finite
+from tracin_ann.gradients.probes import (
+    probe_description,
+    probe_examples,
+    probe_gradients,
+    probe_losses,
+    replace_nonfinite,
+)
+from tracin_ann.gradients.proof import describe_no_gradient, describe_nonfinite
 
 __all__ = [
     "Batch",
@@ -36,21 +42,21 @@ __all__ = [
     "STEPS",
     "Scratch",
     "Sink",
+    "allocate",
     "channels_last",
     "column_blocks",
-    "converted",
+    "convert",
+    "describe_no_gradient",
+    "describe_nonfinite",
+    "detach_graph",
     "form_dtype",
-    "fresh",
     "inner_where",
-    "materialised",
-    "no_gradient",
-    "not_finite",
+    "materialise",
+    "probe_description",
     "probe_examples",
     "probe_gradients",
     "probe_losses",
-    "probe_shown",
-    "requiring_grad",
-    "sound",
+    "replace_nonfinite",
+    "require_grad",
     "squared_norm",
-    "without_graph",
 ]

@@ -15,7 +15,7 @@ Weighting = Callable[[bool], Tensor]
 
 
 @contextmanager
-def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+def require_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Let these leaves require a gradient, and none of them afterwards."""
     leaves = list(tensors)
     try:
@@ -56,9 +56,9 @@ def plain_gradients(
         RuntimeError: of weighted sums, where a parameter gets a gradient that this way of asking does not see.
     """
     rounds: list[tuple[Tensor | None, ...]] = []
-    with requiring_grad(parameters):
+    with require_grad(parameters):
         value = values()
-        half = in_half(value)
+        half = is_half_precision(value)
         weights = [None] if weighting is None else list(weighting(half).to(value))
         # All that backward can reach is run, for a node that hides a backward of its own to be seen.
         inputs = [*parameters, *([] if weighting is None else other_leaves(value, parameters))]
@@ -80,7 +80,7 @@ def plain_gradients(
     return PlainGradients(whole, [grad is not None for grad in rounds[0]], half)
 
 
-def without_graph(value: Any) -> Any:
+def detach_graph(value: Any) -> Any:
     """Return a tensor as a leaf that requires a gradient if it did, anything else as it is."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
@@ -103,6 +103,6 @@ def other_leaves(tensor: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
     return [node.variable for node in nodes(tensor) if hasattr(node, "variable") and id(node.variable) not in own]
 
 
-def in_half(tensor: Tensor) -> bool:
+def is_half_precision(tensor: Tensor) -> bool:
     """Return whether a tensor, or any number behind it, was computed in half precision, by autocast or otherwise."""
     return tensor.dtype in HALF or any(made.dtype in HALF for node in nodes(tensor) for made in node._input_metadata)

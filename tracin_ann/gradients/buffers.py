@@ -17,7 +17,7 @@ from torch import Tensor
 Room = Callable[[Sequence[int], Tensor], Tensor]
 
 
-def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
+def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return new memory: the Room of callers that keep what they get."""
     return like.new_empty(tuple(shape))
 

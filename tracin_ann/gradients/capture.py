@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
 from tracin_ann.gradients.autograd import HALF, other_leaves
 from tracin_ann.gradients.factors import Dense, Form
-from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widened
+from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
 from tracin_ann.gradients.layers.rules import rule_for
 from tracin_ann.gradients.row_indexing import RowMoves
 
@@ -83,8 +83,8 @@ class LayerCapture:
     Args:
         model: the model.
         layers: the parameters wanted, each with the names of the layer attributes that hold it:
-            `{layer path: {attribute: parameter name}}`; see `covered_layers`.
-        rows: parameters `[1, ...]` that are used for all examples; see `covered_rows`.
+            `{layer path: {attribute: parameter name}}`; see `find_covered_layers`.
+        rows: parameters `[1, ...]` that are used for all examples; see `find_shared_rows`.
         layouts: what proofs have found so far.
 
     Attributes:
@@ -195,7 +195,7 @@ class LayerCapture:
         assert self._sink is not None
         for name, grad in zip(leaves, own, strict=False):
             if grad is not None:
-                self._sink(name, Dense(widened(grad.flatten(1))), slice(0, self._batch))
+                self._sink(name, Dense(widen(grad.flatten(1))), slice(0, self._batch))
         return tuple(grad is not None for grad in own[len(leaves) :])
 
     def _weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -276,12 +276,12 @@ class LayerCapture:
                     return
                 if self._weighting:
                     if n_rows:
-                        weighted.append(project(widened(grad.detach()), n_rows))
+                        weighted.append(project(widen(grad.detach()), n_rows))
                     return
                 if x._version != version or (made is not None and made._version != made_version):
                     self._fail(attributes, "the layer's input or output is changed in place after its forward")
                     return
-                call = Call(module, widened(x), widened(grad.detach()), self._batch, made)
+                call = Call(module, widen(x), widen(grad.detach()), self._batch, made)
                 try:
                     with torch.no_grad():
                         self._deliver(rule, call, attributes, reading, weighted)
@@ -407,7 +407,7 @@ def _add(layers: dict[str, frozenset[int]], attributes: Mapping[str, str], modul
         layers[name] = layers.get(name, frozenset()) | {id(module)}
 
 
-def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
+def find_covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
     """Return the layers with a rule: `{layer path: {attribute: parameter name}}`, of these parameters only.
 
     A tied parameter appears under every layer that holds it; a parametrised layer holds none.
@@ -428,7 +428,7 @@ def covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[
     return layers
 
 
-def covered_rows(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, list[Holder]]:
+def find_shared_rows(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[str, list[Holder]]:
     """Return the parameters `[1, ...]` that modules of the model's own hold, each with all that hold it.
 
     None of a layer with a rule, or of PyTorch's: those know their parameters' shapes.

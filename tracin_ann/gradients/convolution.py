@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tracin_ann.gradients.buffers import Room, Scratch, fresh
+from tracin_ann.gradients.buffers import Room, Scratch, allocate
 
 _PATCH_ELEMENTS = 1 << 19
 
@@ -60,7 +60,7 @@ class Convolution:
         assert self.geometry.groups == 1
         return Convolution(self.delta_BO[:, start:stop], self.input_BC, self.geometry)
 
-    def contracted(self, scratch: Scratch | None = None, out: Room = fresh) -> Tensor:
+    def contracted(self, scratch: Scratch | None = None, out: Room = allocate) -> Tensor:
         """Return the per-example gradients [B, groups·K·C/groups, O/groups], in `out`.
 
         Output channels, which are round numbers more often, last: the product is up to four times faster so. The

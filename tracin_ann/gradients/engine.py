@@ -17,22 +17,29 @@ from torch import Tensor, nn
 
 from tracin_ann.choices import Precision
 from tracin_ann.errors import GradientProofError, MisplacedRowsError, NonFiniteError, TaskError, first_line
-from tracin_ann.gradients.autograd import PlainGradients, Weighting, in_half, plain_gradients, requiring_grad
-from tracin_ann.gradients.capture import OUTPUTS, PARAMETERS, LayerCapture, Layouts, covered_layers, covered_rows
-from tracin_ann.gradients.factors import Dense, Form, converted, form_dtype
+from tracin_ann.gradients.autograd import PlainGradients, Weighting, is_half_precision, plain_gradients, require_grad
+from tracin_ann.gradients.capture import (
+    OUTPUTS,
+    PARAMETERS,
+    LayerCapture,
+    Layouts,
+    find_covered_layers,
+    find_shared_rows,
+)
+from tracin_ann.gradients.factors import Dense, Form, convert, form_dtype
 from tracin_ann.gradients.functional import derivatives_by_forward_mode, gradients_by_vmap
 from tracin_ann.gradients.plan import FORWARD, LOOP, NONE, RULE, VMAP, Plan, Step
 from tracin_ann.gradients.proof import (
     ProofSink,
     Truth,
     check_finite,
-    misplaced,
-    no_gradient,
-    not_finite,
+    describe_misplaced,
+    describe_no_gradient,
+    describe_nonfinite,
+    describe_unproven,
+    describe_unsettled,
+    describe_unusable_loss,
     proof_weights,
-    unproven,
-    unsettled,
-    unusable,
 )
 from tracin_ann.task import LossFunction, batched_tensors, tensors_within
 
@@ -90,13 +97,13 @@ class GradientEngine:
         held = {name: p for name, p in self.parameters.items() if p.numel()}
         self._empty = frozenset(self.parameters) - set(held)
         self._form_dtype = form_dtype(self.parameters.values())
-        self._covered = covered_layers(model, held)
+        self._covered = find_covered_layers(model, held)
         self._plan: Plan | None = None
         self._rank_one: frozenset[str] = frozenset()
         self._fallen: dict[str, Step] = {}
         self._n_batches = 0
         self._layouts = Layouts()
-        self._rows = covered_rows(model, held)
+        self._rows = find_shared_rows(model, held)
         self._capture = LayerCapture(model, {}, {}, self._layouts)
 
     @property
@@ -118,7 +125,7 @@ class GradientEngine:
     def losses(self, batch: Batch) -> Tensor:
         """Return the per-example losses [B], checked for their shape."""
         values = self._values(self._model, batch.inputs)
-        if why := unusable(values, len(batch)):
+        if why := describe_unusable_loss(values, len(batch)):
             raise TaskError(why)
         return values
 
@@ -126,10 +133,10 @@ class GradientEngine:
         """Return the per-example losses [B] without a graph; a loss may take gradients itself."""
         return self.losses(batch).detach()
 
-    def in_half(self, batch: Batch) -> bool:
+    def is_half_precision(self, batch: Batch) -> bool:
         """Return whether the losses of a batch are computed in half precision, whatever the parameters' dtype."""
-        with self._followed(batch), requiring_grad(self.parameters.values()):
-            return in_half(self.losses(batch))
+        with self._followed(batch), require_grad(self.parameters.values()):
+            return is_half_precision(self.losses(batch))
 
     def _values(self, model: nn.Module, inputs: Any) -> Tensor:
         with self._autocast():
@@ -167,13 +174,13 @@ class GradientEngine:
                 return self._run(batch, self._widening(start()))
             except _PlanChangedError as change:
                 if attempt + 1 == _ATTEMPTS:
-                    raise GradientProofError(unsettled(str(change), batch.ids)) from change
+                    raise GradientProofError(describe_unsettled(str(change), batch.ids)) from change
                 self.prove(batch)
         raise AssertionError
 
     def _widening(self, sink: Sink) -> Sink:
         """Return a sink of forms in one dtype, float32 or wider, whatever step gave them and in what."""
-        return lambda name, form, rows: sink(name, converted(form, self._form_dtype), rows)
+        return lambda name, form, rows: sink(name, convert(form, self._form_dtype), rows)
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan
@@ -197,7 +204,7 @@ class GradientEngine:
         self._n_batches += 1
         done = self._capture.run(lambda: self.losses(batch), len(batch), sink, watched, checking=checking)
         if self._capture.misplaced:
-            raise MisplacedRowsError(misplaced(self._capture.misplaced, batch.ids))
+            raise MisplacedRowsError(describe_misplaced(self._capture.misplaced, batch.ids))
         failures = self._capture.failures | {
             name: "a loss of this batch reaches it, and none before did"
             for name, reached in zip(unreached, done.watched_reached, strict=True)
@@ -272,7 +279,7 @@ class GradientEngine:
         for step in _ROUNDS:
             failed = self._rule_failures(batch, truth) if step == RULE else self._failures(step, batch, truth)
             if failed and step == LOOP:
-                raise GradientProofError(unproven(failed))
+                raise GradientProofError(describe_unproven(failed))
             self._lower(failed)
         by_rows = {n for path, held in self._covered.items() if self._is_by_rows(path) for n in held.values()}
         steps = {n: Step(RULE, _BY_ROWS) if n in by_rows and s.name == RULE else s for n, s in self.plan.steps.items()}
@@ -284,7 +291,7 @@ class GradientEngine:
 
     def _lower(self, failed: Mapping[str, str]) -> None:
         """Let parameters fall one step down, and stay there."""
-        lower = self.plan.lowered(failed)
+        lower = self.plan.lower(failed)
         self._fallen.update(lower)
         self._adopt({**self.plan.steps, **lower})
 
@@ -323,7 +330,7 @@ class GradientEngine:
             loss, grad = self.alone(batch, i)
             if not bool(torch.isfinite(grad).all()):
                 got = f"NaN or inf at a loss of {float(loss):.6g}"
-                raise NonFiniteError(not_finite("gradient", row, self.checkpoint, got))
+                raise NonFiniteError(describe_nonfinite("gradient", row, self.checkpoint, got))
 
     @contextlib.contextmanager
     def _followed(self, batch: Batch) -> Iterator[None]:
@@ -338,7 +345,7 @@ class GradientEngine:
             raise
         except RuntimeError as error:
             self.loss_values(batch)
-            raise TaskError(no_gradient(first_line(error))) from error
+            raise TaskError(describe_no_gradient(first_line(error))) from error
 
     def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
         """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""

@@ -127,7 +127,7 @@ def _scattered(form: Rows, start: int, stop: int) -> Tensor:
     return grad.flatten(1)
 
 
-def materialised(form: Form) -> Tensor:
+def materialise(form: Form) -> Tensor:
     """Return the per-example gradients [B, P]."""
     return torch.cat([block for _, block in column_blocks(form)], dim=1)
 
@@ -228,7 +228,7 @@ def form_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
-def converted(form: Form, dtype: torch.dtype) -> Form:
+def convert(form: Form, dtype: torch.dtype) -> Form:
     """Return the form in another floating dtype; itself where it is in that."""
     values = {field.name: getattr(form, field.name) for field in fields(form)}
     floating = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
@@ -261,7 +261,7 @@ def _merged(forms: Sequence[Form]) -> list[Form]:
 def _row_aligned(form: Form) -> Iterator[Tensor]:
     """Yield the whole gradient of one example after another, so that unlike forms can be added."""
     for example in range(batch_size(form)):
-        yield materialised(form[example : example + 1])
+        yield materialise(form[example : example + 1])
 
 
 def _gram_is_cheaper(form: Outer) -> bool:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tracin_ann.task import preserved_registry, rebuild
+from tracin_ann.task import preserve_registry, rebuild
 
 Losses = Callable[[nn.Module, Any], Tensor]
 
@@ -37,7 +37,7 @@ def gradients_by_vmap(
 
     own = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     # `functional_call` on a model that holds one submodule twice leaves swapped tensors behind.
-    with preserved_registry(model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with preserve_registry(model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         grads, _ = vmap(grad_and_value(one), in_dims=(None, *([0] * len(tensors))))(own, *tensors)
     return {name: grads[f"model.{name}"].detach() for name in parameters}
@@ -52,7 +52,7 @@ def derivatives_by_forward_mode(
     """
     with (
         forward_ad.dual_level(),
-        preserved_registry(model),
+        preserve_registry(model),
         sdpa_kernel(SDPBackend.MATH),
         warnings.catch_warnings(),
     ):

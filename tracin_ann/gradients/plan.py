@@ -36,7 +36,7 @@ class Plan:
         """Return the parameters that a step serves, in the model's order."""
         return tuple(name for name, chosen in self.steps.items() if chosen.name == step)
 
-    def lowered(self, failed: Mapping[str, str]) -> dict[str, Step]:
+    def lower(self, failed: Mapping[str, str]) -> dict[str, Step]:
         """Return the next steps of parameters that theirs does not serve, by parameter and reason.
 
         Forward mode costs a forward for each parameter and is for those of one number: before a pass of

@@ -11,7 +11,7 @@ import torch
 from tracin_ann.errors import TaskError, first_line, problem
 from tracin_ann.gradients.engine import Batch, GradientEngine
 from tracin_ann.gradients.proof import check_finite
-from tracin_ann.task import EXAMPLES, Task, content_of
+from tracin_ann.task import EXAMPLES, Task, encode_content
 
 _READ_TWICE = 16
 _ALONE = 3
@@ -37,8 +37,8 @@ def probe_examples(data: Any, side: str, ids: Sequence[int], collate: Callable[[
     unknown: set[str] = set()
     for i in ids[:_READ_TWICE]:
         # One after the other: a data set may fill one object again and again.
-        first = content_of(data[i], collate)
-        second = content_of(data[i], collate)
+        first = encode_content(data[i], collate)
+        second = encode_content(data[i], collate)
         unknown.update(first.unknown)
         if first != second:
             raise TaskError(
@@ -57,7 +57,7 @@ def probe_examples(data: Any, side: str, ids: Sequence[int], collate: Callable[[
         )
 
 
-def probe_shown(task: Task, example: Any, side: str) -> None:
+def probe_description(task: Task, example: Any, side: str) -> None:
     """Ask the task's `ids`, `describe` and, of a training row, `columns` of a side's first row, as a build will.
 
     Args:
@@ -148,10 +148,10 @@ def _mixed(batch: Batch, i: int, got: str) -> str:
 
 
 def _slack(engine: GradientEngine, batch: Batch) -> float:
-    return _HALF_PRECISION if engine.in_half(batch) else 1.0
+    return _HALF_PRECISION if engine.is_half_precision(batch) else 1.0
 
 
-def sound(engine: GradientEngine, batch: Batch) -> tuple[Batch, tuple[int, ...]] | None:
+def replace_nonfinite(engine: GradientEngine, batch: Batch) -> tuple[Batch, tuple[int, ...]] | None:
     """Return a batch whose every row has a finite loss and gradient, and the places that other rows took.
 
     Each row stays in its place or is replaced by one of the others: whatever runs a batch of this size and layout runs

@@ -99,10 +99,10 @@ def check_finite(losses: Tensor, ids: Sequence[int], checkpoint: int) -> None:
     """
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
-        raise NonFiniteError(not_finite("loss", ids[bad[0]], checkpoint, float(losses[bad[0]])))
+        raise NonFiniteError(describe_nonfinite("loss", ids[bad[0]], checkpoint, float(losses[bad[0]])))
 
 
-def not_finite(what: str, row: int, checkpoint: int, got: object) -> str:
+def describe_nonfinite(what: str, row: int, checkpoint: int, got: object) -> str:
     """Return the message for a row's loss or gradient that is NaN or infinite."""
     return problem(
         f"the {what} of row {row} at checkpoint {checkpoint} is not finite",
@@ -112,7 +112,7 @@ def not_finite(what: str, row: int, checkpoint: int, got: object) -> str:
     )
 
 
-def misplaced(why: str, ids: Sequence[int]) -> str:
+def describe_misplaced(why: str, ids: Sequence[int]) -> str:
     """Return the message for a layer whose input came batch first when it was proven, and now does not."""
     return problem(
         "the examples lie otherwise in a layer's input than when its gradients were proven",
@@ -122,7 +122,7 @@ def misplaced(why: str, ids: Sequence[int]) -> str:
     )
 
 
-def unproven(failed: Mapping[str, str]) -> str:
+def describe_unproven(failed: Mapping[str, str]) -> str:
     """Return the message for parameters that no step of the ladder serves, each with the reason."""
     name, why = next(iter(failed.items()))
     return problem(
@@ -133,7 +133,7 @@ def unproven(failed: Mapping[str, str]) -> str:
     )
 
 
-def unsettled(why: str, ids: Sequence[int]) -> str:
+def describe_unsettled(why: str, ids: Sequence[int]) -> str:
     """Return the message for a batch whose gradients fail again however often they are proven."""
     return problem(
         f"the gradients of rows {ids[0]} to {ids[-1]} fail each time after they are proven",
@@ -143,7 +143,7 @@ def unsettled(why: str, ids: Sequence[int]) -> str:
     )
 
 
-def unusable(values: object, batch: int) -> str:
+def describe_unusable_loss(values: object, batch: int) -> str:
     """Return the message for a loss that is not one floating-point number an example, "" for one that is."""
     shape = list(values.shape) if isinstance(values, Tensor) else None
     if isinstance(values, Tensor) and shape == [batch]:
@@ -166,7 +166,7 @@ def _no_floats(dtype: torch.dtype) -> str:
     )
 
 
-def no_gradient(got: str = "", looked: int = 0) -> str:
+def describe_no_gradient(got: str = "", looked: int = 0) -> str:
     """Return the message for losses that autograd cannot follow back, in any of so many rows or with an error."""
     got = got or f"losses that depend on none of the chosen parameters, in any of {looked} rows"
     remedy = "compute the loss in PyTorch without .detach(), .item() or no_grad, or change Task.parameters"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.build import opened
+from tracin_ann.build import open_build
 from tracin_ann.config import BuildConfig
-from tracin_ann.features import Tuned, measure_row_seconds
+from tracin_ann.features import RunSettings, measure_row_seconds
 from tracin_ann.gradients import Plan
 from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
@@ -46,7 +46,7 @@ class BuildPlan:
     memory_bytes: int
     seconds: float
     row_seconds: float
-    tuned: Tuned
+    tuned: RunSettings
     index_kind: str
     index_reason: str
     gradients: Plan
@@ -68,10 +68,10 @@ def plan(
         TracinAnnError: whatever `build` would refuse before any work.
     """
     config = config or BuildConfig()
-    work = opened(task, Path(out), config, arguments)
+    work = open_build(task, Path(out), config, arguments)
     with work.passes.model() as model:
         work.refuse_foreign()
-        start = work.prepared(model)
+        start = work.prepare(model)
         missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
         record = config.agree_on_batches(start.record, len(missing), str(work.out))
         chosen = work.tune(model, record)
@@ -103,7 +103,7 @@ def plan(
         )
 
 
-def _reading(chosen: Tuned, row_seconds: float, workers: int) -> float:
+def _reading(chosen: RunSettings, row_seconds: float, workers: int) -> float:
     """Return the seconds that reading adds to a row: none where workers hide it."""
     hidden = workers > 0 and chosen.read_seconds / workers < row_seconds
     return 0.0 if hidden else chosen.read_seconds / max(1, workers)

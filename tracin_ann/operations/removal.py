@@ -12,17 +12,17 @@ import numpy as np
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.store import (
     Manifest,
-    carried,
-    check,
-    current,
-    generation_of,
-    next_folder,
-    published,
-    removed_ids,
-    settled,
-    skipped_rows,
+    carry_over,
+    check_generation,
+    generation_number,
+    hold_writer_lock,
+    make_next_folder,
+    publish,
+    read_current,
+    read_removed_ids,
+    read_skipped_rows,
+    tidy,
     write_removed,
-    writing,
 )
 
 
@@ -43,26 +43,26 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
     """
     out = Path(directory)
     manifest = Manifest.read(out)
-    with writing(out):
-        manifest = current(out) or manifest
+    with hold_writer_lock(out):
+        manifest = read_current(out) or manifest
         n_rows = manifest.build.layout.n_rows
         wrong = [i for i in ids if not 0 <= i < n_rows]
         if wrong or not ids:
             got: object = wrong[0] if wrong else "no ids"
             raise UsageError(problem("bad --ids", got=got, expected=f"0 to {n_rows - 1}", remedy="change --ids"))
-        check(out, manifest, deep=True)
-        before = removed_ids(out, manifest)
+        check_generation(out, manifest, deep=True)
+        before = read_removed_ids(out, manifest)
         removed = np.union1d(before, np.array(ids, dtype=np.int64))
-        if len(np.union1d(removed, skipped_rows(out, manifest).row_S)) == n_rows:
+        if len(np.union1d(removed, read_skipped_rows(out, manifest).row_S)) == n_rows:
             raise UsageError(
                 problem("no row would be left", got=f"{n_rows} rows to remove", expected="some", remedy="change --ids")
             )
         if len(removed) == len(before):
-            settled(out, manifest)
+            tidy(out, manifest)
             return manifest
-        folder = next_folder(out, manifest)
-        kept = [record for record in manifest.besides if record != manifest.removed]
-        carried(out, manifest, folder, kept)
-        made = replace(manifest, generation=generation_of(folder), removed=write_removed(folder, removed))
-        published(out, made)
+        folder = make_next_folder(out, manifest)
+        kept = [record for record in manifest.own_files if record != manifest.removed]
+        carry_over(out, manifest, folder, kept)
+        made = replace(manifest, generation=generation_number(folder), removed=write_removed(folder, removed))
+        publish(out, made)
     return made

@@ -14,7 +14,15 @@ from tracin_ann.build import BuildReport, BuildWork, run
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import DamagedIndexError, TracinAnnError, UsageError, problem
-from tracin_ann.features import Audited, Auditor, Fitting, PassOptions, canaries_of, draw_places, found_task
+from tracin_ann.features import (
+    Auditor,
+    AuditResult,
+    IndexTask,
+    PassOptions,
+    draw_places,
+    load_index_task,
+    read_generation_canaries,
+)
 from tracin_ann.search import IVFIndex
 from tracin_ann.store import (
     BUILD_RECORD,
@@ -25,22 +33,22 @@ from tracin_ann.store import (
     FileRecord,
     Manifest,
     check_file,
-    folder_of,
+    generation_folder,
+    hold_writer_lock,
     list_generations,
-    listed_rows,
     read_build_record,
     read_columns,
+    read_removed_ids,
+    read_skipped_rows,
+    read_unlisted_ids,
     refuse_links,
     refuse_other_copy,
-    removed_ids,
-    settled,
-    skipped_rows,
-    unlisted_ids,
+    select_listed_rows,
+    tidy,
     write_build_record,
-    writing,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference
-from tracin_ann.types import ProgressCallback, silent
+from tracin_ann.types import ProgressCallback, ignore_progress
 
 _LOOKED_AT = 1000
 
@@ -54,7 +62,7 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerificationResult:
     """What a verification saw: the damage, and how many files of how many bytes it read."""
 
     damage: tuple[Damage, ...]
@@ -75,7 +83,7 @@ class Draw:
     seed: int | None = None
 
 
-def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None = None) -> Verified:
+def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None = None) -> VerificationResult:
     """Read every byte of an index's current generation and return all that is damaged.
 
     Raises:
@@ -84,8 +92,8 @@ def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None 
     out = Path(directory)
     found = list(_manifests(out))
     manifest = _best(out)
-    own = folder_of(out, manifest.generation)
-    names = [(own, record) for record in manifest.besides] + [(out / FEATURES, r) for r in manifest.features]
+    own = generation_folder(out, manifest.generation)
+    names = [(own, record) for record in manifest.own_files] + [(out / FEATURES, r) for r in manifest.features]
     whole = set()
     for done, (place, record) in enumerate(names):
         try:
@@ -96,7 +104,7 @@ def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None 
         if progress is not None:
             progress("files", done + 1, len(names))
     found += _contents(out, manifest, whole)
-    return Verified(tuple(found), len(names) + 2, sum(record.size for _, record in names))
+    return VerificationResult(tuple(found), len(names) + 2, sum(record.size for _, record in names))
 
 
 def repair(
@@ -127,7 +135,7 @@ def repair(
     # Refused here where there is nothing to mend, before a lock is put there.
     _best(out)
     # Held until all is made anew: no other writer finds the directory without what was removed.
-    with writing(out):
+    with hold_writer_lock(out):
         seen = verify(out, progress)
         manifest = _best(out)
         rotten = [damage.path for damage in seen.damage if damage.path.name not in (MANIFEST, BUILD_RECORD)]
@@ -137,10 +145,10 @@ def repair(
             path.unlink(missing_ok=True)
         if any(damage.path.name == BUILD_RECORD for damage in seen.damage):
             write_build_record(out, manifest.build)
-        for place in (folder_of(out, manifest.generation), out):
+        for place in (generation_folder(out, manifest.generation), out):
             manifest.write(place)
         if work is None:
-            settled(out, manifest)
+            tidy(out, manifest)
             return None
         return run(work, progress)
 
@@ -152,8 +160,8 @@ def sweep(directory: str | os.PathLike[str]) -> None:
         BusyIndexError: another process is writing the index.
     """
     out = Path(directory)
-    with writing(out):
-        settled(out, _best(out))
+    with hold_writer_lock(out):
+        tidy(out, _best(out))
 
 
 def audit(
@@ -163,8 +171,8 @@ def audit(
     *,
     arguments: Mapping[str, str] | None = None,
     device: str = "auto",
-    progress: ProgressCallback = silent,
-) -> Audited:
+    progress: ProgressCallback = ignore_progress,
+) -> AuditResult:
     """Compare rows of an index, drawn at random, with the gradients of single examples by plain autograd.
 
     Args:
@@ -200,9 +208,9 @@ def audit(
         channels_last=built.channels_last,
         on_nonfinite=built.on_nonfinite,
     )
-    fitting = Fitting(out, manifest, lambda: found_task(task, arguments, manifest, out), options)
+    fitting = IndexTask(out, manifest, lambda: load_index_task(task, arguments, manifest, out), options)
     store = FeatureStore(out / FEATURES, built.layout)
-    without = np.union1d(skipped_rows(out, manifest).row_S, removed_ids(out, manifest))
+    without = np.union1d(read_skipped_rows(out, manifest).row_S, read_removed_ids(out, manifest))
     seed = int(built.spec.digest(), 16) if draw.seed is None else draw.seed
     drawn = draw_places(draw.rows, store, without, seed)
     fitting.refuse_changed(sorted({checkpoint for _, checkpoint in drawn}))
@@ -216,7 +224,7 @@ def _work(
     """Return the build of the manifest's index; refused before anything is removed where its task cannot be found."""
     built = manifest.build.task
     given = built.arguments if arguments is None else arguments
-    found = found_task(task, given, manifest, out)
+    found = load_index_task(task, given, manifest, out)
     name = task or built.reference
     named = TaskReference(absolute_reference(name), dict(given)) if isinstance(name, str) else TaskReference()
     return BuildWork(found, out, config_of(manifest, device), named)
@@ -227,7 +235,7 @@ def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path])
         return
     raise DamagedIndexError(
         problem(
-            f"{folder_of(out, manifest.generation) / manifest.removed.name} cannot be made anew",
+            f"{generation_folder(out, manifest.generation) / manifest.removed.name} cannot be made anew",
             got="damage",
             expected="the ids of the removed rows",
             remedy="restore that file, or build a new index and remove the rows again",
@@ -263,7 +271,7 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
 def _manifests(out: Path) -> Iterator[Damage]:
     """Yield what is wrong with the manifest, its generation's copy and the build record."""
     best = _best(out)
-    for place in (out, folder_of(out, best.generation)):
+    for place in (out, generation_folder(out, best.generation)):
         try:
             refuse_other_copy(place, best)
         except DamagedIndexError as error:
@@ -306,7 +314,7 @@ def _where(path: Path) -> str:
 
 def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage]:
     """Yield which files say what cannot be, though their bytes are those that were written."""
-    own = folder_of(out, manifest.generation)
+    own = generation_folder(out, manifest.generation)
     layout = manifest.build.layout
     store = FeatureStore(out / FEATURES, layout)
     for partition in range(layout.n_partitions):
@@ -320,10 +328,10 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
                     whole.discard(path.name)
                     yield Damage(path, str(error))
     readers: list[tuple[FileRecord | None, Callable[[Path], object]]] = [
-        (manifest.canaries, lambda path: canaries_of(own, manifest)),
+        (manifest.canaries, lambda path: read_generation_canaries(own, manifest)),
         (manifest.columns, lambda path: read_columns(path, layout.n_rows).refuse_twins()),
-        (manifest.removed, lambda path: removed_ids(out, manifest)),
-        (manifest.skipped, lambda path: skipped_rows(out, manifest)),
+        (manifest.removed, lambda path: read_removed_ids(out, manifest)),
+        (manifest.skipped, lambda path: read_skipped_rows(out, manifest)),
     ]
     for record, read in readers:
         if record is not None and record.name in whole:
@@ -337,7 +345,7 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
         return
     path = own / IVFIndex.FILES[0]
     try:
-        view = listed_rows(store.view(), unlisted_ids(out, manifest))
+        view = select_listed_rows(store.view(), read_unlisted_ids(out, manifest))
         faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_LOOKED_AT, seed=0)
     except DamagedIndexError as error:
         faults = [str(error)]

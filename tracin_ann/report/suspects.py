@@ -15,7 +15,7 @@ from typing import Any
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import LABEL, Examples, Shown, plain
 from tracin_ann.report.views import LossView, Side, Views
-from tracin_ann.scoring import Answer, Listed, QueryOptions, Ranked, Record
+from tracin_ann.scoring import Answer, QueryOptions, RankedRows, Record, RowList
 
 NEIGHBOURS = 8
 _LOT = 256
@@ -69,7 +69,7 @@ def neighbours(
 
 
 def suspect_views(
-    results: Listed[Any], records: Sequence[Record], examples: Examples, views: Views, around: dict[int, Answer]
+    results: RowList[Any], records: Sequence[Record], examples: Examples, views: Views, around: dict[int, Answer]
 ) -> list[SuspectView]:
     """Return the views of rows, in order."""
     rows = [int(record["row"]) for record in records]
@@ -107,8 +107,8 @@ def kept_rows(records: Sequence[Record], made: Sequence[SuspectView]) -> list[Re
     return kept
 
 
-def _fields(results: Listed[Any], record: Record) -> tuple[tuple[str, str], ...]:
-    named = {**_NAMES, "score": "self-influence"} if isinstance(results, Ranked) else _NAMES
+def _fields(results: RowList[Any], record: Record) -> tuple[tuple[str, str], ...]:
+    named = {**_NAMES, "score": "self-influence"} if isinstance(results, RankedRows) else _NAMES
     return tuple(
         (named.get(name, name.replace("_", " ")), plain(value))
         for name, value in record.items()

@@ -16,16 +16,16 @@ from typing import Any
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import MissingPackageError, UsageError, problem
-from tracin_ann.files import output_file
+from tracin_ann.files import open_output
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import Examples
 from tracin_ann.report.figures import Figure, answer_figures, row_figures
 from tracin_ann.report.pictures import Pictures
 from tracin_ann.report.suspects import has_rows, kept_rows, neighbours, suspect_views
 from tracin_ann.report.views import Asked, Views
-from tracin_ann.scoring import Answer, Answers, Listed, Ranked, score_ranks_figure, shown_cells
-from tracin_ann.task import preserved_globals
-from tracin_ann.text import json_escaped, visible
+from tracin_ann.scoring import Answer, Answers, RankedRows, RowList, format_cells, score_ranks_figure
+from tracin_ann.task import preserve_globals
+from tracin_ann.text import escape_control, escape_json
 
 _LOT = 256
 """Queries that are rendered together."""
@@ -59,7 +59,7 @@ class Page:
 
 
 def write_report(
-    results: Answers | Listed[Any],
+    results: Answers | RowList[Any],
     path: str | os.PathLike[str],
     index: InfluenceIndex,
     title: str | None = None,
@@ -84,10 +84,10 @@ def write_report(
     """
     out = Path(path)
     # Once, not once a row: the task's code reads and describes thousands.
-    with preserved_globals():
+    with preserve_globals():
         maker = _Maker(index, _templates(), checkpoints)
         page = maker.answers(results, title) if isinstance(results, Answers) else maker.listed(results, title)
-    with output_file(out) as file:
+    with open_output(out) as file:
         for piece in page:
             file.write(piece.encode("utf-8", "backslashreplace"))
     return out
@@ -149,15 +149,15 @@ class _Maker:
             figures=answer_figures(self.index, answers, asked),
             labels=tuple(sorted(labels)),
             any_strange=any(answer.strange for answer in answers),
-            believed=self.index.manifest.believed,
+            believed=self.index.manifest.quality_summary,
         )
 
-    def listed(self, results: Listed[Any], title: str | None) -> Iterator[str]:
+    def listed(self, results: RowList[Any], title: str | None) -> Iterator[str]:
         """Return the pieces of a page of training rows, or of a table where records are of something else."""
         records = results.records()
         if not has_rows(records):
             template = self._templates.get_template("table.html")
-            cells = [shown_cells(record) for record in records]
+            cells = [format_cells(record) for record in records]
             heading, body = f"{len(records):,} results", [template.render(names=results.FIELDS.names, rows=cells)]
             name = title or f"{type(results).__name__} in {self.index.directory.resolve().name}"
             return self._page(name, "", "results", heading, body, wide=True, interactive=False)
@@ -177,7 +177,7 @@ class _Maker:
         data = {"key": f"tracin_ann {digest}", "fields": list(kept[0]) if kept else [], "rows": kept}
         return self._page(
             title=title or f"Suspects in {self.index.directory.resolve().name}",
-            lead=_RANKED_LEAD if isinstance(results, Ranked) else _LISTED_LEAD,
+            lead=_RANKED_LEAD if isinstance(results, RankedRows) else _LISTED_LEAD,
             things="rows",
             heading=f"{len(records):,} training {'row' if len(records) == 1 else 'rows'}",
             wide=wide,
@@ -250,7 +250,7 @@ def _facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
 
 def _safe_json(value: Any) -> str:
     """Return JSON that ends no script element, whatever the texts in it."""
-    coded = json_escaped(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
+    coded = escape_json(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
     for character in "<>&":
         coded = coded.replace(character, f"\\u{ord(character):04x}")
     return coded
@@ -279,5 +279,5 @@ def _templates() -> Any:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         # HTML has no control characters; what is HTML already is a Markup.
-        finalize=lambda value: visible(value, "\n\t") if type(value) is str else value,
+        finalize=lambda value: escape_control(value, "\n\t") if type(value) is str else value,
     )

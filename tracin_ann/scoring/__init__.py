@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
 from tracin_ann.scoring.exact import Directions, exact_self_influence, whole_gradients
-from tracin_ann.scoring.formats import HITS, RANKED, Fields, Record, Texts, one_line, shown_cells, writer
+from tracin_ann.scoring.formats import HITS, RANKED, Fields, Record, Texts, format_cells, join_lines, open_writer
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
@@ -15,9 +15,9 @@ from tracin_ann.scoring.plots import (
     parts_figure,
     score_ranks_figure,
 )
-from tracin_ann.scoring.quality import Yardstick
+from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import Question, Ranking
-from tracin_ann.scoring.results import Answers, Describe, Listed, Ranked
+from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList
 
 __all__ = [
     "Answer",
@@ -29,26 +29,26 @@ __all__ = [
     "HITS",
     "Hit",
     "Id",
-    "Listed",
     "OPPONENT",
+    "QualityMeasurement",
     "QueryOptions",
     "Question",
     "RANKED",
-    "Ranked",
+    "RankedRows",
     "Ranking",
     "Record",
+    "RowList",
     "SelfInfluence",
     "Texts",
-    "Yardstick",
     "as_svg",
     "checkpoints_figure",
     "counts_figure",
     "exact_self_influence",
+    "format_cells",
+    "join_lines",
     "norms_figure",
-    "one_line",
+    "open_writer",
     "parts_figure",
     "score_ranks_figure",
-    "shown_cells",
     "whole_gradients",
-    "writer",
 ]

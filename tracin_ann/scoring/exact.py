@@ -20,7 +20,7 @@ from torch import Tensor
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import LoadedModel, Passes, squared_norms
-from tracin_ann.gradients import Form, Outer, Sink, form_dtype, inner_where, materialised
+from tracin_ann.gradients import Form, Outer, Sink, form_dtype, inner_where, materialise
 from tracin_ann.types import Float64, Int64
 
 Directions = dict[str, Tensor]
@@ -70,12 +70,12 @@ def exact_scores(
         TaskError: the loss breaks the contract.
         NonFiniteError: a score is NaN or infinite.
     """
-    with exact_scorer(passes, Queries(*queries), checkpoints) as scorer:
+    with make_exact_scorer(passes, Queries(*queries), checkpoints) as scorer:
         return scorer.scores(rows)
 
 
 @contextmanager
-def exact_scorer(
+def make_exact_scorer(
     passes: Passes,
     queries: Queries,
     checkpoints: Sequence[int],
@@ -203,7 +203,7 @@ def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> D
                 direction[first:last] = 0
 
             def sink(name: str, form: Form, rows: slice) -> None:
-                directions[name][first + rows.start : first + rows.stop] += materialised(form)
+                directions[name][first + rows.start : first + rows.stop] += materialise(form)
 
             return sink
 

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, Literal, TextIO
 
 from tracin_ann.choices import Format, SideName
 from tracin_ann.errors import MissingPackageError, UsageError, problem
-from tracin_ann.files import output_file
+from tracin_ann.files import open_output
 from tracin_ann.scoring.answers import Answer, Hit
-from tracin_ann.text import encodable, json_escaped, visible
+from tracin_ann.text import escape_control, escape_json, escape_surrogates
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -91,12 +91,12 @@ def answer_records(answer: Answer, texts: Texts) -> Iterator[Record]:
             yield record | {"query_text": shown, "text": texts("train", hit.row)}
 
 
-def line(record: Record) -> Record:
+def to_json_line(record: Record) -> Record:
     """Return a record as a JSON line has it."""
     return {"schema": SCHEMA, **_present(record)}
 
 
-def shown_cells(record: Record) -> list[str]:
+def format_cells(record: Record) -> list[str]:
     """Return a record as people read it, a text a field, in one line and without control characters."""
     return [_shown(value) for value in record.values()]
 
@@ -106,12 +106,12 @@ def _shown(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return " ".join(_shown(part) for part in value)
-    return "" if value is None else one_line(str(value))
+    return "" if value is None else join_lines(str(value))
 
 
-def one_line(text: str) -> str:
+def join_lines(text: str) -> str:
     """Return a text in one line, without control characters."""
-    return visible(" ".join(text.split()))
+    return escape_control(" ".join(text.split()))
 
 
 def _hit(hit: Hit) -> Record:
@@ -131,7 +131,7 @@ def _present(record: Record) -> Record:
 
 
 @contextmanager
-def writer(
+def open_writer(
     form: Format, out: Path | TextIO, fields: Fields, *, csv_raw: bool = False
 ) -> Iterator[Callable[[Sequence[Record]], None]]:
     """Yield what writes records on and on: lines to a stream, or a file that is there whole or not at all.
@@ -153,7 +153,7 @@ def writer(
             )
         yield from _texts(form, out, fields, csv_raw)
         return
-    with output_file(out) as file:
+    with open_output(out) as file:
         if form == "parquet":
             yield from _parquet(file, fields)
             return
@@ -175,7 +175,7 @@ def _lines(stream: TextIO) -> Iterator[Callable[[Sequence[Record]], None]]:
 
     def write(records: Sequence[Record]) -> None:
         for record in records:
-            stream.write(json_escaped(json.dumps(record, ensure_ascii=in_ascii)) + "\n")
+            stream.write(escape_json(json.dumps(record, ensure_ascii=in_ascii)) + "\n")
         stream.flush()
 
     yield write
@@ -188,7 +188,7 @@ def _csv(stream: TextIO, fields: Fields, raw: bool) -> Iterator[Callable[[Sequen
     def cell(value: object) -> object:
         if isinstance(value, list):
             return json.dumps(value)
-        return guarded(value) if isinstance(value, str) and not raw else value
+        return guard_formula(value) if isinstance(value, str) and not raw else value
 
     def write(records: Sequence[Record]) -> None:
         for record in records:
@@ -198,7 +198,7 @@ def _csv(stream: TextIO, fields: Fields, raw: bool) -> Iterator[Callable[[Sequen
     yield write
 
 
-def guarded(text: str) -> str:
+def guard_formula(text: str) -> str:
     """Return a text that no spreadsheet takes for a formula: one that it could, and is no number, begins with `'`."""
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
@@ -229,7 +229,7 @@ def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Reco
             opened.append(begun(records))
         schema, rows = opened[0]
         texts = [field.name for field in schema if field.type == pa.string()]
-        plain = [{**r, **{n: None if r[n] is None else encodable(str(r[n])) for n in texts}} for r in records]
+        plain = [{**r, **{n: None if r[n] is None else escape_surrogates(str(r[n])) for n in texts}} for r in records]
         try:
             table = pa.Table.from_pylist(plain, schema=schema)
         except pa.ArrowInvalid as error:
@@ -246,7 +246,7 @@ def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Reco
             rows.close()
 
 
-def frame(records: Sequence[Record], fields: Fields) -> Any:
+def to_frame(records: Sequence[Record], fields: Fields) -> Any:
     """Return records as a pandas DataFrame; its `attrs` hold the schema's version.
 
     Raises:
@@ -257,7 +257,7 @@ def frame(records: Sequence[Record], fields: Fields) -> Any:
     except ImportError as error:
         raise _missing("pandas") from error
     # Texts of pandas are UTF-8 as well.
-    plain = [{n: encodable(v) if isinstance(v, str) else v for n, v in record.items()} for record in records]
+    plain = [{n: escape_surrogates(v) if isinstance(v, str) else v for n, v in record.items()} for record in records]
     made = pd.DataFrame.from_records(plain, columns=fields.names)
     kinds = {"int": "Int64", "float": "float64", "bool": "bool"}
     made = made.astype({name: kinds[kind] for name, kind in fields.kinds if kind in kinds})

@@ -17,9 +17,9 @@ import numpy as np
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.features import FeatureExtractor, FeatureOptions, Passes, unsound
+from tracin_ann.features import FeatureExtractor, FeatureOptions, Passes, find_nonfinite
 from tracin_ann.scoring.exact import exact_scores
-from tracin_ann.search import Calibration, FlatIndex, IVFIndex, at_unit_scale, calibrated
+from tracin_ann.search import Calibration, FlatIndex, IVFIndex, calibrate, scale_to_unit
 from tracin_ann.store import FeatureStore, Fidelity
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
@@ -36,7 +36,7 @@ FEWEST_QUERIES = 100
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class QualityMeasurement:
     """What is measured, and with what.
 
     Attributes:
@@ -66,7 +66,7 @@ class Yardstick:
         queries_QF = np.concatenate([asked_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
         exact = FlatIndex(lists.source, self.passes.options.device)
-        return calibrated(
+        return calibrate(
             lists, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
         )
 
@@ -97,7 +97,7 @@ class Yardstick:
         side: SideName = "query"
         allowed = rows_N if len(self.skipped) else None
         asked = side, ids.tolist()
-        found = measured(self.passes, asked, query_QF, self.store.view(), sample, allowed)
+        found = measure_fidelity(self.passes, asked, query_QF, self.store.view(), sample, allowed)
         self.progress("fidelity", 1, 1)
         return found
 
@@ -115,7 +115,7 @@ class Yardstick:
             for checkpoint in range(len(self.passes.task.checkpoints)):
                 model.load(checkpoint)
                 taken.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
-        fine = np.flatnonzero(~np.any([unsound(rows) for rows in taken], axis=0))[:wanted]
+        fine = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in taken], axis=0))[:wanted]
         return ids[fine], np.concatenate([rows.feature_ND[fine] for rows in taken], axis=1)
 
 
@@ -129,7 +129,7 @@ def sample_rows(norm_N: Float64, seed: int) -> Int64:
     return np.sort(np.argsort(norm_N, kind="stable")[places])
 
 
-def measured(
+def measure_fidelity(
     passes: Passes,
     queries: tuple[SideName, Sequence[int]],
     query_QF: Float32,
@@ -148,12 +148,12 @@ def measured(
         allowed: ids of all rows that may be run, rising; None: all.
     """
     checkpoints = range(len(passes.task.checkpoints))
-    sides = FlatIndex(view, passes.options.device).search_both(at_unit_scale(query_QF)[0], FIRST, allowed)
+    sides = FlatIndex(view, passes.options.device).search_both(scale_to_unit(query_QF)[0], FIRST, allowed)
     rows = np.unique(np.concatenate([sample, *sides[0].ids, *sides[1].ids]))
     true_QM = exact_scores(passes, queries, rows.tolist(), checkpoints)
     row_MF = view.take(rows)
     sketch_QM = query_QF.astype(np.float64) @ row_MF.T.astype(np.float64)
-    deviation_QM = deviations(query_QF, row_MF, len(checkpoints))
+    deviation_QM = sketch_deviations(query_QF, row_MF, len(checkpoints))
     fine = deviation_QM > 0
     off = (sketch_QM - true_QM)[fine] / deviation_QM[fine]
     drawn = np.searchsorted(rows, sample)
@@ -174,7 +174,7 @@ def query_count(entries: int, available: int) -> int:
     return max(1, min(QUERIES, available, _ENTRIES // max(1, entries)))
 
 
-def deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
+def sketch_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
     """Return the sketch's standard deviation of each score, [Q, M]: √(Σ_c ‖z_c‖²‖q_c‖² / D)."""
     dim = query_QF.shape[1] // n_checkpoints
     query_QC, row_MC = (

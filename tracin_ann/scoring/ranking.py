@@ -14,10 +14,10 @@ import numpy.typing as npt
 from tracin_ann.choices import SideName
 from tracin_ann.features import Passes
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
-from tracin_ann.scoring.exact import ExactScorer, Queries, exact_scorer
-from tracin_ann.scoring.quality import deviations
-from tracin_ann.scoring.strategy import Way, chosen_way
-from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, at_unit_scale, search_both
+from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
+from tracin_ann.scoring.quality import sketch_deviations
+from tracin_ann.scoring.strategy import Strategy, choose_strategy
+from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.store import FeatureStore, IndexRecord
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
@@ -126,7 +126,7 @@ class Ranking:
             with self._scorer(question) as scorer:
                 found = _exact(scorer, [rows] * n_queries)
             counts = np.full(n_queries, 2 * len(rows))
-            way = Way(self.index, "true scores of all rows")
+            way = Strategy(self.index, "true scores of all rows")
         else:
             wanted = question.options.k
             if question.options.rerank == "exact":
@@ -136,7 +136,7 @@ class Ranking:
                 n_rows = len(way.index) if question.allowed is None else len(question.allowed)
                 way = replace(way, how=f"exact scan of {n_rows:,} rows: lists would score as many", strange_Q=None)
             logger.info("%d queries: %s", n_queries, way.how)
-            scaled_QF, exponent_Q = at_unit_scale(weighted_QF)
+            scaled_QF, exponent_Q = scale_to_unit(weighted_QF)
             proponents, opponents = search_both(way.index, scaled_QF, wanted, question.allowed)
             found = self._rescored(question, weighted_QF, _pooled(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
@@ -192,7 +192,7 @@ class Ranking:
         if not question.n_against or not len(rows_N):
             return np.zeros((0, len(rows_N)))
         if question.options.exact or question.options.rerank == "exact":
-            with exact_scorer(self.passes, question.queries(apart=True), question.checkpoints) as scorer:
+            with make_exact_scorer(self.passes, question.queries(apart=True), question.checkpoints) as scorer:
                 return scorer.scores(rows_N.tolist())
         means_GN: Float64 = question.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
         return means_GN
@@ -208,16 +208,16 @@ class Ranking:
         weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return weighted_QCD.reshape(queries_QF.shape)
 
-    def _way(self, question: Question, weighted_QF: Float32) -> Way:
+    def _way(self, question: Question, weighted_QF: Float32) -> Strategy:
         """Return the way to candidates: the index serves all checkpoints, an exact scan any choice of them."""
         options = question.options
         if options.cosine or question.checkpoints != tuple(range(len(self.rates))):
             view = self.store.view(question.checkpoints, cosine=options.cosine)
             why = "cosine" if options.cosine else "a choice of checkpoints"
             scan = FlatIndex(view, self.passes.options.device)
-            return chosen_way(self.record, scan, scan, weighted_QF, options, why)
+            return choose_strategy(self.record, scan, scan, weighted_QF, options, why)
         scan = FlatIndex(self.store.view(), self.passes.options.device)
-        return chosen_way(self.record, self.index, scan, weighted_QF, options)
+        return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
     def _rescored(self, question: Question, weighted_QF: Float32, pooled: list[Scored]) -> list[Scored]:
         if question.options.rerank == "none":
@@ -236,7 +236,7 @@ class Ranking:
         score_N = row_NF.astype(np.float64) @ query_F.astype(np.float64)
         if self.error_scale is None or question.options.cosine:
             return Scored(rows_N, score_N)
-        deviation_N = deviations(query_F[None], row_NF, len(question.checkpoints))[0]
+        deviation_N = sketch_deviations(query_F[None], row_NF, len(question.checkpoints))[0]
         return Scored(rows_N, score_N, None, self.error_scale * deviation_N)
 
     def _settled(self, question: Question, stored: list[Scored], scorer: ExactScorer) -> list[Scored]:
@@ -265,7 +265,7 @@ class Ranking:
         ]
 
     def _scorer(self, question: Question) -> AbstractContextManager[ExactScorer]:
-        return exact_scorer(self.passes, question.queries(), question.checkpoints, self.progress)
+        return make_exact_scorer(self.passes, question.queries(), question.checkpoints, self.progress)
 
 
 def _exact(scorer: ExactScorer, rows: Sequence[Int64]) -> list[Scored]:

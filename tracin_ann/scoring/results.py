@@ -17,13 +17,13 @@ from tracin_ann.scoring.formats import (
     Texts,
     answer_line,
     answer_records,
-    frame,
-    line,
-    shown_cells,
+    format_cells,
+    to_frame,
+    to_json_line,
 )
 from tracin_ann.scoring.plots import ranked_figure, scores_figure
 from tracin_ann.task import Description
-from tracin_ann.text import visible
+from tracin_ann.text import escape_control
 
 T = TypeVar("T")
 Describe = Callable[[SideName, int], Description | None]
@@ -51,7 +51,7 @@ class Answers(list[Answer]):
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        return frame(self.records(), HITS)
+        return to_frame(self.records(), HITS)
 
     def plot(self) -> Any:
         """Return a matplotlib Figure of the scores, query by query.
@@ -65,7 +65,7 @@ class Answers(list[Answer]):
         return "".join(_answer_html(answer, self.texts) for answer in self[:_SHOWN]) + _more(len(self))
 
 
-class Listed(ABC, list[T]):
+class RowList(ABC, list[T]):
     """Results of which each is one record: a line of JSON, a row of a table.
 
     `DETAILS` are fields that a table on a terminal leaves out, the first first, where its texts have too little room.
@@ -88,7 +88,7 @@ class Listed(ABC, list[T]):
 
     def lines(self) -> list[Record]:
         """Return the results as JSON lines have them."""
-        return [line(record) for record in self.records()]
+        return [to_json_line(record) for record in self.records()]
 
     def to_pandas(self) -> Any:
         """Return a DataFrame, one row a result, columns as `FIELDS`.
@@ -96,14 +96,14 @@ class Listed(ABC, list[T]):
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        return frame(self.records(), self.FIELDS)
+        return to_frame(self.records(), self.FIELDS)
 
     def _repr_html_(self) -> str:
         records = [self.record(row) for row in self[:_SHOWN]]
-        return _table("", self.FIELDS.names, [shown_cells(record) for record in records]) + _more(len(self))
+        return _table("", self.FIELDS.names, [format_cells(record) for record in records]) + _more(len(self))
 
 
-class Ranked(Listed[SelfInfluence]):
+class RankedRows(RowList[SelfInfluence]):
     """Training rows by rank."""
 
     FIELDS = RANKED
@@ -150,7 +150,7 @@ def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _safe(text: str) -> str:
-    return escape(visible(text, "\n\t"))
+    return escape(escape_control(text, "\n\t"))
 
 
 def _more(n_rows: int) -> str:

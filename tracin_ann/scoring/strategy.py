@@ -15,7 +15,7 @@ from tracin_ann.types import Float32
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """An index set to search, why it, and which queries look like none that its recall was measured on."""
 
     index: SearchIndex
@@ -23,14 +23,14 @@ class Way:
     strange_Q: npt.NDArray[np.bool_] | None = None
 
 
-def chosen_way(
+def choose_strategy(
     record: IndexRecord,
     index: SearchIndex,
     scan: FlatIndex,
     queries_QF: Float32,
     options: QueryOptions,
     why_scan: str = "",
-) -> Way:
+) -> Strategy:
     """Return the way for these queries.
 
     Args:
@@ -55,16 +55,18 @@ def chosen_way(
                     remedy="drop the option: an exact scan finds all",
                 )
             )
-        return Way(scan if why_scan else index, f"exact scan of the stored rows{f' ({why_scan})' if why_scan else ''}")
+        return Strategy(
+            scan if why_scan else index, f"exact scan of the stored rows{f' ({why_scan})' if why_scan else ''}"
+        )
     if options.search == "scan":
-        return Way(scan, "exact scan of the stored rows, as asked")
+        return Strategy(scan, "exact scan of the stored rows, as asked")
     asked = options.recall if options.recall is not None else calibration.target
     points, reached = _points(calibration, asked, explicit=options.recall is not None)
     n_queries = len(queries_QF)
     by_lists, by_scan = calibration.index_cost(*points).of(n_queries), calibration.scan.of(n_queries)
     costs = f"about {_short(by_lists)} by lists, {_short(by_scan)} by scan"
     if options.search == "auto" and by_scan <= by_lists:
-        return Way(scan, f"exact scan of the stored rows: {n_queries} queries cost {costs}")
+        return Strategy(scan, f"exact scan of the stored rows: {n_queries} queries cost {costs}")
     proponents, opponents = points
     how = (
         f"lists, recall@10 of the stored ranking measured at {proponents.recall:.3f} for proponents, "
@@ -73,10 +75,10 @@ def chosen_way(
     if not reached:
         how += f"; {asked:g} is out of the lists' reach: --search scan finds all"
     strange_Q = calibration.looks.strange(index, queries_QF)
-    if calibration.looks.shifted(index, queries_QF):
+    if calibration.looks.is_shifted(index, queries_QF):
         strange_Q = np.ones(n_queries, dtype=bool)
         how += "; these queries are not distributed like those measured: recall may differ"
-    return Way(index.at(proponents.setting, opponents.setting), how, strange_Q)
+    return Strategy(index.at(proponents.setting, opponents.setting), how, strange_Q)
 
 
 def _points(calibration: Calibration, asked: float, *, explicit: bool) -> tuple[tuple[Point, Point], bool]:

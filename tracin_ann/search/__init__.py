@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tracin_ann.device import import_faiss
 from tracin_ann.search.backend import choose_index
-from tracin_ann.search.base import SearchIndex, at_unit_scale, search_both
-from tracin_ann.search.calibration import Calibration, Point, calibrated
-from tracin_ann.search.construction import Scratch, key_of
+from tracin_ann.search.base import SearchIndex, scale_to_unit, search_both
+from tracin_ann.search.calibration import Calibration, Point, calibrate
+from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
@@ -20,13 +20,13 @@ __all__ = [
     "IVFIndex",
     "IVFParams",
     "Point",
-    "Scratch",
     "SearchIndex",
     "Subset",
-    "at_unit_scale",
-    "calibrated",
+    "UnfinishedLists",
+    "calibrate",
     "choose_index",
-    "key_of",
+    "digest_inputs",
+    "scale_to_unit",
     "search_both",
 ]
 

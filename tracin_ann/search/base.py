@@ -51,12 +51,12 @@ def search_both(index: SearchIndex, queries_QF: Float32, k: int, allowed: Int64 
     """
     if isinstance(index, TwoSidedIndex):
         return index.search_both(queries_QF, k, allowed)
-    queries = checked_queries(index, queries_QF, k)
+    queries = check_queries(index, queries_QF, k)
     proponents, opponents = split(index.search(np.concatenate([queries, -queries]), k, allowed), len(queries))
     return proponents, negated(opponents)
 
 
-def at_unit_scale(queries_QF: Float32) -> tuple[Float32, Int64]:
+def scale_to_unit(queries_QF: Float32) -> tuple[Float32, Int64]:
     """Return the queries times a power of two each, of norms in [1/2, 1), and the exponents [Q] that undo it.
 
     Scores change by those powers exactly, but for those that would overflow or vanish in float32 as they are.
@@ -67,7 +67,7 @@ def at_unit_scale(queries_QF: Float32) -> tuple[Float32, Int64]:
     return scaled_QF, exponent_Q
 
 
-def checked_queries(index: SearchIndex, queries_QF: Float32, k: int) -> Float32:
+def check_queries(index: SearchIndex, queries_QF: Float32, k: int) -> Float32:
     """Return the queries as contiguous float32 [Q, F].
 
     Raises:

@@ -18,11 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from tracin_ann.search.base import SearchIndex, at_unit_scale, search_both
+from tracin_ann.search.base import SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.ivf import IVFIndex
-from tracin_ann.search.query_distribution import Looks, looks_of
-from tracin_ann.search.settings import Setting, usual_setting
+from tracin_ann.search.query_distribution import QueryDistribution, measure_queries
+from tracin_ann.search.settings import Setting, choose_default_setting
 from tracin_ann.types import Float32, Float64, TopK
 
 Direction = Literal["proponents", "opponents"]
@@ -99,7 +99,7 @@ class Calibration:
     opponents: tuple[Point, ...]
     scan: Cost
     index_fixed: float
-    looks: Looks
+    looks: QueryDistribution
 
     def __post_init__(self) -> None:
         """Refuse what cannot be searched with.
@@ -126,7 +126,7 @@ class Calibration:
         return Cost(self.index_fixed, proponents.seconds + opponents.seconds)
 
 
-def calibrated(
+def calibrate(
     index: IVFIndex,
     exact: FlatIndex,
     queries_QF: Float32,
@@ -144,8 +144,8 @@ def calibrated(
         train_queries: how many of them are training rows.
         progress: told the steps done.
     """
-    looks = looks_of(index, queries_QF)
-    queries_QF, _ = at_unit_scale(queries_QF)
+    looks = measure_queries(index, queries_QF)
+    queries_QF, _ = scale_to_unit(queries_QF)
     began = time.perf_counter()
     truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, CALIBRATED_FOR), strict=True))
     batch_seconds = time.perf_counter() - began
@@ -158,7 +158,7 @@ def calibrated(
         points[direction] = _curve(index, signed, truth[direction], best_scores)
         if progress is not None:
             progress(done + 1, 2)
-    usual = usual_setting(len(index))
+    usual = choose_default_setting(len(index))
     index_single = _single_seconds(index.at(usual), queries_QF)
     began = time.perf_counter()
     search_both(index.at(usual), queries_QF, CALIBRATED_FOR)
@@ -190,11 +190,11 @@ def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Fl
     Counts alone decide which are tried and kept, so that equal lists get equal settings.
     """
     half = max(1, len(signed_QF) // 2)
-    usual = usual_setting(len(index))
+    usual = choose_default_setting(len(index))
 
     def at_alpha(alpha: float) -> float:
         found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], CALIBRATED_FOR)
-        return float(recalls(found, truth, scores).mean())
+        return float(compute_recalls(found, truth, scores).mean())
 
     alpha = max(_ALPHAS, key=at_alpha)
     measured: list[Point] = []
@@ -220,7 +220,7 @@ def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, s
     began = time.perf_counter()
     found = searched.search(signed_QF, CALIBRATED_FOR)
     seconds = (time.perf_counter() - began) / max(1, len(signed_QF))
-    recall_Q = recalls(found, truth, scores)
+    recall_Q = compute_recalls(found, truth, scores)
     half = max(1, len(recall_Q) // 2)
     return Point(
         setting.codes,
@@ -241,7 +241,7 @@ def lower_bound(recall_Q: Float64) -> float:
     return max(0.0, float(recall_Q.mean()) - _NORMAL_95 * spread)
 
 
-def recalls(found: TopK, truth: TopK, truth_scores: Sequence[Float32]) -> Float64:
+def compute_recalls(found: TopK, truth: TopK, truth_scores: Sequence[Float32]) -> Float64:
     """Return each query's share of the true results that was found, [Q]; equal scores count as found.
 
     Args:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import atomic_path, file_digest, open_plain, read_json, read_npz, reading, write_json_atomic
+from tracin_ann.files import atomic_path, file_digest, open_plain, read_json, read_npz, report_damage, write_json_atomic
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
 from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, trained
 from tracin_ann.search.inverted_lists import Codes, InvertedLists
@@ -35,7 +35,7 @@ _BLOCK_NUMBERS = 2**25
 
 
 @dataclass(frozen=True)
-class Scratch:
+class UnfinishedLists:
     """Where unfinished lists are kept, and the key of what they are made of: others' are thrown away."""
 
     directory: Path
@@ -65,16 +65,16 @@ class Scratch:
         try:
             if read_json(self._path(name, ".json")) != {"key": self._key(), "digests": [file_digest(p) for p in paths]}:
                 return None
-            with reading(paths[1], "what a build keeps", "run the build again"), open_plain(paths[1]) as file:
+            with report_damage(paths[1], "what a build keeps", "run the build again"), open_plain(paths[1]) as file:
                 arrays = read_npz(file)
                 shape = arrays["centroid_LR"].shape if like is None else (like.n_lists, like.dim)
                 return InvertedLists.load(paths[0], shape, codes, mapped=False), arrays
         except (DamagedIndexError, FileNotFoundError):
             return None
 
-    def after(self, name: str) -> Scratch:
+    def after(self, name: str) -> UnfinishedLists:
         """Return the scratch of what is made of what is kept under a name: other bits there, another key."""
-        return Scratch(self.directory, f"{self.key} {file_digest(self._path(name, '.json'))}")
+        return UnfinishedLists(self.directory, f"{self.key} {file_digest(self._path(name, '.json'))}")
 
     def _key(self) -> str:
         return f"{_VERSION}-{import_faiss().__version__}-{STRETCH_ROWS}-{self.key}"
@@ -106,7 +106,7 @@ class _Trained:
 def filled(
     source: RowSource,
     params: IVFParams,
-    scratch: Scratch | None = None,
+    scratch: UnfinishedLists | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Filled:
     """Return lists of all rows of the source; reads it twice, and the training sample once.
@@ -160,7 +160,7 @@ def _fill(lists: InvertedLists, source: RowSource, found: _Trained, start: int, 
             return
 
 
-def _trained(source: RowSource, params: IVFParams, scratch: Scratch | None) -> _Trained:
+def _trained(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None) -> _Trained:
     kept = None if scratch is None else scratch.load("trained", params.codes)
     if kept is not None:
         lists, arrays = kept
@@ -202,6 +202,6 @@ def scaled(rows_BF: Float32, shift: int) -> Float32:
     return scaled_BF
 
 
-def key_of(params: IVFParams, *parts: object) -> str:
+def digest_inputs(params: IVFParams, *parts: object) -> str:
     """Return a key of lists: their parameters, and what else determines them, as JSON has it."""
     return json.dumps([asdict(params), *parts], sort_keys=True)

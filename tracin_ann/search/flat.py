@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.search.base import checked_queries
+from tracin_ann.search.base import check_queries
 from tracin_ann.search.topk import best, from_padded, negated
 from tracin_ann.types import Float32, Int64, RowSource, TopK
 
@@ -74,7 +74,7 @@ class FlatIndex:
 
     def _scan(self, queries_QF: Float32, k: int, signs: tuple[float, ...]) -> list[TopK]:
         """Return, for each sign, the best k of sign × inner product."""
-        queries = torch.from_numpy(checked_queries(self, queries_QF, k)).to(self._device)
+        queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
         chunks = [queries[at : at + at_once] for at in range(0, len(queries), at_once)]
         found = [[_Best(len(chunk), k, self._device) for chunk in chunks] for _ in signs]

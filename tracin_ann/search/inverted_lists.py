@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
-from tracin_ann.errors import naming
-from tracin_ann.files import open_plain, reading
+from tracin_ann.errors import attach_path
+from tracin_ann.files import open_plain, report_damage
 from tracin_ann.types import Float32, Int64
 
 Codes = Literal["sq8", "sq4", "fp16"]
@@ -53,7 +53,7 @@ class InvertedLists:
             OSError: the system has no memory or descriptors left for it.
         """
         faiss = import_faiss()
-        with reading(path, "inverted lists of coded rows", "rebuild the index"):
+        with report_damage(path, "inverted lists of coded rows", "rebuild the index"):
             with open_plain(path) as file:
                 _refuse_other_layout(file, shape, codes)
             return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
@@ -62,7 +62,7 @@ class InvertedLists:
         """Write the lists to this very path; the caller moves and fsyncs."""
         faiss = import_faiss()
         # Through a file of ours: FAISS's own is cut without a word where its last block finds the disk full.
-        with naming(path), path.open("wb") as file:
+        with attach_path(path), path.open("wb") as file:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
 
     def __len__(self) -> int:

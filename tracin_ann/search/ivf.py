@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracin_ann.errors import DamagedIndexError, naming, problem
-from tracin_ann.files import mapped_array, open_plain, read_json, read_npz, read_record, reading, save_array
-from tracin_ann.search.base import checked_queries
+from tracin_ann.errors import DamagedIndexError, attach_path, problem
+from tracin_ann.files import map_array, open_plain, read_json, read_npz, read_record, report_damage, save_array
+from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
-from tracin_ann.search.construction import Scratch, filled, scaled
+from tracin_ann.search.construction import UnfinishedLists, filled, scaled
 from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
-from tracin_ann.search.settings import IVFParams, Setting, usual_setting
+from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
 from tracin_ann.search.topk import from_padded, joined, merge, negated
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
@@ -74,7 +74,7 @@ class _Parts:
 class IVFIndex:
     """Approximate maximum inner product; scores are those of the source's rows.
 
-    Settings are those of `usual_setting` unless given: `at` returns the same index with others.
+    Settings are those of `choose_default_setting` unless given: `at` returns the same index with others.
     """
 
     kind = "ivf"
@@ -83,7 +83,7 @@ class IVFIndex:
     def __init__(self, source: RowSource, parts: _Parts, caption: _Caption, device: torch.device) -> None:
         """Hold filled lists; use `build` or `load` to get them."""
         self._source, self._parts, self._caption, self._device = source, parts, caption, device
-        self.settings = (usual_setting(caption.rows),) * 2
+        self.settings = (choose_default_setting(caption.rows),) * 2
 
     @classmethod
     def build(
@@ -91,7 +91,7 @@ class IVFIndex:
         source: RowSource,
         params: IVFParams,
         device: torch.device,
-        scratch: Scratch | None = None,
+        scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> IVFIndex:
         """Return an index of all rows of the source, made as `fill.filled` says.
@@ -120,12 +120,12 @@ class IVFIndex:
         lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.FILES)
         expected, remedy = "what a build writes", "rebuild the index"
         content = read_json(caption_path, remedy)
-        with reading(caption_path, expected, remedy):
+        with report_damage(caption_path, expected, remedy):
             caption = read_record(_Caption, content)
-        with reading(centroids_path, expected, remedy):
+        with report_damage(centroids_path, expected, remedy):
             # Mapped: they are read once, when FAISS is given its own copy.
-            centroids = mapped_array(centroids_path)
-        with reading(arrays_path, expected, remedy), open_plain(arrays_path) as file:
+            centroids = map_array(centroids_path)
+        with report_damage(arrays_path, expected, remedy), open_plain(arrays_path) as file:
             arrays = read_npz(file)
             tree = ListTree.of({**arrays, "centroid_LR": centroids})
             basis, outliers = arrays["basis_FR"], arrays["outliers"]
@@ -158,13 +158,13 @@ class IVFIndex:
         basis = parts.reduction.basis_FR
         basis = np.zeros((0, 0), np.float32) if basis is None else basis
         tree = {name: getattr(parts.tree, name) for name in ListTree.__dataclass_fields__}
-        with naming(centroids_path), centroids_path.open("wb") as file:
+        with attach_path(centroids_path), centroids_path.open("wb") as file:
             save_array(file, tree.pop("centroid_LR"))
-        with naming(arrays_path):
+        with attach_path(arrays_path):
             np.savez(arrays_path, basis_FR=basis, outliers=parts.outliers, **tree)
         # FAISS reads a file that lacks its last few bytes without a word.
         caption = dataclasses.replace(self._caption, lists_bytes=lists_path.stat().st_size)
-        with naming(caption_path):
+        with attach_path(caption_path):
             caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
 
     def faults(self, sample: int, seed: int) -> list[str]:
@@ -243,11 +243,11 @@ class IVFIndex:
 
         `rows_scored` counts rows, and the centroids of groups and lists.
         """
-        return self._searched(checked_queries(self, queries_QF, k), k, self.settings[0], allowed)
+        return self._searched(check_queries(self, queries_QF, k), k, self.settings[0], allowed)
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents), each by its own setting."""
-        queries = checked_queries(self, queries_QF, k)
+        queries = check_queries(self, queries_QF, k)
         opponents = self._searched(-queries, k, self.settings[1], allowed)
         return self._searched(queries, k, self.settings[0], allowed), negated(opponents)
 

@@ -23,7 +23,7 @@ _FEWEST = 20
 
 
 @dataclass(frozen=True)
-class Looks:
+class QueryDistribution:
     """Quantiles, 0 to 1 in even steps, of the queries' log10 norms and of their largest |cosine| with a centroid.
 
     `samples` is how many queries there were, as a tuple of one.
@@ -51,7 +51,7 @@ class Looks:
             strange_Q |= (values_Q < low - aside) | (values_Q > high + aside)
         return strange_Q
 
-    def shifted(self, index: IVFIndex, queries_QF: Float32) -> bool:
+    def is_shifted(self, index: IVFIndex, queries_QF: Float32) -> bool:
         """Return whether a set of queries, 20 or more, is drawn from elsewhere (Kolmogorov-Smirnov, level 0.001)."""
         n = len(queries_QF)
         if n < _FEWEST:
@@ -61,11 +61,11 @@ class Looks:
         return any(_distance(values_Q, quantiles) > limit for values_Q, quantiles in measures)
 
 
-def looks_of(index: IVFIndex, queries_QF: Float32) -> Looks:
+def measure_queries(index: IVFIndex, queries_QF: Float32) -> QueryDistribution:
     """Return what queries look like to an index."""
     at = np.linspace(0, 1, _QUANTILES)
     log_norm, cosine = (tuple(np.quantile(v, at).tolist()) for v in _measures(index, queries_QF))
-    return Looks(log_norm, cosine, (len(queries_QF),))
+    return QueryDistribution(log_norm, cosine, (len(queries_QF),))
 
 
 def _measures(index: IVFIndex, queries_QF: Float32) -> tuple[Float64, Float64]:

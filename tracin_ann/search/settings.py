@@ -115,7 +115,7 @@ class Setting:
         return Setting(math.ceil(self.codes / share), math.ceil(self.centroids / share), self.alpha)
 
 
-def usual_setting(n_rows: int) -> Setting:
+def choose_default_setting(n_rows: int) -> Setting:
     """Return a setting for N rows before anything is calibrated: 4·√N rows, and as many centroids, 1,000 at least."""
     budget = max(1000, round(4 * math.sqrt(n_rows)))
     return Setting(budget, budget, 0.15)

@@ -11,9 +11,9 @@ from tracin_ann.sketch.base import ParameterKey, ParameterSketch, Sketch
 from tracin_ann.sketch.dense import DenseSketch
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.kronecker import KroneckerSketch
-from tracin_ann.sketch.tensorsketch import TensorSketch, once
+from tracin_ann.sketch.tensorsketch import TensorSketch, is_rank_one
 
-__all__ = ["ParameterKey", "ParameterSketch", "SKETCHES", "Sketch", "TensorSketch", "make_sketch", "once"]
+__all__ = ["ParameterKey", "ParameterSketch", "SKETCHES", "Sketch", "TensorSketch", "is_rank_one", "make_sketch"]
 
 _MADE_BY = (FactoredSketch, KroneckerSketch, DenseSketch, partial(DenseSketch, gaussian=True))
 SKETCHES: dict[str, Callable[[int], Sketch]] = dict(zip(SKETCH_NAMES, _MADE_BY, strict=True))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracin_ann.gradients import Room, fresh
+from tracin_ann.gradients import Room, allocate
 from tracin_ann.sketch.generator import Stream
 
 
-def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Room = fresh) -> Tensor:
+def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Room = allocate) -> Tensor:
     """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, which becomes min(n, width) long.
 
     A CountSketch whose hash is i mod width, so that the sums run over contiguous groups; added group
@@ -36,7 +36,7 @@ class Side(Protocol):
     def width(self) -> int:
         """Return the length of the images."""
 
-    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
+    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
         """Map the last axis: [..., n] -> [..., width], in `room` where memory is needed."""
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +49,7 @@ class Untouched:
 
     width: int
 
-    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
+    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
         """Return `x`."""
         return x
 
@@ -65,7 +65,7 @@ class Folded:
     width: int
     signs_n: Tensor
 
-    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
+    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
         """Return the folded vectors."""
         return fold(x, self.signs_n, self.width, room=room)
 
@@ -87,7 +87,7 @@ class ChannelsFolded:
         """Return the length of the images."""
         return self.channels * self.taps
 
-    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
+    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
         """Return the folded vectors, [..., C·K] -> [..., width]."""
         by_channel = x.reshape(*x.shape[:-1], -1, self.taps)
         return fold(by_channel, self.signs_C, self.channels, dim=-2, room=room).flatten(-2)
@@ -106,7 +106,7 @@ class Projected:
     width: int
     matrix_nk: Tensor
 
-    def apply(self, x: Tensor, room: Room = fresh) -> Tensor:
+    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
         """Return the projected vectors."""
         return torch.matmul(x, self.matrix_nk, out=room((*x.shape[:-1], self.width), x))
 

@@ -39,7 +39,7 @@ class TensorSketch:
 
     def add(self, out_BD: Tensor, form: Form) -> None:
         """Add the sketch of the per-example gradients to `out_BD`."""
-        if once(form):
+        if is_rank_one(form):
             dim = out_BD.shape[1]
             out_BD += torch.fft.irfft(self.spectrum(form, dim), n=dim)
             return
@@ -74,7 +74,7 @@ class TensorSketch:
         return (self.signs_R.unsqueeze(1) * self.signs_C).flatten(), bucket.flatten()
 
 
-def once(form: Form) -> TypeGuard[Outer]:
+def is_rank_one(form: Form) -> TypeGuard[Outer]:
     """Return whether the gradients are one outer product an example."""
     return isinstance(form, Outer) and form.left_BTR.shape[1] == 1
 

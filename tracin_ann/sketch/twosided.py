@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tracin_ann.gradients import Convolution, Dense, Form, Outer, Room, Rows, Scratch, channels_last, materialised
+from tracin_ann.gradients import Convolution, Dense, Form, Outer, Room, Rows, Scratch, channels_last, materialise
 from tracin_ann.sketch.sides import ChannelsFolded, Folded, Side, fold
 
 _BLOCK_ELEMENTS = 1 << 19
@@ -127,7 +127,7 @@ def contracted(form: Form, matrix: tuple[int, int], left: Side, right: Side, scr
         right_BTK = right.apply(form.right_BTC, scratch["right"])
         out = scratch["contraction"]((len(left_BTK), left.width, right.width), left_BTK)
         return torch.bmm(left_BTK.mT, right_BTK, out=out)
-    flat = form.grad_BP if isinstance(form, Dense) else materialised(form)
+    flat = form.grad_BP if isinstance(form, Dense) else materialise(form)
     return left.apply(right.apply(flat.view(-1, *matrix)).mT).mT
 
 

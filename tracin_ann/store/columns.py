@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, TaskError, UsageError, problem
-from tracin_ann.files import reading
+from tracin_ann.files import report_damage
 from tracin_ann.store.arrays import read_arrays, text_array, write_arrays
-from tracin_ann.text import encodable
+from tracin_ann.text import escape_surrogates
 from tracin_ann.types import Int64, ProgressCallback
 
 COLUMN_FILE = "columns.npz"
@@ -215,7 +215,7 @@ def read_columns(path: Path, n_rows: int) -> RowTable:
     Raises:
         DamagedIndexError: the file is missing, cannot be read, or is of other rows.
     """
-    with reading(path, "the columns that a build writes", "restore the file, or build a new index"):
+    with report_damage(path, "the columns that a build writes", "restore the file, or build a new index"):
         held = read_arrays(path)
         ids = held.pop(_IDS, None)
         table = RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
@@ -272,7 +272,7 @@ def _fine(name: object) -> bool:
     if not isinstance(name, str) or _CONDITION.fullmatch(f"{name}=0") is None:
         return False
     # The file of columns has it as a member's name.
-    return name == encodable(name) and "\0" not in name
+    return name == escape_surrogates(name) and "\0" not in name
 
 
 def _unlike(row: int, given: object, names: Sequence[str]) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.files import atomic_write, open_plain, read_array, reading, save_array
+from tracin_ann.files import atomic_write, open_plain, read_array, report_damage, save_array
 from tracin_ann.search import Subset
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore
-from tracin_ann.store.generations import carried, folder_of
-from tracin_ann.store.manifest import UNLISTED, Manifest, record_of
+from tracin_ann.store.generations import carry_over, generation_folder
+from tracin_ann.store.manifest import UNLISTED, Manifest, record_file
 from tracin_ann.types import Int64, RowSource
 
 REMOVED, SKIPPED = "removed.npy", "skipped.npy"
@@ -47,7 +47,7 @@ class Skipped:
         return ", ".join(f"row {row} at checkpoint {checkpoint}" for row, checkpoint in pairs) + more
 
 
-def removed_ids(directory: Path, manifest: Manifest | None) -> Int64:
+def read_removed_ids(directory: Path, manifest: Manifest | None) -> Int64:
     """Return the ids of the removed rows, rising; none where there is no index yet.
 
     Raises:
@@ -58,7 +58,7 @@ def removed_ids(directory: Path, manifest: Manifest | None) -> Int64:
     return _read(directory, manifest, manifest.removed, 1)[:, 0]
 
 
-def skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
+def read_skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
     """Return the rows that the build skipped.
 
     Raises:
@@ -68,14 +68,14 @@ def skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
     return Skipped(found[:, 0], found[:, 1])
 
 
-def listed_rows(view: RowSource, unlisted_U: Int64) -> RowSource:
+def select_listed_rows(view: RowSource, unlisted_U: Int64) -> RowSource:
     """Return the rows that lists are made of: all but those that were removed when they were made."""
     if not len(unlisted_U):
         return view
     return Subset(view, np.setdiff1d(np.arange(len(view), dtype=np.int64), unlisted_U))
 
 
-def unlisted_ids(directory: Path, manifest: Manifest) -> Int64:
+def read_unlisted_ids(directory: Path, manifest: Manifest) -> Int64:
     """Return the ids of the rows that are in no list as they were removed before, rising.
 
     Raises:
@@ -105,23 +105,23 @@ def carry_removed(directory: Path, manifest: Manifest | None, folder: Path) -> F
     """Take over which rows were removed into the next generation's directory."""
     if manifest is None or manifest.removed is None:
         return None
-    carried(directory, manifest, folder, [manifest.removed])
+    carry_over(directory, manifest, folder, [manifest.removed])
     return manifest.removed
 
 
 def _written(path: Path, values: Int64) -> FileRecord:
     with atomic_write(path) as file:
         save_array(file, values)
-    return record_of(path)
+    return record_file(path)
 
 
 def _read(directory: Path, manifest: Manifest, record: FileRecord | None, width: int) -> Int64:
     """Return [n, width], ids of rows in the first column."""
     if record is None:
         return np.zeros((0, width), np.int64)
-    path = folder_of(directory, manifest.generation) / record.name
+    path = generation_folder(directory, manifest.generation) / record.name
     remedy = "restore the file, or build a new index"
-    with reading(path, "the ids of rows that may be no answers", remedy), open_plain(path) as file:
+    with report_damage(path, "the ids of rows that may be no answers", remedy), open_plain(path) as file:
         found: Int64 = read_array(file, os.fstat(file.fileno()).st_size)
         if found.dtype != np.int64 or found.shape != ((len(found),) if width == 1 else (len(found), width)):
             raise ValueError(f"{found.dtype} of shape {found.shape}")

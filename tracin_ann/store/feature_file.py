@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest, hdf5_file, open_plain, own_dataset, reading
+from tracin_ann.files import atomic_path, file_digest, open_plain, report_damage, require_own_dataset, write_hdf5
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
@@ -160,7 +160,7 @@ class FeatureFile:
                 header.
             OSError: the system cannot open or map it; names the file.
         """
-        with reading(path, "a whole feature file", _REWRITE), open_plain(path) as file:
+        with report_damage(path, "a whole feature file", _REWRITE), open_plain(path) as file:
             opened = cls._read(path, file)
         if expected is not None and opened.header != expected:
             names = [f.name for f in fields(expected) if getattr(opened.header, f.name) != getattr(expected, f.name)]
@@ -185,7 +185,7 @@ class FeatureFile:
             size = os.fstat(opened.fileno()).st_size
 
             def dataset(name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
-                return own_dataset(file, name, shape, dtype, size)
+                return require_own_dataset(file, name, shape, dtype, size)
 
             feature_shape, feature_dtype = (n_rows, header.dim), _STORED_DTYPE[header.dtype]
             offset = dataset("feature", feature_shape, feature_dtype).id.get_offset()
@@ -309,7 +309,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     with atomic_path(path) as temporary:
         # "earliest": with "latest", no file of a killed process could be opened again.
         with (
-            hdf5_file(temporary) as opened,
+            write_hdf5(temporary) as opened,
             h5py.File(
                 opened, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
             ) as file,

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
-from tracin_ann.files import difference, make_directory
+from tracin_ann.files import describe_difference, make_directory
 from tracin_ann.store.codec import Dtype
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader, FileRecord, write_feature_file
 from tracin_ann.types import Float32, Float64, Int64
@@ -149,7 +149,7 @@ class FeatureStore:
         """
         for record in records:
             path = self.directory / record.name
-            got = difference(path, record.size, record.digest if deep else None)
+            got = describe_difference(path, record.size, record.digest if deep else None)
             if got:
                 expected = f"{record.size} bytes" + (f" of digest {record.digest}" if deep else "")
                 remedy = "run the build again, or restore the file"

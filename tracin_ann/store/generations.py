@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming, problem
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path, problem
 from tracin_ann.files import (
     NotPlainError,
     atomic_path,
@@ -34,7 +34,7 @@ from tracin_ann.files import (
 )
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore, is_feature_file
-from tracin_ann.store.locks import Lease, free, writing
+from tracin_ann.store.locks import Lease, hold_unless_read, hold_writer_lock
 from tracin_ann.store.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -43,7 +43,7 @@ from tracin_ann.store.manifest import (
     Manifest,
     check_file,
     read_build_record,
-    record_of,
+    record_file,
 )
 
 UNFINISHED_INDEX = ".index-unfinished"
@@ -53,14 +53,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(directory: Path) -> Iterator[None]:
+def claim(directory: Path) -> Iterator[None]:
     """Make a new index's directory and hold the right to write in it.
 
     Raises:
         BusyIndexError: another build that was started at the same time was faster.
     """
     make_directory(directory)
-    with writing(directory):
+    with hold_writer_lock(directory):
         if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)):
             raise BusyIndexError(
                 problem(
@@ -100,14 +100,14 @@ class Start:
         return () if self.manifest is None or self.finished is not None else self.manifest.features
 
 
-def folder_of(directory: Path, generation: int) -> Path:
+def generation_folder(directory: Path, generation: int) -> Path:
     """Return where a generation's own files are."""
     return directory / f"{_PREFIX}{generation:06d}"
 
 
 def list_generations(directory: Path) -> list[Path]:
     """Return the directories of generations in a directory, by rising number; what is named otherwise is none."""
-    return sorted(filter(_is_generation, directory.glob(f"{_PREFIX}*")), key=generation_of)
+    return sorted(filter(_is_generation, directory.glob(f"{_PREFIX}*")), key=generation_number)
 
 
 def _is_generation(path: Path) -> bool:
@@ -132,7 +132,7 @@ def refuse_links(directory: Path) -> None:
             )
 
 
-def leased(directory: Path) -> tuple[Manifest, Lease]:
+def take_lease(directory: Path) -> tuple[Manifest, Lease]:
     """Return the current manifest and a lease on its generation: until it ends, nobody sweeps the files.
 
     Raises:
@@ -141,7 +141,7 @@ def leased(directory: Path) -> tuple[Manifest, Lease]:
     refuse_links(directory)
     manifest = Manifest.read(directory)
     while True:
-        path = folder_of(directory, manifest.generation) / MANIFEST
+        path = generation_folder(directory, manifest.generation) / MANIFEST
         try:
             return manifest, Lease(path)
         except NotPlainError as error:
@@ -157,7 +157,7 @@ def leased(directory: Path) -> tuple[Manifest, Lease]:
             manifest = newer
 
 
-def current(directory: Path) -> Manifest | None:
+def read_current(directory: Path) -> Manifest | None:
     """Return the current manifest, or None where no generation was finished.
 
     Raises:
@@ -168,21 +168,21 @@ def current(directory: Path) -> Manifest | None:
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
     # A first build may be killed between its two manifests; later ones leave the one that was current.
-    if any(generation_of(path) > 1 and (path / MANIFEST).exists() for path in list_generations(directory)):
+    if any(generation_number(path) > 1 and (path / MANIFEST).exists() for path in list_generations(directory)):
         raise DamagedIndexError(
             problem(f"{directory / MANIFEST}", got="no file", expected="a file", remedy="run tracin-verify --repair")
         )
     return None
 
 
-def next_folder(directory: Path, manifest: Manifest | None) -> Path:
+def make_next_folder(directory: Path, manifest: Manifest | None) -> Path:
     """Sweep what is nobody's and return the next generation's directory, made; for the one writer.
 
     A directory that a killed writer left is the next one's again.
     """
     _sweep(directory, manifest, under_way=True)
-    taken = [generation_of(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
-    folder = folder_of(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
+    taken = [generation_number(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
+    folder = generation_folder(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
     for place in (directory / FEATURES, folder):
         make_directory(place)
     for place in (directory, directory / FEATURES, folder):
@@ -190,10 +190,10 @@ def next_folder(directory: Path, manifest: Manifest | None) -> Path:
     return folder
 
 
-def published(directory: Path, manifest: Manifest) -> None:
+def publish(directory: Path, manifest: Manifest) -> None:
     """Make a generation current, durably, and sweep what it left; everything it names has been written."""
-    folder = folder_of(directory, manifest.generation)
-    named = {record.name for record in manifest.besides}
+    folder = generation_folder(directory, manifest.generation)
+    named = {record.name for record in manifest.own_files}
     # Of a killed writer that wanted another generation here.
     _remove_files(folder, lambda name: name not in named)
     _make_names_durable(directory, manifest)
@@ -205,7 +205,7 @@ def published(directory: Path, manifest: Manifest) -> None:
 
 def _make_names_durable(directory: Path, manifest: Manifest) -> None:
     """Fsync the directories and those above the index: a run that was killed before it had may have made them."""
-    folder = folder_of(directory, manifest.generation)
+    folder = generation_folder(directory, manifest.generation)
     for place in (directory / FEATURES, folder, directory, *_above(directory)):
         sync_directory(place)
 
@@ -218,7 +218,7 @@ def _above(directory: Path) -> Iterator[Path]:
         yield place
 
 
-def settled(directory: Path, manifest: Manifest) -> None:
+def tidy(directory: Path, manifest: Manifest) -> None:
     """Make sure of an index that is finished already: durable, and nothing left over; for the one writer."""
     _make_names_durable(directory, manifest)
     _tidied(directory, manifest)
@@ -227,7 +227,7 @@ def settled(directory: Path, manifest: Manifest) -> None:
 def _tidied(directory: Path, manifest: Manifest) -> None:
     """Remove all that the writing of an index left over, for the one writer with nothing under way."""
     _sweep(directory, manifest, under_way=False)
-    for place in (directory, directory / FEATURES, folder_of(directory, manifest.generation)):
+    for place in (directory, directory / FEATURES, generation_folder(directory, manifest.generation)):
         sweep_temporaries(place)
 
 
@@ -239,10 +239,10 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
     """
     named = [] if manifest is None else [manifest]
     for path in list_generations(directory):
-        is_current = manifest is not None and path == folder_of(directory, manifest.generation)
+        is_current = manifest is not None and path == generation_folder(directory, manifest.generation)
         if is_current or (under_way and not (path / MANIFEST).exists()):
             continue
-        with free(path / MANIFEST) as nobody_reads:
+        with hold_unless_read(path / MANIFEST) as nobody_reads:
             if nobody_reads:
                 _remove_files(path, lambda name: True)
                 try:
@@ -264,13 +264,13 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
             shutil.rmtree(directory / UNFINISHED_INDEX, ignore_errors=True)
 
 
-def carried(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
+def carry_over(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
     """Put files of a generation into the next one's directory: linked where the file system can, else copied.
 
     Raises:
         DamagedIndexError: one is not what was written.
     """
-    old = folder_of(directory, manifest.generation)
+    old = generation_folder(directory, manifest.generation)
     for record in records:
         check_file(old, record, deep=True)
         # A killed writer may have linked this very file: renamed onto itself, the temporary would stay.
@@ -282,15 +282,15 @@ def carried(directory: Path, manifest: Manifest, folder: Path, records: Iterable
                 shutil.copyfile(old / record.name, temporary)
 
 
-def check(directory: Path, manifest: Manifest, *, deep: bool) -> None:
+def check_generation(directory: Path, manifest: Manifest, *, deep: bool) -> None:
     """Compare a generation's own files with its manifest, the manifest's copy among them.
 
     Raises:
         DamagedIndexError: the first that is missing or altered.
     """
-    refuse_other_copy(folder_of(directory, manifest.generation), manifest)
-    for record in manifest.besides:
-        check_file(folder_of(directory, manifest.generation), record, deep=deep)
+    refuse_other_copy(generation_folder(directory, manifest.generation), manifest)
+    for record in manifest.own_files:
+        check_file(generation_folder(directory, manifest.generation), record, deep=deep)
 
 
 def refuse_other_copy(place: Path, manifest: Manifest) -> None:
@@ -306,15 +306,17 @@ def refuse_other_copy(place: Path, manifest: Manifest) -> None:
         )
 
 
-def feature_records(
+def list_feature_records(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> tuple[FileRecord, ...]:
     """Return the records of a store's files; those that the manifest has and that were not written now are not read."""
     known = _named_before(store, manifest, written)
-    return tuple(known.get(path.name) or record_of(path) for path in _paths(store))
+    return tuple(known.get(path.name) or record_file(path) for path in _paths(store))
 
 
-def unnamed_files(store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]) -> list[Path]:
+def find_unnamed_files(
+    store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
+) -> list[Path]:
     """Return the paths of a store's files that the manifest does not name, and of those that were written now."""
     known = _named_before(store, manifest, written)
     return [path for path in _paths(store) if path.name not in known]
@@ -335,7 +337,7 @@ def _paths(store: FeatureStore) -> list[Path]:
     return [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
 
 
-def generation_of(path: Path) -> int:
+def generation_number(path: Path) -> int:
     """Return the number of a generation's directory, 0 of any other."""
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else 0
@@ -348,6 +350,6 @@ def _remove_files(directory: Path, chosen: Callable[[str], bool]) -> None:
     """
     with open_directory(directory) as descriptor:
         for name in sorted(filter(chosen, os.listdir(descriptor)), key=lambda name: name == MANIFEST):
-            with naming(directory / name, Path(name)), suppress(FileNotFoundError):
+            with attach_path(directory / name, Path(name)), suppress(FileNotFoundError):
                 if not stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
                     os.unlink(name, dir_fd=descriptor)

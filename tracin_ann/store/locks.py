@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tracin_ann.errors import BusyIndexError, DamagedIndexError, naming, problem
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path, problem
 from tracin_ann.files import NotPlainError, open_descriptor
 
 WRITER = "writer.lock"
@@ -39,7 +39,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def writing(directory: Path) -> Iterator[None]:
+def hold_writer_lock(directory: Path) -> Iterator[None]:
     """Hold the one right to write in the directory; the lock's file is there only meanwhile.
 
     Raises:
@@ -51,7 +51,7 @@ def writing(directory: Path) -> Iterator[None]:
     _HELD.add(descriptor)
     try:
         caption = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with naming(path):
+        with attach_path(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(caption).encode(), 0)
         yield
@@ -76,7 +76,7 @@ def _taken(path: Path) -> int:
         try:
             if os.fstat(descriptor).st_nlink > 1:
                 raise _foreign(path, "another file's second name")
-            if not locked(descriptor, exclusive=True):
+            if not try_lock(descriptor, exclusive=True):
                 raise BusyIndexError(
                     problem(
                         f"{path.parent} is being written",
@@ -98,7 +98,7 @@ def _foreign(path: Path, got: str) -> DamagedIndexError:
     return DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy="look at it and remove it"))
 
 
-def locked(descriptor: int, *, exclusive: bool, otherwise: bool = True) -> bool:
+def try_lock(descriptor: int, *, exclusive: bool, otherwise: bool = True) -> bool:
     """Lock an open file without waiting, and return whether that was possible; `otherwise` where nothing can be."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -139,7 +139,7 @@ class Lease:
         """
         self._descriptor = -1
         self._descriptor = open_descriptor(path)
-        if not (locked(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
+        if not (try_lock(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
             self.close()
             raise FileNotFoundError(errno.ENOENT, "being removed", str(path))
 
@@ -154,7 +154,7 @@ class Lease:
 
 
 @contextmanager
-def free(path: Path) -> Iterator[bool]:
+def hold_unless_read(path: Path) -> Iterator[bool]:
     """Yield whether nobody holds a `Lease` on the file; nobody can take one until the block ends.
 
     No, where that cannot be found out.
@@ -170,6 +170,6 @@ def free(path: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield locked(descriptor, exclusive=True, otherwise=False)
+        yield try_lock(descriptor, exclusive=True, otherwise=False)
     finally:
         os.close(descriptor)

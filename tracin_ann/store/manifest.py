@@ -12,7 +12,7 @@ import xxhash
 
 from tracin_ann.choices import NORMS, PRECISIONS, OnNonfinite
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
-from tracin_ann.files import difference, file_digest, read_json, read_record, write_json_atomic
+from tracin_ann.files import describe_difference, file_digest, read_json, read_record, write_json_atomic
 from tracin_ann.search import CODES, Calibration, IVFIndex
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store.feature_file import FileRecord
@@ -121,7 +121,7 @@ class AuditRecord:
     rows: int
     largest: float
 
-    def told(self, uneven: AuditRecord | None = None) -> str:
+    def summary(self, uneven: AuditRecord | None = None) -> str:
         """Say in words what was audited, with the rows of the most uneven batch if there were any."""
         rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
         largest = self.largest
@@ -162,13 +162,13 @@ class Manifest:
     audit: AuditRecord | None = None
 
     @property
-    def besides(self) -> tuple[FileRecord, ...]:
+    def own_files(self) -> tuple[FileRecord, ...]:
         """Return the files besides the features: those in the generation's own directory."""
         more = (record for record in (self.columns, self.removed, self.skipped) if record is not None)
         return self.canaries, *self.index.files, *more
 
     @property
-    def believed(self) -> str:
+    def quality_summary(self) -> str:
         """Say in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
         found, calibration = self.fidelity, self.index.calibration
         if found is None:
@@ -187,10 +187,10 @@ class Manifest:
             f"about {deep[0]:.0%} and {deep[1]:.0%} with --rerank exact --candidates 100"
         )
 
-    def audited(self, uneven: AuditRecord | None = None) -> str:
+    def audit_summary(self, uneven: AuditRecord | None = None) -> str:
         """Say in one line what was audited, or why nothing was; `uneven`: of the most uneven batch."""
         if self.audit is not None:
-            return self.audit.told(uneven)
+            return self.audit.summary(uneven)
         return "nothing: the rows are random" if self.build.random_data else "nothing: built by an earlier version"
 
     def write(self, directory: Path) -> None:
@@ -236,7 +236,7 @@ def read_build_record(directory: Path) -> BuildRecord:
         raise DamagedIndexError(_not_understood(path, error)) from error
 
 
-def record_of(path: Path) -> FileRecord:
+def record_file(path: Path) -> FileRecord:
     """Return the record of a file just written."""
     return FileRecord(path.name, path.stat().st_size, file_digest(path))
 
@@ -248,7 +248,7 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
         DamagedIndexError: it is missing, of another size or (if `deep`) of another digest.
     """
     path = directory / record.name
-    got = difference(path, record.size, record.digest if deep else None)
+    got = describe_difference(path, record.size, record.digest if deep else None)
     if not got:
         return
     raise DamagedIndexError(
@@ -301,7 +301,7 @@ def _refuse_contradictions(manifest: Manifest) -> None:
     expected = {"flat": ([],), "ivf": ([*IVFIndex.FILES], [*IVFIndex.FILES, UNLISTED])}.get(index.kind, ())
     if listed not in expected or index.codes not in (("",) if index.kind == "flat" else CODES):
         raise ValueError(f"an index {index.kind!r} of codes {index.codes!r} and files {listed}")
-    own = [record.name for record in manifest.besides]
+    own = [record.name for record in manifest.own_files]
     if len({*own, MANIFEST}) <= len(own):
         raise ValueError("two files of one name")
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from tracin_ann.task.batches import BatchOptions, Collated, Reader, Reading, collated, lengths_differ, pickled
+from tracin_ann.task.batches import (
+    BatchOptions,
+    CollatedBatch,
+    Reader,
+    Reading,
+    differ_in_length,
+    make_batches,
+    pickle_reader,
+)
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
-from tracin_ann.task.content import content_of
+from tracin_ann.task.content import encode_content
 from tracin_ann.task.data import materialise, open_data
-from tracin_ann.task.model import borrowed_model, preserved_globals, preserved_registry
+from tracin_ann.task.model import borrow_model, preserve_globals, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
 from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
@@ -16,7 +24,7 @@ __all__ = [
     "BatchOptions",
     "Checkpoint",
     "CheckpointLoader",
-    "Collated",
+    "CollatedBatch",
     "Description",
     "EXAMPLES",
     "LossFunction",
@@ -26,20 +34,20 @@ __all__ = [
     "TaskReference",
     "absolute_reference",
     "batched_tensors",
-    "borrowed_model",
+    "borrow_model",
     "checkpoint_digest",
-    "collated",
-    "content_of",
+    "differ_in_length",
+    "encode_content",
     "leaves",
-    "lengths_differ",
     "load_named_task",
     "load_task",
+    "make_batches",
     "map_leaves",
     "materialise",
     "open_data",
-    "pickled",
-    "preserved_globals",
-    "preserved_registry",
+    "pickle_reader",
+    "preserve_globals",
+    "preserve_registry",
     "rebuild",
     "tensors_within",
     "to_device",

@@ -21,7 +21,7 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.data import open_data
-from tracin_ann.task.nested import length, pinned
+from tracin_ann.task.nested import length, pin_memory
 from tracin_ann.task.references import TaskReference, load_task
 from tracin_ann.task.task import Task
 
@@ -31,7 +31,7 @@ _AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Collated:
+class CollatedBatch:
     """A batch as collate made it.
 
     Attributes:
@@ -63,7 +63,7 @@ class BatchOptions:
     by_length: bool = False
     keep_examples: bool = False
     workers: int = 0
-    pinned: bool = False
+    pin_memory: bool = False
 
     @property
     def window(self) -> int:
@@ -91,12 +91,12 @@ class Reader:
             self._task = load_task(self._origin.reference, self._origin.arguments)
             self._data = open_data(self._task, self._side)
 
-    def __getitem__(self, ids: Sequence[int]) -> list[Collated]:
+    def __getitem__(self, ids: Sequence[int]) -> list[CollatedBatch]:
         """Return the batches of these rows."""
-        return collated(self._task, ids, [self._data[i] for i in ids], self._options)
+        return make_batches(self._task, ids, [self._data[i] for i in ids], self._options)
 
 
-def collated(task: Task, ids: Sequence[int], examples: list[Any], options: BatchOptions) -> list[Collated]:
+def make_batches(task: Task, ids: Sequence[int], examples: list[Any], options: BatchOptions) -> list[CollatedBatch]:
     """Return these examples in batches: in order, or by falling length."""
     order = list(range(len(ids)))
     sizes = [length(example) for example in examples] if options.by_length or task.collate is not None else []
@@ -108,11 +108,11 @@ def collated(task: Task, ids: Sequence[int], examples: list[Any], options: Batch
         given = [examples[j] for j in chosen]
         kept = given if options.keep_examples else None
         own = tuple(sizes[j] for j in chosen) if sizes else ()
-        batches.append(Collated(tuple(ids[j] for j in chosen), task.collated(given), kept, own))
+        batches.append(CollatedBatch(tuple(ids[j] for j in chosen), task.collate_rows(given), kept, own))
     return batches
 
 
-def lengths_differ(data: Any) -> bool:
+def differ_in_length(data: Any) -> bool:
     """Return whether some rows spread over a data set are of unlike length."""
     n_rows = len(data)
     few = {round(j * (n_rows - 1) / (_SAMPLED - 1)) for j in range(_SAMPLED)}
@@ -135,7 +135,7 @@ class Reading:
         ]
         self._counts = iter([len(windows) for windows in self._windows])
         self._workers: ProcessPoolExecutor | None = None
-        self._batches: Iterator[list[Collated]] = iter(())
+        self._batches: Iterator[list[CollatedBatch]] = iter(())
 
     def __enter__(self) -> Reading:
         """Start the workers, if there are to be any.
@@ -147,7 +147,7 @@ class Reading:
         n_workers = min(self._options.workers, len(windows))
         if n_workers:
             self._workers = ProcessPoolExecutor(
-                n_workers, get_context("spawn"), initializer=_start_worker, initargs=(pickled(self._reader),)
+                n_workers, get_context("spawn"), initializer=_start_worker, initargs=(pickle_reader(self._reader),)
             )
             self._batches = _ahead(self._workers, windows, _AHEAD * n_workers)
         else:
@@ -161,7 +161,7 @@ class Reading:
         if self._workers is not None:
             self._workers.shutdown(cancel_futures=True)
 
-    def span(self) -> Iterator[Collated]:
+    def span(self) -> Iterator[CollatedBatch]:
         """Yield the batches of the next span.
 
         Raises:
@@ -173,10 +173,12 @@ class Reading:
             except BrokenProcessPool as error:
                 raise TaskError(_dead_worker(str(error))) from error
             for batch in batches:
-                yield replace(batch, inputs=pinned(batch.inputs)) if self._options.pinned else batch
+                yield replace(batch, inputs=pin_memory(batch.inputs)) if self._options.pin_memory else batch
 
 
-def _ahead(workers: ProcessPoolExecutor, windows: Sequence[Sequence[int]], n_ahead: int) -> Iterator[list[Collated]]:
+def _ahead(
+    workers: ProcessPoolExecutor, windows: Sequence[Sequence[int]], n_ahead: int
+) -> Iterator[list[CollatedBatch]]:
     """Yield the windows' batches in order, so many of them being read at a time."""
     waiting: deque[Future[bytes]] = deque()
     for window in windows:
@@ -187,8 +189,8 @@ def _ahead(workers: ProcessPoolExecutor, windows: Sequence[Sequence[int]], n_ahe
         yield _received(waiting.popleft().result())
 
 
-def _received(sent: bytes) -> list[Collated]:
-    batches: list[Collated] = pickle.loads(sent)
+def _received(sent: bytes) -> list[CollatedBatch]:
+    batches: list[CollatedBatch] = pickle.loads(sent)
     # Unpickling notes every sparse tensor for torch.load to check, and so keeps it for good; this checks and forgets.
     torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
     return batches
@@ -208,7 +210,7 @@ def _read_window(ids: Sequence[int]) -> bytes:
     return pickle.dumps(_served[0][ids], protocol=5)
 
 
-def pickled(reader: Reader) -> bytes:
+def pickle_reader(reader: Reader) -> bytes:
     """Return a reader as it is sent to workers.
 
     Raises:

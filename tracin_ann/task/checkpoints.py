@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.files import NotPlainError, file_digest, require_regular
-from tracin_ann.task.state_dicts import fill, is_plain, joined, load_strictly, named_tensors, read_content
+from tracin_ann.task.state_dicts import (
+    fill_model,
+    is_plain,
+    join_complaints,
+    load_strictly,
+    named_tensors,
+    read_content,
+)
 from tracin_ann.task.task import Checkpoint, Task
 
 T = TypeVar("T")
@@ -130,7 +137,7 @@ class CheckpointLoader:
 
     def _load_state(self, model: nn.Module, checkpoint: int) -> None:
         path = self._path(checkpoint)
-        read = fill(model, read_content(Path(path)), path)
+        read = fill_model(model, read_content(Path(path)), path)
         if read and checkpoint not in self._read:
             self._read[checkpoint] = read
             logger.info("checkpoint %s: weights read %s", path, read)
@@ -266,7 +273,7 @@ def _adopt(model: nn.Module, returned: nn.Module, path: str) -> None:
         raise CheckpointError(
             problem(
                 f"Task.load returned for {path} a module that is not like that of Task.model",
-                got=joined(complaints),
+                got=join_complaints(complaints),
                 expected="the same layers, settings, parameters and buffers",
                 remedy="let Task.model build such a module, or let Task.load fill the one that it is given",
             )
@@ -329,7 +336,9 @@ def _refuse_meta(model: nn.Module, path: str) -> None:
         raise CheckpointError(
             problem(
                 f"checkpoint {path} leaves a part of the model on meta",
-                got=joined([name if name in states else f"{name}, a buffer that no state_dict holds" for name in left]),
+                got=join_complaints(
+                    [name if name in states else f"{name}, a buffer that no state_dict holds" for name in left]
+                ),
                 expected="values for every parameter and buffer",
                 remedy="let Task.model make these on the CPU, or let Task.load fill them",
             )

@@ -19,7 +19,7 @@ import torch
 from numpy.lib.recfunctions import repack_fields
 from torch import Tensor
 
-from tracin_ann.task.nested import is_of
+from tracin_ann.task.nested import is_instance_of
 
 _DEEPEST = 100
 _MOST_PIECES = 1 << 18
@@ -39,7 +39,7 @@ class Content:
     unknown: tuple[str, ...] = ()
 
 
-def content_of(row: Any, collate: Callable[[list[Any]], Any] | None = None) -> Content:
+def encode_content(row: Any, collate: Callable[[list[Any]], Any] | None = None) -> Content:
     """Return what a row holds; where it cannot be known, what the batch of this row alone holds.
 
     Args:
@@ -174,7 +174,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, (np.ndarray, np.generic)):
         return _array_parts(np.asanyarray(value))
     for module, name, parts in _FOREIGN:
-        if is_of(value, module, name):
+        if is_instance_of(value, module, name):
             return parts(value)
     return _reduced(value)
 

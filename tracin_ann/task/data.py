@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from tracin_ann.errors import TaskError, TracinAnnError, problem
-from tracin_ann.task.content import content_of
+from tracin_ann.task.content import encode_content
 from tracin_ann.task.task import Task
 
 _LONGEST = 300
@@ -125,9 +125,9 @@ def materialise(stream: Iterable[Any]) -> list[Any]:
                     remedy=f"mend the __iter__ of {type(stream).__name__}",
                 )
             ) from error
-        first = first or content_of(row)
+        first = first or encode_content(row)
         rows.append(row)
-    if rows and content_of(rows[0]) != first:
+    if rows and encode_content(rows[0]) != first:
         raise TaskError(
             problem(
                 "the rows of the stream share memory",

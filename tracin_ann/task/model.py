@@ -14,13 +14,13 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tracin_ann.device import differentiable_recurrence, preserved_rng
+from tracin_ann.device import allow_recurrent_backward, preserve_rng
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.task import Task
 
 
 @contextlib.contextmanager
-def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
+def borrow_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
     """Yield `task.model()` in eval mode on `device`, or with a part on meta; on leaving, all is as it was before.
 
     Put back: the model's weights, buffers, grads, modes, requires_grad flags and device (the user's
@@ -30,7 +30,7 @@ def borrowed_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
     Raises:
         TaskError: `task.model` returns no module, or one with uninitialized lazy layers.
     """
-    with preserved_globals():
+    with preserve_globals():
         model = task.model()
         if not isinstance(model, nn.Module):
             raise TaskError(
@@ -64,16 +64,16 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def preserved_globals() -> Iterator[None]:
+def preserve_globals() -> Iterator[None]:
     """Put random states, grad mode, default dtype and the fused-attention switch back on leaving."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     dtype, fused = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
     try:
         with (
-            preserved_rng(),
+            preserve_rng(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            differentiable_recurrence(),
+            allow_recurrent_backward(),
             _recomputed_without_reentry(),
         ):
             torch.backends.mha.set_fastpath_enabled(False)
@@ -111,7 +111,7 @@ class _Checkpoint:
 
 
 @contextlib.contextmanager
-def preserved_registry(model: nn.Module) -> Iterator[None]:
+def preserve_registry(model: nn.Module) -> Iterator[None]:
     """Put every module's own parameters and buffers back on leaving."""
     # Of a dict, what TorchScript modules keep these in has only `items` and item access.
     owners: list[Any] = [own for module in model.modules() for own in (module._parameters, module._buffers)]
@@ -136,7 +136,7 @@ def _preserved_model(model: nn.Module) -> Iterator[None]:
     try:
         for parameter, _ in grads:
             parameter.grad = None
-        with preserved_registry(model):
+        with preserve_registry(model):
             yield
     finally:
         with torch.no_grad():

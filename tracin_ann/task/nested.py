@@ -121,7 +121,7 @@ def _with_fields(value: Any, fields: Iterable[tuple[str, Any]]) -> Any:
     return other
 
 
-def is_of(value: Any, module: str, *names: str) -> bool:
+def is_instance_of(value: Any, module: str, *names: str) -> bool:
     """Return whether a value is of one of a module's types; a module that is not imported has no values."""
     home = sys.modules.get(module)
     return home is not None and any(isinstance(value, getattr(home, name, ())) for name in names)
@@ -167,7 +167,7 @@ def _moved_by_itself(value: Any, device: torch.device) -> Any:
     return own if moved is None else moved
 
 
-def pinned(value: Any) -> Any:
+def pin_memory(value: Any) -> Any:
     """Return `value` with its tensors, and the objects that know how, in page-locked memory."""
 
     def locked(leaf: Any) -> Any:
@@ -190,7 +190,7 @@ def _leaf_size(leaf: Any) -> int:
         return leaf.size
     if isinstance(leaf, _ATOMS):
         return len(leaf) if isinstance(leaf, (str, bytes)) else 1
-    if is_of(leaf, "PIL.Image", "Image"):
+    if is_instance_of(leaf, "PIL.Image", "Image"):
         return int(leaf.width * leaf.height)
     return max(1, sum(_leaf_size(item) for item in _held(leaf) if isinstance(item, (Tensor, np.ndarray, str, bytes))))
 

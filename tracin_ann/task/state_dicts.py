@@ -69,7 +69,7 @@ def read_content(path: Path) -> Any:
         ) from error
 
 
-def fill(model: nn.Module, content: Any, path: str) -> str:
+def fill_model(model: nn.Module, content: Any, path: str) -> str:
     """Load what a file holds into the model as `load_state_dict` does, and return how it was read, "" as it is.
 
     Taken is what fits: the content as it is; else the one entry of a usual name that does, or either without the
@@ -96,7 +96,7 @@ def fill(model: nn.Module, content: Any, path: str) -> str:
         raise CheckpointError(
             problem(
                 f"checkpoint {path}{read} does not match the model",
-                got=joined(complaints),
+                got=join_complaints(complaints),
                 expected=f"the {len(model.state_dict())} entries of the model's state_dict",
                 remedy="correct Task.model or the path, or give Task a load(model, path)",
             )
@@ -150,7 +150,7 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
 
 
-def joined(complaints: list[str]) -> str:
+def join_complaints(complaints: list[str]) -> str:
     """Return the first complaints as one text, with the number of the rest."""
     more = f" and {len(complaints) - _SHOWN} more" if len(complaints) > _SHOWN else ""
     return "; ".join(complaints[:_SHOWN]) + more

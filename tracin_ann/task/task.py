@@ -198,7 +198,7 @@ class Task:
                 )
             )
 
-    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def select_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters that take part, by name, in the model's order; tied ones once.
 
         Raises:
@@ -229,7 +229,7 @@ class Task:
                 )
         return chosen
 
-    def collated(self, examples: list[Any]) -> Any:
+    def collate_rows(self, examples: list[Any]) -> Any:
         """Return the batch of these examples.
 
         Raises:

@@ -56,7 +56,7 @@ class LayerRule:
     n_leading: Callable[[Any, Tensor], int] = lambda module, x: x.dim() - 1
 
 
-def by_example(tensor: Tensor, batch: int) -> Tensor:
+def group_by_example(tensor: Tensor, batch: int) -> Tensor:
     """Return the tensor with B in front: as it is, or unflattened from [B·T, ...].
 
     Raises:
@@ -69,12 +69,12 @@ def by_example(tensor: Tensor, batch: int) -> Tensor:
     return tensor.reshape(batch, -1, *tensor.shape[1:])
 
 
-def positions(tensor: Tensor, batch: int) -> Tensor:
+def flatten_positions(tensor: Tensor, batch: int) -> Tensor:
     """Return [B, T, features]: all dimensions between the first and the last flattened, T ≥ 1."""
-    return by_example(tensor, batch).reshape(batch, -1, tensor.shape[-1])
+    return group_by_example(tensor, batch).reshape(batch, -1, tensor.shape[-1])
 
 
-def summed_product(left: Tensor, right: Tensor) -> Tensor:
+def sum_product(left: Tensor, right: Tensor) -> Tensor:
     """Return Σ_t left · right, [B, T, C] twice -> [B, C], a few examples at a time, so that it stays in cache."""
     out = left.new_empty(left.shape[0], left.shape[2])
     step = max(1, _BLOCK_ELEMENTS // max(1, left.shape[1] * left.shape[2]))
@@ -84,7 +84,7 @@ def summed_product(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def widened(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
     """Return what rules compute with: half precision as float32, in which sketches accumulate, and sparse as dense."""
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.gradients.factors import Dense, Form, Outer
-from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, positions, widened
+from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, flatten_positions, widen
 
 _NEAR = 1e-3
 _NEAR_HALF = 5e-2
@@ -34,7 +34,7 @@ def _linear(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
     if module not in _in_first:
         _in_first[module] = _sees_in_first(call)
-    x, delta = positions(call.input, call.batch), positions(call.grad_output, call.batch)
+    x, delta = flatten_positions(call.input, call.batch), flatten_positions(call.grad_output, call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
         sides = (x, delta) if _in_first[module] else (delta, x)
@@ -54,15 +54,15 @@ def _sees_in_first(call: Call) -> bool:
     """
     module: Any = call.module
     assert call.output is not None
-    x, made = call.input[:1], widened(call.output[:1])
+    x, made = call.input[:1], widen(call.output[:1])
     for in_first in (True, False):
-        matrix: Tensor = widened(module.weight.detach())
+        matrix: Tensor = widen(module.weight.detach())
         matrix = matrix if in_first else matrix.T
         if (x.shape[-1], made.shape[-1]) != tuple(matrix.shape) or x.shape[:-1] != made.shape[:-1]:
             continue
         product = x.to(matrix.dtype) @ matrix
         if module._parameters.get("bias") is not None:
-            product = product + widened(module.bias.detach())
+            product = product + widen(module.bias.detach())
         near = _NEAR_HALF if call.output.dtype in (torch.float16, torch.bfloat16) else _NEAR
         if float((product - made).norm()) <= near * float(product.norm()):
             return in_first

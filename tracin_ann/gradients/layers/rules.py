@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tracin_ann.gradients.convolution import Convolution, Geometry
 from tracin_ann.gradients.factors import Dense, Form, Outer, Rows
-from tracin_ann.gradients.layers.base import Call, LayerRule, by_example, positions, summed_product, widened
+from tracin_ann.gradients.layers.base import Call, LayerRule, flatten_positions, group_by_example, sum_product, widen
 from tracin_ann.gradients.layers.linear import OWN_LINEAR, is_linear
 from tracin_ann.gradients.layers.scale import OWN_SCALE, is_scale
 
@@ -24,10 +24,10 @@ _AFFINE = ("weight", "bias")
 
 
 def _linear(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
-    delta = positions(call.grad_output, call.batch)
+    delta = flatten_positions(call.grad_output, call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
-        forms["weight"] = Outer(delta, positions(call.input, call.batch))
+        forms["weight"] = Outer(delta, flatten_positions(call.input, call.batch))
     if "bias" in wanted:
         forms["bias"] = Dense(delta.sum(1))
     return forms
@@ -55,7 +55,7 @@ def _convolution(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
 
 def _pictures_as_depth(tensor: Tensor, batch: int) -> Tensor:
     """Return an example's pictures [B·n, C, ...] as one of n layers [B, C, n, ...]."""
-    return by_example(tensor, batch).transpose(1, 2)
+    return group_by_example(tensor, batch).transpose(1, 2)
 
 
 def _padding(module: Any, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -75,8 +75,8 @@ def _padding(module: Any, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...
 
 def _embedding(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
-    index = by_example(call.input, call.batch).reshape(call.batch, -1).long()
-    value = positions(call.grad_output, call.batch)
+    index = group_by_example(call.input, call.batch).reshape(call.batch, -1).long()
+    value = flatten_positions(call.grad_output, call.batch)
     if module.padding_idx is not None:
         value = value * (index != module.padding_idx).unsqueeze(2)
     return {"weight": Rows(index, value, module.num_embeddings)}
@@ -96,10 +96,10 @@ def _over_last(call: Call, wanted: frozenset[str], normalised: Tensor) -> dict[s
     """Return the forms of an affine over the last dimensions, summed over all between."""
     module: Any = call.module
     start = call.input.dim() - len(module.normalized_shape)
-    delta = positions(call.grad_output.flatten(start), call.batch)
+    delta = flatten_positions(call.grad_output.flatten(start), call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
-        forms["weight"] = Dense(summed_product(delta, positions(normalised.flatten(start), call.batch)))
+        forms["weight"] = Dense(sum_product(delta, flatten_positions(normalised.flatten(start), call.batch)))
     if "bias" in wanted:
         forms["bias"] = Dense(delta.sum(1))
     return forms
@@ -112,7 +112,7 @@ def _group_norm(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
 
 def _batch_norm(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
-    normalised = F.batch_norm(call.input, widened(module.running_mean), widened(module.running_var), eps=module.eps)
+    normalised = F.batch_norm(call.input, widen(module.running_mean), widen(module.running_var), eps=module.eps)
     return _over_channels(call, wanted, normalised)
 
 
@@ -120,7 +120,7 @@ def _over_channels(call: Call, wanted: frozenset[str], normalised: Tensor) -> di
     """Return the forms of an affine a channel (dimension 1), summed over space."""
     delta = call.grad_output
     if delta.shape[0] != call.batch:
-        delta, normalised = (by_example(t, call.batch).transpose(1, 2) for t in (delta, normalised))
+        delta, normalised = (group_by_example(t, call.batch).transpose(1, 2) for t in (delta, normalised))
     delta = delta.flatten(2) if delta.dim() > 2 else delta.unsqueeze(2)  # noqa: PLR2004
     forms: dict[str, Form] = {}
     if "weight" in wanted:

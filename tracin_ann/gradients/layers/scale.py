@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.gradients.factors import Dense, Form
-from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, positions, summed_product, widened
+from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, flatten_positions, sum_product, widen
 
 # How f(x) is had: y / w; forward with w = 1 (and b = 0); the same less forward with w = 0 (Gemma's 1 + w).
 Way = Literal["divide", "ones", "difference"]
@@ -36,7 +36,7 @@ def _scale(call: Call, wanted: frozenset[str]) -> dict[str, Form]:
     size = module.weight.numel()
     if call.input.dim() < 2 or call.input.shape[-1] != size or call.grad_output.shape != call.input.shape:  # noqa: PLR2004
         raise LayoutError(f"a scale of {size} numbers over an input of shape {list(call.input.shape)}")
-    delta = positions(call.grad_output, call.batch)
+    delta = flatten_positions(call.grad_output, call.batch)
     forms: dict[str, Form] = {}
     if "weight" in wanted:
         forms["weight"] = Dense(_weight_gradient(call, delta))
@@ -50,11 +50,11 @@ def _weight_gradient(call: Call, delta_BTC: Tensor) -> Tensor:
     way = _way(call)
     if way == "divide":
         assert call.output is not None
-        return summed_product(delta_BTC, positions(widened(call.output), call.batch)) / widened(module.weight.detach())
+        return sum_product(delta_BTC, flatten_positions(widen(call.output), call.batch)) / widen(module.weight.detach())
     scaled = _forward_with(module, call.input, 1.0)
     if way == "difference":
         scaled = scaled - _forward_with(module, call.input, 0.0)
-    return summed_product(delta_BTC, positions(scaled, call.batch))
+    return sum_product(delta_BTC, flatten_positions(scaled, call.batch))
 
 
 def _way(call: Call) -> Way:
@@ -77,7 +77,7 @@ def _forward_with(module: Any, x: Tensor, weight: float) -> Tensor:
         module._parameters["weight"] = torch.full_like(held["weight"], weight)
         if held.get("bias") is not None:
             module._parameters["bias"] = torch.zeros_like(held["bias"])
-        return widened(module.forward(x))
+        return widen(module.forward(x))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
