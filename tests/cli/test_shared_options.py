@@ -287,6 +287,6 @@ def test_colours_are_for_terminals_that_want_them(index: Path) -> None:
 
 
 def test_the_page_completes_every_command() -> None:
-    page = (REPOSITORY / "docs/cli.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs/commands.md").read_text(encoding="utf-8")
     (listed,) = re.findall(r"^for c in (.*); do$", page, re.M)
     assert {f"tracin-{name}" for name in listed.split()} == set(COMMANDS)

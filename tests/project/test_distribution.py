@@ -81,7 +81,8 @@ def test_the_sdist_holds_what_runs_its_tests(made: Made) -> None:
     held = made.in_sdist()
     needed = ("tracin_ann/", "tests/", "docs/", "examples/", "benchmarks/", "scripts/")
     assert {name for name in made.files if name.startswith(needed)} - held == set()
-    assert {"README.md", "LICENSE", "pyproject.toml", "constraints.txt", "build_index.py", "query.py"} <= held
+    assert {"README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "constraints.txt"} <= held
+    assert {"build_index.py", "query.py"} <= held
 
 
 def test_the_metadata_is_the_projects(made: Made, project: dict[str, Any]) -> None:

@@ -80,6 +80,13 @@ def test_files_hold_on_any_machine(pattern: re.Pattern[str]) -> None:
     assert found == {}
 
 
+def test_contributing_names_files_that_there_are() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?:tracin_ann|tests|docs|benchmarks)/[\w./-]*\w", text)
+    assert len(named) > 30
+    assert [name for name in named if "NAME" not in name and not (REPOSITORY / name).exists()] == []
+
+
 def test_readme_shows_the_two_commands() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert "make demo" in readme
