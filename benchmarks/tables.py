@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ Results = list[dict[str, Any]]
 
 SIDES = ("proponents", "opponents")
 TARGETS = ("0.95", "0.98")
+_WIDTH = 120
+"""Columns of a page."""
 DEFAULT_PARTITION_ROWS = 8192
 # For result files that do not record it: benchmarks.retrieval.rows wrote all of them with this size.
 RETRIEVAL_PARTITION_ROWS = 65_536
@@ -40,7 +43,7 @@ def format_environment(content: dict[str, Any]) -> str:
 
 def compose(scope: str, *parts: str) -> str:
     """Return a caption line, which says what was measured, and the parts below it."""
-    return "\n\n".join([f"Scope: {scope}", *parts])
+    return "\n\n".join([textwrap.fill(f"Scope: {scope}", _WIDTH, break_on_hyphens=False), *parts])
 
 
 def format_sides(values: Iterable[float], form: str = ".3f") -> str:
@@ -72,6 +75,16 @@ def features() -> str:
         "The plain step is batched forward and backward."
     )
     return compose(scope, format_table(*rows), format_environment(content))
+
+
+def features_summary() -> str:
+    """Return the cost of a feature row without the time of each side."""
+    content = read_results("features")
+    rows: list[Row] = [("model", "parameters", "plain step, µs/row", "build, µs/row", "plain/build")]
+    for row in content["results"]:
+        costs = (f"{row['plain_us']:,.0f}", f"{row['row_us']:,.0f}", f"{row['ratio']:.2f}")
+        rows.append((row["model"], f"{row['parameters']:,}", *costs))
+    return format_table(*rows)
 
 
 def budget() -> str:
@@ -253,6 +266,18 @@ def retrieval() -> str:
     return compose(scope, format_table(_QUALITY, *quality), format_table(_COST, *cost), format_environment(content))
 
 
+def retrieval_summary() -> str:
+    """Return recall, scored rows and batch speed of lists and of the exact scan with one million rows."""
+    result = read_results("retrieval_compact")["results"][0]
+    rows: list[Row] = [("index", "recall@10", "scored rows", "queries/s in a batch", "bytes/row")]
+    for target in TARGETS:
+        quality, cost = _format_lists("lists", result["sq8"], result["rows"], target)
+        rows.append((quality[0], quality[1], quality[3], cost[1], cost[3]))
+    rate = f"{2 / result['sq8']['times']['scan']['batch']:,.1f}"
+    rows.append(("exact scan, float32 in memory", "1.000", "100%", rate, "–"))
+    return format_table(*rows)
+
+
 def rivals() -> str:
     """Return recall and cost of lists and other indexes of the same rows, in one run."""
     content = read_results("retrieval_rivals")
@@ -360,9 +385,19 @@ def end_to_end() -> str:
         "a build by `tracin_ann.build` and queries by `InfluenceIndex.query` with exact re-scoring, "
         f"{settings['rows']:,} rows, {n_queries} queries. Not the defaults: D = {settings['dim']:,}, "
         '`index="ivf"` and queries of the lists with a recall of 0.98. '
-        " Rows and time are shares of an exact scan; the time is that of all queries in a batch."
+        "Rows and time are shares of an exact scan; the time is that of all queries in a batch."
     )
     return compose(scope, format_table(*quality), format_table(*cost), format_environment(content))
+
+
+def end_to_end_summary() -> str:
+    """Return recall of true TracInCP after exact re-scoring, and the rows that one query runs."""
+    _, *found = read_results("end_to_end")["results"]
+    rows: list[Row] = [("candidates per direction", "recall@10 of true TracIn", "rows run for one query")]
+    for row in found:
+        recall = format_sides(row[side] for side in SIDES)
+        rows.append((str(row["candidates"]), recall, f"{row['share_alone']:.2%}"))
+    return format_table(*rows)
 
 
 # Reliability
@@ -522,6 +557,7 @@ _TABLES = (
     *(reliability, kills),
     *(digits, mislabelled),
     peers,
+    *(features_summary, retrieval_summary, end_to_end_summary),
 )
 TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in _TABLES}
 """The functions that make the tables, by the name that documents use: `<!-- table: NAME -->` ... `<!-- end -->`."""

@@ -13,8 +13,10 @@ import pytest
 import documents
 from documents import words
 from paths import ROOT
+from project import SCRIPTS
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LONGEST, WIDEST = 150, 120
 
 
 def blocks(language: str) -> list[str]:
@@ -26,16 +28,23 @@ def commands() -> list[documents.Command]:
     return documents.commands("".join(blocks("console")))
 
 
+def run(place: Path, *arguments: str) -> str:
+    """Return what Python prints, given these arguments."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with README's files, checkpoints of its model, and the two scripts."""
+    """Return a directory with README's task file and the checkpoints that it trains."""
     folder = tmp_path_factory.mktemp("readme")
-    for block in documents.blocks(README, "python"):
-        if block.file is not None:
-            (folder / block.file).write_text(block.code)
-    for script in ("build_index.py", "query.py"):
-        (folder / script).symlink_to(ROOT / script)
-    subprocess.run([sys.executable, "train.py"], cwd=folder, check=True)
+    (task,) = (block for block in documents.blocks(README, "python") if block.file is not None)
+    assert task.file is not None
+    (folder / task.file).write_text(task.code, encoding="utf-8")
+    assert f"Run `python {task.file}`" in README
+    run(folder, task.file)
     return folder
 
 
@@ -43,27 +52,34 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_print_what_readme_shows(place: Path) -> None:
     assert len(commands()) == 3
     for command in commands():
-        python, *arguments = shlex.split(command.text)
-        assert python == "python"
-        done = subprocess.run([sys.executable, *arguments], cwd=place, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert words(done.stdout.splitlines()) == words(command.shown)
+        script, *arguments = shlex.split(command.text)
+        module, _, function = SCRIPTS[script].partition(":")
+        printed = run(place, "-c", f"from {module} import {function}; {function}()", *arguments)
+        assert words(printed.splitlines()) == words(command.shown)
 
 
 @pytest.mark.xdist_group("readme")
-def test_the_ten_lines_run(place: Path) -> None:
+def test_the_python_block_runs(place: Path) -> None:
     (code,) = (block.code for block in documents.blocks(README, "python") if block.file is None)
     assert len(code.splitlines()) <= 10
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["0", "1"]
+    assert [line.split()[0] for line in run(place, "-c", code).splitlines()] == ["0", "1"]
 
 
 def test_the_two_commands_are_makes() -> None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for command in re.findall(r"^make (\w+)", "".join(blocks("bash")), re.M):
         assert command in targets
 
 
+def test_every_command_is_named() -> None:
+    assert set(re.findall(r"\btracin-\w+", README)) == set(SCRIPTS)
+
+
 def test_the_task_is_short() -> None:
-    assert len(blocks("python")[0].splitlines()) <= 40
+    assert len(blocks("python")[0].splitlines()) <= 45  # it trains its model as well
+
+
+def test_readme_is_short_and_wraps() -> None:
+    assert len(README.splitlines()) <= LONGEST
+    prose = re.sub(r"^```.*?^```|^\|[^\n]*", "", README, flags=re.M | re.S)
+    assert [line for line in prose.splitlines() if len(line) > WIDEST] == []
