@@ -14,10 +14,10 @@ from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, orac
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.files.json_records import read_record
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
-from tracin_ann.search.calibration import Calibration, calibrate, compute_recalls, lower_bound
+from tracin_ann.search.calibration import Calibration, calibrate, compute_recalls, recall_lower_bound
 from tracin_ann.search.clustering import survey
-from tracin_ann.search.coarse_quantizer import trained
-from tracin_ann.search.reduction import fitted
+from tracin_ann.search.coarse_quantizer import train_assigner
+from tracin_ann.search.reduction import fit_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import TopK
 
@@ -96,7 +96,7 @@ def test_what_is_counted_is_what_is_scored(index: IVFIndex, source: Rows, settin
 
 def test_a_tree_knows_the_extents_of_its_lists() -> None:
     rows = normal(900, 42)
-    assigner = trained(rows[:500], 60, 0)
+    assigner = train_assigner(rows[:500], 60, 0)
     list_B = np.concatenate([assigner.assign(rows[:400]), assigner.assign(rows[400:])])
     tree = assigner.tree(assigner.taken())
     assert tree.size_L.tolist() == np.bincount(list_B, minlength=tree.n_lists).tolist()
@@ -265,17 +265,17 @@ def test_threads_do_not_disturb_each_other(index: IVFIndex, source: Rows) -> Non
 
 def test_reduction_does_not_centre() -> None:
     rows = normal(800, 14, 96) @ np.diag(np.geomspace(1, 1e-3, 96)).astype(np.float32) + 5
-    reduction = fitted(rows, 24, 0)
+    reduction = fit_reduction(rows, 24, 0)
     inner, reduced = rows @ rows.T, reduction.apply(rows) @ reduction.apply(rows).T
     assert np.abs(inner - reduced).max() <= 0.01 * np.abs(inner).max()
     assert reduction.energy > 0.99
-    assert fitted(rows, 96, 0).basis_FR is None
+    assert fit_reduction(rows, 96, 0).basis_FR is None
 
 
 def test_the_randomised_reduction_keeps_what_the_exact_one_keeps() -> None:
     random = np.random.default_rng(15)
     rows = (random.standard_normal((300, 2100)) * np.geomspace(1, 0.01, 2100)).astype(np.float32)
-    found = fitted(rows, 40, 0)
+    found = fit_reduction(rows, 40, 0)
     values = np.linalg.svd(rows.astype(np.float64), compute_uv=False) ** 2
     assert found.energy >= 0.99 * values[:40].sum() / values.sum()
     basis = found.basis_FR
@@ -336,9 +336,9 @@ def test_the_bound_lies_under_the_mean_and_is_never_sure() -> None:
     broken = 0
     for _ in range(300):
         values = random.binomial(10, 0.96, 200) / 10
-        broken += lower_bound(values) > 0.96
+        broken += recall_lower_bound(values) > 0.96
     assert broken <= 300 * 0.08
-    assert 0.99 < lower_bound(np.ones(200)) < 1
+    assert 0.99 < recall_lower_bound(np.ones(200)) < 1
 
 
 @pytest.fixture(scope="module")

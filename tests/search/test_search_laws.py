@@ -12,7 +12,7 @@ from test_search_contract import DIM, Rows, heavy_tailed, oracle
 
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
 from tracin_ann.search.settings import Setting
-from tracin_ann.search.topk import best, from_padded, merge, negated
+from tracin_ann.search.topk import best_positions, from_padded, merge, negate
 from tracin_ann.types import Float32, TopK
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def hits(top: TopK) -> list[list[tuple[int, float]]]:
 @given(rectangles(), st.integers(1, 30))
 def test_best_is_a_stable_sort(scores: Float32, k: int) -> None:
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    assert best(torch.from_numpy(scores), k).tolist() == expected.tolist()
+    assert best_positions(torch.from_numpy(scores), k).tolist() == expected.tolist()
 
 
 @given(rectangles(), st.integers(1, 30), st.data())
@@ -119,8 +119,8 @@ def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing
     chosen = Rows(MANY.take(may), may)
     proponents, opponents = search_both(PROBED.at(up, down), queries, k, allowed)
     assert hits(proponents) == hits(PROBED.at(up).search(queries, k, allowed))
-    assert hits(negated(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
-    for found, signed in ((proponents, queries), (negated(opponents), -queries)):
+    assert hits(negate(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
+    for found, signed in ((proponents, queries), (negate(opponents), -queries)):
         _, best_scores = oracle(chosen, signed, k)
         for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):
             assert len(set(ids.tolist())) == len(ids) == min(k, len(may))

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from tracin_ann.errors import NonFiniteError, UsageError, problem
-from tracin_ann.search.topk import negated, split
+from tracin_ann.search.topk import negate, split
 from tracin_ann.types import Float32, Int64, TopK
 
 
@@ -53,7 +53,7 @@ def search_both(index: SearchIndex, queries_QF: Float32, k: int, allowed: Int64 
         return index.search_both(queries_QF, k, allowed)
     queries = check_queries(index, queries_QF, k)
     proponents, opponents = split(index.search(np.concatenate([queries, -queries]), k, allowed), len(queries))
-    return proponents, negated(opponents)
+    return proponents, negate(opponents)
 
 
 def scale_to_unit(queries_QF: Float32) -> tuple[Float32, Int64]:

@@ -26,15 +26,15 @@ from tracin_ann.search.settings import Setting, choose_default_setting
 from tracin_ann.types import Float32, Float64, TopK
 
 Direction = Literal["proponents", "opponents"]
-CALIBRATED_FOR = 10
+RECALL_AT = 10
 """k of the recall that is measured."""
 _ALPHAS = (0.0, 0.1, 0.2, 0.3)
 _RATIOS = (0.5, 1.0, 2.0)
-_LEAST_CODES = 128
-_ENOUGH = 0.9995
+_SMALLEST_BUDGET = 128
+_FULL_RECALL = 0.9995
 _LARGEST_SHARE = 0.25
 _NORMAL_95 = 1.645
-_SINGLES = 3
+_TIMED_QUERIES = 3
 
 
 @dataclass(frozen=True)
@@ -147,21 +147,21 @@ def calibrate(
     looks = measure_queries(index, queries_QF)
     queries_QF, _ = scale_to_unit(queries_QF)
     began = time.perf_counter()
-    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, CALIBRATED_FOR), strict=True))
+    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, RECALL_AT), strict=True))
     batch_seconds = time.perf_counter() - began
-    single = _single_seconds(exact, queries_QF)
+    single = _time_single_queries(exact, queries_QF)
     each = max(0.0, (batch_seconds - single) / max(1, len(queries_QF) - 1))
     points: dict[str, tuple[Point, ...]] = {}
     for done, (direction, sign) in enumerate((("proponents", 1.0), ("opponents", -1.0))):
         signed = np.ascontiguousarray(queries_QF * np.float32(sign))
         best_scores = [sign * scores for scores in truth[direction].scores]
-        points[direction] = _curve(index, signed, truth[direction], best_scores)
+        points[direction] = _measure_settings(index, signed, truth[direction], best_scores)
         if progress is not None:
             progress(done + 1, 2)
     usual = choose_default_setting(len(index))
-    index_single = _single_seconds(index.at(usual), queries_QF)
+    index_single = _time_single_queries(index.at(usual), queries_QF)
     began = time.perf_counter()
-    search_both(index.at(usual), queries_QF, CALIBRATED_FOR)
+    search_both(index.at(usual), queries_QF, RECALL_AT)
     index_each = (time.perf_counter() - began) / max(1, len(queries_QF))
     return Calibration(
         target,
@@ -175,16 +175,16 @@ def calibrate(
     )
 
 
-def _single_seconds(index: SearchIndex, queries_QF: Float32) -> float:
+def _time_single_queries(index: SearchIndex, queries_QF: Float32) -> float:
     times = []
-    for at in range(min(_SINGLES, len(queries_QF))):
+    for at in range(min(_TIMED_QUERIES, len(queries_QF))):
         began = time.perf_counter()
-        search_both(index, queries_QF[at : at + 1], CALIBRATED_FOR)
+        search_both(index, queries_QF[at : at + 1], RECALL_AT)
         times.append(time.perf_counter() - began)
     return median(times) if times else 0.0
 
 
-def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
+def _measure_settings(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
     """Return the settings worth having: α by half of the queries, then budgets that rise to a share of the rows.
 
     Counts alone decide which are tried and kept, so that equal lists get equal settings.
@@ -193,18 +193,18 @@ def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Fl
     usual = choose_default_setting(len(index))
 
     def at_alpha(alpha: float) -> float:
-        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], CALIBRATED_FOR)
+        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], RECALL_AT)
         return float(compute_recalls(found, truth, scores).mean())
 
     alpha = max(_ALPHAS, key=at_alpha)
     measured: list[Point] = []
-    codes = min(_LEAST_CODES, len(index))
+    codes = min(_SMALLEST_BUDGET, len(index))
     while True:
         for ratio in _RATIOS:
             measured.append(
-                _point(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
+                _measure_setting(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
             )
-        found_all = measured[-1].recall >= _ENOUGH
+        found_all = measured[-1].recall >= _FULL_RECALL
         if found_all or codes >= _LARGEST_SHARE * len(index):
             break
         codes = math.ceil(codes * math.sqrt(2))
@@ -215,10 +215,12 @@ def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Fl
     return tuple(kept)
 
 
-def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> Point:
+def _measure_setting(
+    index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
+) -> Point:
     searched = index.at(setting)
     began = time.perf_counter()
-    found = searched.search(signed_QF, CALIBRATED_FOR)
+    found = searched.search(signed_QF, RECALL_AT)
     seconds = (time.perf_counter() - began) / max(1, len(signed_QF))
     recall_Q = compute_recalls(found, truth, scores)
     half = max(1, len(recall_Q) // 2)
@@ -227,14 +229,17 @@ def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, s
         setting.centroids,
         setting.alpha,
         float(recall_Q.mean()),
-        min(lower_bound(recall_Q[:half]), lower_bound(recall_Q[half:] if len(recall_Q) > half else recall_Q)),
+        min(
+            recall_lower_bound(recall_Q[:half]),
+            recall_lower_bound(recall_Q[half:] if len(recall_Q) > half else recall_Q),
+        ),
         float(np.percentile(recall_Q, 10)),
         float(found.rows_scored.mean()),
         seconds,
     )
 
 
-def lower_bound(recall_Q: Float64) -> float:
+def recall_lower_bound(recall_Q: Float64) -> float:
     """Return the one-sided 95% lower bound of a mean recall, never surer than with one more at a half."""
     n = len(recall_Q)
     spread = math.sqrt(float(recall_Q.var()) * n / max(1, n - 1) / n + 0.25 / (n + 1) ** 2)

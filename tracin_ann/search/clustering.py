@@ -20,11 +20,11 @@ from tracin_ann.types import Float32, Float64, Int64, RowSource
 
 LARGEST_EXPONENT = 13
 """Rows are scaled until the largest norm among them lies under 2^13: far from half precision's 65,504."""
-OUTLYING = 32.0
+OUTLIER_FACTOR = 32.0
 """A row is an outlier from this many times the 99th percentile of the norms on: it would spoil the codes of all."""
-QUIET = 1e-6
+QUIET_SHARE = 1e-6
 """A row is quiet up to this share of the 99th percentile: its codes are zeros, and it crowds one list."""
-_ROUNDS = 8
+_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Survey:
     @cached_property
     def outlier_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Return which rows are to be scored exactly: those out of all proportion, a hundredth by what that means."""
-        outlier_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N > OUTLYING * self._high
+        outlier_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N > OUTLIER_FACTOR * self._high
         return outlier_N
 
     @cached_property
     def quiet_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Return which rows are too small to be told from zero beside the others."""
-        quiet_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N <= QUIET * self._high
+        quiet_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N <= QUIET_SHARE * self._high
         return quiet_N & ~self.outlier_N
 
     @cached_property
@@ -107,7 +107,7 @@ def stratified_ids(measured: Survey, n_sample: int, seed: int) -> Int64:
     return np.sort(ids_M[np.argsort(norm_M, kind="stable")[places]])
 
 
-def centroids_of(sample_BF: Float32, n_lists: int, seed: int) -> Float32:
+def train_centroids(sample_BF: Float32, n_lists: int, seed: int) -> Float32:
     """Return L2 k-means centroids [L, F] of all rows of the sample."""
     if n_lists == 1:
         mean_1F: Float32 = sample_BF.mean(axis=0, keepdims=True)
@@ -115,7 +115,7 @@ def centroids_of(sample_BF: Float32, n_lists: int, seed: int) -> Float32:
     faiss = import_faiss()
     dim = sample_BF.shape[1]
     clustering = faiss.Clustering(dim, n_lists)
-    clustering.niter = _ROUNDS
+    clustering.niter = _ITERATIONS
     clustering.seed = seed % 2**31
     clustering.spherical = False
     clustering.min_points_per_centroid = 1

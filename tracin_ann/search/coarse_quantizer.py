@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from tracin_ann.device import import_faiss
-from tracin_ann.search.clustering import centroids_of
-from tracin_ann.search.inverted_lists import preassigned
+from tracin_ann.search.clustering import train_centroids
+from tracin_ann.search.inverted_lists import search_lists
 from tracin_ann.types import Float32, Float64, Int64
 
-_RADIUS = 1.5
+_RADIUS_FACTOR = 1.5
 """A radius, in root mean square distances of rows to their centroid."""
-_GROUPS_A_ROW = 3
+_GROUPS_PER_ROW = 3
 """Groups in whose centroids a row's nearest is looked for."""
-_ROWS_A_CENTROID = 4
-_GROUPS_A_ROOT = 4
+_ROWS_PER_CENTROID = 4
+_GROUPS_PER_ROOT = 4
 """Groups for L lists are this many times √L: with one, twice as many centroids are scored for the same recall."""
 _MULTIPLE = 8
 """FAISS's inner products are fastest over multiples of this many coordinates."""
@@ -105,11 +105,11 @@ class ListTree:
     def probe(self, queries_QR: Float32, alpha: float, n_groups: int, n_lists: int) -> Probes:
         """Return the lists to probe: of the n_groups worthiest groups, the n_lists worthiest lists."""
         norm_Q1 = np.linalg.norm(queries_QR, axis=1, keepdims=True).astype(np.float32)
-        with_radius = _lengthened(queries_QR, alpha * norm_Q1)
+        with_radius = _append_coordinate(queries_QR, alpha * norm_Q1)
         n_groups = min(n_groups, len(self.group_GR))
         groups, lists = self._worth
         _, group_QG = groups.search(with_radius, n_groups)
-        list_QW, _ = preassigned(lists, with_radius, min(n_lists, self.n_lists), group_QG)
+        list_QW, _ = search_lists(lists, with_radius, min(n_lists, self.n_lists), group_QG)
         return Probes(list_QW, self._group_sizes[group_QG].sum(axis=1) + len(self.group_GR))
 
     @cached_property
@@ -120,12 +120,12 @@ class ListTree:
     def _worth(self) -> tuple[Any, Any]:
         """Return FAISS indexes of groups and of lists, radii as one more coordinate; empty lists left out."""
         faiss = import_faiss()
-        group_GX = _lengthened(self.group_GR, self.group_radius_G[:, None])
+        group_GX = _append_coordinate(self.group_GR, self.group_radius_G[:, None])
         groups = faiss.IndexFlatIP(group_GX.shape[1])
         groups.add(group_GX)
         held = np.flatnonzero(self.size_L > 0)
-        lists = _grouped(
-            _lengthened(self.centroid_LR[held], self.radius_L[held, None]),
+        lists = _make_grouped_lists(
+            _append_coordinate(self.centroid_LR[held], self.radius_L[held, None]),
             self.parent_L[held],
             held,
             len(self.group_GR),
@@ -160,7 +160,7 @@ class Assigner:
         self._group_GR, self._centroid_LR, self._parent_L = group_GR, centroid_LR, parent_L
         self._groups = faiss.IndexFlatL2(group_GR.shape[1])
         self._groups.add(group_GR)
-        self._lists = _grouped(
+        self._lists = _make_grouped_lists(
             centroid_LR, parent_L, np.arange(len(parent_L), dtype=np.int64), len(group_GR), faiss.METRIC_L2
         )
         self._extents = self._none()
@@ -181,8 +181,8 @@ class Assigner:
 
     def assign(self, rows_BR: Float32) -> Int64:
         """Return the list [B] of each row."""
-        _, group_BG = self._groups.search(rows_BR, min(_GROUPS_A_ROW, len(self._group_GR)))
-        list_B1, square_B1 = preassigned(self._lists, rows_BR, 1, group_BG)
+        _, group_BG = self._groups.search(rows_BR, min(_GROUPS_PER_ROW, len(self._group_GR)))
+        list_B1, square_B1 = search_lists(self._lists, rows_BR, 1, group_BG)
         list_B: Int64 = list_B1[:, 0]
         n_lists = len(self._parent_L)
         parent_B = self._parent_L[list_B]
@@ -207,16 +207,16 @@ class Assigner:
             self._group_GR,
             self._centroid_LR,
             self._parent_L,
-            (_RADIUS * np.sqrt(extents.group_square_G / np.maximum(rows_G, 1))).astype(np.float32),
-            (_RADIUS * np.sqrt(extents.square_L / np.maximum(extents.size_L, 1))).astype(np.float32),
+            (_RADIUS_FACTOR * np.sqrt(extents.group_square_G / np.maximum(rows_G, 1))).astype(np.float32),
+            (_RADIUS_FACTOR * np.sqrt(extents.square_L / np.maximum(extents.size_L, 1))).astype(np.float32),
             extents.size_L,
         )
 
 
-def trained(sample_BR: Float32, n_lists: int, seed: int) -> Assigner:
+def train_assigner(sample_BR: Float32, n_lists: int, seed: int) -> Assigner:
     """Return about n_lists centroids of the sample in about 4·√n_lists groups."""
-    n_groups = min(len(sample_BR), max(1, round(_GROUPS_A_ROOT * math.sqrt(n_lists))))
-    group_GR = centroids_of(sample_BR, n_groups, seed)
+    n_groups = min(len(sample_BR), max(1, round(_GROUPS_PER_ROOT * math.sqrt(n_lists))))
+    group_GR = train_centroids(sample_BR, n_groups, seed)
     nearest = import_faiss().IndexFlatL2(group_GR.shape[1])
     nearest.add(group_GR)
     square_B1, group_B1 = nearest.search(np.ascontiguousarray(sample_BR), 1)
@@ -224,16 +224,16 @@ def trained(sample_BR: Float32, n_lists: int, seed: int) -> Assigner:
     spread_G = np.bincount(group_B, weights=np.sqrt(square_B1[:, 0].clip(0)), minlength=n_groups)
     size_G = np.bincount(group_B, minlength=n_groups)
     fair_G = np.round(n_lists * spread_G / max(spread_G.sum(), np.finfo(float).tiny)).astype(np.int64)
-    wanted_G = np.clip(fair_G, 1, np.maximum(1, size_G // _ROWS_A_CENTROID))
+    wanted_G = np.clip(fair_G, 1, np.maximum(1, size_G // _ROWS_PER_CENTROID))
     centroids = [
-        centroids_of(sample_BR[group_B == g], int(wanted_G[g]), seed) if size_G[g] else group_GR[g : g + 1]
+        train_centroids(sample_BR[group_B == g], int(wanted_G[g]), seed) if size_G[g] else group_GR[g : g + 1]
         for g in range(n_groups)
     ]
     parent_L = np.repeat(np.arange(n_groups, dtype=np.int64), [len(c) for c in centroids])
     return Assigner(group_GR, np.concatenate(centroids), parent_L)
 
 
-def _grouped(vectors: Float32, parent: Int64, labels: Int64, n_groups: int, metric: int) -> Any:
+def _make_grouped_lists(vectors: Float32, parent: Int64, labels: Int64, n_groups: int, metric: int) -> Any:
     """Return FAISS lists of these vectors, one a group, searched by naming the groups."""
     faiss = import_faiss()
     dim = vectors.shape[1]
@@ -250,7 +250,7 @@ def _grouped(vectors: Float32, parent: Int64, labels: Int64, n_groups: int, metr
     return lists
 
 
-def _lengthened(vectors: Float32, more: Float32) -> Float32:
+def _append_coordinate(vectors: Float32, more: Float32) -> Float32:
     """Return vectors with one coordinate more, and zeros up to a multiple of 8."""
     width = vectors.shape[1]
     longer = np.zeros((len(vectors), -(-(width + 1) // _MULTIPLE) * _MULTIPLE), np.float32)

@@ -20,15 +20,15 @@ from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.files import atomic_path, file_digest, open_plain, read_json, read_npz, report_damage, write_json_atomic
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
-from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, trained
+from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, train_assigner
 from tracin_ann.search.inverted_lists import Codes, InvertedLists
-from tracin_ann.search.reduction import Reduction, fitted
+from tracin_ann.search.reduction import Reduction, fit_reduction
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import Float32, RowSource
 
 STRETCH_ROWS = 2**19
 _VERSION = 1
-_TRAIN_ROWS_A_LIST = 16
+_TRAIN_ROWS_PER_LIST = 16
 _SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
@@ -84,7 +84,7 @@ class UnfinishedLists:
 
 
 @dataclass(frozen=True)
-class Filled:
+class FilledLists:
     """Lists with all rows, and what they are searched with."""
 
     lists: InvertedLists
@@ -94,7 +94,7 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class _Training:
     """What training found: lists without rows, how rows get into them, and every row's norm."""
 
     lists: InvertedLists
@@ -103,12 +103,12 @@ class _Trained:
     measured: Survey
 
 
-def filled(
+def fill_lists(
     source: RowSource,
     params: IVFParams,
     scratch: UnfinishedLists | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Filled:
+) -> FilledLists:
     """Return lists of all rows of the source; reads it twice, and the training sample once.
 
     Args:
@@ -122,7 +122,7 @@ def filled(
         NonFiniteError: a row holds NaN or infinity; names its id.
     """
     params.lists_for(len(source))
-    found = _trained(source, params, scratch)
+    found = _train(source, params, scratch)
     scratch = None if scratch is None else scratch.after("trained")
     lists, assigner = found.lists, found.assigner
     extents = assigner.taken()
@@ -134,7 +134,7 @@ def filled(
         done = kept.load(f"stretch-{number:06d}", params.codes, lists) if kept is not None else None
         if done is None:
             part = lists.emptied()
-            _fill(part, source, found, start, stop)
+            _fill_stretch(part, source, found, start, stop)
             done = part, asdict(assigner.taken())
             if kept is not None:
                 kept.save(f"stretch-{number:06d}", *done)
@@ -142,10 +142,10 @@ def filled(
         extents = extents.plus(Extents(**done[1]))
         if progress is not None:
             progress(stop, len(source))
-    return Filled(lists, assigner.tree(extents), found.reduction, found.measured)
+    return FilledLists(lists, assigner.tree(extents), found.reduction, found.measured)
 
 
-def _fill(lists: InvertedLists, source: RowSource, found: _Trained, start: int, stop: int) -> None:
+def _fill_stretch(lists: InvertedLists, source: RowSource, found: _Training, start: int, stop: int) -> None:
     """Put the rows at positions start..stop-1 into lists."""
     measured = found.measured
     for ids_B, rows_BF in source.blocks(_block_rows(source), start):
@@ -153,19 +153,19 @@ def _fill(lists: InvertedLists, source: RowSource, found: _Trained, start: int, 
         n_rows = rows.stop - rows.start
         listed_B = measured.listed_N[rows]
         if listed_B.any():
-            reduced_BR = found.reduction.apply(scaled(rows_BF[:n_rows][listed_B], measured.shift))
+            reduced_BR = found.reduction.apply(scale_rows(rows_BF[:n_rows][listed_B], measured.shift))
             lists.add(reduced_BR, found.assigner.assign(reduced_BR), ids_B[:n_rows][listed_B])
         start = rows.stop
         if start == stop:
             return
 
 
-def _trained(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None) -> _Trained:
+def _train(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None) -> _Training:
     kept = None if scratch is None else scratch.load("trained", params.codes)
     if kept is not None:
         lists, arrays = kept
         basis = arrays["basis_FR"]
-        return _Trained(
+        return _Training(
             lists,
             Assigner(arrays["group_GR"], arrays["centroid_LR"], arrays["parent_L"]),
             Reduction(source.dim, basis if basis.size else None, float(arrays["energy"])),
@@ -174,16 +174,16 @@ def _trained(source: RowSource, params: IVFParams, scratch: UnfinishedLists | No
     block_rows = _block_rows(source)
     measured = survey(source, block_rows)
     n_lists = min(params.lists_for(len(source)), max(1, int(measured.listed_N.sum())))
-    sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_A_LIST * n_lists, params.seed)
+    sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_PER_LIST * n_lists, params.seed)
     some_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
-    reduction = fitted(scaled(source.take(some_ids), measured.shift), params.width, params.seed)
+    reduction = fit_reduction(scale_rows(source.take(some_ids), measured.shift), params.width, params.seed)
     sample = [np.zeros((0, reduction.width), np.float32)]
     for at in range(0, len(sample_ids), block_rows):
         rows = source.take(sample_ids[at : at + block_rows])
-        sample.append(reduction.apply(scaled(rows, measured.shift)))
+        sample.append(reduction.apply(scale_rows(rows, measured.shift)))
     sample_BR = np.concatenate(sample) if len(sample_ids) else np.zeros((1, reduction.width), np.float32)
-    assigner = trained(sample_BR, n_lists, params.seed)
-    made = _Trained(InvertedLists.trained(sample_BR, assigner.n_lists, params.codes), assigner, reduction, measured)
+    assigner = train_assigner(sample_BR, n_lists, params.seed)
+    made = _Training(InvertedLists.trained(sample_BR, assigner.n_lists, params.codes), assigner, reduction, measured)
     if scratch is not None:
         basis = reduction.basis_FR
         arrays = {"basis_FR": np.zeros((0, 0), np.float32) if basis is None else basis, "energy": reduction.energy}
@@ -196,7 +196,7 @@ def _block_rows(source: RowSource) -> int:
     return max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.dim))
 
 
-def scaled(rows_BF: Float32, shift: int) -> Float32:
+def scale_rows(rows_BF: Float32, shift: int) -> Float32:
     """Return rows × 2^shift."""
     scaled_BF: Float32 = np.ldexp(rows_BF, shift)
     return scaled_BF

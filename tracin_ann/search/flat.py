@@ -15,7 +15,7 @@ from torch import Tensor
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
-from tracin_ann.search.topk import best, from_padded, negated
+from tracin_ann.search.topk import best_positions, from_padded, negate
 from tracin_ann.types import Float32, Int64, RowSource, TopK
 
 _SCORES_AT_ONCE = 2**24
@@ -65,7 +65,7 @@ class FlatIndex:
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents) from one pass over the rows."""
         proponents, opponents = self._of(allowed)._scan(queries_QF, k, signs=(1.0, -1.0))
-        return proponents, negated(opponents)
+        return proponents, negate(opponents)
 
     def _of(self, allowed: Int64 | None) -> FlatIndex:
         if allowed is None or len(allowed) == len(self):
@@ -77,7 +77,7 @@ class FlatIndex:
         queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
         chunks = [queries[at : at + at_once] for at in range(0, len(queries), at_once)]
-        found = [[_Best(len(chunk), k, self._device) for chunk in chunks] for _ in signs]
+        found = [[_RunningBest(len(chunk), k, self._device) for chunk in chunks] for _ in signs]
         for ids_B, rows_BF in self._blocks():
             for at, chunk_QF in enumerate(chunks):
                 scores_QB = chunk_QF @ rows_BF.T
@@ -85,11 +85,11 @@ class FlatIndex:
                     side[at].add(ids_B, sign * scores_QB)
         return [self._answer(side, k) for side in found]
 
-    def _answer(self, chunks: list[_Best], k: int) -> TopK:
+    def _answer(self, chunks: list[_RunningBest], k: int) -> TopK:
         ids = [chunk.ids_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.int64)]
         scores = [chunk.scores_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.float32)]
         ids_QK, scores_QK = np.concatenate(ids), np.concatenate(scores)
-        refuse_unless_finite(ids_QK, scores_QK)
+        check_finite(ids_QK, scores_QK)
         return from_padded(ids_QK, scores_QK, k, np.full(len(ids_QK), len(self), dtype=np.int64))
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,7 +148,7 @@ class Subset:
         return self.source.take(ids)
 
 
-class _Best:
+class _RunningBest:
     """The best k of the blocks seen so far, of one chunk of queries; blocks come in rising id order."""
 
     def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
@@ -158,10 +158,10 @@ class _Best:
 
     def add(self, ids_B: Tensor, scores_QB: Tensor) -> None:
         """Let a block of higher ids compete: earlier positions win ties, and they hold lower ids."""
-        where = best(scores_QB, self._k)
+        where = best_positions(scores_QB, self._k)
         ids = torch.cat([self.ids_QK, ids_B[where]], dim=1)
         scores = torch.cat([self.scores_QK, scores_QB.gather(1, where)], dim=1)
-        where = best(scores, self._k)
+        where = best_positions(scores, self._k)
         self.ids_QK, self.scores_QK = ids.gather(1, where), scores.gather(1, where)
 
 
@@ -171,7 +171,7 @@ def as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tenso
     return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
 
 
-def refuse_unless_finite(ids: Int64, scores: Float32) -> None:
+def check_finite(ids: Int64, scores: Float32) -> None:
     """Refuse scores that are not numbers, whether of spoilt rows or past float32's range.
 
     Raises:

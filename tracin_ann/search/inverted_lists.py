@@ -23,7 +23,7 @@ from tracin_ann.types import Float32, Int64
 Codes = Literal["sq8", "sq4", "fp16"]
 CODES: tuple[Codes, ...] = ("sq8", "sq4", "fp16")
 _QUANTIZERS = {"sq8": "QT_8bit", "sq4": "QT_4bit", "fp16": "QT_fp16"}
-_BITMAP_ENTRIES_A_ROW = 64
+_BITMAP_BITS_PER_ROW = 64
 # Of FAISS's files: where the number of rows is, and what the lists begin with.
 _N_ROWS = slice(8, 16)
 _LISTS = b"ilar"
@@ -40,7 +40,7 @@ class InvertedLists:
     @classmethod
     def trained(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
         """Return lists without rows whose codes suit rows like these."""
-        index = _empty(n_lists, sample_BR.shape[1], codes)
+        index = _make_empty_index(n_lists, sample_BR.shape[1], codes)
         index.sq.train(np.ascontiguousarray(sample_BR))
         return cls(index)
 
@@ -55,7 +55,7 @@ class InvertedLists:
         faiss = import_faiss()
         with report_damage(path, "inverted lists of coded rows", "rebuild the index"):
             with open_plain(path) as file:
-                _refuse_other_layout(file, shape, codes)
+                _check_layout(file, shape, codes)
             return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
 
     def save(self, path: Path) -> None:
@@ -153,10 +153,10 @@ class InvertedLists:
             key_QW: int64 list numbers, -1 where a query wants no more.
             allowed: ids that may be found, rising; None: all.
         """
-        return preassigned(self._index, queries_QR, k, key_QW, allowed)
+        return search_lists(self._index, queries_QR, k, key_QW, allowed)
 
 
-def preassigned(
+def search_lists(
     index: Any, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None
 ) -> tuple[Int64, Float32]:
     """Return padded (ids, distances) [Q, k] from the lists of a FAISS IVF index that the keys name.
@@ -167,7 +167,7 @@ def preassigned(
     faiss = import_faiss()
     parameters = faiss.SearchParametersIVF(nprobe=key_QW.shape[1])
     if allowed is not None:
-        selector, held = _selector(allowed, index.ntotal)
+        selector, held = _make_selector(allowed, index.ntotal)
         parameters.sel = selector
     queries, keys = np.ascontiguousarray(queries_QR), np.ascontiguousarray(key_QW)
     coarse = np.zeros(keys.shape, np.float32)
@@ -180,18 +180,18 @@ def preassigned(
     return ids, distances
 
 
-def _selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
+def _make_selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
     """Return FAISS's selector of these ids and the memory that it points to."""
     faiss = import_faiss()
     largest = int(allowed[-1]) if len(allowed) else 0
-    if largest < _BITMAP_ENTRIES_A_ROW * max(n_rows, 1):
+    if largest < _BITMAP_BITS_PER_ROW * max(n_rows, 1):
         bits = np.zeros(largest // 8 + 1, np.uint8)
         np.bitwise_or.at(bits, allowed // 8, np.left_shift(1, allowed % 8).astype(np.uint8))
         return faiss.IDSelectorBitmap(bits), bits
     return faiss.IDSelectorBatch(allowed), allowed
 
 
-def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
+def _make_empty_index(n_lists: int, dim: int, codes: Codes) -> Any:
     """Return FAISS's lists without rows."""
     faiss = import_faiss()
     quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
@@ -202,7 +202,7 @@ def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
     return index
 
 
-def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
+def _check_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
     """Refuse a file that differs from lists of this shape by more than rows and the ranges of codes.
 
     FAISS takes a file's word for every size in it, and reads or writes past its memory where one is wrong.
@@ -211,7 +211,7 @@ def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -
         ValueError: it does.
     """
     n_bytes = os.fstat(file.fileno()).st_size
-    plain, marked = (_empty_bytes(shape, codes, ranges) for ranges in (0x00, 0xFF))
+    plain, marked = (_serialize_empty(shape, codes, ranges) for ranges in (0x00, 0xFF))
     start = plain.tobytes().rfind(_LISTS)
     same = plain == marked
     same[_N_ROWS] = False
@@ -234,10 +234,10 @@ def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -
         raise ValueError(f"{n_bytes:,} bytes for {n_rows:,} rows")
 
 
-def _empty_bytes(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
+def _serialize_empty(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
     """Return the bytes of a file of lists without rows, those of the codes' ranges all alike."""
     faiss = import_faiss()
-    index = _empty(*shape, codes)
+    index = _make_empty_index(*shape, codes)
     n_ranges = 0 if codes == "fp16" else 2 * shape[1]
     faiss.copy_array_to_vector(np.full(4 * n_ranges, ranges, np.uint8).view(np.float32), index.sq.trained)
     found: npt.NDArray[np.uint8] = faiss.serialize_index(index)

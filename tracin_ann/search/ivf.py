@@ -23,12 +23,12 @@ from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import map_array, open_plain, read_json, read_npz, read_record, report_damage, save_array
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
-from tracin_ann.search.construction import UnfinishedLists, filled, scaled
-from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
+from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
+from tracin_ann.search.flat import FlatIndex, check_finite
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
-from tracin_ann.search.topk import from_padded, joined, merge, negated
+from tracin_ann.search.topk import concatenate, from_padded, merge, negate
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
@@ -37,8 +37,8 @@ _QUERIES_AT_ONCE = 256
 _RESCORED_AT_ONCE = 128
 _LEAST_CANDIDATES = 40
 _IDS_AT_ONCE = 65_536
-_MOVED = 0.01
-_LONGER = 3
+_MOVED_SHARE = 0.01
+_LIST_MARGIN = 3
 """Lists asked of the tree, in those that the budget would fill at their mean size: the best lists are short."""
 
 
@@ -100,7 +100,7 @@ class IVFIndex:
             UsageError: no rows, or fewer than lists.
             NonFiniteError: a row holds NaN or infinity; names its id.
         """
-        made = filled(source, params, scratch, progress)
+        made = fill_lists(source, params, scratch, progress)
         measured, reduction = made.measured, made.reduction
         quiet_norm = float(measured.norm_N[measured.quiet_N].max(initial=0.0))
         caption = _Caption(
@@ -184,13 +184,13 @@ class IVFIndex:
             if seen >= sample:
                 break
             rows = self._source.take(ids[lists == number])
-            reduced_BR = parts.reduction.apply(scaled(rows, self._caption.shift))
+            reduced_BR = parts.reduction.apply(scale_rows(rows, self._caption.shift))
             given_BR, step_BR = parts.lists.coded(reduced_BR)
             # Rounding may take a number to the next code, and a row between two centroids to the other.
             off += int((np.abs(parts.lists.decoded(int(number)) - given_BR) > 1.01 * step_BR).any(axis=1).sum())
             moved += int((assigner.assign(reduced_BR) != number).sum())
             seen += len(rows)
-        if off or moved > _MOVED * seen:
+        if off or moved > _MOVED_SHARE * seen:
             found.append(f"of {seen:,} rows looked at, {off:,} with others' codes and {moved:,} in others' lists")
         return found
 
@@ -233,8 +233,8 @@ class IVFIndex:
 
     def nearness(self, queries_QF: Float32) -> Float64:
         """Return each query's largest |cosine| with the centre of a group, [Q]; 0 for a zero query."""
-        reduced_QR = self._parts.reduction.apply(_unit(queries_QF))
-        group_GR = _unit(self.tree.group_GR)
+        reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
+        group_GR = _normalize(self.tree.group_GR)
         nearness_Q: Float64 = np.abs(reduced_QR @ group_GR.T).max(axis=1, initial=0.0).astype(np.float64)
         return nearness_Q
 
@@ -249,7 +249,7 @@ class IVFIndex:
         """Return (proponents, opponents), each by its own setting."""
         queries = check_queries(self, queries_QF, k)
         opponents = self._searched(-queries, k, self.settings[1], allowed)
-        return self._searched(queries, k, self.settings[0], allowed), negated(opponents)
+        return self._searched(queries, k, self.settings[0], allowed), negate(opponents)
 
     def scans(self, k: int, allowed: Int64 | None = None) -> bool:
         """Return whether all rows that may be found are as few as those that the lists would score."""
@@ -261,7 +261,7 @@ class IVFIndex:
         return setting if n_rows == len(self) else setting.widened(max(n_rows, 1) / len(self))
 
     def _scans(self, k: int, setting: Setting, n_rows: int) -> bool:
-        return max(setting.codes, _candidates(k)) >= n_rows
+        return max(setting.codes, _count_candidates(k)) >= n_rows
 
     def _searched(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
         allowed = None if allowed is not None and len(allowed) == len(self) else allowed
@@ -270,10 +270,12 @@ class IVFIndex:
         if self._scans(k, setting, n_rows):
             return self._scanned(queries_QF, k, allowed)
         batches = range(0, len(queries_QF), _QUERIES_AT_ONCE)
-        found = joined([self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches])
+        found = concatenate(
+            [self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches]
+        )
         outliers = self._parts.outliers if allowed is None else np.intersect1d(self._parts.outliers, allowed)
         if len(outliers):
-            with _of_the_source():
+            with _report_unknown_rows():
                 found = merge([found, self._scanned(queries_QF, k, outliers)], k)
         return self._completed(found, queries_QF, k, allowed)
 
@@ -283,20 +285,20 @@ class IVFIndex:
     def _batch(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
         """Return the best k of what the lists hand on, by the scores of the rows themselves."""
         parts = self._parts
-        reduced_QR = parts.reduction.apply(_unit(queries_QF))
+        reduced_QR = parts.reduction.apply(_normalize(queries_QF))
         n_groups = math.ceil(setting.centroids / parts.tree.centroids_a_group)
         mean_size = len(parts.lists) / max(1, int((parts.tree.size_L > 0).sum()))
-        n_lists = math.ceil(_LONGER * setting.codes / max(mean_size, 1.0))
+        n_lists = math.ceil(_LIST_MARGIN * setting.codes / max(mean_size, 1.0))
         probes = parts.tree.probe(reduced_QR, setting.alpha, n_groups, n_lists)
         size_QW = np.where(probes.list_QW >= 0, parts.tree.size_L[probes.list_QW], 0)
         before_QW = size_QW.cumsum(axis=1) - size_QW
         within_QW = (before_QW < setting.codes) & (probes.list_QW >= 0)
         width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
         key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
-        ids_QM, _ = parts.lists.scan(reduced_QR, _candidates(k), key_QW, allowed)
+        ids_QM, _ = parts.lists.scan(reduced_QR, _count_candidates(k), key_QW, allowed)
         scored_Q = (size_QW * within_QW).sum(axis=1) + probes.scored_Q
         scores_QM = self._scores(queries_QF, ids_QM)
-        refuse_unless_finite(ids_QM, scores_QM)
+        check_finite(ids_QM, scores_QM)
         return from_padded(ids_QM, scores_QM, k, scored_Q)
 
     def _scores(self, queries_QF: Float32, ids_QM: Int64) -> Float32:
@@ -306,7 +308,7 @@ class IVFIndex:
             part = slice(at, at + _RESCORED_AT_ONCE)
             unique, place = np.unique(ids_QM[part], return_inverse=True)
             n_padding = int(np.searchsorted(unique, 0))
-            with _of_the_source():
+            with _report_unknown_rows():
                 rows = torch.from_numpy(self._source.take(unique[n_padding:]))
             if not len(rows):
                 continue
@@ -337,13 +339,13 @@ class IVFIndex:
         return TopK(tuple(ids), tuple(scores), counts)
 
 
-def _candidates(k: int) -> int:
+def _count_candidates(k: int) -> int:
     """Return how many rows the codes hand on for k results."""
     return max(_LEAST_CANDIDATES, 2 * k)
 
 
 @contextmanager
-def _of_the_source() -> Iterator[None]:
+def _report_unknown_rows() -> Iterator[None]:
     """Take a row that the source does not hold for damage of the lists: they are not read whole when they are opened.
 
     Raises:
@@ -360,7 +362,7 @@ def _of_the_source() -> Iterator[None]:
         ) from error
 
 
-def _unit(vectors: Float32) -> Float32:
+def _normalize(vectors: Float32) -> Float32:
     """Return vectors at norm 1, zeros as they are."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     unit: Float32 = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")

@@ -15,11 +15,11 @@ from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.types import Float32, Float64
 
 _QUANTILES = 101
-_ASIDE = 0.25
+_MARGIN = 0.25
 """How far outside the range of all queries measured, in shares of that range, a query may still lie."""
-_SURE = 1.95
+_KS_FACTOR = 1.95
 """Kolmogorov-Smirnov's factor at a level of 0.001 (two samples)."""
-_FEWEST = 20
+_MIN_QUERIES = 20
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,36 @@ class QueryDistribution:
     def strange(self, index: IVFIndex, queries_QF: Float32) -> npt.NDArray[np.bool_]:
         """Return which queries [Q] lie well outside what was measured."""
         strange_Q = np.zeros(len(queries_QF), dtype=bool)
-        for values_Q, quantiles in zip(_measures(index, queries_QF), (self.log_norm, self.cosine), strict=True):
+        for values_Q, quantiles in zip(_measure(index, queries_QF), (self.log_norm, self.cosine), strict=True):
             low, high = quantiles[0], quantiles[-1]
-            aside = _ASIDE * (high - low)
+            aside = _MARGIN * (high - low)
             strange_Q |= (values_Q < low - aside) | (values_Q > high + aside)
         return strange_Q
 
     def is_shifted(self, index: IVFIndex, queries_QF: Float32) -> bool:
         """Return whether a set of queries, 20 or more, is drawn from elsewhere (Kolmogorov-Smirnov, level 0.001)."""
         n = len(queries_QF)
-        if n < _FEWEST:
+        if n < _MIN_QUERIES:
             return False
-        limit = _SURE * math.sqrt((n + self.samples[0]) / (n * self.samples[0])) + 1 / _QUANTILES
-        measures = zip(_measures(index, queries_QF), (self.log_norm, self.cosine), strict=True)
-        return any(_distance(values_Q, quantiles) > limit for values_Q, quantiles in measures)
+        limit = _KS_FACTOR * math.sqrt((n + self.samples[0]) / (n * self.samples[0])) + 1 / _QUANTILES
+        measures = zip(_measure(index, queries_QF), (self.log_norm, self.cosine), strict=True)
+        return any(_ks_distance(values_Q, quantiles) > limit for values_Q, quantiles in measures)
 
 
 def measure_queries(index: IVFIndex, queries_QF: Float32) -> QueryDistribution:
     """Return what queries look like to an index."""
     at = np.linspace(0, 1, _QUANTILES)
-    log_norm, cosine = (tuple(np.quantile(v, at).tolist()) for v in _measures(index, queries_QF))
+    log_norm, cosine = (tuple(np.quantile(v, at).tolist()) for v in _measure(index, queries_QF))
     return QueryDistribution(log_norm, cosine, (len(queries_QF),))
 
 
-def _measures(index: IVFIndex, queries_QF: Float32) -> tuple[Float64, Float64]:
+def _measure(index: IVFIndex, queries_QF: Float32) -> tuple[Float64, Float64]:
     norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
     smallest = np.finfo(np.float64).tiny
     return np.log10(np.maximum(norm_Q, smallest)), index.nearness(queries_QF)
 
 
-def _distance(values_Q: Float64, quantiles: tuple[float, ...]) -> float:
+def _ks_distance(values_Q: Float64, quantiles: tuple[float, ...]) -> float:
     """Return the largest difference between the distribution of values and the one of these quantiles."""
     values = np.sort(values_Q)
     at = np.linspace(0, 1, len(quantiles))

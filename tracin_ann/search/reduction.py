@@ -17,7 +17,7 @@ from torch import Tensor
 from tracin_ann.search.flat import as_tensor
 from tracin_ann.types import Float32
 
-_OVERSAMPLED = 16
+_OVERSAMPLING = 16
 _ITERATIONS = 6
 _SMALL_DIM = 2048
 
@@ -54,19 +54,19 @@ class Reduction:
         return reduced
 
 
-def fitted(sample_BF: Float32, width: int, seed: int) -> Reduction:
+def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
     """Return the reduction to at most `width` dimensions that keeps most of the sample's squared norms."""
     dim = sample_BF.shape[1]
     if dim <= width:
         return Reduction(dim, None, 1.0)
     rows = as_tensor(sample_BF)
-    turn = _leading(rows, width, seed)
+    turn = _leading_vectors(rows, width, seed)
     total = float(rows.square().sum())
     energy = float((rows @ turn).square().sum()) / total if total else 1.0
     return Reduction(dim, turn.contiguous().numpy(), min(1.0, energy))
 
 
-def _leading(rows: Tensor, width: int, seed: int) -> Tensor:
+def _leading_vectors(rows: Tensor, width: int, seed: int) -> Tensor:
     """Return the leading right singular vectors [F, width]."""
     dim = rows.shape[1]
     if dim <= _SMALL_DIM:
@@ -78,7 +78,7 @@ def _leading(rows: Tensor, width: int, seed: int) -> Tensor:
             vectors = torch.linalg.eigh(moment.double()).eigenvectors.to(rows.dtype)
         return vectors[:, -width:].flip(1)
     random = torch.Generator().manual_seed(seed)
-    basis = torch.randn(dim, min(dim, width + _OVERSAMPLED), generator=random, dtype=rows.dtype)
+    basis = torch.randn(dim, min(dim, width + _OVERSAMPLING), generator=random, dtype=rows.dtype)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
     turn: Tensor = torch.linalg.svd(rows @ basis, full_matrices=False).Vh

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.search.inverted_lists import CODES, Codes
 
-_LISTS_A_ROOT = 24
+_LISTS_PER_ROOT = 24
 """Lists for N rows are this many times √N: docs/design.md."""
-_ROWS_A_LIST = 8
-_REDUCED = 256
-_CODES_A_RESULT = 4
+_ROWS_PER_LIST = 8
+_DEFAULT_WIDTH = 256
+_CODES_PER_RESULT = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class IVFParams:
     """
 
     nlist: int | None = None
-    width: int = _REDUCED
+    width: int = _DEFAULT_WIDTH
     codes: Codes = "sq8"
     seed: int = 0
     train_rows: int | None = None
@@ -58,7 +58,7 @@ class IVFParams:
         Raises:
             UsageError: there are no rows, or fewer rows (or training rows) than lists.
         """
-        nlist = self.nlist or max(1, min(round(_LISTS_A_ROOT * math.sqrt(n_rows)), n_rows // _ROWS_A_LIST))
+        nlist = self.nlist or max(1, min(round(_LISTS_PER_ROOT * math.sqrt(n_rows)), n_rows // _ROWS_PER_LIST))
         learnt_from = min(n_rows, self.train_rows or n_rows)
         if learnt_from < nlist:
             raise UsageError(
@@ -108,7 +108,7 @@ class Setting:
 
     def holding(self, k: int) -> Setting:
         """Return the setting with room for k results: settings are measured for ten."""
-        return Setting(max(self.codes, _CODES_A_RESULT * k), max(self.centroids, _CODES_A_RESULT * k), self.alpha)
+        return Setting(max(self.codes, _CODES_PER_RESULT * k), max(self.centroids, _CODES_PER_RESULT * k), self.alpha)
 
     def widened(self, share: float) -> Setting:
         """Return the setting that reaches as many rows of a share as this does of all."""

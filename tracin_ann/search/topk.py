@@ -16,7 +16,7 @@ from tracin_ann.types import Float32, Int64, TopK
 _NO_ID = -1
 
 
-def best(scores_QM: Tensor, k: int) -> Tensor:
+def best_positions(scores_QM: Tensor, k: int) -> Tensor:
     """Return the positions [Q, min(k, M)] of the best scores of each row; ties by rising position.
 
     `torch.topk` breaks ties as it likes, so a row whose k-th and next score are equal is sorted whole.
@@ -47,7 +47,7 @@ def from_padded(ids_QM: Int64, scores_QM: Float32, k: int, rows_scored: Int64) -
     ids = np.take_along_axis(ids_QM, by_id, axis=1)
     scores = np.take_along_axis(scores_QM, by_id, axis=1)
     scores = np.where(ids < 0, np.float32(-np.inf), scores)
-    order = best(torch.from_numpy(scores), k).numpy()
+    order = best_positions(torch.from_numpy(scores), k).numpy()
     ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
     kept = ids >= 0
     return TopK(
@@ -67,7 +67,7 @@ def merge(parts: Sequence[TopK], k: int) -> TopK:
     """
     if len({len(part.ids) for part in parts}) != 1:
         raise ValueError(f"merge of parts with {[len(part.ids) for part in parts]} queries")
-    padded = [_padded(part) for part in parts]
+    padded = [_pad(part) for part in parts]
     return from_padded(
         np.concatenate([ids for ids, _ in padded], axis=1),
         np.concatenate([scores for _, scores in padded], axis=1),
@@ -76,7 +76,7 @@ def merge(parts: Sequence[TopK], k: int) -> TopK:
     )
 
 
-def joined(parts: Sequence[TopK]) -> TopK:
+def concatenate(parts: Sequence[TopK]) -> TopK:
     """Return the answers of several batches of queries, one batch after another."""
     return TopK(
         ids=tuple(ids for part in parts for ids in part.ids),
@@ -93,12 +93,12 @@ def split(top: TopK, at: int) -> tuple[TopK, TopK]:
     )
 
 
-def negated(top: TopK) -> TopK:
+def negate(top: TopK) -> TopK:
     """Return the answer with its scores' signs turned (and no -0.0): rising where it fell."""
     return TopK(top.ids, tuple(np.float32(0) - scores for scores in top.scores), top.rows_scored)
 
 
-def _padded(top: TopK) -> tuple[Int64, Float32]:
+def _pad(top: TopK) -> tuple[Int64, Float32]:
     width = max((len(ids) for ids in top.ids), default=0)
     ids_QM = np.full((len(top.ids), width), _NO_ID, dtype=np.int64)
     scores_QM = np.zeros((len(top.ids), width), dtype=np.float32)
