@@ -50,10 +50,10 @@ def run_case(rows: Subset, queries: np.ndarray, seed: int, target: float) -> dic
         recall = float(compute_recalls(index.at(point.setting).search(signed, RECALL_AT), truth, truth.scores).mean())
         reached = calibration.reaching(side, target) is not None
         found[side] = {"lower": point.lower, "fresh": recall, "broken": recall < point.lower, "reached": reached}
-    looks = calibration.looks
-    found["flagged"] = {name: bool(looks.is_shifted(index, q)) for name, q in make_shifts(new, random)}
-    found["falsely_flagged"] = bool(looks.is_shifted(index, new[:100]))
-    found["strange_share"] = float(looks.strange(index, new).mean())
+    distribution = calibration.looks
+    found["flagged"] = {name: bool(distribution.is_shifted(index, q)) for name, q in make_shifts(new, random)}
+    found["falsely_flagged"] = bool(distribution.is_shifted(index, new[:100]))
+    found["strange_share"] = float(distribution.find_outliers(index, new).mean())
     return found
 
 

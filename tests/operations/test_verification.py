@@ -249,7 +249,7 @@ def test_lists_of_other_rows_are_found_though_their_digests_agree(made: tuple[Pa
     for place in (folder, index):
         changed.write(place)
     (damage,) = verify(index).damage
-    assert "with others' codes" in damage.message
+    assert "have wrong codes" in damage.message
     repair(index, made[1])
     assert verify(index).damage == ()
 

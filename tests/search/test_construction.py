@@ -152,7 +152,7 @@ def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
     task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
     build(task, tmp_path / "whole", config)
-    emptied, done = fill._fill, []
+    emptied, done = fill._fill_stretch, []
 
     def killed(*given: object) -> None:
         if len(done) == 1:
@@ -161,7 +161,7 @@ def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
         emptied(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(fill, "_fill", killed)
+        patched.setattr(fill, "_fill_stretch", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
     assert (tmp_path / "out" / BUILD.UNFINISHED_INDEX / "stretch-000000.json").exists()
@@ -188,14 +188,14 @@ def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
         patched.setattr(BUILD.QualityMeasurement, "fidelity", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
-    filled, starts = fill._fill, []
+    filled, starts = fill._fill_stretch, []
 
     def counted(*given: object) -> None:
         starts.append(given[3])
         filled(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(fill, "_fill", counted)
+        patched.setattr(fill, "_fill_stretch", counted)
         patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
     assert starts == [300], "only the last stretch, which is never kept by itself"

@@ -98,7 +98,7 @@ def test_a_tree_knows_the_extents_of_its_lists() -> None:
     rows = normal(900, 42)
     assigner = train_assigner(rows[:500], 60, 0)
     list_B = np.concatenate([assigner.assign(rows[:400]), assigner.assign(rows[400:])])
-    tree = assigner.tree(assigner.taken())
+    tree = assigner.make_tree(assigner.take_extents())
     assert tree.size_L.tolist() == np.bincount(list_B, minlength=tree.n_lists).tolist()
     parent_B = tree.parent_L[list_B]
     for radii, centres, of_B in (
@@ -314,7 +314,7 @@ def test_too_few_rows_are_refused(n_rows: int, params: IVFParams) -> None:
 
 def test_number_of_lists() -> None:
     sizes = (1, 15, 16, 1000, 100_000, 1_000_000)
-    assert [IVFParams().lists_for(n) for n in sizes] == [1, 1, 2, 125, 7589, 24_000]
+    assert [IVFParams().count_lists(n) for n in sizes] == [1, 1, 2, 125, 7589, 24_000]
 
 
 def test_recall_counts_ties_and_short_answers() -> None:
@@ -361,12 +361,12 @@ def test_calibration_gives_settings_that_hold_on_other_queries(
 
 
 def test_queries_from_elsewhere_are_noticed(calibration: Calibration, index: IVFIndex) -> None:
-    looks = calibration.looks
-    assert not looks.is_shifted(index, normal(100, 22))
-    assert looks.strange(index, normal(100, 23)).mean() <= 0.02
-    assert looks.is_shifted(index, normal(100, 24) * 30)
-    assert looks.strange(index, normal(10, 25) * 1e4).all()
-    assert not looks.is_shifted(index, normal(19, 26) * 30)
+    distribution = calibration.looks
+    assert not distribution.is_shifted(index, normal(100, 22))
+    assert distribution.find_outliers(index, normal(100, 23)).mean() <= 0.02
+    assert distribution.is_shifted(index, normal(100, 24) * 30)
+    assert distribution.find_outliers(index, normal(10, 25) * 1e4).all()
+    assert not distribution.is_shifted(index, normal(19, 26) * 30)
 
 
 def test_a_calibration_comes_back_from_json(calibration: Calibration) -> None:

@@ -337,7 +337,7 @@ def test_lists_that_name_a_row_that_there_is_not_are_refused_when_it_is_found(
         (tmp_path / name).write_bytes(content)
     (tmp_path / "ivf.faiss").write_bytes(files["ivf.faiss"][:-8] + (10_000).to_bytes(8, "little"))
     index = IVFIndex.load(tmp_path, source, CPU).at(Setting(500, 500, 0.3))
-    with pytest.raises(DamagedIndexError, match="ivf.faiss: lists of other rows: got 10000"):
+    with pytest.raises(DamagedIndexError, match="ivf.faiss contains an unknown row: got id 10000"):
         index.search(normal(50, 18, source.dim), 100)
 
 

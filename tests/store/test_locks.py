@@ -324,7 +324,7 @@ def _saved(path: Path, array: np.ndarray) -> None:
 
 
 def _lists() -> InvertedLists:
-    lists = InvertedLists.trained(ROWS, 4, "sq8")
+    lists = InvertedLists.train(ROWS, 4, "sq8")
     lists.add(ROWS, np.arange(600) % 4, np.arange(600))
     return lists
 

@@ -74,7 +74,7 @@ def choose_strategy(
     )
     if not reached:
         how += f"; {asked:g} is out of the lists' reach: --search scan finds all"
-    strange_Q = calibration.looks.strange(index, queries_QF)
+    strange_Q = calibration.looks.find_outliers(index, queries_QF)
     if calibration.looks.is_shifted(index, queries_QF):
         strange_Q = np.ones(n_queries, dtype=bool)
         how += "; these queries are not distributed like those measured: recall may differ"
