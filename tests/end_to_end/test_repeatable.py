@@ -128,11 +128,11 @@ def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypa
 
 def test_what_a_calibration_tries_depends_on_no_clock(task, tmp_path, monkeypatch):
     tried: list[list[tuple[int, int, float]]] = []
-    point = calibrate._measure_setting
+    measure = calibrate._measure_setting
 
     def noted(index: Any, setting: Any, *rest: Any) -> Any:
         tried[-1].append((setting.codes, setting.centroids, setting.alpha))
-        return replace(point(index, setting, *rest), seconds=float(len(tried)) ** 20)
+        return replace(measure(index, setting, *rest), seconds=float(len(tried)) ** 20)
 
     monkeypatch.setattr(calibrate, "_measure_setting", noted)
     for seed in range(3):

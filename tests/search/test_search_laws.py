@@ -1,4 +1,4 @@
-"""Laws of search: merging shards changes nothing, opponents mirror proponents, filters hold, padding stays in."""
+"""Laws of search: merged shards equal the whole, opponents mirror proponents, filters, no padding in results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ small = st.integers(-3, 3).map(float)
 
 
 def rectangles(max_columns: int = 25) -> st.SearchStrategy[Float32]:
-    """Scores [Q, M] full of ties."""
+    """Return a strategy for scores [Q, M] with many ties."""
     shapes = st.tuples(st.integers(0, 4), st.integers(1, max_columns))
     return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=small))
 
 
 def ranked(ids: np.ndarray, scores: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
-    """The oracle: sort pairs in Python."""
+    """Return the results of a Python sort of (id, score) pairs."""
     rows = [sorted(zip(ids.tolist(), row, strict=True), key=lambda hit: (-hit[1], hit[0])) for row in scores.tolist()]
     return [row[:k] for row in rows]
 
@@ -60,7 +60,7 @@ def test_merged_shards_are_the_whole(scores: Float32, k: int, data: st.DataObjec
 
 
 @given(rectangles(), st.integers(1, 30), st.data())
-def test_padding_never_gets_out(scores: Float32, k: int, data: st.DataObject) -> None:
+def test_results_contain_no_padding(scores: Float32, k: int, data: st.DataObject) -> None:
     n_rows = scores.shape[1]
     padding = np.array(data.draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
     ids = np.where(padding, -1, np.arange(n_rows))
@@ -111,7 +111,7 @@ budgets = st.builds(Setting, st.integers(1, 399), st.integers(1, 200), st.sample
 @settings(max_examples=60)
 @given(budgets, budgets, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2**32 - 1))
 def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing: int | None, seed: int) -> None:
-    """Each direction goes by its own setting; k distinct rows that pass, if there are; each with its own score."""
+    """Each direction uses its own setting; results are k distinct allowed rows, if there are k, with exact scores."""
     random = np.random.default_rng(seed)
     queries = random.integers(-3, 4, (3, DIM)).astype(np.float32)
     allowed = None if passing is None else np.sort(random.choice(MANY.ids, passing, replace=False))
@@ -129,7 +129,7 @@ def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing
             assert (np.diff(scores) <= 0).all() and (scores <= best_K).all()
 
 
-def test_merge_wants_the_same_queries() -> None:
+def test_merge_requires_the_same_queries() -> None:
     one, none = from_padded(np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32), 3, np.zeros(1)), []
     two = from_padded(np.zeros((2, 0), np.int64), np.zeros((2, 0), np.float32), 3, np.zeros(2))
     with pytest.raises(ValueError, match="1, 2"):
