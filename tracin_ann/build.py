@@ -222,7 +222,7 @@ class BuildJob:
         self.passes.data("query")
         manifest = read_current(self.out)
         begun = read_begun(self.out, manifest)
-        policy = self.config.policy(None if begun is None else begun.on_nonfinite, str(self.out))
+        policy = self.config.choose_nonfinite_policy(None if begun is None else begun.on_nonfinite, str(self.out))
         self.passes.options = replace(self.passes.options, on_nonfinite=policy)
         if begun is None:
             rank_one = self.examine(model)
