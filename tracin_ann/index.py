@@ -208,7 +208,7 @@ class InfluenceIndex:
         return self._options.device
 
     def present(self, rows: RowFilter | None = None) -> Int64:
-        """Return the positions, rising, of the rows that answers may contain: not removed or skipped, and passing a filter.
+        """Return the positions, rising, of the rows that answers may contain: those that pass a filter and are present.
 
         Raises:
             UsageError: the filter names an id out of range or an unknown column, or cannot be parsed.
