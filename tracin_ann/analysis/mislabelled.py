@@ -128,7 +128,7 @@ class Suspects(RowList[Suspect]):
             ("text", "text"),
         )
     )
-    DETAILS = ("self_influence", "loss")
+    DETAILS = ("self_influence", "loss", "row")
     DATA_ONLY = ("speaks_for", "share")
 
     def __init__(self, rows: Iterable[Suspect], describe: Describe, suspicion: Suspicion) -> None:
