@@ -479,7 +479,7 @@ def mislabelled() -> str:
             "first 20%",
             "estimated number",
             "found in these",
-            "correct suggestions in first 10%",
+            "correct suggestions",
         )
     ]
     cases: dict[tuple[str, float], Results] = defaultdict(list)
@@ -503,7 +503,8 @@ def mislabelled() -> str:
             rows.append((name, wrong, shown, *figures, *last))
     scope = (
         "whole builds by `tracin_ann.build` and `tracin_ann.mislabelled`, with "
-        f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults.'
+        f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults. '
+        "Correct suggestions: the share of the changed labels in the first 10% whose suggested label is the true one."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 

@@ -188,8 +188,8 @@ def measure_suggestions(first: Sequence[Suspect], flipped: Labels, true: Labels)
     correct_K = np.array([suspect.suggested_label == true[suspect.row] for suspect in changed])
     certain_K = np.array([(suspect.support or 0) >= CERTAIN for suspect in changed])
     return {
-        "suggested_correct": float(correct_K.mean()) if len(changed) else None,
-        "certain": float(certain_K.mean()) if len(changed) else None,
+        "suggested_correct": float(correct_K.mean()) if changed else None,
+        "certain": float(certain_K.mean()) if changed else None,
         "certain_correct": float(correct_K[certain_K].mean()) if certain_K.any() else None,
     }
 

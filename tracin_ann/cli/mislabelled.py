@@ -48,9 +48,9 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     """Rank training rows by how likely their label is wrong, and suggest another label for each.
 
     The score of a row is its loss, the mean over the checkpoints counted from the lowest of all rows, times the share
-    of its neighbours' vote that is not for its label. Neighbours are the rows with the most similar and the most opposed
-    gradients. `suggested_label` is the best-supported label other than the label of the row, and `support` is its
-    share of the support of all labels.
+    of its neighbours' vote that is not for its label. Neighbours are the rows with the most similar and the most
+    opposed gradients. `suggested_label` is the best-supported label other than the label of the row, and `support` is
+    its share of the support of all labels.
     """
     from tracin_ann.analysis import Suspects, find_mislabelled
 
