@@ -479,7 +479,7 @@ def mislabelled() -> str:
             "first 20%",
             "estimated number",
             "found in these",
-            "correct suggestions",
+            "correct label",
         )
     ]
     cases: dict[tuple[str, float], Results] = defaultdict(list)
@@ -504,7 +504,7 @@ def mislabelled() -> str:
     scope = (
         "whole builds by `tracin_ann.build` and `tracin_ann.mislabelled`, with "
         f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults. '
-        "Correct suggestions: the share of the changed labels in the first 10% whose suggested label is the true one."
+        "Correct label: the share of the changed labels in the first 10% for which the suggested label is the true one."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 

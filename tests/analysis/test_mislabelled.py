@@ -123,6 +123,15 @@ def test_the_suggested_label_is_the_best_supported_other_label(index: InfluenceI
         assert suspect.support == pytest.approx(share_L[best], rel=1e-5)
 
 
+def test_parquet_keeps_integer_labels_where_some_are_missing(folder: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = folder / "suspects.parquet"
+    assert asked(folder, "--asked", "6", "--output", str(out)).exit_code == 0
+    schema = parquet.read_schema(out)
+    assert {str(schema.field(name).type) for name in ("label", "speaks_for", "suggested_label")} == {"int64"}
+    assert parquet.read_table(out)["speaks_for"].null_count == len(HERE) - 6
+
+
 def test_one_label_has_no_other_to_suggest(tmp_path: Path) -> None:
     task = toy(tmp_path, columns=lambda row: {"label": "only"})
     build(task, tmp_path / "index", CONFIG)
