@@ -137,7 +137,7 @@ def test_ids_from_another_command_and_from_a_fifo_that_nobody_writes(folder: Pat
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, plain, b"")
     os.mkfifo(tmp_path / "ids")
     refused = ask(folder, "--ids", f"@{tmp_path / 'ids'}")
-    assert refused.exit_code == 2 and "nobody writes to it" in refused.stderr
+    assert refused.exit_code == 2 and "no process writes to it" in refused.stderr
 
 
 def fifo(path: Path) -> None:
