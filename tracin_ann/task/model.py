@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tracin_ann.device import allow_recurrent_backward, preserve_rng
+from tracin_ann.device import disable_tf32, preserve_rng
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.task import Task
 
@@ -73,7 +73,7 @@ def preserve_globals() -> Iterator[None]:
             preserve_rng(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            allow_recurrent_backward(),
+            disable_tf32(),
             _recomputed_without_reentry(),
         ):
             torch.backends.mha.set_fastpath_enabled(False)
