@@ -42,7 +42,7 @@ def broken():
 
 
 WORKING = re.escape(
-    "expected an example for each of the 40 rows that its len() counts; mend the data set's __getitem__, or its"
+    "expected an example for each of the 40 rows that its len() counts; correct the data set's __getitem__, or its"
 )
 FAULTS = {
     "len() that lies": (lambda: Lying(None), r"IndexError: list index out of range \(test_data.py:\d+\)"),
