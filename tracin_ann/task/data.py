@@ -60,21 +60,23 @@ def open_data(task: Task, side: str) -> DataSet:
     data = task.train_data() if side == "train" else task.query_data()
     name = type(data).__name__
     if isinstance(data, IterableDataset):
-        raise TaskError(_unusable(side, f"{name}, an IterableDataset", data))
+        raise TaskError(_unusable_message(side, f"{name}, an IterableDataset", data))
     if not hasattr(type(data), "__len__"):
-        raise TaskError(_unusable(side, f"a {name} without a length", data))
+        raise TaskError(_unusable_message(side, f"a {name} without a length", data))
     if not hasattr(data, "__getitem__"):
-        raise TaskError(_unusable(side, f"a {name} that cannot be indexed", data))
+        raise TaskError(_unusable_message(side, f"a {name} that cannot be indexed", data))
     try:
         n_rows = len(data)
     except Exception as error:
-        raise TaskError(_unusable(side, f"a {name} whose len() fails with {_describe_error(error)}", data)) from error
+        raise TaskError(
+            _unusable_message(side, f"a {name} whose len() fails with {_describe_error(error)}", data)
+        ) from error
     if n_rows == 0:
-        raise TaskError(_unusable(side, "no rows"))
+        raise TaskError(_unusable_message(side, "no rows"))
     return DataSet(side, data, n_rows)
 
 
-def _unusable(side: str, got: str, data: Any = None) -> str:
+def _unusable_message(side: str, got: str, data: Any = None) -> str:
     is_stream = isinstance(data, Iterable) and not isinstance(data, Sequence)
     return problem(
         f"Task.{side}_data cannot be used",

@@ -78,17 +78,21 @@ def _defines_task(path: Path, name: str) -> bool:
     except (OSError, SyntaxError, ValueError, RecursionError):
         return False
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and name in _assigned(node)]
-    uses_library = any(module.split(".")[0] == "tracin_ann" for node in ast.walk(tree) for module in _imports(node))
+    assigned = [
+        node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and name in _assigned_names(node)
+    ]
+    uses_library = any(
+        module.split(".")[0] == "tracin_ann" for node in ast.walk(tree) for module in _imported_modules(node)
+    )
     return uses_library and bool(functions or assigned) and all(_returns_task(function) for function in functions)
 
 
-def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
+def _assigned_names(node: ast.Assign | ast.AnnAssign) -> list[str]:
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _imports(node: ast.AST) -> Iterator[str]:
+def _imported_modules(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module is not None:
