@@ -385,8 +385,8 @@ def test_a_buffer_that_stays_on_meta_is_refused_by_name(tmp_path):
     task = toy(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints)
     assert refusal(task, tmp_path / "out") == (
         f"checkpoint {tmp_path}/given.pt leaves a part of the model on the meta device: got shift, a buffer that is "
-        "not in the state_dict, expected values for every parameter and buffer; create these on the CPU in Task.model, or "
-        "fill them in Task.load"
+        "not in the state_dict, expected values for every parameter and buffer; create these on the CPU in Task.model, "
+        "or fill them in Task.load"
     )
 
     def load(model, path):

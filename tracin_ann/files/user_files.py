@@ -89,7 +89,7 @@ def read_user_text(path: Path, most_bytes: int) -> str:
         for chunk in chain([first], iter(lambda: file.read(_CHUNK_BYTES), b"")):
             n_bytes += len(chunk)
             if b"\0" in chunk:
-                raise ValueError("not text: it contains a NUL byte")
+                raise ValueError("binary data with a NUL byte")
             if n_bytes > most_bytes:
                 raise ValueError(f"more than {most_bytes:,} bytes")
             parts.append(decoder.decode(chunk))

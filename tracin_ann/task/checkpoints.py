@@ -144,7 +144,7 @@ class CheckpointLoader:
             logger.info("checkpoint %s: weights read %s", path, read)
 
     def _check_changes_model(self, model: nn.Module, checkpoint: int) -> None:
-        """Check with other weights that `Task.load` changes the model, which may have had the checkpoint's weights already.
+        """Check on other weights that `Task.load` changes the model: it may have had the checkpoint's weights before.
 
         Raises:
             CheckpointError: weights that are NaN remain NaN.
