@@ -69,11 +69,11 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
         (("--ids", f"0-{MANY}"), "positions of at most 18 digits"),
         (("--ids", "x" * 5000), "expected positions and ranges"),
         (("--ids", "0", "--checkpoints", MANY), "positions of at most 18 digits"),
-        (("--ids", "@/dev/zero"), "cannot read /dev/zero (no text"),
+        (("--ids", "@/dev/zero"), "cannot read /dev/zero (binary data"),
         (("--ids", "@/dev/urandom"), "cannot read /dev/urandom ("),
-        (("--own-ids", "--ids", "@/dev/zero"), "cannot read /dev/zero (no text"),
+        (("--own-ids", "--ids", "@/dev/zero"), "cannot read /dev/zero (binary data"),
         (("--ids", "@/"), "Is a directory"),
-        (("--config", "/dev/zero"), "cannot read --config /dev/zero: got no text"),
+        (("--config", "/dev/zero"), "cannot read --config /dev/zero: got binary data"),
         (("--config", "/dev/urandom"), "cannot read --config /dev/urandom"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
@@ -137,7 +137,7 @@ def test_ids_from_another_command_and_from_a_fifo_that_nobody_writes(folder: Pat
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, plain, b"")
     os.mkfifo(tmp_path / "ids")
     refused = ask(folder, "--ids", f"@{tmp_path / 'ids'}")
-    assert refused.exit_code == 2 and "nobody writes to it" in refused.stderr
+    assert refused.exit_code == 2 and "no process writes to it" in refused.stderr
 
 
 def fifo(path: Path) -> None:
@@ -201,5 +201,5 @@ def test_no_command_waits_for_what_is_no_file(
 def test_a_checkpoint_that_is_no_file_is_refused(tmp_path: Path, become: Callable[[Path], None]) -> None:
     task = toy(tmp_path)
     become(tmp_path / "checkpoint1.pt")
-    with pytest.raises(CheckpointError, match=r"checkpoint1.pt is no file: got (a FIFO|a device), expected"):
+    with pytest.raises(CheckpointError, match=r"checkpoint1.pt is not a file: got (a FIFO|a device), expected"):
         build(task, tmp_path / "out", CONFIG)

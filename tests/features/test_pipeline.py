@@ -75,7 +75,7 @@ def test_a_task_that_cannot_be_sent_to_workers_is_refused(folder, tmp_path):
 def test_a_worker_that_dies_is_told_of_and_the_build_goes_on_later(folder, one_by_one, tmp_path, monkeypatch):
     monkeypatch.delenv("TEXTS_MAKER", raising=False)
     arguments = {"folder": str(folder), "deadly": "yes"}
-    with pytest.raises(TaskError, match="a worker process that reads the data died"):
+    with pytest.raises(TaskError, match="a worker process that reads data died"):
         build(NAME, tmp_path / "i", replace(CONFIG, workers=1), arguments=arguments)
     assert list((tmp_path / "i" / "features").glob("*.h5"))
     build(NAME, tmp_path / "i", CONFIG, arguments=arguments)

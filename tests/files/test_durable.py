@@ -1,4 +1,4 @@
-"""Tests of files.py: whole or not at all, digests, JSON errors, sweeping."""
+"""Tests of atomic writes, removal of leftovers, digests and JSON errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import xxhash
 
 from paths import ROOT
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files.durable import (
+from tracin_ann.files import (
     atomic_path,
     atomic_write,
     file_digest,
     read_json,
     sweep_temporaries,
-    write_bytes_atomic,
     write_json_atomic,
 )
 
@@ -37,6 +36,11 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(data)
+
+
 def die_while_writing(path: Path) -> None:
     root = ROOT
     done = subprocess.run([sys.executable, "-c", DIE_WHILE_WRITING, str(path)], cwd=root, check=False)
@@ -45,8 +49,8 @@ def die_while_writing(path: Path) -> None:
 
 def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"the older and longer text")
-    write_bytes_atomic(path, b"new")
+    write(path, b"the older and longer text")
+    write(path, b"new")
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["a.bin"]
 
@@ -54,7 +58,7 @@ def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
 def test_new_files_have_the_rights_of_the_umask(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.write_bytes(b"")
-    write_bytes_atomic(tmp_path / "atomic", b"")
+    write(tmp_path / "atomic", b"")
     assert (tmp_path / "atomic").stat().st_mode == ordinary.stat().st_mode
 
 
@@ -63,14 +67,14 @@ def test_failure_before_the_rename_leaves_the_old_file_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"old")
+    write(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk gone")
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="disk gone"):
-        write_bytes_atomic(path, b"new")
+        write(path, b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
 
@@ -107,13 +111,13 @@ def test_data_is_synced_before_the_rename_and_the_directory_after(
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
-    write_bytes_atomic(tmp_path / "a.bin", b"data")
+    write(tmp_path / "a.bin", b"data")
     assert calls == ["file", "replace", "directory"]
 
 
 def test_killed_writer_leaves_a_temporary_that_is_swept(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"old")
+    write(path, b"old")
     die_while_writing(path)
     assert path.read_bytes() == b"old"
     assert len(names(tmp_path)) == 2
@@ -157,7 +161,13 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "says"),
-    [(None, "no file"), (b"{", "no JSON"), (b"", "no JSON"), (b"\xff\xfe", "no JSON"), (b"[1]", "a JSON list")],
+    [
+        (None, "no file"),
+        (b"{", "invalid JSON"),
+        (b"", "invalid JSON"),
+        (b"\xff\xfe", "invalid JSON"),
+        (b"[1]", "a JSON list"),
+    ],
 )
 def test_unusable_json_is_damage(tmp_path: Path, data: bytes | None, says: str) -> None:
     path = tmp_path / "a.json"

@@ -215,7 +215,7 @@ def test_damaged_lists_never_reach_faiss(made: tuple[Path, Task], index: Path, m
     found[0].write_bytes(content)
     monkeypatch.setattr("faiss.read_index", lambda *given: pytest.fail("read"))
     assert [damage.path for damage in verify(index).damage] == found
-    with pytest.raises(DamagedIndexError, match=r"ivf.faiss is damaged: got other content"):
+    with pytest.raises(DamagedIndexError, match=r"ivf.faiss is damaged: got different content"):
         InfluenceIndex.open(index, made[1])
 
 

@@ -19,7 +19,7 @@ import pytest
 from blocks import DIM, DTYPES, make_block, make_header
 from paths import ROOT, SUPPORT
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
-from tracin_ann.files.durable import file_digest
+from tracin_ann.files import file_digest
 from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord
 from tracin_ann.store.feature_file import FileHeader, write_feature_file
 
@@ -66,7 +66,7 @@ def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> N
             layout = h5py.VirtualLayout(held.shape, "<f4")
             layout[:] = h5py.VirtualSource(str(tmp_path / "b.h5"), "loss", held.shape)
             file.create_virtual_dataset("loss", layout)
-    with pytest.raises(DamagedIndexError, match="loss is no dataset of this file"):
+    with pytest.raises(DamagedIndexError, match="loss is not a dataset of this file"):
         FeatureFile.open(tmp_path / "a.h5")
 
 

@@ -30,8 +30,8 @@ from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path
 from tracin_ann.features.canaries import Canaries, write_canaries
+from tracin_ann.files import atomic_write, make_directory, save_array, sweep_temporaries
 from tracin_ann.files import durable as files
-from tracin_ann.files.durable import atomic_write, make_directory, save_array, sweep_temporaries
 from tracin_ann.operations.removal import remove
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.store import FeatureBlock

@@ -16,8 +16,7 @@ from tasks.toy import CONFIG, Toy, rows, toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.fingerprint import data_digest, model_digest, parameter_specs
-from tracin_ann.files.durable import write_json_atomic
-from tracin_ann.files.json_records import read_record
+from tracin_ann.files import read_record, write_json_atomic
 from tracin_ann.store.manifest import (
     BUILD_RECORD,
     FORMAT,

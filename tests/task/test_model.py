@@ -272,13 +272,13 @@ def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
 @pytest.mark.parametrize("made", [None, torch.zeros(3), {"model": 1}])
 def test_a_model_function_that_returns_no_model_is_refused(tmp_path, made):
     with pytest.raises(
-        TaskError, match=rf"^Task.model returns no model: got {type(made).__name__}, expected a torch.nn"
+        TaskError, match=rf"^Task.model does not return a model: got {type(made).__name__}, expected a torch.nn"
     ):
         plan(toy(tmp_path, model=lambda: made), tmp_path / "out", CONFIG)
 
 
 def test_a_model_with_uninitialized_layers_is_refused(tmp_path):
     task = toy(tmp_path, model=lambda: nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(TaskError, match="whose shapes are not known yet: got an uninitialized 0.weight, .*one forward"):
+    with pytest.raises(TaskError, match="with unknown parameter shapes: got an uninitialized 0.weight, .*one forward"):
         build(task, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()

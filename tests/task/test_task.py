@@ -116,22 +116,20 @@ def test_every_kind_of_number_is_a_learning_rate_and_kept_as_a_float(rate):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_task_whose_every_learning_rate_is_0_is_refused(tmp_path, n):
-    each = "each of " if n > 1 else ""
-    with pytest.raises(
-        TaskError, match=f"^no checkpoint counts: got learning rate 0 at {each}{n}, expected .* above 0"
-    ):
+    got = f"{n} checkpoint{'s' if n > 1 else ''} with learning rate 0"
+    with pytest.raises(TaskError, match=f"^every checkpoint has learning rate 0: got {got}, expected .* above 0"):
         toy(tmp_path, checkpoints=[Checkpoint(f"{i}.pt", 0) for i in range(n)])
 
 
 @pytest.mark.parametrize("field", ["model", "loss", "train_data", "query_data", "query_loss", "collate", "load"])
 def test_a_field_that_cannot_be_called_is_refused_by_name(tmp_path, field):
-    with pytest.raises(TaskError, match=rf"^Task.{field} cannot be called: got list, expected a function; "):
+    with pytest.raises(TaskError, match=rf"^Task.{field} is not callable: got list, expected a function; "):
         toy(tmp_path, **{field: [1, 2]})
 
 
 @pytest.mark.parametrize("field", ["model", "loss", "train_data", "query_data"])
 def test_a_required_field_cannot_be_none(tmp_path, field):
-    with pytest.raises(TaskError, match=f"^Task.{field} cannot be called: got NoneType"):
+    with pytest.raises(TaskError, match=f"^Task.{field} is not callable: got NoneType"):
         toy(tmp_path, **{field: None})
 
 
@@ -142,7 +140,7 @@ def test_a_task_without_checkpoints_is_refused(tmp_path):
 
 @pytest.mark.parametrize("checkpoints", [Checkpoint("a.pt", 0.1), ["a.pt"], None, "a.pt"])
 def test_checkpoints_must_be_a_list_of_checkpoint(tmp_path, checkpoints):
-    with pytest.raises(TaskError, match=r"^Task.checkpoints is no list of checkpoints: got .*pass checkpoints=\["):
+    with pytest.raises(TaskError, match=r"^Task.checkpoints is not a list of checkpoints: got .*pass checkpoints=\["):
         toy(tmp_path, checkpoints=checkpoints)
 
 
@@ -180,8 +178,8 @@ def test_a_tied_parameter_takes_part_once(tmp_path):
     [
         ("third.*", "Task.parameters names 'third.*'"),
         (["first.*", "frist.bias"], "Task.parameters names 'frist.bias'"),
-        ([], "no parameter takes part"),
-        (lambda name, p: False, "no parameter takes part"),
+        ([], "no parameter is selected"),
+        (lambda name, p: False, "no parameter is selected"),
     ],
 )
 def test_a_choice_that_matches_nothing_is_refused_with_the_names_there_are(tmp_path, parameters, what):
@@ -190,7 +188,7 @@ def test_a_choice_that_matches_nothing_is_refused_with_the_names_there_are(tmp_p
         toy(tmp_path, model, parameters=parameters).select_parameters(model)
     assert str(caught.value) == (
         f"{what}: got no match, expected some of the model's 4 parameters (first.weight, first.bias, second.weight, "
-        "second.bias); mend Task.parameters, or requires_grad in the model"
+        "second.bias); correct Task.parameters, or requires_grad in the model"
     )
 
 
@@ -255,7 +253,7 @@ def test_a_name_that_the_module_lacks_is_refused_with_the_tasks_it_has():
         load_task("tasks.named:redy")
     assert str(caught.value) == (
         "tasks.named has no redy: got 'redy', expected a Task or a function that returns one, such as ready; "
-        "correct the name behind the colon"
+        "correct the name after the colon"
     )
 
 
@@ -305,7 +303,7 @@ def test_an_error_inside_the_function_is_not_blamed_on_the_arguments():
 @pytest.mark.parametrize(("name", "got"), [("number", "int"), ("no_task", "int")])
 def test_what_is_no_task_is_refused(name, got):
     with pytest.raises(
-        TaskError, match=rf"^tasks.named:{name} is no task: got {got}, expected a tracin_ann.Task, or a"
+        TaskError, match=rf"^tasks.named:{name} is not a task: got {got}, expected a tracin_ann.Task, or a"
     ):
         load_task(f"tasks.named:{name}")
 

@@ -1,4 +1,4 @@
-"""The task: what the user brings, its data, batches and checkpoint files."""
+"""Tasks: a user's model, loss, data and checkpoints; reading rows in batches and loading weights."""
 
 from __future__ import annotations
 
