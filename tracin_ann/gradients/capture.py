@@ -161,7 +161,7 @@ class LayerCapture:
         # The anchor and other leaves: layers after an input that requires a gradient depend on that input only.
         inputs = [*other_leaves(values, inputs), *inputs]
         if self.reader.has_rows or self._is_checking:
-            self._weighted_backward(values, inputs)
+            self._run_weighted_backward(values, inputs)
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
         own = grads[len(inputs) - len(watched) - len(leaves) :]
         assert self._sink is not None
@@ -170,7 +170,7 @@ class LayerCapture:
                 self._sink(name, Dense(widen(grad.flatten(1))), slice(0, self._batch))
         return tuple(grad is not None for grad in own[len(leaves) :])
 
-    def _weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
+    def _run_weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
         """Run backward from the weighted losses; the hooks collect output gradients, to determine their examples."""
         half = self._has_half or values.dtype in HALF
         key = self._batch, values.device, half

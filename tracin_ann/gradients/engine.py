@@ -413,7 +413,7 @@ class GradientEngine:
             self._rank_one = proof.rank_one
         failed = dict(self._capture.failures) if method == RULE else {}
         for name in names:
-            if name not in failed and (why := truth.disagreement(name, proof)):
+            if name not in failed and (why := truth.describe_disagreement(name, proof)):
                 failed[name] = f"{method} {why}"
         return {name: why for name, why in failed.items() if name in names}
 

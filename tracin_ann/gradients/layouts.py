@@ -88,7 +88,7 @@ class LayoutReader:
         if self._batch == 1:
             return "batch first"
         if isinstance(module, nn.Embedding) and x.dim() == 1 and id(module) not in self.layouts.shared:
-            _add(self.ambiguous, names, module)
+            _add_layer(self.ambiguous, names, module)
         elif self._is_shared(module, x, output):
             self.repeated |= {OUTPUTS}
             return "shared"
@@ -96,7 +96,7 @@ class LayoutReader:
         if is_selected or id(module) in self.layouts.by_rows or x.shape[:1] != (self._batch,):
             self.has_rows = True
             return "rows"
-        _add(self.batch_first, names, module)
+        _add_layer(self.batch_first, names, module)
         return "batch first"
 
     def is_verified(self, module: nn.Module, x: Tensor, layout: Layout) -> bool:
@@ -123,7 +123,7 @@ class LayoutReader:
         return isinstance(module, nn.Embedding) if x.dim() == 1 else len(x) == 1
 
 
-def _add(layers: dict[str, frozenset[int]], names: Mapping[str, str], module: nn.Module) -> None:
+def _add_layer(layers: dict[str, frozenset[int]], names: Mapping[str, str], module: nn.Module) -> None:
     """Add a layer to those of each of its parameters."""
     for name in names.values():
         layers[name] = layers.get(name, frozenset()) | {id(module)}

@@ -82,7 +82,7 @@ class Truth:
         squares = [float(sum_KP.double().square().sum()) for sum_KP in self.sums.values()]
         object.__setattr__(self, "scale", sum(squares) ** 0.5)
 
-    def disagreement(self, name: str, sink: ProofSink) -> str:
+    def describe_disagreement(self, name: str, sink: ProofSink) -> str:
         """Return how a method's gradients of a parameter differ from autograd's, or ""."""
         true_KP, computed_KP = self.sums[name].double(), sink.sums.get(name)
         tolerance = _RELATIVE_HALF if self.half else _RELATIVE.get(self.sums[name].dtype, _RELATIVE_HALF)
