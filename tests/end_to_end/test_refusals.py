@@ -13,7 +13,7 @@ from tracin_ann.cli.build import main as build_command
 BROKEN = f"{Path(broken.__file__).resolve()}:task"
 
 REFUSED = {
-    "reduced": ["the loss is not one number an example", "shape []", "shape [12]", "reduction='none'"],
+    "reduced": ["the loss is not one number per example", "shape []", "shape [12]", "reduction='none'"],
     "batch norm": ["examples of a batch mix in the loss", "row 0", "batch norm outside eval mode"],
     "in-batch negatives": ["examples of a batch mix in the loss", "in-batch negatives"],
     "random rows": ["rows of train_data change", "two different readings of row 0", "--allow-random-data"],

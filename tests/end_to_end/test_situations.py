@@ -90,14 +90,14 @@ def test_each_is_served_by_the_highest_step_that_is_right(name, steps, tmp_path)
     assert {step.name for step in planned.steps.values()} == steps, planned.steps
 
 
-def test_parameters_of_size_0_are_recorded_and_served_by_no_step(tmp_path):
+def test_parameters_of_size_0_are_recorded_without_a_gradient(tmp_path):
     task, _ = task_of(SITUATIONS["parameters of size 0"], tmp_path)
     report = build(task, tmp_path / "out", CONFIG)
     sizes = {p.name: p.shape for p in report.manifest.build.spec.parameters}
     steps = {step.parameter: step for step in report.manifest.steps}
     assert sizes["softmax.tail.1.0.weight"] == (0, 8) and sizes["softmax.tail.1.1.weight"] == (30, 0)
     for name in ("softmax.tail.1.0.weight", "softmax.tail.1.1.weight"):
-        assert (steps[name].step, steps[name].reason) == (NONE, "it holds no numbers")
+        assert (steps[name].step, steps[name].reason) == (NONE, "it has no elements")
 
 
 def test_a_model_all_of_whose_parameters_are_of_size_0_but_one_is_served(tmp_path):

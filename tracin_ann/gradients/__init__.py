@@ -1,16 +1,20 @@
-"""Per-example gradients: by layer rules, forward mode, vmap(grad) or a loop, each proven against autograd."""
+"""Per-example gradients of a model's parameters, in factor form and verified against autograd.
+
+They are computed by layer rules, `vmap(grad)`, forward mode or a loop over the examples.
+"""
 
 from __future__ import annotations
 
 from tracin_ann.gradients.autograd import detach_graph, require_grad
 from tracin_ann.gradients.buffers import Room, Scratch, allocate
-from tracin_ann.gradients.convolution import Convolution, channels_last
-from tracin_ann.gradients.engine import Batch, GradientEngine, Sink
+from tracin_ann.gradients.convolution_factor import Convolution, channels_last
+from tracin_ann.gradients.engine import Batch, GradientEngine
 from tracin_ann.gradients.factors import (
     Dense,
     Form,
     Outer,
     Rows,
+    Sink,
     column_blocks,
     convert,
     form_dtype,
