@@ -18,7 +18,7 @@ from tracin_ann.sketch import ParameterKey
 from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.task import Task
 
-_BESIDES_BYTES = 8 + 2 + 8 + 4
+_COLUMN_BYTES = 8 + 2 + 8 + 4
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def plan(
         return BuildPlan(
             rows=n_rows,
             feature_dim=dim,
-            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _BESIDES_BYTES + index_bytes,
+            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _COLUMN_BYTES + index_bytes,
             memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
-            seconds=n_rows * layout.n_checkpoints * (row_seconds + _reading(chosen, row_seconds, config.workers)),
+            seconds=n_rows * layout.n_checkpoints * (row_seconds + _visible_read_seconds(chosen, row_seconds, config.workers)),
             row_seconds=row_seconds,
             tuned=chosen,
             index_kind=choice.kind,
@@ -103,7 +103,7 @@ def plan(
         )
 
 
-def _reading(chosen: RunSettings, row_seconds: float, workers: int) -> float:
+def _visible_read_seconds(chosen: RunSettings, row_seconds: float, workers: int) -> float:
     """Return the seconds that reading adds to a row: none where workers hide it."""
     hidden = workers > 0 and chosen.read_seconds / workers < row_seconds
     return 0.0 if hidden else chosen.read_seconds / max(1, workers)

@@ -41,8 +41,8 @@ from tracin_ann.store import (
     read_removed_ids,
     read_skipped_rows,
     read_unlisted_ids,
-    refuse_links,
-    refuse_other_copy,
+    reject_links,
+    check_manifest_copy,
     select_listed_rows,
     tidy,
     write_build_record,
@@ -50,7 +50,7 @@ from tracin_ann.store import (
 from tracin_ann.task import Task, TaskReference, absolute_reference
 from tracin_ann.types import ProgressCallback, ignore_progress
 
-_LOOKED_AT = 1000
+_CHECKED_VECTORS = 1000
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None 
         DamagedIndexError: no manifest can be read, or there is none.
     """
     out = Path(directory)
-    found = list(_manifests(out))
-    manifest = _best(out)
+    found = list(_check_manifests(out))
+    manifest = _read_best_manifest(out)
     own = generation_folder(out, manifest.generation)
     names = [(own, record) for record in manifest.own_files] + [(out / FEATURES, r) for r in manifest.features]
     whole = set()
@@ -100,10 +100,10 @@ def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None 
             check_file(place, record, deep=True)
             whole.add(record.name)
         except DamagedIndexError as error:
-            found.append(Damage(place / record.name, _where(place / record.name) or str(error)))
+            found.append(Damage(place / record.name, _describe_altered_rows(place / record.name) or str(error)))
         if progress is not None:
             progress("files", done + 1, len(names))
-    found += _contents(out, manifest, whole)
+    found += _check_contents(out, manifest, whole)
     return VerificationResult(tuple(found), len(names) + 2, sum(record.size for _, record in names))
 
 
@@ -133,14 +133,14 @@ def repair(
     """
     out = Path(directory)
     # Refused here where there is nothing to mend, before a lock is put there.
-    _best(out)
+    _read_best_manifest(out)
     # Held until all is made anew: no other writer finds the directory without what was removed.
     with hold_writer_lock(out):
         seen = verify(out, progress)
-        manifest = _best(out)
+        manifest = _read_best_manifest(out)
         rotten = [damage.path for damage in seen.damage if damage.path.name not in (MANIFEST, BUILD_RECORD)]
-        work = _work(out, manifest, task, arguments, device) if rotten else None
-        _refuse_lost_removals(out, manifest, rotten)
+        work = _open_rebuild(out, manifest, task, arguments, device) if rotten else None
+        _check_removed_rows(out, manifest, rotten)
         for path in rotten:
             path.unlink(missing_ok=True)
         if any(damage.path.name == BUILD_RECORD for damage in seen.damage):
@@ -161,7 +161,7 @@ def sweep(directory: str | os.PathLike[str]) -> None:
     """
     out = Path(directory)
     with hold_writer_lock(out):
-        tidy(out, _best(out))
+        tidy(out, _read_best_manifest(out))
 
 
 def audit(
@@ -189,9 +189,9 @@ def audit(
         DamagedIndexError: a file of the index is.
     """
     out = Path(directory)
-    refuse_links(out)
+    reject_links(out)
     manifest = Manifest.read(out)
-    built, config = manifest.build, config_of(manifest, device)
+    built, config = manifest.build, restore_config(manifest, device)
     if built.random_data:
         raise UsageError(
             problem(
@@ -218,7 +218,7 @@ def audit(
         return Auditor(model, store, config.features(built.spec.rank_one), progress).audit(drawn)
 
 
-def _work(
+def _open_rebuild(
     out: Path, manifest: Manifest, task: Task | str | None, arguments: Mapping[str, str] | None, device: str
 ) -> BuildWork:
     """Return the build of the manifest's index; refused before anything is removed where its task cannot be found."""
@@ -227,10 +227,10 @@ def _work(
     found = load_index_task(task, given, manifest, out)
     name = task or built.reference
     named = TaskReference(absolute_reference(name), dict(given)) if isinstance(name, str) else TaskReference()
-    return BuildWork(found, out, config_of(manifest, device), named)
+    return BuildWork(found, out, restore_config(manifest, device), named)
 
 
-def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path]) -> None:
+def _check_removed_rows(out: Path, manifest: Manifest, rotten: Sequence[Path]) -> None:
     if manifest.removed is None or all(path.name != manifest.removed.name for path in rotten):
         return
     raise DamagedIndexError(
@@ -243,7 +243,7 @@ def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path])
     )
 
 
-def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
+def restore_config(manifest: Manifest, device: str = "auto") -> BuildConfig:
     """Return the options that make the manifest's index."""
     built, index = manifest.build, manifest.index
     spec = built.spec
@@ -268,12 +268,12 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
     )
 
 
-def _manifests(out: Path) -> Iterator[Damage]:
+def _check_manifests(out: Path) -> Iterator[Damage]:
     """Yield what is wrong with the manifest, its generation's copy and the build record."""
-    best = _best(out)
+    best = _read_best_manifest(out)
     for place in (out, generation_folder(out, best.generation)):
         try:
-            refuse_other_copy(place, best)
+            check_manifest_copy(place, best)
         except DamagedIndexError as error:
             yield Damage(place / MANIFEST, str(error))
     try:
@@ -282,13 +282,13 @@ def _manifests(out: Path) -> Iterator[Damage]:
         yield Damage(out / BUILD_RECORD, str(error))
 
 
-def _best(out: Path) -> Manifest:
+def _read_best_manifest(out: Path) -> Manifest:
     """Return the manifest, or where it is damaged the copy of the last generation that is whole.
 
     Raises:
         DamagedIndexError: there is none, or something in the directory is a link.
     """
-    refuse_links(out)
+    reject_links(out)
     try:
         return Manifest.read(out)
     except DamagedIndexError:
@@ -301,7 +301,7 @@ def _best(out: Path) -> Manifest:
         return Manifest.read(folders[-1])
 
 
-def _where(path: Path) -> str:
+def _describe_altered_rows(path: Path) -> str:
     """Return which rows of a feature file are altered, where it can still be read, or nothing."""
     if path.suffix != ".h5":
         return ""
@@ -312,7 +312,7 @@ def _where(path: Path) -> str:
     return ""
 
 
-def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage]:
+def _check_contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage]:
     """Yield which files say what cannot be, though their bytes are those that were written."""
     own = generation_folder(out, manifest.generation)
     layout = manifest.build.layout
@@ -329,7 +329,7 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
                     yield Damage(path, str(error))
     readers: list[tuple[FileRecord | None, Callable[[Path], object]]] = [
         (manifest.canaries, lambda path: read_generation_canaries(own, manifest)),
-        (manifest.columns, lambda path: read_columns(path, layout.n_rows).refuse_twins()),
+        (manifest.columns, lambda path: read_columns(path, layout.n_rows).check_unique_ids()),
         (manifest.removed, lambda path: read_removed_ids(out, manifest)),
         (manifest.skipped, lambda path: read_skipped_rows(out, manifest)),
     ]
@@ -346,7 +346,7 @@ def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage
     path = own / IVFIndex.FILES[0]
     try:
         view = select_listed_rows(store.view(), read_unlisted_ids(out, manifest))
-        faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_LOOKED_AT, seed=0)
+        faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_CHECKED_VECTORS, seed=0)
     except DamagedIndexError as error:
         faults = [str(error)]
     for fault in faults:

@@ -20,7 +20,7 @@ from tracin_ann.files import atomic_path, open_plain, read_npz
 from tracin_ann.types import Int64
 
 _UTF8, _OFFSETS = "utf8 ", "offsets "
-_CODING = ("utf-8", "surrogatepass")
+_ENCODING = ("utf-8", "surrogatepass")
 Texts = npt.NDArray[np.object_]
 
 
@@ -35,7 +35,7 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write arrays by name, durably; those of dtype object hold texts."""
     members: dict[str, npt.NDArray[Any]] = {}
     for name, array in arrays.items():
-        members |= _encoded(name, array) if array.dtype == object else {name: array}
+        members |= _encode_text(name, array) if array.dtype == object else {name: array}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **members)  # type: ignore[arg-type]
 
@@ -53,26 +53,26 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     for name, array in members.items():
         if name.startswith(_UTF8):
             plain = name.removeprefix(_UTF8)
-            arrays[plain] = _decoded(plain, array, members[_OFFSETS + plain])
+            arrays[plain] = _decode_text(plain, array, members[_OFFSETS + plain])
         elif not name.startswith(_OFFSETS):
             arrays[name] = text_array(array.tolist()) if array.dtype.kind == "U" and array.ndim == 1 else array
     return arrays
 
 
-def _encoded(name: str, texts: Texts) -> dict[str, npt.NDArray[Any]]:
-    coded = [text.encode(*_CODING) for text in texts]
+def _encode_text(name: str, texts: Texts) -> dict[str, npt.NDArray[Any]]:
+    coded = [text.encode(*_ENCODING) for text in texts]
     offsets = np.cumsum([0, *map(len, coded)], dtype=np.int64)
     return {_UTF8 + name: np.ndarray(offsets[-1], np.uint8, b"".join(coded)), _OFFSETS + name: offsets}
 
 
-def _decoded(name: str, utf8: npt.NDArray[Any], offsets: Int64) -> Texts:
+def _decode_text(name: str, utf8: npt.NDArray[Any], offsets: Int64) -> Texts:
     if utf8.dtype != np.uint8 or utf8.ndim != 1 or offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets):
         raise ValueError(f"{name} is no text: {utf8.dtype} {utf8.shape} with offsets {offsets.dtype} {offsets.shape}")
     # Compared, not subtracted: a difference may overflow.
     if offsets[0] != 0 or offsets[-1] != len(utf8) or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"offsets of {name} that do not rise from 0 to {len(utf8)}")
     held, ends = utf8.tobytes(), offsets.tolist()
-    texts = (held[start:stop].decode(*_CODING) for start, stop in zip(ends, ends[1:], strict=False))
+    texts = (held[start:stop].decode(*_ENCODING) for start, stop in zip(ends, ends[1:], strict=False))
     # Equal texts, such as labels, are held once.
     known: dict[str, str] = {}
     return text_array([known.setdefault(text, text) for text in texts])

@@ -38,7 +38,7 @@ def encode_rows(feature_ND: Float32, dtype: Dtype) -> tuple[Stored, Int16]:
         return np.ascontiguousarray(feature_ND, dtype="<f4"), np.zeros(len(feature_ND), dtype="<i2")
     exponent_N = _peak_exponents(feature_ND)
     stored_ND = np.empty(feature_ND.shape, dtype="<f2")
-    for part in _parts(*feature_ND.shape):
+    for part in _row_slices(*feature_ND.shape):
         scaled = feature_ND[part].copy()
         _scale_rows(scaled, -exponent_N[part])
         # A peak that rounds up to 2^15 would make the row of the largest float32 infinite when it is read.
@@ -52,7 +52,7 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, *, unit: 
     A zero row stays zero.
     """
     exponent_wide_N = exponent_N.astype(np.int32)
-    for part in _parts(*stored_ND.shape):
+    for part in _row_slices(*stored_ND.shape):
         out = out_ND[part]
         if stored_ND.dtype == np.float32:
             out[...] = stored_ND[part]
@@ -63,7 +63,7 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, *, unit: 
             np.bitwise_and(out.view(np.uint32), np.uint32(_FLOAT16_FIELDS), out=out.view(np.uint32))
             _scale_rows(out, exponent_wide_N[part] + _BIAS)
         if unit:
-            _make_unit(out)
+            _normalize_rows(out)
 
 
 def row_peaks(feature_ND: Float32) -> Float32:
@@ -72,7 +72,7 @@ def row_peaks(feature_ND: Float32) -> Float32:
     return peak_N
 
 
-def _make_unit(row_ND: Float32) -> None:
+def _normalize_rows(row_ND: Float32) -> None:
     # Scaled first by a power of two, so that no square overflows or vanishes.
     _scale_rows(row_ND, -_peak_exponents(row_ND))
     norm_N = np.sqrt(np.matmul(row_ND[:, None, :], row_ND[:, :, None])[:, 0, 0])
@@ -96,7 +96,7 @@ def _scale_rows(row_ND: Float32, exponent_N: npt.NDArray[np.int32]) -> None:
         row_ND *= np.ldexp(one_N, second_N)[:, None]
 
 
-def _parts(n_rows: int, dim: int) -> Iterator[slice]:
+def _row_slices(n_rows: int, dim: int) -> Iterator[slice]:
     step = max(1, _CACHED_NUMBERS // dim)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))

@@ -73,7 +73,7 @@ class RowFilter:
         passing_N[list(self.without)] = False
         passing_N[absent] = False
         for condition in self.where:
-            passing_N &= _matching(condition, columns)
+            passing_N &= _match_condition(condition, columns)
         return np.flatnonzero(passing_N).astype(np.int64)
 
 
@@ -115,7 +115,7 @@ class RowTable:
         """Return N, or 0 where nothing is kept."""
         return max((len(values) for values in self.arrays.values()), default=0)
 
-    def refuse_twins(self) -> None:
+    def check_unique_ids(self) -> None:
         """Refuse ids that two rows have; reads them all, which a query need not.
 
         Raises:
@@ -157,16 +157,16 @@ def collect_columns(
     for i in range(n_rows):
         row = rows[i]
         if columns is not None:
-            _add(found, columns(row), i)
+            _append_values(found, columns(row), i)
         if id_of is not None and (own := id_of(row)) is not None:
-            _refuse_second(ids, own, i)
+            _check_id(ids, own, i)
             ids[own] = i
         if i % 1000 == 0 or i + 1 == n_rows:
             progress("columns", i + 1, n_rows)
-    return RowTable({name: _array(values) for name, values in found.items()}, _array(list(ids)) if ids else None)
+    return RowTable({name: _make_array(values) for name, values in found.items()}, _make_array(list(ids)) if ids else None)
 
 
-def _array(values: list[Any]) -> npt.NDArray[Any]:
+def _make_array(values: list[Any]) -> npt.NDArray[Any]:
     return text_array(values) if isinstance(values[0], str) else np.array(values)
 
 
@@ -174,25 +174,25 @@ def _is_text(values: npt.NDArray[Any]) -> bool:
     return values.dtype == object and all(type(value) is str for value in values.flat)
 
 
-def _add(found: dict[str, list[Any]], given: object, row: int) -> None:
-    if not isinstance(given, Mapping) or (row and given.keys() != found.keys()) or not all(map(_fine, given)):
-        raise TaskError(_unlike(row, given, list(found)))
+def _append_values(found: dict[str, list[Any]], given: object, row: int) -> None:
+    if not isinstance(given, Mapping) or (row and given.keys() != found.keys()) or not all(map(_is_valid_name, given)):
+        raise TaskError(_describe_bad_columns(row, given, list(found)))
     for name, value in given.items():
         plain = value.item() if hasattr(value, "item") else value
         kept = found.setdefault(name, [])
-        if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])) or not _fits(plain):
-            raise TaskError(_unlike(row, {name: value}, list(found)))
+        if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])) or not _is_storable(plain):
+            raise TaskError(_describe_bad_columns(row, {name: value}, list(found)))
         kept.append(plain)
 
 
-def _fits(value: object) -> bool:
+def _is_storable(value: object) -> bool:
     """Return whether an array can hold the value: whole numbers are int64."""
     return type(value) is not int or value in _INT64
 
 
-def _refuse_second(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
+def _check_id(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
     first = next(iter(ids), own)
-    if own in ids or type(own) is not type(first) or not _fits(own):
+    if own in ids or type(own) is not type(first) or not _is_storable(own):
         why = f", that of row {ids[own]}" if own in ids else f", the first row's is {first!r}" if row else ""
         raise TaskError(
             problem(
@@ -224,7 +224,7 @@ def read_columns(path: Path, n_rows: int) -> RowTable:
         return table
 
 
-def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
+def _match_condition(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
     found = _CONDITION.fullmatch(condition)
     if found is None:
         raise UsageError(
@@ -247,7 +247,7 @@ def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
         )
     column = columns[name]
     texts = text.split(",") if sign in ("=", "!=") else [text]
-    values = [_value(t.strip(), column, condition) for t in texts]
+    values = [_parse_value(t.strip(), column, condition) for t in texts]
     if sign in ("=", "!="):
         equal = np.isin(column, text_array(values) if column.dtype == object else np.array(values))
         return equal if sign == "=" else ~equal
@@ -255,7 +255,7 @@ def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
     return matching
 
 
-def _value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
+def _parse_value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
     kind = column.dtype.kind
     try:
         if kind == "b":
@@ -268,14 +268,14 @@ def _value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
         ) from error
 
 
-def _fine(name: object) -> bool:
+def _is_valid_name(name: object) -> bool:
     if not isinstance(name, str) or _CONDITION.fullmatch(f"{name}=0") is None:
         return False
     # The file of columns has it as a member's name.
     return name == escape_surrogates(name) and "\0" not in name
 
 
-def _unlike(row: int, given: object, names: Sequence[str]) -> str:
+def _describe_bad_columns(row: int, given: object, names: Sequence[str]) -> str:
     return problem(
         f"Task.columns gives something else for row {row}",
         got=repr(given)[:160],

@@ -20,7 +20,7 @@ from tracin_ann.store.manifest import UNLISTED, Manifest, record_file
 from tracin_ann.types import Int64, RowSource
 
 REMOVED, SKIPPED = "removed.npy", "skipped.npy"
-_NAMED = 8
+_LISTED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class Skipped:
     @property
     def named(self) -> str:
         """Return the first few with their checkpoints, in words."""
-        pairs = zip(self.row_S[:_NAMED].tolist(), self.checkpoint_S[:_NAMED].tolist(), strict=True)
-        more = ", ..." if len(self) > _NAMED else ""
+        pairs = zip(self.row_S[:_LISTED].tolist(), self.checkpoint_S[:_LISTED].tolist(), strict=True)
+        more = ", ..." if len(self) > _LISTED else ""
         return ", ".join(f"row {row} at checkpoint {checkpoint}" for row, checkpoint in pairs) + more
 
 
@@ -55,7 +55,7 @@ def read_removed_ids(directory: Path, manifest: Manifest | None) -> Int64:
     """
     if manifest is None:
         return np.zeros(0, np.int64)
-    return _read(directory, manifest, manifest.removed, 1)[:, 0]
+    return _read_ids(directory, manifest, manifest.removed, 1)[:, 0]
 
 
 def read_skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
@@ -64,7 +64,7 @@ def read_skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
     Raises:
         DamagedIndexError: their file is missing or cannot be read.
     """
-    found = _read(directory, manifest, manifest.skipped, 2)
+    found = _read_ids(directory, manifest, manifest.skipped, 2)
     return Skipped(found[:, 0], found[:, 1])
 
 
@@ -82,23 +82,23 @@ def read_unlisted_ids(directory: Path, manifest: Manifest) -> Int64:
         DamagedIndexError: their file is missing or cannot be read.
     """
     found = [record for record in manifest.index.files if record.name == UNLISTED]
-    return _read(directory, manifest, found[0] if found else None, 1)[:, 0]
+    return _read_ids(directory, manifest, found[0] if found else None, 1)[:, 0]
 
 
 def write_unlisted(folder: Path, row_U: Int64) -> list[FileRecord]:
     """Write the ids of the rows that are in no list into a generation's directory; nothing where there are none."""
-    return [_written(folder / UNLISTED, row_U)] if len(row_U) else []
+    return [_write_ids(folder / UNLISTED, row_U)] if len(row_U) else []
 
 
 def write_removed(folder: Path, row_R: Int64) -> FileRecord:
     """Write the ids of the removed rows into a generation's directory."""
-    return _written(folder / REMOVED, row_R)
+    return _write_ids(folder / REMOVED, row_R)
 
 
 def write_skipped(folder: Path, store: FeatureStore) -> FileRecord | None:
     """Write which rows the feature files say were skipped into a generation's directory; nothing where none were."""
     row_S, checkpoint_S = store.skipped()
-    return _written(folder / SKIPPED, np.stack([row_S, checkpoint_S], axis=1)) if len(row_S) else None
+    return _write_ids(folder / SKIPPED, np.stack([row_S, checkpoint_S], axis=1)) if len(row_S) else None
 
 
 def carry_removed(directory: Path, manifest: Manifest | None, folder: Path) -> FileRecord | None:
@@ -109,13 +109,13 @@ def carry_removed(directory: Path, manifest: Manifest | None, folder: Path) -> F
     return manifest.removed
 
 
-def _written(path: Path, values: Int64) -> FileRecord:
+def _write_ids(path: Path, values: Int64) -> FileRecord:
     with atomic_write(path) as file:
         save_array(file, values)
     return record_file(path)
 
 
-def _read(directory: Path, manifest: Manifest, record: FileRecord | None, width: int) -> Int64:
+def _read_ids(directory: Path, manifest: Manifest, record: FileRecord | None, width: int) -> Int64:
     """Return [n, width], ids of rows in the first column."""
     if record is None:
         return np.zeros((0, width), np.int64)

@@ -32,14 +32,14 @@ from tracin_ann.store.checksums import Checksums, block_checksums, checksum, col
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
 
-FORMAT = "tracin_ann.features.extractor"
+FORMAT = "tracin_ann.features"
 VERSION = 3
 
 _ALIGNMENT = 4096
 _REWRITE = "run the build again: it writes anew the files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
 _STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
-_IN_NO_NAME = frozenset("/\\\0")
+_FORBIDDEN_CHARACTERS = frozenset("/\\\0")
 _LONGEST_NAME = 100
 _LONGEST_ATTRIBUTE = 1000
 
@@ -128,7 +128,7 @@ class FileRecord:
 
     def __post_init__(self) -> None:
         """Refuse names that lead out of the directory."""
-        if not 0 < len(self.name) < _LONGEST_NAME or self.name.startswith(".") or _IN_NO_NAME & set(self.name):
+        if not 0 < len(self.name) < _LONGEST_NAME or self.name.startswith(".") or _FORBIDDEN_CHARACTERS & set(self.name):
             raise ValueError(f"a file named {self.name!r} is not inside the index")
 
 
@@ -224,7 +224,7 @@ class FeatureFile:
         """
         if not 0 <= start <= stop <= self.header.n_rows:
             raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
-        self._refuse_altered(start, stop)
+        self._check_blocks(start, stop)
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
 
     def take(self, positions: Int64, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
@@ -235,7 +235,7 @@ class FeatureFile:
         if not self.checked_N[positions].all():
             altered_K = row_checksums(stored_KD) != self.row_checksum[positions]
             if altered_K.any():
-                raise self._altered(np.unique(positions[altered_K]))
+                raise self._alteration_error(np.unique(positions[altered_K]))
             self.checked_N[positions] = True
         return self._decode(stored_KD, self.exponent_N[positions], out_ND, unit)
 
@@ -252,11 +252,11 @@ class FeatureFile:
             DamagedIndexError: names the file and the rows that differ.
         """
         blocks = np.flatnonzero(block_checksums(self.stored_ND, self.header.block_rows) != self.block_checksum)
-        altered = [self._altered_of(int(block)) for block in blocks]
+        altered = [self._find_altered_rows(int(block)) for block in blocks]
         if altered:
-            raise self._altered(np.concatenate(altered))
+            raise self._alteration_error(np.concatenate(altered))
 
-    def _refuse_altered(self, start: int, stop: int) -> None:
+    def _check_blocks(self, start: int, stop: int) -> None:
         """Check the blocks of rows start..stop-1 that have not been checked yet."""
         size = self.header.block_rows
         first, last = start // size, -(-stop // size)
@@ -266,17 +266,17 @@ class FeatureFile:
             rows = slice(block * size, min((block + 1) * size, self.header.n_rows))
             if not self.checked_N[rows].all():
                 if checksum(self.stored_ND[rows]) != self.block_checksum[block]:
-                    raise self._altered(self._altered_of(block))
+                    raise self._alteration_error(self._find_altered_rows(block))
                 self.checked_N[rows] = True
 
-    def _altered_of(self, block: int) -> Int64:
+    def _find_altered_rows(self, block: int) -> Int64:
         """Return the positions of a damaged block's rows that are altered."""
         start = block * self.header.block_rows
         stop = min(start + self.header.block_rows, self.header.n_rows)
         altered = start + np.flatnonzero(row_checksums(self.stored_ND[start:stop]) != self.row_checksum[start:stop])
         return altered if len(altered) else np.arange(start, stop)
 
-    def _altered(self, positions: Int64) -> DamagedIndexError:
+    def _alteration_error(self, positions: Int64) -> DamagedIndexError:
         first, last = self.header.start + int(positions[0]), self.header.start + int(positions[-1])
         which = f"row {first} is" if len(positions) == 1 else f"{len(positions)} of rows {first}..{last} are"
         got, expected = "other checksums than were written", "the features that the build stored"
@@ -293,7 +293,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     found = (int(block.ids_N[0]), int(block.ids_N[-1]) + 1, block.feature_ND.shape[1])
     if found != (header.start, header.stop, header.dim):
         raise ValueError(f"block of (start, stop, dim) = {found} does not fit {header}")
-    _refuse_non_finite(block, header.checkpoint)
+    _check_finite(block, header.checkpoint)
     stored_ND, exponent_N = encode_rows(block.feature_ND, header.dtype)
     columns: dict[str, npt.NDArray[Any]] = {
         "feature": stored_ND,
@@ -322,7 +322,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     return record
 
 
-def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
+def _check_finite(block: FeatureBlock, checkpoint: int) -> None:
     peak_N = row_peaks(block.feature_ND)
     skipped_N = ~np.isfinite(block.loss_N) & (block.sqnorm_N == 0) & (peak_N == 0)
     for name, value_N in (("loss", block.loss_N), ("squared gradient norm", block.sqnorm_N), ("feature", peak_N)):
@@ -335,13 +335,13 @@ def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
 
 
 def _read_header(file: h5py.File) -> FileHeader:
-    found = (_attribute(file, "format"), _attribute(file, "version"))
+    found = (_read_attribute(file, "format"), _read_attribute(file, "version"))
     if found != (FORMAT, VERSION):
         raise ValueError(f"format and version {found}, this program reads {(FORMAT, VERSION)}")
-    return FileHeader(**{field.name: _attribute(file, field.name) for field in fields(FileHeader)})
+    return FileHeader(**{field.name: _read_attribute(file, field.name) for field in fields(FileHeader)})
 
 
-def _attribute(file: h5py.File, name: str) -> Any:
+def _read_attribute(file: h5py.File, name: str) -> Any:
     held = file.attrs.get_id(name) if name in file.attrs else None
     if held is None or held.shape != () or held.dtype.itemsize > _LONGEST_ATTRIBUTE:
         raise ValueError(f"no attribute {name} of a feature file")

@@ -125,7 +125,7 @@ class FeatureStore:
             (partition, checkpoint)
             for partition in range(self.layout.n_partitions)
             for checkpoint in range(self.layout.n_checkpoints)
-            if not self._is_whole(partition, checkpoint, sizes)
+            if not self._is_intact(partition, checkpoint, sizes)
         ]
 
     def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> FileRecord:
@@ -157,11 +157,11 @@ class FeatureStore:
 
     def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float64:
         """Return squared gradient norms [N, C], without learning rate, of the checkpoints in that order."""
-        return self._column("sqnorm_N", np.float64, checkpoints)
+        return self._read_column("sqnorm_N", np.float64, checkpoints)
 
     def losses(self, checkpoints: Sequence[int] | None = None) -> Float32:
         """Return losses [N, C] of the checkpoints in that order; those of skipped rows are not finite."""
-        return self._column("loss_N", np.float32, checkpoints)
+        return self._read_column("loss_N", np.float32, checkpoints)
 
     def skipped(self) -> tuple[Int64, Int64]:
         """Return the ids of the rows skipped at any checkpoint, rising, and the first such checkpoint of each."""
@@ -183,7 +183,7 @@ class FeatureStore:
         Raises:
             UsageError: a checkpoint that the store doesn't hold, or none.
         """
-        return FeatureView(self, self._chosen(checkpoints), cosine)
+        return FeatureView(self, self._choose_checkpoints(checkpoints), cosine)
 
     def file(self, partition: int, checkpoint: int) -> FeatureFile:
         """Return the open file, from among the last used or opened now.
@@ -201,7 +201,7 @@ class FeatureStore:
                 self._open.popitem(last=False)
         return opened
 
-    def _is_whole(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
+    def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
         try:
             file = FeatureFile.open(path, self.layout.header(partition, checkpoint))
@@ -211,7 +211,7 @@ class FeatureStore:
             return False
         return True
 
-    def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
+    def _choose_checkpoints(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
         n_checkpoints = self.layout.n_checkpoints
         chosen = tuple(range(n_checkpoints)) if checkpoints is None else tuple(checkpoints)
         if not chosen or not all(0 <= checkpoint < n_checkpoints for checkpoint in chosen):
@@ -221,8 +221,8 @@ class FeatureStore:
             )
         return chosen
 
-    def _column(self, name: str, dtype: type[Number], checkpoints: Sequence[int] | None) -> npt.NDArray[Number]:
-        column, chosen = attrgetter(name), self._chosen(checkpoints)
+    def _read_column(self, name: str, dtype: type[Number], checkpoints: Sequence[int] | None) -> npt.NDArray[Number]:
+        column, chosen = attrgetter(name), self._choose_checkpoints(checkpoints)
         value_NC = np.empty((self.layout.n_rows, len(chosen)), dtype=dtype)
         for partition, (start, stop) in enumerate(self.partitions()):
             for i, checkpoint in enumerate(chosen):
@@ -255,7 +255,7 @@ class FeatureView:
             for at in range(max(first, start), last, block_rows):
                 stop = min(at + block_rows, last)
                 row_NF = np.empty((stop - at, self.dim), dtype=np.float32)
-                for file, out_ND in self._columns(partition, row_NF):
+                for file, out_ND in self._iter_parts(partition, row_NF):
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
 
@@ -277,12 +277,12 @@ class FeatureView:
         for group in np.split(order_K, np.flatnonzero(np.diff(partition_K)) + 1) if len(id_K) else []:
             partition = int(id_K[group[0]]) // partition_rows
             group_row_KF = np.empty((len(group), self.dim), dtype=np.float32)
-            for file, out_ND in self._columns(partition, group_row_KF):
+            for file, out_ND in self._iter_parts(partition, group_row_KF):
                 file.take(id_K[group] - partition * partition_rows, out_ND=out_ND, unit=self.cosine)
             row_KF[group] = group_row_KF
         return row_KF
 
-    def _columns(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
+    def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
         dim = self.store.layout.dim
         for i, checkpoint in enumerate(self.checkpoints):
             yield self.store.file(partition, checkpoint), row_NF[:, i * dim : (i + 1) * dim]

@@ -114,7 +114,7 @@ def _is_generation(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
-def refuse_links(directory: Path) -> None:
+def reject_links(directory: Path) -> None:
     """Refuse an index in which something that is read, written or swept is a link out of it.
 
     Its directory itself may be one. Single files are looked at when they are opened.
@@ -138,7 +138,7 @@ def take_lease(directory: Path) -> tuple[Manifest, Lease]:
     Raises:
         DamagedIndexError: there is no finished index, its generation is not there, or something in it is a link.
     """
-    refuse_links(directory)
+    reject_links(directory)
     manifest = Manifest.read(directory)
     while True:
         path = generation_folder(directory, manifest.generation) / MANIFEST
@@ -164,7 +164,7 @@ def read_current(directory: Path) -> Manifest | None:
         DamagedIndexError: there is a manifest that cannot be understood, there was one and it is gone, or something
             in the directory is a link.
     """
-    refuse_links(directory)
+    reject_links(directory)
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
     # A first build may be killed between its two manifests; later ones leave the one that was current.
@@ -180,7 +180,7 @@ def make_next_folder(directory: Path, manifest: Manifest | None) -> Path:
 
     A directory that a killed writer left is the next one's again.
     """
-    _sweep(directory, manifest, under_way=True)
+    _remove_unused_files(directory, manifest, under_way=True)
     taken = [generation_number(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
     folder = generation_folder(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
     for place in (directory / FEATURES, folder):
@@ -200,17 +200,17 @@ def publish(directory: Path, manifest: Manifest) -> None:
     manifest.write(folder)
     manifest.write(directory)
     logger.info("generation %d of %s is published", manifest.generation, directory)
-    _tidied(directory, manifest)
+    _remove_leftovers(directory, manifest)
 
 
 def _make_names_durable(directory: Path, manifest: Manifest) -> None:
     """Fsync the directories and those above the index: a run that was killed before it had may have made them."""
     folder = generation_folder(directory, manifest.generation)
-    for place in (directory / FEATURES, folder, directory, *_above(directory)):
+    for place in (directory / FEATURES, folder, directory, *_list_ancestors(directory)):
         sync_directory(place)
 
 
-def _above(directory: Path) -> Iterator[Path]:
+def _list_ancestors(directory: Path) -> Iterator[Path]:
     """Yield the directories above one, up to that which its file system begins with."""
     place = directory.resolve()
     while not os.path.ismount(place):
@@ -221,17 +221,17 @@ def _above(directory: Path) -> Iterator[Path]:
 def tidy(directory: Path, manifest: Manifest) -> None:
     """Make sure of an index that is finished already: durable, and nothing left over; for the one writer."""
     _make_names_durable(directory, manifest)
-    _tidied(directory, manifest)
+    _remove_leftovers(directory, manifest)
 
 
-def _tidied(directory: Path, manifest: Manifest) -> None:
+def _remove_leftovers(directory: Path, manifest: Manifest) -> None:
     """Remove all that the writing of an index left over, for the one writer with nothing under way."""
-    _sweep(directory, manifest, under_way=False)
+    _remove_unused_files(directory, manifest, under_way=False)
     for place in (directory, directory / FEATURES, generation_folder(directory, manifest.generation)):
         sweep_temporaries(place)
 
 
-def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:
+def _remove_unused_files(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:
     """Remove what neither the current manifest nor a generation that somebody reads names.
 
     With `under_way`, the directory of the generation that is being made stays, and unfinished lists. Feature files
@@ -288,12 +288,12 @@ def check_generation(directory: Path, manifest: Manifest, *, deep: bool) -> None
     Raises:
         DamagedIndexError: the first that is missing or altered.
     """
-    refuse_other_copy(generation_folder(directory, manifest.generation), manifest)
+    check_manifest_copy(generation_folder(directory, manifest.generation), manifest)
     for record in manifest.own_files:
         check_file(generation_folder(directory, manifest.generation), record, deep=deep)
 
 
-def refuse_other_copy(place: Path, manifest: Manifest) -> None:
+def check_manifest_copy(place: Path, manifest: Manifest) -> None:
     """Refuse a manifest that is not the one in another place.
 
     Raises:
@@ -310,19 +310,19 @@ def list_feature_records(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> tuple[FileRecord, ...]:
     """Return the records of a store's files; those that the manifest has and that were not written now are not read."""
-    known = _named_before(store, manifest, written)
-    return tuple(known.get(path.name) or record_file(path) for path in _paths(store))
+    known = _map_known_records(store, manifest, written)
+    return tuple(known.get(path.name) or record_file(path) for path in _list_feature_paths(store))
 
 
 def find_unnamed_files(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> list[Path]:
     """Return the paths of a store's files that the manifest does not name, and of those that were written now."""
-    known = _named_before(store, manifest, written)
-    return [path for path in _paths(store) if path.name not in known]
+    known = _map_known_records(store, manifest, written)
+    return [path for path in _list_feature_paths(store) if path.name not in known]
 
 
-def _named_before(
+def _map_known_records(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> dict[str, FileRecord]:
     """Return the manifest's records of feature files by name, without those that were written now."""
@@ -332,7 +332,7 @@ def _named_before(
     return known
 
 
-def _paths(store: FeatureStore) -> list[Path]:
+def _list_feature_paths(store: FeatureStore) -> list[Path]:
     layout = store.layout
     return [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
 

@@ -21,21 +21,21 @@ from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path, pr
 from tracin_ann.files import NotPlainError, open_descriptor
 
 WRITER = "writer.lock"
-_CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _LONGEST_CAPTION = 4096
 
 logger = logging.getLogger(__name__)
 
 # Of writers' locks. A forked child would hold them on after this process was killed.
-_HELD: set[int] = set()
+_WRITER_DESCRIPTORS: set[int] = set()
 
 
-def _let_go() -> None:
-    while _HELD:
-        os.close(_HELD.pop())
+def _close_inherited_locks() -> None:
+    while _WRITER_DESCRIPTORS:
+        os.close(_WRITER_DESCRIPTORS.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def hold_writer_lock(directory: Path) -> Iterator[None]:
         DamagedIndexError: the lock's file is a link, or no plain file: to write to it would alter another.
     """
     path = directory / WRITER
-    descriptor = _taken(path)
-    _HELD.add(descriptor)
+    descriptor = _lock_file(path)
+    _WRITER_DESCRIPTORS.add(descriptor)
     try:
         caption = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with attach_path(path):
@@ -56,36 +56,36 @@ def hold_writer_lock(directory: Path) -> Iterator[None]:
             os.pwrite(descriptor, json.dumps(caption).encode(), 0)
         yield
     finally:
-        if descriptor in _HELD:
+        if descriptor in _WRITER_DESCRIPTORS:
             try:
                 # While it is held: whoever opened it before finds that the path is another file, and tries again.
                 with suppress(FileNotFoundError):
                     os.unlink(path)
             finally:
-                _HELD.discard(descriptor)
+                _WRITER_DESCRIPTORS.discard(descriptor)
                 os.close(descriptor)
 
 
-def _taken(path: Path) -> int:
+def _lock_file(path: Path) -> int:
     """Return the descriptor of the locked file that is at this path."""
     while True:
         try:
             descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
         except NotPlainError as error:
-            raise _foreign(path, str(error)) from error
+            raise _bad_lock_file_error(path, str(error)) from error
         try:
             if os.fstat(descriptor).st_nlink > 1:
-                raise _foreign(path, "another file's second name")
+                raise _bad_lock_file_error(path, "another file's second name")
             if not try_lock(descriptor, exclusive=True):
                 raise BusyIndexError(
                     problem(
                         f"{path.parent} is being written",
-                        got=_holder(descriptor),
+                        got=_describe_writer(descriptor),
                         expected="one writer at a time",
                         remedy="wait for it, or stop it and run this command again",
                     )
                 )
-            if _is_at(descriptor, path):
+            if _is_same_file(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -93,7 +93,7 @@ def _taken(path: Path) -> int:
         os.close(descriptor)
 
 
-def _foreign(path: Path, got: str) -> DamagedIndexError:
+def _bad_lock_file_error(path: Path, got: str) -> DamagedIndexError:
     expected = "a lock that a writer of the index made, or none"
     return DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy="look at it and remove it"))
 
@@ -105,21 +105,21 @@ def try_lock(descriptor: int, *, exclusive: bool, otherwise: bool = True) -> boo
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
         logger.warning("this file system cannot lock (%s): be sure that no other process writes here", error.strerror)
         return otherwise
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 
 
-def _holder(descriptor: int) -> str:
+def _describe_writer(descriptor: int) -> str:
     try:
         said = json.loads(os.pread(descriptor, _LONGEST_CAPTION, 0))
         return f"process {said['pid']} on {said['host']}, since {said['since']}"
@@ -139,7 +139,7 @@ class Lease:
         """
         self._descriptor = -1
         self._descriptor = open_descriptor(path)
-        if not (try_lock(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
+        if not (try_lock(self._descriptor, exclusive=False) and _is_same_file(self._descriptor, path)):
             self.close()
             raise FileNotFoundError(errno.ENOENT, "being removed", str(path))
 

@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
 UNLISTED = "unlisted.npy"
-_MISUNDERSTANDINGS = (TypeError, ValueError, OverflowError, UsageError)
+_CONTENT_ERRORS = (TypeError, ValueError, OverflowError, UsageError)
 _LARGEST_DIM = 2**31
 
 
@@ -195,7 +195,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably."""
-        _write(directory / MANIFEST, asdict(self))
+        _write_checked(directory / MANIFEST, asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -205,19 +205,19 @@ class Manifest:
             DamagedIndexError: there is none, or it cannot be understood.
         """
         path = directory / MANIFEST
-        content = _read(path)
+        content = _read_checked(path)
         try:
             manifest = read_record(cls, content)
-            _refuse_impossible(manifest.build)
-            _refuse_contradictions(manifest)
+            _check_build_record(manifest.build)
+            _check_consistency(manifest)
             return manifest
-        except _MISUNDERSTANDINGS as error:
-            raise DamagedIndexError(_not_understood(path, error)) from error
+        except _CONTENT_ERRORS as error:
+            raise DamagedIndexError(_describe_invalid_file(path, error)) from error
 
 
 def write_build_record(directory: Path, record: BuildRecord) -> None:
     """Write what the build sets out to make."""
-    _write(directory / BUILD_RECORD, asdict(record))
+    _write_checked(directory / BUILD_RECORD, asdict(record))
 
 
 def read_build_record(directory: Path) -> BuildRecord:
@@ -227,13 +227,13 @@ def read_build_record(directory: Path) -> BuildRecord:
         DamagedIndexError: there is none, or it cannot be understood.
     """
     path = directory / BUILD_RECORD
-    content = _read(path)
+    content = _read_checked(path)
     try:
         record = read_record(BuildRecord, content)
-        _refuse_impossible(record)
+        _check_build_record(record)
         return record
-    except _MISUNDERSTANDINGS as error:
-        raise DamagedIndexError(_not_understood(path, error)) from error
+    except _CONTENT_ERRORS as error:
+        raise DamagedIndexError(_describe_invalid_file(path, error)) from error
 
 
 def record_file(path: Path) -> FileRecord:
@@ -261,7 +261,7 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
     )
 
 
-def _refuse_impossible(record: BuildRecord) -> None:
+def _check_build_record(record: BuildRecord) -> None:
     """Refuse what no build sets out to make.
 
     Raises:
@@ -280,7 +280,7 @@ def _refuse_impossible(record: BuildRecord) -> None:
         raise ValueError("a negative learning rate")
 
 
-def _refuse_contradictions(manifest: Manifest) -> None:
+def _check_consistency(manifest: Manifest) -> None:
     """Refuse a manifest whose files are not those of what it says was built: readers find files by either.
 
     Raises:
@@ -306,12 +306,12 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise ValueError("two files of one name")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_checked(path: Path, content: dict[str, Any]) -> None:
     write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content})
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return what `_write` wrote, without its format and digest.
+def _read_checked(path: Path) -> dict[str, Any]:
+    """Return what `_write_checked` wrote, without its format and digest.
 
     Raises:
         DamagedIndexError: it is missing, of another format, or altered.
@@ -321,7 +321,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         written, found = content.pop("digest", None), content_digest(content)
     except RecursionError as error:
-        raise DamagedIndexError(_not_understood(path, error)) from error
+        raise DamagedIndexError(_describe_invalid_file(path, error)) from error
     if written != found:
         raise DamagedIndexError(
             problem(
@@ -351,7 +351,7 @@ def _check_format(found: object, path: Path) -> None:
         )
 
 
-def _not_understood(path: Path, error: Exception) -> str:
+def _describe_invalid_file(path: Path, error: Exception) -> str:
     return problem(
         f"{path} cannot be understood",
         got=f"{type(error).__name__}: {error}",

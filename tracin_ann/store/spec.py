@@ -91,18 +91,18 @@ class FeatureSpec:
             raise IndexMismatchError(f"index {where} was built with {complaints[0]}{more}")
 
     def _differences(self, asked: FeatureSpec) -> Iterator[str]:
-        yield from _scalars(self, asked)
+        yield from _scalar_differences(self, asked)
         mine, other = ({p.name: p for p in s.parameters} for s in (self, asked))
         for name in [*mine, *(n for n in other if n not in mine)]:
             if mine.get(name) != other.get(name):
                 a, b = (f"{list(p.shape)} {p.dtype}" if p else "absent" for p in (mine.get(name), other.get(name)))
                 remedy = "restore Task.parameters and the model"
-                yield _difference(f"parameter {name} ({a})", f"the task has it {b}", remedy)
+                yield _describe_difference(f"parameter {name} ({a})", f"the task has it {b}", remedy)
         for i, (built, wanted) in enumerate(itertools.zip_longest(self.checkpoints, asked.checkpoints)):
-            yield from _checkpoint_difference(i, built, wanted)
+            yield from _checkpoint_differences(i, built, wanted)
 
 
-def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
+def _scalar_differences(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
     sketches = (
         ("sketch", "name", "pass --sketch {}"),
         ("seed", "seed", "pass --seed {}"),
@@ -112,7 +112,7 @@ def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
     for word, attribute, remedy in sketches:
         a, b = getattr(built.sketch, attribute), getattr(asked.sketch, attribute)
         if a != b:
-            yield _difference(f"{word} {a}", f"this command asks for {word} {b}", remedy.format(a))
+            yield _describe_difference(f"{word} {a}", f"this command asks for {word} {b}", remedy.format(a))
     rest = (
         ("dtype", "feature type", "pass --dtype {}"),
         ("norms", "norms", "pass --norms {}"),
@@ -125,30 +125,30 @@ def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
         a, b = getattr(built, attribute), getattr(asked, attribute)
         if a != b:
             grown = attribute == "train_rows" and b > a
-            yield _difference(
+            yield _describe_difference(
                 f"{word} {a}", f"this task has {b}", "build with --append," if grown else remedy.format(a)
             )
 
 
-def _checkpoint_difference(i: int, built: CheckpointSpec | None, asked: CheckpointSpec | None) -> Iterator[str]:
+def _checkpoint_differences(i: int, built: CheckpointSpec | None, asked: CheckpointSpec | None) -> Iterator[str]:
     if built is None or asked is None:
         a, b = (c.name if c else "nothing" for c in (built, asked))
         remedy = "restore Task.checkpoints" if asked is None else "build with --add-checkpoint,"
-        yield _difference(f"{a} as checkpoint {i}", f"the task has {b}", remedy)
+        yield _describe_difference(f"{a} as checkpoint {i}", f"the task has {b}", remedy)
         return
     if built.digest != asked.digest:
-        yield _difference(
+        yield _describe_difference(
             f"checkpoint {i} ({built.name}) of digest {built.digest[:12]}",
             f"the task's {asked.name} has {asked.digest[:12]}",
             "restore that file",
         )
     if built.learning_rate != asked.learning_rate:
-        yield _difference(
+        yield _describe_difference(
             f"learning rate {built.learning_rate:g} at checkpoint {i}",
             f"the task has {asked.learning_rate:g}",
             "restore Task.checkpoints",
         )
 
 
-def _difference(built: str, asked: str, remedy: str) -> str:
+def _describe_difference(built: str, asked: str, remedy: str) -> str:
     return f"{built}, {asked}; {remedy} or build a new index"

@@ -30,7 +30,7 @@ class WriteBehind:
         Raises:
             OSError, NonFiniteError: the block before could not be written.
         """
-        self._finish()
+        self._wait_for_pending()
         self._pending = self._thread.submit(self._store.write, partition, checkpoint, block)
 
     def __exit__(
@@ -38,9 +38,9 @@ class WriteBehind:
     ) -> None:
         self._thread.shutdown(wait=True)
         if error is None:
-            self._finish()
+            self._wait_for_pending()
 
-    def _finish(self) -> None:
+    def _wait_for_pending(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
