@@ -88,7 +88,9 @@ def plan(
             feature_dim=dim,
             disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _COLUMN_BYTES + index_bytes,
             memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
-            seconds=n_rows * layout.n_checkpoints * (row_seconds + _visible_read_seconds(chosen, row_seconds, config.workers)),
+            seconds=n_rows
+            * layout.n_checkpoints
+            * (row_seconds + _visible_read_seconds(chosen, row_seconds, config.workers)),
             row_seconds=row_seconds,
             tuned=chosen,
             index_kind=choice.kind,
