@@ -118,7 +118,7 @@ def test_growth_must_be_asked_for_and_the_old_rows_must_be_there(model, tmp_path
     with pytest.raises(IndexMismatchError, match="rows numbering 10, this task has 9; restore train_data"):
         build(task(model, 9, 1), out, GROWING)
     other = replace(task(model, 11, 1), train_data=lambda: rows(11, seed=5))
-    with pytest.raises(IndexMismatchError, match="train data has digest"):
+    with pytest.raises(IndexMismatchError, match="training data of digest"):
         build(other, out, GROWING)
     with pytest.raises(IndexMismatchError, match="this task has 11; build with --append"):
         InfluenceIndex.open(out, task(model, 11, 1)).query([0])

@@ -30,6 +30,7 @@ from tracin_ann.store.generations import (
     Start,
     carry_over,
     check_generation,
+    check_manifest_copy,
     claim,
     find_unnamed_files,
     generation_folder,
@@ -40,7 +41,6 @@ from tracin_ann.store.generations import (
     publish,
     read_current,
     reject_links,
-    check_manifest_copy,
     take_lease,
     tidy,
 )

@@ -294,8 +294,6 @@ def _describe_bad_columns(row: int, given: object, names: Sequence[str]) -> str:
     return problem(
         f"Task.columns returns an invalid value for row {row}",
         got=repr(given)[:160],
-        expected=f"a number, bool or string for each of {', '.join(names)}"
-        if names
-        else "a dict of numbers, strings",
+        expected=f"a number, bool or string for each of {', '.join(names)}" if names else "a dict of numbers, strings",
         remedy="return the same names and types for every row; no spaces or <>=! in names",
     )

@@ -134,11 +134,7 @@ class FileRecord:
 
     def __post_init__(self) -> None:
         """Reject names that refer to a file outside the directory."""
-        if (
-            not 0 < len(self.name) < _LONGEST_NAME
-            or self.name.startswith(".")
-            or _NOT_IN_NAMES & set(self.name)
-        ):
+        if not 0 < len(self.name) < _LONGEST_NAME or self.name.startswith(".") or _NOT_IN_NAMES & set(self.name):
             raise ValueError(f"a file named {self.name!r} is not inside the index")
 
 

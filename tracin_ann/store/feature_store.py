@@ -143,18 +143,17 @@ class FeatureStore:
             self._open.pop((partition, checkpoint), None)
         return record
 
-    def check(self, records: Iterable[FileRecord], *, deep: bool = False) -> None:
-        """Compare the files on disk with their records: the sizes and, if `deep`, the digests.
+    def check(self, records: Iterable[FileRecord]) -> None:
+        """Compare the sizes of the files on disk with their records.
 
         Raises:
-            DamagedIndexError: a file is missing or differs; the message names the first.
+            DamagedIndexError: a file is missing or has another size; the message names the first.
         """
         for record in records:
             path = self.directory / record.name
-            got = describe_difference(path, record.size, record.digest if deep else None)
+            got = describe_difference(path, record.size, digest=None)
             if got:
-                expected = f"{record.size} bytes" + (f" of digest {record.digest}" if deep else "")
-                remedy = "run the build again, or restore the file"
+                expected, remedy = f"{record.size} bytes", "run the build again, or restore the file"
                 raise DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy=remedy))
 
     def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float64:
