@@ -75,10 +75,10 @@ def claim(directory: Path) -> Iterator[None]:
 
 
 def refuse_foreign_files(directory: Path) -> None:
-    """Refuse a directory that holds files which no build wrote.
+    """Reject a build directory that contains files which no build wrote.
 
     Raises:
-        UsageError: it does, or it is a file.
+        UsageError: the directory contains such files, or the path is a file.
     """
     if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)) or not directory.exists():
         return
@@ -96,7 +96,7 @@ def refuse_foreign_files(directory: Path) -> None:
 
 
 def read_begun(directory: Path, manifest: Manifest | None) -> BuildRecord | None:
-    """Return what the last build in a directory was to produce, or None where there was none."""
+    """Return the record of the last build in a directory, or None if there was none."""
     if (directory / BUILD_RECORD).exists():
         return read_build_record(directory)
     return None if manifest is None else manifest.build
