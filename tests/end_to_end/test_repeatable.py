@@ -25,7 +25,7 @@ from tasks.toy import saved
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build, plan
 from tracin_ann.errors import IndexMismatchError
 from tracin_ann.features import autotune as tuning
-from tracin_ann.operations.verification import restore_config, repair
+from tracin_ann.operations.verification import repair, restore_config
 from tracin_ann.search import calibration as calibrate
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, read_build_record

@@ -103,9 +103,7 @@ def test_changed_code_is_noticed_by_an_exact_query_and_exact_self_influence(buil
 
 @pytest.mark.parametrize("row", canary_ids(N))
 def test_a_canary_rows_new_content_is_noticed(built, row):
-    with pytest.raises(
-        IndexMismatchError, match="was built with training data of digest .*; restore train_d"
-    ):
+    with pytest.raises(IndexMismatchError, match="was built with training data of digest .*; restore train_d"):
         ask(built, built[1](train_data=lambda: train(row, 0.5)))
 
 

@@ -149,8 +149,8 @@ def _show_report(report: BuildReport, out: str) -> None:
         say(line)
     say(f"index {manifest.index.kind}: {manifest.index.reason}")
     if manifest.fidelity is not None:
-        say(f"quality: {quality_lines(manifest)}")
-    say(f"audit: {manifest.audit_summary(report.uneven)}")
+        say(f"believe {quality_lines(manifest)}")
+    say(f"audited {manifest.audit_summary(report.uneven)}")
     steps = {step.step for step in manifest.steps}
     shares = [f"{name} {_share(report, name)}" for name in STEPS if name in steps]
     say(f"gradients of {len(spec.parameters)} parameters: " + ", ".join(shares))

@@ -1,4 +1,4 @@
-"""tracin-info: the content of an index, its measured quality, and what higher recall costs."""
+"""tracin-info: what an index holds, how far its answers may be believed, and what more would cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 12
 @command("tracin-info runs/mnist")
 @directory_argument
 def main(directory: str) -> None:
-    """Show what the index in DIR contains, and its measured quality."""
+    """Say what the index in DIR holds and how far its answers may be believed."""
     from tracin_ann.store import read_removed_ids, read_skipped_rows, take_lease
 
     expect_stdout()
@@ -41,8 +41,8 @@ def main(directory: str) -> None:
         say(f"skipped     {skipped.counted} ({skipped.named})")
     if manifest.fidelity is not None:
         say(f"fidelity    {fidelity_line(manifest.fidelity)}")
-    say(f"quality     {quality_lines(manifest)}")
-    say(f"audit       {manifest.audit_summary()}")
+    say(f"believe     {quality_lines(manifest)}")
+    say(f"audited     {manifest.audit_summary()}")
     if index.calibration is not None:
         _print_curve(index.calibration)
 
@@ -57,7 +57,7 @@ def fidelity_line(found: Fidelity) -> str:
 
 
 def quality_lines(manifest: Manifest) -> str:
-    """Return one line with the measured recall@10, without and with exact re-scoring."""
+    """Return in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
     return manifest.quality_summary
 
 

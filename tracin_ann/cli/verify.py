@@ -83,4 +83,4 @@ def _audit(directory: str, n_rows: int, seed: int | None, options: Options) -> N
         raise DamagedIndexError(
             f"{directory}: {len(seen.differences)} of {seen.rows} rows differ from plain autograd; build a new index"
         )
-    note(f"{directory}: audit: {seen.record.summary()}")
+    note(f"{directory}: audited {seen.record.summary()}")

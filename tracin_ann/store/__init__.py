@@ -1,4 +1,8 @@
-"""Feature rows on disk: immutable HDF5 files, checked and memory-mapped; knows no model."""
+"""An index on disk: feature files, manifests, generations, locks, and lists of columns, removed and skipped rows.
+
+Files are checked when they are read. A build writes each file once and publishes a new generation at the end; readers
+continue to use the generation that they opened. The package knows nothing of models.
+"""
 
 from __future__ import annotations
 

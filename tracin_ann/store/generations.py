@@ -195,7 +195,7 @@ def read_current(directory: Path) -> Manifest | None:
     reject_links(directory)
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
-    # If a first build is killed between writing its two manifests, there is no current one; later builds replace one.
+    # Only a first build that was interrupted between its two manifests leaves none here: later builds replace one.
     if any(generation_number(path) > 1 and (path / MANIFEST).exists() for path in list_generations(directory)):
         raise DamagedIndexError(
             problem(f"{directory / MANIFEST}", got="no file", expected="a file", remedy="run tracin-verify --repair")
