@@ -276,7 +276,7 @@ class BuildJob:
         expected = record.spec
         if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
             expected = self._without_growth(begun.spec, record.spec)
-        begun.spec.refuse_unlike(expected, str(self.out))
+        begun.spec.check_matches(expected, str(self.out))
         if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
             raise IndexMismatchError(
                 f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "

@@ -25,7 +25,7 @@ from tasks.toy import saved
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build, plan
 from tracin_ann.errors import IndexMismatchError
 from tracin_ann.features import autotune as tuning
-from tracin_ann.operations.verification import config_of, repair
+from tracin_ann.operations.verification import repair, restore_config
 from tracin_ann.search import calibration as calibrate
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, read_build_record
@@ -199,7 +199,7 @@ def test_features_that_are_kept_get_none_of_another_rounding_beside_them(changes
 def test_a_repaired_index_has_the_rounding_that_it_was_built_with(task, tmp_path, monkeypatch):
     out = tmp_path / "index"
     manifest = build(task(), out, replace(CONFIG, index="flat", batch_size=24, memory_format="channels-last")).manifest
-    config = config_of(manifest)
+    config = restore_config(manifest)
     assert (config.batch_size, config.memory_format) == (24, "channels-last")
     path = sorted((out / FEATURES).iterdir())[0]
     before = path.read_bytes()

@@ -103,14 +103,12 @@ def test_changed_code_is_noticed_by_an_exact_query_and_exact_self_influence(buil
 
 @pytest.mark.parametrize("row", canary_ids(N))
 def test_a_canary_rows_new_content_is_noticed(built, row):
-    with pytest.raises(
-        IndexMismatchError, match="was built with a task whose train data has digest .*; restore train_d"
-    ):
+    with pytest.raises(IndexMismatchError, match="was built with training data of digest .*; restore train_d"):
         ask(built, built[1](train_data=lambda: train(row, 0.5)))
 
 
 def test_another_number_of_rows_is_noticed(built):
-    with pytest.raises(IndexMismatchError, match=f"with train rows numbering {N}, this task has {N + 1}; build with"):
+    with pytest.raises(IndexMismatchError, match=f"with {N} training rows, this task has {N + 1}; build with"):
         ask(built, built[1](train_data=lambda: rows(N + 1)))
     with pytest.raises(
         IndexMismatchError, match="^query_data is not that of index .*: got 4 rows, expected at least 5"
@@ -124,7 +122,7 @@ def test_another_choice_of_parameters_model_or_checkpoint_is_noticed(built, tmp_
         IndexMismatchError, match=r"parameter first.weight \(\[6, 5\] torch.float32\), the task has it abs"
     ):
         ask(built, task(parameters="second.*"))
-    with pytest.raises(IndexMismatchError, match="whose model has layers of digest"):
+    with pytest.raises(IndexMismatchError, match="a model with layers of digest"):
         ask(built, task(torch.nn.Sequential(*Toy().children())))
     first, second = task().checkpoints
     with pytest.raises(
@@ -137,7 +135,7 @@ def test_another_choice_of_parameters_model_or_checkpoint_is_noticed(built, tmp_
 
 def test_a_changed_task_cannot_go_on_with_the_build(built):
     out, task = built
-    with pytest.raises(IndexMismatchError, match="was built with a task whose train data has digest"):
+    with pytest.raises(IndexMismatchError, match="was built with training data of digest"):
         build(task(train_data=lambda: train(0, 0.5)), out, CONFIG)
     with pytest.raises(
         IndexMismatchError, match="was built with seed 0, this command asks for seed 4; pass --seed 0 or"

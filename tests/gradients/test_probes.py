@@ -153,7 +153,7 @@ def test_random_rows_raise_unless_they_are_allowed(tmp_path, side, draw):
     build(task, tmp_path / "out", RANDOM)
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=4)
     assert len(index.query([0, 1])) == 2
-    with pytest.raises(IndexMismatchError, match="train data has digest random, this task has [0-9a-f]+; restore"):
+    with pytest.raises(IndexMismatchError, match="training data of digest random, this task has [0-9a-f]+; restore"):
         build(task, tmp_path / "out", CONFIG)
 
 

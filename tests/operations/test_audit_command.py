@@ -49,7 +49,7 @@ def run(*arguments: object) -> Any:
 def test_a_right_index_passes(index):
     result = run(index, "--audit", 10)
     assert result.exit_code == 0, result.output
-    assert re.search(r"i: audited 10 rows against plain autograd: largest difference \de-0\d of a row", result.output)
+    assert re.search(r"audit\S* 10 rows; largest difference from autograd \de-0\d of a row", result.output)
 
 
 def test_a_wrong_row_is_named_with_status_4(index):
@@ -70,8 +70,8 @@ def test_damage_is_told_before_anything_is_audited(index):
     (index / FEATURES / "features-000000-0000.h5").unlink()
     result = run(index, "--audit", 10)
     assert result.exit_code == 4
-    assert "audited" not in result.output
-    assert "audited 10 rows" in run(index, "--audit", 10, "--repair").output
+    assert "largest difference" not in result.output
+    assert "10 rows; largest difference" in run(index, "--audit", 10, "--repair").output
 
 
 def test_the_same_index_draws_the_same_rows_and_a_seed_others(index, monkeypatch):
@@ -93,13 +93,15 @@ def test_another_task_is_refused_and_not_called_a_wrong_row(index, tmp_path):
 
 
 def test_build_and_info_say_what_was_audited(index, tmp_path):
-    rows, said = r"16 rows", r"against plain autograd: largest difference \de-0\d of a row's norm"
+    rows, said = r"16 rows", r"largest difference from autograd \de-0\d of a row's norm"
     options = ["--task", f"{zoo.__file__}:task", "--out", tmp_path / "new", "--dim", 32, "--no-yardstick"]
     options += ["--task-arg", "case=mlp", "--task-arg", f"folder={tmp_path}", "--device", "cpu"]
     built = CliRunner().invoke(build_command, [str(option) for option in options])
-    assert re.search(rf"^audited {rows} and \d+ of the most uneven batch {said}$", built.output, re.M), built.output
+    assert re.search(rf"^audit\S* {rows} and \d+ rows of the most uneven batch; {said}$", built.output, re.M), (
+        built.output
+    )
     shown = CliRunner().invoke(info_command, [str(index)]).output
-    assert re.search(rf"^audited     {rows} {said}$", shown, re.M), shown
+    assert re.search(rf"^audit\S* +{rows}; {said}$", shown, re.M), shown
 
 
 def store(n_rows: int) -> FeatureStore:

@@ -195,7 +195,7 @@ def test_damage_of_many_files_is_mended_at_once_by_the_command(made: tuple[Path,
 def test_lost_removals_are_not_forgotten(made: tuple[Path, Task], index: Path) -> None:
     (path,) = index.rglob("removed.npy")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedIndexError, match=r"removed.npy cannot be made anew.*restore that file"):
+    with pytest.raises(DamagedIndexError, match=r"removed.npy cannot be rebuilt.*restore that file"):
         repair(index, made[1])
     with pytest.raises(DamagedIndexError):
         InfluenceIndex.open(index, made[1])

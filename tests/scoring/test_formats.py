@@ -146,7 +146,7 @@ def test_what_cannot_be_is_refused(folder: Path, kind: str, arguments: tuple[str
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (lambda row: row[1], "row 3 an id that it cannot have: got 0, that of row 0"),
+        (lambda row: row[1], "an invalid id for row 3: got 0, the id of row 0"),
         (lambda row: row[2] if row[2] % 2 else str(row[2]), "got 101, the first row's is '100'"),
         (lambda row: 1.5, "got 1.5, expected an int or a str"),
         (lambda row: True, "got True, expected an int or a str"),

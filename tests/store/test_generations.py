@@ -111,14 +111,14 @@ def test_growth_must_be_asked_for_and_the_old_rows_must_be_there(model, tmp_path
     out = tmp_path / "out"
     build(task(model, 10, 1), out, SMALL)
     before = files(out)
-    with pytest.raises(IndexMismatchError, match="rows numbering 10, this task has 11; build with --append, or"):
+    with pytest.raises(IndexMismatchError, match="10 training rows, this task has 11; build with --append, or"):
         build(task(model, 11, 1), out, SMALL)
     with pytest.raises(IndexMismatchError, match="nothing as checkpoint 1.*; build with --add-checkpoint, or"):
         build(task(model, 11, 2), out, GROWING)
-    with pytest.raises(IndexMismatchError, match="rows numbering 10, this task has 9; restore train_data"):
+    with pytest.raises(IndexMismatchError, match="10 training rows, this task has 9; restore train_data"):
         build(task(model, 9, 1), out, GROWING)
     other = replace(task(model, 11, 1), train_data=lambda: rows(11, seed=5))
-    with pytest.raises(IndexMismatchError, match="train data has digest"):
+    with pytest.raises(IndexMismatchError, match="training data of digest"):
         build(other, out, GROWING)
     with pytest.raises(IndexMismatchError, match="this task has 11; build with --append"):
         InfluenceIndex.open(out, task(model, 11, 1)).query([0])
@@ -198,7 +198,7 @@ def test_a_killed_append_leaves_the_old_index_and_goes_on(model, tmp_path, monke
             build(task(model, 17), out, GROWING)
     assert answers(InfluenceIndex.open(out, task(model, 10))) == before
     remove(out, [3])  # while it lies there
-    with pytest.raises(IndexMismatchError, match="rows numbering 17, this task has 10; restore"):
+    with pytest.raises(IndexMismatchError, match="17 training rows, this task has 10; restore"):
         build(task(model, 10), out, SMALL)
     report = build(task(model, 17), out, SMALL)
     assert report.rows_extracted == 2 * (17 - 8) - sum(min(4 * p + 4, 17) - 4 * p for p, _ in written)

@@ -79,7 +79,7 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
 
     with ExitStack() as held:
         monkeypatch.setattr(BUILD.BuildJob, "tune", overtaken)
-        with pytest.raises(BusyIndexError, match="is being written|was begun by another build"):
+        with pytest.raises(BusyIndexError, match="is being written|another build has started"):
             build(task(10), out, config("flat"))
     assert build(task(10), out, config("flat")).rows_extracted == (0 if other == "is done" else 20)
     assert WRITER not in names(out)

@@ -283,11 +283,11 @@ def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) 
     assert InfluenceIndex.open(link).removed.tolist() == [2]
 
 
-@pytest.mark.parametrize("kind", ["a symbolic link", "another file's second name", "a directory", "a FIFO"])
+@pytest.mark.parametrize("kind", ["a symbolic link", "a hard link to another file", "a directory", "a FIFO"])
 def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
     canary = tmp_path / "canary"
     canary.write_bytes(b"sings")
-    make = {"a symbolic link": os.symlink, "another file's second name": os.link}.get(kind)
+    make = {"a symbolic link": os.symlink, "a hard link to another file": os.link}.get(kind)
     if make is not None:
         make(canary, index / WRITER)
     elif kind == "a FIFO":
@@ -295,7 +295,7 @@ def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, k
     else:
         (index / WRITER).mkdir()
     for act in (lambda: remove(index, [1]), lambda: repair(index), lambda: build(f"{NAME}.py:task", index, CONFIG)):
-        with pytest.raises(DamagedIndexError, match=rf"{WRITER}: got {kind}.*; look at it and remove it"):
+        with pytest.raises(DamagedIndexError, match=rf"{WRITER}: got {kind}.*; inspect it and remove it"):
             act()
     assert canary.read_bytes() == b"sings" and (index / WRITER).exists()
 

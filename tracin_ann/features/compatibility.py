@@ -47,7 +47,7 @@ class IndexTask:
         """
         passes = Passes(self.task, self.options)
         with passes.model() as model:
-            self._manifest.build.spec.refuse_unlike(self._asked(passes, model), str(self._directory))
+            self._manifest.build.spec.check_matches(self._asked(passes, model), str(self._directory))
         return passes
 
     def _asked(self, passes: Passes, model: LoadedModel) -> FeatureSpec:

@@ -1,4 +1,4 @@
-"""Operations on an index besides building and querying: plan, verify, audit, repair and remove rows."""
+"""Operations on an index besides building and querying: planning, verification, audit, repair and removal of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Feature rows on disk: immutable HDF5 files, checked and memory-mapped; knows no model."""
+"""An index on disk: feature files, manifests, generations, locks, and lists of columns, removed and skipped rows.
+
+Files are checked when they are read. A build writes each file once and publishes a new generation at the end; readers
+continue to use the generation that they opened. The package knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ from tracin_ann.store.generations import (
     Start,
     carry_over,
     check_generation,
+    check_manifest_copy,
     claim,
     find_unnamed_files,
     generation_folder,
@@ -41,8 +46,7 @@ from tracin_ann.store.generations import (
     read_begun,
     read_current,
     refuse_foreign_files,
-    refuse_links,
-    refuse_other_copy,
+    reject_links,
     take_lease,
     tidy,
 )
@@ -102,6 +106,7 @@ __all__ = [
     "carry_removed",
     "check_file",
     "check_generation",
+    "check_manifest_copy",
     "claim",
     "collect_columns",
     "find_unnamed_files",
@@ -121,8 +126,7 @@ __all__ = [
     "read_unlisted_ids",
     "record_file",
     "refuse_foreign_files",
-    "refuse_links",
-    "refuse_other_copy",
+    "reject_links",
     "select_listed_rows",
     "take_lease",
     "tidy",
