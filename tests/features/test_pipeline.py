@@ -128,7 +128,7 @@ def test_dear_data_is_read_once_for_all_checkpoints(held, readings, folder, one_
 
 def test_rows_fetched_while_the_next_batch_is_under_way_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
     """As on an accelerator: nothing of a batch may lie in a buffer that the next one uses."""
-    monkeypatch.setattr("tracin_ann.features.extractor._BEHIND", {"cpu": 1})
+    monkeypatch.setattr("tracin_ann.features.extractor._BATCHES_AHEAD", {"cpu": 1})
     assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
 
 

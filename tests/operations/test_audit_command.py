@@ -22,7 +22,7 @@ from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.audit import Auditor, draw_places
-from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUneven
+from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUnevenBatch
 from tracin_ann.operations.verification import Draw, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
@@ -146,13 +146,13 @@ def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     ],
 )
 def test_the_batch_whose_sizes_differ_most(batches, expected):
-    most = _MostUneven()
-    assert [read.inputs for read in most.watching(watched(batches), 1)] == ["inputs"] * len(batches)
+    most = _MostUnevenBatch()
+    assert [read.inputs for read in most.watch(watched(batches), 1)] == ["inputs"] * len(batches)
     assert [row for row, checkpoint in most.places if checkpoint == 1] == expected
 
 
 def test_no_more_than_so_many_rows():
-    most = _MostUneven()
-    list(most.watching(watched([[*range(500)]]), 0))
+    most = _MostUnevenBatch()
+    list(most.watch(watched([[*range(500)]]), 0))
     assert len(most.places) == MOST_UNEVEN
     assert most.places[0] == (0, 0)

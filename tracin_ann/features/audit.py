@@ -232,7 +232,7 @@ class Auditor:
         step = max(1, _ENTRIES // sum(p.numel() for p in self._model.parameters.values()))
         for start in range(0, len(rows), step):
             grad_BP = torch.stack([self._alone(row) for row in rows[start : start + step]])
-            feature_BD = extractor.of_gradients(grad_BP)
+            feature_BD = extractor.sketch_gradients(grad_BP)
             norm_B = torch.linalg.vector_norm(grad_BP, dim=1, dtype=torch.float64).cpu().numpy() * rate**0.5
             yield feature_BD, np.maximum(norm_B, np.linalg.norm(feature_BD, axis=1))
 
@@ -255,7 +255,7 @@ class Auditor:
         """
         copies = self._engine.batch((row,) * _COPIES, [self._data[row]] * _COPIES)
         together_P = self._engine.together(copies, _COPIES - 1)[1]
-        return float(np.linalg.norm(extractor.of_gradients(together_P[None])[0] - expected_D))
+        return float(np.linalg.norm(extractor.sketch_gradients(together_P[None])[0] - expected_D))
 
     def _origin(self, row: int) -> str:
         """Return in words which parameter's gradient differs most when the row's batch runs again, and its layer."""

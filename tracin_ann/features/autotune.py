@@ -145,7 +145,7 @@ class _Tuning:
         size = known[0] if known else self._wanted.batch_size or self._fitting_size(row_bytes)
         self._model.passes.options = replace(self._options, batch_size=size)
         if known:
-            self._model.lay_out(channels_last=known[1])
+            self._model.set_memory_format(channels_last=known[1])
         else:
             self._choose_format(read)
         free = free_memory_bytes(self._options.device)
@@ -211,7 +211,7 @@ class _Tuning:
         if asked == "contiguous" or (asked == "auto" and not self._gains_by_channels_last()):
             return
         before = self._outcome(read)
-        self._model.lay_out(channels_last=True)
+        self._model.set_memory_format(channels_last=True)
         try:
             why = "" if _alike(self._outcome(read), before) else "other losses or another plan of gradients"
         except (RuntimeError, TaskError, GradientProofError) as error:
@@ -219,7 +219,7 @@ class _Tuning:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if not why:
             return
-        self._model.lay_out(channels_last=False)
+        self._model.set_memory_format(channels_last=False)
         if asked == "auto":
             logger.info("pictures stay contiguous: with channels last, %s", why)
             return
