@@ -128,7 +128,7 @@ def test_the_record_holds_plain_numbers_and_another_rate_is_refused(index, task)
 
 def test_data_that_changed_are_noticed_at_the_other_checkpoints(index, task):
     moved = replace(task, loss=lambda model, batch: 1.5 * cross_entropy(model, batch))
-    with pytest.raises(IndexMismatchError, match="has another gradient than when .* at checkpoint 1"):
+    with pytest.raises(IndexMismatchError, match="the gradient of .* has changed since index .* at checkpoint 1"):
         InfluenceIndex.open(index.directory, moved, device="cpu").query([0])
 
 

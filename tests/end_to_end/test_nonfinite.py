@@ -199,7 +199,7 @@ def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks
     for row, checkpoint, what in ((4, 0, "gradient"), (1, 1, "loss")):
         with pytest.raises(
             NonFiniteError,
-            match=f"^this row of query_data has no features to ask with: the {what} of row {row} at checkpoint "
+            match=f"^cannot query with this row of query_data: the {what} of row {row} at checkpoint "
             f"{checkpoint} is not finite: got ",
         ):
             index.query([3, row])
@@ -208,7 +208,9 @@ def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks
 def test_a_skipped_training_row_cannot_be_asked(built):
     index, _, skipped = built
     for row in (skipped[0], 399):
-        with pytest.raises(NonFiniteError, match=rf"^this row of train_data has no .*of row {row} at checkpoint [01] "):
+        with pytest.raises(
+            NonFiniteError, match=rf"^cannot query with this row of train_data: .*of row {row} at checkpoint [01] "
+        ):
             index.query(train_ids=[5, row])
 
 

@@ -166,7 +166,7 @@ def test_the_choice_is_recorded_before_the_first_row_and_kept_after_a_kill(task,
         assert (kept.batch_size, kept.channels_last) == (512, True)
         with monkeypatch.context() as patched:
             patched.setattr(tuning, "_ON_CPU", tuning._SizeRule(1, 16, 16))
-            patched.setattr(tuning._Tuning, "_gains_by_channels_last", lambda self: False)
+            patched.setattr(tuning._Tuning, "_selects_channels_last", lambda self: False)
             assert plan(task(), tmp_path / "other", CONFIG).tuned.batch_size == 16
             build(task(), folder / "index", CONFIG)
         assert content(folder / "index") == content(tmp_path / "plain")

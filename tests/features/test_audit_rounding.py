@@ -16,7 +16,7 @@ import ragged
 import zoo
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import Checkpoint, build
-from tracin_ann.features.audit import DRAWN
+from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
 from tracin_ann.operations.verification import Draw, audit
 
@@ -39,7 +39,7 @@ def test_every_model_of_the_zoo_passes_by_far(case, tmp_path):
     zoo.trained(case, 0, tmp_path)
     made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
     assert made.manifest.audit is not None
-    assert made.manifest.audit.rows == DRAWN
+    assert made.manifest.audit.rows == N_DRAWN
     assert made.manifest.audit.largest < 1e-5
 
 

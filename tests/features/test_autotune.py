@@ -133,9 +133,9 @@ def test_memory_that_is_given_bounds_the_batch(tmp_path):
         made = chosen(task, tmp_path, memory_bytes=budget * row_bytes)
         assert made.batch_bytes <= made.memory_bytes == budget * row_bytes
         assert made.batch_size == size
-    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*raise --memory"):
+    with pytest.raises(UsageError, match=r"one row needs more memory than is available.*raise --memory"):
         chosen(task, tmp_path, memory_bytes=row_bytes // 4)
-    with pytest.raises(UsageError, match="one row needs more than the memory"):
+    with pytest.raises(UsageError, match="one row needs more memory than is available"):
         build(task, tmp_path / "i", replace(CONFIG, memory_bytes=row_bytes // 4))
     assert not (tmp_path / "i").exists()
 
@@ -150,7 +150,7 @@ def test_too_little_free_memory_lowers_the_batch_aloud_and_is_recorded(tmp_path,
     assert read_build_record(tmp_path / "i").batch_size == 16
     assert f"batches of 16 rows instead of {free.batch_size}: only" in caplog.text
     monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: row_bytes // 2)
-    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*free some, or set"):
+    with pytest.raises(UsageError, match=r"one row needs more memory than is available.*free memory, or try"):
         chosen(task, tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_features_are_the_same_in_either_memory_format(tmp_path):
     ("flat", "why"),
     [
         (lambda x: x.view(len(x), -1), "view size is not compatible"),  # an error with channels last
-        (lambda x: torch.as_strided(x, (len(x), 96), (96, 1)), "other losses"),  # other numbers with channels last
+        (lambda x: torch.as_strided(x, (len(x), 96), (96, 1)), "different losses"),  # other numbers with channels last
     ],
     ids=["raises", "differs"],
 )
@@ -176,7 +176,7 @@ def test_a_model_that_takes_no_channels_last_is_left_as_it_is_or_refused(flat, w
     task = pictures(tmp_path, model)
     assert not chosen(task, tmp_path).channels_last
     stored(task, tmp_path / "i")
-    with pytest.raises(UsageError, match=rf"does not take --memory-format channels-last: got .*{why}.*contiguous"):
+    with pytest.raises(UsageError, match=rf"does not support --memory-format channels-last: got .*{why}.*contiguous"):
         build(task, tmp_path / "j", replace(CONFIG, memory_format="channels-last"))
     assert not (tmp_path / "j").exists()
     assert {name: p.stride() for name, p in model.named_parameters()} == strides

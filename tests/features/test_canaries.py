@@ -66,15 +66,15 @@ def twice(model, batch):
 
 
 CHANGED = {
-    "another activation": ({"model": Toy(torch.relu)}, "train row 0 has another gradient"),
+    "another activation": ({"model": Toy(torch.relu)}, "the gradient of train row 0 has changed"),
     "another nonlinearity by little": (
         {"model": Toy(lambda x: torch.tanh(1.05 * x))},
-        "train row 0 has another",
+        "the gradient of train row 0 has changed",
     ),
-    "label smoothing": ({"loss": smoothed}, "train row 0 has another gradient"),
-    "a loss twice as large": ({"loss": twice}, "train row 0 has another gradient"),
-    "another query loss": ({"query_loss": smoothed}, "query row 0 has another gradient"),
-    "a query row": ({"query_data": lambda: queries(4)}, "query row 4 has another gradient"),
+    "label smoothing": ({"loss": smoothed}, "the gradient of train row 0 has changed"),
+    "a loss twice as large": ({"loss": twice}, "the gradient of train row 0 has changed"),
+    "another query loss": ({"query_loss": smoothed}, "the gradient of query row 0 has changed"),
+    "a query row": ({"query_data": lambda: queries(4)}, "the gradient of query row 4 has changed"),
 }
 
 
@@ -86,18 +86,17 @@ def test_changed_code_loss_or_data_is_noticed_by_a_canary(built, name, options):
         ask(built, built[1](**changes), **options)
     checkpoint = options.get("checkpoints", (0,))[0]
     assert str(caught.value).startswith(f"{message}")
-    assert f" than when index {built[0]} was built: got a feature at checkpoint {checkpoint} that is " in str(
-        caught.value
-    )
+    assert f" since index {built[0]} was built: got a relative difference of " in str(caught.value)
+    assert f" at checkpoint {checkpoint}, expected at most 0.01; " in str(caught.value)
     assert str(caught.value).endswith("restore the task's model code, loss and data, or build a new index")
 
 
 def test_changed_code_is_noticed_by_an_exact_query_and_exact_self_influence(built):
     out, task = built
     index = InfluenceIndex.open(out, task(loss=smoothed), device="cpu", batch_size=4)
-    with pytest.raises(IndexMismatchError, match="^train row 0 has another gradient"):
+    with pytest.raises(IndexMismatchError, match="^the gradient of train row 0 has changed"):
         index.query([0], options=QueryOptions(exact=True))
-    with pytest.raises(IndexMismatchError, match="^train row 0 has another gradient"):
+    with pytest.raises(IndexMismatchError, match="^the gradient of train row 0 has changed"):
         index.self_influence(3, exact=True)
 
 
@@ -113,7 +112,8 @@ def test_another_number_of_rows_is_noticed(built):
     with pytest.raises(IndexMismatchError, match=f"with train rows numbering {N}, this task has {N + 1}; build with"):
         ask(built, built[1](train_data=lambda: rows(N + 1)))
     with pytest.raises(
-        IndexMismatchError, match="^query_data is not that of index .*: got 4 rows, expected at least 5"
+        IndexMismatchError,
+        match="^query_data is not the data that index .* was built with: got 4 rows, expected at least 5",
     ):
         ask(built, built[1](query_data=lambda: queries()[:4]))
 

@@ -192,7 +192,7 @@ def test_bf16_that_was_slower_on_a_cpu_is_said_and_not_refused(slower, warned, f
     monkeypatch.setattr(tuning, "measure_row_seconds", told)
     made = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
     assert made.manifest.build.spec.precision == "bf16"
-    said = "bf16 was slower than fp32 here: 1200000 µs a row against 1000000; --precision fp32"
+    said = "bf16 is slower than fp32 on this machine: 1200000 µs per row, fp32 1000000 µs; --precision fp32"
     assert (said in caplog.text) == warned
 
 
