@@ -139,8 +139,8 @@ class BuildAudits:
 def audit_build(auditor: Auditor, built: BuiltRows) -> BuildAudits:
     """Audit the rows of a build, both those of the existing index and new ones.
 
-    If the index was finished before and this run computed no rows, the recorded audit is returned. If a row differs, the
-    feature files of this run and those that no manifest lists are removed, so that a later build recomputes them.
+    If the index was finished before and this run computed no rows, the recorded audit is returned. If a row differs,
+    the feature files of this run and those that no manifest lists are removed, so that a later build recomputes them.
 
     Raises:
         GradientProofError: a row differs; the message names the row, the parameter and the layer.
@@ -301,7 +301,7 @@ class Auditor:
             yield from reading.span()
 
     def _run_batch(self, read: CollatedBatch, place: int) -> dict[str, Tensor]:
-        """Run a batch as a build does; return the flat gradient of one example for each parameter that its loss reaches."""
+        """Run a batch as a build does; return the flat gradients of one example by the parameters that it reaches."""
         found: dict[str, Tensor] = {}
 
         def start() -> Sink:

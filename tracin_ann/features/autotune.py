@@ -133,8 +133,8 @@ def warn_of_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
     passes.options = replace(passes.options, precision="bf16")
     if took["bf16"] > _CLEARLY_SLOWER * took["fp32"]:
         logger.warning(
-            "bf16 is slower than fp32 on this machine: %.0f µs per row, fp32 %.0f µs; --precision fp32 is faster and more "
-            "precise",
+            "bf16 is slower than fp32 on this machine: %.0f µs per row, fp32 %.0f µs; --precision fp32 is faster "
+            "and more precise",
             took["bf16"] * 1e6,
             took["fp32"] * 1e6,
         )

@@ -260,7 +260,7 @@ class LoadedModel:
                     f"loading checkpoint {checkpoint} changed the model's parameters",
                     got=f"{len(now)} chosen parameters, {name} {here}",
                     expected=f"the same {len(was)} names, shapes and dtypes as before, {name} {there}",
-                    remedy="create all parameters in their final dtype in Task.model; only set their values in Task.load",
+                    remedy="create parameters of the final dtype in Task.model; only set their values in Task.load",
                 )
             )
         for parameter in self.module.parameters():
