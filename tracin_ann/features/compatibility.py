@@ -93,7 +93,7 @@ class IndexTask:
             for checkpoint in checkpoints:
                 model.load(checkpoint)
                 extractor = FeatureExtractor(model, self._features)
-                self._check_canaries(extractor, checkpoint)
+                self._check_canaries_at(extractor, checkpoint)
                 try:
                     blocks.append(extractor.rows(side, ids).feature_ND)
                 except NonFiniteError as error:
@@ -109,9 +109,9 @@ class IndexTask:
         with self.passes.model() as model:
             for checkpoint in checkpoints:
                 model.load(checkpoint)
-                self._check_canaries(FeatureExtractor(model, self._features), checkpoint)
+                self._check_canaries_at(FeatureExtractor(model, self._features), checkpoint)
 
-    def _check_canaries(self, extractor: FeatureExtractor, checkpoint: int) -> None:
+    def _check_canaries_at(self, extractor: FeatureExtractor, checkpoint: int) -> None:
         if self._manifest.build.random_data:
             return
         for canaries in self._canaries:
