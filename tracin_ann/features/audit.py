@@ -35,7 +35,7 @@ _COMPUTED_HALF = 5e-2
 _STORED: dict[Dtype, float] = {"float16": 2.0**-11, "float32": 2.0**-23}
 # Gradients below this share of the largest norm may consist of rounding only.
 _FLOOR = 1e-2
-# The rounding of a row is measured in a batch of so many copies. A difference of 8 times that rounding is tolerated, up
+# The rounding of a row is measured in a batch of 16 copies. A difference of 8 times that rounding is tolerated, up
 # to a share of the largest norm.
 _COPIES, _ROUNDING_FACTOR, _MOST_ROUNDING = 16, 8.0, 0.1
 # Gradients that are sketched at once have at most this many entries.
