@@ -39,7 +39,7 @@ def make_parts(model: LoadedModel, options: argparse.Namespace, n_rows: int, fol
     batches = [model.batch("train", each) for each in loaded]
     features = FeatureOptions(make_sketch("factored", options.dim), 0, engine.prove(batches[0]).rank_one)
     extractor = FeatureExtractor(model, features)
-    rows = RowBuffer(n_rows, options.dim).filled(0, n_rows, extractor.stream("train", loaded))
+    rows = RowBuffer(n_rows, options.dim).fill(0, n_rows, extractor.stream("train", loaded))
     store = FeatureStore(Path(folder), StoreLayout(n_rows, n_rows, options.dim, "float16", ("benchmark",)))
     block = FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
 

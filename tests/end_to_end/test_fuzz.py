@@ -1,4 +1,4 @@
-"""No reader is brought to anything but a refusal by altered files; `make fuzz` runs many more."""
+"""Fuzzing of the readers of all file formats: they read an altered file or reject it. `make fuzz` runs more cases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Reader]:
     return fuzz.made(tmp_path_factory.mktemp("fuzz"))
 
 
-def test_every_reader_is_there(readers: dict[str, fuzz.Reader]) -> None:
+def test_every_reader_is_fuzzed(readers: dict[str, fuzz.Reader]) -> None:
     assert tuple(readers) == NAMES
     for reader in readers.values():
         reader.read()
@@ -35,7 +35,7 @@ def test_altered_files_are_taken_or_refused(readers: dict[str, fuzz.Reader], nam
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_failures_are_seen(tmp_path: Path) -> None:
+def test_failures_are_detected(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
 

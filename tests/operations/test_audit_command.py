@@ -22,7 +22,7 @@ from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.audit import Auditor, draw_places
-from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUneven
+from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUnevenBatch
 from tracin_ann.operations.verification import Draw, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
@@ -58,8 +58,8 @@ def test_a_wrong_row_is_named_with_status_4(index):
     result = run(index, "--audit", 1000)
     assert result.exit_code == 4
     assert re.search(
-        r"^row 11 at checkpoint 1 differs from plain autograd: got a feature that is 0\.009\d of its norm away, "
-        r"though its batch, run again, gives what autograd gives, expected at most 0\.0005$",
+        r"^row 11 at checkpoint 1 differs from plain autograd: got a relative difference of 0\.009\d, "
+        r"but its batch agrees with autograd when it runs again, expected at most 0\.0005$",
         result.output,
         re.M,
     ), result.output
@@ -86,7 +86,7 @@ def test_the_same_index_draws_the_same_rows_and_a_seed_others(index, monkeypatch
 def test_another_task_is_refused_and_not_called_a_wrong_row(index, tmp_path):
     task = zoo.task("mlp", str(tmp_path))
     other = replace(task, loss=lambda model, batch: 2 * task.loss(model, batch))
-    with pytest.raises(IndexMismatchError, match="has another gradient than when"):
+    with pytest.raises(IndexMismatchError, match="has changed since index"):
         audit(index, Draw(5), other)
     with pytest.raises(DamagedIndexError, match=r"manifest.json: got no file"):
         audit(tmp_path, Draw(5), task)
@@ -148,13 +148,13 @@ def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     ],
 )
 def test_the_batch_whose_sizes_differ_most(batches, expected):
-    most = _MostUneven()
-    assert [read.inputs for read in most.watching(watched(batches), 1)] == ["inputs"] * len(batches)
+    most = _MostUnevenBatch()
+    assert [read.inputs for read in most.watch(watched(batches), 1)] == ["inputs"] * len(batches)
     assert [row for row, checkpoint in most.places if checkpoint == 1] == expected
 
 
 def test_no_more_than_so_many_rows():
-    most = _MostUneven()
-    list(most.watching(watched([[*range(500)]]), 0))
+    most = _MostUnevenBatch()
+    list(most.watch(watched([[*range(500)]]), 0))
     assert len(most.places) == MOST_UNEVEN
     assert most.places[0] == (0, 0)

@@ -267,8 +267,8 @@ def test_a_load_that_changes_a_type_is_refused(tmp_path):
     )
     assert refusal(task, tmp_path / "out", TaskError) == (
         "loading checkpoint 1 changed the model's parameters: got 4 chosen parameters, first.weight [6, 5] "
-        "torch.bfloat16, expected the same 4 names, shapes and types as before, first.weight [6, 5] torch.float32; let "
-        "Task.model build the model whole and in its type, and Task.load only fill it"
+        "torch.bfloat16, expected the same 4 names, shapes and dtypes as before, first.weight [6, 5] torch.float32; "
+        "create parameters of the final dtype in Task.model; only set their values in Task.load"
     )
 
 

@@ -1,4 +1,7 @@
-"""Features: batches to feature rows, over partitions and checkpoints, tuned, and checked by canaries and audits."""
+"""Computation of feature rows from the examples of a task, with automatic batch sizes, canaries and audits.
+
+A feature row stores, for one example, the sketches of its gradients at every checkpoint.
+"""
 
 from __future__ import annotations
 

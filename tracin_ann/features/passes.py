@@ -1,4 +1,4 @@
-"""Passes over a task's examples: one model, each checkpoint in turn, batches with proven gradients."""
+"""Passes over the examples of a task: opened data, batches, and the model loaded with one checkpoint after another."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ from tracin_ann.task import (
 )
 
 logger = logging.getLogger(__name__)
-_LOOK_FURTHER = 16
-"""Batches of spread rows that are proven before a loss is said to reach no parameter."""
+_MOST_BATCHES_WITHOUT_GRADIENT = 16
+"""Batches of rows spread over the data that are tried before a loss is reported to reach no parameter."""
 
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How examples are run.
+    """Options for running a model on examples.
 
     Attributes:
-        device: where the model computes.
-        batch_size: B; results do not depend on it but for rounding.
-        allow_random_data: accept a data set whose rows change when read twice.
-        workers: processes that read and collate ahead where many rows are passed over.
-        precision: of forward and backward: `fp32`, or `bf16` by autocast.
-        channels_last: the model starts with pictures kept with channels last.
-        on_nonfinite: rows whose loss or gradient is NaN or infinite: an `error`, or `skip` them.
+        device: the device of the model.
+        batch_size: B; it affects results by rounding only.
+        allow_random_data: accept a data set whose rows change when they are read twice.
+        workers: number of processes that read and collate ahead of long passes; 0 reads in this process.
+        precision: precision of forward and backward: `fp32`, or `bf16` by autocast.
+        channels_last: the initial memory format of images and convolution weights.
+        on_nonfinite: what to do with rows whose loss or gradient is NaN or infinite: raise an `error`, or `skip` them.
     """
 
     device: torch.device
@@ -75,10 +75,10 @@ class PassOptions:
     on_nonfinite: OnNonfinite = "error"
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the batch size and the number of workers.
 
         Raises:
-            UsageError: the batch size is below 1, or the workers below 0.
+            UsageError: the batch size is below 1, or the number of workers is below 0.
         """
         for option, value, least in (("--batch-size", self.batch_size, 1), ("--workers", self.workers, 0)):
             if value < least:
@@ -88,7 +88,13 @@ class PassOptions:
 
 
 class Passes:
-    """A task's two data sets, opened, and its model over all checkpoints."""
+    """Access to the examples and the model of a task; opens each data set once.
+
+    Args:
+        task: the task.
+        options: how the model runs; may be replaced later, as tuning does.
+        origin: the name of the task, by which worker processes open it.
+    """
 
     def __init__(self, task: Task, options: PassOptions, origin: TaskReference | None = None) -> None:
         self.task, self.options, self._origin = task, options, origin or TaskReference()
@@ -98,10 +104,10 @@ class Passes:
         self._own_ids: dict[SideName, list[int | str]] = {}
 
     def data(self, side: SideName) -> Any:
-        """Return the map-style data set of a side, opened once.
+        """Return the map-style data set of a side; it is opened by the first call.
 
         Raises:
-            TaskError: it has no length or no rows, or cannot be indexed.
+            TaskError: it has no length, has no rows, or cannot be indexed.
         """
         if side not in self._data:
             with preserve_globals():
@@ -109,7 +115,7 @@ class Passes:
         return self._data[side]
 
     def data_digest(self, n_rows: int) -> str:
-        """Return the digest of the first n_rows training rows."""
+        """Return a digest of the first n_rows training examples."""
         with preserve_globals():
             return data_digest(self.data("train"), n_rows, self.task.collate_rows)
 
@@ -118,28 +124,34 @@ class Passes:
         return len(self.data(side))
 
     def read(self, side: SideName, ids: Sequence[int]) -> Iterator[CollatedBatch]:
-        """Yield the examples with these ids in batches, in order, read in this process."""
+        """Yield batches of the examples with these ids, in this order; they are read in this process."""
         data, options = self.data(side), BatchOptions(self.options.batch_size, keep_examples=True)
         for start in range(0, len(ids), options.size):
             chunk = ids[start : start + options.size]
             yield from make_batches(self.task, chunk, [data[i] for i in chunk], options)
 
     def reading(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> Reading:
-        """Return a context that reads spans of rows, alike lengths together; `ahead`: in workers if there are any."""
+        """Return a context that reads spans of rows in batches of similar lengths.
+
+        Args:
+            side: the data set.
+            spans: ids of the rows of each span.
+            ahead: read ahead in worker processes if the options ask for workers.
+        """
         options = self._batch_options(side, ahead)
         return Reading(Reader(self.task, side, self.data(side), options, self._origin), spans, options)
 
     def check_workers(self, side: SideName) -> None:
-        """Refuse workers that cannot be sent this side's rows.
+        """Check that worker processes can read the data set of a side.
 
         Raises:
-            UsageError: there are to be workers, and the task has no name and cannot be pickled.
+            UsageError: the options ask for workers, but the task has no name and cannot be pickled.
         """
         if self.options.workers:
             pickle_reader(Reader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin))
 
     def window(self, side: SideName) -> int:
-        """Return the rows of a side that are read together."""
+        """Return the number of rows of a side that are read together and sorted by length."""
         return self._batch_options(side, ahead=False).window
 
     def _batch_options(self, side: SideName, ahead: bool) -> BatchOptions:
@@ -154,25 +166,25 @@ class Passes:
         )
 
     def at_precision(self, precision: Precision) -> Passes:
-        """Return passes over the same data with another precision."""
+        """Return passes over the same data that compute in another precision."""
         other = copy.copy(self)
         other.options = replace(self.options, precision=precision)
         return other
 
     def described(self, side: SideName, row: int) -> Description | None:
-        """Return what the task shows people of a row, or None."""
+        """Return the task's description of a row, for display; None if the task has none."""
         with preserve_globals():
             return self.task.described(self.data(side)[row])
 
     def id_of(self, side: SideName, row: int) -> int | str | None:
-        """Return the task's own id of a row, or None where it gives none."""
+        """Return the id that the task assigns to a row; None if it assigns none."""
         if self.task.ids is None:
             return None
         with preserve_globals():
             return self.task.id_of(self.data(side)[row])
 
     def own_ids(self, side: SideName) -> list[int | str]:
-        """Return the task's own ids of all rows of a side, read through once; none where it gives none."""
+        """Return the ids that the task assigns to the rows of a side; the first call reads all rows."""
         if self.task.ids is None:
             return []
         if side not in self._own_ids:
@@ -183,7 +195,7 @@ class Passes:
         return self._own_ids[side]
 
     def check_ids(self, side: SideName, ids: Sequence[int]) -> None:
-        """Refuse ids that the side does not hold.
+        """Check that the data set of a side has rows with these ids.
 
         Raises:
             UsageError: an id is out of range.
@@ -201,13 +213,19 @@ class Passes:
 
     @contextlib.contextmanager
     def model(self) -> Iterator[LoadedModel]:
-        """Yield the model, to be loaded with one checkpoint after another; all is put back on leaving."""
+        """Yield the model, ready to load checkpoints; its original state is restored on exit."""
         with borrow_model(self.task, self.options.device) as model:
             yield LoadedModel(self, model)
 
 
 class LoadedModel:
-    """The model with one checkpoint in it; makes batches and gradient engines."""
+    """The model of a task with one checkpoint loaded; makes batches and gradient engines.
+
+    Attributes:
+        checkpoint: the position of the loaded checkpoint; -1 if none is loaded.
+        parameters: the parameters that the task selects, by name.
+        channels_last: the memory format of images and convolution weights.
+    """
 
     def __init__(self, passes: Passes, model: nn.Module) -> None:
         self.passes, self.module = passes, model
@@ -215,20 +233,20 @@ class LoadedModel:
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self.checkpoint = -1
-        self.lay_out(channels_last=passes.options.channels_last)
+        self.set_memory_format(channels_last=passes.options.channels_last)
 
     def load(self, checkpoint: int) -> None:
-        """Read a checkpoint into the model; what was proven at a checkpoint holds when it is loaded again.
+        """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
 
         Raises:
-            CheckpointError: it is missing, unreadable or does not match the model.
-            TaskError: loading changed which parameters there are.
+            CheckpointError: the file is missing, unreadable or does not match the model.
+            TaskError: loading changed the names, shapes or dtypes of the selected parameters.
         """
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         task = self.passes.task
         logger.debug("loading checkpoint %d, %s", checkpoint, task.checkpoints[checkpoint].path)
-        # Until it is whole: a load that fails leaves a part of it.
+        # A load that fails leaves the model partly loaded.
         self.checkpoint = -1
         self.passes.loader.load(self.module, checkpoint, self.passes.options.device)
         before = self.parameters
@@ -241,20 +259,20 @@ class LoadedModel:
                 problem(
                     f"loading checkpoint {checkpoint} changed the model's parameters",
                     got=f"{len(now)} chosen parameters, {name} {here}",
-                    expected=f"the same {len(was)} names, shapes and types as before, {name} {there}",
-                    remedy="let Task.model build the model whole and in its type, and Task.load only fill it",
+                    expected=f"the same {len(was)} names, shapes and dtypes as before, {name} {there}",
+                    remedy="create parameters of the final dtype in Task.model; only set their values in Task.load",
                 )
             )
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         if any(after is not before[name] for name, after in self.parameters.items()):
             self._engines.clear()
-            # What was put in place of a parameter has a layout of its own.
-            self.lay_out(channels_last=self.channels_last)
+            # New parameter objects have the memory format of the checkpoint.
+            self.set_memory_format(channels_last=self.channels_last)
         self.checkpoint = checkpoint
 
-    def lay_out(self, *, channels_last: bool) -> None:
-        """Keep pictures and the weights over them with channels last, or as usual; each is proven by itself."""
+    def set_memory_format(self, *, channels_last: bool) -> None:
+        """Set the memory format of images and convolution weights; each format has its own gradient engines."""
         self.channels_last = channels_last
         form = torch.channels_last if channels_last else torch.contiguous_format
         for parameter in self.module.parameters():
@@ -262,32 +280,32 @@ class LoadedModel:
                 parameter.data = parameter.data.contiguous(memory_format=form)
 
     def engine(self, side: SideName) -> GradientEngine:
-        """Return the gradients of a side's loss at this checkpoint."""
+        """Return the engine for the gradients of a side's loss at the loaded checkpoint."""
         task, options = self.passes.task, self.passes.options
         key = self.checkpoint, side, self.channels_last, options.precision
         if key not in self._engines:
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
             self._engines[key] = GradientEngine(
-                self.module, self.parameters, loss, self._inputs, self.checkpoint, options.precision
+                self.module, self.parameters, loss, self._collate, self.checkpoint, options.precision
             )
         return self._engines[key]
 
-    def _inputs(self, examples: list[Any]) -> Any:
-        return self._moved(self.passes.task.collate_rows(examples))
+    def _collate(self, examples: list[Any]) -> Any:
+        return self._move_to_device(self.passes.task.collate_rows(examples))
 
-    def _moved(self, inputs: Any) -> Any:
+    def _move_to_device(self, inputs: Any) -> Any:
         moved = to_device(inputs, self.passes.options.device, channels_last=self.channels_last)
-        # A graph that rows bring along is not the loss's: a backward through it would use it up.
-        grown = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
-        return map_leaves(detach_graph, moved) if grown else moved
+        # Examples may carry an autograd graph of their own; a backward through it would free it.
+        has_graph = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
+        return map_leaves(detach_graph, moved) if has_graph else moved
 
     def batch(self, side: SideName, read: CollatedBatch) -> Batch:
-        """Return a batch that was read, on the device."""
+        """Return a collated batch, moved to the device."""
         examples = _Examples(self.passes.data(side), read.ids) if read.examples is None else read.examples
-        return Batch(read.ids, examples, self._moved(read.inputs))
+        return Batch(read.ids, examples, self._move_to_device(read.inputs))
 
     def batches(self, side: SideName, ids: Sequence[int]) -> Iterator[Batch]:
-        """Yield the examples with these ids, in order, in batches on the device."""
+        """Yield batches of the examples with these ids, in this order, on the device."""
         for read in self.passes.read(side, ids):
             yield self.batch(side, read)
 
@@ -295,7 +313,7 @@ class LoadedModel:
         """Run the checks of the first batch of a side.
 
         Raises:
-            TaskError: the data or the loss break the contract; the message says which and how to mend it.
+            TaskError: the data or the loss break the contract; the message names the cause and a fix.
         """
         data, engine = self.passes.data(side), self.engine(side)
         ids = range(min(self.passes.options.batch_size, len(data)))
@@ -306,75 +324,75 @@ class LoadedModel:
             probe_description(self.passes.task, data[0], side)
         batch = engine.batch(ids, [data[i] for i in ids])
         if self.passes.options.on_nonfinite == "skip":
-            batch = self._mended(side, batch)
+            batch = self._replace_nonfinite(side, batch)
         probe_losses(engine, batch, self.checkpoint)
         try:
             engine.prove(batch)
-            self._look_further(side)
+            self._verify_spread_rows(side)
         except GradientProofError:
-            # No step can serve examples that mix; the probe says that more plainly.
+            # If the examples of a batch interact, no gradient method is right, and the probe reports that cause.
             probe_gradients(engine, batch)
             raise
         probe_gradients(engine, batch)
 
-    def _look_further(self, side: SideName) -> None:
-        """Prove rows spread over a side where no loss of the first batch reaches a parameter.
+    def _verify_spread_rows(self, side: SideName) -> None:
+        """Verify gradients on rows spread over a side if no loss of the first batch reaches a parameter.
 
         Raises:
-            TaskError: none of those does either.
+            TaskError: no loss of these rows reaches a parameter either.
         """
         engine, n_rows = self.engine(side), self.passes.n_rows(side)
-        parts = min(_LOOK_FURTHER, math.ceil(n_rows / self.passes.options.batch_size))
+        parts = min(_MOST_BATCHES_WITHOUT_GRADIENT, math.ceil(n_rows / self.passes.options.batch_size))
         for part in range(parts):
             if engine.reached:
                 return
-            batch = self._spread(side, part, parts)
+            batch = self._make_spread_batch(side, part, parts)
             if self.passes.options.on_nonfinite == "skip":
-                batch = self._mended(side, batch)
+                batch = self._replace_nonfinite(side, batch)
             engine.prove(batch)
         if not engine.reached:
             raise TaskError(describe_no_gradient(looked=min(n_rows, parts * self.passes.options.batch_size)))
 
-    def _mended(self, side: SideName, batch: Batch) -> Batch:
-        """Return a batch of finite rows: of this one, or where it has none, of rows spread over the side.
+    def _replace_nonfinite(self, side: SideName, batch: Batch) -> Batch:
+        """Return a batch with its non-finite rows replaced by finite ones of this batch, or of the whole side.
 
         Raises:
-            NonFiniteError: none of those is finite either.
+            NonFiniteError: neither has a finite row.
         """
         engine = self.engine(side)
-        found = replace_nonfinite(engine, batch) or replace_nonfinite(engine, self._spread(side))
+        found = replace_nonfinite(engine, batch) or replace_nonfinite(engine, self._make_spread_batch(side))
         if found is None:
-            raise NonFiniteError(self._no_row_is_finite(side, len(batch)))
+            raise NonFiniteError(self._describe_nonfinite(side, len(batch)))
         return found[0]
 
     def refuse_diverged(self) -> None:
-        """Refuse a checkpoint at which no loss is finite.
+        """Check that the loaded checkpoint gives finite losses.
 
         Raises:
-            NonFiniteError: none of a batch of rows spread over the training rows is.
+            NonFiniteError: no loss is finite in a batch of rows spread over the training data.
         """
-        batch = self._spread("train")
+        batch = self._make_spread_batch("train")
         if not bool(torch.isfinite(self.engine("train").loss_values(batch)).any()):
-            raise NonFiniteError(self._no_row_is_finite("train", len(batch)))
+            raise NonFiniteError(self._describe_nonfinite("train", len(batch)))
 
-    def _spread(self, side: SideName, part: int = 0, parts: int = 1) -> Batch:
-        """Return a batch of rows spread over a side, or one of several with other rows in each."""
+    def _make_spread_batch(self, side: SideName, part: int = 0, parts: int = 1) -> Batch:
+        """Return a batch of rows spread evenly over a side: the given one of several disjoint batches."""
         data = self.passes.data(side)
         size = min(parts * self.passes.options.batch_size, len(data))
         ids = [round(j * (len(data) - 1) / max(1, size - 1)) for j in range(part, size, parts)]
         return self.engine(side).batch(ids, [data[i] for i in ids])
 
-    def _no_row_is_finite(self, side: SideName, n_rows: int) -> str:
+    def _describe_nonfinite(self, side: SideName, n_rows: int) -> str:
         return problem(
             f"no row of {side}_data is finite at checkpoint {self.checkpoint}",
-            got=f"NaN or infinity for each of {n_rows} rows spread over it",
-            expected="rows to keep when others are skipped",
-            remedy="leave out this checkpoint, or mend the loss or the data",
+            got=f"NaN or infinity for each of {n_rows} sampled rows",
+            expected="at least one finite row",
+            remedy="leave out this checkpoint, or fix the loss or the data",
         )
 
 
 class _Examples(Sequence[Any]):
-    """The examples of a batch that a worker collated, read again where one is needed by itself."""
+    """The examples of a batch that a worker collated; each is read again when it is accessed."""
 
     def __init__(self, data: Any, ids: tuple[int, ...]) -> None:
         self._data, self._ids = data, ids
