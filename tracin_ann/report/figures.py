@@ -10,7 +10,16 @@ import numpy as np
 
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.views import Asked
-from tracin_ann.scoring import GREY, OPPONENT, Answer, Hit, as_svg, checkpoints_figure, norms_figure, score_ranks_figure
+from tracin_ann.scoring import (
+    GREY,
+    OPPONENT,
+    Answer,
+    Hit,
+    checkpoints_figure,
+    norms_figure,
+    render_svg,
+    score_ranks_figure,
+)
 from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.types import Float64
 
@@ -99,7 +108,7 @@ def _checkpoints(drawn: Any, caption: str, parts: dict[str, Float64], names: Seq
 
 
 def _figure(drawn: Any, title: str, caption: str, said: str, prefix: str) -> Figure:
-    return Figure(as_svg(drawn, prefix), title, caption, f"{title}: {said}")
+    return Figure(render_svg(drawn, prefix), title, caption, f"{title}: {said}")
 
 
 def _parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:

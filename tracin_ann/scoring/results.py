@@ -1,4 +1,4 @@
-"""What an index answers with: lists that show themselves in a notebook, plot themselves, and become pandas frames."""
+"""Lists of results, with notebook display, plots and pandas frames."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _SHOWN = 20
 
 
 class Answers(list[Answer]):
-    """Answers in the order asked."""
+    """Answers in the order of the queries."""
 
     def __init__(self, answers: Iterable[Answer], describe: Describe) -> None:
         super().__init__(answers)
-        self.texts = _texts(describe)
+        self.texts = _make_texts(describe)
 
     def records(self) -> list[Record]:
-        """Return a record for every hit, fields as `formats.HITS`."""
+        """Return a record for every hit, with the fields of `formats.HITS`."""
         return [record for answer in self for record in answer_records(answer, self.texts)]
 
     def lines(self) -> list[Record]:
-        """Return the answers as JSON lines have them."""
+        """Return the answers as the objects of JSON lines."""
         return [answer_line(answer, self.texts) for answer in self]
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame, one row a hit, columns as `formats.HITS`.
+        """Return a DataFrame with one row per hit and the columns of `formats.HITS`.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -54,7 +54,7 @@ class Answers(list[Answer]):
         return to_frame(self.records(), HITS)
 
     def plot(self) -> Any:
-        """Return a matplotlib Figure of the scores, query by query.
+        """Return a matplotlib Figure of the scores of each query.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
@@ -62,11 +62,11 @@ class Answers(list[Answer]):
         return scores_figure(self)
 
     def _repr_html_(self) -> str:
-        return "".join(_answer_html(answer, self.texts) for answer in self[:_SHOWN]) + _more(len(self))
+        return "".join(_render_answer(answer, self.texts) for answer in self[:_SHOWN]) + _more(len(self))
 
 
 class RowList(ABC, list[T]):
-    """Results of which each is one record: a line of JSON, a row of a table.
+    """Results that have one record each: a line of JSON, a row of a table.
 
     `DETAILS` are fields that a table on a terminal leaves out, the first first, where its texts have too little room.
     """
@@ -76,22 +76,22 @@ class RowList(ABC, list[T]):
 
     def __init__(self, rows: Iterable[T], describe: Describe) -> None:
         super().__init__(rows)
-        self.texts = _texts(describe)
+        self.texts = _make_texts(describe)
 
     @abstractmethod
     def record(self, row: T) -> Record:
-        """Return one result's record, fields as `FIELDS`."""
+        """Return the record of a result, with the fields of `FIELDS`."""
 
     def records(self) -> list[Record]:
-        """Return a record for every result, fields as `FIELDS`."""
+        """Return a record for every result, with the fields of `FIELDS`."""
         return [self.record(row) for row in self]
 
     def lines(self) -> list[Record]:
-        """Return the results as JSON lines have them."""
+        """Return the results as the objects of JSON lines."""
         return [to_json_line(record) for record in self.records()]
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame, one row a result, columns as `FIELDS`.
+        """Return a DataFrame with one row per result and the columns of `FIELDS`.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -104,12 +104,12 @@ class RowList(ABC, list[T]):
 
 
 class RankedRows(RowList[SelfInfluence]):
-    """Training rows by rank."""
+    """Training rows by falling self-influence."""
 
     FIELDS = RANKED
 
     def record(self, row: SelfInfluence) -> Record:
-        """Return a row's record."""
+        """Return the record of a row."""
         text = self.texts("train", row.row)
         return {"rank": row.rank, "id": row.id, "row": row.row, "score": row.score, "text": text}
 
@@ -122,7 +122,7 @@ class RankedRows(RowList[SelfInfluence]):
         return ranked_figure(self)
 
 
-def _texts(describe: Describe) -> Texts:
+def _make_texts(describe: Describe) -> Texts:
     def text(side: SideName, row: int) -> str | None:
         described = describe(side, row)
         return None if described is None else described.text
@@ -130,7 +130,7 @@ def _texts(describe: Describe) -> Texts:
     return text
 
 
-def _answer_html(answer: Answer, texts: Texts) -> str:
+def _render_answer(answer: Answer, texts: Texts) -> str:
     shown = None if answer.row is None else texts(answer.side, answer.row)
     caption = f"{answer.side} {answer.query}" + (f": {shown}" if shown else "")
     rows = []
@@ -144,12 +144,12 @@ def _answer_html(answer: Answer, texts: Texts) -> str:
 
 
 def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th scope='col'>{_safe(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><caption>{_safe(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head = "".join(f"<th scope='col'>{_escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><caption>{_escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _safe(text: str) -> str:
+def _escape(text: str) -> str:
     return escape(escape_control(text, "\n\t"))
 
 
