@@ -72,7 +72,7 @@ def _print_curve(calibration: Calibration) -> None:
         f"{_seconds(calibration.scan.each)} for each of many"
     )
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("", "recall", "at least", "10th percentile", "scored", "time"):
+    for name in ("hits", "recall", "at least", "10th percentile", "scored", "time"):
         table.add_column(name, justify="right")
     for side in ("proponents", "opponents"):
         points = getattr(calibration, side)

@@ -1,4 +1,4 @@
-"""tracin-mislabelled: which training rows look as if their label were wrong, and how many to look at."""
+"""tracin-mislabelled: training rows whose label is probably wrong, and how many of them to check."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ from tracin_ann.cli.parameters import show_progress
     type=click.Choice(["loss-and-votes", "loss", "votes", "self-influence"]),
     help="What rows are ranked by.  [default: loss-and-votes, without labels loss]",
 )
-@click.option(
-    "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours are asked."
-)
+@click.option("--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours vote.")
 @click.option(
     "--exact",
     is_flag=True,
@@ -47,11 +45,12 @@ from tracin_ann.cli.parameters import show_progress
 @output_options
 @index_options
 def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
-    """Rank training rows by how likely their label is wrong, and say what label speaks against it.
+    """Rank training rows by how likely their label is wrong, and suggest another label for each.
 
-    A row's score is its loss, over the checkpoints and counted from the lowest of all rows, times the share of its
-    neighbours' vote that is not for its label. Neighbours are the rows whose gradients are most alike and most opposed
-    to its own; `speaks_for` is the label that most of them have.
+    The score of a row is its loss, the mean over the checkpoints counted from the lowest of all rows, times the share
+    of its neighbours' vote that is not for its label. Neighbours are the rows with the most similar and the most
+    opposed gradients. `suggested_label` is the best-supported label other than the label of the row, and `support` is
+    its share of the support of all labels.
     """
     from tracin_ann.analysis import Suspects, find_mislabelled
 
@@ -73,18 +72,21 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
         )
         write(found)
     write_page(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
-    told = found.suspicion
-    if told.look_at is None:
-        note(f"{told.n_rows:,} rows by {told.by}; without labels nobody votes on how many to look at", err=True)
+    estimate = found.suspicion
+    if estimate.look_at is None:
+        note(
+            f"{estimate.n_rows:,} rows by {estimate.by}; without labels there is no estimate of how many to look at",
+            err=True,
+        )
         return
-    if not told.look_at:
-        note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
+    if not estimate.look_at:
+        note(f"no wrong labels found: none of {estimate.n_asked:,} rows is outvoted by its neighbours", err=True)
         return
-    known = "self-influence" if told.by == "self-influence" else "loss"
-    asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
-    more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
+    known = "self-influence" if estimate.by == "self-influence" else "loss"
+    asked = "" if estimate.n_asked == estimate.n_rows else f" of the {estimate.n_asked:,} with a vote"
+    more = f" ({len(found):,} are here, -k for more)" if len(found) < estimate.look_at else ""
     note(
-        f"look at about the first {told.look_at:,} of {told.n_rows:,} rows{more}: "
-        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours, and so many rows have as large a {known}",
+        f"look at about the first {estimate.look_at:,} of {estimate.n_rows:,} rows{more}: "
+        f"{estimate.n_outvoted:,}{asked} are outvoted by their neighbours, and this many rows have as large a {known}",
         err=True,
     )

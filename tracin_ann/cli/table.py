@@ -31,11 +31,8 @@ def _(answers: Answers) -> None:
         title = ": ".join(join_lines(text) for text in (f"{answer.side} {answer.query}", *shown) if text)
         texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
         scores = ("score", "for", "against") if answer.against else ("score",)
-        heads = [
-            (head, head == "")
-            for side in ("proponent", "opponent")
-            for head in (side, *scores, *([] if texts is None else [""]))
-        ]
+        columns = [*scores, *([] if texts is None else ["text"])]
+        heads = [(head, head == "text") for side in ("proponent", "opponent") for head in (side, *columns)]
         lines = []
         for place in range(max(len(answer.proponents), len(answer.opponents))):
             cells = (_cells(texts, hits, place, len(scores)) for hits in (answer.proponents, answer.opponents))
@@ -48,10 +45,12 @@ def _(answers: Answers) -> None:
 
 @print_results.register
 def _(rows: RowList) -> None:  # type: ignore[type-arg]
-    """Print one table, a line a result, without fields that are empty everywhere and rows that are the ids."""
+    """Print one table, a line a result, without `DATA_ONLY` fields, empty fields, and positions that equal the ids."""
     records = rows.records()
     cells = [format_cells(record) for record in records]
-    idle = {"row"} if all(record.get("row") == record.get("id") for record in records) else set()
+    idle = set(rows.DATA_ONLY)
+    if all(record.get("row") == record.get("id") for record in records):
+        idle.add("row")
     filled = [at for at, name in enumerate(rows.FIELDS.names) if name not in idle and any(line[at] for line in cells)]
     console = Console(highlight=False)
     details = [rows.FIELDS.names.index(name) for name in rows.DETAILS]
