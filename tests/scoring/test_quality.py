@@ -18,8 +18,7 @@ from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Ta
 from tracin_ann.cli.info import main as info
 from tracin_ann.cli.info import quality_lines
 from tracin_ann.errors import TaskError, UsageError
-from tracin_ann.scoring import ranking
-from tracin_ann.scoring import strategy
+from tracin_ann.scoring import ranking, strategy
 from tracin_ann.scoring.exact import ExactScorer
 from tracin_ann.search.calibration import Cost
 from tracin_ann.store.columns import RowFilter

@@ -62,14 +62,14 @@ class Answers(list[Answer]):
         return scores_figure(self)
 
     def _repr_html_(self) -> str:
-        return "".join(_render_answer(answer, self.texts) for answer in self[:_SHOWN]) + _more(len(self))
+        return "".join(_render_answer(answer, self.texts) for answer in self[:_SHOWN]) + _render_rest(len(self))
 
 
 class RowList(ABC, list[T]):
     """Results that have one record each: a line of JSON, a row of a table.
 
-    `DETAILS` are fields that a table on a terminal leaves out, the first first, where its texts have too little room.
-    `DATA_ONLY` are fields of JSON lines, CSV, Parquet and frames that tables and pages for people leave out.
+    `DETAILS` are fields that a terminal table leaves out, in this order, until its text columns have enough space.
+    `DATA_ONLY` are fields of JSON lines, CSV, Parquet and frames that tables and HTML pages leave out.
     """
 
     FIELDS: ClassVar[Fields]
@@ -104,7 +104,7 @@ class RowList(ABC, list[T]):
         names = [name for name in self.FIELDS.names if name not in self.DATA_ONLY]
         records = [self.record(row) for row in self[:_SHOWN]]
         cells = [format_cells({name: record[name] for name in names}) for record in records]
-        return _table("", names, cells) + _more(len(self))
+        return _render_table("", names, cells) + _render_rest(len(self))
 
 
 class RankedRows(RowList[SelfInfluence]):
@@ -144,10 +144,10 @@ def _render_answer(answer: Answer, texts: Texts) -> str:
             hit = hits[at] if at < len(hits) else None
             cells += ["", "", ""] if hit is None else [str(hit.id), f"{hit.score:+.4g}", texts("train", hit.row) or ""]
         rows.append(cells)
-    return _table(caption, ["proponent", "score", "text", "opponent", "score", "text"], rows)
+    return _render_table(caption, ["proponent", "score", "text", "opponent", "score", "text"], rows)
 
 
-def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
+def _render_table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th scope='col'>{_escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><caption>{_escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -157,5 +157,5 @@ def _escape(text: str) -> str:
     return escape(escape_control(text, "\n\t"))
 
 
-def _more(n_rows: int) -> str:
+def _render_rest(n_rows: int) -> str:
     return f"<p>… {n_rows - _SHOWN:,} more</p>" if n_rows > _SHOWN else ""
