@@ -1,4 +1,4 @@
-"""A report is one file that holds what its results say, whatever the examples are and whatever their texts contain."""
+"""A report is one file with all of its results, for every type of example and every content of their text."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tasks.toy import CONFIG, RATES, Toy, rows, saved, toy
 from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build, write_report
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import MissingPackageError, TaskError, UsageError
-from tracin_ann.report.examples import described_by_look
-from tracin_ann.report.pictures import EDGE, Pictures, as_pixels
-from tracin_ann.report.views import bars
+from tracin_ann.report.examples import infer_description
+from tracin_ann.report.images import EDGE, PageImages, to_pixels
+from tracin_ann.report.views import draw_bars
 from tracin_ann.scoring.formats import Fields
 from tracin_ann.scoring.results import Answers, RankedRows, RowList
 
@@ -74,7 +74,7 @@ def asked(index: InfluenceIndex, **options: Any) -> Answers:
     return index.query(range(4), options=QueryOptions(**{"k": 5, **options}))
 
 
-def test_a_page_says_what_the_answers_say(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_a_page_contains_the_answers(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
     answers = asked(index)
     page = Page(write_report(answers, tmp_path / "r.html", index, "A <title>"))
@@ -132,7 +132,7 @@ def test_every_kind_of_example_is_data_and_never_markup(
         assert "(5), " in page.text
 
 
-def test_nothing_in_a_page_is_somewhere_else(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_a_page_refers_to_nothing_outside_of_it(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     page = Page(write_report(asked(indexes["images"]), tmp_path / "r.html", indexes["images"]))
     links = [a.get(name) or "" for _, a in page.elements for name in ("src", "href", "xlink:href", "action")]
     assert [link for link in links if link and link[0] != "#" and not link.startswith("data:")] == []
@@ -145,7 +145,7 @@ def test_nothing_in_a_page_is_somewhere_else(indexes: dict[str, InfluenceIndex],
     assert {link for link in links if link.startswith("#")} <= known
 
 
-def test_a_picture_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_an_image_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
     page = Page(write_report(asked(index), tmp_path / "r.html", index))
     embedded = re.findall(
@@ -156,7 +156,7 @@ def test_a_picture_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_p
     assert len(worn) == len(page.of("hit")) + 4
     pixels = {np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).tobytes() for _, data in embedded}
     assert pixels == {picture((None, label)).tobytes() for label in range(3)}
-    assert all(str(a["aria-label"]).startswith("picture: label <") for a in worn)
+    assert all(str(a["aria-label"]).startswith("image: label <") for a in worn)
 
 
 @pytest.mark.parametrize(
@@ -175,33 +175,33 @@ def test_a_picture_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_p
         (np.zeros((4, 2, 3)), np.zeros((4, 2, 3))),
     ],
 )
-def test_pixels_of_a_picture(image: Any, wanted: Any) -> None:
-    assert np.array_equal(as_pixels(image), np.array(wanted))
-    assert as_pixels(image).dtype == np.uint8
+def test_pixels_of_an_image(image: Any, wanted: Any) -> None:
+    assert np.array_equal(to_pixels(image), np.array(wanted))
+    assert to_pixels(image).dtype == np.uint8
 
 
 @pytest.mark.parametrize("image", [np.zeros(3), np.zeros((2, 2, 2)), np.zeros((0, 2)), np.array([[0.0, np.nan]])])
-def test_what_is_no_picture_is_said(
+def test_a_page_reports_what_is_not_an_image(
     indexes: dict[str, InfluenceIndex], tmp_path: Path, image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="a picture"):
-        as_pixels(image)
+    with pytest.raises(ValueError, match="an image"):
+        to_pixels(image)
     index = indexes["images"]
     monkeypatch.setitem(index.task.__dict__, "describe", lambda row: Description(text="t", image=image))
     page = Page(write_report(index.self_influence(2), tmp_path / "r.html", index))
-    assert "not shown: a picture" in page.text
+    assert "not shown: an image" in page.text
 
 
-def test_pictures_over_the_budget_are_scaled_and_that_is_said() -> None:
+def test_images_over_the_budget_are_scaled_and_a_note_says_so() -> None:
     random = np.random.default_rng(0)
-    pictures = Pictures(budget=40_000)
-    names = [pictures.add(random.integers(0, 256, (300, 200, 3), np.uint8)) for _ in range(3)]
-    css = pictures.css()
+    images = PageImages(budget=40_000)
+    names = [images.add(random.integers(0, 256, (300, 200, 3), np.uint8)) for _ in range(3)]
+    css = images.css()
     assert names == ["p0", "p1", "p2"]
     assert len(css) < 41_000
     sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall("base64,(.*?)\\)", css)]
     assert len(set(sizes)) == 1 and max(sizes[0]) < EDGE
-    assert f"{max(sizes[0])} pixels" in pictures.note
+    assert f"{max(sizes[0])} pixels" in images.note
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_pictures_over_the_budget_are_scaled_and_that_is_said() -> None:
         (None, "None", None, False),
     ],
 )
-def test_what_an_example_looks_like(example: Any, text: str | None, table: Any, image: bool) -> None:
-    shown = described_by_look(example)
+def test_descriptions_are_inferred_from_types(example: Any, text: str | None, table: Any, image: bool) -> None:
+    shown = infer_description(example)
     assert (shown.text, shown.table, shown.image is not None) == (text, table, image)
 
 
@@ -232,13 +232,13 @@ def test_token_scores_fit_their_tokens(scores: list[float]) -> None:
 def test_groups_and_contrasts(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
     group = Page(write_report(index.query([0, 1, 2], together=True), tmp_path / "g.html", index))
-    assert "3 rows as one question" in group.text and "mean loss" in group.text
+    assert "Mean of 3 rows" in group.text and "mean loss" in group.text
     answers = index.contrast([0, 1], [2], options=QueryOptions(k=2))
     contrast = Page(write_report(answers, tmp_path / "c.html", index))
     hit = answers[0].proponents[0]
-    assert "The first set, 2" in contrast.text and "The second set, 1" in contrast.text
-    assert "Help the first set" in contrast.text
-    assert f"for {hit.of_means[0]:+.4g}".replace("-", "\N{MINUS SIGN}") in contrast.text
+    assert "First set: 2 rows" in contrast.text and "Second set: 1 row" in contrast.text
+    assert "Favour the first set" in contrast.text
+    assert f"first set {hit.of_means[0]:+.4g}".replace("-", "\N{MINUS SIGN}") in contrast.text
 
 
 def test_exact_scores_and_some_checkpoints(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_exact_scores_and_some_checkpoints(indexes: dict[str, InfluenceIndex], t
     assert all(str(a["aria-label"]).startswith("part 1 ") for a in unnamed.of("cp")) and not unnamed.of("loss")
 
 
-def test_rows_to_go_through(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_a_page_of_rows_to_check(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
     ranked = index.self_influence(5)
     page = Page(write_report(ranked, tmp_path / "r.html", index))
@@ -313,7 +313,7 @@ def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex
     assert "0 training rows" in empty.text
 
 
-def test_a_report_is_whole_or_not_there(
+def test_a_report_is_complete_or_absent(
     indexes: dict[str, InfluenceIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = indexes["images"]
@@ -350,9 +350,9 @@ def test_a_missing_package_names_the_extra(
 
 
 def test_bars_leave_out_what_is_not_finite() -> None:
-    made = bars([1.0, float("nan"), -0.5], ["a", "b", "c"], 1.0)
-    assert made.said == "a +1, b +nan, c -0.5"
-    assert made.up.count("M") == made.down.count("M") == 1
+    chart = draw_bars([1.0, float("nan"), -0.5], ["a", "b", "c"], 1.0)
+    assert chart.text == "a +1, b +nan, c -0.5"
+    assert chart.positive.count("M") == chart.negative.count("M") == 1
 
 
 def test_the_commands_page(tmp_path: Path) -> None:
@@ -374,4 +374,4 @@ def test_the_commands_page(tmp_path: Path) -> None:
     nowhere = [*command, "--ids", "0", "--html", str(tmp_path / "no" / "r.html")]
     done = runner.invoke(query_command, nowhere)
     assert done.exit_code == UsageError.exit_code
-    assert "no place for the report" in done.stderr
+    assert "the folder of the report does not exist" in done.stderr

@@ -1,4 +1,4 @@
-"""Reports in a real Chromium: nothing asked of the network, filters, keys, choices that are saved, dark, on paper."""
+"""Reports in Chromium: no network requests, filters, keys, saved choices, dark mode, print."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def started(folder: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def chromium(started: Any) -> Iterator[Any]:
-    """Yield the browser; afterwards it must have complained of nothing and asked for nothing but the page."""
+    """Yield the browser; after the test, its log is empty and it has requested only the page."""
     browser.requests(started)
     browser.sized(started, 1200, 900)
     yield started
@@ -94,7 +94,7 @@ def chromium(started: Any) -> Iterator[Any]:
 
 
 def shown(chromium: Any) -> list[int]:
-    """Return the places of the items that are not filtered away."""
+    """Return the positions of the items that the filter leaves."""
     script = "return Array.from(document.querySelectorAll('.item')).flatMap((x, i) => x.hidden ? [] : [i])"
     return list(chromium.execute_script(script))
 
@@ -146,13 +146,13 @@ def test_choices_are_made_by_keys_and_saved(chromium: Any, folder: Path) -> None
     read = json.loads(saved[1].read_text())
     assert [{name: row[name] for name in wanted[0]} for row in read] == wanted
     assert [row["label"] for row in read] == [str(record["row"] % 3) for record in wanted]
-    # A page that is opened again goes on where it was left.
+    # A page that is opened again restores the choices.
     chromium.get((folder / "suspects.html").as_uri())
     assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
 
 
 def arrived(path: Path) -> Path:
-    """Return a file when it is there."""
+    """Wait for a file and return its path."""
     until = time.monotonic() + 20
     while not path.is_file() and time.monotonic() < until:
         time.sleep(0.05)
@@ -184,7 +184,7 @@ def test_a_screen_reader_finds_names(chromium: Any, folder: Path) -> None:
     asked = ("checkbox", "searchbox", "combobox", "button", "image", "article", "heading", "search")
     assert [role for role, name in roles if role in asked and not name] == []
     assert {"main", "banner", "contentinfo", "search", "article", "heading"} <= {str(role) for role, _ in roles}
-    assert any(role == "image" and name.startswith('picture: label 0, row "0", <b>') for role, name in roles)
+    assert any(role == "image" and name.startswith('image: label 0, row "0", <b>') for role, name in roles)
     chromium.execute_cdp_cmd("Accessibility.disable", {})
 
 
@@ -194,5 +194,5 @@ def test_it_prints(chromium: Any, folder: Path) -> None:
     printed = chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     document = base64.b64decode(printed["data"])
     assert document.startswith(b"%PDF")
-    # Pictures are on paper though backgrounds were not asked for.
+    # Images are printed although backgrounds are not.
     assert b"/Subtype /Image" in document

@@ -189,10 +189,10 @@ def test_lots_are_one_file(tmp_path: Path) -> None:
     assert stream.getvalue() == "id,score\n"
 
 
-def test_parquet_refuses_ids_of_two_kinds(tmp_path: Path) -> None:
+def test_parquet_refuses_ids_of_two_types(tmp_path: Path) -> None:
     fields = Fields((("id", "id"),))
     with (
-        pytest.raises(UsageError, match="ids of two kinds"),
+        pytest.raises(UsageError, match="ids of two types"),
         open_writer("parquet", tmp_path / "a.parquet", fields) as write,
     ):
         write([{"id": 1}])

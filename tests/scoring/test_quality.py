@@ -1,4 +1,4 @@
-"""What an index says may be believed, and what queries do with it: calibration, fidelity, error bars, ways, filters."""
+"""Measured quality of an index and its use by queries: calibration, fidelity, error bars, strategies, filters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Ta
 from tracin_ann.cli.info import main as info
 from tracin_ann.cli.info import quality_lines
 from tracin_ann.errors import TaskError, UsageError
-from tracin_ann.scoring import ranking
-from tracin_ann.scoring import strategy as ways
+from tracin_ann.scoring import ranking, strategy
 from tracin_ann.scoring.exact import ExactScorer
 from tracin_ann.search.calibration import Cost
 from tracin_ann.store.columns import RowFilter
@@ -65,7 +64,7 @@ def task(folder: Path) -> Task:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("believed")
+    return tmp_path_factory.mktemp("quality")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def test_adaptive_rescoring_answers_as_scoring_all_candidates(
     adaptive, counted[:] = sum(counted), []
     assert [int(hit.id) for hit in answers[0].proponents] == oracle.top(true[3:4], k)[0].tolist()
     assert [int(hit.id) for hit in answers[0].opponents] == oracle.top(true[3:4], k, largest=False)[0].tolist()
-    monkeypatch.setattr(ranking, "_SURE", np.inf)
+    monkeypatch.setattr(ranking, "_ERROR_BARS", np.inf)
     everything = index.query([3], options=options)
     assert [h.id for h in everything[0].proponents] == [h.id for h in answers[0].proponents]
     assert adaptive <= sum(counted)
@@ -137,52 +136,53 @@ def test_adaptive_rescoring_answers_as_scoring_all_candidates(
         assert adaptive < sum(counted)
 
 
-def test_a_query_says_how_and_reaches_what_it_asks_for(index: InfluenceIndex) -> None:
+def test_a_query_reports_its_strategy_and_reaches_the_requested_recall(index: InfluenceIndex) -> None:
     calibration = index.manifest.index.calibration
     assert calibration is not None
     assert (calibration.queries, calibration.train_queries, calibration.target) == (QUERIES, 0, 0.8)
     lists = index.query([0, 1], options=QueryOptions(search="lists"))
     scan = index.query([0, 1], options=QueryOptions(search="scan"))
-    assert lists[0].how.startswith("lists, recall@10 of the stored ranking measured at")
-    assert scan[0].how == "exact scan of the stored rows, as asked"
+    assert lists[0].how.startswith("inverted lists (IVF), as requested (estimated times: inverted lists ")
+    assert "expected recall@10 of the stored ranking: " in lists[0].how
+    assert scan[0].how == "exact scan of the stored rows, as requested"
     assert scan[0].rows_scored == 2 * N > lists[0].rows_scored
     reach = min(calibration.best(side).lower for side in ("proponents", "opponents"))  # type: ignore[arg-type]
-    dear = index.query([0], options=QueryOptions(search="lists", recall=reach - 1e-6))
-    assert dear[0].rows_scored >= lists[0].rows_scored
-    with pytest.raises(UsageError, match="out of the lists' reach: got --recall 0.9999.*--search scan"):
+    accurate = index.query([0], options=QueryOptions(search="lists", recall=reach - 1e-6))
+    assert accurate[0].rows_scored >= lists[0].rows_scored
+    with pytest.raises(UsageError, match="lists do not reach this recall: got --recall 0.9999.*--search scan"):
         index.query([0], options=QueryOptions(recall=0.9999))
-    with pytest.raises(UsageError, match="lists cannot serve"):
+    with pytest.raises(UsageError, match="inverted lists cannot be used for this query: got --search lists and cosine"):
         index.query([0], options=QueryOptions(search="lists", cosine=True))
-    assert "(cosine)" in index.query([0], options=QueryOptions(cosine=True))[0].how
+    assert "(inverted lists do not support cosine)" in index.query([0], options=QueryOptions(cosine=True))[0].how
 
 
-def test_the_cheaper_way_is_taken(index: InfluenceIndex) -> None:
+def test_the_faster_strategy_is_chosen(index: InfluenceIndex) -> None:
     record = index.manifest.index
     assert record.calibration is not None
     queries = index.features("query", range(3))
     scan = index.search_index
     for cost, kind in ((Cost(0.0, 1e-9), "flat"), (Cost(9.0, 9.0), "ivf")):
         changed = replace(record, calibration=replace(record.calibration, scan=cost))
-        flat = ways.FlatIndex(index.view(), torch.device("cpu"))
-        way = ways.choose_strategy(changed, scan, flat, queries, QueryOptions())
-        assert way.index.kind == kind
-        assert "by lists" in way.how and "by scan" in way.how
+        flat = strategy.FlatIndex(index.view(), torch.device("cpu"))
+        chosen = strategy.choose_strategy(changed, scan, flat, queries, QueryOptions())
+        assert chosen.index.kind == kind
+        assert "estimated to be faster for 3 queries (inverted lists " in chosen.how and ", exact scan " in chosen.how
 
 
-def test_strange_queries_are_marked(index: InfluenceIndex) -> None:
+def test_queries_unlike_the_calibration_queries_are_marked(index: InfluenceIndex) -> None:
     record, scan = index.manifest.index, index.search_index
-    flat = ways.FlatIndex(index.view(), torch.device("cpu"))
+    flat = strategy.FlatIndex(index.view(), torch.device("cpu"))
     queries = index.features("query", range(40))
     options = QueryOptions(search="lists")
-    usual = ways.choose_strategy(record, scan, flat, queries, options)
-    assert usual.strange_Q is not None and not usual.strange_Q.any()
-    shifted = ways.choose_strategy(record, scan, flat, queries * 5, options)
-    assert shifted.strange_Q is not None and shifted.strange_Q.all()
-    assert "not distributed like those measured" in shifted.how
+    usual = strategy.choose_strategy(record, scan, flat, queries, options)
+    assert usual.unlike_Q is not None and not usual.unlike_Q.any()
+    shifted = strategy.choose_strategy(record, scan, flat, queries * 5, options)
+    assert shifted.unlike_Q is not None and shifted.unlike_Q.all()
+    assert "distribution of these queries differs from the calibration queries" in shifted.how
     one = queries.copy()
     one[7] *= 1e5
-    odd = ways.choose_strategy(record, scan, flat, one, options)
-    assert odd.strange_Q is not None and np.flatnonzero(odd.strange_Q).tolist() == [7]
+    odd = strategy.choose_strategy(record, scan, flat, one, options)
+    assert odd.unlike_Q is not None and np.flatnonzero(odd.unlike_Q).tolist() == [7]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_hits_pass_the_filter_and_none_is_missing(
     few = index.query([0], options=replace(options, rows=rows_asked, k=5))[0]
     assert len(few.proponents) <= 5
     if options.search == "lists" and len(allowed) <= 50:
-        assert few.how == f"exact scan of {len(allowed)} rows: lists would score as many"
+        assert few.how == f"exact scan of {len(allowed)} rows: inverted lists would score as many"
     if options.search == "scan" or options.exact:
         assert [h.id for h in few.proponents] == [h.id for h in answer.proponents[:5]]
         assert [h.id for h in few.opponents] == [h.id for h in answer.opponents[:5]]
@@ -254,7 +254,7 @@ def test_columns_that_are_refused(folder: Path, true: np.ndarray, tmp_path: Path
         build(replace(task(folder), columns=given), tmp_path / "index", CONFIG)
 
 
-def test_info_shows_what_may_be_believed(index: InfluenceIndex, folder: Path) -> None:
+def test_info_shows_the_measured_quality(index: InfluenceIndex, folder: Path) -> None:
     result = CliRunner().invoke(info, [str(folder / "index")])
     assert result.exit_code == 0
     fidelity, calibration = index.manifest.fidelity, index.manifest.index.calibration
@@ -266,12 +266,12 @@ def test_info_shows_what_may_be_believed(index: InfluenceIndex, folder: Path) ->
     assert CliRunner().invoke(info, [str(folder)]).exit_code != 0
 
 
-def test_without_the_yardstick_nothing_is_claimed(folder: Path, true: np.ndarray, tmp_path: Path) -> None:
+def test_without_the_quality_measurement_no_quality_is_reported(folder: Path, true: np.ndarray, tmp_path: Path) -> None:
     build(task(folder), tmp_path / "index", replace(CONFIG, yardstick=False, index="flat"))
     index = InfluenceIndex.open(tmp_path / "index", task(folder), device="cpu")
     assert index.manifest.fidelity is None and index.manifest.index.calibration is None
     hit = index.query([0], options=QueryOptions(rerank="exact"))[0].proponents[0]
     assert hit.error is None and hit.stored_score is not None
     assert "was not measured" in CliRunner().invoke(info, [str(tmp_path / "index")]).stdout
-    with pytest.raises(UsageError, match="lists cannot serve.*this one is flat"):
+    with pytest.raises(UsageError, match="inverted lists cannot be used.*got --search lists for an index of kind flat"):
         index.query([0], options=QueryOptions(search="lists"))

@@ -1,7 +1,7 @@
-"""Results as one HTML file that opens from disk, with pictures, texts and figures in it, and needs no network."""
+"""The report: results as one self-contained HTML file with images, text and figures, which needs no network."""
 
 from __future__ import annotations
 
-from tracin_ann.report.writing import refuse_unwritable, write_report
+from tracin_ann.report.page import refuse_unwritable, write_report
 
 __all__ = ["refuse_unwritable", "write_report"]

@@ -1,4 +1,7 @@
-"""Figures of a report with titles, captions and what they say in words: scores, norms, what checkpoints add."""
+"""Figures of a page with titles, captions and text alternatives: scores, gradient norms, parts by checkpoint.
+
+Shapes: N training rows, C checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,24 @@ from typing import Any
 import numpy as np
 
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.report.views import Asked
-from tracin_ann.scoring import GREY, OPPONENT, Answer, Hit, as_svg, checkpoints_figure, norms_figure, score_ranks_figure
+from tracin_ann.report.views import ScoredCheckpoints
+from tracin_ann.scoring import (
+    GREY,
+    OPPONENT,
+    Answer,
+    Hit,
+    checkpoints_figure,
+    norms_figure,
+    render_svg,
+    score_ranks_figure,
+)
 from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.types import Float64
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as an `svg` element, its title, its caption, and what it shows in words."""
+    """A figure as an `svg` element, with its title, caption and text alternative."""
 
     svg: str
     title: str
@@ -25,85 +37,88 @@ class Figure:
     alt: str
 
 
-def answer_figures(index: InfluenceIndex, answers: Sequence[Answer], asked: Asked) -> tuple[Figure, ...]:
-    """Return the figures of answers; none where there is no hit."""
+def answer_figures(
+    index: InfluenceIndex, answers: Sequence[Answer], checkpoints: ScoredCheckpoints
+) -> tuple[Figure, ...]:
+    """Return the figures of answers; none if there is no hit."""
     hits = {name: [hit for answer in answers for hit in getattr(answer, name)] for name in ("proponents", "opponents")}
     rows = sorted({hit.row for of_side in hits.values() for hit in of_side})
     if not rows:
         return ()
     best = {name: max((abs(hit.score) for hit in of_side), default=0.0) for name, of_side in hits.items()}
-    of = "this query" if len(answers) == 1 else f"{len(answers):,} queries"
+    queries = "this query" if len(answers) == 1 else f"{len(answers):,} queries"
     figures = [
-        _figure(
+        _make_figure(
             score_ranks_figure(answers),
             "Scores by rank",
-            f"Proponents and opponents of {of}"
-            + (": the median, shaded from the 10th to the 90th percentile." if len(answers) > 1 else "."),
+            f"Proponents and opponents of {queries}"
+            + (": median, with the range of the 10th to 90th percentile." if len(answers) > 1 else "."),
             f"the largest score of a proponent is {best['proponents']:.3g}, of an opponent -{best['opponents']:.3g}",
             "f1-",
         ),
-        _norms(index, asked.checkpoints, rows, "rows among the hits", "f2-"),
+        _make_norms_figure(index, checkpoints.positions, rows, "hits", "f2-"),
     ]
-    parts = {name: _mean_parts(of_side) for name, of_side in hits.items()}
+    parts = {name: _average_parts(of_side) for name, of_side in hits.items()}
     parts = {name: part_C for name, part_C in parts.items() if len(part_C)}
     if parts:
-        drawn = checkpoints_figure(parts, asked.names)
-        figures.append(
-            _checkpoints(drawn, "What a hit's score is made of, mean over the hits.", parts, asked.names, "f3-")
-        )
+        caption = "Parts of a score by checkpoint, learning rate included; mean over the hits."
+        names = checkpoints.names
+        figures.append(_make_checkpoints_figure(checkpoints_figure(parts, names), caption, parts, names, "f3-"))
     return tuple(figures)
 
 
 def row_figures(index: InfluenceIndex, rows: Sequence[int], checkpoints: Sequence[int] | None) -> tuple[Figure, ...]:
-    """Return the figures of training rows that stand in a list; none where it is empty."""
+    """Return the figures of listed training rows; none if there is no row."""
     if not rows:
         return ()
-    asked = Asked.of(index, 0, checkpoints)
-    part_NC = _parts(index, asked.checkpoints)
+    scored = ScoredCheckpoints.infer(index, 0, checkpoints)
+    part_NC = _read_parts(index, scored.positions)
     present = np.setdiff1d(np.arange(len(index)), np.union1d(index.removed, index.skipped.row_S))
-    parts = {"rows of this list": part_NC[list(rows)].mean(0), "all training rows": part_NC[present].mean(0)}
+    parts = {"listed rows": part_NC[list(rows)].mean(0), "all training rows": part_NC[present].mean(0)}
     return (
-        _norms(index, asked.checkpoints, rows, "rows of this list", "f1-"),
-        _checkpoints(
-            checkpoints_figure(parts, asked.names, (OPPONENT, GREY)),
-            "Self-influence by checkpoint, mean.",
+        _make_norms_figure(index, scored.positions, rows, "listed rows", "f1-"),
+        _make_checkpoints_figure(
+            checkpoints_figure(parts, scored.names, (OPPONENT, GREY)),
+            "Mean parts of the self-influence by checkpoint, learning rate included.",
             parts,
-            asked.names,
+            scored.names,
             "f2-",
         ),
     )
 
 
-def _norms(
+def _make_norms_figure(
     index: InfluenceIndex, checkpoints: Sequence[int] | None, rows: Sequence[int], marked: str, prefix: str
 ) -> Figure:
-    norm_N = _parts(index, checkpoints).sum(axis=1)
-    known = np.isfinite(norm_N)
-    above = float(np.mean(np.median(norm_N[list(rows)]) >= norm_N[known]))
-    return _figure(
+    norm_N = _read_parts(index, checkpoints).sum(axis=1)
+    is_known = np.isfinite(norm_N)
+    share = float(np.mean(np.median(norm_N[list(rows)]) >= norm_N[is_known]))
+    return _make_figure(
         norms_figure(norm_N, np.array(rows, dtype=np.int64), marked),
         "Gradient norms",
-        "Training rows by their self-influence (learning rate × squared gradient norm, summed); coloured, the "
-        f"{len(rows):,} {marked}.",
-        f"the median of the {marked} is at or above {above:.0%} of all training rows",
+        "Training rows by self-influence (learning rate × squared gradient norm, summed over checkpoints), "
+        f"with the {len(rows):,} {marked} highlighted.",
+        f"the median of the {marked} is greater than or equal to {share:.0%} of all training rows",
         prefix,
     )
 
 
-def _checkpoints(drawn: Any, caption: str, parts: dict[str, Float64], names: Sequence[str], prefix: str) -> Figure:
-    said = "; ".join(
-        f"{name}: " + ", ".join(f"{at} {value:+.3g}" for at, value in zip(names, part_C, strict=False))
+def _make_checkpoints_figure(
+    figure: Any, caption: str, parts: dict[str, Float64], names: Sequence[str], prefix: str
+) -> Figure:
+    text = "; ".join(
+        f"{name}: " + ", ".join(f"{checkpoint} {value:+.3g}" for checkpoint, value in zip(names, part_C, strict=False))
         for name, part_C in parts.items()
     )
-    return _figure(drawn, "By checkpoint, learning rate included", caption, said, prefix)
+    return _make_figure(figure, "Parts by checkpoint", caption, text, prefix)
 
 
-def _figure(drawn: Any, title: str, caption: str, said: str, prefix: str) -> Figure:
-    return Figure(as_svg(drawn, prefix), title, caption, f"{title}: {said}")
+def _make_figure(figure: Any, title: str, caption: str, text: str, prefix: str) -> Figure:
+    return Figure(render_svg(figure, prefix), title, caption, f"{title}: {text}")
 
 
-def _parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
-    """Return what each checkpoint adds to each training row's self-influence, [N, C]."""
+def _read_parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
+    """Return the part of each training row's self-influence by checkpoint, [N, C]."""
     store = FeatureStore(index.directory / FEATURES, index.manifest.build.layout)
     specs = index.manifest.build.spec.checkpoints
     chosen = range(len(specs)) if checkpoints is None else checkpoints
@@ -111,6 +126,6 @@ def _parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
     return part_NC
 
 
-def _mean_parts(hits: Sequence[Hit]) -> Float64:
+def _average_parts(hits: Sequence[Hit]) -> Float64:
     parts = [hit.by_checkpoint for hit in hits if hit.by_checkpoint]
     return np.mean(parts, axis=0) if parts else np.zeros(0)

@@ -1,4 +1,4 @@
-"""Scoring: exact TracInCP scores, the choice of a search strategy, ranking of candidates, answers and their formats."""
+"""Scores of training rows: exact TracInCP, search strategy, ranking of candidates, measured quality, result formats."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tracin_ann.scoring.formats import HITS, RANKED, Fields, Record, Texts, form
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
-    as_svg,
     checkpoints_figure,
     counts_figure,
     norms_figure,
     parts_figure,
+    render_svg,
     score_ranks_figure,
 )
 from tracin_ann.scoring.quality import QualityMeasurement
@@ -42,7 +42,6 @@ __all__ = [
     "SearchIndexOptions",
     "SelfInfluence",
     "Texts",
-    "as_svg",
     "build_search_index",
     "checkpoints_figure",
     "counts_figure",
@@ -52,6 +51,7 @@ __all__ = [
     "norms_figure",
     "open_writer",
     "parts_figure",
+    "render_svg",
     "score_ranks_figure",
     "whole_gradients",
 ]

@@ -1,4 +1,4 @@
-"""What a query may ask and what it is answered: options, hits, answers, self-influence."""
+"""Query options, and the results of queries: hits, answers, self-influence."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Id = int | str
 
 @dataclass(frozen=True)
 class QueryOptions:
-    """How a query is answered.
+    """The options of a query.
 
     Attributes:
-        k: proponents and opponents wanted, each.
-        candidates: rows that the index hands on for re-scoring, each side; at least k are taken.
-        rerank: `none` (the index's own scores), `stored` (from the stored features), `exact` (true
-            TracInCP of the candidates).
-        exact: score every training row exactly; no index is asked.
+        k: how many proponents, and how many opponents, to return.
+        candidates: how many rows of each side are re-scored with `rerank="exact"`; at least k.
+        rerank: `none` (scores of the search index), `stored` (scores from the stored features), `exact` (exact
+            TracInCP scores of the candidates).
+        exact: score every training row exactly, without the search index.
         checkpoints: positions of the checkpoints to sum over; None: all.
-        search: which way candidates are found where the index has lists: by them, by an exact scan of the stored
-            rows, or whichever costs less by the times measured at the build.
-        recall: recall@10 of the stored rows' own ranking that lists are to reach; None: the build's target.
-        rows: which training rows may be among the hits.
+        search: how an index with inverted lists (IVF) finds candidates: `lists`, `scan` (an exact scan of the stored
+            rows), or `auto` (the faster one, by the times that the build measured).
+        recall: recall@10 of the stored features' ranking that inverted lists have to reach; None: the build's target.
+        rows: which training rows may be hits.
         cosine: cosine instead of inner product at each checkpoint, averaged with weights η_c.
     """
 
@@ -42,7 +42,7 @@ class QueryOptions:
     rows: RowFilter = field(default_factory=RowFilter)
 
     def __post_init__(self) -> None:
-        """Refuse values that fit no query.
+        """Reject values out of range and options that exclude each other.
 
         Raises:
             UsageError: naming the option.
@@ -59,7 +59,9 @@ class QueryOptions:
             raise UsageError(problem("bad --search", got=self.search, expected=expected, remedy="change --search"))
         if self.recall is not None and not 0 < self.recall < 1:
             raise UsageError(
-                problem("bad --recall", got=self.recall, expected="over 0, under 1", remedy="change --recall")
+                problem(
+                    "bad --recall", got=self.recall, expected="more than 0 and less than 1", remedy="change --recall"
+                )
             )
         if self.cosine and (self.exact or self.rerank == "exact"):
             raise UsageError(
@@ -74,18 +76,19 @@ class QueryOptions:
 
 @dataclass(frozen=True)
 class Hit:
-    """A training row among the answers.
+    """A training row in an answer.
 
     Attributes:
-        id: the task's own id of it (`Task.ids`), else its position.
+        id: its id from the task (`Task.ids`), else its position.
         row: its position in train_data.
-        score: true where it was computed exactly, else from the stored features.
-        stored_score: the score from the stored features, where `score` is exact.
-        by_checkpoint: the stored features' score by checkpoint, in the order that was asked; sums to it.
-        of_means: of a contrast, the scores for the mean of the one set and for that of the other; `score` is their
+        score: exact TracInCP if the options ask for it, else the score from the stored features.
+        stored_score: the score from the stored features, if `score` is exact.
+        error: standard deviation of the stored features' score around the exact score, as the build measured it; None
+            for cosine, and if the build did not measure it.
+        by_checkpoint: each checkpoint's part of the stored features' score, in the order of the options; the parts sum
+            to that score.
+        of_means: for a contrast, the scores for the mean of the first set and for that of the second; `score` is their
             difference.
-        error: one standard deviation of the stored features' score around the true one, as far as the build's
-            measurement tells; None where the build measured none, or for cosine.
     """
 
     id: Id
@@ -98,24 +101,24 @@ class Hit:
 
     @property
     def is_exact(self) -> bool:
-        """Return whether `score` is true TracInCP; then it has no error."""
+        """Return whether `score` is exact TracInCP; then it has no error."""
         return self.stored_score is not None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query's rows: proponents by falling score, all > 0; opponents by rising score, all < 0.
+    """The result of a query: proponents by falling score, all > 0; opponents by rising score, all < 0.
 
     Attributes:
-        query: the query's own id (`Task.ids`), else its position; of several rows as one question, a caption.
-        side: which data set the query is of, `query` or `train`.
-        members: the positions of its rows in that data set; of a contrast, of those whose helpers are asked for.
-        against: of a contrast, the positions of those to be hurt.
-        proponents: training rows that lowered the query's loss.
-        opponents: training rows that raised it.
-        rows_scored: stored rows and centroids that the index compared, both directions together.
-        how: how candidates were found, and what recall was measured for that way.
-        strange: whether the query looks unlike all queries that the recall was measured on.
+        query: the query's id from the task (`Task.ids`), else its position; for several rows together, a caption.
+        side: the data set of the query, `query` or `train`.
+        members: positions of its rows in that data set; for a contrast, those of the first set.
+        proponents: training rows that reduced the query's loss.
+        opponents: training rows that increased it.
+        rows_scored: stored rows and centroids that the search compared, both directions together.
+        how: the search strategy, the reason for it, and the expected recall.
+        strange: whether the query is unlike the calibration queries, on which the recall was measured.
+        against: for a contrast, positions of the rows of the second set.
     """
 
     query: Id
@@ -135,13 +138,13 @@ class Answer:
 
     @property
     def row(self) -> int | None:
-        """Return the query's position, or None of several rows as one question."""
+        """Return the query's position, or None for several rows together."""
         return self.members[0] if len(self.members) == 1 and not self.against else None
 
 
 @dataclass(frozen=True)
 class SelfInfluence:
-    """A training row's own score Σ_c η_c ‖∇ℓ(w_c, z)‖², and its rank from 1, the largest; ids as in Hit."""
+    """A training row's self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖² and its rank: 1 is the largest; ids as in Hit."""
 
     id: Id
     row: int

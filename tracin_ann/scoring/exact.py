@@ -1,8 +1,10 @@
-"""True TracInCP without projection: scores of given rows against given queries, and self-influence.
+"""Exact TracInCP without projection: scores of given rows against given queries, and self-influence.
 
-Σ_c η_c ⟨∇ℓ(w_c, z), ∇ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4) over all chosen parameters. The
-queries' whole gradients are the directions; each row's forward and input-gradient backward is done
-once for all of them that want it, and its inner products come from the gradient's factors.
+Σ_c η_c ⟨∇ℓ(w_c, z), ∇ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4) over all chosen parameters. The full gradients of the
+queries are the directions. The forward and backward of a row runs once for all of its queries, and the inner products
+are computed from the factors of the row's gradient.
+
+Shapes: N rows, Q queries, G weighted sums of queries, B batch, P parameters.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ Directions = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Queries:
-    """The examples that rows are scored against, each by itself or mixed.
+    """The examples that rows are scored against: each example, or weighted sums of them.
 
     Attributes:
         side: `query`, or `train` for training rows as queries.
-        ids: their positions there, Q of them.
-        mixture_GQ: G weighted sums of the examples' gradients are asked instead of each example's; None: each.
+        ids: their Q positions.
+        mixture_GQ: weights of the examples' gradients in G sums, which are the directions; None: each example's
+            gradient is a direction.
     """
 
     side: SideName
@@ -41,15 +44,16 @@ class Queries:
     mixture_GQ: Float64 | None = None
 
     def __len__(self) -> int:
-        """Return how many directions are scored against: G, or Q."""
+        """Return the number of directions: G, or Q."""
         return len(self.ids) if self.mixture_GQ is None else len(self.mixture_GQ)
 
 
-Wanted = npt.NDArray[np.bool_]
+Mask = npt.NDArray[np.bool_]
 _DIRECTION_BYTES = 1 << 30
+"""Memory of the directions of one block of queries."""
 _LARGEST_EXPONENT = 100
-_TOGETHER = 1024
-"""Rows whose kept factors are multiplied with the directions at once."""
+_DEFERRED_ROWS = 1024
+"""Rows whose deferred factors are multiplied with the directions at once."""
 
 
 def exact_scores(
@@ -81,15 +85,15 @@ def make_exact_scorer(
     checkpoints: Sequence[int],
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[ExactScorer]:
-    """Yield what scores rows against these queries; asked more than once, it proves and differentiates them once."""
+    """Yield a scorer for these queries; it computes their gradients once, however often it is called."""
     with passes.at_precision("fp32").model() as model:
         yield ExactScorer(model, queries, checkpoints, progress)
 
 
 class ExactScorer:
-    """True TracInCP of rows against given queries, over given checkpoints; see `exact_scores`.
+    """Exact TracInCP scores of rows against given queries, over given checkpoints; see `exact_scores`.
 
-    `progress` is called with the number of rows done, each row once a checkpoint and query block.
+    `progress` is called with the number of finished rows; each row counts once per checkpoint and block of queries.
     """
 
     def __init__(
@@ -101,12 +105,12 @@ class ExactScorer:
     ) -> None:
         self._model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
-        self._step = max(1, _DIRECTION_BYTES // entries)
-        self._keep = len(checkpoints) * len(queries) * entries <= _DIRECTION_BYTES
-        self._kept: dict[tuple[int, int], tuple[Directions, Int64]] = {}
+        self._block_queries = max(1, _DIRECTION_BYTES // entries)
+        self._caches = len(checkpoints) * len(queries) * entries <= _DIRECTION_BYTES
+        self._cache: dict[tuple[int, int], tuple[Directions, Int64]] = {}
 
-    def scores(self, rows: Sequence[int], wanted_QN: Wanted | None = None) -> Float64:
-        """Return scores [Q, N] of these training rows; where they are not wanted, 0.
+    def scores(self, rows: Sequence[int], requested_QN: Mask | None = None) -> Float64:
+        """Return scores [Q, N] of these training rows; scores that are not requested are 0.
 
         Raises:
             TaskError: the loss breaks the contract.
@@ -114,57 +118,57 @@ class ExactScorer:
         """
         n_queries = len(self._queries)
         scores_QN = np.zeros((n_queries, len(rows)))
-        wanted_QN = np.ones(scores_QN.shape, dtype=bool) if wanted_QN is None else wanted_QN
-        # Rows that the same queries want come together: a batch then needs few queries' directions.
-        order_N = np.lexsort((wanted_QN.sum(0), wanted_QN.argmax(0)))
+        requested_QN = np.ones(scores_QN.shape, dtype=bool) if requested_QN is None else requested_QN
+        # Rows of the same queries are adjacent, so that a batch needs the directions of few queries.
+        order_N = np.lexsort((requested_QN.sum(0), requested_QN.argmax(0)))
         for checkpoint in self._checkpoints:
             if self._model.checkpoint != checkpoint:
                 self._model.load(checkpoint)
             rate = self._model.passes.task.checkpoints[checkpoint].learning_rate
-            for first in range(0, n_queries, self._step):
-                block = slice(first, first + self._step)
-                chosen_N = order_N[wanted_QN[block][:, order_N].any(0)]
-                directions, exponent_Q = self._directions(checkpoint, first)
-                found_QN = _inner(
+            for first in range(0, n_queries, self._block_queries):
+                block = slice(first, first + self._block_queries)
+                chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
+                directions, exponent_Q = self._load_directions(checkpoint, first)
+                products_QN = _compute_inner_products(
                     self._model,
                     directions,
                     [rows[i] for i in chosen_N],
-                    wanted_QN[block][:, chosen_N],
+                    requested_QN[block][:, chosen_N],
                     self._progress,
                 )
-                scores_QN[block, chosen_N] += np.ldexp(rate * found_QN, exponent_Q[:, None])
-        scores_QN[~wanted_QN] = 0
+                scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
+        scores_QN[~requested_QN] = 0
         _refuse_infinite(scores_QN, rows)
         return scores_QN
 
-    def _directions(self, checkpoint: int, first: int) -> tuple[Directions, Int64]:
-        """Return the queries' gradients, scaled, and the exponents [Q] that undo it."""
-        found = self._kept.get((checkpoint, first))
-        if found is None:
-            directions = self._unscaled(first)
-            found = directions, _scaled(directions)
-            if self._keep:
-                self._kept[checkpoint, first] = found
-        return found
+    def _load_directions(self, checkpoint: int, first: int) -> tuple[Directions, Int64]:
+        """Return the scaled directions of a block of queries, and the exponents [Q] that undo the scaling."""
+        cached = self._cache.get((checkpoint, first))
+        if cached is None:
+            directions = self._compute_directions(first)
+            cached = directions, _scale_in_place(directions)
+            if self._caches:
+                self._cache[checkpoint, first] = cached
+        return cached
 
-    def _unscaled(self, first: int) -> Directions:
+    def _compute_directions(self, first: int) -> Directions:
         side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
         if mixture_GQ is None:
-            return whole_gradients(self._model, side, ids[first : first + self._step])
+            return whole_gradients(self._model, side, ids[first : first + self._block_queries])
         total: Directions = {}
-        for start in range(0, len(ids), self._step):
-            chosen = slice(start, start + self._step)
-            weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._step, chosen]))
+        for start in range(0, len(ids), self._block_queries):
+            chosen = slice(start, start + self._block_queries)
+            weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._block_queries, chosen]))
             for name, direction in whole_gradients(self._model, side, ids[chosen]).items():
                 mixed = weight_GQ.to(direction) @ direction
                 total[name] = total[name] + mixed if name in total else mixed
         return total
 
 
-def _scaled(directions: Directions) -> Int64:
-    """Scale each query's gradient in place by a power of two, so that no inner product overflows or vanishes.
+def _scale_in_place(directions: Directions) -> Int64:
+    """Scale each direction by a power of two, so that inner products neither overflow nor underflow.
 
-    Returns the exponents [Q] that undo it.
+    Returns the exponents [Q] that undo the scaling.
     """
     peaks = [torch.linalg.vector_norm(d, ord=torch.inf, dim=1) for d in directions.values()]
     exponent_Q = torch.stack(peaks).amax(0).double().frexp().exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
@@ -180,14 +184,14 @@ def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
             problem(
                 f"the exact score of row {rows[bad[0]]} is not finite",
                 got="NaN or infinity",
-                expected="finite gradients whose inner products a float32 can hold",
+                expected="finite gradients whose inner products fit into float32",
                 remedy="leave out this row (--without), or build with --on-nonfinite skip",
             )
         )
 
 
 def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
-    """Return the whole gradients of examples at the checkpoint that is loaded, [Q, P] a parameter."""
+    """Return the full gradients of examples at the loaded checkpoint, by parameter, [Q, P] each."""
     device = model.passes.options.device
     dtype = form_dtype(model.parameters.values())
     directions = {
@@ -212,70 +216,71 @@ def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> D
     return directions
 
 
-def _inner(
+def _compute_inner_products(
     model: LoadedModel,
     directions: Directions,
     ids: Sequence[int],
-    wanted_QN: Wanted,
+    requested_QN: Mask,
     progress: Callable[[int], None] | None,
 ) -> Float64:
-    """Return the inner products [Q, N] of rows' gradients with directions, where they are wanted."""
-    found = [torch.zeros(0, len(wanted_QN), dtype=torch.float64)]
-    parts: list[_Part] = []
+    """Return the inner products [Q, N] of rows' gradients with the directions that are requested for them."""
+    products = [torch.zeros(0, len(requested_QN), dtype=torch.float64)]
+    batches: list[_BatchProducts] = []
     done = 0
     for batch in model.batches("train", ids):
-        wanted_BQ = torch.from_numpy(np.ascontiguousarray(wanted_QN[:, done : done + len(batch)].T))
-        made: list[_Part] = []
+        requested_BQ = torch.from_numpy(np.ascontiguousarray(requested_QN[:, done : done + len(batch)].T))
+        attempts: list[_BatchProducts] = []
 
-        def start(wanted_BQ: Tensor = wanted_BQ, made: list[_Part] = made) -> Sink:
-            made.append(_Part(directions, wanted_BQ))
-            return made[-1].sink
+        def start(requested_BQ: Tensor = requested_BQ, attempts: list[_BatchProducts] = attempts) -> Sink:
+            attempts.append(_BatchProducts(directions, requested_BQ))
+            return attempts[-1].sink
 
         model.engine("train").run(batch, start)
-        # A batch that had to be proven anew was begun more than once.
-        parts.append(made[-1])
+        # A batch starts again when its gradients have to be verified again.
+        batches.append(attempts[-1])
         done += len(batch)
-        if sum(len(part.total_BQ) for part in parts) >= _TOGETHER:
-            found.append(_finished(parts, directions).cpu())
-            parts = []
+        if sum(len(batch_products.total_BQ) for batch_products in batches) >= _DEFERRED_ROWS:
+            products.append(_finish(batches, directions).cpu())
+            batches = []
         if progress is not None:
             progress(len(batch))
-    if parts:
-        found.append(_finished(parts, directions).cpu())
-    total: Float64 = torch.cat(found).T.numpy()
-    return total
+    if batches:
+        products.append(_finish(batches, directions).cpu())
+    total_QN: Float64 = torch.cat(products).T.numpy()
+    return total_QN
 
 
-class _Part:
-    """A batch's inner products with the directions, and the factors of layers called once an example, kept for later.
+class _BatchProducts:
+    """The inner products of a batch with the directions, and the factors that are not yet multiplied with them.
 
-    Those are small and the directions large: many batches' factors are multiplied together.
+    Factors of layers that are called once per example are small, the directions are large: `_finish` multiplies the
+    factors of many batches at once.
     """
 
-    def __init__(self, directions: Directions, wanted_BQ: Tensor) -> None:
-        self._directions, self.wanted_BQ = directions, wanted_BQ
-        some = next(iter(directions.values()))
-        self.total_BQ = torch.zeros(wanted_BQ.shape, dtype=torch.float64, device=some.device)
-        self.kept: list[tuple[str, slice, Outer]] = []
+    def __init__(self, directions: Directions, requested_BQ: Tensor) -> None:
+        self._directions, self.requested_BQ = directions, requested_BQ
+        direction = next(iter(directions.values()))
+        self.total_BQ = torch.zeros(requested_BQ.shape, dtype=torch.float64, device=direction.device)
+        self.deferred: list[tuple[str, slice, Outer]] = []
 
     def sink(self, name: str, form: Form, rows: slice) -> None:
-        """Take a parameter's form for some rows of the batch."""
+        """Add a parameter's gradients of some rows of the batch."""
         if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
-            self.kept.append((name, rows, Outer(form.left_BTR.clone(), form.right_BTC.clone())))
+            self.deferred.append((name, rows, Outer(form.left_BTR.clone(), form.right_BTC.clone())))
         else:
-            self.total_BQ[rows] += inner_where(form, self._directions[name], self.wanted_BQ[rows])
+            self.total_BQ[rows] += inner_where(form, self._directions[name], self.requested_BQ[rows])
 
 
-def _finished(parts: Sequence[_Part], directions: Directions) -> Tensor:
-    """Return the parts' inner products [B, Q], those of the kept factors added."""
-    for name in {name for part in parts for name, _, _ in part.kept}:
-        own = [(part, rows, form) for part in parts for kept, rows, form in part.kept if kept == name]
+def _finish(batches: Sequence[_BatchProducts], directions: Directions) -> Tensor:
+    """Return the inner products [B, Q] of all batches, including those of the deferred factors."""
+    for name in {name for batch in batches for name, _, _ in batch.deferred}:
+        own = [(batch, rows, form) for batch in batches for other, rows, form in batch.deferred if other == name]
         joined = Outer(torch.cat([f.left_BTR for *_, f in own]), torch.cat([f.right_BTC for *_, f in own]))
-        wanted_BQ = torch.cat([part.wanted_BQ[rows] for part, rows, _ in own])
-        added_BQ = inner_where(joined, directions[name], wanted_BQ)
-        for (part, rows, _), added in zip(own, torch.split(added_BQ, [len(f.left_BTR) for *_, f in own]), strict=True):
-            part.total_BQ[rows] += added
-    return torch.cat([part.total_BQ for part in parts])
+        requested_BQ = torch.cat([batch.requested_BQ[rows] for batch, rows, _ in own])
+        added_BQ = inner_where(joined, directions[name], requested_BQ)
+        for (batch, rows, _), added in zip(own, torch.split(added_BQ, [len(f.left_BTR) for *_, f in own]), strict=True):
+            batch.total_BQ[rows] += added
+    return torch.cat([batch.total_BQ for batch in batches])
 
 
 def exact_self_influence(

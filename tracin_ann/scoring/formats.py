@@ -1,8 +1,8 @@
-r"""Answers as records, and records as JSON lines, CSV, Parquet and pandas frames.
+r"""Formats of results: records, JSON lines, CSV, Parquet and pandas frames.
 
-Schema 1. A hit is one record of CSV, Parquet and frames; in JSON lines a line is a query with its hits inside.
-`by_checkpoint` and `of_means` are lists; in CSV they are JSON text. Files are UTF-8, whatever the locale. Of lone
-surrogates, which UTF-8 has no bytes for, JSON lines have JSON's escapes; in the others the text says `\ud800`.
+Schema 1. In CSV, Parquet and frames, a record is a hit; in JSON lines, a line is a query with its hits.
+`by_checkpoint` and `of_means` are lists; in CSV they are JSON text. Files are UTF-8 in every locale. UTF-8 cannot
+encode lone surrogates: JSON lines contain JSON escapes for them, the other formats the text `\ud800`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tracin_ann.text import escape_control, escape_json, escape_surrogates
 
 SCHEMA = 1
 Record = dict[str, Any]
-# (side, position) -> what the task shows people of it, or None.
+# (side, position) -> the row's text from Task.describe, or None.
 Texts = Callable[[SideName, int], str | None]
 Kind = Literal["id", "int", "float", "bool", "text", "floats"]
-# What spreadsheets take for the beginning of a formula, or drop before they look for one.
+# Characters that begin a formula in spreadsheets, or that spreadsheets drop before they look for a formula.
 _FORMULA = re.compile(r"[=+\-@\x00-\x1f\x7f-\x9f]")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -68,7 +68,7 @@ RANKED = Fields((("rank", "int"), ("id", "id"), ("row", "int"), ("score", "float
 
 
 def answer_line(answer: Answer, texts: Texts) -> Record:
-    """Return an answer as a JSON line has it; what there is none of is left out."""
+    """Return an answer as the object of a JSON line; fields without a value are left out."""
     content: Record = {"schema": SCHEMA, "query": answer.query, "side": answer.side}
     if answer.row is None:
         content["rows"] = list(answer.members)
@@ -77,8 +77,8 @@ def answer_line(answer: Answer, texts: Texts) -> Record:
         content |= {"row": answer.row, "text": texts(answer.side, answer.row)}
     content["strange"] = answer.strange or None
     for name, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
-        content[name] = [_present({**_hit(hit), "text": texts("train", hit.row)}) for hit in hits]
-    return _present(content)
+        content[name] = [_drop_missing({**_hit_record(hit), "text": texts("train", hit.row)}) for hit in hits]
+    return _drop_missing(content)
 
 
 def answer_records(answer: Answer, texts: Texts) -> Iterator[Record]:
@@ -87,34 +87,34 @@ def answer_records(answer: Answer, texts: Texts) -> Iterator[Record]:
     query = {"query": answer.query, "query_row": answer.row, "side": answer.side, "strange": answer.strange}
     for kind, hits in (("proponent", answer.proponents), ("opponent", answer.opponents)):
         for rank, hit in enumerate(hits, start=1):
-            record = {**query, **_hit(hit), "kind": kind, "rank": rank}
+            record = {**query, **_hit_record(hit), "kind": kind, "rank": rank}
             yield record | {"query_text": shown, "text": texts("train", hit.row)}
 
 
 def to_json_line(record: Record) -> Record:
-    """Return a record as a JSON line has it."""
-    return {"schema": SCHEMA, **_present(record)}
+    """Return a record as the object of a JSON line."""
+    return {"schema": SCHEMA, **_drop_missing(record)}
 
 
 def format_cells(record: Record) -> list[str]:
-    """Return a record as people read it, a text a field, in one line and without control characters."""
-    return [_shown(value) for value in record.values()]
+    """Return a record's values as short text for people, one line each, without control characters."""
+    return [_format_cell(value) for value in record.values()]
 
 
-def _shown(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return " ".join(_shown(part) for part in value)
+        return " ".join(_format_cell(part) for part in value)
     return "" if value is None else join_lines(str(value))
 
 
 def join_lines(text: str) -> str:
-    """Return a text in one line, without control characters."""
+    """Return text in one line, without control characters."""
     return escape_control(" ".join(text.split()))
 
 
-def _hit(hit: Hit) -> Record:
+def _hit_record(hit: Hit) -> Record:
     return {
         "id": hit.id,
         "row": hit.row,
@@ -126,7 +126,7 @@ def _hit(hit: Hit) -> Record:
     }
 
 
-def _present(record: Record) -> Record:
+def _drop_missing(record: Record) -> Record:
     return {name: value for name, value in record.items() if value is not None}
 
 
@@ -134,43 +134,45 @@ def _present(record: Record) -> Record:
 def open_writer(
     form: Format, out: Path | TextIO, fields: Fields, *, csv_raw: bool = False
 ) -> Iterator[Callable[[Sequence[Record]], None]]:
-    """Yield what writes records on and on: lines to a stream, or a file that is there whole or not at all.
+    """Yield a function that writes records, to a stream or to a file that appears complete or not at all.
 
     Args:
         form: the format.
-        out: where to, as `named_files.output_file` takes it, or a stream.
+        out: a file, as `files.open_output` opens it, or a text stream.
         fields: of the records.
-        csv_raw: leave CSV cells as they are; else those that a spreadsheet would take for formulas begin with `'`.
+        csv_raw: leave CSV cells unchanged; else `'` is put before those that spreadsheets would read as formulas.
 
     Raises:
-        UsageError: Parquet is to go to a stream, or a column's ids are not of one kind.
-        MissingPackageError: Parquet, and pyarrow is not installed.
+        UsageError: Parquet for a stream, or the ids of a column are of two types.
+        MissingPackageError: Parquet without pyarrow.
     """
     if not isinstance(out, Path):
         if form == "parquet":
             raise UsageError(
-                problem("Parquet is no text", got="no file", expected="--output FILE", remedy="name a file")
+                problem("Parquet needs a file", got="a text stream", expected="--output FILE", remedy="name a file")
             )
-        yield from _texts(form, out, fields, csv_raw)
+        yield from _open_text(form, out, fields, csv_raw)
         return
     with open_output(out) as file:
         if form == "parquet":
-            yield from _parquet(file, fields)
+            yield from _open_parquet(file, fields)
             return
         stream = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
         try:
-            yield from _texts(form, stream, fields, csv_raw)
+            yield from _open_text(form, stream, fields, csv_raw)
         finally:
-            # Flushed, and left open: who opened the file closes it.
+            # Detaching flushes the stream and leaves the file open, which `open_output` closes.
             stream.detach()
 
 
-def _texts(form: Format, stream: TextIO, fields: Fields, csv_raw: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
-    yield from (_lines(stream) if form == "jsonl" else _csv(stream, fields, csv_raw))
+def _open_text(
+    form: Format, stream: TextIO, fields: Fields, csv_raw: bool
+) -> Iterator[Callable[[Sequence[Record]], None]]:
+    yield from (_open_json_lines(stream) if form == "jsonl" else _open_csv(stream, fields, csv_raw))
 
 
-def _lines(stream: TextIO) -> Iterator[Callable[[Sequence[Record]], None]]:
-    # JSON is UTF-8; where the stream is not, JSON's escapes are right in every encoding.
+def _open_json_lines(stream: TextIO) -> Iterator[Callable[[Sequence[Record]], None]]:
+    # JSON escapes are valid in every encoding; they are used if the stream is not UTF-8.
     in_ascii = (stream.encoding or "utf-8").lower().replace("-", "") != "utf8"
 
     def write(records: Sequence[Record]) -> None:
@@ -181,7 +183,7 @@ def _lines(stream: TextIO) -> Iterator[Callable[[Sequence[Record]], None]]:
     yield write
 
 
-def _csv(stream: TextIO, fields: Fields, raw: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
+def _open_csv(stream: TextIO, fields: Fields, raw: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
     rows = csv.DictWriter(stream, fields.names, lineterminator="\n")
     rows.writeheader()
 
@@ -199,11 +201,11 @@ def _csv(stream: TextIO, fields: Fields, raw: bool) -> Iterator[Callable[[Sequen
 
 
 def guard_formula(text: str) -> str:
-    """Return a text that no spreadsheet takes for a formula: one that it could, and is no number, begins with `'`."""
+    """Return text that no spreadsheet reads as a formula: `'` is put before text that it could, except numbers."""
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
-def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
+def _open_parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
     pa, pq = _pyarrow()
     kinds = {
         "int": pa.int64(),
@@ -212,30 +214,32 @@ def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Reco
         "text": pa.string(),
         "floats": pa.list_(pa.float64()),
     }
-    opened: list[tuple[Any, Any]] = []
+    writers: list[tuple[Any, Any]] = []
 
-    def begun(records: Sequence[Record]) -> tuple[Any, Any]:
+    def open_file(records: Sequence[Record]) -> tuple[Any, Any]:
         columns = []
         for name, kind in fields.kinds:
-            given = [record[name] for record in records if record[name] is not None]
-            whole = (bool(given) or not records) and all(isinstance(value, int) for value in given)
-            columns.append((name, (pa.int64() if whole else pa.string()) if kind == "id" else kinds[kind]))
+            ids = [record[name] for record in records if record[name] is not None]
+            is_int = (bool(ids) or not records) and all(isinstance(value, int) for value in ids)
+            columns.append((name, (pa.int64() if is_int else pa.string()) if kind == "id" else kinds[kind]))
         schema = pa.schema(columns, metadata={"tracin_ann.schema": str(SCHEMA)})
         return schema, pq.ParquetWriter(file, schema)
 
     def write(records: Sequence[Record]) -> None:
-        if not records and opened:
+        if not records and writers:
             return
-        if not opened:
-            opened.append(begun(records))
-        schema, rows = opened[0]
-        texts = [field.name for field in schema if field.type == pa.string()]
-        plain = [{**r, **{n: None if r[n] is None else escape_surrogates(str(r[n])) for n in texts}} for r in records]
+        if not writers:
+            writers.append(open_file(records))
+        schema, rows = writers[0]
+        text_names = [field.name for field in schema if field.type == pa.string()]
+        plain = [
+            {**r, **{n: None if r[n] is None else escape_surrogates(str(r[n])) for n in text_names}} for r in records
+        ]
         try:
             table = pa.Table.from_pylist(plain, schema=schema)
         except pa.ArrowInvalid as error:
-            what, expected = "ids of two kinds in one Parquet file", "all of the first's kind"
-            remedy = "return one kind from Task.ids, or write csv or jsonl"
+            what, expected = "ids of two types in one Parquet file", "ids of the type of the first"
+            remedy = "return one type from Task.ids, or write csv or jsonl"
             raise UsageError(problem(what, got=error, expected=expected, remedy=remedy)) from error
         rows.write_table(table)
 
@@ -243,12 +247,12 @@ def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Reco
         yield write
         write([])
     finally:
-        for _, rows in opened:
+        for _, rows in writers:
             rows.close()
 
 
 def to_frame(records: Sequence[Record], fields: Fields) -> Any:
-    """Return records as a pandas DataFrame; its `attrs` hold the schema's version.
+    """Return records as a pandas DataFrame; its `attrs` contain the version of the schema.
 
     Raises:
         MissingPackageError: pandas is not installed.
@@ -256,14 +260,14 @@ def to_frame(records: Sequence[Record], fields: Fields) -> Any:
     try:
         import pandas as pd  # noqa: PLC0415
     except ImportError as error:
-        raise _missing("pandas") from error
-    # Texts of pandas are UTF-8 as well.
+        raise _missing_package("pandas") from error
+    # Strings of pandas are UTF-8 as well.
     plain = [{n: escape_surrogates(v) if isinstance(v, str) else v for n, v in record.items()} for record in records]
-    made = pd.DataFrame.from_records(plain, columns=fields.names)
+    frame = pd.DataFrame.from_records(plain, columns=fields.names)
     kinds = {"int": "Int64", "float": "float64", "bool": "bool"}
-    made = made.astype({name: kinds[kind] for name, kind in fields.kinds if kind in kinds})
-    made.attrs["tracin_ann.schema"] = SCHEMA
-    return made
+    frame = frame.astype({name: kinds[kind] for name, kind in fields.kinds if kind in kinds})
+    frame.attrs["tracin_ann.schema"] = SCHEMA
+    return frame
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -271,16 +275,16 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow  # noqa: PLC0415
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
-        raise _missing("pyarrow") from error
+        raise _missing_package("pyarrow") from error
     return pyarrow, parquet
 
 
-def _missing(package: str) -> MissingPackageError:
+def _missing_package(package: str) -> MissingPackageError:
     return MissingPackageError(
         problem(
             f"{package} is not installed",
             got=f"no module {package}",
-            expected="it, for frames and Parquet",
+            expected=f"{package}, which frames and Parquet need",
             remedy="pip install 'tracin-ann[tables]'",
         )
     )

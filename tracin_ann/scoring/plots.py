@@ -1,4 +1,7 @@
-"""Figures of answers, by matplotlib: for notebooks and reports."""
+"""Matplotlib figures of results, for notebooks and reports.
+
+Shapes: N training rows, M of them marked, C checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,22 @@ from tracin_ann.scoring.answers import Answer, SelfInfluence
 from tracin_ann.types import Float64, Int64
 
 PROPONENT, OPPONENT = "#1a73b5", "#c4501b"
-_MOST = 12
+GREY = "#80868d"
+_MOST_PANELS = 12
+_MOST_TICKS = 12
 _MOST_LAYERS = 40
+# Sizes in inches.
 _BAR = 0.25
 _WIDTH, _HEIGHT = 6.0, 2.2
-_PLATE = 5.0, 2.7
-GREY = "#80868d"
-# What stands for the page's own colour of text while matplotlib draws.
-_INK = "#010203"
+_REPORT_SIZE = 5.0, 2.7
+# A placeholder for the text colour of the page: `render_svg` replaces it by `currentColor`.
+_TEXT_COLOUR = "#010203"
 
 
 def scores_figure(answers: Sequence[Answer]) -> Any:
-    """Return a Figure of the hits' scores by rank, one panel for each of the first queries, error bars where known."""
-    shown = answers[:_MOST]
-    figure = _figure(_WIDTH, _HEIGHT * max(1, len(shown)))
+    """Return a Figure of the hits' scores by rank with known error bars, one panel for each of the first queries."""
+    shown = answers[:_MOST_PANELS]
+    figure = _make_figure(_WIDTH, _HEIGHT * max(1, len(shown)))
     for place, answer in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, place + 1)
         for hits, colour, name in (
@@ -50,7 +55,7 @@ def scores_figure(answers: Sequence[Answer]) -> Any:
 
 def ranked_figure(rows: Sequence[SelfInfluence]) -> Any:
     """Return a Figure of self-influence by rank."""
-    figure = _figure(_WIDTH, _HEIGHT)
+    figure = _make_figure(_WIDTH, _HEIGHT)
     axes = figure.add_subplot()
     axes.plot([row.rank for row in rows], [row.score for row in rows], color=PROPONENT)
     axes.set_xlabel("rank")
@@ -61,14 +66,14 @@ def ranked_figure(rows: Sequence[SelfInfluence]) -> Any:
 
 
 def parts_figure(by_layer: Mapping[str, float], by_checkpoint: Mapping[int, float]) -> Any:
-    """Return a Figure of what layers and checkpoints add to a score; of many layers, those that add or take most."""
+    """Return a Figure of the parts of a score by layer and by checkpoint; only the largest parts of many layers."""
     most = sorted(by_layer, key=lambda name: -abs(by_layer[name]))[:_MOST_LAYERS]
     layers = {name: value for name, value in by_layer.items() if name in most}
     if len(layers) < len(by_layer):
         layers[f"{len(by_layer) - len(layers)} others"] = sum(v for name, v in by_layer.items() if name not in most)
     checkpoints = {f"checkpoint {c}": value for c, value in by_checkpoint.items()}
     heights = [len(layers), len(checkpoints)]
-    figure = _figure(_WIDTH, 1 + _BAR * sum(heights))
+    figure = _make_figure(_WIDTH, 1 + _BAR * sum(heights))
     for axes, parts in zip(figure.subplots(2, height_ratios=heights, sharex=True), (layers, checkpoints), strict=True):
         names = list(parts)
         axes.barh(
@@ -82,23 +87,23 @@ def parts_figure(by_layer: Mapping[str, float], by_checkpoint: Mapping[int, floa
 
 
 def counts_figure(proponent_of: Int64, opponent_of: Int64) -> Any:
-    """Return a Figure of how many rows are proponents, and opponents, of how many queries."""
-    figure = _figure(_WIDTH, _HEIGHT)
+    """Return a Figure of the number of rows by the number of queries whose proponents or opponents they are."""
+    figure = _make_figure(_WIDTH, _HEIGHT)
     axes = figure.add_subplot()
     for counts, colour, name in ((proponent_of, PROPONENT, "proponent"), (opponent_of, OPPONENT, "opponent")):
         times, rows = np.unique(counts, return_counts=True)
         axes.plot(times, rows, marker=".", linestyle="none", color=colour, label=name)
     axes.set_xscale("symlog")
     axes.set_yscale("log")
-    axes.set_xlabel("queries that a row is among the first of")
+    axes.set_xlabel("queries whose proponents or opponents contain the row")
     axes.set_ylabel("rows")
     axes.legend(frameon=False)
     return figure
 
 
 def score_ranks_figure(answers: Sequence[Answer]) -> Any:
-    """Return a Figure of scores by rank over all queries: the median, and between the 10th and 90th percentile."""
-    figure = _figure(*_PLATE)
+    """Return a Figure of scores by rank over all queries: the median and the range of the 10th to 90th percentile."""
+    figure = _make_figure(*_REPORT_SIZE)
     axes = figure.add_subplot()
     for name, colour in (("proponents", PROPONENT), ("opponents", OPPONENT)):
         lists = [[hit.score for hit in getattr(answer, name)] for answer in answers]
@@ -115,8 +120,8 @@ def score_ranks_figure(answers: Sequence[Answer]) -> Any:
 
 
 def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
-    """Return a Figure of the training rows' self-influence: how many of each size, those of some rows marked."""
-    figure = _figure(*_PLATE)
+    """Return a Figure with a histogram of the training rows' self-influence [N]; rows `marked_M` are highlighted."""
+    figure = _make_figure(*_REPORT_SIZE)
     axes = figure.add_subplot()
     shown_N = np.isfinite(norm_N) & (norm_N > 0)
     marked_N = np.zeros(len(norm_N), bool)
@@ -138,16 +143,16 @@ def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
 def checkpoints_figure(
     parts: Mapping[str, Float64], names: Sequence[str], colours: Sequence[str] = (PROPONENT, OPPONENT)
 ) -> Any:
-    """Return a Figure of what each checkpoint adds, its learning rate included; `parts` has a series [C] a name."""
-    figure = _figure(*_PLATE)
+    """Return a Figure of the parts of scores by checkpoint, learning rate included; `parts`: a series [C] by name."""
+    figure = _make_figure(*_REPORT_SIZE)
     axes = figure.add_subplot()
     places, width = np.arange(len(names)), 0.8 / max(1, len(parts))
     for at, ((name, value_C), colour) in enumerate(zip(parts.items(), colours, strict=False)):
         axes.bar(places + (at - (len(parts) - 1) / 2) * width, value_C, width, color=colour, label=name)
     axes.axhline(0, color="grey", linewidth=0.8)
-    every = -(-len(names) // _MOST)
+    every = -(-len(names) // _MOST_TICKS)
     axes.set_xticks(places[::every], names[::every], fontsize="small")
-    axes.set_ylabel("part of the score, mean")
+    axes.set_ylabel("mean part of the score")
     _legend_above(axes)
     return figure
 
@@ -156,35 +161,35 @@ def _legend_above(axes: Any) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
 
-def as_svg(figure: Any, prefix: str) -> str:
-    """Return a figure as an `svg` element for a page: its ids begin with `prefix`, its text has the page's colour."""
+def render_svg(figure: Any, prefix: str) -> str:
+    """Return a figure as an `svg` element: its ids begin with `prefix`, its text has the colour of the page."""
     import matplotlib  # noqa: PLC0415 - optional package, imported only here
 
     for axes in figure.axes:
         axes.set_facecolor("none")
-        axes.tick_params(colors=_INK, which="both")
+        axes.tick_params(colors=_TEXT_COLOUR, which="both")
         legend = axes.get_legend()
         texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *(legend.get_texts() if legend else ())]
         for text in texts:
-            text.set_color(_INK)
+            text.set_color(_TEXT_COLOUR)
         for spine in axes.spines.values():
-            spine.set_color(_INK)
+            spine.set_color(_TEXT_COLOUR)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": "sans-serif"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    drawn = file.getvalue()
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    drawn = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}", drawn)
-    # Sizes are left to the page; the view box keeps the shape.
-    drawn = re.sub(r'^<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', drawn)
-    # A style in it would hold for the whole page, comments name what is drawn, and the font is the page's.
-    drawn = re.sub(r"<!--.*?-->\n?|<style.*?</style>|font-family: [^;\"]*;?", "", drawn, flags=re.DOTALL)
-    return drawn.replace(_INK, "currentColor").strip()
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    # The page sets the size; the view box preserves the aspect ratio.
+    svg = re.sub(r'^<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
+    # A style element would apply to the whole page, comments only take space, and the page sets the font.
+    svg = re.sub(r"<!--.*?-->\n?|<style.*?</style>|font-family: [^;\"]*;?", "", svg, flags=re.DOTALL)
+    return svg.replace(_TEXT_COLOUR, "currentColor").strip()
 
 
-def _figure(width: float, height: float) -> Any:
+def _make_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional package, imported only here
     except ImportError as error:
@@ -192,17 +197,17 @@ def _figure(width: float, height: float) -> Any:
             problem(
                 "matplotlib is not installed",
                 got="no module matplotlib",
-                expected="it, for figures and reports",
+                expected="matplotlib, which figures and reports need",
                 remedy="pip install 'tracin-ann[report]'",
             )
         ) from error
     figure: Any = Figure(figsize=(width, height), layout="constrained")
-    # Notebooks show a bare Figure as a picture only after pyplot was imported; this they show always.
-    figure._repr_png_ = partial(_png, figure)
+    # Notebooks show a Figure as an image only if pyplot was imported; with this method they always do.
+    figure._repr_png_ = partial(_render_png, figure)
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def _render_png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

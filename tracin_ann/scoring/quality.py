@@ -1,9 +1,9 @@
-"""Quality of an index, measured on the task's own rows at build time: recall of its lists and fidelity of its sketch.
+"""Quality of an index, measured by the build on rows of the task: recall of inverted lists and fidelity of the sketch.
 
-Fidelity compares the sketch's ranking with true TracInCP for a few queries. The pool of a query holds the rows that the
-sketch ranks first and last and a sample from equal strata of the norms; the true ten come from the true scores of this
-pool. Rows outside the pool are not scored, so with more rows than the pool holds the measured recall is an upper
-estimate; the error bars tell by how much the sketch would have to misjudge a row to change it.
+Fidelity compares the sketch's ranking with exact TracInCP for a few queries. The pool of a query holds the rows that
+the sketch ranks first and last, and a sample from equal strata of the norms. The exact top ten are those of the pool.
+Rows outside the pool are not scored: if there are more rows than the pool holds, the measured recall is an upper
+estimate. The error bars state how far the sketch's score of a row may be off.
 
 Shapes: Q queries, M rows of the pool, C checkpoints, D sketch dimension, F = C·D.
 """
@@ -24,28 +24,33 @@ from tracin_ann.store import FeatureStore, Fidelity
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
 K = 10
+"""k of the measured recall."""
 QUERIES = 8
+"""The most queries whose fidelity is measured."""
 FIRST = 150
-"""Rows of a query's pool that the sketch ranks first, and last."""
+"""How many rows that the sketch ranks first, and how many that it ranks last, are in a query's pool."""
 CANDIDATES = 100
+"""Depth of the sketch's ranking for the recall with exact re-scoring."""
 SAMPLE = 200
-_ENTRIES = 2**28
+"""Sampled rows in the pool of every query."""
+_GRADIENT_ENTRIES = 2**28
+"""The most gradient entries of all queries in memory."""
 CALIBRATION_QUERIES = 400
 FEWEST_QUERIES = 100
-"""Under so many rows of query_data, training rows are asked as well."""
+"""If query_data has fewer rows, training rows complete the calibration queries."""
 
 
 @dataclass(frozen=True)
 class QualityMeasurement:
-    """What is measured, and with what.
+    """The measurement of an index's quality.
 
     Attributes:
         passes: the task's data and model.
-        store: the feature rows.
-        features: how queries become features.
-        seed: which queries and rows.
-        skipped: ids of training rows that are neither asked nor scored, rising.
-        progress: told the steps done.
+        store: the stored features.
+        features: options of the queries' features.
+        seed: of the draw of queries and rows.
+        skipped: ids of training rows that are neither queried nor scored, rising.
+        progress: called with (stage, done, total).
     """
 
     passes: Passes
@@ -56,14 +61,14 @@ class QualityMeasurement:
     progress: ProgressCallback
 
     def recall(self, lists: IVFIndex, target: float) -> Calibration:
-        """Return the lists' recall on rows of query_data, and on training rows where those are few."""
+        """Return the recall of inverted lists on rows of query_data, completed by training rows if they are few."""
         view = self.store.view()
         random = np.random.default_rng(self.seed)
-        _, asked_QF = self._queries(random.permutation(self.passes.n_rows("query"))[:CALIBRATION_QUERIES])
-        rows_N = self._rows()
-        n_train = min(len(rows_N), max(0, FEWEST_QUERIES - len(asked_QF)))
+        _, query_data_QF = self._extract_queries(random.permutation(self.passes.n_rows("query"))[:CALIBRATION_QUERIES])
+        rows_N = self._list_rows()
+        n_train = min(len(rows_N), max(0, FEWEST_QUERIES - len(query_data_QF)))
         rows = rows_N[np.sort(random.choice(len(rows_N), n_train, replace=False))]
-        queries_QF = np.concatenate([asked_QF, view.take(rows)])
+        queries_QF = np.concatenate([query_data_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
         exact = FlatIndex(lists.source, self.passes.options.device)
         return calibrate(
@@ -71,61 +76,65 @@ class QualityMeasurement:
         )
 
     def fidelity(self) -> Fidelity:
-        """Return how well the sketch ranks a sample of the rows for a few queries."""
+        """Return the fidelity of the sketch for a few queries.
+
+        Raises:
+            NonFiniteError: no row of query_data is finite.
+        """
         self.progress("fidelity", 0, 1)
         n_queries = self.passes.n_rows("query")
         with self.passes.model() as model:
             entries = sum(p.numel() for p in model.parameters.values())
         random = np.random.default_rng(self.seed + 1)
-        order, wanted = random.permutation(n_queries), query_count(entries, n_queries)
-        ids, query_QF = self._queries(np.sort(order[:wanted]))
-        if not len(ids) and wanted < n_queries:
-            ids, query_QF = self._queries(order[wanted : wanted + CALIBRATION_QUERIES], wanted)
+        order, n_measured = random.permutation(n_queries), count_queries(entries, n_queries)
+        ids, query_QF = self._extract_queries(np.sort(order[:n_measured]))
+        if not len(ids) and n_measured < n_queries:
+            ids, query_QF = self._extract_queries(order[n_measured : n_measured + CALIBRATION_QUERIES], n_measured)
         if not len(ids):
-            tried = min(n_queries, wanted + CALIBRATION_QUERIES)
+            tried = min(n_queries, n_measured + CALIBRATION_QUERIES)
             raise NonFiniteError(
                 problem(
                     "the fidelity cannot be measured",
                     got=f"NaN or infinity for each of {tried} rows of query_data",
-                    expected="some that are finite at every checkpoint",
-                    remedy="mend query_data or query_loss, or build with --no-yardstick",
+                    expected="at least one row that is finite at every checkpoint",
+                    remedy="correct query_data or query_loss, or build with --no-yardstick",
                 )
             )
-        rows_N = self._rows()
-        norm_N = np.sqrt(self.store.sqnorms() @ self._rates())[rows_N]
+        rows_N = self._list_rows()
+        norm_N = np.sqrt(self.store.sqnorms() @ self._learning_rates())[rows_N]
         sample = rows_N[sample_rows(norm_N, self.seed)]
         side: SideName = "query"
         allowed = rows_N if len(self.skipped) else None
-        asked = side, ids.tolist()
-        found = measure_fidelity(self.passes, asked, query_QF, self.store.view(), sample, allowed)
+        queries = side, ids.tolist()
+        fidelity = measure_fidelity(self.passes, queries, query_QF, self.store.view(), sample, allowed)
         self.progress("fidelity", 1, 1)
-        return found
+        return fidelity
 
-    def _rows(self) -> Int64:
+    def _list_rows(self) -> Int64:
         """Return the ids of the training rows that were not skipped, rising."""
         return np.setdiff1d(np.arange(self.store.layout.n_rows, dtype=np.int64), self.skipped, assume_unique=True)
 
-    def _rates(self) -> Float64:
+    def _learning_rates(self) -> Float64:
         return np.array([c.learning_rate for c in self.passes.task.checkpoints])
 
-    def _queries(self, ids: Int64, wanted: int | None = None) -> tuple[Int64, Float32]:
-        """Return those of these rows of query_data that are finite, the first `wanted` or all, and their features."""
-        taken = []
+    def _extract_queries(self, ids: Int64, at_most: int | None = None) -> tuple[Int64, Float32]:
+        """Return the ids and features of the finite rows among these rows of query_data, at most so many."""
+        extracted = []
         with self.passes.model() as model:
             for checkpoint in range(len(self.passes.task.checkpoints)):
                 model.load(checkpoint)
-                taken.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
-        fine = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in taken], axis=0))[:wanted]
-        return ids[fine], np.concatenate([rows.feature_ND[fine] for rows in taken], axis=1)
+                extracted.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
+        finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
+        return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
 
 
 def sample_rows(norm_N: Float64, seed: int) -> Int64:
-    """Return ids, rising: one from each of 200 equal strata of the norms."""
+    """Return rising positions: one row from each of 200 equal strata of the norms."""
     n_rows = len(norm_N)
-    wanted = min(n_rows, SAMPLE)
+    n_sampled = min(n_rows, SAMPLE)
     random = np.random.Generator(np.random.Philox(seed))
-    edges = np.linspace(0, n_rows, wanted + 1).astype(np.int64)
-    places = edges[:-1] + (random.random(wanted) * np.diff(edges)).astype(np.int64)
+    edges = np.linspace(0, n_rows, n_sampled + 1).astype(np.int64)
+    places = edges[:-1] + (random.random(n_sampled) * np.diff(edges)).astype(np.int64)
     return np.sort(np.argsort(norm_N, kind="stable")[places])
 
 
@@ -137,41 +146,41 @@ def measure_fidelity(
     sample: Int64,
     allowed: Int64 | None = None,
 ) -> Fidelity:
-    """Return how the sketch ranks all rows for these queries.
+    """Return how well the sketch ranks all rows for these queries.
 
     Args:
         passes: the task's data and model.
         queries: side and ids of the queries.
         query_QF: their features.
         view: the stored features.
-        sample: ids that are scored for every query, rising.
-        allowed: ids of all rows that may be run, rising; None: all.
+        sample: rising ids of rows in the pool of every query.
+        allowed: rising ids of the rows that may be scored; None: all.
     """
     checkpoints = range(len(passes.task.checkpoints))
     sides = FlatIndex(view, passes.options.device).search_both(scale_to_unit(query_QF)[0], FIRST, allowed)
     rows = np.unique(np.concatenate([sample, *sides[0].ids, *sides[1].ids]))
-    true_QM = exact_scores(passes, queries, rows.tolist(), checkpoints)
+    exact_QM = exact_scores(passes, queries, rows.tolist(), checkpoints)
     row_MF = view.take(rows)
     sketch_QM = query_QF.astype(np.float64) @ row_MF.T.astype(np.float64)
     deviation_QM = sketch_deviations(query_QF, row_MF, len(checkpoints))
-    fine = deviation_QM > 0
-    off = (sketch_QM - true_QM)[fine] / deviation_QM[fine]
-    drawn = np.searchsorted(rows, sample)
+    is_positive = deviation_QM > 0
+    error = (sketch_QM - exact_QM)[is_positive] / deviation_QM[is_positive]
+    sampled = np.searchsorted(rows, sample)
     return Fidelity(
         len(query_QF),
         len(rows),
-        _recall(true_QM, sketch_QM, K),
-        _recall(-true_QM, -sketch_QM, K),
-        _recall(true_QM, sketch_QM, CANDIDATES),
-        _recall(-true_QM, -sketch_QM, CANDIDATES),
-        float(np.mean([_correlation(t, s) for t, s in zip(true_QM[:, drawn], sketch_QM[:, drawn], strict=True)])),
-        float(np.sqrt(np.mean(off**2))) if off.size else 0.0,
+        _mean_recall(exact_QM, sketch_QM, K),
+        _mean_recall(-exact_QM, -sketch_QM, K),
+        _mean_recall(exact_QM, sketch_QM, CANDIDATES),
+        _mean_recall(-exact_QM, -sketch_QM, CANDIDATES),
+        float(np.mean([_correlation(t, s) for t, s in zip(exact_QM[:, sampled], sketch_QM[:, sampled], strict=True)])),
+        float(np.sqrt(np.mean(error**2))) if error.size else 0.0,
     )
 
 
-def query_count(entries: int, available: int) -> int:
-    """Return how many queries the yardstick takes of a model with so many parameters: their gradients are held."""
-    return max(1, min(QUERIES, available, _ENTRIES // max(1, entries)))
+def count_queries(entries: int, available: int) -> int:
+    """Return for how many queries to measure fidelity: all their gradients, `entries` numbers each, are in memory."""
+    return max(1, min(QUERIES, available, _GRADIENT_ENTRIES // max(1, entries)))
 
 
 def sketch_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
@@ -184,12 +193,12 @@ def sketch_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) ->
     return deviation_QM
 
 
-def _recall(true_QM: Float64, sketch_QM: Float64, depth: int) -> float:
-    """Return the share of the true best ten among the sketch's first `depth`, mean over queries."""
-    k = min(K, true_QM.shape[1])
-    wanted = np.argsort(-true_QM, axis=1, kind="stable")[:, :k]
-    found = np.argsort(-sketch_QM, axis=1, kind="stable")[:, :depth]
-    return float(np.mean([len(np.intersect1d(w, f)) / k for w, f in zip(wanted, found, strict=True)]))
+def _mean_recall(exact_QM: Float64, sketch_QM: Float64, depth: int) -> float:
+    """Return the share of the exact top ten among the sketch's first `depth` rows, mean over queries."""
+    k = min(K, exact_QM.shape[1])
+    exact_QK = np.argsort(-exact_QM, axis=1, kind="stable")[:, :k]
+    sketch_QK = np.argsort(-sketch_QM, axis=1, kind="stable")[:, :depth]
+    return float(np.mean([len(np.intersect1d(t, s)) / k for t, s in zip(exact_QK, sketch_QK, strict=True)]))
 
 
 def _correlation(one: Float64, other: Float64) -> float:

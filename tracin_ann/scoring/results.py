@@ -1,4 +1,4 @@
-"""What an index answers with: lists that show themselves in a notebook, plot themselves, and become pandas frames."""
+"""Lists of results, with notebook display, plots and pandas frames."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _SHOWN = 20
 
 
 class Answers(list[Answer]):
-    """Answers in the order asked."""
+    """Answers in the order of the queries."""
 
     def __init__(self, answers: Iterable[Answer], describe: Describe) -> None:
         super().__init__(answers)
-        self.texts = _texts(describe)
+        self.texts = _make_texts(describe)
 
     def records(self) -> list[Record]:
-        """Return a record for every hit, fields as `formats.HITS`."""
+        """Return a record for every hit, with the fields of `formats.HITS`."""
         return [record for answer in self for record in answer_records(answer, self.texts)]
 
     def lines(self) -> list[Record]:
-        """Return the answers as JSON lines have them."""
+        """Return the answers as the objects of JSON lines."""
         return [answer_line(answer, self.texts) for answer in self]
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame, one row a hit, columns as `formats.HITS`.
+        """Return a DataFrame with one row per hit and the columns of `formats.HITS`.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -54,7 +54,7 @@ class Answers(list[Answer]):
         return to_frame(self.records(), HITS)
 
     def plot(self) -> Any:
-        """Return a matplotlib Figure of the scores, query by query.
+        """Return a matplotlib Figure of the scores of each query.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
@@ -62,14 +62,14 @@ class Answers(list[Answer]):
         return scores_figure(self)
 
     def _repr_html_(self) -> str:
-        return "".join(_answer_html(answer, self.texts) for answer in self[:_SHOWN]) + _more(len(self))
+        return "".join(_render_answer(answer, self.texts) for answer in self[:_SHOWN]) + _render_rest(len(self))
 
 
 class RowList(ABC, list[T]):
-    """Results of which each is one record: a line of JSON, a row of a table.
+    """Results that have one record each: a line of JSON, a row of a table.
 
-    `DETAILS` are fields that a table on a terminal leaves out, the first first, where its texts have too little room.
-    `DATA_ONLY` are fields of JSON lines, CSV, Parquet and frames that tables and pages for people leave out.
+    `DETAILS` are fields that a terminal table leaves out, in this order, until its text columns have enough space.
+    `DATA_ONLY` are fields of JSON lines, CSV, Parquet and frames that tables and HTML pages leave out.
     """
 
     FIELDS: ClassVar[Fields]
@@ -78,22 +78,22 @@ class RowList(ABC, list[T]):
 
     def __init__(self, rows: Iterable[T], describe: Describe) -> None:
         super().__init__(rows)
-        self.texts = _texts(describe)
+        self.texts = _make_texts(describe)
 
     @abstractmethod
     def record(self, row: T) -> Record:
-        """Return one result's record, fields as `FIELDS`."""
+        """Return the record of a result, with the fields of `FIELDS`."""
 
     def records(self) -> list[Record]:
-        """Return a record for every result, fields as `FIELDS`."""
+        """Return a record for every result, with the fields of `FIELDS`."""
         return [self.record(row) for row in self]
 
     def lines(self) -> list[Record]:
-        """Return the results as JSON lines have them."""
+        """Return the results as the objects of JSON lines."""
         return [to_json_line(record) for record in self.records()]
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame, one row a result, columns as `FIELDS`.
+        """Return a DataFrame with one row per result and the columns of `FIELDS`.
 
         Raises:
             MissingPackageError: pandas is not installed.
@@ -104,16 +104,16 @@ class RowList(ABC, list[T]):
         names = [name for name in self.FIELDS.names if name not in self.DATA_ONLY]
         records = [self.record(row) for row in self[:_SHOWN]]
         cells = [format_cells({name: record[name] for name in names}) for record in records]
-        return _table("", names, cells) + _more(len(self))
+        return _render_table("", names, cells) + _render_rest(len(self))
 
 
 class RankedRows(RowList[SelfInfluence]):
-    """Training rows by rank."""
+    """Training rows by falling self-influence."""
 
     FIELDS = RANKED
 
     def record(self, row: SelfInfluence) -> Record:
-        """Return a row's record."""
+        """Return the record of a row."""
         text = self.texts("train", row.row)
         return {"rank": row.rank, "id": row.id, "row": row.row, "score": row.score, "text": text}
 
@@ -126,7 +126,7 @@ class RankedRows(RowList[SelfInfluence]):
         return ranked_figure(self)
 
 
-def _texts(describe: Describe) -> Texts:
+def _make_texts(describe: Describe) -> Texts:
     def text(side: SideName, row: int) -> str | None:
         described = describe(side, row)
         return None if described is None else described.text
@@ -134,7 +134,7 @@ def _texts(describe: Describe) -> Texts:
     return text
 
 
-def _answer_html(answer: Answer, texts: Texts) -> str:
+def _render_answer(answer: Answer, texts: Texts) -> str:
     shown = None if answer.row is None else texts(answer.side, answer.row)
     caption = f"{answer.side} {answer.query}" + (f": {shown}" if shown else "")
     rows = []
@@ -144,18 +144,18 @@ def _answer_html(answer: Answer, texts: Texts) -> str:
             hit = hits[at] if at < len(hits) else None
             cells += ["", "", ""] if hit is None else [str(hit.id), f"{hit.score:+.4g}", texts("train", hit.row) or ""]
         rows.append(cells)
-    return _table(caption, ["proponent", "score", "text", "opponent", "score", "text"], rows)
+    return _render_table(caption, ["proponent", "score", "text", "opponent", "score", "text"], rows)
 
 
-def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th scope='col'>{_safe(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><caption>{_safe(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def _render_table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th scope='col'>{_escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><caption>{_escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _safe(text: str) -> str:
+def _escape(text: str) -> str:
     return escape(escape_control(text, "\n\t"))
 
 
-def _more(n_rows: int) -> str:
+def _render_rest(n_rows: int) -> str:
     return f"<p>… {n_rows - _SHOWN:,} more</p>" if n_rows > _SHOWN else ""

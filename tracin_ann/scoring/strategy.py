@@ -1,4 +1,7 @@
-"""By which way candidates are found, lists or an exact scan, and the sentence that says why and what to believe."""
+"""The choice between inverted lists (IVF) and an exact scan for a query, with the reason and the expected recall.
+
+The choice uses the times and the recall that the build measured (`search.calibration`).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,22 @@ from tracin_ann.search import Calibration, FlatIndex, IVFIndex, Point, SearchInd
 from tracin_ann.store import IndexRecord
 from tracin_ann.types import Float32
 
+_SCAN = "exact scan of the stored rows"
+
 
 @dataclass(frozen=True)
 class Strategy:
-    """An index set to search, why it, and which queries look like none that its recall was measured on."""
+    """The search strategy of some queries.
+
+    Attributes:
+        index: the index to search, with its settings.
+        how: the strategy, the reason for it, and the expected recall, as text for users.
+        unlike_Q: which queries are unlike the calibration queries [Q]; None: not applicable.
+    """
 
     index: SearchIndex
     how: str
-    strange_Q: npt.NDArray[np.bool_] | None = None
+    unlike_Q: npt.NDArray[np.bool_] | None = None
 
 
 def choose_strategy(
@@ -29,79 +40,97 @@ def choose_strategy(
     scan: FlatIndex,
     queries_QF: Float32,
     options: QueryOptions,
-    why_scan: str = "",
+    unsupported: str = "",
 ) -> Strategy:
-    """Return the way for these queries.
+    """Return the search strategy for these queries.
+
+    With `--search auto`, the strategy with the shorter estimated time is chosen.
 
     Args:
-        record: what the manifest says of the index.
+        record: the manifest's record of the index.
         index: the search index.
         scan: the exact scan of the same rows.
         queries_QF: the queries' features.
-        options: `search` and `recall` are read.
-        why_scan: why lists cannot serve; "" where they can.
+        options: `search` and `recall` are used.
+        unsupported: the requested scoring that inverted lists do not support; "" if they support it.
 
     Raises:
-        UsageError: a recall that the lists were not seen to reach, or lists of an index that has none.
+        UsageError: the options require inverted lists that cannot be used, or a recall that they do not reach.
     """
     calibration = record.calibration
-    if calibration is None or not isinstance(index, IVFIndex) or why_scan:
-        if options.search == "lists" or (options.recall is not None and why_scan):
-            raise UsageError(
-                problem(
-                    "lists cannot serve this query",
-                    got="--search lists" if options.search == "lists" else "--recall",
-                    expected=why_scan or f"an index of lists (this one is {record.kind})",
-                    remedy="drop the option: an exact scan finds all",
-                )
-            )
-        return Strategy(
-            scan if why_scan else index, f"exact scan of the stored rows{f' ({why_scan})' if why_scan else ''}"
-        )
+    if calibration is None or not isinstance(index, IVFIndex) or unsupported:
+        _refuse_required_lists(record, options, unsupported)
+        if not unsupported:
+            return Strategy(index, _SCAN)
+        return Strategy(scan, f"{_SCAN} (inverted lists do not support {unsupported})" if record.calibration else _SCAN)
     if options.search == "scan":
-        return Strategy(scan, "exact scan of the stored rows, as asked")
-    asked = options.recall if options.recall is not None else calibration.target
-    points, reached = _points(calibration, asked, explicit=options.recall is not None)
+        return Strategy(scan, f"{_SCAN}, as requested")
+    target = options.recall if options.recall is not None else calibration.target
+    (proponents, opponents), is_reached = _choose_points(calibration, target, explicit=options.recall is not None)
     n_queries = len(queries_QF)
-    by_lists, by_scan = calibration.index_cost(*points).of(n_queries), calibration.scan.of(n_queries)
-    costs = f"about {_short(by_lists)} by lists, {_short(by_scan)} by scan"
-    if options.search == "auto" and by_scan <= by_lists:
-        return Strategy(scan, f"exact scan of the stored rows: {n_queries} queries cost {costs}")
-    proponents, opponents = points
+    lists_s = calibration.index_cost(proponents, opponents).of(n_queries)
+    scan_s = calibration.scan.of(n_queries)
+    times = f"inverted lists {_format_time(lists_s)}, exact scan {_format_time(scan_s)}"
+    reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
+    if options.search == "auto" and scan_s <= lists_s:
+        return Strategy(scan, f"{_SCAN}, {reason}")
+    if options.search == "lists":
+        reason = f"as requested (estimated times: {times})"
     how = (
-        f"lists, recall@10 of the stored ranking measured at {proponents.recall:.3f} for proponents, "
-        f"{opponents.recall:.3f} for opponents (at least {proponents.lower:.3f}, {opponents.lower:.3f}); {costs}"
+        f"inverted lists (IVF), {reason}; expected recall@10 of the stored ranking: {proponents.recall:.3f} for "
+        f"proponents, {opponents.recall:.3f} for opponents (lower bounds {proponents.lower:.3f}, {opponents.lower:.3f})"
     )
-    if not reached:
-        how += f"; {asked:g} is out of the lists' reach: --search scan finds all"
-    strange_Q = calibration.looks.find_outliers(index, queries_QF)
+    if not is_reached:
+        how += f"; below the target recall of {target:g}, --search scan finds all rows"
+    unlike_Q = calibration.looks.find_outliers(index, queries_QF)
     if calibration.looks.is_shifted(index, queries_QF):
-        strange_Q = np.ones(n_queries, dtype=bool)
-        how += "; these queries are not distributed like those measured: recall may differ"
-    return Strategy(index.at(proponents.setting, opponents.setting), how, strange_Q)
+        unlike_Q = np.ones(n_queries, dtype=bool)
+        how += "; the distribution of these queries differs from the calibration queries: recall may differ"
+    return Strategy(index.at(proponents.setting, opponents.setting), how, unlike_Q)
 
 
-def _points(calibration: Calibration, asked: float, *, explicit: bool) -> tuple[tuple[Point, Point], bool]:
-    """Return the points of both directions for a recall, and whether both reach it.
+def _refuse_required_lists(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
+    """Raise if the options require inverted lists, which cannot be used.
 
     Raises:
-        UsageError: one does not, and the recall was asked for explicitly.
+        UsageError: they do.
     """
-    found = calibration.reaching("proponents", asked), calibration.reaching("opponents", asked)
+    if options.search == "lists":
+        option = "--search lists"
+    elif options.recall is not None and unsupported:
+        option = f"--recall {options.recall:g}"
+    else:
+        return
+    raise UsageError(
+        problem(
+            "inverted lists cannot be used for this query",
+            got=f"{option} and {unsupported}" if unsupported else f"{option} for an index of kind {record.kind}",
+            expected="inner products over all checkpoints" if unsupported else "an index of kind ivf",
+            remedy="drop the option: an exact scan finds all rows",
+        )
+    )
+
+
+def _choose_points(calibration: Calibration, target: float, *, explicit: bool) -> tuple[tuple[Point, Point], bool]:
+    """Return the settings of both directions for a recall, and whether both reach it.
+
+    Raises:
+        UsageError: one does not reach it, and the recall was requested explicitly.
+    """
     best = calibration.best("proponents"), calibration.best("opponents")
-    if None not in found:
-        return (found[0] or best[0], found[1] or best[1]), True
-    if explicit:
+    proponents, opponents = calibration.reaching("proponents", target), calibration.reaching("opponents", target)
+    is_reached = proponents is not None and opponents is not None
+    if explicit and not is_reached:
         raise UsageError(
             problem(
-                "a recall out of the lists' reach",
-                got=f"--recall {asked:g}",
-                expected=f"at most {min(point.lower for point in best):.3f}, the bound that was measured",
-                remedy="lower --recall, or use --search scan, which finds all",
+                "the inverted lists do not reach this recall",
+                got=f"--recall {target:g}",
+                expected=f"at most {min(point.lower for point in best):.3f}, the lower bound that the build measured",
+                remedy="lower --recall, or use --search scan, which finds all rows",
             )
         )
-    return (found[0] or best[0], found[1] or best[1]), False
+    return (proponents or best[0], opponents or best[1]), is_reached
 
 
-def _short(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
