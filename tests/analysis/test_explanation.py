@@ -211,7 +211,7 @@ def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:
     own = ask(folder, "--train-id", "row-3", "--id", "row-2", "--own-ids", "--output", tmp_path / "parts.csv")
     assert own.exit_code == 0, own.stderr
     assert own.stdout == ""
-    assert f"{found.score:+.6g} of row row-3 for query row-2" in own.stderr
+    assert f"exact score:  {found.score:+.6g} of row row-3 for query row-2" in own.stderr
     assert (tmp_path / "parts.csv").read_text().count("\n") == 1 + len(found) == 9
     table = ask(folder, "--train-id", 3, "--query-train-id", 3)
     assert [line.split()[0] for line in table.stdout.splitlines() if "│" in line] == ["first", "second", "all"]
@@ -228,7 +228,7 @@ def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:
     [
         (("--train-id", 3), "neither of --id and --query-train-id"),
         (("--train-id", 3, "--id", 0, "--query-train-id", 0), "two queries"),
-        (("--train-id", "3-4", "--id", 0), "--train-id is not one row: got 2 rows"),
+        (("--train-id", "3-4", "--id", 0), "--train-id takes one row: got 2 rows"),
         (("--train-id", 3, "--id", 99), "no such row in query_data: got 99"),
         (("--train-id", "rows", "--id", "row-1", "--own-ids"), "no such id in train_data"),
     ],

@@ -212,7 +212,7 @@ def test_a_manifest_of_before_audits_is_read(tmp_path):
     found = Manifest.read(tmp_path / "i")
     assert (found.audit, found.audit_summary()) == (None, "nothing: built by an earlier version")
     result = CliRunner().invoke(info_command, [str(tmp_path / "i")])
-    assert "audited     nothing: built by an earlier version\n" in result.output
+    assert "audit:      nothing: built by an earlier version\n" in result.output
 
 
 def interrupt(*given: Any) -> None:

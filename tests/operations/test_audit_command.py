@@ -49,7 +49,8 @@ def run(*arguments: object) -> Any:
 def test_a_right_index_passes(index):
     result = run(index, "--audit", 10)
     assert result.exit_code == 0, result.output
-    assert re.search(r"i: audited 10 rows against plain autograd: largest difference \de-0\d of a row", result.output)
+    said = r"^audit: 10 rows against plain autograd: largest difference \de-0\d of a row"
+    assert re.search(said, result.output, re.M)
 
 
 def test_a_wrong_row_is_named_with_status_4(index):
@@ -70,8 +71,8 @@ def test_damage_is_told_before_anything_is_audited(index):
     (index / FEATURES / "features-000000-0000.h5").unlink()
     result = run(index, "--audit", 10)
     assert result.exit_code == 4
-    assert "audited" not in result.output
-    assert "audited 10 rows" in run(index, "--audit", 10, "--repair").output
+    assert "audit: " not in result.output
+    assert "audit: 10 rows" in run(index, "--audit", 10, "--repair").output
 
 
 def test_the_same_index_draws_the_same_rows_and_a_seed_others(index, monkeypatch):
@@ -97,9 +98,9 @@ def test_build_and_info_say_what_was_audited(index, tmp_path):
     options = ["--task", f"{zoo.__file__}:task", "--out", tmp_path / "new", "--dim", 32, "--no-yardstick"]
     options += ["--task-arg", "case=mlp", "--task-arg", f"folder={tmp_path}", "--device", "cpu"]
     built = CliRunner().invoke(build_command, [str(option) for option in options])
-    assert re.search(rf"^audited {rows} and \d+ of the most uneven batch {said}$", built.output, re.M), built.output
+    assert re.search(rf"^audit: {rows} and \d+ of the most uneven batch {said}$", built.output, re.M), built.output
     shown = CliRunner().invoke(info_command, [str(index)]).output
-    assert re.search(rf"^audited     {rows} {said}$", shown, re.M), shown
+    assert re.search(rf"^audit:      {rows} {said}$", shown, re.M), shown
 
 
 def store(n_rows: int) -> FeatureStore:

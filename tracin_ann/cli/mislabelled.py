@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import click
 
-from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
+    make_row_filter,
     open_index,
     own_ids_option,
-    row_filter,
 )
-from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
-from tracin_ann.cli.parameters import show_progress
+from tracin_ann.cli.messages import print_note, show_progress
+from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
 
 
 @command(
@@ -55,10 +55,10 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     """
     from tracin_ann.analysis import Suspects, find_mislabelled
 
-    sink = Sink.of(form, output, html)
-    expect_report(html)
+    sink = Sink.from_options(form, output, html)
+    check_report_path(html)
     index = open_index(directory, options)
-    with sink.opened(Suspects.FIELDS) as write, show_progress("rows") as progress:
+    with sink.open(Suspects.FIELDS) as write, show_progress("rows") as progress:
         found = find_mislabelled(
             index,
             None if options["no_labels"] else str(options["labels"]),
@@ -68,22 +68,22 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
             asked=options["asked"],  # type: ignore[arg-type]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             exact=bool(options["exact"]),
-            rows=row_filter(index, options),
+            rows=make_row_filter(index, options),
             progress=progress,
         )
         write(found)
-    write_page(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
+    write_html(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
     told = found.suspicion
     if told.look_at is None:
-        note(f"{told.n_rows:,} rows by {told.by}; without labels nobody votes on how many to look at", err=True)
+        print_note(f"{told.n_rows:,} rows by {told.by}; without labels nobody votes on how many to look at", err=True)
         return
     if not told.look_at:
-        note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
+        print_note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
         return
     known = "self-influence" if told.by == "self-influence" else "loss"
     asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
     more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
-    note(
+    print_note(
         f"look at about the first {told.look_at:,} of {told.n_rows:,} rows{more}: "
         f"{told.n_outvoted:,}{asked} are outvoted by their neighbours, and so many rows have as large a {known}",
         err=True,
