@@ -133,7 +133,7 @@ def test_rows_are_named_by_own_ids(folder: Path, tmp_path: Path) -> None:
         ("words", ("--ids", "0", "--format", "parquet"), ["Parquet cannot be written to stdout", "--output"]),
         ("words", ("--ids", "0", "--output", "a.txt"), ["a table cannot be written to a file", "jsonl, csv, parquet"]),
         ("words", ("--against", "0"), ["half a contrast", "--ids"]),
-        ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "drop one"]),
+        ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
 def test_what_cannot_be_is_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
