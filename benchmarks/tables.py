@@ -471,7 +471,16 @@ def mislabelled() -> str:
     """Return the wrong labels found in the first 10% and 20% of each ranking, and the estimate of their number."""
     content = read_results("mislabelled")
     rows: list[Row] = [
-        ("data", "wrong labels", "ranking", "found in first 10%", "first 20%", "estimated number", "found in these")
+        (
+            "data",
+            "wrong labels",
+            "ranking",
+            "found in first 10%",
+            "first 20%",
+            "estimated number",
+            "found in these",
+            "correct label",
+        )
     ]
     cases: dict[tuple[str, float], Results] = defaultdict(list)
     for result in content["results"]:
@@ -483,16 +492,19 @@ def mislabelled() -> str:
         estimate = f"{mean(s['look_at'] for s in seeds):,.0f}"
         wrong = f"{first['flipped']:,} of {first['rows']:,}"
         if not first["flipped"]:
-            rows.append((name, wrong, "–", "–", "–", estimate, "–"))
+            rows.append((name, wrong, "–", "–", "–", estimate, "–", "–"))
             continue
         found = f"{mean(s['found_there'] for s in seeds):.0%}"
+        shares = [s["suggested_correct"] for s in seeds if s.get("suggested_correct") is not None]
+        correct = f"{mean(shares):.1%}" if shares else "–"
         for by, shown in rankings.items():
             figures = [f"{mean(s[by][f'found_at_{share}%'] for s in seeds):.1%}" for share in (10, 20)]
-            last = (estimate, found) if by == "loss-and-votes" else ("–", "–")
+            last = (estimate, found, correct) if by == "loss-and-votes" else ("–", "–", "–")
             rows.append((name, wrong, shown, *figures, *last))
     scope = (
         "whole builds by `tracin_ann.build` and `tracin_ann.mislabelled`, with "
-        f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults.'
+        f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults. '
+        "Correct label: the share of the changed labels in the first 10% for which the suggested label is the true one."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 

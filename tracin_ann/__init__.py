@@ -1,6 +1,6 @@
-"""tracin_ann: which training examples made a prediction what it is, by TracIn, searchable with FAISS.
+"""tracin_ann: find the training examples behind a model's predictions, by TracIn scores and FAISS search.
 
-Names are imported when they are first used: `import tracin_ann` alone waits for neither torch nor FAISS.
+Names are imported at their first use: `import tracin_ann` alone imports neither torch nor FAISS.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "write_report",
 ]
 
-# The module that each name is from, as above for type checkers.
+# The package of each name; type checkers read the imports above.
 _HOMES = {
     "build": ("BuildReport", "build"),
     "config": ("BuildConfig",),
@@ -58,7 +58,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 class _Facade(ModuleType):
-    """The package: `build` stays the function when the module `tracin_ann.build` is imported."""
+    """The package: `build` remains the function when the module `tracin_ann.build` is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOME_OF or not isinstance(value, ModuleType):

@@ -1,29 +1,31 @@
-"""The story of a build: task -> features of every row and checkpoint -> search index -> manifest.
+"""The story of a build: task -> feature rows of every checkpoint -> search index -> manifest.
 
-A build can be run again at any time: feature files that are whole are kept, the rest is made anew,
-and the manifest, written last, is what makes the directory an index.
+The same command resumes an interrupted build: intact feature files are reused, missing ones are computed. The manifest
+is written last; with it, the directory is an index.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import refuse_slow_bf16, resolve_device
-from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError, UsageError, problem
+from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
 from tracin_ann.features import (
     CANARY_FILE,
     USUAL_SIZE,
     Auditor,
+    Audits,
     BuiltRows,
     Extraction,
     ExtractionResult,
+    FeatureOptions,
     LoadedModel,
     Passes,
     PassOptions,
@@ -41,67 +43,51 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
-from tracin_ann.files import atomic_path, is_temporary
-from tracin_ann.scoring import QualityMeasurement
-from tracin_ann.search import IVFIndex, IVFParams, UnfinishedLists, choose_index, digest_inputs
+from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index
+from tracin_ann.search import choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
-    BUILD_RECORD,
-    COLUMN_FILE,
     FEATURES,
-    MANIFEST,
-    UNFINISHED_INDEX,
-    WRITER,
     AuditRecord,
     BuildRecord,
     FeatureSpec,
     FeatureStore,
-    FileRecord,
-    IndexRecord,
     Manifest,
+    NextGeneration,
+    RowTable,
     SketchSpec,
     Skipped,
     Start,
     StepRecord,
-    carry_removed,
     check_generation,
     claim,
     collect_columns,
-    find_unnamed_files,
-    generation_number,
     hold_writer_lock,
-    list_feature_records,
-    make_next_folder,
-    publish,
-    read_build_record,
+    read_begun,
     read_current,
-    read_removed_ids,
     read_skipped_rows,
     record_file,
-    select_listed_rows,
+    refuse_foreign_files,
     tidy,
-    write_build_record,
-    write_columns,
-    write_skipped,
-    write_unlisted,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
-from tracin_ann.types import Int64, ProgressCallback, ignore_progress
+from tracin_ann.types import ProgressCallback, ignore_progress
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did.
+    """The result of a build.
 
     Attributes:
         manifest: of the finished index.
-        rows_extracted: rows × checkpoints computed by this run; 0 where all files were there already.
+        rows_extracted: rows × checkpoints that this run computed; 0 if all feature files existed.
         seconds: wall time.
-        skipped: the rows that are in no answer because they are not finite.
-        notes: in a line each, how checkpoints were read whose files are no plain state_dict.
-        uneven: the audit of the most uneven batch that this run computed, if any; the manifest's is of other rows.
+        skipped: rows that no answer contains because they are not finite.
+        notes: one line for each checkpoint file that is not a plain state_dict: how it was read.
+        uneven: audit of the batch with the most uneven example sizes that this run computed, if any; the manifest holds
+            the audit of other rows.
     """
 
     manifest: Manifest
@@ -112,8 +98,101 @@ class BuildReport:
     uneven: AuditRecord | None = None
 
 
-class BuildWork:
-    """One build under way: the task opened, and the directory it writes to."""
+def build(
+    task: Task | str,
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> BuildReport:
+    """Build an index of a task's training rows in the directory `out`, or resume a build there.
+
+    Args:
+        task: a Task, or its name (`path/to/file.py:name`, `package.module:name`).
+        out: the directory; created if it does not exist.
+        config: see BuildConfig.
+        arguments: for a named task that is a function.
+        progress: called with (stage, done, total).
+
+    Raises:
+        TaskError: the task breaks the contract; nothing is written.
+        IndexMismatchError: the directory holds the index of another task or other options.
+        UsageError: an option or the directory cannot be used.
+        NonFiniteError: the loss or gradient of a row is NaN or infinite; complete partitions are kept. Where such rows
+            are skipped: no row is left.
+        GradientProofError: no method computes a parameter's gradients as autograd does, or a stored row differs from
+            autograd; nothing is published.
+    """
+    job = open_build(task, Path(out), config or BuildConfig(), arguments)
+    with ExitStack() as locks:
+        refuse_foreign_files(job.out)
+        is_new = not job.out.is_dir()
+        if not is_new:
+            locks.enter_context(hold_writer_lock(job.out))
+        return run(job, progress, claims=locks if is_new else None)
+
+
+def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildJob:
+    """Return the build of a task, or of a named one.
+
+    Raises:
+        TaskError, UsageError: the task cannot be found, or an option cannot be used.
+    """
+    if isinstance(task, Task):
+        return BuildJob(task, out, config, TaskReference(None, {}))
+    reference = TaskReference(absolute_reference(task), dict(arguments or {}))
+    return BuildJob(load_task(task, arguments), out, config, reference)
+
+
+def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
+    """Build in a directory whose writer's lock the caller holds, or in a new one, which is locked within `claims`.
+
+    Raises:
+        As `build`.
+    """
+    began_s = perf_counter()
+    progress = progress or ignore_progress
+    with job.passes.model() as model:
+        start = job.prepare(model)
+        store = FeatureStore(job.out / FEATURES, start.record.layout)
+        missing = store.missing(start.trusted)
+        if start.finished is not None and not missing and job.is_complete(start.finished):
+            tidy(job.out, start.finished)
+            return job.report(start.finished, 0, began_s)
+        if missing:
+            job.refuse_changed(model, start)
+        record = job.config.agree_on_batches(start.record, len(missing), str(job.out))
+        settings = job.tune(model, record)
+        record = replace(record, batch_size=settings.batch_size, channels_last=settings.channels_last)
+        table = job.collect_columns(progress)
+        if claims is not None:
+            claims.enter_context(claim(job.out))
+        generation = NextGeneration.begin(job.out, start, record, store, missing)
+        columns = generation.write_columns(table)
+        extracted = job.extract(model, generation, settings, progress)
+        audits = job.audit(model, generation, extracted, progress)
+    features = generation.list_features()
+    quality = QualityMeasurement(job.passes, store, job.features(record), job.config.seed, store.skipped()[0], progress)
+    manifest = Manifest(
+        generation=generation.number,
+        build=record,
+        features=features,
+        canaries=record_file(generation.folder / CANARY_FILE),
+        index=build_search_index(generation, features, quality, job.search_options),
+        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in extracted.plan.steps.items()),
+        fidelity=quality.fidelity() if job.config.yardstick and not record.random_data else None,
+        columns=columns,
+        removed=generation.carry_removed(),
+        skipped=generation.write_skipped(),
+        audit=audits.drawn,
+    )
+    generation.publish(manifest)
+    return job.report(manifest, extracted.rows, began_s, audits.uneven)
+
+
+class BuildJob:
+    """One build: its task and options, and the directory that it writes to."""
 
     def __init__(self, task: Task, out: Path, config: BuildConfig, reference: TaskReference) -> None:
         self.out, self.config, self.reference = out, config, reference
@@ -129,23 +208,21 @@ class BuildWork:
             config.precision,
         )
         self.passes = Passes(task, options, reference)
-        self.rows_extracted = 0
         self._load_seconds = 0.0
 
     def prepare(self, model: LoadedModel) -> Start:
-        """Return what this build sets out to make, and from where it starts.
+        """Return what this build produces, and what the directory already holds.
 
-        All that can be refused is refused here, before anything is written.
+        Everything that can be rejected is rejected here or in `tune`, before anything is written.
 
         Raises:
-            IndexMismatchError: the directory holds another build.
-            UsageError: it is no directory, or holds files that no build wrote.
+            IndexMismatchError: the directory holds the index of another task or other options.
             TaskError: the task breaks the contract.
         """
         self.passes.data("query")
         manifest = read_current(self.out)
-        begun = self._begun(manifest)
-        policy = self.config.policy(None if begun is None else begun.on_nonfinite, str(self.out))
+        begun = read_begun(self.out, manifest)
+        policy = self.config.choose_nonfinite_policy(None if begun is None else begun.on_nonfinite, str(self.out))
         self.passes.options = replace(self.passes.options, on_nonfinite=policy)
         if begun is None:
             rank_one = self.examine(model)
@@ -155,47 +232,15 @@ class BuildWork:
         self._refuse_unlike(begun, record, manifest)
         return Start(replace(record, batch_size=begun.batch_size, channels_last=begun.channels_last), begun, manifest)
 
-    def _begun(self, manifest: Manifest | None) -> BuildRecord | None:
-        if (self.out / BUILD_RECORD).exists():
-            return read_build_record(self.out)
-        return None if manifest is None else manifest.build
-
-    def _refuse_unlike(self, begun: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
-        """Refuse to make something else than was begun, but for growth of a finished index where that is asked for.
-
-        Raises:
-            IndexMismatchError: names the first difference.
-        """
-        expected = record.spec
-        if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
-            expected = self._without_growth(begun.spec, record.spec)
-        begun.spec.refuse_unlike(expected, str(self.out))
-        if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
-            raise IndexMismatchError(
-                f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "
-                f"{begun.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
-                "use the same, or another --out"
-            )
-
-    def _without_growth(self, built: FeatureSpec, asked: FeatureSpec) -> FeatureSpec:
-        """Return what is asked for less the rows and checkpoints that may be new."""
-        if self.config.append and asked.train_rows > built.train_rows:
-            random = self.config.allow_random_data
-            digest = "random" if random else self.passes.data_digest(built.train_rows)
-            asked = replace(asked, train_rows=built.train_rows, train_data=digest)
-        if self.config.add_checkpoint:
-            asked = replace(asked, checkpoints=asked.checkpoints[: max(1, len(built.checkpoints))])
-        return asked
-
     def examine(self, model: LoadedModel) -> frozenset[str]:
         """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
-        began = perf_counter()
+        began_s = perf_counter()
         checkpoints = range(len(self.passes.task.checkpoints))
         for checkpoint in reversed(checkpoints):
             model.load(checkpoint)
             if self.passes.options.on_nonfinite == "skip":
                 model.refuse_diverged()
-        self._load_seconds = (perf_counter() - began) / len(checkpoints)
+        self._load_seconds = (perf_counter() - began_s) / len(checkpoints)
         model.probe("train")
         model.probe("query")
         return model.engine("train").plan.rank_one
@@ -222,206 +267,122 @@ class BuildWork:
             on_nonfinite=self.passes.options.on_nonfinite,
         )
 
-    def refuse_foreign(self) -> None:
-        """Refuse a directory that holds what no build wrote.
+    def _refuse_unlike(self, begun: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
+        """Refuse to produce something else than the directory holds, except for the growth that options allow.
 
         Raises:
-            UsageError: it does, or is a file.
+            IndexMismatchError: names the first difference.
         """
-        if any((self.out / name).exists() for name in (BUILD_RECORD, MANIFEST)) or not self.out.exists():
-            return
-        # What a build leaves that was killed before it had said what it makes.
-        if not self.out.is_dir() or any(path.name != WRITER and not is_temporary(path) for path in self.out.iterdir()):
-            raise UsageError(
-                problem(
-                    f"{self.out} cannot hold the index",
-                    got="a file" if not self.out.is_dir() else "a directory with other files in it",
-                    expected="an empty or new directory, or an index",
-                    remedy="choose another --out",
-                )
+        expected = record.spec
+        if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
+            expected = self._without_growth(begun.spec, record.spec)
+        begun.spec.refuse_unlike(expected, str(self.out))
+        if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
+            raise IndexMismatchError(
+                f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "
+                f"{begun.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
+                "use the same, or another --out"
             )
 
-    def suits(self, manifest: Manifest) -> bool:
-        """Return whether a finished index of these rows has all its files and the kind of search asked for."""
-        layout = manifest.build.layout
-        wanted = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
+    def _without_growth(self, built: FeatureSpec, requested: FeatureSpec) -> FeatureSpec:
+        """Return the requested spec without the rows and checkpoints that may be new."""
+        if self.config.append and requested.train_rows > built.train_rows:
+            random = self.config.allow_random_data
+            digest = "random" if random else self.passes.data_digest(built.train_rows)
+            requested = replace(requested, train_rows=built.train_rows, train_data=digest)
+        if self.config.add_checkpoint:
+            requested = replace(requested, checkpoints=requested.checkpoints[: max(1, len(built.checkpoints))])
+        return requested
+
+    def is_complete(self, manifest: Manifest) -> bool:
+        """Return whether a finished index of these rows has all its files and the requested kind of search index."""
         if self.config.rebuild_index:
             return False
+        layout = manifest.build.layout
+        kind = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
         try:
             check_generation(self.out, manifest, deep=True)
         except DamagedIndexError:
             return False
-        return manifest.index.kind == wanted
+        return manifest.index.kind == kind
+
+    def refuse_changed(self, model: LoadedModel, start: Start) -> None:
+        """Refuse a task that computes other features than those of the finished index: it would mix two models.
+
+        Raises:
+            IndexMismatchError: a canary differs.
+        """
+        if start.manifest is not None and not start.record.random_data:
+            canaries = read_kept_canaries(self.out, start.manifest)
+            refuse_changed(model, self.features(start.manifest.build), canaries, str(self.out))
+
+    def features(self, record: BuildRecord) -> FeatureOptions:
+        """Return how gradients become feature rows."""
+        return self.config.features(record.spec.rank_one)
+
+    @property
+    def search_options(self) -> SearchIndexOptions:
+        """Return how the rows are indexed."""
+        config = self.config
+        return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
 
     def tune(self, model: LoadedModel, record: BuildRecord) -> RunSettings:
-        """Set the model and its passes to how rows are run; the last thing that may refuse the build.
+        """Choose how rows are run and set the model to it; the last step that may reject the build.
 
-        What was chosen when the build was begun is kept: all files are made alike.
+        A resumed build keeps the settings of its first run, so that all feature files are computed alike.
         """
         self.passes.check_workers("train")
         if model.checkpoint < 0:
             self.examine(model)
-        wanted = TuningRequest(
-            self.config.batch_size,
-            self.config.memory_bytes,
-            self.config.memory_format,
-            None if record.batch_size is None else (record.batch_size, record.channels_last),
-        )
-        chosen = tune(model, self.config.features(record.spec.rank_one), wanted)
-        self.passes.options = replace(self.passes.options, channels_last=chosen.channels_last)
-        return chosen
+        known = None if record.batch_size is None else (record.batch_size, record.channels_last)
+        config = self.config
+        request = TuningRequest(config.batch_size, config.memory_bytes, config.memory_format, known)
+        settings = tune(model, self.features(record), request)
+        self.passes.options = replace(self.passes.options, channels_last=settings.channels_last)
+        return settings
 
-    def extract(self, extraction: Extraction, chosen: RunSettings, folder: Path) -> ExtractionResult:
-        """Write every feature file that is not there whole, and the canaries."""
-        done = extraction.run(held=reading_costs_more(extraction.layout, chosen, self._load_seconds))
-        self.rows_extracted += done.rows
-        write_canaries(folder / CANARY_FILE, done.canaries)
-        return done
+    def collect_columns(self, progress: ProgressCallback) -> RowTable | None:
+        """Return the columns and ids of the training rows, if the task defines any."""
+        task, passes = self.passes.task, self.passes
+        id_of = None if task.ids is None else task.id_of
+        return collect_columns(passes.data("train"), passes.n_rows("train"), task.columns, id_of, progress)
 
-    def index(
-        self, yardstick: QualityMeasurement, folder: Path, features: Sequence[FileRecord], removed_R: Int64
-    ) -> IndexRecord:
-        """Choose, build, calibrate and save the search index; unfinished lists are kept for the next time."""
-        view, progress = select_listed_rows(yardstick.store.view(), removed_R), yardstick.progress
-        choice = choose_index(self.config.index, len(view), view.dim)
-        logger.info("index %s: %s", choice.kind, choice.reason)
-        unfinished = self.out / UNFINISHED_INDEX
-        files: list[FileRecord] = []
-        calibration = None
-        progress("index", 0, len(view))
-        if choice.kind == "ivf":
-            params = IVFParams(seed=self.config.seed, codes=self.config.codes)
-            scratch = UnfinishedLists(
-                unfinished, digest_inputs(params, [asdict(r) for r in features], removed_R.tolist())
-            )
-            lists = IVFIndex.build(
-                view, params, self.device, scratch, lambda done, total: progress("index", done, total)
-            )
-            calibration = yardstick.recall(lists, self.config.target_recall)
-            lists.save(unfinished)
-            for name in IVFIndex.FILES:
-                with atomic_path(folder / name) as temporary:
-                    os.replace(unfinished / name, temporary)
-                files.append(record_file(folder / name))
-            files += write_unlisted(folder, removed_R)
-        return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, self.config.codes if files else "")
+    def extract(
+        self, model: LoadedModel, generation: NextGeneration, settings: RunSettings, progress: ProgressCallback
+    ) -> ExtractionResult:
+        """Write every missing feature file, and the canaries.
 
-    def report(self, manifest: Manifest, began: float, uneven: AuditRecord | None = None) -> BuildReport:
-        """Return what was done since `began`."""
-        return BuildReport(
-            manifest,
-            self.rows_extracted,
-            perf_counter() - began,
-            read_skipped_rows(self.out, manifest),
-            self.passes.loader.notes,
-            uneven,
-        )
-
-
-def build(
-    task: Task | str,
-    out: str | os.PathLike[str],
-    config: BuildConfig | None = None,
-    *,
-    arguments: Mapping[str, str] | None = None,
-    progress: ProgressCallback | None = None,
-) -> BuildReport:
-    """Build an index of a task's training rows in the directory `out`, or go on with one begun there.
-
-    Args:
-        task: a Task, or its name (`path/to/file.py:name`, `package.module:name`).
-        out: the directory; made if need be.
-        config: see BuildConfig.
-        arguments: for a task that is named and is a function.
-        progress: called with (stage, done, total).
-
-    Raises:
-        TaskError: the task breaks the contract; nothing is left behind.
-        IndexMismatchError: the directory holds another build.
-        UsageError: an option or the directory cannot be used.
-        NonFiniteError: a row's loss or gradient is NaN or infinite; whole partitions are kept. Where such rows are
-            skipped: none is left.
-        GradientProofError: no way to compute a parameter's gradients agrees with autograd, or a stored row does not;
-            nothing is published.
-    """
-    work = open_build(task, Path(out), config or BuildConfig(), arguments)
-    with ExitStack() as held:
-        work.refuse_foreign()
-        is_new = not work.out.is_dir()
-        if not is_new:
-            held.enter_context(hold_writer_lock(work.out))
-        return run(work, progress, claims=held if is_new else None)
-
-
-def run(work: BuildWork, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
-    """Build in a directory in which the caller holds the right to write, or in a new one, claimed within `claims`.
-
-    Raises:
-        As `build`.
-    """
-    began = perf_counter()
-    report = progress or ignore_progress
-    with work.passes.model() as model:
-        start = work.prepare(model)
-        store = FeatureStore(work.out / FEATURES, start.record.layout)
-        missing = store.missing(start.trusted)
-        if start.finished is not None and not missing and work.suits(start.finished):
-            tidy(work.out, start.finished)
-            return work.report(start.finished, began)
-        if start.manifest is not None and missing and not start.record.random_data:
-            features = work.config.features(start.manifest.build.spec.rank_one)
-            refuse_changed(model, features, read_kept_canaries(work.out, start.manifest), str(work.out))
-        record = work.config.agree_on_batches(start.record, len(missing), str(work.out))
-        chosen = work.tune(model, record)
-        record = replace(record, batch_size=chosen.batch_size, channels_last=chosen.channels_last)
-        table = collect_columns(
-            work.passes.data("train"),
-            work.passes.n_rows("train"),
-            work.passes.task.columns,
-            None if work.passes.task.ids is None else work.passes.task.id_of,
-            report,
-        )
-        if claims is not None:
-            claims.enter_context(claim(work.out))
-        if start.begun != record:
-            write_build_record(work.out, record)
-        folder = make_next_folder(work.out, start.manifest)
-        if table is not None:
-            write_columns(folder / COLUMN_FILE, table)
-        features = work.config.features(record.spec.rank_one)
+        Raises:
+            MisplacedRowsError: the examples of some batch cannot be told apart; the new feature files are deleted.
+        """
+        features = self.features(generation.record)
+        extraction = Extraction(model, generation.store, features, generation.missing, progress)
         try:
-            done = work.extract(Extraction(model, store, features, missing, report), chosen, folder)
+            extracted = extraction.run(held=reading_costs_more(extraction.layout, settings, self._load_seconds))
         except MisplacedRowsError:
-            # Files that are whole would be gone on with, and rows in them may be wrong.
-            for path in find_unnamed_files(store, start.manifest, missing):
-                path.unlink(missing_ok=True)
+            # A resumed build would reuse intact files, and rows in them may be wrong.
+            generation.delete_new_features()
             raise
-        removed = read_removed_ids(work.out, start.manifest)
-        auditor = Auditor(model, store, features, report)
-        audits = audit_build(auditor, BuiltRows(done, start, missing, removed, work.config.seed))
-    yardstick = QualityMeasurement(work.passes, store, features, work.config.seed, store.skipped()[0], report)
-    measured = work.config.yardstick and not work.config.allow_random_data
-    files = list_feature_records(store, start.manifest, missing)
-    manifest = Manifest(
-        generation=generation_number(folder),
-        build=record,
-        features=files,
-        canaries=record_file(folder / CANARY_FILE),
-        index=work.index(yardstick, folder, files, removed),
-        steps=tuple(StepRecord(name, step.name, step.reason) for name, step in done.plan.steps.items()),
-        fidelity=yardstick.fidelity() if measured else None,
-        columns=None if table is None else record_file(folder / COLUMN_FILE),
-        removed=carry_removed(work.out, start.manifest, folder),
-        skipped=write_skipped(folder, store),
-        audit=audits.drawn,
-    )
-    publish(work.out, manifest)
-    return work.report(manifest, began, audits.uneven)
+        write_canaries(generation.folder / CANARY_FILE, extracted.canaries)
+        return extracted
 
+    def audit(
+        self, model: LoadedModel, generation: NextGeneration, extracted: ExtractionResult, progress: ProgressCallback
+    ) -> Audits:
+        """Compare stored rows with plain autograd.
 
-def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildWork:
-    """Return the work of a build: the task found, nothing read or written yet."""
-    if isinstance(task, Task):
-        return BuildWork(task, out, config, TaskReference(None, {}))
-    reference = TaskReference(absolute_reference(task), dict(arguments or {}))
-    return BuildWork(load_task(task, arguments), out, config, reference)
+        Raises:
+            GradientProofError: a row differs.
+        """
+        auditor = Auditor(model, generation.store, self.features(generation.record), progress)
+        built = BuiltRows(extracted, generation.start, generation.missing, generation.removed_R, self.config.seed)
+        return audit_build(auditor, built)
+
+    def report(
+        self, manifest: Manifest, rows_extracted: int, began_s: float, uneven: AuditRecord | None = None
+    ) -> BuildReport:
+        """Return the result of a build that began at `began_s`."""
+        skipped = read_skipped_rows(self.out, manifest)
+        return BuildReport(
+            manifest, rows_extracted, perf_counter() - began_s, skipped, self.passes.loader.notes, uneven
+        )

@@ -1,4 +1,4 @@
-"""What a build may be told, checked."""
+"""BuildConfig: the options of a build, validated."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ _DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a build may be told.
+    """The options of a build.
 
     Attributes:
         dim: D, sketch dimensions a checkpoint.
         sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
         seed: of the sketch's random numbers.
         index: `auto`, `flat` or `ivf`.
-        batch_size: examples a forward; None: by a rule that knows the model, the rows and the device.
-        memory_format: of pictures, `contiguous` or `channels-last`; `auto`: by a rule likewise.
-        memory_bytes: what a batch may take where the batch size is left to the rule, and rows read ahead; None: the
-            rule's bound, and half of what is free.
-        workers: processes that read and collate ahead.
-        precision: of forward and backward, `fp32` or `bf16`; sketches are added up in float32.
-        target_recall: recall@10 of the stored rows' own ranking that an index of lists is calibrated to.
-        codes: how lists keep their rows: `sq8`, `sq4` (half the memory) or `fp16`.
-        yardstick: measure, on a few queries, how well the sketch ranks rows by true scores; some 2,500 rows a
-            checkpoint are run once more for that.
-        device: `auto` or a device's name, as `resolve_device` takes it.
-        dtype: how features are stored: `float16` (with an exponent a row) or `float32`.
+        batch_size: examples per forward pass; None: chosen by a rule from the model, the rows and the device.
+        memory_format: of images, `contiguous` or `channels-last`; `auto`: chosen by a rule.
+        memory_bytes: limit for a batch whose size the rule chooses, and for rows that are read ahead; None: the rule's
+            own limit, and half of the free memory.
+        workers: processes that read and collate rows ahead.
+        precision: of forward and backward, `fp32` or `bf16`; sketches are summed in float32.
+        target_recall: recall@10, relative to an exact scan of the stored rows, that inverted lists are calibrated to.
+        codes: how inverted lists store rows: `sq8`, `sq4` (half the memory) or `fp16`.
+        yardstick: measure on a few queries how well the sketch ranks rows by exact scores; this runs some 2,500 rows
+            per checkpoint once more.
+        device: `auto` or a device's name, see `resolve_device`.
+        dtype: of stored features: `float16` (with one exponent per row) or `float32`.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
-        partition_rows: rows a feature file; what a killed build repeats at most, for one checkpoint.
-        on_nonfinite: a training row whose loss, gradient or squared norm is NaN or infinite at any checkpoint is an
-            `error`, or to `skip`: it is in no answer. None: as the index was begun; a new one, `error`.
-        allow_random_data: accept train or query rows that change when read twice.
-        append: a finished index may grow by rows at the end of train_data.
-        add_checkpoint: a finished index may grow by checkpoints at the end of the task's.
-        rebuild_index: make the lists of a finished index anew, without the rows that were removed.
+        partition_rows: rows per feature file; an interrupted build repeats at most that many, for one checkpoint.
+        on_nonfinite: `error`: a training row whose loss, gradient or squared norm is NaN or infinite at any checkpoint
+            stops the build; `skip`: no answer contains it. None: as the existing index; for a new one, `error`.
+        allow_random_data: accept rows that differ when they are read twice.
+        append: extend a finished index by new rows at the end of train_data.
+        add_checkpoint: extend a finished index by new checkpoints at the end of Task.checkpoints.
+        rebuild_index: rebuild the inverted lists of a finished index, without the removed rows.
     """
 
     dim: int = 1024
@@ -78,10 +78,10 @@ class BuildConfig:
     rebuild_index: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that no build can use.
+        """Check every option.
 
         Raises:
-            UsageError: naming the option.
+            UsageError: names the option and its values.
         """
         choices: tuple[tuple[str, str | None, Sequence[str | None]], ...] = (
             ("--dtype", self.dtype, _DTYPES),
@@ -107,11 +107,11 @@ class BuildConfig:
             if number is not None and number < 1:
                 raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
 
-    def policy(self, begun: OnNonfinite | None, where: str) -> OnNonfinite:
-        """Return what is done with rows that are not finite, given what the build there was begun with, if any.
+    def choose_nonfinite_policy(self, begun: OnNonfinite | None, where: str) -> OnNonfinite:
+        """Return how non-finite rows are treated, given the setting of the existing index, if any.
 
         Raises:
-            IndexMismatchError: they would be an error, and may have been skipped.
+            IndexMismatchError: they are to be an error, but the existing index skips them.
         """
         if begun == "skip" and self.on_nonfinite == "error":
             raise IndexMismatchError(
@@ -121,15 +121,15 @@ class BuildConfig:
         return self.on_nonfinite or begun or "error"
 
     def agree_on_batches(self, record: BuildRecord, n_missing: int, where: str) -> BuildRecord:
-        """Return what is made, with the batch size and memory format of the feature files that are kept, if any are.
+        """Return the build record with the batch size and memory format of the feature files that are reused, if any.
 
         Args:
-            record: what is made, and how what is there of it was begun.
-            n_missing: feature files that are to be made.
-            where: the index's directory.
+            record: what the build produces, with the batch size and memory format of the existing files.
+            n_missing: number of feature files to compute.
+            where: the index directory.
 
         Raises:
-            IndexMismatchError: others are asked for: rows of one index would differ by rounding.
+            IndexMismatchError: the options name other values: rows of one index would differ by rounding.
         """
         known = record.batch_size, "channels-last" if record.channels_last else "contiguous"
         asked = self.batch_size or known[0], known[1] if self.memory_format == "auto" else self.memory_format
@@ -143,5 +143,5 @@ class BuildConfig:
         )
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:
-        """Return what turns gradients into rows, given which parameters' gradients are outer products."""
+        """Return how gradients become feature rows, given the parameters whose gradients are outer products."""
         return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, rank_one, self.norms)

@@ -1,4 +1,4 @@
-"""Open an index and ask it: proponents and opponents of queries, and self-influence."""
+"""InfluenceIndex: an open index that returns proponents and opponents of queries, and self-influence."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ logger = logging.getLogger(__name__)
 
 
 class InfluenceIndex:
-    """A finished index, opened by `InfluenceIndex.open`; answers from one manifest."""
+    """A finished index, opened by `InfluenceIndex.open`; it reads one generation until it is closed."""
 
     def __init__(
         self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
     ) -> None:
         self.directory, self.manifest = directory, manifest
         self._folder = generation_folder(directory, manifest.generation)
-        self._fitting, self._options = IndexTask(directory, manifest, find_task, options), options
+        self._task, self._options = IndexTask(directory, manifest, find_task, options), options
         self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
         self._lease: Lease | None = None
 
@@ -79,15 +79,15 @@ class InfluenceIndex:
         """Open a finished index.
 
         Args:
-            directory: where `build` made it.
-            task: the task, or its name where it moved; None: as the build was told, if that is a file below the
-                current directory whose text shows a task (`load_named_task`).
-            arguments: for a task that is a function; None: as the build was told.
-            device: `auto` or a device's name, as `resolve_device` takes it.
-            batch_size: examples a forward.
+            directory: the index directory.
+            task: the task, or its name if it has moved; None: the name that the build recorded, if that is a file below
+                the current directory that defines a task (`load_named_task`).
+            arguments: for a task that is a function; None: those that the build recorded.
+            device: `auto` or a device's name, see `resolve_device`.
+            batch_size: examples per forward pass.
 
         Raises:
-            DamagedIndexError: a file is missing or altered, or there is no finished index.
+            DamagedIndexError: a file is missing or altered, or the directory holds no finished index.
         """
         path = Path(directory)
         manifest, lease = take_lease(path)
@@ -100,7 +100,7 @@ class InfluenceIndex:
             channels_last=manifest.build.channels_last,
         )
         index = cls(path, manifest, lambda: load_index_task(task, arguments, manifest, path), options)
-        # Held as long as the index: until then, nobody sweeps its generation's files.
+        # The lease lives as long as the index: until it ends, no writer removes the files of this generation.
         index._lease = lease
         index._store.check(manifest.features)
         return index
@@ -111,36 +111,36 @@ class InfluenceIndex:
 
     @property
     def task(self) -> Task:
-        """Return the task, imported now if the build was told its name.
+        """Return the task; a named task is imported at the first access.
 
         Raises:
             UsageError: it cannot be found.
         """
-        return self._fitting.task
+        return self._task.task
 
     @property
     def passes(self) -> Passes:
-        """Return the task's data and model, after every field of the spec was found to fit.
+        """Return the task's data and model, after the task is compared with the spec field by field.
 
         Raises:
             IndexMismatchError: a field differs.
         """
-        return self._fitting.passes
+        return self._task.passes
 
     def expect(self, sketch: str | None = None, dim: int | None = None, seed: int | None = None) -> None:
-        """Refuse the index unless it was built with these.
+        """Refuse the index if it was built with another sketch, dimension or seed.
 
         Raises:
             IndexMismatchError: one differs.
         """
         built = self.manifest.build.spec
-        asked = SketchSpec(
+        expected = SketchSpec(
             sketch if sketch is not None else built.sketch.name,
             built.sketch.version,
             dim if dim is not None else built.sketch.dim,
             seed if seed is not None else built.sketch.seed,
         )
-        built.refuse_unlike(replace(built, sketch=asked), str(self.directory))
+        built.refuse_unlike(replace(built, sketch=expected), str(self.directory))
 
     @cached_property
     def search_index(self) -> SearchIndex:
@@ -152,33 +152,33 @@ class InfluenceIndex:
 
     @cached_property
     def rows(self) -> RowTable:
-        """Return what the task gave of the training rows: columns by name, and ids."""
+        """Return the columns and ids of the training rows."""
         record = self.manifest.columns
         return RowTable({}) if record is None else read_columns(self._folder / record.name, len(self))
 
     @property
     def columns(self) -> Columns:
-        """Return the columns of the training rows by name; none where the task gave none."""
+        """Return the columns of the training rows by name; empty if the task defines none."""
         return self.rows.columns
 
     def id_of(self, side: SideName, row: int) -> Id:
-        """Return the task's own id of a row, or its position where the task gives none."""
+        """Return the task's own id of a row, or the row's position if the task defines no ids."""
         if side == "train":
             return self.rows.id_at(row)
         own = self.passes.id_of(side, row)
         return row if own is None else own
 
     def positions(self, side: SideName, ids: Sequence[Id]) -> tuple[int, ...]:
-        """Return the positions of rows that are named by the task's own ids; for queries, query_data is read through.
+        """Return the positions of the rows with these ids of the task; for queries, this reads all of query_data.
 
         Raises:
-            UsageError: there is no such id, or the task gives none.
+            UsageError: there is no such id, or the task defines no ids.
         """
         if side == "train":
             own = [] if self.rows.ids is None else self.rows.ids.tolist()
         else:
             own = self.passes.own_ids(side)
-        # As text: a command line does not say whether 7 is a number.
+        # Compared as text: on a command line, 7 may be a number or a string.
         places = {str(name): row for row, name in enumerate(own)}
         unknown = [name for name in ids if str(name) not in places]
         if unknown:
@@ -187,31 +187,31 @@ class InfluenceIndex:
                     f"no such id in {side}_data",
                     got=repr(unknown[0]),
                     expected=f"one of {len(own):,} ids, such as {own[0]!r}" if own else "a task with ids",
-                    remedy="change the ids" if own else "name rows by their positions, or give Task.ids",
+                    remedy="change the ids" if own else "name rows by their positions, or define Task.ids",
                 )
             )
         return tuple(places[str(name)] for name in ids)
 
     @cached_property
     def removed(self) -> Int64:
-        """Return the ids of the rows that were removed, rising: no answer holds them."""
+        """Return the ids of the removed rows, in rising order; no answer contains them."""
         return read_removed_ids(self.directory, self.manifest)
 
     @cached_property
     def skipped(self) -> Skipped:
-        """Return the rows that the build skipped because they are not finite: no answer holds them."""
+        """Return the rows that the build skipped because they are not finite; no answer contains them."""
         return read_skipped_rows(self.directory, self.manifest)
 
     @property
     def device(self) -> torch.device:
-        """Return where the index computes."""
+        """Return the device on which the index computes."""
         return self._options.device
 
     def present(self, rows: RowFilter | None = None) -> Int64:
-        """Return the positions of the rows that answers may hold, rising: those of a filter, none removed or skipped.
+        """Return the positions, rising, of the rows that answers may contain: those that pass a filter and are present.
 
         Raises:
-            UsageError: the filter names an id out of range or a column that there is not, or cannot be read.
+            UsageError: the filter names an id out of range or an unknown column, or cannot be parsed.
         """
         allowed = (rows or RowFilter()).allowed(len(self), self.columns, self._absent)
         return np.arange(len(self), dtype=np.int64) if allowed is None else allowed
@@ -221,8 +221,8 @@ class InfluenceIndex:
         return np.union1d(self.removed, self.skipped.row_S)
 
     def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
-        """Return the stored feature rows over the chosen checkpoints, to read or to search in one's own way."""
-        return self._store.view(self._chosen(checkpoints))
+        """Return the stored feature rows over the chosen checkpoints, for a search or an analysis of your own."""
+        return self._store.view(self._check_checkpoints(checkpoints))
 
     def query(
         self,
@@ -240,12 +240,12 @@ class InfluenceIndex:
             train_ids: positions in train_data.
             options: see QueryOptions.
             progress: called with (stage, done, total).
-            together: one answer a side, to the mean of its rows' gradients: a row's score is the mean of its scores
-                for each.
+            together: one answer per side, to the mean of the gradients of its rows: a training row's score is the mean
+                of its scores for them.
 
         Raises:
             IndexMismatchError: the task does not fit the index, by a field or by a canary.
-            UsageError: an id or an option is out of range, or there is no query.
+            UsageError: an id or an option is out of range, or no query is named.
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
         if not ids and not train_ids:
@@ -254,8 +254,8 @@ class InfluenceIndex:
             )
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
         plain = self._question(options)
-        asked = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]
-        return self._answered(asked, progress)
+        questions = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]
+        return self._answer(questions, progress)
 
     def contrast(
         self,
@@ -265,10 +265,10 @@ class InfluenceIndex:
         options: QueryOptions | None = None,
         progress: ProgressCallback | None = None,
     ) -> Answers:
-        """Return one answer: which training rows help rows `ids` more than rows `against`, and which the other way.
+        """Return one answer: training rows that are proponents of `ids` rather than of `against`, and the reverse.
 
-        A row's score is its mean score for the one set less that for the other; both are in `Hit.of_means`. A row that
-        helps the one and hurts the other has the first above 0 and the second below.
+        A row's score is its mean score for `ids` minus its mean score for `against`; `Hit.of_means` holds both. A
+        proponent of `ids` that is an opponent of `against` has a positive first and a negative second value.
 
         Raises:
             UsageError: one of the two sets is empty, or an id or an option is out of range.
@@ -278,24 +278,26 @@ class InfluenceIndex:
         for option, rows in (("--ids", ids), ("--against", against)):
             if not rows:
                 raise UsageError(
-                    problem("half a contrast", got=f"no {option}", expected="rows of both", remedy=f"give {option}")
+                    problem(
+                        "a contrast needs two sets", got=f"no {option}", expected="rows in both", remedy=f"add {option}"
+                    )
                 )
         question = self._question(options)
         both = replace(question, side=side, ids=(*ids, *against), together=True, n_against=len(against))
-        return self._answered([both], progress)
+        return self._answer([both], progress)
 
     def _question(self, options: QueryOptions | None) -> Question:
         options = options or QueryOptions()
         allowed = options.rows.allowed(len(self), self.columns, self._absent)
-        return Question("query", (), self._chosen(options.checkpoints), options, allowed)
+        return Question("query", (), self._check_checkpoints(options.checkpoints), options, allowed)
 
-    def _answered(self, asked: Sequence[Question], progress: ProgressCallback | None) -> Answers:
-        for question in asked:
+    def _answer(self, questions: Sequence[Question], progress: ProgressCallback | None) -> Answers:
+        for question in questions:
             self.passes.check_ids(question.side, question.ids)
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
         fidelity = self.manifest.fidelity
         answers: list[Answer] = []
-        for question in asked:
+        for question in questions:
             ranking = Ranking(
                 store=self._store,
                 index=self.search_index,
@@ -304,7 +306,7 @@ class InfluenceIndex:
                 rates=rates,
                 passes=self.passes,
                 id_of=self.id_of,
-                progress=_counted(progress, self._exact_units(question)),
+                progress=_count_rows(progress, self._exact_units(question)),
             )
             queries_QF = self.features(question.side, question.ids, question.checkpoints)
             answers += ranking.answers(question, queries_QF)
@@ -313,20 +315,20 @@ class InfluenceIndex:
         return Answers(answers, self.described)
 
     def _exact_units(self, question: Question) -> int:
-        """Return the most rows that exact scores of a question may run."""
+        """Return the largest number of rows × checkpoints that exact scores of a question may run."""
         options = question.options
-        a_query = 2 * max(options.k, options.candidates)
-        rows = len(self) if options.exact else min(len(self), len(question.ids) * a_query)
+        per_query = 2 * max(options.k, options.candidates)
+        rows = len(self) if options.exact else min(len(self), len(question.ids) * per_query)
         return rows * len(question.checkpoints)
 
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int] | None = None) -> Float32:
-        """Return the feature rows [Q, F] of examples, computed now, over the chosen checkpoints.
+        """Compute the feature rows [Q, F] of examples over the chosen checkpoints.
 
         Raises:
-            IndexMismatchError: a canary shows that the task is not the index's.
+            IndexMismatchError: a canary shows that the task is not the one that the index was built from.
             NonFiniteError: an example's loss or gradient is NaN or infinite.
         """
-        return self._fitting.features(side, ids, self._chosen(checkpoints))
+        return self._task.features(side, ids, self._check_checkpoints(checkpoints))
 
     def self_influence(
         self,
@@ -337,10 +339,10 @@ class InfluenceIndex:
         rows: RowFilter | None = None,
         progress: ProgressCallback | None = None,
     ) -> RankedRows:
-        """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖², the k first or all.
+        """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖²: the first k, or all.
 
-        From the stored squared norms (estimates from the sketch, unless built with `norms="exact"`),
-        or with `exact` computed now over every row; only then is the task needed.
+        It uses the stored squared norms (estimates from the sketch unless the index was built with `norms="exact"`), or
+        with `exact` computes them for every row, which needs the task.
 
         Raises:
             UsageError: k or a checkpoint is out of range.
@@ -348,11 +350,11 @@ class InfluenceIndex:
         """
         if k is not None and k < 1:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
-        chosen = self._chosen(checkpoints)
+        chosen = self._check_checkpoints(checkpoints)
         ids = self.present(rows)
         if exact:
-            self._fitting.refuse_changed(chosen)
-            counted = _counted(progress, len(ids) * len(chosen))
+            self._task.refuse_changed(chosen)
+            counted = _count_rows(progress, len(ids) * len(chosen))
             scores_N = exact_self_influence(self.passes, ids.tolist(), chosen, counted)
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
@@ -367,7 +369,7 @@ class InfluenceIndex:
         )
 
     def described(self, side: SideName, row: int) -> Description | None:
-        """Return what the task shows people of a row, or None; an index whose task cannot be found shows nothing."""
+        """Return the task's description of a row, or None if it defines none or cannot be found."""
         return self.passes.described(side, row) if self._describes else None
 
     @cached_property
@@ -375,10 +377,10 @@ class InfluenceIndex:
         try:
             return self.task.describe is not None
         except UsageError as error:
-            logger.warning("rows are shown without descriptions: %s", error)
+            logger.warning("rows have no descriptions: %s", error)
             return False
 
-    def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
+    def _check_checkpoints(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
         n_checkpoints = len(self.manifest.build.spec.checkpoints)
         chosen = tuple(range(n_checkpoints)) if checkpoints is None else tuple(dict.fromkeys(checkpoints))
         wrong = [c for c in chosen if not 0 <= c < n_checkpoints]
@@ -395,23 +397,23 @@ class InfluenceIndex:
             raise UsageError(
                 problem(
                     "bad --checkpoints",
-                    got="only some whose learning rate is 0",
-                    expected="one that adds to scores",
+                    got="only checkpoints of learning rate 0",
+                    expected="one with a positive learning rate",
                     remedy="change --checkpoints",
                 )
             )
         return chosen
 
 
-def _counted(progress: ProgressCallback | None, total: int) -> Callable[[int], None] | None:
-    """Return a function that is told how many rows more are done."""
+def _count_rows(progress: ProgressCallback | None, total: int) -> Callable[[int], None] | None:
+    """Return a function that adds rows to the number done and reports it."""
     if progress is None:
         return None
     done = 0
 
-    def more(rows: int) -> None:
+    def add(rows: int) -> None:
         nonlocal done
         done += rows
         progress("exact scores", done, total)
 
-    return more
+    return add

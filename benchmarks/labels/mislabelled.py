@@ -1,4 +1,4 @@
-"""Wrong labels found by each ranking in digits, MNIST and SST-2, and the estimate of their number.
+"""Wrong labels found by each ranking in digits, MNIST and SST-2, the estimate of their number, and suggested labels.
 
 `--data` is a folder with mnist.npz, sst2_train.tsv and sst2_dev.tsv (examples/mnist.py and examples/sst2.py describe
 the formats). A share of the training labels is changed; models train on the changed labels. `--vectors` adds SST-2 with
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from benchmarks.labels import sst2_encoder
 from benchmarks.labels.digits import compute_auc
 from examples import digits, mnist, sst2
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
-from tracin_ann.analysis import find_mislabelled
+from tracin_ann.analysis import Suspect, find_mislabelled
 
 RESULT = "mislabelled"
 CHECKED = (0.1, 0.2)
+CERTAIN = 0.5
 EPOCHS, SAVED, BATCH = 8, (7, 8), 32
 Labels = np.ndarray
 
@@ -54,6 +55,18 @@ def train_mnist(path: Path, rows: int, folder: Path, rate: float, seed: int) -> 
     mnist.FLIPPED = rate
     accuracy = mnist.train(str(path), str(folder), rows, seed)
     return mnist.task(str(path), str(folder), str(rows), str(seed)), accuracy, mnist.data(str(path), rows, seed)[2]
+
+
+def read_digits(seed: int) -> Labels:
+    """Return the labels of the digits before any is changed."""
+    digits.FLIPPED = 0.0
+    return np.array([label for _, label in digits.data(seed)[0]])
+
+
+def read_mnist(path: Path, rows: int, seed: int) -> Labels:
+    """Return the labels of MNIST before any is changed."""
+    mnist.FLIPPED = 0.0
+    return mnist.data(str(path), rows, seed)[0].labels
 
 
 def flip_labels(labels: Labels, rate: float, seed: int) -> tuple[Labels, Labels]:
@@ -141,7 +154,7 @@ def measure_accuracy(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor)
         return float((net(inputs).argmax(1) == labels).float().mean())
 
 
-def measure_rankings(task: Task, folder: Path, flipped: Labels, dim: int) -> dict[str, Any]:
+def measure_rankings(task: Task, folder: Path, flipped: Labels, true: Labels | None, dim: int) -> dict[str, Any]:
     """Build an index; return the wrong labels found by each ranking, and the estimate of their number."""
     labelled = replace(task, columns=lambda row: {"label": int(row[1])})
     build(labelled, folder / "index", BuildConfig(dim=dim, index="flat"))
@@ -161,7 +174,24 @@ def measure_rankings(task: Task, folder: Path, flipped: Labels, dim: int) -> dic
     }
     outvoted = [suspect for suspect in suspects if suspect.speaks_for != suspect.label]
     found["outvoted_wrong"] = float(np.isin([s.row for s in outvoted], flipped).mean()) if outvoted else None
+    if true is not None:
+        found |= measure_suggestions(suspects[: round(CHECKED[0] * len(suspects))], flipped, true)
     return found
+
+
+def measure_suggestions(first: Sequence[Suspect], flipped: Labels, true: Labels) -> dict[str, float | None]:
+    """Return the share of changed labels among the first rows whose suggestion is the true label.
+
+    Also returned: the share among those with a support of 1/2 or more, and the share of changed labels that these are.
+    """
+    changed = [suspect for suspect in first if suspect.row in set(flipped.tolist())]
+    correct_K = np.array([suspect.suggested_label == true[suspect.row] for suspect in changed])
+    certain_K = np.array([(suspect.support or 0) >= CERTAIN for suspect in changed])
+    return {
+        "suggested_correct": float(correct_K.mean()) if changed else None,
+        "certain": float(certain_K.mean()) if changed else None,
+        "certain_correct": float(correct_K[certain_K].mean()) if certain_K.any() else None,
+    }
 
 
 def _compute_share(wrong_N: np.ndarray, n_checked: float) -> float | None:
@@ -176,9 +206,12 @@ def measure_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             task, accuracy, flipped = train(Path(folder), rate, seed)
             row = {"data": name, "rate": rate, "seed": seed, "test_accuracy": accuracy}
-            return row | measure_rankings(task, Path(folder), flipped, options.dim)
+            true = read_true[name](seed) if name in read_true else None
+            return row | measure_rankings(task, Path(folder), flipped, true, options.dim)
 
     data = options.data
+    # Of two labels, the other one is always correct: suggestions are measured only where there are more.
+    read_true = {"digits": read_digits, "MNIST": lambda seed: read_mnist(data / "mnist.npz", options.rows, seed)}
     kinds = {
         "SST-2, word vectors": (lambda *case: train_words(data, *case), options.seeds),
         "digits": (train_digits, options.seeds),
@@ -207,20 +240,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000, help="MNIST digits to train on")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of digits and SST-2; MNIST has one")
     parser.add_argument("--dim", type=int, default=512, help="sketch dimensions per checkpoint")
-    parser.add_argument("--only", nargs="+", help="data sets to measure; the result file keeps the others")
+    parser.add_argument(
+        "--only", nargs="+", help="data sets to measure; the result file keeps other data sets and rates"
+    )
     options = parser.parse_args()
     settings = {k: v for k, v in vars(options).items() if k in ("rows", "dim")}
     results = []
     for result in measure_all(options):
         print(result, flush=True)
         results.append(result)
-    print(write_results(RESULT, settings, [*_read_others({result["data"] for result in results}), *results]))
+    print(
+        write_results(
+            RESULT, settings, [*_read_others({(result["data"], result["rate"]) for result in results}), *results]
+        )
+    )
 
 
-def _read_others(names: set[str]) -> list[dict[str, Any]]:
-    """Return the results of other data sets in the result file."""
+def _read_others(cases: set[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return the results of other data sets and rates in the result file."""
     stored = read_results(RESULT)["results"] if (RESULTS / f"{RESULT}.json").exists() else []
-    return [result for result in stored if result["data"] not in names]
+    return [result for result in stored if (result["data"], result["rate"]) not in cases]
 
 
 if __name__ == "__main__":

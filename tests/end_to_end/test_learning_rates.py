@@ -108,7 +108,7 @@ def test_wrong_labels_are_ranked(index):
 @pytest.mark.parametrize("ask", ["query", "self-influence", "explain", "mislabelled"])
 def test_a_choice_of_such_checkpoints_alone_is_refused(index, ask):
     with pytest.raises(
-        UsageError, match="^bad --checkpoints: got only some whose learning rate is 0, expected one that"
+        UsageError, match="^bad --checkpoints: got only checkpoints of learning rate 0, expected one with"
     ):
         {
             "query": lambda: index.query([0], options=QueryOptions(checkpoints=(0,))),

@@ -282,7 +282,12 @@ class Odd(RowList[dict[str, Any]]):
 class Votes(Odd):
     """Suspects as another module may give them."""
 
-    FIELDS = Fields(tuple((name, "text") for name in ("rank", "id", "row", "label", "score", "speaks_for", "share")))
+    FIELDS = Fields(
+        tuple(
+            (name, "text") for name in ("rank", "id", "row", "label", "score", "suggested_label", "support", "hidden")
+        )
+    )
+    DATA_ONLY = ("hidden",)
 
 
 def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
@@ -290,9 +295,19 @@ def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex
     pairs = Odd([{"row": None, "other": 2, "alike": 0.5}], index.described)
     table = Page(write_report(pairs, tmp_path / "t.html", index))
     assert "0.5" in table.text and not table.of("item")
-    record = {"rank": 1, "id": "x", "row": 3, "label": "cat", "score": float("nan"), "speaks_for": "dog", "share": 0.8}
+    record = {
+        "rank": 1,
+        "id": "x",
+        "row": 3,
+        "label": "cat",
+        "score": float("nan"),
+        "suggested_label": "dog",
+        "support": 0.8,
+    }
+    record["hidden"] = "not shown"
     page = Page(write_report(Votes([record], index.described), tmp_path / "v.html", index))
-    assert "neighbours speak for dog" in page.text and "labelled cat" in page.text
+    assert "suggested label dog" in page.text and "support 0.8" in page.text and "labelled cat" in page.text
+    assert "not shown" not in page.text
     assert json.loads(page.scripts[0])["rows"][0]["score"] is None
     empty = Page(write_report(RankedRows([], index.described), tmp_path / "e.html", index))
     assert "0 training rows" in empty.text

@@ -128,11 +128,11 @@ def test_rows_are_named_by_own_ids(folder: Path, tmp_path: Path) -> None:
     [
         ("words", ("--own-ids", "--ids", "row-9999"), ["no such id in query_data", "'row-9999'", "such as 'row-0200'"]),
         ("words", ("--own-ids", "--only", "row-0200", "--ids", "row-0200"), ["no such id in train_data", "row-0200"]),
-        ("positions", ("--own-ids", "--ids", "0"), ["no such id", "a task with ids", "positions, or give Task.ids"]),
+        ("positions", ("--own-ids", "--ids", "0"), ["no such id", "a task with ids", "positions, or define Task.ids"]),
         ("words", ("--ids", "@nowhere.txt"), ["cannot read nowhere.txt"]),
         ("words", ("--ids", "0", "--format", "parquet"), ["Parquet cannot be written to stdout", "--output"]),
         ("words", ("--ids", "0", "--output", "a.txt"), ["a table cannot be written to a file", "jsonl, csv, parquet"]),
-        ("words", ("--against", "0"), ["half a contrast", "--ids"]),
+        ("words", ("--against", "0"), ["a contrast needs two sets", "--ids"]),
         ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )

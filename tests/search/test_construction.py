@@ -18,6 +18,7 @@ from tracin_ann.search import IVFIndex, IVFParams
 from tracin_ann.search import construction as fill
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.flat import Subset
+from tracin_ann.store.generations import UNFINISHED_INDEX
 from tracin_ann.store.manifest import Manifest
 from tracin_ann.types import Float32, Int64
 
@@ -164,11 +165,11 @@ def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
         patched.setattr(fill, "_fill", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
-    assert (tmp_path / "out" / BUILD.UNFINISHED_INDEX / "stretch-000000.json").exists()
+    assert (tmp_path / "out" / UNFINISHED_INDEX / "stretch-000000.json").exists()
     with monkeypatch.context() as patched:
         patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
-    assert not (tmp_path / "out" / BUILD.UNFINISHED_INDEX).exists()
+    assert not (tmp_path / "out" / UNFINISHED_INDEX).exists()
     both = [InfluenceIndex.open(tmp_path / name, task) for name in ("whole", "out")]
     records = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
     assert records[0] == records[1] and len(both[0]) == 400
@@ -199,7 +200,7 @@ def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
         patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
     assert starts == [300], "only the last stretch, which is never kept by itself"
-    assert not (tmp_path / "out" / BUILD.UNFINISHED_INDEX).exists()
+    assert not (tmp_path / "out" / UNFINISHED_INDEX).exists()
     both = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
     assert both[0] == both[1]
 

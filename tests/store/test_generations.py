@@ -211,7 +211,7 @@ def test_an_append_given_up_is_swept(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     with monkeypatch.context() as patched:
-        patched.setattr(BUILD, "publish", lambda *given: pytest.fail("not yet"))
+        patched.setattr("tracin_ann.store.next_generation.publish", lambda *given: pytest.fail("not yet"))
         with pytest.raises(pytest.fail.Exception):
             build(task(model, 17), out, GROWING)
     (out / BUILD_RECORD).unlink()

@@ -66,7 +66,7 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
 ) -> None:
     """The other comes between this one's first look at the directory and its own making of it."""
     out = tmp_path / "index"
-    tune = BUILD.BuildWork.tune
+    tune = BUILD.BuildJob.tune
 
     def overtaken(work: object, *given: object) -> object:
         monkeypatch.undo()
@@ -78,7 +78,7 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
         return tune(work, *given)
 
     with ExitStack() as held:
-        monkeypatch.setattr(BUILD.BuildWork, "tune", overtaken)
+        monkeypatch.setattr(BUILD.BuildJob, "tune", overtaken)
         with pytest.raises(BusyIndexError, match="is being written|was begun by another build"):
             build(task(10), out, config("flat"))
     assert build(task(10), out, config("flat")).rows_extracted == (0 if other == "is done" else 20)

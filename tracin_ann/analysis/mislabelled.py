@@ -1,16 +1,23 @@
-"""Training rows whose label looks wrong: by their loss, and by the labels that their neighbours speak for.
+"""Training rows whose label is probably wrong, found by loss and by a vote of their neighbours.
 
-A wrong label is learned late: over the checkpoints, its row's loss stays high (Arpit et al. 2017, "A Closer Look at
-Memorization in Deep Networks"). The mean of the stored losses finds more of them than self-influence, which is the loss
-weighed by how easily the row's prediction is moved: in a deep network that differs more from row to row than the loss.
+A model learns a wrong label late, so the loss of its row stays high over the checkpoints (Arpit et al. 2017, "A Closer
+Look at Memorization in Deep Networks"). The mean of the stored losses finds more wrong labels than self-influence.
+Self-influence also depends on how easily a step changes the prediction for the row, and in a deep network that varies
+more from row to row than the loss.
 
-A row's neighbours are the rows whose gradients are most alike to its own and those most against it, by cosine at each
-checkpoint. Both speak, with the size of their cosine, for the label that they have: a row of the same input and another
-label has a gradient that points the other way, so an opponent's voice is for its own label. That takes nothing but the
-stored features; where the labels' vote goes against a row's own, the row is *outvoted*.
+The neighbours of a row are the rows with the most similar and the most opposed gradients, by cosine at each checkpoint.
+Each neighbour votes for its own label, with the size of its cosine as weight. Opposed rows also vote for their own
+label: two rows with similar inputs and different labels have opposed gradients. A row is *outvoted* if another label
+gets more of the vote than the label of the row.
 
-Shapes: N ranked rows, A of them asked, B at once, V rows that vote, L labels, C checkpoints, D sketch dimension,
-F = C·D.
+The *suggested label* of a row is the best-supported label other than its own. Rows with the same wrong label have
+similar gradients, so among the neighbours of a mislabelled row they often win the vote. The support of another label is
+therefore computed from all rows with that label: it is the squared cosine between the gradient of the row and the mean
+gradient of the label, where these are opposed. For cross-entropy, the gradient of a row with label g is opposed to a
+label l to the extent that the model predicts l for the row.
+
+Shapes: N ranked rows, the first A of them with neighbours, K listed rows, B rows at once, V rows of the index,
+L labels, C checkpoints, D sketch dimension, F = C·D.
 """
 
 from __future__ import annotations
@@ -25,18 +32,24 @@ import numpy.typing as npt
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Describe, Fields, Id, RankedRows, Record, RowList
-from tracin_ann.search import FlatIndex
+from tracin_ann.search import FlatIndex, Subset
 from tracin_ann.store import RowFilter
-from tracin_ann.types import Float64, Int64, ProgressCallback
+from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
 NEIGHBOURS = 30
 ASKED = 20_000
 _LOT = 1024
 """Rows whose neighbours are found in one pass over the features."""
+_BLOCK = 8192
+"""Rows that are read at once to compute the mean gradients of the labels."""
+_SUPPORT_LOT = 128
+"""Rows whose support is computed at once, in float64."""
+_LEAST_LOSS = 1e-3
+"""Least median loss of a checkpoint, as a share of the largest: it limits the weight of a checkpoint in the support."""
 _QUANTILE = 0.05
-"""Share of the outvoted rows whose loss may be below that of all rows that are to be looked at."""
+"""Share of the outvoted rows whose loss may be below that of all rows to check."""
 _TIMES = 5
-"""Times the outvoted rows, the most rows that are to be looked at."""
+"""The most rows to check, as a multiple of the outvoted rows."""
 
 Label = int | str
 By = Literal["loss-and-votes", "loss", "votes", "self-influence"]
@@ -50,14 +63,18 @@ class Suspect:
 
     Attributes:
         rank: from 1, the most suspicious.
-        id: the task's own id, else the position.
+        id: the id given by the task, otherwise the position.
         row: the position in train_data.
-        label: the label that it has; None: none was read.
-        score: what it is ranked by.
+        label: the label of the row; None: no labels were read.
+        score: the value that rows are ranked by.
         loss: its mean over the checkpoints.
         self_influence: Σ_c η_c ‖∇ℓ(w_c, z)‖².
-        speaks_for: the label that its neighbours give most voice; None: they were not asked.
-        share: that label's share of their voice, 0 to 1.
+        speaks_for: the label with the most votes of the neighbours, which can be the label of the row; None: the
+            neighbours were not searched. Use `suggested_label` to correct a label.
+        share: the share of the vote for `speaks_for`, 0 to 1.
+        suggested_label: the best-supported label other than `label`; None: no labels were read, or no other label has
+            any support.
+        support: the share of the support of all labels that `suggested_label` has, 0 to 1.
     """
 
     rank: int
@@ -69,18 +86,20 @@ class Suspect:
     self_influence: float
     speaks_for: Label | None = None
     share: float | None = None
+    suggested_label: Label | None = None
+    support: float | None = None
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """What was found of all rows.
+    """Figures of all ranked rows.
 
     Attributes:
         n_rows: rows that were ranked.
-        by: what they were ranked by.
-        n_asked: those of largest loss, whose neighbours were asked; of largest self-influence where that ranks.
-        n_outvoted: those of them whose neighbours speak for another label.
-        look_at: how many from the top to look at; None where no labels were read.
+        by: the value that they were ranked by.
+        n_asked: rows whose neighbours were searched: those of largest loss, or of largest self-influence if that ranks.
+        n_outvoted: rows among them whose neighbours vote for another label.
+        look_at: the number of rows to check, from the top; None if no labels were read.
     """
 
     n_rows: int
@@ -91,7 +110,7 @@ class Suspicion:
 
 
 class Suspects(RowList[Suspect]):
-    """Training rows, the most suspicious first; `suspicion` tells of all of them."""
+    """Training rows, the most suspicious first; `suspicion` holds the figures of all ranked rows."""
 
     FIELDS = Fields(
         (
@@ -104,10 +123,13 @@ class Suspects(RowList[Suspect]):
             ("self_influence", "float"),
             ("speaks_for", "id"),
             ("share", "float"),
+            ("suggested_label", "id"),
+            ("support", "float"),
             ("text", "text"),
         )
     )
-    DETAILS = ("self_influence", "loss")
+    DETAILS = ("self_influence", "loss", "row")
+    DATA_ONLY = ("speaks_for", "share")
 
     def __init__(self, rows: Iterable[Suspect], describe: Describe, suspicion: Suspicion) -> None:
         super().__init__(rows, describe)
@@ -125,6 +147,8 @@ class Suspects(RowList[Suspect]):
             "self_influence": row.self_influence,
             "speaks_for": row.speaks_for,
             "share": row.share,
+            "suggested_label": row.suggested_label,
+            "support": row.support,
             "text": self.texts("train", row.row),
         }
 
@@ -142,33 +166,38 @@ def find_mislabelled(  # noqa: PLR0913
     rows: RowFilter | None = None,
     progress: ProgressCallback | None = None,
 ) -> Suspects:
-    """Return training rows by how likely their label is wrong, the k first or all.
+    """Return the k training rows whose labels are most likely wrong, or all rows by rank.
 
-    By default (`loss-and-votes`) a row's score is its loss, the mean over the checkpoints and counted from the lowest
-    of all rows, times the share of its neighbours' voice that is not for its own label: measured with five models of
-    three data sets, that finds as many wrong labels as either alone, or nearly, and more than self-influence but where
-    that finds all but a few. The losses are those that the build stored. Without labels it is the loss.
+    The default score (`loss-and-votes`) is the loss of the row times the share of the neighbours' vote that is not for
+    its label. The loss is the mean over the checkpoints, counted from the lowest loss of all rows. Measured with five
+    models of three data sets, this score finds as many wrong labels as the loss or the vote alone, or nearly as many,
+    and more than self-influence except where self-influence finds nearly all. Losses are those that the build stored.
+    Without labels the score is the loss.
 
-    How many to look at is told by the outvoted rows: as many as have a loss that 19 in 20 of those reach, and at most
-    five times as many as those. Where the model predicts well, nearly all outvoted rows are wrong ones, but only some
-    of the wrong are outvoted. Where it predicts poorly, right ones are outvoted too, and the number is far too large:
-    `n_outvoted` then is a large share of the rows.
+    `Suspicion.look_at` estimates how many rows to check: the number of rows whose loss reaches the loss of 19 in 20
+    outvoted rows, at most five times the number of outvoted rows. If the model predicts well, nearly all outvoted rows
+    have wrong labels, but only some of the wrong labels are outvoted. If it predicts poorly, correct rows are outvoted
+    too, and the estimate is far too large: `n_outvoted` is then a large share of the rows.
 
-    Neighbours are found by an exact scan of the stored features, in time that grows with `asked` times the rows. Rows
-    that were not asked rank after all that were. Needs no task, unless `exact`.
+    The suggested label comes from the gradients, so it is about as accurate as the predictions of the model for rows
+    that it did not train on.
+
+    Neighbours are found by an exact scan of the stored features. Its time is proportional to `asked` times the number
+    of rows. Rows beyond `asked` rank after all others. Only `exact` requires a task.
 
     Args:
         index: an open index.
-        labels: the column (`Task.columns`) that has the labels; None: there are none, and no votes.
-        k: rows wanted; None: all.
-        neighbours: rows on either side, helpers and opponents, that speak for each.
-        by: `loss-and-votes`, `loss`, `votes`, the share alone, or `self-influence`; None: the first, or without labels
-            `loss`.
-        asked: the rows of largest loss (by `self-influence`: of largest self-influence) whose neighbours are asked.
-        checkpoints: positions of those to take; None: all.
-        exact: true self-influence of every row, computed now, instead of the stored estimate; losses and votes are
-            those stored.
-        rows: which rows are ranked; None: all. All rows of the index speak, but removed and skipped ones.
+        labels: the column of `Task.columns` with the labels; None: there are no labels and no votes.
+        k: number of rows to return; None: all.
+        neighbours: number of neighbours on each side, similar and opposed, that vote on each row.
+        by: `loss-and-votes`, `loss`, `votes` (the share of the vote alone) or `self-influence`; None: the first, or
+            `loss` without labels.
+        asked: number of rows whose neighbours are searched: those of largest loss, or of largest self-influence with
+            `by="self-influence"`.
+        checkpoints: positions of the checkpoints to use; None: all.
+        exact: compute the true self-influence of every row now instead of reading the stored estimate; losses and votes
+            are still the stored ones.
+        rows: the rows to rank; None: all. All rows of the index vote, except removed and skipped rows.
         progress: called with (stage, done, total).
 
     Raises:
@@ -189,23 +218,25 @@ def find_mislabelled(  # noqa: PLR0913
     if column is None:
         return Suspects(_suspects(index, known, by, k), index.described, Suspicion(len(known), by))
     names_L, label_V = np.unique(column, return_inverse=True)
-    asked_N = known.row_N[:asked]
-    electorate = _Electorate(index, checkpoints, label_V, len(names_L))
-    voices = _Voices(electorate.shares(asked_N, neighbours, progress), label_V[known.row_N], names_L)
-    n_outvoted = int(voices.outvoted_A.sum())
-    suspicion = Suspicion(len(known), by, len(asked_N), n_outvoted, _look_at(known.first_N[: len(asked_N)], voices))
-    return Suspects(_suspects(index, known, by, k, voices), index.described, suspicion)
+    searched_N = known.row_N[:asked]
+    voters = _Voters(index, checkpoints, label_V, len(names_L))
+    votes = _Votes(voters.count(searched_N, neighbours, progress), label_V[known.row_N], names_L)
+    n_outvoted = int(votes.outvoted_A.sum())
+    look_at = _look_at(known.first_N[: len(searched_N)], votes)
+    suspicion = Suspicion(len(known), by, len(searched_N), n_outvoted, look_at)
+    suspects = _suspects(index, known, by, k, votes)
+    return Suspects(_with_suggestions(suspects, voters, names_L), index.described, suspicion)
 
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What is known of N rows before any is asked, the most suspicious first.
+    """Stored figures of N rows, the most suspicious first.
 
     Attributes:
         row_N: their positions.
         loss_N: mean losses over the checkpoints.
         own_N: self-influence.
-        first_N: what they are put in order by: the loss above the lowest of all rows, or self-influence.
+        first_N: the value that orders them: the loss above the lowest loss of all rows, or self-influence.
     """
 
     row_N: Int64
@@ -219,7 +250,7 @@ class _Known:
 
     @classmethod
     def of(cls, index: InfluenceIndex, ranked: RankedRows, checkpoints: Sequence[int] | None, by: By) -> _Known:
-        """Return what an index says of rows whose self-influence is given."""
+        """Return the figures of rows whose self-influence is given."""
         view = index.view(checkpoints)
         loss_VC = view.store.losses(view.checkpoints).astype(np.float64)
         lowest = float(loss_VC[index.present()].min(axis=0, initial=np.inf).mean())
@@ -231,8 +262,8 @@ class _Known:
 
 
 @dataclass(frozen=True, eq=False)
-class _Voices:
-    """What was said of the first A of N rows: shares [A, L] of the voice; rows' labels [N], places among names [L]."""
+class _Votes:
+    """The vote on the first A of N rows: shares [A, L] of labels; the rows' labels [N] as positions in names [L]."""
 
     share_AL: Float64
     label_N: Int64
@@ -244,31 +275,31 @@ class _Voices:
 
     @property
     def own_A(self) -> Float64:
-        """Return the share for each row's own label."""
+        """Return the share of the vote for each row's own label."""
         own_A: Float64 = self.share_AL[np.arange(len(self)), self.label_N[: len(self)]]
         return own_A
 
     @property
     def winner_A(self) -> Int64:
-        """Return the label with the largest share; of equal ones the row's own, then the first."""
+        """Return the label with the largest share; among equal shares, the row's own label, then the first."""
         unbeaten_A = self.own_A >= self.share_AL.max(axis=1)
         winner_A: Int64 = np.where(unbeaten_A, self.label_N[: len(self)], self.share_AL.argmax(axis=1))
         return winner_A
 
     @property
     def outvoted_A(self) -> npt.NDArray[np.bool_]:
-        """Return which rows another label has won."""
+        """Return which rows have fewer votes for their own label than for another."""
         outvoted_A: npt.NDArray[np.bool_] = self.winner_A != self.label_N[: len(self)]
         return outvoted_A
 
 
 def _suspects(
-    index: InfluenceIndex, known: _Known, by: By, k: int | None, voices: _Voices | None = None
+    index: InfluenceIndex, known: _Known, by: By, k: int | None, votes: _Votes | None = None
 ) -> list[Suspect]:
-    """Return the k first: those that were asked by their score, then the others as they are."""
-    score_N = _scores(by, known, voices)
-    n_asked = len(known) if voices is None else len(voices)
-    order = np.lexsort((known.row_N, -score_N, np.arange(len(known)) >= n_asked))[:k].tolist()
+    """Return the first k rows: rows with a vote by score, then the others in their order."""
+    score_N = _scores(by, known, votes)
+    n_voted = len(known) if votes is None else len(votes)
+    order = np.lexsort((known.row_N, -score_N, np.arange(len(known)) >= n_voted))[:k].tolist()
     found = [
         Suspect(
             rank=rank,
@@ -281,65 +312,133 @@ def _suspects(
         )
         for rank, i in enumerate(order, start=1)
     ]
-    return found if voices is None else _labelled(found, order, voices)
+    return found if votes is None else _labelled(found, order, votes)
 
 
-def _labelled(found: Sequence[Suspect], order: Sequence[int], voices: _Voices) -> list[Suspect]:
-    """Return suspects, the i-th of `order` each, with their labels, and of those asked what was said."""
-    winner_A, labelled = voices.winner_A, []
+def _labelled(found: Sequence[Suspect], order: Sequence[int], votes: _Votes) -> list[Suspect]:
+    """Return suspects, each at its position in `order`, with their labels and, where there was a vote, its result."""
+    winner_A, labelled = votes.winner_A, []
     for suspect, i in zip(found, order, strict=True):
-        told: dict[str, Any] = {"label": _label(voices.names_L[voices.label_N[i]])}
-        if i < len(voices):
-            told["speaks_for"] = _label(voices.names_L[winner_A[i]])
-            told["share"] = float(voices.share_AL[i, winner_A[i]])
-        labelled.append(replace(suspect, **told))
+        fields: dict[str, Any] = {"label": _label(votes.names_L[votes.label_N[i]])}
+        if i < len(votes):
+            fields["speaks_for"] = _label(votes.names_L[winner_A[i]])
+            fields["share"] = float(votes.share_AL[i, winner_A[i]])
+        labelled.append(replace(suspect, **fields))
     return labelled
 
 
-class _Electorate:
+class _Voters:
     """All rows of an index that are present, with their labels."""
 
     def __init__(self, index: InfluenceIndex, checkpoints: Sequence[int] | None, label_V: Int64, n_labels: int) -> None:
-        self._label_V, self._n_labels = label_V, n_labels
+        self.label_V, self._n_labels = label_V, n_labels
         self._view = replace(index.view(checkpoints), cosine=True)
         rates = [index.manifest.build.spec.checkpoints[c].learning_rate for c in self._view.checkpoints]
         self._weight_C = (np.array(rates) / np.sum(rates)).astype(np.float32)
-        self._scan, self._allowed = FlatIndex(self._view, index.device), index.present()
+        self._scan, self._present_V = FlatIndex(self._view, index.device), index.present()
 
-    def shares(self, row_N: Int64, neighbours: int, progress: ProgressCallback | None) -> Float64:
-        """Return the share of their neighbours' voice [N, L] for each label; of rows without any, of their own all."""
-        voice_NL = np.zeros((len(row_N), self._n_labels))
+    def count(self, row_N: Int64, neighbours: int, progress: ProgressCallback | None) -> Float64:
+        """Return each label's share of the vote [N, L]; without any vote, the row's own label has the whole."""
+        vote_NL = np.zeros((len(row_N), self._n_labels))
         for start in range(0, len(row_N), _LOT):
             row_B = row_N[start : start + _LOT]
-            unit_BF = self._view.take(row_B)
-            query_BF = (unit_BF.reshape(len(row_B), len(self._weight_C), -1) * self._weight_C[:, None]).reshape(
-                unit_BF.shape
-            )
-            for sign, top in zip((1, -1), self._scan.search_both(query_BF, neighbours + 1, self._allowed), strict=True):
+            query_BCD = self._unit_rows(row_B) * self._weight_C[:, None]
+            query_BF = query_BCD.reshape(len(row_B), -1)
+            for sign, top in zip(
+                (1, -1), self._scan.search_both(query_BF, neighbours + 1, self._present_V), strict=True
+            ):
                 for at, (row, ids, scores) in enumerate(zip(row_B, top.ids, top.scores, strict=True)):
-                    heard = (ids != row) & (sign * scores > 0)
-                    heard_K, loud_K = ids[heard][:neighbours], np.abs(scores[heard][:neighbours])
-                    np.add.at(voice_NL[start + at], self._label_V[heard_K], loud_K)
+                    votes = (ids != row) & (sign * scores > 0)
+                    voter_K, weight_K = ids[votes][:neighbours], np.abs(scores[votes][:neighbours])
+                    np.add.at(vote_NL[start + at], self.label_V[voter_K], weight_K)
             if progress is not None:
                 progress("neighbours", start + len(row_B), len(row_N))
-        silent_N = voice_NL.sum(axis=1) == 0
-        voice_NL[silent_N, self._label_V[row_N[silent_N]]] = 1
-        share_NL: Float64 = voice_NL / voice_NL.sum(axis=1, keepdims=True)
+        without_N = vote_NL.sum(axis=1) == 0
+        vote_NL[without_N, self.label_V[row_N[without_N]]] = 1
+        share_NL: Float64 = vote_NL / vote_NL.sum(axis=1, keepdims=True)
         return share_NL
 
+    def support(self, row_K: Int64) -> Float64:
+        """Return the support [K, L] of each label for each row; a row without any support has zeros.
 
-def _scores(by: By, known: _Known, voices: _Voices | None) -> Float64:
-    """Return what rows [N] are ranked by; those that were not asked keep the order of what is known."""
-    if voices is None or by in _WITHOUT_LABELS:
+        Σ_c max(0, -cos(g_c, m_c))² / loss_c, divided by the sum over labels: g_c is the gradient of the row at
+        checkpoint c, m_c the sum over the rows with the label of their gradients divided by their norms, and loss_c the
+        median loss, counted from the lowest. For the row's own label it is max(0, cos)², and the row itself is left out
+        of m_c. A checkpoint with a lower loss has a larger weight, because its predictions are better.
+        """
+        sum_LCD, weight_C = self._sum_by_label(), self._checkpoint_weights()
+        mean_LCD = _scale_to_unit(sum_LCD)
+        support_KL = np.zeros((len(row_K), self._n_labels))
+        for start in range(0, len(row_K), _SUPPORT_LOT):
+            row_B = row_K[start : start + _SUPPORT_LOT]
+            unit_BCD, label_B = self._unit_rows(row_B).astype(np.float64), self.label_V[row_B]
+            own_BCD = _scale_to_unit(sum_LCD[label_B] - unit_BCD)
+            for c, weight in enumerate(weight_C):
+                opposed_BL = -(unit_BCD[:, c] @ mean_LCD[:, c].T)
+                opposed_BL[np.arange(len(row_B)), label_B] = (unit_BCD[:, c] * own_BCD[:, c]).sum(axis=1)
+                support_KL[start : start + len(row_B)] += weight * np.maximum(opposed_BL, 0) ** 2
+        total_K = support_KL.sum(axis=1, keepdims=True)
+        share_KL: Float64 = np.divide(support_KL, total_K, out=np.zeros_like(support_KL), where=total_K > 0)
+        return share_KL
+
+    def _unit_rows(self, row_B: Int64) -> Float32:
+        """Return rows of the features as [B, C, D], each checkpoint's part divided by its norm."""
+        return self._view.take(row_B).reshape(len(row_B), len(self._weight_C), -1)
+
+    def _sum_by_label(self) -> Float64:
+        """Return the sums [L, C, D] over the present rows with a label of their unit gradients."""
+        sum_LF = np.zeros((self._n_labels, self._view.dim))
+        for ids_B, unit_BF in Subset(self._view, self._present_V).blocks(_BLOCK):
+            label_B = self.label_V[ids_B]
+            order = np.argsort(label_B, kind="stable")
+            found, first = np.unique(label_B[order], return_index=True)
+            sum_LF[found] += np.add.reduceat(unit_BF[order], first, axis=0, dtype=np.float64)
+        return sum_LF.reshape(self._n_labels, len(self._weight_C), -1)
+
+    def _checkpoint_weights(self) -> Float64:
+        """Return the inverse of the median loss [C] at each checkpoint, counted from the lowest."""
+        loss_VC = self._view.store.losses(self._view.checkpoints).astype(np.float64)[self._present_V]
+        median_C = np.median(loss_VC, axis=0) - loss_VC.min(axis=0)
+        if not median_C.any():
+            return np.ones(len(median_C))
+        weight_C: Float64 = 1 / np.maximum(median_C, _LEAST_LOSS * median_C.max())
+        return weight_C
+
+
+def _scale_to_unit(rows: Float64) -> Float64:
+    """Return vectors, the last axis of an array, divided by their norms; zero stays zero."""
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    unit: Float64 = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    return unit
+
+
+def _with_suggestions(suspects: Sequence[Suspect], voters: _Voters, names_L: npt.NDArray[Any]) -> list[Suspect]:
+    """Return suspects with the best-supported other label, where one has any support."""
+    row_K = np.array([suspect.row for suspect in suspects], dtype=np.int64)
+    if not len(row_K):
+        return []
+    support_KL = voters.support(row_K)
+    support_KL[np.arange(len(row_K)), voters.label_V[row_K]] = 0
+    return [
+        replace(suspect, suggested_label=_label(names_L[best]), support=float(support_L[best]))
+        if support_L[best] > 0
+        else suspect
+        for suspect, support_L, best in zip(suspects, support_KL, support_KL.argmax(axis=1), strict=True)
+    ]
+
+
+def _scores(by: By, known: _Known, votes: _Votes | None) -> Float64:
+    """Return the scores [N] of rows; rows without a vote keep the order of their stored figures."""
+    if votes is None or by in _WITHOUT_LABELS:
         return known.own_N if by == "self-influence" else known.loss_N
-    score_N, against_A = known.first_N.copy(), 1 - voices.own_A
-    score_N[: len(voices)] = against_A if by == "votes" else score_N[: len(voices)] * against_A
+    score_N, against_A = known.first_N.copy(), 1 - votes.own_A
+    score_N[: len(votes)] = against_A if by == "votes" else score_N[: len(votes)] * against_A
     return score_N
 
 
-def _look_at(known_A: Float64, voices: _Voices) -> int:
-    """Return how many of the rows asked reach what 19 in 20 of the outvoted reach, or 5 times the outvoted."""
-    outvoted_A = voices.outvoted_A
+def _look_at(known_A: Float64, votes: _Votes) -> int:
+    """Return how many rows with a vote reach the value of 19 in 20 outvoted rows, at most 5 times the outvoted."""
+    outvoted_A = votes.outvoted_A
     if not outvoted_A.any():
         return 0
     least = np.quantile(known_A[outvoted_A], _QUANTILE, method="lower")

@@ -90,7 +90,7 @@ def _print_curve(calibration: Calibration) -> None:
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("", "recall", "lower bound", "10th percentile", "rows scored", "time"):
+    for name in ("hits", "recall", "lower bound", "10th percentile", "rows scored", "time"):
         table.add_column(name, justify="right")
     for side in ("proponents", "opponents"):
         points = getattr(calibration, side)

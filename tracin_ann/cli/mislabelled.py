@@ -1,6 +1,8 @@
-"""tracin-mislabelled: which training rows look as if their label were wrong, and how many to look at."""
+"""tracin-mislabelled: training rows whose label is probably wrong, and how many of them to check."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +18,9 @@ from tracin_ann.cli.index_options import (
 from tracin_ann.cli.messages import print_note, show_progress
 from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
 
+if TYPE_CHECKING:
+    from tracin_ann.analysis import Suspects
+
 
 @command(
     "tracin-mislabelled runs/mnist -k 50",
@@ -23,22 +28,28 @@ from tracin_ann.cli.output import Sink, check_report_path, html_option, output_o
     "tracin-mislabelled runs/mnist --labels digit --where digit=3 --output suspects.csv",
 )
 @directory_argument
-@click.option("--labels", default="label", show_default=True, metavar="COLUMN", help="The column with the labels.")
-@click.option("--no-labels", is_flag=True, help="There are none: rank without votes.")
-@click.option("-k", default=50, show_default=True, type=click.IntRange(1), help="Rows shown or written.")
-@click.option("--neighbours", default=30, show_default=True, type=click.IntRange(1), help="Rows a side that vote.")
+@click.option("--labels", default="label", show_default=True, metavar="COLUMN", help="Column with the labels.")
+@click.option("--no-labels", is_flag=True, help="Rank without labels and votes.")
+@click.option("-k", default=50, show_default=True, type=click.IntRange(1), help="Rows to print or write.")
+@click.option(
+    "--neighbours",
+    default=30,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Neighbours that vote, among proponents and among opponents.",
+)
 @click.option(
     "--by",
     type=click.Choice(["loss-and-votes", "loss", "votes", "self-influence"]),
-    help="What rows are ranked by.  [default: loss-and-votes, without labels loss]",
+    help="Ranking criterion.  [default: loss-and-votes; with --no-labels, loss]",
 )
 @click.option(
-    "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours are asked."
+    "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Number of rows whose neighbours vote."
 )
 @click.option(
     "--exact",
     is_flag=True,
-    help="True self-influence of every row, computed now; --by tells whether it ranks.",
+    help="Compute the exact self-influence of every row; rank by it with --by self-influence.",
 )
 @filter_options
 @checkpoints_option
@@ -47,11 +58,12 @@ from tracin_ann.cli.output import Sink, check_report_path, html_option, output_o
 @output_options
 @index_options
 def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
-    """Rank training rows by how likely their label is wrong, and say what label speaks against it.
+    """Rank training rows by how likely their label is wrong, and suggest another label for each.
 
-    A row's score is its loss, over the checkpoints and counted from the lowest of all rows, times the share of its
-    neighbours' vote that is not for its label. Neighbours are the rows whose gradients are most alike and most opposed
-    to its own; `speaks_for` is the label that most of them have.
+    The score of a row is its loss, the mean over the checkpoints counted from the lowest of all rows, times the share
+    of its neighbours' vote that is not for its label. Neighbours are the rows with the most similar and the most
+    opposed gradients. `suggested_label` is the best-supported label other than the label of the row, and `support` is
+    its share of the support of all labels.
     """
     from tracin_ann.analysis import Suspects, find_mislabelled
 
@@ -73,18 +85,20 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
         )
         write(found)
     write_html(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
-    told = found.suspicion
-    if told.look_at is None:
-        print_note(f"{told.n_rows:,} rows by {told.by}; without labels nobody votes on how many to look at", err=True)
-        return
-    if not told.look_at:
-        print_note(f"no label looks wrong: none of {told.n_asked:,} rows is outvoted by its neighbours", err=True)
-        return
-    known = "self-influence" if told.by == "self-influence" else "loss"
-    asked = "" if told.n_asked == told.n_rows else f" of the {told.n_asked:,} asked"
-    more = f" ({len(found):,} are here, -k for more)" if len(found) < told.look_at else ""
-    print_note(
-        f"look at about the first {told.look_at:,} of {told.n_rows:,} rows{more}: "
-        f"{told.n_outvoted:,}{asked} are outvoted by their neighbours, and so many rows have as large a {known}",
-        err=True,
+    print_note(f"estimate: {_describe_estimate(found)}", err=True)
+
+
+def _describe_estimate(suspects: Suspects) -> str:
+    """Return in one line how many rows to check, and why."""
+    estimate = suspects.suspicion
+    if estimate.look_at is None:
+        return f"none without labels; {estimate.n_rows:,} rows ranked by {estimate.by}"
+    if not estimate.look_at:
+        return f"no wrong labels; none of {estimate.n_asked:,} rows is outvoted by its neighbours"
+    known = "self-influence" if estimate.by == "self-influence" else "loss"
+    asked = "" if estimate.n_asked == estimate.n_rows else f" of the {estimate.n_asked:,} with a vote"
+    more = f" ({len(suspects):,} are listed, -k lists more)" if len(suspects) < estimate.look_at else ""
+    return (
+        f"check about the first {estimate.look_at:,} of {estimate.n_rows:,} rows{more}; "
+        f"{estimate.n_outvoted:,}{asked} are outvoted by their neighbours, and this many rows have as large a {known}"
     )

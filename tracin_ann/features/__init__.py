@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tracin_ann.features.audit import Auditor, AuditResult, BuiltRows, audit_build, draw_places
+from tracin_ann.features.audit import Auditor, AuditResult, Audits, BuiltRows, audit_build, draw_places
 from tracin_ann.features.autotune import (
     USUAL_SIZE,
     RunSettings,
@@ -27,6 +27,7 @@ from tracin_ann.features.pipeline import Extraction, ExtractionResult, reading_c
 __all__ = [
     "AuditResult",
     "Auditor",
+    "Audits",
     "BuiltRows",
     "CANARY_FILE",
     "Extraction",

@@ -15,7 +15,7 @@ from tracin_ann.features import RunSettings, measure_row_seconds
 from tracin_ann.gradients import Plan
 from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
-from tracin_ann.store import FEATURES, FeatureStore
+from tracin_ann.store import FEATURES, FeatureStore, refuse_foreign_files
 from tracin_ann.task import Task
 
 _BESIDES_BYTES = 8 + 2 + 8 + 4
@@ -70,7 +70,7 @@ def plan(
     config = config or BuildConfig()
     work = open_build(task, Path(out), config, arguments)
     with work.passes.model() as model:
-        work.refuse_foreign()
+        refuse_foreign_files(work.out)
         start = work.prepare(model)
         missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
         record = config.agree_on_batches(start.record, len(missing), str(work.out))

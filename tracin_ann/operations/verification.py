@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracin_ann.build import BuildReport, BuildWork, run
+from tracin_ann.build import BuildJob, BuildReport, run
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import DamagedIndexError, TracinAnnError, UsageError, problem
@@ -220,14 +220,14 @@ def audit(
 
 def _work(
     out: Path, manifest: Manifest, task: Task | str | None, arguments: Mapping[str, str] | None, device: str
-) -> BuildWork:
+) -> BuildJob:
     """Return the build of the manifest's index; refused before anything is removed where its task cannot be found."""
     built = manifest.build.task
     given = built.arguments if arguments is None else arguments
     found = load_index_task(task, given, manifest, out)
     name = task or built.reference
     named = TaskReference(absolute_reference(name), dict(given)) if isinstance(name, str) else TaskReference()
-    return BuildWork(found, out, config_of(manifest, device), named)
+    return BuildJob(found, out, config_of(manifest, device), named)
 
 
 def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path]) -> None:

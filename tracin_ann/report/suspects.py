@@ -1,7 +1,7 @@
-"""The page for going through training rows one by one: self-influence, suspects, or any list of rows.
+"""The page for checking training rows one by one: self-influence, suspects, or any list of rows.
 
-Each row comes with the training rows whose gradients are most alike to its own and most against it, by cosine: rows of
-the same look and another label are against.
+Each row comes with the training rows that have the most similar and the most opposed gradients, by cosine. Rows with
+similar inputs and another label are opposed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tracin_ann.scoring import Answer, QueryOptions, RankedRows, Record, RowList
 NEIGHBOURS = 8
 _LOT = 256
 _TOLD_APART = ("rank", "id", "row", "text", LABEL)
-_NAMES = {"loss": "mean loss", "speaks_for": "neighbours speak for", "share": "with a share of"}
+_NAMES = {"loss": "mean loss"}
 _HEADINGS = {
-    "pro": ("Speak for its label", "the training rows whose gradients are most alike, by cosine"),
-    "opp": ("Speak against it", "the training rows whose gradients are most opposed, by cosine"),
+    "pro": ("Most similar rows", "the training rows with the most similar gradients, by cosine"),
+    "opp": ("Most opposed rows", "the training rows with the most opposed gradients, by cosine"),
 }
 
 
@@ -112,7 +112,7 @@ def _fields(results: RowList[Any], record: Record) -> tuple[tuple[str, str], ...
     return tuple(
         (named.get(name, name.replace("_", " ")), plain(value))
         for name, value in record.items()
-        if name not in _TOLD_APART and value is not None
+        if name not in (*_TOLD_APART, *results.DATA_ONLY) and value is not None
     )
 
 

@@ -18,6 +18,7 @@ from tracin_ann.scoring.plots import (
 from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import Question, Ranking
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList
+from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 
 __all__ = [
     "Answer",
@@ -38,9 +39,11 @@ __all__ = [
     "Ranking",
     "Record",
     "RowList",
+    "SearchIndexOptions",
     "SelfInfluence",
     "Texts",
     "as_svg",
+    "build_search_index",
     "checkpoints_figure",
     "counts_figure",
     "exact_self_influence",

@@ -217,7 +217,8 @@ def _parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Reco
     def begun(records: Sequence[Record]) -> tuple[Any, Any]:
         columns = []
         for name, kind in fields.kinds:
-            whole = all(isinstance(record[name], int) for record in records)
+            given = [record[name] for record in records if record[name] is not None]
+            whole = (bool(given) or not records) and all(isinstance(value, int) for value in given)
             columns.append((name, (pa.int64() if whole else pa.string()) if kind == "id" else kinds[kind]))
         schema = pa.schema(columns, metadata={"tracin_ann.schema": str(SCHEMA)})
         return schema, pq.ParquetWriter(file, schema)

@@ -69,10 +69,12 @@ class RowList(ABC, list[T]):
     """Results of which each is one record: a line of JSON, a row of a table.
 
     `DETAILS` are fields that a table on a terminal leaves out, the first first, where its texts have too little room.
+    `DATA_ONLY` are fields of JSON lines, CSV, Parquet and frames that tables and pages for people leave out.
     """
 
     FIELDS: ClassVar[Fields]
     DETAILS: ClassVar[tuple[str, ...]] = ()
+    DATA_ONLY: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, rows: Iterable[T], describe: Describe) -> None:
         super().__init__(rows)
@@ -99,8 +101,10 @@ class RowList(ABC, list[T]):
         return to_frame(self.records(), self.FIELDS)
 
     def _repr_html_(self) -> str:
+        names = [name for name in self.FIELDS.names if name not in self.DATA_ONLY]
         records = [self.record(row) for row in self[:_SHOWN]]
-        return _table("", self.FIELDS.names, [format_cells(record) for record in records]) + _more(len(self))
+        cells = [format_cells({name: record[name] for name in names}) for record in records]
+        return _table("", names, cells) + _more(len(self))
 
 
 class RankedRows(RowList[SelfInfluence]):
@@ -140,7 +144,7 @@ def _answer_html(answer: Answer, texts: Texts) -> str:
             hit = hits[at] if at < len(hits) else None
             cells += ["", "", ""] if hit is None else [str(hit.id), f"{hit.score:+.4g}", texts("train", hit.row) or ""]
         rows.append(cells)
-    return _table(caption, ["proponent", "score", "", "opponent", "score", ""], rows)
+    return _table(caption, ["proponent", "score", "text", "opponent", "score", "text"], rows)
 
 
 def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:

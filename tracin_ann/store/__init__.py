@@ -38,7 +38,9 @@ from tracin_ann.store.generations import (
     list_generations,
     make_next_folder,
     publish,
+    read_begun,
     read_current,
+    refuse_foreign_files,
     refuse_links,
     refuse_other_copy,
     take_lease,
@@ -60,6 +62,7 @@ from tracin_ann.store.manifest import (
     record_file,
     write_build_record,
 )
+from tracin_ann.store.next_generation import NextGeneration
 from tracin_ann.store.spec import CheckpointSpec, FeatureSpec, ParameterSpec, SketchSpec
 from tracin_ann.store.write_behind import WriteBehind
 
@@ -83,6 +86,7 @@ __all__ = [
     "Lease",
     "MANIFEST",
     "Manifest",
+    "NextGeneration",
     "ParameterSpec",
     "RowFilter",
     "RowTable",
@@ -108,6 +112,7 @@ __all__ = [
     "list_generations",
     "make_next_folder",
     "publish",
+    "read_begun",
     "read_build_record",
     "read_columns",
     "read_current",
@@ -115,6 +120,7 @@ __all__ = [
     "read_skipped_rows",
     "read_unlisted_ids",
     "record_file",
+    "refuse_foreign_files",
     "refuse_links",
     "refuse_other_copy",
     "select_listed_rows",

@@ -32,7 +32,7 @@ from tracin_ann.store.checksums import Checksums, block_checksums, checksum, col
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
 
-FORMAT = "tracin_ann.features.extractor"
+FORMAT = "tracin_ann.features"
 VERSION = 3
 
 _ALIGNMENT = 4096

@@ -23,10 +23,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path, problem
+from tracin_ann.errors import BusyIndexError, DamagedIndexError, UsageError, attach_path, problem
 from tracin_ann.files import (
     NotPlainError,
     atomic_path,
+    is_temporary,
     make_directory,
     open_directory,
     sweep_temporaries,
@@ -34,7 +35,7 @@ from tracin_ann.files import (
 )
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore, is_feature_file
-from tracin_ann.store.locks import Lease, hold_unless_read, hold_writer_lock
+from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
 from tracin_ann.store.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -71,6 +72,34 @@ def claim(directory: Path) -> Iterator[None]:
                 )
             )
         yield
+
+
+def refuse_foreign_files(directory: Path) -> None:
+    """Refuse a directory that holds files which no build wrote.
+
+    Raises:
+        UsageError: it does, or it is a file.
+    """
+    if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)) or not directory.exists():
+        return
+    # A build that was killed before it wrote its record leaves the lock and temporaries.
+    is_directory = directory.is_dir()
+    if not is_directory or any(path.name != WRITER and not is_temporary(path) for path in directory.iterdir()):
+        raise UsageError(
+            problem(
+                f"{directory} cannot hold the index",
+                got="a directory with other files in it" if is_directory else "a file",
+                expected="an empty or new directory, or an index",
+                remedy="choose another --out",
+            )
+        )
+
+
+def read_begun(directory: Path, manifest: Manifest | None) -> BuildRecord | None:
+    """Return what the last build in a directory was to produce, or None where there was none."""
+    if (directory / BUILD_RECORD).exists():
+        return read_build_record(directory)
+    return None if manifest is None else manifest.build
 
 
 @dataclass(frozen=True)
