@@ -100,5 +100,6 @@ def _describe_estimate(suspects: Suspects) -> str:
     more = f" ({len(suspects):,} are listed, -k lists more)" if len(suspects) < estimate.look_at else ""
     return (
         f"check about the first {estimate.look_at:,} of {estimate.n_rows:,} rows{more}; "
-        f"{estimate.n_outvoted:,}{asked} are outvoted by their neighbours, and this many rows have as large a {known}"
+        f"{estimate.n_outvoted:,}{asked} are outvoted by their neighbours, "
+        f"about {estimate.look_at:,} have as large a {known}"
     )
