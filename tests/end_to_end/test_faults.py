@@ -29,7 +29,7 @@ from commands import KINDS, OUT, Answers, Command, Reference, answers, commands,
 from disk import Tree
 from faults import Call, Crash, Fault, Watch, faults_of
 from paths import ROOT
-from tracin_ann.cli.failures import refusals
+from tracin_ann.cli.failures import handle_failures
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.operations.verification import repair, verify
 from tracin_ann.store.generations import generation_folder
@@ -247,7 +247,7 @@ def _left_over(out: Path) -> list[Path]:
 def _exit_status(command: Command, root: Path) -> int:
     """Run the command like the command line, and return its exit status."""
     try:
-        refusals(command.at)(root)
+        handle_failures(command.at)(root)
     except click.exceptions.Exit as end:
         return end.exit_code
     return 0

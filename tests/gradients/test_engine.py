@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import plan
-from tracin_ann.cli.build import _show_plan
+from tracin_ann.cli.build import _print_plan
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.passes import Passes, PassOptions
@@ -111,7 +111,7 @@ def test_the_plan_has_the_method_the_reason_and_the_share_of_elements(tmp_path):
 
 
 def test_a_reason_that_many_parameters_share_is_printed_once(tmp_path, capsys):
-    _show_plan(plan(toy(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
+    _print_plan(plan(toy(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [line.rpartition(" (")[2] for line in shown if "unused" in line or "scale" in line] == [
         "no layer rule covers it)",

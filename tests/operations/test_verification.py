@@ -66,7 +66,7 @@ def test_a_whole_index_is_said_to_be_whole(index: Path) -> None:
     result = CliRunner().invoke(verify_command, [str(index)])
     n_files = len(files(index)) - 1  # the manifest's copy is counted with it
     assert (result.exit_code, verify(index).files) == (0, n_files)
-    assert f"{n_files} files, " in result.output and "all as they were written" in result.output
+    assert f"{n_files} files, " in result.output and "all intact" in result.output
 
 
 def test_every_byte_that_is_flipped_is_found_in_its_file(index: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_repair_that_finds_no_damage_sweeps_what_a_killed_one_left(index: Path
     result = CliRunner().invoke(verify_command, [str(index)])
     assert result.exit_code == 0 and len(files(index)) == len(whole) + 2
     result = CliRunner().invoke(verify_command, [str(index), "--repair"])
-    assert result.exit_code == 0 and "all as they were written" in result.output
+    assert result.exit_code == 0 and "all intact" in result.output
     assert files(index) == whole and not (index / UNFINISHED_INDEX).exists()
 
 
@@ -187,7 +187,7 @@ def test_damage_of_many_files_is_mended_at_once_by_the_command(made: tuple[Path,
     result = CliRunner().invoke(verify_command, [str(index)])
     assert result.exit_code == 4
     assert all(path.name in result.output for path in hurt)
-    assert f"{len(hurt)} damaged; tracin-verify --repair makes them anew" in result.output
+    assert f"{len(hurt)} damaged files; run tracin-verify --repair to rebuild them" in result.output
     repair(index, made[1])
     assert verify(index).damage == () and answers(index, made[1]) == answers(*made)
 

@@ -130,10 +130,10 @@ def test_rows_are_named_by_own_ids(folder: Path, tmp_path: Path) -> None:
         ("words", ("--own-ids", "--only", "row-0200", "--ids", "row-0200"), ["no such id in train_data", "row-0200"]),
         ("positions", ("--own-ids", "--ids", "0"), ["no such id", "a task with ids", "positions, or define Task.ids"]),
         ("words", ("--ids", "@nowhere.txt"), ["cannot read nowhere.txt"]),
-        ("words", ("--ids", "0", "--format", "parquet"), ["Parquet is no text", "--output"]),
-        ("words", ("--ids", "0", "--output", "a.txt"), ["a table is for the screen", "jsonl, csv, parquet"]),
+        ("words", ("--ids", "0", "--format", "parquet"), ["Parquet cannot be written to stdout", "--output"]),
+        ("words", ("--ids", "0", "--output", "a.txt"), ["a table cannot be written to a file", "jsonl, csv, parquet"]),
         ("words", ("--against", "0"), ["a contrast needs two sets", "--ids"]),
-        ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "drop one"]),
+        ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
 def test_what_cannot_be_is_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:

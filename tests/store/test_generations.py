@@ -150,7 +150,7 @@ def test_removed_rows_are_in_no_answer(model, tmp_path, kind):
     best = [int(row) for row, _ in answers(index, QueryOptions(k=3))[0]]
     gone = sorted({*best, 7, 8, 199})
     result = CliRunner().invoke(remove_command, [str(out), "--ids", ",".join(map(str, gone))])
-    assert result.exit_code == 0 and f"{len(gone)} of 200 rows are removed; generation 2" in result.output
+    assert result.exit_code == 0 and f"{len(gone)} of 200 rows removed; generation 2" in result.output
     after = InfluenceIndex.open(out, task(model, n_rows))
     for options in (EVERY, QueryOptions(k=200), QueryOptions(k=200, exact=True), QueryOptions(k=200, cosine=True)):
         for found, before in zip(answers(after, options), answers(index, options), strict=True):
@@ -297,7 +297,7 @@ def test_a_stopped_build_says_how_to_go_on_and_does(tmp_path, number, status):
     running.send_signal(number)
     said = running.communicate(timeout=60)[1]
     assert running.returncode == status, said
-    assert f"stopped: nothing is half-written; again: {ROOT / 'build_index.py'} --task" in said
+    assert f"stopped: no incomplete file is left; to run it again: {ROOT / 'build_index.py'} --task" in said
     left = {path.name for path in out.iterdir()} - {"generation-000001"}
     assert left == {BUILD_RECORD, "features"} and list((out / "features").iterdir()) == []
     assert json.loads((out / BUILD_RECORD).read_text())["batch_size"] == 4

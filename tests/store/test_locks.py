@@ -218,7 +218,7 @@ def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: py
 
     monkeypatch.setattr(absent, "read_removed_ids", slow)
     result = CliRunner().invoke(info.main, [str(made)])
-    assert result.exit_code == 0 and "generation  2, 1 rows removed" in result.output
+    assert result.exit_code == 0 and "generation: 2, 1 row removed" in result.output
 
 
 # What dead writers leave.
@@ -364,7 +364,7 @@ def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes
     assert result.exit_code == 1
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: cannot read or write {out / largest}: got File too large (EFBIG), expected ")
-    assert line.endswith("; mend that and run this command again: what is whole is kept")
+    assert line.endswith("; fix the cause and run this command again: complete files are reused")
     result = CliRunner().invoke(build_command, [*words, "--out", str(out)])
     assert result.exit_code == 0 and (out / largest).stat().st_size == size
 
