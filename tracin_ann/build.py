@@ -21,7 +21,7 @@ from tracin_ann.features import (
     CANARY_FILE,
     USUAL_SIZE,
     Auditor,
-    Audits,
+    BuildAudits,
     BuiltRows,
     Extraction,
     ExtractionResult,
@@ -368,7 +368,7 @@ class BuildJob:
 
     def audit(
         self, model: LoadedModel, generation: NextGeneration, extracted: ExtractionResult, progress: ProgressCallback
-    ) -> Audits:
+    ) -> BuildAudits:
         """Compare stored rows with plain autograd.
 
         Raises:

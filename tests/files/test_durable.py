@@ -12,14 +12,7 @@ import xxhash
 
 from paths import ROOT
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import (
-    atomic_path,
-    atomic_write,
-    file_digest,
-    read_json,
-    sweep_temporaries,
-    write_json_atomic,
-)
+from tracin_ann.files import atomic_path, atomic_write, file_digest, read_json, sweep_temporaries, write_json_atomic
 
 DIE_WHILE_WRITING = """
 import os, sys

@@ -150,7 +150,8 @@ def test_rows_that_no_collate_takes_are_refused_with_the_remedy(tmp_path):
     task = toy(tmp_path, train_data=lambda: [(x.to_sparse(), y) for x, y in rows(10)])
     assert os.linesep not in refusal(task, tmp_path)
     assert refusal(task, tmp_path).endswith(
-        "; pass Task.collate, a function that turns a list of examples into a batch")
+        "; pass Task.collate, a function that turns a list of examples into a batch"
+    )
 
 
 def refusal(task, tmp_path):

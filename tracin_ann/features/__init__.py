@@ -5,7 +5,7 @@ A feature row stores, for one example, the sketches of its gradients at every ch
 
 from __future__ import annotations
 
-from tracin_ann.features.audit import Auditor, AuditResult, Audits, BuiltRows, audit_build, draw_places
+from tracin_ann.features.audit import Auditor, AuditResult, BuildAudits, BuiltRows, audit_build, draw_places
 from tracin_ann.features.autotune import (
     USUAL_SIZE,
     RunSettings,
@@ -30,7 +30,7 @@ from tracin_ann.features.pipeline import Extraction, ExtractionResult, reading_c
 __all__ = [
     "AuditResult",
     "Auditor",
-    "Audits",
+    "BuildAudits",
     "BuiltRows",
     "CANARY_FILE",
     "Extraction",

@@ -16,14 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.gradients.factors import Dense, Form, Outer
-from tracin_ann.gradients.layers.base import (
-    WEIGHT_AND_BIAS,
-    Call,
-    LayerRule,
-    LayoutError,
-    flatten_positions,
-    widen,
-)
+from tracin_ann.gradients.layers.base import WEIGHT_AND_BIAS, Call, LayerRule, LayoutError, flatten_positions, widen
 
 _TOLERANCE = 1e-3
 _TOLERANCE_HALF = 5e-2
