@@ -1,4 +1,4 @@
-"""Task.load is held to what it is for: it fills the model or returns one like it; models on meta are filled too."""
+"""Checks of `Task.load`: it fills the model or returns a matching module; models on the meta device are filled too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A borrowed model and all global state are as they were, after every verb, error and surrounding mode."""
+"""The user's model and global state are restored after every operation and error, in every surrounding mode."""
 
 from __future__ import annotations
 
