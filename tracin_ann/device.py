@@ -112,7 +112,7 @@ def record_event(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 
-def refuse_slow_bf16(device: torch.device) -> None:
+def require_native_bf16(device: torch.device) -> None:
     """Raise an error if bfloat16 is emulated on the device, which is slower than float32.
 
     Raises:

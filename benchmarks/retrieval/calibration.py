@@ -44,11 +44,11 @@ def run_case(rows: Subset, queries: np.ndarray, seed: int, target: float) -> dic
     calibration = calibrate(index, exact, known, target)
     found: dict[str, object] = {"seed": seed, "rows": len(rows)}
     for side, sign in (("proponents", 1), ("opponents", -1)):
-        point = calibration.reaching(side, target) or calibration.best(side)
+        point = calibration.fastest_point(side, target) or calibration.best(side)
         signed = sign * new
         truth = exact.search(signed, RECALL_AT)
         recall = float(compute_recalls(index.at(point.setting).search(signed, RECALL_AT), truth, truth.scores).mean())
-        reached = calibration.reaching(side, target) is not None
+        reached = calibration.fastest_point(side, target) is not None
         found[side] = {"lower": point.lower, "fresh": recall, "broken": recall < point.lower, "reached": reached}
     distribution = calibration.looks
     found["flagged"] = {name: bool(distribution.is_shifted(index, q)) for name, q in make_shifts(new, random)}

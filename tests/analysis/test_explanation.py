@@ -78,7 +78,7 @@ def test_every_part_is_autograds_and_they_add_up_to_the_exact_score(case: str, t
             true, rel=1e-4, abs=1e-6 * size
         )
         assert [(p.checkpoint, p.parameter) for p in found] == list(true)
-        (exact,) = exact_scores(whole.index.passes, (side, [query]), [4], [0, 1])[0]  # type: ignore[arg-type]
+        (exact,) = exact_scores(whole.index.runner, (side, [query]), [4], [0, 1])[0]  # type: ignore[arg-type]
         assert found.score == pytest.approx(exact, rel=1e-5, abs=1e-6 * size)
         for parts in (found.by_checkpoint, found.by_layer, found.by_parameter):
             assert sum(parts.values()) == pytest.approx(found.score, rel=1e-12, abs=1e-12 * size)

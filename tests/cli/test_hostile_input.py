@@ -118,7 +118,7 @@ def test_numbers_of_many_digits_end_in_a_line(folder: Path, option: str, digits:
         (f"k = 0x{'F' * 50}", "expected a whole number"),
         (f"ids = 0x{'F' * 5000}", "expected a string in quotes or a number"),
         ("x = 1\n" * 20_000, "more than 65,536 bytes"),
-        ("x = '\0'", "no text"),
+        ("x = '\0'", "got binary data"),
     ],
     ids=range(12),
 )

@@ -161,9 +161,9 @@ def test_canaries_calibration_and_fidelity_exclude_skipped_rows(built, monkeypat
 
     exactly, take = quality.exact_scores, FeatureView.take
 
-    def seen(passes, queries, rows, *rest):
+    def seen(runner, queries, rows, *rest):
         scored.extend(rows)
-        return exactly(passes, queries, rows, *rest)
+        return exactly(runner, queries, rows, *rest)
 
     def taken(self, ids):
         asked.append(np.asarray(ids).tolist())
@@ -364,7 +364,7 @@ def test_a_batch_that_changes_the_gradient_methods_is_verified_on_its_finite_row
 
 
 def test_overflow_in_half_precision_is_handled_the_same_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     given = rows(N)
     for row in (2, 40):  # finite in float32, unlike their squares
         given[row] = (given[row][0], given[row][1], FINE, 3e38)

@@ -13,7 +13,7 @@ from situations import EXACT, SITUATIONS, Int8, Toy, cross_entropy, vectors
 from tasks.toy import RATES, toy
 from tracin_ann import BuildConfig, build, plan
 from tracin_ann.errors import TaskError
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.gradients.plan import FORWARD, LOOP, NONE, RULE, VMAP
 from tracin_ann.scoring.exact import exact_scores
 
@@ -54,7 +54,7 @@ def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
     true_QN = true_scores(situation, task, rows)
     build(task, tmp_path / "out", CONFIG)
     found_QN = exact_scores(
-        Passes(task, PassOptions(CPU, 4)), ("query", range(N_QUERIES)), range(N_ROWS), range(len(RATES))
+        TaskRunner(task, RunOptions(CPU, 4)), ("query", range(N_QUERIES)), range(N_ROWS), range(len(RATES))
     )
     assert np.abs(found_QN - true_QN).max() <= situation.tolerance * np.abs(true_QN).max()
 
@@ -130,7 +130,7 @@ def test_further_batches_are_tried_if_the_first_reaches_no_parameter(tmp_path, d
     task = toy(tmp_path, Rare(), loss=loss, train_data=lambda: data, query_data=lambda: data[20:])
     report = build(task, tmp_path / "out", CONFIG)
     assert {step.step for step in report.manifest.steps} == {RULE}
-    found_QN = exact_scores(Passes(task, PassOptions(CPU, 4)), ("query", range(20)), range(40), range(len(RATES)))
+    found_QN = exact_scores(TaskRunner(task, RunOptions(CPU, 4)), ("query", range(20)), range(40), range(len(RATES)))
     by_checkpoint = []
     for checkpoint in task.checkpoints:
         model = Rare()

@@ -141,7 +141,7 @@ def test_a_lack_of_resources_reported_by_any_library(
         "numpy's map": (np, "memmap"),
         "arrays": (files, "read_array"),
         "faiss": (faiss, "read_index"),
-        "JSON": (files, "open_plain"),
+        "JSON": (files, "open_regular"),
     }[place]
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, lacking)

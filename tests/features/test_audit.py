@@ -23,7 +23,7 @@ from tracin_ann.cli.info import main as info_command
 from tracin_ann.errors import GradientProofError, UsageError
 from tracin_ann.features.audit import N_DRAWN, Auditor
 from tracin_ann.operations.removal import remove
-from tracin_ann.operations.verification import Draw, audit, repair, verify
+from tracin_ann.operations.verification import AuditSample, audit, repair, verify
 from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest
 from wrong_rows import alter, plant
 
@@ -105,7 +105,7 @@ def test_a_layer_that_mixes_in_one_batch_only_is_found(tmp_path):
     except GradientProofError as error:
         assert re.match(r"row (25[6-9]|2[6-9]\d|3[01]\d) at checkpoint 1 differs .* of layer ", str(error)), error
     else:
-        assert not audit(tmp_path / "i", Draw(2 * len(data)), task).differences
+        assert not audit(tmp_path / "i", AuditSample(2 * len(data)), task).differences
 
 
 def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
     asked: list[Any] = []
     true_audit = Auditor.audit
     monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
-    assert audit(tmp_path / "i", Draw(1000), task).rows == 37 * 2
+    assert audit(tmp_path / "i", AuditSample(1000), task).rows == 37 * 2
     assert {row for row, _ in asked} == {*range(40)} - {5, 9, 17}
     asked.clear()
     grown = replace(task, train_data=lambda: [*data, *ragged(10, long=-1)])
@@ -199,7 +199,7 @@ def test_random_rows_cannot_be_audited(tmp_path):
     made = build(task, tmp_path / "i", replace(SMALL, allow_random_data=True)).manifest
     assert (made.audit, made.audit_summary()) == (None, "no rows, because the training data is random")
     with pytest.raises(UsageError, match=r"cannot be audited: got an index built with --allow-random-data"):
-        audit(tmp_path / "i", Draw(3), task)
+        audit(tmp_path / "i", AuditSample(3), task)
 
 
 def test_a_manifest_of_a_version_without_audits_is_read(tmp_path):

@@ -18,7 +18,7 @@ from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import Checkpoint, build
 from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
-from tracin_ann.operations.verification import Draw, audit
+from tracin_ann.operations.verification import AuditSample, audit
 
 BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
 N = 200
@@ -57,7 +57,7 @@ def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_pa
     )
     made = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
     assert made.uneven.rows == 8
-    found = audit(tmp_path / "i", Draw(120), task)
+    found = audit(tmp_path / "i", AuditSample(120), task)
     assert (found.rows, found.differences) == (120, ())
     assert found.largest < 1e-5
 
@@ -104,7 +104,7 @@ def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_d
 
     task = toy(tmp_path, loss=loss, train_data=lambda: rows(N))
     build(task, tmp_path / "i", SMALL)
-    found = audit(tmp_path / "i", Draw(N), task)
+    found = audit(tmp_path / "i", AuditSample(N), task)
     assert not found.differences
     assert found.largest > 6e-4
 
@@ -114,7 +114,7 @@ def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_d
 def test_gradients_that_consist_of_rounding_only(scale, precision, tmp_path, monkeypatch):
     """Models that fit the rows better and better, down to a loss of 0."""
     monkeypatch.setattr("tracin_ann.features.autotune._CLEARLY_SLOWER", 1e9)
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     model = Wide()
     with torch.no_grad():
         model.last.weight.mul_(scale)
@@ -124,7 +124,7 @@ def test_gradients_that_consist_of_rounding_only(scale, precision, tmp_path, mon
     checkpoints = [Checkpoint(tmp_path / "fitted.pt", learning_rate=0.1)]
     task = toy(tmp_path, model, checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5])
     build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
-    found = audit(tmp_path / "i", Draw(N), task)
+    found = audit(tmp_path / "i", AuditSample(N), task)
     assert (found.rows, found.differences) == (N, ())
 
 

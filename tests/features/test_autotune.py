@@ -20,7 +20,7 @@ from tracin_ann.device import container_memory_bytes
 from tracin_ann.errors import UsageError
 from tracin_ann.features import autotune as tuning
 from tracin_ann.features.extractor import FeatureExtractor
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.store.manifest import read_build_record
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def stored(task: Task, out: Path, **changes: Any) -> np.ndarray:
     return InfluenceIndex.open(out).view().take(range(N_ROWS))
 
 
-def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.RunSettings:
+def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.BatchSettings:
     return plan(task, tmp_path / "planned", replace(CONFIG, **changes)).tuned
 
 
@@ -221,9 +221,9 @@ def test_a_channels_last_model_runs_in_the_recorded_format_and_gets_its_own_back
 
 
 def test_gradient_methods_are_reused_when_a_checkpoint_is_loaded_again(tmp_path):
-    passes = Passes(pictures(tmp_path, Pictures()), PassOptions(CPU, 16))
+    runner = TaskRunner(pictures(tmp_path, Pictures()), RunOptions(CPU, 16))
     options = CONFIG.features(frozenset({"head.weight"}))
-    with passes.model() as model:
+    with runner.model() as model:
         model.load(0)
         before = FeatureExtractor(model, options).rows("train", range(5)).feature_ND
         proven = model.engine("train").plan

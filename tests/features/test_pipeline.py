@@ -145,7 +145,7 @@ def test_rows_fetched_after_the_next_batch_is_launched_are_the_same(folder, one_
 def test_partitions_stay_in_memory_where_reading_costs_more_than_loading(changes, held):
     given = {"load_seconds": 0.01, "read_seconds": 1e-3, "n_checkpoints": 3, "memory_bytes": 100 * 1000 * 2} | changes
     layout = StoreLayout(1000, 100, 8, "float16", ("test",) * int(given["n_checkpoints"]))
-    tuned = tuning.RunSettings(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
+    tuned = tuning.BatchSettings(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
     assert reading_costs_more(layout, tuned, given["load_seconds"]) == held
 
 
@@ -164,7 +164,7 @@ def test_an_interrupted_build_is_resumed_in_the_other_order(folder, one_by_one, 
 
 
 def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     task = texts.task(str(folder))
     stored(task, tmp_path / "i", folder, precision="bf16", dim=4096)
     index = InfluenceIndex.open(tmp_path / "i", task)
@@ -187,8 +187,8 @@ def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_p
 
 @pytest.mark.parametrize(("slower", "warned"), [(1.2, True), (0.9, False)])
 def test_slower_bf16_on_a_cpu_gives_a_warning(slower, warned, folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
-    measured = lambda model, features: slower if model.passes.options.precision == "bf16" else 1.0  # noqa: E731
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
+    measured = lambda model, features: slower if model.runner.options.precision == "bf16" else 1.0  # noqa: E731
     monkeypatch.setattr(tuning, "measure_row_seconds", measured)
     made = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
     assert made.manifest.build.spec.precision == "bf16"

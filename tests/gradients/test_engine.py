@@ -19,7 +19,7 @@ from tracin_ann import plan
 from tracin_ann.cli.build import _print_plan
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.gradients import factors
 from tracin_ann.gradients.capture import LayerCapture
 from tracin_ann.gradients.engine import GradientEngine
@@ -301,7 +301,7 @@ def features(batch_size, folder, **changes):
     torch.manual_seed(0)
     task = toy(folder, Mixed(), query_loss=bumpy, **changes)
     options = FeatureOptions(make_sketch("factored", 128), 3, frozenset(["first.weight", "second.weight"]))
-    with Passes(task, PassOptions(CPU, batch_size)).model() as model:
+    with TaskRunner(task, RunOptions(CPU, batch_size)).model() as model:
         model.load(1)
         extractor = FeatureExtractor(model, options)
         return extractor.rows("train", range(9)), extractor.rows("query", range(5))

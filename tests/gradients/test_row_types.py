@@ -114,7 +114,7 @@ def test_int32_token_ids_give_the_same_index_and_exact_scores(tmp_path, sketch):
         views.append(InfluenceIndex.open(tmp_path / name, task, device="cpu"))
     np.testing.assert_array_equal(views[0].view().take(range(10)), views[1].view().take(range(10)))
     expected = true_scores(model, checkpoints, texts(3, torch.int64, seed=2), texts(10, torch.int64))
-    scores = exact_scores(views[0].passes, ("query", range(3)), range(10), range(2))
+    scores = exact_scores(views[0].runner, ("query", range(3)), range(10), range(2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
 
 
@@ -260,5 +260,5 @@ def test_an_index_of_sparse_rows_has_the_scores_of_dense_ones(tmp_path, layout, 
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     assert len(index.query(range(3))) == 3
     expected = true_scores(model, checkpoints, counts(3, seed=2), counts(10))
-    scores = exact_scores(index.passes, ("query", range(3)), range(10), range(2))
+    scores = exact_scores(index.runner, ("query", range(3)), range(10), range(2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())

@@ -23,7 +23,7 @@ from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.audit import Auditor, draw_places
 from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUnevenBatch
-from tracin_ann.operations.verification import Draw, audit
+from tracin_ann.operations.verification import AuditSample, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
 from tracin_ann.task.batches import CollatedBatch
@@ -87,9 +87,9 @@ def test_another_task_is_refused_and_not_called_a_wrong_row(index, tmp_path):
     task = zoo.task("mlp", str(tmp_path))
     other = replace(task, loss=lambda model, batch: 2 * task.loss(model, batch))
     with pytest.raises(IndexMismatchError, match="has changed since index"):
-        audit(index, Draw(5), other)
+        audit(index, AuditSample(5), other)
     with pytest.raises(DamagedIndexError, match=r"manifest.json: got no file"):
-        audit(tmp_path, Draw(5), task)
+        audit(tmp_path, AuditSample(5), task)
 
 
 def test_build_and_info_say_what_was_audited(index, tmp_path):

@@ -356,10 +356,10 @@ def test_calibration_gives_settings_that_hold_on_other_queries(
         points = getattr(calibration, side)
         assert [p.scored for p in points] == sorted(p.scored for p in points)
         assert [p.lower for p in points] == sorted(p.lower for p in points)
-        point = calibration.reaching(side, 0.9)
+        point = calibration.fastest_point(side, 0.9)
         assert point is not None
         assert mean_recall(index.at(point.setting).search(sign * fresh, 10), source, sign * fresh) >= point.lower - 0.01
-        assert calibration.reaching(side, 1.0) is None
+        assert calibration.fastest_point(side, 1.0) is None
 
 
 def test_queries_of_another_distribution_are_noticed(calibration: Calibration, index: IVFIndex) -> None:

@@ -44,7 +44,7 @@ def test_extreme_rows_do_not_change_codes_or_scores_of_others(tmp_path, scale, k
     few = RowFilter(without=far)
     if kind == "ivf":
         calibrated = [each.manifest.index.calibration for each in indexes]
-        assert all(c.reaching(side, 0.8) for c in calibrated for side in ("proponents", "opponents"))
+        assert all(c.fastest_point(side, 0.8) for c in calibrated for side in ("proponents", "opponents"))
         ours = [answered(each, QueryOptions(k=10, rows=few, search="lists"), range(40)) for each in indexes]
         truth = answered(near, QueryOptions(k=10, rows=few, search="scan"), range(40))
         recalls = [np.mean([len(a.keys() & b.keys()) / len(b) for a, b in zip(o, truth, strict=True)]) for o in ours]

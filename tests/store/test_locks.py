@@ -30,7 +30,7 @@ from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path
 from tracin_ann.features.canaries import Canaries, write_canaries
-from tracin_ann.files import atomic_write, make_directory, save_array, sweep_temporaries
+from tracin_ann.files import atomic_write, make_directory, remove_temporaries, save_array
 from tracin_ann.files import durable as files
 from tracin_ann.operations.removal import remove
 from tracin_ann.search.inverted_lists import InvertedLists
@@ -276,7 +276,7 @@ def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_writ
     left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
-        assert sweep_temporaries(tmp_path) == [left]
+        assert remove_temporaries(tmp_path) == [left]
         file.write(b"x")
     assert names(tmp_path) == ["a.bin"]
 

@@ -1,4 +1,4 @@
-"""Weights come from state_dicts (torch, safetensors) or the task's own load; what does not fit is refused."""
+"""Checkpoints load as state_dicts (torch, safetensors) or by `Task.load`; files that do not match are rejected."""
 
 from __future__ import annotations
 

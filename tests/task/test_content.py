@@ -1,4 +1,4 @@
-"""What a row holds: equal content gives equal bytes, other content other bytes, and what cannot be known is said."""
+"""Content of rows: equal values have equal bytes, other values other bytes, and unknown types are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A side's data set: rows that cannot be read are named, here and in workers; a stream is made a list."""
+"""Data sets: a row that cannot be read is named, also in workers; a stream is read into a list."""
 
 from __future__ import annotations
 

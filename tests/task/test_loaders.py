@@ -1,4 +1,4 @@
-"""Task.load is held to what it is for: it fills the model or returns one like it; models on meta are filled too."""
+"""Checks of `Task.load`: it fills the model or returns a matching module; models on the meta device are filled too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import oracle
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved, toy
 from tracin_ann import Checkpoint, InfluenceIndex, build, plan
 from tracin_ann.errors import CheckpointError, TaskError
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.task.checkpoints import CheckpointLoader, tensors_digest
 
 CPU = torch.device("cpu")
@@ -249,7 +249,7 @@ def test_a_returned_module_of_another_structure_is_refused(tmp_path, kind):
 def test_a_failed_load_leaves_no_checkpoint_in_the_model(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
     torch.save({**read(checkpoints[1].path), "first.bias": torch.zeros(7)}, checkpoints[1].path)
-    with Passes(toy(tmp_path, checkpoints=checkpoints), PassOptions(CPU)).model() as model:
+    with TaskRunner(toy(tmp_path, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
         model.load(0)
         with pytest.raises(CheckpointError, match="first.bias of shape"):
             model.load(1)

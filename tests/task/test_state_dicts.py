@@ -1,4 +1,4 @@
-"""A checkpoint loads as load_state_dict loads it: by its layers' versions and hooks, under wrappers and entries."""
+"""State dicts load as by `load_state_dict`, with layer versions and hooks, from wrapped models and from entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An index from a stranger: no command runs what its manifest names, or touches anything outside of it."""
+"""Untrusted indexes: no command runs the code that a manifest names, or changes a file outside the index."""
 
 from __future__ import annotations
 

@@ -167,19 +167,19 @@ def explain(
         IndexMismatchError: the task does not match the index, by a recorded field or by a canary row.
         NonFiniteError: a loss or gradient of one of the rows is NaN or infinite.
     """
-    view, passes = index.view(checkpoints), index.passes
-    passes.check_ids("train", [train_id])
-    passes.check_ids(side, [query_id])
+    view, runner = index.view(checkpoints), index.runner
+    runner.check_ids("train", [train_id])
+    runner.check_ids(side, [query_id])
     _refuse_absent(index, train_id)
     # This also computes the canary rows and rejects a task that changed.
     query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
     stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
     products: list[tuple[int, str, str, float]] = []
-    with passes.at_precision("fp32").model() as model:
+    with runner.with_precision("fp32").model() as model:
         layers = find_layers(model.module)
         for done, checkpoint in enumerate(view.checkpoints):
             model.load(checkpoint)
-            rate = passes.task.checkpoints[checkpoint].learning_rate
+            rate = runner.task.checkpoints[checkpoint].learning_rate
             query_grads, train_grads = _gradient(model, side, query_id), _gradient(model, "train", train_id)
             for name, grad in query_grads.items():
                 product = rate * float(grad.flatten().double() @ train_grads[name].flatten().double())

@@ -166,11 +166,11 @@ def find_hubs(
         NonFiniteError: a query's loss or gradient is NaN or infinite.
     """
     if query_ids is None:
-        query_ids = index.present().tolist() if side == "train" else range(index.passes.n_rows(side))
+        query_ids = index.present().tolist() if side == "train" else range(index.runner.n_rows(side))
     ids = tuple(dict.fromkeys(query_ids))
     if not ids:
         raise UsageError(problem("no query", got="no ids", expected="one or more", remedy="name at least one row"))
-    index.passes.check_ids(side, ids)
+    index.runner.check_ids(side, ids)
     # A training row is its own proponent: one more hit is requested, and the row itself is dropped.
     query_options = replace(options or QueryOptions(), k=QueryOptions(k=k).k + (side == "train"))
     counts = {1: np.zeros(len(index), np.int64), -1: np.zeros(len(index), np.int64)}

@@ -115,10 +115,10 @@ def select(  # noqa: PLR0913
         raise UsageError(problem("bad --n", got=n, expected="1 or more", remedy="change --n"))
     if method not in METHODS:
         raise UsageError(problem("bad --method", got=method, expected=" or ".join(METHODS), remedy="change --method"))
-    ids = tuple(dict.fromkeys(range(index.passes.n_rows("query")) if query_ids is None else query_ids))
+    ids = tuple(dict.fromkeys(range(index.runner.n_rows("query")) if query_ids is None else query_ids))
     if not ids:
         raise UsageError(problem("no query", got="no ids", expected="one or more", remedy="name at least one row"))
-    index.passes.check_ids("query", ids)
+    index.runner.check_ids("query", ids)
     allowed = index.present(rows)
     n_rows = min(n, len(allowed))
     queries_QF = index.features("query", ids, checkpoints)

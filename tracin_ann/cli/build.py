@@ -186,10 +186,10 @@ def _print_plan(plan: BuildPlan, config: BuildConfig) -> None:
 
 def _describe_gradients(plan: BuildPlan) -> list[tuple[str, str]]:
     """Return fields that name the gradient method of every parameter, with the share of entries of each method."""
-    from tracin_ann.gradients import NONE, STEPS
+    from tracin_ann.gradients import METHODS, NONE
 
     fields = []
-    for method in (*STEPS, NONE):
+    for method in (*METHODS, NONE):
         names = plan.gradients.names(method)
         if not names:
             continue
@@ -241,11 +241,11 @@ def _describe_extraction(report: BuildReport) -> str:
 
 def _print_gradients(manifest: Manifest) -> None:
     """Print the share of parameter entries of each gradient method, and the parameters that no gradient reaches."""
-    from tracin_ann.gradients import NONE, STEPS
+    from tracin_ann.gradients import METHODS, NONE
 
     sizes = {parameter.name: prod(parameter.shape) for parameter in manifest.build.spec.parameters}
     total = max(sum(sizes.values()), 1)
-    entries = {method: 0 for method in STEPS}
+    entries = {method: 0 for method in METHODS}
     for step in manifest.steps:
         if step.step in entries:
             entries[step.step] += sizes[step.parameter]

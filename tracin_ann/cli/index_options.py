@@ -82,7 +82,7 @@ def resolve_positions(
         UsageError: a row does not exist.
     """
     if isinstance(ids, Positions):
-        n_rows = len(index) if side == "train" else index.passes.n_rows(side)
+        n_rows = len(index) if side == "train" else index.runner.n_rows(side)
         return ids.expand(n_rows, f"no such row in {side}_data")
     return index.positions(side, ids) if options["own_ids"] and ids else tuple(ids)  # type: ignore[arg-type]
 

@@ -94,14 +94,14 @@ def _print_curve(calibration: Calibration) -> None:
         table.add_column(name, justify="right")
     for side in ("proponents", "opponents"):
         points = getattr(calibration, side)
-        at_target = calibration.reaching(side, calibration.target)
+        at_target = calibration.fastest_point(side, calibration.target)
         for point in points[-_MAX_POINTS:]:
             table.add_row(
                 *(f"{side} {'*' if point is at_target else ' '}", f"{point.recall:.3f}", f"{point.lower:.3f}"),
                 *(f"{point.tenth:.2f}", f"{point.scored:,.0f}", _format_seconds(point.seconds)),
             )
     Console(highlight=False).print(table)
-    if any(calibration.reaching(side, calibration.target) is None for side in ("proponents", "opponents")):
+    if any(calibration.fastest_point(side, calibration.target) is None for side in ("proponents", "opponents")):
         print_line(f"warning: the inverted lists do not reach recall {calibration.target:g}; use --search scan")
 
 

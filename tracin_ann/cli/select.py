@@ -91,7 +91,7 @@ def _write_list(path: Path, subset: Subset, *, own: bool) -> None:
 
 
 def _summarise(index: InfluenceIndex, subset: Subset, method: str, ids: tuple[int, ...] | None) -> str:
-    n_queries = index.passes.n_rows("query") if ids is None else len(ids)
+    n_queries = index.runner.n_rows("query") if ids is None else len(ids)
     queries = format_count(n_queries, "query", "queries")
     n_negative = sum(chosen.score <= 0 for chosen in subset)
     warning = f"; {n_negative:,} of them have a score of 0 or less" if n_negative else ""

@@ -52,7 +52,7 @@ def _task_arguments(options: Options) -> dict[str, Any]:
 
 
 def _verify(directory: str, with_repair: bool, options: Options) -> None:
-    from tracin_ann.operations import repair, sweep, verify
+    from tracin_ann.operations import remove_leftovers, repair, verify
 
     with show_progress("files") as progress:
         result = verify(directory, progress)
@@ -60,7 +60,7 @@ def _verify(directory: str, with_repair: bool, options: Options) -> None:
         print_line(damage.message)
     if not result.damage:
         if with_repair:
-            sweep(directory)
+            remove_leftovers(directory)
         print_note(f"{directory}: {format_count(result.files, 'file')}, {format_size(result.size)}, all intact")
         return
     if not with_repair:
@@ -78,10 +78,10 @@ def _verify(directory: str, with_repair: bool, options: Options) -> None:
 
 
 def _audit(directory: str, n_rows: int, seed: int | None, options: Options) -> None:
-    from tracin_ann.operations import Draw, audit
+    from tracin_ann.operations import AuditSample, audit
 
     with show_progress("rows") as progress:
-        result = audit(directory, Draw(n_rows, seed), **_task_arguments(options), progress=progress)
+        result = audit(directory, AuditSample(n_rows, seed), **_task_arguments(options), progress=progress)
     for difference in result.differences:
         print_line(str(difference))
     if result.differences:

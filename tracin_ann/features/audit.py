@@ -20,10 +20,10 @@ from torch import Tensor
 
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import LoadedModel
 from tracin_ann.features.pipeline import ExtractionResult
+from tracin_ann.features.runner import LoadedModel
 from tracin_ann.gradients import Batch, Form, GradientEngine, Sink, materialise
-from tracin_ann.store import AuditRecord, Dtype, FeatureStore, Start, find_unnamed_files
+from tracin_ann.store import AuditRecord, BuildStart, Dtype, FeatureStore, find_unnamed_files
 from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Float64, Int64, ProgressCallback
 
@@ -104,7 +104,7 @@ def draw_places(n_places: int, store: FeatureStore, without: Int64, seed: int) -
 
 
 @dataclass(frozen=True)
-class BuiltRows:
+class UnpublishedRows:
     """The rows of a build before publication.
 
     Attributes:
@@ -116,7 +116,7 @@ class BuiltRows:
     """
 
     extracted: ExtractionResult
-    start: Start
+    start: BuildStart
     missing: Sequence[tuple[int, int]]
     removed: Int64
     seed: int
@@ -136,7 +136,7 @@ class BuildAudits:
     uneven: AuditRecord | None = None
 
 
-def audit_build(auditor: Auditor, built: BuiltRows) -> BuildAudits:
+def audit_build(auditor: Auditor, built: UnpublishedRows) -> BuildAudits:
     """Audit the rows of a build, both those of the existing index and new ones.
 
     If the index was finished before and this run computed no rows, the recorded audit is returned. If a row differs,
@@ -189,7 +189,7 @@ class Auditor:
     ) -> None:
         self.store = store
         self._model, self._features, self._progress = model, features, progress
-        self._passes, self._data = model.passes, model.passes.data("train")
+        self._runner, self._data = model.runner, model.runner.data("train")
 
     def audit(self, places: Sequence[Place]) -> AuditResult:
         """Compare the stored rows at these (row, checkpoint) pairs; each checkpoint is loaded once."""
@@ -241,7 +241,7 @@ class Auditor:
 
         A norm is the larger one of the feature's norm and the gradient's norm, both scaled by √η.
         """
-        rate = self._passes.task.checkpoints[self._model.checkpoint].learning_rate
+        rate = self._runner.task.checkpoints[self._model.checkpoint].learning_rate
         step = max(1, _ENTRIES // sum(p.numel() for p in self._model.parameters.values()))
         for start in range(0, len(rows), step):
             grad_BP = torch.stack([self._compute_gradient(row) for row in rows[start : start + step]])
@@ -287,7 +287,7 @@ class Auditor:
 
     def _recompute_gradient(self, row: int) -> dict[str, Tensor]:
         """Return the flat gradient of each parameter for a row, computed in the batch that the build ran."""
-        window = self._passes.window("train")
+        window = self._runner.window("train")
         first, stop = self.store.layout.rows(row // self.store.layout.partition_rows)
         first += (row - first) // window * window
         # An engine verifies its gradients on the first batch that it runs: here that of the build.
@@ -296,8 +296,8 @@ class Auditor:
         return self._run_batch(read, read.ids.index(row))
 
     def _read_batches(self, first: int, stop: int) -> Iterator[CollatedBatch]:
-        span = range(first, min(first + self._passes.window("train"), stop))
-        with self._passes.reading("train", [span], ahead=False) as reading:
+        span = range(first, min(first + self._runner.window("train"), stop))
+        with self._runner.reading("train", [span], ahead=False) as reading:
             yield from reading.span()
 
     def _run_batch(self, read: CollatedBatch, place: int) -> dict[str, Tensor]:

@@ -21,11 +21,11 @@ from tracin_ann.choices import PRECISIONS, MemoryFormat, Precision
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import LoadedModel
+from tracin_ann.features.runner import LoadedModel
 from tracin_ann.gradients import require_grad
 from tracin_ann.task import CollatedBatch, leaves, tensors_within
 
-USUAL_SIZE = 64
+DEFAULT_BATCH_SIZE = 64
 _MOST_BYTES = 2 * 10**9
 """Largest working memory of a batch, unless the user sets a limit."""
 _SAMPLE_ROWS = 8
@@ -57,7 +57,7 @@ _ON_ACCELERATOR = _SizeRule(10**9, 64, 2048)
 
 
 @dataclass(frozen=True)
-class TuningRequest:
+class TuningOptions:
     """Settings that a build fixes, and limits for those that tuning chooses.
 
     Attributes:
@@ -75,7 +75,7 @@ class TuningRequest:
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class BatchSettings:
     """Batch size and memory format of a build, with estimates of its costs.
 
     Features do not depend on `read_seconds` and `memory_bytes`.
@@ -97,8 +97,8 @@ class RunSettings:
     memory_bytes: int
 
 
-def tune(model: LoadedModel, features: FeatureOptions, request: TuningRequest) -> RunSettings:
-    """Choose batch size and memory format, and apply them to the model and its passes.
+def tune(model: LoadedModel, features: FeatureOptions, request: TuningOptions) -> BatchSettings:
+    """Choose batch size and memory format, and apply them to the model and its runner.
 
     Raises:
         UsageError: one row needs more memory than is available, or the model does not support the memory format.
@@ -123,14 +123,14 @@ def measure_row_seconds(model: LoadedModel, features: FeatureOptions, repeats: i
 
 def warn_of_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
     """Log a warning if this model runs slower in bf16 than in fp32 on a CPU; GPUs are not measured."""
-    passes = model.passes
-    if passes.options.precision != "bf16" or passes.options.device.type != "cpu":
+    runner = model.runner
+    if runner.options.precision != "bf16" or runner.options.device.type != "cpu":
         return
     took: dict[Precision, float] = {}
     for precision in PRECISIONS:
-        passes.options = replace(passes.options, precision=precision)
+        runner.options = replace(runner.options, precision=precision)
         took[precision] = measure_row_seconds(model, features)
-    passes.options = replace(passes.options, precision="bf16")
+    runner.options = replace(runner.options, precision="bf16")
     if took["bf16"] > _CLEARLY_SLOWER * took["fp32"]:
         logger.warning(
             "bf16 is slower than fp32 on this machine: %.0f µs per row, fp32 %.0f µs; --precision fp32 is faster "
@@ -143,23 +143,23 @@ def warn_of_slower_bf16(model: LoadedModel, features: FeatureOptions) -> None:
 class _Tuning:
     """One choice of batch size and memory format; see `tune`."""
 
-    def __init__(self, model: LoadedModel, features: FeatureOptions, request: TuningRequest) -> None:
+    def __init__(self, model: LoadedModel, features: FeatureOptions, request: TuningOptions) -> None:
         self._model, self._features, self._request = model, features, request
-        self._options = model.passes.options
+        self._options = model.runner.options
 
-    def choose(self) -> RunSettings:
-        self._model.passes.options = replace(self._options, batch_size=_SAMPLE_ROWS)
+    def choose(self) -> BatchSettings:
+        self._model.runner.options = replace(self._options, batch_size=_SAMPLE_ROWS)
         read, read_seconds = _read_window(self._model)
         row_bytes = self._estimate_row_bytes(read)
         known = self._request.known
         size = known[0] if known else self._request.batch_size or self._choose_batch_size(row_bytes)
-        self._model.passes.options = replace(self._options, batch_size=size)
+        self._model.runner.options = replace(self._options, batch_size=size)
         if known:
             self._model.set_memory_format(channels_last=known[1])
         else:
             self._choose_format(read)
         free = free_memory_bytes(self._options.device)
-        return RunSettings(
+        return BatchSettings(
             batch_size=size,
             channels_last=self._model.channels_last,
             read_seconds=read_seconds,
@@ -248,15 +248,15 @@ class _Tuning:
         On accelerators only bf16 kernels are faster with channels last. If rows differ in length, one batch is not
         enough to compare the results of both formats.
         """
-        passes = self._model.passes
+        runner = self._model.runner
         images = any(p.dim() == 4 for p in self._model.parameters.values())  # noqa: PLR2004
-        equal_sizes = passes.window("train") == passes.options.batch_size
+        equal_sizes = runner.window("train") == runner.options.batch_size
         return images and equal_sizes and (self._options.device.type == "cpu" or self._options.precision == "bf16")
 
     def _compute_results(self, read: CollatedBatch) -> tuple[list[Tensor], Any]:
         """Return the losses of a batch of each side, and the gradient methods."""
         _run_batch(FeatureExtractor(self._model, self._features), read)
-        ids = range(min(_SAMPLE_ROWS, self._model.passes.n_rows("query")))
+        ids = range(min(_SAMPLE_ROWS, self._model.runner.n_rows("query")))
         query = next(self._model.batches("query", ids))
         engines = self._model.engine("train"), self._model.engine("query")
         batches = self._model.batch("train", read), query
@@ -276,10 +276,10 @@ def _agree(one: tuple[list[Tensor], Any], other: tuple[list[Tensor], Any]) -> bo
 
 def _read_window(model: LoadedModel) -> tuple[CollatedBatch, float]:
     """Return the batch of the longest rows of the first window, and the time per row to read it."""
-    passes = model.passes
-    window = range(min(passes.n_rows("train"), passes.window("train")))
+    runner = model.runner
+    window = range(min(runner.n_rows("train"), runner.window("train")))
     began = perf_counter()
-    with passes.reading("train", [window], ahead=False) as reading:
+    with runner.reading("train", [window], ahead=False) as reading:
         batches = list(reading.span())
     return batches[0], (perf_counter() - began) / len(window)
 

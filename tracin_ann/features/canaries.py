@@ -17,8 +17,15 @@ import numpy as np
 from tracin_ann.choices import SideName
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import LoadedModel
-from tracin_ann.files import atomic_path, open_plain, report_damage, require_own_dataset, require_own_object, write_hdf5
+from tracin_ann.features.runner import LoadedModel
+from tracin_ann.files import (
+    atomic_path,
+    open_regular,
+    report_damage,
+    require_own_dataset,
+    require_own_object,
+    write_hdf5,
+)
 from tracin_ann.store import Manifest, check_file, generation_folder
 from tracin_ann.types import Float32, Int64
 
@@ -72,7 +79,7 @@ class Canaries:
                 )
 
 
-def refuse_changed(model: LoadedModel, features: FeatureOptions, canaries: Sequence[Canaries], where: str) -> None:
+def check_canaries(model: LoadedModel, features: FeatureOptions, canaries: Sequence[Canaries], where: str) -> None:
     """Check that the task still computes the rows of a finished index, before new rows are added to it.
 
     Raises:
@@ -117,7 +124,7 @@ def read_canaries(path: Path, n_rows: int, n_checkpoints: int, dim: int) -> tupl
         OSError: the system cannot read the file.
     """
     expected = "the canaries written by the build"
-    with report_damage(path, expected, "restore the file, or run tracin-verify --repair"), open_plain(path) as opened:
+    with report_damage(path, expected, "restore the file, or run tracin-verify --repair"), open_regular(path) as opened:
         found = tuple(_read_side(side, opened, (n_checkpoints, dim)) for side in _SIDES)
         if found[0].ids_N[-1] >= n_rows:
             raise ValueError(f"a canary of train row {found[0].ids_N[-1]} in an index of {n_rows} rows")
@@ -138,7 +145,7 @@ def _read_side(side: SideName, opened: BinaryIO, shape: tuple[int, int]) -> Cana
     return Canaries(side, ids_N, feature_CND)
 
 
-def read_kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
+def read_intact_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
     """Return the canaries of the current generation; an empty tuple if their file is damaged."""
     folder = generation_folder(directory, manifest.generation)
     try:

@@ -17,7 +17,7 @@ from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, pr
 from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureSpec, Manifest, generation_folder
 from tracin_ann.task import Task, load_named_task, load_task
@@ -34,9 +34,7 @@ class IndexTask:
         options: how the model runs.
     """
 
-    def __init__(
-        self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: RunOptions) -> None:
         self._directory, self._manifest, self._find_task, self.options = directory, manifest, find_task, options
 
     @cached_property
@@ -49,26 +47,26 @@ class IndexTask:
         return self._find_task()
 
     @cached_property
-    def passes(self) -> Passes:
-        """Return the passes over the task's data, after a comparison of every field of its spec with the index.
+    def runner(self) -> TaskRunner:
+        """Return the runner of the task, after a comparison of every field of its spec with the index.
 
         Raises:
             IndexMismatchError: a field differs.
         """
-        passes = Passes(self.task, self.options)
-        with passes.model() as model:
-            self._manifest.build.spec.check_matches(self._task_spec(passes, model), str(self._directory))
-        return passes
+        runner = TaskRunner(self.task, self.options)
+        with runner.model() as model:
+            self._manifest.build.spec.check_matches(self._task_spec(runner, model), str(self._directory))
+        return runner
 
-    def _task_spec(self, passes: Passes, model: LoadedModel) -> FeatureSpec:
+    def _task_spec(self, runner: TaskRunner, model: LoadedModel) -> FeatureSpec:
         built = self._manifest.build
         return replace(
             built.spec,
             model=model_digest(model.module),
-            train_rows=passes.n_rows("train"),
-            train_data=built.spec.train_data if built.random_data else passes.data_digest(passes.n_rows("train")),
+            train_rows=runner.n_rows("train"),
+            train_data=built.spec.train_data if built.random_data else runner.data_digest(runner.n_rows("train")),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
-            checkpoints=checkpoint_specs(passes.task),
+            checkpoints=checkpoint_specs(runner.task),
             sketch=replace(built.spec.sketch, version=self._features.sketch.version),
         )
 
@@ -89,7 +87,7 @@ class IndexTask:
             NonFiniteError: an example's loss or gradient is NaN or infinite.
         """
         blocks = []
-        with self.passes.model() as model:
+        with self.runner.model() as model:
             for checkpoint in checkpoints:
                 model.load(checkpoint)
                 extractor = FeatureExtractor(model, self._features)
@@ -100,13 +98,13 @@ class IndexTask:
                     raise NonFiniteError(f"cannot query with this row of {side}_data: {error}") from error
         return np.concatenate(blocks, axis=1)
 
-    def refuse_changed(self, checkpoints: Sequence[int]) -> None:
+    def check_canaries(self, checkpoints: Sequence[int]) -> None:
         """Recompute the canaries at these checkpoints and compare them with the stored ones.
 
         Raises:
             IndexMismatchError: a canary differs: the task has changed since the build.
         """
-        with self.passes.model() as model:
+        with self.runner.model() as model:
             for checkpoint in checkpoints:
                 model.load(checkpoint)
                 self._check_canaries_at(FeatureExtractor(model, self._features), checkpoint)
@@ -115,11 +113,11 @@ class IndexTask:
         if self._manifest.build.random_data:
             return
         for canaries in self._canaries:
-            if max(canaries.ids_N) >= self.passes.n_rows(canaries.side):
+            if max(canaries.ids_N) >= self.runner.n_rows(canaries.side):
                 raise IndexMismatchError(
                     problem(
                         f"{canaries.side}_data is not the data that index {self._directory} was built with",
-                        got=f"{self.passes.n_rows(canaries.side)} rows",
+                        got=f"{self.runner.n_rows(canaries.side)} rows",
                         expected=f"at least {max(canaries.ids_N) + 1}",
                         remedy="restore the task's data, or build a new index",
                     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from tracin_ann.choices import Norms, SideName
 from tracin_ann.device import record_event
 from tracin_ann.errors import NonFiniteError
-from tracin_ann.features.passes import LoadedModel
+from tracin_ann.features.runner import LoadedModel
 from tracin_ann.gradients import (
     Batch,
     Dense,
@@ -87,14 +87,14 @@ class FeatureExtractor:
 
     def __init__(self, model: LoadedModel, options: FeatureOptions) -> None:
         self._model, self._options = model, options
-        self._rate = model.passes.task.checkpoints[model.checkpoint].learning_rate
+        self._rate = model.runner.task.checkpoints[model.checkpoint].learning_rate
         self._sketches: dict[str, ParameterSketch] = {}
         self._scratch = Scratch()
         self._dtype = form_dtype(model.parameters.values())
 
     def rows(self, side: SideName, ids: Sequence[int]) -> FeatureRows:
         """Return the feature rows of the examples with these ids, in this order."""
-        return concatenate_rows(list(self.stream(side, self._model.passes.read(side, ids))))
+        return concatenate_rows(list(self.stream(side, self._model.runner.read(side, ids))))
 
     def stream(self, side: SideName, batches: Iterable[CollatedBatch]) -> Iterator[FeatureRows]:
         """Yield the feature rows of each collated batch.
@@ -107,7 +107,7 @@ class FeatureExtractor:
             TaskError: the loss breaks the contract.
             GradientProofError: no gradient method agrees with autograd.
         """
-        ahead = _BATCHES_AHEAD.get(self._model.passes.options.device.type, 1)
+        ahead = _BATCHES_AHEAD.get(self._model.runner.options.device.type, 1)
         launched: deque[_LaunchedBatch] = deque()
         for read in batches:
             launched.append(self._launch(side, self._model.batch(side, read)))
@@ -135,7 +135,7 @@ class FeatureExtractor:
         def start() -> FormSink:
             nonlocal sketch_BD, spectrum_BF, forms
             sketch_BD = torch.zeros(
-                len(batch), self._options.sketch.dim, dtype=self._dtype, device=self._model.passes.options.device
+                len(batch), self._options.sketch.dim, dtype=self._dtype, device=self._model.runner.options.device
             )
             spectrum_BF = torch.zeros(0)
             forms = defaultdict(list)
@@ -173,12 +173,12 @@ class FeatureExtractor:
         try:
             return engine.run(batch, start)
         except NonFiniteError:
-            if self._model.passes.options.on_nonfinite == "error":
+            if self._model.runner.options.on_nonfinite == "error":
                 raise
         finite = replace_nonfinite(engine, batch)
         if finite is None:
             start()
-            return torch.full((len(batch),), torch.nan, device=self._model.passes.options.device)
+            return torch.full((len(batch),), torch.nan, device=self._model.runner.options.device)
         finite_batch, replaced = finite
         losses = engine.run(finite_batch, start).clone()
         losses[list(replaced)] = torch.nan
@@ -189,7 +189,7 @@ class FeatureExtractor:
         rows = FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
         # The sum may overflow although every row is finite.
         if not bool(done.finite) and (bad := find_nonfinite(rows)).any():
-            if self._model.passes.options.on_nonfinite == "error":
+            if self._model.runner.options.on_nonfinite == "error":
                 raise NonFiniteError(self._describe_nonfinite(rows))
             rows.loss_N[bad & np.isfinite(rows.loss_N)] = np.nan
             rows.feature_ND[bad] = rows.sqnorm_N[bad] = 0
@@ -201,7 +201,7 @@ class FeatureExtractor:
             rank_one = name in self._options.rank_one
             key = ParameterKey(self._options.seed, self._model.checkpoint, name, shape, rank_one)
             self._sketches[name] = self._options.sketch.parameter(
-                key, self._model.passes.options.device, self._dtype, self._scratch
+                key, self._model.runner.options.device, self._dtype, self._scratch
             )
         return self._sketches[name]
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.features.autotune import RunSettings
+from tracin_ann.features.autotune import BatchSettings
 from tracin_ann.features.canaries import Canaries, canary_ids
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer, find_nonfinite
-from tracin_ann.features.passes import LoadedModel
+from tracin_ann.features.runner import LoadedModel
 from tracin_ann.gradients import Plan
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehind
 from tracin_ann.task import CollatedBatch
@@ -87,23 +87,25 @@ class Extraction:
         size = min(self.layout.partition_rows, self.layout.n_rows)
         self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
 
-    def run(self, *, held: bool) -> ExtractionResult:
+    def run(self, *, by_partition: bool) -> ExtractionResult:
         """Write every missing feature file.
 
         Args:
-            held: read each partition once for all checkpoints, instead of once per checkpoint.
+            by_partition: read each partition once for all checkpoints, instead of once per checkpoint.
 
         Raises:
             NonFiniteError: a row is not finite and such rows are not skipped, or no finite row is left.
         """
-        self._by_partition = held
+        self._by_partition = by_partition
         size = f"{self.layout.n_rows:,} rows at {self.layout.n_checkpoints} checkpoints"
         logger.info("features of %s: %d files to write", size, len(self._missing))
-        units = sorted(self._missing, key=lambda unit: unit if held else unit[::-1])
-        groups = itertools.groupby(units, key=lambda unit: unit[0]) if held else ((p, [(p, c)]) for p, c in units)
+        units = sorted(self._missing, key=lambda unit: unit if by_partition else unit[::-1])
+        groups = (
+            itertools.groupby(units, key=lambda unit: unit[0]) if by_partition else ((p, [(p, c)]) for p, c in units)
+        )
         work = [(partition, [c for _, c in group]) for partition, group in groups]
         spans = [range(*self.layout.rows(partition)) for partition, _ in work]
-        with WriteBehind(self._store) as behind, self._model.passes.reading("train", spans) as reading:
+        with WriteBehind(self._store) as behind, self._model.runner.reading("train", spans) as reading:
             for partition, checkpoints in work:
                 self._extract_partition(partition, checkpoints, reading.span(), behind.write)
         return ExtractionResult(self._collect_canaries(), self._plans[0], self._counter.done, self._uneven.places)
@@ -126,7 +128,7 @@ class Extraction:
                 self._compute_canaries(checkpoint, extractor)
 
     def _compute_canaries(self, checkpoint: int, extractor: FeatureExtractor) -> None:
-        n_rows, without = self._model.passes.n_rows, self._excluded
+        n_rows, without = self._model.runner.n_rows, self._excluded
         taken = {side: extractor.rows(side, canary_ids(n_rows(side), without[side])) for side in SIDES}
         self._canaries[checkpoint] = taken
         if not find_nonfinite(taken["train"]).all():
@@ -148,7 +150,7 @@ class Extraction:
             for side in lacking:
                 self._excluded[side] = np.union1d(self._excluded[side], self._canaries[0][side].ids_N)
             self._excluded["train"] = np.union1d(self._excluded["train"], skipped)
-            if any(len(self._excluded[side]) == self._model.passes.n_rows(side) for side in lacking):
+            if any(len(self._excluded[side]) == self._model.runner.n_rows(side) for side in lacking):
                 break
             self._canaries.clear()
         tried = self._excluded[lacking[0]][:_TRIES].tolist()
@@ -179,7 +181,7 @@ def _describe_none_left(what: str, got: str) -> str:
     )
 
 
-def reading_costs_more(layout: StoreLayout, tuned: RunSettings, load_seconds: float) -> bool:
+def reading_costs_more(layout: StoreLayout, tuned: BatchSettings, load_seconds: float) -> bool:
     """Return whether reading the data once per checkpoint costs more time than loading checkpoints once per partition.
 
     If so, each partition is read once for all checkpoints, provided that it fits into memory. Measured times may

@@ -9,23 +9,23 @@ from tracin_ann.files.durable import (
     atomic_write,
     is_temporary,
     make_directory,
-    sweep_temporaries,
+    remove_temporaries,
     sync_directory,
 )
 from tracin_ann.files.hdf5 import require_own_dataset, require_own_object, write_hdf5
 from tracin_ann.files.json_records import read_json, read_record, write_json_atomic
 from tracin_ann.files.opening import (
-    NotPlainError,
+    NotRegularFileError,
     open_descriptor,
     open_directory,
-    open_plain,
+    open_regular,
     report_damage,
     require_regular,
 )
 from tracin_ann.files.user_files import open_output, read_user_text
 
 __all__ = [
-    "NotPlainError",
+    "NotRegularFileError",
     "atomic_path",
     "atomic_write",
     "describe_difference",
@@ -36,18 +36,18 @@ __all__ = [
     "open_descriptor",
     "open_directory",
     "open_output",
-    "open_plain",
+    "open_regular",
     "read_array",
     "read_json",
     "read_npz",
     "read_record",
     "read_user_text",
+    "remove_temporaries",
     "report_damage",
     "require_own_dataset",
     "require_own_object",
     "require_regular",
     "save_array",
-    "sweep_temporaries",
     "sync_directory",
     "write_hdf5",
     "write_json_atomic",

@@ -11,7 +11,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.files.opening import open_plain
+from tracin_ann.files.opening import open_regular
 
 
 def read_array(file: IO[bytes], n_bytes: int) -> npt.NDArray[Any]:
@@ -38,7 +38,7 @@ def map_array(path: Path) -> npt.NDArray[Any]:
         ValueError: the file is not an array, or is shorter than its header says.
         OSError: the system cannot open or map it.
     """
-    with open_plain(path) as file:
+    with open_regular(path) as file:
         shape, is_fortran, dtype = _read_header(file)
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import xxhash
 
 from tracin_ann.errors import attach_path
-from tracin_ann.files.opening import NotPlainError, open_plain
+from tracin_ann.files.opening import NotRegularFileError, open_regular
 
 _CHUNK_BYTES = 1 << 20
 
@@ -34,11 +34,11 @@ def describe_difference(path: Path, size: int, digest: str | None) -> str:
         OSError: the system cannot read the file.
     """
     try:
-        with open_plain(path) as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno()).st_size
     except (FileNotFoundError, NotADirectoryError):
         return "no file"
-    except NotPlainError as error:
+    except NotRegularFileError as error:
         return str(error)
     if found != size:
         return f"{found} bytes"

@@ -76,7 +76,7 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(_PREFIX)
 
 
-def sweep_temporaries(directory: Path, *, idle_s: float = 3600.0) -> list[Path]:
+def remove_temporaries(directory: Path, *, idle_s: float = 3600.0) -> list[Path]:
     """Remove the temporary files that interrupted writers left in `directory`, and return their paths.
 
     A file is a leftover if its writer was a process of this machine that has ended, or if nothing has been written to

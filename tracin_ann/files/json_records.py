@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.files.durable import atomic_write
-from tracin_ann.files.opening import open_plain, report_damage
+from tracin_ann.files.opening import open_regular, report_damage
 
 R = TypeVar("R")
 _MAX_BYTES = 64 << 20
@@ -41,7 +41,7 @@ def read_json(path: Path, remedy: str = _REMEDY) -> dict[str, object]:
             a JSON object.
         OSError: the system cannot read it.
     """
-    with report_damage(path, "a JSON file", remedy), open_plain(path) as file:
+    with report_damage(path, "a JSON file", remedy), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES:,} bytes")

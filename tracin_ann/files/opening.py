@@ -22,7 +22,7 @@ _NOT_REGULAR = frozenset({errno.ELOOP, errno.EMLINK, errno.ENXIO})
 _MAX_CHARS = 200
 
 
-class NotPlainError(ValueError):
+class NotRegularFileError(ValueError):
     """A path of an index is a symbolic link, a directory, a FIFO or a device instead of a regular file."""
 
 
@@ -30,25 +30,25 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor; symbolic links are not followed, a FIFO does not block.
 
     Raises:
-        NotPlainError: the path is not a regular file.
+        NotRegularFileError: the path is not a regular file.
         OSError: the system cannot open it, or it does not exist.
     """
     try:
         # Opening a FIFO would block without O_NONBLOCK; on a regular file the flag has no effect.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except IsADirectoryError:
-        raise NotPlainError("a directory") from None
+        raise NotRegularFileError("a directory") from None
     except OSError as error:
         if error.errno in _NOT_REGULAR:
-            raise NotPlainError(_file_type(os.lstat(path).st_mode)) from error
+            raise NotRegularFileError(_file_type(os.lstat(path).st_mode)) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NotPlainError(_file_type(os.lstat(path).st_mode))
+        raise NotRegularFileError(_file_type(os.lstat(path).st_mode))
     return descriptor
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
     """Return a regular file, open for reading.
 
     Raises:
@@ -62,14 +62,14 @@ def open_directory(path: Path) -> Iterator[int]:
     """Yield the descriptor of a directory; a symbolic link to one is rejected.
 
     Raises:
-        NotPlainError: the path is a symbolic link or not a directory.
+        NotRegularFileError: the path is a symbolic link or not a directory.
         OSError: the system cannot open it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, *_NOT_REGULAR):
-            raise NotPlainError(f"{path} is a symbolic link or not a directory") from error
+            raise NotRegularFileError(f"{path} is a symbolic link or not a directory") from error
         raise
     try:
         yield descriptor
@@ -81,7 +81,7 @@ def require_regular(path: Path) -> None:
     """Check that a path given by the user is a regular file before a library opens it by path; links are followed.
 
     Raises:
-        NotPlainError: it is a FIFO, a device or a socket.
+        NotRegularFileError: it is a FIFO, a device or a socket.
         IsADirectoryError: it is a directory.
     """
     with suppress(FileNotFoundError):
@@ -89,7 +89,7 @@ def require_regular(path: Path) -> None:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
-            raise NotPlainError(_file_type(mode))
+            raise NotRegularFileError(_file_type(mode))
 
 
 def _file_type(mode: int) -> str:
@@ -116,7 +116,7 @@ def report_damage(path: Path, expected: str, remedy: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedIndexError(problem(f"{path}", got="no file", expected=expected, remedy=remedy)) from None
-    except NotPlainError as error:
+    except NotRegularFileError as error:
         raise DamagedIndexError(problem(f"{path}", got=error, expected=expected, remedy=remedy)) from error
     # What readers raise depends on which byte of the file is damaged.
     except Exception as error:

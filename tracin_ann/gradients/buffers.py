@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 # (shape, a tensor with the requested dtype and device) -> an uninitialised contiguous tensor.
-Room = Callable[[Sequence[int], Tensor], Tensor]
+Allocator = Callable[[Sequence[int], Tensor], Tensor]
 
 
 def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return an uninitialised tensor in new memory: the Room of callers that store the result."""
+    """Return an uninitialised tensor in new memory: the Allocator of callers that store the result."""
     return like.new_empty(tuple(shape))
 
 
@@ -28,8 +28,8 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def __getitem__(self, role: str) -> Room:
-        """Return the Room of a role."""
+    def __getitem__(self, role: str) -> Allocator:
+        """Return the Allocator of a role."""
         return partial(self._take, role)
 
     def _take(self, role: str, shape: Sequence[int], like: Tensor) -> Tensor:

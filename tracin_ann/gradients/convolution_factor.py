@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tracin_ann.gradients.buffers import Room, Scratch, allocate
+from tracin_ann.gradients.buffers import Allocator, Scratch, allocate
 
 _PATCH_ELEMENTS = 1 << 19
 
@@ -59,7 +59,7 @@ class Convolution:
         assert self.geometry.groups == 1
         return Convolution(self.delta_BO[:, start:stop], self.input_BC, self.geometry)
 
-    def contracted(self, scratch: Scratch | None = None, out: Room = allocate) -> Tensor:
+    def contract(self, scratch: Scratch | None = None, out: Allocator = allocate) -> Tensor:
         """Return the per-example gradients [B, groups·K·C/groups, O/groups], in memory from `out`.
 
         Output channels are the last dimension: they are more often a multiple of 16, which makes the product up to
@@ -78,7 +78,7 @@ class Convolution:
     def as_weight(self) -> Tensor:
         """Return the per-example gradients in the order of the weight, [B, O, C/groups·K]."""
         taps, groups = prod(self.geometry.kernel), self.geometry.groups
-        grad = self.contracted()
+        grad = self.contract()
         grad = grad.view(len(grad), groups, taps, -1, grad.shape[2])
         return grad.permute(0, 1, 4, 3, 2).reshape(len(grad), *self.shape)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 RULE, FORWARD, VMAP, LOOP, NONE = "layer rule", "forward mode", "vmap(grad)", "loop", "no gradient"
-STEPS = (RULE, FORWARD, VMAP, LOOP)
+METHODS = (RULE, FORWARD, VMAP, LOOP)
 _FEW_SCALARS = 4
 
 

@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from tracin_ann.operations.dry_run import BuildPlan, plan
 from tracin_ann.operations.removal import remove
-from tracin_ann.operations.verification import Damage, Draw, VerificationResult, audit, repair, sweep, verify
+from tracin_ann.operations.verification import (
+    AuditSample,
+    Damage,
+    VerificationResult,
+    audit,
+    remove_leftovers,
+    repair,
+    verify,
+)
 
-__all__ = ["BuildPlan", "Damage", "Draw", "VerificationResult", "audit", "plan", "remove", "repair", "sweep", "verify"]
+__all__ = [
+    "AuditSample",
+    "BuildPlan",
+    "Damage",
+    "VerificationResult",
+    "audit",
+    "plan",
+    "remove",
+    "remove_leftovers",
+    "repair",
+    "verify",
+]

@@ -11,11 +11,11 @@ import numpy as np
 
 from tracin_ann.build import open_build
 from tracin_ann.config import BuildConfig
-from tracin_ann.features import RunSettings, measure_row_seconds
+from tracin_ann.features import BatchSettings, measure_row_seconds
 from tracin_ann.gradients import Plan
 from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
-from tracin_ann.store import FEATURES, FeatureStore, refuse_foreign_files
+from tracin_ann.store import FEATURES, FeatureStore, reject_foreign_files
 from tracin_ann.task import Task
 
 # Bytes of a row's columns in a feature file: id, exponent, squared norm, loss.
@@ -48,7 +48,7 @@ class BuildPlan:
     memory_bytes: int
     seconds: float
     row_seconds: float
-    tuned: RunSettings
+    tuned: BatchSettings
     index_kind: str
     index_reason: str
     gradients: Plan
@@ -71,8 +71,8 @@ def plan(
     """
     config = config or BuildConfig()
     work = open_build(task, Path(out), config, arguments)
-    with work.passes.model() as model:
-        refuse_foreign_files(work.out)
+    with work.runner.model() as model:
+        reject_foreign_files(work.out)
         start = work.prepare(model)
         missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
         record = config.agree_on_batches(start.record, len(missing), str(work.out))
@@ -83,7 +83,7 @@ def plan(
         choice = choose_index(config.index, n_rows, dim)
         stored = np.dtype(config.dtype).itemsize
         lists = IVFParams(codes=config.codes)
-        index_bytes = lists.bytes_for(n_rows, dim) if choice.kind == "ivf" else 0
+        index_bytes = lists.estimate_bytes(n_rows, dim) if choice.kind == "ivf" else 0
         block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
         return BuildPlan(
             rows=n_rows,
@@ -103,11 +103,11 @@ def plan(
                 for p in record.spec.parameters
             },
             frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
-            notes=work.passes.loader.notes,
+            notes=work.runner.loader.notes,
         )
 
 
-def _visible_read_seconds(chosen: RunSettings, row_seconds: float, workers: int) -> float:
+def _visible_read_seconds(chosen: BatchSettings, row_seconds: float, workers: int) -> float:
     """Return the seconds that reading adds to a row; 0 if workers read as fast as features are computed."""
     hidden = workers > 0 and chosen.read_seconds / workers < row_seconds
     return 0.0 if hidden else chosen.read_seconds / max(1, workers)

@@ -14,6 +14,7 @@ from tracin_ann.store import (
     Manifest,
     carry_over,
     check_generation,
+    clean_up,
     generation_number,
     hold_writer_lock,
     make_next_folder,
@@ -21,7 +22,6 @@ from tracin_ann.store import (
     read_current,
     read_removed_ids,
     read_skipped_rows,
-    tidy,
     write_removed,
 )
 
@@ -58,7 +58,7 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
                 problem("no row would be left", got=f"{n_rows} rows to remove", expected="some", remedy="change --ids")
             )
         if len(removed) == len(before):
-            tidy(out, manifest)
+            clean_up(out, manifest)
             return manifest
         folder = make_next_folder(out, manifest)
         unchanged = [record for record in manifest.own_files if record != manifest.removed]

@@ -22,7 +22,7 @@ from tracin_ann.features import (
     Auditor,
     AuditResult,
     IndexTask,
-    PassOptions,
+    RunOptions,
     draw_places,
     load_index_task,
     read_generation_canaries,
@@ -38,6 +38,7 @@ from tracin_ann.store import (
     Manifest,
     check_file,
     check_manifest_copy,
+    clean_up,
     generation_folder,
     hold_writer_lock,
     list_generations,
@@ -48,7 +49,6 @@ from tracin_ann.store import (
     read_unlisted_ids,
     reject_links,
     select_listed_rows,
-    tidy,
     write_build_record,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference
@@ -76,7 +76,7 @@ class VerificationResult:
 
 
 @dataclass(frozen=True)
-class Draw:
+class AuditSample:
     """The random sample of rows that an audit compares.
 
     Attributes:
@@ -154,12 +154,12 @@ def repair(
         for place in (generation_folder(out, manifest.generation), out):
             manifest.write(place)
         if job is None:
-            tidy(out, manifest)
+            clean_up(out, manifest)
             return None
         return run(job, progress)
 
 
-def sweep(directory: str | os.PathLike[str]) -> None:
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Remove leftover files of interrupted writers from an intact index.
 
     Raises:
@@ -168,12 +168,12 @@ def sweep(directory: str | os.PathLike[str]) -> None:
     """
     out = Path(directory)
     with hold_writer_lock(out):
-        tidy(out, _read_best_manifest(out))
+        clean_up(out, _read_best_manifest(out))
 
 
 def audit(
     directory: str | os.PathLike[str],
-    draw: Draw,
+    draw: AuditSample,
     task: Task | str | None = None,
     *,
     arguments: Mapping[str, str] | None = None,
@@ -208,9 +208,9 @@ def audit(
                 remedy="leave out --audit",
             )
         )
-    options = PassOptions(
+    options = RunOptions(
         resolve_device(device),
-        built.batch_size or PassOptions.batch_size,
+        built.batch_size or RunOptions.batch_size,
         precision=config.precision,
         channels_last=built.channels_last,
         on_nonfinite=built.on_nonfinite,
@@ -220,8 +220,8 @@ def audit(
     without = np.union1d(read_skipped_rows(out, manifest).row_S, read_removed_ids(out, manifest))
     seed = int(built.spec.digest(), 16) if draw.seed is None else draw.seed
     places = draw_places(draw.rows, store, without, seed)
-    index_task.refuse_changed(sorted({checkpoint for _, checkpoint in places}))
-    with index_task.passes.model() as model:
+    index_task.check_canaries(sorted({checkpoint for _, checkpoint in places}))
+    with index_task.runner.model() as model:
         return Auditor(model, store, config.features(built.spec.rank_one), progress).audit(places)
 
 
@@ -362,7 +362,7 @@ def _check_contents(out: Path, manifest: Manifest, intact: set[str]) -> Iterator
     path = own / IVFIndex.FILES[0]
     try:
         view = select_listed_rows(store.view(), read_unlisted_ids(out, manifest))
-        faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_CHECKED_VECTORS, seed=0)
+        faults = IVFIndex.load(own, view, torch.device("cpu")).find_faults(_CHECKED_VECTORS, seed=0)
     except DamagedIndexError as error:
         faults = [str(error)]
     for fault in faults:

@@ -118,7 +118,10 @@ def _choose_points(calibration: Calibration, target: float, *, explicit: bool) -
         UsageError: one does not reach it, and the recall was requested explicitly.
     """
     best = calibration.best("proponents"), calibration.best("opponents")
-    proponents, opponents = calibration.reaching("proponents", target), calibration.reaching("opponents", target)
+    proponents, opponents = (
+        calibration.fastest_point("proponents", target),
+        calibration.fastest_point("opponents", target),
+    )
     is_reached = proponents is not None and opponents is not None
     if explicit and not is_reached:
         raise UsageError(

@@ -114,7 +114,7 @@ class Calibration:
         for point in (*self.proponents, *self.opponents):
             _ = point.setting
 
-    def reaching(self, direction: Direction, recall: float) -> Point | None:
+    def fastest_point(self, direction: Direction, recall: float) -> Point | None:
         """Return the fastest point whose lower bound reaches a recall, or None."""
         return next((point for point in getattr(self, direction) if point.lower >= recall), None)
 

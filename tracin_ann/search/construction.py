@@ -19,7 +19,15 @@ import numpy as np
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import atomic_path, file_digest, open_plain, read_json, read_npz, report_damage, write_json_atomic
+from tracin_ann.files import (
+    atomic_path,
+    file_digest,
+    open_regular,
+    read_json,
+    read_npz,
+    report_damage,
+    write_json_atomic,
+)
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
 from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, train_assigner
 from tracin_ann.search.inverted_lists import Codes, InvertedLists
@@ -71,7 +79,7 @@ class UnfinishedLists:
         try:
             if read_json(self._path(name, ".json")) != {"key": self._key(), "digests": [file_digest(p) for p in paths]}:
                 return None
-            with report_damage(paths[1], "arrays of a build", "run the build again"), open_plain(paths[1]) as file:
+            with report_damage(paths[1], "arrays of a build", "run the build again"), open_regular(paths[1]) as file:
                 arrays = read_npz(file)
                 shape = arrays["centroid_LR"].shape if like is None else (like.n_lists, like.dim)
                 return InvertedLists.load(paths[0], shape, codes, mapped=False), arrays

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import attach_path
-from tracin_ann.files import open_plain, report_damage
+from tracin_ann.files import open_regular, report_damage
 from tracin_ann.types import Float32, Int64
 
 Codes = Literal["sq8", "sq4", "fp16"]
@@ -54,7 +54,7 @@ class InvertedLists:
         """
         faiss = import_faiss()
         with report_damage(path, "inverted lists", "rebuild the index"):
-            with open_plain(path) as file:
+            with open_regular(path) as file:
                 _check_layout(file, shape, codes)
             return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import DamagedIndexError, attach_path, problem
-from tracin_ann.files import map_array, open_plain, read_json, read_npz, read_record, report_damage, save_array
+from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_record, report_damage, save_array
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
@@ -127,7 +127,7 @@ class IVFIndex:
         with report_damage(centroids_path, expected, remedy):
             # Mapped, because they are read only once, when FAISS copies them.
             centroids = map_array(centroids_path)
-        with report_damage(arrays_path, expected, remedy), open_plain(arrays_path) as file:
+        with report_damage(arrays_path, expected, remedy), open_regular(arrays_path) as file:
             arrays = read_npz(file)
             tree = ListTree.from_arrays({**arrays, "centroid_LR": centroids})
             basis, outliers = arrays["basis_FR"], arrays["outliers"]
@@ -169,7 +169,7 @@ class IVFIndex:
         with attach_path(caption_path):
             caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
 
-    def faults(self, sample: int, seed: int) -> list[str]:
+    def find_faults(self, sample: int, seed: int) -> list[str]:
         """Compare the lists with the source and return descriptions of the differences.
 
         All ids are compared; codes and list numbers are recomputed for at least `sample` rows of random lists.
@@ -259,7 +259,7 @@ class IVFIndex:
         opponents = self._search_direction(-queries, k, self.settings[1], allowed)
         return self._search_direction(queries, k, self.settings[0], allowed), negate(opponents)
 
-    def scans(self, k: int, allowed: Int64 | None = None) -> bool:
+    def will_scan(self, k: int, allowed: Int64 | None = None) -> bool:
         """Return whether a search scans all (allowed) rows, because lists would score as many."""
         n_rows = len(self) if allowed is None else len(allowed)
         return all(self._is_scanned(k, self._adapt(setting, k, n_rows), n_rows) for setting in self.settings)

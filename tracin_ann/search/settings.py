@@ -71,7 +71,7 @@ class IVFParams:
             )
         return nlist
 
-    def bytes_for(self, n_rows: int, dim: int) -> int:
+    def estimate_bytes(self, n_rows: int, dim: int) -> int:
         """Return the approximate size in bytes of the files for N rows of F numbers: codes, ids and centroids."""
         width = min(dim, self.width)
         per_row = {"sq8": width, "sq4": width / 2, "fp16": 2 * width}[self.codes] + 8

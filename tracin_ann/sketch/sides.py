@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracin_ann.gradients import Room, allocate
+from tracin_ann.gradients import Allocator, allocate
 from tracin_ann.sketch.generator import Stream
 
 
-def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Room = allocate) -> Tensor:
+def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Allocator = allocate) -> Tensor:
     """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, whose length becomes min(n, width).
 
     This is a CountSketch with the hash i mod width, so that the sums run over contiguous groups. Groups are
@@ -39,7 +39,7 @@ class Side(Protocol):
     def width(self) -> int:
         """Return the length of the mapped vectors."""
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Map the last axis: [..., n] -> [..., width]; `room` allocates memory where it is needed."""
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,7 +52,7 @@ class Identity:
 
     width: int
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return `x`."""
         return x
 
@@ -68,7 +68,7 @@ class Fold:
     width: int
     signs_n: Tensor
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return the folded vectors."""
         return fold(x, self.signs_n, self.width, room=room)
 
@@ -90,7 +90,7 @@ class ChannelFold:
         """Return the length of the mapped vectors."""
         return self.channels * self.taps
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return the folded vectors: [..., C·K] -> [..., width]."""
         by_channel = x.reshape(*x.shape[:-1], -1, self.taps)
         return fold(by_channel, self.signs_C, self.channels, dim=-2, room=room).flatten(-2)
@@ -109,7 +109,7 @@ class Projection:
     width: int
     matrix_nk: Tensor
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return the projected vectors."""
         return torch.matmul(x, self.matrix_nk, out=room((*x.shape[:-1], self.width), x))
 

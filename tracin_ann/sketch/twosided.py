@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tracin_ann.gradients import Convolution, Dense, Form, Outer, Room, Rows, Scratch, channels_last, materialise
+from tracin_ann.gradients import Allocator, Convolution, Dense, Form, Outer, Rows, Scratch, channels_last, materialise
 from tracin_ann.sketch.sides import ChannelFold, Fold, Side, fold
 
 _BLOCK_ELEMENTS = 1 << 19
@@ -86,7 +86,7 @@ class TwoSided:
 
     def _contract(self, form: Form) -> Tensor:
         if isinstance(form, Convolution) and form.geometry.groups == 1 and self.taps == prod(form.geometry.kernel):
-            return self._fold_sides(form).contracted(self.scratch, self.scratch["contraction"])
+            return self._fold_sides(form).contract(self.scratch, self.scratch["contraction"])
         grad_BKK = contract(form, self.matrix, self.left, self.right, self.scratch)
         return grad_BKK.reshape(*grad_BKK.shape[:2], -1, self.taps).permute(0, 3, 2, 1) if self.taps else grad_BKK
 
@@ -125,7 +125,7 @@ def contract(form: Form, matrix: tuple[int, int], left: Side, right: Side, scrat
     return left.apply(right.apply(flat.view(-1, *matrix)).mT).mT
 
 
-def _fold_channels(x: Tensor, signs_C: Tensor, width: int, room: Room) -> Tensor:
+def _fold_channels(x: Tensor, signs_C: Tensor, width: int, room: Allocator) -> Tensor:
     if channels_last(x):
         return fold(x.movedim(1, -1), signs_C, width, -1, room).movedim(-1, 1)
     return fold(x, signs_C, width, 1, room)

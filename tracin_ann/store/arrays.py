@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.files import atomic_path, open_plain, read_npz
+from tracin_ann.files import atomic_path, open_regular, read_npz
 from tracin_ann.types import Int64
 
 _UTF8, _OFFSETS = "utf8 ", "offsets "
@@ -48,7 +48,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         OSError: the file cannot be read.
         Exception: of any type, if the file is damaged: what zipfile and NumPy raise depends on which byte is.
     """
-    with open_plain(path) as file:
+    with open_regular(path) as file:
         members = read_npz(file)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, array in members.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tracin_ann.files import atomic_write, open_plain, read_array, report_damage, save_array
+from tracin_ann.files import atomic_write, open_regular, read_array, report_damage, save_array
 from tracin_ann.search import Subset
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore
@@ -28,7 +28,7 @@ _LISTED = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Skipped:
+class SkippedRows:
     """Rows with a NaN or infinite loss, gradient or squared norm.
 
     Attributes:
@@ -67,14 +67,14 @@ def read_removed_ids(directory: Path, manifest: Manifest | None) -> Int64:
     return _read_ids(directory, manifest, manifest.removed, 1)[:, 0]
 
 
-def read_skipped_rows(directory: Path, manifest: Manifest) -> Skipped:
+def read_skipped_rows(directory: Path, manifest: Manifest) -> SkippedRows:
     """Return the rows that the build skipped.
 
     Raises:
         DamagedIndexError: the file is missing or cannot be read.
     """
     table = _read_ids(directory, manifest, manifest.skipped, 2)
-    return Skipped(table[:, 0], table[:, 1])
+    return SkippedRows(table[:, 0], table[:, 1])
 
 
 def select_listed_rows(view: RowSource, unlisted_U: Int64) -> RowSource:
@@ -130,7 +130,7 @@ def _read_ids(directory: Path, manifest: Manifest, record: FileRecord | None, wi
         return np.zeros((0, width), np.int64)
     path = generation_folder(directory, manifest.generation) / record.name
     remedy = "restore the file, or build a new index"
-    with report_damage(path, "a list of removed or skipped rows", remedy), open_plain(path) as file:
+    with report_damage(path, "a list of removed or skipped rows", remedy), open_regular(path) as file:
         array: Int64 = read_array(file, os.fstat(file.fileno()).st_size)
         if array.dtype != np.int64 or array.shape != ((len(array),) if width == 1 else (len(array), width)):
             raise ValueError(f"{array.dtype} of shape {array.shape}")

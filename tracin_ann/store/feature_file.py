@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest, open_plain, report_damage, require_own_dataset, write_hdf5
+from tracin_ann.files import atomic_path, file_digest, open_regular, report_damage, require_own_dataset, write_hdf5
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
@@ -166,7 +166,7 @@ class FeatureFile:
                 or its header differs.
             OSError: the system cannot open or map the file; the error names it.
         """
-        with report_damage(path, "an intact feature file", _REWRITE), open_plain(path) as file:
+        with report_damage(path, "an intact feature file", _REWRITE), open_regular(path) as file:
             opened = cls._read(path, file)
         if expected is not None and opened.header != expected:
             names = [f.name for f in fields(expected) if getattr(opened.header, f.name) != getattr(expected, f.name)]

@@ -25,12 +25,12 @@ from pathlib import Path
 
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, UsageError, attach_path, problem
 from tracin_ann.files import (
-    NotPlainError,
+    NotRegularFileError,
     atomic_path,
     is_temporary,
     make_directory,
     open_directory,
-    sweep_temporaries,
+    remove_temporaries,
     sync_directory,
 )
 from tracin_ann.store.feature_file import FileRecord
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def claim_directory(directory: Path) -> Iterator[None]:
     """Make the directory of a new index and hold its writer's lock.
 
     Raises:
@@ -74,7 +74,7 @@ def claim(directory: Path) -> Iterator[None]:
         yield
 
 
-def refuse_foreign_files(directory: Path) -> None:
+def reject_foreign_files(directory: Path) -> None:
     """Reject a build directory that contains files which no build wrote.
 
     Raises:
@@ -95,7 +95,7 @@ def refuse_foreign_files(directory: Path) -> None:
         )
 
 
-def read_begun(directory: Path, manifest: Manifest | None) -> BuildRecord | None:
+def read_last_build(directory: Path, manifest: Manifest | None) -> BuildRecord | None:
     """Return the record of the last build in a directory, or None if there was none."""
     if (directory / BUILD_RECORD).exists():
         return read_build_record(directory)
@@ -103,7 +103,7 @@ def read_begun(directory: Path, manifest: Manifest | None) -> BuildRecord | None
 
 
 @dataclass(frozen=True)
-class Start:
+class BuildStart:
     """The state from which a build starts or resumes.
 
     Attributes:
@@ -173,7 +173,7 @@ def take_lease(directory: Path) -> tuple[Manifest, Lease]:
         path = generation_folder(directory, manifest.generation) / MANIFEST
         try:
             return manifest, Lease(path)
-        except NotPlainError as error:
+        except NotRegularFileError as error:
             remedy = "restore it, or build a new index"
             raise DamagedIndexError(problem(f"{path}", got=error, expected="a manifest", remedy=remedy)) from error
         except FileNotFoundError:
@@ -214,7 +214,7 @@ def make_next_folder(directory: Path, manifest: Manifest | None) -> Path:
     for place in (directory / FEATURES, folder):
         make_directory(place)
     for place in (directory, directory / FEATURES, folder):
-        sweep_temporaries(place)
+        remove_temporaries(place)
     return folder
 
 
@@ -246,7 +246,7 @@ def _list_ancestors(directory: Path) -> Iterator[Path]:
         yield place
 
 
-def tidy(directory: Path, manifest: Manifest) -> None:
+def clean_up(directory: Path, manifest: Manifest) -> None:
     """Make a finished index durable and remove leftovers; the caller holds the writer's lock."""
     _make_names_durable(directory, manifest)
     _remove_leftovers(directory, manifest)
@@ -256,7 +256,7 @@ def _remove_leftovers(directory: Path, manifest: Manifest) -> None:
     """Remove the leftovers of finished and interrupted writers; no build is in progress."""
     _remove_unused_files(directory, manifest, under_way=False)
     for place in (directory, directory / FEATURES, generation_folder(directory, manifest.generation)):
-        sweep_temporaries(place)
+        remove_temporaries(place)
 
 
 def _remove_unused_files(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path, problem
-from tracin_ann.files import NotPlainError, open_descriptor
+from tracin_ann.files import NotRegularFileError, open_descriptor
 
 WRITER = "writer.lock"
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
@@ -75,7 +75,7 @@ def _lock_file(path: Path) -> int:
     while True:
         try:
             descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
-        except NotPlainError as error:
+        except NotRegularFileError as error:
             raise _bad_lock_file_error(path, str(error)) from error
         try:
             if os.fstat(descriptor).st_nlink > 1:
@@ -144,7 +144,7 @@ class Lease:
 
         Raises:
             FileNotFoundError: there is no such file, or a writer is removing it.
-            NotPlainError: it is a link or not a regular file.
+            NotRegularFileError: it is a link or not a regular file.
         """
         self._descriptor = -1
         self._descriptor = open_descriptor(path)
@@ -171,7 +171,7 @@ def hold_unless_read(path: Path) -> Iterator[bool]:
     try:
         # NFS grants an exclusive lock only for a file that is open for writing.
         descriptor = open_descriptor(path, os.O_RDWR)
-    except (FileNotFoundError, NotPlainError):
+    except (FileNotFoundError, NotRegularFileError):
         # Anything but a regular file is not a manifest, so nobody has a lease on it.
         yield True
         return

@@ -200,7 +200,7 @@ class Manifest:
         lists = (1.0, 1.0)
         if calibration is not None:
             points = [
-                calibration.reaching(side, calibration.target) or calibration.best(side)
+                calibration.fastest_point(side, calibration.target) or calibration.best(side)
                 for side in ("proponents", "opponents")
             ]
             lists = points[0].recall, points[1].recall

@@ -13,7 +13,7 @@ from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore
 from tracin_ann.store.generations import (
     UNFINISHED_INDEX,
-    Start,
+    BuildStart,
     find_unnamed_files,
     generation_number,
     list_feature_records,
@@ -41,7 +41,7 @@ class NextGeneration:
     """
 
     directory: Path
-    start: Start
+    start: BuildStart
     record: BuildRecord
     store: FeatureStore
     missing: Sequence[tuple[int, int]]
@@ -51,7 +51,7 @@ class NextGeneration:
     def begin(
         cls,
         directory: Path,
-        start: Start,
+        start: BuildStart,
         record: BuildRecord,
         store: FeatureStore,
         missing: Sequence[tuple[int, int]],

@@ -72,7 +72,7 @@ class BatchOptions:
         return self.size * (_BATCHES_PER_SORT if self.by_length else 1)
 
 
-class Reader:
+class WindowReader:
     """A picklable reader of one side's rows: `reader[ids]` reads a window of rows and returns its batches."""
 
     def __init__(self, task: Task, side: SideName, data: Any, options: BatchOptions, origin: TaskReference) -> None:
@@ -120,7 +120,7 @@ def differ_in_length(data: Any) -> bool:
     return len({length(data[i]) for i in sample}) > 1
 
 
-class Reading:
+class BatchStream:
     """A sequential read of spans of rows, possibly by workers; a context manager that ends its workers.
 
     Args:
@@ -129,7 +129,7 @@ class Reading:
         options: the options of the reader.
     """
 
-    def __init__(self, reader: Reader, spans: Sequence[Sequence[int]], options: BatchOptions) -> None:
+    def __init__(self, reader: WindowReader, spans: Sequence[Sequence[int]], options: BatchOptions) -> None:
         self._reader, self._options = reader, options
         self._windows = [
             [span[start : start + options.window] for start in range(0, len(span), options.window)] for span in spans
@@ -138,7 +138,7 @@ class Reading:
         self._workers: ProcessPoolExecutor | None = None
         self._batches: Iterator[list[CollatedBatch]] = iter(())
 
-    def __enter__(self) -> Reading:
+    def __enter__(self) -> BatchStream:
         """Start the workers, if `options.workers` is not 0.
 
         Raises:
@@ -199,7 +199,7 @@ def _unpickle_batches(pickled: bytes) -> list[CollatedBatch]:
 
 
 # The reader of this process, if it is a worker.
-_worker_readers: list[Reader] = []
+_worker_readers: list[WindowReader] = []
 
 
 def _start_worker(pickled: bytes) -> None:
@@ -212,7 +212,7 @@ def _read_window(ids: Sequence[int]) -> bytes:
     return pickle.dumps(_worker_readers[0][ids], protocol=5)
 
 
-def pickle_reader(reader: Reader) -> bytes:
+def pickle_reader(reader: WindowReader) -> bytes:
     """Return a reader, pickled for workers.
 
     Raises:

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, problem
-from tracin_ann.files import NotPlainError, file_digest, require_regular
+from tracin_ann.files import NotRegularFileError, file_digest, require_regular
 from tracin_ann.task.state_dicts import (
     fill_model,
     is_plain,
@@ -61,7 +61,7 @@ def _reject_special_file(path: Path) -> None:
     except IsADirectoryError:
         # Task.load may read a directory.
         return
-    except NotPlainError as error:
+    except NotRegularFileError as error:
         remedy = "name the file that holds the weights"
         raise CheckpointError(
             problem(f"checkpoint {path} is not a file", got=error, expected="a file or a directory", remedy=remedy)

@@ -1,4 +1,4 @@
-"""Passes over the examples of a task: opened data, batches, and the model loaded with one checkpoint after another."""
+"""Runner of a task: its opened data in batches, and its model loaded with one checkpoint after another."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tracin_ann.gradients import (
 )
 from tracin_ann.task import (
     BatchOptions,
+    BatchStream,
     CheckpointLoader,
     CollatedBatch,
     Description,
-    Reader,
-    Reading,
     Task,
     TaskReference,
+    WindowReader,
     borrow_model,
     differ_in_length,
     leaves,
@@ -53,7 +53,7 @@ _MOST_BATCHES_WITHOUT_GRADIENT = 16
 
 
 @dataclass(frozen=True)
-class PassOptions:
+class RunOptions:
     """Options for running a model on examples.
 
     Attributes:
@@ -87,7 +87,7 @@ class PassOptions:
                 )
 
 
-class Passes:
+class TaskRunner:
     """Access to the examples and the model of a task; opens each data set once.
 
     Args:
@@ -96,7 +96,7 @@ class Passes:
         origin: the name of the task, by which worker processes open it.
     """
 
-    def __init__(self, task: Task, options: PassOptions, origin: TaskReference | None = None) -> None:
+    def __init__(self, task: Task, options: RunOptions, origin: TaskReference | None = None) -> None:
         self.task, self.options, self._origin = task, options, origin or TaskReference()
         self.loader = CheckpointLoader(task)
         self._data: dict[SideName, Any] = {}
@@ -130,7 +130,7 @@ class Passes:
             chunk = ids[start : start + options.size]
             yield from make_batches(self.task, chunk, [data[i] for i in chunk], options)
 
-    def reading(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> Reading:
+    def reading(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> BatchStream:
         """Return a context that reads spans of rows in batches of similar lengths.
 
         Args:
@@ -139,7 +139,7 @@ class Passes:
             ahead: read ahead in worker processes if the options ask for workers.
         """
         options = self._batch_options(side, ahead)
-        return Reading(Reader(self.task, side, self.data(side), options, self._origin), spans, options)
+        return BatchStream(WindowReader(self.task, side, self.data(side), options, self._origin), spans, options)
 
     def check_workers(self, side: SideName) -> None:
         """Check that worker processes can read the data set of a side.
@@ -148,7 +148,9 @@ class Passes:
             UsageError: the options ask for workers, but the task has no name and cannot be pickled.
         """
         if self.options.workers:
-            pickle_reader(Reader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin))
+            pickle_reader(
+                WindowReader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin)
+            )
 
     def window(self, side: SideName) -> int:
         """Return the number of rows of a side that are read together and sorted by length."""
@@ -165,13 +167,13 @@ class Passes:
             pin_memory=self.options.device.type != "cpu",
         )
 
-    def at_precision(self, precision: Precision) -> Passes:
-        """Return passes over the same data that compute in another precision."""
+    def with_precision(self, precision: Precision) -> TaskRunner:
+        """Return a runner of the same data that computes in another precision."""
         other = copy.copy(self)
         other.options = replace(self.options, precision=precision)
         return other
 
-    def described(self, side: SideName, row: int) -> Description | None:
+    def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, for display; None if the task has none."""
         with preserve_globals():
             return self.task.described(self.data(side)[row])
@@ -183,7 +185,7 @@ class Passes:
         with preserve_globals():
             return self.task.id_of(self.data(side)[row])
 
-    def own_ids(self, side: SideName) -> list[int | str]:
+    def read_ids(self, side: SideName) -> list[int | str]:
         """Return the ids that the task assigns to the rows of a side; the first call reads all rows."""
         if self.task.ids is None:
             return []
@@ -227,13 +229,13 @@ class LoadedModel:
         channels_last: the memory format of images and convolution weights.
     """
 
-    def __init__(self, passes: Passes, model: nn.Module) -> None:
-        self.passes, self.module = passes, model
-        self.parameters = passes.task.select_parameters(model)
+    def __init__(self, runner: TaskRunner, model: nn.Module) -> None:
+        self.runner, self.module = runner, model
+        self.parameters = runner.task.select_parameters(model)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self.checkpoint = -1
-        self.set_memory_format(channels_last=passes.options.channels_last)
+        self.set_memory_format(channels_last=runner.options.channels_last)
 
     def load(self, checkpoint: int) -> None:
         """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
@@ -244,11 +246,11 @@ class LoadedModel:
         """
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self._trainable)
-        task = self.passes.task
+        task = self.runner.task
         logger.debug("loading checkpoint %d, %s", checkpoint, task.checkpoints[checkpoint].path)
         # A load that fails leaves the model partly loaded.
         self.checkpoint = -1
-        self.passes.loader.load(self.module, checkpoint, self.passes.options.device)
+        self.runner.loader.load(self.module, checkpoint, self.runner.options.device)
         before = self.parameters
         self.parameters = task.select_parameters(self.module)
         was, now = ({name: (list(p.shape), p.dtype) for name, p in each.items()} for each in (before, self.parameters))
@@ -281,7 +283,7 @@ class LoadedModel:
 
     def engine(self, side: SideName) -> GradientEngine:
         """Return the engine for the gradients of a side's loss at the loaded checkpoint."""
-        task, options = self.passes.task, self.passes.options
+        task, options = self.runner.task, self.runner.options
         key = self.checkpoint, side, self.channels_last, options.precision
         if key not in self._engines:
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
@@ -291,22 +293,22 @@ class LoadedModel:
         return self._engines[key]
 
     def _collate(self, examples: list[Any]) -> Any:
-        return self._move_to_device(self.passes.task.collate_rows(examples))
+        return self._move_to_device(self.runner.task.collate_rows(examples))
 
     def _move_to_device(self, inputs: Any) -> Any:
-        moved = to_device(inputs, self.passes.options.device, channels_last=self.channels_last)
+        moved = to_device(inputs, self.runner.options.device, channels_last=self.channels_last)
         # Examples may carry an autograd graph of their own; a backward through it would free it.
         has_graph = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
         return map_leaves(detach_graph, moved) if has_graph else moved
 
     def batch(self, side: SideName, read: CollatedBatch) -> Batch:
         """Return a collated batch, moved to the device."""
-        examples = _Examples(self.passes.data(side), read.ids) if read.examples is None else read.examples
+        examples = _Examples(self.runner.data(side), read.ids) if read.examples is None else read.examples
         return Batch(read.ids, examples, self._move_to_device(read.inputs))
 
     def batches(self, side: SideName, ids: Sequence[int]) -> Iterator[Batch]:
         """Yield batches of the examples with these ids, in this order, on the device."""
-        for read in self.passes.read(side, ids):
+        for read in self.runner.read(side, ids):
             yield self.batch(side, read)
 
     def probe(self, side: SideName) -> None:
@@ -315,15 +317,15 @@ class LoadedModel:
         Raises:
             TaskError: the data or the loss break the contract; the message names the cause and a fix.
         """
-        data, engine = self.passes.data(side), self.engine(side)
-        ids = range(min(self.passes.options.batch_size, len(data)))
-        if not self.passes.options.allow_random_data:
+        data, engine = self.runner.data(side), self.engine(side)
+        ids = range(min(self.runner.options.batch_size, len(data)))
+        if not self.runner.options.allow_random_data:
             with preserve_globals():
-                probe_examples(data, side, ids, self.passes.task.collate_rows)
+                probe_examples(data, side, ids, self.runner.task.collate_rows)
         with preserve_globals():
-            probe_description(self.passes.task, data[0], side)
+            probe_description(self.runner.task, data[0], side)
         batch = engine.batch(ids, [data[i] for i in ids])
-        if self.passes.options.on_nonfinite == "skip":
+        if self.runner.options.on_nonfinite == "skip":
             batch = self._replace_nonfinite(side, batch)
         probe_losses(engine, batch, self.checkpoint)
         try:
@@ -341,17 +343,17 @@ class LoadedModel:
         Raises:
             TaskError: no loss of these rows reaches a parameter either.
         """
-        engine, n_rows = self.engine(side), self.passes.n_rows(side)
-        parts = min(_MOST_BATCHES_WITHOUT_GRADIENT, math.ceil(n_rows / self.passes.options.batch_size))
+        engine, n_rows = self.engine(side), self.runner.n_rows(side)
+        parts = min(_MOST_BATCHES_WITHOUT_GRADIENT, math.ceil(n_rows / self.runner.options.batch_size))
         for part in range(parts):
             if engine.reached:
                 return
             batch = self._make_spread_batch(side, part, parts)
-            if self.passes.options.on_nonfinite == "skip":
+            if self.runner.options.on_nonfinite == "skip":
                 batch = self._replace_nonfinite(side, batch)
             engine.prove(batch)
         if not engine.reached:
-            raise TaskError(describe_no_gradient(looked=min(n_rows, parts * self.passes.options.batch_size)))
+            raise TaskError(describe_no_gradient(looked=min(n_rows, parts * self.runner.options.batch_size)))
 
     def _replace_nonfinite(self, side: SideName, batch: Batch) -> Batch:
         """Return a batch with its non-finite rows replaced by finite ones of this batch, or of the whole side.
@@ -365,7 +367,7 @@ class LoadedModel:
             raise NonFiniteError(self._describe_nonfinite(side, len(batch)))
         return found[0]
 
-    def refuse_diverged(self) -> None:
+    def require_finite_losses(self) -> None:
         """Check that the loaded checkpoint gives finite losses.
 
         Raises:
@@ -377,8 +379,8 @@ class LoadedModel:
 
     def _make_spread_batch(self, side: SideName, part: int = 0, parts: int = 1) -> Batch:
         """Return a batch of rows spread evenly over a side: the given one of several disjoint batches."""
-        data = self.passes.data(side)
-        size = min(parts * self.passes.options.batch_size, len(data))
+        data = self.runner.data(side)
+        size = min(parts * self.runner.options.batch_size, len(data))
         ids = [round(j * (len(data) - 1) / max(1, size - 1)) for j in range(part, size, parts)]
         return self.engine(side).batch(ids, [data[i] for i in ids])
 
