@@ -156,7 +156,7 @@ def test_what_is_not_finite_or_not_there_is_refused(tmp_path: Path) -> None:
     for row in (6, 7):
         with pytest.raises(NonFiniteError, match=f"row {row} of train_data was skipped .* at checkpoint 0"):
             explain(index, row, 0)
-    with pytest.raises(NonFiniteError, match=r"this row of train_data .* row 7 at checkpoint 0"):
+    with pytest.raises(NonFiniteError, match=r"this row of train_data: .* row 7 at checkpoint 0"):
         explain(index, 1, 7, "train")
     with pytest.raises(UsageError, match="row 2 of train_data was removed"):
         explain(index, 2, 0)
