@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask an influence index for proponents and opponents: `python query.py DIR --ids 0-9` (also `tracin-query`)."""
+"""Query an influence index for proponents and opponents: `python query.py DIR --ids 0-9` (also `tracin-query`)."""
 
 from tracin_ann.cli.query import main
 

@@ -1,8 +1,8 @@
-"""CIFAR-10: train a narrow ResNet-9 on some of the pictures, and see which of them misled it.
+"""CIFAR-10: train a narrow ResNet-9 on a subset of the images, and find the training images behind its mistakes.
 
 `python examples/cifar10.py --data DIR` takes two minutes; DIR holds the cifar-10-batches-py of the public download, or
-cifar10_jpeg.npz (JPEG bytes end to end, their offsets, y_train and y_test). From the command line afterwards:
-`python query.py runs/cifar10/2000-rows/index --ids 0-4`; to build: `python build_index.py --task
+cifar10_jpeg.npz (concatenated JPEG files, their offsets, y_train and y_test). To query the index afterwards:
+`python query.py runs/cifar10/2000-rows/index --ids 0-4`; to build an index: `python build_index.py --task
 examples/cifar10.py:task --task-arg data=DIR --task-arg out=runs/cifar10/2000-rows --out runs/cifar10/2000-rows/index`.
 """
 
@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.report import write_report
 
-Row = tuple[torch.Tensor, int, int]  # picture [3, 32, 32] in 0..1, label, number in the data set
+Row = tuple[torch.Tensor, int, int]  # image [3, 32, 32] in 0..1, label, position in the data set
 
-# The task: all that an index needs to know.
+# The task: the definition that an index is built from.
 
 EPOCHS, ROWS, WIDTH = (2, 5, 8), 2000, 16
-RATES = [0.03 * min(1, (9 - epoch) / 6) for epoch in range(1, max(EPOCHS) + 1)]  # falling from epoch 3 on
+RATES = [0.03 * min(1, (9 - epoch) / 6) for epoch in range(1, max(EPOCHS) + 1)]  # decreasing from epoch 3
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
@@ -65,28 +65,28 @@ def task(data: str, out: str = "runs/cifar10/2000-rows", rows: str = str(ROWS)) 
     )
 
 
-# Its data, training it, building the index, asking.
+# Its data, training, building the index, queries.
 
 
 def read(data: str, part: str, rows: int) -> list[Row]:
     """Return the first rows of a part, `train` or `test`."""
     npz, folder = Path(data) / "cifar10_jpeg.npz", Path(data) / "cifar-10-batches-py"
     if npz.is_file():
-        from PIL import Image  # noqa: PLC0415 - only this form of the data needs it
+        from PIL import Image  # noqa: PLC0415 - only this form of the data requires it
 
         with np.load(npz) as arrays:
             offsets, jpeg = arrays[f"offsets_{part}"], arrays[f"jpeg_{part}"]
             labels = arrays[f"y_{part}"][:rows].tolist()
         packed = [jpeg[offsets[i] : offsets[i + 1]].tobytes() for i in range(len(labels))]
-        pictures = [np.asarray(Image.open(io.BytesIO(file))).transpose(2, 0, 1) for file in packed]
+        images = [np.asarray(Image.open(io.BytesIO(file))).transpose(2, 0, 1) for file in packed]
     elif folder.is_dir():
         files = [folder / f"data_batch_{n}" for n in range(1, 6)] if part == "train" else [folder / "test_batch"]
         batches = [pickle.loads(file.read_bytes(), encoding="latin1") for file in files]
-        pictures = list(np.concatenate([batch["data"] for batch in batches])[:rows].reshape(-1, 3, 32, 32))
+        images = list(np.concatenate([batch["data"] for batch in batches])[:rows].reshape(-1, 3, 32, 32))
         labels = [label for batch in batches for label in batch["labels"]][:rows]
     else:
         raise SystemExit(f"no cifar-10-batches-py and no cifar10_jpeg.npz in {data}")
-    scaled = torch.from_numpy(np.stack(pictures)).float() / 255
+    scaled = torch.from_numpy(np.stack(images)).float() / 255
     return [(scaled[n], label, n) for n, label in enumerate(labels)]
 
 
@@ -99,8 +99,8 @@ def train(rows: list[Row], out: str) -> nn.Module:
     Path(out).mkdir(parents=True, exist_ok=True)
     for epoch, rate in enumerate(RATES, 1):
         optimiser.param_groups[0]["lr"] = rate
-        for pictures, labels, _ in order:
-            flipped = torch.where(torch.rand(len(labels), 1, 1, 1) < 0.5, pictures.flip(3), pictures)
+        for images, labels, _ in order:
+            flipped = torch.where(torch.rand(len(labels), 1, 1, 1) < 0.5, images.flip(3), images)
             optimiser.zero_grad()
             loss(net, (flipped, labels)).mean().backward()
             optimiser.step()
@@ -111,30 +111,30 @@ def train(rows: list[Row], out: str) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder of the pictures")
+    parser.add_argument("--data", required=True, help="folder of the images")
     parser.add_argument("--out", default="runs/cifar10", help="directory for checkpoints, index and report")
-    parser.add_argument("--rows", type=int, default=ROWS, help="pictures to train on")
+    parser.add_argument("--rows", type=int, default=ROWS, help="images to train on")
     options = parser.parse_args(arguments)
     out = f"{options.out}/{options.rows}-rows"
 
     net = train(read(options.data, "train", options.rows), out)
-    pictures, labels, _ = torch.utils.data.default_collate(read(options.data, "test", 500))
+    images, labels, _ = torch.utils.data.default_collate(read(options.data, "test", 500))
     with torch.no_grad():
-        said = torch.cat([net(some - 0.5).argmax(1) for some in pictures.split(100)])
-    print(f"trained on {options.rows:,} pictures; accuracy on 500 others {(said == labels).float().mean():.1%}")
+        predicted = torch.cat([net(some - 0.5).argmax(1) for some in images.split(100)])
+    print(f"trained on {options.rows:,} images; test accuracy {(predicted == labels).float().mean():.1%}")
 
     named = {"data": str(Path(options.data).resolve()), "out": out, "rows": str(options.rows)}
     build(f"{Path(__file__)}:task", f"{out}/index", arguments=named)
     index = InfluenceIndex.open(f"{out}/index")
-    mistakes = (said != labels).nonzero().flatten().tolist()[:4]
+    mistakes = (predicted != labels).nonzero().flatten().tolist()[:4]
     answers = index.query(mistakes, options=QueryOptions(k=5, rerank="exact", candidates=50))
     for answer, query in zip(answers, mistakes, strict=True):
-        print(f"\ntest picture {answer.query}: {NAMES[labels[query]]}, taken for {NAMES[said[query]]}")
-        for side, hits in ((f"towards {NAMES[labels[query]]}", answer.proponents), ("away from it", answer.opponents)):
+        print(f"\ntest image {answer.query}: {NAMES[labels[query]]}, classified as {NAMES[predicted[query]]}")
+        for side, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
             shown = [f"{hit.id} {index.described('train', hit.row).text} {hit.score:+.2f}" for hit in hits]
             print(f"  {side}: {', '.join(shown)}")
-    report = write_report(answers, f"{out}/report.html", index, "What a ResNet-9 took these pictures for, and why")
-    print(f"\nwith the pictures: {report}")
+    report = write_report(answers, f"{out}/report.html", index, "Training images behind the mistakes of a ResNet-9")
+    print(f"\nreport: {report}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Digits with wrong labels: train a small classifier, index it, ask it, and find the labels that are wrong.
+"""Digits with wrong labels: train a small classifier, build and query an index, and find the wrong labels.
 
-`python examples/digits.py` does it all in a minute, shows the commands it runs, and writes a report. To build yourself:
+`python examples/digits.py` takes a minute, prints the commands that it runs, and writes a report. To build an index:
 `python build_index.py --task examples/digits.py:task --task-arg runs=runs/digits/seed0 --out runs/mine`.
-The data is scikit-learn's copy of the UCI handwritten digits (1,797 pictures of 8×8), 10% of the training labels
-changed at random.
+The data is scikit-learn's copy of the UCI handwritten digits (1,797 images of 8×8 pixels) with 10% of the training
+labels changed at random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tracin_ann.report import write_report
 N_TRAIN, FLIPPED, EPOCHS, RATE = 1437, 0.10, 9, 0.1
 Row = tuple[torch.Tensor, int]
 
-# The task: all that an index needs to know.
+# The task: the definition that an index is built from.
 
 
 def model() -> nn.Module:
@@ -55,11 +55,11 @@ def task(runs: str = "runs/digits", seed: str = "0") -> Task:
     )
 
 
-# Its data, training it, building the index, asking.
+# Its data, training, building the index, queries.
 
 
 def data(seed: int) -> tuple[list[Row], list[Row], np.ndarray]:
-    """Return training rows (some labels flipped), test rows, and the ids of the flipped."""
+    """Return training rows (some labels flipped), test rows, and the ids of the flipped ones."""
     pixels, labels = load_digits(return_X_y=True)
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
@@ -71,7 +71,7 @@ def data(seed: int) -> tuple[list[Row], list[Row], np.ndarray]:
 
 
 def train(runs: Path, seed: int) -> float:
-    """Train, save a checkpoint an epoch, and return the accuracy on the test rows."""
+    """Train, save a checkpoint per epoch, and return the accuracy on the test rows."""
     train_rows, test_rows, _ = data(seed)
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -88,24 +88,25 @@ def train(runs: Path, seed: int) -> float:
     return float((net(pixels).argmax(1) == labels).float().mean())
 
 
-def found(ranking: list[int], flipped: np.ndarray, share: float) -> float:
+def find_share(ranking: list[int], flipped: np.ndarray, share: float) -> float:
     """Return the share of flipped labels among the first rows of a ranking."""
     checked = ranking[: round(share * N_TRAIN)]
     return len(set(checked) & set(flipped.tolist())) / len(flipped)
 
 
-def command(*words: str) -> str:
-    """Run one of the project's commands as a user would, show it, and return what it answers."""
+def run_command(*words: str) -> str:
+    """Print a command of the project, run it, and return its output."""
     root = Path(__file__).resolve().parent.parent
     print(f"\n$ python {shlex.join(words)}", flush=True)
     done = subprocess.run([sys.executable, root / words[0], *words[1:]], check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout
 
 
-def picture(rows: list[tuple[str, Row]]) -> str:
-    """Return 8×8 pictures side by side, two pixels a character, captions above."""
+def draw_digits(rows: list[tuple[str, Row]]) -> str:
+    """Return 8×8 images side by side as text, two characters per pixel, with captions above."""
     shades = " .:-=+*#%@"
-    lines = ["   ".join(f"{f'{caption} as {row[1]}':<16}" for caption, row in rows)]
+    lines = ["   ".join(f"{caption:<16}" for caption, _ in rows)]
+    lines.append("   ".join(f"{f'labelled {row[1]}':<16}" for _, row in rows))
     for y in range(8):
         line = []
         for _, (pixels, _) in rows:
@@ -117,7 +118,7 @@ def picture(rows: list[tuple[str, Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", default="runs/digits", help="directory for checkpoints and the index")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the wrong labels and of training")
     options = parser.parse_args()
     runs, index = Path(options.runs), f"{options.runs}/index-seed{options.seed}"
     train_rows, test_rows, flipped = data(options.seed)
@@ -127,25 +128,28 @@ def main() -> None:
 
     named = ["--task", f"{Path(__file__)}:task", "--task-arg", f"runs={runs}/seed{options.seed}"]
     named += ["--task-arg", f"seed={options.seed}"]
-    print(command("build_index.py", *named, "--out", index), end="")
-    print(command("query.py", index, "--ids", "0-1", "-k", "5", "--rerank", "exact"), end="")
+    print(run_command("build_index.py", *named, "--out", index), end="")
+    print(run_command("query.py", index, "--ids", "0-1", "-k", "5", "--rerank", "exact"), end="")
 
-    answer = json.loads(command("query.py", index, "--ids", "0", "-k", "3", "--format", "jsonl"))
+    answer = json.loads(run_command("query.py", index, "--ids", "0", "-k", "3", "--format", "jsonl"))
     shown = [("query 0", test_rows[0])]
-    shown += [(f"for: {hit['id']}", train_rows[int(hit["id"])]) for hit in answer["proponents"]]
-    shown += [(f"against: {hit['id']}", train_rows[int(hit["id"])]) for hit in answer["opponents"][:2]]
-    print("\n" + picture(shown))
+    shown += [(f"proponent {hit['id']}", train_rows[int(hit["id"])]) for hit in answer["proponents"]]
+    shown += [(f"opponent {hit['id']}", train_rows[int(hit["id"])]) for hit in answer["opponents"][:2]]
+    print("\n" + draw_digits(shown))
 
-    lines = command("query.py", index, "--self-influence", "-k", str(N_TRAIN), "--format", "jsonl").splitlines()
+    lines = run_command("query.py", index, "--self-influence", "-k", str(N_TRAIN), "--format", "jsonl").splitlines()
     ranking = [int(json.loads(line)["id"]) for line in lines]
     print("".join(f"{line}\n" for line in lines[:3]) + f"... {len(lines) - 3} more")
-    print(f"\nrows by self-influence: the first 10% hold {found(ranking, flipped, 0.1):.1%} of the wrong labels,")
-    print(f"the first 20% hold {found(ranking, flipped, 0.2):.1%} (chance: 10% and 20%)")
+    shares = [find_share(ranking, flipped, share) for share in (0.1, 0.2)]
+    print(f"\nself-influence: the first 10% of the rows contain {shares[0]:.1%} of the wrong labels,")
+    print(f"the first 20% contain {shares[1]:.1%} (random order: 10% and 20%)")
 
     opened = InfluenceIndex.open(index)
     answers = opened.query(range(6), options=QueryOptions(k=5, rerank="exact"))
-    report = write_report(answers, runs / f"report-seed{options.seed}.html", opened, "Digits: what six of them rest on")
-    print(f"\nthe same with pictures: {report}")
+    report = write_report(
+        answers, runs / f"report-seed{options.seed}.html", opened, "Digits: training rows behind six predictions"
+    )
+    print(f"\nreport: {report}")
 
 
 if __name__ == "__main__":

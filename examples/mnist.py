@@ -1,7 +1,7 @@
-"""MNIST: train a small CNN with a tenth of the labels wrong, ask what its mistakes rest on, and find wrong labels.
+"""MNIST: train a small CNN with 10% wrong labels, find the training digits behind predictions, and find wrong labels.
 
 `python examples/mnist.py --data DIR` takes a minute; `--data` is an npz with x_train, y_train, x_test, y_test, a folder
-with such a mnist.npz, or the folder that torchvision.datasets.MNIST downloads to. To build an index yourself:
+with such a mnist.npz, or the folder that torchvision.datasets.MNIST downloads to. To build an index:
 `python build_index.py --task examples/mnist.py:task --task-arg data_path=DIR --task-arg runs=runs/mnist/10000-rows
 --task-arg rows=10000 --out runs/mine`.
 """
@@ -24,7 +24,7 @@ from tracin_ann.report import write_report
 EPOCHS, RATE, FLIPPED = 3, 0.05, 0.10
 Row = tuple[torch.Tensor, int]
 
-# The task: all that an index needs to know.
+# The task: the definition that an index is built from.
 
 
 def model() -> nn.Module:
@@ -40,7 +40,7 @@ def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tens
 
 
 class Digits(torch.utils.data.Dataset[Row]):
-    """Pictures as float32 [1, 28, 28] in 0..1, and labels."""
+    """Images as float32 [1, 28, 28] in 0..1, and labels."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.pixels, self.labels = pixels, labels
@@ -69,7 +69,7 @@ def task(data_path: str, runs: str = "runs/mnist", rows: str = "60000", seed: st
     )
 
 
-# Its data, training it, building the index, asking.
+# Its data, training, building the index, queries.
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -86,18 +86,20 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
-    """Return the array in one of MNIST's own files (big-endian sizes, then bytes), packed or not."""
+    """Return the array of a file in MNIST's format (big-endian sizes, then bytes), compressed or not."""
     for path in [p / f"{name}{end}" for p in (folder, folder / "MNIST" / "raw", folder / "raw") for end in ("", ".gz")]:
         if path.is_file():
             raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             dims = raw[3]
             shape = np.frombuffer(raw, ">i4", dims, 4)
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    raise SystemExit(f"no {name} in {folder}: give --data an npz or the folder that torchvision.datasets.MNIST made")
+    raise SystemExit(
+        f"no {name} in {folder}: give --data an npz or the folder that torchvision.datasets.MNIST downloads to"
+    )
 
 
 def data(path: str, rows: int, seed: int) -> tuple[Digits, Digits, np.ndarray]:
-    """Return the first `rows` training digits with 10% of their labels changed, the test digits, the changed ids."""
+    """Return the first `rows` training digits with 10% of their labels changed, the test digits and the changed ids."""
     arrays = read(path)
     labels = arrays["y_train"][:rows].astype(np.int64)
     random = np.random.default_rng(seed)
@@ -107,7 +109,7 @@ def data(path: str, rows: int, seed: int) -> tuple[Digits, Digits, np.ndarray]:
 
 
 def train(path: str, runs: str, rows: int, seed: int) -> float:
-    """Train, save a checkpoint an epoch, and return the accuracy on the test digits."""
+    """Train, save a checkpoint per epoch, and return the accuracy on the test digits."""
     train_rows, test_rows, _ = data(path, rows, seed)
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -142,15 +144,15 @@ def main(arguments: list[str] | None = None) -> None:
     answers = index.query(range(4), options=QueryOptions(k=5, rerank="exact"))
     for answer in answers:
         print(f"\ntest digit {answer.query}, {index.described('query', answer.members[0]).text}")
-        for side, hits in (("for it", answer.proponents), ("against it", answer.opponents)):
+        for side, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
             print(f"  {side}:", ", ".join(f"{hit.id} ({index.columns['label'][hit.row]})" for hit in hits))
 
     _, _, flipped = data(path, options.rows, 0)
     suspects = find_mislabelled(index, labels="label", k=options.rows // 10)
     found = np.isin([row.row for row in suspects], flipped).sum() / len(flipped)
-    print(f"\nthe 10% most suspicious labels hold {found:.0%} of the wrong ones (chance: 10%)")
-    report = write_report(answers, f"{out}/report.html", index, "MNIST: what four test digits rest on")
-    print(f"the answers with pictures: {report}")
+    print(f"\nthe 10% most suspicious labels contain {found:.0%} of the wrong ones (random order: 10%)")
+    report = write_report(answers, f"{out}/report.html", index, "MNIST: training digits behind four predictions")
+    print(f"report: {report}")
 
 
 if __name__ == "__main__":

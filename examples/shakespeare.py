@@ -1,8 +1,8 @@
-"""Shakespeare: train a small GPT on characters, and ask which passages taught it to continue a text.
+"""Shakespeare: train a small character-level GPT, and find the passages that taught it to continue a text.
 
 `python examples/shakespeare.py --data DIR` takes a minute; DIR holds tinyshakespeare.txt, or the input.txt of the
-char-rnn download. From the command line afterwards: `python query.py runs/shakespeare/2000-rows/index --ids 0-4`;
-to build: `python build_index.py --task examples/shakespeare.py:task --task-arg data=DIR
+char-rnn download. To query the index afterwards: `python query.py runs/shakespeare/2000-rows/index --ids 0-4`;
+to build an index: `python build_index.py --task examples/shakespeare.py:task --task-arg data=DIR
 --task-arg out=runs/shakespeare/2000-rows --out runs/shakespeare/2000-rows/index`.
 """
 
@@ -19,16 +19,16 @@ from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.analysis import explain
 from tracin_ann.report import write_report
 
-Row = tuple[torch.Tensor, int]  # LENGTH + 1 characters, and where they begin in the text
+Row = tuple[torch.Tensor, int]  # LENGTH + 1 characters, and their offset in the text
 
-# The task: all that an index needs to know. An example is a sequence; its loss is the mean over its characters.
+# The task: the definition that an index is built from. Examples are sequences; losses are means over their characters.
 
 EPOCHS, RATE, ROWS, LENGTH, WIDTH = (2, 4, 6), 4e-3, 2000, 64, 64
 CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 class Block(nn.Module):
-    """Causal attention of four heads, then two layers at each place."""
+    """Causal attention with four heads, then a two-layer MLP at each position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ def task(data: str, out: str = "runs/shakespeare/2000-rows", rows: str = str(ROW
     )
 
 
-# Its data, training it, building the index, asking.
+# Its data, training, building the index, queries.
 
 
 def read(data: str, rows: int) -> tuple[list[Row], list[Row]]:
-    """Return sequences spread over the first nine tenths of the text, and 100 of the last tenth."""
+    """Return sequences spread over the first 90% of the text, and 100 sequences of the last 10%."""
     found = [path for name in ("tinyshakespeare.txt", "input.txt") if (path := Path(data) / name).is_file()]
     if not found:
         raise SystemExit(f"no tinyshakespeare.txt or input.txt in {data}")
@@ -96,7 +96,7 @@ def read(data: str, rows: int) -> tuple[list[Row], list[Row]]:
 
 
 def train(data: str, out: str, rows: int) -> float:
-    """Train, save checkpoints, and return the mean loss of the last tenth, in nats a character."""
+    """Train, save checkpoints, and return the mean test loss in nats per character."""
     train_rows, test_rows = read(data, rows)
     torch.manual_seed(0)
     net = GPT()
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = f"{options.out}/{options.rows}-rows"
 
     nats = train(options.data, out, options.rows)
-    print(f"trained on {options.rows:,} sequences of {LENGTH} characters; {nats:.2f} nats a character on unseen text")
+    print(f"trained on {options.rows:,} sequences of {LENGTH} characters; test loss {nats:.2f} nats per character")
 
     named = {"data": str(Path(options.data).resolve()), "out": out, "rows": str(options.rows)}
     build(f"{Path(__file__)}:task", f"{out}/index", arguments=named)
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {hit.score:+.5f} {hit.id:>8}: {index.described('train', hit.row).text}")
     parts = explain(index, answers[0].proponents[0].row, answers[0].members[0]).by_layer
     shares = [f"{layer} {part:+.5f}" for layer, part in sorted(parts.items(), key=lambda item: -item[1])[:4]]
-    print(f"\nthe first score comes most from the layers {', '.join(shares)}")
-    print(f"report: {write_report(answers, f'{out}/report.html', index, 'Which passages taught it these')}")
+    print(f"\nlayers with the largest part of the first score: {', '.join(shares)}")
+    print(f"report: {write_report(answers, f'{out}/report.html', index, 'Passages that taught these continuations')}")
 
 
 if __name__ == "__main__":

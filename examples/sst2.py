@@ -1,9 +1,9 @@
-"""SST-2: train a bag of word vectors on film reviews, a tenth of them wrongly labelled, and read what it learnt from.
+"""SST-2: train a bag of word vectors on film reviews with 10% wrong labels, and find the reviews behind predictions.
 
 `python examples/sst2.py --data DIR` takes a minute; DIR holds sst2_train.tsv and sst2_dev.tsv, or the train.tsv and
-dev.tsv of the GLUE download (`sentence<TAB>label` a line). From the command line afterwards:
-`python query.py runs/sst2/6000-rows/index --ids 0-4`; to build: `python build_index.py --task examples/sst2.py:task
---task-arg data=DIR --task-arg out=runs/sst2/6000-rows --out runs/sst2/6000-rows/index`.
+dev.tsv of the GLUE download (`sentence<TAB>label` per line). To query the index afterwards:
+`python query.py runs/sst2/6000-rows/index --ids 0-4`; to build an index: `python build_index.py
+--task examples/sst2.py:task --task-arg data=DIR --task-arg out=runs/sst2/6000-rows --out runs/sst2/6000-rows/index`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tracin_ann.report import write_report
 
 Row = tuple[str, int, str]  # sentence, label, name
 
-# The task: all that an index needs to know.
+# The task: the definition that an index is built from.
 
 EPOCHS, RATE, ROWS, FLIPPED = (2, 3, 4), 2.0, 6000, 0.10
 NAMES = ("negative", "positive")
 
 
 class Bag(nn.Module):
-    """The mean of a sentence's word vectors, and a line through it."""
+    """A linear classifier of the mean word vector of a sentence."""
 
     def __init__(self, n_words: int, width: int = 64) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tens
     return F.cross_entropy(net(batch[0]), batch[1], reduction="none")
 
 
-def collated(rows: list[Row], places: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(rows: list[Row], places: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
     known = [torch.tensor([places[word] for word in row[0].split() if word in places] or [0]) for row in rows]
     return nn.utils.rnn.pad_sequence(known, batch_first=True), torch.tensor([row[1] for row in rows])
 
@@ -59,18 +59,18 @@ def task(data: str, out: str = "runs/sst2/6000-rows", rows: str = str(ROWS)) -> 
         train_data=lambda: train_rows,
         query_data=lambda: test_rows,
         checkpoints=[Checkpoint(f"{out}/epoch-{e}.pt", learning_rate=RATE) for e in EPOCHS],
-        collate=lambda batch: collated(batch, places),
+        collate=lambda batch: collate(batch, places),
         describe=lambda row: f"{NAMES[row[1]]}: {row[0]}",
         columns=lambda row: {"label": row[1], "words": len(row[0].split())},
         ids=lambda row: row[2],
     )
 
 
-# Its data, training it, building the index, asking.
+# Its data, training, building the index, queries.
 
 
 def read(data: str, rows: int) -> tuple[list[Row], list[Row], np.ndarray]:
-    """Return training sentences (some labels flipped), those of the dev set, and the positions of the flipped."""
+    """Return training sentences (some labels flipped), dev sentences, and the positions of the flipped labels."""
     train_rows, test_rows = _sentences(data, "train")[:rows], _sentences(data, "dev")
     random = np.random.default_rng(0)
     flipped = np.sort(random.choice(len(train_rows), round(FLIPPED * len(train_rows)), replace=False))
@@ -91,7 +91,7 @@ def _sentences(data: str, part: str) -> list[Row]:
 
 
 def vocabulary(rows: list[Row]) -> dict[str, int]:
-    """Return a place from 1 for every word that occurs twice."""
+    """Return an index from 1 for every word that occurs at least twice."""
     counts = Counter(word for row in rows for word in row[0].split())
     return {word: place for place, word in enumerate((w for w, n in counts.items() if n > 1), 1)}
 
@@ -103,7 +103,7 @@ def train(data: str, out: str, rows: int) -> float:
     torch.manual_seed(0)
     net = Bag(len(places))
     optimiser = torch.optim.SGD(net.parameters(), lr=RATE)
-    order = torch.utils.data.DataLoader(train_rows, 16, shuffle=True, collate_fn=lambda batch: collated(batch, places))
+    order = torch.utils.data.DataLoader(train_rows, 16, shuffle=True, collate_fn=lambda batch: collate(batch, places))
     Path(out).mkdir(parents=True, exist_ok=True)
     for epoch in range(1, max(EPOCHS) + 1):
         for batch in order:
@@ -112,7 +112,7 @@ def train(data: str, out: str, rows: int) -> float:
             optimiser.step()
         if epoch in EPOCHS:
             torch.save(net.state_dict(), f"{out}/epoch-{epoch}.pt")
-    words, labels = collated(test_rows, places)
+    words, labels = collate(test_rows, places)
     return float((net(words).argmax(1) == labels).float().mean())
 
 
@@ -139,11 +139,13 @@ def main(arguments: list[str] | None = None) -> None:
     _, _, flipped = read(options.data, options.rows)
     suspects = find_mislabelled(index, labels="label", k=len(flipped))
     found = np.isin([row.row for row in suspects], flipped).mean()
-    print(f"\nof the {len(flipped)} most suspicious labels {found:.0%} are wrong (chance: 10%); the first are")
+    print(f"\nof the {len(flipped)} most suspicious labels, {found:.0%} are wrong (random order: 10%); the first are")
     for row in suspects[:5]:
         wrong = "wrong" if row.row in flipped else "right"
         print(f"  {wrong}: {index.described('train', row.row).text}")
-    print(f"\nreport: {write_report(answers, f'{out}/report.html', index, 'What these reviews were judged by')}")
+    print(
+        f"\nreport: {write_report(answers, f'{out}/report.html', index, 'Training reviews behind three predictions')}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Tabular data: train a small network on breast-cancer measurements, and ask what its mistakes rest on.
+"""Tabular data: train a small network on breast-cancer measurements, and find the training rows behind its mistakes.
 
-`python examples/tabular.py` takes half a minute and needs no download: scikit-learn brings the data (Wisconsin
-diagnostic breast cancer, 569 tumours × 30 measurements). From the command line afterwards:
-`python query.py runs/tabular/index --ids 0-4`; to build: `python build_index.py --task examples/tabular.py:task
---task-arg out=runs/tabular --out runs/tabular/index`.
+`python examples/tabular.py` takes half a minute and needs no download: scikit-learn includes the data (Wisconsin
+diagnostic breast cancer, 569 tumours × 30 measurements). To query the index afterwards:
+`python query.py runs/tabular/index --ids 0-4`; to build an index: `python build_index.py
+--task examples/tabular.py:task --task-arg out=runs/tabular --out runs/tabular/index`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tracin_ann.report import write_report
 
 Row = tuple[torch.Tensor, int, int]  # measurements in standard deviations from the mean, 1 if benign, tumour number
 
-# The task: all that an index needs to know.
+# The task: the definition that an index is built from.
 
 EPOCHS, RATE, N_TRAIN = (2, 5, 10, 20), 0.05, 420
 TABLE = load_breast_cancer()
@@ -63,7 +63,7 @@ def task(out: str = "runs/tabular") -> Task:
     )
 
 
-# Training it, building the index, asking.
+# Training, building the index, queries.
 
 
 def train(out: str) -> nn.Module:
@@ -100,10 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         for hit in answer.hits:
             print(f"  {hit.score:+7.3f}  {hit.id}, {index.described('train', hit.row).text}")
 
-    print("\nthe training rows that only they themselves teach (self-influence):")
+    print("\ntraining rows with the largest self-influence:")
     for row in index.self_influence(5):
         print(f"  {row.score:7.3f}  {row.id}, {index.described('train', row.row).text}")
-    print(f"\nreport: {write_report(answers, f'{out}/report.html', index, 'What wrongly classified tumours rest on')}")
+    print(
+        f"\nreport: {write_report(answers, f'{out}/report.html', index, 'Training rows behind misclassified tumours')}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,30 +15,30 @@ from pathlib import Path
 from time import perf_counter
 
 from tracin_ann.config import BuildConfig
-from tracin_ann.device import refuse_slow_bf16, resolve_device
+from tracin_ann.device import require_native_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
 from tracin_ann.features import (
     CANARY_FILE,
-    USUAL_SIZE,
+    DEFAULT_BATCH_SIZE,
     Auditor,
-    Audits,
-    BuiltRows,
+    BatchSettings,
+    BuildAudits,
     Extraction,
     ExtractionResult,
     FeatureOptions,
     LoadedModel,
-    Passes,
-    PassOptions,
-    RunSettings,
-    TuningRequest,
+    RunOptions,
+    TaskRunner,
+    TuningOptions,
+    UnpublishedRows,
     audit_build,
+    check_canaries,
     checkpoint_specs,
     library_versions,
     model_digest,
     parameter_specs,
-    read_kept_canaries,
+    read_intact_canaries,
     reading_costs_more,
-    refuse_changed,
     tune,
     warn_of_slower_bf16,
     write_canaries,
@@ -50,25 +50,25 @@ from tracin_ann.store import (
     FEATURES,
     AuditRecord,
     BuildRecord,
+    BuildStart,
     FeatureSpec,
     FeatureStore,
     Manifest,
     NextGeneration,
     RowTable,
     SketchSpec,
-    Skipped,
-    Start,
+    SkippedRows,
     StepRecord,
     check_generation,
-    claim,
+    claim_directory,
+    clean_up,
     collect_columns,
     hold_writer_lock,
-    read_begun,
     read_current,
+    read_last_build,
     read_skipped_rows,
     record_file,
-    refuse_foreign_files,
-    tidy,
+    reject_foreign_files,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
 from tracin_ann.types import ProgressCallback, ignore_progress
@@ -93,7 +93,7 @@ class BuildReport:
     manifest: Manifest
     rows_extracted: int
     seconds: float
-    skipped: Skipped
+    skipped: SkippedRows
     notes: tuple[str, ...] = ()
     uneven: AuditRecord | None = None
 
@@ -126,7 +126,7 @@ def build(
     """
     job = open_build(task, Path(out), config or BuildConfig(), arguments)
     with ExitStack() as locks:
-        refuse_foreign_files(job.out)
+        reject_foreign_files(job.out)
         is_new = not job.out.is_dir()
         if not is_new:
             locks.enter_context(hold_writer_lock(job.out))
@@ -153,27 +153,27 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     """
     began_s = perf_counter()
     progress = progress or ignore_progress
-    with job.passes.model() as model:
+    with job.runner.model() as model:
         start = job.prepare(model)
         store = FeatureStore(job.out / FEATURES, start.record.layout)
         missing = store.missing(start.trusted)
         if start.finished is not None and not missing and job.is_complete(start.finished):
-            tidy(job.out, start.finished)
+            clean_up(job.out, start.finished)
             return job.report(start.finished, 0, began_s)
         if missing:
-            job.refuse_changed(model, start)
+            job.check_canaries(model, start)
         record = job.config.agree_on_batches(start.record, len(missing), str(job.out))
         settings = job.tune(model, record)
         record = replace(record, batch_size=settings.batch_size, channels_last=settings.channels_last)
         table = job.collect_columns(progress)
         if claims is not None:
-            claims.enter_context(claim(job.out))
+            claims.enter_context(claim_directory(job.out))
         generation = NextGeneration.begin(job.out, start, record, store, missing)
         columns = generation.write_columns(table)
         extracted = job.extract(model, generation, settings, progress)
         audits = job.audit(model, generation, extracted, progress)
     features = generation.list_features()
-    quality = QualityMeasurement(job.passes, store, job.features(record), job.config.seed, store.skipped()[0], progress)
+    quality = QualityMeasurement(job.runner, store, job.features(record), job.config.seed, store.skipped()[0], progress)
     manifest = Manifest(
         generation=generation.number,
         build=record,
@@ -199,18 +199,18 @@ class BuildJob:
         self.device = resolve_device(config.device)
         self.sketch = make_sketch(config.sketch, config.dim)
         if config.precision == "bf16":
-            refuse_slow_bf16(self.device)
-        options = PassOptions(
+            require_native_bf16(self.device)
+        options = RunOptions(
             self.device,
-            config.batch_size if config.batch_size is not None else USUAL_SIZE,
+            config.batch_size if config.batch_size is not None else DEFAULT_BATCH_SIZE,
             config.allow_random_data,
             config.workers,
             config.precision,
         )
-        self.passes = Passes(task, options, reference)
+        self.runner = TaskRunner(task, options, reference)
         self._load_seconds = 0.0
 
-    def prepare(self, model: LoadedModel) -> Start:
+    def prepare(self, model: LoadedModel) -> BuildStart:
         """Return what this build produces, and what the directory already holds.
 
         Everything that can be rejected is rejected here or in `tune`, before anything is written.
@@ -219,40 +219,42 @@ class BuildJob:
             IndexMismatchError: the directory holds the index of another task or other options.
             TaskError: the task breaks the contract.
         """
-        self.passes.data("query")
+        self.runner.data("query")
         manifest = read_current(self.out)
-        begun = read_begun(self.out, manifest)
+        begun = read_last_build(self.out, manifest)
         policy = self.config.choose_nonfinite_policy(None if begun is None else begun.on_nonfinite, str(self.out))
-        self.passes.options = replace(self.passes.options, on_nonfinite=policy)
+        self.runner.options = replace(self.runner.options, on_nonfinite=policy)
         if begun is None:
             rank_one = self.examine(model)
             warn_of_slower_bf16(model, self.config.features(rank_one))
-            return Start(self._record(model, rank_one), None, None)
+            return BuildStart(self._record(model, rank_one), None, None)
         record = self._record(model, begun.spec.rank_one)
         self._refuse_unlike(begun, record, manifest)
-        return Start(replace(record, batch_size=begun.batch_size, channels_last=begun.channels_last), begun, manifest)
+        return BuildStart(
+            replace(record, batch_size=begun.batch_size, channels_last=begun.channels_last), begun, manifest
+        )
 
     def examine(self, model: LoadedModel) -> frozenset[str]:
         """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
         began_s = perf_counter()
-        checkpoints = range(len(self.passes.task.checkpoints))
+        checkpoints = range(len(self.runner.task.checkpoints))
         for checkpoint in reversed(checkpoints):
             model.load(checkpoint)
-            if self.passes.options.on_nonfinite == "skip":
-                model.refuse_diverged()
+            if self.runner.options.on_nonfinite == "skip":
+                model.require_finite_losses()
         self._load_seconds = (perf_counter() - began_s) / len(checkpoints)
         model.probe("train")
         model.probe("query")
         return model.engine("train").plan.rank_one
 
     def _record(self, model: LoadedModel, rank_one: frozenset[str]) -> BuildRecord:
-        train = self.passes.data("train")
+        train = self.runner.data("train")
         spec = FeatureSpec(
             model=model_digest(model.module),
             train_rows=len(train),
-            train_data="random" if self.config.allow_random_data else self.passes.data_digest(len(train)),
+            train_data="random" if self.config.allow_random_data else self.runner.data_digest(len(train)),
             parameters=parameter_specs(model.parameters, rank_one),
-            checkpoints=checkpoint_specs(self.passes.task),
+            checkpoints=checkpoint_specs(self.runner.task),
             sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
             dtype=self.config.dtype,
             norms=self.config.norms,
@@ -264,7 +266,7 @@ class BuildJob:
             self.reference,
             self.config.partition_rows,
             self.config.allow_random_data,
-            on_nonfinite=self.passes.options.on_nonfinite,
+            on_nonfinite=self.runner.options.on_nonfinite,
         )
 
     def _refuse_unlike(self, begun: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
@@ -276,7 +278,7 @@ class BuildJob:
         expected = record.spec
         if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
             expected = self._without_growth(begun.spec, record.spec)
-        begun.spec.refuse_unlike(expected, str(self.out))
+        begun.spec.check_matches(expected, str(self.out))
         if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
             raise IndexMismatchError(
                 f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "
@@ -288,7 +290,7 @@ class BuildJob:
         """Return the requested spec without the rows and checkpoints that may be new."""
         if self.config.append and requested.train_rows > built.train_rows:
             random = self.config.allow_random_data
-            digest = "random" if random else self.passes.data_digest(built.train_rows)
+            digest = "random" if random else self.runner.data_digest(built.train_rows)
             requested = replace(requested, train_rows=built.train_rows, train_data=digest)
         if self.config.add_checkpoint:
             requested = replace(requested, checkpoints=requested.checkpoints[: max(1, len(built.checkpoints))])
@@ -306,15 +308,15 @@ class BuildJob:
             return False
         return manifest.index.kind == kind
 
-    def refuse_changed(self, model: LoadedModel, start: Start) -> None:
+    def check_canaries(self, model: LoadedModel, start: BuildStart) -> None:
         """Refuse a task that computes other features than those of the finished index: it would mix two models.
 
         Raises:
             IndexMismatchError: a canary differs.
         """
         if start.manifest is not None and not start.record.random_data:
-            canaries = read_kept_canaries(self.out, start.manifest)
-            refuse_changed(model, self.features(start.manifest.build), canaries, str(self.out))
+            canaries = read_intact_canaries(self.out, start.manifest)
+            check_canaries(model, self.features(start.manifest.build), canaries, str(self.out))
 
     def features(self, record: BuildRecord) -> FeatureOptions:
         """Return how gradients become feature rows."""
@@ -326,29 +328,29 @@ class BuildJob:
         config = self.config
         return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
 
-    def tune(self, model: LoadedModel, record: BuildRecord) -> RunSettings:
+    def tune(self, model: LoadedModel, record: BuildRecord) -> BatchSettings:
         """Choose how rows are run and set the model to it; the last step that may reject the build.
 
         A resumed build keeps the settings of its first run, so that all feature files are computed alike.
         """
-        self.passes.check_workers("train")
+        self.runner.check_workers("train")
         if model.checkpoint < 0:
             self.examine(model)
         known = None if record.batch_size is None else (record.batch_size, record.channels_last)
         config = self.config
-        request = TuningRequest(config.batch_size, config.memory_bytes, config.memory_format, known)
+        request = TuningOptions(config.batch_size, config.memory_bytes, config.memory_format, known)
         settings = tune(model, self.features(record), request)
-        self.passes.options = replace(self.passes.options, channels_last=settings.channels_last)
+        self.runner.options = replace(self.runner.options, channels_last=settings.channels_last)
         return settings
 
     def collect_columns(self, progress: ProgressCallback) -> RowTable | None:
         """Return the columns and ids of the training rows, if the task defines any."""
-        task, passes = self.passes.task, self.passes
+        task, runner = self.runner.task, self.runner
         id_of = None if task.ids is None else task.id_of
-        return collect_columns(passes.data("train"), passes.n_rows("train"), task.columns, id_of, progress)
+        return collect_columns(runner.data("train"), runner.n_rows("train"), task.columns, id_of, progress)
 
     def extract(
-        self, model: LoadedModel, generation: NextGeneration, settings: RunSettings, progress: ProgressCallback
+        self, model: LoadedModel, generation: NextGeneration, settings: BatchSettings, progress: ProgressCallback
     ) -> ExtractionResult:
         """Write every missing feature file, and the canaries.
 
@@ -358,7 +360,7 @@ class BuildJob:
         features = self.features(generation.record)
         extraction = Extraction(model, generation.store, features, generation.missing, progress)
         try:
-            extracted = extraction.run(held=reading_costs_more(extraction.layout, settings, self._load_seconds))
+            extracted = extraction.run(by_partition=reading_costs_more(extraction.layout, settings, self._load_seconds))
         except MisplacedRowsError:
             # A resumed build would reuse intact files, and rows in them may be wrong.
             generation.delete_new_features()
@@ -368,14 +370,14 @@ class BuildJob:
 
     def audit(
         self, model: LoadedModel, generation: NextGeneration, extracted: ExtractionResult, progress: ProgressCallback
-    ) -> Audits:
+    ) -> BuildAudits:
         """Compare stored rows with plain autograd.
 
         Raises:
             GradientProofError: a row differs.
         """
         auditor = Auditor(model, generation.store, self.features(generation.record), progress)
-        built = BuiltRows(extracted, generation.start, generation.missing, generation.removed_R, self.config.seed)
+        built = UnpublishedRows(extracted, generation.start, generation.missing, generation.removed_R, self.config.seed)
         return audit_build(auditor, built)
 
     def report(
@@ -384,5 +386,5 @@ class BuildJob:
         """Return the result of a build that began at `began_s`."""
         skipped = read_skipped_rows(self.out, manifest)
         return BuildReport(
-            manifest, rows_extracted, perf_counter() - began_s, skipped, self.passes.loader.notes, uneven
+            manifest, rows_extracted, perf_counter() - began_s, skipped, self.runner.loader.notes, uneven
         )

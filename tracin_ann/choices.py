@@ -1,6 +1,6 @@
-"""The values that options take: names of sketches, searches, formats and policies. It imports nothing heavy.
+"""Values that options accept: names of sketches, search strategies, precisions, formats and policies.
 
-Commands list these in `--help` and complete them in a shell; neither may wait for torch to be imported.
+Commands list them in `--help` and in shell completion, so this module does not import torch.
 """
 
 from __future__ import annotations

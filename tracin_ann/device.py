@@ -1,8 +1,8 @@
-"""The one seam to accelerators: which device torch computes on, which FAISS is installed.
+"""Compute devices: choice of the torch device, free memory, device-specific settings, and the installed FAISS.
 
-This is the only module that may name an accelerator's API. Devices are resolved once, at the
-edge (`resolve_device`), and passed down as `torch.device`. torch is imported where it is used: commands read
-the names of devices for their `--help`, which is not to wait for it.
+No other module names an accelerator's API. A device is resolved once, in the command or function that a user calls
+(`resolve_device`), and passed down as `torch.device`. torch is imported inside functions, so that `--help`, which lists
+the names of devices, does not wait for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
-_FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
+_FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
     """Return the device for a name: `auto` (GPU where there is one), `cpu`, `cuda`, `cuda:1`.
 
     Raises:
-        UsageError: the name is no device, or that device is not on this machine.
+        UsageError: the name is not a device, or the machine does not have that device.
     """
     import torch
 
@@ -50,7 +50,7 @@ def resolve_device(name: str = "auto") -> torch.device:
                 problem(
                     "no such GPU",
                     got=repr(name),
-                    expected=f"one of the {count} that torch sees",
+                    expected=f"one of the {count} GPUs that torch sees",
                     remedy="use --device cpu",
                 )
             )
@@ -58,7 +58,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a name for people: the GPU's model, or the number of CPU threads."""
+    """Return a name to display: the GPU's model, or the number of CPU threads."""
     import torch
 
     if device.type == "cuda":
@@ -66,15 +66,8 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def devices() -> list[torch.device]:
-    """Return the kinds of device on this machine, the CPU first."""
-    import torch
-
-    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-
-
 def free_memory_bytes(device: torch.device) -> int:
-    """Return the bytes now free on the device."""
+    """Return the number of bytes that are free on the device now."""
     import torch
 
     if device.type == "cuda":
@@ -83,7 +76,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def _available_bytes() -> int:
-    """Return what the machine can give without swapping: on Linux, what it keeps of files counts as free."""
+    """Return the bytes of main memory available without swapping; on Linux, the page cache counts as free."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -91,9 +84,9 @@ def _available_bytes() -> int:
 
 
 def container_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what a container may still take by its control group (version 2), or more than any machine has.
+    """Return the bytes left under the memory limit of the control group (version 2), or `sys.maxsize` without a limit.
 
-    What it keeps of files that nobody reads at the moment counts as free.
+    The inactive page cache counts as free.
     """
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -109,7 +102,7 @@ def container_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def record_event(device: torch.device) -> Callable[[], None]:
-    """Return what waits until all work launched on the device so far is done; on a CPU it is."""
+    """Return a function that waits for all work launched on the device so far; on a CPU it returns at once."""
     import torch
 
     if device.type != "cuda":
@@ -119,8 +112,8 @@ def record_event(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 
-def refuse_slow_bf16(device: torch.device) -> None:
-    """Refuse bfloat16 where it is emulated and so slower than float32.
+def require_native_bf16(device: torch.device) -> None:
+    """Raise an error if bfloat16 is emulated on the device, which is slower than float32.
 
     Raises:
         UsageError: the device has no bfloat16 arithmetic.
@@ -141,7 +134,7 @@ def refuse_slow_bf16(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Put torch's random state (CPU and every GPU) back as it was on leaving."""
+    """Restore torch's random state (CPU and every GPU) when the block ends."""
     import torch
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
@@ -149,8 +142,8 @@ def preserve_rng() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def allow_recurrent_backward() -> Iterator[None]:
-    """Let recurrent layers in eval mode run backward: cuDNN's kernels refuse, torch's own do not."""
+def disable_tf32() -> Iterator[None]:
+    """Run cuDNN in full float32 precision and without its benchmark mode in the block; `enabled` does not change."""
     import torch
 
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
@@ -159,13 +152,13 @@ def allow_recurrent_backward() -> Iterator[None]:
 
 @functools.cache
 def import_faiss() -> ModuleType:
-    """Return the `faiss` module, or say which package is missing or which two collide.
+    """Return the `faiss` module.
 
     Raises:
-        MissingPackageError: no FAISS wheel is installed, or more than one (all own the module
-            `faiss`: the later install wins, and removing one leaves an empty module).
+        MissingPackageError: no FAISS package is installed, or more than one. All of them provide the module
+            `faiss`: the last one installed overwrites the others, and removing one leaves an empty module.
     """
-    found = [name for name in _FAISS_WHEELS if _installed(name)]
+    found = [name for name in _FAISS_PACKAGES if _is_installed(name)]
     if len(found) > 1:
         raise MissingPackageError(
             problem(
@@ -178,49 +171,39 @@ def import_faiss() -> ModuleType:
     try:
         import faiss  # noqa: PLC0415 - optional package, imported only here
     except ImportError as error:
-        raise _no_faiss() from error
+        raise _missing_faiss() from error
     if not hasattr(faiss, "IndexFlatIP"):
-        raise _no_faiss()
-    _single_threaded_after_fork(faiss)
+        raise _missing_faiss()
+    _use_one_thread_after_fork(faiss)
     return faiss
 
 
 @functools.cache
-def _single_threaded_after_fork(faiss: ModuleType) -> None:
-    """Let forked processes search and multiply in one thread: this one's threads are gone there, and waited for."""
+def _use_one_thread_after_fork(faiss: ModuleType) -> None:
+    """Make FAISS and torch single-threaded in forked processes, which would wait forever for the parent's threads."""
     import torch
 
-    def alone() -> None:
+    def limit_threads() -> None:
         faiss.omp_set_num_threads(1)
         torch.set_num_threads(1)
 
-    os.register_at_fork(after_in_child=alone)
+    os.register_at_fork(after_in_child=limit_threads)
 
 
-def faiss_gpu_resources(device: torch.device) -> Any | None:
-    """Return FAISS GPU resources for the device, or None where FAISS has no GPU or the device is a CPU."""
-    if device.type != "cuda":
-        return None
-    faiss = import_faiss()
-    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-        return None
-    return faiss.StandardGpuResources()
-
-
-def _installed(wheel: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
-        importlib.metadata.version(wheel)
+        importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
 
 
-def _no_faiss() -> MissingPackageError:
+def _missing_faiss() -> MissingPackageError:
     return MissingPackageError(
         problem(
             "FAISS is not installed",
-            got="no working module faiss",
-            expected="one of the packages " + ", ".join(_FAISS_WHEELS),
+            got="no usable module faiss",
+            expected="one of the packages " + ", ".join(_FAISS_PACKAGES),
             remedy="pip install 'tracin-ann[cpu]' (or 'tracin-ann[gpu]' on Linux with an NVIDIA GPU)",
         )
     )

@@ -1,4 +1,4 @@
-"""Every error a user can cause: one line each (what, got, expected, remedy) and an exit status."""
+"""Exceptions of the library, their exit statuses, and the one-line form of their messages."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 class TracinAnnError(Exception):
-    """Base of all errors that tracin_ann raises on purpose; `exit_code` is the command's status."""
+    """Base class of all errors that tracin_ann raises; `exit_code` is the exit status of the command."""
 
     exit_code = 1
 
 
 class UsageError(TracinAnnError):
-    """An option or argument that cannot be understood or does not fit the others."""
+    """An option or argument is invalid or conflicts with another one."""
 
     exit_code = 2
 
 
 class TaskError(TracinAnnError):
-    """The task cannot be used: its model, loss, data or checkpoints break the contract."""
+    """The task cannot be used: its model, loss, data or checkpoints violate the contract of `Task`."""
 
 
 class CheckpointError(TaskError):
@@ -32,15 +32,18 @@ class NonFiniteError(TaskError):
 
 
 class GradientProofError(TaskError):
-    """No step of the ladder gives per-example gradients that agree with autograd."""
+    """No gradient method computes per-example gradients that agree with autograd."""
 
 
 class MisplacedRowsError(GradientProofError):
-    """Examples lie otherwise in a layer's input than when its gradients were proven; earlier batches may be wrong."""
+    """The examples are laid out in a layer's input differently than when its gradients were verified.
+
+    The gradients of earlier batches may be wrong too.
+    """
 
 
 class IndexMismatchError(TracinAnnError):
-    """A query or a build does not fit the index in the directory."""
+    """A query or a build is not compatible with the index in the directory."""
 
     exit_code = 3
 
@@ -58,30 +61,30 @@ class BusyIndexError(TracinAnnError):
 
 
 class MissingPackageError(TracinAnnError):
-    """A package that the request needs is not installed, or two that exclude each other are."""
+    """A required package is not installed, or two packages that exclude each other are."""
 
 
 def problem(what: str, *, got: object, expected: object, remedy: str) -> str:
-    """Return the one-line message all errors share: what happened, got, expected, remedy."""
+    """Return the one-line message of an error: what happened, got, expected, remedy."""
     return f"{what}: got {got}, expected {expected}; {remedy}"
 
 
 def first_line(error: Exception) -> str:
-    """Return an exception's kind and the first line of what it says, cut where it is long."""
+    """Return the type of an exception and the first line of its message, at most 160 characters of it."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
 
 @contextmanager
 def attach_path(path: Path, written_as: Path | None = None) -> Iterator[None]:
-    """Let an error of the system name this file: those of fsync and write name none.
+    """Set the filename of system errors raised in the block: those of fsync and write have none.
 
     Args:
-        path: what the user knows.
-        written_as: what stands for it meanwhile.
+        path: the file as the user knows it.
+        written_as: the temporary file that later replaces it; errors that name it name `path` instead.
 
     Raises:
-        OSError: with `filename`.
+        OSError: raised in the block, with `filename` set.
     """
     try:
         yield

@@ -15,7 +15,7 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.features import IndexTask, Passes, PassOptions, load_index_task
+from tracin_ann.features import IndexTask, RunOptions, TaskRunner, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,
@@ -38,7 +38,7 @@ from tracin_ann.store import (
     RowFilter,
     RowTable,
     SketchSpec,
-    Skipped,
+    SkippedRows,
     check_generation,
     generation_folder,
     read_columns,
@@ -57,9 +57,7 @@ logger = logging.getLogger(__name__)
 class InfluenceIndex:
     """A finished index, opened by `InfluenceIndex.open`; it reads one generation until it is closed."""
 
-    def __init__(
-        self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: RunOptions) -> None:
         self.directory, self.manifest = directory, manifest
         self._folder = generation_folder(directory, manifest.generation)
         self._task, self._options = IndexTask(directory, manifest, find_task, options), options
@@ -92,7 +90,7 @@ class InfluenceIndex:
         path = Path(directory)
         manifest, lease = take_lease(path)
         check_generation(path, manifest, deep=True)
-        options = PassOptions(
+        options = RunOptions(
             resolve_device(device),
             batch_size,
             manifest.build.random_data,
@@ -119,13 +117,13 @@ class InfluenceIndex:
         return self._task.task
 
     @property
-    def passes(self) -> Passes:
+    def runner(self) -> TaskRunner:
         """Return the task's data and model, after the task is compared with the spec field by field.
 
         Raises:
             IndexMismatchError: a field differs.
         """
-        return self._task.passes
+        return self._task.runner
 
     def expect(self, sketch: str | None = None, dim: int | None = None, seed: int | None = None) -> None:
         """Refuse the index if it was built with another sketch, dimension or seed.
@@ -140,7 +138,7 @@ class InfluenceIndex:
             dim if dim is not None else built.sketch.dim,
             seed if seed is not None else built.sketch.seed,
         )
-        built.refuse_unlike(replace(built, sketch=expected), str(self.directory))
+        built.check_matches(replace(built, sketch=expected), str(self.directory))
 
     @cached_property
     def search_index(self) -> SearchIndex:
@@ -165,7 +163,7 @@ class InfluenceIndex:
         """Return the task's own id of a row, or the row's position if the task defines no ids."""
         if side == "train":
             return self.rows.id_at(row)
-        own = self.passes.id_of(side, row)
+        own = self.runner.id_of(side, row)
         return row if own is None else own
 
     def positions(self, side: SideName, ids: Sequence[Id]) -> tuple[int, ...]:
@@ -177,7 +175,7 @@ class InfluenceIndex:
         if side == "train":
             own = [] if self.rows.ids is None else self.rows.ids.tolist()
         else:
-            own = self.passes.own_ids(side)
+            own = self.runner.read_ids(side)
         # Compared as text: on a command line, 7 may be a number or a string.
         places = {str(name): row for row, name in enumerate(own)}
         unknown = [name for name in ids if str(name) not in places]
@@ -198,7 +196,7 @@ class InfluenceIndex:
         return read_removed_ids(self.directory, self.manifest)
 
     @cached_property
-    def skipped(self) -> Skipped:
+    def skipped(self) -> SkippedRows:
         """Return the rows that the build skipped because they are not finite; no answer contains them."""
         return read_skipped_rows(self.directory, self.manifest)
 
@@ -293,7 +291,7 @@ class InfluenceIndex:
 
     def _answer(self, questions: Sequence[Question], progress: ProgressCallback | None) -> Answers:
         for question in questions:
-            self.passes.check_ids(question.side, question.ids)
+            self.runner.check_ids(question.side, question.ids)
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
         fidelity = self.manifest.fidelity
         answers: list[Answer] = []
@@ -304,7 +302,7 @@ class InfluenceIndex:
                 record=self.manifest.index,
                 error_scale=None if fidelity is None else fidelity.error_scale,
                 rates=rates,
-                passes=self.passes,
+                runner=self.runner,
                 id_of=self.id_of,
                 progress=_count_rows(progress, self._exact_units(question)),
             )
@@ -353,9 +351,9 @@ class InfluenceIndex:
         chosen = self._check_checkpoints(checkpoints)
         ids = self.present(rows)
         if exact:
-            self._task.refuse_changed(chosen)
+            self._task.check_canaries(chosen)
             counted = _count_rows(progress, len(ids) * len(chosen))
-            scores_N = exact_self_influence(self.passes, ids.tolist(), chosen, counted)
+            scores_N = exact_self_influence(self.runner, ids.tolist(), chosen, counted)
         else:
             rates = np.array([self.manifest.build.spec.checkpoints[c].learning_rate for c in chosen])
             scores_N = (self._store.sqnorms(chosen) @ rates)[ids]
@@ -370,7 +368,7 @@ class InfluenceIndex:
 
     def described(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, or None if it defines none or cannot be found."""
-        return self.passes.described(side, row) if self._describes else None
+        return self.runner.describe(side, row) if self._describes else None
 
     @cached_property
     def _describes(self) -> bool:

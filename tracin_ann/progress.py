@@ -1,4 +1,4 @@
-"""Progress of long work as people see it: a bar on a terminal or in a notebook, a line now and then elsewhere."""
+"""Progress display of long operations: a bar on a terminal or in a notebook, lines on stderr elsewhere."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ _NOTEBOOK_SECONDS = 0.2
 
 @contextmanager
 def progress_bar(unit: str = "rows") -> Iterator[ProgressCallback]:
-    """Yield what `build(progress=...)`, `index.query(progress=...)` and the like take, and show what they tell it.
+    """Yield a progress callback for `build(progress=...)`, `index.query(progress=...)` and the like.
 
-    A bar that is gone at the end in a terminal, a bar that stays in a notebook; elsewhere a line on stderr every ten
-    seconds, so that short work prints nothing.
+    On a terminal it shows a bar that is removed at the end, in a notebook a bar that stays. Elsewhere it writes a line
+    to stderr every ten seconds, so short operations print nothing.
 
     Args:
-        unit: of what is counted, for the rate.
+        unit: name of the units that are counted, for the rate.
     """
     console = Console(stderr=True)
     if _in_notebook():
-        with _notebook(unit) as show:
+        with _show_in_notebook(unit) as show:
             yield show
     elif console.is_terminal and not console.is_dumb_terminal:
-        with _terminal(unit, console) as show:
+        with _show_on_terminal(unit, console) as show:
             yield show
     else:
-        yield _lines(unit)
+        yield _line_writer(unit)
 
 
 @dataclass
 class _Clock:
-    """When each stage was first told of."""
+    """Start times of the stages, by name."""
 
     unit: str
     began: dict[str, float] = field(default_factory=dict)
 
-    def said(self, stage: str, done: int, total: int) -> str:
-        """Return how far a stage is, with its rate and the time left once it has both."""
+    def describe(self, stage: str, done: int, total: int) -> str:
+        """Return the progress of a stage with its rate and remaining time, or "" while there is no rate."""
         seconds = time.perf_counter() - self.began.setdefault(stage, time.perf_counter())
         if total <= 1 or not done or not seconds:
             return ""
@@ -62,7 +62,7 @@ class _Clock:
 
 
 @contextmanager
-def _terminal(unit: str, console: Console) -> Iterator[ProgressCallback]:
+def _show_on_terminal(unit: str, console: Console) -> Iterator[ProgressCallback]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         tasks: dict[str, tuple[TaskID, float]] = {}
@@ -77,7 +77,8 @@ def _terminal(unit: str, console: Console) -> Iterator[ProgressCallback]:
         yield show
 
 
-def _lines(unit: str) -> ProgressCallback:
+def _line_writer(unit: str) -> ProgressCallback:
+    """Return a callback that writes a line to stderr, at most one every ten seconds."""
     clock = _Clock(unit)
     last = 0.0
 
@@ -85,12 +86,12 @@ def _lines(unit: str) -> ProgressCallback:
         nonlocal last
         now = time.perf_counter()
         first = stage not in clock.began
-        said = clock.said(stage, done, total)
+        text = clock.describe(stage, done, total)
         if first or now - last < _LINE_SECONDS:
             last = now if first else last
             return
         last = now
-        sys.stderr.write(f"{stage}: {said}\n")
+        sys.stderr.write(f"{stage}: {text}\n")
         sys.stderr.flush()
 
     return show
@@ -103,8 +104,8 @@ def _in_notebook() -> bool:
 
 
 @contextmanager
-def _notebook(unit: str) -> Iterator[ProgressCallback]:
-    """Draw with the notebook's own means: rich's bars need ipywidgets there, and are gone from a saved notebook."""
+def _show_in_notebook(unit: str) -> Iterator[ProgressCallback]:
+    """Draw bars as HTML: the bars of rich need ipywidgets in a notebook and are not saved with it."""
     from IPython.display import HTML, display  # noqa: PLC0415 - optional package, imported only here
 
     clock = _Clock(unit)
@@ -120,8 +121,8 @@ def _notebook(unit: str) -> Iterator[ProgressCallback]:
     def show(stage: str, done: int, total: int) -> None:
         new = stage not in stages
         bar = f"<progress value='{done}' max='{max(total, 1)}' aria-label='{escape(stage)}'></progress>"
-        said = escape(clock.said(stage, done, total))
-        stages[stage] = f"<tr><td>{escape(stage)}</td><td>{bar}</td><td>{said}</td></tr>"
+        text = escape(clock.describe(stage, done, total))
+        stages[stage] = f"<tr><td>{escape(stage)}</td><td>{bar}</td><td>{text}</td></tr>"
         if new or time.perf_counter() - drawn > _NOTEBOOK_SECONDS:
             draw()
 

@@ -1,35 +1,35 @@
-"""Text as people read it: control characters made visible, durations and sizes."""
+"""Text for display: escaped control characters, and formatted durations and sizes."""
 
 from __future__ import annotations
 
 import re
 
-# Control characters (C0, C1), line and paragraph separators, what reverses the order of text, and lone surrogates.
+# Control characters (C0, C1), line and paragraph separators, bidirectional controls, and lone surrogates.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_control(text: str, keep: str = "") -> str:
-    r"""Return a text in one line that changes no terminal and reorders nothing: ESC becomes `\x1b`.
+    r"""Return a text with its control characters escaped, safe to print on a terminal: ESC becomes `\x1b`.
 
     Args:
         text: any text.
-        keep: characters that stay as they are.
+        keep: characters that are not escaped.
     """
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text)
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else match[0].encode("unicode_escape").decode(), text)
 
 
 def escape_surrogates(text: str) -> str:
-    """Return a text that UTF-8 can encode: lone surrogates become escapes."""
+    """Return a text with lone surrogates escaped, so that UTF-8 can encode it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def escape_json(coded: str) -> str:
-    """Return JSON of the same value, in which unsafe characters of its texts are JSON's own escapes."""
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", coded)
+    """Return JSON text of the same value, with the control characters in its strings replaced by JSON escapes."""
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", coded)
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds as people read them: 41 s, 3 min 20 s, 2 h 5 min."""
+    """Return a duration for display: 41 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:  # noqa: PLR2004
         return f"{whole} s"
@@ -39,7 +39,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_size(n_bytes: float) -> str:
-    """Return a number of bytes as people read it."""
+    """Return a number of bytes for display: 900 bytes, 1.5 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if n_bytes < 1000:  # noqa: PLR2004
             return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"

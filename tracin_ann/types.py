@@ -1,7 +1,7 @@
-"""Frozen records that cross module boundaries, and the legend of the shape suffixes.
+"""Types shared by all packages: arrays, the result of a search, a source of rows, the progress callback.
 
-Shapes: N train rows, Q queries, B batch, T positions, P parameters, C checkpoints,
-D sketch dimension a checkpoint, F = C·D feature dimension, K results.
+Shape suffixes: N train rows, Q queries, B batch, T positions, P parameters, C checkpoints,
+D sketch dimension per checkpoint, F = C·D feature dimension, K results.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class TopK:
     """The best rows of each query by inner product, best first.
 
     Attributes:
-        ids: Q arrays of int64, one a query; at most K long, shorter only where fewer rows exist
-            (or were reached). Never holds a padding id.
-        scores: Q arrays of float32 beside `ids`, falling; equal scores by rising id.
-        rows_scored: int64 [Q], how many stored rows (and coarse centroids) were compared.
+        ids: Q arrays of int64, one per query, of length at most K; shorter only if fewer rows exist or were searched.
+            Contains no padding ids.
+        scores: Q arrays of float32, parallel to `ids`, in descending order; equal scores are in order of ascending id.
+        rows_scored: int64 [Q], number of stored rows (and coarse centroids) compared with the query.
     """
 
     ids: tuple[Int64, ...]
@@ -34,13 +34,13 @@ class TopK:
     rows_scored: Int64
 
     def __post_init__(self) -> None:
-        """Check that the three fields speak of the same queries."""
+        """Check that the three fields have one entry per query."""
         if not len(self.ids) == len(self.scores) == len(self.rows_scored):
             raise ValueError(f"TopK of {len(self.ids)} ids, {len(self.scores)} scores, {len(self.rows_scored)} counts")
 
 
 class RowSource(Protocol):
-    """Rows with ids, readable in blocks and by id; what an index is built from and re-scored with."""
+    """Rows with ids, readable in blocks and by id; a search index is built from it and re-scores hits with it."""
 
     @property
     def dim(self) -> int:
@@ -50,22 +50,22 @@ class RowSource(Protocol):
         """Return N, the number of rows."""
 
     def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
-        """Yield (ids [n], rows [n, F]) in rising id order, n ≤ block_rows, all rows from position start on once."""
+        """Yield all rows from position `start` on in blocks (ids [n], rows [n, F]), n ≤ block_rows, by ascending id."""
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
-        """Return float32 rows [len(ids), F] of these ids, in the order asked for.
+        """Return float32 rows [len(ids), F] of these ids, in the order given.
 
         Raises:
-            KeyError: an id that the source does not hold.
+            KeyError: the source has no row with one of the ids.
         """
 
 
 class ProgressCallback(Protocol):
-    """Told how far a long piece of work is."""
+    """A function that is called with the progress of a long operation."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note: `done` of `total` units of a stage, such as rows × checkpoints of "features"."""
+        """Report that `done` of `total` units of a stage are finished, such as rows × checkpoints of "features"."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """Take progress and say nothing."""
+    """Do nothing: the progress callback of calls without one."""

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import models
 from benchmarks.common.plain_step import time_plain_step
 from benchmarks.common.results import report_results
-from tracin_ann.features.autotune import TuningRequest, tune
+from tracin_ann.features.autotune import TuningOptions, tune
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, RowBuffer
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
 
@@ -34,12 +34,12 @@ Part = Callable[[], object]
 
 def make_parts(model: LoadedModel, options: argparse.Namespace, n_rows: int, folder: str) -> dict[str, Part]:
     """Return the functions to time, by name; each runs over all rows."""
-    passes, engine = model.passes, model.engine("train")
-    loaded = list(passes.read("train", range(n_rows)))
+    runner, engine = model.runner, model.engine("train")
+    loaded = list(runner.read("train", range(n_rows)))
     batches = [model.batch("train", each) for each in loaded]
     features = FeatureOptions(make_sketch("factored", options.dim), 0, engine.prove(batches[0]).rank_one)
     extractor = FeatureExtractor(model, features)
-    rows = RowBuffer(n_rows, options.dim).filled(0, n_rows, extractor.stream("train", loaded))
+    rows = RowBuffer(n_rows, options.dim).fill(0, n_rows, extractor.stream("train", loaded))
     store = FeatureStore(Path(folder), StoreLayout(n_rows, n_rows, options.dim, "float16", ("benchmark",)))
     block = FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
 
@@ -49,7 +49,7 @@ def make_parts(model: LoadedModel, options: argparse.Namespace, n_rows: int, fol
                 engine.losses(batch)
 
     return {
-        "reading": lambda: list(passes.read("train", range(n_rows))),
+        "reading": lambda: list(runner.read("train", range(n_rows))),
         "forward": forward,
         "factors": lambda: [engine.run(batch, lambda: lambda name, form, rows: None) for batch in batches],
         "rows": lambda: list(extractor.stream("train", loaded)),
@@ -69,14 +69,14 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
     size = benchmarked.batch_size
     n_rows = size * options.batches * (16 if "CNN" in name else 1)
     with tempfile.TemporaryDirectory() as folder:
-        passes = Passes(models.make_task(name, folder, n_rows), PassOptions(torch.device("cpu"), size))
-        train_data = passes.data("train")
+        runner = TaskRunner(models.make_task(name, folder, n_rows), RunOptions(torch.device("cpu"), size))
+        train_data = runner.data("train")
         data = [train_data[i] for i in range(n_rows)]
-        with passes.model() as model:
+        with runner.model() as model:
             model.load(0)
             model.engine("train").prove(next(model.batches("train", range(size))))
             features = FeatureOptions(make_sketch("factored", options.dim), 0, frozenset())
-            tuning = tune(model, features, TuningRequest(size))
+            tuning = tune(model, features, TuningOptions(size))
             timed = make_parts(model, options, n_rows, folder)
             times: dict[str, list[float]] = {part: [] for part in (*timed, "plain")}
             for round_ in range(options.rounds + 1):

@@ -16,7 +16,7 @@ from benchmarks.common.results import report_results
 from benchmarks.common.trained_models import SUBJECTS
 from tracin_ann import Task
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.scoring.exact import exact_scores
 from tracin_ann.sketch import make_sketch
 
@@ -25,25 +25,25 @@ K = 10
 PRECISIONS = ("fp32", "bf16")
 
 
-def compute_features(passes: Passes, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def compute_features(runner: TaskRunner, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the features of queries [Q, F] and of training rows [N, F]."""
     sides: dict[str, list[np.ndarray]] = {"query": [], "train": []}
-    with passes.model() as model:
-        for checkpoint in range(len(passes.task.checkpoints)):
+    with runner.model() as model:
+        for checkpoint in range(len(runner.task.checkpoints)):
             model.load(checkpoint)
             rank_one = model.engine("train").prove(next(model.batches("train", range(8)))).rank_one
             extractor = FeatureExtractor(model, FeatureOptions(make_sketch("factored", dim), 0, rank_one))
             for side, parts in sides.items():
-                parts.append(extractor.rows(side, range(passes.n_rows(side))).feature_ND)
+                parts.append(extractor.rows(side, range(runner.n_rows(side))).feature_ND)
     return np.concatenate(sides["query"], 1), np.concatenate(sides["train"], 1)
 
 
-def time_row_us(passes: Passes, dim: int, n_rows: int) -> float:
+def time_row_us(runner: TaskRunner, dim: int, n_rows: int) -> float:
     """Return the microseconds per row of extraction at one checkpoint."""
-    with passes.model() as model:
+    with runner.model() as model:
         model.load(0)
         extractor = FeatureExtractor(model, FeatureOptions(make_sketch("factored", dim), 0, frozenset()))
-        loaded = list(passes.read("train", range(n_rows)))
+        loaded = list(runner.read("train", range(n_rows)))
         for _ in extractor.stream("train", loaded[:2]):
             pass
         start_s = time.perf_counter()
@@ -60,10 +60,10 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
 
 def compare_precisions(name: str, task: Task, options: argparse.Namespace) -> dict[str, object]:
     """Return recall, errors and times of both precisions."""
-    by_precision = {p: Passes(task, PassOptions(torch.device("cpu"), 64, precision=p)) for p in PRECISIONS}
+    by_precision = {p: TaskRunner(task, RunOptions(torch.device("cpu"), 64, precision=p)) for p in PRECISIONS}
     n_queries, n_rows = (len(data()) for data in (task.query_data, task.train_data))
-    passes = by_precision["fp32"]
-    true = exact_scores(passes, ("query", range(n_queries)), range(n_rows), range(len(task.checkpoints)))
+    runner = by_precision["fp32"]
+    true = exact_scores(runner, ("query", range(n_queries)), range(n_rows), range(len(task.checkpoints)))
     row: dict[str, object] = {"model": name}
     scores = {}
     for precision, each in by_precision.items():

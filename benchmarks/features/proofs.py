@@ -27,7 +27,7 @@ from tracin_ann.gradients.engine import GradientEngine
 RESULT = "proofs"
 METHODS = {
     "proofs": (GradientEngine, "prove"),
-    "checks": (LayerCapture, "_weighted_backward"),
+    "checks": (LayerCapture, "_run_weighted_backward"),
     "audit": (Auditor, "audit"),
 }
 

@@ -40,7 +40,7 @@ from benchmarks.fidelity.sketches import (
 )
 from tracin_ann import Task
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.gradients.factors import Dense
 from tracin_ann.sketch import ParameterKey, make_sketch
 
@@ -189,7 +189,7 @@ def measure_model(options: argparse.Namespace, name: str, subject: Subject, seed
     with tempfile.TemporaryDirectory() as runs:
         task = subject.train_task(options.data, runs, seed)
         scores = Scores(options, seed, task, subject.chunk)
-        with Passes(task, PassOptions(CPU, 256)).model() as model:
+        with TaskRunner(task, RunOptions(CPU, 256)).model() as model:
             for checkpoint in range(len(task.checkpoints)):
                 model.load(checkpoint)
                 scores.add(model)

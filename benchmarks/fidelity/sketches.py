@@ -19,7 +19,7 @@ from torch import Tensor
 from tracin_ann.gradients.factors import Dense
 from tracin_ann.sketch import ParameterKey, ParameterSketch
 from tracin_ann.sketch.factored import FactoredSketch
-from tracin_ann.sketch.sides import Side, Untouched, projected
+from tracin_ann.sketch.sides import Identity, Side, make_projection
 from tracin_ann.sketch.twosided import Finish, SignFold, TwoSided
 
 _BLOCK = 1 << 22
@@ -104,12 +104,12 @@ class GaussianSides:
 
     def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> TwoSided:
         rows, columns = key.matrix
-        left: Side = Untouched(rows)
-        right: Side = Untouched(columns)
+        left: Side = Identity(rows)
+        right: Side = Identity(columns)
         if columns > 1 and rows > self.side:
-            left = projected(key.stream("left"), rows, self.side, device, dtype)
+            left = make_projection(key.stream("left"), rows, self.side, device, dtype)
         if columns > self.side:
-            right = projected(key.stream("right"), columns, self.side, device, dtype)
+            right = make_projection(key.stream("right"), columns, self.side, device, dtype)
         return TwoSided(key.matrix, left, right, _draw_sign_fold(key, left.width * right.width, self.dim))
 
 
@@ -137,14 +137,14 @@ class MaskedSides:
 
     def parameter(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> TwoSided:
         rows, columns = key.matrix
-        left = Untouched(rows) if columns == 1 else self._select_side(key, "left", rows)
+        left = Identity(rows) if columns == 1 else self._select_side(key, "left", rows)
         right = self._select_side(key, "right", columns)
         finish: Finish = Hash(*draw_hash(key, "entry", left.width * right.width, self.dim))
         return TwoSided(key.matrix, left, right, finish)
 
     def _select_side(self, key: ParameterKey, role: str, n: int) -> Side:
         if n <= self.side:
-            return Untouched(n)
+            return Identity(n)
         order = np.argsort(key.stream(role).words(0, n), kind="stable")
         return Masked(self.side, torch.from_numpy(np.sort(order[: self.side])), n)
 

@@ -41,7 +41,8 @@ def main() -> None:
             for name, exact in (("sketch", False), ("exact", True)):
                 ranking = [int(item.id) for item in index.self_influence(exact=exact)]
                 row[f"{name}_auc"] = compute_auc(ranking, flipped)
-                row |= {f"{name}_found_at_{share}": digits.found(ranking, flipped, share / 100) for share in (10, 20)}
+                for share in (10, 20):
+                    row[f"{name}_found_at_{share}"] = digits.find_share(ranking, flipped, share / 100)
             print(row, flush=True)
             results.append(row)
     print(write_results(RESULT, vars(options), results))

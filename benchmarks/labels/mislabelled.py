@@ -86,7 +86,7 @@ def train_words(data: Path, folder: Path, rate: float, seed: int) -> tuple[Task,
     word_ids = sst2.vocabulary(train_rows)
 
     def collate(rows: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return sst2.collated(rows, word_ids)
+        return sst2.collate(rows, word_ids)
 
     words, targets = collate(train_rows)
     torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.common import models
 from tracin_ann import BuildConfig
 from tracin_ann.build import open_build
-from tracin_ann.features.autotune import TuningRequest, tune
+from tracin_ann.features.autotune import TuningOptions, tune
 from tracin_ann.features.extractor import FeatureExtractor
 
 Row = tuple[Tensor, Tensor]
@@ -120,10 +120,10 @@ def open_stream(case: Case, n_rows: int) -> Iterator[Callable[[int], None]]:
         size = case.model.batch_size
         config = BuildConfig(dim=case.dim, batch_size=size, device="cpu")
         work = open_build(task, Path(folder) / "index", config, None)
-        with work.passes.model() as model:
+        with work.runner.model() as model:
             features = config.features(work.examine(model))
             # As in a build, choose the memory format.
-            tune(model, features, TuningRequest(size))
+            tune(model, features, TuningOptions(size))
             extractor = FeatureExtractor(model, features)
 
             def run(n: int) -> None:

@@ -47,9 +47,9 @@ def describe_digit(row: mnist.Row) -> Description:
 
 def find_mistakes(index: InfluenceIndex, among: int) -> list[int]:
     """Return the queries that the last checkpoint misclassifies."""
-    with index.passes.model() as model:
+    with index.runner.model() as model:
         model.load(len(index.task.checkpoints) - 1)
-        images, labels = torch.utils.data.default_collate([index.passes.data("query")[i] for i in range(among)])
+        images, labels = torch.utils.data.default_collate([index.runner.data("query")[i] for i in range(among)])
         with torch.no_grad():
             return [int(i) for i in (model.module(images).argmax(1) != labels).nonzero().flatten()]
 

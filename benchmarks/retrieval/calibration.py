@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common.results import write_results
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
-from tracin_ann.search.calibration import CALIBRATED_FOR, calibrate, compute_recalls
+from tracin_ann.search.calibration import RECALL_AT, calibrate, compute_recalls
 from tracin_ann.search.flat import Subset
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES, Manifest
@@ -44,18 +44,16 @@ def run_case(rows: Subset, queries: np.ndarray, seed: int, target: float) -> dic
     calibration = calibrate(index, exact, known, target)
     found: dict[str, object] = {"seed": seed, "rows": len(rows)}
     for side, sign in (("proponents", 1), ("opponents", -1)):
-        point = calibration.reaching(side, target) or calibration.best(side)
+        point = calibration.fastest_point(side, target) or calibration.best(side)
         signed = sign * new
-        truth = exact.search(signed, CALIBRATED_FOR)
-        recall = float(
-            compute_recalls(index.at(point.setting).search(signed, CALIBRATED_FOR), truth, truth.scores).mean()
-        )
-        reached = calibration.reaching(side, target) is not None
+        truth = exact.search(signed, RECALL_AT)
+        recall = float(compute_recalls(index.at(point.setting).search(signed, RECALL_AT), truth, truth.scores).mean())
+        reached = calibration.fastest_point(side, target) is not None
         found[side] = {"lower": point.lower, "fresh": recall, "broken": recall < point.lower, "reached": reached}
-    looks = calibration.looks
-    found["flagged"] = {name: bool(looks.is_shifted(index, q)) for name, q in make_shifts(new, random)}
-    found["falsely_flagged"] = bool(looks.is_shifted(index, new[:100]))
-    found["strange_share"] = float(looks.strange(index, new).mean())
+    distribution = calibration.looks
+    found["flagged"] = {name: bool(distribution.is_shifted(index, q)) for name, q in make_shifts(new, random)}
+    found["falsely_flagged"] = bool(distribution.is_shifted(index, new[:100]))
+    found["strange_share"] = float(distribution.find_outliers(index, new).mean())
     return found
 
 

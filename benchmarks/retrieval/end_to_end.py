@@ -64,17 +64,17 @@ def measure_queries(
             index.query([query], options=options)
     steps.append(step())
     plain_step = sum(steps) / len(steps)
-    passes, spent = (sum(column) for column in zip(*batched, strict=True))
+    runner, spent = (sum(column) for column in zip(*batched, strict=True))
     return {
         "answers": answers,
         "candidates": candidates,
         "seconds": seconds,
-        "rows_run": passes // n_checkpoints,
-        "share_of_scan": passes / (n_rows * n_checkpoints),
+        "rows_run": runner // n_checkpoints,
+        "share_of_scan": runner / (n_rows * n_checkpoints),
         "share_alone": sum(n for n, _ in single) / (SINGLE_QUERIES * n_rows * n_checkpoints),
         "time_of_scan": seconds / scan_s,
         "plain_step_us": plain_step * 1e6,
-        "steps_a_row": spent / passes / plain_step,
+        "steps_a_row": spent / runner / plain_step,
         # The second round, which excludes proofs and the gradients of the queries.
         "more_steps_a_row": batched[-1][1] / batched[-1][0] / plain_step,
     }
@@ -96,7 +96,7 @@ def main() -> None:
         index = InfluenceIndex.open(f"{folder}/index", task)
         checkpoints = range(len(task.checkpoints))
         start_s = time.perf_counter()
-        true = exact_scores(index.passes, ("query", ids), range(options.rows), checkpoints)
+        true = exact_scores(index.runner, ("query", ids), range(options.rows), checkpoints)
         scan_s = time.perf_counter() - start_s
         model = MODELS["MNIST CNN"]
         rows = [task.train_data()[i] for i in range(4096)]

@@ -209,7 +209,8 @@ def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path
     assert asked.exit_code == 0, asked.stderr
     assert [json.loads(line) for line in asked.stdout.splitlines()] == found.lines()
     assert asked.stderr.strip().endswith(
-        f"{len(found.groups)} groups, {len(found)} of 56 rows, cosine 0.99 or more; 3 without a gradient left out"
+        f"duplicates: {len(found.groups)} groups, {len(found)} of 56 rows, cosine at least 0.99; "
+        "3 rows with a zero gradient excluded"
     )
     own = ask(folder, "--own-ids", "--only", "row-3,row-7,row-8", "--output", tmp_path / "made.csv")
     assert own.exit_code == 0, own.stderr

@@ -19,7 +19,7 @@ from paths import SUPPORT
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved, toy
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.analysis import explain
-from tracin_ann.analysis.explanation import layers_of
+from tracin_ann.analysis.explanation import find_layers
 from tracin_ann.cli.explain import main as explain_command
 from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError
 from tracin_ann.operations.removal import remove
@@ -78,7 +78,7 @@ def test_every_part_is_autograds_and_they_add_up_to_the_exact_score(case: str, t
             true, rel=1e-4, abs=1e-6 * size
         )
         assert [(p.checkpoint, p.parameter) for p in found] == list(true)
-        (exact,) = exact_scores(whole.index.passes, (side, [query]), [4], [0, 1])[0]  # type: ignore[arg-type]
+        (exact,) = exact_scores(whole.index.runner, (side, [query]), [4], [0, 1])[0]  # type: ignore[arg-type]
         assert found.score == pytest.approx(exact, rel=1e-5, abs=1e-6 * size)
         for parts in (found.by_checkpoint, found.by_layer, found.by_parameter):
             assert sum(parts.values()) == pytest.approx(found.score, rel=1e-12, abs=1e-12 * size)
@@ -102,14 +102,14 @@ def test_the_scores_are_those_of_queries(tmp_path: Path) -> None:
 
 
 def test_layers_are_the_owners_of_parameters() -> None:
-    tied = layers_of(models.TinyGPT(tied=True))
+    tied = find_layers(models.TinyGPT(tied=True))
     assert tied["tokens.weight"] == "tokens + head"
     assert tied["places"] == "(model)"
     assert tied["qkv.bias"] == "qkv"
     assert "head.weight" not in tied
-    assert layers_of(models.shared_twice())["first.weight"] == "first + second"
-    assert set(layers_of(models.weight_normed()).values()) == {"0", "2", "3"}
-    assert set(layers_of(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))).values()) == {"(model)"}
+    assert find_layers(models.shared_twice())["first.weight"] == "first + second"
+    assert set(find_layers(models.weight_normed()).values()) == {"0", "2", "3"}
+    assert set(find_layers(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))).values()) == {"(model)"}
 
 
 def margin(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:
     own = ask(folder, "--train-id", "row-3", "--id", "row-2", "--own-ids", "--output", tmp_path / "parts.csv")
     assert own.exit_code == 0, own.stderr
     assert own.stdout == ""
-    assert f"{found.score:+.6g} of row row-3 for query row-2" in own.stderr
+    assert f"exact score:  {found.score:+.6g} of row row-3 for query row-2" in own.stderr
     assert (tmp_path / "parts.csv").read_text().count("\n") == 1 + len(found) == 9
     table = ask(folder, "--train-id", 3, "--query-train-id", 3)
     assert [line.split()[0] for line in table.stdout.splitlines() if "│" in line] == ["first", "second", "all"]
@@ -228,7 +228,7 @@ def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:
     [
         (("--train-id", 3), "neither of --id and --query-train-id"),
         (("--train-id", 3, "--id", 0, "--query-train-id", 0), "two queries"),
-        (("--train-id", "3-4", "--id", 0), "--train-id is not one row: got 2 rows"),
+        (("--train-id", "3-4", "--id", 0), "--train-id takes one row: got 2 rows"),
         (("--train-id", 3, "--id", 99), "no such row in query_data: got 99"),
         (("--train-id", "rows", "--id", "row-1", "--own-ids"), "no such id in train_data"),
     ],

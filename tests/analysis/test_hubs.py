@@ -120,7 +120,7 @@ def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path
     asked = ask(folder, "-k", 3, "--top", 4, "--format", "jsonl")
     assert asked.exit_code == 0, asked.stderr
     assert [json.loads(line) for line in asked.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
-    assert f"{QUERIES} queries, k = 3; exact scan" in asked.stderr
+    assert f"queries:    {QUERIES}, k = 3\nsearch:     exact scan" in asked.stderr
     assert "skewness" in asked.stderr
     own = ask(
         folder,

@@ -315,12 +315,12 @@ def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index:
     result = asked(folder, "-k", "6", "--format", "jsonl")
     assert result.exit_code == 0, result.output
     assert [json.loads(line) for line in result.stdout.splitlines()] == json.loads(json.dumps(found.lines()))
-    assert f"look at about the first {found.suspicion.look_at} of {len(HERE)} rows" in result.stderr
+    assert f"estimate: check about the first {found.suspicion.look_at} of {len(HERE)} rows" in result.stderr
     out = folder / "suspects.csv"
     assert asked(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
     assert out.read_text().splitlines()[0] == ",".join(Suspects.FIELDS.names)
     assert "row-01" in asked(folder, "-k", "2").stdout
-    assert f"{len(HERE)} rows by loss; without labels there is no estimate" in asked(folder, "--no-labels").stderr
+    assert f"estimate: none without labels; {len(HERE)} rows ranked by loss" in asked(folder, "--no-labels").stderr
     assert "have as large a self-influence" in asked(folder, "--by", "self-influence").stderr
     refused = asked(folder, "--labels", "colour")
     assert refused.exit_code == UsageError.exit_code

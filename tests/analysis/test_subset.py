@@ -136,7 +136,7 @@ def test_the_commands_list_is_read_back_by_query(folder: Path, index: InfluenceI
     answer = json.loads(hits.stdout)
     assert {hit["row"] for hit in answer["proponents"] + answer["opponents"]} == set(found.rows)
     refused = run(select_command, folder, "--n", "9", "--output", str(listed), "--csv-raw")
-    assert refused.exit_code == 2 and "--csv-raw changes CSV" in refused.stderr
+    assert refused.exit_code == 2 and "--csv-raw applies to CSV only" in refused.stderr
 
 
 def test_the_commands_list_of_own_ids_is_read_back_by_query(folder: Path, index: InfluenceIndex) -> None:

@@ -1,4 +1,4 @@
-"""The two commands from end to end: answers against float64 oracles, formats, resuming, refusing."""
+"""tracin-build and tracin-query end to end: answers against float64 oracles, formats, resuming, errors."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(digits: Built, tmp
     words = [str(out) if word == str(digits.out) else word for word in digits.words]
     result = run(build_command, *words, "--dry-run")
     assert result.exit_code == 0
-    for part in ("rows        14 x 2,048", "layer rule: 6 parameters, 100.0%", "0.weight: 9x6", "index       flat"):
+    for part in ("rows:      14 x 2,048", "layer rule, 6 parameters, 100.0%", "0.weight: 9x6", "index:     flat"):
         assert part in result.stdout, result.stdout
     assert not out.exists()
 
@@ -175,7 +175,7 @@ def test_a_build_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert lost.read_bytes() == content
     assert answered(index.out, "--ids", "0-2", "-k", 14) == before
-    assert "were there already" in run(build_command, *index.words, "--dim", 64).stdout
+    assert "were already stored" in run(build_command, *index.words, "--dim", 64).stdout
 
 
 def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
     ivf = [str(tmp_path / "ivf") if word == str(flat.out) else word for word in flat.words]
     result = run(build_command, *ivf, "--dim", 64, "--index", "ivf")
     assert result.exit_code == 0, result.stderr
-    assert "index ivf" in result.stdout
+    assert "index: ivf" in result.stdout
     ask = ("--ids", "0-2", "-k", "14")
     assert answered(tmp_path / "ivf", *ask) == answered(flat.out, *ask)
 
@@ -197,13 +197,13 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
         (["--ids", "0-3"], 2, ["no such row in query_data", "got 3", "0 to 2"]),
         (["--train-ids", "14"], 2, ["no such row in train_data", "got 14"]),
         ([], 2, ["no query", "--ids"]),
-        (["--ids", "2-1"], 2, ["expected a range that rises"]),
+        (["--ids", "2-1"], 2, ["expected a range from low to high"]),
         (["--ids", "x"], 2, ["0-9,17"]),
         (["--ids", "0", "--checkpoints", "2"], 2, ["bad --checkpoints", "got 2", "0 to 1"]),
         (["--ids", "0", "--cosine", "--exact"], 2, ["--cosine", "drop one"]),
         (["--self-influence", "--ids", "0"], 2, ["--self-influence", "--ids"]),
-        (["--self-influence", "--rerank", "exact"], 2, ["--self-influence", "--rerank", "drop one"]),
-        (["--ids", "0", "--exact", "--candidates", "5"], 2, ["--exact", "--candidates", "drop one"]),
+        (["--self-influence", "--rerank", "exact"], 2, ["--self-influence", "--rerank", "remove one"]),
+        (["--ids", "0", "--exact", "--candidates", "5"], 2, ["--exact", "--candidates", "remove one"]),
         (["--ids", "0", "-k", "0"], 2, ["-k"]),
         (["--ids", "0", "--task", "nowhere.py:task"], 2, ["file is missing", "nowhere.py"]),
         (["--ids", "0", "--device", "quantum"], 2, ["unknown device", "quantum"]),

@@ -1,4 +1,4 @@
-"""Texts that attack a terminal, a spreadsheet or a page are shown and written harmless, in every locale."""
+"""Text that attacks a terminal, a spreadsheet or an HTML page is shown and written safely, in every locale."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def test_csv_guards_texts_unless_told_not_to(folder: Path, tmp_path: Path) -> No
         assert ("'@SUM(A1)" in texts, "-2.5" in texts) == (guards, True)
         assert {float(record["score"]) < 0 for record in records} == {True, False}
     refused = ask(folder, *asked, "--csv-raw", "--format", "jsonl")
-    assert refused.exit_code == 2 and "--csv-raw changes CSV: got --format jsonl" in refused.stderr
+    assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --format jsonl" in refused.stderr
     refused = ask(folder, *asked, "--csv-raw", "--html", tmp_path / "a.html")
-    assert refused.exit_code == 2 and "--csv-raw changes CSV: got --html alone" in refused.stderr
+    assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --html alone" in refused.stderr
 
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -25,8 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
-        ('"$@" --format jsonl >&-', 1, r"error: cannot read or write stdout: got it is closed .EBADF.*--output.*"),
-        ('"$@" >&-', 1, r"error: cannot read or write stdout: got it is closed .EBADF.*"),
+        (
+            '"$@" --format jsonl >&-',
+            1,
+            r"error: cannot read or write stdout: got the stream is closed .EBADF.*--output.*",
+        ),
+        ('"$@" >&-', 1, r"error: cannot read or write stdout: got the stream is closed .EBADF.*"),
         ('"$@" --output {out}/a.csv >&- 2>&-', 0, ""),
         ('"$@" --format jsonl 2>&-', 0, ""),
         ('"$@" --ids 99 2>&-', 2, ""),

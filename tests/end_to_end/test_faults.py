@@ -1,8 +1,8 @@
-"""Builds, appends, added checkpoints and removals under faults: what is left is the old index or the new one, and the
-same command run again ends where it would have ended.
+"""Builds, appends, added checkpoints and removals under faults: kills, losses of power and failing system calls.
 
-Every call that changes the disk is a place to be killed at, to lose power at, or to fail at. Some of these places are
-tried, chosen by a seed; with TRACIN_ANN_FAULTS=100 so many a test, with TRACIN_ANN_FAULTS=all every one.
+A fault leaves the old index or the new one, and the same command, run again, ends in the same state as without the
+fault. A fault can occur at every call that changes the disk. Each test tries a seeded sample of these calls:
+TRACIN_ANN_FAULTS=100 sets the size of the sample, TRACIN_ANN_FAULTS=all tries every call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from commands import KINDS, OUT, Answers, Command, Reference, answers, commands,
 from disk import Tree
 from faults import Call, Crash, Fault, Watch, faults_of
 from paths import ROOT
-from tracin_ann.cli.failures import refusals
+from tracin_ann.cli.failures import handle_failures
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.operations.verification import repair, verify
 from tracin_ann.store.generations import generation_folder
@@ -47,25 +47,25 @@ LOSSES = 3
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fsync nothing: the disk is a model, and the directories are thrown away."""
+    """Disable fsync: the disk is simulated, and the directories are temporary."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """Return a place for one directory after another."""
+    """Return the path for the directories of a test, used one after another."""
     yield tmp_path / "root"
 
 
-def watched(command: Command, root: Path, **more: object) -> Watch:
-    """Return a watch over the directory that the command starts from."""
+def watch_command(command: Command, root: Path, **more: object) -> Watch:
+    """Return a watch over a fresh copy of the directory from which the command starts."""
     shutil.rmtree(root, ignore_errors=True)
     disk.write(command.start, root)
     return Watch(root, **more)  # type: ignore[arg-type]
 
 
 def states(command: Command, root: Path, losses: int, seed: int) -> list[tuple[str, Tree]]:
-    """Return every state that a kill, or some losses of power, may leave, each with what made it."""
+    """Return every state that a kill can leave, and some that a loss of power can leave, with descriptions."""
     random, found = Random(seed), {}
 
     def seen(call: Call, data: bytes) -> None:
@@ -78,15 +78,15 @@ def states(command: Command, root: Path, losses: int, seed: int) -> list[tuple[s
         for label, tree in trees:
             found.setdefault(disk.digest(tree), (f"{label} {call}", tree))
 
-    watch = watched(command, root, seen=seen)
+    watch = watch_command(command, root, seen=seen)
     with watch:
         command.at(root)
-    assert plain(watch.disk.now()) == plain(disk.read(root)), "the watch has overlooked a call"
+    assert plain(watch.disk.now()) == plain(disk.read(root)), "the watch missed a call"
     return list(found.values())
 
 
-def seen_by_a_reader(expected: Reference, root: Path) -> Answers | None:
-    """Return what the index below a directory answers, which is nothing between old and new."""
+def read_answers(expected: Reference, root: Path) -> Answers | None:
+    """Return the answers of the index below a directory: those of the old index or of the new one."""
     try:
         found = answers(root / OUT)
     except DamagedIndexError as error:
@@ -96,23 +96,23 @@ def seen_by_a_reader(expected: Reference, root: Path) -> Answers | None:
     return found
 
 
-def goes_on(expected: Reference, root: Path) -> None:
-    """Run the command again and hold what it makes against what it should."""
+def run_again(expected: Reference, root: Path) -> None:
+    """Run the command again, and compare its result with the expected one."""
     expected.command.at(root)
     found = plain(disk.read(root))
     assert found.keys() == expected.end.keys()
     assert [path for path in found if found[path] != expected.end[path]] == []
-    assert seen_by_a_reader(expected, root) == expected.after
+    assert read_answers(expected, root) == expected.after
 
 
-def chosen(places: list[T], seed: int) -> list[T]:
-    """Return some, by a seed, or all."""
+def sample(places: list[T], seed: int) -> list[T]:
+    """Return a seeded sample, or all."""
     return places if TRIED == "all" else Random(seed).sample(places, min(int(TRIED), len(places)))
 
 
 @contextmanager
-def said_with(place: str) -> Iterator[None]:
-    """Name the place in whatever goes wrong there."""
+def name_place(place: str) -> Iterator[None]:
+    """Add the place of the fault to errors."""
     try:
         yield
     except Exception as error:
@@ -124,46 +124,46 @@ def said_with(place: str) -> Iterator[None]:
 def test_killed_or_without_power_it_is_the_old_or_the_new_and_goes_on(root: Path, kind: str, name: str) -> None:
     expected = reference(kind, name)
     found = states(expected.command, root, LOSSES, seed=1)
-    for label, tree in chosen(found, seed=len(found)):
+    for label, tree in sample(found, seed=len(found)):
         shutil.rmtree(root)
         disk.write(tree, root)
-        with said_with(f"{kind} {name}: {label}"):
-            seen_by_a_reader(expected, root)
-            goes_on(expected, root)
+        with name_place(f"{kind} {name}: {label}"):
+            read_answers(expected, root)
+            run_again(expected, root)
 
 
 @every_command
 @every_kind
 def test_what_is_finished_outlives_a_loss_of_power(root: Path, kind: str, name: str) -> None:
     expected, random = reference(kind, name), Random(2)
-    with watched(expected.command, root) as watch:
+    with watch_command(expected.command, root) as watch:
         expected.command.at(root)
     trees = {disk.digest(tree): tree for tree in (watch.disk.after_loss(random) for _ in range(40))}
     for tree in trees.values():
         shutil.rmtree(root)
         disk.write(tree, root)
-        assert seen_by_a_reader(expected, root) == expected.after
-        goes_on(expected, root)
+        assert read_answers(expected, root) == expected.after
+        run_again(expected, root)
 
 
 @every_command
 @every_kind
 def test_killed_and_gone_on_with_it_outlives_a_loss_of_power(root: Path, kind: str, name: str) -> None:
-    """What the first run had written and not fsynced is the second's to see to."""
+    """The second run must fsync what the first run wrote without fsync."""
     expected, random = reference(kind, name), Random(3)
-    with watched(expected.command, root) as watch:
+    with watch_command(expected.command, root) as watch:
         expected.command.at(root)
     with_a_new_directory = [after for call, after in pairwise(watch.calls) if call.kind == "mkdir"]
-    for call in dict.fromkeys([*with_a_new_directory, *chosen(watch.calls, seed=len(watch.calls))]):
-        with watched(expected.command, root, fault=Fault(call.number)) as killed, pytest.raises(Crash):
+    for call in dict.fromkeys([*with_a_new_directory, *sample(watch.calls, seed=len(watch.calls))]):
+        with watch_command(expected.command, root, fault=Fault(call.number)) as killed, pytest.raises(Crash):
             expected.command.at(root)
         assert plain(killed.disk.now()) == plain(disk.read(root))
         with Watch(root, disk=killed.disk) as again:
             expected.command.at(root)
         shutil.rmtree(root)
         disk.write(again.disk.after_loss(random), root)
-        with said_with(f"{kind} {name}: killed at {call}"):
-            assert seen_by_a_reader(expected, root) == expected.after
+        with name_place(f"{kind} {name}: killed at {call}"):
+            assert read_answers(expected, root) == expected.after
 
 
 @every_command
@@ -172,25 +172,25 @@ def test_a_call_that_fails_is_told_in_a_line_and_leaves_the_old_or_the_new(
     root: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = reference(kind, name)
-    with watched(expected.command, root) as watch:
+    with watch_command(expected.command, root) as watch:
         expected.command.at(root)
     failing = [(call, fault) for call in watch.calls for fault in faults_of(call)]
-    for call, fault in chosen(failing, seed=len(failing)):
-        with said_with(f"{kind} {name}: {fault} at {call}"):
-            with watched(expected.command, root, fault=fault):
-                ended = _told(expected.command, root)
+    for call, fault in sample(failing, seed=len(failing)):
+        with name_place(f"{kind} {name}: {fault} at {call}"):
+            with watch_command(expected.command, root, fault=fault):
+                ended = _exit_status(expected.command, root)
             said = capsys.readouterr().err
             assert ended == (1 if said else 0)
             if said:
                 (line,) = said.splitlines()
                 assert line.startswith("error: cannot ") and f"{root}" in line and os.strerror(fault.error or 0) in line
-            seen = seen_by_a_reader(expected, root)
+            seen = read_answers(expected, root)
             assert said or seen == expected.after
-            goes_on(expected, root)
+            run_again(expected, root)
 
 
 @every_kind
-def test_a_file_that_the_system_does_not_map_is_named_and_no_damage(root: Path, kind: str) -> None:
+def test_a_file_that_cannot_be_mapped_is_named_and_not_reported_as_damaged(root: Path, kind: str) -> None:
     expected = reference(kind, "append")
     disk.write(expected.command.start, root)
     with Watch(root) as watch:
@@ -222,19 +222,19 @@ def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_els
     start = disk.read(root)
     with Watch(root) as watch:
         repair(root / OUT, task(10))
-    for call in chosen(watch.calls, seed=len(watch.calls)):
+    for call in sample(watch.calls, seed=len(watch.calls)):
         shutil.rmtree(root)
         disk.write(start, root)
         with Watch(root, fault=Fault(call.number)), pytest.raises(Crash):
             repair(root / OUT, task(10))
-        with said_with(f"{kind} {harmed}: killed at {call}"):
+        with name_place(f"{kind} {harmed}: killed at {call}"):
             repair(root / OUT, task(10))
             assert verify(root / OUT).damage == () and answers(root / OUT) == expected.before
             assert _left_over(root / OUT) == []
 
 
 def _left_over(out: Path) -> list[Path]:
-    """Return the files and directories that the current manifest does not name."""
+    """Return the files and directories that the current manifest does not list."""
     manifest = Manifest.read(out)
     own, features = generation_folder(out, manifest.generation), out / FEATURES
     named = {out / MANIFEST, out / BUILD_RECORD, own, own / MANIFEST, features}
@@ -244,16 +244,16 @@ def _left_over(out: Path) -> list[Path]:
     return sorted(set(out.rglob("*")) - named)
 
 
-def _told(command: Command, root: Path) -> int:
-    """Run the command as the command line does, and return its exit status."""
+def _exit_status(command: Command, root: Path) -> int:
+    """Run the command like the command line, and return its exit status."""
     try:
-        refusals(command.at)(root)
+        handle_failures(command.at)(root)
     except click.exceptions.Exit as end:
         return end.exit_code
     return 0
 
 
-def test_all_commands_are_walked() -> None:
+def test_all_commands_are_tested() -> None:
     assert all(tuple(commands(kind)) == NAMES for kind in KINDS)
 
 
@@ -266,7 +266,7 @@ def test_real_kills_of_real_processes() -> None:
     assert [row["kills"] for row in results] == [1] * 5 and all(row["ended_as_undisturbed"] for row in results)
 
 
-def test_the_document_names_tests_that_there_are() -> None:
+def test_the_tests_named_in_the_documentation_exist() -> None:
     named = re.findall(r"\| `(test_\w+)` \|$", (ROOT / "docs" / "operations.md").read_text(), re.M)
     assert len(named) > 10
     text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))

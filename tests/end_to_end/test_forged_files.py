@@ -1,4 +1,4 @@
-"""Whoever forges a file forges its digest: verifying an index and asking it agree about what may be in one."""
+"""Forged files with matching digests: verification and queries accept and reject the same files."""
 
 from __future__ import annotations
 
@@ -49,37 +49,37 @@ def index(made: tuple[Path, Task], tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def of_verify(index: Path) -> str:
-    """Return what is said to be damaged, "" for nothing."""
+def damage_by_verify(index: Path) -> str:
+    """Return the damage that verification reports, "" for none."""
     try:
         return "".join(damage.message for damage in verify(index).damage)
     except DamagedIndexError as error:
         return str(error)
 
 
-def of_query(index: Path, task: Task) -> str:
-    """Return the damage for which a query is refused, "" where it is answered."""
+def damage_by_query(index: Path, task: Task) -> str:
+    """Return the damage that a query reports, "" for none."""
     try:
         opened = InfluenceIndex.open(index, task)
         for search in ("scan", "lists") if opened.manifest.index.kind == "ivf" else ("scan",):
             opened.query([0], options=QueryOptions(search=search))  # type: ignore[arg-type]
         opened.self_influence(3)
     except IndexMismatchError as error:
-        # The task's own fields are compared before a feature file is opened.
+        # The spec of the task is compared before a feature file is opened.
         return f"{UNLIKE} {error}"
     except DamagedIndexError as error:
         return str(error)
     return ""
 
 
-def test_both_take_a_sound_index(index: Path, made: tuple[Path, Task]) -> None:
-    assert (of_verify(index), of_query(index, made[1])) == ("", "")
+def test_both_accept_an_intact_index(index: Path, made: tuple[Path, Task]) -> None:
+    assert (damage_by_verify(index), damage_by_query(index, made[1])) == ("", "")
 
 
-def refuse(index: Path, task: Task, path: Path) -> None:
-    """Expect that both refuse, with the file's name."""
+def assert_both_reject(index: Path, task: Task, path: Path) -> None:
+    """Expect that both reject the file and name it."""
     acknowledge(index, path)
-    for said in (of_verify(index), of_query(index, task)):
+    for said in (damage_by_verify(index), damage_by_query(index, task)):
         assert path.name in said and said.count("\n") == 0
 
 
@@ -97,8 +97,8 @@ ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def forged(path: Path, name: str, kind: str) -> None:
-    """Put something else in place of a data set."""
+def replace_data_set(path: Path, name: str, kind: str) -> None:
+    """Replace a data set by another object."""
     with h5py.File(path, "r+") as file:
         held = file[name][...]
         del file[name]
@@ -124,15 +124,15 @@ KINDS = [*ALTERED, "gone", "compressed", "never written", "huge", "a link", "a g
 @pytest.mark.parametrize("name", FEATURE_SETS)
 def test_a_feature_file_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
     path = sorted((index / "features").iterdir())[1]
-    forged(path, name, kind)
-    refuse(index, made[1], path)
+    replace_data_set(path, name, kind)
+    assert_both_reject(index, made[1], path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CANARY_SETS)
 def test_canaries_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
-    forged(index / OWN / "canaries.h5", name, kind)
-    refuse(index, made[1], index / OWN / "canaries.h5")
+    replace_data_set(index / OWN / "canaries.h5", name, kind)
+    assert_both_reject(index, made[1], index / OWN / "canaries.h5")
 
 
 CANARY_VALUES = {
@@ -144,22 +144,22 @@ CANARY_VALUES = {
 
 
 @pytest.mark.parametrize("case", CANARY_VALUES)
-def test_canaries_of_no_rows(index: Path, made: tuple[Path, Task], case: str) -> None:
+def test_canaries_of_invalid_rows(index: Path, made: tuple[Path, Task], case: str) -> None:
     name, place, value = CANARY_VALUES[case]
     with h5py.File(index / OWN / "canaries.h5", "r+") as file:
         file[name][place] = value
-    refuse(index, made[1], index / OWN / "canaries.h5")
+    assert_both_reject(index, made[1], index / OWN / "canaries.h5")
 
 
 @pytest.mark.parametrize(
     "change", [{"stop": 33}, {"start": 1}, {"checkpoint": 7}, {"dim": 9}, {"block_rows": 0}, {"dtype": b"f8"}]
 )
-def test_a_feature_file_of_another_header(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
+def test_a_feature_file_with_another_header(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
     path = sorted((index / "features").iterdir())[0]
     with h5py.File(path, "r+") as file:
         for name, value in change.items():
             file.attrs[name] = value
-    refuse(index, made[1], path)
+    assert_both_reject(index, made[1], path)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_feature_file_with_another_attribute(index: Path, made: tuple[Path, Ta
     path = sorted((index / "features").iterdir())[0]
     with h5py.File(path, "r+") as file:
         file.attrs[name] = value
-    refuse(index, made[1], path)
+    assert_both_reject(index, made[1], path)
 
 
 @pytest.mark.parametrize("kind", [*(kind for kind in ALTERED if kind not in ("shorter", "narrower")), "gone", "huge"])
@@ -178,7 +178,7 @@ def test_removed_rows_of_another_structure(index: Path, made: tuple[Path, Task],
     path = index / OWN / "removed.npy"
     array = np.load(path)
     path.write_bytes(b"" if kind == "gone" else npy(array, kind))
-    refuse(index, made[1], path)
+    assert_both_reject(index, made[1], path)
 
 
 def npy(array: np.ndarray, kind: str) -> bytes:
@@ -211,11 +211,11 @@ def test_lists_of_another_structure(index: Path, made: tuple[Path, Task], name: 
             pytest.skip("empty here")
         np.savez(path, **(arrays if kind == "gone" else arrays | {name: ALTERED[kind](array)}))
     acknowledge(index, path)
-    assert "ivf" in of_verify(index) and "ivf" in of_query(index, made[1])
+    assert "ivf" in damage_by_verify(index) and "ivf" in damage_by_query(index, made[1])
 
 
 def leaves(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the way to every value, of lists to their first and last items alone."""
+    """Yield the path to every value; of lists, to the first and last items only."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     last = len(value) - 1 if isinstance(value, list) else 0
     for key, item in inner:
@@ -228,7 +228,7 @@ VALUES = (None, True, -1, 0, 1.5, 2**70, "x", [], {})
 
 
 def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -> None:
-    """Of each field; a digest that differs is no structure: a query does not read those of features."""
+    """Every field, except the digests of feature files, which a query does not read."""
     sound = json.loads((index / MANIFEST).read_text())
     content = {name: value for name, value in sound.items() if name not in ("digest", "format")}
     ways = [way for way in leaves(content) if way[-1] != "digest" or way[0] != "features"]
@@ -241,7 +241,7 @@ def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -
                 node = node[key]
             node[way[-1]] = value
             forge(index, lambda held, changed=changed: held.update(changed))
-            said = of_verify(index), of_query(index, made[1])
+            said = damage_by_verify(index), damage_by_query(index, made[1])
             assert bool(said[0]) == bool(said[1]) or said[1].startswith(UNLIKE), (way, value, said)
             for place in (index, index / OWN):
                 (place / MANIFEST).write_text(json.dumps(sound))
@@ -257,22 +257,22 @@ def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -
         {"files": [{"name": MANIFEST, "size": 1, "digest": ""}]},
     ],
 )
-def test_an_index_record_of_no_index(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
+def test_an_invalid_index_record(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
     forge(index, lambda content: content["index"].update(change))
-    for said in (of_verify(index), of_query(index, made[1])):
+    for said in (damage_by_verify(index), damage_by_query(index, made[1])):
         assert "manifest.json cannot be understood" in said
 
 
-def test_a_manifest_and_its_copy_that_differ(index: Path, made: tuple[Path, Task]) -> None:
+def test_a_manifest_that_differs_from_its_copy(index: Path, made: tuple[Path, Task]) -> None:
     shutil.copy(index / MANIFEST, index / "kept")
     forge(index, lambda content: content["index"].update(reason="another"))
     shutil.move(index / "kept", index / MANIFEST)
-    for said in (of_verify(index), of_query(index, made[1])):
+    for said in (damage_by_verify(index), damage_by_query(index, made[1])):
         assert f"{OWN}/{MANIFEST}" in said
 
 
-def test_a_manifest_larger_than_any_that_is_written(index: Path, made: tuple[Path, Task]) -> None:
+def test_a_manifest_that_is_too_large(index: Path, made: tuple[Path, Task]) -> None:
     with (index / MANIFEST).open("r+b") as file:
         file.truncate(2**40)
-    for said in (of_verify(index), of_query(index, made[1])):
+    for said in (damage_by_verify(index), damage_by_query(index, made[1])):
         assert "more than 67,108,864 bytes" in said

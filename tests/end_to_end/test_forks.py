@@ -1,6 +1,6 @@
-"""Processes forked from one that has searched: data loaders of the user's and whole queries come to their end there.
+"""Processes forked after a search: data loaders of the user and queries do not hang in them.
 
-OpenMP's threads do not live on in a forked process, and a parallel region there waits for them for ever.
+OpenMP's threads do not exist in a forked process, and a parallel region there would wait for them forever.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import zoo
 from tracin_ann import BuildConfig, build
 
 PATIENCE = 120.0
-# The parent's threads of both libraries are up before the fork; what the child does is large enough to be shared among
-# them. A child that hangs is told by the time it takes.
+# Before the fork, the threads of both libraries have started. The work of the child is large enough to use several
+# threads. A child that hangs is detected by the timeout.
 SCRIPT = """
 import os, sys, torch
 torch.set_num_threads(2)

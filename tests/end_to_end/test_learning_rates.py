@@ -1,4 +1,4 @@
-"""A checkpoint of learning rate 0 adds nothing to any answer; rates that are tensors or arrays are numbers."""
+"""Learning rates: a checkpoint with rate 0 contributes nothing; tensors and arrays are accepted as rates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def index(request, folder, task):
 
 @pytest.fixture(scope="module")
 def gradients(task):
-    """Return those [C, N, P] of the queries and of the training rows, in float64."""
+    """Return the gradients [C, N, P] of the queries and of the training rows, in float64."""
     found = []
     for data in (rows(5, seed=2), rows(40)):
         each = []
@@ -56,8 +56,8 @@ def gradients(task):
     return found
 
 
-def close(found, wanted):
-    assert np.abs(np.asarray(found) - np.asarray(wanted)).max() < 1e-5 * np.abs(np.asarray(wanted)).max()
+def assert_close(found, expected):
+    assert np.abs(np.asarray(found) - np.asarray(expected)).max() < 1e-5 * np.abs(np.asarray(expected)).max()
 
 
 def true_scores(gradients):
@@ -67,10 +67,10 @@ def true_scores(gradients):
 
 @pytest.mark.parametrize("options", [QueryOptions(exact=True), QueryOptions(rerank="exact", candidates=40)])
 def test_exact_scores_are_the_oracles(index, gradients, options):
-    wanted = true_scores(gradients)
+    expected = true_scores(gradients)
     for answer in index.query(range(5), options=replace(options, k=40)):
         hits = [*answer.proponents, *answer.opponents]
-        close([hit.score for hit in hits], [wanted[answer.query][hit.row] for hit in hits])
+        assert_close([hit.score for hit in hits], [expected[answer.query][hit.row] for hit in hits])
         assert all(hit.by_checkpoint[0] == 0 for hit in hits)
 
 
@@ -89,24 +89,24 @@ def test_stored_features_cosines_and_error_bars_are_numbers(index):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_self_influence_is_the_oracles(index, gradients, exact):
-    wanted = sum(rate * grads.square().sum(1) for rate, grads in zip(RATES, gradients[1], strict=True))
+    expected = sum(rate * grads.square().sum(1) for rate, grads in zip(RATES, gradients[1], strict=True))
     found = index.self_influence(exact=exact)
-    close([row.score for row in found], wanted[[row.row for row in found]])
+    assert_close([row.score for row in found], expected[[row.row for row in found]])
 
 
-def test_an_explanation_gives_it_nothing(index, gradients):
+def test_an_explanation_gives_it_no_contribution(index, gradients):
     found = explain(index, 3, 1)
     assert {part.checkpoint for part in found} == {0, 1, 2}
     assert all(part.contribution == 0 for part in found if part.checkpoint == 0)
     assert found.score == pytest.approx(true_scores(gradients)[1, 3], rel=1e-5)
 
 
-def test_wrong_labels_are_ranked(index):
+def test_suspected_labels_have_finite_scores(index):
     assert all(np.isfinite(row.score) for row in find_mislabelled(index, "label"))
 
 
 @pytest.mark.parametrize("ask", ["query", "self-influence", "explain", "mislabelled"])
-def test_a_choice_of_such_checkpoints_alone_is_refused(index, ask):
+def test_a_selection_of_such_checkpoints_only_is_rejected(index, ask):
     with pytest.raises(
         UsageError, match="^bad --checkpoints: got only checkpoints of learning rate 0, expected one with"
     ):
@@ -118,7 +118,7 @@ def test_a_choice_of_such_checkpoints_alone_is_refused(index, ask):
         }[ask]()
 
 
-def test_the_record_holds_plain_numbers_and_another_rate_is_refused(index, task):
+def test_the_manifest_stores_floats_and_another_rate_is_rejected(index, task):
     spec = Manifest.read(index.directory).build.spec
     assert [(type(c.learning_rate), c.learning_rate) for c in spec.checkpoints] == [(float, rate) for rate in RATES]
     other = [replace(task.checkpoints[0], learning_rate=0.25), *task.checkpoints[1:]]
@@ -126,9 +126,9 @@ def test_the_record_holds_plain_numbers_and_another_rate_is_refused(index, task)
         InfluenceIndex.open(index.directory, replace(task, checkpoints=other), device="cpu").query([0])
 
 
-def test_data_that_changed_are_noticed_at_the_other_checkpoints(index, task):
+def test_changed_losses_are_detected_at_the_other_checkpoints(index, task):
     moved = replace(task, loss=lambda model, batch: 1.5 * cross_entropy(model, batch))
-    with pytest.raises(IndexMismatchError, match="has another gradient than when .* at checkpoint 1"):
+    with pytest.raises(IndexMismatchError, match="the gradient of .* has changed since index .* at checkpoint 1"):
         InfluenceIndex.open(index.directory, moved, device="cpu").query([0])
 
 

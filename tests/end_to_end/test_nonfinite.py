@@ -1,4 +1,4 @@
-"""Rows that are NaN or infinite: skipped without harm to their neighbours, on disk as such, and in no answer."""
+"""Rows that are NaN or infinite: skipped without effect on other rows, recorded on disk, and absent from answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tracin_ann.store.manifest import Manifest
 
 BUILD = importlib.import_module("tracin_ann.build")
 N = 61
-# In the first batch; first and last of later ones; a whole batch of four; the last row of all.
+# In the first batch; first and last of later batches; a complete batch of four; the last row of the data set.
 MARKS = {
     **{1: NAN_LOSS, 2: tasks.LATE_NAN_GRADIENT, 7: NAN_GRADIENT, 8: tasks.LATE_INFINITE_LOSS, 60: NAN_LOSS},
     **dict.fromkeys(range(20, 24), NAN_LOSS),
@@ -65,7 +65,7 @@ STEPS = {
 @pytest.mark.parametrize("held", [False, True], ids=["by checkpoint", "by partition"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("norms", ["sketch", "exact"])
-def test_the_neighbours_of_a_bad_row_are_those_of_a_build_without_it_bit_for_bit(
+def test_other_rows_of_the_batch_are_bit_identical_to_a_build_without_bad_rows(
     tmp_path, monkeypatch, step, norms, held
 ):
     for name, other in STEPS[step]:
@@ -93,7 +93,7 @@ def test_the_neighbours_of_a_bad_row_are_those_of_a_build_without_it_bit_for_bit
 
 
 @pytest.mark.parametrize("sketch", ["kronecker", "dense", "dense-gaussian"])
-def test_any_sketch_keeps_a_bad_row_to_itself(tmp_path, sketch):
+def test_a_bad_row_does_not_affect_others_in_any_sketch(tmp_path, sketch):
     config = replace(SKIP, sketch=sketch, dim=36, yardstick=False)
     build(flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "bad", config)
     build(flawed(tmp_path, rows(N)), tmp_path / "good", config)
@@ -104,7 +104,7 @@ def test_any_sketch_keeps_a_bad_row_to_itself(tmp_path, sketch):
 
 @pytest.fixture(scope="module", params=["flat", "ivf"])
 def built(request, tmp_path_factory):
-    """Return an index with skipped rows, its task, and one of the same rows without marks, nothing skipped."""
+    """Return an index with skipped rows, an index of the same rows without bad values, and the skipped ids."""
     folder = tmp_path_factory.mktemp(request.param)
     n, marks = 400, MARKS | {0: NAN_LOSS, 399: tasks.LATE_NAN_GRADIENT, 133: NAN_LOSS, 266: NAN_GRADIENT}
     config = replace(SKIP, index=request.param, partition_rows=128)
@@ -131,7 +131,7 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_skipped_rows_are_in_no_answer_and_the_others_answer_as_without_them(built, way):
+def test_skipped_rows_are_in_no_answer_and_the_other_hits_are_unchanged(built, way):
     index, whole, skipped = built
     found, expected = (answered(each, WAYS[way]) for each in (index, whole))
     without = replace(WAYS[way], rows=RowFilter(without=tuple(skipped)))
@@ -139,7 +139,7 @@ def test_skipped_rows_are_in_no_answer_and_the_others_answer_as_without_them(bui
         assert mine.keys() == other.keys() and not mine.keys() & set(skipped)
         np.testing.assert_allclose(list(mine.values()), list(other.values()), rtol=1e-5, atol=1e-7)
         assert way in ("few", "re-scored") or mine.keys() == all_rows.keys() - set(skipped)
-    assert all(a.how.endswith(f"; {len(skipped)} rows skipped at the build: not finite") for a in index.query([0]))
+    assert all(a.how.endswith(f"; {len(skipped)} rows skipped by the build: not finite") for a in index.query([0]))
     assert "skipped" not in whole.query([0])[0].how
 
 
@@ -153,7 +153,7 @@ def test_skipped_rows_have_no_self_influence(built, exact):
     assert [row.rank for row in index.self_influence(exact=exact)] == list(range(1, len(expected) + 1))
 
 
-def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeypatch, tmp_path):
+def test_canaries_calibration_and_fidelity_exclude_skipped_rows(built, monkeypatch, tmp_path):
     index, _, skipped = built
     train, query = read_generation_canaries(generation_folder(index.directory, 1), index.manifest)
     assert not set(train.ids_N.tolist()) & set(skipped) and len(train.ids_N) and query.ids_N.tolist() == [0, 2, 4, 6]
@@ -161,9 +161,9 @@ def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeyp
 
     exactly, take = quality.exact_scores, FeatureView.take
 
-    def seen(passes, queries, rows, *rest):
+    def seen(runner, queries, rows, *rest):
         scored.extend(rows)
-        return exactly(passes, queries, rows, *rest)
+        return exactly(runner, queries, rows, *rest)
 
     def taken(self, ids):
         asked.append(np.asarray(ids).tolist())
@@ -180,7 +180,7 @@ def test_canaries_calibration_and_fidelity_pass_skipped_rows_over(built, monkeyp
     assert manifest.fidelity is not None and 0.5 < manifest.fidelity.correlation <= 1
 
 
-def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks(tmp_path):
+def test_bad_rows_of_query_data_are_excluded_from_canaries_and_quality_measurements(tmp_path):
     query = rows(
         130, 2, marks=dict.fromkeys([*range(0, 130, 2), 129, 43], NAN_GRADIENT) | {1: tasks.LATE_INFINITE_LOSS}
     )
@@ -199,20 +199,22 @@ def test_bad_rows_of_query_data_are_neither_canaries_nor_asked_by_the_yardsticks
     for row, checkpoint, what in ((4, 0, "gradient"), (1, 1, "loss")):
         with pytest.raises(
             NonFiniteError,
-            match=f"^this row of query_data has no features to ask with: the {what} of row {row} at checkpoint "
+            match=f"^cannot query with this row of query_data: the {what} of row {row} at checkpoint "
             f"{checkpoint} is not finite: got ",
         ):
             index.query([3, row])
 
 
-def test_a_skipped_training_row_cannot_be_asked(built):
+def test_a_skipped_training_row_cannot_be_a_query(built):
     index, _, skipped = built
     for row in (skipped[0], 399):
-        with pytest.raises(NonFiniteError, match=rf"^this row of train_data has no .*of row {row} at checkpoint [01] "):
+        with pytest.raises(
+            NonFiniteError, match=rf"^cannot query with this row of train_data: .*of row {row} at checkpoint [01] "
+        ):
             index.query(train_ids=[5, row])
 
 
-def test_the_commands_say_which_rows_were_skipped(tmp_path):
+def test_the_commands_report_which_rows_were_skipped(tmp_path):
     torch.save({"rows": rows(N, marks=MARKS)}, tmp_path / "rows.pt")
     (tmp_path / "mine.py").write_text(
         "from pathlib import Path\nimport torch\nfrom tasks.flawed import flawed\n\n"
@@ -224,16 +226,16 @@ def test_the_commands_say_which_rows_were_skipped(tmp_path):
     refused = CliRunner().invoke(build_command, words)
     assert refused.exit_code == 1 and "the loss of row 1 at checkpoint 0 is not finite: got nan" in refused.stderr
     made = CliRunner().invoke(build_command, [*words, "--on-nonfinite", "skip"])
-    named = "9 rows skipped at the build: not finite (row 1 at checkpoint 0, row 2 at checkpoint 1, row 7 at "
+    named = "skipped: 9 rows, not finite (row 1 at checkpoint 0, row 2 at checkpoint 1, row 7 at "
     assert made.exit_code == 0 and named in made.stdout and "row 23 at checkpoint 0, ...)" in made.stdout
     told = CliRunner().invoke(info_command, [str(tmp_path / "out")])
-    assert f"skipped     {named}" in told.stdout
+    assert named.replace("skipped: ", "skipped:    ") in told.stdout
     query = [str(tmp_path / "out"), *words[:2]]
     asked = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
-    assert "exact scan of the stored rows; 9 rows skipped at the build: not finite" in asked.stderr
+    assert "exact scan of the stored rows; 9 rows skipped by the build: not finite" in asked.stderr
     assert len([json.loads(line) for line in asked.stdout.splitlines()]) == 2
     own = CliRunner().invoke(query_command, [*query, "--self-influence", "-k", "2"])
-    assert own.exit_code == 0 and "9 rows skipped at the build: not finite" in own.stderr
+    assert own.exit_code == 0 and "skipped: 9 rows, not finite" in own.stderr
     bad = CliRunner().invoke(query_command, [*query, "--train-ids", "3,60"])
     assert bad.exit_code == 1 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
     assert "row of train_data" in bad.stderr and "the loss of row 60 at checkpoint 0" in bad.stderr
@@ -253,7 +255,7 @@ def stopped_after(n_files: int, monkeypatch: pytest.MonkeyPatch) -> pytest.Monke
 
 
 @pytest.mark.parametrize("again", [None, "skip"])
-def test_a_stopped_build_goes_on_and_knows_what_it_skipped(tmp_path, monkeypatch, again):
+def test_an_interrupted_build_resumes_with_its_skipped_rows(tmp_path, monkeypatch, again):
     task = flawed(tmp_path, rows(N, marks=MARKS))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stopped_after(5, patched)
@@ -266,7 +268,7 @@ def test_a_stopped_build_goes_on_and_knows_what_it_skipped(tmp_path, monkeypatch
     assert report.skipped.row_S.tolist() == sorted(MARKS) and report.rows_extracted < 2 * N
 
 
-def test_a_build_that_an_error_stopped_goes_on_when_told_to_skip(tmp_path, monkeypatch):
+def test_a_failed_build_resumes_with_on_nonfinite_skip(tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: False)
     task = flawed(tmp_path, rows(N, marks={41: NAN_LOSS}))
     with pytest.raises(NonFiniteError, match="row 41"):
@@ -280,7 +282,7 @@ def test_a_build_that_an_error_stopped_goes_on_when_told_to_skip(tmp_path, monke
     assert report.manifest.build.on_nonfinite == "skip"
 
 
-def test_what_is_appended_is_skipped_by_the_same_rule(tmp_path):
+def test_appended_rows_are_skipped_by_the_same_rule(tmp_path):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     growing = replace(PLAIN, append=True)
     build(flawed(tmp_path, rows(N)[:30], checkpoints=tasks.checkpoints(tmp_path, 1)), out, SKIP)
@@ -303,7 +305,7 @@ def test_what_is_appended_is_skipped_by_the_same_rule(tmp_path):
         remove(out, [row for row in range(N) if row not in everything])
 
 
-def test_where_no_row_is_left_the_build_is_refused(tmp_path):
+def test_a_build_without_finite_rows_is_rejected(tmp_path):
     everywhere = rows(N, marks=dict.fromkeys(range(N), NAN_LOSS))
     with pytest.raises(NonFiniteError, match="^no row of train_data is finite at checkpoint 1: got NaN or infinity"):
         build(flawed(tmp_path, everywhere), tmp_path / "out", SKIP)
@@ -327,7 +329,7 @@ def test_where_no_row_is_left_the_build_is_refused(tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_first_batch_of_bad_rows_only_is_stood_in_for_by_others(tmp_path):
+def test_other_rows_replace_a_first_batch_without_finite_rows(tmp_path):
     marks = dict.fromkeys(range(20), NAN_LOSS) | dict.fromkeys(range(20, 37), NAN_GRADIENT)
     query = rows(50, 2, marks=dict.fromkeys(range(49), tasks.LATE_NAN_GRADIENT))
     report = build(flawed(tmp_path, rows(N, marks=marks), query), tmp_path / "out", SKIP)
@@ -337,8 +339,8 @@ def test_a_first_batch_of_bad_rows_only_is_stood_in_for_by_others(tmp_path):
         assert np.array_equal(found[37:], expected[37:])
 
 
-def test_a_batch_that_shows_the_plan_to_be_wrong_is_proven_on_its_finite_rows(tmp_path):
-    """A parameter that no row of the first batch reaches, and the first that does comes beside a bad one."""
+def test_a_batch_that_changes_the_gradient_methods_is_verified_on_its_finite_rows(tmp_path):
+    """No row of the first batch reaches a parameter; the first that does is in a batch with a bad row."""
 
     def reaching(model, batch):
         values = tasks.loss(model, batch)
@@ -361,10 +363,10 @@ def test_a_batch_that_shows_the_plan_to_be_wrong_is_proven_on_its_finite_rows(tm
     assert np.array_equal(found[kept], expected[kept]) and not found[9].any()
 
 
-def test_half_precision_that_overflows_takes_the_same_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+def test_overflow_in_half_precision_is_handled_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     given = rows(N)
-    for row in (2, 40):  # finite in float32 as they are; a square of theirs is not
+    for row in (2, 40):  # finite in float32, unlike their squares
         given[row] = (given[row][0], given[row][1], FINE, 3e38)
     task = flawed(tmp_path, given)
     with pytest.raises(NonFiniteError, match="of row 2 at checkpoint 0 is not finite: got .*"):
@@ -376,7 +378,7 @@ def test_half_precision_that_overflows_takes_the_same_path(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("content", [b"junk", [[1, 0], [1, 0]], [[0, 2]], [[-1, 0]], [[N, 0]], [3], [[0.5, 0]]])
-def test_a_damaged_list_of_skipped_rows_is_refused_and_a_lost_one_made_again(tmp_path, content):
+def test_a_damaged_list_of_skipped_rows_is_rejected_and_a_missing_one_rebuilt(tmp_path, content):
     task, out = flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "out"
     manifest = build(task, out, SKIP).manifest
     path = generation_folder(out, 1) / manifest.skipped.name
@@ -393,6 +395,6 @@ def test_a_damaged_list_of_skipped_rows_is_refused_and_a_lost_one_made_again(tmp
     assert build(task, out, SKIP).skipped.row_S.tolist() == sorted(MARKS)
 
 
-def test_what_may_be_asked_of_bad_rows_is_checked():
+def test_the_policy_for_bad_rows_is_checked():
     with pytest.raises(UsageError, match="bad --on-nonfinite: got 'ignore', expected error or skip"):
         BuildConfig(on_nonfinite="ignore")  # type: ignore[arg-type]

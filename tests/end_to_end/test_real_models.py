@@ -1,4 +1,4 @@
-"""Builds of 1,000 rows of models that are no tidy batches, held against autograd in float64, one example at a time."""
+"""Builds of 1,000 rows with models of realistic complexity, compared with autograd in float64, one row at a time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ default = torch.utils.data.default_collate
 
 @dataclass(frozen=True)
 class Real:
-    """A model with its loss, its rows, and what becomes of it: a tolerance, or the words of a refusal.
+    """A model with its loss, its rows and a tolerance.
 
-    `truth` makes the same model for the oracle, where autograd cannot differentiate the model itself.
+    `truth` returns an equivalent model for the oracle, if autograd cannot differentiate the model itself.
     """
 
     model: Callable[[], nn.Module]
@@ -46,7 +46,7 @@ def ragged_case(name: str) -> Real:
 
 
 class LoRA(nn.Module):
-    """A frozen Linear with a trainable product of two thin matrices beside it."""
+    """A frozen Linear plus a trainable low-rank product."""
 
     def __init__(self, base: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class TinyLlama(nn.Module):
-    """A frozen base with adapters, run as adapters are trained: checkpointed blocks, inputs that require gradients."""
+    """A frozen base with adapters, run as in training: checkpointed blocks, and inputs that require gradients."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def classes(*shape: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tenso
 
 
 def gradient_penalty(critic: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Return WGAN-GP's loss of the critic (Gulrajani et al. 2017, eq. 3), one number a pair of examples."""
+    """Return WGAN-GP's loss of the critic (Gulrajani et al. 2017, eq. 3), one number per pair of examples."""
     real, fake = batch
     mixed = (0.3 * real + 0.7 * fake).detach().requires_grad_(True)
     with torch.enable_grad():

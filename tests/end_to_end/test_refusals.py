@@ -1,4 +1,4 @@
-"""What a build refuses before any work: the message, the exit status, and that nothing is left behind."""
+"""Rejections before a build starts: the message, the exit status, and no files left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tracin_ann.cli.build import main as build_command
 BROKEN = f"{Path(broken.__file__).resolve()}:task"
 
 REFUSED = {
-    "reduced": ["the loss is not one number an example", "shape []", "shape [12]", "reduction='none'"],
+    "reduced": ["the loss is not one number per example", "shape []", "shape [12]", "reduction='none'"],
     "batch norm": ["examples of a batch mix in the loss", "row 0", "batch norm outside eval mode"],
     "in-batch negatives": ["examples of a batch mix in the loss", "in-batch negatives"],
     "random rows": ["rows of train_data change", "two different readings of row 0", "--allow-random-data"],
@@ -33,7 +33,7 @@ def build(kind: str, tmp_path: Path, *options: str) -> Result:
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["build", "dry run"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_broken_task_is_refused(tmp_path: Path, kind: str, options: list[str]) -> None:
+def test_a_broken_task_is_rejected(tmp_path: Path, kind: str, options: list[str]) -> None:
     result = build(kind, tmp_path, *options)
     assert result.exit_code == 1
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
@@ -42,13 +42,13 @@ def test_a_broken_task_is_refused(tmp_path: Path, kind: str, options: list[str])
     assert [path.name for path in tmp_path.iterdir()] in ([], ["0.pt"])
 
 
-def test_random_rows_are_taken_when_they_are_allowed(tmp_path: Path) -> None:
+def test_random_rows_are_accepted_if_they_are_allowed(tmp_path: Path) -> None:
     result = build("random rows", tmp_path, "--allow-random-data")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "index" / "manifest.json").exists()
 
 
-def test_a_sound_task_is_built(tmp_path: Path) -> None:
+def test_a_valid_task_is_built(tmp_path: Path) -> None:
     assert build("sound", tmp_path).exit_code == 0
 
 
@@ -62,7 +62,7 @@ def test_a_sound_task_is_built(tmp_path: Path) -> None:
         (["--sketch", "folded"], ["--sketch"]),
     ],
 )
-def test_bad_options_are_refused(tmp_path: Path, options: list[str], said: list[str]) -> None:
+def test_bad_options_are_rejected(tmp_path: Path, options: list[str], said: list[str]) -> None:
     result = build("sound", tmp_path, *options)
     assert result.exit_code == 2
     assert all(part in result.stderr for part in said), result.stderr

@@ -1,4 +1,4 @@
-"""The same build twice is the same index: whatever the clock says, however often it is killed, on whatever machine."""
+"""Reproducibility: a build gives the same index whatever the measured times, interruptions and free memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.toy import saved
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build, plan
 from tracin_ann.errors import IndexMismatchError
 from tracin_ann.features import autotune as tuning
-from tracin_ann.operations.verification import config_of, repair
+from tracin_ann.operations.verification import repair, restore_config
 from tracin_ann.search import calibration as calibrate
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, read_build_record
@@ -37,7 +37,7 @@ SEARCHES = ("lists", "scan")
 
 
 class Pictures(nn.Module):
-    """A convolution, pooled, and a head."""
+    """A convolution with pooling, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Pictures(nn.Module):
 
 @pytest.fixture
 def task(tmp_path: Path) -> Callable[[int], Task]:
-    """Return a function that makes the task with the first rows."""
+    """Return a function that makes the task with the first n rows."""
     model, generator = Pictures(), torch.Generator().manual_seed(5)
     pictures, checkpoints = torch.randn(N_ROWS + 120, 1, 8, 8, generator=generator), saved(model, tmp_path)
 
@@ -65,8 +65,8 @@ def task(tmp_path: Path) -> Callable[[int], Task]:
     return made
 
 
-def disturbed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Let every clock that is read for a duration say something of its own, and half of the memory be free or more."""
+def disturb(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Replace clocks and the amount of free memory by random values."""
     random = np.random.default_rng(seed)
 
     def clock() -> float:
@@ -78,7 +78,7 @@ def disturbed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Return what the files of an index hold, but for its manifests' times."""
+    """Return the contents of all files of an index, without the times in its manifests."""
     return {
         str(path.relative_to(out)): strip_times(path.read_bytes()) if path.name == MANIFEST else path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -99,7 +99,7 @@ def test_builds_are_the_same_to_the_bit_whatever_the_clock_and_the_memory_say(ta
     for seed in range(4):
         out = tmp_path / str(seed)
         with monkeypatch.context() as patched:
-            disturbed(patched, seed)
+            disturb(patched, seed)
             manifest = build(task(), out, CONFIG).manifest
         assert manifest.index.calibration is not None
         times.add(manifest.index.calibration.scan)
@@ -116,7 +116,7 @@ def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypa
     for seed, begun_with in enumerate((N_ROWS, 5, 300, 650)):
         out = tmp_path / str(seed)
         with monkeypatch.context() as patched:
-            disturbed(patched, seed)
+            disturb(patched, seed)
             build(task(begun_with), out, replace(CONFIG, index="auto" if begun_with < 300 else "ivf"))
             manifest = build(task(), out, replace(CONFIG, append=True)).manifest
         content = json.loads(strip_times((out / MANIFEST).read_bytes()))
@@ -126,18 +126,18 @@ def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypa
     assert settings == settings[:1] * 4
 
 
-def test_what_a_calibration_tries_depends_on_no_clock(task, tmp_path, monkeypatch):
+def test_the_settings_that_a_calibration_tries_do_not_depend_on_times(task, tmp_path, monkeypatch):
     tried: list[list[tuple[int, int, float]]] = []
-    point = calibrate._point
+    measure = calibrate._measure_setting
 
     def noted(index: Any, setting: Any, *rest: Any) -> Any:
         tried[-1].append((setting.codes, setting.centroids, setting.alpha))
-        return replace(point(index, setting, *rest), seconds=float(len(tried)) ** 20)
+        return replace(measure(index, setting, *rest), seconds=float(len(tried)) ** 20)
 
-    monkeypatch.setattr(calibrate, "_point", noted)
+    monkeypatch.setattr(calibrate, "_measure_setting", noted)
     for seed in range(3):
         tried.append([])
-        disturbed(monkeypatch, seed)
+        disturb(monkeypatch, seed)
         build(task(), tmp_path / str(seed), CONFIG)
     assert tried[0] and tried == tried[:1] * 3
 
@@ -166,14 +166,14 @@ def test_the_choice_is_recorded_before_the_first_row_and_kept_after_a_kill(task,
         assert (kept.batch_size, kept.channels_last) == (512, True)
         with monkeypatch.context() as patched:
             patched.setattr(tuning, "_ON_CPU", tuning._SizeRule(1, 16, 16))
-            patched.setattr(tuning._Tuning, "_gains_by_channels_last", lambda self: False)
+            patched.setattr(tuning._Tuning, "_selects_channels_last", lambda self: False)
             assert plan(task(), tmp_path / "other", CONFIG).tuned.batch_size == 16
             build(task(), folder / "index", CONFIG)
         assert content(folder / "index") == content(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 16}, {"memory_format": "contiguous"}])
-def test_features_that_are_kept_get_none_of_another_rounding_beside_them(changes, task, tmp_path):
+def test_new_feature_files_have_the_batch_settings_of_existing_ones(changes, task, tmp_path):
     out, config = tmp_path / "index", replace(CONFIG, index="flat")
     build(task(), out, config)
     lost = sorted((out / FEATURES).iterdir())[1]
@@ -188,7 +188,7 @@ def test_features_that_are_kept_get_none_of_another_rounding_beside_them(changes
     pinned: dict[str, Any] = {"batch_size": 512, "memory_format": "channels-last"}
     build(task(), out, replace(config, **pinned))
     assert lost.read_bytes() == before
-    # Where none is kept, others may be chosen: a batch that was too large can be made smaller.
+    # Without existing files, other settings are accepted, for example a smaller batch.
     for path in (out / FEATURES).iterdir():
         path.unlink()
     build(task(), out, replace(config, **changes))
@@ -196,23 +196,23 @@ def test_features_that_are_kept_get_none_of_another_rounding_beside_them(changes
     assert (record.batch_size, record.channels_last) == ((16, True) if "batch_size" in changes else (512, False))
 
 
-def test_a_repaired_index_has_the_rounding_that_it_was_built_with(task, tmp_path, monkeypatch):
+def test_a_repaired_index_has_the_rounding_of_its_build(task, tmp_path, monkeypatch):
     out = tmp_path / "index"
     manifest = build(task(), out, replace(CONFIG, index="flat", batch_size=24, memory_format="channels-last")).manifest
-    config = config_of(manifest)
+    config = restore_config(manifest)
     assert (config.batch_size, config.memory_format) == (24, "channels-last")
     path = sorted((out / FEATURES).iterdir())[0]
     before = path.read_bytes()
     middle = len(before) // 2
     path.write_bytes(before[:middle] + bytes(byte ^ 1 for byte in before[middle : middle + 9]) + before[middle + 9 :])
-    disturbed(monkeypatch, 1)
+    disturb(monkeypatch, 1)
     repair(out, task())
     assert path.read_bytes() == before
     assert generation_folder(out, 2).exists()
 
 
 @pytest.mark.slow
-def test_processes_apart_build_the_same_killed_or_not() -> None:
+def test_separate_processes_build_the_same_index_with_or_without_kills() -> None:
     words = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Ordinary situations that are hard to capture: a whole build, and exact scores against a float64 loop of autograd."""
+"""Models and losses that are hard to differentiate per example: a build, and exact scores compared with autograd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from situations import EXACT, SITUATIONS, Int8, Toy, cross_entropy, vectors
 from tasks.toy import RATES, toy
 from tracin_ann import BuildConfig, build, plan
 from tracin_ann.errors import TaskError
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.gradients.plan import FORWARD, LOOP, NONE, RULE, VMAP
 from tracin_ann.scoring.exact import exact_scores
 
@@ -29,7 +29,7 @@ def task_of(situation, folder):
 
 
 def true_scores(situation, task, rows):
-    """Return TracInCP [Q, N] in float64, one example at a time."""
+    """Return TracInCP scores [Q, N] in float64, computed one example at a time."""
     names = [name for name, p in task.model().named_parameters() if p.requires_grad]
     by_checkpoint = []
     for checkpoint in task.checkpoints:
@@ -54,7 +54,7 @@ def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
     true_QN = true_scores(situation, task, rows)
     build(task, tmp_path / "out", CONFIG)
     found_QN = exact_scores(
-        Passes(task, PassOptions(CPU, 4)), ("query", range(N_QUERIES)), range(N_ROWS), range(len(RATES))
+        TaskRunner(task, RunOptions(CPU, 4)), ("query", range(N_QUERIES)), range(N_ROWS), range(len(RATES))
     )
     assert np.abs(found_QN - true_QN).max() <= situation.tolerance * np.abs(true_QN).max()
 
@@ -84,36 +84,36 @@ def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
         ("a 0-dim parameter, control flow", {RULE, FORWARD}),
     ],
 )
-def test_each_is_served_by_the_highest_step_that_is_right(name, steps, tmp_path):
+def test_each_uses_the_fastest_gradient_method_that_is_right(name, steps, tmp_path):
     task, _ = task_of(SITUATIONS[name], tmp_path)
     planned = plan(task, tmp_path / "out", CONFIG).gradients
     assert {step.name for step in planned.steps.values()} == steps, planned.steps
 
 
-def test_parameters_of_size_0_are_recorded_and_served_by_no_step(tmp_path):
+def test_parameters_of_size_0_are_recorded_without_a_gradient_method(tmp_path):
     task, _ = task_of(SITUATIONS["parameters of size 0"], tmp_path)
     report = build(task, tmp_path / "out", CONFIG)
     sizes = {p.name: p.shape for p in report.manifest.build.spec.parameters}
     steps = {step.parameter: step for step in report.manifest.steps}
     assert sizes["softmax.tail.1.0.weight"] == (0, 8) and sizes["softmax.tail.1.1.weight"] == (30, 0)
     for name in ("softmax.tail.1.0.weight", "softmax.tail.1.1.weight"):
-        assert (steps[name].step, steps[name].reason) == (NONE, "it holds no numbers")
+        assert (steps[name].step, steps[name].reason) == (NONE, "it has no elements")
 
 
-def test_a_model_all_of_whose_parameters_are_of_size_0_but_one_is_served(tmp_path):
+def test_a_model_with_one_nonempty_parameter_is_built(tmp_path):
     task, _ = task_of(SITUATIONS["parameters of size 0"], tmp_path)
     task = dataclasses.replace(task, parameters=["softmax.tail.*", "embed.weight"])
     build(task, tmp_path / "out", CONFIG)
 
 
 class Rare(Toy):
-    """Only rows whose first entry is large reach a parameter."""
+    """A model in which only rows with a large first entry reach a parameter."""
 
     def forward(self, x):
         return torch.where(x[:, :1] > 5, super().forward(x), x[:, :3])
 
 
-def rows_of_which_some_reach(some):
+def rows_that_reach(some):
     rows = vectors(40)
     for i in some:
         rows[i][0][0] = 6.0
@@ -121,16 +121,16 @@ def rows_of_which_some_reach(some):
 
 
 @pytest.mark.parametrize("detached", [False, True], ids=["zero gradients", "no graph"])
-def test_a_first_batch_that_reaches_no_parameter_is_looked_beyond(tmp_path, detached):
+def test_further_batches_are_tried_if_the_first_reaches_no_parameter(tmp_path, detached):
     def loss(model, batch):
         losses = cross_entropy(model, batch)
         return losses if not detached or bool((batch[0][:, 0] > 5).any()) else losses.detach()
 
-    data = rows_of_which_some_reach([23, 37])
+    data = rows_that_reach([23, 37])
     task = toy(tmp_path, Rare(), loss=loss, train_data=lambda: data, query_data=lambda: data[20:])
     report = build(task, tmp_path / "out", CONFIG)
     assert {step.step for step in report.manifest.steps} == {RULE}
-    found_QN = exact_scores(Passes(task, PassOptions(CPU, 4)), ("query", range(20)), range(40), range(len(RATES)))
+    found_QN = exact_scores(TaskRunner(task, RunOptions(CPU, 4)), ("query", range(20)), range(40), range(len(RATES)))
     by_checkpoint = []
     for checkpoint in task.checkpoints:
         model = Rare()
@@ -142,8 +142,8 @@ def test_a_first_batch_that_reaches_no_parameter_is_looked_beyond(tmp_path, deta
     assert np.abs(true_QN).max() > 0
 
 
-def test_a_loss_that_reaches_no_parameter_in_any_row_that_was_looked_at_says_in_how_many(tmp_path):
-    data = rows_of_which_some_reach([])
+def test_the_error_names_how_many_rows_reach_no_parameter(tmp_path):
+    data = rows_that_reach([])
 
     def loss(model, batch):
         return model(batch[0]).detach().sum(1)

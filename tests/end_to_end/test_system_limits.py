@@ -1,4 +1,4 @@
-"""What the system lacks, descriptors or memory, is told as such: no file is said to be damaged, and none is removed."""
+"""Too few file descriptors or too little memory: reported as such; no file is reported as damaged or removed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def held(directory: Path) -> dict[Path, bytes]:
 
 @contextmanager
 def descriptors(n: int) -> Iterator[None]:
-    """Leave the process so many descriptors more."""
+    """Limit the process to n more file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.open("/", os.O_RDONLY)
     os.close(free)
@@ -71,7 +71,7 @@ def descriptors(n: int) -> Iterator[None]:
 
 
 def test_without_descriptors_nothing_is_damaged(index: Path, made: tuple[Path, Task]) -> None:
-    """Whatever the number at which they run out; with enough of them all is well."""
+    """At any number of free descriptors, an operation fails with EMFILE or succeeds."""
     before = held(index)
     verify(index)
     InfluenceIndex.open(index, made[1]).query([0])
@@ -106,7 +106,7 @@ main([sys.argv[1], "--repair"])
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])
-def test_the_command_says_so_in_one_line(index: Path, n: int) -> None:
+def test_the_command_reports_it_in_one_line(index: Path, n: int) -> None:
     before = held(index)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LIMITED, str(index), str(n)]
@@ -129,7 +129,7 @@ LACK = [
 
 @pytest.mark.parametrize("error", LACK, ids=lambda error: type(error).__name__ + str(error)[:12])
 @pytest.mark.parametrize("place", ["h5py", "numpy's map", "arrays", "faiss", "JSON"])
-def test_whoever_says_it(
+def test_a_lack_of_resources_reported_by_any_library(
     index: Path, made: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
     def lacking(*given: object, **more: object) -> object:
@@ -141,7 +141,7 @@ def test_whoever_says_it(
         "numpy's map": (np, "memmap"),
         "arrays": (files, "read_array"),
         "faiss": (faiss, "read_index"),
-        "JSON": (files, "open_plain"),
+        "JSON": (files, "open_regular"),
     }[place]
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, lacking)
@@ -154,7 +154,7 @@ def test_whoever_says_it(
     assert held(index) == before and verify(index).damage == ()
 
 
-def test_an_error_that_hides_the_systems_is_seen_through() -> None:
+def test_a_system_error_is_found_behind_another_error() -> None:
     try:
         try:
             raise OSError(errno.EMFILE, "too many")
@@ -173,7 +173,7 @@ def test_an_error_that_hides_the_systems_is_seen_through() -> None:
         raise PermissionError(errno.EACCES, "no")
 
 
-def test_a_repair_under_pressure_keeps_canaries(index: Path, made: tuple[Path, Task]) -> None:
+def test_canaries_are_kept_if_descriptors_run_out(index: Path, made: tuple[Path, Task]) -> None:
     manifest = Manifest.read(index)
     own = generation_folder(index, manifest.generation)
     with descriptors(0), pytest.raises(OSError, match="Too many open files"):

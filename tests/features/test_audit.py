@@ -1,4 +1,4 @@
-"""The audit of stored rows by plain autograd: it finds one mixed batch among many, and never fires without a fault."""
+"""The audit of stored rows: it finds a single wrong batch, keeps the index intact, and reports no false difference."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tasks.toy import CONFIG, RATES, rows, toy
 from tracin_ann import InfluenceIndex, Task, build
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.errors import GradientProofError, UsageError
-from tracin_ann.features.audit import DRAWN, Auditor
+from tracin_ann.features.audit import N_DRAWN, Auditor
 from tracin_ann.operations.removal import remove
-from tracin_ann.operations.verification import Draw, audit, repair, verify
+from tracin_ann.operations.verification import AuditSample, audit, repair, verify
 from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest
 from wrong_rows import alter, plant
 
-BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
+BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
 N = 200
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 
@@ -58,14 +58,14 @@ def test_the_most_uneven_batch_is_audited_whatever_is_drawn(task, tmp_path, monk
         plant(planted, lambda ids: LONG in ids, "second.weight")
         with pytest.raises(
             GradientProofError,
-            match=r"^row 14\d at checkpoint 1 differs from plain autograd: got a feature that is 0\.\d+ of its "
-            r"norm away, most of it in second\.weight of layer second \(Linear\), expected at most 0\.0005 "
-            r"\(2 rows differ\); nothing is published and what this build computed is removed; ",
+            match=r"^row 14\d at checkpoint 1 differs from plain autograd: got a relative difference of 0\.\d+, "
+            r"mostly in second\.weight of layer second \(Linear\), expected at most 0\.0005 \(2 rows differ\); "
+            r"nothing was published, and the files of this build were removed; ",
         ):
             build(task, tmp_path / "i", SMALL)
     assert not (tmp_path / "i" / MANIFEST).exists()
     assert feature_files(tmp_path / "i") == set()
-    # Without the fault the same command makes the index that was never faulty.
+    # Without the fault, the same command builds the same index as a new build.
     assert build(task, tmp_path / "i", SMALL).rows_extracted == N * len(RATES)
     build(task, tmp_path / "clean", SMALL)
     np.testing.assert_array_equal(stored(tmp_path / "i"), stored(tmp_path / "clean"))
@@ -73,19 +73,19 @@ def test_the_most_uneven_batch_is_audited_whatever_is_drawn(task, tmp_path, monk
 
 def test_rows_are_drawn_from_all_partitions_and_checkpoints(tmp_path, monkeypatch):
     plant(monkeypatch, lambda ids: min(ids) >= N // 2, "first.bias")
-    with pytest.raises(GradientProofError, match=r"most of it in first\.bias of layer first \(Linear\)"):
+    with pytest.raises(GradientProofError, match=r"mostly in first\.bias of layer first \(Linear\)"):
         build(toy(tmp_path, train_data=lambda: rows(N)), tmp_path / "i", SMALL)
 
 
-def test_a_fault_that_does_not_come_again_is_told_without_a_parameter(task, tmp_path, monkeypatch):
-    passes = [*RATES]
-    plant(monkeypatch, lambda ids: LONG in ids and bool(passes) and passes.pop() > 0, "second.weight")
-    with pytest.raises(GradientProofError, match="though its batch, run again, gives what autograd gives"):
+def test_a_fault_that_does_not_recur_is_reported_without_a_parameter(task, tmp_path, monkeypatch):
+    remaining = [*RATES]
+    plant(monkeypatch, lambda ids: LONG in ids and bool(remaining) and remaining.pop() > 0, "second.weight")
+    with pytest.raises(GradientProofError, match="but its batch agrees with autograd when it runs again"):
         build(task, tmp_path / "i", SMALL)
 
 
 def test_a_layer_that_mixes_in_one_batch_only_is_found(tmp_path):
-    """Not planted: questions of four options, one batch of which holds one with three and one with five."""
+    """A real case: questions with four options each, except that one batch has one with three and one with five."""
     counts = [4] * 400
     counts[258], counts[300] = 3, 5
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def test_a_layer_that_mixes_in_one_batch_only_is_found(tmp_path):
     except GradientProofError as error:
         assert re.match(r"row (25[6-9]|2[6-9]\d|3[01]\d) at checkpoint 1 differs .* of layer ", str(error)), error
     else:
-        assert not audit(tmp_path / "i", Draw(2 * len(data)), task).differences
+        assert not audit(tmp_path / "i", AuditSample(2 * len(data)), task).differences
 
 
 def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeyp
     np.testing.assert_array_equal(stored(tmp_path / "i"), before)
     assert verify(tmp_path / "i").damage == ()
     made = build(task, tmp_path / "i", replace(SMALL, append=True))
-    assert (made.manifest.build.spec.train_rows, made.manifest.audit.rows, made.uneven.rows) == (N, DRAWN, 4)
+    assert (made.manifest.build.spec.train_rows, made.manifest.audit.rows, made.uneven.rows) == (N, N_DRAWN, 4)
 
 
 def test_old_rows_are_audited_beside_new_ones(task, tmp_path, monkeypatch):
@@ -134,17 +134,17 @@ def test_old_rows_are_audited_beside_new_ones(task, tmp_path, monkeypatch):
     assert {checkpoint for _, checkpoint in asked} == {0, 1}
 
 
-def test_a_wrong_row_of_the_index_that_grows_is_told_and_keeps_its_file(task, tmp_path):
+def test_a_wrong_row_of_the_existing_index_is_reported_and_its_file_is_kept(task, tmp_path):
     short = replace(task, train_data=lambda: ragged(N)[:130])
     build(short, tmp_path / "i", SMALL)
     alter(tmp_path / "i", range(80))
     files = feature_files(tmp_path / "i")
-    with pytest.raises(GradientProofError, match="this row is of the index as it was before: build a new one$"):
+    with pytest.raises(GradientProofError, match="the row belongs to the existing index: build a new index$"):
         build(task, tmp_path / "i", replace(SMALL, append=True))
     assert feature_files(tmp_path / "i") == files
 
 
-def test_a_repair_that_fails_leaves_nothing_wrong_behind(task, tmp_path, monkeypatch):
+def test_a_failed_repair_leaves_no_wrong_file(task, tmp_path, monkeypatch):
     build(task, tmp_path / "i", SMALL)
     (tmp_path / "i" / FEATURES / "features-000001-0001.h5").unlink()
     with monkeypatch.context() as planted:
@@ -164,8 +164,8 @@ def test_files_of_a_killed_run_are_audited_by_the_next(task, tmp_path, monkeypat
     assert len(feature_files(tmp_path / "i")) == 6
     made = build(task, tmp_path / "i", SMALL)
     assert made.rows_extracted == 0
-    # Its batches are not known any more.
-    assert (made.manifest.audit.rows, made.uneven) == (DRAWN, None)
+    # The batches of the interrupted run are unknown to this one.
+    assert (made.manifest.audit.rows, made.uneven) == (N_DRAWN, None)
 
 
 def test_nothing_is_audited_where_nothing_was_computed_for_a_finished_index(task, tmp_path, monkeypatch):
@@ -185,24 +185,24 @@ def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
     asked: list[Any] = []
     true_audit = Auditor.audit
     monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
-    assert audit(tmp_path / "i", Draw(1000), task).rows == 37 * 2
+    assert audit(tmp_path / "i", AuditSample(1000), task).rows == 37 * 2
     assert {row for row, _ in asked} == {*range(40)} - {5, 9, 17}
     asked.clear()
     grown = replace(task, train_data=lambda: [*data, *ragged(10, long=-1)])
     made = build(grown, tmp_path / "i", replace(config, append=True))
-    assert made.manifest.audit.rows == DRAWN
+    assert made.manifest.audit.rows == N_DRAWN
     assert not {5, 9, 17} & {row for row, _ in asked}
 
 
 def test_random_rows_cannot_be_audited(tmp_path):
     task = toy(tmp_path)
     made = build(task, tmp_path / "i", replace(SMALL, allow_random_data=True)).manifest
-    assert (made.audit, made.audit_summary()) == (None, "nothing: the rows are random")
+    assert (made.audit, made.audit_summary()) == (None, "no rows, because the training data is random")
     with pytest.raises(UsageError, match=r"cannot be audited: got an index built with --allow-random-data"):
-        audit(tmp_path / "i", Draw(3), task)
+        audit(tmp_path / "i", AuditSample(3), task)
 
 
-def test_a_manifest_of_before_audits_is_read(tmp_path):
+def test_a_manifest_of_a_version_without_audits_is_read(tmp_path):
     build(toy(tmp_path), tmp_path / "i", SMALL)
     for path in (tmp_path / "i").rglob(MANIFEST):
         content = json.loads(path.read_text())
@@ -210,9 +210,9 @@ def test_a_manifest_of_before_audits_is_read(tmp_path):
             del content[name]
         path.write_text(json.dumps({"format": FORMAT, "digest": content_digest(content), **content}))
     found = Manifest.read(tmp_path / "i")
-    assert (found.audit, found.audit_summary()) == (None, "nothing: built by an earlier version")
+    assert (found.audit, found.audit_summary()) == (None, "no rows, because an earlier version built the index")
     result = CliRunner().invoke(info_command, [str(tmp_path / "i")])
-    assert "audited     nothing: built by an earlier version\n" in result.output
+    assert "audit:      no rows, because an earlier version built the index\n" in result.output
 
 
 def interrupt(*given: Any) -> None:

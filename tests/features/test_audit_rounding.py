@@ -1,4 +1,4 @@
-"""No audit finds fault with a right build, whatever the model, the sketch and the precision."""
+"""The audit reports no difference for a correct build, for any model, sketch and precision."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import ragged
 import zoo
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import Checkpoint, build
-from tracin_ann.features.audit import DRAWN
+from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
-from tracin_ann.operations.verification import Draw, audit
+from tracin_ann.operations.verification import AuditSample, audit
 
-BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
+BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
 N = 200
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 
@@ -35,16 +35,16 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("case", models.CASES)
-def test_every_model_of_the_zoo_passes_by_far(case, tmp_path):
+def test_every_model_of_the_zoo_is_well_within_the_tolerance(case, tmp_path):
     zoo.trained(case, 0, tmp_path)
     made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
     assert made.manifest.audit is not None
-    assert made.manifest.audit.rows == DRAWN
+    assert made.manifest.audit.rows == N_DRAWN
     assert made.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("case", ragged.CASES)
-def test_every_row_of_layers_that_run_on_rows_that_are_no_batch(case, tmp_path):
+def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_path):
     sizes = torch.randint(1, 6, (60,)).tolist()
     model, chosen, examples = ragged.made(case, sizes)
     task = toy(
@@ -57,14 +57,14 @@ def test_every_row_of_layers_that_run_on_rows_that_are_no_batch(case, tmp_path):
     )
     made = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
     assert made.uneven.rows == 8
-    found = audit(tmp_path / "i", Draw(120), task)
+    found = audit(tmp_path / "i", AuditSample(120), task)
     assert (found.rows, found.differences) == (120, ())
     assert found.largest < 1e-5
 
 
 @pytest.mark.parametrize("sketch", ["factored", "kronecker", "dense", "dense-gaussian"])
 @pytest.mark.parametrize("case", ["mlp", "conv2d", "gpt tied", "own linear layers", "gru"])
-def test_every_sketch_takes_a_whole_gradient_as_it_takes_its_factors(sketch, case, tmp_path):
+def test_every_sketch_agrees_on_full_and_factored_gradients(sketch, case, tmp_path):
     zoo.trained(case, 0, tmp_path)
     config = replace(SMALL, batch_size=5, sketch=sketch, dim=16)
     made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
@@ -72,7 +72,7 @@ def test_every_sketch_takes_a_whole_gradient_as_it_takes_its_factors(sketch, cas
 
 
 @pytest.mark.parametrize("dim", [16, 2048])
-def test_layers_called_once_are_sketched_alike_by_factors_and_whole(dim, tmp_path):
+def test_tensorsketch_agrees_on_full_and_factored_gradients(dim, tmp_path):
     model = nn.Sequential(nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 70), nn.Tanh(), nn.Linear(70, 3))
     made = build(toy(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
     assert made.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
@@ -80,7 +80,7 @@ def test_layers_called_once_are_sketched_alike_by_factors_and_whole(dim, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_the_storing_of_rows_is_allowed_for(dtype, tmp_path):
+def test_the_tolerance_includes_the_rounding_of_storage(dtype, tmp_path):
     made = build(toy(tmp_path, train_data=lambda: rows(N)), tmp_path / "i", replace(SMALL, dtype=dtype, dim=512))
     assert made.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
 
@@ -94,8 +94,8 @@ def test_models_of_every_floating_dtype(dtype, tmp_path):
     assert made.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
 
 
-def test_what_batches_round_away_is_measured_where_dtypes_do_not_tell(tmp_path):
-    """As where batches are computed by other kernels: off by more than the tolerance of float32."""
+def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_dtype(tmp_path):
+    """Batches may use other kernels, here with more rounding than the tolerance of float32."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         coarse = 7e-4 * torch.sin(1e3 * batch[0].sum(1)) if len(batch[0]) > 1 else 0
@@ -104,17 +104,17 @@ def test_what_batches_round_away_is_measured_where_dtypes_do_not_tell(tmp_path):
 
     task = toy(tmp_path, loss=loss, train_data=lambda: rows(N))
     build(task, tmp_path / "i", SMALL)
-    found = audit(tmp_path / "i", Draw(N), task)
+    found = audit(tmp_path / "i", AuditSample(N), task)
     assert not found.differences
     assert found.largest > 6e-4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-def test_gradients_that_are_nothing_but_rounding(scale, precision, tmp_path, monkeypatch):
-    """Rows that the model fits ever better, down to a loss of nought."""
+def test_gradients_that_consist_of_rounding_only(scale, precision, tmp_path, monkeypatch):
+    """Models that fit the rows better and better, down to a loss of 0."""
     monkeypatch.setattr("tracin_ann.features.autotune._CLEARLY_SLOWER", 1e9)
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     model = Wide()
     with torch.no_grad():
         model.last.weight.mul_(scale)
@@ -124,7 +124,7 @@ def test_gradients_that_are_nothing_but_rounding(scale, precision, tmp_path, mon
     checkpoints = [Checkpoint(tmp_path / "fitted.pt", learning_rate=0.1)]
     task = toy(tmp_path, model, checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5])
     build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
-    found = audit(tmp_path / "i", Draw(N), task)
+    found = audit(tmp_path / "i", AuditSample(N), task)
     assert (found.rows, found.differences) == (N, ())
 
 
@@ -143,15 +143,15 @@ def by_autocast(model: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(model(batch[0]).float(), batch[1], reduction="none")
 
 
-def by_a_function_of_its_own(model: nn.Module, batch: Any) -> Tensor:
+def by_custom_function(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(Rounded.apply(model(batch[0])).float(), batch[1], reduction="none")
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"), [(cross_entropy, False), (by_autocast, True), (by_a_function_of_its_own, True)]
+    ("loss", "expected"), [(cross_entropy, False), (by_autocast, True), (by_custom_function, True)]
 )
-def test_what_a_loss_computes_in_is_seen_whatever_its_dtypes(loss, expected):
-    """The tolerance follows it."""
+def test_half_precision_inside_a_loss_is_detected_whatever_its_dtypes(loss, expected):
+    """The tolerance depends on it."""
     model = Toy().requires_grad_(False)
     engine = GradientEngine(model, dict(model.named_parameters()), loss, torch.utils.data.default_collate)
     batch = engine.batch([0], rows(1))

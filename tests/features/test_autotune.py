@@ -1,4 +1,4 @@
-"""What tuning chooses: within memory, only what is right, and no feature changes but for rounding."""
+"""Choice of batch size and memory format: it respects memory limits and changes features by rounding only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracin_ann.device import container_memory_bytes
 from tracin_ann.errors import UsageError
 from tracin_ann.features import autotune as tuning
 from tracin_ann.features.extractor import FeatureExtractor
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.store.manifest import read_build_record
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ N_ROWS = 200
 
 
 class Pictures(nn.Module):
-    """Two convolutions and a head, with batch norm between; `flat` is how pictures become rows."""
+    """Two convolutions with batch norm between, and a head; `flat` flattens the images."""
 
     def __init__(self, flat: Any = lambda x: x.flatten(1)) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ def stored(task: Task, out: Path, **changes: Any) -> np.ndarray:
     return InfluenceIndex.open(out).view().take(range(N_ROWS))
 
 
-def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.RunSettings:
+def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.BatchSettings:
     return plan(task, tmp_path / "planned", replace(CONFIG, **changes)).tuned
 
 
 class Wide(nn.Module):
-    """Two layers between which a row takes `width` numbers."""
+    """Two layers with `width` activations per row between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize(
     ("width", "size"),
-    # 6 bytes a number: 128 MB, within 32 and 512 rows, and 2 GB at most.
+    # 6 bytes per activation: 128 MB, 32 to 512 rows, and at most 2 GB.
     [(8, 512), (60_000, 256), (400_000, 32), (4_000_000, 32), (40_000_000, 8)],
 )
 def test_the_batch_size_is_a_function_of_the_rows_size(width, size):
@@ -89,7 +89,7 @@ def test_the_batch_size_is_a_function_of_the_rows_size(width, size):
 
 
 @pytest.mark.parametrize(("width", "size"), [(8, 512), (100_000, 128)])
-def test_neither_the_clock_nor_the_number_of_rows_nor_other_memory_moves_it(width, size, tmp_path, monkeypatch):
+def test_the_batch_size_does_not_depend_on_times_number_of_rows_or_free_memory(width, size, tmp_path, monkeypatch):
     task = pictures(tmp_path, Wide(width))
     found = [chosen(task, tmp_path)]
     few = replace(task, train_data=lambda: rows()[:3])
@@ -101,7 +101,7 @@ def test_neither_the_clock_nor_the_number_of_rows_nor_other_memory_moves_it(widt
     assert found[0].batch_bytes == found[2].batch_bytes
 
 
-def test_working_memory_is_added_up_the_same_whatever_was_freed_before(tmp_path):
+def test_estimated_working_memory_does_not_depend_on_memory_freed_before(tmp_path):
     task, found = pictures(tmp_path, Pictures()), set()
     for n in range(8):
         held = [torch.empty(2**k) for k in range(n, 20)]
@@ -110,7 +110,7 @@ def test_working_memory_is_added_up_the_same_whatever_was_freed_before(tmp_path)
     assert len(found) == 1
 
 
-def test_options_pin_both(tmp_path):
+def test_options_set_batch_size_and_memory_format(tmp_path):
     task = pictures(tmp_path, Pictures())
     assert chosen(task, tmp_path).channels_last
     made = chosen(task, tmp_path, batch_size=24, memory_format="contiguous")
@@ -122,25 +122,25 @@ def test_options_pin_both(tmp_path):
         replace(CONFIG, memory_format="nhwc")  # type: ignore[arg-type]
 
 
-def test_memory_that_is_given_bounds_the_batch(tmp_path):
+def test_the_memory_option_bounds_the_batch(tmp_path):
     task = pictures(tmp_path, Pictures())
     free = chosen(task, tmp_path)
     row_bytes = free.batch_bytes // free.batch_size
-    # Of one picture: itself, what each layer takes and gives, and half of it again for backward.
+    # Of one image: the image, the inputs and outputs of each layer, and half of that for backward.
     at_least = 4 * (3 * 64 + 3 * 8 * 64 + 2 * 6 * 16)
     assert at_least < row_bytes < 5 * at_least
     for budget, size in ((100, 64), (33, 32), (2, 2)):
         made = chosen(task, tmp_path, memory_bytes=budget * row_bytes)
         assert made.batch_bytes <= made.memory_bytes == budget * row_bytes
         assert made.batch_size == size
-    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*raise --memory"):
+    with pytest.raises(UsageError, match=r"one row needs more memory than is available.*raise --memory"):
         chosen(task, tmp_path, memory_bytes=row_bytes // 4)
-    with pytest.raises(UsageError, match="one row needs more than the memory"):
+    with pytest.raises(UsageError, match="one row needs more memory than is available"):
         build(task, tmp_path / "i", replace(CONFIG, memory_bytes=row_bytes // 4))
     assert not (tmp_path / "i").exists()
 
 
-def test_too_little_free_memory_lowers_the_batch_aloud_and_is_recorded(tmp_path, monkeypatch, caplog):
+def test_too_little_free_memory_reduces_the_batch_with_a_warning_and_is_recorded(tmp_path, monkeypatch, caplog):
     task = pictures(tmp_path, Pictures())
     free = chosen(task, tmp_path)
     row_bytes = free.batch_bytes // free.batch_size
@@ -150,7 +150,7 @@ def test_too_little_free_memory_lowers_the_batch_aloud_and_is_recorded(tmp_path,
     assert read_build_record(tmp_path / "i").batch_size == 16
     assert f"batches of 16 rows instead of {free.batch_size}: only" in caplog.text
     monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: row_bytes // 2)
-    with pytest.raises(UsageError, match=r"one row needs more than the memory there is for it.*free some, or set"):
+    with pytest.raises(UsageError, match=r"one row needs more memory than is available.*free memory, or try"):
         chosen(task, tmp_path)
 
 
@@ -166,32 +166,32 @@ def test_features_are_the_same_in_either_memory_format(tmp_path):
     ("flat", "why"),
     [
         (lambda x: x.view(len(x), -1), "view size is not compatible"),  # an error with channels last
-        (lambda x: torch.as_strided(x, (len(x), 96), (96, 1)), "other losses"),  # other numbers with channels last
+        (lambda x: torch.as_strided(x, (len(x), 96), (96, 1)), "different losses"),  # other numbers with channels last
     ],
     ids=["raises", "differs"],
 )
-def test_a_model_that_takes_no_channels_last_is_left_as_it_is_or_refused(flat, why, tmp_path):
+def test_a_model_that_does_not_support_channels_last_stays_contiguous_or_is_rejected(flat, why, tmp_path):
     model = Pictures(flat)
     strides = {name: p.stride() for name, p in model.named_parameters()}
     task = pictures(tmp_path, model)
     assert not chosen(task, tmp_path).channels_last
     stored(task, tmp_path / "i")
-    with pytest.raises(UsageError, match=rf"does not take --memory-format channels-last: got .*{why}.*contiguous"):
+    with pytest.raises(UsageError, match=rf"does not support --memory-format channels-last: got .*{why}.*contiguous"):
         build(task, tmp_path / "j", replace(CONFIG, memory_format="channels-last"))
     assert not (tmp_path / "j").exists()
     assert {name: p.stride() for name, p in model.named_parameters()} == strides
 
 
-def test_a_query_loss_that_takes_no_channels_last_leaves_pictures_contiguous(tmp_path):
-    def asked(net: Any, batch: Any) -> Tensor:
+def test_a_query_loss_that_does_not_support_channels_last_keeps_images_contiguous(tmp_path):
+    def query_loss(net: Any, batch: Any) -> Tensor:
         return F.cross_entropy(net(batch[0]), batch[1], reduction="none") + 0 * batch[0].view(len(batch[0]), -1).sum(1)
 
-    task = replace(pictures(tmp_path, Pictures()), query_loss=asked)
+    task = replace(pictures(tmp_path, Pictures()), query_loss=query_loss)
     assert not chosen(task, tmp_path).channels_last
     stored(task, tmp_path / "i")
 
 
-def test_pictures_of_unlike_size_stay_contiguous(tmp_path):
+def test_images_of_different_sizes_stay_contiguous(tmp_path):
     unlike = [(torch.randn(3, 8, 8 + i % 2), i % 4) for i in range(N_ROWS)]
     task = replace(pictures(tmp_path, Pictures()), train_data=lambda: unlike)
     task = replace(task, collate=lambda examples: (torch.stack([x[..., :8] for x, _ in examples]), _labels(examples)))
@@ -202,7 +202,7 @@ def _labels(examples: Any) -> Tensor:
     return torch.tensor([y for _, y in examples])
 
 
-def test_channels_last_is_taken_back_from_a_borrowed_model(tmp_path):
+def test_a_borrowed_model_gets_its_memory_format_back(tmp_path):
     model = Pictures()
     values = {name: p.clone() for name, p in model.named_parameters()}
     stored(pictures(tmp_path, model), tmp_path / "i")
@@ -212,7 +212,7 @@ def test_channels_last_is_taken_back_from_a_borrowed_model(tmp_path):
         assert torch.equal(parameter, values[name])
 
 
-def test_a_model_of_its_own_memory_format_is_laid_out_as_recorded_and_gets_it_back(tmp_path):
+def test_a_channels_last_model_runs_in_the_recorded_format_and_gets_its_own_back(tmp_path):
     task = pictures(tmp_path, Pictures())
     usual = stored(task, tmp_path / "usual", memory_format="contiguous")
     model = Pictures().to(memory_format=torch.channels_last)
@@ -220,10 +220,10 @@ def test_a_model_of_its_own_memory_format_is_laid_out_as_recorded_and_gets_it_ba
     assert model.first.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_proof_holds_when_its_checkpoint_is_loaded_again(tmp_path):
-    passes = Passes(pictures(tmp_path, Pictures()), PassOptions(CPU, 16))
+def test_gradient_methods_are_reused_when_a_checkpoint_is_loaded_again(tmp_path):
+    runner = TaskRunner(pictures(tmp_path, Pictures()), RunOptions(CPU, 16))
     options = CONFIG.features(frozenset({"head.weight"}))
-    with passes.model() as model:
+    with runner.model() as model:
         model.load(0)
         before = FeatureExtractor(model, options).rows("train", range(5)).feature_ND
         proven = model.engine("train").plan
@@ -246,20 +246,20 @@ def test_sizes_are_read(text, size):
     ("limit", "used", "left"),
     [("1000", "400", 600), ("max", "400", sys.maxsize), ("100", "400", 0), (None, "1", sys.maxsize)],
 )
-def test_a_container_may_take_less_than_the_machine_has(limit, used, left, tmp_path):
+def test_the_memory_limit_of_a_container_counts(limit, used, left, tmp_path):
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text(used + "\n")
     assert container_memory_bytes(tmp_path) == left
 
 
-def test_what_a_container_keeps_of_files_counts_as_free(tmp_path):
+def test_the_file_cache_of_a_container_counts_as_free(tmp_path):
     for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\ninactive_file 500\nslab 7")):
         (tmp_path / f"memory.{name}").write_text(text + "\n")
     assert container_memory_bytes(tmp_path) == 600
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1GB", "3 apples"])
-def test_other_sizes_are_refused(text):
+def test_invalid_sizes_are_rejected(text):
     with pytest.raises(Exception, match="expected a size such as 512MB or 8GB"):
         MemorySize().convert(text, None, None)

@@ -1,4 +1,4 @@
-"""Feature rows are the same however they are read: any batch size, order, number of workers, length, precision."""
+"""The extraction pipeline: feature rows do not depend on batch size, order, workers or lengths of the examples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tracin_ann.features.pipeline import reading_costs_more
 from tracin_ann.store import StoreLayout
 from tracin_ann.task.batches import BatchOptions, differ_in_length, make_batches
 
-BUILD = sys.modules["tracin_ann.build"]  # the name is that of the function too
+BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
 NAME = f"{Path(texts.__file__).resolve()}:task"
 CONFIG = BuildConfig(
     dim=64, batch_size=8, device="cpu", dtype="float32", index="flat", partition_rows=40, yardstick=False
@@ -28,7 +28,7 @@ CONFIG = BuildConfig(
 
 
 def stored(task: Task | str, out: Path, folder: Path, **changes: Any) -> np.ndarray:
-    """Build with a config changed, and return the stored rows [N, F]."""
+    """Build with changes of the config, and return the stored rows [N, F]."""
     named = isinstance(task, str)
     build(task, out, replace(CONFIG, **changes), arguments={"folder": str(folder)} if named else None)
     index = InfluenceIndex.open(out)
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_by_one(folder: Path) -> np.ndarray:
-    """Rows of a build in batches of one, in order: the slow path."""
+    """Return the rows of a build with batch size 1, in order."""
     return stored(texts.task(str(folder)), folder / "one", folder, batch_size=1)
 
 
@@ -61,21 +61,21 @@ def test_any_number_of_workers_gives_the_same_rows(workers, folder, one_by_one, 
     assert_same_rows(stored(NAME, tmp_path / "i", folder, workers=workers), one_by_one)
 
 
-def test_a_task_that_can_be_pickled_needs_no_name(folder, one_by_one, tmp_path):
+def test_a_picklable_task_needs_no_name(folder, one_by_one, tmp_path):
     assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder, workers=1), one_by_one)
 
 
-def test_a_task_that_cannot_be_sent_to_workers_is_refused(folder, tmp_path):
+def test_a_task_that_cannot_be_sent_to_workers_is_rejected(folder, tmp_path):
     task = replace(texts.task(str(folder)), train_data=lambda: [*texts.train_data()])
     with pytest.raises(UsageError, match=r"cannot be sent to worker processes.*use 0 workers"):
         build(task, tmp_path / "i", replace(CONFIG, workers=1))
     assert not (tmp_path / "i").exists()
 
 
-def test_a_worker_that_dies_is_told_of_and_the_build_goes_on_later(folder, one_by_one, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_reported_and_the_build_can_be_resumed(folder, one_by_one, tmp_path, monkeypatch):
     monkeypatch.delenv("TEXTS_MAKER", raising=False)
     arguments = {"folder": str(folder), "deadly": "yes"}
-    with pytest.raises(TaskError, match="a worker process that reads the data died"):
+    with pytest.raises(TaskError, match="a worker process that reads data died"):
         build(NAME, tmp_path / "i", replace(CONFIG, workers=1), arguments=arguments)
     assert list((tmp_path / "i" / "features").glob("*.h5"))
     build(NAME, tmp_path / "i", CONFIG, arguments=arguments)
@@ -84,14 +84,14 @@ def test_a_worker_that_dies_is_told_of_and_the_build_goes_on_later(folder, one_b
 
 
 def test_rows_that_workers_collated_are_read_again_where_a_loop_needs_them(folder, tmp_path, monkeypatch):
-    """No layer rule and no vmap: every gradient by the loop, from examples that only the worker had."""
+    """Without layer rules and vmap, the loop computes every gradient, from examples that only the worker has read."""
     monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
     expected = stored(texts.task(str(folder)), tmp_path / "a", folder)
     assert_same_rows(stored(NAME, tmp_path / "b", folder, workers=1), expected)
 
 
-def test_batches_hold_rows_of_like_length(folder):
+def test_batches_have_rows_of_similar_length(folder):
     task = texts.task(str(folder))
     examples = texts.train_data()
     batches = make_batches(task, range(64), examples[:64], BatchOptions(16, by_length=True))
@@ -104,7 +104,7 @@ def test_batches_hold_rows_of_like_length(folder):
 
 
 class Counted(list[Any]):
-    """Rows that count how often they are read."""
+    """A list that counts how often its items are read."""
 
     reads = 0
 
@@ -114,42 +114,42 @@ class Counted(list[Any]):
 
 
 @pytest.mark.parametrize(("held", "readings"), [(False, len(texts.RATES)), (True, 1)])
-def test_dear_data_is_read_once_for_all_checkpoints(held, readings, folder, one_by_one, tmp_path, monkeypatch):
+def test_slow_data_is_read_once_for_all_checkpoints(held, readings, folder, one_by_one, tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: held)
     data = Counted(texts.train_data())
     task = replace(texts.task(str(folder)), train_data=lambda: data)
     before = Counted.reads = 0
     rows = stored(task, tmp_path / "i", folder)
     assert_same_rows(rows, one_by_one)
-    # Beside the passes: the probe, the digest, the sampled lengths, tuning, four canaries a checkpoint.
+    # Other reads: probes, digest, sampled lengths, tuning, and four canaries per checkpoint.
     extra = Counted.reads - before - readings * texts.N_TRAIN
     assert 0 <= extra < texts.N_TRAIN + 100
 
 
-def test_rows_fetched_while_the_next_batch_is_under_way_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
-    """As on an accelerator: nothing of a batch may lie in a buffer that the next one uses."""
-    monkeypatch.setattr("tracin_ann.features.extractor._BEHIND", {"cpu": 1})
+def test_rows_fetched_after_the_next_batch_is_launched_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
+    """As on an accelerator: a batch must not use buffers that the next batch overwrites."""
+    monkeypatch.setattr("tracin_ann.features.extractor._BATCHES_AHEAD", {"cpu": 1})
     assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
 
 
 @pytest.mark.parametrize(
     ("changes", "held"),
     [
-        ({}, True),  # 2 x 1000 rows at 1 ms against 9 x 3 loads at 10 ms
+        ({}, True),  # 2 x 1000 rows at 1 ms, 9 x 3 loads at 10 ms
         ({"load_seconds": 0.1}, False),
         ({"read_seconds": 1e-4}, False),
         ({"n_checkpoints": 1}, False),  # nothing is read twice
         ({"memory_bytes": 100 * 1000 * 2 - 1}, False),  # a partition takes more than half
     ],
 )
-def test_data_is_held_where_reading_it_again_costs_more_than_loading(changes, held):
+def test_partitions_stay_in_memory_where_reading_costs_more_than_loading(changes, held):
     given = {"load_seconds": 0.01, "read_seconds": 1e-3, "n_checkpoints": 3, "memory_bytes": 100 * 1000 * 2} | changes
     layout = StoreLayout(1000, 100, 8, "float16", ("test",) * int(given["n_checkpoints"]))
-    tuned = tuning.RunSettings(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
+    tuned = tuning.BatchSettings(8, False, given["read_seconds"], 1000, 10, int(given["memory_bytes"]))
     assert reading_costs_more(layout, tuned, given["load_seconds"]) == held
 
 
-def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, tmp_path, monkeypatch):
+def test_an_interrupted_build_is_resumed_in_the_other_order(folder, one_by_one, tmp_path, monkeypatch):
     task = texts.task(str(folder))
     rows = stored(task, tmp_path / "i", folder)
     files = sorted((tmp_path / "i" / "features").glob("*.h5"))
@@ -163,8 +163,8 @@ def test_a_killed_build_in_the_other_order_is_gone_on_with(folder, one_by_one, t
     assert_same_rows(index.view().take(range(len(rows))), one_by_one)
 
 
-def test_bf16_scores_are_near_the_true_ones_and_its_index_knows_its_precision(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
+def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     task = texts.task(str(folder))
     stored(task, tmp_path / "i", folder, precision="bf16", dim=4096)
     index = InfluenceIndex.open(tmp_path / "i", task)
@@ -186,17 +186,17 @@ def test_bf16_scores_are_near_the_true_ones_and_its_index_knows_its_precision(fo
 
 
 @pytest.mark.parametrize(("slower", "warned"), [(1.2, True), (0.9, False)])
-def test_bf16_that_was_slower_on_a_cpu_is_said_and_not_refused(slower, warned, folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(BUILD, "refuse_slow_bf16", lambda device: None)
-    told = lambda model, features: slower if model.passes.options.precision == "bf16" else 1.0  # noqa: E731
-    monkeypatch.setattr(tuning, "measure_row_seconds", told)
+def test_slower_bf16_on_a_cpu_gives_a_warning(slower, warned, folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
+    measured = lambda model, features: slower if model.runner.options.precision == "bf16" else 1.0  # noqa: E731
+    monkeypatch.setattr(tuning, "measure_row_seconds", measured)
     made = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
     assert made.manifest.build.spec.precision == "bf16"
-    said = "bf16 was slower than fp32 here: 1200000 µs a row against 1000000; --precision fp32"
+    said = "bf16 is slower than fp32 on this machine: 1200000 µs per row, fp32 1000000 µs; --precision fp32"
     assert (said in caplog.text) == warned
 
 
-def test_bf16_is_refused_where_it_would_be_slower(folder, tmp_path, monkeypatch):
+def test_bf16_is_rejected_where_it_would_be_slower(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with pytest.raises(UsageError, match="bf16 would be slower than fp32 here"):
         build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))

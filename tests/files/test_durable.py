@@ -1,4 +1,4 @@
-"""Tests of files.py: whole or not at all, digests, JSON errors, sweeping."""
+"""Atomic writes leave the old file or the complete new one, and leftovers of killed writers are removed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from paths import ROOT
-from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files.durable import (
-    atomic_path,
-    atomic_write,
-    file_digest,
-    read_json,
-    sweep_temporaries,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from tracin_ann.files import atomic_path, atomic_write, remove_temporaries
 
 DIE_WHILE_WRITING = """
 import os, sys
@@ -37,6 +27,11 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(data)
+
+
 def die_while_writing(path: Path) -> None:
     root = ROOT
     done = subprocess.run([sys.executable, "-c", DIE_WHILE_WRITING, str(path)], cwd=root, check=False)
@@ -45,8 +40,8 @@ def die_while_writing(path: Path) -> None:
 
 def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"the older and longer text")
-    write_bytes_atomic(path, b"new")
+    write(path, b"the older and longer text")
+    write(path, b"new")
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["a.bin"]
 
@@ -54,7 +49,7 @@ def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
 def test_new_files_have_the_rights_of_the_umask(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.write_bytes(b"")
-    write_bytes_atomic(tmp_path / "atomic", b"")
+    write(tmp_path / "atomic", b"")
     assert (tmp_path / "atomic").stat().st_mode == ordinary.stat().st_mode
 
 
@@ -63,14 +58,14 @@ def test_failure_before_the_rename_leaves_the_old_file_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"old")
+    write(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk gone")
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="disk gone"):
-        write_bytes_atomic(path, b"new")
+        write(path, b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
 
@@ -107,17 +102,17 @@ def test_data_is_synced_before_the_rename_and_the_directory_after(
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
-    write_bytes_atomic(tmp_path / "a.bin", b"data")
+    write(tmp_path / "a.bin", b"data")
     assert calls == ["file", "replace", "directory"]
 
 
 def test_killed_writer_leaves_a_temporary_that_is_swept(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"old")
+    write(path, b"old")
     die_while_writing(path)
     assert path.read_bytes() == b"old"
     assert len(names(tmp_path)) == 2
-    assert len(sweep_temporaries(tmp_path)) == 1
+    assert len(remove_temporaries(tmp_path)) == 1
     assert names(tmp_path) == ["a.bin"]
 
 
@@ -125,50 +120,12 @@ def test_sweep_leaves_a_living_writer_and_strangers_alone(tmp_path: Path) -> Non
     stranger = tmp_path / ".tracin-tmp-00000000-1-abc.h5"
     stranger.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
-        assert sweep_temporaries(tmp_path) == []
+        assert remove_temporaries(tmp_path) == []
         file.write(b"x")
     os.utime(stranger, (0, 0))
-    assert sweep_temporaries(tmp_path) == [stranger]
+    assert remove_temporaries(tmp_path) == [stranger]
     assert names(tmp_path) == ["a.bin"]
 
 
 def test_sweep_of_no_directory_is_nothing(tmp_path: Path) -> None:
-    assert sweep_temporaries(tmp_path / "none") == []
-
-
-@pytest.mark.parametrize("size", [0, 1, (1 << 20) + 7])
-def test_digest_is_xxh3_128_of_all_bytes(tmp_path: Path, size: int) -> None:
-    data = bytes(i % 251 for i in range(size))
-    (tmp_path / "a").write_bytes(data)
-    assert file_digest(tmp_path / "a") == xxhash.xxh3_128_hexdigest(data)
-
-
-def test_json_comes_back(tmp_path: Path) -> None:
-    value = {"name": "Grüße", "list": [1, 2.5, None], "nested": {"a": True}}
-    write_json_atomic(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == value
-
-
-def test_json_refuses_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json_atomic(tmp_path / "a.json", {"x": float("nan")})
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [(None, "no file"), (b"{", "no JSON"), (b"", "no JSON"), (b"\xff\xfe", "no JSON"), (b"[1]", "a JSON list")],
-)
-def test_unusable_json_is_damage(tmp_path: Path, data: bytes | None, says: str) -> None:
-    path = tmp_path / "a.json"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(DamagedIndexError, match=rf"a\.json: got {says}.*expected a JSON.*; "):
-        read_json(path)
-
-
-def test_json_nested_past_all_bounds_is_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text("[" * 100_000)
-    with pytest.raises(DamagedIndexError, match="expected a JSON object"):
-        read_json(path)
+    assert remove_temporaries(tmp_path / "none") == []

@@ -1,4 +1,4 @@
-"""Layers on rows that are no batch: each row's example is found, and what can't be told apart is not guessed."""
+"""Attribution of rows to examples: layers whose first input dimension is not the batch, and rows that several share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine_of(model, case):
 
 
 def gradients(engine, examples):
-    """Return all per-example gradients [B, P] that a run hands over, in float64."""
+    """Return all per-example gradients [B, P] of a run, in float64."""
     batch, found = engine.batch(range(len(examples)), examples), {}
 
     def start():
@@ -55,7 +55,7 @@ def gradients(engine, examples):
 
 
 def expect(model, case, examples, engine=None, tolerance=1e-4):
-    """Hold a batch against the oracle, relative to the largest gradient; return the engine."""
+    """Compare a batch with the oracle, relative to the largest gradient; return the engine."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     truth = oracle.gradients(model, case.loss, examples, collate=case.collate)
@@ -69,17 +69,17 @@ def expect(model, case, examples, engine=None, tolerance=1e-4):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", ragged.CASES)
-def test_rows_of_uneven_examples_get_their_own_examples_gradients_by_rule(name, sizes):
+def test_rows_of_examples_of_different_sizes_use_the_rule_and_have_their_own_gradients(name, sizes):
     model, case, examples = ragged.made(name, SIZES[sizes])
     engine = expect(model, case, examples)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
-    said = any("rows are matched with examples in every batch" in step.reason for step in engine.plan.steps.values())
-    assert said or sizes == "as many as examples"
+    matched = any("rows are matched with examples in every batch" in step.reason for step in engine.plan.steps.values())
+    assert matched or sizes == "as many as examples"
 
 
 @pytest.mark.parametrize("name", ragged.CASES)
 @pytest.mark.parametrize("first", ["even", "as many as examples"])
-def test_sizes_may_change_after_the_proof(name, first):
+def test_sizes_may_change_after_the_verification(name, first):
     model, case, examples = ragged.made(name, SIZES[first])
     engine = expect(model, case, examples)
     for sizes in [[2, 2, 1, 1, 1, 1, 1, 1], *SIZES.values(), [2, 1, 1], [5]]:
@@ -89,7 +89,7 @@ def test_sizes_may_change_after_the_proof(name, first):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["graphs", "questions", "albums"])
-def test_rows_are_told_apart_in_every_precision(name, dtype):
+def test_rows_are_attributed_in_every_precision(name, dtype):
     sizes = [1 + (7 * i) % 5 for i in range(70)]
     model, case, examples = ragged.made(name, sizes)
     model.to(dtype)
@@ -99,7 +99,7 @@ def test_rows_are_told_apart_in_every_precision(name, dtype):
 
 
 class Twisted(nn.Module):
-    """A layer that sees its batch in reverse once the rows are long."""
+    """A layer that gets its batch in reverse order if the first entry is large."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ class Twisted(nn.Module):
         return out.flip(0) if x[0, 0] > 10 else out
 
 
-def test_examples_in_another_order_than_was_proven_are_noticed_in_a_checked_batch():
+def test_examples_in_another_order_than_verified_are_detected_in_a_checked_batch():
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
@@ -126,7 +126,7 @@ def test_examples_in_another_order_than_was_proven_are_noticed_in_a_checked_batc
         gradients(engine, twisted)
 
 
-def test_a_build_that_notices_it_keeps_no_features_and_goes_through_with_batches_of_one(tmp_path):
+def test_a_build_that_detects_another_order_stores_no_features_and_succeeds_with_batches_of_one(tmp_path):
     model = Twisted().eval()
     data = [(torch.rand(3) + (20 if i >= 32 else 0), i % 4) for i in range(96)]
     task = toy(tmp_path, model, train_data=lambda: data, query_data=lambda: data[:4])
@@ -137,7 +137,7 @@ def test_a_build_that_notices_it_keeps_no_features_and_goes_through_with_batches
     assert build(task, tmp_path / "out", replace(config, batch_size=1)).rows_extracted == 2 * 96
 
 
-def test_a_row_that_is_not_finite_does_not_make_a_checked_batch_look_misplaced():
+def test_a_row_that_is_not_finite_does_not_fail_the_check_of_a_batch():
     def loss(model, batch):
         return model.head(model.inner(batch[0])).square().sum(1).sqrt()
 
@@ -151,7 +151,7 @@ def test_a_row_that_is_not_finite_does_not_make_a_checked_batch_look_misplaced()
 
 
 class Shared(nn.Module):
-    """One row that all examples use, among rows of their own."""
+    """One row that all examples use, besides one row of each."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ class Shared(nn.Module):
         return self.head(hidden[:-1] + hidden[-1])
 
 
-def test_a_row_that_several_examples_use_is_not_guessed_and_its_layer_is_named():
+def test_a_row_that_several_examples_use_fails_the_rule_and_the_reason_names_the_layer():
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
@@ -170,11 +170,11 @@ def test_a_row_that_several_examples_use_is_not_guessed_and_its_layer_is_named()
     model = Shared().eval()
     engine = expect(model, case, [(torch.randn(3), i % 4) for i in range(6)])
     step = engine.plan.steps["inner.weight"]
-    assert step.name != RULE and "layer inner: 1 of its 7 rows get gradients of several examples" in step.reason
+    assert step.name != RULE and "layer inner: 1 of its 7 rows have gradients of several examples" in step.reason
     assert engine.plan.steps["head.weight"].name == RULE
 
 
-def test_examples_that_mix_are_refused_with_the_layers_name():
+def test_examples_that_mix_raise_with_the_name_of_the_parameter():
     def loss(model, batch):
         hidden = model.inner(batch[0])
         return F.cross_entropy(model.head(hidden + hidden.mean(0)), batch[1], reduction="none")
@@ -187,7 +187,7 @@ def test_examples_that_mix_are_refused_with_the_layers_name():
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("batch", [2, 3, 64, 2048, 3000])
-def test_a_code_names_every_example_within_rounding(batch, half):
+def test_a_code_identifies_every_example_within_rounding(batch, half):
     code = WeightCode(batch, torch.device("cpu"), half=half)
     generator = torch.Generator().manual_seed(batch)
     example_R = torch.randint(0, batch, (500,), generator=generator)
@@ -207,7 +207,7 @@ def test_a_code_names_every_example_within_rounding(batch, half):
 
 
 @pytest.mark.parametrize("counts", [[2, 2, 2], [0, 3, 1], [1, 0, 0], [9, 1, 1], [1, 1, 40]])
-def test_arranged_rows_hold_each_example_once_and_little_padding(counts):
+def test_arranged_rows_have_each_example_once_and_little_padding(counts):
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
     example_R = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))[order]
     x = torch.arange(len(order), dtype=torch.float32).unsqueeze(1) + 1
@@ -221,6 +221,6 @@ def test_arranged_rows_hold_each_example_once_and_little_padding(counts):
     assert size <= 2 * max(sum(counts), 3)
 
 
-def test_rows_without_gradient_do_not_break_an_even_order():
+def test_rows_without_a_gradient_do_not_change_whether_an_order_is_uniform():
     assert is_uniform(torch.tensor([0, -1, 1, 1, -1, -1]), 3)
     assert not is_uniform(torch.tensor([0, 1, 0, 1, 2, 2]), 3)

@@ -1,4 +1,4 @@
-"""The ladder of gradients: which step serves what and why, and that what later batches do keeps it right."""
+"""The gradient engine: the method of each parameter and its reason, and correct gradients in later batches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
 from tracin_ann import plan
-from tracin_ann.cli.build import _show_plan
+from tracin_ann.cli.build import _print_plan
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.gradients import factors
 from tracin_ann.gradients.capture import LayerCapture
 from tracin_ann.gradients.engine import GradientEngine
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class Positions(nn.Module):
-    """Two layers over positions [B, T, 3], averaged over T; subclasses differ in the way between."""
+    """Two layers over positions [B, T, 3], averaged over T; subclasses change the forward."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def engine_of(model, loss=cross_entropy):
 
 
 def gradients(engine, given_examples):
-    """Return all per-example gradients [B, P] that a run hands over, in float64."""
+    """Return all per-example gradients [B, P] of a run, in float64."""
     batch = engine.batch(range(len(given_examples)), given_examples)
     found = {}
 
@@ -72,7 +72,7 @@ def gradients(engine, given_examples):
 
 
 def steps_over(model, batches, loss=cross_entropy, tolerance=2e-5):
-    """Run batches through one engine, hold each against the oracle, and return the steps after each."""
+    """Run batches through one engine, compare each with the oracle, and return the methods after each batch."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     truths = [oracle.gradients(model, loss, batch) for batch in batches]
@@ -85,7 +85,7 @@ def steps_over(model, batches, loss=cross_entropy, tolerance=2e-5):
 
 
 class Mixed(Toy):
-    """A parameter on every step: layers, a raw one, one under data-dependent control flow, one unused."""
+    """Parameters of layers, a parameter outside of layers, and an unused layer."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Mixed(Toy):
         return self.second(self.scale * torch.tanh(self.first(x)))
 
 
-def test_the_plan_says_which_step_serves_what_why_and_what_share_that_is(tmp_path):
+def test_the_plan_has_the_method_the_reason_and_the_share_of_elements(tmp_path):
     task = toy(tmp_path, Mixed())
     planned = plan(task, tmp_path / "out", CONFIG).gradients
     assert planned.names(RULE) == ("first.weight", "first.bias", "second.weight", "second.bias")
@@ -105,22 +105,22 @@ def test_the_plan_says_which_step_serves_what_why_and_what_share_that_is(tmp_pat
     assert planned.names(NONE) == ("unused.weight", "unused.bias")
     assert planned.steps["first.weight"].reason == ""
     assert planned.steps["scale"].reason == "no layer rule covers it"
-    assert planned.steps["unused.bias"].reason == "no loss of the first batch reaches it"
+    assert planned.steps["unused.bias"].reason == "no loss of the first batch depends on it"
     sizes = {RULE: 57, VMAP: 6, LOOP: 0, NONE: 6}
     assert {step: planned.share(step) for step in sizes} == {step: n / 69 for step, n in sizes.items()}
 
 
-def test_a_reason_that_many_parameters_share_is_said_once(tmp_path, capsys):
-    _show_plan(plan(toy(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
+def test_a_reason_that_many_parameters_share_is_printed_once(tmp_path, capsys):
+    _print_plan(plan(toy(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [line.rpartition(" (")[2] for line in shown if "unused" in line or "scale" in line] == [
         "no layer rule covers it)",
-        "no loss of the first batch reaches it)",
+        "no loss of the first batch depends on it)",
         "as above)",
     ]
 
 
-def test_a_parameter_that_falls_says_how_the_step_above_fails(tmp_path):
+def test_the_reason_of_a_parameter_is_the_error_of_the_method_before(tmp_path):
     class Doubled(Toy):
         def forward(self, x):
             if float(x[0, 0]) > 1e9:
@@ -151,7 +151,7 @@ def test_frozen_parameters_are_listed_and_below_them_there_is_no_graph(tmp_path)
 
 
 class Late(Positions):
-    """A layer and a raw parameter that only examples with a large entry reach."""
+    """A layer and a parameter that only the losses of examples with a large entry depend on."""
 
     def __init__(self):
         super().__init__()
@@ -163,14 +163,14 @@ class Late(Positions):
         return (out + self.late(hidden) * self.gain if bool((x > 2).any()) else out).mean(1)
 
 
-def test_parameters_that_only_a_later_batch_reaches_are_right_there_and_after():
+def test_parameters_that_only_losses_of_a_later_batch_depend_on_are_correct_from_there_on():
     batches = [examples(4), examples(4, shift=3), examples(4), examples(3, shift=3, seed=1)]
     steps = steps_over(Late(), batches)
     assert [steps[0][name] for name in ("late.weight", "gain", "head.weight")] == [NONE, NONE, RULE]
     assert [steps[1][name] for name in ("late.weight", "gain", "head.weight")] == [RULE, LOOP, RULE]
 
 
-def test_one_row_of_a_batch_may_reach_what_the_others_do_not():
+def test_one_loss_of_a_batch_may_depend_on_a_parameter_that_the_others_do_not():
     def loss(model, batch):
         return torch.cat([cross_entropy(model, (x[None], y[None])) for x, y in zip(*batch, strict=True)])
 
@@ -209,12 +209,12 @@ class Changing(Positions):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
-def test_a_layer_whose_input_is_laid_out_otherwise_in_a_later_batch_keeps_its_rule(model, shapes):
+def test_a_layer_whose_input_has_another_layout_in_a_later_batch_keeps_its_rule(model, shapes):
     steps = steps_over(model(), [examples(n, t) for n, t in shapes])
     assert {step for each in steps for step in each.values()} == {RULE}
 
 
-def test_what_vmap_can_no_longer_do_in_a_later_batch_falls_to_the_loop():
+def test_a_parameter_for_which_vmap_fails_in_a_later_batch_uses_the_loop():
     class Sometimes(Positions):
         def __init__(self):
             super().__init__()
@@ -231,7 +231,7 @@ def test_what_vmap_can_no_longer_do_in_a_later_batch_falls_to_the_loop():
     assert all(step["inner.weight"] == RULE for step in steps)
 
 
-def test_an_error_of_the_users_own_in_a_later_batch_is_shown_as_it_is():
+def test_an_error_of_the_users_loss_in_a_later_batch_is_raised_unchanged():
     def loss(model, batch):
         if batch[0].shape[1] > 3:
             raise KeyError("the user's own")
@@ -268,12 +268,12 @@ def through_keyword(self, x):
 
 @pytest.mark.parametrize("forward", [in_place, under_no_grad, detached, through_keyword], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3), (4, 1)])
-def test_layers_rules_hold_with_operations_in_place_no_grad_detach_and_keywords(forward, shape):
+def test_layer_rules_support_in_place_operations_no_grad_detach_and_keywords(forward, shape):
     model = type("Model", (Positions,), {"forward": forward})()
     assert set(steps_over(model, [examples(*shape), examples(3, 2)])[-1].values()) == {RULE}
 
 
-def test_a_layer_never_reached_with_a_gradient_is_named():
+def test_a_layer_that_is_called_under_no_grad_has_no_gradient():
     class Guarded(Positions):
         def forward(self, x):
             with torch.no_grad():
@@ -284,7 +284,7 @@ def test_a_layer_never_reached_with_a_gradient_is_named():
     assert {name for name, step in steps.items() if step == NONE} == {"inner.weight", "inner.bias"}
 
 
-def test_the_users_forward_hook_that_changes_an_output_is_taken_in():
+def test_a_forward_hook_of_the_user_that_changes_an_output_is_supported():
     model = Positions()
     model.inner.register_forward_hook(lambda module, args, output: 2 * output)
     steps = steps_over(model, [examples(4), examples(3)])
@@ -301,7 +301,7 @@ def features(batch_size, folder, **changes):
     torch.manual_seed(0)
     task = toy(folder, Mixed(), query_loss=bumpy, **changes)
     options = FeatureOptions(make_sketch("factored", 128), 3, frozenset(["first.weight", "second.weight"]))
-    with Passes(task, PassOptions(CPU, batch_size)).model() as model:
+    with TaskRunner(task, RunOptions(CPU, batch_size)).model() as model:
         model.load(1)
         extractor = FeatureExtractor(model, options)
         return extractor.rows("train", range(9)), extractor.rows("query", range(5))
@@ -331,7 +331,7 @@ def test_each_side_has_its_own_loss(features_at, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 )
-def test_models_of_every_floating_dtype_are_served(dtype, tolerance):
+def test_models_of_every_floating_dtype_are_supported(dtype, tolerance):
     torch.manual_seed(0)
     model = Mixed().to(dtype)
     data = [(x.to(dtype), y) for x, y in rows(6)]
@@ -339,7 +339,7 @@ def test_models_of_every_floating_dtype_are_served(dtype, tolerance):
     assert {steps["first.weight"], steps["scale"], steps["unused.bias"]} == {RULE, VMAP, NONE}
 
 
-def test_a_model_of_two_dtypes_is_served():
+def test_a_model_of_two_dtypes_is_supported():
     class Two(Mixed):
         def forward(self, x):
             return self.second(self.scale.double() * torch.tanh(self.first(x)).double())
@@ -359,14 +359,14 @@ def penalised_where_large(model, batch):
     return losses
 
 
-def test_a_gradient_that_only_the_loss_of_a_later_batch_takes_is_differentiated_there():
+def test_a_gradient_that_only_the_loss_of_a_later_batch_computes_is_differentiated_there():
     steps = steps_over(Positions(), [examples(4), examples(4, shift=3), examples(4)], penalised_where_large)
     assert set(steps[0].values()) == {RULE}
     assert steps[1]["inner.weight"] == steps[2]["inner.weight"] == LOOP
 
 
 class Numbers(Positions):
-    """Parameters of one number each: few or many."""
+    """Parameters with one element each, few or many."""
 
     def __init__(self, n, *, branching=False):
         super().__init__()
@@ -384,12 +384,12 @@ class Numbers(Positions):
 @pytest.mark.parametrize(
     ("n", "branching", "step"), [(4, False, FORWARD), (4, True, FORWARD), (5, False, VMAP), (5, True, FORWARD)]
 )
-def test_parameters_of_one_number_cost_no_backward_an_example(n, branching, step):
+def test_parameters_with_one_element_need_no_backward_per_example(n, branching, step):
     steps = steps_over(Numbers(n, branching=branching), [examples(4), examples(3)])
     assert {steps[-1][f"numbers.{i}"] for i in range(n)} == {step}
 
 
-def test_a_number_that_forward_mode_cannot_serve_falls_to_vmap():
+def test_a_parameter_for_which_forward_mode_fails_uses_vmap():
     class Opaque(torch.autograd.Function):
         generate_vmap_rule = True
 
@@ -413,13 +413,13 @@ def test_a_number_that_forward_mode_cannot_serve_falls_to_vmap():
     assert steps[-1]["numbers.0"] == VMAP
 
 
-def test_a_batch_that_fails_after_every_proof_is_refused_with_the_layer_and_the_cause(monkeypatch):
+def test_a_batch_that_fails_after_every_verification_raises_with_the_layer_and_the_cause(monkeypatch):
     run = LayerCapture.run
 
     def fails_unproven(self, *args, **options):
         done = run(self, *args, **options)
         if options.get("proving") is None:
-            self.failures["inner.weight"] = "the layer's input is no tensor"
+            self.failures["inner.weight"] = "the layer's input is not a tensor"
         return done
 
     engine = engine_of(Positions())
@@ -427,13 +427,13 @@ def test_a_batch_that_fails_after_every_proof_is_refused_with_the_layer_and_the_
     with pytest.raises(GradientProofError) as refused:
         gradients(engine, examples(4))
     assert str(refused.value) == (
-        "the gradients of rows 0 to 3 fail each time after they are proven: got inner.weight: the layer's input is no "
-        "tensor, expected a loss that does the same each time it is computed; mend the loss, or leave these parameters "
-        "out with Task.parameters; --debug shows the trace"
+        "the gradients of rows 0 to 3 fail after every verification: got inner.weight: the layer's input is not a "
+        "tensor, expected a loss that is computed in the same way each time; change the loss, or exclude these "
+        "parameters with Task.parameters; --debug shows the traceback"
     )
 
 
-def test_an_error_after_every_proof_is_the_cause_of_the_refusal(monkeypatch):
+def test_an_error_after_every_verification_is_the_cause_of_the_raised_error(monkeypatch):
     run = LayerCapture.run
 
     def raises_unproven(self, *args, **options):
@@ -448,7 +448,7 @@ def test_an_error_after_every_proof_is_the_cause_of_the_refusal(monkeypatch):
     assert isinstance(refused.value.__cause__.__cause__, RuntimeError)
 
 
-def test_a_runtime_error_of_the_users_own_is_not_taken_for_a_missing_gradient():
+def test_a_runtime_error_of_the_users_loss_is_not_reported_as_a_missing_gradient():
     def loss(model, batch):
         if batch[0].shape[1] > 3:
             raise RuntimeError("the user's own")
@@ -461,7 +461,7 @@ def test_a_runtime_error_of_the_users_own_is_not_taken_for_a_missing_gradient():
 
 
 class Reentrant(torch.autograd.Function):
-    """Checkpointing by a backward inside backward, as packages other than PyTorch have it."""
+    """Checkpointing by a backward inside backward, as in packages other than PyTorch."""
 
     @staticmethod
     def forward(ctx, x, function):
@@ -481,13 +481,13 @@ class Reentrant(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("checkpointed", "got"),
     [
-        # Outside a session nothing stands in the place of PyTorch's own.
+        # PyTorch's own checkpointing is replaced in a LoadedModel only.
         (lambda f, x: checkpoint(f, x, use_reentrant=True), "When use_reentrant=True, torch.utils.checkpoint is"),
         (lambda f, x: Reentrant.apply(x, f), "a backward runs inside backward, as reentrant checkpointing does"),
     ],
 )
 @pytest.mark.parametrize("part", [False, True])
-def test_reentrant_checkpointing_that_hides_gradients_is_refused_with_the_remedy(checkpointed, got, part):
+def test_reentrant_checkpointing_that_hides_gradients_raises_with_the_remedy(checkpointed, got, part):
     class Model(Positions):
         def forward(self, x):
             x = x.detach().requires_grad_(True)
@@ -498,4 +498,4 @@ def test_reentrant_checkpointing_that_hides_gradients_is_refused_with_the_remedy
     with pytest.raises(TaskError) as refused:
         gradients(engine_of(Model()), examples(4))
     assert str(refused.value).startswith(f"the loss has no gradient: got RuntimeError: {got}")
-    assert str(refused.value).endswith("; checkpoint with use_reentrant=False, or not at all")
+    assert str(refused.value).endswith("; use checkpointing with use_reentrant=False, or no checkpointing")

@@ -1,4 +1,4 @@
-"""What forms of a gradient answer (blocks, sums, inner products, norms) against naive float64 einsum."""
+"""Factor forms: blocks, sums, inner products and norms, compared with naive float64 einsum."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def form(request, device):
     return forms.moved(FORMS[request.param](), device, torch.float32)
 
 
-def test_the_gradient_materialised_is_the_definitions(form):
+def test_the_materialised_gradient_agrees_with_the_definition(form):
     close(materialise(form), forms.gradient(form))
 
 
 @pytest.mark.parametrize("elements", [1, 7, 40, 1 << 24])
-def test_column_blocks_are_whole_rows_in_order_and_cover_the_gradient(form, elements):
+def test_column_blocks_are_complete_rows_in_order_and_cover_the_gradient(form, elements):
     truth = forms.gradient(form)
     columns = form.shape[1]
     stop = 0
@@ -101,13 +101,13 @@ def test_column_blocks_are_whole_rows_in_order_and_cover_the_gradient(form, elem
     assert stop == truth.shape[1]
 
 
-def test_weighted_sums_over_the_batch_are_the_definitions(form):
+def test_weighted_sums_over_the_batch_agree_with_the_definition(form):
     weights_KB = torch.randn(2, batch_size(form), dtype=torch.float64)
     close(weighted_sums(form, weights_KB), weights_KB @ forms.gradient(form))
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_inner_products_with_directions_are_the_definitions(form, queries, device):
+def test_inner_products_with_directions_agree_with_the_definition(form, queries, device):
     truth = forms.gradient(form)
     direction = torch.randn(queries, truth.shape[1], dtype=torch.float64)
     found = inner(form, direction.to(device, torch.float32))
@@ -117,17 +117,17 @@ def test_inner_products_with_directions_are_the_definitions(form, queries, devic
 
 @pytest.mark.parametrize("queries", [1, 2, 7])
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
-def test_inner_products_where_they_are_wanted_are_the_definitions(form, queries, share, device):
+def test_requested_inner_products_agree_with_the_definition(form, queries, share, device):
     truth = forms.gradient(form)
     direction = torch.randn(queries, truth.shape[1], dtype=torch.float64)
     wanted = torch.rand(len(truth), queries, generator=torch.Generator().manual_seed(queries)) < share
     found = inner_where(form, direction.to(device, torch.float32), wanted)
     assert found.shape == wanted.shape
-    # Zeros where nobody asked keep the scale of those that were.
+    # Entries that were not requested are replaced by zeros, which keeps the scale of the others.
     close(torch.where(wanted.to(found.device), found, 0), torch.where(wanted, truth @ direction.T, 0))
 
 
-def test_the_squared_norm_is_the_definitions(form):
+def test_the_squared_norm_agrees_with_the_definition(form):
     close(squared_norm([form]), forms.gradient(form).square().sum(1))
 
 
@@ -160,7 +160,7 @@ def test_a_slice_of_a_form_is_the_form_of_those_examples(form, part):
     close(squared_norm([sliced]), truth.square().sum(1))
 
 
-def test_the_shape_is_the_parameters_read_as_a_matrix():
+def test_the_shape_is_that_of_the_parameter_as_a_matrix():
     assert forms.outer((6, 5), 4).shape == (6, 5)
     assert forms.convolution((6, 5, 3), (7,), groups=2).shape == (6, 15)
     assert forms.rows((6, 4), 9).shape == (6, 4)
@@ -168,7 +168,7 @@ def test_the_shape_is_the_parameters_read_as_a_matrix():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (12, 1), (1, 9), (6, 4)])
-def test_every_way_to_say_a_gradient_has_its_norm_and_its_sum(shape):
+def test_every_form_of_a_gradient_has_its_norm_and_its_sum(shape):
     grad = torch.randn(3, *shape, dtype=torch.float64)
     for name, several in forms.same_gradient(grad).items():
         whole = torch.stack([materialise(form) for form in several]).sum(0)
@@ -180,7 +180,7 @@ def test_every_way_to_say_a_gradient_has_its_norm_and_its_sum(shape):
         torch.testing.assert_close(norm, grad.square().sum((1, 2)), msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_forms_keep_their_float64():
+def test_forms_in_float64_are_computed_in_float64():
     for make in FORMS.values():
         form = make()
         truth = forms.gradient(form)
@@ -192,7 +192,7 @@ def test_forms_keep_their_float64():
         torch.testing.assert_close(squared_norm([form]), truth.square().sum(1), rtol=1e-12, atol=1e-12)
 
 
-def test_rows_that_get_nothing_may_name_any_row_with_a_zero_value():
+def test_a_position_without_a_gradient_may_have_any_index_and_a_zero_value():
     index = torch.tensor([[0, 2, 0], [1, 1, 0]])
     value = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [2.0, 3.0], [0.0, 0.0]]])
     form = Rows(index, value, 3)
@@ -203,18 +203,18 @@ def test_rows_that_get_nothing_may_name_any_row_with_a_zero_value():
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_exact_norms_of_vast_and_tiny_gradients_are_not_lost_in_float32(name, device):
+def test_exact_norms_of_very_large_and_small_gradients_do_not_overflow_in_float32(name, device):
     several = [forms.moved(form, device, torch.float32) for form in SEVERAL[name]()]
     scale = torch.tensor([1e25, 1.0, 1e-28], device=device)
-    # Some uses have the scale on one factor, as a loss that is scaled has it on every output gradient.
-    scaled = [_scaled(form, scale) for form in several]
+    # The scale is on one factor, as a scaled loss scales every output gradient.
+    scaled = [scale_form(form, scale) for form in several]
     truth = torch.stack([forms.gradient(form) for form in scaled]).sum(0).square().sum(1)
     found = squared_norms({("weight", 0, 3): scaled}, 3, device)
     assert found.dtype is torch.float64 and truth[0] > 1e48 and truth[2] < 1e-50
     torch.testing.assert_close(found.cpu(), truth, rtol=1e-5, atol=0)
 
 
-def _scaled(form, scale):
+def scale_form(form, scale):
     def times(values):
         return values * scale.view(-1, *[1] * (values.dim() - 1))
 
@@ -229,7 +229,7 @@ def _scaled(form, scale):
     )
 
 
-def test_norms_are_of_all_forms_of_a_parameter_however_the_batch_is_cut():
+def test_norms_are_of_all_forms_of_a_parameter_for_any_split_of_the_batch():
     first, second = torch.randn(2, 6, 4, dtype=torch.float64)
     cut = {
         ("weight", 0, 6): [factors.Dense(first)],

@@ -1,4 +1,4 @@
-"""Per-example gradients by every step of the ladder, against a float64 loop of autograd."""
+"""Per-example gradients by every method, compared with a float64 loop of autograd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tracin_ann.task.nested import to_device
 from tracin_ann.task.task import Checkpoint, Task
 
 
-def engine_for(model, case, examples, device, **options):
+def make_engine(model, case, examples, device, **options):
     task = Task(
         model=lambda: model,
         loss=case.loss,
@@ -29,7 +29,7 @@ def engine_for(model, case, examples, device, **options):
     return GradientEngine(model, parameters, case.loss, lambda rows: to_device(task.collate_rows(rows), device))
 
 
-def collected(engine, batch):
+def collect_gradients(engine, batch):
     gradients = {}
 
     def start():
@@ -51,14 +51,14 @@ def collected(engine, batch):
 
 @pytest.mark.parametrize("name", models.CASES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_parameter_of_every_model_gets_autograds_gradient(name, seed, device):
+def test_every_parameter_of_every_model_has_autograds_gradient(name, seed, device):
     model, case, examples = models.made(name, seed)
     truth = oracle.gradients(model, case.loss, examples)
-    engine = engine_for(model, case, examples, device)
+    engine = make_engine(model, case, examples, device)
     batch = engine.batch(range(len(examples)), examples)
-    losses, gradients = collected(engine, batch)
+    losses, gradients = collect_gradients(engine, batch)
     assert gradients.shape == truth.shape
     error = (gradients.double() - truth).norm(dim=1) / truth.norm(dim=1)
     assert error.max() < 2e-5, engine.plan
-    assert {step.name for step in engine.plan.steps.values()} <= case.steps, engine.plan
+    assert {step.name for step in engine.plan.steps.values()} <= case.methods, engine.plan
     assert losses.shape == (len(examples),)

@@ -1,4 +1,4 @@
-"""What breaks the contract is refused on the first batch, in one line with the remedy, and nothing is left behind."""
+"""Checks of the first batch: a task that breaks the contract raises one line with the remedy, and leaves no files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tracin_ann.errors import IndexMismatchError, NonFiniteError, TaskError
 RANDOM = replace(CONFIG, allow_random_data=True)
 
 
-def refused(tmp_path, task, kind=TaskError):
-    """Return the message with which both build and plan refuse the task; nothing may be left behind."""
+def error_of(tmp_path, task, kind=TaskError):
+    """Return the error message of build, which plan raises as well; neither may leave files."""
     messages = []
     for verb in (plan, build):
         with pytest.raises(kind) as caught:
@@ -61,16 +61,16 @@ class Normalised(Toy):
     ],
 )
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
-def test_a_loss_that_is_not_one_number_an_example_is_refused(tmp_path, loss, got, side):
-    assert refused(tmp_path, toy(tmp_path, **{side: loss})) == (
-        f"the loss is not one number an example: got {got}, expected a tensor of shape [4]; return per-example losses "
+def test_a_loss_that_is_not_one_number_per_example_raises(tmp_path, loss, got, side):
+    assert error_of(tmp_path, toy(tmp_path, **{side: loss})) == (
+        f"the loss is not one number per example: got {got}, expected a tensor of shape [4]; return per-example losses "
         "(reduction='none', and the mean over positions of each example)"
     )
 
 
-def test_a_loss_with_a_last_dimension_of_one_is_refused_with_what_removes_it(tmp_path):
-    assert refused(tmp_path, toy(tmp_path, loss=lambda m, b: cross_entropy(m, b)[:, None])) == (
-        "the loss is not one number an example: got a tensor of shape [4, 1], expected a tensor of shape [4]; "
+def test_a_loss_with_a_last_dimension_of_one_raises_with_the_remedy(tmp_path):
+    assert error_of(tmp_path, toy(tmp_path, loss=lambda m, b: cross_entropy(m, b)[:, None])) == (
+        "the loss is not one number per example: got a tensor of shape [4, 1], expected a tensor of shape [4]; "
         "return losses.squeeze(1)"
     )
 
@@ -84,9 +84,9 @@ def test_a_loss_with_a_last_dimension_of_one_is_refused_with_what_removes_it(tmp
     ],
 )
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
-def test_a_loss_that_is_no_floating_point_number_is_refused(tmp_path, loss, dtype, side):
-    assert refused(tmp_path, toy(tmp_path, **{side: loss})) == (
-        f"the loss has no gradient: got losses of {dtype}, expected floating-point losses; leave out what has no "
+def test_a_loss_that_is_not_floating_point_raises(tmp_path, loss, dtype, side):
+    assert error_of(tmp_path, toy(tmp_path, **{side: loss})) == (
+        f"the loss has no gradient: got losses of {dtype}, expected floating-point losses; remove what has no "
         "derivative (argmax, comparisons, casts to integers), or take the real part"
     )
 
@@ -102,9 +102,9 @@ MIXING = {
 
 @pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
-def test_a_loss_in_which_examples_mix_is_refused(tmp_path, name, side):
+def test_a_loss_in_which_examples_mix_raises(tmp_path, name, side):
     model, loss = MIXING[name]
-    message = refused(tmp_path, toy(tmp_path, model(), **{side: loss}))
+    message = error_of(tmp_path, toy(tmp_path, model(), **{side: loss}))
     assert message.startswith("examples of a batch mix in the loss: got for row ")
     assert message.endswith(
         "expected a loss that is a function of its own example alone; use no batch statistics (batch norm outside "
@@ -112,24 +112,24 @@ def test_a_loss_in_which_examples_mix_is_refused(tmp_path, name, side):
     )
 
 
-def test_examples_that_mix_in_the_gradient_alone_are_refused(tmp_path):
+def test_examples_that_mix_in_the_gradient_alone_raise(tmp_path):
     def loss(model, batch):
         logits = model(batch[0])
         return cross_entropy(model, batch) + (logits - logits.detach()).sum()
 
-    message = refused(tmp_path, toy(tmp_path, loss=loss))
+    message = error_of(tmp_path, toy(tmp_path, loss=loss))
     assert message.startswith("examples of a batch mix in the loss: got for row 0 a gradient ")
-    assert "of its norm away from its own" in message
+    assert "of its norm from that of the example alone" in message
 
 
-def test_batch_norm_with_running_statistics_is_served(tmp_path):
+def test_batch_norm_with_running_statistics_is_supported(tmp_path):
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
     build(toy(tmp_path, model), tmp_path / "out", CONFIG)
     assert model.training
 
 
 class Augmented:
-    """Rows with noise from a global generator: random at every reading."""
+    """Rows with noise from a global generator, different at every reading."""
 
     def __init__(self, n, draw):
         self.rows, self.draw = rows(n), draw
@@ -144,26 +144,26 @@ class Augmented:
 
 @pytest.mark.parametrize("draw", [lambda: torch.randn(5), random.random])
 @pytest.mark.parametrize("side", ["train", "query"])
-def test_random_rows_are_refused_unless_they_are_allowed(tmp_path, side, draw):
+def test_random_rows_raise_unless_they_are_allowed(tmp_path, side, draw):
     task = toy(tmp_path, **{f"{side}_data": lambda: Augmented(10, draw)})
-    assert refused(tmp_path, task) == (
+    assert error_of(tmp_path, task) == (
         f"rows of {side}_data change when they are read twice: got two different readings of row 0, expected the same "
-        "example each time; leave random augmentation out of the task's data, or pass --allow-random-data"
+        "example each time; remove random augmentation from the task's data, or pass --allow-random-data"
     )
     build(task, tmp_path / "out", RANDOM)
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=4)
     assert len(index.query([0, 1])) == 2
-    with pytest.raises(IndexMismatchError, match="train data has digest random, this task has [0-9a-f]+; restore"):
+    with pytest.raises(IndexMismatchError, match="training data of digest random, this task has [0-9a-f]+; restore"):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_a_random_loss_is_refused(tmp_path):
+def test_a_random_loss_raises(tmp_path):
     def loss(model, batch):
         return F.cross_entropy(F.dropout(model(batch[0])), batch[1], reduction="none")
 
-    assert refused(tmp_path, toy(tmp_path, loss=loss)) == (
-        "the loss is random: got two different losses of one batch, expected the same loss each time; drop what draws "
-        "random numbers in eval mode (functional dropout, sampled noise)"
+    assert error_of(tmp_path, toy(tmp_path, loss=loss)) == (
+        "the loss is random: got two different losses of one batch, expected the same loss each time; remove "
+        "operations that draw random numbers in eval mode (functional dropout, sampled noise)"
     )
 
 
@@ -182,16 +182,16 @@ def without_graph(model, batch):
     ],
 )
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
-def test_a_loss_without_a_gradient_is_refused(tmp_path, loss, got, side):
-    message = refused(tmp_path, toy(tmp_path, **{side: loss}))
+def test_a_loss_without_a_gradient_raises(tmp_path, loss, got, side):
+    message = error_of(tmp_path, toy(tmp_path, **{side: loss}))
     assert message.startswith(f"the loss has no gradient: got {got}")
     assert message.endswith("in PyTorch without .detach(), .item() or no_grad, or change Task.parameters")
 
 
-def test_a_loss_that_depends_on_none_of_the_chosen_parameters_is_refused(tmp_path):
+def test_a_loss_that_depends_on_none_of_the_chosen_parameters_raises(tmp_path):
     model = Toy()
     model.unused = nn.Linear(2, 2)
-    message = refused(tmp_path, toy(tmp_path, model, parameters="unused.*"))
+    message = error_of(tmp_path, toy(tmp_path, model, parameters="unused.*"))
     assert message.startswith("the loss has no gradient: got losses that depend on none of the chosen parameters")
 
 
@@ -201,13 +201,13 @@ def with_nan(row, n=10):
     return data
 
 
-def test_a_nan_loss_in_the_first_batch_is_refused(tmp_path):
-    assert refused(tmp_path, toy(tmp_path, train_data=lambda: with_nan(2)), NonFiniteError) == (
+def test_a_nan_loss_in_the_first_batch_raises(tmp_path):
+    assert error_of(tmp_path, toy(tmp_path, train_data=lambda: with_nan(2)), NonFiniteError) == (
         "the loss of row 2 at checkpoint 0 is not finite: got nan, expected finite numbers; "
         "look at this row and this checkpoint's weights"
     )
     infinite = toy(tmp_path, query_loss=lambda m, b: cross_entropy(m, b) / (b[1] != 1))
-    assert "the loss of row 1 at checkpoint 0 is not finite: got inf" in refused(tmp_path, infinite, NonFiniteError)
+    assert "the loss of row 1 at checkpoint 0 is not finite: got inf" in error_of(tmp_path, infinite, NonFiniteError)
 
 
 def test_a_nan_loss_later_names_row_and_checkpoint_and_writes_no_manifest(tmp_path):
@@ -219,7 +219,7 @@ def test_a_nan_loss_later_names_row_and_checkpoint_and_writes_no_manifest(tmp_pa
     assert list((tmp_path / "out" / "features").iterdir()) == []
 
 
-def test_a_later_checkpoint_with_nan_weights_is_named(tmp_path):
+def test_a_later_checkpoint_with_nan_weights_raises_with_its_number(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
     state = torch.load(checkpoints[1].path, weights_only=True)
     state["second.bias"][1] = float("nan")
@@ -236,11 +236,11 @@ def cornered(model, batch):
 
 
 @pytest.mark.parametrize("rowwise", [False, True], ids=["layer rules", "loop"])
-def test_a_nan_gradient_of_a_finite_loss_in_the_first_batch_is_refused(tmp_path, rowwise):
+def test_a_nan_gradient_of_a_finite_loss_in_the_first_batch_raises(tmp_path, rowwise):
     def loss(model, batch):
         return torch.cat([cornered(model, (x[None], y[None])) for x, y in zip(*batch, strict=True)])
 
-    message = refused(tmp_path, toy(tmp_path, loss=loss if rowwise else cornered), NonFiniteError)
+    message = error_of(tmp_path, toy(tmp_path, loss=loss if rowwise else cornered), NonFiniteError)
     assert message.startswith("the gradient of row 2 at checkpoint 0 is not finite: got NaN or inf at a loss of ")
 
 
@@ -293,8 +293,8 @@ class NoLength:
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("side", ["train", "query"])
-def test_data_that_is_no_map_style_set_with_rows_is_refused(tmp_path, data, got, remedy, side):
-    message = refused(tmp_path, toy(tmp_path, **{f"{side}_data": lambda: data}))
+def test_data_that_is_not_a_map_style_data_set_with_rows_raises(tmp_path, data, got, remedy, side):
+    message = error_of(tmp_path, toy(tmp_path, **{f"{side}_data": lambda: data}))
     assert message.startswith(f"Task.{side}_data cannot be used: got {got}")
     assert message.endswith(
         f", expected a map-style data set (len(data), data[i]) with at least one row; return {remedy}"
@@ -302,7 +302,7 @@ def test_data_that_is_no_map_style_set_with_rows_is_refused(tmp_path, data, got,
 
 
 class Frequent(nn.Module):
-    """An embedding whose gradient is scaled by how often a word stands in the batch."""
+    """An embedding whose gradient is scaled by the frequency of a word in the batch."""
 
     def __init__(self):
         super().__init__()
@@ -313,10 +313,10 @@ class Frequent(nn.Module):
         return self.head(self.words(index).mean(1))
 
 
-def test_gradients_scaled_by_frequency_in_the_batch_are_refused(tmp_path):
+def test_gradients_scaled_by_frequency_in_the_batch_raise(tmp_path):
     data = [(torch.tensor([i % 7, (i + 1) % 7, i % 7]), i % 3) for i in range(10)]
     task = toy(tmp_path, Frequent(), train_data=lambda: data, query_data=lambda: data[:5])
-    message = refused(tmp_path, task)
+    message = error_of(tmp_path, task)
     assert message.startswith("examples of a batch mix in the loss: got for row 0 a gradient ")
     build(
         toy(tmp_path, Frequent(), parameters="head.*", train_data=lambda: data, query_data=lambda: data[:5]),

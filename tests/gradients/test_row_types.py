@@ -1,4 +1,4 @@
-"""Token ids, targets and inputs of every type and layout that PyTorch takes: gradients as the oracle has them."""
+"""Gradients of token ids, targets and inputs of every dtype and layout that PyTorch supports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS, F_IN, CLASSES = 11, 7, 3
 
 
 class Bag(nn.Module):
-    """Words looked up, averaged and judged; `scale` makes a parameter that no layer holds."""
+    """A mean of word embeddings with a classifier; `scaled` adds a parameter that no layer holds."""
 
     def __init__(self, scaled=False):
         super().__init__()
@@ -49,7 +49,7 @@ class Counts(nn.Module):
 
 
 class Mapped(Counts):
-    """A linear layer of one's own, as Hugging Face's Conv1D: its matrix the other way round."""
+    """With a custom linear layer whose matrix is [in, out], as in Hugging Face's Conv1D."""
 
     def __init__(self):
         super().__init__()
@@ -83,13 +83,13 @@ def engine_and_gradients(model, rows, loss, collate=torch.utils.data.default_col
     return engine, gradients(engine, rows)
 
 
-def hold(found, truth, tolerance=1e-5):
+def compare(found, truth, tolerance=1e-5):
     assert ((found - truth).norm(dim=1) <= tolerance * truth.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("step", [RULE, VMAP, LOOP])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_int32_token_ids_are_served_by_every_step(step, scaled, monkeypatch):
+def test_int32_token_ids_are_supported_by_every_method(step, scaled, monkeypatch):
     model, rows = Bag(scaled), texts(5, torch.int32)
     truth = oracle.gradients(model, cross_entropy, texts(5, torch.int64))
     if step != RULE:
@@ -97,7 +97,7 @@ def test_int32_token_ids_are_served_by_every_step(step, scaled, monkeypatch):
     if step == LOOP:
         monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
     engine, found = engine_and_gradients(model, rows, cross_entropy)
-    hold(found, truth)
+    compare(found, truth)
     assert engine.plan.steps["words.weight"].name == step
 
 
@@ -114,7 +114,7 @@ def test_int32_token_ids_give_the_same_index_and_exact_scores(tmp_path, sketch):
         views.append(InfluenceIndex.open(tmp_path / name, task, device="cpu"))
     np.testing.assert_array_equal(views[0].view().take(range(10)), views[1].view().take(range(10)))
     expected = true_scores(model, checkpoints, texts(3, torch.int64, seed=2), texts(10, torch.int64))
-    scores = exact_scores(views[0].passes, ("query", range(3)), range(10), range(2))
+    scores = exact_scores(views[0].runner, ("query", range(3)), range(10), range(2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
 
 
@@ -149,14 +149,14 @@ TARGETS = [
 
 @pytest.mark.parametrize(("loss", "dtype"), TARGETS)
 @pytest.mark.parametrize("scaled", [False, True], ids=["layer rules", "a raw parameter too"])
-def test_targets_of_every_type_that_the_loss_takes_are_served(loss, dtype, scaled):
+def test_targets_of_every_dtype_that_the_loss_accepts_are_supported(loss, dtype, scaled):
     model = Bag(scaled)
     rows = [(tokens, torch.tensor(y, dtype=dtype)) for tokens, y in texts(5, torch.int32)]
     truth = oracle.gradients(model, loss, rows)
     engine, found = engine_and_gradients(model, rows, loss)
-    hold(found, truth)
+    compare(found, truth)
     assert engine.plan.steps["words.weight"].name == RULE
-    # PyTorch's cross-entropy takes uint8, but not under vmap, where it gathers; one_hot looks at its values.
+    # PyTorch's cross-entropy accepts uint8, but not under vmap, where it uses gather; one_hot reads its values.
     assert not scaled or engine.plan.steps["scale"].name == (VMAP if loss is squared else LOOP)
 
 
@@ -182,37 +182,37 @@ def sparse_batch(layout):
     ("made", "layout"), [*((Counts, layout) for layout in LAYOUTS), (Mapped, "COO"), (Mapped, "CSR")]
 )
 @pytest.mark.parametrize("size", [1, 5])
-def test_sparse_inputs_are_served_by_the_rule(made, layout, size):
+def test_sparse_inputs_use_the_rule(made, layout, size):
     model, rows = made(), counts(size)
     truth = oracle.gradients(model, cross_entropy, rows)
     engine, found = engine_and_gradients(model, rows, cross_entropy, sparse_batch(layout))
-    hold(found, truth)
+    compare(found, truth)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sparse_inputs_fall_past_vmap_to_the_loop(layout, monkeypatch):
+def test_sparse_inputs_use_the_loop_if_they_have_no_rule(layout, monkeypatch):
     monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     model, rows = Counts(), counts(5)
     truth = oracle.gradients(model, cross_entropy, rows)
     engine, found = engine_and_gradients(model, rows, cross_entropy, sparse_batch(layout))
-    hold(found, truth)
+    compare(found, truth)
     assert engine.plan.names(LOOP) == tuple(engine.parameters)
     assert "layout torch.sparse_" in engine.plan.steps["first.weight"].reason
 
 
 def product(model, batch):
-    """Return the loss of a model whose first layer is not called: its weight is multiplied with sparse rows."""
+    """Return the loss of a model whose first layer is not called; its weight is multiplied with sparse rows."""
     hidden = torch.tanh(torch.sparse.mm(batch[0], model.first.weight.T) + model.first.bias)
     return F.cross_entropy(model.second(hidden), batch[1], reduction="none")
 
 
 @pytest.mark.parametrize("layout", ["COO", "CSR"])
-def test_sparse_products_outside_of_a_layer_are_right(layout):
+def test_sparse_products_outside_of_a_layer_are_correct(layout):
     model, rows = Counts(), counts(5)
     truth = oracle.gradients(model, cross_entropy, rows)
     engine, found = engine_and_gradients(model, rows, product, sparse_batch(layout))
-    hold(found, truth)
+    compare(found, truth)
     assert set(engine.plan.names(LOOP)) == {"first.weight", "first.bias"}
 
 
@@ -246,7 +246,7 @@ def test_an_index_of_sparse_rows_has_the_scores_of_dense_ones(tmp_path, layout, 
     monkeypatch.setattr("torch._utils._sparse_tensors_to_validate", [])
     model = Counts()
     checkpoints = saved(model, tmp_path)
-    # All of it can be pickled, so that workers can be sent it.
+    # Every part can be pickled, so that it can be sent to workers.
     task = Task(
         model=Counts,
         loss=loss_of_documents,
@@ -260,5 +260,5 @@ def test_an_index_of_sparse_rows_has_the_scores_of_dense_ones(tmp_path, layout, 
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     assert len(index.query(range(3))) == 3
     expected = true_scores(model, checkpoints, counts(3, seed=2), counts(10))
-    scores = exact_scores(index.passes, ("query", range(3)), range(10), range(2))
+    scores = exact_scores(index.runner, ("query", range(3)), range(10), range(2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())

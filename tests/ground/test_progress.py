@@ -1,4 +1,4 @@
-"""What `progress_bar` draws: nothing for short work, lines in a log, a bar in a notebook."""
+"""Output of `progress_bar`: nothing for short operations, lines in a log, a bar in a notebook."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.audit import Auditor, draw_places
-from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUneven
-from tracin_ann.operations.verification import Draw, audit
+from tracin_ann.features.pipeline import MOST_UNEVEN, _MostUnevenBatch
+from tracin_ann.operations.verification import AuditSample, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
 from tracin_ann.task.batches import CollatedBatch
@@ -49,7 +49,7 @@ def run(*arguments: object) -> Any:
 def test_a_right_index_passes(index):
     result = run(index, "--audit", 10)
     assert result.exit_code == 0, result.output
-    assert re.search(r"i: audited 10 rows against plain autograd: largest difference \de-0\d of a row", result.output)
+    assert re.search(r"audit\S* 10 rows; largest difference from autograd \de-0\d of a row", result.output)
 
 
 def test_a_wrong_row_is_named_with_status_4(index):
@@ -58,8 +58,8 @@ def test_a_wrong_row_is_named_with_status_4(index):
     result = run(index, "--audit", 1000)
     assert result.exit_code == 4
     assert re.search(
-        r"^row 11 at checkpoint 1 differs from plain autograd: got a feature that is 0\.009\d of its norm away, "
-        r"though its batch, run again, gives what autograd gives, expected at most 0\.0005$",
+        r"^row 11 at checkpoint 1 differs from plain autograd: got a relative difference of 0\.009\d, "
+        r"but its batch agrees with autograd when it runs again, expected at most 0\.0005$",
         result.output,
         re.M,
     ), result.output
@@ -70,8 +70,8 @@ def test_damage_is_told_before_anything_is_audited(index):
     (index / FEATURES / "features-000000-0000.h5").unlink()
     result = run(index, "--audit", 10)
     assert result.exit_code == 4
-    assert "audited" not in result.output
-    assert "audited 10 rows" in run(index, "--audit", 10, "--repair").output
+    assert "largest difference" not in result.output
+    assert "10 rows; largest difference" in run(index, "--audit", 10, "--repair").output
 
 
 def test_the_same_index_draws_the_same_rows_and_a_seed_others(index, monkeypatch):
@@ -86,20 +86,22 @@ def test_the_same_index_draws_the_same_rows_and_a_seed_others(index, monkeypatch
 def test_another_task_is_refused_and_not_called_a_wrong_row(index, tmp_path):
     task = zoo.task("mlp", str(tmp_path))
     other = replace(task, loss=lambda model, batch: 2 * task.loss(model, batch))
-    with pytest.raises(IndexMismatchError, match="has another gradient than when"):
-        audit(index, Draw(5), other)
+    with pytest.raises(IndexMismatchError, match="has changed since index"):
+        audit(index, AuditSample(5), other)
     with pytest.raises(DamagedIndexError, match=r"manifest.json: got no file"):
-        audit(tmp_path, Draw(5), task)
+        audit(tmp_path, AuditSample(5), task)
 
 
 def test_build_and_info_say_what_was_audited(index, tmp_path):
-    rows, said = r"16 rows", r"against plain autograd: largest difference \de-0\d of a row's norm"
+    rows, said = r"16 rows", r"largest difference from autograd \de-0\d of a row's norm"
     options = ["--task", f"{zoo.__file__}:task", "--out", tmp_path / "new", "--dim", 32, "--no-yardstick"]
     options += ["--task-arg", "case=mlp", "--task-arg", f"folder={tmp_path}", "--device", "cpu"]
     built = CliRunner().invoke(build_command, [str(option) for option in options])
-    assert re.search(rf"^audited {rows} and \d+ of the most uneven batch {said}$", built.output, re.M), built.output
+    assert re.search(rf"^audit\S* {rows} and \d+ rows of the most uneven batch; {said}$", built.output, re.M), (
+        built.output
+    )
     shown = CliRunner().invoke(info_command, [str(index)]).output
-    assert re.search(rf"^audited     {rows} {said}$", shown, re.M), shown
+    assert re.search(rf"^audit\S* +{rows}; {said}$", shown, re.M), shown
 
 
 def store(n_rows: int) -> FeatureStore:
@@ -146,13 +148,13 @@ def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     ],
 )
 def test_the_batch_whose_sizes_differ_most(batches, expected):
-    most = _MostUneven()
-    assert [read.inputs for read in most.watching(watched(batches), 1)] == ["inputs"] * len(batches)
+    most = _MostUnevenBatch()
+    assert [read.inputs for read in most.watch(watched(batches), 1)] == ["inputs"] * len(batches)
     assert [row for row, checkpoint in most.places if checkpoint == 1] == expected
 
 
 def test_no_more_than_so_many_rows():
-    most = _MostUneven()
-    list(most.watching(watched([[*range(500)]]), 0))
+    most = _MostUnevenBatch()
+    list(most.watch(watched([[*range(500)]]), 0))
     assert len(most.places) == MOST_UNEVEN
     assert most.places[0] == (0, 0)

@@ -29,18 +29,18 @@ def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
     build(task, tmp_path / "index")
     ranking = [int(row.id) for row in InfluenceIndex.open(tmp_path / "index", task).self_influence()]
     assert sorted(ranking) == list(range(digits.N_TRAIN))
-    assert digits.found(ranking, digits.data(seed)[2], 0.2) >= 0.95
+    assert digits.find_share(ranking, digits.data(seed)[2], 0.2) >= 0.95
 
 
 SLOW = ("cifar10", "shakespeare")
 SMALL = [
-    ("cifar10", "--rows=30", r"test picture \d+: \w+, taken for \w+\n  towards \w+: \d+ \w+ \+"),
-    ("mnist", "--rows=100", r"test digit 0, labelled \d\n  for it: \d+ \(\d\), "),
-    ("shakespeare", "--rows=60", r"\n\d+: .+\n  \+\d\.\d{5} +\d+: .+(.|\n)+ most from the layers \w+"),
+    ("cifar10", "--rows=30", r"test image \d+: \w+, classified as \w+\n  proponents: \d+ \w+ \+"),
+    ("mnist", "--rows=100", r"test digit 0, labelled \d\n  proponents: \d+ \(\d\), "),
+    ("shakespeare", "--rows=60", r"\n\d+: .+\n  \+\d\.\d{5} +\d+: .+(.|\n)+ largest part of the first score: \w+"),
     (
         "sst2",
         "--rows=300",
-        r"\ndev-1, \w+: .+\n +\+\d+\.\d{3}  train-\d+, \w+: (.|\n)+ most suspicious labels \d+% are",
+        r"\ndev-1, \w+: .+\n +\+\d+\.\d{3}  train-\d+, \w+: (.|\n)+ most suspicious labels, \d+% are",
     ),
 ]
 

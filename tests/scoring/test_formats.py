@@ -130,10 +130,10 @@ def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> N
         ("words", ("--own-ids", "--only", "row-0200", "--ids", "row-0200"), ["no such id in train_data", "row-0200"]),
         ("positions", ("--own-ids", "--ids", "0"), ["no such id", "a task with ids", "positions, or define Task.ids"]),
         ("words", ("--ids", "@nowhere.txt"), ["cannot read nowhere.txt"]),
-        ("words", ("--ids", "0", "--format", "parquet"), ["Parquet is no text", "--output"]),
-        ("words", ("--ids", "0", "--output", "a.txt"), ["a table is for the screen", "jsonl, csv, parquet"]),
+        ("words", ("--ids", "0", "--format", "parquet"), ["Parquet cannot be written to stdout", "--output"]),
+        ("words", ("--ids", "0", "--output", "a.txt"), ["a table cannot be written to a file", "jsonl, csv, parquet"]),
         ("words", ("--against", "0"), ["a contrast needs two sets", "--ids"]),
-        ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "drop one"]),
+        ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
 def test_impossible_options_are_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
@@ -146,7 +146,7 @@ def test_impossible_options_are_refused(folder: Path, kind: str, arguments: tupl
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (lambda row: row[1], "row 3 an id that it cannot have: got 0, that of row 0"),
+        (lambda row: row[1], "an invalid id for row 3: got 0, the id of row 0"),
         (lambda row: row[2] if row[2] % 2 else str(row[2]), "got 101, the first row's is '100'"),
         (lambda row: 1.5, "got 1.5, expected an int or a str"),
         (lambda row: True, "got True, expected an int or a str"),

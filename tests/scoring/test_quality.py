@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import oracle
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.cli.info import main as info
-from tracin_ann.cli.info import quality_lines
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.scoring import ranking, strategy
 from tracin_ann.scoring.exact import ExactScorer
@@ -259,8 +258,8 @@ def test_info_shows_the_measured_quality(index: InfluenceIndex, folder: Path) ->
     assert result.exit_code == 0
     fidelity, calibration = index.manifest.fidelity, index.manifest.index.calibration
     assert fidelity is not None and calibration is not None
-    assert f"rows        {N:,}, 2 checkpoints x 128" in result.stdout
-    assert quality_lines(index.manifest) in " ".join(result.stdout.split())
+    assert f"rows:       {N:,}, 2 checkpoints x 128" in result.stdout
+    assert index.manifest.quality_summary in " ".join(result.stdout.split())
     for point in (*calibration.proponents[-3:], *calibration.opponents[-3:]):
         assert f"{point.recall:.3f}" in result.stdout and f"{point.scored:,.0f}" in result.stdout
     assert CliRunner().invoke(info, [str(folder)]).exit_code != 0

@@ -1,4 +1,4 @@
-"""Lists that are filled in stretches: a build killed at any point goes on to the same bytes and reads no row again."""
+"""Lists filled in stretches: a build killed at any point resumes, gives the same bytes and reads no row again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from test_search_contract import Rows
 
 from tasks.toy import CONFIG, rows, toy
 from tracin_ann import InfluenceIndex, build
-from tracin_ann.search import IVFIndex, IVFParams
-from tracin_ann.search import construction as fill
+from tracin_ann.search import IVFIndex, IVFParams, construction
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.flat import Subset
 from tracin_ann.store.generations import UNFINISHED_INDEX
@@ -29,11 +28,11 @@ PARAMS = IVFParams(nlist=20)
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Raised in place of the end of the process."""
 
 
 class Counting(Rows):
-    """Rows that know how often each was read in blocks."""
+    """Rows that count how often each is read in blocks."""
 
     def __init__(self, values: np.ndarray) -> None:
         super().__init__(values)
@@ -56,19 +55,19 @@ def values() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fill, "STRETCH_ROWS", STRETCH)
-    monkeypatch.setattr(fill, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(construction, "STRETCH_ROWS", STRETCH)
+    monkeypatch.setattr(construction, "_BLOCK_ROWS", 64)
 
 
-def saved(index: IVFIndex, folder: Path) -> dict[str, bytes]:
+def save_and_read(index: IVFIndex, folder: Path) -> dict[str, bytes]:
     folder.mkdir(exist_ok=True)
     index.save(folder)
     return {name: (folder / name).read_bytes() for name in IVFIndex.FILES}
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """Make the n-th file of a scratch the last thing that happens; -1: before the first."""
-    replace_, count = fill.atomic_path.__globals__["os"].replace, []
+def kill_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Raise `Killed` after n files are written."""
+    replace_, count = construction.atomic_path.__globals__["os"].replace, []
 
     def counted(*paths: object) -> None:
         if len(count) == n:
@@ -83,7 +82,7 @@ def test_stretches_hold_what_one_stretch_holds(
     values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = IVFIndex.build(Rows(values), PARAMS, CPU)
-    monkeypatch.setattr(fill, "STRETCH_ROWS", N)
+    monkeypatch.setattr(construction, "STRETCH_ROWS", N)
     one = IVFIndex.build(Rows(values), PARAMS, CPU)
     queries = np.random.default_rng(1).standard_normal((20, F)).astype(np.float32)
     for a, b in zip(many.search(queries, 10).ids, one.search(queries, 10).ids, strict=True):
@@ -93,32 +92,32 @@ def test_stretches_hold_what_one_stretch_holds(
 
 
 @pytest.mark.parametrize("n", range(15))
-def test_a_build_killed_at_any_file_goes_on_to_the_same_bytes(
+def test_a_build_killed_at_any_file_resumes_to_the_same_bytes(
     values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """Three files for training and for each of four stretches (the fifth is not kept): fifteen to be killed at."""
-    expected = saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "expected")
+    """Training and each of four stretches write three files (the fifth is not stored): 15 places to be killed at."""
+    expected = save_and_read(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "expected")
     scratch = UnfinishedLists(tmp_path / "scratch", digest_inputs(PARAMS, "rows"))
     with monkeypatch.context() as patched:
-        killed_at(patched, n)
+        kill_at(patched, n)
         with pytest.raises(Killed):
             IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
-    source, told = Counting(values), []
-    found = IVFIndex.build(source, PARAMS, CPU, scratch, lambda done, total: told.append((done, total)))
-    assert saved(found, tmp_path / "found") == expected
+    source, progress = Counting(values), []
+    found = IVFIndex.build(source, PARAMS, CPU, scratch, lambda done, total: progress.append((done, total)))
+    assert save_and_read(found, tmp_path / "found") == expected
     finished = max(0, n // 3 - 1) * STRETCH  # whole stretches, training apart
     surveyed = 1 if n < 3 else 0
     assert (source.read[:finished] == surveyed).all()
-    # The block that crosses a stretch's end is read for either.
+    # A block that crosses the end of a stretch is read for both.
     assert (source.read[finished:] >= surveyed + 1).all()
-    assert told == [(min(at, N), N) for at in range(STRETCH, N + STRETCH, STRETCH)]
+    assert progress == [(min(at, N), N) for at in range(STRETCH, N + STRETCH, STRETCH)]
 
 
 @pytest.mark.parametrize("name", ["trained.npz", "trained.faiss", "trained.json", "stretch-000001.faiss"])
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone", "empty"])
-def test_a_damaged_scratch_is_done_again(values: np.ndarray, tmp_path: Path, name: str, harm: str) -> None:
+def test_damaged_intermediate_files_are_rebuilt(values: np.ndarray, tmp_path: Path, name: str, harm: str) -> None:
     scratch = UnfinishedLists(tmp_path / "scratch", "key")
-    expected = saved(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "expected")
+    expected = save_and_read(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "expected")
     path = scratch.directory / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -126,15 +125,19 @@ def test_a_damaged_scratch_is_done_again(values: np.ndarray, tmp_path: Path, nam
         path.unlink()
     else:
         path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-9]), "empty": b""}[harm])
-    assert saved(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "found") == expected
+    assert save_and_read(IVFIndex.build(Rows(values), PARAMS, CPU, scratch), tmp_path / "found") == expected
 
 
-def test_anothers_scratch_is_not_used(values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intermediate_files_of_other_rows_are_not_used(
+    values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = UnfinishedLists(tmp_path / "scratch", digest_inputs(PARAMS, "other rows"))
     IVFIndex.build(Rows(values[::-1].copy()), PARAMS, CPU, other)
     scratch = UnfinishedLists(tmp_path / "scratch", digest_inputs(PARAMS, "rows"))
     found = IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
-    assert saved(found, tmp_path / "a") == saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b")
+    assert save_and_read(found, tmp_path / "a") == save_and_read(
+        IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b"
+    )
     assert digest_inputs(PARAMS, 1) != digest_inputs(replace(PARAMS, seed=1), 1)
 
 
@@ -147,27 +150,27 @@ def test_blocks_from_a_start_are_the_rest(values: np.ndarray, start: int) -> Non
         assert all(np.array_equal(got, values[ids]) for ids, got in blocks)
 
 
-def test_a_build_killed_while_it_indexes_goes_on_and_leaves_nothing(
+def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
     build(task, tmp_path / "whole", config)
-    emptied, done = fill._fill, []
+    fill_stretch, done = construction._fill_stretch, []
 
     def killed(*given: object) -> None:
         if len(done) == 1:
             raise Killed
         done.append(given)
-        emptied(*given)  # type: ignore[arg-type]
+        fill_stretch(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(fill, "_fill", killed)
+        patched.setattr(construction, "_fill_stretch", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
     assert (tmp_path / "out" / UNFINISHED_INDEX / "stretch-000000.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
+        patched.setattr(construction, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
     assert not (tmp_path / "out" / UNFINISHED_INDEX).exists()
     both = [InfluenceIndex.open(tmp_path / name, task) for name in ("whole", "out")]
@@ -189,17 +192,17 @@ def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
         patched.setattr(BUILD.QualityMeasurement, "fidelity", killed)
         with pytest.raises(Killed):
             build(task, tmp_path / "out", config)
-    filled, starts = fill._fill, []
+    fill_stretch, starts = construction._fill_stretch, []
 
     def counted(*given: object) -> None:
         starts.append(given[3])
-        filled(*given)  # type: ignore[arg-type]
+        fill_stretch(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(fill, "_fill", counted)
-        patched.setattr(fill, "survey", lambda *given: pytest.fail("trained again"))
+        patched.setattr(construction, "_fill_stretch", counted)
+        patched.setattr(construction, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
-    assert starts == [300], "only the last stretch, which is never kept by itself"
+    assert starts == [300], "only the last stretch, which is never stored"
     assert not (tmp_path / "out" / UNFINISHED_INDEX).exists()
     both = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
     assert both[0] == both[1]
@@ -211,4 +214,6 @@ def test_stretches_of_another_training_are_not_used(values: np.ndarray, tmp_path
     for path in scratch.directory.glob("trained*"):
         path.unlink()
     found = IVFIndex.build(Rows(values), PARAMS, CPU, scratch)
-    assert saved(found, tmp_path / "a") == saved(IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b")
+    assert save_and_read(found, tmp_path / "a") == save_and_read(
+        IVFIndex.build(Rows(values), PARAMS, CPU), tmp_path / "b"
+    )

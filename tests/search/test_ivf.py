@@ -1,4 +1,4 @@
-"""Lists that are really probed: what they find, count and keep aside, and how they are calibrated."""
+"""Search in inverted lists: recall, counts of scored rows, outliers and quiet rows, filters, calibration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, orac
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.files.json_records import read_record
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
-from tracin_ann.search.calibration import Calibration, calibrate, compute_recalls, lower_bound
+from tracin_ann.search.calibration import Calibration, calibrate, compute_recalls, recall_lower_bound
 from tracin_ann.search.clustering import survey
-from tracin_ann.search.coarse_quantizer import trained
-from tracin_ann.search.reduction import fitted
+from tracin_ann.search.coarse_quantizer import train_assigner
+from tracin_ann.search.reduction import fit_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import TopK
 
@@ -54,7 +54,7 @@ def test_a_part_of_the_rows_holds_the_answers(source: Rows, codes: str) -> None:
             assert (np.diff(scores) <= 0).all()
 
 
-def test_more_is_found_for_more(index: IVFIndex, source: Rows) -> None:
+def test_recall_grows_with_the_budget(index: IVFIndex, source: Rows) -> None:
     queries = normal(60, 2)
     found = [index.at(Setting(codes, codes, 0.2)).search(queries, 10) for codes in (64, 400, 1500)]
     recall = [mean_recall(top, source, queries) for top in found]
@@ -63,8 +63,8 @@ def test_more_is_found_for_more(index: IVFIndex, source: Rows) -> None:
     assert recall[-1] >= 0.99
 
 
-def compared(index: IVFIndex, setting: Setting, queries: np.ndarray, aside: int = 0) -> list[int]:
-    """Return, by a loop: all groups, the lists with rows of the groups reached, the rows of the lists reached."""
+def count_scored(index: IVFIndex, setting: Setting, queries: np.ndarray, aside: int = 0) -> list[int]:
+    """Return the numbers of scored groups, list centroids and rows, counted in a loop, for each query."""
     tree, counts = index.tree, []
     n_groups = int(np.ceil(setting.centroids * len(tree.group_GR) / tree.n_lists))
     for query in queries / np.linalg.norm(queries, axis=1, keepdims=True):
@@ -86,19 +86,21 @@ def test_what_is_counted_is_what_is_scored(index: IVFIndex, source: Rows, settin
     queries = normal(20, 3)
     assert index.tree.size_L.sum() == N
     found = index.at(setting).search(queries, 10)
-    assert found.rows_scored.tolist() == compared(index, setting, queries)
+    assert found.rows_scored.tolist() == count_scored(index, setting, queries)
     rows = source.rows.copy()
     rows[:5] *= np.float32(1e6)
     spoilt = IVFIndex.build(Rows(rows), IVFParams(), CPU)
     assert spoilt.tree.size_L.sum() == N - 5
-    assert spoilt.at(setting).search(queries, 10).rows_scored.tolist() == compared(spoilt, setting, queries, aside=5)
+    assert spoilt.at(setting).search(queries, 10).rows_scored.tolist() == count_scored(
+        spoilt, setting, queries, aside=5
+    )
 
 
 def test_a_tree_knows_the_extents_of_its_lists() -> None:
     rows = normal(900, 42)
-    assigner = trained(rows[:500], 60, 0)
+    assigner = train_assigner(rows[:500], 60, 0)
     list_B = np.concatenate([assigner.assign(rows[:400]), assigner.assign(rows[400:])])
-    tree = assigner.tree(assigner.taken())
+    tree = assigner.make_tree(assigner.take_extents())
     assert tree.size_L.tolist() == np.bincount(list_B, minlength=tree.n_lists).tolist()
     parent_B = tree.parent_L[list_B]
     for radii, centres, of_B in (
@@ -119,7 +121,7 @@ def test_lists_without_rows_are_not_counted() -> None:
     lists = IVFIndex.build(Rows(np.repeat(normal(30, 8), 30, axis=0)), IVFParams(), CPU)
     assert (lists.tree.size_L == 0).any()
     setting, queries = Setting(200, 10**6, 0.1), normal(6, 9)
-    assert lists.at(setting).search(queries, 10).rows_scored.tolist() == compared(lists, setting, queries)
+    assert lists.at(setting).search(queries, 10).rows_scored.tolist() == count_scored(lists, setting, queries)
 
 
 @pytest.mark.parametrize("codes", ["sq8", "fp16"])
@@ -128,13 +130,13 @@ def test_all_lists_probed_give_the_scans_scores(source: Rows, codes: str, alpha:
     queries = normal(30, 29)
     lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).at(Setting(N - 1, 10**6, alpha))
     for found, signed, sign in zip(search_both(lists, queries, 10), (queries, -queries), (1, -1), strict=True):
-        assert (found.rows_scored > N).all()  # centroids as well: not a scan
+        assert (found.rows_scored > N).all()  # more than a scan: centroids are counted as well
         _, scores = oracle(source, signed, 10)
         np.testing.assert_allclose(sign * np.stack(found.scores), scores, rtol=1e-4)
 
 
 def test_a_score_that_is_not_finite_is_refused(source: Rows) -> None:
-    """As the scan does: past float32's range, and of a row that was spoilt after the build."""
+    """As in the scan: a product that overflows float32, and a row that was damaged after the build."""
     query, setting = normal(1, 30), Setting(500, 500, 0.2)
     huge = Rows(source.rows * np.float32(1e28))
     with pytest.raises(NonFiniteError):
@@ -172,7 +174,7 @@ def test_outliers_spoil_nothing_and_are_found(source: Rows, factor: float, n_out
 
 @pytest.mark.parametrize("loud", [0, 5, 19])
 def test_rows_near_zero_crowd_no_list_and_are_found_where_they_belong(loud: int) -> None:
-    """The best twenty are some loud rows, and then quiet ones: of a size of their own, in an order of their own."""
+    """The best 20 rows are some loud rows and then quiet ones, which have their own scale and order."""
     rows = normal(1000, 6)
     rows[:, 0] = np.where((np.arange(1000) < loud) | (np.arange(1000) >= 100), 1, -1) * (np.abs(rows[:, 0]) + 0.1)
     rows[100:] *= np.float32(1e-12)
@@ -199,7 +201,7 @@ def test_equal_rows_have_the_right_scores(rows: np.ndarray) -> None:
 def test_k_past_the_budget_is_reached(index: IVFIndex, source: Rows) -> None:
     found = index.at(Setting(5, 5, 0.1)).search(normal(4, 10), 300)
     assert [len(set(ids.tolist())) for ids in found.ids] == [300] * 4
-    assert found.rows_scored.max() < N  # by a larger budget, not a scan
+    assert found.rows_scored.max() < N  # with a larger budget, not an exact scan
 
 
 FAR = 5_000_000_000 + 7 * np.arange(N)
@@ -208,7 +210,7 @@ FAR = 5_000_000_000 + 7 * np.arange(N)
 @pytest.mark.parametrize("ids", [np.arange(N), FAR], ids=["near", "far"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.8])
 def test_a_filter_keeps_the_recall(source: Rows, ids: np.ndarray, share: float) -> None:
-    """A rare filter is scanned; half of the rows and more are probed, by FAISS's bitmap or its set of ids."""
+    """A filter of few rows is scanned; for more rows lists are probed, with FAISS's bitmap or its set of ids."""
     passing, queries = np.random.default_rng(11).random(N) < share, normal(40, 12)
     chosen = Rows(source.rows[passing], ids[passing])
     lists = IVFIndex.build(Rows(source.rows, ids), IVFParams(), CPU).at(Setting(300, 300, 0.2))
@@ -227,7 +229,7 @@ def test_never_fewer_are_found_than_pass(index: IVFIndex, source: Rows) -> None:
         found = index.at(Setting(40, 40, 0.2)).search(query[None], 10, away)
         assert len(np.intersect1d(found.ids[0], away)) == 10
         counts.append(int(found.rows_scored[0]))
-    assert max(counts) > N // 2  # lists that held too few, and a scan
+    assert max(counts) > N // 2  # the lists have too few allowed rows, so a scan follows
 
 
 @pytest.mark.parametrize("n_outliers", [5, 180])
@@ -241,13 +243,13 @@ def test_outliers_that_a_filter_leaves_out_spoil_nothing(n_outliers: int) -> Non
 
 def test_threads_do_not_disturb_each_other(index: IVFIndex, source: Rows) -> None:
     queries = normal(30, 13)
-    asked = [(Setting(codes, codes, 0.1), allowed) for codes in (100, 700) for allowed in (None, np.arange(0, N, 2))]
-    alone = [index.at(setting).search(queries, 10, allowed) for setting, allowed in asked]
+    cases = [(Setting(codes, codes, 0.1), allowed) for codes in (100, 700) for allowed in (None, np.arange(0, N, 2))]
+    alone = [index.at(setting).search(queries, 10, allowed) for setting, allowed in cases]
     done: list[int] = []
-    cold, together = IVFIndex.build(source, IVFParams(), CPU), threading.Barrier(len(asked))
+    cold, together = IVFIndex.build(source, IVFParams(), CPU), threading.Barrier(len(cases))
 
-    def ask(which: int) -> None:
-        setting, allowed = asked[which]
+    def search(which: int) -> None:
+        setting, allowed = cases[which]
         together.wait()
         for _ in range(10):
             found = cold.at(setting).search(queries, 10, allowed)
@@ -255,27 +257,27 @@ def test_threads_do_not_disturb_each_other(index: IVFIndex, source: Rows) -> Non
             if right and found.rows_scored.tolist() == alone[which].rows_scored.tolist():
                 done.append(which)
 
-    threads = [threading.Thread(target=ask, args=(which,)) for which in range(len(asked))]
+    threads = [threading.Thread(target=search, args=(which,)) for which in range(len(cases))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(done) == [which for which in range(len(asked)) for _ in range(10)]
+    assert sorted(done) == [which for which in range(len(cases)) for _ in range(10)]
 
 
 def test_reduction_does_not_centre() -> None:
     rows = normal(800, 14, 96) @ np.diag(np.geomspace(1, 1e-3, 96)).astype(np.float32) + 5
-    reduction = fitted(rows, 24, 0)
+    reduction = fit_reduction(rows, 24, 0)
     inner, reduced = rows @ rows.T, reduction.apply(rows) @ reduction.apply(rows).T
     assert np.abs(inner - reduced).max() <= 0.01 * np.abs(inner).max()
     assert reduction.energy > 0.99
-    assert fitted(rows, 96, 0).basis_FR is None
+    assert fit_reduction(rows, 96, 0).basis_FR is None
 
 
 def test_the_randomised_reduction_keeps_what_the_exact_one_keeps() -> None:
     random = np.random.default_rng(15)
     rows = (random.standard_normal((300, 2100)) * np.geomspace(1, 0.01, 2100)).astype(np.float32)
-    found = fitted(rows, 40, 0)
+    found = fit_reduction(rows, 40, 0)
     values = np.linalg.svd(rows.astype(np.float64), compute_uv=False) ** 2
     assert found.energy >= 0.99 * values[:40].sum() / values.sum()
     basis = found.basis_FR
@@ -314,7 +316,7 @@ def test_too_few_rows_are_refused(n_rows: int, params: IVFParams) -> None:
 
 def test_number_of_lists() -> None:
     sizes = (1, 15, 16, 1000, 100_000, 1_000_000)
-    assert [IVFParams().lists_for(n) for n in sizes] == [1, 1, 2, 125, 7589, 24_000]
+    assert [IVFParams().count_lists(n) for n in sizes] == [1, 1, 2, 125, 7589, 24_000]
 
 
 def test_recall_counts_ties_and_short_answers() -> None:
@@ -331,14 +333,14 @@ def test_recall_counts_ties_and_short_answers() -> None:
         assert compute_recalls(top(ids, scores), truth, truth.scores).tolist() == pytest.approx([expected])
 
 
-def test_the_bound_lies_under_the_mean_and_is_never_sure() -> None:
+def test_the_lower_bound_is_below_the_mean_and_below_1() -> None:
     random = np.random.default_rng(19)
     broken = 0
     for _ in range(300):
         values = random.binomial(10, 0.96, 200) / 10
-        broken += lower_bound(values) > 0.96
+        broken += recall_lower_bound(values) > 0.96
     assert broken <= 300 * 0.08
-    assert 0.99 < lower_bound(np.ones(200)) < 1
+    assert 0.99 < recall_lower_bound(np.ones(200)) < 1
 
 
 @pytest.fixture(scope="module")
@@ -354,22 +356,22 @@ def test_calibration_gives_settings_that_hold_on_other_queries(
         points = getattr(calibration, side)
         assert [p.scored for p in points] == sorted(p.scored for p in points)
         assert [p.lower for p in points] == sorted(p.lower for p in points)
-        point = calibration.reaching(side, 0.9)
+        point = calibration.fastest_point(side, 0.9)
         assert point is not None
         assert mean_recall(index.at(point.setting).search(sign * fresh, 10), source, sign * fresh) >= point.lower - 0.01
-        assert calibration.reaching(side, 1.0) is None
+        assert calibration.fastest_point(side, 1.0) is None
 
 
-def test_queries_from_elsewhere_are_noticed(calibration: Calibration, index: IVFIndex) -> None:
-    looks = calibration.looks
-    assert not looks.is_shifted(index, normal(100, 22))
-    assert looks.strange(index, normal(100, 23)).mean() <= 0.02
-    assert looks.is_shifted(index, normal(100, 24) * 30)
-    assert looks.strange(index, normal(10, 25) * 1e4).all()
-    assert not looks.is_shifted(index, normal(19, 26) * 30)
+def test_queries_of_another_distribution_are_noticed(calibration: Calibration, index: IVFIndex) -> None:
+    distribution = calibration.looks
+    assert not distribution.is_shifted(index, normal(100, 22))
+    assert distribution.find_outliers(index, normal(100, 23)).mean() <= 0.02
+    assert distribution.is_shifted(index, normal(100, 24) * 30)
+    assert distribution.find_outliers(index, normal(10, 25) * 1e4).all()
+    assert not distribution.is_shifted(index, normal(19, 26) * 30)
 
 
-def test_a_calibration_comes_back_from_json(calibration: Calibration) -> None:
+def test_a_calibration_survives_json(calibration: Calibration) -> None:
     assert read_record(Calibration, json.loads(json.dumps(asdict(calibration)))) == calibration
 
 

@@ -1,4 +1,4 @@
-"""Rows whose gradients are out of all proportion: everyone's codes and scores stay right, and theirs are right too."""
+"""Rows with extremely large or small gradients: codes and scores of all rows stay correct."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tracin_ann.store.columns import RowFilter
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 @pytest.mark.parametrize("norms", ["sketch", "exact"])
-def test_vast_and_tiny_rows_spoil_nobodys_codes_or_scores(tmp_path, scale, kind, norms):
-    """Scores are linear in a row's gradient: a row scaled scores so many times more, and all others as before."""
+def test_extreme_rows_do_not_change_codes_or_scores_of_others(tmp_path, scale, kind, norms):
+    """Scores are linear in the gradient of a row: those of a scaled row are scaled, all others do not change."""
     n, far = 1500, (3, 700, 1201)
     config = BuildConfig(dim=64, batch_size=50, device="cpu", index=kind, norms=norms, target_recall=0.8)
     indexes, queries = [], rows(40, 2)
@@ -40,16 +40,16 @@ def test_vast_and_tiny_rows_spoil_nobodys_codes_or_scores(tmp_path, scale, kind,
             largest = max(map(abs, other.values()))
             off = np.array([abs(mine.get(row, 0) - other.get(row, 0)) / largest for row in range(n)])
             assert off.max() <= 2e-3 and np.delete(off, far).max() <= 3e-6
-    # Lists find what they found, besides the rows that were scaled.
+    # The lists find the same rows as without scaling, apart from the scaled rows.
     few = RowFilter(without=far)
     if kind == "ivf":
         calibrated = [each.manifest.index.calibration for each in indexes]
-        assert all(c.reaching(side, 0.8) for c in calibrated for side in ("proponents", "opponents"))
+        assert all(c.fastest_point(side, 0.8) for c in calibrated for side in ("proponents", "opponents"))
         ours = [answered(each, QueryOptions(k=10, rows=few, search="lists"), range(40)) for each in indexes]
         truth = answered(near, QueryOptions(k=10, rows=few, search="scan"), range(40))
         recalls = [np.mean([len(a.keys() & b.keys()) / len(b) for a, b in zip(o, truth, strict=True)]) for o in ours]
         assert min(recalls) > 0.8 and abs(recalls[0] - recalls[1]) < 0.1
-    # A far row as the query: scores scale with it, its own by the square.
+    # With a scaled row as the query, scores are scaled as well; that of the row with itself by the square.
     for options in (QueryOptions(k=n), QueryOptions(k=n, rerank="exact", candidates=n), QueryOptions(k=n, exact=True)):
         asked = [each.query(train_ids=[3], options=options)[0] for each in indexes]
         mine, other = ({int(h.id): h.score for h in (*a.proponents, *a.opponents)} for a in asked)

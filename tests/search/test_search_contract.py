@@ -1,6 +1,6 @@
-"""The contract of every search backend on every device: an argsort's ids in float64, ties included; and of its files.
+"""Contract of every search backend on every device (the ids of a float64 argsort, including ties), and of its files.
 
-Rows are small integers times powers of two, so that products are exact in half precision and ties are real.
+Rows are small integers times powers of two, so products are exact in half precision and ties occur.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Rows:
-    """A `RowSource` over arrays; blocks come read-only, as from a mapped file."""
+    """A `RowSource` of arrays; its blocks are read-only, like those of a mapped file."""
 
     def __init__(self, rows: np.ndarray, ids: np.ndarray | None = None) -> None:
         self.rows = np.asarray(rows, dtype=np.float32)
@@ -82,7 +82,7 @@ def heavy_tailed(n: int, seed: int) -> Float32:
 
 
 def normal(n: int, seed: int, dim: int = DIM) -> Float32:
-    """Rows of heavy-tailed norms in a few directions."""
+    """Return rows with heavy-tailed norms in a few directions."""
     random = np.random.default_rng(seed)
     centres = random.standard_normal((12, dim))
     rows = centres[random.integers(0, 12, n)] + 0.4 * random.standard_normal((n, dim))
@@ -90,7 +90,7 @@ def normal(n: int, seed: int, dim: int = DIM) -> Float32:
 
 
 def oracle(source: Rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and scores [Q, min(k, N)] by argsort in float64; ties by rising id."""
+    """Return ids and scores [Q, min(k, N)] by argsort in float64; ties by increasing id."""
     scores = queries.astype(np.float64) @ source.rows.astype(np.float64).T
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return source.ids[order], np.take_along_axis(scores, order, axis=1)
@@ -129,13 +129,13 @@ CASES = {
 
 @pytest.mark.parametrize("k", [1, 10, 1000])
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_the_oracles(backend: Backend, device: torch.device, case: str, k: int) -> None:
+def test_results_equal_the_oracle(backend: Backend, device: torch.device, case: str, k: int) -> None:
     source = Rows(CASES[case])
     queries = np.concatenate([integers(6, 20), np.zeros((1, DIM), np.float32)])
     assert_exact(backend(source, device), source, queries, k)
 
 
-def test_ids_are_the_sources(backend: Backend, device: torch.device) -> None:
+def test_ids_are_those_of_the_source(backend: Backend, device: torch.device) -> None:
     source = Rows(heavy_tailed(300, 12), ids=5_000_000_000 + 7 * np.arange(300))
     assert_exact(backend(source, device), source, integers(5, 21), 10)
 
@@ -154,7 +154,7 @@ def test_no_rows() -> None:
     assert_exact(FlatIndex(source, torch.device("cpu")), source, integers(2, 36), 5)
 
 
-def test_says_what_it_is(backend: Backend, device: torch.device) -> None:
+def test_kind_dimension_and_length(backend: Backend, device: torch.device) -> None:
     index = backend(Rows(integers(50, 13)), device)
     assert (index.kind, index.dim, len(index)) == ("flat" if backend is flat else "ivf", DIM, 50)
 
@@ -231,7 +231,7 @@ HARMS: dict[str, Callable[[bytes], bytes | None]] = {
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, dict[str, bytes]]:
-    """Rows that the index reduces, one of them an outlier, and its files."""
+    """Return rows that the index reduces, one of them an outlier, and the files of the index."""
     rows = normal(600, 17, 300)
     rows[3] *= np.float32(1e7)
     folder = tmp_path_factory.mktemp("wide")
@@ -239,7 +239,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, dict[str, byte
     return Rows(rows), {name: (folder / name).read_bytes() for name in IVFIndex.FILES}
 
 
-def refused(folder: Path, source: Rows, files: Mapping[str, bytes | None]) -> None:
+def assert_refused(folder: Path, source: Rows, files: Mapping[str, bytes | None]) -> None:
     for name, content in files.items():
         if content is not None:
             (folder / name).write_bytes(content)
@@ -274,21 +274,21 @@ def test_a_saved_index_answers_alike(tmp_path: Path, dim: int) -> None:
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_file_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str, harm: str) -> None:
     source, files = wide
-    refused(tmp_path, source, files | {name: HARMS[harm](files[name])})
+    assert_refused(tmp_path, source, files | {name: HARMS[harm](files[name])})
 
 
 @pytest.mark.parametrize("name", IVFIndex.FILES)
 def test_a_file_of_other_rows_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str) -> None:
     source, files = wide
     IVFIndex.build(Rows(normal(700, 30, 300)), IVFParams(), CPU).save(tmp_path)
-    refused(tmp_path, source, {other: files[other] for other in IVFIndex.FILES if other != name})
+    assert_refused(tmp_path, source, {other: files[other] for other in IVFIndex.FILES if other != name})
 
 
 @pytest.mark.parametrize(("n", "dim"), [(599, 300), (600, 299), (600, 301)])
 def test_rows_of_another_shape_are_refused(
     tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], n: int, dim: int
 ) -> None:
-    refused(tmp_path, Rows(normal(n, 17, dim)), wide[1])
+    assert_refused(tmp_path, Rows(normal(n, 17, dim)), wide[1])
 
 
 @pytest.mark.parametrize("change", ["shorter", "narrower", "deeper", "objects"])
@@ -299,14 +299,14 @@ def test_an_altered_array_is_refused(
     tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], array: str, change: str
 ) -> None:
     source, files = wide
-    held = np.load(io.BytesIO(files["ivf.npz"]))[array]
+    original = np.load(io.BytesIO(files["ivf.npz"]))[array]
     altered = {
-        "shorter": held[:-1],
-        "narrower": held[..., :-1],
-        "deeper": held[..., None],
-        "objects": held.astype(object),
+        "shorter": original[:-1],
+        "narrower": original[..., :-1],
+        "deeper": original[..., None],
+        "objects": original.astype(object),
     }[change]
-    refused(tmp_path, source, files | {"ivf.npz": npz(files["ivf.npz"], **{array: altered})})
+    assert_refused(tmp_path, source, files | {"ivf.npz": npz(files["ivf.npz"], **{array: altered})})
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_an_altered_caption_is_refused(
 ) -> None:
     source, files = wide
     caption = json.dumps(json.loads(files["ivf.json"]) | change).encode()
-    refused(tmp_path, source, files | {"ivf.json": caption})
+    assert_refused(tmp_path, source, files | {"ivf.json": caption})
 
 
 def test_faiss_files_of_another_kind_are_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]) -> None:
@@ -326,10 +326,10 @@ def test_faiss_files_of_another_kind_are_refused(tmp_path: Path, wide: tuple[Row
     nearest = faiss.deserialize_index(np.frombuffer(files["ivf.faiss"], np.uint8))
     nearest.metric_type = faiss.METRIC_L2
     for other in (faiss.IndexFlatIP(256), nearest):
-        refused(tmp_path, source, files | {"ivf.faiss": faiss.serialize_index(other).tobytes()})
+        assert_refused(tmp_path, source, files | {"ivf.faiss": faiss.serialize_index(other).tobytes()})
 
 
-def test_lists_that_name_a_row_that_there_is_not_are_refused_when_it_is_found(
+def test_an_unknown_row_in_the_lists_is_reported_when_it_is_found(
     tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]
 ) -> None:
     source, files = wide
@@ -337,14 +337,22 @@ def test_lists_that_name_a_row_that_there_is_not_are_refused_when_it_is_found(
         (tmp_path / name).write_bytes(content)
     (tmp_path / "ivf.faiss").write_bytes(files["ivf.faiss"][:-8] + (10_000).to_bytes(8, "little"))
     index = IVFIndex.load(tmp_path, source, CPU).at(Setting(500, 500, 0.3))
-    with pytest.raises(DamagedIndexError, match="ivf.faiss: lists of other rows: got 10000"):
+    with pytest.raises(DamagedIndexError, match="ivf.faiss contains an unknown row: got id 10000"):
         index.search(normal(50, 18, source.dim), 100)
 
 
 def test_choice_of_backend() -> None:
     assert choose_index("auto", 99_999, 768).kind == "flat"
     assert choose_index("auto", 100_000, 768).kind == "ivf"
-    assert "100,000 rows" in choose_index("auto", 100_000, 768).reason
+    assert choose_index("auto", 1400, 3072).reason == (
+        "exact scan: 1,400 rows of 3,072 numbers (17 MB); inverted lists are used from 100,000 rows on"
+    )
+    assert choose_index("auto", 100_000, 768).reason == (
+        "inverted lists (IVF): 100,000 rows of 768 numbers (307 MB); an exact scan is used below 100,000 rows"
+    )
     assert [choose_index(kind, 10, 4).kind for kind in ("flat", "ivf")] == ["flat", "ivf"]
+    assert choose_index("ivf", 10, 4).reason == (
+        "inverted lists (IVF): 10 rows of 4 numbers (0 MB); requested by --index ivf"
+    )
     with pytest.raises(UsageError, match="'hnsw'"):
         choose_index("hnsw", 10, 4)

@@ -1,4 +1,4 @@
-"""Laws of search: merging shards changes nothing, opponents mirror proponents, filters hold, padding stays in."""
+"""Laws of search: merged shards equal the whole, opponents mirror proponents, filters, no padding in results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_search_contract import DIM, Rows, heavy_tailed, oracle
 
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
 from tracin_ann.search.settings import Setting
-from tracin_ann.search.topk import best, from_padded, merge, negated
+from tracin_ann.search.topk import best_positions, from_padded, merge, negate
 from tracin_ann.types import Float32, TopK
 
 CPU = torch.device("cpu")
@@ -20,13 +20,13 @@ small = st.integers(-3, 3).map(float)
 
 
 def rectangles(max_columns: int = 25) -> st.SearchStrategy[Float32]:
-    """Scores [Q, M] full of ties."""
+    """Return a strategy for scores [Q, M] with many ties."""
     shapes = st.tuples(st.integers(0, 4), st.integers(1, max_columns))
     return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=small))
 
 
 def ranked(ids: np.ndarray, scores: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
-    """The oracle: sort pairs in Python."""
+    """Return the results of a Python sort of (id, score) pairs."""
     rows = [sorted(zip(ids.tolist(), row, strict=True), key=lambda hit: (-hit[1], hit[0])) for row in scores.tolist()]
     return [row[:k] for row in rows]
 
@@ -40,7 +40,7 @@ def hits(top: TopK) -> list[list[tuple[int, float]]]:
 @given(rectangles(), st.integers(1, 30))
 def test_best_is_a_stable_sort(scores: Float32, k: int) -> None:
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    assert best(torch.from_numpy(scores), k).tolist() == expected.tolist()
+    assert best_positions(torch.from_numpy(scores), k).tolist() == expected.tolist()
 
 
 @given(rectangles(), st.integers(1, 30), st.data())
@@ -60,7 +60,7 @@ def test_merged_shards_are_the_whole(scores: Float32, k: int, data: st.DataObjec
 
 
 @given(rectangles(), st.integers(1, 30), st.data())
-def test_padding_never_gets_out(scores: Float32, k: int, data: st.DataObject) -> None:
+def test_results_contain_no_padding(scores: Float32, k: int, data: st.DataObject) -> None:
     n_rows = scores.shape[1]
     padding = np.array(data.draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
     ids = np.where(padding, -1, np.arange(n_rows))
@@ -111,7 +111,7 @@ budgets = st.builds(Setting, st.integers(1, 399), st.integers(1, 200), st.sample
 @settings(max_examples=60)
 @given(budgets, budgets, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2**32 - 1))
 def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing: int | None, seed: int) -> None:
-    """Each direction goes by its own setting; k distinct rows that pass, if there are; each with its own score."""
+    """Each direction uses its own setting; results are k distinct allowed rows, if there are k, with exact scores."""
     random = np.random.default_rng(seed)
     queries = random.integers(-3, 4, (3, DIM)).astype(np.float32)
     allowed = None if passing is None else np.sort(random.choice(MANY.ids, passing, replace=False))
@@ -119,8 +119,8 @@ def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing
     chosen = Rows(MANY.take(may), may)
     proponents, opponents = search_both(PROBED.at(up, down), queries, k, allowed)
     assert hits(proponents) == hits(PROBED.at(up).search(queries, k, allowed))
-    assert hits(negated(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
-    for found, signed in ((proponents, queries), (negated(opponents), -queries)):
+    assert hits(negate(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
+    for found, signed in ((proponents, queries), (negate(opponents), -queries)):
         _, best_scores = oracle(chosen, signed, k)
         for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):
             assert len(set(ids.tolist())) == len(ids) == min(k, len(may))
@@ -129,7 +129,7 @@ def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing
             assert (np.diff(scores) <= 0).all() and (scores <= best_K).all()
 
 
-def test_merge_wants_the_same_queries() -> None:
+def test_merge_requires_the_same_queries() -> None:
     one, none = from_padded(np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32), 3, np.zeros(1)), []
     two = from_padded(np.zeros((2, 0), np.int64), np.zeros((2, 0), np.float32), 3, np.zeros(2))
     with pytest.raises(ValueError, match="1, 2"):

@@ -1,4 +1,7 @@
-"""The contract of every sketch: linear, the same for every form, a function of its key, and what the docstrings say."""
+"""Contract of every sketch: linear, equal for all forms of a gradient, determined by its key, and equal to its formula.
+
+`NAIVE` has a slow implementation of each sketch.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,13 @@ def key_for(shape, seed=3, checkpoint=1, name="layer.weight"):
     return ParameterKey(seed, checkpoint, name, shape)
 
 
-def drawn(shape, batch=3, positions=3, seed=0):
-    """Gradients [B, R, C] in float64: sums of outer products, as a layer leaves them."""
+def draw_gradients(shape, batch=3, positions=3, seed=0):
+    """Return gradients [B, R, C] in float64: sums of outer products, as those of a layer."""
     matrix = key_for(shape).matrix
     return forms.gradient(forms.outer(matrix, positions, batch=batch, seed=seed)).view(batch, *matrix)
 
 
-def sketched(sketch, key, several, device=CPU, dtype=torch.float64):
+def compute_sketch(sketch, key, several, device=CPU, dtype=torch.float64):
     out = torch.zeros(batch_size(several[0]), sketch.dim, device=device, dtype=dtype)
     parameter = sketch.parameter(key, device, dtype)
     for form in several:
@@ -53,7 +56,7 @@ def sketched(sketch, key, several, device=CPU, dtype=torch.float64):
 
 
 def assert_rows_equal(actual, expected, tolerance, why=""):
-    """Every row within `tolerance` of its norm."""
+    """Check that the error of every row is at most `tolerance` times its norm."""
     error = (actual.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
     assert float(error.max()) <= tolerance, why
 
@@ -104,7 +107,7 @@ def naive_factored(key, grad_BRC, dim):
 
 
 def naive_channel_fold(grad_BRC, key, taps):
-    """Channel c goes to c mod w with one sign for all its taps."""
+    """Return the gradients with channel c added to c mod w, with one sign for all its taps."""
     channels, width = key.shape[1], CHANNEL_WIDTHS[1]
     if channels <= width:
         return grad_BRC
@@ -151,17 +154,17 @@ def test_every_sketch_has_an_oracle():
     assert set(NAIVE) == set(SKETCHES)
 
 
-def test_it_is_the_map_its_definition_writes_down(sketch, shape, device):
-    grad = drawn(shape)
+def test_it_equals_its_definition(sketch, shape, device):
+    grad = draw_gradients(shape)
     expected = NAIVE[sketch.name](key_for(shape), grad.numpy(), dim=sketch.dim)
-    found = sketched(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
+    found = compute_sketch(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
     assert_rows_equal(found, torch.from_numpy(expected), 1e-12)
 
 
 def test_it_is_linear(sketch, shape, device):
-    first, second = Dense(drawn(shape).flatten(1)), Dense(drawn(shape, seed=1).flatten(1))
+    first, second = Dense(draw_gradients(shape).flatten(1)), Dense(draw_gradients(shape, seed=1).flatten(1))
     both = Dense(2.5 * first.grad_BP - 0.75 * second.grad_BP)
-    one, two, combined = (sketched(sketch, key_for(shape), [form], device) for form in (first, second, both))
+    one, two, combined = (compute_sketch(sketch, key_for(shape), [form], device) for form in (first, second, both))
     assert_rows_equal(combined, 2.5 * one - 0.75 * two, 1e-12)
 
 
@@ -171,34 +174,36 @@ def test_a_convolution_is_sketched_as_its_gradient_in_either_memory_format(sketc
     form = CONVOLUTIONS[name]()
     form = forms.channels_last(form) if channels_last else form
     shape = (form.shape[0], form.shape[1] // int(np.prod(form.geometry.kernel)), *form.geometry.kernel)
-    found = sketched(sketch, key_for(shape), [form], device)
-    assert_rows_equal(found, sketched(sketch, key_for(shape), [Dense(forms.gradient(form))], device), 1e-12)
+    found = compute_sketch(sketch, key_for(shape), [form], device)
+    assert_rows_equal(found, compute_sketch(sketch, key_for(shape), [Dense(forms.gradient(form))], device), 1e-12)
 
 
-def test_it_is_added_to_what_is_there(sketch, shape, device):
-    form = Dense(drawn(shape).flatten(1))
+def test_it_adds_to_the_output(sketch, shape, device):
+    form = Dense(draw_gradients(shape).flatten(1))
     out = torch.full((3, sketch.dim), 2.0, device=device, dtype=torch.float64)
     sketch.parameter(key_for(shape), device, torch.float64).add(out, forms.moved(form, device, torch.float64))
-    assert_rows_equal(out.cpu() - 2.0, sketched(sketch, key_for(shape), [form], device), 1e-12)
+    assert_rows_equal(out.cpu() - 2.0, compute_sketch(sketch, key_for(shape), [form], device), 1e-12)
 
 
 def test_every_form_of_a_gradient_gives_the_same_sketch(sketch, shape, device):
-    grad = drawn(shape)
-    expected = sketched(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
+    grad = draw_gradients(shape)
+    expected = compute_sketch(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
     for name, several in forms.same_gradient(grad).items():
-        assert_rows_equal(sketched(sketch, key_for(shape), several, device), expected, 1e-12, name)
+        assert_rows_equal(compute_sketch(sketch, key_for(shape), several, device), expected, 1e-12, name)
     for positions in (1, 3):
         outer = forms.outer(key_for(shape).matrix, positions)
         flat = Dense(forms.gradient(outer))
         assert_rows_equal(
-            sketched(sketch, key_for(shape), [outer], device), sketched(sketch, key_for(shape), [flat], device), 1e-12
+            compute_sketch(sketch, key_for(shape), [outer], device),
+            compute_sketch(sketch, key_for(shape), [flat], device),
+            1e-12,
         )
 
 
 def test_float32_agrees_with_float64_on_every_device(sketch, shape, device):
     outer = forms.outer(key_for(shape).matrix, 3)
-    expected = sketched(sketch, key_for(shape), [outer])
-    assert_rows_equal(sketched(sketch, key_for(shape), [outer], device, torch.float32), expected, 1e-5)
+    expected = compute_sketch(sketch, key_for(shape), [outer])
+    assert_rows_equal(compute_sketch(sketch, key_for(shape), [outer], device, torch.float32), expected, 1e-5)
 
 
 @pytest.fixture
@@ -213,14 +218,14 @@ def tiny_blocks(monkeypatch):
 @pytest.mark.parametrize("kind", ["dense", "outer by rows", "rows with repeats", "groups"])
 def test_any_split_of_the_batch_gives_the_same_rows(sketch, name, kind, device, request):
     key = key_for(SHAPES[name])
-    told = forms.same_gradient(drawn(SHAPES[name], batch=7))
-    form = told[kind if kind in told else next(k for k in told if k.endswith("groups"))][0]
-    whole = sketched(sketch, key, [form], device, torch.float32)
+    by_kind = forms.same_gradient(draw_gradients(SHAPES[name], batch=7))
+    form = by_kind[kind if kind in by_kind else next(k for k in by_kind if k.endswith("groups"))][0]
+    whole = compute_sketch(sketch, key, [form], device, torch.float32)
     request.getfixturevalue("tiny_blocks")
     for sizes in ([7], [1] * 7, [2, 5], [4, 3]):
         stops = np.cumsum(sizes)
         parts = [form[int(stop - size) : int(stop)] for size, stop in zip(sizes, stops, strict=True)]
-        split = torch.cat([sketched(sketch, key, [part], device, torch.float32) for part in parts])
+        split = torch.cat([compute_sketch(sketch, key, [part], device, torch.float32) for part in parts])
         assert_rows_equal(split, whole, 1e-5)
 
 
@@ -240,9 +245,9 @@ def test_other_keys_give_independent_numbers_and_the_same_key_the_same(name, sha
     ]
     sketch = make_sketch(name, LARGE)
     form = forms.dense(int(np.prod(shape)))
-    first = sketched(sketch, key, [form])
-    assert torch.equal(first, sketched(make_sketch(name, LARGE), key_for(shape, 0, 1, "weight"), [form]))
-    rows = torch.stack([first, *(sketched(sketch, other, [form]) for other in others)])
+    first = compute_sketch(sketch, key, [form])
+    assert torch.equal(first, compute_sketch(make_sketch(name, LARGE), key_for(shape, 0, 1, "weight"), [form]))
+    rows = torch.stack([first, *(compute_sketch(sketch, other, [form]) for other in others)])
     unit = rows / rows.norm(dim=2, keepdim=True)
     cosine = torch.einsum("kbd,lbd->klb", unit, unit)
     apart = cosine[~torch.eye(len(rows), dtype=torch.bool)]
@@ -251,11 +256,11 @@ def test_other_keys_give_independent_numbers_and_the_same_key_the_same(name, sha
 
 @pytest.mark.parametrize("name", ["kronecker", "factored"])
 def test_left_and_right_are_independent(name):
-    """With one stream for both sides, a matrix and its transpose would have the same sketch, transposed."""
+    """If both sides used one stream, the sketch of a transposed matrix would be the transposed sketch."""
     grad = forms.outer((160, 160), 200, batch=2)
     turned = Dense(forms.gradient(grad).view(2, 160, 160).mT.flatten(1))
     sketch = make_sketch(name, LARGE)
-    one, two = (sketched(sketch, key_for((160, 160)), [form]).view(2, 16, 16) for form in (grad, turned))
+    one, two = (compute_sketch(sketch, key_for((160, 160)), [form]).view(2, 16, 16) for form in (grad, turned))
     for other in (two, two.mT):
         cosine = (one * other).sum((1, 2)) / (one.norm(dim=(1, 2)) * other.norm(dim=(1, 2)))
         assert float(cosine.abs().max()) < 5 / LARGE**0.5
@@ -263,11 +268,11 @@ def test_left_and_right_are_independent(name):
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("dim", [1, 6, 12])
-def test_any_dimension_will_do_that_the_name_allows(name, dim):
+def test_small_dimensions_work(name, dim):
     sketch = make_sketch(name, dim)
     assert (sketch.name, sketch.dim) == (name, dim)
     assert sketch.version >= 1
-    out = sketched(sketch, key_for((5, 7)), [forms.outer((5, 7), 2)])
+    out = compute_sketch(sketch, key_for((5, 7)), [forms.outer((5, 7), 2)])
     assert out.shape == (3, dim)
     assert bool(out.isfinite().all())
 
@@ -284,7 +289,7 @@ def test_any_dimension_will_do_that_the_name_allows(name, dim):
         ("dense-gaussian", (6, 3), "projected to 256 by Gaussians"),
     ],
 )
-def test_it_says_what_it_does(name, shape, words):
+def test_descriptions(name, shape, words):
     assert make_sketch(name, 256).describe(key_for(shape)) == words
 
 
@@ -305,7 +310,7 @@ def test_kronecker_refuses_a_dimension_without_even_factors(dim, factors):
     assert "change --dim, or use --sketch factored" in message
 
 
-def test_an_unknown_sketch_is_refused_with_the_names_there_are():
+def test_an_unknown_sketch_is_refused_with_the_known_names():
     with pytest.raises(UsageError) as raised:
         make_sketch("fourier", 256)
     message = str(raised.value)

@@ -1,6 +1,6 @@
-"""The golden file pins every sketch's numbers: an upgrade must not move a projection that indexes on disk rely on.
+"""Golden numbers of every sketch: an upgrade must not change the projections of indexes on disk.
 
-`python tests/test_sketch_golden.py` writes the file anew; do so only with a raised version.
+`python tests/sketch/test_sketch_golden.py` rewrites the file; do so only together with a higher version.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tracin_ann.sketch import SKETCHES, ParameterKey, make_sketch
 from tracin_ann.sketch.generator import Stream
 
 GOLDEN = Path(__file__).parent / "golden" / "sketches.json"
-REMEDY = "raise the sketch's version if you meant this, then run python tests/test_sketch_golden.py"
+REMEDY = "if this is intended, raise the sketch's version and run python tests/sketch/test_sketch_golden.py"
 
 DIM = 6
-# Large enough that the factored sketch hashes it as a layer called once.
+# Large enough that the factored sketch uses TensorSketch for a layer called once.
 ONCE = (10, 60)
 SHAPES = [(), (3,), (9,), (5, 4), (2, 130), (140, 2, 2), (130, 140)]
 STREAMS = [
@@ -34,7 +34,7 @@ STREAMS = [
 
 
 def fixed_gradient(shape: tuple[int, ...]) -> Dense:
-    """Two examples of small whole numbers, never all alike."""
+    """Return the gradients of two examples: small whole numbers that are not all equal."""
     place = torch.arange(2 * int(np.prod(shape)), dtype=torch.float64).view(2, -1)
     return Dense((7 * place + 3) % 11 - 5)
 
@@ -59,7 +59,7 @@ def stream_numbers(stream: Stream) -> dict[str, Any]:
 
 
 def golden_numbers() -> dict[str, Any]:
-    """Return everything that is pinned, as the library has it now."""
+    """Return all numbers of the golden file, computed by the present library."""
     return {
         "streams": {str(stream): stream_numbers(stream) for stream in STREAMS},
         "sketches": {
@@ -78,7 +78,7 @@ def golden() -> dict[str, Any]:
     return json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
-def test_the_file_pins_all_there_is(golden):
+def test_the_file_covers_all_sketches_and_streams(golden):
     assert set(golden["sketches"]) == set(SKETCHES), REMEDY
     assert set(golden["streams"]) == {str(stream) for stream in STREAMS}, REMEDY
 
@@ -98,14 +98,14 @@ def test_streams_give_the_numbers_they_always_gave(stream, golden):
 def test_sketches_give_the_numbers_their_version_gave(name, golden):
     pinned = golden["sketches"][name]
     version = make_sketch(name, DIM).version
-    assert version == pinned["version"], f"{GOLDEN.name} pins version {pinned['version']}; remake it: see {__file__}"
+    assert version == pinned["version"], f"{GOLDEN.name} has version {pinned['version']}; rewrite it: see {__file__}"
     for shape in SHAPES:
         np.testing.assert_allclose(
             sketch_numbers(name, shape),
             pinned["rows"][str(shape)],
             rtol=1e-6,
             atol=1e-6,
-            err_msg=f"{name} of {shape} moved within version {version}: {REMEDY}",
+            err_msg=f"{name} of {shape} changed within version {version}: {REMEDY}",
         )
 
 
@@ -113,12 +113,12 @@ def test_sketches_give_the_numbers_their_version_gave(name, golden):
 def test_sketches_of_layers_called_once_give_the_numbers_their_version_gave(name, golden):
     pinned = golden["sketches"][name]["rows of layers called once"]
     np.testing.assert_allclose(
-        sketch_numbers(name, ONCE, rank_one=True), pinned, rtol=1e-6, atol=1e-6, err_msg=f"{name} moved: {REMEDY}"
+        sketch_numbers(name, ONCE, rank_one=True), pinned, rtol=1e-6, atol=1e-6, err_msg=f"{name} changed: {REMEDY}"
     )
 
 
 def test_rows_of_the_factored_sketch_are_whole_numbers(golden):
-    """Signs and sums of whole numbers are exact: these pins hold to the last bit."""
+    """Signs and sums of whole numbers are exact, so these numbers are equal to the last bit."""
     rows = golden["sketches"]["factored"]["rows"]
     for shape in SHAPES:
         assert sketch_numbers("factored", shape) == rows[str(shape)], REMEDY

@@ -1,6 +1,6 @@
-"""Sketches in expectation over keys: unbiased, and of the variance their formulas say; streams: random and addressable.
+"""Statistics of sketches over keys (mean and variance of inner products), and of the random streams.
 
-The keys are fixed, so every number here is the same on every run; the bounds are the statistics' own.
+The keys are fixed, so the numbers are the same in every run; the bounds follow from the standard errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def pairs(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Vectors u, v [PAIRS, size]: equal, from correlated to opposed, and spiky, where the fourth powers matter."""
+    """Return vectors u, v [PAIRS, size] with cosines from 1 to −1, some with one large entry (large fourth powers)."""
     g = torch.Generator().manual_seed(seed)
     u = torch.randn(PAIRS, size, generator=g, dtype=torch.float64)
     mix = torch.linspace(1, -1, PAIRS, dtype=torch.float64).unsqueeze(1)
@@ -49,7 +49,7 @@ def sign_variance(u: Tensor, v: Tensor, dim: int) -> Tensor:
 
 
 def fold_variance(u: Tensor, v: Tensor, width: int) -> Tensor:
-    """Σ over buckets of Σ_{i≠j} u_i²v_j² + u_iv_iu_jv_j, bucket by bucket; u, v [..., n]."""
+    """Return the sum over buckets of Σ_{i≠j} u_i²v_j² + u_iv_iu_jv_j; u, v [..., n]."""
     total = torch.zeros(u.shape[:-1], dtype=torch.float64)
     for bucket in range(min(width, u.shape[-1])):
         a, b = u[..., bucket::width], v[..., bucket::width]
@@ -58,7 +58,7 @@ def fold_variance(u: Tensor, v: Tensor, width: int) -> Tensor:
 
 
 def convolution_variance(u: Tensor, v: Tensor) -> Tensor:
-    """A convolution's gradient is folded in the order tap, input channel, output."""
+    """Return the fold variance of a convolution's gradient, which is folded in the order tap, input channel, output."""
     return fold_variance(*(x.view(-1, 4, 2, 4).permute(0, 3, 2, 1).flatten(1) for x in (u, v)), width=7)
 
 
@@ -67,13 +67,13 @@ def all_signs(n: int) -> Tensor:
 
 
 def fold_matrices(n: int, width: int) -> Tensor:
-    """Every fold of n to `width`, [2^n, width, n]; all equally likely."""
+    """Return all folds of n to `width`, [2^n, width, n], which are equally likely."""
     place = torch.nn.functional.one_hot(torch.arange(n) % width, width).double().T
     return all_signs(n).unsqueeze(1) * place
 
 
 def composed_variance(u: Tensor, v: Tensor, shape: tuple[int, int], side: int, dim: int) -> Tensor:
-    """Total variance of both side folds and then the last, every sign of the sides enumerated: Var E + E Var."""
+    """Return the total variance (Var E + E Var) of both side folds and the last fold, over all signs of the sides."""
     left, right = fold_matrices(shape[0], side), fold_matrices(shape[1], side)
     a, b = (torch.einsum("sri,pij,tcj->pstrc", left, x.view(-1, *shape), right).flatten(3) for x in (u, v))
     within = fold_variance(a, b, dim).mean((1, 2))
@@ -83,7 +83,7 @@ def composed_variance(u: Tensor, v: Tensor, shape: tuple[int, int], side: int, d
 
 @dataclass(frozen=True)
 class Case:
-    """A sketch, a parameter's shape, and the variance of the sketched inner product of two of its gradients."""
+    """A sketch, the shape of a parameter, and the variance of the sketched inner product of two gradients."""
 
     sketch: Sketch
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ class Case:
 
 @dataclass(frozen=True)
 class RankOne:
-    """The same for rank-one gradients δxᵀ: the variance each side's map adds to α = ⟨δ,δ'⟩ and β = ⟨x,x'⟩."""
+    """The same for rank-one gradients δxᵀ: the variance that each side's map adds to α = ⟨δ,δ'⟩ and β = ⟨x,x'⟩."""
 
     sketch: Sketch
     shape: tuple[int, int]
@@ -150,21 +150,21 @@ def rows_of(sketch: Sketch, key: ParameterKey, form: Form, size: int = 2 * PAIRS
 
 
 def sketched_products(sketch: Sketch, shape: tuple[int, ...], form: Form) -> Tensor:
-    """Inner products [DRAWS, PAIRS] of the first half of the examples' sketches with the second's, key by key."""
+    """Return inner products [DRAWS, PAIRS] of the sketches of the first half of the examples with the second half."""
     rows = torch.stack([rows_of(sketch, key, form) for key in keys(shape)])
     return (rows[:, :PAIRS] * rows[:, PAIRS:]).sum(2)
 
 
 def assert_moments(sample: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Each pair's mean within 4 standard errors; the variance, over all pairs, within 10%, which is 4 errors at least.
+    """Check means within 4 standard errors, and the mean variance over all pairs within 10% (4 errors or more).
 
-    The variance of each pair must lie within 5 of its own standard errors as well.
+    The variance of each pair must be within 5 of its standard errors.
     """
     scaled = (sample - mean) / variance.sqrt()
     assert float(scaled.mean(0).abs().max()) < 4 / DRAWS**0.5
     square = scaled.square()
     error = float(square.mean(1).std()) / DRAWS**0.5
-    assert 4 * error < 0.1, "too few draws to speak of 10%"
+    assert 4 * error < 0.1, "too few draws for a bound of 10%"
     assert abs(float(square.mean()) - 1) < 0.1
     assert float(((square.mean(0) - 1).abs() / (square.std(0) / DRAWS**0.5)).max()) < 5
 
@@ -189,7 +189,7 @@ def test_rank_one_inner_products_have_the_mean_and_variance_of_the_formula(name)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (40,), (5, 8), (40, 1), (2, 2, 3, 3)], ids=str)
-def test_what_fits_into_the_factored_sketch_is_kept_exactly(shape):
+def test_small_parameters_keep_exact_inner_products(shape):
     u, v = pairs(int(np.prod(shape)))
     for key in keys(shape)[:20]:
         out = rows_of(FactoredSketch(40), key, Dense(torch.cat([u, v])))
@@ -199,7 +199,7 @@ def test_what_fits_into_the_factored_sketch_is_kept_exactly(shape):
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("shape", [(), (5, 6)], ids=str)
 def test_cross_terms_of_other_parameters_and_checkpoints_have_mean_zero(name, shape):
-    """So parameters may share one row of D: the noise of a sum has no bias, however alike the gradients are."""
+    """Therefore parameters can share one row of D: the noise of the sum has no bias, even for similar gradients."""
     sketch = make_sketch(name, 16)
     form = forms.dense(int(np.prod(shape)), batch=PAIRS)
     first, second = (
@@ -212,7 +212,7 @@ def test_cross_terms_of_other_parameters_and_checkpoints_have_mean_zero(name, sh
 
 @pytest.mark.parametrize("name", SKETCHES)
 def test_the_rows_of_a_whole_model_have_its_gradients_inner_products(name):
-    """⟨Σ_p S_p u_p, Σ_p S_p v_p⟩ = Σ_p ⟨u_p, v_p⟩ in the mean."""
+    """E⟨Σ_p S_p u_p, Σ_p S_p v_p⟩ = Σ_p ⟨u_p, v_p⟩."""
     sketch = make_sketch(name, 16)
     shapes = {"weight": (4, 6), "bias": (4,)}
     uv = {n: torch.cat(pairs(int(np.prod(shape)), seed)) for seed, (n, shape) in enumerate(shapes.items())}

@@ -1,4 +1,4 @@
-"""TensorSketch, of layers called once: against its definition, in every form, as spectra, and its statistics."""
+"""TensorSketch (layers called once per example): its definition, all forms of a gradient, spectra, statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def key_for(shape, checkpoint=0, rank_one=True, name="head.weight"):
     return ParameterKey(4, checkpoint, name, shape, rank_one)
 
 
-def sketched(several, shape, dim, device=CPU, checkpoint=0):
+def compute_sketch(several, shape, dim, device=CPU, checkpoint=0):
     out = torch.zeros(3, dim, dtype=torch.float64, device=device)
     parameter = FactoredSketch(dim).parameter(key_for(shape, checkpoint), device, torch.float64)
     assert isinstance(parameter, TensorSketch)
@@ -33,7 +33,7 @@ def sketched(several, shape, dim, device=CPU, checkpoint=0):
 
 
 def naive(grad_BRC, key, dim):
-    """Entry (i, j) to bucket h₁(i) + h₂(j) mod D with sign s₁(i)s₂(j); h of the shorter side is the position."""
+    """Add entry (i, j) to bucket h₁(i) + h₂(j) mod D with sign s₁(i)s₂(j); h of the shorter side is the position."""
     _, rows, columns = grad_BRC.shape
     left, right = key.stream("left").signs(0, rows), key.stream("right").signs(0, columns)
     bucket = key.stream("bucket").integers(0, max(rows, columns), dim)
@@ -49,9 +49,11 @@ def naive(grad_BRC, key, dim):
 def test_it_is_its_definition_in_every_form(shape, dim, device):
     grad = forms.gradient(forms.outer(shape, 2)).view(3, *shape)
     expected = torch.from_numpy(naive(grad.numpy(), key_for(shape), dim))
-    torch.testing.assert_close(sketched([Dense(grad.flatten(1))], shape, dim, device), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        compute_sketch([Dense(grad.flatten(1))], shape, dim, device), expected, rtol=1e-10, atol=1e-10
+    )
     for name, several in forms.same_gradient(grad).items():
-        found = sketched(several, shape, dim, device)
+        found = compute_sketch(several, shape, dim, device)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=name)
 
 
@@ -60,7 +62,7 @@ def test_gradients_that_come_in_blocks_are_hashed_at_their_places(monkeypatch):
     grad = forms.gradient(forms.outer((40, 50), 2)).view(3, 40, 50)
     expected = torch.from_numpy(naive(grad.numpy(), key_for((40, 50)), 32))
     for several in forms.same_gradient(grad).values():
-        torch.testing.assert_close(sketched(several, (40, 50), 32), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(compute_sketch(several, (40, 50), 32), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("shape", "dim"), CASES, ids=str)
@@ -68,7 +70,7 @@ def test_an_outer_product_is_transformed_and_never_formed(shape, dim, device, mo
     form = forms.outer(shape, 1)
     expected = torch.from_numpy(naive(forms.gradient(form).view(3, *shape).numpy(), key_for(shape), dim))
     monkeypatch.setattr("tracin_ann.sketch.tensorsketch.column_blocks", None)
-    torch.testing.assert_close(sketched([form], shape, dim, device), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compute_sketch([form], shape, dim, device), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_spectra_of_several_parameters_are_transformed_back_together():
@@ -95,7 +97,7 @@ def test_spectra_of_several_parameters_are_transformed_back_together():
         ((9, 80, 1, 1), True, "channels"),
     ],
 )
-def test_what_is_done_follows_from_shape_and_calls(shape, rank_one, method):
+def test_the_method_depends_on_shape_and_calls(shape, rank_one, method):
     sketch = FactoredSketch(32)
     assert sketch.method(key_for(shape, rank_one=rank_one)) == method
     parameter = sketch.parameter(key_for(shape, rank_one=rank_one), CPU, torch.float32)
@@ -104,10 +106,11 @@ def test_what_is_done_follows_from_shape_and_calls(shape, rank_one, method):
 
 
 def variance(u, v, dim):
-    """Var ⟨Su, Sv⟩, from the pairs of entries that may meet; rows are the shorter side, columns hashed at random.
+    """Return Var ⟨Su, Sv⟩ from the pairs of entries that can collide; rows are the shorter side, columns random.
 
-    In one row: two columns meet by chance, 1/D. In one column: rows equal modulo D meet always. Else i, j and
-    i', j' meet by chance, and where 2(i − i') ≡ 0 modulo D so do i, j' and i', j then.
+    In one row, two columns collide with probability 1/D. In one column, rows that are equal modulo D always
+    collide. Otherwise (i, j) and (i', j') collide with probability 1/D; where 2(i − i') ≡ 0 modulo D, then
+    (i, j') and (i', j) collide as well.
     """
     rows, columns = u.shape
     total = 0.0
@@ -119,7 +122,7 @@ def variance(u, v, dim):
         for k in range(i + 1, rows):
             if (k - i) % dim == 0:
                 total += (across[i, k] + across[k, i]) ** 2
-            # [j, j']: entries (i, j) and (k, j'), either way round.
+            # [j, j']: entries (i, j) and (k, j'), in both orders.
             meet = np.outer(u[i], v[k]) + np.outer(v[i], u[k])
             first, second = meet[pairs], meet.T[pairs]
             total += (first**2 + second**2).sum() / dim
@@ -129,14 +132,14 @@ def variance(u, v, dim):
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4, 30), 8), ((11, 12), 6)], ids=str)
-def test_it_is_unbiased_with_the_variance_of_its_meetings(shape, dim):
+def test_it_is_unbiased_with_the_variance_of_its_collisions(shape, dim):
     draws = 6000
     first, second = (forms.gradient(forms.outer(shape, 2, seed=seed))[0] for seed in (1, 2))
     second = second + 0.5 * first
     both = [Dense(torch.stack([first, second, first]))]
     products = []
     for checkpoint in range(draws):
-        rows = sketched(both, shape, dim, checkpoint=checkpoint)
+        rows = compute_sketch(both, shape, dim, checkpoint=checkpoint)
         products.append(float(rows[0] @ rows[1]))
     true = float(first @ second)
     expected = variance(*(g.view(shape).numpy() for g in (first, second)), dim)
@@ -145,7 +148,7 @@ def test_it_is_unbiased_with_the_variance_of_its_meetings(shape, dim):
 
 
 def test_gradients_of_one_hot_inputs_keep_their_inner_products():
-    """All of a gradient may lie in one column: it must still spread over all of D."""
+    """A gradient may have all its entries in one column; its sketch must still use all of D."""
     shape, dim, draws = (100, 400), 256, 300
     g = torch.Generator().manual_seed(0)
     left = torch.randn(3, 1, 100, generator=g, dtype=torch.float64)
@@ -156,6 +159,6 @@ def test_gradients_of_one_hot_inputs_keep_their_inner_products():
     scale = float(left[0].norm() * left[1].norm())
     off = []
     for checkpoint in range(draws):
-        rows = sketched([form], shape, dim, checkpoint=checkpoint)
+        rows = compute_sketch([form], shape, dim, checkpoint=checkpoint)
         off.append((float(rows[0] @ rows[1]) - true) / scale)
-    assert np.std(off) <= 1e-9  # 100 rows find 256 places: nothing meets
+    assert np.std(off) <= 1e-9  # 100 rows have 256 buckets: no collisions

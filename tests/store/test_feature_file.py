@@ -19,7 +19,7 @@ import pytest
 from blocks import DIM, DTYPES, make_block, make_header
 from paths import ROOT, SUPPORT
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
-from tracin_ann.files.durable import file_digest
+from tracin_ann.files import file_digest
 from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord
 from tracin_ann.store.feature_file import FileHeader, write_feature_file
 
@@ -66,7 +66,7 @@ def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> N
             layout = h5py.VirtualLayout(held.shape, "<f4")
             layout[:] = h5py.VirtualSource(str(tmp_path / "b.h5"), "loss", held.shape)
             file.create_virtual_dataset("loss", layout)
-    with pytest.raises(DamagedIndexError, match="loss is no dataset of this file"):
+    with pytest.raises(DamagedIndexError, match="loss is not a dataset of this file"):
         FeatureFile.open(tmp_path / "a.h5")
 
 
@@ -84,6 +84,7 @@ def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
         feature_ND = np.ldexp(file["feature"][...].astype(np.float32), file["exponent"][...][:, None].astype(int))
         assert np.array_equal(feature_ND, FeatureFile.open(tmp_path / "a.h5").read(0, 9))
         assert file.attrs["spec_digest"] == b"spec"
+        assert file.attrs["format"] == b"tracin_ann.features"
         assert file.attrs["version"] == 3
 
 
@@ -148,7 +149,7 @@ def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     block = make_block(0, 600)
     write_feature_file(path, block, header=make_header(block))
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DamagedIndexError, match=r"a\.h5.*expected a whole feature file; run"):
+    with pytest.raises(DamagedIndexError, match=r"a\.h5.*expected an intact feature file; run"):
         FeatureFile.open(path)
 
 
@@ -298,7 +299,7 @@ def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             FeatureBlock(**{**good, **wrong})
     with pytest.raises(ValueError, match="expected"):
         make_block(4, 4)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match"):
         write_feature_file(tmp_path / "a.h5", block, header=make_header(make_block(1, 10)))
     assert list(tmp_path.iterdir()) == []
 

@@ -111,14 +111,14 @@ def test_growth_must_be_asked_for_and_the_old_rows_must_be_there(model, tmp_path
     out = tmp_path / "out"
     build(task(model, 10, 1), out, SMALL)
     before = files(out)
-    with pytest.raises(IndexMismatchError, match="rows numbering 10, this task has 11; build with --append, or"):
+    with pytest.raises(IndexMismatchError, match="10 training rows, this task has 11; build with --append, or"):
         build(task(model, 11, 1), out, SMALL)
     with pytest.raises(IndexMismatchError, match="nothing as checkpoint 1.*; build with --add-checkpoint, or"):
         build(task(model, 11, 2), out, GROWING)
-    with pytest.raises(IndexMismatchError, match="rows numbering 10, this task has 9; restore train_data"):
+    with pytest.raises(IndexMismatchError, match="10 training rows, this task has 9; restore train_data"):
         build(task(model, 9, 1), out, GROWING)
     other = replace(task(model, 11, 1), train_data=lambda: rows(11, seed=5))
-    with pytest.raises(IndexMismatchError, match="train data has digest"):
+    with pytest.raises(IndexMismatchError, match="training data of digest"):
         build(other, out, GROWING)
     with pytest.raises(IndexMismatchError, match="this task has 11; build with --append"):
         InfluenceIndex.open(out, task(model, 11, 1)).query([0])
@@ -150,7 +150,7 @@ def test_removed_rows_are_in_no_answer(model, tmp_path, kind):
     best = [int(row) for row, _ in answers(index, QueryOptions(k=3))[0]]
     gone = sorted({*best, 7, 8, 199})
     result = CliRunner().invoke(remove_command, [str(out), "--ids", ",".join(map(str, gone))])
-    assert result.exit_code == 0 and f"{len(gone)} of 200 rows are removed; generation 2" in result.output
+    assert result.exit_code == 0 and f"{len(gone)} of 200 rows removed; generation 2" in result.output
     after = InfluenceIndex.open(out, task(model, n_rows))
     for options in (EVERY, QueryOptions(k=200), QueryOptions(k=200, exact=True), QueryOptions(k=200, cosine=True)):
         for found, before in zip(answers(after, options), answers(index, options), strict=True):
@@ -198,7 +198,7 @@ def test_a_killed_append_leaves_the_old_index_and_goes_on(model, tmp_path, monke
             build(task(model, 17), out, GROWING)
     assert answers(InfluenceIndex.open(out, task(model, 10))) == before
     remove(out, [3])  # while it lies there
-    with pytest.raises(IndexMismatchError, match="rows numbering 17, this task has 10; restore"):
+    with pytest.raises(IndexMismatchError, match="17 training rows, this task has 10; restore"):
         build(task(model, 10), out, SMALL)
     report = build(task(model, 17), out, SMALL)
     assert report.rows_extracted == 2 * (17 - 8) - sum(min(4 * p + 4, 17) - 4 * p for p, _ in written)
@@ -297,7 +297,7 @@ def test_a_stopped_build_says_how_to_go_on_and_does(tmp_path, number, status):
     running.send_signal(number)
     said = running.communicate(timeout=60)[1]
     assert running.returncode == status, said
-    assert f"stopped: nothing is half-written; again: {ROOT / 'build_index.py'} --task" in said
+    assert f"stopped: no incomplete file is left; to run it again: {ROOT / 'build_index.py'} --task" in said
     left = {path.name for path in out.iterdir()} - {"generation-000001"}
     assert left == {BUILD_RECORD, "features"} and list((out / "features").iterdir()) == []
     assert json.loads((out / BUILD_RECORD).read_text())["batch_size"] == 4

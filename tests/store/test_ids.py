@@ -106,7 +106,7 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_new_lists(
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (lambda row: own(row) if row[1:] != named(N + 2)[N + 1][1:] else own(named(1)[0]), "that of row 0"),
+        (lambda row: own(row) if row[1:] != named(N + 2)[N + 1][1:] else own(named(1)[0]), "the id of row 0"),
         (lambda row: own(row) if row[1:] != named(N + 2)[N + 1][1:] else 5, "the first row's is"),
     ],
 )
@@ -114,7 +114,7 @@ def test_an_appended_row_of_a_taken_id_is_refused_before_anything_is_written(
     whole: Task, index: Path, ids: Callable[[Example], Any], said: str
 ) -> None:
     before = disk.read(index)
-    with pytest.raises(TaskError, match=rf"Task.ids gives row {N + 1} an id that it cannot have.*{said}"):
+    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row {N + 1}.*{said}"):
         build(replace(grown(whole, N + 2), ids=ids), index, replace(SMALL, append=True))
     assert disk.read(index) == before
     assert ids_by_row(index, whole) == {i: row[2] for i, row in enumerate(named(N))}
@@ -122,9 +122,9 @@ def test_an_appended_row_of_a_taken_id_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(("value", "said"), [(2**63, "9223372036854775808")])
 def test_what_an_array_would_alter_is_refused(whole: Task, tmp_path: Path, value: Any, said: str) -> None:
-    with pytest.raises(TaskError, match=rf"Task.ids gives row 0 an id that it cannot have: got {said}, expected"):
+    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row 0: got {said}, expected"):
         build(replace(whole, ids=lambda row: value), tmp_path / "index", SMALL)
-    with pytest.raises(TaskError, match=rf"Task.columns gives something else for row 0: .*{said}"):
+    with pytest.raises(TaskError, match=rf"Task.columns returns an invalid value for row 0: .*{said}"):
         build(replace(whole, columns=lambda row: {"it": value}), tmp_path / "index", SMALL)
     assert not (tmp_path / "index").exists()
 

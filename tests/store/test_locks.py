@@ -30,8 +30,8 @@ from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path
 from tracin_ann.features.canaries import Canaries, write_canaries
+from tracin_ann.files import atomic_write, make_directory, remove_temporaries, save_array
 from tracin_ann.files import durable as files
-from tracin_ann.files.durable import atomic_write, make_directory, save_array, sweep_temporaries
 from tracin_ann.operations.removal import remove
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.store import FeatureBlock
@@ -79,7 +79,7 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
 
     with ExitStack() as held:
         monkeypatch.setattr(BUILD.BuildJob, "tune", overtaken)
-        with pytest.raises(BusyIndexError, match="is being written|was begun by another build"):
+        with pytest.raises(BusyIndexError, match="is being written|another build has started"):
             build(task(10), out, config("flat"))
     assert build(task(10), out, config("flat")).rows_extracted == (0 if other == "is done" else 20)
     assert WRITER not in names(out)
@@ -218,7 +218,7 @@ def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: py
 
     monkeypatch.setattr(absent, "read_removed_ids", slow)
     result = CliRunner().invoke(info.main, [str(made)])
-    assert result.exit_code == 0 and "generation  2, 1 rows removed" in result.output
+    assert result.exit_code == 0 and "generation: 2, 1 row removed" in result.output
 
 
 # What dead writers leave.
@@ -276,7 +276,7 @@ def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_writ
     left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
-        assert sweep_temporaries(tmp_path) == [left]
+        assert remove_temporaries(tmp_path) == [left]
         file.write(b"x")
     assert names(tmp_path) == ["a.bin"]
 
@@ -324,7 +324,7 @@ def _saved(path: Path, array: np.ndarray) -> None:
 
 
 def _lists() -> InvertedLists:
-    lists = InvertedLists.trained(ROWS, 4, "sq8")
+    lists = InvertedLists.train(ROWS, 4, "sq8")
     lists.add(ROWS, np.arange(600) % 4, np.arange(600))
     return lists
 
@@ -364,7 +364,7 @@ def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes
     assert result.exit_code == 1
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: cannot read or write {out / largest}: got File too large (EFBIG), expected ")
-    assert line.endswith("; mend that and run this command again: what is whole is kept")
+    assert line.endswith("; fix the cause and run this command again: complete files are reused")
     result = CliRunner().invoke(build_command, [*words, "--out", str(out)])
     assert result.exit_code == 0 and (out / largest).stat().st_size == size
 

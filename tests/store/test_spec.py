@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ from tasks.toy import CONFIG, Toy, rows, toy
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.fingerprint import data_digest, model_digest, parameter_specs
-from tracin_ann.files.durable import write_json_atomic
-from tracin_ann.files.json_records import read_record
+from tracin_ann.files import read_record, write_json_atomic
 from tracin_ann.store.manifest import (
     BUILD_RECORD,
     FORMAT,
@@ -79,16 +78,16 @@ REFUSALS = {
     ),
     "model": (
         replace(SPEC, model="fedcba9876543210"),
-        "a task whose model has layers of digest 0123456789abcdef, this task has fedcba9876543210; restore the model's "
+        "a model with layers of digest 0123456789abcdef, this task has fedcba9876543210; restore the model's "
         "code or build a new index",
     ),
     "train_rows": (
         replace(SPEC, train_rows=11),
-        "a task with train rows numbering 10, this task has 11; build with --append, or build a new index",
+        "10 training rows, this task has 11; build with --append, or build a new index",
     ),
     "train_data": (
         replace(SPEC, train_data="bbbb"),
-        "a task whose train data has digest aaaa, this task has bbbb; restore train_data or build a new index",
+        "training data of digest aaaa, this task has bbbb; restore train_data or build a new index",
     ),
     "parameter's shape": (
         parameters(replace(SPEC.parameters[0], shape=(3, 2)), SPEC.parameters[1]),
@@ -135,21 +134,21 @@ def test_each_field_that_differs_is_refused_with_what_got_expected_and_remedy(fi
     asked, message = REFUSALS[field]
     assert asked.digest() != SPEC.digest()
     with pytest.raises(IndexMismatchError) as caught:
-        SPEC.refuse_unlike(asked, "runs/mnist")
+        SPEC.check_matches(asked, "runs/mnist")
     assert str(caught.value) == f"index runs/mnist was built with {message}"
-    asked.refuse_unlike(asked, "runs/mnist")
+    asked.check_matches(asked, "runs/mnist")
 
 
 def test_several_differences_are_counted():
     with pytest.raises(IndexMismatchError, match=r"^index x was built with seed 1, .* \(and 2 more differences\)$"):
-        SPEC.refuse_unlike(replace(sketch(seed=0, dim=3), dtype="float32"), "x")
+        SPEC.check_matches(replace(sketch(seed=0, dim=3), dtype="float32"), "x")
 
 
 def test_the_digest_leaves_library_versions_and_a_checkpoints_place_out():
     other = replace(SPEC, versions={"torch": "3.0", "numpy": "9"})
     assert other.digest() == SPEC.digest()
-    SPEC.refuse_unlike(other, "x")
-    SPEC.refuse_unlike(second(name="moved.pt"), "x")
+    SPEC.check_matches(other, "x")
+    SPEC.check_matches(second(name="moved.pt"), "x")
 
 
 NAMES = st.text(min_size=1, max_size=6)
@@ -173,7 +172,7 @@ SPECS = st.builds(
 
 @given(SPECS)
 def test_a_spec_comes_back_from_json_as_it_was(spec):
-    back = read_record(FeatureSpec, json.loads(json.dumps(spec.to_json())))
+    back = read_record(FeatureSpec, json.loads(json.dumps(asdict(spec))))
     assert back == spec
     assert back.digest() == spec.digest()
 

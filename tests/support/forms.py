@@ -1,4 +1,4 @@
-"""Seeded factories of per-example gradients in every form that can say them, and the naive float64 oracle."""
+"""Seeded factories of gradient forms, and their float64 gradients from the definitions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracin_ann.gradients.convolution import Convolution, Geometry
+from tracin_ann.gradients.convolution_factor import Convolution, Geometry
 from tracin_ann.gradients.factors import Dense, Form, Outer, Rows
 
 
 def outer(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 0) -> Outer:
-    """Return a drawn Outer of a parameter [R, C]."""
+    """Return a random Outer of a parameter [R, C]."""
     g = torch.Generator().manual_seed(seed)
     left = torch.randn(batch, positions, shape[0], generator=g, dtype=torch.float64)
     return Outer(left, torch.randn(batch, positions, shape[1], generator=g, dtype=torch.float64))
@@ -28,7 +28,7 @@ def convolution(
     dilation: int = 1,
     padding: tuple[tuple[int, int], ...] = (),
 ) -> Convolution:
-    """Return a drawn Convolution of a weight [O, C/groups, *kernel] over an input of these sizes."""
+    """Return a random Convolution of a weight [O, C/groups, *kernel] over an input of these sizes."""
     g = torch.Generator().manual_seed(len(space) + groups)
     outputs, channels, *kernel = weight
     batch = 3
@@ -41,13 +41,13 @@ def convolution(
 
 
 def channels_last(form: Convolution) -> Convolution:
-    """Return the form with the channels of each tensor together in memory."""
+    """Return the form with its tensors in channels-last memory format."""
     delta, x = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (form.delta_BO, form.input_BC))
     return Convolution(delta, x, form.geometry)
 
 
 def rows(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 0) -> Rows:
-    """Return drawn Rows of a parameter [R, C]: repeated indices, and a last position that carries zero."""
+    """Return random Rows of a parameter [R, C], with repeated indices and zero values at the last position."""
     g = torch.Generator().manual_seed(seed)
     value = torch.randn(batch, positions, shape[1], generator=g, dtype=torch.float64)
     value[:, -1] = 0
@@ -55,12 +55,12 @@ def rows(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 
 
 
 def dense(size: int, *, batch: int = 3, seed: int = 0) -> Dense:
-    """Return a drawn Dense of a parameter of P numbers."""
+    """Return a random Dense of a parameter with P elements."""
     return Dense(torch.randn(batch, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
 def moved(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
-    """Return the form on a device, in a dtype."""
+    """Return the form on a device, with a floating-point dtype."""
     if isinstance(form, Outer):
         return Outer(form.left_BTR.to(device, dtype), form.right_BTC.to(device, dtype))
     if isinstance(form, Convolution):
@@ -82,11 +82,11 @@ def gradient(form: Form) -> Tensor:
                 grad[b, int(form.index_BT[b, t])] += form.value_BTC[b, t].double().cpu()
         return grad.flatten(1)
     if isinstance(form, Convolution):
-        return _autograds(form)
+        return _convolution_gradient(form)
     return torch.einsum("btr,btc->brc", form.left_BTR.double().cpu(), form.right_BTC.double().cpu()).flatten(1)
 
 
-def _autograds(form: Convolution) -> Tensor:
+def _convolution_gradient(form: Convolution) -> Tensor:
     """Return autograd's gradients of a convolution's weight, one example at a time."""
     geometry = form.geometry
     apply = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(geometry.kernel)]
@@ -103,7 +103,7 @@ def _autograds(form: Convolution) -> Tensor:
 
 
 def same_gradient(grad_BRC: Tensor) -> dict[str, list[Form]]:
-    """Return lists of forms that add up to these gradients; each list as several calls of a layer might leave them."""
+    """Return lists of forms, each of which sums to these gradients, as from several calls of a layer."""
     batch, n_rows, n_columns = grad_BRC.shape
     eye = torch.eye(n_rows, dtype=grad_BRC.dtype, device=grad_BRC.device).expand(batch, -1, -1)
     across = torch.eye(n_columns, dtype=grad_BRC.dtype, device=grad_BRC.device).expand(batch, -1, -1)
@@ -123,7 +123,7 @@ def same_gradient(grad_BRC: Tensor) -> dict[str, list[Form]]:
         "rows with repeats": [Rows(torch.cat([index, index], 1), torch.cat([part, rest], 1), n_rows)],
         "rows, outer and dense": [Rows(index, rest, n_rows), Outer(eye, part / 2), Dense(part.flatten(1) / 2)],
     }
-    # A convolution of one tap over R positions says any matrix: the output gradient is the identity.
+    # A convolution of one tap over R positions represents any matrix: the output gradient is the identity.
     pointwise = Geometry((1,), (1,), (1,))
     forms["convolution"] = [Convolution(eye, grad_BRC.mT, pointwise)]
     for groups in (g for g in range(2, n_rows + 1) if n_rows % g == 0):

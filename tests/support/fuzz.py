@@ -76,7 +76,7 @@ def made(folder: Path) -> dict[str, Reader]:
         "build record": Reader(out / BUILD_RECORD, lambda: read_build_record(out), is_json=True),
         "features": Reader(feature, features),
         "canaries": Reader(own / "canaries.h5", lambda: read_canaries(own / "canaries.h5", 120, 2, 8)),
-        "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).refuse_twins()),
+        "columns": Reader(own / "columns.npz", lambda: read_columns(own / "columns.npz", 120).check_unique_ids()),
         "removed": Reader(own / "removed.npy", lambda: read_removed_ids(out, manifest)),
     }
     return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES}

@@ -1,4 +1,4 @@
-"""Seeded factories of models that exercise every layer rule and every step of the ladder."""
+"""Seeded factories of models that use every layer rule and every gradient method."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its per-example loss, a maker of examples, and the lowest step of the ladder it needs."""
+    """A model with its loss and its examples.
+
+    Attributes:
+        model: makes the model.
+        loss: `(model, batch) -> Tensor[B]`.
+        example: makes an example.
+        methods: the gradient methods that its parameters may use.
+    """
 
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Any], Tensor]
     example: Callable[[torch.Generator], Any]
-    steps: frozenset[str]
+    methods: frozenset[str]
 
 
 def classification(model: nn.Module, batch: Any) -> Tensor:
@@ -113,7 +120,7 @@ class TinyGPT(nn.Module):
 
 
 class Placed(nn.Module):
-    """Tokens and their places, which are looked up once for all examples: a row `[1, T]`, or indices `[T]`."""
+    """Tokens with positions that are looked up once for all examples, as a row `[1, T]` or indices `[T]`."""
 
     def __init__(self, places: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -127,7 +134,10 @@ class Placed(nn.Module):
 
 
 class Patches(nn.Module):
-    """As vision transformers have it: a class token and positions `[1, ...]`; a bias `[1, C]` of vectors, or of all."""
+    """A class token and positions `[1, ...]`, as in vision transformers, and a bias `[1, C]`.
+
+    `of_all`: the bias is added at every position, and not to the mean of an example.
+    """
 
     def __init__(self, of_all: bool = False) -> None:
         super().__init__()
@@ -226,7 +236,7 @@ def sequence_first() -> nn.Module:
 
 
 class OwnRMSNorm(nn.Module):
-    """As Hugging Face's Llama has it; `around`: a weight around zero, as its Gemma has it."""
+    """The norm of Hugging Face's Llama; `around`: with weights around zero, as in Gemma."""
 
     def __init__(self, width: int, around: bool = False) -> None:
         super().__init__()
@@ -247,7 +257,7 @@ class OwnLayerNorm(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """As Hugging Face's GPT-2 has it: a linear layer whose weight is [in, out]."""
+    """The linear layer of Hugging Face's GPT-2, with a weight [in, out]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -267,7 +277,7 @@ class OwnLinear(nn.Module):
 
 
 class Bilinear(nn.Module):
-    """Holds a matrix and is no linear map."""
+    """A layer that holds a matrix and is not a linear map."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -278,7 +288,7 @@ class Bilinear(nn.Module):
 
 
 class Gate(nn.Module):
-    """Looks like a scale and is none: not linear in its weight."""
+    """A layer with the parameters of a norm layer that is not linear in its weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -289,7 +299,7 @@ class Gate(nn.Module):
 
 
 class Mixing(nn.Module):
-    """A scale that takes more than its input."""
+    """A layer with the parameters of a norm layer and two inputs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -316,8 +326,8 @@ def no_norms() -> nn.Module:
 RULE, VMAP, LOOP = "layer rule", "vmap(grad)", "loop"
 
 
-def case(model: Callable[[], nn.Module], example: Any, *steps: str, loss: Any = classification) -> Case:
-    return Case(model, loss, example, frozenset(steps))
+def case(model: Callable[[], nn.Module], example: Any, *methods: str, loss: Any = classification) -> Case:
+    return Case(model, loss, example, frozenset(methods))
 
 
 CASES: dict[str, Case] = {
@@ -380,7 +390,7 @@ CASES: dict[str, Case] = {
 
 
 def made(name: str, seed: int = 0, n: int = 6) -> tuple[nn.Module, Case, list[Any]]:
-    """Return the case's model, the case, and n examples; buffers and affine parameters away from their defaults."""
+    """Return the model of a case, the case, and n examples; parameters and running statistics are random."""
     chosen = CASES[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Models whose layers run on rows that are no batch: graphs, options of questions, packed tokens, masked positions."""
+"""Models with layer inputs whose first dimension is not the batch: graphs, options, packed tokens, masked positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Ragged:
-    """A model with its loss, and how an example of a size is made and examples are collated."""
+    """A model with its loss and its examples.
+
+    Attributes:
+        model: makes the model.
+        loss: `(model, batch) -> Tensor[B]`.
+        example: makes an example of a size.
+        collate: examples -> batch.
+    """
 
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Any], Tensor]
@@ -22,7 +29,7 @@ class Ragged:
 
 
 class GraphNet(nn.Module):
-    """Two rounds of messages along edges, nodes of all graphs one after another, then the mean of each graph."""
+    """A graph network: the nodes of all graphs are concatenated, and the outputs are means over each graph."""
 
     def __init__(self, width: int = 7, layers: int = 2) -> None:
         super().__init__()
@@ -63,7 +70,7 @@ def graph_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 class Questions(nn.Module):
-    """A score for each option of a question; options of all questions one after another."""
+    """A score of each option of a question; the options of all questions are concatenated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +96,7 @@ def question_loss(model: nn.Module, batch: tuple[Tensor, list[int], Tensor]) -> 
 
 
 class Packed(nn.Module):
-    """A language model over texts packed one after another into `[R]` or `[1, R]`, each with attention of its own."""
+    """A language model over concatenated texts, `[R]` or `[1, R]`, with attention inside each text only."""
 
     def __init__(self, *, row: bool = False) -> None:
         super().__init__()
@@ -122,7 +129,7 @@ def packed_loss(model: nn.Module, batch: tuple[Tensor, Tensor, list[int]]) -> Te
 
 
 class Masked(nn.Module):
-    """A head that runs only on the positions which a mask chose."""
+    """A head that runs only on the positions that a mask selects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +153,7 @@ def masked_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
 
 
 class Albums(nn.Module):
-    """Convolutions and norms over the pictures of all albums, one after another."""
+    """Convolutions and norms over the concatenated images of all albums."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,8 +163,8 @@ class Albums(nn.Module):
         self.head = nn.Linear(6, 1)
         self.norm.running_mean.normal_()
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        hidden = torch.relu(self.group(self.norm(self.first(pictures))))
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.group(self.norm(self.first(images))))
         return self.head(torch.tanh(self.second(hidden)).mean((2, 3))).squeeze(1)
 
 
@@ -166,7 +173,7 @@ def album(size: int, generator: torch.Generator) -> tuple[Tensor, int]:
 
 
 class Sorted(nn.Module):
-    """Examples in order of their sizes between two layers, as packed sequences have them."""
+    """Examples sorted by size between two layers, as in packed sequences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +206,7 @@ CASES = {
 
 
 def made(name: str, sizes: Sequence[int], seed: int = 0) -> tuple[nn.Module, Ragged, list[Any]]:
-    """Return the model of a case with its examples of these sizes."""
+    """Return the model of a case, the case, and examples of these sizes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Ordinary models and losses that gradient capture finds hard: each with its rows and its tolerance."""
+"""Common models and losses that are difficult cases for gradient capture, with their rows and tolerances."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def vectors(n: int, dtype: torch.dtype = torch.float32, **options: Any) -> Rows:
 
 
 def grown_vectors(n: int) -> Rows:
-    """Return rows computed from what requires a gradient, all by one graph."""
+    """Return rows computed from tensors that require a gradient, with one graph for all rows."""
     rows = vectors(n, requires_grad=True)
     return [(x, y) for x, (_, y) in zip(torch.stack([x for x, _ in rows]).sin(), rows, strict=True)]
 
@@ -66,7 +66,7 @@ def tokens(n: int) -> Rows:
     return [torch.randint(0, 17, (6,), generator=generator) for _ in range(n)]
 
 
-def pictures(n: int) -> Rows:
+def images(n: int) -> Rows:
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(1, 8, 8, generator=generator), i % 3) for i in range(n)]
 
@@ -81,7 +81,7 @@ def next_token(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class Lora(nn.Module):
-    """A frozen linear layer with a trained update of rank 2, as PEFT has it."""
+    """A frozen linear layer with a trained update of rank 2, as in PEFT."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -119,9 +119,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A tiny Llama with LoRA on q and v, nothing else trained; blocks checkpointed in either mode, or not.
+    """A small Llama with LoRA on q and v; its blocks may use gradient checkpointing in either mode.
 
-    `whole`: the norms, the gates and the head are trained too.
+    Only LoRA is trained; with `whole`, the norms, the gates and the head are trained as well.
     """
 
     def __init__(self, reentrant: bool | None = None, *, hook: bool = True, whole: bool = False) -> None:
@@ -134,7 +134,7 @@ class Llama(nn.Module):
             lora = name.endswith(("down.weight", "up.weight")) and (".q." in name or ".v." in name)
             parameter.requires_grad_(lora or (whole and ".base." not in name))
         if hook:
-            # What `enable_input_require_grads` does.
+            # As `enable_input_require_grads` of Hugging Face.
             self.embed.register_forward_hook(require_grad)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Toy(nn.Module):
 
 
 class Two(nn.Module):
-    """Two branches whose inputs differ: one from data, one from what requires a gradient already."""
+    """Two branches: the input of one is data, that of the other requires a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def watched_input(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Checkpointed(Toy):
-    """Checkpointed layers with a parameter that no rule serves."""
+    """Layers with gradient checkpointing, and a parameter without a layer rule."""
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class PartlyHalf(Attending):
 
 
 class LoopOnly(Toy):
-    """A raw parameter behind control flow that depends on data, which vmap cannot follow."""
+    """A parameter outside of layers in control flow that depends on data, which vmap does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def in_autocast(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Raw(nn.Module):
-    """A model of raw parameters: no module's call shows what it computes in."""
+    """A model of parameters outside of layers: no call of a layer shows the dtype of its computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def critic() -> nn.Module:
 
 
 def gradient_penalty(model: nn.Module, batch: Any) -> Tensor:
-    """Return WGAN-GP's critic loss of each example, its own sample and penalty."""
+    """Return the critic loss of WGAN-GP of each example, with its own sample and penalty."""
     x = batch[0].detach().requires_grad_(True)
     value = model(x)[:, 0]
     grad = torch.autograd.grad(value.sum(), x, create_graph=True)[0]
@@ -276,7 +276,7 @@ def physics(model: nn.Module, batch: Any) -> Tensor:
 
 
 def forces(model: nn.Module, batch: Any) -> Tensor:
-    """Return energy and force errors, the forces being the negative gradient of the energy."""
+    """Return energy and force errors; the force is the negative gradient of the energy."""
     x = batch[0].detach().clone().requires_grad_(True)
     energy = model(x)[:, 0]
     force = -torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
@@ -284,14 +284,14 @@ def forces(model: nn.Module, batch: Any) -> Tensor:
 
 
 def adversarial(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss at inputs moved along the gradient's sign: the step itself is not differentiated."""
+    """Return the loss at inputs moved along the sign of the gradient; the step itself is not differentiated."""
     x = batch[0].detach().clone().requires_grad_(True)
     step = torch.autograd.grad(cross_entropy(model, (x, batch[1])).sum(), x)[0].sign()
     return cross_entropy(model, ((x + 0.1 * step).detach(), batch[1]))
 
 
 def adversarial_and_plain(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss at the inputs and at moved ones, from one forward at the inputs."""
+    """Return the loss at the inputs plus that at inputs moved along the sign of the gradient."""
     x = batch[0].detach().clone().requires_grad_(True)
     plain = cross_entropy(model, (x, batch[1]))
     step = torch.autograd.grad(plain.sum(), x, retain_graph=True)[0].sign()
@@ -331,7 +331,7 @@ class PartlyScripted(nn.Module):
 
 
 class Int8(torch.Tensor):
-    """A frozen weight kept in int8 with a scale a row, as torchao has it: a wrapper that holds two tensors."""
+    """A frozen weight stored in int8 with one scale per row, as in torchao: a wrapper of two tensors."""
 
     @staticmethod
     def __new__(cls, data: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Int8:
@@ -390,7 +390,7 @@ class Quantised(nn.Module):
 
 
 class Dequantised(Quantised):
-    """The same with plain weights, for the oracle."""
+    """The same model with dequantised weights, for the oracle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ class Dequantised(Quantised):
 
 
 class Adaptive(nn.Module):
-    """Its third cluster is projected to 8 // 16 = 0 numbers: parameters of size 0."""
+    """An adaptive softmax whose third cluster is projected to 8 // 16 = 0 dimensions: parameters of size 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,7 +415,7 @@ def adaptive(model: Any, batch: Tensor) -> Tensor:
 
 
 class Clip(Toy):
-    """Cosine similarities with the prototypes of classes, scaled by a learned 0-dim parameter."""
+    """Cosine similarities with prototypes of the classes, scaled by a learned 0-dim parameter."""
 
     def __init__(self, *, branching: bool = False) -> None:
         super().__init__()
@@ -471,13 +471,13 @@ SITUATIONS: dict[str, Situation] = {
     "forces": Situation(critic, forces, vectors),
     "adversarial": Situation(Toy, adversarial, vectors),
     "adversarial and plain": Situation(Toy, adversarial_and_plain, vectors),
-    "scripted": Situation(scripted, cross_entropy, pictures, truth=Cnn),
-    "traced": Situation(traced, cross_entropy, pictures, truth=Cnn),
-    "scripted in part": Situation(PartlyScripted, cross_entropy, pictures, truth=lambda: PartlyScripted(plain=True)),
+    "scripted": Situation(scripted, cross_entropy, images, truth=Cnn),
+    "traced": Situation(traced, cross_entropy, images, truth=Cnn),
+    "scripted in part": Situation(PartlyScripted, cross_entropy, images, truth=lambda: PartlyScripted(plain=True)),
     "a frozen scripted part": Situation(
         lambda: PartlyScripted(frozen=True),
         cross_entropy,
-        pictures,
+        images,
         truth=lambda: PartlyScripted(frozen=True, plain=True),
     ),
     "LoRA over int8": Situation(Quantised, cross_entropy, vectors, truth=Dequantised),

@@ -1,4 +1,4 @@
-"""Weights come from state_dicts (torch, safetensors) or the task's own load; what does not fit is refused."""
+"""Checkpoints load as state_dicts (torch, safetensors) or by `Task.load`; files that do not match are rejected."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, save):
 def test_what_is_no_state_dict_is_refused(tmp_path, value, got):
     path = saved(tmp_path, value)
     assert refusal(tmp_path, path) == (
-        f"checkpoint {path} is no plain state_dict: got {got}, expected names mapped to tensors; "
+        f"checkpoint {path} is not a state_dict: got {got}, expected a dict of tensors by name; "
         "give Task a load(model, path) that reads it"
     )
 

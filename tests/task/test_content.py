@@ -1,4 +1,4 @@
-"""What a row holds: equal content gives equal bytes, other content other bytes, and what cannot be known is said."""
+"""Content of rows: equal values have equal bytes, other values other bytes, and unknown types are reported."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_rows_of_a_table_are_taken_and_told_from_those_of_another(tmp_path):
     np.testing.assert_allclose(left.view().take(range(10)), right.view().take(range(10)), rtol=1e-5, atol=1e-6)
     other = dataclasses.replace(task, train_data=lambda: Table(10, shift=1e-3))
     with pytest.raises(
-        IndexMismatchError, match="train data has digest [0-9a-f]{16}, this task has [0-9a-f]{16}; rest"
+        IndexMismatchError, match="training data of digest [0-9a-f]{16}, this task has [0-9a-f]{16}; rest"
     ):
         InfluenceIndex.open(tmp_path / "table", other, device="cpu").query([0])
 

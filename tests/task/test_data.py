@@ -1,4 +1,4 @@
-"""A side's data set: rows that cannot be read are named, here and in workers; a stream is made a list."""
+"""Data sets: a row that cannot be read is named, also in workers; a stream is read into a list."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def broken():
 
 
 WORKING = re.escape(
-    "expected an example for each of the 40 rows that its len() counts; mend the data set's __getitem__, or its"
+    "expected an example for each of the 40 rows that its len() counts; correct the data set's __getitem__, or its"
 )
 FAULTS = {
     "len() that lies": (lambda: Lying(None), r"IndexError: list index out of range \(test_data.py:\d+\)"),
@@ -149,7 +149,9 @@ def test_a_stream_of_one_buffer_is_refused():
 def test_rows_that_no_collate_takes_are_refused_with_the_remedy(tmp_path):
     task = toy(tmp_path, train_data=lambda: [(x.to_sparse(), y) for x, y in rows(10)])
     assert os.linesep not in refusal(task, tmp_path)
-    assert refusal(task, tmp_path).endswith("; pass Task.collate, a function that makes a batch of a list of examples")
+    assert refusal(task, tmp_path).endswith(
+        "; pass Task.collate, a function that turns a list of examples into a batch"
+    )
 
 
 def refusal(task, tmp_path):

@@ -1,4 +1,4 @@
-"""Task.load is held to what it is for: it fills the model or returns one like it; models on meta are filled too."""
+"""Checks of `Task.load`: it fills the model or returns a matching module; models on the meta device are filled too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import oracle
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved, toy
 from tracin_ann import Checkpoint, InfluenceIndex, build, plan
 from tracin_ann.errors import CheckpointError, TaskError
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.task.checkpoints import CheckpointLoader, tensors_digest
 
 CPU = torch.device("cpu")
@@ -98,16 +98,16 @@ def test_weights_that_a_loader_keeps_and_assigns_are_not_touched(tmp_path):
 def test_a_load_that_fills_nothing_is_refused(tmp_path, load):
     last = tmp_path / "checkpoint1.pt"
     assert refusal(toy(tmp_path, load=load), tmp_path / "out") == (
-        f"Task.load fills nothing: got the same parameters and buffers after loading {last} as before, expected the "
-        "checkpoint's weights in the model that Task.load is given; fill that model in place, or return a module of "
-        "the same layers"
+        f"Task.load does not change the model: got the same parameters and buffers after loading {last} as before, "
+        "expected the checkpoint's weights in the model that is passed to Task.load; fill that model in place, or "
+        "return a module of the same layers"
     )
 
 
 def test_a_load_that_fills_nothing_is_refused_where_the_model_had_the_weights(tmp_path):
     checkpoints = saved(Toy(), tmp_path)[1:]
     task = toy(tmp_path, fresh(checkpoints[0].path), checkpoints=checkpoints, load=lambda model, path: None)
-    assert refusal(task, tmp_path / "out").startswith("Task.load fills nothing: ")
+    assert refusal(task, tmp_path / "out").startswith("Task.load does not change the model: ")
 
 
 def test_a_load_that_fills_a_part_leaves_the_rest(tmp_path):
@@ -134,9 +134,9 @@ def test_a_load_that_reads_one_file_for_all_is_refused(tmp_path):
         tmp_path, checkpoints=checkpoints, load=lambda model, path: model.load_state_dict(read(checkpoints[0].path))
     )
     assert refusal(task, tmp_path / "out") == (
-        f"Task.load makes the same weights of two checkpoints: got {checkpoints[1].path} and {checkpoints[0].path}, "
-        "whose bytes differ, expected different weights; let Task.load read the path that it is given; if the weights "
-        "are the same, keep one checkpoint with the sum of both learning rates"
+        f"Task.load sets the same weights for two checkpoints: got {checkpoints[1].path} and {checkpoints[0].path}, "
+        "whose bytes differ, expected different weights; read the path that is passed to Task.load; if the weights "
+        "are the same, use one checkpoint with the sum of both learning rates"
     )
 
 
@@ -148,8 +148,9 @@ def test_a_load_that_fills_nothing_for_some_files_is_refused(tmp_path):
             model.load_state_dict(read(path))
 
     task = toy(tmp_path, checkpoints=checkpoints, load=load)
-    assert f"fills nothing: got the same parameters and buffers after loading {checkpoints[0].path} as" in refusal(
-        task, tmp_path / "out"
+    assert (
+        f"does not change the model: got the same parameters and buffers after loading {checkpoints[0].path} as"
+        in refusal(task, tmp_path / "out")
     )
 
 
@@ -159,7 +160,9 @@ def test_a_load_that_makes_other_weights_each_time_is_refused(tmp_path, kind):
         for name, parameter in model.named_parameters():
             parameter.data += read(path)[name] if kind == "adds" else torch.randn(parameter.shape)
 
-    with pytest.raises(CheckpointError, match=r"makes other weights of a checkpoint each time: got .*1.pt that differ"):
+    with pytest.raises(
+        CheckpointError, match=r"sets different weights for one checkpoint on each call: got .*1.pt that differ"
+    ):
         build(toy(tmp_path, load=load), tmp_path / "out", CONFIG)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -238,15 +241,15 @@ def test_a_returned_module_of_another_structure_is_refused(tmp_path, kind):
     )
     message = refusal(task, tmp_path / "out")
     assert message.startswith(
-        f"Task.load returned for {tmp_path}/given.pt a module that is not like that of Task.model: got {got}"
+        f"the module that Task.load returned for {tmp_path}/given.pt does not match that of Task.model: got {got}"
     )
-    assert message.endswith("; let Task.model build such a module, or let Task.load fill the one that it is given")
+    assert message.endswith("; return the same module from Task.model, or fill the model that is passed to Task.load")
 
 
 def test_a_failed_load_leaves_no_checkpoint_in_the_model(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
     torch.save({**read(checkpoints[1].path), "first.bias": torch.zeros(7)}, checkpoints[1].path)
-    with Passes(toy(tmp_path, checkpoints=checkpoints), PassOptions(CPU)).model() as model:
+    with TaskRunner(toy(tmp_path, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
         model.load(0)
         with pytest.raises(CheckpointError, match="first.bias of shape"):
             model.load(1)
@@ -264,8 +267,8 @@ def test_a_load_that_changes_a_type_is_refused(tmp_path):
     )
     assert refusal(task, tmp_path / "out", TaskError) == (
         "loading checkpoint 1 changed the model's parameters: got 4 chosen parameters, first.weight [6, 5] "
-        "torch.bfloat16, expected the same 4 names, shapes and types as before, first.weight [6, 5] torch.float32; let "
-        "Task.model build the model whole and in its type, and Task.load only fill it"
+        "torch.bfloat16, expected the same 4 names, shapes and dtypes as before, first.weight [6, 5] torch.float32; "
+        "create parameters of the final dtype in Task.model; only set their values in Task.load"
     )
 
 
@@ -381,9 +384,9 @@ def test_a_buffer_that_stays_on_meta_is_refused_by_name(tmp_path):
     checkpoints = [Checkpoint(tmp_path / "given.pt", 1.0)]
     task = toy(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints)
     assert refusal(task, tmp_path / "out") == (
-        f"checkpoint {tmp_path}/given.pt leaves a part of the model on meta: got shift, a buffer that no state_dict "
-        "holds, expected values for every parameter and buffer; let Task.model make these on the CPU, or let Task.load "
-        "fill them"
+        f"checkpoint {tmp_path}/given.pt leaves a part of the model on the meta device: got shift, a buffer that is "
+        "not in the state_dict, expected values for every parameter and buffer; create these on the CPU in Task.model, "
+        "or fill them in Task.load"
     )
 
     def load(model, path):
@@ -400,7 +403,7 @@ def test_a_loader_that_leaves_weights_on_meta_is_refused_by_name(tmp_path):
     message = refusal(
         toy(tmp_path, model=partial(on_meta, Toy), load=load, checkpoints=saved(Toy(), tmp_path)), tmp_path / "out"
     )
-    assert "leaves a part of the model on meta: got second.weight; second.bias, expected values" in message
+    assert "leaves a part of the model on the meta device: got second.weight; second.bias, expected values" in message
 
 
 def test_a_returned_module_of_an_index_scores_every_example_alone(tmp_path):

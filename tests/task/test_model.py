@@ -1,4 +1,4 @@
-"""A borrowed model and all global state are as they were, after every verb, error and surrounding mode."""
+"""The user's model and global state are restored after every operation and error, in every surrounding mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tasks.toy import CONFIG, RATES, cross_entropy, rows, saved, toy
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build, plan
 from tracin_ann.errors import NonFiniteError, TaskError
-from tracin_ann.features.passes import Passes, PassOptions
+from tracin_ann.features.runner import RunOptions, TaskRunner
 
 CPU = torch.device("cpu")
 
@@ -248,7 +248,7 @@ def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradi
 
     build(toy(tmp_path, live, loss=loss), tmp_path / "out", CONFIG)
     assert seen == {False}
-    with Passes(toy(tmp_path, live), PassOptions(CPU)).model() as model:
+    with TaskRunner(toy(tmp_path, live), RunOptions(CPU)).model() as model:
         model.load(0)
         assert not any(parameter.requires_grad for parameter in live.parameters())
         assert not torch.backends.mha.get_fastpath_enabled()
@@ -261,7 +261,7 @@ def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradi
 
 def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
     checkpoints = saved(live, tmp_path)
-    with Passes(toy(tmp_path, live, checkpoints=checkpoints), PassOptions(CPU)).model() as model:
+    with TaskRunner(toy(tmp_path, live, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
         for i in (1, 0, 1):
             model.load(i)
             state = torch.load(checkpoints[i].path, weights_only=True)
@@ -272,13 +272,13 @@ def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
 @pytest.mark.parametrize("made", [None, torch.zeros(3), {"model": 1}])
 def test_a_model_function_that_returns_no_model_is_refused(tmp_path, made):
     with pytest.raises(
-        TaskError, match=rf"^Task.model returns no model: got {type(made).__name__}, expected a torch.nn"
+        TaskError, match=rf"^Task.model does not return a model: got {type(made).__name__}, expected a torch.nn"
     ):
         plan(toy(tmp_path, model=lambda: made), tmp_path / "out", CONFIG)
 
 
 def test_a_model_with_uninitialized_layers_is_refused(tmp_path):
     task = toy(tmp_path, model=lambda: nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(TaskError, match="whose shapes are not known yet: got an uninitialized 0.weight, .*one forward"):
+    with pytest.raises(TaskError, match="with unknown parameter shapes: got an uninitialized 0.weight, .*one forward"):
         build(task, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Batches of any nesting: walked, moved, split, compared; and served from end to end."""
+"""Nested batches: traversal, device moves, splitting, sizes; and builds and queries with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint loads as load_state_dict loads it: by its layers' versions and hooks, under wrappers and entries."""
+"""State dicts load as by `load_state_dict`, with layer versions and hooks, from wrapped models and from entries."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_an_object_in_a_file_is_refused_by_its_class(tmp_path):
     path = written(tmp_path, {**Toy().state_dict(), "_extra_state": Odd()})
     assert (
         f"checkpoint {path} cannot be read: got UnpicklingError: an object of test_state_dicts.Odd, which "
-        "weights_only=True refuses, expected a state_dict"
+        "weights_only=True rejects, expected a state_dict"
     ) in refusal(tmp_path, Toy(), path)
 
 
@@ -235,10 +235,10 @@ def test_a_weight_that_is_tied_to_nothing_in_the_file_is_missing(tmp_path):
 
 
 WRAPPERS = {
-    "module.": "'module.' cut from the names",
-    "_orig_mod.": "'_orig_mod.' cut from the names",
-    "module._orig_mod.": "'module._orig_mod.' cut from the names",
-    "_orig_mod.module.": "'_orig_mod.module.' cut from the names",
+    "module.": "'module.' removed from the names",
+    "_orig_mod.": "'_orig_mod.' removed from the names",
+    "module._orig_mod.": "'module._orig_mod.' removed from the names",
+    "_orig_mod.module.": "'_orig_mod.module.' removed from the names",
 }
 
 
@@ -262,7 +262,7 @@ def test_layers_that_were_compiled_one_by_one_are_read(tmp_path):
     state = {name.replace("first.", "first._orig_mod."): value for name, value in made.state_dict().items()}
     loader = loaded(tmp_path, model, written(tmp_path, state))
     assert equal(model, made)
-    assert loader.notes == ("given.pt: weights read with '._orig_mod.' cut from the names",)
+    assert loader.notes == ("given.pt: weights read with '._orig_mod.' removed from the names",)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -286,8 +286,8 @@ def test_of_two_entries_the_one_that_fits_is_taken(tmp_path):
 def test_two_entries_that_fit_are_refused_by_name(tmp_path):
     path = written(tmp_path, {"model": Toy().state_dict(), "state_dict": Toy().state_dict()})
     assert refusal(tmp_path, Toy(), path) == (
-        f"checkpoint {path} holds more than one state_dict that fits the model: got 'model' and 'state_dict', expected "
-        "one; give Task a load(model, path) that takes one of them"
+        f"checkpoint {path} contains more than one state_dict that fits the model: got 'model' and 'state_dict', "
+        "expected one; give Task a load(model, path) that loads one of them"
     )
 
 
@@ -295,8 +295,8 @@ def test_the_nearest_reading_names_what_does_not_fit(tmp_path):
     state = {f"module.{name}": value for name, value in Toy().state_dict().items() if name != "first.bias"}
     path = written(tmp_path, {"epoch": 1, "model": state})
     assert refusal(tmp_path, Toy(), path).startswith(
-        f"checkpoint {path}, read from its entry 'model' with 'module.' cut from the names, does not match the model: "
-        "got missing first.bias, expected the 4 entries"
+        f"checkpoint {path}, read from its entry 'model' with 'module.' removed from the names, does not match the "
+        "model: got missing first.bias, expected the 4 entries"
     )
 
 
@@ -315,7 +315,7 @@ def test_a_build_and_its_plan_say_it_once(tmp_path, monkeypatch):
         state = torch.load(checkpoint.path, weights_only=True)
         torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / f"wrapped{i}.pt")
     wrapped = [Checkpoint(tmp_path / f"wrapped{i}.pt", RATES[i]) for i in (0, 1)]
-    said = "weights read from its entry 'model' with 'module.' cut from the names"
+    said = "weights read from its entry 'model' with 'module.' removed from the names"
     task = toy(tmp_path, checkpoints=wrapped)
     assert plan(task, tmp_path / "out", CONFIG).notes == (f"wrapped0.pt and 1 more: {said}",)
     report = build(task, tmp_path / "out", CONFIG)

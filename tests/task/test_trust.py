@@ -1,4 +1,4 @@
-"""An index from a stranger: no command runs what its manifest names, or touches anything outside of it."""
+"""Untrusted indexes: no command runs the code that a manifest names, or changes a file outside the index."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -
     for arguments in ({"command": f"touch {marker}"}, {"cmd": f"touch {marker}"}, {}):
         named_task(index, reference, **arguments)
         with pytest.raises(
-            UsageError, match=r"is not imported: got .*no absolute path of a file.*; pass --task FILE.py"
+            UsageError, match=r"is not imported: got .*not an absolute path of a file.*; pass --task FILE.py"
         ):
             _ = InfluenceIndex.open(index).task
     assert not marker.exists()
@@ -120,7 +120,7 @@ FILES = {
     "outside": ("{outside}/evil.py", ANNOTATED, "not below the current directory"),
     "in the index": ("{index}/evil.py", ANNOTATED, "inside the index"),
     "in a generation": ("{index}/generation-000001/evil.py", ANNOTATED, "inside the index"),
-    "relative": ("evil.py", ANNOTATED, "no absolute path"),
+    "relative": ("evil.py", ANNOTATED, "not an absolute path"),
     "upwards": ("{project}/../{outside_name}/evil.py", ANNOTATED, "not below the current directory"),
     "absent": ("{project}/absent.py", "", "cannot be found"),
     "a link": ("{project}/link.py", ANNOTATED, "not below the current directory"),
@@ -172,11 +172,14 @@ def test_what_a_task_file_holds_besides_its_task_is_not_called(index: Path, proj
 def test_this_librarys_own_functions_are_none(
     index: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`load_task(reference) -> Task` would import whatever its argument names."""
+    """`load_task(reference) -> Task` would import whatever its argument names; no other module is imported either."""
     package = Path(tracin_ann.__file__).resolve().parent
     monkeypatch.chdir(package.parent)
     (tmp_path / "evil.py").write_text(MARKING.format(marker=str(marker)))
     named_task(index, f"{package / 'task' / 'references.py'}:load_task", reference=f"{tmp_path / 'evil.py'}:x")
+    with pytest.raises(UsageError, match="installed package"):
+        _ = InfluenceIndex.open(index).task
+    named_task(index, f"{package / 'build.py'}:build")
     with pytest.raises(UsageError, match="installed package"):
         _ = InfluenceIndex.open(index).task
     assert not marker.exists()
@@ -280,11 +283,11 @@ def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) 
     assert InfluenceIndex.open(link).removed.tolist() == [2]
 
 
-@pytest.mark.parametrize("kind", ["a symbolic link", "another file's second name", "a directory", "a FIFO"])
+@pytest.mark.parametrize("kind", ["a symbolic link", "a hard link to another file", "a directory", "a FIFO"])
 def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
     canary = tmp_path / "canary"
     canary.write_bytes(b"sings")
-    make = {"a symbolic link": os.symlink, "another file's second name": os.link}.get(kind)
+    make = {"a symbolic link": os.symlink, "a hard link to another file": os.link}.get(kind)
     if make is not None:
         make(canary, index / WRITER)
     elif kind == "a FIFO":
@@ -292,7 +295,7 @@ def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, k
     else:
         (index / WRITER).mkdir()
     for act in (lambda: remove(index, [1]), lambda: repair(index), lambda: build(f"{NAME}.py:task", index, CONFIG)):
-        with pytest.raises(DamagedIndexError, match=rf"{WRITER}: got {kind}.*; look at it and remove it"):
+        with pytest.raises(DamagedIndexError, match=rf"{WRITER}: got {kind}.*; inspect it and remove it"):
             act()
     assert canary.read_bytes() == b"sings" and (index / WRITER).exists()
 

@@ -1,4 +1,4 @@
-"""Analyses of an index: explanations of a score, hubs, duplicates, mislabelled rows and subsets."""
+"""Analyses of an index: parts of a score, hubs, duplicate rows, mislabelled rows, and subsets of the training rows."""
 
 from __future__ import annotations
 

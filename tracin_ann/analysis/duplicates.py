@@ -1,14 +1,16 @@
-"""Groups of training rows whose gradients point the same way: duplicates, as the model sees them.
+"""Groups of training rows with nearly parallel gradients: duplicates from the model's point of view.
 
-The cosine of two rows is ⟨f, f'⟩ / (‖f‖ ‖f'‖) of their whole stored features, all checkpoints side by side: an estimate
-of score(z, z') / √(score(z, z) score(z', z')), where score is TracInCP. Checkpoints weigh as in a score, by learning
-rate and size of gradient; the length of a row's gradient does not matter: rows of one direction are duplicates.
+The cosine of two rows is ⟨f, f'⟩ / (‖f‖ ‖f'‖) over their complete stored features, all checkpoints concatenated. It
+estimates score(z, z') / √(score(z, z) score(z', z')), where score is TracInCP. Checkpoints are weighted as in a score,
+by learning rate and gradient size. The norm of a row's features has no effect.
 
-Every pair is compared, in time that grows with the square of the rows. Most are ruled out by their first principal
-directions: with ρ the length of what those leave of a unit row, ⟨f, f'⟩ ≤ ⟨Vf, Vf'⟩ + ρρ', itself an inner product of
-unit rows of few numbers. What it does not rule out is computed from the whole rows in float64; so nothing is missed.
+Every pair is compared, in time quadratic in the number of rows. Principal directions rule out most pairs: let Vf be the
+projection of a unit row f on the first principal directions and ρ the norm of the rest; then ⟨f, f'⟩ ≤ ⟨Vf, Vf'⟩ + ρρ'.
+This bound is an inner product of short unit rows (Vf, ρ). For the remaining pairs, the cosine is computed from the
+complete rows in float64, so that no pair is missed.
 
-Shapes: N rows that may be duplicates, B rows of a block, M of a group, F feature dimension, R reduced dimension.
+Shapes: N compared rows, B rows of a block, S sampled rows, A rows that occur in pairs, P pairs, F feature dimension,
+R reduced dimension.
 """
 
 from __future__ import annotations
@@ -26,34 +28,33 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Describe, Fields, Id, Record, RowList
 from tracin_ann.store import FeatureView, RowFilter
-from tracin_ann.types import Float64, Int64, ProgressCallback
+from tracin_ann.types import Float64, Int64, ProgressCallback, ignore_progress
 
 _BLOCK = 2048
-"""Rows that are compared with as many others at once."""
+"""Rows of a block; a block is compared with another block at once."""
 _DIRECTIONS = 64
-"""Principal directions by which pairs are ruled out."""
+"""Number of principal directions."""
 _SAMPLE = 2048
-"""Rows, spread over all, that those are the directions of."""
+"""Rows from which the principal directions are computed."""
 _ENTRIES = 1 << 23
-"""Numbers of whole rows held at once: 64 MiB in float64."""
+"""Numbers of complete rows in memory at once: 64 MiB in float64."""
 _MANY = 1 << 15
-"""Pairs of a block from which on a matrix product of whole rows is cheaper than pair after pair."""
+"""Number of pairs of a block above which one matrix product of complete rows is faster than pair by pair."""
 _SLACK = 1e-5
-"""More than 65 products of unit rows in float32 are off by."""
+"""More than the rounding error of an inner product of 65 float32 numbers, for unit rows."""
 
-
-Linked = Callable[[Int64, Int64], npt.NDArray[np.bool_]]
+ArePairsLinked = Callable[[Int64, Int64], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A row of a group of duplicates.
+    """A row in a group of duplicates.
 
     Attributes:
-        group: the group's number from 1, the largest first.
-        size: how many rows the group has.
-        lowest_cosine: of any two of its rows; may lie below the threshold, where rows are linked by others.
-        id: the row's own id, else its position.
+        group: number of the group, from 1; the largest group is first.
+        size: number of rows in the group.
+        lowest_cosine: minimum over all pairs of the group; below the threshold where rows are linked through others.
+        id: the task's own id of the row, else its position.
         row: its position in train_data.
     """
 
@@ -66,12 +67,12 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Extent:
-    """What was compared.
+    """The comparison that found the duplicates.
 
     Attributes:
-        threshold: the least cosine that links two rows.
-        n_rows: rows that were compared.
-        n_zero: rows left out as their features are zero: they point nowhere.
+        threshold: minimum cosine that links two rows.
+        n_rows: number of compared rows.
+        n_zero: number of rows that were excluded because their features are zero and have no direction.
     """
 
     threshold: float
@@ -80,7 +81,7 @@ class Extent:
 
 
 class Duplicates(RowList[Duplicate]):
-    """The rows that have a duplicate, group after group, the largest group first, rows rising."""
+    """The rows that have a duplicate: the largest group first, rows of a group by ascending position."""
 
     FIELDS = Fields(
         (
@@ -100,10 +101,10 @@ class Duplicates(RowList[Duplicate]):
     @property
     def groups(self) -> list[tuple[int, ...]]:
         """Return the positions of each group's rows."""
-        found: dict[int, list[int]] = defaultdict(list)
+        groups: dict[int, list[int]] = defaultdict(list)
         for row in self:
-            found[row.group].append(row.row)
-        return [tuple(rows) for rows in found.values()]
+            groups[row.group].append(row.row)
+        return [tuple(rows) for rows in groups.values()]
 
     def record(self, row: Duplicate) -> Record:
         """Return a row's record."""
@@ -125,92 +126,89 @@ def find_duplicates(
     checkpoints: Sequence[int] | None = None,
     progress: ProgressCallback | None = None,
 ) -> Duplicates:
-    """Return groups of training rows whose stored features have a cosine of the threshold or more.
+    """Return groups of training rows whose stored features have a cosine of at least the threshold.
 
-    A group is all that such pairs link. Equal examples have features that differ by rounding, since they were in
-    different batches: a cosine of 1 less some millionths, so that a threshold of 1 finds few of them. Needs no task.
-    Time grows with the square of the rows, memory with the rows (260 bytes each, beside the features of some thousand).
+    Such pairs are linked, and all rows that are linked directly or through others form a group. The features of equal
+    examples differ by rounding if they were in different batches: their cosine is some millionths below 1, so a
+    threshold of 1 finds few of them. No task is needed. The time is quadratic in the number of rows; memory is 260
+    bytes per row, plus the features of some thousand rows.
 
     Args:
         index: an open index.
-        threshold: the least cosine of a pair, over 0 and up to 1.
-        rows: which rows are compared; None: all. Removed and skipped rows never are, nor rows without a gradient.
-        checkpoints: positions of those that features are compared at; None: all.
+        threshold: minimum cosine of a pair, above 0 and at most 1.
+        rows: which rows are compared; None: all. Removed rows, skipped rows and rows with a zero gradient never are.
+        checkpoints: positions of the checkpoints whose features are compared; None: all.
         progress: called with (stage, done, total): rows read, and pairs of blocks compared.
 
     Raises:
-        UsageError: the threshold, a checkpoint or the filter is bad.
+        UsageError: the threshold, a checkpoint or the filter is invalid.
     """
     if not 0 < threshold <= 1:
         raise UsageError(
-            problem("bad --threshold", got=threshold, expected="over 0, up to 1", remedy="change --threshold")
+            problem("bad --threshold", got=threshold, expected="above 0, at most 1", remedy="change --threshold")
         )
     view, chosen = index.view(checkpoints), index.present(rows)
-    told = progress or _silent
-    kept, row_NR = _reduced(view, chosen, index.device, told)
-    links = _Links(len(kept))
-    for pairs in _likely(row_NR, threshold - _SLACK, told):
-        one, other = _likelier(view, kept, pairs, threshold - _SLACK) if len(pairs[0]) > _MANY else pairs
-        links.join(one, other, lambda a, b: _cosines(view, kept[a], kept[b]) >= threshold, _pairs_at_once(view))
-    groups = sorted((kept[group] for group in links.groups()), key=lambda group: (-len(group), group[0]))
-    found = []
+    report_progress = progress or ignore_progress
+    ids_N, row_NR = _reduce_rows(view, chosen, index.device, report_progress)
+    links = _UnionFind(len(ids_N))
+    for pairs in _candidate_pairs(row_NR, threshold - _SLACK, report_progress):
+        one, other = _filter_pairs(view, ids_N, pairs, threshold - _SLACK) if len(pairs[0]) > _MANY else pairs
+        links.union_if(one, other, lambda a, b: _cosines(view, ids_N[a], ids_N[b]) >= threshold, _pairs_at_once(view))
+    groups = sorted((ids_N[group] for group in links.groups()), key=lambda group: (-len(group), group[0]))
+    duplicates = []
     for number, group in enumerate(groups, start=1):
         lowest = _lowest_cosine(view, group)
-        found += [Duplicate(number, len(group), lowest, index.rows.id_at(row), row) for row in group.tolist()]
-    return Duplicates(found, index.described, Extent(threshold, len(kept), len(chosen) - len(kept)))
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
+        duplicates += [Duplicate(number, len(group), lowest, index.rows.id_at(row), row) for row in group.tolist()]
+    return Duplicates(duplicates, index.described, Extent(threshold, len(ids_N), len(chosen) - len(ids_N)))
 
 
 def _pairs_at_once(view: FeatureView) -> int:
     return min(2 * _BLOCK, max(1, _ENTRIES // (2 * view.dim)))
 
 
-def _reduced(
+def _reduce_rows(
     view: FeatureView, chosen: Int64, device: torch.device, progress: ProgressCallback
 ) -> tuple[Int64, Tensor]:
-    """Return the positions [N] of the rows that are not zero, and their reduced unit rows [N, R] in float32."""
-    direction_RF = _directions(view, chosen, device)
-    kept, made = [np.zeros(0, np.int64)], [torch.zeros(0, len(direction_RF) + 1, device=device)]
+    """Return the positions [N] of the nonzero rows, and their unit rows (Vf, ρ) [N, R] in float32."""
+    direction_RF = _principal_directions(view, chosen, device)
+    ids, reduced = [np.zeros(0, np.int64)], [torch.zeros(0, len(direction_RF) + 1, device=device)]
     size = max(1, _ENTRIES // view.dim)
     for start in range(0, len(chosen), size):
         ids_B = chosen[start : start + size]
-        unit_BF, whole_B = _units(view, ids_B)
+        unit_BF, nonzero_B = _normalise_rows(view, ids_B)
         reduced_BR = torch.from_numpy(unit_BF).to(device) @ direction_RF.T
-        # Never too short: what rounding takes from it could rule out a pair.
-        left_B = (1 - reduced_BR.square().sum(1)).clamp_min(0).sqrt()
-        kept.append(ids_B[whole_B])
-        made.append(torch.cat([reduced_BR, left_B[:, None]], dim=1).float())
+        # In float64; _SLACK covers the rounding to float32, which could otherwise rule out a pair.
+        rest_B = (1 - reduced_BR.square().sum(1)).clamp_min(0).sqrt()
+        ids.append(ids_B[nonzero_B])
+        reduced.append(torch.cat([reduced_BR, rest_B[:, None]], dim=1).float())
         progress("rows", start + len(ids_B), len(chosen))
-    return np.concatenate(kept), torch.cat(made)
+    return np.concatenate(ids), torch.cat(reduced)
 
 
-def _directions(view: FeatureView, chosen: Int64, device: torch.device) -> Tensor:
-    """Return orthonormal rows [R - 1, F]: the first principal directions, about 0, of rows spread over the chosen."""
+def _principal_directions(view: FeatureView, chosen: Int64, device: torch.device) -> Tensor:
+    """Return the first principal directions (not centred) of rows spread over the chosen, orthonormal [R - 1, F]."""
     size = min(_SAMPLE, len(chosen), max(_DIRECTIONS, _ENTRIES // view.dim))
     spread = np.unique(np.linspace(0, len(chosen) - 1, size).astype(np.int64)) if size else np.zeros(0, np.int64)
-    unit_SF = torch.from_numpy(_units(view, chosen[spread])[0]).to(device)
-    wide = len(unit_SF) >= view.dim
-    # Of the smaller of the two Gram matrices; the largest come last.
-    gram = unit_SF.T @ unit_SF if wide else unit_SF @ unit_SF.T
+    unit_SF = torch.from_numpy(_normalise_rows(view, chosen[spread])[0]).to(device)
+    has_many_rows = len(unit_SF) >= view.dim
+    # The smaller of the two Gram matrices; eigh returns the largest eigenvalues last.
+    gram = unit_SF.T @ unit_SF if has_many_rows else unit_SF @ unit_SF.T
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -_DIRECTIONS:]
-    orthonormal_FR: Tensor = torch.linalg.qr(vectors if wide else unit_SF.T @ vectors).Q
+    orthonormal_FR: Tensor = torch.linalg.qr(vectors if has_many_rows else unit_SF.T @ vectors).Q
     return orthonormal_FR.T
 
 
-def _units(view: FeatureView, ids: Int64) -> tuple[Float64, npt.NDArray[np.bool_]]:
-    """Return the rows of these ids that are not zero, at length 1 in float64, and which those are."""
+def _normalise_rows(view: FeatureView, ids: Int64) -> tuple[Float64, npt.NDArray[np.bool_]]:
+    """Return the nonzero rows of these ids as unit rows in float64 [≤ B, F], and which rows are nonzero [B]."""
     row_BF = view.take(ids).astype(np.float64)
     peak_B = np.abs(row_BF).max(axis=1, initial=0)
-    whole_B = peak_B > 0
-    row_BF = row_BF[whole_B] / peak_B[whole_B, None]
-    return row_BF / np.linalg.norm(row_BF, axis=1, keepdims=True), whole_B
+    nonzero_B = peak_B > 0
+    row_BF = row_BF[nonzero_B] / peak_B[nonzero_B, None]
+    return row_BF / np.linalg.norm(row_BF, axis=1, keepdims=True), nonzero_B
 
 
-def _likely(row_NR: Tensor, least: float, progress: ProgressCallback) -> Iterator[tuple[Int64, Int64]]:
-    """Yield pairs of places whose bound on the cosine is not below `least`, block by block, the first the smaller."""
+def _candidate_pairs(row_NR: Tensor, least: float, progress: ProgressCallback) -> Iterator[tuple[Int64, Int64]]:
+    """Yield, block by block, the pairs of places (smaller first) whose bound on the cosine is at least `least`."""
     starts = range(0, len(row_NR), _BLOCK)
     done, total = 0, len(starts) * (len(starts) + 1) // 2
     for at in starts:
@@ -227,68 +225,68 @@ def _likely(row_NR: Tensor, least: float, progress: ProgressCallback) -> Iterato
 
 
 def _cosines(view: FeatureView, one: Int64, other: Int64) -> Float64:
-    """Return the cosines of pairs of rows; of equal rows 1, whatever the rounding."""
+    """Return the cosines [P] of pairs of rows; exactly 1 for equal rows."""
     ids, place = np.unique(np.concatenate([one, other]), return_inverse=True)
-    unit_BF, _ = _units(view, ids)
-    apart_PF = unit_BF[place[: len(one)]] - unit_BF[place[len(one) :]]
-    cosines: Float64 = 1 - np.square(apart_PF).sum(axis=1) / 2
+    unit_BF, _ = _normalise_rows(view, ids)
+    difference_PF = unit_BF[place[: len(one)]] - unit_BF[place[len(one) :]]
+    cosines: Float64 = 1 - np.square(difference_PF).sum(axis=1) / 2
     return cosines
 
 
-def _likelier(view: FeatureView, kept: Int64, pairs: tuple[Int64, Int64], least: float) -> tuple[Int64, Int64]:
-    """Return those of a block's pairs whose product of whole rows is not below `least`."""
+def _filter_pairs(view: FeatureView, ids_N: Int64, pairs: tuple[Int64, Int64], least: float) -> tuple[Int64, Int64]:
+    """Return the pairs whose cosine, by one product of complete rows, is at least `least`."""
     one, other = pairs
     (a, place_A), (b, place_B) = (np.unique(side, return_inverse=True) for side in pairs)
     near_AB = np.zeros((len(a), len(b)), dtype=bool)
-    for at, to, product_BB in _products(view, kept[a], kept[b]):
-        near_AB[at : at + len(product_BB), to : to + product_BB.shape[1]] = product_BB >= least
+    for at, to, cosine_BB in _cosine_blocks(view, ids_N[a], ids_N[b]):
+        near_AB[at : at + len(cosine_BB), to : to + cosine_BB.shape[1]] = cosine_BB >= least
     near_P = near_AB[place_A, place_B]
     return one[near_P], other[near_P]
 
 
 def _lowest_cosine(view: FeatureView, group: Int64) -> float:
-    return min(1.0, *(float(product_BB.min()) for *_, product_BB in _products(view, group, group)))
+    return min(1.0, *(float(cosine_BB.min()) for *_, cosine_BB in _cosine_blocks(view, group, group)))
 
 
-def _products(view: FeatureView, one: Int64, other: Int64) -> Iterator[tuple[int, int, Float64]]:
-    """Yield the cosines of rows with others, blocks of a matrix, each with the place of its first row and column."""
+def _cosine_blocks(view: FeatureView, one: Int64, other: Int64) -> Iterator[tuple[int, int, Float64]]:
+    """Yield the matrix of cosines in blocks, each with the place of its first row and first column."""
     size = max(1, _ENTRIES // view.dim)
     for at in range(0, len(one), size):
-        unit_BF, _ = _units(view, one[at : at + size])
+        unit_BF, _ = _normalise_rows(view, one[at : at + size])
         for to in range(0, len(other), size):
-            yield at, to, unit_BF @ _units(view, other[to : to + size])[0].T
+            yield at, to, unit_BF @ _normalise_rows(view, other[to : to + size])[0].T
 
 
-class _Links:
-    """Which of N places are linked, directly or by others: a union-find."""
+class _UnionFind:
+    """Sets of N places that are linked directly or through others."""
 
     def __init__(self, n_places: int) -> None:
-        self._above = np.arange(n_places, dtype=np.int64)
+        self._parent = np.arange(n_places, dtype=np.int64)
 
-    def join(self, one: Int64, other: Int64, linked: Linked, at_once: int) -> None:
-        """Link those pairs of places that `linked` says so of; it is not asked of places that are linked already."""
+    def union_if(self, one: Int64, other: Int64, are_linked: ArePairsLinked, at_once: int) -> None:
+        """Link the pairs of places for which `are_linked` is true; it is not called for pairs that already are."""
         for start in range(0, len(one), at_once):
             chunk_2P = np.stack([one[start : start + at_once], other[start : start + at_once]])
             chunk_2P = chunk_2P[:, self._roots(chunk_2P[0]) != self._roots(chunk_2P[1])]
-            for a, b in chunk_2P.T[linked(*chunk_2P)].tolist() if chunk_2P.size else []:
+            for a, b in chunk_2P.T[are_linked(*chunk_2P)].tolist() if chunk_2P.size else []:
                 low, high = sorted((self._root(a), self._root(b)))
-                self._above[high] = low
+                self._parent[high] = low
 
     def groups(self) -> list[Int64]:
-        """Return the places of every group of two or more, rising."""
-        roots = self._roots(np.arange(len(self._above), dtype=np.int64))
+        """Return the places of every set of two or more, ascending."""
+        roots = self._roots(np.arange(len(self._parent), dtype=np.int64))
         order = np.argsort(roots, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)
         return [group for group in groups if len(group) > 1]
 
     def _root(self, place: int) -> int:
-        while (above := int(self._above[place])) != place:
-            place = above
+        while (parent := int(self._parent[place])) != place:
+            place = parent
         return place
 
     def _roots(self, places: Int64) -> Int64:
-        roots = self._above[places]
-        while (self._above[roots] != roots).any():
-            roots = self._above[roots]
-        self._above[places] = roots
+        roots = self._parent[places]
+        while (self._parent[roots] != roots).any():
+            roots = self._parent[roots]
+        self._parent[places] = roots
         return roots

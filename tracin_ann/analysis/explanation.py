@@ -1,4 +1,4 @@
-"""Where one score comes from: true TracInCP of a training row for a query, by checkpoint, layer and parameter."""
+"""Parts of one score: the exact TracInCP score of a training row for a query, by checkpoint, layer and parameter."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tracin_ann.scoring import Describe, Directions, Fields, Id, Record, RowList
 from tracin_ann.types import ProgressCallback
 
 MODEL = "(model)"
-"""The layer of parameters that the model itself owns."""
+"""Name of the layer for parameters that belong to the model itself."""
 _PARAMETRISED = re.compile(r"(^|\.)parametrizations\..*")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one parameter adds to a score at one checkpoint.
+    """The part of a score that one parameter contributes at one checkpoint.
 
     Attributes:
-        checkpoint: its position.
-        layer: the module that owns the parameter; of tied weights all owners, `tokens + head`.
-        parameter: its name; of tied weights the first.
+        checkpoint: position of the checkpoint.
+        layer: module that owns the parameter; for tied weights all owners, such as `tokens + head`.
+        parameter: name of the parameter; for tied weights the first name.
         contribution: η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ over the entries of this parameter.
-        share: the contribution, with its sign, of the sum of all parts' absolute contributions.
+        share: the contribution divided by the sum of the absolute contributions of all parts.
     """
 
     checkpoint: int
@@ -49,11 +49,11 @@ class Pair:
     """The training row and the query that are explained.
 
     Attributes:
-        id: the training row's own id, else its position.
-        row: its position.
-        query: the query's own id, else its position.
-        query_row: its position.
-        side: the query's data set.
+        id: the task's own id of the training row, else its position.
+        row: position of the training row.
+        query: the task's own id of the query, else its position.
+        query_row: position of the query.
+        side: data set of the query.
     """
 
     id: Id
@@ -64,12 +64,12 @@ class Pair:
 
 
 class Explanation(RowList[Part]):
-    """The parts of one true score, checkpoint after checkpoint, parameters in the model's order; they add up to it.
+    """The parts of one exact score, by checkpoint and then by parameter in the model's order; they sum to the score.
 
     Attributes:
-        pair: whose score it is.
-        score: true TracInCP, the sum of the parts.
-        stored_score: the same by the stored features.
+        pair: the training row and the query.
+        score: exact TracInCP, the sum of the parts.
+        stored_score: the score from the stored features.
     """
 
     FIELDS = Fields(
@@ -96,23 +96,23 @@ class Explanation(RowList[Part]):
 
     @property
     def difference(self) -> float:
-        """Return how much the stored features' score is above the true one."""
+        """Return the stored score minus the exact score."""
         return self.stored_score - self.score
 
     @property
     def by_checkpoint(self) -> dict[int, float]:
-        """Return what each checkpoint adds to the score, in the order asked."""
-        return _added((part.checkpoint, part.contribution) for part in self)
+        """Return the contribution of each checkpoint to the score, in the requested order."""
+        return _sum_by_key((part.checkpoint, part.contribution) for part in self)
 
     @property
     def by_layer(self) -> dict[str, float]:
-        """Return what each layer adds to the score, in the model's order."""
-        return _added((part.layer, part.contribution) for part in self)
+        """Return the contribution of each layer to the score, in the model's order."""
+        return _sum_by_key((part.layer, part.contribution) for part in self)
 
     @property
     def by_parameter(self) -> dict[str, float]:
-        """Return what each parameter adds to the score, in the model's order."""
-        return _added((part.parameter, part.contribution) for part in self)
+        """Return the contribution of each parameter to the score, in the model's order."""
+        return _sum_by_key((part.parameter, part.contribution) for part in self)
 
     def record(self, row: Part) -> Record:
         """Return a part's record."""
@@ -149,61 +149,65 @@ def explain(
     *,
     checkpoints: Sequence[int] | None = None,
 ) -> Explanation:
-    """Return what every parameter at every checkpoint adds to the true score of a training row for a query.
+    """Return the parts of the exact score of a training row for a query, one per parameter and checkpoint.
 
-    Both whole gradients are computed now, in float32 as the index's exact scores are, and multiplied in float64:
+    The gradients of both rows are computed in float32, like the exact scores of a query, and multiplied in float64:
     Σ_c Σ_p η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4).
 
     Args:
         index: an open index.
-        train_id: the training row's position.
-        query_id: the query's position.
-        side: the query's data set, `query`, or `train` for a training row as the query.
+        train_id: position of the training row.
+        query_id: position of the query.
+        side: data set of the query, `query` or `train`.
         progress: called with ("gradients", checkpoints done, checkpoints).
-        checkpoints: positions of those to sum over; None: all.
+        checkpoints: positions of the checkpoints to sum over; None: all.
 
     Raises:
-        UsageError: there is no such row or checkpoint, or the row was removed from the index.
-        IndexMismatchError: the task does not fit the index, by a field or by a canary.
-        NonFiniteError: a loss or gradient of either is NaN or infinite.
+        UsageError: a row or checkpoint does not exist, or the training row was removed from the index.
+        IndexMismatchError: the task does not match the index, by a recorded field or by a canary row.
+        NonFiniteError: a loss or gradient of one of the rows is NaN or infinite.
     """
-    view, passes = index.view(checkpoints), index.passes
-    passes.check_ids("train", [train_id])
-    passes.check_ids(side, [query_id])
+    view, runner = index.view(checkpoints), index.runner
+    runner.check_ids("train", [train_id])
+    runner.check_ids(side, [query_id])
     _refuse_absent(index, train_id)
-    # With the query's features come the canaries: a task that changed is refused here.
+    # This also computes the canary rows and rejects a task that changed.
     query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
     stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
-    found: list[tuple[int, str, str, float]] = []
-    with passes.at_precision("fp32").model() as model:
-        layers = layers_of(model.module)
+    products: list[tuple[int, str, str, float]] = []
+    with runner.with_precision("fp32").model() as model:
+        layers = find_layers(model.module)
         for done, checkpoint in enumerate(view.checkpoints):
             model.load(checkpoint)
-            rate = passes.task.checkpoints[checkpoint].learning_rate
-            mine, theirs = _gradient(model, side, query_id), _gradient(model, "train", train_id)
-            for name, grad in mine.items():
-                product = rate * float(grad.flatten().double() @ theirs[name].flatten().double())
-                found.append((checkpoint, layers[name], name, product))
+            rate = runner.task.checkpoints[checkpoint].learning_rate
+            query_grads, train_grads = _gradient(model, side, query_id), _gradient(model, "train", train_id)
+            for name, grad in query_grads.items():
+                product = rate * float(grad.flatten().double() @ train_grads[name].flatten().double())
+                products.append((checkpoint, layers[name], name, product))
             if progress is not None:
                 progress("gradients", done + 1, len(view.checkpoints))
-    whole = math.fsum(abs(product) for *_, product in found) or 1.0
-    parts = [Part(c, layer, name, product, product / whole) for c, layer, name, product in found]
+    total = math.fsum(abs(product) for *_, product in products) or 1.0
+    parts = [Part(c, layer, name, product, product / total) for c, layer, name, product in products]
     pair = Pair(index.id_of("train", train_id), train_id, index.id_of(side, query_id), query_id, side)
     return Explanation(parts, index.described, pair, stored_score)
 
 
-def layers_of(model: nn.Module) -> dict[str, str]:
-    """Return the layer of every parameter by its first name: its owners, those of tied weights joined by ` + `."""
+def find_layers(model: nn.Module) -> dict[str, str]:
+    """Return the layer of each parameter by its first name; the owners of tied weights are joined by ` + `."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        # What holds the parts of a parametrised weight is no layer of its own.
+        # The container of a parametrised weight is not a layer.
         owner = _PARAMETRISED.sub("", name.rpartition(".")[0])
         owners[id(parameter)].append(owner or MODEL)
     return {name: " + ".join(dict.fromkeys(owners[id(p)])) for name, p in model.named_parameters()}
 
 
 def _gradient(model: LoadedModel, side: SideName, row: int) -> Directions:
-    """Return the whole gradient [1, P] a parameter of one example, finite."""
+    """Return the gradient of one example by parameter, [1, ...] each.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is NaN or infinite.
+    """
     try:
         gradient = whole_gradients(model, side, [row])
     except NonFiniteError as error:
@@ -215,19 +219,25 @@ def _gradient(model: LoadedModel, side: SideName, row: int) -> Directions:
                     f"the gradient of row {row} of {side}_data at checkpoint {model.checkpoint} is not finite",
                     got=f"NaN or infinity in {name}",
                     expected="finite numbers",
-                    remedy="look at this row and this checkpoint's weights",
+                    remedy="inspect this row and the weights of this checkpoint",
                 )
             )
     return gradient
 
 
 def _refuse_absent(index: InfluenceIndex, row: int) -> None:
+    """Reject a training row that was removed or skipped.
+
+    Raises:
+        UsageError: the row was removed from the index.
+        NonFiniteError: the build skipped the row.
+    """
     if row in index.removed:
         raise UsageError(
             problem(
                 f"row {row} of train_data was removed from the index",
                 got=row,
-                expected="a row that answers may hold",
+                expected="a row of the index",
                 remedy="change --train-id",
             )
         )
@@ -235,7 +245,7 @@ def _refuse_absent(index: InfluenceIndex, row: int) -> None:
     if row in skipped:
         raise NonFiniteError(
             problem(
-                f"row {row} of train_data was skipped at the build",
+                f"row {row} of train_data was skipped by the build",
                 got=f"NaN or infinity at checkpoint {skipped[row]}",
                 expected="a finite loss and gradient",
                 remedy="change --train-id",
@@ -243,8 +253,8 @@ def _refuse_absent(index: InfluenceIndex, row: int) -> None:
         )
 
 
-def _added(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
-    parts: dict[Any, list[float]] = defaultdict(list)
+def _sum_by_key(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    values: dict[Any, list[float]] = defaultdict(list)
     for key, value in pairs:
-        parts[key].append(value)
-    return {key: math.fsum(values) for key, values in parts.items()}
+        values[key].append(value)
+    return {key: math.fsum(summands) for key, summands in values.items()}

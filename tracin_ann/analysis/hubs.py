@@ -1,9 +1,9 @@
-"""Hubs: training rows that are among the first proponents or opponents of unusually many queries.
+"""Hubs: training rows that are proponents or opponents of unusually many queries.
 
-N_k of a row is the number of queries that hold it among their first k (Radovanović, Nanopoulos & Ivanović 2010). Where
-it is skewed to the right, a few rows answer most queries, whatever is asked.
+N_k of a row is the number of queries that have it among their top k (Radovanović, Nanopoulos & Ivanović 2010). If the
+distribution of N_k is skewed to the right, a few rows are hits of most queries, whatever the query is.
 
-Shapes: N rows that may be answers.
+Shapes: N rows that may be hits.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tracin_ann.scoring import Answer, Describe, Fields, Id, QueryOptions, Recor
 from tracin_ann.types import Int64, ProgressCallback
 
 _LOT = 512
-"""Queries that are answered at once."""
+"""Queries answered at once."""
 
 Direction = Literal["proponents", "opponents"]
 
 
 @dataclass(frozen=True)
 class Hub:
-    """How many queries hold a training row among their first k.
+    """The number of queries that have a training row among their top k.
 
     Attributes:
-        rank: from 1, the largest count.
-        id: the task's own id, else the position.
-        row: the position in train_data.
+        rank: from 1 for the largest count.
+        id: the task's own id of the row, else its position.
+        row: position in train_data.
         proponent_of: N_k among proponents.
         opponent_of: N_k among opponents.
     """
@@ -47,14 +47,14 @@ class Hub:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """N_k of all rows that may be answers, in one direction, beside their positions: `count_N`, `row_N`."""
+    """N_k of all rows that may be hits, for proponents or opponents: counts `count_N` of the positions `row_N`."""
 
     row_N: Int64
     count_N: Int64
 
     @property
     def expected(self) -> float:
-        """Return the mean of N_k: the count of every row, were no row a hub."""
+        """Return the mean of N_k: the count of each row if no row were a hub."""
         return float(self.count_N.mean()) if len(self.count_N) else 0.0
 
     @property
@@ -64,7 +64,7 @@ class Counts:
 
     @property
     def skewness(self) -> float:
-        """Return E (N_k - μ)³ / σ³ over the rows: 0 where all counts are equal, and the larger the fewer the hubs."""
+        """Return E (N_k - μ)³ / σ³ over the rows: 0 if all counts are equal, large if a few rows have high counts."""
         if not len(self.count_N) or self.count_N.min() == self.count_N.max():
             return 0.0
         centred_N = self.count_N - self.count_N.mean()
@@ -73,14 +73,14 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Census:
-    """What was counted.
+    """Counts of all rows, and the queries they are based on.
 
     Attributes:
-        k: the hits a side that were counted.
-        n_queries: the queries asked.
+        k: number of proponents and of opponents per query.
+        n_queries: number of queries.
         proponents: how often each row was among the proponents.
         opponents: how often each row was among the opponents.
-        how: how the hits were found, in words.
+        how: description of the search.
     """
 
     k: int
@@ -91,7 +91,7 @@ class Census:
 
 
 class Hubs(RowList[Hub]):
-    """The rows that are among the first k of any query, by falling count; `census` knows the others too."""
+    """The rows that are among the top k of any query, by descending count; `census` has the counts of all rows."""
 
     FIELDS = Fields(
         (
@@ -109,7 +109,7 @@ class Hubs(RowList[Hub]):
         self.census, self._describe = census, describe
 
     def ranked(self, by: Direction = "proponents", top: int | None = None) -> Hubs:
-        """Return these by falling count among proponents or among opponents, the first `top` or all."""
+        """Return the rows by descending count among proponents or among opponents, the first `top` or all."""
         sign = 1 if by == "proponents" else -1
 
         def order(hub: Hub) -> tuple[int, ...]:
@@ -130,7 +130,7 @@ class Hubs(RowList[Hub]):
         }
 
     def plot(self) -> Any:
-        """Return a matplotlib Figure: how many rows have which count.
+        """Return a matplotlib Figure: the number of rows for each count.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
@@ -146,55 +146,54 @@ def find_hubs(
     options: QueryOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> Hubs:
-    """Return how many queries hold each training row among their first k proponents, and their first k opponents.
+    """Count for each training row the queries that have it among their top k proponents and their top k opponents.
 
-    The queries are answered some hundreds at a time, so that memory does not grow with them. A training row that is a
-    query is not counted for itself. Only rows of positive score are proponents and of negative score opponents, so a
-    query may have fewer than k. Where the index has lists, hits are as sure as its measured recall; `search="scan"` in
-    the options finds all.
+    Memory does not grow with the number of queries. A training row that is a query does not count for itself. Rows with
+    a positive score are proponents and rows with a negative score are opponents, so a query may have fewer than k. With
+    inverted lists, hits have the recall of the index; `search="scan"` in the options finds all hits.
 
     Args:
         index: an open index.
-        query_ids: positions in the data set `side`; None: all of it, of the training rows those not removed or skipped.
-        k: hits a side.
-        side: the queries' data set.
-        options: how queries are answered, and which rows may be hits; its `k` is not used.
+        query_ids: positions in the data set `side`; None: all rows, except removed and skipped training rows.
+        k: number of proponents and of opponents per query.
+        side: data set of the queries.
+        options: query options, including which rows may be hits; its `k` is not used.
         progress: called with ("queries", done, total).
 
     Raises:
         UsageError: k or an id is out of range, or there is no query.
-        IndexMismatchError: the task does not fit the index.
+        IndexMismatchError: the task does not match the index.
         NonFiniteError: a query's loss or gradient is NaN or infinite.
     """
     if query_ids is None:
-        query_ids = index.present().tolist() if side == "train" else range(index.passes.n_rows(side))
+        query_ids = index.present().tolist() if side == "train" else range(index.runner.n_rows(side))
     ids = tuple(dict.fromkeys(query_ids))
     if not ids:
         raise UsageError(problem("no query", got="no ids", expected="one or more", remedy="name at least one row"))
-    index.passes.check_ids(side, ids)
-    # A training row is a proponent of itself: one more, and itself left out.
-    wanted = replace(options or QueryOptions(), k=QueryOptions(k=k).k + (side == "train"))
+    index.runner.check_ids(side, ids)
+    # A training row is its own proponent: one more hit is requested, and the row itself is dropped.
+    query_options = replace(options or QueryOptions(), k=QueryOptions(k=k).k + (side == "train"))
     counts = {1: np.zeros(len(index), np.int64), -1: np.zeros(len(index), np.int64)}
     how = ""
     for start in range(0, len(ids), _LOT):
         lot = ids[start : start + _LOT]
-        answers = index.query((), lot, wanted) if side == "train" else index.query(lot, (), wanted)
+        answers = index.query((), lot, query_options) if side == "train" else index.query(lot, (), query_options)
         how = answers[0].how
-        for sign, rows in _hits(answers, k):
+        for sign, rows in _top_rows(answers, k):
             np.add.at(counts[sign], rows, 1)
         if progress is not None:
             progress("queries", start + len(lot), len(ids))
-    row_N = index.present(wanted.rows)
+    row_N = index.present(query_options.rows)
     census = Census(k, len(ids), Counts(row_N, counts[1][row_N]), Counts(row_N, counts[-1][row_N]), how)
-    found = [
+    hubs = [
         Hub(0, index.id_of("train", int(row)), int(row), int(counts[1][row]), int(counts[-1][row]))
         for row in np.flatnonzero(counts[1] + counts[-1])
     ]
-    return Hubs(found, index.described, census).ranked()
+    return Hubs(hubs, index.described, census).ranked()
 
 
-def _hits(answers: Sequence[Answer], k: int) -> Iterable[tuple[int, list[int]]]:
-    """Yield (1, rows of its proponents) and (-1, rows of its opponents) of every answer."""
+def _top_rows(answers: Sequence[Answer], k: int) -> Iterable[tuple[int, list[int]]]:
+    """Yield (1, rows of the top k proponents) and (-1, rows of the top k opponents) of every answer."""
     for answer in answers:
         own = answer.row if answer.side == "train" else None
         for sign, hits in ((1, answer.proponents), (-1, answer.opponents)):

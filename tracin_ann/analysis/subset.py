@@ -1,7 +1,7 @@
-"""A subset of the training rows for a set of queries: those that help them most, each query in turn or all together.
+"""Subsets of the training rows with high scores for a set of queries.
 
-`round-robin`: the queries, in order, again and again, each take the row of highest score that is not yet taken (Ivison
-et al. 2025, arXiv 2503.01807). `mean`: the rows of highest mean score. Equal scores go by rising row.
+`round-robin`: the queries take turns; each takes the row with its highest score that is not yet taken (Ivison et al.
+2025, arXiv 2503.01807). `mean`: the rows with the highest mean score. Ties are broken by ascending row.
 
 Shapes: N rows that may be taken, Q queries, F feature dimension, K candidates.
 """
@@ -24,7 +24,7 @@ from tracin_ann.types import Float32, Int64, ProgressCallback
 Method = Literal["round-robin", "mean"]
 METHODS: tuple[Method, ...] = ("round-robin", "mean")
 _CANDIDATES = 1 << 23
-"""Candidates of all queries that are held at once."""
+"""Candidates of all queries in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Chosen:
     """A training row of the subset.
 
     Attributes:
-        rank: from 1, the order in which rows were taken.
-        id: the task's own id, else the position.
-        row: the position in train_data.
-        score: for the query that took it; by `mean`, the mean over all queries.
-        query: the id of the query that took it; None by `mean`.
-        query_row: that query's position in query_data.
+        rank: from 1, in the order in which rows were taken.
+        id: the task's own id of the row, else its position.
+        row: position in train_data.
+        score: score for the query that took the row; with `mean`, the mean score over all queries.
+        query: id of the query that took the row; None with `mean`.
+        query_row: position of that query in query_data; None with `mean`.
     """
 
     rank: int
@@ -91,43 +91,43 @@ def select(  # noqa: PLR0913
     rows: RowFilter | None = None,
     progress: ProgressCallback | None = None,
 ) -> Subset:
-    """Return n training rows for the queries: fewer only where fewer may be taken.
+    """Select n training rows for the queries, or all rows that pass the filter if they are fewer.
 
-    Scores are the stored features', over all rows (an exact scan): what is taken is what the full matrix of scores
-    would give. By `round-robin` a query keeps some candidates, and gets more by another pass over the features once
-    others have taken them.
+    Scores come from the stored features of all rows (an exact scan): the selection is the same as from the full matrix
+    of scores. With `round-robin`, each query has a list of candidates; once they are taken, another pass over the
+    features finds more.
 
     Args:
         index: an open index.
-        n: rows wanted.
+        n: number of rows to select.
         query_ids: positions in query_data, in the order of their turns; None: all.
         method: `round-robin` or `mean`.
-        checkpoints: positions of those to sum over; None: all.
-        rows: which rows may be taken; None: all. Removed and skipped ones never are.
+        checkpoints: positions of the checkpoints to sum over; None: all.
+        rows: which rows may be selected; None: all. Removed and skipped rows never are.
         progress: called with ("rows", taken, n).
 
     Raises:
-        UsageError: n, the method or an id is bad, or there is no query.
-        IndexMismatchError: the task does not fit the index.
+        UsageError: n, the method or an id is invalid, or there is no query.
+        IndexMismatchError: the task does not match the index.
         NonFiniteError: a query's loss or gradient is NaN or infinite.
     """
     if n < 1:
         raise UsageError(problem("bad --n", got=n, expected="1 or more", remedy="change --n"))
     if method not in METHODS:
         raise UsageError(problem("bad --method", got=method, expected=" or ".join(METHODS), remedy="change --method"))
-    ids = tuple(dict.fromkeys(range(index.passes.n_rows("query")) if query_ids is None else query_ids))
+    ids = tuple(dict.fromkeys(range(index.runner.n_rows("query")) if query_ids is None else query_ids))
     if not ids:
         raise UsageError(problem("no query", got="no ids", expected="one or more", remedy="name at least one row"))
-    index.passes.check_ids("query", ids)
+    index.runner.check_ids("query", ids)
     allowed = index.present(rows)
-    wanted = min(n, len(allowed))
+    n_rows = min(n, len(allowed))
     queries_QF = index.features("query", ids, checkpoints)
     scan = FlatIndex(index.view(checkpoints), index.device)
     if method == "mean":
         mean_QF = queries_QF.astype(np.float64).mean(axis=0, keepdims=True).astype(np.float32)
-        turns = [(0, *taken) for taken in _best(scan, mean_QF, wanted, allowed)[0]] if wanted else []
+        turns = [(0, *taken) for taken in _find_best(scan, mean_QF, n_rows, allowed)[0]] if n_rows else []
     else:
-        turns = _in_turn(scan, queries_QF, wanted, allowed, progress)
+        turns = _take_in_turns(scan, queries_QF, n_rows, allowed, progress)
     return Subset(
         [
             Chosen(
@@ -144,28 +144,28 @@ def select(  # noqa: PLR0913
     )
 
 
-def _in_turn(
+def _take_in_turns(
     scan: FlatIndex, queries_QF: Float32, n: int, allowed: Int64, progress: ProgressCallback | None
 ) -> list[tuple[int, int, float]]:
-    """Return (place of the query, row, score) of n rows, each query in turn taking its best that is not yet taken."""
+    """Return (place of the query, row, score) of n rows; each query in turn takes its best row not yet taken."""
     taken = np.zeros(len(scan), dtype=bool)
     turns: list[tuple[int, int, float]] = []
-    # The best that a query may still take is the first of its candidates that is not taken; none: new ones are found.
+    # Candidates of a query are sorted from worst to best; a query without candidates that are not taken gets new ones.
     n_candidates = min(n, 2 * -(-n // len(queries_QF)) + 8)
-    held: list[list[tuple[int, float]]] = [[] for _ in queries_QF]
+    candidates: list[list[tuple[int, float]]] = [[] for _ in queries_QF]
     while len(turns) < n:
         query = len(turns) % len(queries_QF)
-        while held[query] and taken[held[query][-1][0]]:
-            held[query].pop()
-        if not held[query]:
-            # One pass serves all that have none left, this one first: more than are served at once wait for theirs.
+        while candidates[query] and taken[candidates[query][-1][0]]:
+            candidates[query].pop()
+        if not candidates[query]:
+            # One pass finds candidates for all queries that have none left, this query first, within the memory limit.
             left = allowed[~taken[allowed]]
-            empty = [q for q, rows in enumerate(held) if q != query and all(taken[row] for row, _ in rows)]
+            empty = [q for q, rows in enumerate(candidates) if q != query and all(taken[row] for row, _ in rows)]
             lot = [query, *empty][: max(1, _CANDIDATES // n_candidates)]
-            for q, found in zip(lot, _best(scan, queries_QF[lot], n_candidates, left), strict=True):
-                held[q] = found[::-1]
+            for q, best in zip(lot, _find_best(scan, queries_QF[lot], n_candidates, left), strict=True):
+                candidates[q] = best[::-1]
             n_candidates = min(n, 2 * n_candidates)
-        row, score = held[query].pop()
+        row, score = candidates[query].pop()
         taken[row] = True
         turns.append((query, row, score))
         if progress is not None:
@@ -173,8 +173,8 @@ def _in_turn(
     return turns
 
 
-def _best(scan: FlatIndex, queries_QF: Float32, k: int, allowed: Int64) -> list[list[tuple[int, float]]]:
-    """Return of each query the k allowed rows of highest score, best first, equal ones by rising row, with scores."""
+def _find_best(scan: FlatIndex, queries_QF: Float32, k: int, allowed: Int64) -> list[list[tuple[int, float]]]:
+    """Return for each query the k allowed rows with the highest scores, best first, ties by ascending row."""
     scaled_QF, exponent_Q = scale_to_unit(queries_QF)
     top = scan.search(scaled_QF, min(k, len(allowed)), allowed)
     return [

@@ -1,1 +1,1 @@
-"""The commands: parse into one config, call one function, print."""
+"""The commands: each one parses its options, calls one function of the library and prints the result."""

@@ -1,4 +1,4 @@
-"""The manners of every command: its shared options, its help, what it logs, and how quiet it is."""
+"""The decorator of every command: shared options, help, logging and error handling."""
 
 from __future__ import annotations
 
@@ -13,176 +13,179 @@ from click.shell_completion import CompletionItem
 
 from tracin_ann import __version__
 from tracin_ann.cli.config_file import read_config
-from tracin_ann.cli.failures import DEBUG, refusals, refused
+from tracin_ann.cli.failures import DEBUG, handle_failures, print_error
+from tracin_ann.cli.messages import QUIET
 from tracin_ann.device import DEVICE_NAMES, DEVICES
 from tracin_ann.errors import UsageError
 from tracin_ann.text import escape_control
 
-_QUIET = "tracin_ann.quiet"
 _STATUSES = (
-    "Exit status: 0 done; 1 refused or failed, in one line; 2 the options cannot be used; 3 the index does not fit; "
-    "4 a file of the index is damaged or missing; 5 another process writes it; 130 and 143 stopped."
+    "Exit status: 0 success; 1 error; 2 invalid options; 3 the index does not match the task or the options; "
+    "4 a file of the index is damaged or missing; 5 another process is writing the index; 130 or 143 interrupted."
 )
 Function = Callable[..., Any]
 
 
 def command(*examples: str) -> Callable[[Function], click.Command]:
-    """Make a function with click's options a command with the manners of all.
+    """Turn a function with click options into a command.
 
-    That is: `--config`, `--quiet`, `--verbose`, `--debug`, `--version`; examples and exit statuses below `--help`;
-    errors in one line.
+    The command has `--config`, `--quiet`, `--verbose`, `--debug` and `--version`; its `--help` ends with examples and
+    exit statuses; it reports an error in one line.
 
     Args:
-        examples: command lines, shown as they are.
+        examples: command lines for the help.
     """
     shown = "\n".join(f"  {example}" for example in examples)
     epilog = f"\b\nExamples:\n{shown}\n\n{_STATUSES}"
 
-    def made(function: Function) -> click.Command:
-        wrapped = refusals(function)
-        # In front of the function's own, since click lists last what comes first here.
-        wrapped.__click_params__[:0] = reversed(_shared())  # type: ignore[attr-defined]
+    def decorate(function: Function) -> click.Command:
+        wrapped = handle_failures(function)
+        # click lists the first parameters last: in front of the function's own, these come after them in the help.
+        wrapped.__click_params__[:0] = reversed(_shared_options())  # type: ignore[attr-defined]
         return click.command(epilog=epilog, context_settings={"max_content_width": 100})(wrapped)
 
-    return made
+    return decorate
 
 
-def _shared() -> list[click.Option]:
+def _shared_options() -> list[click.Option]:
     return [
         click.Option(
             ["--config"],
             type=click.Path(dir_okay=False),
             is_eager=True,
             expose_value=False,
-            callback=_configure,
-            help="Options in a TOML file, named as here; the command line wins.",
+            callback=_apply_config,
+            help="TOML file with options; the command line takes precedence.",
         ),
         click.Option(
-            ["-q", "--quiet"], is_flag=True, expose_value=False, callback=_hush, help="Results and errors only."
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=_set_quiet,
+            help="Print results and errors only.",
         ),
         click.Option(
             ["-v", "--verbose"],
             count=True,
             expose_value=False,
-            callback=_log,
-            help="Log what is done to stderr; -vv in detail.",
+            callback=_start_logging,
+            help="Log to stderr; -vv logs details.",
         ),
         click.Option(
-            ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
+            ["--debug"], is_flag=True, expose_value=False, callback=_set_debug, help="Show the traceback of an error."
         ),
         click.Option(
-            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version.",
         ),
     ]
 
 
-def _configure(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+def _apply_config(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
     if value is None or context.resilient_parsing:
         return
     try:
         context.default_map = read_config(Path(value), context.command, context)
     except UsageError as error:
-        raise refused(error, str(error), error.exit_code) from error
+        raise print_error(error, str(error), error.exit_code) from error
 
 
-def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
         click.echo(f"{context.info_name} {__version__}")
         context.exit()
 
 
-def _hush(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    context.meta[_QUIET] = value
+def _set_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.meta[QUIET] = value
 
 
-def _debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     context.meta[DEBUG] = value
 
 
-class _ToStderr(logging.Handler):
-    """Lines on stderr as it is at the moment: a progress bar takes its place while it is drawn."""
+class _StderrHandler(logging.Handler):
+    """Writes records to the current `sys.stderr`, which a progress bar replaces while it is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         click.echo(escape_control(self.format(record), "\n"), err=True)
 
 
-def _log(context: click.Context, parameter: click.Parameter, value: int) -> None:
+def _start_logging(context: click.Context, parameter: click.Parameter, value: int) -> None:
     if not value or context.resilient_parsing:
         return
-    logger, handler = logging.getLogger("tracin_ann"), _ToStderr()
+    logger, handler = logging.getLogger("tracin_ann"), _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if value == 1 else logging.DEBUG)
 
-    def undo() -> None:
+    def stop_logging() -> None:
         logger.removeHandler(handler)
         logger.setLevel(level)
 
-    context.call_on_close(undo)
+    context.call_on_close(stop_logging)
 
 
-def is_quiet() -> bool:
-    """Return whether the command was told to give results and errors only."""
-    context = click.get_current_context(silent=True)
-    return context is not None and bool(context.meta.get(_QUIET))
-
-
-def note(message: str, *, err: bool = False) -> None:
-    """Print what is neither a result nor an error: nothing with `--quiet`."""
-    if not is_quiet():
-        say(message, err=err)
-
-
-def say(message: str, *, err: bool = False) -> None:
-    """Print a line, whatever stands in it: a manifest, a task or a data set of somebody else may have a part in it."""
-    click.echo(escape_control(message), err=err)
-
-
-def given() -> set[str]:
-    """Return the names of the command's parameters that were given, by the command line or by `--config`."""
+def find_given_options() -> set[str]:
+    """Return the names of the parameters that the command line or `--config` sets."""
     context = click.get_current_context()
-    asked = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+    explicit = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     return {
         str(parameter.name)
         for parameter in context.command.params
-        if context.get_parameter_source(str(parameter.name)) in asked
+        if context.get_parameter_source(str(parameter.name)) in explicit
     }
 
 
-def folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete to directories."""
+def complete_directories(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete a value to directories."""
     return [CompletionItem(incomplete, type="dir")]
 
 
-def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete to files."""
+def complete_files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete a value to files."""
     return [CompletionItem(incomplete, type="file")]
 
 
-def _devices(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+def _complete_devices(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     return [name for name in DEVICES if name.startswith(incomplete)]
 
 
 def directory_argument(function: Function) -> Function:
-    """Give a command the index's directory, `directory`."""
-    return click.argument("directory", type=click.Path(), metavar="DIR", shell_complete=folders)(function)
+    """Add the argument DIR, the directory of the index (parameter `directory`)."""
+    return click.argument("directory", type=click.Path(), metavar="DIR", shell_complete=complete_directories)(function)
 
 
 def device_option(function: Function) -> Function:
-    """Give a command `--device`."""
-    return click.option("--device", default="auto", show_default=True, shell_complete=_devices, help=DEVICE_NAMES)(
-        function
-    )
+    """Add `--device`."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        shell_complete=_complete_devices,
+        help=f"Compute device: {DEVICE_NAMES}.",
+    )(function)
 
 
 def task_options(function: Function) -> Function:
-    """Give a command on an index `--task` and `--task-arg` (its parameter `task_args`)."""
+    """Add `--task` and `--task-arg` (parameter `task_args`) to a command that opens an index."""
     task = click.option(
-        "--task", metavar="FILE.py:NAME", shell_complete=files, help="The task, if it moved, or is not below here."
+        "--task",
+        metavar="FILE.py:NAME",
+        shell_complete=complete_files,
+        help="Location of the task, if it moved or is not below the current directory.",
     )
     arguments = click.option(
-        "--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Instead of the build's; repeatable."
+        "--task-arg",
+        "task_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Argument of the task function, instead of the build's arguments; repeatable.",
     )
     return task(arguments(function))

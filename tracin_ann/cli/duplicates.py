@@ -1,20 +1,20 @@
-"""tracin-duplicates: which training rows have gradients that point the same way."""
+"""tracin-duplicates: find groups of training rows with nearly parallel gradients."""
 
 from __future__ import annotations
 
 import click
 
-from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
+    make_row_filter,
     open_index,
     own_ids_option,
-    row_filter,
 )
+from tracin_ann.cli.messages import format_count, print_note, show_progress
 from tracin_ann.cli.output import Sink, output_options
-from tracin_ann.cli.parameters import show_progress
 
 
 @command(
@@ -22,33 +22,36 @@ from tracin_ann.cli.parameters import show_progress
     "tracin-duplicates runs/mnist --threshold .99 --where 'label=3' --output duplicates.csv",
 )
 @directory_argument
-@click.option("--threshold", default=0.999, show_default=True, type=float, help="The least cosine of a pair.")
+@click.option(
+    "--threshold", default=0.999, show_default=True, type=float, help="Minimum cosine of a pair of duplicates."
+)
 @filter_options
 @checkpoints_option
 @own_ids_option
 @output_options
 @index_options
 def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
-    """Say which training rows are duplicates as the model sees them: stored features of one direction.
+    """Find groups of training rows whose stored features have nearly the same direction.
 
-    The cosine is that of whole feature rows, all checkpoints side by side, weighted as in a score. A group is all that
-    pairs of at least the threshold link; its lowest cosine is that of any two of its rows. Rows without a gradient are
-    left out and counted. Every pair is compared: time grows with the square of the rows.
+    The cosine is computed over all checkpoints together, weighted as in a score. Pairs with a cosine of at least the
+    threshold are linked, and linked rows form a group; its lowest cosine is the minimum over all pairs in the group.
+    Rows with a zero gradient are excluded and counted. Every pair is compared: the time is quadratic in the number of
+    rows.
     """
     from tracin_ann.analysis import Duplicates, find_duplicates
 
-    sink = Sink.of(form, output)
+    sink = Sink.from_options(form, output)
     index = open_index(directory, options)
-    with sink.opened(Duplicates.FIELDS) as write, show_progress("units") as progress:
-        found = find_duplicates(
+    with sink.open(Duplicates.FIELDS) as write, show_progress("units") as progress:
+        duplicates = find_duplicates(
             index,
             options["threshold"],  # type: ignore[arg-type]
-            row_filter(index, options),
+            make_row_filter(index, options),
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             progress=progress,
         )
-        write(found)
-    extent, n_groups = found.extent, len(found.groups)
-    groups = "1 group" if n_groups == 1 else f"{n_groups:,} groups"
-    zero = f"; {extent.n_zero:,} without a gradient left out" if extent.n_zero else ""
-    note(f"{groups}, {len(found):,} of {extent.n_rows:,} rows, cosine {extent.threshold:g} or more{zero}", err=True)
+        write(duplicates)
+    extent, groups = duplicates.extent, format_count(len(duplicates.groups), "group")
+    rows = f"{len(duplicates):,} of {extent.n_rows:,} rows, cosine at least {extent.threshold:g}"
+    zero = f"; {format_count(extent.n_zero, 'row')} with a zero gradient excluded" if extent.n_zero else ""
+    print_note(f"duplicates: {groups}, {rows}{zero}", err=True)

@@ -1,4 +1,4 @@
-"""tracin-explain: which layers and checkpoints make the score of a training row for a query."""
+"""tracin-explain: split the exact score of a training row for a query by layer and checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.command import command, directory_argument, note
-from tracin_ann.cli.index_options import checkpoints_option, index_options, one_position, open_index, own_ids_option
+from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.index_options import (
+    checkpoints_option,
+    index_options,
+    open_index,
+    own_ids_option,
+    resolve_one_position,
+)
+from tracin_ann.cli.messages import print_field_notes, show_progress
 from tracin_ann.cli.output import Sink, output_options
-from tracin_ann.cli.parameters import IdRanges, show_progress
+from tracin_ann.cli.parameters import IdRanges
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.text import escape_control
 
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
     from tracin_ann.analysis import Explanation
     from tracin_ann.choices import SideName
 
-_MOST_COLUMNS = 6
+_MAX_COLUMNS = 6
 
 
 @command(
@@ -28,40 +35,61 @@ _MOST_COLUMNS = 6
 @directory_argument
 @click.option("--train-id", type=IdRanges(), required=True, help="The training row.")
 @click.option("--id", type=IdRanges(), help="The query, a row of query_data.")
-@click.option("--query-train-id", type=IdRanges(), help="Instead of --id: a row of train_data as the query.")
+@click.option("--query-train-id", type=IdRanges(), help="The query, a row of train_data, instead of --id.")
 @click.option(
-    "--by", default="layer", show_default=True, type=click.Choice(["layer", "parameter"]), help="A line of the table."
+    "--by",
+    default="layer",
+    show_default=True,
+    type=click.Choice(["layer", "parameter"]),
+    help="One line of the table per layer or per parameter.",
 )
 @checkpoints_option
 @own_ids_option
 @output_options
 @index_options
 def main(directory: str, form: str | None, output: str | None, by: str, **options: object) -> None:
-    """Say which layers and checkpoints make the true score of a training row for a query.
+    """Split the exact score of a training row for a query by layer and checkpoint.
 
-    Both gradients are computed now, over all parameters. The parts add up to the score that `tracin-query --exact`
-    gives. A share is a part's, with its sign, of all parts' sizes. Files have a line for every parameter at every
+    The gradients of both rows are computed over all parameters. The parts sum to the score of `tracin-query --exact`.
+    A share is a part divided by the sum of the absolute values of all parts. Files have one line per parameter and
     checkpoint.
     """
     from tracin_ann.analysis import Explanation, explain
 
     side, name = _query_option(options)
-    sink = Sink.of(form, output)
+    sink = Sink.from_options(form, output)
     index = open_index(directory, options)
-    row, query = one_position(index, "train", "train_id", options), one_position(index, side, name, options)
+    row = resolve_one_position(index, "train", "train_id", options)
+    query = resolve_one_position(index, side, name, options)
     with show_progress("checkpoints") as progress:
-        found = explain(index, row, query, side, progress, checkpoints=options["checkpoints"])  # type: ignore[arg-type]
+        explanation = explain(
+            index,
+            row,
+            query,
+            side,
+            progress,
+            checkpoints=options["checkpoints"],  # type: ignore[arg-type]
+        )
     if sink.form == "table":
-        _print(found, by)
+        _print_table(explanation, by)
     else:
-        with sink.opened(Explanation.FIELDS) as write:
-            write(found)
-    pair = found.pair
-    said = f"{found.score:+.6g} of row {pair.id} for {side} {pair.query}"
-    note(f"{said}; the stored features say {found.stored_score:+.6g}, off by {found.difference:+.3g}", err=True)
+        with sink.open(Explanation.FIELDS) as write:
+            write(explanation)
+    pair = explanation.pair
+    print_field_notes(
+        [
+            ("exact score", f"{explanation.score:+.6g} of row {pair.id} for {side} {pair.query}"),
+            ("stored score", f"{explanation.stored_score:+.6g}, difference {explanation.difference:+.3g}"),
+        ]
+    )
 
 
 def _query_option(options: dict[str, object]) -> tuple[SideName, str]:
+    """Return the query's data set and the option that names the query.
+
+    Raises:
+        UsageError: no query was given, or two.
+    """
     given = [name for name in ("id", "query_train_id") if options[name]]
     if len(given) != 1:
         raise UsageError(
@@ -69,33 +97,35 @@ def _query_option(options: dict[str, object]) -> tuple[SideName, str]:
                 "no query" if not given else "two queries",
                 got="neither of --id and --query-train-id" if not given else "--id and --query-train-id",
                 expected="one of the two",
-                remedy="name one row",
+                remedy="name one row with one of them",
             )
         )
     return ("query" if given == ["id"] else "train"), given[0]
 
 
-def _print(found: Explanation, by: str) -> None:
-    """Print a line a layer or parameter, a column a checkpoint where they are few, and the sums."""
+def _print_table(explanation: Explanation, by: str) -> None:
+    """Print a line per layer or parameter with the sum over checkpoints, and a column per checkpoint if they fit."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    checkpoints = list(found.by_checkpoint) if len(found.by_checkpoint) <= _MOST_COLUMNS else []
+    checkpoints = list(explanation.by_checkpoint) if len(explanation.by_checkpoint) <= _MAX_COLUMNS else []
     lines: dict[str, dict[int, float]] = {}
-    for part in found:
-        at = lines.setdefault(part.layer if by == "layer" else part.parameter, {})
-        at[part.checkpoint] = at.get(part.checkpoint, 0.0) + part.contribution
-    whole = sum(abs(part.contribution) for part in found) or 1.0
+    for part in explanation:
+        cells = lines.setdefault(part.layer if by == "layer" else part.parameter, {})
+        cells[part.checkpoint] = cells.get(part.checkpoint, 0.0) + part.contribution
+    total = sum(abs(part.contribution) for part in explanation) or 1.0
     table = Table(show_edge=False, pad_edge=False)
     table.add_column(by, overflow="fold")
     for heading in [*(f"checkpoint {c}" for c in checkpoints), "all", "share"]:
         table.add_column(heading, justify="right")
-    sums = found.by_layer if by == "layer" else found.by_parameter
+    sums = explanation.by_layer if by == "layer" else explanation.by_parameter
     for name, parts in lines.items():
-        cells = [f"{parts[c]:+.4g}" for c in checkpoints]
-        table.add_row(escape(escape_control(name)), *cells, f"{sums[name]:+.4g}", f"{sums[name] / whole:+.1%}")
+        values = [f"{parts[c]:+.4g}" for c in checkpoints]
+        table.add_row(escape(escape_control(name)), *values, f"{sums[name]:+.4g}", f"{sums[name] / total:+.1%}")
     table.add_section()
-    shares = f"{found.score / whole:+.1%}"
-    table.add_row("all", *(f"{found.by_checkpoint[c]:+.4g}" for c in checkpoints), f"{found.score:+.4g}", shares)
+    net_share = f"{explanation.score / total:+.1%}"
+    table.add_row(
+        "all", *(f"{explanation.by_checkpoint[c]:+.4g}" for c in checkpoints), f"{explanation.score:+.4g}", net_share
+    )
     Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""The index that a command asks: how it is opened, and how the command line names its rows."""
+"""Options of the commands that open an index: the task, row ids, row filters and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,39 +22,45 @@ Options = Mapping[str, Any]
 
 
 def index_options(function: Function) -> Function:
-    """Give a command what `opened` reads: `--task`, `--task-arg`, `--batch-size`, `--device`."""
+    """Add the options that `open_index` reads: `--task`, `--task-arg`, `--batch-size`, `--device`."""
     size = click.option(
-        "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward."
+        "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples per forward pass."
     )
     return task_options(size(device_option(function)))
 
 
 def own_ids_option(function: Function) -> Function:
-    """Give a command `--own-ids`; its options of the type IdRanges then hold text."""
+    """Add `--own-ids`; with it, options of the type IdRanges hold strings."""
     return click.option(
-        "--own-ids", is_flag=True, is_eager=True, help="Rows are named by the task's own ids, not positions."
+        "--own-ids", is_flag=True, is_eager=True, help="Row options take the task's own ids instead of positions."
     )(function)
 
 
 def checkpoints_option(function: Function) -> Function:
-    """Give a command `--checkpoints`."""
+    """Add `--checkpoints`."""
     return click.option(
-        "--checkpoints", type=CheckpointRanges(), default=None, help="Positions to sum over, such as 0,2; default all."
+        "--checkpoints",
+        type=CheckpointRanges(),
+        default=None,
+        help="Positions of the checkpoints to use, such as 0,2.  [default: all]",
     )(function)
 
 
 def filter_options(function: Function) -> Function:
-    """Give a command what `row_filter` reads: `--only`, `--without`, `--where`."""
-    only = click.option("--only", type=IdRanges(), default=None, help="Training rows that take part; default all.")
-    without = click.option("--without", type=IdRanges(), default=(), help="Training rows that do not.")
+    """Add the options that `make_row_filter` reads: `--only`, `--without`, `--where`."""
+    only = click.option("--only", type=IdRanges(), default=None, help="Training rows to consider.  [default: all]")
+    without = click.option("--without", type=IdRanges(), default=(), help="Training rows to exclude.")
     where = click.option(
-        "--where", multiple=True, metavar="COLUMN=VALUE", help="That they have; also != < <= > >=; repeatable."
+        "--where",
+        multiple=True,
+        metavar="COLUMN=VALUE",
+        help="Condition on a column of the training rows; also != < <= > >=; repeatable.",
     )
     return only(without(where(function)))
 
 
 def open_index(directory: str, options: Options) -> InfluenceIndex:
-    """Return the index in a directory, as `index_options` say."""
+    """Open the index in a directory with the options of `index_options`."""
     from tracin_ann.index import InfluenceIndex
 
     task, arguments = options["task"], parse_arguments(options["task_args"])
@@ -67,43 +73,43 @@ def open_index(directory: str, options: Options) -> InfluenceIndex:
     )
 
 
-def positions(
+def resolve_positions(
     index: InfluenceIndex, side: SideName, ids: Positions | Sequence[Id], options: Options
 ) -> tuple[int, ...]:
-    """Return the positions of rows that the command line names, in `--own-ids` by the task's own ids.
+    """Return the positions of rows that an option names, with `--own-ids` by the task's own ids.
 
     Raises:
-        UsageError: there is no such row.
+        UsageError: a row does not exist.
     """
     if isinstance(ids, Positions):
-        n_rows = len(index) if side == "train" else index.passes.n_rows(side)
-        return ids.within(n_rows, f"no such row in {side}_data")
+        n_rows = len(index) if side == "train" else index.runner.n_rows(side)
+        return ids.expand(n_rows, f"no such row in {side}_data")
     return index.positions(side, ids) if options["own_ids"] and ids else tuple(ids)  # type: ignore[arg-type]
 
 
-def one_position(index: InfluenceIndex, side: SideName, name: str, options: Options) -> int:
-    """Return the position of a row that the option `name` must name alone.
+def resolve_one_position(index: InfluenceIndex, side: SideName, name: str, options: Options) -> int:
+    """Return the position of the single row that the option `name` names.
 
     Raises:
-        UsageError: it names several, or there is no such id.
+        UsageError: the option names several rows, or the row does not exist.
     """
-    found = positions(index, side, options[name], options)
-    if len(found) != 1:
+    rows = resolve_positions(index, side, options[name], options)
+    if len(rows) != 1:
         flag = f"--{name.replace('_', '-')}"
         raise UsageError(
-            problem(f"{flag} is not one row", got=f"{len(found)} rows", expected="one", remedy=f"change {flag}")
+            problem(f"{flag} takes one row", got=f"{len(rows)} rows", expected="one row", remedy=f"change {flag}")
         )
-    return found[0]
+    return rows[0]
 
 
-def row_filter(index: InfluenceIndex, options: Options) -> RowFilter:
-    """Return the filter that `filter_options` ask for.
+def make_row_filter(index: InfluenceIndex, options: Options) -> RowFilter:
+    """Return the filter that the options of `filter_options` describe.
 
     Raises:
-        UsageError: there is no such id.
+        UsageError: a row does not exist.
     """
     from tracin_ann.store import RowFilter
 
     only, without = options["only"], options["without"]
-    chosen = None if only is None else positions(index, "train", only, options)
-    return RowFilter(chosen, positions(index, "train", without, options), options["where"])
+    chosen = None if only is None else resolve_positions(index, "train", only, options)
+    return RowFilter(chosen, resolve_positions(index, "train", without, options), options["where"])

@@ -1,4 +1,4 @@
-"""tracin-info: what an index holds, how far its answers may be believed, and what more would cost."""
+"""tracin-info: print the content of an index, its measured quality and the cost of higher recall."""
 
 from __future__ import annotations
 
@@ -6,89 +6,106 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracin_ann.cli.command import command, directory_argument, say
-from tracin_ann.cli.streams import expect_stdout
+from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.messages import format_count, print_fields, print_line
+from tracin_ann.cli.streams import require_stdout
 from tracin_ann.text import format_duration, format_size
 
 if TYPE_CHECKING:
     from tracin_ann.search import Calibration
     from tracin_ann.store import Fidelity, Manifest
 
-_SHOWN = 12
+_MAX_POINTS = 12
 
 
 @command("tracin-info runs/mnist")
 @directory_argument
 def main(directory: str) -> None:
-    """Say what the index in DIR holds and how far its answers may be believed."""
+    """Print the content and the measured quality of the index in DIR."""
     from tracin_ann.store import read_removed_ids, read_skipped_rows, take_lease
 
-    expect_stdout()
+    require_stdout()
     manifest, lease = take_lease(Path(directory))
     with closing(lease):
-        removed = len(read_removed_ids(Path(directory), manifest))
-    spec, index = manifest.build.spec, manifest.index
-    size = sum(record.size for record in manifest.features)
-    say(
-        f"rows        {spec.train_rows:,}, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {format_size(size)}"
-    )
-    say(f"sketch      {spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, norms by {spec.norms}")
-    held = sum(record.size for record in index.files)
-    say(f"index       {index.kind}{f', {format_size(held)}' if held else ''}: {index.reason}")
-    say(f"generation  {manifest.generation}{f', {removed:,} rows removed' if removed else ''}")
+        n_removed = len(read_removed_ids(Path(directory), manifest))
+    removed = f", {format_count(n_removed, 'row')} removed" if n_removed else ""
     skipped = read_skipped_rows(Path(directory), manifest)
-    if len(skipped):
-        say(f"skipped     {skipped.counted} ({skipped.named})")
-    if manifest.fidelity is not None:
-        say(f"fidelity    {fidelity_line(manifest.fidelity)}")
-    say(f"believe     {quality_lines(manifest)}")
-    say(f"audited     {manifest.audit_summary()}")
-    if index.calibration is not None:
-        _print_curve(index.calibration)
+    calibration = manifest.index.calibration
+    print_fields(
+        [
+            *_describe_content(manifest),
+            ("generation", f"{manifest.generation}{removed}"),
+            *(
+                [("skipped", f"{format_count(len(skipped), 'row')}, not finite ({skipped.named})")]
+                if len(skipped)
+                else []
+            ),
+            *([] if manifest.fidelity is None else [("fidelity", _describe_fidelity(manifest.fidelity))]),
+            ("quality", manifest.quality_summary),
+            ("audit", manifest.audit_summary()),
+            *([] if calibration is None else [("recall@10", _describe_calibration(calibration))]),
+        ]
+    )
+    if calibration is not None:
+        _print_curve(calibration)
 
 
-def fidelity_line(found: Fidelity) -> str:
-    """Return what was measured of the sketch, one line."""
+def _describe_content(manifest: Manifest) -> list[tuple[str, str]]:
+    spec, index = manifest.build.spec, manifest.index
+    feature_bytes = sum(record.size for record in manifest.features)
+    index_bytes = sum(record.size for record in index.files)
+    checkpoints = f"{len(spec.checkpoints)} checkpoints x {spec.sketch.dim}"
+    return [
+        ("rows", f"{spec.train_rows:,}, {checkpoints}, {format_size(feature_bytes)}"),
+        ("sketch", f"{spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, {_NORMS[spec.norms]} norms"),
+        ("index", f"{index.kind}{f', {format_size(index_bytes)}' if index_bytes else ''}, {index.reason}"),
+    ]
+
+
+_NORMS = {"sketch": "estimated", "exact": "exact"}
+
+
+def _describe_fidelity(fidelity: Fidelity) -> str:
+    """Return the measured fidelity of the sketch in one line."""
     return (
-        f"the sketch finds {found.proponents:.0%} of the true ten proponents, {found.opponents:.0%} of the opponents; "
-        f"its first 100 hold {found.deep_proponents:.0%} and {found.deep_opponents:.0%} "
-        f"({found.queries} queries, {found.rows:,} rows scored exactly); correlation {found.correlation:.2f}"
+        f"the sketch ranks {fidelity.proponents:.0%} of the exact top 10 proponents and {fidelity.opponents:.0%} of "
+        f"the opponents in its top 10, {fidelity.deep_proponents:.0%} and {fidelity.deep_opponents:.0%} in its top 100 "
+        f"({fidelity.queries} queries, {fidelity.rows:,} rows scored exactly); correlation {fidelity.correlation:.2f}"
     )
 
 
-def quality_lines(manifest: Manifest) -> str:
-    """Return in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
-    return manifest.quality_summary
+def _describe_calibration(calibration: Calibration) -> str:
+    """Return in one line what the recall of the inverted lists was measured on, and the cost of an exact scan."""
+    training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
+    return (
+        f"of the inverted lists against an exact scan, on {calibration.queries} queries{training}; target "
+        f"{calibration.target:g}, marked *; an exact scan takes {_format_seconds(calibration.scan.of(1))} for one "
+        f"query, {_format_seconds(calibration.scan.each)} per query for many"
+    )
 
 
 def _print_curve(calibration: Calibration) -> None:
+    """Print a table of recall and cost for the calibrated settings of the inverted lists."""
     from rich.console import Console
     from rich.table import Table
 
-    training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
-    say(
-        f"recall      of the stored rows' own top ten, on {calibration.queries} queries{training}; "
-        f"target {calibration.target:g}; an exact scan takes {_seconds(calibration.scan.of(1))} for one query, "
-        f"{_seconds(calibration.scan.each)} for each of many"
-    )
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("hits", "recall", "at least", "10th percentile", "scored", "time"):
+    for name in ("hits", "recall", "lower bound", "10th percentile", "rows scored", "time"):
         table.add_column(name, justify="right")
     for side in ("proponents", "opponents"):
         points = getattr(calibration, side)
-        at_target = calibration.reaching(side, calibration.target)
-        for point in points[-_SHOWN:]:
-            mark = f"{side} {'*' if point is at_target else ' '}"
+        at_target = calibration.fastest_point(side, calibration.target)
+        for point in points[-_MAX_POINTS:]:
             table.add_row(
-                *(mark, f"{point.recall:.3f}", f"{point.lower:.3f}", f"{point.tenth:.2f}"),
-                *(f"{point.scored:,.0f}", _seconds(point.seconds)),
+                *(f"{side} {'*' if point is at_target else ' '}", f"{point.recall:.3f}", f"{point.lower:.3f}"),
+                *(f"{point.tenth:.2f}", f"{point.scored:,.0f}", _format_seconds(point.seconds)),
             )
     Console(highlight=False).print(table)
-    if any(calibration.reaching(side, calibration.target) is None for side in ("proponents", "opponents")):
-        say(f"the target {calibration.target:g} is out of the lists' reach: query with --search scan to find all")
+    if any(calibration.fastest_point(side, calibration.target) is None for side in ("proponents", "opponents")):
+        print_line(f"warning: the inverted lists do not reach recall {calibration.target:g}; use --search scan")
 
 
-def _seconds(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1e3:.2f} ms"
     return format_duration(seconds)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
+    make_row_filter,
     open_index,
     own_ids_option,
-    row_filter,
 )
-from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
-from tracin_ann.cli.parameters import show_progress
+from tracin_ann.cli.messages import print_note, show_progress
+from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
+
+if TYPE_CHECKING:
+    from tracin_ann.analysis import Suspects
 
 
 @command(
@@ -23,20 +28,28 @@ from tracin_ann.cli.parameters import show_progress
     "tracin-mislabelled runs/mnist --labels digit --where digit=3 --output suspects.csv",
 )
 @directory_argument
-@click.option("--labels", default="label", show_default=True, metavar="COLUMN", help="The column with the labels.")
-@click.option("--no-labels", is_flag=True, help="There are none: rank without votes.")
-@click.option("-k", default=50, show_default=True, type=click.IntRange(1), help="Rows shown or written.")
-@click.option("--neighbours", default=30, show_default=True, type=click.IntRange(1), help="Rows a side that vote.")
+@click.option("--labels", default="label", show_default=True, metavar="COLUMN", help="Column with the labels.")
+@click.option("--no-labels", is_flag=True, help="Rank without labels and votes.")
+@click.option("-k", default=50, show_default=True, type=click.IntRange(1), help="Rows to print or write.")
+@click.option(
+    "--neighbours",
+    default=30,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Neighbours that vote, among proponents and among opponents.",
+)
 @click.option(
     "--by",
     type=click.Choice(["loss-and-votes", "loss", "votes", "self-influence"]),
-    help="What rows are ranked by.  [default: loss-and-votes, without labels loss]",
+    help="Ranking criterion.  [default: loss-and-votes; with --no-labels, loss]",
 )
-@click.option("--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Rows whose neighbours vote.")
+@click.option(
+    "--asked", default=20_000, show_default=True, type=click.IntRange(1), help="Number of rows whose neighbours vote."
+)
 @click.option(
     "--exact",
     is_flag=True,
-    help="True self-influence of every row, computed now; --by tells whether it ranks.",
+    help="Compute the exact self-influence of every row; rank by it with --by self-influence.",
 )
 @filter_options
 @checkpoints_option
@@ -54,10 +67,10 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     """
     from tracin_ann.analysis import Suspects, find_mislabelled
 
-    sink = Sink.of(form, output, html)
-    expect_report(html)
+    sink = Sink.from_options(form, output, html)
+    check_report_path(html)
     index = open_index(directory, options)
-    with sink.opened(Suspects.FIELDS) as write, show_progress("rows") as progress:
+    with sink.open(Suspects.FIELDS) as write, show_progress("rows") as progress:
         found = find_mislabelled(
             index,
             None if options["no_labels"] else str(options["labels"]),
@@ -67,26 +80,26 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
             asked=options["asked"],  # type: ignore[arg-type]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             exact=bool(options["exact"]),
-            rows=row_filter(index, options),
+            rows=make_row_filter(index, options),
             progress=progress,
         )
         write(found)
-    write_page(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
-    estimate = found.suspicion
+    write_html(found, html, index, options["checkpoints"])  # type: ignore[arg-type]
+    print_note(f"estimate: {_describe_estimate(found)}", err=True)
+
+
+def _describe_estimate(suspects: Suspects) -> str:
+    """Return in one line how many rows to check, and why."""
+    estimate = suspects.suspicion
     if estimate.look_at is None:
-        note(
-            f"{estimate.n_rows:,} rows by {estimate.by}; without labels there is no estimate of how many to look at",
-            err=True,
-        )
-        return
+        return f"none without labels; {estimate.n_rows:,} rows ranked by {estimate.by}"
     if not estimate.look_at:
-        note(f"no wrong labels found: none of {estimate.n_asked:,} rows is outvoted by its neighbours", err=True)
-        return
+        return f"no wrong labels; none of {estimate.n_asked:,} rows is outvoted by its neighbours"
     known = "self-influence" if estimate.by == "self-influence" else "loss"
     asked = "" if estimate.n_asked == estimate.n_rows else f" of the {estimate.n_asked:,} with a vote"
-    more = f" ({len(found):,} are here, -k for more)" if len(found) < estimate.look_at else ""
-    note(
-        f"look at about the first {estimate.look_at:,} of {estimate.n_rows:,} rows{more}: "
-        f"{estimate.n_outvoted:,}{asked} are outvoted by their neighbours, and this many rows have as large a {known}",
-        err=True,
+    more = f" ({len(suspects):,} are listed, -k lists more)" if len(suspects) < estimate.look_at else ""
+    return (
+        f"check about the first {estimate.look_at:,} of {estimate.n_rows:,} rows{more}; "
+        f"{estimate.n_outvoted:,}{asked} are outvoted by their neighbours, "
+        f"about {estimate.look_at:,} have as large a {known}"
     )

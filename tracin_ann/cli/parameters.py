@@ -1,45 +1,40 @@
-"""What the commands share: option types, `--task-arg` as a dict, progress."""
+"""Option types of the commands: positions and ids of rows, checkpoints, sizes, and `--task-arg` pairs."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import click
 
-from tracin_ann.cli.command import is_quiet
 from tracin_ann.errors import UsageError, problem
 
-if TYPE_CHECKING:
-    from tracin_ann.types import ProgressCallback
-
-_MOST_BYTES = 1 << 28
-_MOST_DIGITS = 18
-_MOST_CHECKPOINTS = 100_000
-_LONGEST = 60
+_MAX_BYTES = 1 << 28
+_MAX_DIGITS = 18
+_MAX_CHECKPOINTS = 100_000
+_MAX_SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Rows by their positions, as ranges: a billion take no memory before it is known how many rows there are."""
+    """Positions of rows as ranges, which take no memory for their rows until the number of rows is known."""
 
     ranges: tuple[range, ...]
 
     def __bool__(self) -> bool:
-        """Return whether there is one."""
+        """Return whether there is a range."""
         return bool(self.ranges)
 
-    def within(self, n_rows: int, what: str) -> tuple[int, ...]:
-        """Return the positions in the order given, each once.
+    def expand(self, n_rows: int, what: str) -> tuple[int, ...]:
+        """Return the positions in the given order, each once.
 
         Raises:
-            UsageError: one is not below `n_rows`; begins with `what`.
+            UsageError: a position is not below `n_rows`; the message begins with `what`.
         """
         beyond = next((part for part in self.ranges if part.stop > n_rows), None)
         if beyond is not None:
@@ -49,9 +44,9 @@ class Positions:
 
 
 class IdRanges(click.ParamType):  # type: ignore[type-arg]
-    """Positions and ranges of them, both ends included: `0-9,17`; or `@file` with such on its lines.
+    """Positions and inclusive ranges such as `0-9,17`, or `@file` with positions and ranges on its lines.
 
-    With the command's flag `--own-ids`, the task's own ids as text: parted by commas, or one a line of the file.
+    With the flag `--own-ids` of the command: the task's own ids, separated by commas, or one per line of the file.
     """
 
     name = "ids"
@@ -60,7 +55,7 @@ class IdRanges(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Positions | tuple[int, ...] | tuple[str, ...]:
-        """Return the ids in the order given: `Positions`, or the own ids, each once; a default as it is."""
+        """Return `Positions`, or the task's own ids in the given order, each once; a default is returned unchanged."""
         if isinstance(value, tuple | Positions):
             return value
         own = self.takes_own_ids and ctx is not None and ctx.params.get("own_ids")
@@ -75,28 +70,28 @@ class IdRanges(click.ParamType):  # type: ignore[type-arg]
         from tracin_ann.files import read_user_text
 
         try:
-            lines = read_user_text(Path(text[1:]), _MOST_BYTES).splitlines()
+            lines = read_user_text(Path(text[1:]), _MAX_BYTES).splitlines()
         except (OSError, ValueError) as error:
-            self.fail(f"cannot read {text[1:]} ({error}), expected a file with ids on its lines", param, ctx)
-        # An own id may have a comma in it: a line is one.
+            self.fail(f"cannot read {text[1:]} ({error}), expected a file with one id or range per line", param, ctx)
+        # One of the task's own ids may contain a comma: a line holds one id.
         return [part for line in lines if line.strip() for part in ([line] if own else line.split(","))]
 
     def _range(self, part: str, param: click.Parameter | None, ctx: click.Context | None) -> range:
         first, dash, last = part.partition("-")
-        shown = repr(part) if len(part) <= _LONGEST else f"{part[:_LONGEST]!r}..."
+        shown = repr(part) if len(part) <= _MAX_SHOWN else f"{part[:_MAX_SHOWN]!r}..."
         if not first.isdecimal() or (dash and not last.isdecimal()):
             more = "" if ctx is None or "own_ids" not in ctx.params else "; with --own-ids the task's own ids"
             self.fail(f"got {shown}, expected positions and ranges such as 0-9,17{more}", param, ctx)
-        if max(len(first), len(last)) > _MOST_DIGITS:
-            self.fail(f"got {shown}, expected positions of at most {_MOST_DIGITS} digits", param, ctx)
+        if max(len(first), len(last)) > _MAX_DIGITS:
+            self.fail(f"got {shown}, expected positions of at most {_MAX_DIGITS} digits", param, ctx)
         start, stop = int(first), int(last or first)
         if stop < start:
-            self.fail(f"got {shown}, expected a range that rises", param, ctx)
+            self.fail(f"got {shown}, expected a range from low to high", param, ctx)
         return range(start, stop + 1)
 
 
 class CheckpointRanges(IdRanges):
-    """Positions of checkpoints, which are never so many that they could not be held."""
+    """Positions of checkpoints, in the syntax of `IdRanges`; always positions, also with `--own-ids`."""
 
     name = "checkpoints"
     takes_own_ids = False
@@ -104,10 +99,10 @@ class CheckpointRanges(IdRanges):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Positions | tuple[int, ...] | tuple[str, ...]:
-        """Return the positions in the order given, each once."""
-        found = super().convert(value, param, ctx)
+        """Return the positions in the given order, each once."""
+        parsed = super().convert(value, param, ctx)
         try:
-            return found.within(_MOST_CHECKPOINTS, "no such checkpoint") if isinstance(found, Positions) else found
+            return parsed.expand(_MAX_CHECKPOINTS, "no such checkpoint") if isinstance(parsed, Positions) else parsed
         except UsageError as error:
             self.fail(str(error), param, ctx)
 
@@ -119,13 +114,13 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]
     _UNITS: ClassVar[dict[str, int]] = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes."""
+        """Return the number of bytes."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)i?b?", str(value).strip().lower())
-        size = math.inf if found is None else float(found[1]) * self._UNITS[found[2]]
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)i?b?", str(value).strip().lower())
+        size = math.inf if match is None else float(match[1]) * self._UNITS[match[2]]
         if not math.isfinite(size):
-            self.fail(f"got {str(value)[:_LONGEST]!r}, expected a size such as 512MB or 8GB", param, ctx)
+            self.fail(f"got {str(value)[:_MAX_SHOWN]!r}, expected a size such as 512MB or 8GB", param, ctx)
         return int(size)
 
 
@@ -133,7 +128,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, str]:
     """Return `--task-arg key=value` pairs as a dict.
 
     Raises:
-        click.BadParameter: a pair has no `=`, or a key comes twice.
+        click.BadParameter: a pair has no `=`, or a key occurs twice.
     """
     arguments: dict[str, str] = {}
     for pair in pairs:
@@ -144,19 +139,3 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, str]:
             raise click.BadParameter(f"got {key} twice, expected each key once", param_hint="--task-arg")
         arguments[key] = value
     return arguments
-
-
-@contextmanager
-def show_progress(unit: str) -> Iterator[ProgressCallback]:
-    """Yield a progress callback that draws a bar on a terminal, and prints a line now and then elsewhere."""
-    if is_quiet():
-        yield _nothing
-        return
-    from tracin_ann.progress import progress_bar
-
-    with progress_bar(unit) as progress:
-        yield progress
-
-
-def _nothing(stage: str, done: int, total: int) -> None:
-    """Show no progress."""

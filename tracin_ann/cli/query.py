@@ -1,4 +1,4 @@
-"""query.py, tracin-query: which training rows pushed a prediction up or down, and which stand out by themselves."""
+"""query.py, tracin-query: find proponents and opponents of predictions, or rank training rows by self-influence."""
 
 from __future__ import annotations
 
@@ -9,27 +9,40 @@ from typing import TYPE_CHECKING
 import click
 
 from tracin_ann.choices import SEARCHES
-from tracin_ann.cli.command import command, device_option, directory_argument, given, note, task_options
-from tracin_ann.cli.index_options import checkpoints_option, open_index, positions
-from tracin_ann.cli.output import Sink, expect_report, html_option, output_options, write_page
-from tracin_ann.cli.parameters import IdRanges, show_progress
+from tracin_ann.cli.command import command, directory_argument, find_given_options
+from tracin_ann.cli.index_options import (
+    checkpoints_option,
+    filter_options,
+    index_options,
+    make_row_filter,
+    open_index,
+    own_ids_option,
+    resolve_positions,
+)
+from tracin_ann.cli.messages import format_count, print_field_notes, show_progress
+from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
+from tracin_ann.cli.parameters import IdRanges
+from tracin_ann.cli.self_influence import write_self_influence
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
     from tracin_ann.choices import SideName
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.scoring import Answers, QueryOptions
-    from tracin_ann.store import RowFilter
     from tracin_ann.types import ProgressCallback
 
-_IDS = IdRanges()
-_SHOWN = 8
+_MAX_SHOWN = 8
 _LOT = 512
-_WHOLE = {
-    "self_influence": "ranks all training rows",
-    "exact": "ranks all training rows",
-    "against": "asks of two sets of query_data",
+"""Queries answered at once."""
+_EXCLUSIVE = {
+    "self_influence": (
+        "ranks all training rows",
+        ("ids", "train_ids", "together", "against", "cosine", "rerank", "candidates", "search", "recall"),
+    ),
+    "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
+    "against": ("compares two sets of rows of query_data", ("train_ids", "together")),
 }
+"""By option: its effect, and the options that have no effect together with it."""
 
 
 @command(
@@ -39,107 +52,116 @@ _WHOLE = {
     "tracin-query runs/mnist --ids 0-99 --html report.html",
 )
 @directory_argument
-@click.option("--ids", type=_IDS, default=(), help="Rows of query_data, such as 0-9,17.")
-@click.option("--train-ids", type=_IDS, default=(), help="Rows of train_data as queries.")
-@click.option("--together", is_flag=True, help="The rows as one query: the mean of their gradients.")
-@click.option("--against", type=_IDS, default=(), help="Rows of query_data: who helps --ids and hurts these?")
-@click.option("--self-influence", is_flag=True, help="Training rows by their own score, largest first.")
-@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="Hits a side (or rows).")
-@click.option("--candidates", default=200, show_default=True, type=click.IntRange(1), help="Rows re-scored a side.")
-@click.option("--rerank", default="stored", show_default=True, type=click.Choice(["none", "stored", "exact"]))
-@click.option("--exact", is_flag=True, help="Score every training row exactly; no index is asked.")
+@click.option("--ids", type=IdRanges(), default=(), help="Queries: rows of query_data, such as 0-9,17.")
+@click.option("--train-ids", type=IdRanges(), default=(), help="Queries: rows of train_data.")
+@click.option("--together", is_flag=True, help="Use the mean gradient of all rows as a single query.")
+@click.option(
+    "--against",
+    type=IdRanges(),
+    default=(),
+    help="Rows of query_data to contrast with --ids: find training rows that help --ids and hurt these.",
+)
+@click.option("--self-influence", is_flag=True, help="Rank training rows by self-influence, largest first.")
+@click.option(
+    "-k",
+    default=10,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of proponents and of opponents (with --self-influence: of rows).",
+)
+@click.option(
+    "--candidates",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Rows to re-score, for proponents and for opponents.",
+)
+@click.option(
+    "--rerank",
+    default="stored",
+    show_default=True,
+    type=click.Choice(["none", "stored", "exact"]),
+    help="Scores of the candidates: from the search index, from the stored features, or exact TracInCP.",
+)
+@click.option("--exact", is_flag=True, help="Compute the exact score of every training row, without a search index.")
 @click.option(
     "--search",
     default="auto",
     show_default=True,
     type=click.Choice(SEARCHES),
-    help="Lists, an exact scan, or the cheaper.",
+    help="Inverted lists or exact scan; auto chooses the faster one.",
 )
-@click.option("--recall", type=float, help="That lists are to reach.  [default: the build's --target-recall]")
-@click.option("--only", type=_IDS, default=None, help="Training rows that may be hits; default all.")
-@click.option("--without", type=_IDS, default=(), help="Training rows that may not be hits.")
-@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Of hits; also != < <= > >=; repeatable.")
+@click.option(
+    "--recall", type=float, help="Target recall of the inverted lists.  [default: the build's --target-recall]"
+)
+@filter_options
 @checkpoints_option
-@click.option("--cosine", is_flag=True, help="Cosine at each checkpoint, weighted by its learning rate.")
-@click.option("--own-ids", is_flag=True, is_eager=True, help="Rows are named by the task's own ids, not positions.")
+@click.option("--cosine", is_flag=True, help="Use cosine at each checkpoint, weighted by the learning rate.")
+@own_ids_option
 @output_options
 @html_option
-@task_options
-@click.option("--sketch", help="Refuse an index built with another sketch.")
-@click.option("--dim", type=int, help="Refuse an index of another dimension a checkpoint.")
-@click.option("--seed", type=int, help="Refuse an index built with another seed.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples a forward.")
-@device_option
+@click.option("--sketch", help="Fail if the index was built with another sketch.")
+@click.option("--dim", type=int, help="Fail if the index has another sketch dimension.")
+@click.option("--seed", type=int, help="Fail if the index was built with another seed.")
+@index_options
 def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
-    """Ask the index in DIR which training rows are proponents and opponents of a query.
+    """Find proponents and opponents of queries in the index in DIR.
 
-    A proponent's score is positive: training on it lowered the query's loss; an opponent's is negative.
+    Proponents have a positive score: training on them lowered the loss of the query. Opponents have a negative score.
     """
-    _refuse_idle(options)
-    sink = Sink.of(form, output, html)
-    expect_report(html)
+    _refuse_unused_options(options)
+    sink = Sink.from_options(form, output, html)
+    check_report_path(html)
     index = open_index(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    options |= _at_positions(index, options)
     if options["self_influence"]:
-        _self_influence(index, options, sink, html)
+        write_self_influence(index, options, sink, html)
     else:
-        _query(index, options, sink, html)
+        _write_answers(index, options, sink, html)
 
 
-def _refuse_idle(options: Mapping[str, object]) -> None:
-    """Refuse options that were given and would do nothing beside the others."""
-    asked_for = given()
-    ranking = ("cosine", "rerank", "candidates", "search", "recall")
-    for asked, idle in (
-        ("self_influence", ("ids", "train_ids", "together", "against", *ranking)),
-        ("exact", ("rerank", "candidates", "search", "recall")),
-        ("against", ("train_ids", "together")),
-    ):
-        for name in idle:
-            if options[asked] and name in asked_for:
-                flag, other = (f"--{word.replace('_', '-')}" for word in (asked, name))
-                what, expected = f"{flag} {_WHOLE[asked]}", f"{flag} without it"
-                raise UsageError(problem(what, got=other, expected=expected, remedy="drop one of the two"))
+def _refuse_unused_options(options: Mapping[str, object]) -> None:
+    """Reject options that were given but have no effect together with the others."""
+    given = find_given_options()
+    for name, (effect, unused) in _EXCLUSIVE.items():
+        for other in unused:
+            if options[name] and other in given:
+                flag, other_flag = (f"--{word.replace('_', '-')}" for word in (name, other))
+                what, expected = f"{flag} {effect}", f"{flag} without it"
+                raise UsageError(problem(what, got=other_flag, expected=expected, remedy="remove one of the two"))
 
 
-def _at_positions(index: InfluenceIndex, options: Mapping[str, object]) -> dict[str, object]:
-    """Return the options that name rows, by their positions."""
-    sides: dict[str, SideName] = {"ids": "query", "against": "query"}
-    sides |= {"train_ids": "train", "only": "train", "without": "train"}
-    named = {name: options[name] for name in sides if options[name]}
-    return {name: positions(index, sides[name], ids, options) for name, ids in named.items()}  # type: ignore[arg-type]
-
-
-def _query(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
+def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
+    """Answer the queries, write the answers and print a summary."""
     from tracin_ann.scoring import HITS, Answers, QueryOptions
 
+    sides: dict[str, SideName] = {"ids": "query", "train_ids": "train", "against": "query"}
+    rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
-    chosen = QueryOptions(**{name: options[name] for name in names}, rows=_filter(options))  # type: ignore[arg-type]
-    summary, kept = _Summary(len(index)), Answers((), index.described)
-    with sink.opened(HITS) as write, show_progress("rows") as progress:
-        for answers in _lots(index, options, chosen, progress):
+    chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
+    summary, reported = _Summary(len(index)), Answers((), index.described)
+    with sink.open(HITS) as write, show_progress("rows") as progress:
+        for answers in _answer_in_lots(index, rows, chosen, bool(options["together"]), progress):
             write(answers)
             summary.add(answers)
             if html is not None:
-                kept += answers
-    note(summary.line, err=True)
-    if summary.strange:
-        shown = ", ".join(summary.strange[:_SHOWN]) + (", ..." if len(summary.strange) > _SHOWN else "")
-        note(f"unlike the queries that recall was measured on: {shown}", err=True)
-    write_page(kept, html, index, chosen.checkpoints)
+                reported += answers
+    print_field_notes(summary.fields)
+    write_html(reported, html, index, chosen.checkpoints)
 
 
-def _lots(
-    index: InfluenceIndex, options: Mapping[str, object], chosen: QueryOptions, progress: ProgressCallback
+def _answer_in_lots(
+    index: InfluenceIndex,
+    rows: Mapping[str, tuple[int, ...]],
+    chosen: QueryOptions,
+    together: bool,
+    progress: ProgressCallback,
 ) -> Iterator[Answers]:
-    """Yield the answers lot by lot, so that thousands of queries need no more memory than some."""
-    ids: tuple[int, ...] = options["ids"]  # type: ignore[assignment]
-    train_ids: tuple[int, ...] = options["train_ids"]  # type: ignore[assignment]
-    against: tuple[int, ...] = options["against"]  # type: ignore[assignment]
-    if against:
-        yield index.contrast(ids, against, options=chosen, progress=progress)
-    elif options["together"] or not (ids or train_ids):
+    """Yield the answers in lots, so that memory does not grow with the number of queries."""
+    ids, train_ids = rows["ids"], rows["train_ids"]
+    if rows["against"]:
+        yield index.contrast(ids, rows["against"], options=chosen, progress=progress)
+    elif together or not (ids or train_ids):
         yield index.query(ids, train_ids, chosen, progress, together=True)
     else:
         for start in range(0, len(ids), _LOT):
@@ -150,7 +172,7 @@ def _lots(
 
 @dataclass
 class _Summary:
-    """What is said of all answers at the end."""
+    """The summary of all answers: number of queries, rows scored, and how candidates were found."""
 
     n_rows: int
     queries: int = 0
@@ -159,38 +181,22 @@ class _Summary:
     strange: list[str] = field(default_factory=list)
 
     def add(self, answers: Answers) -> None:
-        """Take a lot of answers."""
+        """Add a lot of answers."""
         self.queries += len(answers)
         self.scored += sum(answer.rows_scored for answer in answers)
         self.how = answers[0].how
         self.strange += [str(answer.query) for answer in answers if answer.strange]
 
     @property
-    def line(self) -> str:
-        """Return it in one line."""
-        queries = "1 query" if self.queries == 1 else f"{self.queries:,} queries"
+    def fields(self) -> list[tuple[str, str]]:
+        """Return the summary as labels and values."""
         scored = self.scored / (2 * self.queries)
-        return f"{queries}, {scored:,.0f} of {self.n_rows:,} rows scored a side; {self.how}"
-
-
-def _self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
-    from tracin_ann.scoring import RANKED
-
-    with sink.opened(RANKED) as write, show_progress("rows") as progress:
-        rows = index.self_influence(
-            int(options["k"]),  # type: ignore[call-overload]
-            checkpoints=options["checkpoints"],  # type: ignore[arg-type]
-            exact=bool(options["exact"]),
-            rows=_filter(options),
-            progress=progress,
-        )
-        write(rows)
-    if len(index.skipped):
-        note(index.skipped.counted, err=True)
-    write_page(rows, html, index, options["checkpoints"])  # type: ignore[arg-type]
-
-
-def _filter(options: Mapping[str, object]) -> RowFilter:
-    from tracin_ann.store import RowFilter
-
-    return RowFilter(options["only"], options["without"], options["where"])  # type: ignore[arg-type]
+        fields = [
+            ("queries", f"{self.queries:,}; {scored:,.0f} of {self.n_rows:,} rows scored per direction"),
+            ("search", self.how),
+        ]
+        if self.strange:
+            shown = ", ".join(self.strange[:_MAX_SHOWN]) + (", ..." if len(self.strange) > _MAX_SHOWN else "")
+            count = format_count(len(self.strange), "query", "queries")
+            fields.append(("warning", f"{count} unlike the calibration queries, recall may differ: {shown}"))
+        return fields

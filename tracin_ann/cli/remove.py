@@ -1,4 +1,4 @@
-"""tracin-remove: take training rows out of an index's answers."""
+"""tracin-remove: remove training rows from the answers of an index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.messages import print_note
 from tracin_ann.cli.parameters import IdRanges, Positions
 
 
@@ -15,18 +16,18 @@ from tracin_ann.cli.parameters import IdRanges, Positions
 @directory_argument
 @click.option("--ids", type=IdRanges(), required=True, help="Rows of train_data, such as 0-9,17.")
 def main(directory: str, ids: Positions) -> None:
-    """Take training rows out of every answer of the index in DIR, from now on.
+    """Remove training rows from all future answers of the index in DIR.
 
-    Answers under way keep the index as they opened it. The rows' features stay on disk until a new index is built,
-    and train_data must keep the rows in their places.
+    Processes that have opened the index continue to use it unchanged. The features of the rows stay on disk until a new
+    index is built, and train_data must keep the rows at their positions.
     """
     from tracin_ann.operations import remove
     from tracin_ann.store import Manifest, read_removed_ids, take_lease
 
     n_rows = Manifest.read(Path(directory)).build.layout.n_rows
-    remove(directory, ids.within(n_rows, "bad --ids"))
-    # As it is now: another writer may already have been here.
+    remove(directory, ids.expand(n_rows, "bad --ids"))
+    # Read again: another process may have changed the index in the meantime.
     manifest, lease = take_lease(Path(directory))
     with closing(lease):
         n_removed, n_rows = len(read_removed_ids(Path(directory), manifest)), manifest.build.layout.n_rows
-    note(f"{directory}: {n_removed:,} of {n_rows:,} rows are removed; generation {manifest.generation}")
+    print_note(f"{directory}: {n_removed:,} of {n_rows:,} rows removed; generation {manifest.generation}")

@@ -1,4 +1,4 @@
-"""tracin-select: a subset of the training rows for a set of queries."""
+"""tracin-select: select a subset of the training rows for a set of queries."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracin_ann.cli.command import command, directory_argument, note
+from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
     index_options,
+    make_row_filter,
     open_index,
     own_ids_option,
-    positions,
-    row_filter,
+    resolve_positions,
 )
-from tracin_ann.cli.output import Sink, output_options, refuse_raw
-from tracin_ann.cli.parameters import IdRanges, show_progress
+from tracin_ann.cli.messages import format_count, print_note, show_progress
+from tracin_ann.cli.output import Sink, output_options, refuse_csv_raw
+from tracin_ann.cli.parameters import IdRanges
 
 if TYPE_CHECKING:
     from tracin_ann.analysis import Subset
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
     "tracin-query runs/mine --ids 0-9 --only @chosen.txt",
 )
 @directory_argument
-@click.option("--n", required=True, type=click.IntRange(1), help="Training rows wanted.")
-@click.option("--ids", type=IdRanges(), help="Rows of query_data to choose for; default all.")
+@click.option("--n", required=True, type=click.IntRange(1), help="Number of training rows to select.")
+@click.option("--ids", type=IdRanges(), help="Queries: rows of query_data.  [default: all]")
 @click.option(
     "--method",
     default="round-robin",
     show_default=True,
     type=click.Choice(["round-robin", "mean"]),
-    help="Queries take rows in turn, or rows go by their mean score.",
+    help="Queries take rows in turn, or rows are ranked by their mean score.",
 )
 @filter_options
 @checkpoints_option
@@ -45,53 +46,53 @@ if TYPE_CHECKING:
 @output_options
 @index_options
 def main(directory: str, form: str | None, output: str | None, **options: object) -> None:
-    """Choose the training rows that help a set of queries most.
+    """Select the training rows with the highest scores for a set of queries.
 
-    Round-robin: each query in turn takes the row of highest score that is not yet taken. Mean: the rows of highest mean
-    score. Scores are the stored features', over all rows.
+    Round-robin: each query in turn takes the row with the highest score that is not yet taken. Mean: the rows with the
+    highest mean score. Scores come from the stored features of all rows.
 
-    To a name that ends in .txt go the rows alone, one a line, positions or with --own-ids the task's own ids, as
-    options such as --only @chosen.txt read them.
+    A file with the suffix .txt gets the rows only, one per line: positions, or the task's own ids with --own-ids.
+    Options such as --only @chosen.txt read this format.
     """
     from tracin_ann.analysis import Subset, select
 
-    listed = form is None and output is not None and output.endswith(".txt")
-    if listed:
-        refuse_raw(f"--output {output}")
-    sink = None if listed else Sink.of(form, output)
+    is_list = form is None and output is not None and output.endswith(".txt")
+    if is_list:
+        refuse_csv_raw(f"--output {output}")
+    sink = None if is_list else Sink.from_options(form, output)
     index = open_index(directory, options)
-    named = options["ids"]
-    ids = None if named is None else positions(index, "query", named, options)  # type: ignore[arg-type]
+    given = options["ids"]
+    ids = None if given is None else resolve_positions(index, "query", given, options)  # type: ignore[arg-type]
     with show_progress("rows") as progress:
-        found = select(
+        subset = select(
             index,
             options["n"],  # type: ignore[arg-type]
             ids,
             options["method"],  # type: ignore[arg-type]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
-            rows=row_filter(index, options),
+            rows=make_row_filter(index, options),
             progress=progress,
         )
     if sink is None:
-        _list(Path(str(output)), found, own=bool(options["own_ids"]))
+        _write_list(Path(str(output)), subset, own=bool(options["own_ids"]))
     else:
-        with sink.opened(Subset.FIELDS) as write:
-            write(found)
-    note(_summary(index, found, str(options["method"]), ids), err=True)
+        with sink.open(Subset.FIELDS) as write:
+            write(subset)
+    print_note(f"subset: {_summarise(index, subset, str(options['method']), ids)}", err=True)
 
 
-def _list(path: Path, found: Subset, *, own: bool) -> None:
+def _write_list(path: Path, subset: Subset, *, own: bool) -> None:
     from tracin_ann.files import open_output
 
-    text = "".join(f"{chosen.id if own else chosen.row}\n" for chosen in found)
+    text = "".join(f"{chosen.id if own else chosen.row}\n" for chosen in subset)
     with open_output(path) as file:
-        # As IdRanges reads it.
+        # The encoding in which IdRanges reads the file.
         file.write(text.encode("utf-8", "surrogatepass"))
 
 
-def _summary(index: InfluenceIndex, found: Subset, method: str, ids: tuple[int, ...] | None) -> str:
-    n_queries = index.passes.n_rows("query") if ids is None else len(ids)
-    queries = "1 query" if n_queries == 1 else f"{n_queries:,} queries"
-    negative = sum(chosen.score <= 0 for chosen in found)
-    warned = f"; {negative:,} of them help none: their score is not above 0" if negative else ""
-    return f"{len(found):,} of {len(index):,} rows for {queries}, by {method}{warned}"
+def _summarise(index: InfluenceIndex, subset: Subset, method: str, ids: tuple[int, ...] | None) -> str:
+    n_queries = index.runner.n_rows("query") if ids is None else len(ids)
+    queries = format_count(n_queries, "query", "queries")
+    n_negative = sum(chosen.score <= 0 for chosen in subset)
+    warning = f"; {n_negative:,} of them have a score of 0 or less" if n_negative else ""
+    return f"{len(subset):,} of {len(index):,} rows for {queries}, by {method}{warning}"

@@ -1,4 +1,4 @@
-"""The standard streams of a command: in no locale does a character stop it, and a closed one is left closed."""
+"""The standard streams of a command: any character in any locale, closed streams, and a full or closed stdout."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def usable_streams() -> Iterator[None]:
-    """Let stdout take every character, and no file that the command opens be taken for a stream that is closed.
+def prepare_streams() -> Iterator[None]:
+    """Let stdout accept every character, and reserve the descriptors of closed streams.
 
-    What stdout's encoding cannot express is written as an escape. Messages to a closed stderr are dropped.
+    A character that stdout's encoding cannot express is written as an escape. Messages to a closed stderr are dropped.
     """
-    _occupy()
+    _reserve_descriptors()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
     out = sys.stdout
@@ -32,18 +32,18 @@ def usable_streams() -> Iterator[None]:
             out.reconfigure(errors=before)
 
 
-def expect_stdout() -> None:
-    """Refuse to compute results that nobody could be told.
+def require_stdout() -> None:
+    """Fail before results are computed that cannot be printed.
 
     Raises:
         OSError: stdout is closed.
     """
     if sys.stdout is None:
-        raise OSError(errno.EBADF, "it is closed", "stdout")
+        raise OSError(errno.EBADF, "the stream is closed", "stdout")
 
 
-def abandon_stdout() -> None:
-    """Drop what stdout could not take: written again as the process ends, it would fail again, without a line."""
+def discard_stdout() -> None:
+    """Discard buffered output that stdout did not accept: Python would try to write it again at exit and fail."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -53,8 +53,11 @@ def abandon_stdout() -> None:
         os.close(descriptor)
 
 
-def _occupy() -> None:
-    """Give each of the first three descriptors that is closed to the null device, as open gives out the lowest."""
+def _reserve_descriptors() -> None:
+    """Open the null device on each closed descriptor of 0, 1 and 2.
+
+    `open` returns the lowest free descriptor: without this, a file that the command opens could become its stdout.
+    """
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""tracin-verify: whether an index is what was built, byte for byte, and what autograd gives; making it anew."""
+"""tracin-verify: check the files of an index, compare its rows with autograd, and repair damage."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from tracin_ann.cli.command import command, device_option, directory_argument, note, say, task_options
-from tracin_ann.cli.parameters import parse_arguments, show_progress
+from tracin_ann.cli.command import command, device_option, directory_argument, task_options
+from tracin_ann.cli.messages import format_count, print_line, print_note, show_progress
+from tracin_ann.cli.parameters import parse_arguments
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.text import format_size
 
@@ -21,66 +22,71 @@ Options = Mapping[str, Any]
     "tracin-verify runs/mnist --audit 100",
 )
 @directory_argument
-@click.option("--repair", "mend", is_flag=True, help="Make anew what is damaged; needs the task.")
+@click.option("--repair", "with_repair", is_flag=True, help="Rebuild damaged files; needs the task.")
 @click.option(
     "--audit",
     "n_audited",
     type=click.IntRange(1),
     metavar="N",
-    help="Compare N rows with plain autograd; needs the task.",
+    help="Compare N random rows with plain autograd; needs the task.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Which rows --audit draws.  [default: the index's own]")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Seed of the rows that --audit draws.  [default: derived from the index]"
+)
 @task_options
 @device_option
-def main(directory: str, mend: bool, n_audited: int | None, seed: int | None, **options: Any) -> None:
-    """Read every byte of the index in DIR and name each file that is damaged.
+def main(directory: str, with_repair: bool, n_audited: int | None, seed: int | None, **options: Any) -> None:
+    """Check every byte of the index in DIR and print each damaged file.
 
-    The exit status is 4 if there is one, or a row that --audit finds wrong.
+    The exit status is 4 if a file is damaged, or if --audit finds a wrong row.
     """
-    _verify(directory, mend, options)
+    _verify(directory, with_repair, options)
     if n_audited is not None:
         _audit(directory, n_audited, seed, options)
 
 
-def _task(options: Options) -> dict[str, Any]:
-    """Return the task and device as `repair` and `audit` take them."""
+def _task_arguments(options: Options) -> dict[str, Any]:
+    """Return the task and device as arguments of `repair` and `audit`."""
     task, arguments = options["task"], parse_arguments(options["task_args"])
     return {"task": task, "arguments": arguments or ({} if task else None), "device": options["device"]}
 
 
-def _verify(directory: str, mend: bool, options: Options) -> None:
-    from tracin_ann.operations import repair, sweep, verify
+def _verify(directory: str, with_repair: bool, options: Options) -> None:
+    from tracin_ann.operations import remove_leftovers, repair, verify
 
     with show_progress("files") as progress:
-        seen = verify(directory, progress)
-    for damage in seen.damage:
-        say(damage.message)
-    if not seen.damage:
-        if mend:
-            sweep(directory)
-        note(f"{directory}: {seen.files:,} files, {format_size(seen.size)}, all as they were written")
+        result = verify(directory, progress)
+    for damage in result.damage:
+        print_line(damage.message)
+    if not result.damage:
+        if with_repair:
+            remove_leftovers(directory)
+        print_note(f"{directory}: {format_count(result.files, 'file')}, {format_size(result.size)}, all intact")
         return
-    if not mend:
-        raise DamagedIndexError(f"{directory}: {len(seen.damage)} damaged; tracin-verify --repair makes them anew")
+    if not with_repair:
+        count = format_count(len(result.damage), "damaged file")
+        raise DamagedIndexError(f"{directory}: {count}; run tracin-verify --repair to rebuild them")
     with show_progress("rows x checkpoints") as progress:
-        repair(directory, **_task(options), progress=progress)
-        left = verify(directory, progress)
-    for damage in left.damage:
-        say(damage.message)
-    if left.damage:
-        raise DamagedIndexError(f"{directory}: {len(left.damage)} still damaged; build a new index")
-    note(f"{directory}: made anew, {left.files:,} files, {format_size(left.size)}, all as they were written")
+        repair(directory, **_task_arguments(options), progress=progress)
+        result = verify(directory, progress)
+    for damage in result.damage:
+        print_line(damage.message)
+    if result.damage:
+        count = format_count(len(result.damage), "file")
+        raise DamagedIndexError(f"{directory}: {count} still damaged after the repair; build a new index")
+    print_note(f"{directory}: repaired; {format_count(result.files, 'file')}, {format_size(result.size)}, all intact")
 
 
 def _audit(directory: str, n_rows: int, seed: int | None, options: Options) -> None:
-    from tracin_ann.operations import Draw, audit
+    from tracin_ann.operations import AuditSample, audit
 
     with show_progress("rows") as progress:
-        seen = audit(directory, Draw(n_rows, seed), **_task(options), progress=progress)
-    for difference in seen.differences:
-        click.echo(str(difference))
-    if seen.differences:
+        result = audit(directory, AuditSample(n_rows, seed), **_task_arguments(options), progress=progress)
+    for difference in result.differences:
+        print_line(str(difference))
+    if result.differences:
         raise DamagedIndexError(
-            f"{directory}: {len(seen.differences)} of {seen.rows} rows differ from plain autograd; build a new index"
+            f"{directory}: {len(result.differences)} of {result.rows} rows differ from plain autograd; "
+            "build a new index"
         )
-    note(f"{directory}: audited {seen.record.summary()}")
+    print_note(f"audit: {result.record.summary()}")

@@ -1,47 +1,51 @@
-"""Features: batches to feature rows, over partitions and checkpoints, tuned, and checked by canaries and audits."""
+"""Computation of feature rows from the examples of a task, with automatic batch sizes, canaries and audits.
+
+A feature row stores, for one example, the sketches of its gradients at every checkpoint.
+"""
 
 from __future__ import annotations
 
-from tracin_ann.features.audit import Auditor, AuditResult, Audits, BuiltRows, audit_build, draw_places
+from tracin_ann.features.audit import Auditor, AuditResult, BuildAudits, UnpublishedRows, audit_build, draw_places
 from tracin_ann.features.autotune import (
-    USUAL_SIZE,
-    RunSettings,
-    TuningRequest,
+    DEFAULT_BATCH_SIZE,
+    BatchSettings,
+    TuningOptions,
     measure_row_seconds,
     tune,
     warn_of_slower_bf16,
 )
 from tracin_ann.features.canaries import (
     CANARY_FILE,
+    check_canaries,
     read_generation_canaries,
-    read_kept_canaries,
-    refuse_changed,
+    read_intact_canaries,
     write_canaries,
 )
 from tracin_ann.features.compatibility import IndexTask, load_index_task
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, find_nonfinite, squared_norms
 from tracin_ann.features.fingerprint import checkpoint_specs, library_versions, model_digest, parameter_specs
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
 from tracin_ann.features.pipeline import Extraction, ExtractionResult, reading_costs_more
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 
 __all__ = [
     "AuditResult",
     "Auditor",
-    "Audits",
-    "BuiltRows",
+    "BatchSettings",
+    "BuildAudits",
     "CANARY_FILE",
+    "DEFAULT_BATCH_SIZE",
     "Extraction",
     "ExtractionResult",
     "FeatureExtractor",
     "FeatureOptions",
     "IndexTask",
     "LoadedModel",
-    "PassOptions",
-    "Passes",
-    "RunSettings",
-    "TuningRequest",
-    "USUAL_SIZE",
+    "RunOptions",
+    "TaskRunner",
+    "TuningOptions",
+    "UnpublishedRows",
     "audit_build",
+    "check_canaries",
     "checkpoint_specs",
     "draw_places",
     "find_nonfinite",
@@ -51,9 +55,8 @@ __all__ = [
     "model_digest",
     "parameter_specs",
     "read_generation_canaries",
-    "read_kept_canaries",
+    "read_intact_canaries",
     "reading_costs_more",
-    "refuse_changed",
     "squared_norms",
     "tune",
     "warn_of_slower_bf16",

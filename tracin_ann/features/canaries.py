@@ -1,4 +1,7 @@
-"""Canaries: feature rows of a few examples, kept to notice that a model's code, loss or data changed."""
+"""Canaries: stored feature rows of a few examples, which detect changes of the model's code, the loss or the data.
+
+Shapes: n canaries of one side, C checkpoints, D sketch dimension.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +17,88 @@ import numpy as np
 from tracin_ann.choices import SideName
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.passes import LoadedModel
-from tracin_ann.files import atomic_path, open_plain, report_damage, require_own_dataset, require_own_object, write_hdf5
+from tracin_ann.features.runner import LoadedModel
+from tracin_ann.files import (
+    atomic_path,
+    open_regular,
+    report_damage,
+    require_own_dataset,
+    require_own_object,
+    write_hdf5,
+)
 from tracin_ann.store import Manifest, check_file, generation_folder
 from tracin_ann.types import Float32, Int64
 
 CANARY_FILE = "canaries.h5"
-COUNT = 4
+N_CANARIES = 4
+"""Largest number of canaries of each side."""
 TOLERANCE = 1e-2
+"""Largest difference of a recomputed canary, relative to its norm, that rounding explains."""
 _SIDES: tuple[SideName, ...] = ("train", "query")
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """Rows of one side: ids [n], features [C, n, D] in float32 with √η."""
+    """The canaries of one side.
+
+    Attributes:
+        side: the data set.
+        ids_N: row ids [n], ascending.
+        feature_CND: features [C, n, D] in float32, scaled by √η.
+    """
 
     side: SideName
     ids_N: Int64
     feature_CND: Float32
 
-    def refuse_unlike(self, extractor: FeatureExtractor, checkpoint: int, where: str) -> None:
-        """Compute the rows again at a checkpoint and refuse any that differ.
+    def check(self, extractor: FeatureExtractor, checkpoint: int, where: str) -> None:
+        """Recompute the canaries at a checkpoint and compare them with the stored ones.
+
+        Args:
+            extractor: the extractor of the task at the checkpoint.
+            checkpoint: the position of the checkpoint.
+            where: the directory of the index, for the message.
 
         Raises:
-            IndexMismatchError: a row is further from the stored one than rounding explains.
+            IndexMismatchError: a canary differs by more than rounding.
         """
-        asked_ND = extractor.rows(self.side, self.ids_N.tolist()).feature_ND
+        task_ND = extractor.rows(self.side, self.ids_N.tolist()).feature_ND
         built_ND = self.feature_CND[checkpoint]
         norms = np.linalg.norm(built_ND.astype(np.float64), axis=1)
         floor = 1e-3 * float(norms.max())
-        for i, (built, asked, norm) in enumerate(zip(built_ND, asked_ND, norms, strict=True)):
-            off = float(np.linalg.norm(built.astype(np.float64) - asked)) / max(float(norm), floor, 1e-30)
-            if off > TOLERANCE:
+        for i, (built_D, task_D, norm) in enumerate(zip(built_ND, task_ND, norms, strict=True)):
+            difference = float(np.linalg.norm(built_D.astype(np.float64) - task_D)) / max(float(norm), floor, 1e-30)
+            if difference > TOLERANCE:
                 raise IndexMismatchError(
                     problem(
-                        f"{self.side} row {self.ids_N[i]} has another gradient than when index {where} was built",
-                        got=f"a feature at checkpoint {checkpoint} that is {off:.2g} of its norm away",
+                        f"the gradient of {self.side} row {self.ids_N[i]} has changed since index {where} was built",
+                        got=f"a relative difference of {difference:.2g} at checkpoint {checkpoint}",
                         expected=f"at most {TOLERANCE:g}",
                         remedy="restore the task's model code, loss and data, or build a new index",
                     )
                 )
 
 
-def refuse_changed(model: LoadedModel, features: FeatureOptions, canaries: Sequence[Canaries], where: str) -> None:
-    """Refuse to put rows beside those of a finished index that this model and data would make otherwise.
+def check_canaries(model: LoadedModel, features: FeatureOptions, canaries: Sequence[Canaries], where: str) -> None:
+    """Check that the task still computes the rows of a finished index, before new rows are added to it.
 
     Raises:
-        IndexMismatchError: a canary among the training rows shows it.
+        IndexMismatchError: a canary of the training data differs.
     """
-    for train in (kept for kept in canaries if kept.side == "train"):
+    for train in (each for each in canaries if each.side == "train"):
         for checkpoint in range(len(train.feature_CND)):
             model.load(checkpoint)
-            train.refuse_unlike(FeatureExtractor(model, features), checkpoint, where)
+            train.check(FeatureExtractor(model, features), checkpoint, where)
 
 
 def canary_ids(n_rows: int, without: Int64 | None = None) -> list[int]:
-    """Return a few ids spread over n rows, or over those of them that are not left out; of no rows, none."""
+    """Return at most 4 row ids, spread evenly over n rows except those in `without`."""
     rows = range(n_rows) if without is None or not len(without) else np.setdiff1d(np.arange(n_rows), without).tolist()
-    return sorted({rows[round(i * (len(rows) - 1) / (COUNT - 1))] for i in range(COUNT if len(rows) else 0)})
+    return sorted({rows[round(i * (len(rows) - 1) / (N_CANARIES - 1))] for i in range(N_CANARIES if len(rows) else 0)})
 
 
 def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:
-    """Write the canaries of both sides, durably."""
+    """Write the canaries of both sides, atomically and durably."""
     with (
         atomic_path(path) as temporary,
         write_hdf5(temporary) as opened,
@@ -88,36 +111,42 @@ def write_canaries(path: Path, canaries: Sequence[Canaries]) -> None:
 
 
 def read_canaries(path: Path, n_rows: int, n_checkpoints: int, dim: int) -> tuple[Canaries, ...]:
-    """Return the canaries of both sides of an index of so many training rows and checkpoints of D dimensions.
+    """Return the canaries of both sides, checked against the shape of the index.
+
+    Args:
+        path: the canary file.
+        n_rows: number of training rows of the index.
+        n_checkpoints: C.
+        dim: D.
 
     Raises:
-        DamagedIndexError: the file is missing, unreadable or another index's.
-        OSError: the system cannot read it.
+        DamagedIndexError: the file is missing, unreadable or does not belong to the index.
+        OSError: the system cannot read the file.
     """
-    expected = "the canaries that the build wrote"
-    with report_damage(path, expected, "restore the file, or run tracin-verify --repair"), open_plain(path) as opened:
-        found = tuple(_read(side, opened, (n_checkpoints, dim)) for side in _SIDES)
+    expected = "the canaries written by the build"
+    with report_damage(path, expected, "restore the file, or run tracin-verify --repair"), open_regular(path) as opened:
+        found = tuple(_read_side(side, opened, (n_checkpoints, dim)) for side in _SIDES)
         if found[0].ids_N[-1] >= n_rows:
-            raise ValueError(f"row {found[0].ids_N[-1]} of {n_rows}")
+            raise ValueError(f"a canary of train row {found[0].ids_N[-1]} in an index of {n_rows} rows")
         return found
 
 
-def _read(side: SideName, opened: BinaryIO, shape: tuple[int, int]) -> Canaries:
+def _read_side(side: SideName, opened: BinaryIO, shape: tuple[int, int]) -> Canaries:
     size = os.fstat(opened.fileno()).st_size
     with h5py.File(opened, "r") as file:
         group = require_own_object(file, side, h5py.Group)
         n_ids = require_own_object(group, "id", h5py.Dataset).size
-        if not 0 < n_ids <= COUNT:
+        if not 0 < n_ids <= N_CANARIES:
             raise ValueError(f"{n_ids} canaries of {side}_data")
         ids_N: Int64 = require_own_dataset(group, "id", (n_ids,), "<i8", size)[()]
         feature_CND: Float32 = require_own_dataset(group, "feature", (shape[0], n_ids, shape[1]), "<f4", size)[()]
     if (np.diff(ids_N, prepend=-1) <= 0).any() or not np.isfinite(feature_CND).all():
-        raise ValueError(f"canaries of {side}_data that are no rows, or not finite")
+        raise ValueError(f"canaries of {side}_data with unsorted or negative row ids, or with non-finite features")
     return Canaries(side, ids_N, feature_CND)
 
 
-def read_kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
-    """Return a generation's canaries, or none where their file is damaged."""
+def read_intact_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, ...]:
+    """Return the canaries of the current generation; an empty tuple if their file is damaged."""
     folder = generation_folder(directory, manifest.generation)
     try:
         check_file(folder, manifest.canaries, deep=True)
@@ -127,10 +156,10 @@ def read_kept_canaries(directory: Path, manifest: Manifest) -> tuple[Canaries, .
 
 
 def read_generation_canaries(folder: Path, manifest: Manifest) -> tuple[Canaries, ...]:
-    """Return the canaries in a generation's directory.
+    """Return the canaries in the directory of a generation.
 
     Raises:
-        DamagedIndexError: their file is missing, damaged or another index's.
+        DamagedIndexError: their file is missing, damaged or does not belong to the index.
     """
     layout = manifest.build.layout
     return read_canaries(folder / manifest.canaries.name, layout.n_rows, layout.n_checkpoints, layout.dim)

@@ -1,4 +1,7 @@
-"""Whether a task fits an index, by every field of its spec and by its canaries; and its examples' features."""
+"""Compatibility of a task with an index: a check that the task is the one that the index was built from.
+
+Every field of the recorded FeatureSpec and the canaries are compared. Features of queries are computed after the check.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, pr
 from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
-from tracin_ann.features.passes import LoadedModel, Passes, PassOptions
+from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureSpec, Manifest, generation_folder
 from tracin_ann.task import Task, load_named_task, load_task
@@ -22,43 +25,48 @@ from tracin_ann.types import Float32
 
 
 class IndexTask:
-    """An index's task, found and compared with the manifest when it is first needed."""
+    """The task of an index. It is loaded when it is first needed, and compared with the manifest.
 
-    def __init__(
-        self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: PassOptions
-    ) -> None:
+    Args:
+        directory: the directory of the index.
+        manifest: the manifest of the index.
+        find_task: returns the task, or imports it by name.
+        options: how the model runs.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: RunOptions) -> None:
         self._directory, self._manifest, self._find_task, self.options = directory, manifest, find_task, options
 
     @cached_property
     def task(self) -> Task:
-        """Return the task, imported now if the build was told its name.
+        """Return the task; the first access may import it by the name that the build recorded.
 
         Raises:
-            UsageError: it cannot be found.
+            UsageError: the task cannot be found.
         """
         return self._find_task()
 
     @cached_property
-    def passes(self) -> Passes:
-        """Return the task's data and model, after every field of the spec was found to fit.
+    def runner(self) -> TaskRunner:
+        """Return the runner of the task, after a comparison of every field of its spec with the index.
 
         Raises:
             IndexMismatchError: a field differs.
         """
-        passes = Passes(self.task, self.options)
-        with passes.model() as model:
-            self._manifest.build.spec.refuse_unlike(self._asked(passes, model), str(self._directory))
-        return passes
+        runner = TaskRunner(self.task, self.options)
+        with runner.model() as model:
+            self._manifest.build.spec.check_matches(self._task_spec(runner, model), str(self._directory))
+        return runner
 
-    def _asked(self, passes: Passes, model: LoadedModel) -> FeatureSpec:
+    def _task_spec(self, runner: TaskRunner, model: LoadedModel) -> FeatureSpec:
         built = self._manifest.build
         return replace(
             built.spec,
             model=model_digest(model.module),
-            train_rows=passes.n_rows("train"),
-            train_data=built.spec.train_data if built.random_data else passes.data_digest(passes.n_rows("train")),
+            train_rows=runner.n_rows("train"),
+            train_data=built.spec.train_data if built.random_data else runner.data_digest(runner.n_rows("train")),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
-            checkpoints=checkpoint_specs(passes.task),
+            checkpoints=checkpoint_specs(runner.task),
             sketch=replace(built.spec.sketch, version=self._features.sketch.version),
         )
 
@@ -72,58 +80,64 @@ class IndexTask:
         return read_generation_canaries(generation_folder(self._directory, self._manifest.generation), self._manifest)
 
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int]) -> Float32:
-        """Return the feature rows [Q, F] of examples, computed now.
+        """Compute and return the features [Q, F] of examples, after a check of the canaries at these checkpoints.
 
         Raises:
-            IndexMismatchError: a canary shows that the task is not the index's.
+            IndexMismatchError: a canary differs: the task has changed since the build.
             NonFiniteError: an example's loss or gradient is NaN or infinite.
         """
         blocks = []
-        with self.passes.model() as model:
+        with self.runner.model() as model:
             for checkpoint in checkpoints:
                 model.load(checkpoint)
                 extractor = FeatureExtractor(model, self._features)
-                self._check_canaries(extractor, checkpoint)
+                self._check_canaries_at(extractor, checkpoint)
                 try:
                     blocks.append(extractor.rows(side, ids).feature_ND)
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"this row of {side}_data has no features to ask with: {error}") from error
+                    raise NonFiniteError(f"cannot query with this row of {side}_data: {error}") from error
         return np.concatenate(blocks, axis=1)
 
-    def refuse_changed(self, checkpoints: Sequence[int]) -> None:
-        """Compute the canaries' features anew.
+    def check_canaries(self, checkpoints: Sequence[int]) -> None:
+        """Recompute the canaries at these checkpoints and compare them with the stored ones.
 
         Raises:
-            IndexMismatchError: one shows that the task is not the index's.
+            IndexMismatchError: a canary differs: the task has changed since the build.
         """
-        with self.passes.model() as model:
+        with self.runner.model() as model:
             for checkpoint in checkpoints:
                 model.load(checkpoint)
-                self._check_canaries(FeatureExtractor(model, self._features), checkpoint)
+                self._check_canaries_at(FeatureExtractor(model, self._features), checkpoint)
 
-    def _check_canaries(self, extractor: FeatureExtractor, checkpoint: int) -> None:
+    def _check_canaries_at(self, extractor: FeatureExtractor, checkpoint: int) -> None:
         if self._manifest.build.random_data:
             return
         for canaries in self._canaries:
-            if max(canaries.ids_N) >= self.passes.n_rows(canaries.side):
+            if max(canaries.ids_N) >= self.runner.n_rows(canaries.side):
                 raise IndexMismatchError(
                     problem(
-                        f"{canaries.side}_data is not that of index {self._directory}",
-                        got=f"{self.passes.n_rows(canaries.side)} rows",
+                        f"{canaries.side}_data is not the data that index {self._directory} was built with",
+                        got=f"{self.runner.n_rows(canaries.side)} rows",
                         expected=f"at least {max(canaries.ids_N) + 1}",
                         remedy="restore the task's data, or build a new index",
                     )
                 )
-            canaries.refuse_unlike(extractor, checkpoint, str(self._directory))
+            canaries.check(extractor, checkpoint, str(self._directory))
 
 
 def load_index_task(
     task: Task | str | None, arguments: Mapping[str, str] | None, manifest: Manifest, directory: Path
 ) -> Task:
-    """Return the task that was passed, or that the build was told.
+    """Return the task of an index: the given one, or else the one that the build recorded by name.
+
+    Args:
+        task: a task, its name, or None for the recorded one.
+        arguments: arguments for a named task that is a function; None for the recorded ones.
+        manifest: the manifest of the index.
+        directory: the directory of the index.
 
     Raises:
-        UsageError: the build was told none, it cannot be found, or it is none that may be imported unasked.
+        UsageError: the build recorded no name, the task cannot be found, or it may not be imported without `--task`.
     """
     if isinstance(task, Task):
         return task
@@ -134,9 +148,9 @@ def load_index_task(
     if built.reference is None:
         raise UsageError(
             problem(
-                f"index {directory} does not know its task",
+                f"index {directory} does not record the name of its task",
                 got="an index built from a Task object",
-                expected="the task",
+                expected="a task",
                 remedy="pass --task path/to/file.py:name, or InfluenceIndex.open(dir, task=...)",
             )
         )

@@ -1,4 +1,4 @@
-"""Fingerprint of a task: digests of its model, data and checkpoints, as a FeatureSpec records them."""
+"""Fingerprint of a task: digests of its model, data and checkpoints, for the FeatureSpec of an index."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from torch import nn
 from tracin_ann.store import CheckpointSpec, ParameterSpec
 from tracin_ann.task import Task, checkpoint_digest, encode_content
 
+# How many examples the digest of the data covers.
 _DIGEST_ROWS = 16
 logger = logging.getLogger(__name__)
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a digest of the model's layers: their paths and classes, not their weights."""
+    """Return a digest of the paths and classes of a model's modules; weights are not included."""
     layers = [f"{path}:{type(module).__qualname__}" for path, module in model.named_modules()]
     return hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
 
 
 def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | None = None) -> str:
-    """Return a digest of some 16 rows spread over the first n_rows of a data set.
+    """Return a digest of at most 16 examples spread over the first n_rows of a data set.
 
-    It names the types of objects whose content is not in it, as `encode_content` cannot know it, by collate neither.
+    Objects that `encode_content` cannot read, even with the help of `collate`, are excluded. The digest then ends with
+    the names of their types, and a warning is logged.
     """
     digest = hashlib.blake2b(digest_size=8)
     unknown: set[str] = set()
@@ -48,12 +50,12 @@ def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | No
 
 
 def parameter_specs(parameters: Mapping[str, nn.Parameter], rank_one: frozenset[str]) -> tuple[ParameterSpec, ...]:
-    """Return the specs of the chosen parameters, in the model's order."""
+    """Return the specs of the selected parameters, in the model's order."""
     return tuple(ParameterSpec(name, tuple(p.shape), str(p.dtype), name in rank_one) for name, p in parameters.items())
 
 
 def checkpoint_specs(task: Task) -> tuple[CheckpointSpec, ...]:
-    """Return the specs of a task's checkpoints; reads every byte of them."""
+    """Return the specs of a task's checkpoints; reads the complete files."""
     names: Sequence[str] = [os.path.basename(os.fspath(c.path)) for c in task.checkpoints]
     return tuple(
         CheckpointSpec(name, checkpoint_digest(c), float(c.learning_rate))
@@ -62,5 +64,5 @@ def checkpoint_specs(task: Task) -> tuple[CheckpointSpec, ...]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what computes features."""
+    """Return the versions of Python, PyTorch and NumPy, which affect features by rounding."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

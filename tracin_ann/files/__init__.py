@@ -1,39 +1,31 @@
-"""Files on disk: written durably and as a whole, opened safely, and read as JSON records."""
+"""Files on disk: atomic durable writes, safe opening, digests, and the JSON, NumPy and HDF5 formats."""
 
 from __future__ import annotations
 
+from tracin_ann.files.arrays import map_array, read_array, read_npz, save_array
+from tracin_ann.files.digests import describe_difference, file_digest
 from tracin_ann.files.durable import (
     atomic_path,
     atomic_write,
-    describe_difference,
-    file_digest,
     is_temporary,
     make_directory,
-    map_array,
-    read_array,
-    read_json,
-    read_npz,
-    require_own_dataset,
-    require_own_object,
-    save_array,
-    sweep_temporaries,
+    remove_temporaries,
     sync_directory,
-    write_hdf5,
-    write_json_atomic,
 )
-from tracin_ann.files.json_records import read_record
+from tracin_ann.files.hdf5 import require_own_dataset, require_own_object, write_hdf5
+from tracin_ann.files.json_records import read_json, read_record, write_json_atomic
 from tracin_ann.files.opening import (
-    NotPlainError,
+    NotRegularFileError,
     open_descriptor,
     open_directory,
-    open_plain,
+    open_regular,
     report_damage,
     require_regular,
 )
 from tracin_ann.files.user_files import open_output, read_user_text
 
 __all__ = [
-    "NotPlainError",
+    "NotRegularFileError",
     "atomic_path",
     "atomic_write",
     "describe_difference",
@@ -44,18 +36,18 @@ __all__ = [
     "open_descriptor",
     "open_directory",
     "open_output",
-    "open_plain",
+    "open_regular",
     "read_array",
     "read_json",
     "read_npz",
     "read_record",
     "read_user_text",
+    "remove_temporaries",
     "report_damage",
     "require_own_dataset",
     "require_own_object",
     "require_regular",
     "save_array",
-    "sweep_temporaries",
     "sync_directory",
     "write_hdf5",
     "write_json_atomic",

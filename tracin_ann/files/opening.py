@@ -1,7 +1,7 @@
-"""Opening the files of an index: plain files only, never by a symbolic link; what the system lacks is no damage.
+"""Opening the files of an index: only regular files, never through a symbolic link; damage versus system errors.
 
-An index may come from a stranger. A link in it could lead a reader or a writer to any file of the user's, and a FIFO
-would never end. The directory of the index itself may be a link: its user made that.
+An index may come from an untrusted source. A symbolic link in it could redirect a reader or a writer to any file of
+the user, and reading a FIFO could block forever. The directory of the index itself may be a link: its user made it.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from typing import BinaryIO
 
 from tracin_ann.errors import DamagedIndexError, problem
 
-_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_REFUSING = frozenset({*_LACKING, errno.EACCES, errno.EPERM, errno.EIO})
-_NO_PLAIN_FILE = frozenset({errno.ELOOP, errno.EMLINK, errno.ENXIO})
-_LONGEST = 200
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_SYSTEM_ERRORS = frozenset({*_OUT_OF_RESOURCES, errno.EACCES, errno.EPERM, errno.EIO})
+_NOT_REGULAR = frozenset({errno.ELOOP, errno.EMLINK, errno.ENXIO})
+_MAX_CHARS = 200
 
 
-class NotPlainError(ValueError):
-    """What is at a path of an index is a symbolic link, a directory, a FIFO or a device."""
+class NotRegularFileError(ValueError):
+    """A path of an index is a symbolic link, a directory, a FIFO or a device instead of a regular file."""
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Return the descriptor of a plain file; what is at the path is not followed and not waited for.
+    """Open a regular file and return its descriptor; symbolic links are not followed, a FIFO does not block.
 
     Raises:
-        NotPlainError: something else is there.
-        OSError: the system cannot open it, or there is nothing.
+        NotRegularFileError: the path is not a regular file.
+        OSError: the system cannot open it, or it does not exist.
     """
     try:
-        # A FIFO would be waited for without O_NONBLOCK; to a plain file that flag means nothing.
+        # Opening a FIFO would block without O_NONBLOCK; on a regular file the flag has no effect.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except IsADirectoryError:
-        raise NotPlainError("a directory") from None
+        raise NotRegularFileError("a directory") from None
     except OSError as error:
-        if error.errno in _NO_PLAIN_FILE:
-            raise NotPlainError(_kind(os.lstat(path).st_mode)) from error
+        if error.errno in _NOT_REGULAR:
+            raise NotRegularFileError(_file_type(os.lstat(path).st_mode)) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NotPlainError(_kind(os.lstat(path).st_mode))
+        raise NotRegularFileError(_file_type(os.lstat(path).st_mode))
     return descriptor
 
 
-def open_plain(path: Path) -> BinaryIO:
-    """Return a plain file, open for reading.
+def open_regular(path: Path) -> BinaryIO:
+    """Return a regular file, open for reading.
 
     Raises:
         As `open_descriptor`.
@@ -59,17 +59,17 @@ def open_plain(path: Path) -> BinaryIO:
 
 @contextmanager
 def open_directory(path: Path) -> Iterator[int]:
-    """Yield the descriptor of a directory that is no symbolic link.
+    """Yield the descriptor of a directory; a symbolic link to one is rejected.
 
     Raises:
-        NotPlainError: it is one, or no directory.
+        NotRegularFileError: the path is a symbolic link or not a directory.
         OSError: the system cannot open it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOTDIR, *_NO_PLAIN_FILE):
-            raise NotPlainError(f"{path} is no directory of its own") from error
+        if error.errno in (errno.ENOTDIR, *_NOT_REGULAR):
+            raise NotRegularFileError(f"{path} is a symbolic link or not a directory") from error
         raise
     try:
         yield descriptor
@@ -78,10 +78,10 @@ def open_directory(path: Path) -> Iterator[int]:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what a user names and is no regular file, for those that open by path; links are followed.
+    """Check that a path given by the user is a regular file before a library opens it by path; links are followed.
 
     Raises:
-        NotPlainError: it is a FIFO, a device or a socket.
+        NotRegularFileError: it is a FIFO, a device or a socket.
         IsADirectoryError: it is a directory.
     """
     with suppress(FileNotFoundError):
@@ -89,10 +89,10 @@ def require_regular(path: Path) -> None:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
-            raise NotPlainError(_kind(mode))
+            raise NotRegularFileError(_file_type(mode))
 
 
-def _kind(mode: int) -> str:
+def _file_type(mode: int) -> str:
     kinds = {
         stat.S_IFLNK: "a symbolic link",
         stat.S_IFDIR: "a directory",
@@ -104,38 +104,40 @@ def _kind(mode: int) -> str:
 
 @contextmanager
 def report_damage(path: Path, expected: str, remedy: str) -> Iterator[None]:
-    """Take for damage what goes wrong while a file is read, unless the system refused: then nothing is known of it.
+    """Turn errors raised while a file is read into `DamagedIndexError`, except for errors of the system.
+
+    A system error, such as a missing permission, says nothing about the content of the file.
 
     Raises:
-        DamagedIndexError: the file is missing, or its content raised something.
-        OSError: the system has no descriptors or memory left, or no right to the file; names it.
+        DamagedIndexError: the file is missing, or reading its content raised an exception.
+        OSError: the system has no descriptors or memory left, or denies access to the file; `filename` is set.
     """
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedIndexError(problem(f"{path}", got="no file", expected=expected, remedy=remedy)) from None
-    except NotPlainError as error:
+    except NotRegularFileError as error:
         raise DamagedIndexError(problem(f"{path}", got=error, expected=expected, remedy=remedy)) from error
     # What readers raise depends on which byte of the file is damaged.
     except Exception as error:
-        refused = find_system_error(error, path)
-        if refused is not None:
-            raise refused from error
-        got = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        system_error = find_system_error(error, path)
+        if system_error is not None:
+            raise system_error from error
+        got = " ".join(str(error).split())[:_MAX_CHARS] or type(error).__name__
         message = problem(f"cannot read {path}", got=got, expected=expected, remedy=remedy)
         raise DamagedIndexError(message) from error
 
 
 def find_system_error(error: BaseException, path: Path) -> OSError | None:
-    """Return what the system refused, with the file's name, or None where an error is about the file's content.
+    """Return the system error behind an exception, with the file's name, or None if the file's content caused it.
 
-    HDF5 and FAISS say it in their text only, or in an error that theirs has taken the place of.
+    HDF5 and FAISS report system errors only in the text of their exceptions, or in `__cause__` or `__context__`.
     """
     seen: BaseException | None = error
     while seen is not None:
         number = errno.ENOMEM if isinstance(seen, MemoryError) else seen.errno if isinstance(seen, OSError) else None
-        if number not in _REFUSING:
-            number = next((lacking for lacking in _LACKING if os.strerror(lacking) in str(seen)), None)
+        if number not in _SYSTEM_ERRORS:
+            number = next((lacking for lacking in _OUT_OF_RESOURCES if os.strerror(lacking) in str(seen)), None)
         if number is not None:
             return OSError(number, os.strerror(number), str(path))
         seen = seen.__cause__ or seen.__context__

@@ -1,16 +1,20 @@
-"""Per-example gradients: by layer rules, forward mode, vmap(grad) or a loop, each proven against autograd."""
+"""Per-example gradients of a model's parameters, in factor form and verified against autograd.
+
+They are computed by layer rules, `vmap(grad)`, forward mode or a loop over the examples.
+"""
 
 from __future__ import annotations
 
 from tracin_ann.gradients.autograd import detach_graph, require_grad
-from tracin_ann.gradients.buffers import Room, Scratch, allocate
-from tracin_ann.gradients.convolution import Convolution, channels_last
-from tracin_ann.gradients.engine import Batch, GradientEngine, Sink
+from tracin_ann.gradients.buffers import Allocator, Scratch, allocate
+from tracin_ann.gradients.convolution_factor import Convolution, channels_last
+from tracin_ann.gradients.engine import Batch, GradientEngine
 from tracin_ann.gradients.factors import (
     Dense,
     Form,
     Outer,
     Rows,
+    Sink,
     column_blocks,
     convert,
     form_dtype,
@@ -18,7 +22,7 @@ from tracin_ann.gradients.factors import (
     materialise,
     squared_norm,
 )
-from tracin_ann.gradients.plan import NONE, STEPS, Plan
+from tracin_ann.gradients.plan import METHODS, NONE, Plan
 from tracin_ann.gradients.probes import (
     probe_description,
     probe_examples,
@@ -29,17 +33,17 @@ from tracin_ann.gradients.probes import (
 from tracin_ann.gradients.proof import describe_no_gradient, describe_nonfinite
 
 __all__ = [
+    "Allocator",
     "Batch",
     "Convolution",
     "Dense",
     "Form",
     "GradientEngine",
+    "METHODS",
     "NONE",
     "Outer",
     "Plan",
-    "Room",
     "Rows",
-    "STEPS",
     "Scratch",
     "Sink",
     "allocate",

@@ -1,4 +1,4 @@
-"""Autograd's own gradients and the graph behind a tensor: what they reach, and what it was computed in."""
+"""Plain autograd: gradients of losses, the leaves that they reach, and the precision of the graph behind a tensor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 Weighting = Callable[[bool], Tensor]
+"""Whether the losses are computed in half precision -> weights of the losses [K, B]."""
 
 
 @contextmanager
 def require_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let these leaves require a gradient, and none of them afterwards."""
+    """Let leaves require a gradient inside the context; after it, none of them does."""
     leaves = list(tensors)
     try:
         for leaf in leaves:
@@ -29,15 +30,15 @@ def require_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PlainGradients:
-    """Autograd's gradients of some values.
+    """Autograd's gradients of a scalar or of weighted sums of losses.
 
     Attributes:
-        of: by parameter, of a scalar or [K, ...] of weighted sums; zeros where nothing depends on it.
-        reached: which parameters something depends on.
+        gradients: by parameter, of a scalar, or [K, ...] of weighted sums; zeros for a parameter that is not reached.
+        reached: by parameter, whether the values depend on it.
         half: whether the values were computed in half precision.
     """
 
-    of: list[Tensor]
+    gradients: list[Tensor]
     reached: list[bool]
     half: bool
 
@@ -48,19 +49,19 @@ def plain_gradients(
     """Return autograd's gradients of a scalar, or of weighted sums of losses.
 
     Args:
-        values: computes them.
-        parameters: what they are differentiated by.
-        weighting: whether the losses are computed in half precision -> their weights [K, B]; None: a scalar.
+        values: computes the scalar or the losses.
+        parameters: the leaves to differentiate by.
+        weighting: the weights of the losses; None for a scalar.
 
     Raises:
-        RuntimeError: of weighted sums, where a parameter gets a gradient that this way of asking does not see.
+        RuntimeError: of weighted sums, if a backward inside the backward leaves a gradient in a parameter's `grad`.
     """
     rounds: list[tuple[Tensor | None, ...]] = []
     with require_grad(parameters):
         value = values()
         half = is_half_precision(value)
         weights = [None] if weighting is None else list(weighting(half).to(value))
-        # All that backward can reach is run, for a node that hides a backward of its own to be seen.
+        # Backward runs to every leaf, so that a node that hides a backward of its own is found.
         inputs = [*parameters, *([] if weighting is None else other_leaves(value, parameters))]
         for k, weights_B in enumerate(weights):
             grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
@@ -76,12 +77,12 @@ def plain_gradients(
         [torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g).detach() for g in each]
         for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
     ]
-    whole = [each[0] if weighting is None else torch.stack(each) for each in dense]
-    return PlainGradients(whole, [grad is not None for grad in rounds[0]], half)
+    gradients = [each[0] if weighting is None else torch.stack(each) for each in dense]
+    return PlainGradients(gradients, [grad is not None for grad in rounds[0]], half)
 
 
 def detach_graph(value: Any) -> Any:
-    """Return a tensor as a leaf that requires a gradient if it did, anything else as it is."""
+    """Return a tensor as a leaf that requires a gradient if the tensor did; other values unchanged."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
@@ -98,11 +99,11 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def other_leaves(tensor: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
-    """Return the leaves that the gradient of a tensor reaches, less those known."""
+    """Return the leaves that backward from a tensor reaches, except the known ones."""
     own = {id(leaf) for leaf in known}
     return [node.variable for node in nodes(tensor) if hasattr(node, "variable") and id(node.variable) not in own]
 
 
 def is_half_precision(tensor: Tensor) -> bool:
-    """Return whether a tensor, or any number behind it, was computed in half precision, by autocast or otherwise."""
+    """Return whether a tensor, or a tensor of the graph behind it, has a half-precision dtype."""
     return tensor.dtype in HALF or any(made.dtype in HALF for node in nodes(tensor) for made in node._input_metadata)

@@ -1,7 +1,7 @@
-"""Buffers that are used again and again, because fresh memory of that size is dear to touch.
+"""Reusable buffers for large temporary tensors.
 
-On a CPU every large tensor is mapped and faulted in anew; in the sketches of a small CNN that cost
-more than all their arithmetic.
+On a CPU, each new large tensor is mapped and faulted in. In the sketches of a small CNN this cost more than all their
+arithmetic.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from math import prod
 import torch
 from torch import Tensor
 
-# (shape, a tensor of the dtype and device wanted) -> an uninitialised contiguous tensor.
-Room = Callable[[Sequence[int], Tensor], Tensor]
+# (shape, a tensor with the requested dtype and device) -> an uninitialised contiguous tensor.
+Allocator = Callable[[Sequence[int], Tensor], Tensor]
 
 
 def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return new memory: the Room of callers that keep what they get."""
+    """Return an uninitialised tensor in new memory: the Allocator of callers that store the result."""
     return like.new_empty(tuple(shape))
 
 
 class Scratch:
-    """One buffer a role, grown to the largest need; what lies in it lasts until the role is taken again."""
+    """One buffer per role, as large as its largest use; its content is valid until the next use of the role."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def __getitem__(self, role: str) -> Room:
-        """Return the room of a role."""
+    def __getitem__(self, role: str) -> Allocator:
+        """Return the Allocator of a role."""
         return partial(self._take, role)
 
     def _take(self, role: str, shape: Sequence[int], like: Tensor) -> Tensor:
         key, size = (role, like.dtype, like.device), prod(shape)
-        if key not in self._held or self._held[key].numel() < size:
-            self._held.pop(key, None)
-            self._held[key] = like.new_empty(size)
-        return self._held[key][:size].view(tuple(shape))
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers.pop(key, None)
+            self._buffers[key] = like.new_empty(size)
+        return self._buffers[key][:size].view(tuple(shape))

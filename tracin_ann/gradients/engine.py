@@ -1,8 +1,10 @@
-"""The ladder: every parameter's per-example gradient by a layer rule, else vmap(grad), else a loop; proven.
+"""The gradient engine: per-example gradients of a model's parameters, verified against autograd.
 
-On the first batch of every checkpoint each parameter's per-example gradients, times random weights, must add
-up to autograd's gradient of the losses so weighted; a parameter that fails falls one step down. Parameters
-that no example's loss reaches are watched: should a later batch reach one, the proof is made again on that batch.
+Each parameter uses the first of these methods that is correct for it: a layer rule, `vmap(grad)`, a loop over the
+examples; a parameter with one element can also use forward mode. On the first batch of every checkpoint, the engine
+verifies the methods: the per-example gradients of a parameter, multiplied by random weights, must sum to autograd's
+gradient of the weighted losses. A parameter that fails uses the next method. Parameters that no loss depends on are
+watched: if a loss of a later batch depends on one, the engine verifies again on that batch.
 """
 
 from __future__ import annotations
@@ -17,18 +19,12 @@ from torch import Tensor, nn
 
 from tracin_ann.choices import Precision
 from tracin_ann.errors import GradientProofError, MisplacedRowsError, NonFiniteError, TaskError, first_line
-from tracin_ann.gradients.autograd import PlainGradients, Weighting, is_half_precision, plain_gradients, require_grad
-from tracin_ann.gradients.capture import (
-    OUTPUTS,
-    PARAMETERS,
-    LayerCapture,
-    Layouts,
-    find_covered_layers,
-    find_shared_rows,
-)
-from tracin_ann.gradients.factors import Dense, Form, convert, form_dtype
+from tracin_ann.gradients.autograd import is_half_precision, plain_gradients, require_grad
+from tracin_ann.gradients.capture import LayerCapture, find_broadcast_parameters, find_covered_layers
+from tracin_ann.gradients.factors import Dense, Sink, convert, form_dtype
 from tracin_ann.gradients.functional import derivatives_by_forward_mode, gradients_by_vmap
-from tracin_ann.gradients.plan import FORWARD, LOOP, NONE, RULE, VMAP, Plan, Step
+from tracin_ann.gradients.layouts import OUTPUTS, PARAMETERS, LayoutReader, Layouts
+from tracin_ann.gradients.plan import FORWARD, LOOP, NONE, RULE, VMAP, Method, Plan
 from tracin_ann.gradients.proof import (
     ProofSink,
     Truth,
@@ -37,25 +33,29 @@ from tracin_ann.gradients.proof import (
     describe_no_gradient,
     describe_nonfinite,
     describe_unproven,
-    describe_unsettled,
+    describe_unstable,
     describe_unusable_loss,
     proof_weights,
 )
 from tracin_ann.task import LossFunction, batched_tensors, tensors_within
 
-# Forward mode serves some parameters instead of vmap(grad), others where that fails.
-_ROUNDS = (RULE, FORWARD, VMAP, FORWARD, LOOP)
+# Some parameters use forward mode before vmap(grad), others if vmap(grad) fails.
+_ORDER = (RULE, FORWARD, VMAP, FORWARD, LOOP)
 _ATTEMPTS = 4
 _FALLBACK_ELEMENTS = 1 << 26
 _CHECKED_FIRST, _CHECK_EVERY = (1, 4, 16), 64
-_BY_ROWS = "its layer's rows are matched with examples in every batch, by one more backward"
-
-Sink = Callable[[str, Form, slice], None]
+_BY_ROWS = "its layer's rows are matched with examples in every batch, with one more backward pass"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch: its rows' positions in the data set, the examples, and what collate made of them."""
+    """A batch.
+
+    Attributes:
+        ids: the positions of its rows in the data set.
+        examples: the examples.
+        inputs: the collated examples, on the device.
+    """
 
     ids: tuple[int, ...]
     examples: Sequence[Any]
@@ -67,19 +67,19 @@ class Batch:
 
 
 class _PlanChangedError(Exception):
-    """A batch showed that the plan no longer holds, and why; prove again."""
+    """A batch for which the plan is not correct, with the reason; the engine has to verify again."""
 
 
 class GradientEngine:
-    """Per-example gradients of a model's chosen parameters under one loss, by the proven ladder.
+    """Computes per-example gradients of selected parameters of a model under one loss.
 
     Args:
-        model: loaded with a checkpoint, in eval mode, none of its parameters requiring a gradient.
-        parameters: the chosen ones by name.
+        model: with a checkpoint loaded, in eval mode; none of its parameters requires a gradient.
+        parameters: the selected parameters by name.
         loss: `(model, batch) -> Tensor[B]`.
-        inputs: examples -> what the loss takes, on the device.
+        inputs: examples -> the batch that the loss takes, on the device.
         checkpoint: the checkpoint's position, for messages.
-        precision: `fp32`: as the model computes; `bf16`: forward by autocast, factors widened to float32.
+        precision: `fp32`: the model's own precision; `bf16`: forward with autocast, factors converted to float32.
     """
 
     def __init__(
@@ -94,92 +94,95 @@ class GradientEngine:
         self.parameters = dict(parameters)
         self.checkpoint = checkpoint
         self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
-        held = {name: p for name, p in self.parameters.items() if p.numel()}
-        self._empty = frozenset(self.parameters) - set(held)
+        nonempty = {name: p for name, p in self.parameters.items() if p.numel()}
+        self._empty = frozenset(self.parameters) - set(nonempty)
         self._form_dtype = form_dtype(self.parameters.values())
-        self._covered = find_covered_layers(model, held)
+        self._covered = find_covered_layers(model, nonempty)
+        self._broadcast = find_broadcast_parameters(model, nonempty)
         self._plan: Plan | None = None
         self._rank_one: frozenset[str] = frozenset()
-        self._fallen: dict[str, Step] = {}
+        self._fallbacks: dict[str, Method] = {}
         self._n_batches = 0
         self._layouts = Layouts()
-        self._rows = find_shared_rows(model, held)
-        self._capture = LayerCapture(model, {}, {}, self._layouts)
+        self._capture = LayerCapture(model, {}, {}, LayoutReader(self._layouts))
 
     @property
     def plan(self) -> Plan:
-        """Return the proven plan.
+        """Return the verified plan.
 
         Raises:
-            TaskError: nothing is proven yet.
+            TaskError: no batch has been verified.
         """
         if self._plan is None:
-            raise TaskError("the gradients are not proven yet: run a batch first")
+            raise TaskError("the gradients are not verified yet: run a batch first")
         return self._plan
 
     @property
     def reached(self) -> bool:
-        """Return whether the losses of a batch that was proven depend on any chosen parameter."""
-        return any(step.name != NONE for step in self.plan.steps.values())
+        """Return whether the losses of a verified batch depend on any selected parameter."""
+        return any(method.name != NONE for method in self.plan.steps.values())
 
     def losses(self, batch: Batch) -> Tensor:
-        """Return the per-example losses [B], checked for their shape."""
-        values = self._values(self._model, batch.inputs)
+        """Return the per-example losses [B].
+
+        Raises:
+            TaskError: the loss does not return one floating-point number per example.
+        """
+        values = self._compute_losses(self._model, batch.inputs)
         if why := describe_unusable_loss(values, len(batch)):
             raise TaskError(why)
         return values
 
     def loss_values(self, batch: Batch) -> Tensor:
-        """Return the per-example losses [B] without a graph; a loss may take gradients itself."""
+        """Return the per-example losses [B] without a graph.
+
+        Gradients stay enabled during the forward, because a loss may compute gradients itself.
+        """
         return self.losses(batch).detach()
 
     def is_half_precision(self, batch: Batch) -> bool:
         """Return whether the losses of a batch are computed in half precision, whatever the parameters' dtype."""
-        with self._followed(batch), require_grad(self.parameters.values()):
+        with self._explain_autograd_errors(batch), require_grad(self.parameters.values()):
             return is_half_precision(self.losses(batch))
 
-    def _values(self, model: nn.Module, inputs: Any) -> Tensor:
-        with self._autocast():
-            return self._loss(model, inputs)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def _compute_losses(self, model: nn.Module, inputs: Any) -> Tensor:
         if self.precision == "fp32":
-            return contextlib.nullcontext()
-        # Without the cache: a weight cast in one pass would serve the next, whose gradient it does not carry.
+            return self._loss(model, inputs)
+        # Without the cache: a weight that one pass casts has no gradient in the next pass.
         device = next(iter(self.parameters.values())).device
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            return self._loss(model, inputs)
 
     def batch(self, ids: Sequence[int], examples: Sequence[Any]) -> Batch:
         """Return the batch of these examples on the device."""
         return Batch(tuple(ids), examples, self._inputs(list(examples)))
 
     def run(self, batch: Batch, start: Callable[[], Sink]) -> Tensor:
-        """Hand every parameter's gradient forms of a batch to a sink, and return the losses [B].
+        """Pass the gradient forms of every parameter to a sink, and return the losses [B].
 
         Args:
             batch: the examples.
-            start: makes a fresh sink, called with (parameter name, form, rows of the batch);
-                called again should the batch show that the plan must be proven anew.
+            start: returns a new sink; called again if the batch shows that the plan has to be verified again.
 
         Raises:
             TaskError: the loss breaks the contract.
-            NonFiniteError: a loss or gradient is NaN or infinite in a batch that had to be proven.
-            GradientProofError: no step of the ladder agrees with autograd.
-            MisplacedRowsError: the examples lie otherwise in a layer's input than when it was proven.
+            NonFiniteError: a loss or gradient is NaN or infinite in a batch that had to be verified.
+            GradientProofError: no method agrees with autograd.
+            MisplacedRowsError: a layer's input is no longer batch first as in the verified batch.
         """
         if self._plan is None:
             self.prove(batch)
         for attempt in range(_ATTEMPTS):
             try:
-                return self._run(batch, self._widening(start()))
+                return self._run(batch, self._convert_forms(start()))
             except _PlanChangedError as change:
                 if attempt + 1 == _ATTEMPTS:
-                    raise GradientProofError(describe_unsettled(str(change), batch.ids)) from change
+                    raise GradientProofError(describe_unstable(str(change), batch.ids)) from change
                 self.prove(batch)
         raise AssertionError
 
-    def _widening(self, sink: Sink) -> Sink:
-        """Return a sink of forms in one dtype, float32 or wider, whatever step gave them and in what."""
+    def _convert_forms(self, sink: Sink) -> Sink:
+        """Return a sink that converts all forms to one dtype, float32 or wider."""
         return lambda name, form, rows: sink(name, convert(form, self._form_dtype), rows)
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
@@ -200,23 +203,25 @@ class GradientEngine:
     def _run_rules(self, batch: Batch, sink: Sink) -> Tensor:
         unreached = [name for name in self.plan.names(NONE) if name not in self._empty]
         watched = [self.parameters[name] for name in unreached]
-        checking = _is_checked(self._n_batches)
+        checking = _is_check_due(self._n_batches)
         self._n_batches += 1
-        done = self._capture.run(lambda: self.losses(batch), len(batch), sink, watched, checking=checking)
+        result = self._capture.run(lambda: self.losses(batch), len(batch), sink, watched, checking=checking)
         if self._capture.misplaced:
             raise MisplacedRowsError(describe_misplaced(self._capture.misplaced, batch.ids))
         failures = self._capture.failures | {
-            name: "a loss of this batch reaches it, and none before did"
-            for name, reached in zip(unreached, done.watched_reached, strict=True)
+            name: "a loss of this batch depends on it, and no earlier loss did"
+            for name, reached in zip(unreached, result.watched_reached, strict=True)
             if reached
         }
         for name, why in failures.items():
             raise _PlanChangedError(f"{name}: {why}")
-        return done.losses_B
+        return result.losses_B
 
     def _run_forward(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
         for name in names:
-            values = derivatives_by_forward_mode(self._model, self._values, name, self.parameters[name], batch.inputs)
+            values = derivatives_by_forward_mode(
+                self._model, self._compute_losses, name, self.parameters[name], batch.inputs
+            )
             if values is not None:
                 sink(name, Dense(values.unsqueeze(1)), slice(0, len(batch)))
 
@@ -225,106 +230,110 @@ class GradientEngine:
         if isinstance(tensors, str):
             raise _PlanChangedError(f"{names[0]}: {tensors}")
         chosen = {name: self.parameters[name] for name in names}
-        for rows in self._slices(len(batch), names):
-            grads = gradients_by_vmap(self._model, self._values, chosen, batch.inputs, [t[rows] for t in tensors])
+        for rows in self._row_slices(len(batch), names):
+            replacements = [t[rows] for t in tensors]
+            grads = gradients_by_vmap(self._model, self._compute_losses, chosen, batch.inputs, replacements)
             for name in names:
                 sink(name, Dense(grads[name].reshape(rows.stop - rows.start, -1)), rows)
 
     def _run_loop(self, batch: Batch, names: Sequence[str], sink: Sink) -> None:
-        for rows in self._slices(len(batch), names):
+        for rows in self._row_slices(len(batch), names):
             singles = (self.batch(batch.ids[i : i + 1], batch.examples[i : i + 1]) for i in range(len(batch))[rows])
-            grads = [self._alone(single, names) for single in singles]
+            grads = [self._compute_single(single, names) for single in singles]
             for j, name in enumerate(names):
                 sink(name, Dense(torch.stack([g[j].flatten() for g in grads])), rows)
 
     def alone(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """Return one example's loss and its whole gradient [P] by autograd, computed by itself."""
+        """Return the loss and the gradient [P] of one example by autograd, in a batch of one."""
         single = self.batch(batch.ids[i : i + 1], batch.examples[i : i + 1])
-        return self.losses(single)[0].detach(), torch.cat([g.flatten() for g in self._alone(single)])
+        grads = self._compute_single(single, tuple(self.parameters))
+        return self.losses(single)[0].detach(), torch.cat([g.flatten() for g in grads])
 
     def together(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """Return one example's loss and its whole gradient [P] by autograd, computed among its batch."""
-        grads = self._autograd(lambda: self.losses(batch)[i], tuple(self.parameters)).of
+        """Return the loss and the gradient [P] of one example by autograd, in its batch."""
+        grads = plain_gradients(lambda: self.losses(batch)[i], list(self.parameters.values())).gradients
         return self.losses(batch)[i].detach(), torch.cat([g.flatten() for g in grads])
 
-    def _alone(self, single: Batch, names: Sequence[str] | None = None) -> list[Tensor]:
-        return self._autograd(lambda: self.losses(single).sum(), names or tuple(self.parameters)).of
+    def _compute_single(self, single: Batch, names: Sequence[str]) -> list[Tensor]:
+        """Return the gradients of a batch of one by autograd."""
+        return plain_gradients(lambda: self.losses(single).sum(), [self.parameters[name] for name in names]).gradients
 
-    def _autograd(
-        self, values: Callable[[], Tensor], names: Sequence[str], weighting: Weighting | None = None
-    ) -> PlainGradients:
-        return plain_gradients(values, [self.parameters[name] for name in names], weighting)
-
-    def _slices(self, batch: int, names: Sequence[str]) -> list[slice]:
-        """Return row slices whose materialised gradients stay in bounded memory."""
-        entries = sum(self.parameters[name].numel() for name in names)
-        step = max(1, _FALLBACK_ELEMENTS // entries)
+    def _row_slices(self, batch: int, names: Sequence[str]) -> list[slice]:
+        """Return slices of the batch whose materialised gradients have bounded size."""
+        elements = sum(self.parameters[name].numel() for name in names)
+        step = max(1, _FALLBACK_ELEMENTS // elements)
         return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
     def prove(self, batch: Batch) -> Plan:
-        """Find and prove the highest step that serves each parameter on this batch; what fell once stays down.
+        """Choose the first method that is correct for each parameter on this batch.
+
+        A method that failed once is not tried again.
 
         Raises:
-            TaskError: autograd cannot follow the loss back.
+            TaskError: autograd cannot differentiate the loss.
             NonFiniteError: a loss or gradient is NaN or infinite.
-            GradientProofError: no step of the ladder agrees with autograd.
+            GradientProofError: no method agrees with autograd.
         """
-        truth = self._truth(batch)
-        covered = {name for attributes in self._covered.values() for name in attributes.values()} | set(self._rows)
-        steps = {name: Step(RULE) for name in self.parameters} | self._fallen
-        steps.update({name: Step(NONE, "no loss of the first batch reaches it") for name in truth.unreached})
-        steps.update({name: Step(NONE, "it holds no numbers") for name in self._empty})
-        self._adopt(steps)
-        self._lower({name: "no layer rule covers it" for name in self.plan.names(RULE) if name not in covered})
-        for step in _ROUNDS:
-            failed = self._rule_failures(batch, truth) if step == RULE else self._failures(step, batch, truth)
-            if failed and step == LOOP:
+        truth = self._compute_truth(batch)
+        covered = {name for names in self._covered.values() for name in names.values()} | set(self._broadcast)
+        methods = {name: Method(RULE) for name in self.parameters} | self._fallbacks
+        methods.update({name: Method(NONE, "no loss of the first batch depends on it") for name in truth.unreached})
+        methods.update({name: Method(NONE, "it has no elements") for name in self._empty})
+        self._set_methods(methods)
+        self._use_next({name: "no layer rule covers it" for name in self.plan.names(RULE) if name not in covered})
+        for method in _ORDER:
+            failed = self._verify_rules(batch, truth) if method == RULE else self._verify(method, batch, truth)
+            if failed and method == LOOP:
                 raise GradientProofError(describe_unproven(failed))
-            self._lower(failed)
-        by_rows = {n for path, held in self._covered.items() if self._is_by_rows(path) for n in held.values()}
-        steps = {n: Step(RULE, _BY_ROWS) if n in by_rows and s.name == RULE else s for n, s in self.plan.steps.items()}
-        self._plan = replace(self.plan, steps=steps, rank_one=self._rank_one & set(self.plan.names(RULE)))
+            self._use_next(failed)
+        by_rows = {
+            name
+            for path, names in self._covered.items()
+            if id(self._model.get_submodule(path)) in self._layouts.by_rows
+            for name in names.values()
+        }
+        methods = {
+            name: Method(RULE, _BY_ROWS) if name in by_rows and method.name == RULE else method
+            for name, method in self.plan.steps.items()
+        }
+        self._plan = replace(self.plan, steps=methods, rank_one=self._rank_one & set(self.plan.names(RULE)))
         return self.plan
 
-    def _is_by_rows(self, path: str) -> bool:
-        return id(self._model.get_submodule(path)) in self._layouts.by_rows
+    def _use_next(self, failed: Mapping[str, str]) -> None:
+        """Let parameters use the next method, in this and every later verification."""
+        following = self.plan.next_methods(failed)
+        self._fallbacks.update(following)
+        self._set_methods({**self.plan.steps, **following})
 
-    def _lower(self, failed: Mapping[str, str]) -> None:
-        """Let parameters fall one step down, and stay there."""
-        lower = self.plan.lower(failed)
-        self._fallen.update(lower)
-        self._adopt({**self.plan.steps, **lower})
-
-    def _adopt(self, steps: Mapping[str, Step]) -> None:
-        self._plan = Plan(dict(steps), {name: p.numel() for name, p in self.parameters.items()})
-        ruled = set(self._plan.names(RULE)) | set(self._plan.names(NONE))
+    def _set_methods(self, methods: Mapping[str, Method]) -> None:
+        self._plan = Plan(dict(methods), {name: p.numel() for name, p in self.parameters.items()})
+        # Layers of parameters that no loss depends on are captured too, to know the layouts of their inputs.
+        captured = set(self._plan.names(RULE)) | set(self._plan.names(NONE))
         layers = {
-            path: {attribute: name for attribute, name in attributes.items() if name in ruled}
+            path: {attribute: name for attribute, name in attributes.items() if name in captured}
             for path, attributes in self._covered.items()
         }
-        layers = {path: held for path, held in layers.items() if held}
-        rows = {name: held for name, held in self._rows.items() if name in self._plan.names(RULE)}
-        self._capture = LayerCapture(self._model, layers, rows, self._layouts)
+        layers = {path: attributes for path, attributes in layers.items() if attributes}
+        broadcast = {name: holders for name, holders in self._broadcast.items() if name in self._plan.names(RULE)}
+        self._capture = LayerCapture(self._model, layers, broadcast, LayoutReader(self._layouts))
 
-    def _truth(self, batch: Batch) -> Truth:
-        names = tuple(self.parameters)
-
+    def _compute_truth(self, batch: Batch) -> Truth:
         def weights(half: bool) -> Tensor:
             return proof_weights(len(batch), self.checkpoint, half=half)
 
-        with self._followed(batch):
-            true = self._autograd(lambda: self.losses(batch), names, weights)
-        if not all(bool(torch.isfinite(grad).all()) for grad in true.of):
-            self._refuse_non_finite(batch)
+        with self._explain_autograd_errors(batch):
+            true = plain_gradients(lambda: self.losses(batch), list(self.parameters.values()), weights)
+        if not all(bool(torch.isfinite(grad).all()) for grad in true.gradients):
+            self._raise_nonfinite(batch)
         sums = {
             name: grad.reshape(len(grad), self.parameters[name].numel())
-            for name, grad in zip(names, true.of, strict=True)
+            for name, grad in zip(self.parameters, true.gradients, strict=True)
         }
-        unreached = tuple(name for name, hit in zip(names, true.reached, strict=True) if not hit)
+        unreached = tuple(name for name, reached in zip(self.parameters, true.reached, strict=True) if not reached)
         return Truth(weights(true.half), sums, unreached, true.half)
 
-    def _refuse_non_finite(self, batch: Batch) -> None:
-        """Refuse the first row whose own loss or gradient is not finite; a sum that overflows has none."""
+    def _raise_nonfinite(self, batch: Batch) -> None:
+        """Raise for the first row whose own loss or gradient is not finite; a sum that overflows has no such row."""
         check_finite(self.loss_values(batch), batch.ids, self.checkpoint)
         for i, row in enumerate(batch.ids):
             loss, grad = self.alone(batch, i)
@@ -333,11 +342,11 @@ class GradientEngine:
                 raise NonFiniteError(describe_nonfinite("gradient", row, self.checkpoint, got))
 
     @contextlib.contextmanager
-    def _followed(self, batch: Batch) -> Iterator[None]:
-        """Refuse a loss that fails for autograd's sake; what fails without it is the user's own error, shown as it is.
+    def _explain_autograd_errors(self, batch: Batch) -> Iterator[None]:
+        """Convert an error of autograd to a TaskError; an error of the user's loss without autograd is unchanged.
 
         Raises:
-            TaskError: autograd cannot follow the loss back.
+            TaskError: autograd cannot differentiate the loss.
         """
         try:
             yield
@@ -347,47 +356,43 @@ class GradientEngine:
             self.loss_values(batch)
             raise TaskError(describe_no_gradient(first_line(error))) from error
 
-    def _rule_failures(self, batch: Batch, truth: Truth) -> dict[str, str]:
-        """Return why the parameters that no rule serves fail, calls for all examples read as serves most of them."""
-        best = self._attempt(self._layouts, batch, truth)
+    def _verify_rules(self, batch: Batch, truth: Truth) -> dict[str, str]:
+        """Return why layer rules fail, by parameter, with the layouts for which fewest parameters fail."""
+        best = self._try_layouts(self._layouts, batch, truth)
 
-        def better(**reading: Any) -> _Attempt:
-            other = self._attempt(replace(best.tried, **reading), batch, truth)
+        def better(**layouts: Any) -> _Attempt:
+            other = self._try_layouts(replace(best.tried, **layouts), batch, truth)
             return other if len(other.failed) < len(best.failed) else best
 
-        if doubtful := best.layers(best.doubtful):
-            best = better(for_all=best.tried.for_all | doubtful)
-        for left in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
-            if best.failed and best.repeated - left:
-                best = better(repeated=left)
-        if batch_first := best.layers(best.batch_first):
+        if ambiguous := best.failed_layers(best.reader.ambiguous):
+            best = better(shared=best.tried.shared | ambiguous)
+        for repeated in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
+            if best.failed and best.reader.repeated - repeated:
+                best = better(repeated=repeated)
+        if batch_first := best.failed_layers(best.reader.batch_first):
             best = better(by_rows=best.tried.by_rows | batch_first)
-        self._layouts, self._rank_one = best.layouts, best.rank_one
+        self._layouts, self._rank_one = best.reader.layouts, best.rank_one
         return best.failed
 
-    def _attempt(self, layouts: Layouts, batch: Batch, truth: Truth) -> _Attempt:
-        capture = self._capture
-        capture.layouts = layouts
-        failed = self._failures(RULE, batch, truth)
-        return _Attempt(
-            failed, layouts, capture.layouts, self._rank_one, capture.repeated, capture.doubtful, capture.batch_first
-        )
+    def _try_layouts(self, layouts: Layouts, batch: Batch, truth: Truth) -> _Attempt:
+        self._capture.reader = LayoutReader(layouts)
+        failed = self._verify(RULE, batch, truth)
+        return _Attempt(failed, layouts, self._capture.reader, self._rank_one)
 
-    def _failures(self, step: str, batch: Batch, truth: Truth) -> dict[str, str]:
-        """Return why each parameter that this step cannot serve fails."""
-        names = self.plan.names(step)
-        # Layers whose parameters no loss reaches are run as well: how their inputs are laid out is to be known.
-        if not names and (step != RULE or not self.plan.names(NONE)):
+    def _verify(self, method: str, batch: Batch, truth: Truth) -> dict[str, str]:
+        """Return why a method fails, by parameter."""
+        names = self.plan.names(method)
+        if not names and (method != RULE or not self.plan.names(NONE)):
             return {}
         proof = ProofSink(truth.weights_KB)
-        sink = self._widening(proof)
+        sink = self._convert_forms(proof)
         try:
-            if step == RULE:
+            if method == RULE:
                 own = tensors_within(batch.inputs)
                 self._capture.run(lambda: self.losses(batch), len(batch), sink, proving=own)
-            elif step == FORWARD:
+            elif method == FORWARD:
                 self._run_forward(batch, names, sink)
-            elif step == VMAP:
+            elif method == VMAP:
                 why = batched_tensors(batch.inputs, len(batch))
                 if isinstance(why, str):
                     return dict.fromkeys(names, why)
@@ -395,36 +400,45 @@ class GradientEngine:
             else:
                 self._run_loop(batch, names, sink)
         except Exception as error:
-            ours = step == RULE and self._capture.repeated
-            if step == LOOP or isinstance(error, torch.OutOfMemoryError) or (isinstance(error, TaskError) and not ours):
+            # A TaskError may be due to repeated outputs or parameters; otherwise it is the user's own error.
+            is_repeated = method == RULE and self._capture.reader.repeated
+            if (
+                method == LOOP
+                or isinstance(error, torch.OutOfMemoryError)
+                or (isinstance(error, TaskError) and not is_repeated)
+            ):
                 raise
-            return dict.fromkeys(names, f"{step} fails: {first_line(error)}")
-        if step == RULE:
+            return dict.fromkeys(names, f"{method} fails: {first_line(error)}")
+        if method == RULE:
             self._rank_one = proof.rank_one
-        failed = dict(self._capture.failures) if step == RULE else {}
+        failed = dict(self._capture.failures) if method == RULE else {}
         for name in names:
-            if name not in failed and (why := truth.disagreement(name, proof)):
-                failed[name] = f"{step} {why}"
+            if name not in failed and (why := truth.describe_disagreement(name, proof)):
+                failed[name] = f"{method} {why}"
         return {name: why for name, why in failed.items() if name in names}
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What came of one reading of layers' inputs: why parameters fail, and the layouts before and after."""
+    """The result of verifying layer rules with some layouts.
+
+    Attributes:
+        failed: why rules fail, by parameter.
+        tried: the layouts.
+        reader: the reader after the run.
+        rank_one: parameters whose gradients are one outer product per example.
+    """
 
     failed: dict[str, str]
     tried: Layouts
-    layouts: Layouts
+    reader: LayoutReader
     rank_one: frozenset[str]
-    repeated: frozenset[str]
-    doubtful: Mapping[str, frozenset[int]]
-    batch_first: Mapping[str, frozenset[int]]
 
-    def layers(self, of: Mapping[str, frozenset[int]]) -> frozenset[int]:
+    def failed_layers(self, by_parameter: Mapping[str, frozenset[int]]) -> frozenset[int]:
         """Return those of some layers, by parameter, whose parameters fail."""
-        return frozenset(layer for name, layers in of.items() if name in self.failed for layer in layers)
+        return frozenset(layer for name, layers in by_parameter.items() if name in self.failed for layer in layers)
 
 
-def _is_checked(n_batches: int) -> bool:
-    """Return whether a batch, n after the proof, is checked for inputs that are no longer batch first."""
+def _is_check_due(n_batches: int) -> bool:
+    """Return whether the inputs of a batch, n after the verified one, are checked to be batch first."""
     return n_batches in _CHECKED_FIRST or (n_batches > 0 and n_batches % _CHECK_EVERY == 0)

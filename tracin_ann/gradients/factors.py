@@ -1,23 +1,23 @@
-"""Per-example gradients of one parameter, kept as the factors that backward gives.
+"""Factor forms of the per-example gradients of one parameter, and their inner products, sums and norms.
 
-Four forms cover all: `Outer` (a matrix that is a sum over positions of outer products: Linear
-layers), `Convolution` (see convolution.py), `Rows` (an embedding's scattered rows) and `Dense` (the
-gradient itself: biases, norm layers, the fallbacks). A parameter of shape (R, c1, c2, ...) is read as
-a matrix [R, C] with C = c1·c2·…; P = R·C. What a sketch, an inner product or a norm needs is asked of
-the form, so that a per-example gradient is materialised only where that is cheaper, and in blocks.
+There are four forms: `Outer` (a matrix that is a sum of outer products over positions: linear layers), `Convolution`
+(see convolution_factor.py), `Rows` (scattered rows: embeddings) and `Dense` (the gradient itself: biases, norm layers,
+and all parameters without a layer rule). A parameter of shape (R, c1, c2, ...) is treated as a matrix [R, C] with
+C = c1·c2·…; P = R·C. Sketches, inner products and norms are computed from the form. A per-example gradient is
+materialised only where that costs less, and then in blocks.
 
 Shapes: B batch, T positions, R rows and C columns of the parameter, P = R·C, Q queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from tracin_ann.gradients.convolution import Convolution
+from tracin_ann.gradients.convolution_factor import Convolution
 
 _BLOCK_ELEMENTS = 1 << 24
 
@@ -30,7 +30,7 @@ class Outer:
     right_BTC: Tensor
 
     def __post_init__(self) -> None:
-        """Check that both sides speak of the same positions."""
+        """Check that both sides have the same examples and positions."""
         assert self.left_BTR.dim() == self.right_BTC.dim() == 3  # noqa: PLR2004
         assert self.left_BTR.shape[:2] == self.right_BTC.shape[:2]
 
@@ -46,14 +46,14 @@ class Outer:
 
 @dataclass(frozen=True)
 class Rows:
-    """grad_b[index_bt] += value_bt: an embedding; rows that are to get nothing carry a zero value."""
+    """grad_b[index_bt] += value_bt: an embedding; a position without a gradient has value zero."""
 
     index_BT: Tensor
     value_BTC: Tensor
     n_rows: int
 
     def __post_init__(self) -> None:
-        """Check that the indices are what scattering and gathering take."""
+        """Check that the indices have the dtype that scatter and gather require."""
         assert self.index_BT.dtype is torch.int64
 
     @property
@@ -74,7 +74,7 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return (P, 1): a flat gradient knows no columns."""
+        """Return (P, 1): a flat gradient has one column."""
         return self.grad_BP.shape[1], 1
 
     def __getitem__(self, rows: slice | Tensor) -> Dense:
@@ -83,6 +83,9 @@ class Dense:
 
 
 Form = Outer | Convolution | Rows | Dense
+
+Sink = Callable[[str, Form, slice], None]
+"""A consumer of gradient forms, called with (parameter name, form, rows of the batch)."""
 
 
 def batch_size(form: Form) -> int:
@@ -95,9 +98,9 @@ def batch_size(form: Form) -> int:
 
 
 def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, grad [B, n]): the materialised gradient's flat columns from `start`, in order.
+    """Yield (start, grad [B, n]): consecutive blocks of the materialised, flattened gradients, from column `start`.
 
-    A block holds about `elements` numbers, and whole rows of the parameter.
+    A block has about `elements` numbers, and complete rows of the parameter.
     """
     n_rows, n_columns = form.shape
     step = max(1, elements // max(1, batch_size(form) * n_columns))
@@ -111,13 +114,13 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
         elif isinstance(form, Convolution):
             block = form.output_channels(start, stop).as_weight().flatten(1)
         elif isinstance(form, Rows):
-            block = _scattered(form, start, stop)
+            block = _scatter_rows(form, start, stop)
         else:
             block = form.grad_BP[:, start:stop]
         yield start * n_columns, block
 
 
-def _scattered(form: Rows, start: int, stop: int) -> Tensor:
+def _scatter_rows(form: Rows, start: int, stop: int) -> Tensor:
     batch, _, columns = form.value_BTC.shape
     inside = (form.index_BT >= start) & (form.index_BT < stop)
     index = (form.index_BT - start).clamp(0, stop - start - 1)
@@ -133,7 +136,7 @@ def materialise(form: Form) -> Tensor:
 
 
 def weighted_sums(form: Form, weights_KB: Tensor) -> Tensor:
-    """Return weighted sums of the per-example gradients, [K, P], without gradients of examples where they are large."""
+    """Return weighted sums of the per-example gradients, [K, P]; large gradients are not materialised per example."""
     if isinstance(form, Dense):
         return weights_KB.to(form.grad_BP) @ form.grad_BP
     if isinstance(form, Convolution):
@@ -153,7 +156,7 @@ def _weighted_sum(form: Outer | Rows, weights_B11: Tensor) -> Tensor:
 
 
 def inner(form: Form, direction_QP: Tensor) -> Tensor:
-    """Return the per-example inner products [B, Q] with Q directions of the parameter, flattened."""
+    """Return the per-example inner products [B, Q] with Q flattened directions [Q, P]."""
     if isinstance(form, Rows):
         return _rows_inner(form, direction_QP)
     if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
@@ -164,29 +167,29 @@ def inner(form: Form, direction_QP: Tensor) -> Tensor:
     return total
 
 
-def inner_where(form: Form, direction_QP: Tensor, wanted_BQ: Tensor) -> Tensor:
-    """Return the per-example inner products [B, Q] that are wanted, others as they come.
+def inner_where(form: Form, direction_QP: Tensor, requested_BQ: Tensor) -> Tensor:
+    """Return the requested per-example inner products [B, Q]; the other entries are unspecified.
 
     Args:
         form: of one parameter.
         direction_QP: directions of the parameter, flattened.
-        wanted_BQ: bool, on the CPU.
+        requested_BQ: bool, on the CPU.
     """
-    asked = wanted_BQ.any(0).nonzero()[:, 0]
-    total = direction_QP.new_zeros(wanted_BQ.shape)
-    if not len(asked):
+    queries = requested_BQ.any(0).nonzero()[:, 0]
+    total = direction_QP.new_zeros(requested_BQ.shape)
+    if not len(queries):
         return total
     if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
-        # The directions are large and each is wanted by few: none is copied.
-        for query in asked.tolist():
-            rows = wanted_BQ[:, query].nonzero()[:, 0].to(total.device)
+        # The directions are large, and few examples need each of them: none is copied.
+        for query in queries.tolist():
+            rows = requested_BQ[:, query].nonzero()[:, 0].to(total.device)
             few = Outer(form.left_BTR[rows], form.right_BTC[rows])
             total[rows, query] = _outer_inner(few, direction_QP[query : query + 1])[:, 0]
         return total
-    if 2 * len(asked) > len(direction_QP):
+    if 2 * len(queries) > len(direction_QP):
         return inner(form, direction_QP)
-    asked = asked.to(total.device)
-    total[:, asked] = inner(form, direction_QP[asked])
+    queries = queries.to(total.device)
+    total[:, queries] = inner(form, direction_QP[queries])
     return total
 
 
@@ -198,8 +201,8 @@ def _outer_inner(form: Outer, direction_QP: Tensor) -> Tensor:
     step = max(1, _BLOCK_ELEMENTS // max(1, len(left_BR) * n_rows))
     for start in range(0, len(direction_QP), step):
         direction_qRC = direction_QP[start : start + step].view(-1, n_rows, n_columns)
-        seen_BqR = (right_BC @ direction_qRC.flatten(0, 1).T).view(len(left_BR), -1, n_rows)
-        total[:, start : start + step] = (seen_BqR @ left_BR[:, :, None])[:, :, 0]
+        product_BqR = (right_BC @ direction_qRC.flatten(0, 1).T).view(len(left_BR), -1, n_rows)
+        total[:, start : start + step] = (product_BqR @ left_BR[:, :, None])[:, :, 0]
     return total
 
 
@@ -209,27 +212,27 @@ def _rows_inner(form: Rows, direction_QP: Tensor) -> Tensor:
 
 
 def squared_norm(forms: Sequence[Form]) -> Tensor:
-    """Return ‖Σ forms‖² an example, [B]: one parameter's forms, one for each use in the forward."""
-    merged = _merged(forms)
+    """Return ‖Σ forms‖² of each example, [B], over the forms of one parameter, one for each use in the forward."""
+    merged = _merge(forms)
     if len(merged) > 1:
-        blocks = zip(*(_row_aligned(form) for form in merged), strict=True)
+        blocks = zip(*(_split_examples(form) for form in merged), strict=True)
         return torch.cat([torch.stack(parts).sum(0).square().sum(1) for parts in blocks])
     form = merged[0]
-    if isinstance(form, Outer) and _gram_is_cheaper(form):
+    if isinstance(form, Outer) and _is_gram_cheaper(form):
         return ((form.left_BTR @ form.left_BTR.mT) * (form.right_BTC @ form.right_BTC.mT)).sum((1, 2))
     if isinstance(form, Rows):
-        alike = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
-        return ((form.value_BTC @ form.value_BTC.mT) * alike).sum((1, 2))
+        same_row = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
+        return ((form.value_BTC @ form.value_BTC.mT) * same_row).sum((1, 2))
     return torch.stack([block.square().sum(1) for _, block in column_blocks(form)]).sum(0)
 
 
 def form_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """Return what all forms of these parameters are in: float64 where one of them is, else float32."""
+    """Return the dtype of all forms of these parameters: float64 if one of them has it, otherwise float32."""
     return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
 def convert(form: Form, dtype: torch.dtype) -> Form:
-    """Return the form in another floating dtype; itself where it is in that."""
+    """Return the form in another floating-point dtype, or the form itself if it has that dtype."""
     values = {field.name: getattr(form, field.name) for field in fields(form)}
     floating = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if all(v.dtype == dtype for v in floating.values()):
@@ -237,8 +240,8 @@ def convert(form: Form, dtype: torch.dtype) -> Form:
     return replace(form, **{k: v.to(dtype) for k, v in floating.items()})  # type: ignore[arg-type]
 
 
-def _merged(forms: Sequence[Form]) -> list[Form]:
-    """Join forms of one kind: positions of several calls are just more positions."""
+def _merge(forms: Sequence[Form]) -> list[Form]:
+    """Join the forms of each kind: the positions of several calls are concatenated."""
     outer = [f for f in forms if isinstance(f, Outer)]
     rows = [f for f in forms if isinstance(f, Rows)]
     dense = [f for f in forms if isinstance(f, Dense)]
@@ -258,13 +261,13 @@ def _merged(forms: Sequence[Form]) -> list[Form]:
     return merged
 
 
-def _row_aligned(form: Form) -> Iterator[Tensor]:
-    """Yield the whole gradient of one example after another, so that unlike forms can be added."""
+def _split_examples(form: Form) -> Iterator[Tensor]:
+    """Yield the materialised gradient of each example, so that different kinds of forms can be added."""
     for example in range(batch_size(form)):
         yield materialise(form[example : example + 1])
 
 
-def _gram_is_cheaper(form: Outer) -> bool:
+def _is_gram_cheaper(form: Outer) -> bool:
     _, positions, rows = form.left_BTR.shape
     columns = form.right_BTC.shape[2]
     return positions * (rows + columns) < rows * columns

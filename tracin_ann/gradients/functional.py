@@ -1,4 +1,4 @@
-"""Per-example gradients by torch.func, for parameters that no layer rule serves."""
+"""Per-example gradients by `torch.func` and forward mode, for parameters without a layer rule."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def gradients_by_vmap(
     Args:
         model: the model.
         losses: `(model, batch) -> Tensor[B]`.
-        parameters: those wanted, by name.
+        parameters: the parameters by name.
         inputs: a batch.
-        tensors: what the batch's tensors are replaced by, in walk order; B rows each.
+        tensors: replacements of the batch's tensors, in the order of a walk over the batch; B rows each.
     """
     wrapped = _LossModule(model, losses)
 
@@ -36,7 +36,7 @@ def gradients_by_vmap(
         return functional_call(wrapped, parameters, (batch,)).squeeze(0)  # type: ignore[no-any-return]
 
     own = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-    # `functional_call` on a model that holds one submodule twice leaves swapped tensors behind.
+    # `functional_call` does not restore the tensors of a model that has one submodule twice.
     with preserve_registry(model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         grads, _ = vmap(grad_and_value(one), in_dims=(None, *([0] * len(tensors))))(own, *tensors)
@@ -46,9 +46,9 @@ def gradients_by_vmap(
 def derivatives_by_forward_mode(
     model: nn.Module, losses: Losses, name: str, parameter: Tensor, inputs: Any
 ) -> Tensor | None:
-    """Return the losses' derivatives [B] by a parameter of one number, in one forward; None where there are none.
+    """Return the losses' derivatives [B] by a parameter with one element, in one forward; None if there is no tangent.
 
-    All examples share the number, so that one tangent gives each example's own derivative.
+    All examples use the same element, so one tangent gives the derivative of each example.
     """
     with (
         forward_ad.dual_level(),
@@ -56,7 +56,7 @@ def derivatives_by_forward_mode(
         sdpa_kernel(SDPBackend.MATH),
         warnings.catch_warnings(),
     ):
-        # PyTorch's own first use of forward mode.
+        # PyTorch itself emits this warning when forward mode is first used.
         warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
         dual = forward_ad.make_dual(parameter.detach(), torch.ones_like(parameter))  # type: ignore[no-untyped-call]
         values = functional_call(_LossModule(model, losses), {f"model.{name}": dual}, (inputs,))
@@ -65,7 +65,7 @@ def derivatives_by_forward_mode(
 
 
 class _LossModule(nn.Module):
-    """The user's loss as a module, so that the parameters in all of it can be swapped."""
+    """The user's loss as a module, so that `functional_call` replaces parameters in all of it."""
 
     def __init__(self, model: nn.Module, losses: Losses) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The plan of gradients: which step of the ladder serves which parameter, and why not a higher one."""
+"""The gradient plan: the method that computes the gradients of each parameter, and the order of the methods."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 RULE, FORWARD, VMAP, LOOP, NONE = "layer rule", "forward mode", "vmap(grad)", "loop", "no gradient"
-STEPS = (RULE, FORWARD, VMAP, LOOP)
-_FEW_NUMBERS = 4
+METHODS = (RULE, FORWARD, VMAP, LOOP)
+_FEW_SCALARS = 4
 
 
 @dataclass(frozen=True)
-class Step:
-    """Which step of the ladder serves a parameter, and why not the one above."""
+class Method:
+    """The gradient method of a parameter.
+
+    Attributes:
+        name: `RULE`, `FORWARD`, `VMAP`, `LOOP` or `NONE`.
+        reason: why the method before it is not used, or how it computes the gradients; may be empty.
+    """
 
     name: str
     reason: str = ""
@@ -20,41 +25,44 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which step serves which parameter.
+    """The gradient methods of all parameters.
 
     Attributes:
-        steps: by parameter, in the model's order.
-        sizes: the parameters' numbers of entries.
-        rank_one: parameters whose layer the proof's batch called once an example, at one position.
+        steps: the method of each parameter, in the model's order.
+        sizes: the parameters' numbers of elements.
+        rank_one: parameters whose layer was called once per example, at one position, in the verified batch.
     """
 
-    steps: Mapping[str, Step]
+    steps: Mapping[str, Method]
     sizes: Mapping[str, int]
     rank_one: frozenset[str] = frozenset()
 
-    def names(self, step: str) -> tuple[str, ...]:
-        """Return the parameters that a step serves, in the model's order."""
-        return tuple(name for name, chosen in self.steps.items() if chosen.name == step)
+    def names(self, method: str) -> tuple[str, ...]:
+        """Return the parameters that use a method, in the model's order."""
+        return tuple(name for name, chosen in self.steps.items() if chosen.name == method)
 
-    def lower(self, failed: Mapping[str, str]) -> dict[str, Step]:
-        """Return the next steps of parameters that theirs does not serve, by parameter and reason.
+    def next_methods(self, failed: Mapping[str, str]) -> dict[str, Method]:
+        """Return the next method of each parameter whose method fails.
 
-        Forward mode costs a forward for each parameter and is for those of one number: before a pass of
-        `vmap(grad)` where they are few, else before the loop.
+        Forward mode costs a forward for each parameter, and is used for parameters with one element only: before
+        `vmap(grad)` if there are few of them, otherwise before the loop.
+
+        Args:
+            failed: why the method fails, by parameter.
         """
-        numbers = sum(
+        scalars = sum(
             size == 1 and (name in failed or self.steps[name].name not in (RULE, NONE))
             for name, size in self.sizes.items()
         )
-        forward_first = numbers <= _FEW_NUMBERS
-        lower = {}
+        is_forward_first = scalars <= _FEW_SCALARS
+        following = {}
         for name, why in failed.items():
-            ladder = [RULE, VMAP, LOOP]
+            order = [RULE, VMAP, LOOP]
             if self.sizes[name] == 1:
-                ladder.insert(1 if forward_first else 2, FORWARD)
-            lower[name] = Step(ladder[ladder.index(self.steps[name].name) + 1], why)
-        return lower
+                order.insert(1 if is_forward_first else 2, FORWARD)
+            following[name] = Method(order[order.index(self.steps[name].name) + 1], why)
+        return following
 
-    def share(self, step: str) -> float:
-        """Return the share of parameter entries that a step serves."""
-        return sum(self.sizes[name] for name in self.names(step)) / sum(self.sizes.values())
+    def share(self, method: str) -> float:
+        """Return the share of parameter elements whose gradients a method computes."""
+        return sum(self.sizes[name] for name in self.names(method)) / sum(self.sizes.values())

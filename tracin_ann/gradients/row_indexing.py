@@ -1,7 +1,7 @@
-"""Row moves: does a forward pick rows by index, so that a layer behind may see examples in another order or number?
+"""Detection of forwards that select rows by index.
 
-A layer that runs on chosen positions, or on examples sorted by length, may be batch first in the batch that is proven
-and not in the next. Nothing in the shapes tells; the operation that moved the rows does.
+A layer that runs on selected positions, or on examples sorted by length, may be batch first in the verified batch and
+not in the next one. Shapes do not show this; the operation that selected the rows does.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-# What computes indices or orders from data.
+# Operations that compute indices or orders from data.
 _ORDERS = {_aten.nonzero, _aten.sort, _aten.argsort, _aten.topk, _aten.unique_dim, _aten._unique2}
-_PICKS = {_aten.masked_select, _aten._pack_padded_sequence}
+# Operations that always select rows.
+_SELECTIONS = {_aten.masked_select, _aten._pack_padded_sequence}
 
 
-class RowMoves(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches a forward; `seen` is whether rows of activations or of the batch's own tensors have been picked so far.
+class RowIndexingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records in `seen` whether rows of activations or of the batch's own tensors have been selected so far.
 
     Args:
         own: the batch's tensors.
@@ -29,7 +30,7 @@ class RowMoves(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, own: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own if tensor.layout is torch.strided}
-        self._ordered = False
+        self._has_order = False
         self.seen = False
 
     def __torch_dispatch__(
@@ -39,28 +40,28 @@ class RowMoves(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operation, and note what it does."""
+        """Run the operation, and record whether it selects rows."""
         packet: Callable[..., Any] = func.overloadpacket
-        self._ordered |= packet in _ORDERS
-        self.seen |= packet in _PICKS or self._picks_rows(packet, args)
+        self._has_order |= packet in _ORDERS
+        self.seen |= packet in _SELECTIONS or self._selects_rows(packet, args)
         return func(*args, **(kwargs or {}))
 
-    def _picks_rows(self, packet: Any, args: tuple[Any, ...]) -> bool:
+    def _selects_rows(self, packet: Any, args: tuple[Any, ...]) -> bool:
         if packet is _aten.index:
             source, index = args[0], args[1][0]
         elif packet in (_aten.index_select, _aten.gather) and args[1] == 0:
             source, index = args[0], args[2]
         else:
             return False
-        if index is None or not self._is_watched(source):
+        if index is None or not self._may_have_examples(source):
             return False
-        return index.dtype is torch.bool or self._ordered or not _is_in_order(index, len(source))
+        return index.dtype is torch.bool or self._has_order or not _is_in_order(index, len(source))
 
-    def _is_watched(self, source: Tensor) -> bool:
-        """Return whether a tensor's rows may be the examples': tables, such as of positions, are looked up freely."""
+    def _may_have_examples(self, source: Tensor) -> bool:
+        """Return whether a tensor's rows may be examples: activations or the batch, not tables such as positions."""
         return source.requires_grad or source.untyped_storage().data_ptr() in self._own
 
 
 def _is_in_order(index: Tensor, n_rows: int) -> bool:
-    """Return whether an index takes every row once, in order."""
+    """Return whether an index selects every row once, in order."""
     return index.numel() == n_rows and bool((index.flatten() == torch.arange(n_rows, device=index.device)).all())

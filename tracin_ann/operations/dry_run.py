@@ -1,4 +1,4 @@
-"""What a build would do and take, by `--dry-run`: the plan, from the probes and a few timed batches."""
+"""The plan of a build (`--dry-run`): what it would do, and the time, memory and disk space that it would take."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ import numpy as np
 
 from tracin_ann.build import open_build
 from tracin_ann.config import BuildConfig
-from tracin_ann.features import RunSettings, measure_row_seconds
+from tracin_ann.features import BatchSettings, measure_row_seconds
 from tracin_ann.gradients import Plan
 from tracin_ann.search import IVFParams, choose_index
 from tracin_ann.sketch import ParameterKey
-from tracin_ann.store import FEATURES, FeatureStore, refuse_foreign_files
+from tracin_ann.store import FEATURES, FeatureStore, reject_foreign_files
 from tracin_ann.task import Task
 
-_BESIDES_BYTES = 8 + 2 + 8 + 4
+# Bytes of a row's columns in a feature file: id, exponent, squared norm, loss.
+_COLUMN_BYTES = 8 + 2 + 8 + 4
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build would do, by `--dry-run`: nothing is written.
+    """The plan of a build.
 
     Attributes:
         rows: N.
         feature_dim: F = C·D.
         disk_bytes: size of the feature files and the index.
-        memory_bytes: largest arrays that the build holds at once, a batch's activations counted, weights not.
-        seconds: time for all rows and checkpoints, from a few timed batches.
-        row_seconds: time for one row at one checkpoint, reading not counted.
+        memory_bytes: largest arrays in memory at the same time, including a batch's activations, without weights.
+        seconds: time for all rows and checkpoints, estimated from a few timed batches.
+        row_seconds: time for one row at one checkpoint, without reading the row.
         tuned: batch size and memory format.
-        index_kind: the search index and why.
-        gradients: which step of the ladder serves which parameter.
-        sketches: what the sketch does with each parameter.
-        frozen: parameters of the model that do not take part.
-        notes: in a line each, how checkpoints were read whose files are no plain state_dict.
+        index_kind: kind of search index.
+        index_reason: why this kind is chosen.
+        gradients: the gradient method of each parameter.
+        sketches: how the sketch projects each parameter's gradients.
+        frozen: parameters of the model whose gradients are not used.
+        notes: how checkpoint files that are not plain state_dicts are read, one line each.
     """
 
     rows: int
@@ -46,7 +48,7 @@ class BuildPlan:
     memory_bytes: int
     seconds: float
     row_seconds: float
-    tuned: RunSettings
+    tuned: BatchSettings
     index_kind: str
     index_reason: str
     gradients: Plan
@@ -65,12 +67,12 @@ def plan(
     """Return what `build` with these arguments would do; writes nothing.
 
     Raises:
-        TracinAnnError: whatever `build` would refuse before any work.
+        TracinAnnError: every error that `build` raises before it starts to compute features.
     """
     config = config or BuildConfig()
     work = open_build(task, Path(out), config, arguments)
-    with work.passes.model() as model:
-        refuse_foreign_files(work.out)
+    with work.runner.model() as model:
+        reject_foreign_files(work.out)
         start = work.prepare(model)
         missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
         record = config.agree_on_batches(start.record, len(missing), str(work.out))
@@ -81,14 +83,16 @@ def plan(
         choice = choose_index(config.index, n_rows, dim)
         stored = np.dtype(config.dtype).itemsize
         lists = IVFParams(codes=config.codes)
-        index_bytes = lists.bytes_for(n_rows, dim) if choice.kind == "ivf" else 0
+        index_bytes = lists.estimate_bytes(n_rows, dim) if choice.kind == "ivf" else 0
         block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
         return BuildPlan(
             rows=n_rows,
             feature_dim=dim,
-            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _BESIDES_BYTES + index_bytes,
+            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _COLUMN_BYTES + index_bytes,
             memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
-            seconds=n_rows * layout.n_checkpoints * (row_seconds + _reading(chosen, row_seconds, config.workers)),
+            seconds=n_rows
+            * layout.n_checkpoints
+            * (row_seconds + _visible_read_seconds(chosen, row_seconds, config.workers)),
             row_seconds=row_seconds,
             tuned=chosen,
             index_kind=choice.kind,
@@ -99,11 +103,11 @@ def plan(
                 for p in record.spec.parameters
             },
             frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
-            notes=work.passes.loader.notes,
+            notes=work.runner.loader.notes,
         )
 
 
-def _reading(chosen: RunSettings, row_seconds: float, workers: int) -> float:
-    """Return the seconds that reading adds to a row: none where workers hide it."""
+def _visible_read_seconds(chosen: BatchSettings, row_seconds: float, workers: int) -> float:
+    """Return the seconds that reading adds to a row; 0 if workers read as fast as features are computed."""
     hidden = workers > 0 and chosen.read_seconds / workers < row_seconds
     return 0.0 if hidden else chosen.read_seconds / max(1, workers)

@@ -1,4 +1,4 @@
-"""Rows taken out of the answers: their ids are kept with the index, from one generation to the next."""
+"""Removal of training rows from the answers of an index."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tracin_ann.store import (
     Manifest,
     carry_over,
     check_generation,
+    clean_up,
     generation_number,
     hold_writer_lock,
     make_next_folder,
@@ -21,23 +22,22 @@ from tracin_ann.store import (
     read_current,
     read_removed_ids,
     read_skipped_rows,
-    tidy,
     write_removed,
 )
 
 
 def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
-    """Take training rows out of every answer from now on; return the current generation's manifest.
+    """Remove training rows from all later answers, and return the manifest of the new generation.
 
-    Their features stay on disk until a new index is built, and `train_data` must keep them in their places. Where
-    all were removed before, nothing changes.
+    The features of removed rows remain on disk until a new index is built, and `train_data` must still contain the
+    rows at their positions. If all rows are removed already, there is no new generation.
 
     Args:
-        directory: of a finished index.
-        ids: rows of train_data.
+        directory: a finished index.
+        ids: positions of the rows in `train_data`.
 
     Raises:
-        UsageError: an id is out of range, there is none, or no row would be left.
+        UsageError: an id is out of range, `ids` is empty, or no row would be left.
         BusyIndexError: another process is writing the index.
         DamagedIndexError: there is no finished index.
     """
@@ -58,11 +58,11 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
                 problem("no row would be left", got=f"{n_rows} rows to remove", expected="some", remedy="change --ids")
             )
         if len(removed) == len(before):
-            tidy(out, manifest)
+            clean_up(out, manifest)
             return manifest
         folder = make_next_folder(out, manifest)
-        kept = [record for record in manifest.own_files if record != manifest.removed]
-        carry_over(out, manifest, folder, kept)
-        made = replace(manifest, generation=generation_number(folder), removed=write_removed(folder, removed))
-        publish(out, made)
-    return made
+        unchanged = [record for record in manifest.own_files if record != manifest.removed]
+        carry_over(out, manifest, folder, unchanged)
+        next_manifest = replace(manifest, generation=generation_number(folder), removed=write_removed(folder, removed))
+        publish(out, next_manifest)
+    return next_manifest

@@ -1,4 +1,8 @@
-"""Is an index what was built? Every byte against the manifest's digests, the lists against the features; and repair."""
+"""Verification, audit and repair of an index.
+
+`verify` reads every byte and compares it with the manifest, and the inverted lists with the features. `audit` compares
+stored rows with gradients by plain autograd. `repair` rebuilds damaged files from the task.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from tracin_ann.features import (
     Auditor,
     AuditResult,
     IndexTask,
-    PassOptions,
+    RunOptions,
     draw_places,
     load_index_task,
     read_generation_canaries,
@@ -33,6 +37,8 @@ from tracin_ann.store import (
     FileRecord,
     Manifest,
     check_file,
+    check_manifest_copy,
+    clean_up,
     generation_folder,
     hold_writer_lock,
     list_generations,
@@ -41,21 +47,20 @@ from tracin_ann.store import (
     read_removed_ids,
     read_skipped_rows,
     read_unlisted_ids,
-    refuse_links,
-    refuse_other_copy,
+    reject_links,
     select_listed_rows,
-    tidy,
     write_build_record,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference
 from tracin_ann.types import ProgressCallback, ignore_progress
 
-_LOOKED_AT = 1000
+# Rows of the inverted lists that are compared with the features.
+_CHECKED_VECTORS = 1000
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what was written, and in one line what is wrong with it."""
+    """A damaged file, and a line that describes the damage."""
 
     path: Path
     message: str
@@ -63,7 +68,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What a verification saw: the damage, and how many files of how many bytes it read."""
+    """The damage that a verification found, and the number of files and bytes that it read."""
 
     damage: tuple[Damage, ...]
     files: int
@@ -71,12 +76,12 @@ class VerificationResult:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What an audit draws.
+class AuditSample:
+    """The random sample of rows that an audit compares.
 
     Attributes:
-        rows: how many, each at one checkpoint; all if there are fewer.
-        seed: which; None: by the index's spec, so that the same index draws the same rows.
+        rows: the number of rows, each at one checkpoint; all rows if the index has fewer.
+        seed: seed of the sample; None: derived from the index's spec, so that each audit compares the same rows.
     """
 
     rows: int
@@ -84,27 +89,27 @@ class Draw:
 
 
 def verify(directory: str | os.PathLike[str], progress: ProgressCallback | None = None) -> VerificationResult:
-    """Read every byte of an index's current generation and return all that is damaged.
+    """Read every byte of an index's current generation and return all damage.
 
     Raises:
         DamagedIndexError: no manifest can be read, or there is none.
     """
     out = Path(directory)
-    found = list(_manifests(out))
-    manifest = _best(out)
+    damage = list(_check_manifests(out))
+    manifest = _read_best_manifest(out)
     own = generation_folder(out, manifest.generation)
-    names = [(own, record) for record in manifest.own_files] + [(out / FEATURES, r) for r in manifest.features]
-    whole = set()
-    for done, (place, record) in enumerate(names):
+    files = [(own, record) for record in manifest.own_files] + [(out / FEATURES, r) for r in manifest.features]
+    intact = set()
+    for done, (place, record) in enumerate(files):
         try:
             check_file(place, record, deep=True)
-            whole.add(record.name)
+            intact.add(record.name)
         except DamagedIndexError as error:
-            found.append(Damage(place / record.name, _where(place / record.name) or str(error)))
+            damage.append(Damage(place / record.name, _describe_altered_rows(place / record.name) or str(error)))
         if progress is not None:
-            progress("files", done + 1, len(names))
-    found += _contents(out, manifest, whole)
-    return VerificationResult(tuple(found), len(names) + 2, sum(record.size for _, record in names))
+            progress("files", done + 1, len(files))
+    damage += _check_contents(out, manifest, intact)
+    return VerificationResult(tuple(damage), len(files) + 2, sum(record.size for _, record in files))
 
 
 def repair(
@@ -115,139 +120,150 @@ def repair(
     device: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> BuildReport | None:
-    """Make anew what `verify` finds damaged, and nothing else; None where nothing had to be computed.
+    """Rebuild the files that `verify` finds damaged, and remove leftovers of interrupted writers.
 
-    What killed writers left is swept.
+    Returns:
+        The report of the build, or None if nothing had to be computed.
 
     Args:
-        directory: of an index.
-        task: the task, or its name where it moved; None: as the build was told.
-        arguments: for a task that is a function; None: as the build was told.
-        device: `auto` or a device's name.
+        directory: the index.
+        task: the task, or its name if it has moved; None: the task of the build.
+        arguments: arguments of a task that is a function; None: those of the build.
+        device: `auto` or the name of a device.
         progress: called with (stage, done, total).
 
     Raises:
-        DamagedIndexError: what is damaged cannot be made anew: no manifest is left, or which rows were removed is lost.
+        DamagedIndexError: the damage cannot be repaired: no manifest is left, or the list of removed rows is damaged.
         BusyIndexError: another process is writing the index.
-        IndexMismatchError: the task is not the index's.
+        IndexMismatchError: the task does not match the index.
     """
     out = Path(directory)
-    # Refused here where there is nothing to mend, before a lock is put there.
-    _best(out)
-    # Held until all is made anew: no other writer finds the directory without what was removed.
+    # Raises before a lock file is made if there is nothing to repair.
+    _read_best_manifest(out)
+    # Hold the lock until the files are rebuilt: no other writer may see the directory without them.
     with hold_writer_lock(out):
-        seen = verify(out, progress)
-        manifest = _best(out)
-        rotten = [damage.path for damage in seen.damage if damage.path.name not in (MANIFEST, BUILD_RECORD)]
-        work = _work(out, manifest, task, arguments, device) if rotten else None
-        _refuse_lost_removals(out, manifest, rotten)
-        for path in rotten:
+        damage = verify(out, progress).damage
+        manifest = _read_best_manifest(out)
+        damaged = [each.path for each in damage if each.path.name not in (MANIFEST, BUILD_RECORD)]
+        job = _open_rebuild(out, manifest, task, arguments, device) if damaged else None
+        _check_removed_rows(out, manifest, damaged)
+        for path in damaged:
             path.unlink(missing_ok=True)
-        if any(damage.path.name == BUILD_RECORD for damage in seen.damage):
+        if any(each.path.name == BUILD_RECORD for each in damage):
             write_build_record(out, manifest.build)
         for place in (generation_folder(out, manifest.generation), out):
             manifest.write(place)
-        if work is None:
-            tidy(out, manifest)
+        if job is None:
+            clean_up(out, manifest)
             return None
-        return run(work, progress)
+        return run(job, progress)
 
 
-def sweep(directory: str | os.PathLike[str]) -> None:
-    """Remove what killed writers left in a whole index: a repair that is run again finds nothing else to do.
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Remove leftover files of interrupted writers from an intact index.
 
     Raises:
+        DamagedIndexError: no manifest can be read.
         BusyIndexError: another process is writing the index.
     """
     out = Path(directory)
     with hold_writer_lock(out):
-        tidy(out, _best(out))
+        clean_up(out, _read_best_manifest(out))
 
 
 def audit(
     directory: str | os.PathLike[str],
-    draw: Draw,
+    draw: AuditSample,
     task: Task | str | None = None,
     *,
     arguments: Mapping[str, str] | None = None,
     device: str = "auto",
     progress: ProgressCallback = ignore_progress,
 ) -> AuditResult:
-    """Compare rows of an index, drawn at random, with the gradients of single examples by plain autograd.
+    """Compare a random sample of stored rows with gradients of single examples by plain autograd.
 
     Args:
-        directory: of an index.
-        draw: which rows.
-        task: the task, or its name where it moved; None: as the build was told.
-        arguments: for a task that is a function; None: as the build was told.
-        device: `auto` or a device's name.
+        directory: the index.
+        draw: the sample.
+        task: the task, or its name if it has moved; None: the task of the build.
+        arguments: arguments of a task that is a function; None: those of the build.
+        device: `auto` or the name of a device.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: its rows are random, so that there is nothing to compare with; or the task cannot be found.
-        IndexMismatchError: the task is not the index's.
-        DamagedIndexError: a file of the index is.
+        UsageError: the training rows are random, so that they cannot be compared; or the task cannot be found.
+        IndexMismatchError: the task does not match the index.
+        DamagedIndexError: a file of the index is damaged.
     """
     out = Path(directory)
-    refuse_links(out)
+    reject_links(out)
     manifest = Manifest.read(out)
-    built, config = manifest.build, config_of(manifest, device)
+    built, config = manifest.build, restore_config(manifest, device)
     if built.random_data:
         raise UsageError(
             problem(
                 f"{out} cannot be audited",
                 got="an index built with --allow-random-data",
-                expected="rows that are the same whenever they are read",
+                expected="rows that do not change when they are read again",
                 remedy="leave out --audit",
             )
         )
-    options = PassOptions(
+    options = RunOptions(
         resolve_device(device),
-        built.batch_size or PassOptions.batch_size,
+        built.batch_size or RunOptions.batch_size,
         precision=config.precision,
         channels_last=built.channels_last,
         on_nonfinite=built.on_nonfinite,
     )
-    fitting = IndexTask(out, manifest, lambda: load_index_task(task, arguments, manifest, out), options)
+    index_task = IndexTask(out, manifest, lambda: load_index_task(task, arguments, manifest, out), options)
     store = FeatureStore(out / FEATURES, built.layout)
     without = np.union1d(read_skipped_rows(out, manifest).row_S, read_removed_ids(out, manifest))
     seed = int(built.spec.digest(), 16) if draw.seed is None else draw.seed
-    drawn = draw_places(draw.rows, store, without, seed)
-    fitting.refuse_changed(sorted({checkpoint for _, checkpoint in drawn}))
-    with fitting.passes.model() as model:
-        return Auditor(model, store, config.features(built.spec.rank_one), progress).audit(drawn)
+    places = draw_places(draw.rows, store, without, seed)
+    index_task.check_canaries(sorted({checkpoint for _, checkpoint in places}))
+    with index_task.runner.model() as model:
+        return Auditor(model, store, config.features(built.spec.rank_one), progress).audit(places)
 
 
-def _work(
+def _open_rebuild(
     out: Path, manifest: Manifest, task: Task | str | None, arguments: Mapping[str, str] | None, device: str
 ) -> BuildJob:
-    """Return the build of the manifest's index; refused before anything is removed where its task cannot be found."""
+    """Return the job that rebuilds the manifest's index.
+
+    Raises:
+        UsageError: the task cannot be found.
+    """
     built = manifest.build.task
     given = built.arguments if arguments is None else arguments
-    found = load_index_task(task, given, manifest, out)
+    loaded = load_index_task(task, given, manifest, out)
     name = task or built.reference
-    named = TaskReference(absolute_reference(name), dict(given)) if isinstance(name, str) else TaskReference()
-    return BuildJob(found, out, config_of(manifest, device), named)
+    reference = TaskReference(absolute_reference(name), dict(given)) if isinstance(name, str) else TaskReference()
+    return BuildJob(loaded, out, restore_config(manifest, device), reference)
 
 
-def _refuse_lost_removals(out: Path, manifest: Manifest, rotten: Sequence[Path]) -> None:
-    if manifest.removed is None or all(path.name != manifest.removed.name for path in rotten):
+def _check_removed_rows(out: Path, manifest: Manifest, damaged: Sequence[Path]) -> None:
+    """Check that the list of removed rows is intact: it cannot be computed from the task.
+
+    Raises:
+        DamagedIndexError: the list is damaged.
+    """
+    if manifest.removed is None or all(path.name != manifest.removed.name for path in damaged):
         return
     raise DamagedIndexError(
         problem(
-            f"{generation_folder(out, manifest.generation) / manifest.removed.name} cannot be made anew",
-            got="damage",
+            f"{generation_folder(out, manifest.generation) / manifest.removed.name} cannot be rebuilt",
+            got="a damaged file",
             expected="the ids of the removed rows",
             remedy="restore that file, or build a new index and remove the rows again",
         )
     )
 
 
-def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
-    """Return the options that make the manifest's index."""
+def restore_config(manifest: Manifest, device: str = "auto") -> BuildConfig:
+    """Return the options with which a build produces the manifest's index."""
     built, index = manifest.build, manifest.index
     spec = built.spec
-    plain = BuildConfig()
+    defaults = BuildConfig()
     return BuildConfig(
         dim=spec.sketch.dim,
         sketch=spec.sketch.name,
@@ -256,8 +272,8 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
         batch_size=built.batch_size,
         memory_format="channels-last" if built.channels_last else "contiguous",
         precision=spec.precision,  # type: ignore[arg-type]
-        target_recall=plain.target_recall if index.calibration is None else index.calibration.target,
-        codes=index.codes or plain.codes,  # type: ignore[arg-type]
+        target_recall=defaults.target_recall if index.calibration is None else index.calibration.target,
+        codes=index.codes or defaults.codes,  # type: ignore[arg-type]
         yardstick=manifest.fidelity is not None,
         device=device,
         dtype=spec.dtype,  # type: ignore[arg-type]
@@ -268,12 +284,12 @@ def config_of(manifest: Manifest, device: str = "auto") -> BuildConfig:
     )
 
 
-def _manifests(out: Path) -> Iterator[Damage]:
-    """Yield what is wrong with the manifest, its generation's copy and the build record."""
-    best = _best(out)
+def _check_manifests(out: Path) -> Iterator[Damage]:
+    """Yield the damage of the manifest, of its copy in the generation's directory, and of the build record."""
+    best = _read_best_manifest(out)
     for place in (out, generation_folder(out, best.generation)):
         try:
-            refuse_other_copy(place, best)
+            check_manifest_copy(place, best)
         except DamagedIndexError as error:
             yield Damage(place / MANIFEST, str(error))
     try:
@@ -282,27 +298,27 @@ def _manifests(out: Path) -> Iterator[Damage]:
         yield Damage(out / BUILD_RECORD, str(error))
 
 
-def _best(out: Path) -> Manifest:
-    """Return the manifest, or where it is damaged the copy of the last generation that is whole.
+def _read_best_manifest(out: Path) -> Manifest:
+    """Return the manifest; if it is damaged, its copy in the last generation's directory.
 
     Raises:
-        DamagedIndexError: there is none, or something in the directory is a link.
+        DamagedIndexError: there is no intact manifest, or part of the index is a link.
     """
-    refuse_links(out)
+    reject_links(out)
     try:
         return Manifest.read(out)
     except DamagedIndexError:
         if not (out / MANIFEST).exists() and not (out / BUILD_RECORD).exists():
             raise
-        # Only the last one: an older one, kept by a reader, knows nothing of what was removed since.
+        # Only the last generation: an older one, still leased by a reader, lacks the rows removed since.
         folders = list_generations(out)
         if not folders:
             raise
         return Manifest.read(folders[-1])
 
 
-def _where(path: Path) -> str:
-    """Return which rows of a feature file are altered, where it can still be read, or nothing."""
+def _describe_altered_rows(path: Path) -> str:
+    """Return a message that names the altered rows of a feature file; "" if none can be determined."""
     if path.suffix != ".h5":
         return ""
     try:
@@ -312,42 +328,42 @@ def _where(path: Path) -> str:
     return ""
 
 
-def _contents(out: Path, manifest: Manifest, whole: set[str]) -> Iterator[Damage]:
-    """Yield which files say what cannot be, though their bytes are those that were written."""
+def _check_contents(out: Path, manifest: Manifest, intact: set[str]) -> Iterator[Damage]:
+    """Yield files whose bytes have the recorded digest (`intact`), but whose content is invalid."""
     own = generation_folder(out, manifest.generation)
     layout = manifest.build.layout
     store = FeatureStore(out / FEATURES, layout)
     for partition in range(layout.n_partitions):
         for checkpoint in range(layout.n_checkpoints):
             path = store.path(partition, checkpoint)
-            if path.name in whole:
+            if path.name in intact:
                 try:
-                    # Opened here and let go of: the store would keep some hundred maps.
+                    # The file is closed after this check; the store would leave some hundred files open.
                     FeatureFile.open(path, layout.header(partition, checkpoint)).verify()
                 except DamagedIndexError as error:
-                    whole.discard(path.name)
+                    intact.discard(path.name)
                     yield Damage(path, str(error))
     readers: list[tuple[FileRecord | None, Callable[[Path], object]]] = [
         (manifest.canaries, lambda path: read_generation_canaries(own, manifest)),
-        (manifest.columns, lambda path: read_columns(path, layout.n_rows).refuse_twins()),
+        (manifest.columns, lambda path: read_columns(path, layout.n_rows).check_unique_ids()),
         (manifest.removed, lambda path: read_removed_ids(out, manifest)),
         (manifest.skipped, lambda path: read_skipped_rows(out, manifest)),
     ]
     for record, read in readers:
-        if record is not None and record.name in whole:
+        if record is not None and record.name in intact:
             try:
                 read(own / record.name)
             except DamagedIndexError as error:
                 yield Damage(own / record.name, str(error))
     listed = {record.name for record in manifest.index.files}
     features = {record.name for record in manifest.features}
-    if not listed or (listed | features) - whole:
+    if not listed or (listed | features) - intact:
         return
     path = own / IVFIndex.FILES[0]
     try:
         view = select_listed_rows(store.view(), read_unlisted_ids(out, manifest))
-        faults = IVFIndex.load(own, view, torch.device("cpu")).faults(_LOOKED_AT, seed=0)
+        faults = IVFIndex.load(own, view, torch.device("cpu")).find_faults(_CHECKED_VECTORS, seed=0)
     except DamagedIndexError as error:
         faults = [str(error)]
     for fault in faults:
-        yield Damage(path, f"{path} does not belong to the features: {fault}; run tracin-verify --repair")
+        yield Damage(path, f"{path} does not match the features: {fault}; run tracin-verify --repair")

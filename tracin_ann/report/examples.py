@@ -10,7 +10,7 @@ from typing import Any
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import UsageError
-from tracin_ann.features import Passes
+from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.images import PageImages
 from tracin_ann.task import Description
@@ -89,7 +89,7 @@ class Examples:
         self._index, self._images = index, images
         self._views: dict[tuple[SideName, int], ExampleView] = {}
         self._labels = index.columns.get(LABEL)
-        self.passes = _find_passes(index)
+        self.runner = _find_passes(index)
 
     def view(self, side: SideName, row: int) -> ExampleView:
         """Return the view of a row."""
@@ -100,16 +100,16 @@ class Examples:
 
     def _read(self, side: SideName, row: int) -> ExampleView:
         label = "" if side == "query" or self._labels is None else format_value(self._labels[row])
-        if self.passes is None:
+        if self.runner is None:
             return ExampleView(label=label)
-        example = self.passes.data(side)[row]
-        description = self.passes.task.described(example)
+        example = self.runner.data(side)[row]
+        description = self.runner.task.described(example)
         if side == "query" and self._labels is not None:
-            label = self._read_query_label(self.passes, example)
+            label = self._read_query_label(self.runner, example)
         return self._make_view(description or infer_description(example), label)
 
-    def _read_query_label(self, passes: Passes, example: Any) -> str:
-        columns = passes.task.columns
+    def _read_query_label(self, runner: TaskRunner, example: Any) -> str:
+        columns = runner.task.columns
         try:
             return "" if columns is None else format_value(columns(example)[LABEL])
         except Exception:
@@ -162,9 +162,9 @@ def format_value(value: Any) -> str:
     return str(value) if isinstance(value, str | int) else _format_short(value)
 
 
-def _find_passes(index: InfluenceIndex) -> Passes | None:
+def _find_passes(index: InfluenceIndex) -> TaskRunner | None:
     try:
-        return index.passes
+        return index.runner
     except UsageError:
         # As in InfluenceIndex.described: results can be displayed without the task.
         return None

@@ -196,7 +196,7 @@ class _PageRenderer:
             return self._render_table(results, title)
         neighbours: dict[int, Answer] = {}
         notes: tuple[str, ...] = ()
-        if self._examples.passes is None:
+        if self._examples.runner is None:
             notes = ("The task cannot be found: rows are displayed without images, text and similar rows.",)
         else:
             neighbours = find_neighbours(self.index, records, self._checkpoints)

@@ -13,7 +13,7 @@ from pathlib import PurePath
 import numpy as np
 
 from tracin_ann.choices import SideName
-from tracin_ann.features import Passes
+from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import Examples, ExampleView
 from tracin_ann.scoring import Answer, Hit
@@ -192,16 +192,16 @@ class ViewBuilder:
             store = FeatureStore(self._index.directory / FEATURES, self._index.manifest.build.layout)
             loss_NC = store.losses(positions).astype(np.float64)
             losses |= {("train", row): loss_NC[row] for row in rows["train"]}
-        if positions is not None and rows.get("query") and self._examples.passes is not None:
-            loss_QC = compute_query_losses(self._examples.passes, rows["query"], positions)
+        if positions is not None and rows.get("query") and self._examples.runner is not None:
+            loss_QC = compute_query_losses(self._examples.runner, rows["query"], positions)
             losses |= {("query", row): loss_C for row, loss_C in zip(rows["query"], loss_QC, strict=True)}
         return losses
 
 
-def compute_query_losses(passes: Passes, rows: Sequence[int], checkpoints: Sequence[int]) -> Float64:
+def compute_query_losses(runner: TaskRunner, rows: Sequence[int], checkpoints: Sequence[int]) -> Float64:
     """Return the losses [Q, C] of rows of query_data at checkpoints."""
     loss_QC = np.empty((len(rows), len(checkpoints)))
-    with passes.model() as model:
+    with runner.model() as model:
         for place, checkpoint in enumerate(checkpoints):
             model.load(checkpoint)
             engine, done = model.engine("query"), 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.features import LoadedModel, Passes, squared_norms
+from tracin_ann.features import LoadedModel, TaskRunner, squared_norms
 from tracin_ann.gradients import Form, Outer, Sink, form_dtype, inner_where, materialise
 from tracin_ann.types import Float64, Int64
 
@@ -57,7 +57,7 @@ _DEFERRED_ROWS = 1024
 
 
 def exact_scores(
-    passes: Passes,
+    runner: TaskRunner,
     queries: tuple[SideName, Sequence[int]],
     rows: Sequence[int],
     checkpoints: Sequence[int],
@@ -65,7 +65,7 @@ def exact_scores(
     """Return TracInCP scores [Q, N] of training rows against queries, over the chosen checkpoints.
 
     Args:
-        passes: the task's data and model.
+        runner: the task's data and model.
         queries: the side (`query`, or `train` for training rows as queries) and ids of the queries.
         rows: ids of training rows.
         checkpoints: positions of the checkpoints to sum over.
@@ -74,19 +74,19 @@ def exact_scores(
         TaskError: the loss breaks the contract.
         NonFiniteError: a score is NaN or infinite.
     """
-    with make_exact_scorer(passes, Queries(*queries), checkpoints) as scorer:
+    with make_exact_scorer(runner, Queries(*queries), checkpoints) as scorer:
         return scorer.scores(rows)
 
 
 @contextmanager
 def make_exact_scorer(
-    passes: Passes,
+    runner: TaskRunner,
     queries: Queries,
     checkpoints: Sequence[int],
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[ExactScorer]:
     """Yield a scorer for these queries; it computes their gradients once, however often it is called."""
-    with passes.at_precision("fp32").model() as model:
+    with runner.with_precision("fp32").model() as model:
         yield ExactScorer(model, queries, checkpoints, progress)
 
 
@@ -124,7 +124,7 @@ class ExactScorer:
         for checkpoint in self._checkpoints:
             if self._model.checkpoint != checkpoint:
                 self._model.load(checkpoint)
-            rate = self._model.passes.task.checkpoints[checkpoint].learning_rate
+            rate = self._model.runner.task.checkpoints[checkpoint].learning_rate
             for first in range(0, n_queries, self._block_queries):
                 block = slice(first, first + self._block_queries)
                 chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
@@ -192,7 +192,7 @@ def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
 
 def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
     """Return the full gradients of examples at the loaded checkpoint, by parameter, [Q, P] each."""
-    device = model.passes.options.device
+    device = model.runner.options.device
     dtype = form_dtype(model.parameters.values())
     directions = {
         name: torch.zeros(len(ids), p.numel(), dtype=dtype, device=device)
@@ -284,7 +284,7 @@ def _finish(batches: Sequence[_BatchProducts], directions: Directions) -> Tensor
 
 
 def exact_self_influence(
-    passes: Passes,
+    runner: TaskRunner,
     rows: Sequence[int],
     checkpoints: Sequence[int],
     progress: Callable[[int], None] | None = None,
@@ -295,10 +295,10 @@ def exact_self_influence(
         NonFiniteError: one is NaN or infinite.
     """
     scores_N = np.zeros(len(rows))
-    with passes.at_precision("fp32").model() as model:
+    with runner.with_precision("fp32").model() as model:
         for checkpoint in checkpoints:
             model.load(checkpoint)
-            rate = passes.task.checkpoints[checkpoint].learning_rate
+            rate = runner.task.checkpoints[checkpoint].learning_rate
             done = 0
             for batch in model.batches("train", rows):
                 forms: dict[tuple[str, int, int], list[Form]] = {}
@@ -309,7 +309,7 @@ def exact_self_influence(
                     return lambda name, form, rows: forms[name, rows.start, rows.stop].append(form)
 
                 model.engine("train").run(batch, start)
-                total = squared_norms(forms, len(batch), passes.options.device)
+                total = squared_norms(forms, len(batch), runner.options.device)
                 scores_N[done : done + len(batch)] += rate * total.cpu().numpy()
                 done += len(batch)
                 if progress is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.features import FeatureExtractor, FeatureOptions, Passes, find_nonfinite
+from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import exact_scores
 from tracin_ann.search import Calibration, FlatIndex, IVFIndex, calibrate, scale_to_unit
 from tracin_ann.store import FeatureStore, Fidelity
@@ -45,7 +45,7 @@ class QualityMeasurement:
     """The measurement of an index's quality.
 
     Attributes:
-        passes: the task's data and model.
+        runner: the task's data and model.
         store: the stored features.
         features: options of the queries' features.
         seed: of the draw of queries and rows.
@@ -53,7 +53,7 @@ class QualityMeasurement:
         progress: called with (stage, done, total).
     """
 
-    passes: Passes
+    runner: TaskRunner
     store: FeatureStore
     features: FeatureOptions
     seed: int
@@ -64,13 +64,13 @@ class QualityMeasurement:
         """Return the recall of inverted lists on rows of query_data, completed by training rows if they are few."""
         view = self.store.view()
         random = np.random.default_rng(self.seed)
-        _, query_data_QF = self._extract_queries(random.permutation(self.passes.n_rows("query"))[:CALIBRATION_QUERIES])
+        _, query_data_QF = self._extract_queries(random.permutation(self.runner.n_rows("query"))[:CALIBRATION_QUERIES])
         rows_N = self._list_rows()
         n_train = min(len(rows_N), max(0, FEWEST_QUERIES - len(query_data_QF)))
         rows = rows_N[np.sort(random.choice(len(rows_N), n_train, replace=False))]
         queries_QF = np.concatenate([query_data_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
-        exact = FlatIndex(lists.source, self.passes.options.device)
+        exact = FlatIndex(lists.source, self.runner.options.device)
         return calibrate(
             lists, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
         )
@@ -82,8 +82,8 @@ class QualityMeasurement:
             NonFiniteError: no row of query_data is finite.
         """
         self.progress("fidelity", 0, 1)
-        n_queries = self.passes.n_rows("query")
-        with self.passes.model() as model:
+        n_queries = self.runner.n_rows("query")
+        with self.runner.model() as model:
             entries = sum(p.numel() for p in model.parameters.values())
         random = np.random.default_rng(self.seed + 1)
         order, n_measured = random.permutation(n_queries), count_queries(entries, n_queries)
@@ -106,7 +106,7 @@ class QualityMeasurement:
         side: SideName = "query"
         allowed = rows_N if len(self.skipped) else None
         queries = side, ids.tolist()
-        fidelity = measure_fidelity(self.passes, queries, query_QF, self.store.view(), sample, allowed)
+        fidelity = measure_fidelity(self.runner, queries, query_QF, self.store.view(), sample, allowed)
         self.progress("fidelity", 1, 1)
         return fidelity
 
@@ -115,13 +115,13 @@ class QualityMeasurement:
         return np.setdiff1d(np.arange(self.store.layout.n_rows, dtype=np.int64), self.skipped, assume_unique=True)
 
     def _learning_rates(self) -> Float64:
-        return np.array([c.learning_rate for c in self.passes.task.checkpoints])
+        return np.array([c.learning_rate for c in self.runner.task.checkpoints])
 
     def _extract_queries(self, ids: Int64, at_most: int | None = None) -> tuple[Int64, Float32]:
         """Return the ids and features of the finite rows among these rows of query_data, at most so many."""
         extracted = []
-        with self.passes.model() as model:
-            for checkpoint in range(len(self.passes.task.checkpoints)):
+        with self.runner.model() as model:
+            for checkpoint in range(len(self.runner.task.checkpoints)):
                 model.load(checkpoint)
                 extracted.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
         finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
@@ -139,7 +139,7 @@ def sample_rows(norm_N: Float64, seed: int) -> Int64:
 
 
 def measure_fidelity(
-    passes: Passes,
+    runner: TaskRunner,
     queries: tuple[SideName, Sequence[int]],
     query_QF: Float32,
     view: RowSource,
@@ -149,17 +149,17 @@ def measure_fidelity(
     """Return how well the sketch ranks all rows for these queries.
 
     Args:
-        passes: the task's data and model.
+        runner: the task's data and model.
         queries: side and ids of the queries.
         query_QF: their features.
         view: the stored features.
         sample: rising ids of rows in the pool of every query.
         allowed: rising ids of the rows that may be scored; None: all.
     """
-    checkpoints = range(len(passes.task.checkpoints))
-    sides = FlatIndex(view, passes.options.device).search_both(scale_to_unit(query_QF)[0], FIRST, allowed)
+    checkpoints = range(len(runner.task.checkpoints))
+    sides = FlatIndex(view, runner.options.device).search_both(scale_to_unit(query_QF)[0], FIRST, allowed)
     rows = np.unique(np.concatenate([sample, *sides[0].ids, *sides[1].ids]))
-    exact_QM = exact_scores(passes, queries, rows.tolist(), checkpoints)
+    exact_QM = exact_scores(runner, queries, rows.tolist(), checkpoints)
     row_MF = view.take(rows)
     sketch_QM = query_QF.astype(np.float64) @ row_MF.T.astype(np.float64)
     deviation_QM = sketch_deviations(query_QF, row_MF, len(checkpoints))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.choices import SideName
-from tracin_ann.features import Passes
+from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
 from tracin_ann.scoring.quality import sketch_deviations
@@ -113,7 +113,7 @@ class Ranking:
         error_scale: RMS difference between sketch scores and exact ones, in standard deviations of the sketch; None:
             not measured.
         rates: η_c of all checkpoints.
-        passes: the task's data and model, for exact scores.
+        runner: the task's data and model, for exact scores.
         id_of: returns an example's id for a side and a position.
         progress: called with the number of finished rows while exact scores are computed.
     """
@@ -123,7 +123,7 @@ class Ranking:
     record: IndexRecord
     error_scale: float | None
     rates: Sequence[float]
-    passes: Passes
+    runner: TaskRunner
     id_of: Callable[[SideName, int], Id]
     progress: Callable[[int], None] | None = None
 
@@ -144,7 +144,7 @@ class Ranking:
             if question.options.rerank == "exact":
                 k = max(k, question.options.candidates)
             strategy = self._choose_strategy(question, weighted_QF)
-            if isinstance(strategy.index, IVFIndex) and strategy.index.scans(k, question.allowed):
+            if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, question.allowed):
                 n_rows = len(strategy.index) if question.allowed is None else len(question.allowed)
                 how = f"exact scan of {n_rows:,} rows: inverted lists would score as many"
                 strategy = replace(strategy, how=how, unlike_Q=None)
@@ -207,7 +207,7 @@ class Ranking:
         if not question.n_against or not len(rows_N):
             return np.zeros((0, len(rows_N)))
         if question.options.exact or question.options.rerank == "exact":
-            with make_exact_scorer(self.passes, question.queries(sets_apart=True), question.checkpoints) as scorer:
+            with make_exact_scorer(self.runner, question.queries(sets_apart=True), question.checkpoints) as scorer:
                 return scorer.scores(rows_N.tolist())
         means_GN: Float64 = question.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
         return means_GN
@@ -229,9 +229,9 @@ class Ranking:
         if options.cosine or question.checkpoints != tuple(range(len(self.rates))):
             view = self.store.view(question.checkpoints, cosine=options.cosine)
             unsupported = "cosine" if options.cosine else "a subset of the checkpoints"
-            scan = FlatIndex(view, self.passes.options.device)
+            scan = FlatIndex(view, self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
-        scan = FlatIndex(self.store.view(), self.passes.options.device)
+        scan = FlatIndex(self.store.view(), self.runner.options.device)
         return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
     def _rescore(self, question: Question, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
@@ -280,7 +280,7 @@ class Ranking:
         ]
 
     def _open_scorer(self, question: Question) -> AbstractContextManager[ExactScorer]:
-        return make_exact_scorer(self.passes, question.queries(), question.checkpoints, self.progress)
+        return make_exact_scorer(self.runner, question.queries(), question.checkpoints, self.progress)
 
 
 def _score_exactly(scorer: ExactScorer, rows: Sequence[Int64]) -> list[ScoredRows]:

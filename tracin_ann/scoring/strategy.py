@@ -82,7 +82,7 @@ def choose_strategy(
     )
     if not is_reached:
         how += f"; below the target recall of {target:g}, --search scan finds all rows"
-    unlike_Q = calibration.looks.strange(index, queries_QF)
+    unlike_Q = calibration.looks.find_outliers(index, queries_QF)
     if calibration.looks.is_shifted(index, queries_QF):
         unlike_Q = np.ones(n_queries, dtype=bool)
         how += "; the distribution of these queries differs from the calibration queries: recall may differ"
@@ -118,7 +118,10 @@ def _choose_points(calibration: Calibration, target: float, *, explicit: bool) -
         UsageError: one does not reach it, and the recall was requested explicitly.
     """
     best = calibration.best("proponents"), calibration.best("opponents")
-    proponents, opponents = calibration.reaching("proponents", target), calibration.reaching("opponents", target)
+    proponents, opponents = (
+        calibration.fastest_point("proponents", target),
+        calibration.fastest_point("opponents", target),
+    )
     is_reached = proponents is not None and opponents is not None
     if explicit and not is_reached:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Maximum inner product search over feature rows: exact (`flat`) and by inverted lists (`ivf`)."""
+"""Maximum inner product search over feature rows: exact scan (`flat`) and inverted lists (`ivf`)."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ __all__ = [
     "search_both",
 ]
 
-# Here and not at the first search, which may come hours into a build: FAISS is missing, or installed twice.
+# At import, because a build reaches its first search after hours: raises if FAISS is missing or installed twice.
 import_faiss()

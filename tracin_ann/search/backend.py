@@ -1,4 +1,4 @@
-"""Which backend serves an index of a given size, and the sentence that says why."""
+"""The choice of the search backend (exact scan or inverted lists) for an index of a given size."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from tracin_ann.errors import UsageError, problem
 
 KINDS = ("flat", "ivf")
+_NAMES = {"flat": "exact scan", "ivf": "inverted lists (IVF)"}
 FLAT_BELOW_ROWS = 100_000
-"""Under this many rows a batched exact scan takes about as long as searching lists would."""
+"""With fewer rows, a batched exact scan takes about as long as a search of inverted lists."""
 
 
 @dataclass(frozen=True)
 class IndexChoice:
-    """The backend and the reason for it, one sentence with the numbers."""
+    """A backend and the reason for it: a phrase with the size of the index."""
 
     kind: str
     reason: str
@@ -25,18 +26,21 @@ class IndexChoice:
 
 
 def choose_index(requested: str, n_rows: int, dim: int) -> IndexChoice:
-    """Return the backend for `requested`: `flat`, `ivf`, or `auto` to choose by size.
+    """Return the backend for `requested`: `flat`, `ivf`, or `auto` to choose by the number of rows.
 
     Raises:
-        UsageError: another name.
+        UsageError: `requested` is another name.
     """
-    size = f"{n_rows:,} rows of {dim:,} numbers ({n_rows * dim * 4 / 1e6:,.0f} MB)"
-    if requested in KINDS:
-        return IndexChoice(requested, f"{requested} was asked for, over {size}.")
-    if requested != "auto":
+    if requested not in (*KINDS, "auto"):
         raise UsageError(
             problem("unknown index", got=repr(requested), expected="auto, flat or ivf", remedy="change --index")
         )
-    if n_rows < FLAT_BELOW_ROWS:
-        return IndexChoice("flat", f"{size}, under {FLAT_BELOW_ROWS:,}: an exact scan is fast enough.")
-    return IndexChoice("ivf", f"{size}, {FLAT_BELOW_ROWS:,} or more: inverted lists score a small part of the rows.")
+    chosen = "flat" if n_rows < FLAT_BELOW_ROWS else "ivf"
+    kind = chosen if requested == "auto" else requested
+    rule = {
+        "flat": f"inverted lists are used from {FLAT_BELOW_ROWS:,} rows on",
+        "ivf": f"an exact scan is used below {FLAT_BELOW_ROWS:,} rows",
+    }[kind]
+    why = rule if requested == "auto" else f"requested by --index {kind}"
+    size = f"{n_rows:,} rows of {dim:,} numbers ({n_rows * dim * 4 / 1e6:,.0f} MB)"
+    return IndexChoice(kind, f"{_NAMES[kind]}: {size}; {why}")

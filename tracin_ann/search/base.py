@@ -1,6 +1,6 @@
-"""What a search index is: maximum inner product over rows with ids, and both directions of it.
+"""Interface of a search index: the rows of largest and of most negative inner product with a query.
 
-Shapes: Q queries, F feature dimension, K results.
+Shapes: N rows, Q queries, F feature dimension, K results.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from tracin_ann.errors import NonFiniteError, UsageError, problem
-from tracin_ann.search.topk import negated, split
+from tracin_ann.search.topk import negate, split
 from tracin_ann.types import Float32, Int64, TopK
 
 
 class SearchIndex(Protocol):
-    """Rows with ids that answers which have the largest inner product with a query."""
+    """Rows with ids, searched for the largest inner products with queries."""
 
     @property
     def kind(self) -> str:
@@ -23,43 +23,43 @@ class SearchIndex(Protocol):
 
     @property
     def dim(self) -> int:
-        """Return F, the length of a row and of a query."""
+        """Return F, the length of rows and queries."""
 
     def __len__(self) -> int:
         """Return N, the number of rows."""
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
-        """Return the k rows of largest inner product with each query, fewer only where fewer exist.
+        """Return the k rows of largest inner product with each query; fewer only where there are fewer rows.
 
-        Only rows of the ids `allowed`, rising, are considered; None: all.
+        `allowed` restricts the search to rows with these ids (int64, increasing); None: all rows.
         """
 
 
 @runtime_checkable
 class TwoSidedIndex(Protocol):
-    """An index that answers both directions in its own way: in one pass, or each with a setting of its own."""
+    """An index with its own search for both directions: in one pass, or with one setting per direction."""
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
-        """Return (proponents, opponents), as the function `search_both` does."""
+        """Return (proponents, opponents) as the function `search_both` does."""
 
 
 def search_both(index: SearchIndex, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
-    """Return (proponents, opponents): the k rows of largest, and of most negative, inner product.
+    """Return (proponents, opponents): the k rows of largest and of most negative inner product.
 
-    Opponents are `-search(-q)`, their scores negated back, so that they rise from the most negative.
-    Neither side is filtered by sign: where few rows are negative, opponents may be positive.
+    Opponents are the results for −q with negated scores, so their scores increase from the most negative one.
+    Results are not filtered by sign: where few scores are negative, opponents can have positive scores.
     """
     if isinstance(index, TwoSidedIndex):
         return index.search_both(queries_QF, k, allowed)
     queries = check_queries(index, queries_QF, k)
     proponents, opponents = split(index.search(np.concatenate([queries, -queries]), k, allowed), len(queries))
-    return proponents, negated(opponents)
+    return proponents, negate(opponents)
 
 
 def scale_to_unit(queries_QF: Float32) -> tuple[Float32, Int64]:
-    """Return the queries times a power of two each, of norms in [1/2, 1), and the exponents [Q] that undo it.
+    """Return each query times a power of two, so that its norm is in [1/2, 1), and the exponents [Q] to undo it.
 
-    Scores change by those powers exactly, but for those that would overflow or vanish in float32 as they are.
+    Scores change by exactly these powers, except scores that overflow or underflow float32 without the scaling.
     """
     norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
     exponent_Q = np.where(np.isfinite(norm_Q), np.frexp(norm_Q)[1], 0).astype(np.int64)
@@ -71,16 +71,18 @@ def check_queries(index: SearchIndex, queries_QF: Float32, k: int) -> Float32:
     """Return the queries as contiguous float32 [Q, F].
 
     Raises:
-        UsageError: k < 1, or the queries do not have the index's dimension.
-        NonFiniteError: a query holds NaN or infinity.
+        UsageError: k < 1, or the queries do not have the dimension of the index.
+        NonFiniteError: a query contains NaN or infinity.
     """
     if k < 1:
-        raise UsageError(problem("no results asked for", got=f"k = {k}", expected="k ≥ 1", remedy="raise k"))
+        raise UsageError(
+            problem("the number of results is too small", got=f"k = {k}", expected="k ≥ 1", remedy="raise k")
+        )
     queries = np.ascontiguousarray(queries_QF, dtype=np.float32)
     if queries.shape != (len(queries), index.dim):
         raise UsageError(
             problem(
-                "queries do not fit the index",
+                "the queries do not have the shape that the index expects",
                 got=f"shape {queries.shape}",
                 expected=f"(number of queries, {index.dim})",
                 remedy="compute their features with the sketch that the index was built with",
@@ -93,7 +95,7 @@ def check_queries(index: SearchIndex, queries_QF: Float32, k: int) -> Float32:
                 f"query {bad[0]} is not finite",
                 got="NaN or infinity",
                 expected="finite features",
-                remedy="mend the query or the checkpoint it was computed with",
+                remedy="fix the query, or the checkpoint that its features were computed with",
             )
         )
     return queries

@@ -1,8 +1,9 @@
-"""What recall the lists give on the user's own gradients: measured against an exact scan, each direction by itself.
+"""Calibration of the inverted lists: recall@10 and cost of search settings, measured against an exact scan.
 
-Recall is of the k rows of largest (most negative) inner product over the stored rows, ties counted as hits. Its lower
-bound is one-sided at 95%: the lesser of those of two halves of the queries, so that choosing the cheapest setting
-that reaches a target does not choose the luckiest.
+Both directions (proponents, opponents) are measured separately. Recall is the share of the 10 rows of largest (or
+most negative) inner product that is found; ties count as found. The lower bound of a recall is one-sided at 95%. It
+is the smaller bound of two halves of the queries: the search picks the fastest setting whose bound reaches the
+target, and a single bound would favor settings that were lucky.
 
 Shapes: N rows, Q queries, F feature dimension, K results.
 """
@@ -26,28 +27,28 @@ from tracin_ann.search.settings import Setting, choose_default_setting
 from tracin_ann.types import Float32, Float64, TopK
 
 Direction = Literal["proponents", "opponents"]
-CALIBRATED_FOR = 10
-"""k of the recall that is measured."""
+RECALL_AT = 10
+"""k of the measured recall@k."""
 _ALPHAS = (0.0, 0.1, 0.2, 0.3)
 _RATIOS = (0.5, 1.0, 2.0)
-_LEAST_CODES = 128
-_ENOUGH = 0.9995
+_SMALLEST_BUDGET = 128
+_FULL_RECALL = 0.9995
 _LARGEST_SHARE = 0.25
 _NORMAL_95 = 1.645
-_SINGLES = 3
+_TIMED_QUERIES = 3
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting and what it gave.
+    """The measurement of one setting.
 
     Attributes:
-        codes, centroids, alpha: the setting.
+        codes, centroids, alpha: the setting, see `Setting`.
         recall: recall@10, mean over the queries.
-        lower: its one-sided 95% lower bound.
-        tenth: its 10th percentile over the queries.
-        scored: rows and centroids scored a query.
-        seconds: a query, of many at once.
+        lower: one-sided 95% lower bound of the recall.
+        tenth: 10th percentile of the recall over the queries.
+        scored: rows and centroids scored per query.
+        seconds: time per query in a large batch.
     """
 
     codes: int
@@ -67,29 +68,29 @@ class Point:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of both directions for Q queries at once: `fixed` + Q · `each`."""
+    """Seconds for both directions of a batch of Q queries: `fixed` + Q · `each`."""
 
     fixed: float
     each: float
 
     def of(self, n_queries: int) -> float:
-        """Return the seconds."""
+        """Return the seconds for a batch of n_queries."""
         return self.fixed + n_queries * self.each
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The recall of an index, measured when it was built.
+    """The recall and cost of an index, measured when it is built.
 
     Attributes:
-        target: the recall asked for.
-        queries: how many queries, and how many of them were training rows.
-        train_queries: see `queries`.
-        proponents: settings in rising order of what they score, each of higher recall than those before.
-        opponents: the same of the other direction.
-        scan: what an exact scan costs.
-        index_fixed: seconds of a search besides those of its queries.
-        looks: what the queries looked like.
+        target: target recall.
+        queries: number of queries.
+        train_queries: how many of them are training rows.
+        proponents: measured settings in increasing order of cost; each has a higher lower bound than those before.
+        opponents: the same for the other direction.
+        scan: cost of an exact scan.
+        index_fixed: seconds per batch in addition to those of its queries.
+        looks: distribution of the queries (named as in the manifest).
     """
 
     target: float
@@ -102,27 +103,28 @@ class Calibration:
     looks: QueryDistribution
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be searched with.
+        """Check that both directions have valid settings.
 
         Raises:
-            ValueError, UsageError: a direction without a point, or a setting out of its range.
+            ValueError: a direction has no point.
+            UsageError: a setting is out of range.
         """
         if not self.proponents or not self.opponents:
             raise ValueError("a calibration without settings")
         for point in (*self.proponents, *self.opponents):
             _ = point.setting
 
-    def reaching(self, direction: Direction, recall: float) -> Point | None:
-        """Return the cheapest point whose lower bound reaches a recall, or None."""
+    def fastest_point(self, direction: Direction, recall: float) -> Point | None:
+        """Return the fastest point whose lower bound reaches a recall, or None."""
         return next((point for point in getattr(self, direction) if point.lower >= recall), None)
 
     def best(self, direction: Direction) -> Point:
-        """Return the point of highest lower bound."""
+        """Return the point with the highest lower bound."""
         points: tuple[Point, ...] = getattr(self, direction)
         return max(points, key=lambda point: point.lower)
 
     def index_cost(self, proponents: Point, opponents: Point) -> Cost:
-        """Return what both directions cost with these settings."""
+        """Return the cost of both directions with these settings."""
         return Cost(self.index_fixed, proponents.seconds + opponents.seconds)
 
 
@@ -134,34 +136,34 @@ def calibrate(
     train_queries: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Return the measured recall of an index.
+    """Measure recall and cost of an index.
 
     Args:
-        index: the lists.
-        exact: the scan of the same rows.
-        queries_QF: queries like those to come, in random order.
-        target: the recall asked for.
-        train_queries: how many of them are training rows.
-        progress: told the steps done.
+        index: the inverted lists.
+        exact: the exact scan of the same rows.
+        queries_QF: queries that are typical for later use, in random order.
+        target: target recall.
+        train_queries: how many of the queries are training rows.
+        progress: called with (directions done, 2).
     """
-    looks = measure_queries(index, queries_QF)
+    distribution = measure_queries(index, queries_QF)
     queries_QF, _ = scale_to_unit(queries_QF)
     began = time.perf_counter()
-    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, CALIBRATED_FOR), strict=True))
+    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, RECALL_AT), strict=True))
     batch_seconds = time.perf_counter() - began
-    single = _single_seconds(exact, queries_QF)
+    single = _time_single_queries(exact, queries_QF)
     each = max(0.0, (batch_seconds - single) / max(1, len(queries_QF) - 1))
     points: dict[str, tuple[Point, ...]] = {}
     for done, (direction, sign) in enumerate((("proponents", 1.0), ("opponents", -1.0))):
         signed = np.ascontiguousarray(queries_QF * np.float32(sign))
         best_scores = [sign * scores for scores in truth[direction].scores]
-        points[direction] = _curve(index, signed, truth[direction], best_scores)
+        points[direction] = _measure_settings(index, signed, truth[direction], best_scores)
         if progress is not None:
             progress(done + 1, 2)
     usual = choose_default_setting(len(index))
-    index_single = _single_seconds(index.at(usual), queries_QF)
+    index_single = _time_single_queries(index.at(usual), queries_QF)
     began = time.perf_counter()
-    search_both(index.at(usual), queries_QF, CALIBRATED_FOR)
+    search_both(index.at(usual), queries_QF, RECALL_AT)
     index_each = (time.perf_counter() - began) / max(1, len(queries_QF))
     return Calibration(
         target,
@@ -171,54 +173,59 @@ def calibrate(
         points["opponents"],
         Cost(max(0.0, single - each), each),
         max(0.0, index_single - index_each),
-        looks,
+        distribution,
     )
 
 
-def _single_seconds(index: SearchIndex, queries_QF: Float32) -> float:
+def _time_single_queries(index: SearchIndex, queries_QF: Float32) -> float:
+    """Return the median seconds of searches for one query."""
     times = []
-    for at in range(min(_SINGLES, len(queries_QF))):
+    for at in range(min(_TIMED_QUERIES, len(queries_QF))):
         began = time.perf_counter()
-        search_both(index, queries_QF[at : at + 1], CALIBRATED_FOR)
+        search_both(index, queries_QF[at : at + 1], RECALL_AT)
         times.append(time.perf_counter() - began)
     return median(times) if times else 0.0
 
 
-def _curve(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
-    """Return the settings worth having: α by half of the queries, then budgets that rise to a share of the rows.
+def _measure_settings(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
+    """Return the useful settings of one direction: each has a higher recall bound than all faster ones.
 
-    Counts alone decide which are tried and kept, so that equal lists get equal settings.
+    α is chosen on half of the queries; then budgets grow until (nearly) all results are found, or to a share of the
+    rows. No decision depends on measured times, so equal lists get equal settings.
     """
     half = max(1, len(signed_QF) // 2)
     usual = choose_default_setting(len(index))
 
     def at_alpha(alpha: float) -> float:
-        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], CALIBRATED_FOR)
+        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], RECALL_AT)
         return float(compute_recalls(found, truth, scores).mean())
 
     alpha = max(_ALPHAS, key=at_alpha)
     measured: list[Point] = []
-    codes = min(_LEAST_CODES, len(index))
+    codes = min(_SMALLEST_BUDGET, len(index))
     while True:
         for ratio in _RATIOS:
             measured.append(
-                _point(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
+                _measure_setting(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
             )
-        found_all = measured[-1].recall >= _ENOUGH
+        found_all = measured[-1].recall >= _FULL_RECALL
         if found_all or codes >= _LARGEST_SHARE * len(index):
             break
         codes = math.ceil(codes * math.sqrt(2))
-    kept: list[Point] = []
+    useful: list[Point] = []
     for point in sorted(measured, key=lambda p: (p.scored, -p.lower)):
-        if not kept or point.lower > kept[-1].lower:
-            kept.append(point)
-    return tuple(kept)
+        if not useful or point.lower > useful[-1].lower:
+            useful.append(point)
+    return tuple(useful)
 
 
-def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> Point:
+def _measure_setting(
+    index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
+) -> Point:
+    """Return the recall and cost of one setting in one direction."""
     searched = index.at(setting)
     began = time.perf_counter()
-    found = searched.search(signed_QF, CALIBRATED_FOR)
+    found = searched.search(signed_QF, RECALL_AT)
     seconds = (time.perf_counter() - began) / max(1, len(signed_QF))
     recall_Q = compute_recalls(found, truth, scores)
     half = max(1, len(recall_Q) // 2)
@@ -227,33 +234,40 @@ def _point(index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, s
         setting.centroids,
         setting.alpha,
         float(recall_Q.mean()),
-        min(lower_bound(recall_Q[:half]), lower_bound(recall_Q[half:] if len(recall_Q) > half else recall_Q)),
+        min(
+            recall_lower_bound(recall_Q[:half]),
+            recall_lower_bound(recall_Q[half:] if len(recall_Q) > half else recall_Q),
+        ),
         float(np.percentile(recall_Q, 10)),
         float(found.rows_scored.mean()),
         seconds,
     )
 
 
-def lower_bound(recall_Q: Float64) -> float:
-    """Return the one-sided 95% lower bound of a mean recall, never surer than with one more at a half."""
+def recall_lower_bound(recall_Q: Float64) -> float:
+    """Return the one-sided 95% lower bound of a mean recall.
+
+    The bound is a normal approximation. The variance has an additional term, as if one more query could deviate by
+    1/2, so that the bound stays below 1 where all recalls are equal.
+    """
     n = len(recall_Q)
     spread = math.sqrt(float(recall_Q.var()) * n / max(1, n - 1) / n + 0.25 / (n + 1) ** 2)
     return max(0.0, float(recall_Q.mean()) - _NORMAL_95 * spread)
 
 
 def compute_recalls(found: TopK, truth: TopK, truth_scores: Sequence[Float32]) -> Float64:
-    """Return each query's share of the true results that was found, [Q]; equal scores count as found.
+    """Return the share of the true results that was found, for each query [Q]; results with equal scores count.
 
     Args:
-        found: the answers, as many queries as wanted of those in `truth`.
-        truth: the right ids.
-        truth_scores: their scores, falling.
+        found: the results to assess, for the first queries of `truth` or all of them.
+        truth: the true results.
+        truth_scores: their scores, decreasing.
     """
     recall_Q = np.ones(len(found.ids))
     for at, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True)):
-        wanted = len(truth.ids[at])
-        if wanted:
+        n_true = len(truth.ids[at])
+        if n_true:
             last = float(truth_scores[at][-1])
             hit = np.isin(ids, truth.ids[at]) | (scores >= last - 1e-6 * abs(last))
-            recall_Q[at] = min(1.0, int(hit.sum()) / wanted)
+            recall_Q[at] = min(1.0, int(hit.sum()) / n_true)
     return recall_Q

@@ -1,7 +1,8 @@
-"""How lists come to be: trained on a sample, then filled stretch by stretch; a killed build goes on with the next one.
+"""Construction of the inverted lists: training on a sample, then filling in stretches of rows; resumable.
 
-With a `Scratch`, what training found and each stretch's lists are kept on disk, and the rows of finished stretches are
-not read again. The result is the same to the bit, interrupted or not: stretches are filled apart and merged in order.
+With `UnfinishedLists`, the trained state and the lists of each stretch are stored on disk. An interrupted build resumes
+with the next stretch and does not read the rows of finished stretches again. The result is the same to the bit:
+every stretch is filled into empty lists, and stretches are merged in order.
 
 Shapes: N rows, B rows of a block, L lists, G groups, F feature dimension, R reduced dimension.
 """
@@ -18,17 +19,25 @@ import numpy as np
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import atomic_path, file_digest, open_plain, read_json, read_npz, report_damage, write_json_atomic
+from tracin_ann.files import (
+    atomic_path,
+    file_digest,
+    open_regular,
+    read_json,
+    read_npz,
+    report_damage,
+    write_json_atomic,
+)
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
-from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, trained
+from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, train_assigner
 from tracin_ann.search.inverted_lists import Codes, InvertedLists
-from tracin_ann.search.reduction import Reduction, fitted
+from tracin_ann.search.reduction import Reduction, fit_reduction
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import Float32, RowSource
 
 STRETCH_ROWS = 2**19
 _VERSION = 1
-_TRAIN_ROWS_A_LIST = 16
+_TRAIN_ROWS_PER_LIST = 16
 _SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
@@ -36,13 +45,18 @@ _BLOCK_NUMBERS = 2**25
 
 @dataclass(frozen=True)
 class UnfinishedLists:
-    """Where unfinished lists are kept, and the key of what they are made of: others' are thrown away."""
+    """A directory with the intermediate results of a build; results under another key are ignored.
+
+    Attributes:
+        directory: the directory; `save` creates it.
+        key: identifies all inputs of the build (`digest_inputs`).
+    """
 
     directory: Path
     key: str
 
     def save(self, name: str, lists: InvertedLists, arrays: Mapping[str, Any]) -> None:
-        """Keep lists and arrays under a name, durably; the caption, last, is what makes them count."""
+        """Store lists and arrays under a name, durably; they are valid once the JSON file, written last, exists."""
         self.directory.mkdir(exist_ok=True)
         digests = []
         for path, write in (
@@ -57,23 +71,23 @@ class UnfinishedLists:
     def load(
         self, name: str, codes: Codes, like: InvertedLists | None = None
     ) -> tuple[InvertedLists, dict[str, Any]] | None:
-        """Return what was kept under a name, or None where that is nothing, another build's, or damaged.
+        """Return the lists and arrays stored under a name; None if they are missing, damaged or of another build.
 
-        The lists are as many as others, or as there are centroids among the arrays.
+        The lists must have the shape of `like`, or without it the shape of the centroids among the arrays.
         """
         paths = self._path(name, ".faiss"), self._path(name, ".npz")
         try:
             if read_json(self._path(name, ".json")) != {"key": self._key(), "digests": [file_digest(p) for p in paths]}:
                 return None
-            with report_damage(paths[1], "what a build keeps", "run the build again"), open_plain(paths[1]) as file:
+            with report_damage(paths[1], "arrays of a build", "run the build again"), open_regular(paths[1]) as file:
                 arrays = read_npz(file)
                 shape = arrays["centroid_LR"].shape if like is None else (like.n_lists, like.dim)
                 return InvertedLists.load(paths[0], shape, codes, mapped=False), arrays
         except (DamagedIndexError, FileNotFoundError):
             return None
 
-    def after(self, name: str) -> UnfinishedLists:
-        """Return the scratch of what is made of what is kept under a name: other bits there, another key."""
+    def derive(self, name: str) -> UnfinishedLists:
+        """Return the same directory with a key that also includes the digest of the files stored under a name."""
         return UnfinishedLists(self.directory, f"{self.key} {file_digest(self._path(name, '.json'))}")
 
     def _key(self) -> str:
@@ -84,8 +98,8 @@ class UnfinishedLists:
 
 
 @dataclass(frozen=True)
-class Filled:
-    """Lists with all rows, and what they are searched with."""
+class FilledLists:
+    """Lists with all rows, and the data that a search needs with them."""
 
     lists: InvertedLists
     tree: ListTree
@@ -94,8 +108,8 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """What training found: lists without rows, how rows get into them, and every row's norm."""
+class _Training:
+    """The result of training: empty lists, the assignment and reduction of rows, and the norms of all rows."""
 
     lists: InvertedLists
     assigner: Assigner
@@ -103,69 +117,70 @@ class _Trained:
     measured: Survey
 
 
-def filled(
+def fill_lists(
     source: RowSource,
     params: IVFParams,
     scratch: UnfinishedLists | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Filled:
-    """Return lists of all rows of the source; reads it twice, and the training sample once.
+) -> FilledLists:
+    """Build lists of all rows of the source; reads all rows twice, and the training sample once more.
 
     Args:
         source: the rows.
-        params: how lists are made.
-        scratch: where to keep what is done, and to go on from.
+        params: parameters of the lists.
+        scratch: storage for intermediate results; the build resumes from those found there.
         progress: called with (rows done, rows).
 
     Raises:
-        UsageError: no rows, or fewer than lists.
-        NonFiniteError: a row holds NaN or infinity; names its id.
+        UsageError: there are no rows, or fewer rows than lists.
+        NonFiniteError: a row contains NaN or infinity; the message has its id.
     """
-    params.lists_for(len(source))
-    found = _trained(source, params, scratch)
-    scratch = None if scratch is None else scratch.after("trained")
-    lists, assigner = found.lists, found.assigner
-    extents = assigner.taken()
+    params.count_lists(len(source))
+    training = _train(source, params, scratch)
+    scratch = None if scratch is None else scratch.derive("trained")
+    lists, assigner = training.lists, training.assigner
+    extents = assigner.take_extents()
     starts = range(0, len(source), STRETCH_ROWS)
     for number, start in enumerate(starts):
         stop = min(start + STRETCH_ROWS, len(source))
-        # The last one is merged at once: keeping it would save nothing but itself.
-        kept = scratch if number + 1 < len(starts) else None
-        done = kept.load(f"stretch-{number:06d}", params.codes, lists) if kept is not None else None
+        # The last stretch is not stored: it is merged immediately, and the whole index is saved next.
+        storage = scratch if number + 1 < len(starts) else None
+        done = storage.load(f"stretch-{number:06d}", params.codes, lists) if storage is not None else None
         if done is None:
-            part = lists.emptied()
-            _fill(part, source, found, start, stop)
-            done = part, asdict(assigner.taken())
-            if kept is not None:
-                kept.save(f"stretch-{number:06d}", *done)
+            part = lists.make_empty_copy()
+            _fill_stretch(part, source, training, start, stop)
+            done = part, asdict(assigner.take_extents())
+            if storage is not None:
+                storage.save(f"stretch-{number:06d}", *done)
         lists.merge(done[0])
-        extents = extents.plus(Extents(**done[1]))
+        extents = extents + Extents(**done[1])
         if progress is not None:
             progress(stop, len(source))
-    return Filled(lists, assigner.tree(extents), found.reduction, found.measured)
+    return FilledLists(lists, assigner.make_tree(extents), training.reduction, training.measured)
 
 
-def _fill(lists: InvertedLists, source: RowSource, found: _Trained, start: int, stop: int) -> None:
-    """Put the rows at positions start..stop-1 into lists."""
-    measured = found.measured
+def _fill_stretch(lists: InvertedLists, source: RowSource, training: _Training, start: int, stop: int) -> None:
+    """Add the rows at positions start .. stop − 1 to the lists."""
+    measured = training.measured
     for ids_B, rows_BF in source.blocks(_block_rows(source), start):
         rows = slice(start, min(start + len(ids_B), stop))
         n_rows = rows.stop - rows.start
         listed_B = measured.listed_N[rows]
         if listed_B.any():
-            reduced_BR = found.reduction.apply(scaled(rows_BF[:n_rows][listed_B], measured.shift))
-            lists.add(reduced_BR, found.assigner.assign(reduced_BR), ids_B[:n_rows][listed_B])
+            reduced_BR = training.reduction.apply(scale_rows(rows_BF[:n_rows][listed_B], measured.shift))
+            lists.add(reduced_BR, training.assigner.assign(reduced_BR), ids_B[:n_rows][listed_B])
         start = rows.stop
         if start == stop:
             return
 
 
-def _trained(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None) -> _Trained:
-    kept = None if scratch is None else scratch.load("trained", params.codes)
-    if kept is not None:
-        lists, arrays = kept
+def _train(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None) -> _Training:
+    """Return the trained state: loaded from the scratch directory, or else trained and stored there."""
+    stored = None if scratch is None else scratch.load("trained", params.codes)
+    if stored is not None:
+        lists, arrays = stored
         basis = arrays["basis_FR"]
-        return _Trained(
+        return _Training(
             lists,
             Assigner(arrays["group_GR"], arrays["centroid_LR"], arrays["parent_L"]),
             Reduction(source.dim, basis if basis.size else None, float(arrays["energy"])),
@@ -173,35 +188,36 @@ def _trained(source: RowSource, params: IVFParams, scratch: UnfinishedLists | No
         )
     block_rows = _block_rows(source)
     measured = survey(source, block_rows)
-    n_lists = min(params.lists_for(len(source)), max(1, int(measured.listed_N.sum())))
-    sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_A_LIST * n_lists, params.seed)
-    some_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
-    reduction = fitted(scaled(source.take(some_ids), measured.shift), params.width, params.seed)
+    n_lists = min(params.count_lists(len(source)), max(1, int(measured.listed_N.sum())))
+    sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_PER_LIST * n_lists, params.seed)
+    reduction_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
+    reduction = fit_reduction(scale_rows(source.take(reduction_ids), measured.shift), params.width, params.seed)
     sample = [np.zeros((0, reduction.width), np.float32)]
     for at in range(0, len(sample_ids), block_rows):
         rows = source.take(sample_ids[at : at + block_rows])
-        sample.append(reduction.apply(scaled(rows, measured.shift)))
+        sample.append(reduction.apply(scale_rows(rows, measured.shift)))
     sample_BR = np.concatenate(sample) if len(sample_ids) else np.zeros((1, reduction.width), np.float32)
-    assigner = trained(sample_BR, n_lists, params.seed)
-    made = _Trained(InvertedLists.trained(sample_BR, assigner.n_lists, params.codes), assigner, reduction, measured)
+    assigner = train_assigner(sample_BR, n_lists, params.seed)
+    training = _Training(InvertedLists.train(sample_BR, assigner.n_lists, params.codes), assigner, reduction, measured)
     if scratch is not None:
         basis = reduction.basis_FR
         arrays = {"basis_FR": np.zeros((0, 0), np.float32) if basis is None else basis, "energy": reduction.energy}
         arrays |= {"ids_N": measured.ids_N, "norm_N": measured.norm_N}
-        scratch.save("trained", made.lists, arrays | assigner.arrays)
-    return made
+        scratch.save("trained", training.lists, arrays | assigner.arrays)
+    return training
 
 
 def _block_rows(source: RowSource) -> int:
+    """Return how many rows are read at once."""
     return max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.dim))
 
 
-def scaled(rows_BF: Float32, shift: int) -> Float32:
+def scale_rows(rows_BF: Float32, shift: int) -> Float32:
     """Return rows × 2^shift."""
     scaled_BF: Float32 = np.ldexp(rows_BF, shift)
     return scaled_BF
 
 
 def digest_inputs(params: IVFParams, *parts: object) -> str:
-    """Return a key of lists: their parameters, and what else determines them, as JSON has it."""
+    """Return a key for `UnfinishedLists`: the parameters and all other inputs that determine the lists, as JSON."""
     return json.dumps([asdict(params), *parts], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Exact search: every row of a source against every query, by float32 matrix products in blocks.
+"""Exact search: inner products of all rows of a source with all queries, by float32 matrix products in blocks.
 
 Shapes: N rows, B rows of a block, Q queries, F feature dimension, K results.
 """
@@ -15,30 +15,30 @@ from torch import Tensor
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
-from tracin_ann.search.topk import best, from_padded, negated
+from tracin_ann.search.topk import best_positions, from_padded, negate
 from tracin_ann.types import Float32, Int64, RowSource, TopK
 
 _SCORES_AT_ONCE = 2**24
-"""Entries of the Q × B block of scores held at once: 64 MiB."""
+"""Entries of the Q × B block of scores that is in memory at a time: 64 MiB."""
 _RESIDENT_SHARE = 0.5
-"""Share of an accelerator's free memory that rows may fill and stay."""
+"""Rows stay in an accelerator's memory if they need at most this share of its free memory."""
 
 
 class FlatIndex:
-    """The exact scan of a `RowSource`; keeps no file, reads the source.
+    """The exact scan of a `RowSource`, without index files.
 
-    On an accelerator the rows stay in its memory after the first search where they fit.
+    On an accelerator, rows that fit stay in its memory after the first search.
     """
 
     kind = "flat"
 
     def __init__(self, source: RowSource, device: torch.device, block_rows: int = 8192) -> None:
-        """Remember what to scan and where; nothing is read before the first search.
+        """Store the arguments; rows are read by the first search.
 
         Args:
             source: the rows.
-            device: computes the products.
-            block_rows: rows read and multiplied at once.
+            device: device of the matrix products.
+            block_rows: rows read and multiplied at a time.
         """
         self._source = source
         self._device = device
@@ -58,62 +58,64 @@ class FlatIndex:
         """Return the k rows of largest inner product with each query.
 
         Raises:
-            NonFiniteError: a query, or a row among the answers, is not finite.
+            NonFiniteError: a query, or the score of a result, is not finite.
         """
-        return self._of(allowed)._scan(queries_QF, k, signs=(1.0,))[0]
+        return self._restrict(allowed)._scan(queries_QF, k, signs=(1.0,))[0]
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents) from one pass over the rows."""
-        proponents, opponents = self._of(allowed)._scan(queries_QF, k, signs=(1.0, -1.0))
-        return proponents, negated(opponents)
+        proponents, opponents = self._restrict(allowed)._scan(queries_QF, k, signs=(1.0, -1.0))
+        return proponents, negate(opponents)
 
-    def _of(self, allowed: Int64 | None) -> FlatIndex:
+    def _restrict(self, allowed: Int64 | None) -> FlatIndex:
+        """Return the scan of the allowed rows."""
         if allowed is None or len(allowed) == len(self):
             return self
         return FlatIndex(Subset(self._source, allowed), self._device, self._block_rows)
 
     def _scan(self, queries_QF: Float32, k: int, signs: tuple[float, ...]) -> list[TopK]:
-        """Return, for each sign, the best k of sign × inner product."""
+        """Return the best k of sign × inner product for each sign."""
         queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
         chunks = [queries[at : at + at_once] for at in range(0, len(queries), at_once)]
-        found = [[_Best(len(chunk), k, self._device) for chunk in chunks] for _ in signs]
+        found = [[_RunningBest(len(chunk), k, self._device) for chunk in chunks] for _ in signs]
         for ids_B, rows_BF in self._blocks():
             for at, chunk_QF in enumerate(chunks):
                 scores_QB = chunk_QF @ rows_BF.T
                 for side, sign in zip(found, signs, strict=True):
                     side[at].add(ids_B, sign * scores_QB)
-        return [self._answer(side, k) for side in found]
+        return [self._collect(side, k) for side in found]
 
-    def _answer(self, chunks: list[_Best], k: int) -> TopK:
+    def _collect(self, chunks: list[_RunningBest], k: int) -> TopK:
+        """Return the results of all chunks of queries."""
         ids = [chunk.ids_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.int64)]
         scores = [chunk.scores_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.float32)]
         ids_QK, scores_QK = np.concatenate(ids), np.concatenate(scores)
-        refuse_unless_finite(ids_QK, scores_QK)
+        check_finite(ids_QK, scores_QK)
         return from_padded(ids_QK, scores_QK, k, np.full(len(ids_QK), len(self), dtype=np.int64))
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (ids [B], rows [B, F]) on the device, in rising id order."""
+        """Yield (ids [B], rows [B, F]) on the device, by increasing id."""
         if self._resident is not None:
             yield from self._resident
             return
-        keep: list[tuple[Tensor, Tensor]] | None = [] if self._fits() else None
+        resident: list[tuple[Tensor, Tensor]] | None = [] if self._fits_in_memory() else None
         for ids, rows in self._source.blocks(self._block_rows):
             block = (as_tensor(ids).to(self._device), as_tensor(rows).to(self._device))
-            if keep is not None:
-                keep.append(block)
+            if resident is not None:
+                resident.append(block)
             yield block
-        self._resident = keep
+        self._resident = resident
 
-    def _fits(self) -> bool:
-        """Return whether the rows are to stay on an accelerator."""
+    def _fits_in_memory(self) -> bool:
+        """Return whether the rows can stay in the memory of an accelerator."""
         rows_bytes = len(self) * (4 * self.dim + 8)
         return self._device.type != "cpu" and rows_bytes <= _RESIDENT_SHARE * free_memory_bytes(self._device)
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some rows of a source, as a RowSource: `ids` rise."""
+    """The rows of a source with these ids (increasing), as a `RowSource`."""
 
     source: RowSource
     ids: Int64
@@ -124,17 +126,17 @@ class Subset:
         return self.source.dim
 
     def __len__(self) -> int:
-        """Return how many rows were chosen."""
+        """Return the number of these rows."""
         return len(self.ids)
 
     def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
-        """Yield the rows in rising id order."""
+        """Yield (ids [B], rows [B, F]) by increasing id."""
         if 2 * len(self.ids) < len(self.source) or start:
             for at in range(start, len(self.ids), block_rows):
                 ids_B = self.ids[at : at + block_rows]
                 yield ids_B, self.source.take(ids_B)
             return
-        # Most rows: whole blocks are read faster than rows by id.
+        # For most of the rows, reading whole blocks is faster than reading rows by id.
         for ids_B, rows_BF in self.source.blocks(block_rows):
             first, last = np.searchsorted(self.ids, [ids_B[0], ids_B[-1] + 1])
             chosen = self.ids[first:last]
@@ -144,12 +146,12 @@ class Subset:
                 yield chosen, rows_BF[np.searchsorted(ids_B, chosen)]
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
-        """Return rows of these ids."""
+        """Return the rows with these ids, [B, F]."""
         return self.source.take(ids)
 
 
-class _Best:
-    """The best k of the blocks seen so far, of one chunk of queries; blocks come in rising id order."""
+class _RunningBest:
+    """The best k results so far for one chunk of queries; blocks are added by increasing id."""
 
     def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
         self._k = k
@@ -157,25 +159,25 @@ class _Best:
         self.scores_QK = torch.zeros((n_queries, 0), dtype=torch.float32, device=device)
 
     def add(self, ids_B: Tensor, scores_QB: Tensor) -> None:
-        """Let a block of higher ids compete: earlier positions win ties, and they hold lower ids."""
-        where = best(scores_QB, self._k)
+        """Merge a block with higher ids; at equal scores earlier positions win, which have lower ids."""
+        where = best_positions(scores_QB, self._k)
         ids = torch.cat([self.ids_QK, ids_B[where]], dim=1)
         scores = torch.cat([self.scores_QK, scores_QB.gather(1, where)], dim=1)
-        where = best(scores, self._k)
+        where = best_positions(scores, self._k)
         self.ids_QK, self.scores_QK = ids.gather(1, where), scores.gather(1, where)
 
 
 def as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
-    """Return a tensor over the array's memory, or over a copy where torch may not write to it."""
-    whole = np.ascontiguousarray(array)
-    return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
+    """Return a tensor that shares the array's memory, or a copy if the array is read-only or not contiguous."""
+    contiguous = np.ascontiguousarray(array)
+    return torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
 
 
-def refuse_unless_finite(ids: Int64, scores: Float32) -> None:
-    """Refuse scores that are not numbers, whether of spoilt rows or past float32's range.
+def check_finite(ids: Int64, scores: Float32) -> None:
+    """Check that all scores are finite: rows can be damaged, and products can overflow float32.
 
     Raises:
-        NonFiniteError: names the first such id.
+        NonFiniteError: a score is not; the message has the first such id.
     """
     bad = ids[~np.isfinite(scores)]
     if len(bad):
@@ -183,7 +185,7 @@ def refuse_unless_finite(ids: Int64, scores: Float32) -> None:
             problem(
                 f"the inner product with row {bad[0]} is not finite",
                 got="NaN or infinity",
-                expected="finite features",
-                remedy="rebuild the index; if it stays, mend the example or its checkpoint",
+                expected="a finite score",
+                remedy="rebuild the index; if the error remains, fix the example or its checkpoint",
             )
         )

@@ -1,8 +1,8 @@
-"""Inverted lists of coded rows in FAISS: filled by us, scanned in the lists we name, kept in one file.
+"""Inverted lists of quantized rows in FAISS: added to and scanned by explicit list numbers, stored in one file.
 
-Codes are of the reduced rows: a byte (`sq8`), half a byte (`sq4`) or a half-precision number (`fp16`) a dimension.
+A reduced row has one code per dimension: 8 bits (`sq8`), 4 bits (`sq4`) or a half-precision number (`fp16`).
 
-Shapes: Q queries, W keys a query, L lists, B rows of a block, R reduced dimension, K results.
+Shapes: Q queries, W keys (list numbers) per query, L lists, B rows of a block, R reduced dimension, K results.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import attach_path
-from tracin_ann.files import open_plain, report_damage
+from tracin_ann.files import open_regular, report_damage
 from tracin_ann.types import Float32, Int64
 
 Codes = Literal["sq8", "sq4", "fp16"]
 CODES: tuple[Codes, ...] = ("sq8", "sq4", "fp16")
 _QUANTIZERS = {"sq8": "QT_8bit", "sq4": "QT_4bit", "fp16": "QT_fp16"}
-_BITMAP_ENTRIES_A_ROW = 64
-# Of FAISS's files: where the number of rows is, and what the lists begin with.
+_BITMAP_BITS_PER_ROW = 64
+# FAISS's file format: the position of the number of rows, the tag before the lists, and the header of the lists.
 _N_ROWS = slice(8, 16)
 _LISTS = b"ilar"
 _TAIL = struct.Struct("<4sQQ4sQ")
 
 
 class InvertedLists:
-    """FAISS lists searched by inner product; safe to scan from several threads."""
+    """FAISS lists that are searched by inner product; several threads can scan them."""
 
     def __init__(self, index: Any) -> None:
-        """Hold a trained `faiss.IndexIVFScalarQuantizer`; use `trained` or `load` to get one."""
+        """Wrap a trained `faiss.IndexIVFScalarQuantizer`; use `train` or `load` to create one."""
         self._index = index
 
     @classmethod
-    def trained(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
-        """Return lists without rows whose codes suit rows like these."""
-        index = _empty(n_lists, sample_BR.shape[1], codes)
+    def train(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
+        """Return empty lists whose codes have the value ranges of the sample."""
+        index = _make_empty_index(n_lists, sample_BR.shape[1], codes)
         index.sq.train(np.ascontiguousarray(sample_BR))
         return cls(index)
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int], codes: Codes, *, mapped: bool = True) -> InvertedLists:
-        """Return the lists of a file, so many of so many dimensions; its pages mapped (and not to be changed) or read.
+        """Return the lists of a file with this shape (L, R): memory-mapped and read-only, or read into memory.
 
         Raises:
-            DamagedIndexError: the file is missing, cut short, or holds no such lists.
-            OSError: the system has no memory or descriptors left for it.
+            DamagedIndexError: the file is missing or truncated, or has lists of another shape or other codes.
+            OSError: the system has no memory or file descriptors left.
         """
         faiss = import_faiss()
-        with report_damage(path, "inverted lists of coded rows", "rebuild the index"):
-            with open_plain(path) as file:
-                _refuse_other_layout(file, shape, codes)
+        with report_damage(path, "inverted lists", "rebuild the index"):
+            with open_regular(path) as file:
+                _check_layout(file, shape, codes)
             return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
 
     def save(self, path: Path) -> None:
-        """Write the lists to this very path; the caller moves and fsyncs."""
+        """Write the lists to this path; the caller renames and fsyncs."""
         faiss = import_faiss()
-        # Through a file of ours: FAISS's own is cut without a word where its last block finds the disk full.
+        # Not FAISS's own file: it reports no error if the disk is full when the last block is written.
         with attach_path(path), path.open("wb") as file:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
 
@@ -80,17 +80,17 @@ class InvertedLists:
         return int(self._index.nlist)
 
     def sizes(self) -> Int64:
-        """Return the rows of each list, [L]."""
+        """Return the number of rows of each list, int64 [L]."""
         lists = self._index.invlists
         return np.array([lists.list_size(number) for number in range(lists.nlist)], dtype=np.int64)
 
     @property
-    def bytes_a_row(self) -> int:
-        """Return what a row takes: its code and its id."""
+    def bytes_per_row(self) -> int:
+        """Return the bytes of a row: its code and its id."""
         return int(self._index.code_size) + 8
 
-    def emptied(self) -> InvertedLists:
-        """Return lists without rows that take what these take."""
+    def make_empty_copy(self) -> InvertedLists:
+        """Return empty lists with the same shape and codes."""
         faiss = import_faiss()
         own = self._index
         index = faiss.IndexIVFScalarQuantizer(
@@ -100,31 +100,31 @@ class InvertedLists:
         return InvertedLists(index)
 
     def merge(self, other: InvertedLists) -> None:
-        """Append another's rows to these lists; the other is left without."""
-        # Not the index's own merge_from: it compares centroids, which the lists here do without.
+        """Move the rows of other lists to the ends of these lists; the others become empty."""
+        # Not the merge_from of the index: it compares centroids, which these lists do not have.
         self._index.invlists.merge_from(other._index.invlists, 0)
         self._index.ntotal += other._index.ntotal
         other._index.ntotal = 0
 
     def add(self, rows_BR: Float32, list_B: Int64, id_B: Int64) -> None:
-        """Append rows to the lists named."""
+        """Append rows to the lists with these numbers."""
         faiss = import_faiss()
-        # Held by name until FAISS is done: a pointer keeps nothing alive.
+        # The names keep the arrays alive while FAISS uses their pointers.
         rows, lists, ids = (np.ascontiguousarray(a) for a in (rows_BR, list_B, id_B))
         self._index.add_core(len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
 
     def ids(self) -> tuple[Int64, Int64]:
-        """Return the ids of all rows, list by list, and the list of each."""
+        """Return the ids of all rows, ordered by list, and the list number of each."""
         faiss, lists = import_faiss(), self._index.invlists
         sizes = self.sizes()
-        held = [
+        by_list = [
             faiss.rev_swig_ptr(lists.get_ids(int(number)), int(sizes[number])).copy()
             for number in np.flatnonzero(sizes)
         ]
-        return np.concatenate([np.zeros(0, np.int64), *held]), np.repeat(np.arange(self.n_lists), sizes)
+        return np.concatenate([np.zeros(0, np.int64), *by_list]), np.repeat(np.arange(self.n_lists), sizes)
 
-    def decoded(self, number: int) -> Float32:
-        """Return the rows of one list as their codes give them, [B, R]."""
+    def decode_list(self, number: int) -> Float32:
+        """Return the rows of one list, decoded, float32 [B, R]."""
         faiss, lists = import_faiss(), self._index.invlists
         size = int(lists.list_size(number))
         n_bytes = size * int(self._index.code_size)
@@ -132,42 +132,42 @@ class InvertedLists:
         rows: Float32 = np.zeros((0, self.dim), np.float32) if codes is None else self._index.sq.decode(codes.copy())
         return rows
 
-    def coded(self, rows_BR: Float32) -> tuple[Float32, Float32]:
-        """Return rows [B, R] as their codes would give them, and how far the next codes are from those."""
+    def quantize(self, rows_BR: Float32) -> tuple[Float32, Float32]:
+        """Return rows [B, R] rounded to their codes, and the distance to the neighboring codes, [B, R]."""
         sq = self._index.sq
         rows = np.ascontiguousarray(rows_BR)
         codes = sq.compute_codes(rows)
-        given: Float32 = sq.decode(codes)
+        rounded: Float32 = sq.decode(codes)
         if self._index.sq.qtype == import_faiss().ScalarQuantizer.QT_fp16:
-            return given, np.abs(given) * np.float32(2**-9) + np.float32(1e-6)
+            return rounded, np.abs(rounded) * np.float32(2**-9) + np.float32(1e-6)
         lowest, highest = sq.decode(np.zeros_like(codes[:1])), sq.decode(np.full_like(codes[:1], 255))
         levels = 255 if self._index.sq.qtype == import_faiss().ScalarQuantizer.QT_8bit else 15
-        return given, np.broadcast_to((highest - lowest) / np.float32(levels), given.shape)
+        return rounded, np.broadcast_to((highest - lowest) / np.float32(levels), rounded.shape)
 
     def scan(self, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None) -> tuple[Int64, Float32]:
-        """Return FAISS's padded (ids [Q, k], scores [Q, k]) of the lists named by the keys.
+        """Return FAISS's padded (ids [Q, k], scores [Q, k]) of the rows in the lists with these keys.
 
         Args:
             queries_QR: float32.
-            k: places a query.
-            key_QW: int64 list numbers, -1 where a query wants no more.
-            allowed: ids that may be found, rising; None: all.
+            k: results per query.
+            key_QW: int64 list numbers; -1: padding.
+            allowed: int64 ids, increasing, to which the results are restricted; None: all.
         """
-        return preassigned(self._index, queries_QR, k, key_QW, allowed)
+        return search_lists(self._index, queries_QR, k, key_QW, allowed)
 
 
-def preassigned(
+def search_lists(
     index: Any, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None
 ) -> tuple[Int64, Float32]:
-    """Return padded (ids, distances) [Q, k] from the lists of a FAISS IVF index that the keys name.
+    """Return padded (ids, distances) [Q, k] of a search in the lists with these keys of a FAISS IVF index.
 
-    FAISS's Python wrapper for this takes its width from the index and no parameters, so that two threads would
-    disturb each other.
+    The function `search_preassigned` of FAISS's Python package reads the number of lists from the index instead of
+    parameters, so two threads with different numbers would disturb each other.
     """
     faiss = import_faiss()
     parameters = faiss.SearchParametersIVF(nprobe=key_QW.shape[1])
     if allowed is not None:
-        selector, held = _selector(allowed, index.ntotal)
+        selector, memory = _make_selector(allowed, index.ntotal)
         parameters.sel = selector
     queries, keys = np.ascontiguousarray(queries_QR), np.ascontiguousarray(key_QW)
     coarse = np.zeros(keys.shape, np.float32)
@@ -176,23 +176,23 @@ def preassigned(
         pointers = [faiss.swig_ptr(a) for a in (queries, keys, coarse, distances, ids)]
         index.search_preassigned_c(len(queries), pointers[0], k, *pointers[1:], False, parameters, None)
     if allowed is not None:
-        del selector, held
+        del selector, memory
     return ids, distances
 
 
-def _selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
-    """Return FAISS's selector of these ids and the memory that it points to."""
+def _make_selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
+    """Return a FAISS selector of these ids, and the array that it points to."""
     faiss = import_faiss()
     largest = int(allowed[-1]) if len(allowed) else 0
-    if largest < _BITMAP_ENTRIES_A_ROW * max(n_rows, 1):
+    if largest < _BITMAP_BITS_PER_ROW * max(n_rows, 1):
         bits = np.zeros(largest // 8 + 1, np.uint8)
         np.bitwise_or.at(bits, allowed // 8, np.left_shift(1, allowed % 8).astype(np.uint8))
         return faiss.IDSelectorBitmap(bits), bits
     return faiss.IDSelectorBatch(allowed), allowed
 
 
-def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
-    """Return FAISS's lists without rows."""
+def _make_empty_index(n_lists: int, dim: int, codes: Codes) -> Any:
+    """Return a FAISS index with empty lists."""
     faiss = import_faiss()
     quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
     index = faiss.IndexIVFScalarQuantizer(
@@ -202,43 +202,43 @@ def _empty(n_lists: int, dim: int, codes: Codes) -> Any:
     return index
 
 
-def _refuse_other_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
-    """Refuse a file that differs from lists of this shape by more than rows and the ranges of codes.
+def _check_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
+    """Check that a file differs from lists of this shape only in its rows and the value ranges of the codes.
 
-    FAISS takes a file's word for every size in it, and reads or writes past its memory where one is wrong.
+    FAISS does not check the sizes in a file; a wrong size makes it read or write outside its memory.
 
     Raises:
-        ValueError: it does.
+        ValueError: there are other differences.
     """
     n_bytes = os.fstat(file.fileno()).st_size
-    plain, marked = (_empty_bytes(shape, codes, ranges) for ranges in (0x00, 0xFF))
+    plain, marked = (_serialize_empty(shape, codes, ranges) for ranges in (0x00, 0xFF))
     start = plain.tobytes().rfind(_LISTS)
     same = plain == marked
     same[_N_ROWS] = False
     head = np.frombuffer(file.read(start), np.uint8)
     if len(head) < start or (head != plain[:start])[same[:start]].any():
-        raise ValueError(f"no {shape[0]:,} lists of {shape[1]} dimensions in {codes}")
+        raise ValueError(f"not {shape[0]:,} lists of {shape[1]} dimensions with {codes} codes")
     tail = file.read(_TAIL.size).ljust(_TAIL.size)
-    # All sizes, or pairs of a list and its size where most lists are empty.
+    # FAISS stores the sizes of all lists ("full"), or pairs (list, size) if most lists are empty ("sprs").
     name, n_lists, code_size, kind, n_numbers = _TAIL.unpack(tail)
     ours = _TAIL.unpack(plain[start:].tobytes()[: _TAIL.size])
     if (name, n_lists, code_size) != ours[:3] or kind not in (b"full", b"sprs") or n_numbers > 2 * n_lists:
-        raise ValueError("lists of another form")
+        raise ValueError("lists of another format")
     numbers = np.frombuffer(file.read(8 * n_numbers).ljust(8 * n_numbers), "<u8")
     sizes, at = (numbers, np.arange(n_lists)) if kind == b"full" else (numbers[1::2], numbers[::2])
     n_rows = sum(sizes.tolist())
-    fine = (
+    valid = (
         len(sizes) == len(at) and (at < n_lists).all() and n_rows == int.from_bytes(head[_N_ROWS].tobytes(), "little")
     )
-    if not fine or start + _TAIL.size + 8 * n_numbers + n_rows * (code_size + 8) != n_bytes:
-        raise ValueError(f"{n_bytes:,} bytes for {n_rows:,} rows")
+    if not valid or start + _TAIL.size + 8 * n_numbers + n_rows * (code_size + 8) != n_bytes:
+        raise ValueError(f"the file size, {n_bytes:,} bytes, does not match {n_rows:,} rows")
 
 
-def _empty_bytes(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a file of lists without rows, those of the codes' ranges all alike."""
+def _serialize_empty(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a file of empty lists, where all bytes of the codes' value ranges are `ranges`."""
     faiss = import_faiss()
-    index = _empty(*shape, codes)
+    index = _make_empty_index(*shape, codes)
     n_ranges = 0 if codes == "fp16" else 2 * shape[1]
     faiss.copy_array_to_vector(np.full(4 * n_ranges, ranges, np.uint8).view(np.float32), index.sq.trained)
-    found: npt.NDArray[np.uint8] = faiss.serialize_index(index)
-    return found
+    content: npt.NDArray[np.uint8] = faiss.serialize_index(index)
+    return content

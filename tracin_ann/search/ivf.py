@@ -1,9 +1,10 @@
-"""Search by inverted lists: reduced and coded rows in two levels of L2 lists, probed in order of what they may hold.
+"""Approximate search with inverted lists (IVF): candidates from the codes of reduced rows, rescored with the rows.
 
-What the codes find is scored again from the rows themselves. Rows out of all proportion are kept aside and always
-scored; rows too small to matter are in no list, and a query whose answer they could enter is scanned.
+A two-level coarse quantizer selects the lists to probe for a query. The candidates with the best coded scores are
+scored again with the stored features. Outliers (rows of very large norm) are in no list; every query scores them.
+Quiet rows (norm near zero) are in no list either; queries whose results they could enter are answered by an exact scan.
 
-Shapes: N rows, Q queries, L lists, W lists a query, M candidates, F feature dimension, R reduced dimension, K results.
+Shapes: N rows, Q queries, L lists, W lists per query, M candidates, K results, F feature dimension, R reduced.
 """
 
 from __future__ import annotations
@@ -20,31 +21,32 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import DamagedIndexError, attach_path, problem
-from tracin_ann.files import map_array, open_plain, read_json, read_npz, read_record, report_damage, save_array
+from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_record, report_damage, save_array
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
-from tracin_ann.search.construction import UnfinishedLists, filled, scaled
-from tracin_ann.search.flat import FlatIndex, refuse_unless_finite
+from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
+from tracin_ann.search.flat import FlatIndex, check_finite
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
-from tracin_ann.search.topk import from_padded, joined, merge, negated
+from tracin_ann.search.topk import concatenate, from_padded, merge, negate
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _CAPTION = "tracin_ann inverted lists"
 _VERSION = 3
 _QUERIES_AT_ONCE = 256
-_RESCORED_AT_ONCE = 128
+_QUERIES_RESCORED_AT_ONCE = 128
 _LEAST_CANDIDATES = 40
 _IDS_AT_ONCE = 65_536
-_MOVED = 0.01
-_LONGER = 3
-"""Lists asked of the tree, in those that the budget would fill at their mean size: the best lists are short."""
+_MOVED_SHARE = 0.01
+"""Share of checked rows that may be in the list of a neighboring centroid, because of rounding."""
+_LIST_MARGIN = 3
+"""The tree returns this many times the lists that the budget would fill at the mean size: the best lists are short."""
 
 
 @dataclass(frozen=True)
 class _Caption:
-    """What the side file says of the lists: enough to tell a foreign file."""
+    """The content of the JSON file beside the lists, by which files that do not belong together are found."""
 
     rows: int
     shift: int
@@ -58,12 +60,12 @@ class _Caption:
 
     def __post_init__(self) -> None:
         if (self.caption, self.version) != (_CAPTION, _VERSION):
-            raise ValueError(f"{self.caption!r} version {self.version}, not {_CAPTION!r} version {_VERSION}")
+            raise ValueError(f"{self.caption!r} version {self.version} instead of {_CAPTION!r} version {_VERSION}")
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What lists are searched with."""
+    """The data of a search: lists, coarse quantizer, reduction, and the ids of outliers."""
 
     lists: InvertedLists
     tree: ListTree
@@ -72,16 +74,16 @@ class _Parts:
 
 
 class IVFIndex:
-    """Approximate maximum inner product; scores are those of the source's rows.
+    """Approximate maximum inner product search; the scores of results are exact.
 
-    Settings are those of `choose_default_setting` unless given: `at` returns the same index with others.
+    The settings are those of `choose_default_setting`; `at` returns the same index with other settings.
     """
 
     kind = "ivf"
     FILES = ("ivf.faiss", "ivf.npz", "ivf-centroids.npy", "ivf.json")
 
     def __init__(self, source: RowSource, parts: _Parts, caption: _Caption, device: torch.device) -> None:
-        """Hold filled lists; use `build` or `load` to get them."""
+        """Wrap filled lists; use `build` or `load` to create an index."""
         self._source, self._parts, self._caption, self._device = source, parts, caption, device
         self.settings = (choose_default_setting(caption.rows),) * 2
 
@@ -94,64 +96,64 @@ class IVFIndex:
         scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> IVFIndex:
-        """Return an index of all rows of the source, made as `fill.filled` says.
+        """Build an index of all rows of the source; see `construction.fill_lists` for the arguments.
 
         Raises:
-            UsageError: no rows, or fewer than lists.
-            NonFiniteError: a row holds NaN or infinity; names its id.
+            UsageError: there are no rows, or fewer rows than lists.
+            NonFiniteError: a row contains NaN or infinity; the message has its id.
         """
-        made = filled(source, params, scratch, progress)
-        measured, reduction = made.measured, made.reduction
+        filled = fill_lists(source, params, scratch, progress)
+        measured, reduction = filled.measured, filled.reduction
         quiet_norm = float(measured.norm_N[measured.quiet_N].max(initial=0.0))
         caption = _Caption(
             len(source), measured.shift, int(measured.quiet_N.sum()), quiet_norm, reduction.energy, params
         )
-        parts = _Parts(made.lists, made.tree, reduction, measured.ids_N[measured.outlier_N])
+        parts = _Parts(filled.lists, filled.tree, reduction, measured.ids_N[measured.outlier_N])
         return cls(source, parts, caption, device)
 
     @classmethod
     def load(cls, directory: Path, source: RowSource, device: torch.device) -> IVFIndex:
-        """Return the index that `save` wrote into the directory, over the same rows.
+        """Return the index that `save` wrote to the directory, for the same rows.
 
         Raises:
-            DamagedIndexError: a file is missing, cut short, of another version, or not the others'.
-            OSError: the system has no memory or files left for it.
+            DamagedIndexError: a file is missing, truncated or of another version, or the files do not belong together.
+            OSError: the system has no memory or file descriptors left.
         """
         lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.FILES)
-        expected, remedy = "what a build writes", "rebuild the index"
+        expected, remedy = "a file written by a build", "rebuild the index"
         content = read_json(caption_path, remedy)
         with report_damage(caption_path, expected, remedy):
             caption = read_record(_Caption, content)
         with report_damage(centroids_path, expected, remedy):
-            # Mapped: they are read once, when FAISS is given its own copy.
+            # Mapped, because they are read only once, when FAISS copies them.
             centroids = map_array(centroids_path)
-        with report_damage(arrays_path, expected, remedy), open_plain(arrays_path) as file:
+        with report_damage(arrays_path, expected, remedy), open_regular(arrays_path) as file:
             arrays = read_npz(file)
-            tree = ListTree.of({**arrays, "centroid_LR": centroids})
+            tree = ListTree.from_arrays({**arrays, "centroid_LR": centroids})
             basis, outliers = arrays["basis_FR"], arrays["outliers"]
             if basis.dtype != np.float32 or outliers.ndim != 1 or outliers.dtype != np.int64:
                 raise ValueError(f"a basis of {basis.dtype}, outliers of {outliers.dtype} {outliers.shape}")
             if (np.diff(outliers, prepend=-1) <= 0).any():
-                raise ValueError("outliers that do not rise")
+                raise ValueError("the ids of outliers do not increase")
             reduction = Reduction(source.dim, basis if basis.size else None, caption.energy)
         lists = InvertedLists.load(lists_path, (tree.n_lists, reduction.width), caption.params.codes)
         n_bytes, n_centroids, width = lists_path.stat().st_size, *tree.centroid_LR.shape
         got = n_bytes, len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), width, caption.rows
         n_listed = len(source) - caption.quiet_rows - len(outliers)
-        fitting = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
-        if got != fitting or not np.array_equal(lists.sizes(), tree.size_L):
+        consistent = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
+        if got != consistent or not np.array_equal(lists.sizes(), tree.size_L):
             raise DamagedIndexError(
                 problem(
                     f"{caption_path} does not belong to {lists_path.name}, {arrays_path.name} and the features",
                     got=f"bytes, rows, dimensions, lists, rows in lists, dimensions, rows {got}",
-                    expected=f"{fitting} and the lists' sizes",
+                    expected=f"{consistent} and equal list sizes",
                     remedy=remedy,
                 )
             )
         return cls(source, _Parts(lists, tree, reduction, outliers), caption, device)
 
     def save(self, directory: Path) -> None:
-        """Write the files of `FILES` into a directory; the caller moves and fsyncs."""
+        """Write the files `FILES` to a directory; the caller renames and fsyncs."""
         lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in self.FILES)
         parts = self._parts
         parts.lists.save(lists_path)
@@ -162,20 +164,26 @@ class IVFIndex:
             save_array(file, tree.pop("centroid_LR"))
         with attach_path(arrays_path):
             np.savez(arrays_path, basis_FR=basis, outliers=parts.outliers, **tree)
-        # FAISS reads a file that lacks its last few bytes without a word.
+        # The size is stored because FAISS reads a file without its last few bytes and reports no error.
         caption = dataclasses.replace(self._caption, lists_bytes=lists_path.stat().st_size)
         with attach_path(caption_path):
             caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
 
-    def faults(self, sample: int, seed: int) -> list[str]:
-        """Return what of the lists does not fit the source: ids, and the codes and places of some lists' rows."""
+    def find_faults(self, sample: int, seed: int) -> list[str]:
+        """Compare the lists with the source and return descriptions of the differences.
+
+        All ids are compared; codes and list numbers are recomputed for at least `sample` rows of random lists.
+        """
         parts, found = self._parts, []
         ids, lists = parts.lists.ids()
         everything = np.concatenate([ids, parts.outliers])
         known = np.concatenate([block for block, _ in self._source.blocks(_IDS_AT_ONCE)])
         twice = len(everything) - len(np.unique(everything))
         if twice or not np.isin(everything, known).all() or len(known) - len(everything) != self._caption.quiet_rows:
-            found.append(f"{len(everything):,} rows in lists ({twice:,} twice), {self._caption.quiet_rows:,} in none")
+            found.append(
+                f"{len(everything):,} ids ({twice:,} duplicates) and {self._caption.quiet_rows:,} quiet rows do not "
+                f"match {len(known):,} stored rows"
+            )
             return found
         random = np.random.default_rng(seed)
         assigner = Assigner(parts.tree.group_GR, parts.tree.centroid_LR, parts.tree.parent_L)
@@ -184,18 +192,18 @@ class IVFIndex:
             if seen >= sample:
                 break
             rows = self._source.take(ids[lists == number])
-            reduced_BR = parts.reduction.apply(scaled(rows, self._caption.shift))
-            given_BR, step_BR = parts.lists.coded(reduced_BR)
-            # Rounding may take a number to the next code, and a row between two centroids to the other.
-            off += int((np.abs(parts.lists.decoded(int(number)) - given_BR) > 1.01 * step_BR).any(axis=1).sum())
+            reduced_BR = parts.reduction.apply(scale_rows(rows, self._caption.shift))
+            rounded_BR, step_BR = parts.lists.quantize(reduced_BR)
+            # Rounding can move a number to the next code, and a row between two centroids to the other list.
+            off += int((np.abs(parts.lists.decode_list(int(number)) - rounded_BR) > 1.01 * step_BR).any(axis=1).sum())
             moved += int((assigner.assign(reduced_BR) != number).sum())
             seen += len(rows)
-        if off or moved > _MOVED * seen:
-            found.append(f"of {seen:,} rows looked at, {off:,} with others' codes and {moved:,} in others' lists")
+        if off or moved > _MOVED_SHARE * seen:
+            found.append(f"of {seen:,} rows checked, {off:,} have wrong codes and {moved:,} are in wrong lists")
         return found
 
     def at(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
-        """Return an index over the same lists that is searched otherwise."""
+        """Return an index with the same lists and these settings; without `opponents`, one setting for both."""
         other = IVFIndex(self._source, self._parts, self._caption, self._device)
         other.settings = proponents, opponents or proponents
         return other
@@ -207,12 +215,12 @@ class IVFIndex:
 
     @property
     def params(self) -> IVFParams:
-        """Return how the lists were built."""
+        """Return the parameters of the lists."""
         return self._caption.params
 
     @property
     def tree(self) -> ListTree:
-        """Return the centroids."""
+        """Return the coarse quantizer."""
         return self._parts.tree
 
     @property
@@ -226,87 +234,92 @@ class IVFIndex:
 
     @property
     def resident_bytes(self) -> int:
-        """Return what the index keeps in memory or mapped, features not counted."""
+        """Return the bytes that the index uses in memory or mapped, without the features."""
         basis = self._parts.reduction.basis_FR
-        rows = len(self._parts.lists) * self._parts.lists.bytes_a_row
+        rows = len(self._parts.lists) * self._parts.lists.bytes_per_row
         return rows + self.tree.resident_bytes + (0 if basis is None else basis.nbytes) + self._parts.outliers.nbytes
 
     def nearness(self, queries_QF: Float32) -> Float64:
-        """Return each query's largest |cosine| with the centre of a group, [Q]; 0 for a zero query."""
-        reduced_QR = self._parts.reduction.apply(_unit(queries_QF))
-        group_GR = _unit(self.tree.group_GR)
+        """Return the largest |cosine| of each query with the center of a group, [Q]; 0 for a zero query."""
+        reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
+        group_GR = _normalize(self.tree.group_GR)
         nearness_Q: Float64 = np.abs(reduced_QR @ group_GR.T).max(axis=1, initial=0.0).astype(np.float64)
         return nearness_Q
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
-        """Return the k rows of largest inner product among those reached; min(k, N) of them always.
+        """Return the k rows of largest inner product among the rows that the setting reaches; always min(k, N) rows.
 
-        `rows_scored` counts rows, and the centroids of groups and lists.
+        `rows_scored` counts rows and the centroids of groups and lists.
         """
-        return self._searched(check_queries(self, queries_QF, k), k, self.settings[0], allowed)
+        return self._search_direction(check_queries(self, queries_QF, k), k, self.settings[0], allowed)
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
-        """Return (proponents, opponents), each by its own setting."""
+        """Return (proponents, opponents), each with its own setting."""
         queries = check_queries(self, queries_QF, k)
-        opponents = self._searched(-queries, k, self.settings[1], allowed)
-        return self._searched(queries, k, self.settings[0], allowed), negated(opponents)
+        opponents = self._search_direction(-queries, k, self.settings[1], allowed)
+        return self._search_direction(queries, k, self.settings[0], allowed), negate(opponents)
 
-    def scans(self, k: int, allowed: Int64 | None = None) -> bool:
-        """Return whether all rows that may be found are as few as those that the lists would score."""
+    def will_scan(self, k: int, allowed: Int64 | None = None) -> bool:
+        """Return whether a search scans all (allowed) rows, because lists would score as many."""
         n_rows = len(self) if allowed is None else len(allowed)
-        return all(self._scans(k, self._for(setting, k, n_rows), n_rows) for setting in self.settings)
+        return all(self._is_scanned(k, self._adapt(setting, k, n_rows), n_rows) for setting in self.settings)
 
-    def _for(self, setting: Setting, k: int, n_rows: int) -> Setting:
-        setting = setting.holding(k)
-        return setting if n_rows == len(self) else setting.widened(max(n_rows, 1) / len(self))
+    def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
+        """Return the setting for k results among n_rows allowed rows."""
+        setting = setting.with_room_for(k)
+        return setting if n_rows == len(self) else setting.scale_for_share(max(n_rows, 1) / len(self))
 
-    def _scans(self, k: int, setting: Setting, n_rows: int) -> bool:
-        return max(setting.codes, _candidates(k)) >= n_rows
+    def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:
+        """Return whether the lists would score as many rows as a scan of n_rows rows."""
+        return max(setting.codes, _count_candidates(k)) >= n_rows
 
-    def _searched(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
+    def _search_direction(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
+        """Return the k rows of largest inner product: of the lists, the outliers, or an exact scan."""
         allowed = None if allowed is not None and len(allowed) == len(self) else allowed
         n_rows = len(self) if allowed is None else len(allowed)
-        setting = self._for(setting, k, n_rows)
-        if self._scans(k, setting, n_rows):
-            return self._scanned(queries_QF, k, allowed)
+        setting = self._adapt(setting, k, n_rows)
+        if self._is_scanned(k, setting, n_rows):
+            return self._scan(queries_QF, k, allowed)
         batches = range(0, len(queries_QF), _QUERIES_AT_ONCE)
-        found = joined([self._batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches])
+        found = concatenate(
+            [self._search_batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches]
+        )
         outliers = self._parts.outliers if allowed is None else np.intersect1d(self._parts.outliers, allowed)
         if len(outliers):
-            with _of_the_source():
-                found = merge([found, self._scanned(queries_QF, k, outliers)], k)
-        return self._completed(found, queries_QF, k, allowed)
+            with _report_unknown_rows():
+                found = merge([found, self._scan(queries_QF, k, outliers)], k)
+        return self._complete(found, queries_QF, k, allowed)
 
-    def _scanned(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
+    def _scan(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
         return FlatIndex(self._source, self._device).search(queries_QF, k, allowed)
 
-    def _batch(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
-        """Return the best k of what the lists hand on, by the scores of the rows themselves."""
+    def _search_batch(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
+        """Return the best k of the lists' candidates by their exact scores."""
         parts = self._parts
-        reduced_QR = parts.reduction.apply(_unit(queries_QF))
-        n_groups = math.ceil(setting.centroids / parts.tree.centroids_a_group)
+        reduced_QR = parts.reduction.apply(_normalize(queries_QF))
+        n_groups = math.ceil(setting.centroids / parts.tree.centroids_per_group)
         mean_size = len(parts.lists) / max(1, int((parts.tree.size_L > 0).sum()))
-        n_lists = math.ceil(_LONGER * setting.codes / max(mean_size, 1.0))
+        n_lists = math.ceil(_LIST_MARGIN * setting.codes / max(mean_size, 1.0))
         probes = parts.tree.probe(reduced_QR, setting.alpha, n_groups, n_lists)
         size_QW = np.where(probes.list_QW >= 0, parts.tree.size_L[probes.list_QW], 0)
         before_QW = size_QW.cumsum(axis=1) - size_QW
         within_QW = (before_QW < setting.codes) & (probes.list_QW >= 0)
         width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
         key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
-        ids_QM, _ = parts.lists.scan(reduced_QR, _candidates(k), key_QW, allowed)
+        ids_QM, _ = parts.lists.scan(reduced_QR, _count_candidates(k), key_QW, allowed)
         scored_Q = (size_QW * within_QW).sum(axis=1) + probes.scored_Q
-        scores_QM = self._scores(queries_QF, ids_QM)
-        refuse_unless_finite(ids_QM, scores_QM)
+        scores_QM = self._rescore(queries_QF, ids_QM)
+        check_finite(ids_QM, scores_QM)
         return from_padded(ids_QM, scores_QM, k, scored_Q)
 
-    def _scores(self, queries_QF: Float32, ids_QM: Int64) -> Float32:
-        """Return the inner products [Q, M] with the rows of these ids; of padding, 0."""
+    def _rescore(self, queries_QF: Float32, ids_QM: Int64) -> Float32:
+        """Return the inner products [Q, M] with the rows with these ids; 0 for padding."""
         scores_QM = np.zeros(ids_QM.shape, np.float32)
-        for at in range(0, len(queries_QF), _RESCORED_AT_ONCE):
-            part = slice(at, at + _RESCORED_AT_ONCE)
+        for at in range(0, len(queries_QF), _QUERIES_RESCORED_AT_ONCE):
+            part = slice(at, at + _QUERIES_RESCORED_AT_ONCE)
             unique, place = np.unique(ids_QM[part], return_inverse=True)
             n_padding = int(np.searchsorted(unique, 0))
-            with _of_the_source():
+            with _report_unknown_rows():
                 rows = torch.from_numpy(self._source.take(unique[n_padding:]))
             if not len(rows):
                 continue
@@ -316,52 +329,54 @@ class IVFIndex:
         scores_QM[ids_QM < 0] = 0
         return scores_QM
 
-    def _completed(self, top: TopK, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
-        """Return the answers, scanned anew where lists cannot give them: too few rows, scores like the quiet rows'."""
-        wanted = min(k, len(self) if allowed is None else len(allowed))
+    def _complete(self, top: TopK, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
+        """Return the results, from an exact scan for queries with too few results or where quiet rows could enter."""
+        n_results = min(k, len(self) if allowed is None else len(allowed))
         norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
         quiet_Q = norm_Q * self._caption.quiet_norm
         has_quiet = self._caption.quiet_rows > 0
-        short = [
+        incomplete = [
             at
             for at, scores in enumerate(top.scores)
-            if len(scores) < wanted or norm_Q[at] == 0 or (has_quiet and scores[-1] <= quiet_Q[at])
+            if len(scores) < n_results or norm_Q[at] == 0 or (has_quiet and scores[-1] <= quiet_Q[at])
         ]
-        if not short:
+        if not incomplete:
             return top
-        exact = self._scanned(queries_QF[short], k, allowed)
+        exact = self._scan(queries_QF[incomplete], k, allowed)
         ids, scores, counts = list(top.ids), list(top.scores), top.rows_scored.copy()
-        for place, at in enumerate(short):
+        for place, at in enumerate(incomplete):
             ids[at], scores[at] = exact.ids[place], exact.scores[place]
             counts[at] += exact.rows_scored[place]
         return TopK(tuple(ids), tuple(scores), counts)
 
 
-def _candidates(k: int) -> int:
-    """Return how many rows the codes hand on for k results."""
+def _count_candidates(k: int) -> int:
+    """Return how many candidates are rescored for k results."""
     return max(_LEAST_CANDIDATES, 2 * k)
 
 
 @contextmanager
-def _of_the_source() -> Iterator[None]:
-    """Take a row that the source does not hold for damage of the lists: they are not read whole when they are opened.
+def _report_unknown_rows() -> Iterator[None]:
+    """Report a row that the source does not have as damage of the lists, which `load` does not check row by row.
 
     Raises:
-        DamagedIndexError: names the row.
+        DamagedIndexError: the lists contain such a row; the message has its id.
     """
     try:
         yield
     except KeyError as error:
-        expected = "rows of the index alone"
         raise DamagedIndexError(
             problem(
-                f"{IVFIndex.FILES[0]}: lists of other rows", got=error, expected=expected, remedy="rebuild the index"
+                f"{IVFIndex.FILES[0]} contains an unknown row",
+                got=f"id {error}",
+                expected="ids of the stored features",
+                remedy="rebuild the index",
             )
         ) from error
 
 
-def _unit(vectors: Float32) -> Float32:
-    """Return vectors at norm 1, zeros as they are."""
+def _normalize(vectors: Float32) -> Float32:
+    """Return the vectors scaled to norm 1; zero vectors stay zero."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    unit: Float32 = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")
-    return unit
+    normalized: Float32 = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")
+    return normalized

@@ -1,7 +1,7 @@
-"""Fewer dimensions for the index: the uncentred SVD of a sample of the rows, which keeps inner products.
+"""Dimensionality reduction for the inverted lists: the uncentered SVD of a sample of the rows.
 
-Centring, as PCA does, would shift every inner product. The leading right singular vectors are found by randomised
-subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+The SVD preserves inner products; centering, as in PCA, would change them. For large F the leading right singular
+vectors come from randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
 
 Shapes: N rows, B rows of a block, F feature dimension, R reduced dimension.
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 from tracin_ann.search.flat import as_tensor
 from tracin_ann.types import Float32
 
-_OVERSAMPLED = 16
+_OVERSAMPLING = 16
 _ITERATIONS = 6
 _SMALL_DIM = 2048
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Rows and queries [., F] times `basis_FR`; where F is small already the basis is none and rows stay as they are.
+    """A linear map of rows and queries from F to R dimensions; the identity where F is small enough.
 
     Attributes:
         dim: F.
         basis_FR: orthonormal columns, float32; None: R = F.
-        energy: share of the sample's squared norms that is kept.
+        energy: share of the squared norms of the sample that the map preserves.
     """
 
     dim: int
@@ -37,7 +37,7 @@ class Reduction:
     energy: float
 
     def __post_init__(self) -> None:
-        """Check that the basis takes rows of F numbers."""
+        """Check that the basis has F rows."""
         if self.basis_FR is not None and self.basis_FR.shape[:-1] != (self.dim,):
             raise ValueError(f"a basis of shape {self.basis_FR.shape} for rows of {self.dim} numbers")
 
@@ -47,39 +47,39 @@ class Reduction:
         return self.dim if self.basis_FR is None else self.basis_FR.shape[1]
 
     def apply(self, rows_BF: Float32) -> Float32:
-        """Return [B, R]."""
+        """Return the reduced rows, float32 [B, R]."""
         if self.basis_FR is None:
             return np.ascontiguousarray(rows_BF, dtype=np.float32)
         reduced: Float32 = (as_tensor(rows_BF) @ as_tensor(self.basis_FR)).numpy()
         return reduced
 
 
-def fitted(sample_BF: Float32, width: int, seed: int) -> Reduction:
-    """Return the reduction to at most `width` dimensions that keeps most of the sample's squared norms."""
+def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
+    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample."""
     dim = sample_BF.shape[1]
     if dim <= width:
         return Reduction(dim, None, 1.0)
     rows = as_tensor(sample_BF)
-    turn = _leading(rows, width, seed)
+    vectors_FR = _leading_vectors(rows, width, seed)
     total = float(rows.square().sum())
-    energy = float((rows @ turn).square().sum()) / total if total else 1.0
-    return Reduction(dim, turn.contiguous().numpy(), min(1.0, energy))
+    energy = float((rows @ vectors_FR).square().sum()) / total if total else 1.0
+    return Reduction(dim, vectors_FR.contiguous().numpy(), min(1.0, energy))
 
 
-def _leading(rows: Tensor, width: int, seed: int) -> Tensor:
-    """Return the leading right singular vectors [F, width]."""
+def _leading_vectors(rows: Tensor, width: int, seed: int) -> Tensor:
+    """Return the leading right singular vectors of the rows, [F, width]."""
     dim = rows.shape[1]
     if dim <= _SMALL_DIM:
         moment = rows.T @ rows
         try:
             vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
         except RuntimeError:
-            # Rows of low rank may not converge in float32.
+            # In float32 the solver may not converge for rows of low rank.
             vectors = torch.linalg.eigh(moment.double()).eigenvectors.to(rows.dtype)
         return vectors[:, -width:].flip(1)
     random = torch.Generator().manual_seed(seed)
-    basis = torch.randn(dim, min(dim, width + _OVERSAMPLED), generator=random, dtype=rows.dtype)
+    basis = torch.randn(dim, min(dim, width + _OVERSAMPLING), generator=random, dtype=rows.dtype)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-    turn: Tensor = torch.linalg.svd(rows @ basis, full_matrices=False).Vh
-    return basis @ turn[:width].T
+    rotation: Tensor = torch.linalg.svd(rows @ basis, full_matrices=False).Vh
+    return basis @ rotation[:width].T

@@ -1,6 +1,6 @@
-"""How inverted lists are built, and how one direction of them is searched.
+"""Parameters of inverted lists (`IVFParams`) and settings of a search in them (`Setting`).
 
-Shapes: N rows, F feature dimension.
+Shapes: N rows, F feature dimension, K results.
 """
 
 from __future__ import annotations
@@ -11,81 +11,81 @@ from dataclasses import dataclass
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.search.inverted_lists import CODES, Codes
 
-_LISTS_A_ROOT = 24
-"""Lists for N rows are this many times √N: docs/design.md."""
-_ROWS_A_LIST = 8
-_REDUCED = 256
-_CODES_A_RESULT = 4
+_LISTS_PER_ROOT = 24
+"""N rows have this many times √N lists (see docs/design.md)."""
+_ROWS_PER_LIST = 8
+_DEFAULT_WIDTH = 256
+_CODES_PER_RESULT = 4
 
 
 @dataclass(frozen=True)
 class IVFParams:
-    """How lists are built.
+    """Parameters of inverted lists.
 
     Attributes:
-        nlist: number of lists, about; None: 24·√N, with at least 8 rows a list.
-        width: dimensions that rows are reduced to.
+        nlist: approximate number of lists; None: 24·√N, with at least 8 rows per list.
+        width: number of dimensions to which rows are reduced.
         codes: `sq8`, `sq4` or `fp16`.
-        seed: of the training sample, the reduction and k-means.
-        train_rows: rows k-means learns from; None: 16 a list.
+        seed: seed of the training sample, the reduction and k-means.
+        train_rows: number of training rows for k-means; None: 16 per list.
     """
 
     nlist: int | None = None
-    width: int = _REDUCED
+    width: int = _DEFAULT_WIDTH
     codes: Codes = "sq8"
     seed: int = 0
     train_rows: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built.
+        """Check the fields.
 
         Raises:
-            UsageError: a field out of its range.
+            UsageError: a field is out of range.
         """
-        for name, value, fine, expected in (
+        for name, value, valid, expected in (
             ("nlist", self.nlist, self.nlist is None or self.nlist >= 1, "at least 1"),
             ("width", self.width, self.width >= 1, "at least 1"),
             ("codes", self.codes, self.codes in CODES, " or ".join(CODES)),
             ("seed", self.seed, self.seed >= 0, "0 or more"),
             ("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1"),
         ):
-            if not fine:
-                raise UsageError(problem(f"bad {name}", got=value, expected=expected, remedy=f"change {name}"))
+            if not valid:
+                raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
 
-    def lists_for(self, n_rows: int) -> int:
+    def count_lists(self, n_rows: int) -> int:
         """Return the number of lists for N rows.
 
         Raises:
-            UsageError: there are no rows, or fewer rows (or training rows) than lists.
+            UsageError: there are no rows, or fewer (training) rows than lists.
         """
-        nlist = self.nlist or max(1, min(round(_LISTS_A_ROOT * math.sqrt(n_rows)), n_rows // _ROWS_A_LIST))
-        learnt_from = min(n_rows, self.train_rows or n_rows)
-        if learnt_from < nlist:
+        nlist = self.nlist or max(1, min(round(_LISTS_PER_ROOT * math.sqrt(n_rows)), n_rows // _ROWS_PER_LIST))
+        n_training = min(n_rows, self.train_rows or n_rows)
+        if n_training < nlist:
             raise UsageError(
                 problem(
-                    "too few rows for the lists",
-                    got=f"{learnt_from} rows to train on",
+                    "too few rows for inverted lists",
+                    got=f"{n_training} training rows",
                     expected=f"at least nlist = {nlist}",
                     remedy="use a flat index, fewer lists or more train_rows",
                 )
             )
         return nlist
 
-    def bytes_for(self, n_rows: int, dim: int) -> int:
-        """Return about how large the files of N rows of F numbers are: codes and ids, centroids."""
+    def estimate_bytes(self, n_rows: int, dim: int) -> int:
+        """Return the approximate size in bytes of the files for N rows of F numbers: codes, ids and centroids."""
         width = min(dim, self.width)
-        a_row = {"sq8": width, "sq4": width / 2, "fp16": 2 * width}[self.codes] + 8
-        return round(n_rows * a_row + self.lists_for(n_rows) * 4 * width)
+        per_row = {"sq8": width, "sq4": width / 2, "fp16": 2 * width}[self.codes] + 8
+        return round(n_rows * per_row + self.count_lists(n_rows) * 4 * width)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How one direction is searched.
+    """The setting of a search in one direction.
 
     Attributes:
-        codes: coded rows that a query may score.
-        centroids: list centroids that a query may score.
-        alpha: weight of a list's radius in its worth.
+        codes: budget of coded rows that a query scores.
+        centroids: budget of list centroids that a query scores.
+        alpha: weight of a list's radius in the estimate of its best score.
     """
 
     codes: int
@@ -93,29 +93,29 @@ class Setting:
     alpha: float
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be searched.
+        """Check the fields.
 
         Raises:
-            UsageError: a field out of its range.
+            UsageError: a field is out of range.
         """
-        for name, value, fine in (
-            ("codes", self.codes, self.codes >= 1),
-            ("centroids", self.centroids, self.centroids >= 1),
-            ("alpha", self.alpha, 0 <= self.alpha < math.inf),
+        for name, value, valid, expected in (
+            ("codes", self.codes, self.codes >= 1, "at least 1"),
+            ("centroids", self.centroids, self.centroids >= 1, "at least 1"),
+            ("alpha", self.alpha, 0 <= self.alpha < math.inf, "a finite number, 0 or more"),
         ):
-            if not fine:
-                raise UsageError(problem(f"bad {name}", got=value, expected="more", remedy=f"change {name}"))
+            if not valid:
+                raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
 
-    def holding(self, k: int) -> Setting:
-        """Return the setting with room for k results: settings are measured for ten."""
-        return Setting(max(self.codes, _CODES_A_RESULT * k), max(self.centroids, _CODES_A_RESULT * k), self.alpha)
+    def with_room_for(self, k: int) -> Setting:
+        """Return the setting with budgets that suffice for k results; settings are calibrated for 10."""
+        return Setting(max(self.codes, _CODES_PER_RESULT * k), max(self.centroids, _CODES_PER_RESULT * k), self.alpha)
 
-    def widened(self, share: float) -> Setting:
-        """Return the setting that reaches as many rows of a share as this does of all."""
+    def scale_for_share(self, share: float) -> Setting:
+        """Return the setting that scores as many allowed rows as this one, if only a share of the rows is allowed."""
         return Setting(math.ceil(self.codes / share), math.ceil(self.centroids / share), self.alpha)
 
 
 def choose_default_setting(n_rows: int) -> Setting:
-    """Return a setting for N rows before anything is calibrated: 4·√N rows, and as many centroids, 1,000 at least."""
+    """Return the setting for N rows before calibration: 4·√N rows and as many centroids, at least 1,000."""
     budget = max(1000, round(4 * math.sqrt(n_rows)))
     return Setting(budget, budget, 0.15)

@@ -1,6 +1,6 @@
-"""The one choice of the best k: falling scores, equal scores by rising id, no padding let through.
+"""Top-k selection and merging: results by decreasing score, equal scores by increasing id, without padding.
 
-Shapes: Q queries, M candidates a query, K results.
+Shapes: Q queries, M candidates per query, K results.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tracin_ann.types import Float32, Int64, TopK
 _NO_ID = -1
 
 
-def best(scores_QM: Tensor, k: int) -> Tensor:
-    """Return the positions [Q, min(k, M)] of the best scores of each row; ties by rising position.
+def best_positions(scores_QM: Tensor, k: int) -> Tensor:
+    """Return the positions of the best scores of each row, int64 [Q, min(k, M)]; ties by increasing position.
 
-    `torch.topk` breaks ties as it likes, so a row whose k-th and next score are equal is sorted whole.
+    `torch.topk` has no defined order for ties, so a row whose k-th and next score are equal is sorted completely.
     """
     n = scores_QM.shape[1]
     k = min(k, n)
@@ -30,44 +30,44 @@ def best(scores_QM: Tensor, k: int) -> Tensor:
             order = scores_QM[tied].argsort(dim=1, descending=True, stable=True)
             where[tied] = order[:, : k + 1]
     where = where[:, :k].sort(dim=1).values
-    falling = scores_QM.gather(1, where).argsort(dim=1, descending=True, stable=True)
-    return where.gather(1, falling)
+    by_score = scores_QM.gather(1, where).argsort(dim=1, descending=True, stable=True)
+    return where.gather(1, by_score)
 
 
 def from_padded(ids_QM: Int64, scores_QM: Float32, k: int, rows_scored: Int64) -> TopK:
-    """Return the best k of each row of a rectangle; places with a negative id are padding and dropped.
+    """Return the best k of each row of padded candidates; entries with a negative id are padding and dropped.
 
     Args:
         ids_QM: int64, distinct within a row except for padding; in any order.
-        scores_QM: float32 beside them; whatever stands beside a padding id is ignored.
-        k: results wanted.
-        rows_scored: int64 [Q], passed on.
+        scores_QM: float32 scores of the ids; those of padding are ignored.
+        k: number of results.
+        rows_scored: int64 [Q], copied to the result.
     """
     by_id = np.argsort(ids_QM, axis=1, kind="stable")
     ids = np.take_along_axis(ids_QM, by_id, axis=1)
     scores = np.take_along_axis(scores_QM, by_id, axis=1)
     scores = np.where(ids < 0, np.float32(-np.inf), scores)
-    order = best(torch.from_numpy(scores), k).numpy()
+    order = best_positions(torch.from_numpy(scores), k).numpy()
     ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    kept = ids >= 0
+    valid = ids >= 0
     return TopK(
-        ids=tuple(row[keep] for row, keep in zip(ids, kept, strict=True)),
-        scores=tuple(row[keep] for row, keep in zip(scores, kept, strict=True)),
+        ids=tuple(row[keep] for row, keep in zip(ids, valid, strict=True)),
+        scores=tuple(row[keep] for row, keep in zip(scores, valid, strict=True)),
         rows_scored=np.asarray(rows_scored, dtype=np.int64),
     )
 
 
 def merge(parts: Sequence[TopK], k: int) -> TopK:
-    """Return the best k over parts that hold disjoint ids for the same queries; rows_scored are added.
+    """Return the best k of parts that have disjoint ids for the same queries; rows_scored are added.
 
-    The best k of shards' best k are the best k of all, ties included.
+    The best k of the best k of shards are the best k of all rows, including ties.
 
     Raises:
-        ValueError: no part, or parts of different numbers of queries.
+        ValueError: there is no part, or parts have different numbers of queries.
     """
     if len({len(part.ids) for part in parts}) != 1:
         raise ValueError(f"merge of parts with {[len(part.ids) for part in parts]} queries")
-    padded = [_padded(part) for part in parts]
+    padded = [_pad(part) for part in parts]
     return from_padded(
         np.concatenate([ids for ids, _ in padded], axis=1),
         np.concatenate([scores for _, scores in padded], axis=1),
@@ -76,8 +76,8 @@ def merge(parts: Sequence[TopK], k: int) -> TopK:
     )
 
 
-def joined(parts: Sequence[TopK]) -> TopK:
-    """Return the answers of several batches of queries, one batch after another."""
+def concatenate(parts: Sequence[TopK]) -> TopK:
+    """Return the results of several batches of queries, one batch after the other."""
     return TopK(
         ids=tuple(ids for part in parts for ids in part.ids),
         scores=tuple(scores for part in parts for scores in part.scores),
@@ -86,19 +86,20 @@ def joined(parts: Sequence[TopK]) -> TopK:
 
 
 def split(top: TopK, at: int) -> tuple[TopK, TopK]:
-    """Return the answers of the first `at` queries and of the rest."""
+    """Return the results of the first `at` queries and of the rest."""
     return (
         TopK(top.ids[:at], top.scores[:at], top.rows_scored[:at]),
         TopK(top.ids[at:], top.scores[at:], top.rows_scored[at:]),
     )
 
 
-def negated(top: TopK) -> TopK:
-    """Return the answer with its scores' signs turned (and no -0.0): rising where it fell."""
+def negate(top: TopK) -> TopK:
+    """Return the results with negated scores (without -0.0), which then increase."""
     return TopK(top.ids, tuple(np.float32(0) - scores for scores in top.scores), top.rows_scored)
 
 
-def _padded(top: TopK) -> tuple[Int64, Float32]:
+def _pad(top: TopK) -> tuple[Int64, Float32]:
+    """Return the results as rectangles (ids, scores) [Q, M], padded with id -1."""
     width = max((len(ids) for ids in top.ids), default=0)
     ids_QM = np.full((len(top.ids), width), _NO_ID, dtype=np.int64)
     scores_QM = np.zeros((len(top.ids), width), dtype=np.float32)

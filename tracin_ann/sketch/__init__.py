@@ -1,4 +1,7 @@
-"""Sketches: linear, unbiased maps of gradients into D dimensions, named as `--sketch` has them."""
+"""Sketches: random linear maps of gradients to D dimensions that keep inner products in expectation.
+
+Each sketch has a name, which the option `--sketch` takes.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,22 @@ from tracin_ann.sketch.tensorsketch import TensorSketch, is_rank_one
 
 __all__ = ["ParameterKey", "ParameterSketch", "SKETCHES", "Sketch", "TensorSketch", "is_rank_one", "make_sketch"]
 
-_MADE_BY = (FactoredSketch, KroneckerSketch, DenseSketch, partial(DenseSketch, gaussian=True))
-SKETCHES: dict[str, Callable[[int], Sketch]] = dict(zip(SKETCH_NAMES, _MADE_BY, strict=True))
+_CONSTRUCTORS = (FactoredSketch, KroneckerSketch, DenseSketch, partial(DenseSketch, gaussian=True))
+SKETCHES: dict[str, Callable[[int], Sketch]] = dict(zip(SKETCH_NAMES, _CONSTRUCTORS, strict=True))
 
 
 def make_sketch(name: str, dim: int) -> Sketch:
-    """Return the sketch of this name and dimension D.
+    """Return the sketch with this name and dimension D.
 
     Raises:
-        UsageError: there is no such sketch, or it cannot use this dimension.
+        UsageError: the name is unknown, or the sketch does not support this dimension.
     """
     if name not in SKETCHES:
         raise UsageError(
             problem("unknown sketch", got=repr(name), expected=" or ".join(SKETCHES), remedy="change --sketch")
         )
     if dim < 1:
-        raise UsageError(problem("the sketch has no dimension", got=dim, expected="1 or more", remedy="change --dim"))
+        raise UsageError(
+            problem("the sketch dimension is too small", got=dim, expected="1 or more", remedy="change --dim")
+        )
     return SKETCHES[name](dim)

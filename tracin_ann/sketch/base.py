@@ -1,7 +1,9 @@
-"""What a sketch is: for each (checkpoint, parameter) a linear map of its gradient into the shared D.
+"""Interface of a sketch: one random linear map to D dimensions for each (checkpoint, parameter).
 
-E⟨S g, S g'⟩ = ⟨g, g'⟩ over the random numbers; maps of different checkpoints, parameters and seeds
-are independent, so the sketches of all parameters of a checkpoint are added into one row of D.
+E⟨S g, S g'⟩ = ⟨g, g'⟩ over the random numbers. The maps of different checkpoints, parameters and seeds
+are independent, so the sketches of all parameters of a checkpoint can be added into one row of D numbers.
+
+Shapes: B batch, D sketch dimension, R × C a parameter as a matrix.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from tracin_ann.sketch.generator import Stream
 
 @dataclass(frozen=True)
 class ParameterKey:
-    """Whose gradient is sketched: the random numbers depend on this and on nothing else.
+    """The parameter and checkpoint of a gradient; the random numbers of its map depend on this key alone.
 
     Attributes:
-        seed: the index's seed.
+        seed: seed of the index.
         checkpoint: position of the checkpoint in the task.
-        name: the parameter's name in the model.
-        shape: the parameter's shape.
-        rank_one: its layer is called once an example at one position, so that each gradient is an
-            outer product; recorded with the index, since a sketch may map such a parameter in another way.
+        name: name of the parameter in the model.
+        shape: shape of the parameter.
+        rank_one: whether its layer is called once per example at one position, so that each gradient is one
+            outer product. The index records this, because a sketch may use another map for such parameters.
     """
 
     seed: int
@@ -37,7 +39,7 @@ class ParameterKey:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Return (R, C): the shape read as a matrix, (R, 1) for a vector."""
+        """Return (R, C): the first dimension and the product of the others; (R, 1) for a vector."""
         rows = self.shape[0] if self.shape else 1
         columns = 1
         for size in self.shape[1:]:
@@ -45,27 +47,27 @@ class ParameterKey:
         return rows, columns
 
     def stream(self, role: str) -> Stream:
-        """Return the random stream of one role in this parameter's map."""
+        """Return the random stream for one role (such as "left") in the map of this parameter."""
         return Stream(self.seed, self.checkpoint, self.name, role)
 
 
 class ParameterSketch(Protocol):
-    """The map of one parameter at one checkpoint, its random numbers already on a device."""
+    """The map of one parameter at one checkpoint, with its random numbers on a device."""
 
     def add(self, out_BD: Tensor, form: Form) -> None:
         """Add the sketch of the per-example gradients to `out_BD`."""
 
 
 class Sketch(Protocol):
-    """A family of maps."""
+    """A kind of sketch: creates the maps of all parameters."""
 
     @property
     def name(self) -> str:
-        """Return the name that `--sketch` takes."""
+        """Return the value of `--sketch` that selects it."""
 
     @property
     def version(self) -> int:
-        """Return a number that is raised whenever the same key gives other numbers than before."""
+        """Return the version; it is increased whenever the same key gives different numbers."""
 
     @property
     def dim(self) -> int:
@@ -74,7 +76,7 @@ class Sketch(Protocol):
     def parameter(
         self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
     ) -> ParameterSketch:
-        """Return the map of one parameter, which works in buffers that it may share with other maps."""
+        """Return the map of one parameter; `scratch` holds work buffers that several maps may share."""
 
     def describe(self, key: ParameterKey) -> str:
-        """Return in a few words what the map does with a parameter."""
+        """Return a short description of the map of a parameter, for reports."""

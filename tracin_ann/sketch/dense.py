@@ -1,8 +1,10 @@
-"""The dense sketch: one random matrix over the full gradient, made in blocks and never kept.
+"""The dense sketch: one random matrix over the full gradient, generated in blocks and never stored.
 
-S = R/√D with independent entries of mean 0 and variance 1. For fixed u, v the variance of
-⟨Su, Sv⟩ is (‖u‖²‖v‖² + ⟨u,v⟩²)/D with Gaussian entries and less by 2Σu_i²v_i²/D with signs
-(Achlioptas 2003). The yardstick for the cheaper sketches: truest, and slowest by far.
+S = R/√D, where the entries of R are independent with mean 0 and variance 1. For fixed u, v the variance of
+⟨Su, Sv⟩ is (‖u‖²‖v‖² + ⟨u,v⟩²)/D with Gaussian entries; with signs it is smaller by 2Σu_i²v_i²/D
+(Achlioptas 2003). It is the most accurate and by far the slowest sketch: the reference for the faster ones.
+
+Shapes: B batch, P parameters, D sketch dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _PROJECTION_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class DenseSketch:
-    """Rademacher (`dense`) or Gaussian (`dense-gaussian`) projection of every coordinate."""
+    """Projection of every coordinate by random signs (`dense`) or Gaussians (`dense-gaussian`)."""
 
     dim: int
     gaussian: bool = False
@@ -29,23 +31,23 @@ class DenseSketch:
 
     @property
     def name(self) -> str:
-        """Return the name that `--sketch` takes."""
+        """Return the value of `--sketch` that selects it."""
         return "dense-gaussian" if self.gaussian else "dense"
 
     def parameter(
         self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
     ) -> DenseParameter:
-        """Return the map of one parameter; its numbers are made as they are needed."""
+        """Return the map of one parameter; it generates its random numbers when they are needed."""
         return DenseParameter(key.stream("dense"), self.dim, self.gaussian, device, dtype)
 
     def describe(self, key: ParameterKey) -> str:
-        """Return what the map does with a parameter."""
+        """Return a short description of the map of a parameter."""
         return f"projected to {self.dim} by {'Gaussians' if self.gaussian else 'signs'}"
 
 
 @dataclass(frozen=True)
 class DenseParameter:
-    """One parameter's columns of the projection; column p holds D numbers of the stream from p·D."""
+    """The rows of the projection for one parameter: row p is the D numbers of the stream from position p·D."""
 
     stream: Stream
     dim: int
@@ -54,7 +56,7 @@ class DenseParameter:
     dtype: torch.dtype
 
     def projection(self, start: int, stop: int) -> Tensor:
-        """Return the projection of the flat coordinates start..stop, [stop − start, D]."""
+        """Return the rows of the projection for the flat coordinates start .. stop − 1, [stop − start, D]."""
         make = self.stream.gaussians if self.gaussian else self.stream.signs
         flat = make(start * self.dim, (stop - start) * self.dim)
         entries = torch.from_numpy(flat).to(self.device, self.dtype).view(-1, self.dim)

@@ -1,8 +1,9 @@
-"""The factored sketch, the default: sides folded by signs, contracted, sign-folded to D; no projection matrices.
+"""The factored sketch, the default: sign folds of both sides of a gradient matrix, and of their contraction to D.
 
-What is done with a parameter follows from its shape, and from whether its layer is called once an example,
-by the cost of a row (`FactoredSketch.method`): docs/design.md has the measurements. It comes close to the
-dense sketch on the gradients of real models at a small part of the cost.
+It uses no projection matrices. The method for a parameter depends on its shape and on whether its layer is
+called once per example (`FactoredSketch.method`); each is the fastest for its case (docs/design.md has the
+measurements). On gradients of real models its accuracy is close to that of the dense sketch, at a small part
+of the cost.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ import torch
 
 from tracin_ann.gradients import Scratch
 from tracin_ann.sketch.base import ParameterKey, ParameterSketch
-from tracin_ann.sketch.sides import Side, Untouched, channels_folded, folded
-from tracin_ann.sketch.tensorsketch import tensor_sketch
+from tracin_ann.sketch.sides import Identity, Side, make_channel_fold, make_fold
+from tracin_ann.sketch.tensorsketch import make_tensor_sketch
 from tracin_ann.sketch.twosided import SignFold, TwoSided
 
 SIDE_WIDTH = 64
 CHANNEL_WIDTHS = 128, 64
-# Transforms of D numbers cost about as much as forming and folding this many times D entries.
-_ENTRIES_A_TRANSFORM = 8
+# A Fourier transform of D numbers costs about as much as computing and folding this many times D entries.
+_ENTRIES_PER_TRANSFORM = 8
 
 Method = Literal["fold", "tensor", "sides", "channels"]
 
 
 @dataclass(frozen=True)
 class FactoredSketch:
-    """Fold both sides of a matrix, contract over positions, fold to D; or a TensorSketch.
+    """Folds of both sides of a matrix, a contraction over positions and a fold to D; or a TensorSketch.
 
     Attributes:
         dim: D.
-        side: width to which sides of a matrix are folded.
-        channels: the same of a convolution: output channels, and input channels, whose taps stay apart.
+        side: width to which each side of a matrix is folded.
+        channels: widths for a convolution: output channels, and input channels (kernel taps are not folded).
     """
 
     dim: int
@@ -44,18 +45,18 @@ class FactoredSketch:
     version: int = 2
 
     def method(self, key: ParameterKey) -> Method:
-        """Return what is cheapest for a parameter, and as true as the others.
+        """Return the fastest method for a parameter; all methods are about equally accurate.
 
-        - `fold`: the whole gradient is formed and sign-folded to D: vectors, and small matrices of layers
-          called once an example;
-        - `tensor`: TensorSketch: larger matrices of such layers;
-        - `sides`: both sides are folded before the sum over positions, its result to D: other matrices;
-        - `channels`: the same for convolutions, whose input side is folded by channels.
+        - `fold`: compute the gradient and sign-fold it to D. For vectors, and for small matrices of layers that
+          are called once per example.
+        - `tensor`: TensorSketch. For larger matrices of such layers.
+        - `sides`: fold both sides before the sum over positions, then fold the result to D. For other matrices.
+        - `channels`: the same for convolutions, where the input side is folded by channels.
         """
         rows, columns = key.matrix
         if len(key.shape) > 2:  # noqa: PLR2004
             return "channels"
-        if columns == 1 or (key.rank_one and rows * columns <= _ENTRIES_A_TRANSFORM * self.dim):
+        if columns == 1 or (key.rank_one and rows * columns <= _ENTRIES_PER_TRANSFORM * self.dim):
             return "fold"
         return "tensor" if key.rank_one else "sides"
 
@@ -66,7 +67,7 @@ class FactoredSketch:
         scratch = scratch or Scratch()
         method = self.method(key)
         if method == "tensor":
-            return tensor_sketch(key, self.dim, device, dtype, scratch)
+            return make_tensor_sketch(key, self.dim, device, dtype, scratch)
         left, right = self._sides(key, device, dtype)
         signs = torch.from_numpy(key.stream("fold").signs(0, left.width * right.width)).to(device, dtype)
         finish = SignFold(signs, key.stream("offset").integer(self.dim))
@@ -76,16 +77,16 @@ class FactoredSketch:
     def _sides(self, key: ParameterKey, device: torch.device, dtype: torch.dtype) -> tuple[Side, Side]:
         (rows, columns), method = key.matrix, self.method(key)
         if method == "fold":
-            return Untouched(rows), Untouched(columns)
+            return Identity(rows), Identity(columns)
         if method == "channels":
-            left = folded(key.stream("left"), rows, self.channels[0], device, dtype)
+            left = make_fold(key.stream("left"), rows, self.channels[0], device, dtype)
             sizes = key.shape[1], prod(key.shape[2:])
-            return left, channels_folded(key.stream("right"), sizes, self.channels[1], device, dtype)
-        left = folded(key.stream("left"), rows, self.side, device, dtype)
-        return left, folded(key.stream("right"), columns, self.side, device, dtype)
+            return left, make_channel_fold(key.stream("right"), sizes, self.channels[1], device, dtype)
+        left = make_fold(key.stream("left"), rows, self.side, device, dtype)
+        return left, make_fold(key.stream("right"), columns, self.side, device, dtype)
 
     def describe(self, key: ParameterKey) -> str:
-        """Return what the map does with a parameter."""
+        """Return a short description of the map of a parameter."""
         rows, columns = key.matrix
         method = self.method(key)
         if columns == 1:

@@ -1,8 +1,8 @@
-"""The one source of random numbers: Philox streams keyed by (seed, checkpoint, parameter, role).
+"""Random numbers of the sketches: Philox streams with keys (seed, checkpoint, parameter, role).
 
-A stream is random access (counter-based), made on the CPU by numpy's Philox4x64-10 (Salmon et al.,
-SC 2011), whose raw words numpy keeps stable for ever, and then moved to whatever device asks: so
-every device sees the same numbers, and no key is ever made by adding seeds.
+The generator is counter-based, so any position of a stream can be read directly. The numbers are generated on
+the CPU by numpy's Philox4x64-10 (Salmon et al., SC 2011), whose raw output numpy keeps stable, and copied to
+the device: all devices use the same numbers. The key is a hash of its parts; seeds are never added.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from tracin_ann.types import Float32, Int64
 
-_WORDS_A_COUNTER = 4
-_BITS_A_WORD = 64
+_WORDS_PER_COUNTER = 4
+_BITS_PER_WORD = 64
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream of random numbers named by what it is for; equal names give equal numbers."""
+    """A stream of random numbers with a key; equal keys give equal numbers."""
 
     seed: int
     checkpoint: int
@@ -29,17 +29,17 @@ class Stream:
     role: str
 
     def words(self, start: int, count: int) -> npt.NDArray[np.uint64]:
-        """Return raw 64-bit words [count] from position `start`."""
-        first, skip = divmod(start, _WORDS_A_COUNTER)
+        """Return raw 64-bit words, uint64 [count], from position `start`."""
+        first, skip = divmod(start, _WORDS_PER_COUNTER)
         name = "\x1f".join((str(self.seed), str(self.checkpoint), self.parameter, self.role))
         key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16, person=b"tracin_ann").digest(), "little")
         generator = np.random.Philox(key=key, counter=first)
         return generator.random_raw(skip + count)[skip:]
 
     def signs(self, start: int, count: int) -> npt.NDArray[np.int8]:
-        """Return independent signs ±1, int8 [count], from position `start`; one bit of the stream each."""
-        first, skip = divmod(start, _BITS_A_WORD)
-        n_words = -(-(skip + count) // _BITS_A_WORD)
+        """Return independent signs ±1, int8 [count], from position `start`; each uses one bit of the stream."""
+        first, skip = divmod(start, _BITS_PER_WORD)
+        n_words = -(-(skip + count) // _BITS_PER_WORD)
         packed = self.words(first, n_words).astype("<u8", copy=False).view(np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[skip : skip + count]
         return (bits.astype(np.int8) << 1) - 1
@@ -58,9 +58,9 @@ class Stream:
         return normal[skip : skip + count].astype(np.float32)
 
     def integers(self, start: int, count: int, bound: int) -> Int64:
-        """Return independent integers in [0, bound), int64 [count], from position `start`; a word reduced each."""
+        """Return independent integers in [0, bound), int64 [count], from position `start`: each a word modulo bound."""
         return (self.words(start, count) % np.uint64(bound)).astype(np.int64)
 
     def integer(self, bound: int) -> int:
-        """Return one integer in [0, bound), the stream's first word reduced."""
+        """Return one integer in [0, bound): the first word of the stream modulo bound."""
         return int(self.integers(0, 1, bound)[0])

@@ -1,7 +1,7 @@
-"""The Kronecker sketch: Gaussian matrices on both sides of each layer, all layers summed into one D.
+"""The Kronecker sketch: Gaussian matrices on both sides of each gradient matrix, summed over layers into one row of D.
 
-LoGra's projection (Choe et al. 2024) without splitting D among the layers. For rank-one gradients
-δxᵀ, δ'x'ᵀ with α = ⟨δ,δ'⟩, β = ⟨x,x'⟩ the variance of the sketched inner product is
+It is the projection of LoGra (Choe et al. 2024), but every layer uses all D dimensions instead of a part of
+them. For rank-one gradients δxᵀ, δ'x'ᵀ with α = ⟨δ,δ'⟩, β = ⟨x,x'⟩ the variance of the sketched inner product is
 (α² + (‖δ‖²‖δ'‖² + α²)/k₁)(β² + (‖x‖²‖x'‖² + β²)/k₂) − α²β².
 """
 
@@ -14,15 +14,15 @@ import torch
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.gradients import Scratch
 from tracin_ann.sketch.base import ParameterKey
-from tracin_ann.sketch.sides import Untouched, projected
-from tracin_ann.sketch.twosided import Plain, TwoSided
+from tracin_ann.sketch.sides import Identity, make_projection
+from tracin_ann.sketch.twosided import PlainSum, TwoSided
 
 _WORST_RATIO = 4
 
 
 @dataclass(frozen=True)
 class KroneckerSketch:
-    """Project rows to k₁ and columns to k₂ with k₁·k₂ = D, as near to square as D allows."""
+    """Projection of rows to k₁ and of columns to k₂, where k₁·k₂ = D is the most even factorization of D."""
 
     dim: int
     name: str = "kronecker"
@@ -30,10 +30,10 @@ class KroneckerSketch:
     sides: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Factor D.
+        """Factorize D.
 
         Raises:
-            UsageError: D has no two factors within a ratio of 4.
+            UsageError: D is not a product of two factors within a ratio of 4.
         """
         small = max(k for k in range(1, int(self.dim**0.5) + 1) if self.dim % k == 0)
         if self.dim > _WORST_RATIO * small * small:
@@ -50,22 +50,22 @@ class KroneckerSketch:
     def parameter(
         self, key: ParameterKey, device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
     ) -> TwoSided:
-        """Return the map of one parameter; a vector is projected straight to D."""
+        """Return the map of one parameter; a vector is projected to D directly."""
         scratch = scratch or Scratch()
         rows, columns = key.matrix
         if columns == 1:
-            left = projected(key.stream("left"), rows, self.dim, device, dtype)
-            return TwoSided(key.matrix, left, Untouched(1), Plain(), scratch=scratch)
+            left = make_projection(key.stream("left"), rows, self.dim, device, dtype)
+            return TwoSided(key.matrix, left, Identity(1), PlainSum(), scratch=scratch)
         return TwoSided(
             key.matrix,
-            projected(key.stream("left"), rows, self.sides[0], device, dtype),
-            projected(key.stream("right"), columns, self.sides[1], device, dtype),
-            Plain(),
+            make_projection(key.stream("left"), rows, self.sides[0], device, dtype),
+            make_projection(key.stream("right"), columns, self.sides[1], device, dtype),
+            PlainSum(),
             scratch=scratch,
         )
 
     def describe(self, key: ParameterKey) -> str:
-        """Return what the map does with a parameter."""
+        """Return a short description of the map of a parameter."""
         rows, columns = key.matrix
         if columns == 1:
             return f"{rows} projected to {self.dim}"

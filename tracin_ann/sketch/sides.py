@@ -1,4 +1,7 @@
-"""Random maps of one side of a gradient matrix: folded by signs, multiplied by Gaussians, or left alone."""
+"""Random maps of one side (rows or columns) of a gradient matrix: sign folds, Gaussian projections, the identity.
+
+Shapes: n length of the side, C channels, K kernel taps, k output width.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracin_ann.gradients import Room, allocate
+from tracin_ann.gradients import Allocator, allocate
 from tracin_ann.sketch.generator import Stream
 
 
-def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Room = allocate) -> Tensor:
-    """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, which becomes min(n, width) long.
+def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Allocator = allocate) -> Tensor:
+    """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, whose length becomes min(n, width).
 
-    A CountSketch whose hash is i mod width, so that the sums run over contiguous groups; added group
-    by group, because a temporary as large as `x` costs more than the arithmetic.
+    This is a CountSketch with the hash i mod width, so that the sums run over contiguous groups. Groups are
+    added one by one, because a temporary as large as `x` costs more than the arithmetic.
     """
     n = x.shape[dim]
     signs = signs_n.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
@@ -30,26 +33,26 @@ def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Room = all
 
 
 class Side(Protocol):
-    """A linear map of vectors of length n to vectors of length `width`, with E[SᵀS] = I."""
+    """A random linear map of vectors of length n to vectors of length `width`, with E[SᵀS] = I."""
 
     @property
     def width(self) -> int:
-        """Return the length of the images."""
+        """Return the length of the mapped vectors."""
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
-        """Map the last axis: [..., n] -> [..., width], in `room` where memory is needed."""
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
+        """Map the last axis: [..., n] -> [..., width]; `room` allocates memory where it is needed."""
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the images of unit vectors: index [...] -> [..., width]."""
+        """Return the mapped unit vectors: index [...] -> [..., width]."""
 
 
 @dataclass(frozen=True)
-class Untouched:
-    """A side already narrow enough."""
+class Identity:
+    """The identity, for a side that is narrow enough already."""
 
     width: int
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return `x`."""
         return x
 
@@ -59,13 +62,13 @@ class Untouched:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """A side multiplied by random signs and summed in `width` groups (i mod width)."""
+class Fold:
+    """Multiplication by random signs and sums over `width` groups (i mod width)."""
 
     width: int
     signs_n: Tensor
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return the folded vectors."""
         return fold(x, self.signs_n, self.width, room=room)
 
@@ -75,8 +78,8 @@ class Folded:
 
 
 @dataclass(frozen=True)
-class ChannelsFolded:
-    """A convolution's input side, channels × kernel taps: channels folded by signs, every tap kept apart."""
+class ChannelFold:
+    """A sign fold of the channels of a convolution's input side (channels × kernel taps), for each tap separately."""
 
     channels: int
     taps: int
@@ -84,11 +87,11 @@ class ChannelsFolded:
 
     @property
     def width(self) -> int:
-        """Return the length of the images."""
+        """Return the length of the mapped vectors."""
         return self.channels * self.taps
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
-        """Return the folded vectors, [..., C·K] -> [..., width]."""
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
+        """Return the folded vectors: [..., C·K] -> [..., width]."""
         by_channel = x.reshape(*x.shape[:-1], -1, self.taps)
         return fold(by_channel, self.signs_C, self.channels, dim=-2, room=room).flatten(-2)
 
@@ -100,13 +103,13 @@ class ChannelsFolded:
 
 
 @dataclass(frozen=True)
-class Projected:
-    """A side multiplied by a Gaussian matrix [n, width] of variance 1/width."""
+class Projection:
+    """Multiplication by a Gaussian matrix [n, width] with entries of variance 1/width."""
 
     width: int
     matrix_nk: Tensor
 
-    def apply(self, x: Tensor, room: Room = allocate) -> Tensor:
+    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
         """Return the projected vectors."""
         return torch.matmul(x, self.matrix_nk, out=room((*x.shape[:-1], self.width), x))
 
@@ -115,24 +118,24 @@ class Projected:
         return self.matrix_nk[index]
 
 
-def folded(stream: Stream, n: int, width: int, device: torch.device, dtype: torch.dtype) -> Side:
-    """Return a fold of n to `width`; a side no wider than that is left as it is."""
+def make_fold(stream: Stream, n: int, width: int, device: torch.device, dtype: torch.dtype) -> Side:
+    """Return a fold of n to `width`, or the identity where n ≤ width."""
     if n <= width:
-        return Untouched(n)
-    return Folded(width, torch.from_numpy(stream.signs(0, n)).to(device, dtype))
+        return Identity(n)
+    return Fold(width, torch.from_numpy(stream.signs(0, n)).to(device, dtype))
 
 
-def projected(stream: Stream, n: int, width: int, device: torch.device, dtype: torch.dtype) -> Projected:
+def make_projection(stream: Stream, n: int, width: int, device: torch.device, dtype: torch.dtype) -> Projection:
     """Return a Gaussian projection of n to `width`."""
     flat = torch.from_numpy(stream.gaussians(0, n * width)).to(device, dtype)
-    return Projected(width, flat.view(n, width) / width**0.5)
+    return Projection(width, flat.view(n, width) / width**0.5)
 
 
-def channels_folded(
+def make_channel_fold(
     stream: Stream, shape: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype
 ) -> Side:
-    """Return a fold of (channels, taps) to `width` channels; none where there are no more."""
+    """Return a fold of (channels, taps) to `width` channels, or the identity where channels ≤ width."""
     channels, taps = shape
     if channels <= width:
-        return Untouched(channels * taps)
-    return ChannelsFolded(width, taps, torch.from_numpy(stream.signs(0, channels)).to(device, dtype))
+        return Identity(channels * taps)
+    return ChannelFold(width, taps, torch.from_numpy(stream.signs(0, channels)).to(device, dtype))

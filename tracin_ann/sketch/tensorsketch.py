@@ -1,9 +1,12 @@
-"""TensorSketch, for layers called once an example: no outer product is formed, and layers add up as spectra.
+"""TensorSketch: the sketch of an outer product l ⊗ r without computing the product.
 
-Entry (i, j) of a gradient goes to bucket h₁(i) + h₂(j) mod D with sign s₁(i)·s₂(j), so the sketch of l ⊗ r
-is the circular convolution of the CountSketches of l and r: one product of their Fourier transforms
-(Pham and Pagh 2013). h₁(i) = i mod D on the shorter side, where nothing collides if it is shorter than D;
-h₂ is random. The spectra of all layers of a batch are added, and transformed back once.
+It is used for layers that are called once per example. Entry (i, j) of a gradient goes to bucket
+h₁(i) + h₂(j) mod D with sign s₁(i)·s₂(j), so the sketch of l ⊗ r is the circular convolution of the CountSketches
+of l and r: a product of their Fourier transforms (Pham and Pagh 2013). On the shorter side h₁(i) = i mod D, which
+has no collisions if that side is shorter than D; h₂ is random. The spectra of all layers are added before one
+inverse transform.
+
+Shapes: B batch, T positions, R × C a parameter as a matrix, D sketch dimension.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ class TensorSketch:
     Attributes:
         matrix: (R, C).
         signs_R: s₁ or, where C is the shorter side, s₂.
-        signs_C: the other.
-        bucket_n: h₂ of the longer side's coordinates, int64.
-        scratch: buffers for everything in between.
+        signs_C: the signs of the other side.
+        bucket_n: h₂ of the coordinates of the longer side, int64.
+        scratch: work buffers.
     """
 
     matrix: tuple[int, int]
@@ -49,16 +52,17 @@ class TensorSketch:
             out_BD.index_add_(1, bucket[columns], grad * signs[columns])
 
     def spectrum(self, form: Outer, dim: int) -> Tensor:
-        """Return the Fourier transform of the sketches, complex [B, D // 2 + 1]; the form has one position.
+        """Return the Fourier transforms of the sketches, complex [B, D // 2 + 1]; the form has one position.
 
-        `torch.fft.irfft(…, n=dim)` of it, or of a sum of several parameters', is the sketch.
+        `torch.fft.irfft(…, n=dim)` gives the sketch, also for a sum of the spectra of several parameters.
         """
         sides = (form.left_BTR[:, 0], self.signs_R), (form.right_BTC[:, 0], self.signs_C)
         (short, short_signs), (long, long_signs) = sides if self._rows_shorter else sides[::-1]
-        folded = fold(short, short_signs, dim, room=self.scratch["left"])
-        hashed = self.scratch["right"]((len(long), dim), long).zero_()
-        hashed.index_add_(1, self.bucket_n, torch.mul(long, long_signs, out=self.scratch["signed"](long.shape, long)))
-        product: Tensor = torch.fft.rfft(folded, n=dim) * torch.fft.rfft(hashed, n=dim)
+        short_sketch = fold(short, short_signs, dim, room=self.scratch["left"])
+        signed = torch.mul(long, long_signs, out=self.scratch["signed"](long.shape, long))
+        long_sketch = self.scratch["right"]((len(long), dim), long).zero_()
+        long_sketch.index_add_(1, self.bucket_n, signed)
+        product: Tensor = torch.fft.rfft(short_sketch, n=dim) * torch.fft.rfft(long_sketch, n=dim)
         return product
 
     @property
@@ -66,23 +70,23 @@ class TensorSketch:
         return self.matrix[0] <= self.matrix[1]
 
     def _entries(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Return every entry's sign and bucket, [R·C], for gradients that come as no outer product."""
+        """Return the sign and the bucket of every entry, [R·C], for gradients that are not one outer product."""
         rows, columns = self.matrix
         place = torch.arange(min(rows, columns), device=self.bucket_n.device)
-        of_rows, of_columns = (place, self.bucket_n) if self._rows_shorter else (self.bucket_n, place)
-        bucket = (of_rows.unsqueeze(1) + of_columns) % dim
+        row_bucket, column_bucket = (place, self.bucket_n) if self._rows_shorter else (self.bucket_n, place)
+        bucket = (row_bucket.unsqueeze(1) + column_bucket) % dim
         return (self.signs_R.unsqueeze(1) * self.signs_C).flatten(), bucket.flatten()
 
 
 def is_rank_one(form: Form) -> TypeGuard[Outer]:
-    """Return whether the gradients are one outer product an example."""
+    """Return whether the gradient of each example is one outer product."""
     return isinstance(form, Outer) and form.left_BTR.shape[1] == 1
 
 
-def tensor_sketch(
+def make_tensor_sketch(
     key: ParameterKey, dim: int, device: torch.device, dtype: torch.dtype, scratch: Scratch
 ) -> TensorSketch:
-    """Return the TensorSketch of a parameter."""
+    """Return the TensorSketch of a parameter, with its random numbers on the device."""
     rows, columns = key.matrix
     left = torch.from_numpy(key.stream("left").signs(0, rows)).to(device, dtype)
     right = torch.from_numpy(key.stream("right").signs(0, columns)).to(device, dtype)

@@ -1,4 +1,8 @@
-"""Feature rows on disk: immutable HDF5 files, checked and memory-mapped; knows no model."""
+"""An index on disk: feature files, manifests, generations, locks, and lists of columns, removed and skipped rows.
+
+Files are checked when they are read. A build writes each file once and publishes a new generation at the end; readers
+continue to use the generation that they opened. The package knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from tracin_ann.store.columns import (
     write_columns,
 )
 from tracin_ann.store.exclusions import (
-    Skipped,
+    SkippedRows,
     carry_removed,
     read_removed_ids,
     read_skipped_rows,
@@ -27,10 +31,12 @@ from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord
 from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout
 from tracin_ann.store.generations import (
     UNFINISHED_INDEX,
-    Start,
+    BuildStart,
     carry_over,
     check_generation,
-    claim,
+    check_manifest_copy,
+    claim_directory,
+    clean_up,
     find_unnamed_files,
     generation_folder,
     generation_number,
@@ -38,13 +44,11 @@ from tracin_ann.store.generations import (
     list_generations,
     make_next_folder,
     publish,
-    read_begun,
     read_current,
-    refuse_foreign_files,
-    refuse_links,
-    refuse_other_copy,
+    read_last_build,
+    reject_foreign_files,
+    reject_links,
     take_lease,
-    tidy,
 )
 from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock
 from tracin_ann.store.manifest import (
@@ -70,6 +74,7 @@ __all__ = [
     "AuditRecord",
     "BUILD_RECORD",
     "BuildRecord",
+    "BuildStart",
     "COLUMN_FILE",
     "CheckpointSpec",
     "Columns",
@@ -91,8 +96,7 @@ __all__ = [
     "RowFilter",
     "RowTable",
     "SketchSpec",
-    "Skipped",
-    "Start",
+    "SkippedRows",
     "StepRecord",
     "StoreLayout",
     "UNFINISHED_INDEX",
@@ -102,7 +106,9 @@ __all__ = [
     "carry_removed",
     "check_file",
     "check_generation",
-    "claim",
+    "check_manifest_copy",
+    "claim_directory",
+    "clean_up",
     "collect_columns",
     "find_unnamed_files",
     "generation_folder",
@@ -112,20 +118,18 @@ __all__ = [
     "list_generations",
     "make_next_folder",
     "publish",
-    "read_begun",
     "read_build_record",
     "read_columns",
     "read_current",
+    "read_last_build",
     "read_removed_ids",
     "read_skipped_rows",
     "read_unlisted_ids",
     "record_file",
-    "refuse_foreign_files",
-    "refuse_links",
-    "refuse_other_copy",
+    "reject_foreign_files",
+    "reject_links",
     "select_listed_rows",
     "take_lease",
-    "tidy",
     "write_build_record",
     "write_columns",
     "write_removed",

@@ -1,10 +1,11 @@
-"""Named arrays in one file: numbers as NumPy keeps them, texts as UTF-8 one after another with offsets.
+"""An uncompressed `.npz` file of named arrays of numbers and strings.
 
-The file is a `.npz` of which nothing is compressed: what is read takes no more memory than the file is large. An array
-of texts, `NAME`, is two members: `utf8 NAME`, uint8, and `offsets NAME`, int64 [N + 1]; text i is the bytes from offset
-i to offset i + 1. Lone surrogates are kept (`surrogatepass`). In memory, texts are an array of Python's own strings.
+Numbers are stored in NumPy's format. An array of strings `NAME` is two members: `utf8 NAME`, uint8, the concatenated
+UTF-8 bytes, and `offsets NAME`, int64 [N + 1]; string i is the bytes from offset i to offset i + 1. Lone surrogates
+are preserved (`surrogatepass`). In memory, an array of strings has dtype object and contains Python strings.
 
-Files of earlier versions, with texts of fixed width, are read as well.
+Because nothing is compressed, reading a file takes no more memory than its size. Files of earlier versions, which
+store strings with a fixed width, can be read too.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.files import atomic_path, open_plain, read_npz
+from tracin_ann.files import atomic_path, open_regular, read_npz
 from tracin_ann.types import Int64
 
 _UTF8, _OFFSETS = "utf8 ", "offsets "
-_CODING = ("utf-8", "surrogatepass")
+_ENCODING = ("utf-8", "surrogatepass")
 Texts = npt.NDArray[np.object_]
 
 
 def text_array(texts: Sequence[str]) -> Texts:
-    """Return an array [N] of texts; it holds each as it is, whatever the others' lengths."""
+    """Return an array [N] of strings, dtype object: the longest string does not determine the size of the others."""
     array = np.empty(len(texts), dtype=object)
     array[:] = texts
     return array
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write arrays by name, durably; those of dtype object hold texts."""
+    """Write named arrays to a file, durably; arrays of dtype object contain strings."""
     members: dict[str, npt.NDArray[Any]] = {}
     for name, array in arrays.items():
-        members |= _encoded(name, array) if array.dtype == object else {name: array}
+        members |= _encode_text(name, array) if array.dtype == object else {name: array}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **members)  # type: ignore[arg-type]
 
@@ -45,34 +46,36 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises:
         OSError: the file cannot be read.
-        Exception: of any kind, where the file is damaged: what zipfile and NumPy raise depends on the byte.
+        Exception: of any type, if the file is damaged: what zipfile and NumPy raise depends on which byte is.
     """
-    with open_plain(path) as file:
+    with open_regular(path) as file:
         members = read_npz(file)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, array in members.items():
         if name.startswith(_UTF8):
             plain = name.removeprefix(_UTF8)
-            arrays[plain] = _decoded(plain, array, members[_OFFSETS + plain])
+            arrays[plain] = _decode_text(plain, array, members[_OFFSETS + plain])
         elif not name.startswith(_OFFSETS):
             arrays[name] = text_array(array.tolist()) if array.dtype.kind == "U" and array.ndim == 1 else array
     return arrays
 
 
-def _encoded(name: str, texts: Texts) -> dict[str, npt.NDArray[Any]]:
-    coded = [text.encode(*_CODING) for text in texts]
-    offsets = np.cumsum([0, *map(len, coded)], dtype=np.int64)
-    return {_UTF8 + name: np.ndarray(offsets[-1], np.uint8, b"".join(coded)), _OFFSETS + name: offsets}
+def _encode_text(name: str, texts: Texts) -> dict[str, npt.NDArray[Any]]:
+    encoded = [text.encode(*_ENCODING) for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return {_UTF8 + name: np.ndarray(offsets[-1], np.uint8, b"".join(encoded)), _OFFSETS + name: offsets}
 
 
-def _decoded(name: str, utf8: npt.NDArray[Any], offsets: Int64) -> Texts:
+def _decode_text(name: str, utf8: npt.NDArray[Any], offsets: Int64) -> Texts:
     if utf8.dtype != np.uint8 or utf8.ndim != 1 or offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets):
-        raise ValueError(f"{name} is no text: {utf8.dtype} {utf8.shape} with offsets {offsets.dtype} {offsets.shape}")
-    # Compared, not subtracted: a difference may overflow.
+        raise ValueError(
+            f"{name} is not an array of strings: {utf8.dtype} {utf8.shape} with offsets {offsets.dtype} {offsets.shape}"
+        )
+    # Compare instead of subtracting: a difference may overflow.
     if offsets[0] != 0 or offsets[-1] != len(utf8) or (offsets[1:] < offsets[:-1]).any():
-        raise ValueError(f"offsets of {name} that do not rise from 0 to {len(utf8)}")
-    held, ends = utf8.tobytes(), offsets.tolist()
-    texts = (held[start:stop].decode(*_CODING) for start, stop in zip(ends, ends[1:], strict=False))
-    # Equal texts, such as labels, are held once.
+        raise ValueError(f"the offsets of {name} do not increase from 0 to {len(utf8)}")
+    data, ends = utf8.tobytes(), offsets.tolist()
+    texts = (data[start:stop].decode(*_ENCODING) for start, stop in zip(ends, ends[1:], strict=False))
+    # Equal strings, such as labels, share one object in memory.
     known: dict[str, str] = {}
     return text_array([known.setdefault(text, text) for text in texts])

@@ -1,4 +1,4 @@
-"""xxh3_64 of what a feature file holds: of each row, of each block of rows, of header and columns together.
+"""Checksums (xxh3_64) of a feature file: one for each row, one for each block of rows, one for header and columns.
 
 Shapes: N rows, D sketch dimension a checkpoint.
 """
@@ -19,33 +19,34 @@ _HASHED_AT_ONCE = 1 << 20
 
 
 def checksum(array: npt.NDArray[Any]) -> int:
-    """Return an array's."""
-    # As bytes: the buffer protocol has no name for little-endian float16 on every platform.
-    found: int = xxhash.xxh3_64_intdigest(array.view(np.uint8).data)
-    return found
+    """Return the checksum of an array's bytes."""
+    # View as bytes: the buffer protocol cannot describe little-endian float16 on every platform.
+    value: int = xxhash.xxh3_64_intdigest(array.view(np.uint8).data)
+    return value
 
 
 def block_checksums(stored_ND: Stored, block_rows: int) -> Checksums:
-    """Return those of each so many rows; the last block may have fewer."""
+    """Return the checksum of each block of `block_rows` rows; the last block may have fewer rows."""
     starts = range(0, len(stored_ND), block_rows)
     return np.array([checksum(stored_ND[start : start + block_rows]) for start in starts], dtype="<u8")
 
 
 def row_checksums(stored_ND: Stored) -> Checksums:
-    """Return each row's [N]; rows become objects of bytes by whole arrays, which is faster than a view a row."""
+    """Return the checksum of each row [N]."""
+    # NumPy converts many rows to bytes objects in one call, which is faster than one view for each row.
     row = np.dtype((np.void, stored_ND.shape[1] * stored_ND.itemsize))
     step = max(1, _HASHED_AT_ONCE // row.itemsize)
-    found: list[int] = []
+    values: list[int] = []
     for start in range(0, len(stored_ND), step):
         rows = np.ascontiguousarray(stored_ND[start : start + step]).view(row)[:, 0].tolist()
-        found += map(xxhash.xxh3_64_intdigest, rows)
-    return np.array(found, dtype="<u8")
+        values += map(xxhash.xxh3_64_intdigest, rows)
+    return np.array(values, dtype="<u8")
 
 
 def column_checksum(salt: bytes, columns: Iterable[npt.NDArray[Any]]) -> int:
-    """Return that of a header's bytes and of columns, one after another."""
+    """Return one checksum of a header's bytes (`salt`) followed by the columns."""
     digest = xxhash.xxh3_64(salt)
     for column in columns:
         digest.update(column.view(np.uint8).data)
-    found: int = digest.intdigest()
-    return found
+    value: int = digest.intdigest()
+    return value

@@ -1,11 +1,11 @@
-"""Rows of float32 as stored: float16 with one power of two a row, or float32; and rows of norm one.
+"""Encoding of float32 feature rows as float16 with one exponent for each row, or as float32; optional normalization.
 
-Shapes: N rows, D sketch dimension a checkpoint.
+Shapes: N rows, D sketch dimension of a checkpoint.
 
-A float16 row is scaled by a power of two so that its largest |x| lies in [2^14, 2^15): stored x̂ with
-x = x̂ · 2^exponent and |x − x̂·2^exponent| ≤ 2^-11 · max|x|, however large or small the row. NumPy
-2.4 widens float16 one number at a time; here the bits are moved by whole arrays, some rows at a time so that
-they stay in cache: 2 to 3 times as fast.
+A float16 row is scaled by a power of two so that its largest |x| lies in [2^14, 2^15). The stored x̂ satisfies
+x = x̂ · 2^exponent with |x − x̂·2^exponent| ≤ 2^-11 · max|x|, for rows of any magnitude. NumPy 2.4 converts float16 to
+float32 one number at a time; this module shifts the bits of whole arrays, in groups of rows that fit into the cache,
+which is 2 to 3 times as fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Int16 = npt.NDArray[np.int16]
 _PEAK_BITS = 15
 _CACHED_NUMBERS = 1 << 16
 _EXPONENT_LIMITS = (-126, 127)
-# float16 bits shifted by 13 are a float32 that is 2^112 too small: their exponents' offsets are 15 and 127.
+# The bits of a float16, shifted left by 13, are a float32 that is 2^112 too small: the exponent biases are 15 and 127.
 _BIAS = 112
 _SHIFT = 13
 _FLOAT16_FIELDS = 0x8FFFE000
@@ -38,21 +38,21 @@ def encode_rows(feature_ND: Float32, dtype: Dtype) -> tuple[Stored, Int16]:
         return np.ascontiguousarray(feature_ND, dtype="<f4"), np.zeros(len(feature_ND), dtype="<i2")
     exponent_N = _peak_exponents(feature_ND)
     stored_ND = np.empty(feature_ND.shape, dtype="<f2")
-    for part in _parts(*feature_ND.shape):
+    for part in _row_slices(*feature_ND.shape):
         scaled = feature_ND[part].copy()
         _scale_rows(scaled, -exponent_N[part])
-        # A peak that rounds up to 2^15 would make the row of the largest float32 infinite when it is read.
+        # If its largest number rounded up to 2^15, the row of the largest float32 would decode to infinity.
         stored_ND[part] = np.clip(scaled, -_LARGEST_BELOW_2_15, _LARGEST_BELOW_2_15, out=scaled)
     return stored_ND, exponent_N.astype("<i2")
 
 
 def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, *, unit: bool = False) -> None:
-    """Write the rows into `out_ND`, whose rows must be contiguous; with `unit`, each of norm one.
+    """Decode the rows into `out_ND`, whose rows must be contiguous.
 
-    A zero row stays zero.
+    With `unit`, each row is divided by its norm; a zero row remains zero.
     """
     exponent_wide_N = exponent_N.astype(np.int32)
-    for part in _parts(*stored_ND.shape):
+    for part in _row_slices(*stored_ND.shape):
         out = out_ND[part]
         if stored_ND.dtype == np.float32:
             out[...] = stored_ND[part]
@@ -63,17 +63,17 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, *, unit: 
             np.bitwise_and(out.view(np.uint32), np.uint32(_FLOAT16_FIELDS), out=out.view(np.uint32))
             _scale_rows(out, exponent_wide_N[part] + _BIAS)
         if unit:
-            _make_unit(out)
+            _normalize_rows(out)
 
 
 def row_peaks(feature_ND: Float32) -> Float32:
-    """Return the largest |x| of each row [N]; NaN where the row holds one."""
+    """Return the largest |x| of each row [N]; NaN if the row contains NaN."""
     peak_N: Float32 = np.maximum(feature_ND.max(axis=1), -feature_ND.min(axis=1))
     return peak_N
 
 
-def _make_unit(row_ND: Float32) -> None:
-    # Scaled first by a power of two, so that no square overflows or vanishes.
+def _normalize_rows(row_ND: Float32) -> None:
+    # Scale by a power of two first, so that no square overflows or underflows.
     _scale_rows(row_ND, -_peak_exponents(row_ND))
     norm_N = np.sqrt(np.matmul(row_ND[:, None, :], row_ND[:, :, None])[:, 0, 0])
     inverse_N = np.divide(1.0, norm_N, out=np.zeros_like(norm_N), where=norm_N > 0)
@@ -87,7 +87,7 @@ def _peak_exponents(feature_ND: Float32) -> npt.NDArray[np.int32]:
 
 
 def _scale_rows(row_ND: Float32, exponent_N: npt.NDArray[np.int32]) -> None:
-    """Multiply row i by 2^exponent_N[i] in place; in two steps where one factor isn't a normal float32."""
+    """Multiply row i by 2^exponent_N[i] in place; in two steps if the factor is not a normal float32."""
     first_N = np.clip(exponent_N, *_EXPONENT_LIMITS)
     second_N = exponent_N - first_N
     one_N = np.ones(len(row_ND), dtype=np.float32)
@@ -96,7 +96,7 @@ def _scale_rows(row_ND: Float32, exponent_N: npt.NDArray[np.int32]) -> None:
         row_ND *= np.ldexp(one_N, second_N)[:, None]
 
 
-def _parts(n_rows: int, dim: int) -> Iterator[slice]:
+def _row_slices(n_rows: int, dim: int) -> Iterator[slice]:
     step = max(1, _CACHED_NUMBERS // dim)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))

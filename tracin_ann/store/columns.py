@@ -1,7 +1,6 @@
-"""Columns and ids of the training rows, kept with the index, and which rows a query's filter lets pass.
+"""Columns and ids of the training rows, stored with an index, and the row filters that use them.
 
-`Task.columns(example) -> {name: number, bool or text}` and `Task.ids(example)` are asked once a row when the index is
-built.
+The build calls `Task.columns(example) -> {name: number, bool or string}` and `Task.ids(example)` once for each row.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ _CONDITION = re.compile(r"\s*([^\s<>=!]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOT
 
 @dataclass(frozen=True)
 class RowFilter:
-    """Which training rows may be among the hits: all conditions together.
+    """The training rows that may be hits: those that meet all conditions.
 
     Attributes:
-        only: ids; None: all.
-        without: ids left out.
-        where: conditions on columns, `label=3`, `label=3,5`, `length>=10`, `split!=test`.
+        only: the positions allowed; None allows all.
+        without: the positions excluded.
+        where: conditions on columns, such as `label=3`, `label=3,5`, `length>=10`, `split!=test`.
     """
 
     only: tuple[int, ...] | None = None
@@ -53,10 +52,10 @@ class RowFilter:
     where: tuple[str, ...] = ()
 
     def allowed(self, n_rows: int, columns: Columns, absent: Int64) -> Int64 | None:
-        """Return the ids that pass, rising, or None where all do; absent ones never do.
+        """Return the positions of the rows that pass, ascending, or None if all pass; `absent` rows never pass.
 
         Raises:
-            UsageError: an id out of range, a column that there is not, or a condition that cannot be read.
+            UsageError: a position is out of range, a column does not exist, or a condition cannot be parsed.
         """
         if self.only is None and not self.without and not self.where and not len(absent):
             return None
@@ -73,60 +72,60 @@ class RowFilter:
         passing_N[list(self.without)] = False
         passing_N[absent] = False
         for condition in self.where:
-            passing_N &= _matching(condition, columns)
+            passing_N &= _match_condition(condition, columns)
         return np.flatnonzero(passing_N).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class RowTable:
-    """What is kept of the training rows beside their features.
+    """The data stored for the training rows besides their features.
 
     Attributes:
-        columns: by name, [N] each; those of texts are arrays of str, of dtype object.
-        ids: the task's own ids [N], int64 or text, each once; None: rows go by their positions.
+        columns: arrays [N] by name; columns of strings have dtype object.
+        ids: the task's ids [N], int64 or strings, all different; None: rows are identified by their positions.
     """
 
     columns: Columns
     ids: npt.NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check shapes and kinds.
+        """Check shapes and dtypes.
 
         Raises:
-            DamagedIndexError: an array is no column of numbers, bools or texts, ids are neither int64 nor text, or
-                lengths differ.
+            DamagedIndexError: an array is not a column of numbers, bools or strings, ids are neither int64 nor
+                strings, or lengths differ.
         """
         for name, values in self.arrays.items():
             if values.ndim != 1 or not (values.dtype.kind in "bif" or _is_text(values)):
-                raise DamagedIndexError(f"{name!r} is {values.dtype} {values.shape}, no column; build a new index")
+                raise DamagedIndexError(f"{name!r} is {values.dtype} {values.shape}, not a column; build a new index")
         if self.ids is not None and self.ids.dtype != np.int64 and not _is_text(self.ids):
             raise DamagedIndexError(f"ids are {self.ids.dtype}, not int64 or text; build a new index")
         lengths = {len(values) for values in self.arrays.values()}
         if len(lengths) > 1:
-            raise DamagedIndexError(f"columns of {sorted(lengths)} rows cannot be of one index; build a new one")
+            raise DamagedIndexError(f"columns have different numbers of rows: {sorted(lengths)}; build a new index")
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return all arrays, by their names in the file: a column may be called as an argument of savez is."""
-        held = {f"{_PREFIX}{name}": column for name, column in self.columns.items()}
-        return held if self.ids is None else {**held, _IDS: self.ids}
+        """Return all arrays by their names in the file; a prefix separates columns from the ids and savez arguments."""
+        columns = {f"{_PREFIX}{name}": column for name, column in self.columns.items()}
+        return columns if self.ids is None else {**columns, _IDS: self.ids}
 
     def __len__(self) -> int:
-        """Return N, or 0 where nothing is kept."""
+        """Return N, or 0 if there are neither columns nor ids."""
         return max((len(values) for values in self.arrays.values()), default=0)
 
-    def refuse_twins(self) -> None:
-        """Refuse ids that two rows have; reads them all, which a query need not.
+    def check_unique_ids(self) -> None:
+        """Check that no two rows have the same id. Queries skip this check, which sorts all ids.
 
         Raises:
-            DamagedIndexError: names such an id.
+            DamagedIndexError: two rows have the same id; the message names it.
         """
         if self.ids is None:
             return
         order = np.argsort(self.ids, kind="stable")
-        twins = np.flatnonzero(self.ids[order][1:] == self.ids[order][:-1])
-        if len(twins):
-            first, second = (int(row) for row in order[twins[0] : twins[0] + 2])
+        repeated = np.flatnonzero(self.ids[order][1:] == self.ids[order][:-1])
+        if len(repeated):
+            first, second = (int(row) for row in order[repeated[0] : repeated[0] + 2])
             raise DamagedIndexError(f"rows {first} and {second} both have id {self.id_at(first)!r}; build a new index")
 
     def id_at(self, row: int) -> int | str:
@@ -144,29 +143,37 @@ def collect_columns(
     id_of: Callable[[Any], Any] | None,
     progress: ProgressCallback,
 ) -> RowTable | None:
-    """Return the columns and ids of all rows, as far as the task gives them; None where it gives neither.
+    """Return the columns and ids of all rows; None if the task defines neither.
+
+    Args:
+        rows: the training data, indexed by position.
+        n_rows: N.
+        columns: `Task.columns`, or None.
+        id_of: returns the id of an example, or None where it has none; None if the task defines no ids.
+        progress: called with ("columns", rows done, N).
 
     Raises:
-        TaskError: a row gives no mapping, other names than the first, or a value of another kind; an id is of another
-            kind than the first, or another row's; a whole number is no int64.
+        TaskError: `columns` returns something else than a mapping, other names than for the first row, or a value of
+            another type; an id has another type than the first, or repeats; an integer exceeds int64.
     """
     if columns is None and id_of is None:
         return None
-    found: dict[str, list[Any]] = {}
+    values_of: dict[str, list[Any]] = {}
     ids: dict[int | str, int] = {}
     for i in range(n_rows):
         row = rows[i]
         if columns is not None:
-            _add(found, columns(row), i)
+            _append_values(values_of, columns(row), i)
         if id_of is not None and (own := id_of(row)) is not None:
-            _refuse_second(ids, own, i)
+            _check_id(ids, own, i)
             ids[own] = i
         if i % 1000 == 0 or i + 1 == n_rows:
             progress("columns", i + 1, n_rows)
-    return RowTable({name: _array(values) for name, values in found.items()}, _array(list(ids)) if ids else None)
+    arrays = {name: _make_array(values) for name, values in values_of.items()}
+    return RowTable(arrays, _make_array(list(ids)) if ids else None)
 
 
-def _array(values: list[Any]) -> npt.NDArray[Any]:
+def _make_array(values: list[Any]) -> npt.NDArray[Any]:
     return text_array(values) if isinstance(values[0], str) else np.array(values)
 
 
@@ -174,32 +181,35 @@ def _is_text(values: npt.NDArray[Any]) -> bool:
     return values.dtype == object and all(type(value) is str for value in values.flat)
 
 
-def _add(found: dict[str, list[Any]], given: object, row: int) -> None:
-    if not isinstance(given, Mapping) or (row and given.keys() != found.keys()) or not all(map(_fine, given)):
-        raise TaskError(_unlike(row, given, list(found)))
+def _append_values(values_of: dict[str, list[Any]], given: object, row: int) -> None:
+    names = list(values_of)
+    if not isinstance(given, Mapping) or (row and given.keys() != values_of.keys()):
+        raise TaskError(_describe_bad_columns(row, given, names))
+    if not all(map(_is_valid_name, given)):
+        raise TaskError(_describe_bad_columns(row, given, names))
     for name, value in given.items():
         plain = value.item() if hasattr(value, "item") else value
-        kept = found.setdefault(name, [])
-        if type(plain) not in _KINDS or (kept and type(plain) is not type(kept[0])) or not _fits(plain):
-            raise TaskError(_unlike(row, {name: value}, list(found)))
-        kept.append(plain)
+        values = values_of.setdefault(name, [])
+        if type(plain) not in _KINDS or (values and type(plain) is not type(values[0])) or not _is_storable(plain):
+            raise TaskError(_describe_bad_columns(row, {name: value}, list(values_of)))
+        values.append(plain)
 
 
-def _fits(value: object) -> bool:
-    """Return whether an array can hold the value: whole numbers are int64."""
+def _is_storable(value: object) -> bool:
+    """Return whether an array can store the value: integers must fit into int64."""
     return type(value) is not int or value in _INT64
 
 
-def _refuse_second(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
+def _check_id(ids: Mapping[int | str, int], own: int | str, row: int) -> None:
     first = next(iter(ids), own)
-    if own in ids or type(own) is not type(first) or not _fits(own):
-        why = f", that of row {ids[own]}" if own in ids else f", the first row's is {first!r}" if row else ""
+    if own in ids or type(own) is not type(first) or not _is_storable(own):
+        why = f", the id of row {ids[own]}" if own in ids else f", the first row's is {first!r}" if row else ""
         raise TaskError(
             problem(
-                f"Task.ids gives row {row} an id that it cannot have",
+                f"Task.ids returns an invalid id for row {row}",
                 got=f"{own!r}{why}",
-                expected="one kind of id, text or int64, each once",
-                remedy="mend Task.ids",
+                expected="ids of one type, text or int64, all different",
+                remedy="fix Task.ids",
             )
         )
 
@@ -210,23 +220,28 @@ def write_columns(path: Path, table: RowTable) -> None:
 
 
 def read_columns(path: Path, n_rows: int) -> RowTable:
-    """Return the columns and ids of so many rows that `write_columns` wrote.
+    """Return the columns and ids of N rows that `write_columns` wrote.
 
     Raises:
-        DamagedIndexError: the file is missing, cannot be read, or is of other rows.
+        DamagedIndexError: the file is missing, cannot be read, or has another number of rows.
     """
     with report_damage(path, "the columns that a build writes", "restore the file, or build a new index"):
-        held = read_arrays(path)
-        ids = held.pop(_IDS, None)
-        table = RowTable({name.removeprefix(_PREFIX): column for name, column in held.items()}, ids)
+        arrays = read_arrays(path)
+        ids = arrays.pop(_IDS, None)
+        table = RowTable({name.removeprefix(_PREFIX): column for name, column in arrays.items()}, ids)
         if table.arrays and len(table) != n_rows:
             raise DamagedIndexError(f"columns of {len(table)} rows, the index has {n_rows}")
         return table
 
 
-def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
-    found = _CONDITION.fullmatch(condition)
-    if found is None:
+def _match_condition(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
+    """Return which rows [N] meet a condition.
+
+    Raises:
+        UsageError: the condition cannot be parsed, or there is no such column.
+    """
+    match = _CONDITION.fullmatch(condition)
+    if match is None:
         raise UsageError(
             problem(
                 "bad --where",
@@ -235,19 +250,19 @@ def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
                 remedy="change --where",
             )
         )
-    name, sign, text = found.groups()
+    name, sign, text = match.groups()
     if name not in columns:
         raise UsageError(
             problem(
                 f"no column {name!r} in this index",
                 got=repr(condition),
                 expected=f"one of {', '.join(columns)}" if columns else "an index with columns",
-                remedy="change --where" if columns else "give Task.columns and build again",
+                remedy="change --where" if columns else "define Task.columns and build again",
             )
         )
     column = columns[name]
     texts = text.split(",") if sign in ("=", "!=") else [text]
-    values = [_value(t.strip(), column, condition) for t in texts]
+    values = [_parse_value(t.strip(), column, condition) for t in texts]
     if sign in ("=", "!="):
         equal = np.isin(column, text_array(values) if column.dtype == object else np.array(values))
         return equal if sign == "=" else ~equal
@@ -255,7 +270,7 @@ def _matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
     return matching
 
 
-def _value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
+def _parse_value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
     kind = column.dtype.kind
     try:
         if kind == "b":
@@ -268,17 +283,17 @@ def _value(text: str, column: npt.NDArray[Any], condition: str) -> Any:
         ) from error
 
 
-def _fine(name: object) -> bool:
+def _is_valid_name(name: object) -> bool:
     if not isinstance(name, str) or _CONDITION.fullmatch(f"{name}=0") is None:
         return False
-    # The file of columns has it as a member's name.
+    # The name is part of a member's name in the file.
     return name == escape_surrogates(name) and "\0" not in name
 
 
-def _unlike(row: int, given: object, names: Sequence[str]) -> str:
+def _describe_bad_columns(row: int, given: object, names: Sequence[str]) -> str:
     return problem(
-        f"Task.columns gives something else for row {row}",
+        f"Task.columns returns an invalid value for row {row}",
         got=repr(given)[:160],
-        expected=f"a number, bool or text for each of {', '.join(names)}" if names else "a dict of numbers and texts",
-        remedy="return the same names and kinds for every row; no spaces or <>=! in names",
+        expected=f"a number, bool or string for each of {', '.join(names)}" if names else "a dict of numbers, strings",
+        remedy="return the same names and types for every row; no spaces or <>=! in names",
     )

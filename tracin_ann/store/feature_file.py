@@ -1,17 +1,17 @@
-"""One immutable HDF5 file of features: a partition of rows × one checkpoint, its format, writing and reading.
+"""One immutable HDF5 file with the features of a partition of rows at one checkpoint: its format, writing and reading.
 
-Shapes: N rows of the file, D sketch dimension a checkpoint.
+Shapes: N rows of the file, D sketch dimension of a checkpoint, K rows selected by position.
 
-Every dataset is contiguous and uncompressed, so that the features are memory-mapped at their offset:
-`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` float64 and `loss` float32 [N], and checksums, uint64:
-`row_checksum` [N] of each row of `feature`, `block_checksum` of each `block_rows` of them, and `column_checksum` [1] of
-the header and all the rest. All are xxh3_64.
+Every dataset is contiguous and uncompressed, so that the features can be memory-mapped at their offset:
+`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` float64 [N], `loss` float32 [N], and the checksums
+(xxh3_64, uint64): `row_checksum` [N] of each row of `feature`, `block_checksum` of each block of `block_rows` rows, and
+`column_checksum` [1] of the header and all other datasets.
 
-What is read is checked: header and columns on opening, features the first time that they are read. Rows taken here and
-there are checked one by one, rows read one after another by blocks, which is ten times as fast a row.
+Header and columns are verified when the file is opened, features when they are first read. Rows that are selected by
+position are verified one by one; consecutive rows are verified in blocks, which is ten times as fast.
 
-A row that was skipped, because something of it is NaN or infinite, is one whose loss is not finite: its features and
-squared norm are zeros.
+A row is skipped if its loss, gradient or squared norm is NaN or infinite. Its stored loss is not finite; its features
+and squared norm are zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
-from tracin_ann.files import atomic_path, file_digest, open_plain, report_damage, require_own_dataset, write_hdf5
+from tracin_ann.files import atomic_path, file_digest, open_regular, report_damage, require_own_dataset, write_hdf5
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
 from tracin_ann.types import Float32, Float64, Int64
@@ -36,23 +36,23 @@ FORMAT = "tracin_ann.features"
 VERSION = 3
 
 _ALIGNMENT = 4096
-_REWRITE = "run the build again: it writes anew the files that are missing or damaged"
+_REWRITE = "run the build again: it rewrites files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
 _STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
-_IN_NO_NAME = frozenset("/\\\0")
+_NOT_IN_NAMES = frozenset("/\\\0")
 _LONGEST_NAME = 100
 _LONGEST_ATTRIBUTE = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureBlock:
-    """What one checkpoint says of some consecutive rows.
+    """Features, squared gradient norms and losses of consecutive rows at one checkpoint.
 
     Attributes:
-        ids_N: int64, each one more than the last.
-        feature_ND: float32, √learning-rate-scaled sketches of the gradients.
-        sqnorm_N: float64, squared norms of the whole gradients, without the learning rate.
-        loss_N: float32; not finite for a row that is skipped, all else of which is zero.
+        ids_N: int64, consecutive.
+        feature_ND: float32, sketches of the gradients, scaled by the square root of the learning rate.
+        sqnorm_N: float64, squared norms of the full gradients, without the learning rate.
+        loss_N: float32; not finite for a skipped row, whose other values are zero.
     """
 
     ids_N: Int64
@@ -61,7 +61,7 @@ class FeatureBlock:
     loss_N: Float32
 
     def __post_init__(self) -> None:
-        """Check shapes, dtypes and that the ids are consecutive."""
+        """Check shapes and dtypes, and that the ids are consecutive."""
         n_rows = len(self.ids_N)
         columns: dict[str, tuple[npt.NDArray[Any], type[np.generic], tuple[int, ...]]] = {
             "ids_N": (self.ids_N, np.int64, (n_rows,)),
@@ -80,16 +80,16 @@ class FeatureBlock:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a feature file says of itself; two files with equal headers are interchangeable.
+    """The header of a feature file; files with equal headers are interchangeable.
 
     Attributes:
-        spec_digest: names everything that determines a feature row.
+        spec_digest: digest of everything that determines a feature row.
         start: first row of the partition.
         stop: one past its last row.
         checkpoint: index of the checkpoint.
         dim: D.
-        dtype: how the features are stored.
-        block_rows: rows under one checksum.
+        dtype: dtype of the stored features.
+        block_rows: rows of a block that shares one checksum.
     """
 
     spec_digest: str
@@ -114,21 +114,27 @@ class FileHeader:
 
     @property
     def salt(self) -> bytes:
-        """Return the header as bytes: in a checksum, it tells of altered attributes with nothing to compare with."""
+        """Return the header as bytes; as part of a checksum, it reveals altered attributes."""
         return json.dumps(asdict(self), sort_keys=True).encode()
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest keeps of a file: its name in the directory, its size in bytes, its xxh3_128."""
+    """A manifest's record of a file.
+
+    Attributes:
+        name: its name in the directory.
+        size: bytes.
+        digest: xxh3_128, hexadecimal.
+    """
 
     name: str
     size: int
     digest: str
 
     def __post_init__(self) -> None:
-        """Refuse names that lead out of the directory."""
-        if not 0 < len(self.name) < _LONGEST_NAME or self.name.startswith(".") or _IN_NO_NAME & set(self.name):
+        """Reject names that refer to a file outside the directory."""
+        if not 0 < len(self.name) < _LONGEST_NAME or self.name.startswith(".") or _NOT_IN_NAMES & set(self.name):
             raise ValueError(f"a file named {self.name!r} is not inside the index")
 
 
@@ -136,8 +142,8 @@ class FileRecord:
 class FeatureFile:
     """An open feature file: features memory-mapped, the small columns in memory.
 
-    Rows are named by position in the file, 0 for row `header.start`. The map holds one file descriptor.
-    `checked_N` says whose features have been found whole since the file was opened.
+    Rows are addressed by their position in the file: position 0 is row `header.start`. The map uses one file
+    descriptor. `checked_N` tells which rows' features have been verified since the file was opened.
     """
 
     path: Path
@@ -156,29 +162,33 @@ class FeatureFile:
         """Open the file and compare its header with `expected`; the features are not read.
 
         Raises:
-            DamagedIndexError: missing, truncated, not HDF5, of another version, with altered columns, or with another
-                header.
-            OSError: the system cannot open or map it; names the file.
+            DamagedIndexError: the file is missing, truncated, not HDF5 or of another version, its columns are altered,
+                or its header differs.
+            OSError: the system cannot open or map the file; the error names it.
         """
-        with report_damage(path, "a whole feature file", _REWRITE), open_plain(path) as file:
+        with report_damage(path, "an intact feature file", _REWRITE), open_regular(path) as file:
             opened = cls._read(path, file)
         if expected is not None and opened.header != expected:
             names = [f.name for f in fields(expected) if getattr(opened.header, f.name) != getattr(expected, f.name)]
-            got = ", ".join(f"{name}={getattr(opened.header, name)}" for name in names)
-            want = ", ".join(f"{name}={getattr(expected, name)}" for name in names)
-            remedy = "build into another directory, or run the build again to replace the file"
-            raise DamagedIndexError(problem(f"{path}: other header", got=got, expected=want, remedy=remedy))
+            raise DamagedIndexError(
+                problem(
+                    f"{path} has another header",
+                    got=", ".join(f"{name}={getattr(opened.header, name)}" for name in names),
+                    expected=", ".join(f"{name}={getattr(expected, name)}" for name in names),
+                    remedy="build into another directory, or run the build again to replace the file",
+                )
+            )
         return opened
 
     @property
     def skipped_K(self) -> Int64:
-        """Return the positions of the rows that were skipped, rising."""
+        """Return the positions of the skipped rows [K], ascending."""
         return np.flatnonzero(~np.isfinite(self.loss_N))
 
     @classmethod
     def _read(cls, path: Path, opened: BinaryIO) -> FeatureFile:
-        # By file object, h5py takes no lock: the file never changes once it has its name, locks fail on some
-        # network file systems, and another h5py handle in this process may have chosen other lock settings.
+        # Given a file object, h5py takes no lock. None is needed: a file never changes after it has its name. Locks
+        # fail on some network file systems, and conflict with other lock settings of h5py in the same process.
         with h5py.File(opened, "r") as file:
             header = _read_header(file)
             n_rows, n_blocks = header.n_rows, -(-header.n_rows // header.block_rows)
@@ -190,7 +200,7 @@ class FeatureFile:
             feature_shape, feature_dtype = (n_rows, header.dim), _STORED_DTYPE[header.dtype]
             offset = dataset("feature", feature_shape, feature_dtype).id.get_offset()
             stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
-            found = cls(
+            opened_file = cls(
                 path=path,
                 header=header,
                 stored_ND=stored_ND,
@@ -203,39 +213,49 @@ class FeatureFile:
                 checked_N=np.zeros(n_rows, dtype=bool),
             )
             written = int(dataset("column_checksum", (1,), "<u8")[0])
-        skipped = found.skipped_K
-        columns = found.sqnorm_N, found.exponent_N, stored_ND
-        if not np.isfinite(found.sqnorm_N).all() or any(column[skipped].any() for column in columns):
+        opened_file._check_columns(written)
+        return opened_file
+
+    def _check_columns(self, written: int) -> None:
+        """Check header and columns against the stored checksum, and that they are consistent.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        skipped_K = self.skipped_K
+        if not np.isfinite(self.sqnorm_N).all() or any(
+            column[skipped_K].any() for column in (self.sqnorm_N, self.exponent_N, self.stored_ND)
+        ):
             raise ValueError("rows that are neither finite nor skipped")
-        rest = found.exponent_N, found.ids_N, found.sqnorm_N, found.loss_N, found.block_checksum, found.row_checksum
-        if column_checksum(header.salt, rest) != written:
+        rest = self.exponent_N, self.ids_N, self.sqnorm_N, self.loss_N, self.block_checksum, self.row_checksum
+        if column_checksum(self.header.salt, rest) != written:
             raise ValueError("header or columns are altered")
-        if not np.array_equal(found.ids_N, np.arange(header.start, header.stop)):
-            raise ValueError("ids of other rows")
-        return found
+        if not np.array_equal(self.ids_N, np.arange(self.header.start, self.header.stop)):
+            raise ValueError("the ids are those of other rows")
 
     def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
-        """Return float32 rows start..stop-1 [stop - start, D]; with `unit`, each of norm one (or zero).
+        """Return float32 rows start..stop-1 [stop - start, D]; with `unit`, divided by their norms (zero stays zero).
 
-        Written into `out_ND` if given: its rows must be contiguous, but it may be columns of a wider array.
+        The result is written into `out_ND` if given. Its rows must be contiguous; it may be a part of the columns of a
+        wider array.
 
         Raises:
             DamagedIndexError: a row is altered.
         """
         if not 0 <= start <= stop <= self.header.n_rows:
             raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
-        self._refuse_altered(start, stop)
+        self._check_blocks(start, stop)
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
 
     def take(self, positions: Int64, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
-        """Return float32 rows [len(positions), D] in the order asked for; otherwise as `read`."""
+        """Return float32 rows [K, D] in the order of `positions`; options and errors as of `read`."""
         if len(positions) and not 0 <= positions.min() <= positions.max() < self.header.n_rows:
             raise IndexError(f"positions {positions.min()}..{positions.max()} of {self.header.n_rows} rows")
         stored_KD = self.stored_ND[positions]
         if not self.checked_N[positions].all():
             altered_K = row_checksums(stored_KD) != self.row_checksum[positions]
             if altered_K.any():
-                raise self._altered(np.unique(positions[altered_K]))
+                raise self._alteration_error(np.unique(positions[altered_K]))
             self.checked_N[positions] = True
         return self._decode(stored_KD, self.exponent_N[positions], out_ND, unit)
 
@@ -246,54 +266,55 @@ class FeatureFile:
         return out_ND
 
     def verify(self) -> None:
-        """Read all features and compare the checksums.
+        """Read all features and compare them with their checksums.
 
         Raises:
-            DamagedIndexError: names the file and the rows that differ.
+            DamagedIndexError: rows are altered; the message names the file and the rows.
         """
         blocks = np.flatnonzero(block_checksums(self.stored_ND, self.header.block_rows) != self.block_checksum)
-        altered = [self._altered_of(int(block)) for block in blocks]
+        altered = [self._find_altered_rows(int(block)) for block in blocks]
         if altered:
-            raise self._altered(np.concatenate(altered))
+            raise self._alteration_error(np.concatenate(altered))
 
-    def _refuse_altered(self, start: int, stop: int) -> None:
-        """Check the blocks of rows start..stop-1 that have not been checked yet."""
-        size = self.header.block_rows
-        first, last = start // size, -(-stop // size)
+    def _check_blocks(self, start: int, stop: int) -> None:
+        """Verify the blocks that contain rows start..stop-1, unless they have been verified."""
         if self.checked_N[start:stop].all():
             return
+        size = self.header.block_rows
+        first, last = start // size, -(-stop // size)
         for block in range(first, last):
             rows = slice(block * size, min((block + 1) * size, self.header.n_rows))
             if not self.checked_N[rows].all():
                 if checksum(self.stored_ND[rows]) != self.block_checksum[block]:
-                    raise self._altered(self._altered_of(block))
+                    raise self._alteration_error(self._find_altered_rows(block))
                 self.checked_N[rows] = True
 
-    def _altered_of(self, block: int) -> Int64:
-        """Return the positions of a damaged block's rows that are altered."""
+    def _find_altered_rows(self, block: int) -> Int64:
+        """Return the positions of the altered rows of a damaged block; all its rows if their checksums all agree."""
         start = block * self.header.block_rows
         stop = min(start + self.header.block_rows, self.header.n_rows)
         altered = start + np.flatnonzero(row_checksums(self.stored_ND[start:stop]) != self.row_checksum[start:stop])
         return altered if len(altered) else np.arange(start, stop)
 
-    def _altered(self, positions: Int64) -> DamagedIndexError:
+    def _alteration_error(self, positions: Int64) -> DamagedIndexError:
         first, last = self.header.start + int(positions[0]), self.header.start + int(positions[-1])
         which = f"row {first} is" if len(positions) == 1 else f"{len(positions)} of rows {first}..{last} are"
-        got, expected = "other checksums than were written", "the features that the build stored"
+        got, expected = "features of another checksum", "the features that the build wrote"
         return DamagedIndexError(problem(f"{self.path}: {which} altered", got=got, expected=expected, remedy=_REPAIR))
 
 
 def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -> FileRecord:
-    """Write the file whole or not at all; equal arguments give equal bytes.
+    """Write the file atomically and return its record; equal arguments give equal bytes.
 
     Raises:
-        NonFiniteError: a feature, squared norm or loss of a row that isn't skipped is NaN or infinite; names
-            checkpoint and row.
+        NonFiniteError: a feature, squared norm or loss of a row that is not skipped is NaN or infinite; the message
+            names checkpoint and row.
+        OSError: the system cannot write the file.
     """
-    found = (int(block.ids_N[0]), int(block.ids_N[-1]) + 1, block.feature_ND.shape[1])
-    if found != (header.start, header.stop, header.dim):
-        raise ValueError(f"block of (start, stop, dim) = {found} does not fit {header}")
-    _refuse_non_finite(block, header.checkpoint)
+    extent = (int(block.ids_N[0]), int(block.ids_N[-1]) + 1, block.feature_ND.shape[1])
+    if extent != (header.start, header.stop, header.dim):
+        raise ValueError(f"block of (start, stop, dim) = {extent} does not match {header}")
+    _check_finite(block, header.checkpoint)
     stored_ND, exponent_N = encode_rows(block.feature_ND, header.dtype)
     columns: dict[str, npt.NDArray[Any]] = {
         "feature": stored_ND,
@@ -307,7 +328,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     rest = [array for name, array in columns.items() if name != "feature"]
     columns["column_checksum"] = np.array([column_checksum(header.salt, rest)], dtype="<u8")
     with atomic_path(path) as temporary:
-        # "earliest": with "latest", no file of a killed process could be opened again.
+        # "earliest": with "latest", a file that a killed process left could not be opened.
         with (
             write_hdf5(temporary) as opened,
             h5py.File(
@@ -322,7 +343,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
     return record
 
 
-def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
+def _check_finite(block: FeatureBlock, checkpoint: int) -> None:
     peak_N = row_peaks(block.feature_ND)
     skipped_N = ~np.isfinite(block.loss_N) & (block.sqnorm_N == 0) & (peak_N == 0)
     for name, value_N in (("loss", block.loss_N), ("squared gradient norm", block.sqnorm_N), ("feature", peak_N)):
@@ -330,20 +351,20 @@ def _refuse_non_finite(block: FeatureBlock, checkpoint: int) -> None:
         if len(bad):
             what = f"{name} of row {block.ids_N[bad[0]]} at checkpoint {checkpoint} ({len(bad)} such rows here)"
             got = f"{value_N[bad[0]]} at a loss of {block.loss_N[bad[0]]:.6g}"
-            remedy = "leave out the rows or the checkpoint, mend the loss, or skip such rows"
+            remedy = "leave out the rows or the checkpoint, fix the loss, or skip such rows"
             raise NonFiniteError(problem(what, got=got, expected="a finite number", remedy=remedy))
 
 
 def _read_header(file: h5py.File) -> FileHeader:
-    found = (_attribute(file, "format"), _attribute(file, "version"))
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"format and version {found}, this program reads {(FORMAT, VERSION)}")
-    return FileHeader(**{field.name: _attribute(file, field.name) for field in fields(FileHeader)})
+    written = (_read_attribute(file, "format"), _read_attribute(file, "version"))
+    if written != (FORMAT, VERSION):
+        raise ValueError(f"format and version {written}, this program reads {(FORMAT, VERSION)}")
+    return FileHeader(**{field.name: _read_attribute(file, field.name) for field in fields(FileHeader)})
 
 
-def _attribute(file: h5py.File, name: str) -> Any:
-    held = file.attrs.get_id(name) if name in file.attrs else None
-    if held is None or held.shape != () or held.dtype.itemsize > _LONGEST_ATTRIBUTE:
-        raise ValueError(f"no attribute {name} of a feature file")
+def _read_attribute(file: h5py.File, name: str) -> Any:
+    attribute = file.attrs.get_id(name) if name in file.attrs else None
+    if attribute is None or attribute.shape != () or attribute.dtype.itemsize > _LONGEST_ATTRIBUTE:
+        raise ValueError(f"attribute {name} is missing or not that of a feature file")
     value = file.attrs[name]
     return value.decode() if isinstance(value, bytes) else int(cast(np.int64, value))

@@ -1,6 +1,6 @@
-"""A directory of feature files: which there must be, which are whole, and its rows as a RowSource.
+"""A directory of feature files, one for each partition of rows and checkpoint, and a view of its rows.
 
-Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = (checkpoints chosen)·D.
+Shapes: N rows, C checkpoints, D sketch dimension of a checkpoint, F = (checkpoints chosen)·D, K rows selected by id.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader,
 from tracin_ann.types import Float32, Float64, Int64
 
 Number = TypeVar("Number", np.float32, np.float64)
-# Each open map holds a file descriptor, and 1024 a process is a common limit.
+# Each open map uses a file descriptor; 1024 for each process is a common limit.
 _OPEN_FILES = 256
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
 
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """What determines the files of a store.
+    """The parameters that determine the files of a store.
 
     Attributes:
         n_rows: N.
-        partition_rows: rows a file; the last partition may hold fewer.
+        partition_rows: rows of a file; the last partition may have fewer.
         dim: D.
-        dtype: how the features are stored.
-        digests: one a checkpoint; names everything that determines a row's features there. Not the number of rows:
-            a store that grows keeps its files.
+        dtype: dtype of the stored features.
+        digests: for each checkpoint, a digest of everything that determines a row's features there. It does not depend
+            on the number of rows, so that the files remain valid when the store grows.
     """
 
     n_rows: int
@@ -62,7 +62,7 @@ class StoreLayout:
 
     @property
     def n_partitions(self) -> int:
-        """Return how many partitions hold the rows."""
+        """Return the number of partitions."""
         return -(-self.n_rows // self.partition_rows)
 
     def rows(self, partition: int) -> tuple[int, int]:
@@ -75,7 +75,8 @@ class StoreLayout:
     def file_name(self, partition: int, checkpoint: int) -> str:
         """Return the name of a file.
 
-        A partition that isn't full has its rows in the name: when it grows, its old file stays for those who read it.
+        The name of an incomplete partition includes its number of rows: when the partition grows, the old file remains
+        for its readers.
         """
         start, stop = self.rows(partition)
         rows = "" if stop - start == self.partition_rows else f"-{stop - start}"
@@ -90,25 +91,25 @@ class StoreLayout:
 
 
 def is_feature_file(name: str) -> bool:
-    """Return whether a name is that of a file of some store."""
+    """Return whether a file name has the form of a feature file's."""
     return _FILE_NAME.fullmatch(name) is not None
 
 
 class FeatureStore:
-    """The features of N rows × C checkpoints, one file per partition of rows and checkpoint.
+    """The features of N rows × C checkpoints, one file for each partition of rows and checkpoint.
 
-    Reading may be done by many threads; writing different files by many processes.
+    Many threads may read at the same time; many processes may write different files at the same time.
     """
 
     def __init__(self, directory: Path, layout: StoreLayout) -> None:
-        """Name the directory and its layout; nothing is read or made yet."""
+        """Set the directory and its layout; nothing is read or written."""
         self.directory = directory
         self.layout = layout
         self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
         self._lock = Lock()
 
     def path(self, partition: int, checkpoint: int) -> Path:
-        """Return where the file is, or would be."""
+        """Return the path of a file, which need not exist."""
         return self.directory / self.layout.file_name(partition, checkpoint)
 
     def partitions(self) -> list[tuple[int, int]]:
@@ -116,23 +117,24 @@ class FeatureStore:
         return [self.layout.rows(partition) for partition in range(self.layout.n_partitions)]
 
     def missing(self, trusted: Iterable[FileRecord] = ()) -> list[tuple[int, int]]:
-        """Return (partition, checkpoint) of the files that are not there whole.
+        """Return (partition, checkpoint) of the files that are missing or damaged.
 
-        Reads every byte, but of trusted files of the right size only the header.
+        Reads every byte of a file; of trusted files that have the recorded size, only header and columns.
         """
         sizes = {record.name: record.size for record in trusted}
         return [
             (partition, checkpoint)
             for partition in range(self.layout.n_partitions)
             for checkpoint in range(self.layout.n_checkpoints)
-            if not self._is_whole(partition, checkpoint, sizes)
+            if not self._is_intact(partition, checkpoint, sizes)
         ]
 
     def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> FileRecord:
-        """Write one file, durably, in place of whatever has its name.
+        """Write one file, durably; an existing file is replaced.
 
         Raises:
-            NonFiniteError: the block holds NaN or inf in a row that isn't skipped.
+            NonFiniteError: the block contains NaN or inf in a row that is not skipped.
+            OSError: the system cannot write the file.
         """
         header = self.layout.header(partition, checkpoint)
         make_directory(self.directory)
@@ -141,55 +143,54 @@ class FeatureStore:
             self._open.pop((partition, checkpoint), None)
         return record
 
-    def check(self, records: Iterable[FileRecord], *, deep: bool = False) -> None:
-        """Compare the listed files' sizes, and if `deep` their digests, with what is on disk.
+    def check(self, records: Iterable[FileRecord]) -> None:
+        """Compare the sizes of the files on disk with their records.
 
         Raises:
-            DamagedIndexError: names the first file that is missing or differs.
+            DamagedIndexError: a file is missing or has another size; the message names the first.
         """
         for record in records:
             path = self.directory / record.name
-            got = describe_difference(path, record.size, record.digest if deep else None)
+            got = describe_difference(path, record.size, digest=None)
             if got:
-                expected = f"{record.size} bytes" + (f" of digest {record.digest}" if deep else "")
-                remedy = "run the build again, or restore the file"
+                expected, remedy = f"{record.size} bytes", "run the build again, or restore the file"
                 raise DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy=remedy))
 
     def sqnorms(self, checkpoints: Sequence[int] | None = None) -> Float64:
-        """Return squared gradient norms [N, C], without learning rate, of the checkpoints in that order."""
-        return self._column("sqnorm_N", np.float64, checkpoints)
+        """Return squared gradient norms, without the learning rate, as [N, checkpoints] in the given order."""
+        return self._read_column("sqnorm_N", np.float64, checkpoints)
 
     def losses(self, checkpoints: Sequence[int] | None = None) -> Float32:
-        """Return losses [N, C] of the checkpoints in that order; those of skipped rows are not finite."""
-        return self._column("loss_N", np.float32, checkpoints)
+        """Return losses [N, checkpoints] in the given order; losses of skipped rows are not finite."""
+        return self._read_column("loss_N", np.float32, checkpoints)
 
     def skipped(self) -> tuple[Int64, Int64]:
-        """Return the ids of the rows skipped at any checkpoint, rising, and the first such checkpoint of each."""
+        """Return the ids of the rows skipped at any checkpoint, ascending, and the first such checkpoint of each."""
         rows, firsts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for partition, (start, stop) in enumerate(self.partitions()):
             first_N = np.full(stop - start, -1, np.int64)
             for checkpoint in reversed(range(self.layout.n_checkpoints)):
                 first_N[self.file(partition, checkpoint).skipped_K] = checkpoint
-            found = np.flatnonzero(first_N >= 0)
-            rows.append(start + found)
-            firsts.append(first_N[found])
+            skipped = np.flatnonzero(first_N >= 0)
+            rows.append(start + skipped)
+            firsts.append(first_N[skipped])
         return np.concatenate(rows), np.concatenate(firsts)
 
     def view(self, checkpoints: Sequence[int] | None = None, *, cosine: bool = False) -> FeatureView:
-        """Return the rows over the chosen checkpoints (all, if None) as a RowSource; reads nothing yet.
+        """Return a view of the rows at the chosen checkpoints (None: all); nothing is read until rows are requested.
 
-        With `cosine`, each checkpoint's part of a row is divided by its own norm; a zero part stays zero.
+        With `cosine`, each checkpoint's part of a row is divided by its norm; a zero part remains zero.
 
         Raises:
-            UsageError: a checkpoint that the store doesn't hold, or none.
+            UsageError: a checkpoint is not in the store, or none is chosen.
         """
-        return FeatureView(self, self._chosen(checkpoints), cosine)
+        return FeatureView(self, self._choose_checkpoints(checkpoints), cosine)
 
     def file(self, partition: int, checkpoint: int) -> FeatureFile:
-        """Return the open file, from among the last used or opened now.
+        """Return the open file; the most recently used files remain open.
 
         Raises:
-            DamagedIndexError: it is missing, unreadable or has another header.
+            DamagedIndexError: the file is missing, unreadable or has another header.
         """
         key = (partition, checkpoint)
         with self._lock:
@@ -201,7 +202,7 @@ class FeatureStore:
                 self._open.popitem(last=False)
         return opened
 
-    def _is_whole(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
+    def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
         try:
             file = FeatureFile.open(path, self.layout.header(partition, checkpoint))
@@ -211,18 +212,18 @@ class FeatureStore:
             return False
         return True
 
-    def _chosen(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
+    def _choose_checkpoints(self, checkpoints: Sequence[int] | None) -> tuple[int, ...]:
         n_checkpoints = self.layout.n_checkpoints
         chosen = tuple(range(n_checkpoints)) if checkpoints is None else tuple(checkpoints)
         if not chosen or not all(0 <= checkpoint < n_checkpoints for checkpoint in chosen):
             expected = f"some of 0..{n_checkpoints - 1}"
             raise UsageError(
-                problem("checkpoints", got=list(chosen), expected=expected, remedy="choose among those of the index")
+                problem("checkpoints", got=list(chosen), expected=expected, remedy="choose checkpoints of the index")
             )
         return chosen
 
-    def _column(self, name: str, dtype: type[Number], checkpoints: Sequence[int] | None) -> npt.NDArray[Number]:
-        column, chosen = attrgetter(name), self._chosen(checkpoints)
+    def _read_column(self, name: str, dtype: type[Number], checkpoints: Sequence[int] | None) -> npt.NDArray[Number]:
+        column, chosen = attrgetter(name), self._choose_checkpoints(checkpoints)
         value_NC = np.empty((self.layout.n_rows, len(chosen)), dtype=dtype)
         for partition, (start, stop) in enumerate(self.partitions()):
             for i, checkpoint in enumerate(chosen):
@@ -232,7 +233,7 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class FeatureView:
-    """Rows [N, F] of a store over some of its checkpoints, a RowSource whose ids are 0..N-1."""
+    """The rows [N, F] of a store at some of its checkpoints, as a RowSource with ids 0..N-1."""
 
     store: FeatureStore
     checkpoints: tuple[int, ...]
@@ -248,41 +249,42 @@ class FeatureView:
         return self.store.layout.n_rows
 
     def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
-        """Yield (ids [n], rows [n, F]) from row start on, n ≤ block_rows; each ends at a partition's edge."""
+        """Yield (ids [n], rows [n, F]) from row `start` on, n ≤ block_rows; no block spans two partitions."""
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
         for partition, (first, last) in enumerate(self.store.partitions()):
             for at in range(max(first, start), last, block_rows):
                 stop = min(at + block_rows, last)
                 row_NF = np.empty((stop - at, self.dim), dtype=np.float32)
-                for file, out_ND in self._columns(partition, row_NF):
+                for file, out_ND in self._iter_parts(partition, row_NF):
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
-        """Return float32 rows [len(ids), F] of these ids, in the order asked for.
+        """Return float32 rows [K, F] in the order of `ids`.
 
         Raises:
-            KeyError: an id outside 0..N-1.
+            KeyError: an id is outside 0..N-1.
         """
         id_K = np.asarray(ids, dtype=np.int64)
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
         row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
-        # Read in rising order, so that every file is visited once and forwards.
+        # Read in ascending order, so that each file is read once and forwards.
         order_K = np.argsort(id_K, kind="stable")
         partition_rows = self.store.layout.partition_rows
         partition_K = id_K[order_K] // partition_rows
         for group in np.split(order_K, np.flatnonzero(np.diff(partition_K)) + 1) if len(id_K) else []:
             partition = int(id_K[group[0]]) // partition_rows
             group_row_KF = np.empty((len(group), self.dim), dtype=np.float32)
-            for file, out_ND in self._columns(partition, group_row_KF):
+            for file, out_ND in self._iter_parts(partition, group_row_KF):
                 file.take(id_K[group] - partition * partition_rows, out_ND=out_ND, unit=self.cosine)
             row_KF[group] = group_row_KF
         return row_KF
 
-    def _columns(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
+    def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
+        """Yield each checkpoint's file of a partition and its columns of the rows."""
         dim = self.store.layout.dim
         for i, checkpoint in enumerate(self.checkpoints):
             yield self.store.file(partition, checkpoint), row_NF[:, i * dim : (i + 1) * dim]

@@ -1,13 +1,13 @@
-"""Generations of an index in its directory: which is current, who reads which, how the next one becomes current.
+"""Generations of an index: its directory layout, how a new generation is published, and how old files are removed.
 
-    manifest.json          the current generation's manifest, replaced atomically: this is what makes it current
-    build.json             what the last build set out to make; unlike the manifest's, while one is under way
-    generation-000001/     what is a generation's own: its manifest, canaries, columns, lists, removed ids
-    features/              feature files, shared by all generations that name them
-    writer.lock            there while somebody writes
+    manifest.json          the current generation's manifest; replacing it atomically publishes a generation
+    build.json             the options of the last build; during a build they may differ from the manifest's
+    generation-000001/     the generation's own files: manifest, canaries, columns, inverted lists, removed rows
+    features/              feature files, shared by all generations whose manifests name them
+    writer.lock            exists while a process writes to the index
 
-A reader holds a lock on its generation's own manifest; what no reader holds and the current manifest does not name
-is swept by the next writer.
+A reader holds a lease (a lock on the manifest in its generation's directory). The next writer removes files that
+neither the current manifest nor the manifest of a leased generation names.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, UsageError, attach_path, problem
 from tracin_ann.files import (
-    NotPlainError,
+    NotRegularFileError,
     atomic_path,
     is_temporary,
     make_directory,
     open_directory,
-    sweep_temporaries,
+    remove_temporaries,
     sync_directory,
 )
 from tracin_ann.store.feature_file import FileRecord
@@ -54,18 +54,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claim(directory: Path) -> Iterator[None]:
-    """Make a new index's directory and hold the right to write in it.
+def claim_directory(directory: Path) -> Iterator[None]:
+    """Make the directory of a new index and hold its writer's lock.
 
     Raises:
-        BusyIndexError: another build that was started at the same time was faster.
+        BusyIndexError: another build has started to write in the directory in the meantime.
     """
     make_directory(directory)
     with hold_writer_lock(directory):
         if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)):
             raise BusyIndexError(
                 problem(
-                    f"{directory} was begun by another build meanwhile",
+                    f"another build has started in {directory}",
                     got="its files",
                     expected="a new directory",
                     remedy="run this command again",
@@ -74,11 +74,11 @@ def claim(directory: Path) -> Iterator[None]:
         yield
 
 
-def refuse_foreign_files(directory: Path) -> None:
-    """Refuse a directory that holds files which no build wrote.
+def reject_foreign_files(directory: Path) -> None:
+    """Reject a build directory that contains files which no build wrote.
 
     Raises:
-        UsageError: it does, or it is a file.
+        UsageError: the directory contains such files, or the path is a file.
     """
     if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)) or not directory.exists():
         return
@@ -95,21 +95,21 @@ def refuse_foreign_files(directory: Path) -> None:
         )
 
 
-def read_begun(directory: Path, manifest: Manifest | None) -> BuildRecord | None:
-    """Return what the last build in a directory was to produce, or None where there was none."""
+def read_last_build(directory: Path, manifest: Manifest | None) -> BuildRecord | None:
+    """Return the record of the last build in a directory, or None if there was none."""
     if (directory / BUILD_RECORD).exists():
         return read_build_record(directory)
     return None if manifest is None else manifest.build
 
 
 @dataclass(frozen=True)
-class Start:
-    """From where a build goes on.
+class BuildStart:
+    """The state from which a build starts or resumes.
 
     Attributes:
-        record: what it sets out to make.
-        begun: what the last build in the directory set out to make, or None.
-        manifest: of the finished index there, or None.
+        record: the options of this build.
+        begun: the options of the last build in the directory, or None.
+        manifest: the manifest of the finished index in the directory, or None.
     """
 
     record: BuildRecord
@@ -118,24 +118,24 @@ class Start:
 
     @property
     def finished(self) -> Manifest | None:
-        """Return the manifest if it is of this very index."""
+        """Return the manifest if the finished index has the same spec as this build, else None."""
         if self.manifest is None or self.manifest.build.spec.digest() != self.record.spec.digest():
             return None
         return self.manifest
 
     @property
     def trusted(self) -> tuple[FileRecord, ...]:
-        """Return the feature files that are taken as they are: of an index that grows, those that it has."""
+        """Return the feature files that are not read again: if the index grows, those of the finished index."""
         return () if self.manifest is None or self.finished is not None else self.manifest.features
 
 
 def generation_folder(directory: Path, generation: int) -> Path:
-    """Return where a generation's own files are."""
+    """Return the directory of a generation's own files."""
     return directory / f"{_PREFIX}{generation:06d}"
 
 
 def list_generations(directory: Path) -> list[Path]:
-    """Return the directories of generations in a directory, by rising number; what is named otherwise is none."""
+    """Return the generation directories of an index, in ascending order of their numbers."""
     return sorted(filter(_is_generation, directory.glob(f"{_PREFIX}*")), key=generation_number)
 
 
@@ -143,13 +143,13 @@ def _is_generation(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
-def refuse_links(directory: Path) -> None:
-    """Refuse an index in which something that is read, written or swept is a link out of it.
+def reject_links(directory: Path) -> None:
+    """Reject an index in which a directory, or a file that a writer removes, is a symbolic link.
 
-    Its directory itself may be one. Single files are looked at when they are opened.
+    The index directory itself may be a link. Other files are checked when they are opened.
 
     Raises:
-        DamagedIndexError: names the link.
+        DamagedIndexError: there is a link; the message names it.
     """
     unfinished = directory / UNFINISHED_INDEX
     inside = [] if unfinished.is_symlink() else unfinished.glob("*")
@@ -157,27 +157,27 @@ def refuse_links(directory: Path) -> None:
         if path.is_symlink():
             expected = "a directory or a file of the index itself"
             raise DamagedIndexError(
-                problem(f"{path}", got="a symbolic link", expected=expected, remedy="look at it and remove it")
+                problem(f"{path}", got="a symbolic link", expected=expected, remedy="inspect it and remove it")
             )
 
 
 def take_lease(directory: Path) -> tuple[Manifest, Lease]:
-    """Return the current manifest and a lease on its generation: until it ends, nobody sweeps the files.
+    """Return the current manifest and a lease on its generation: until it ends, no writer removes its files.
 
     Raises:
-        DamagedIndexError: there is no finished index, its generation is not there, or something in it is a link.
+        DamagedIndexError: there is no finished index, its generation is missing, or part of the index is a link.
     """
-    refuse_links(directory)
+    reject_links(directory)
     manifest = Manifest.read(directory)
     while True:
         path = generation_folder(directory, manifest.generation) / MANIFEST
         try:
             return manifest, Lease(path)
-        except NotPlainError as error:
+        except NotRegularFileError as error:
             remedy = "restore it, or build a new index"
             raise DamagedIndexError(problem(f"{path}", got=error, expected="a manifest", remedy=remedy)) from error
         except FileNotFoundError:
-            # Swept in between: then another one is current by now.
+            # A writer has removed the generation in the meantime, after it has published another one.
             newer = Manifest.read(directory)
             if newer.generation == manifest.generation:
                 raise DamagedIndexError(
@@ -187,16 +187,15 @@ def take_lease(directory: Path) -> tuple[Manifest, Lease]:
 
 
 def read_current(directory: Path) -> Manifest | None:
-    """Return the current manifest, or None where no generation was finished.
+    """Return the current manifest, or None if no generation was published.
 
     Raises:
-        DamagedIndexError: there is a manifest that cannot be understood, there was one and it is gone, or something
-            in the directory is a link.
+        DamagedIndexError: the manifest cannot be understood, it is lost, or part of the index is a link.
     """
-    refuse_links(directory)
+    reject_links(directory)
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
-    # A first build may be killed between its two manifests; later ones leave the one that was current.
+    # Only a first build that was interrupted between its two manifests leaves none here: later builds replace one.
     if any(generation_number(path) > 1 and (path / MANIFEST).exists() for path in list_generations(directory)):
         raise DamagedIndexError(
             problem(f"{directory / MANIFEST}", got="no file", expected="a file", remedy="run tracin-verify --repair")
@@ -205,66 +204,67 @@ def read_current(directory: Path) -> Manifest | None:
 
 
 def make_next_folder(directory: Path, manifest: Manifest | None) -> Path:
-    """Sweep what is nobody's and return the next generation's directory, made; for the one writer.
+    """Remove unused files, make the next generation's directory, and return it; the caller holds the writer's lock.
 
-    A directory that a killed writer left is the next one's again.
+    If an interrupted writer has left the directory, it is used again.
     """
-    _sweep(directory, manifest, under_way=True)
+    _remove_unused_files(directory, manifest, under_way=True)
     taken = [generation_number(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
     folder = generation_folder(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
     for place in (directory / FEATURES, folder):
         make_directory(place)
     for place in (directory, directory / FEATURES, folder):
-        sweep_temporaries(place)
+        remove_temporaries(place)
     return folder
 
 
 def publish(directory: Path, manifest: Manifest) -> None:
-    """Make a generation current, durably, and sweep what it left; everything it names has been written."""
+    """Make a generation current, durably, and remove unused files; all files that it names have been written."""
     folder = generation_folder(directory, manifest.generation)
     named = {record.name for record in manifest.own_files}
-    # Of a killed writer that wanted another generation here.
+    # Other files here are leftovers of an interrupted writer.
     _remove_files(folder, lambda name: name not in named)
     _make_names_durable(directory, manifest)
     manifest.write(folder)
     manifest.write(directory)
     logger.info("generation %d of %s is published", manifest.generation, directory)
-    _tidied(directory, manifest)
+    _remove_leftovers(directory, manifest)
 
 
 def _make_names_durable(directory: Path, manifest: Manifest) -> None:
-    """Fsync the directories and those above the index: a run that was killed before it had may have made them."""
+    """Fsync the directories of the index and all above: an interrupted run may have made them without fsync."""
     folder = generation_folder(directory, manifest.generation)
-    for place in (directory / FEATURES, folder, directory, *_above(directory)):
+    for place in (directory / FEATURES, folder, directory, *_list_ancestors(directory)):
         sync_directory(place)
 
 
-def _above(directory: Path) -> Iterator[Path]:
-    """Yield the directories above one, up to that which its file system begins with."""
+def _list_ancestors(directory: Path) -> Iterator[Path]:
+    """Yield the directories above a directory, up to the mount point of its file system."""
     place = directory.resolve()
     while not os.path.ismount(place):
         place = place.parent
         yield place
 
 
-def tidy(directory: Path, manifest: Manifest) -> None:
-    """Make sure of an index that is finished already: durable, and nothing left over; for the one writer."""
+def clean_up(directory: Path, manifest: Manifest) -> None:
+    """Make a finished index durable and remove leftovers; the caller holds the writer's lock."""
     _make_names_durable(directory, manifest)
-    _tidied(directory, manifest)
+    _remove_leftovers(directory, manifest)
 
 
-def _tidied(directory: Path, manifest: Manifest) -> None:
-    """Remove all that the writing of an index left over, for the one writer with nothing under way."""
-    _sweep(directory, manifest, under_way=False)
+def _remove_leftovers(directory: Path, manifest: Manifest) -> None:
+    """Remove the leftovers of finished and interrupted writers; no build is in progress."""
+    _remove_unused_files(directory, manifest, under_way=False)
     for place in (directory, directory / FEATURES, generation_folder(directory, manifest.generation)):
-        sweep_temporaries(place)
+        remove_temporaries(place)
 
 
-def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:
-    """Remove what neither the current manifest nor a generation that somebody reads names.
+def _remove_unused_files(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:
+    """Remove the files that neither the current manifest nor the manifest of a leased generation names.
 
-    With `under_way`, the directory of the generation that is being made stays, and unfinished lists. Feature files
-    and these stay too while build.json speaks of another build than the manifest: they may be that one's.
+    With `under_way` (a build is in progress), the directory of the next generation and unfinished inverted lists are
+    not removed. If build.json and the manifest describe different builds, a build was interrupted: then its feature
+    files and unfinished lists are not removed either.
     """
     named = [] if manifest is None else [manifest]
     for path in list_generations(directory):
@@ -277,8 +277,8 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
                 try:
                     path.rmdir()
                 except OSError as error:
-                    # NFS keeps a file that is still open under another name; the next sweep comes back to it. And a
-                    # directory that somebody put there stays.
+                    # NFS renames a removed file that is still open; the next writer removes the directory. It also
+                    # remains if somebody has put a directory into it.
                     if error.errno != errno.ENOTEMPTY:
                         raise
             else:
@@ -286,23 +286,23 @@ def _sweep(directory: Path, manifest: Manifest | None, *, under_way: bool) -> No
     built = None if manifest is None else manifest.build
     begun = read_build_record(directory) if (directory / BUILD_RECORD).exists() else built
     if begun is not None and begun == built:
-        kept = {record.name for each in named for record in each.features}
+        used = {record.name for each in named for record in each.features}
         with suppress(FileNotFoundError):
-            _remove_files(directory / FEATURES, lambda name: is_feature_file(name) and name not in kept)
+            _remove_files(directory / FEATURES, lambda name: is_feature_file(name) and name not in used)
         if not under_way:
             shutil.rmtree(directory / UNFINISHED_INDEX, ignore_errors=True)
 
 
 def carry_over(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
-    """Put files of a generation into the next one's directory: linked where the file system can, else copied.
+    """Put files of a generation into the next one's directory, as hard links if possible, else as copies.
 
     Raises:
-        DamagedIndexError: one is not what was written.
+        DamagedIndexError: a file is damaged.
     """
     old = generation_folder(directory, manifest.generation)
     for record in records:
         check_file(old, record, deep=True)
-        # A killed writer may have linked this very file: renamed onto itself, the temporary would stay.
+        # An interrupted writer may have linked this file already: a rename onto itself would leave the temporary.
         (folder / record.name).unlink(missing_ok=True)
         with atomic_path(folder / record.name) as temporary:
             try:
@@ -312,24 +312,24 @@ def carry_over(directory: Path, manifest: Manifest, folder: Path, records: Itera
 
 
 def check_generation(directory: Path, manifest: Manifest, *, deep: bool) -> None:
-    """Compare a generation's own files with its manifest, the manifest's copy among them.
+    """Compare a generation's own files and its copy of the manifest with the manifest.
 
     Raises:
-        DamagedIndexError: the first that is missing or altered.
+        DamagedIndexError: a file is missing or altered; the message names the first.
     """
-    refuse_other_copy(generation_folder(directory, manifest.generation), manifest)
+    check_manifest_copy(generation_folder(directory, manifest.generation), manifest)
     for record in manifest.own_files:
         check_file(generation_folder(directory, manifest.generation), record, deep=deep)
 
 
-def refuse_other_copy(place: Path, manifest: Manifest) -> None:
-    """Refuse a manifest that is not the one in another place.
+def check_manifest_copy(place: Path, manifest: Manifest) -> None:
+    """Compare the manifest in the directory `place` with a manifest.
 
     Raises:
-        DamagedIndexError: that one cannot be read, or is another.
+        DamagedIndexError: the manifest in `place` cannot be read or differs.
     """
     if Manifest.read(place) != manifest:
-        expected, remedy = f"that of generation {manifest.generation}", "run tracin-verify --repair"
+        expected, remedy = f"the manifest of generation {manifest.generation}", "run tracin-verify --repair"
         raise DamagedIndexError(
             problem(f"{place / MANIFEST}", got="another manifest", expected=expected, remedy=remedy)
         )
@@ -338,44 +338,48 @@ def refuse_other_copy(place: Path, manifest: Manifest) -> None:
 def list_feature_records(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> tuple[FileRecord, ...]:
-    """Return the records of a store's files; those that the manifest has and that were not written now are not read."""
-    known = _named_before(store, manifest, written)
-    return tuple(known.get(path.name) or record_file(path) for path in _paths(store))
+    """Return the records of a store's files.
+
+    Files that this run has `written` as (partition, checkpoint), or that the manifest does not name, are read; the
+    records of others are copied from the manifest.
+    """
+    known = _map_known_records(store, manifest, written)
+    return tuple(known.get(path.name) or record_file(path) for path in _list_feature_paths(store))
 
 
 def find_unnamed_files(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> list[Path]:
-    """Return the paths of a store's files that the manifest does not name, and of those that were written now."""
-    known = _named_before(store, manifest, written)
-    return [path for path in _paths(store) if path.name not in known]
+    """Return the paths of a store's files that the manifest does not name or that this run has `written`."""
+    known = _map_known_records(store, manifest, written)
+    return [path for path in _list_feature_paths(store) if path.name not in known]
 
 
-def _named_before(
+def _map_known_records(
     store: FeatureStore, manifest: Manifest | None, written: Iterable[tuple[int, int]]
 ) -> dict[str, FileRecord]:
-    """Return the manifest's records of feature files by name, without those that were written now."""
+    """Return the manifest's records of feature files by name, without those that this run has written."""
     known = {} if manifest is None else {record.name: record for record in manifest.features}
     for partition, checkpoint in written:
         known.pop(store.path(partition, checkpoint).name, None)
     return known
 
 
-def _paths(store: FeatureStore) -> list[Path]:
+def _list_feature_paths(store: FeatureStore) -> list[Path]:
     layout = store.layout
     return [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
 
 
 def generation_number(path: Path) -> int:
-    """Return the number of a generation's directory, 0 of any other."""
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found else 0
+    """Return the number of a generation's directory; 0 for any other path."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
 
 
 def _remove_files(directory: Path, chosen: Callable[[str], bool]) -> None:
-    """Remove the chosen files of a directory; links are not followed, and directories in it are left alone.
+    """Remove the chosen files of a directory; links are not followed, and subdirectories are not removed.
 
-    The manifest goes last: while it is there, a reader's lock on it counts.
+    The manifest is removed last: readers hold their leases on it.
     """
     with open_directory(directory) as descriptor:
         for name in sorted(filter(chosen, os.listdir(descriptor)), key=lambda name: name == MANIFEST):

@@ -1,7 +1,10 @@
-"""Who may write an index, and who is reading which of its generations: advisory locks on files (flock).
+"""The writer's lock of an index and the leases of its readers: advisory file locks (flock).
 
-The system lets go of a lock when its process ends, however it ends: none is ever stale. A file system that cannot
-lock is said so in the log, and used without.
+The writer's lock (`hold_writer_lock`) admits one writer to an index directory. A lease (`Lease`) tells writers that a
+generation is being read, so that they do not remove its files.
+
+The system releases a lock when its process ends, so no lock is ever stale. On a file system that does not support
+locks, a warning is logged and the index is used without them.
 """
 
 from __future__ import annotations
@@ -18,74 +21,75 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, attach_path, problem
-from tracin_ann.files import NotPlainError, open_descriptor
+from tracin_ann.files import NotRegularFileError, open_descriptor
 
 WRITER = "writer.lock"
-_CANNOT = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-_LONGEST_CAPTION = 4096
+_UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_LONGEST_RECORD = 4096
 
 logger = logging.getLogger(__name__)
 
-# Of writers' locks. A forked child would hold them on after this process was killed.
-_HELD: set[int] = set()
+# A forked child closes these descriptors: otherwise it would hold the locks after this process is killed.
+_WRITER_DESCRIPTORS: set[int] = set()
 
 
-def _let_go() -> None:
-    while _HELD:
-        os.close(_HELD.pop())
+def _close_inherited_locks() -> None:
+    while _WRITER_DESCRIPTORS:
+        os.close(_WRITER_DESCRIPTORS.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextmanager
 def hold_writer_lock(directory: Path) -> Iterator[None]:
-    """Hold the one right to write in the directory; the lock's file is there only meanwhile.
+    """Hold the writer's lock of an index directory; its file exists only while the lock is held.
 
     Raises:
-        BusyIndexError: another process holds it; names the process, its machine and since when.
-        DamagedIndexError: the lock's file is a link, or no plain file: to write to it would alter another.
+        BusyIndexError: another process holds the lock; the message names the process, its machine and the time.
+        DamagedIndexError: the lock file is a link or not a regular file: writing to it could alter another file.
     """
     path = directory / WRITER
-    descriptor = _taken(path)
-    _HELD.add(descriptor)
+    descriptor = _lock_file(path)
+    _WRITER_DESCRIPTORS.add(descriptor)
     try:
-        caption = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        record = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with attach_path(path):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(caption).encode(), 0)
+            os.pwrite(descriptor, json.dumps(record).encode(), 0)
         yield
     finally:
-        if descriptor in _HELD:
+        if descriptor in _WRITER_DESCRIPTORS:
             try:
-                # While it is held: whoever opened it before finds that the path is another file, and tries again.
+                # Unlink before releasing the lock: a process that has opened this file then sees that it is no longer
+                # at the path, and tries again.
                 with suppress(FileNotFoundError):
                     os.unlink(path)
             finally:
-                _HELD.discard(descriptor)
+                _WRITER_DESCRIPTORS.discard(descriptor)
                 os.close(descriptor)
 
 
-def _taken(path: Path) -> int:
-    """Return the descriptor of the locked file that is at this path."""
+def _lock_file(path: Path) -> int:
+    """Create the file if needed, lock it, and return its descriptor."""
     while True:
         try:
             descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
-        except NotPlainError as error:
-            raise _foreign(path, str(error)) from error
+        except NotRegularFileError as error:
+            raise _bad_lock_file_error(path, str(error)) from error
         try:
             if os.fstat(descriptor).st_nlink > 1:
-                raise _foreign(path, "another file's second name")
+                raise _bad_lock_file_error(path, "a hard link to another file")
             if not try_lock(descriptor, exclusive=True):
                 raise BusyIndexError(
                     problem(
                         f"{path.parent} is being written",
-                        got=_holder(descriptor),
+                        got=_describe_writer(descriptor),
                         expected="one writer at a time",
                         remedy="wait for it, or stop it and run this command again",
                     )
                 )
-            if _is_at(descriptor, path):
+            if _is_same_file(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -93,58 +97,63 @@ def _taken(path: Path) -> int:
         os.close(descriptor)
 
 
-def _foreign(path: Path, got: str) -> DamagedIndexError:
-    expected = "a lock that a writer of the index made, or none"
-    return DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy="look at it and remove it"))
+def _bad_lock_file_error(path: Path, got: str) -> DamagedIndexError:
+    expected = "a lock file that a writer of the index made, or none"
+    return DamagedIndexError(problem(f"{path}", got=got, expected=expected, remedy="inspect it and remove it"))
 
 
 def try_lock(descriptor: int, *, exclusive: bool, otherwise: bool = True) -> bool:
-    """Lock an open file without waiting, and return whether that was possible; `otherwise` where nothing can be."""
+    """Lock an open file without waiting and return whether it is locked; `otherwise` if locks are not supported."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
-        logger.warning("this file system cannot lock (%s): be sure that no other process writes here", error.strerror)
+        logger.warning(
+            "this file system does not support locks (%s): make sure that no other process writes here", error.strerror
+        )
         return otherwise
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 
 
-def _holder(descriptor: int) -> str:
+def _describe_writer(descriptor: int) -> str:
     try:
-        said = json.loads(os.pread(descriptor, _LONGEST_CAPTION, 0))
-        return f"process {said['pid']} on {said['host']}, since {said['since']}"
+        record = json.loads(os.pread(descriptor, _LONGEST_RECORD, 0))
+        return f"process {record['pid']} on {record['host']}, since {record['since']}"
     except (ValueError, TypeError, KeyError):
         return "another process"
 
 
 class Lease:
-    """A reader's shared lock on a file: with any held, `free` says no. Ends with `close` or the process."""
+    """A reader's shared lock on the manifest of a generation.
+
+    While a lease exists, `hold_unless_read` yields False for the file. It ends with `close` or with the process.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Lock the file, waiting for nobody.
+        """Lock the file without waiting.
 
         Raises:
-            FileNotFoundError: there is no such file (any more), or it is being swept.
-            NotPlainError: it is a link, or no plain file.
+            FileNotFoundError: there is no such file, or a writer is removing it.
+            NotRegularFileError: it is a link or not a regular file.
         """
         self._descriptor = -1
         self._descriptor = open_descriptor(path)
-        if not (try_lock(self._descriptor, exclusive=False) and _is_at(self._descriptor, path)):
+        if not (try_lock(self._descriptor, exclusive=False) and _is_same_file(self._descriptor, path)):
             self.close()
             raise FileNotFoundError(errno.ENOENT, "being removed", str(path))
 
     def close(self) -> None:
-        """Let go; more than once does no harm."""
+        """Release the lock; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -155,15 +164,15 @@ class Lease:
 
 @contextmanager
 def hold_unless_read(path: Path) -> Iterator[bool]:
-    """Yield whether nobody holds a `Lease` on the file; nobody can take one until the block ends.
+    """Yield True if no process has a `Lease` on the file; none can take one until the block ends.
 
-    No, where that cannot be found out.
+    Yields False if this cannot be determined.
     """
     try:
-        # For writing, though nothing is written: NFS gives an exclusive lock on no other terms.
+        # NFS grants an exclusive lock only for a file that is open for writing.
         descriptor = open_descriptor(path, os.O_RDWR)
-    except (FileNotFoundError, NotPlainError):
-        # What is no plain file is nobody's manifest.
+    except (FileNotFoundError, NotRegularFileError):
+        # Anything but a regular file is not a manifest, so nobody has a lease on it.
         yield True
         return
     except PermissionError:

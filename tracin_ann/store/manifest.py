@@ -1,4 +1,7 @@
-"""The manifest: what an index directory holds, written last; and the build record, written first."""
+"""The manifest, which describes one generation of an index, and the build record, which describes a build.
+
+A build writes its record first and the manifest last. Both are JSON files with a format number and a digest.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,22 @@ MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 FEATURES = "features"
 UNLISTED = "unlisted.npy"
-_MISUNDERSTANDINGS = (TypeError, ValueError, OverflowError, UsageError)
+_CONTENT_ERRORS = (TypeError, ValueError, OverflowError, UsageError)
 _LARGEST_DIM = 2**31
 
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """What a build set out to make; a build that is run again must set out to make the same.
+    """The options that determine what a build produces; a build can be resumed only with the same options.
 
     Attributes:
-        spec: all that determines the rows.
-        task: how the task was named.
-        partition_rows: rows a partition.
-        random_data: the task's rows may change when read twice (`--allow-random-data`).
-        batch_size: examples a forward; features differ by rounding with it, so that all files are made with one.
-        channels_last: the memory format of pictures, likewise.
-        on_nonfinite: whether rows that are NaN or infinite are an `error`, or are to `skip`.
+        spec: everything that determines the feature rows.
+        task: the name of the task and its arguments.
+        partition_rows: rows of a partition.
+        random_data: training rows may differ each time they are read (`--allow-random-data`).
+        batch_size: examples in a forward pass. Features depend on it by rounding, so one size is used for all files.
+        channels_last: memory format of images; features depend on it by rounding, too.
+        on_nonfinite: `error` or `skip`, for rows whose loss or gradient is NaN or infinite.
     """
 
     spec: FeatureSpec
@@ -53,7 +56,7 @@ class BuildRecord:
 
     @property
     def layout(self) -> StoreLayout:
-        """Return the store's layout."""
+        """Return the layout of the feature store."""
         return StoreLayout(
             n_rows=self.spec.train_rows,
             partition_rows=self.partition_rows,
@@ -65,7 +68,15 @@ class BuildRecord:
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """The search index: its kind, why that kind, its files; of lists, the recall that was measured and the codes."""
+    """The search index.
+
+    Attributes:
+        kind: `flat` (exact scan) or `ivf` (inverted lists).
+        reason: why the build chose this kind.
+        files: the files of the inverted lists.
+        calibration: the measured recall of the inverted lists; None for `flat`.
+        codes: how the inverted lists store rows; empty for `flat`.
+    """
 
     kind: str
     reason: str
@@ -76,7 +87,13 @@ class IndexRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Which step of the ladder served a parameter, and why not a higher one."""
+    """The gradient method of a parameter.
+
+    Attributes:
+        parameter: its name.
+        step: the gradient method that computes its gradients.
+        reason: why no faster method applies.
+    """
 
     parameter: str
     step: str
@@ -85,17 +102,17 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What was measured.
+    """The measured agreement of the sketch's scores with exact TracInCP scores.
 
     Attributes:
-        queries: Q.
-        rows: M, over all queries.
-        proponents: recall@10 of the sketch's ranking against the true one.
-        opponents: the same of the most negative scores.
-        deep_proponents: share of the true ten among the sketch's first 100: what re-scoring those can reach.
-        deep_opponents: the same of opponents.
-        correlation: Pearson's, of scores of the sample within a query, mean over queries.
-        error_scale: root mean square of (sketch score - true score) / the sketch's standard deviation,
+        queries: Q, the queries measured.
+        rows: the rows scored exactly, over all queries.
+        proponents: recall@10 of the sketch's ranking with respect to the exact ranking.
+        opponents: the same for the most negative scores.
+        deep_proponents: share of the exact top ten among the sketch's top 100: the recall@10 of re-scoring those 100.
+        deep_opponents: the same for opponents.
+        correlation: Pearson correlation of sketch and exact scores within a query, mean over queries.
+        error_scale: root mean square of (sketch score - exact score) / the sketch's standard deviation,
             √(Σ_c ‖z_c‖²‖q_c‖² / D).
     """
 
@@ -111,42 +128,45 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class AuditRecord:
-    """An audit of stored rows against plain autograd in which none differed.
+    """An audit, a comparison of stored rows with gradients by plain autograd, in which no row differed.
 
     Attributes:
-        rows: (row, checkpoint) pairs compared.
-        largest: the largest difference, as a share of the row's norm.
+        rows: the number of (row, checkpoint) pairs compared.
+        largest: the largest difference, as a fraction of the row's norm.
     """
 
     rows: int
     largest: float
 
     def summary(self, uneven: AuditRecord | None = None) -> str:
-        """Say in words what was audited, with the rows of the most uneven batch if there were any."""
-        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
-        largest = self.largest
+        """Return one line about the audit; `uneven` is the audit of the most uneven batch, if there was one."""
+        rows, largest = self._count, self.largest
         if uneven is not None:
-            rows += f" and {uneven.rows} of the most uneven batch"
+            rows += f" and {uneven._count} of the most uneven batch"
             largest = max(largest, uneven.largest)
-        return f"{rows} against plain autograd: largest difference {largest:.0e} of a row's norm"
+        return f"{rows}; largest difference from autograd {largest:.0e} of a row's norm"
+
+    @property
+    def _count(self) -> str:
+        return f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything one generation of an index holds; its presence means that the generation is whole.
+    """The description of one generation of an index; a generation is complete if its manifest exists.
 
     Attributes:
-        generation: counts from 1; every change of a finished index makes another.
-        build: what was built.
-        features: the feature files, partition by partition, each with all its checkpoints.
+        generation: its number, from 1; every change of a finished index makes a new generation.
+        build: the build record.
+        features: the feature files, partition by partition, each partition with all its checkpoints.
         canaries: the file of canary rows.
         index: the search index.
-        steps: the plan of gradients at the first checkpoint.
-        fidelity: how well the sketch was seen to stand for true scores; None with random data.
-        columns: the file of the rows' columns, where the task gives any.
-        removed: the file of the removed rows' ids, where there are any.
-        skipped: the file of the rows that were skipped as not finite, where there are any.
-        audit: of stored rows drawn by the seed; None with random data, and where an earlier version built it.
+        steps: the gradient method of each parameter at the first checkpoint.
+        fidelity: the measured fidelity of the sketch; None with random data or without a quality measurement.
+        columns: the file of columns and ids, if the task defines any.
+        removed: the file of removed rows, if there are any.
+        skipped: the file of rows skipped because they are not finite, if there are any.
+        audit: the audit of randomly drawn rows; None with random data, or if an earlier version built the index.
     """
 
     generation: int
@@ -163,77 +183,82 @@ class Manifest:
 
     @property
     def own_files(self) -> tuple[FileRecord, ...]:
-        """Return the files besides the features: those in the generation's own directory."""
+        """Return the files in the generation's own directory: all except the feature files."""
         more = (record for record in (self.columns, self.removed, self.skipped) if record is not None)
         return self.canaries, *self.index.files, *more
 
     @property
     def quality_summary(self) -> str:
-        """Say in one line what may be believed from end to end, and what exact re-scoring would lift it to."""
-        found, calibration = self.fidelity, self.index.calibration
-        if found is None:
-            return "true TracInCP was not measured: the rows are random"
+        """Return one line with the recall@10 of queries with respect to exact TracInCP, without and with re-scoring.
+
+        The recall of a query is the product of the sketch's recall and that of the inverted lists, if there are any.
+        """
+        fidelity, calibration = self.fidelity, self.index.calibration
+        if fidelity is None:
+            why = ", because the training data is random" if self.build.random_data else " (--no-yardstick)"
+            return f"recall was not measured{why}"
         lists = (1.0, 1.0)
         if calibration is not None:
             points = [
-                calibration.reaching(side, calibration.target) or calibration.best(side)
+                calibration.fastest_point(side, calibration.target) or calibration.best(side)
                 for side in ("proponents", "opponents")
             ]
             lists = points[0].recall, points[1].recall
-        plain = found.proponents * lists[0], found.opponents * lists[1]
-        deep = found.deep_proponents * lists[0], found.deep_opponents * lists[1]
+        stored = fidelity.proponents * lists[0], fidelity.opponents * lists[1]
+        exact = fidelity.deep_proponents * lists[0], fidelity.deep_opponents * lists[1]
         return (
-            f"about {plain[0]:.0%} of the true ten proponents and {plain[1]:.0%} of the opponents as stored, "
-            f"about {deep[0]:.0%} and {deep[1]:.0%} with --rerank exact --candidates 100"
+            f"recall@10 {stored[0]:.2f} (proponents), {stored[1]:.2f} (opponents) from stored features; "
+            f"{exact[0]:.2f}, {exact[1]:.2f} with --rerank exact --candidates 100"
         )
 
     def audit_summary(self, uneven: AuditRecord | None = None) -> str:
-        """Say in one line what was audited, or why nothing was; `uneven`: of the most uneven batch."""
+        """Return one line about the audit, or why there was none; `uneven` is the audit of the most uneven batch."""
         if self.audit is not None:
             return self.audit.summary(uneven)
-        return "nothing: the rows are random" if self.build.random_data else "nothing: built by an earlier version"
+        why = "the training data is random" if self.build.random_data else "an earlier version built the index"
+        return f"no rows, because {why}"
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably."""
-        _write(directory / MANIFEST, asdict(self))
+        _write_checked(directory / MANIFEST, asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
         """Return the manifest of a finished index.
 
         Raises:
-            DamagedIndexError: there is none, or it cannot be understood.
+            DamagedIndexError: there is no manifest, or it is damaged.
         """
         path = directory / MANIFEST
-        content = _read(path)
+        content = _read_checked(path)
         try:
             manifest = read_record(cls, content)
-            _refuse_impossible(manifest.build)
-            _refuse_contradictions(manifest)
+            _check_build_record(manifest.build)
+            _check_consistency(manifest)
             return manifest
-        except _MISUNDERSTANDINGS as error:
-            raise DamagedIndexError(_not_understood(path, error)) from error
+        except _CONTENT_ERRORS as error:
+            raise DamagedIndexError(_describe_invalid_file(path, error)) from error
 
 
 def write_build_record(directory: Path, record: BuildRecord) -> None:
-    """Write what the build sets out to make."""
-    _write(directory / BUILD_RECORD, asdict(record))
+    """Write the record of a build, durably."""
+    _write_checked(directory / BUILD_RECORD, asdict(record))
 
 
 def read_build_record(directory: Path) -> BuildRecord:
-    """Return what the build in a directory set out to make.
+    """Return the record of the last build in a directory.
 
     Raises:
-        DamagedIndexError: there is none, or it cannot be understood.
+        DamagedIndexError: there is no record, or it is damaged.
     """
     path = directory / BUILD_RECORD
-    content = _read(path)
+    content = _read_checked(path)
     try:
         record = read_record(BuildRecord, content)
-        _refuse_impossible(record)
+        _check_build_record(record)
         return record
-    except _MISUNDERSTANDINGS as error:
-        raise DamagedIndexError(_not_understood(path, error)) from error
+    except _CONTENT_ERRORS as error:
+        raise DamagedIndexError(_describe_invalid_file(path, error)) from error
 
 
 def record_file(path: Path) -> FileRecord:
@@ -245,7 +270,7 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
     """Compare a file with its record.
 
     Raises:
-        DamagedIndexError: it is missing, of another size or (if `deep`) of another digest.
+        DamagedIndexError: the file is missing or has another size or, if `deep`, another digest.
     """
     path = directory / record.name
     got = describe_difference(path, record.size, record.digest if deep else None)
@@ -261,11 +286,11 @@ def check_file(directory: Path, record: FileRecord, *, deep: bool) -> None:
     )
 
 
-def _refuse_impossible(record: BuildRecord) -> None:
-    """Refuse what no build sets out to make.
+def _check_build_record(record: BuildRecord) -> None:
+    """Reject values that no build writes.
 
     Raises:
-        ValueError, UsageError: names it.
+        ValueError, UsageError: a value is out of range; the message names it.
     """
     spec = record.spec
     if spec.sketch.dim > _LARGEST_DIM:
@@ -280,16 +305,16 @@ def _refuse_impossible(record: BuildRecord) -> None:
         raise ValueError("a negative learning rate")
 
 
-def _refuse_contradictions(manifest: Manifest) -> None:
-    """Refuse a manifest whose files are not those of what it says was built: readers find files by either.
+def _check_consistency(manifest: Manifest) -> None:
+    """Check that the files a manifest lists are those of its build record: readers derive file names from both.
 
     Raises:
-        ValueError: names the contradiction.
+        ValueError: manifest and record disagree; the message says where.
     """
     layout, index = manifest.build.layout, manifest.index
     if manifest.generation < 1:
         raise ValueError(f"generation {manifest.generation}")
-    # Counted first: a forged number of rows may be any.
+    # Compare the counts first: a forged number of rows may be huge.
     n_files = layout.n_partitions * layout.n_checkpoints
     if len(manifest.features) != n_files:
         raise ValueError(f"{len(manifest.features)} feature files, not {n_files}")
@@ -300,34 +325,34 @@ def _refuse_contradictions(manifest: Manifest) -> None:
     listed = [record.name for record in index.files]
     expected = {"flat": ([],), "ivf": ([*IVFIndex.FILES], [*IVFIndex.FILES, UNLISTED])}.get(index.kind, ())
     if listed not in expected or index.codes not in (("",) if index.kind == "flat" else CODES):
-        raise ValueError(f"an index {index.kind!r} of codes {index.codes!r} and files {listed}")
+        raise ValueError(f"an index {index.kind!r} with codes {index.codes!r} and files {listed}")
     own = [record.name for record in manifest.own_files]
     if len({*own, MANIFEST}) <= len(own):
-        raise ValueError("two files of one name")
+        raise ValueError("two files with the same name")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_checked(path: Path, content: dict[str, Any]) -> None:
     write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content})
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return what `_write` wrote, without its format and digest.
+def _read_checked(path: Path) -> dict[str, Any]:
+    """Return the content of a file that `_write_checked` wrote, without format and digest.
 
     Raises:
-        DamagedIndexError: it is missing, of another format, or altered.
+        DamagedIndexError: the file is missing, of another format, or altered.
     """
     content: dict[str, Any] = read_json(path)
     _check_format(content.pop("format", None), path)
     try:
-        written, found = content.pop("digest", None), content_digest(content)
+        expected, actual = content.pop("digest", None), content_digest(content)
     except RecursionError as error:
-        raise DamagedIndexError(_not_understood(path, error)) from error
-    if written != found:
+        raise DamagedIndexError(_describe_invalid_file(path, error)) from error
+    if actual != expected:
         raise DamagedIndexError(
             problem(
                 f"{path} is damaged",
-                got=f"content of digest {found}",
-                expected=f"{written}, as it was written",
+                got=f"content of digest {actual}",
+                expected=f"digest {expected}",
                 remedy="restore the file, or build a new index",
             )
         )
@@ -335,26 +360,26 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """Return the digest of a manifest or build record, its format and digest left out."""
+    """Return the digest of a manifest or build record; `content` excludes its format and digest."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _check_format(found: object, path: Path) -> None:
-    if found != FORMAT:
+def _check_format(number: object, path: Path) -> None:
+    if number != FORMAT:
         raise DamagedIndexError(
             problem(
                 f"{path} has another format",
-                got=found,
+                got=number,
                 expected=FORMAT,
                 remedy="use the tracin_ann that wrote it, or build a new index",
             )
         )
 
 
-def _not_understood(path: Path, error: Exception) -> str:
+def _describe_invalid_file(path: Path, error: Exception) -> str:
     return problem(
         f"{path} cannot be understood",
         got=f"{type(error).__name__}: {error}",
-        expected="what a build writes",
+        expected="the content that a build writes",
         remedy="restore the file, or build a new index",
     )

@@ -13,7 +13,7 @@ from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore
 from tracin_ann.store.generations import (
     UNFINISHED_INDEX,
-    Start,
+    BuildStart,
     find_unnamed_files,
     generation_number,
     list_feature_records,
@@ -26,7 +26,7 @@ from tracin_ann.types import Int64
 
 @dataclass(frozen=True)
 class NextGeneration:
-    """The generation that the one writer of an index directory makes.
+    """The generation that the writer of an index directory is making.
 
     Readers use the current generation until `publish`. An interrupted build leaves feature files, which the next build
     reuses, and a folder without a manifest, which the next build takes over.
@@ -41,7 +41,7 @@ class NextGeneration:
     """
 
     directory: Path
-    start: Start
+    start: BuildStart
     record: BuildRecord
     store: FeatureStore
     missing: Sequence[tuple[int, int]]
@@ -51,12 +51,12 @@ class NextGeneration:
     def begin(
         cls,
         directory: Path,
-        start: Start,
+        start: BuildStart,
         record: BuildRecord,
         store: FeatureStore,
         missing: Sequence[tuple[int, int]],
     ) -> NextGeneration:
-        """Write the build record where it is new, and make the generation's folder."""
+        """Write the build record if it differs from the last build's, and make the generation's folder."""
         if start.begun != record:
             write_build_record(directory, record)
         return cls(directory, start, record, store, missing, make_next_folder(directory, start.manifest))
@@ -68,12 +68,12 @@ class NextGeneration:
 
     @property
     def unfinished_index(self) -> Path:
-        """Return the folder of inverted lists that are not complete."""
+        """Return the folder of inverted lists that are not complete yet."""
         return self.directory / UNFINISHED_INDEX
 
     @cached_property
     def removed_R(self) -> Int64:
-        """Return the ids [R] of the removed rows, rising."""
+        """Return the ids [R] of the removed rows, ascending."""
         return read_removed_ids(self.directory, self.start.manifest)
 
     def write_columns(self, table: RowTable | None) -> FileRecord | None:
@@ -84,7 +84,7 @@ class NextGeneration:
         return record_file(self.folder / COLUMN_FILE)
 
     def write_skipped(self) -> FileRecord | None:
-        """Write which rows the build skipped as not finite, if any."""
+        """Write the list of the rows that the build skipped because they are not finite, if there are any."""
         return write_skipped(self.folder, self.store)
 
     def carry_removed(self) -> FileRecord | None:

@@ -1,4 +1,8 @@
-"""FeatureSpec: all that determines a feature row, and the field-by-field refusal of what does not fit."""
+"""FeatureSpec, everything that determines a feature row, and its field-by-field comparison with a task.
+
+`FeatureSpec.check_matches` compares an index with the task and options of a command, and raises the error
+"index ... was built with ..." (IndexMismatchError) if they do not match.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,20 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from tracin_ann.errors import IndexMismatchError
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter that takes part; `rank_one`: its layer is called once an example, at one position."""
+    """A parameter whose gradients are used.
+
+    Attributes:
+        name: in the model.
+        shape: sizes.
+        dtype: as `str(torch.dtype)`.
+        rank_one: an example's gradient is an outer product: its layer is applied once, at one position.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -24,7 +34,13 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """A checkpoint: its file's name for people, the digest of its bytes, and η_c."""
+    """A checkpoint.
+
+    Attributes:
+        name: name of its file, for messages.
+        digest: digest of its bytes.
+        learning_rate: η_c.
+    """
 
     name: str
     digest: str
@@ -33,7 +49,14 @@ class CheckpointSpec:
 
 @dataclass(frozen=True)
 class SketchSpec:
-    """The sketch: equal specs give equal random numbers on every device."""
+    """The sketch; equal specs give equal random numbers on every device.
+
+    Attributes:
+        name: kind of sketch.
+        version: version of its implementation.
+        dim: D.
+        seed: of its random numbers.
+    """
 
     name: str
     version: int
@@ -43,7 +66,20 @@ class SketchSpec:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """All that determines a feature row. `versions` is recorded and not compared: canaries judge what they do."""
+    """Everything that determines a feature row.
+
+    Attributes:
+        model: digest of the model's layers.
+        train_rows: N.
+        train_data: digest of the training data.
+        parameters: the parameters whose gradients are used.
+        checkpoints: the checkpoints, in order.
+        sketch: the sketch.
+        dtype: dtype of the stored features.
+        norms: how self-influence is computed: from the sketch, or exact.
+        precision: precision of the gradients.
+        versions: versions of libraries, recorded but not compared: canary rows reveal versions that change features.
+    """
 
     model: str
     train_rows: int
@@ -58,51 +94,48 @@ class FeatureSpec:
 
     @property
     def rank_one(self) -> frozenset[str]:
-        """Return the parameters whose gradients are outer products."""
+        """Return the names of the parameters whose gradients are outer products."""
         return frozenset(p.name for p in self.parameters if p.rank_one)
 
     def digest(self) -> str:
-        """Return a digest of all fields but the versions."""
+        """Return a digest of all fields except the versions."""
         content = asdict(self)
         del content["versions"]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def row_digest(self, checkpoint: int) -> str:
-        """Return a digest of all that determines a row's features at a checkpoint; how many rows there are does not."""
+        """Return a digest of everything that determines a row's features at a checkpoint; N and other rows do not."""
         content = asdict(self)
         for name in ("versions", "train_rows", "train_data"):
             del content[name]
         content["checkpoints"] = asdict(self.checkpoints[checkpoint])
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
-
-    def refuse_unlike(self, asked: FeatureSpec, where: str) -> None:
-        """Refuse a spec that differs from this one, the index's.
+    def check_matches(self, other: FeatureSpec, where: str) -> None:
+        """Compare this spec, of the index `where`, with the spec of a task or build.
 
         Raises:
-            IndexMismatchError: a field differs; the message names the first, and how many more do.
+            IndexMismatchError: a field differs; the message names the first difference and the number of others.
         """
-        complaints = list(self._differences(asked))
-        if complaints:
-            more = f" (and {len(complaints) - 1} more differences)" if len(complaints) > 1 else ""
-            raise IndexMismatchError(f"index {where} was built with {complaints[0]}{more}")
+        differences = list(self._differences(other))
+        if differences:
+            more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+            raise IndexMismatchError(f"index {where} was built with {differences[0]}{more}")
 
-    def _differences(self, asked: FeatureSpec) -> Iterator[str]:
-        yield from _scalars(self, asked)
-        mine, other = ({p.name: p for p in s.parameters} for s in (self, asked))
-        for name in [*mine, *(n for n in other if n not in mine)]:
-            if mine.get(name) != other.get(name):
-                a, b = (f"{list(p.shape)} {p.dtype}" if p else "absent" for p in (mine.get(name), other.get(name)))
+    def _differences(self, other: FeatureSpec) -> Iterator[str]:
+        yield from _scalar_differences(self, other)
+        built, current = ({p.name: p for p in spec.parameters} for spec in (self, other))
+        for name in [*built, *(n for n in current if n not in built)]:
+            pair = built.get(name), current.get(name)
+            if pair[0] != pair[1]:
+                a, b = (f"{list(p.shape)} {p.dtype}" if p else "absent" for p in pair)
                 remedy = "restore Task.parameters and the model"
-                yield _difference(f"parameter {name} ({a})", f"the task has it {b}", remedy)
-        for i, (built, wanted) in enumerate(itertools.zip_longest(self.checkpoints, asked.checkpoints)):
-            yield from _checkpoint_difference(i, built, wanted)
+                yield _describe_difference(f"parameter {name} ({a})", f"the task has it {b}", remedy)
+        for i, checkpoints in enumerate(itertools.zip_longest(self.checkpoints, other.checkpoints)):
+            yield from _checkpoint_differences(i, *checkpoints)
 
 
-def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
+def _scalar_differences(built: FeatureSpec, other: FeatureSpec) -> Iterator[str]:
     sketches = (
         ("sketch", "name", "pass --sketch {}"),
         ("seed", "seed", "pass --seed {}"),
@@ -110,45 +143,45 @@ def _scalars(built: FeatureSpec, asked: FeatureSpec) -> Iterator[str]:
         ("sketch version", "version", "install the tracin_ann that built it"),
     )
     for word, attribute, remedy in sketches:
-        a, b = getattr(built.sketch, attribute), getattr(asked.sketch, attribute)
+        a, b = getattr(built.sketch, attribute), getattr(other.sketch, attribute)
         if a != b:
-            yield _difference(f"{word} {a}", f"this command asks for {word} {b}", remedy.format(a))
+            yield _describe_difference(f"{word} {a}", f"this command asks for {word} {b}", remedy.format(a))
     rest = (
-        ("dtype", "feature type", "pass --dtype {}"),
-        ("norms", "norms", "pass --norms {}"),
-        ("precision", "precision", "pass --precision {}"),
-        ("model", "a task whose model has layers of digest", "restore the model's code"),
-        ("train_rows", "a task with train rows numbering", "restore train_data"),
-        ("train_data", "a task whose train data has digest", "restore train_data"),
+        ("dtype", "feature type {}", "pass --dtype {}"),
+        ("norms", "norms {}", "pass --norms {}"),
+        ("precision", "precision {}", "pass --precision {}"),
+        ("model", "a model with layers of digest {}", "restore the model's code"),
+        ("train_rows", "{} training rows", "restore train_data"),
+        ("train_data", "training data of digest {}", "restore train_data"),
     )
-    for attribute, word, remedy in rest:
-        a, b = getattr(built, attribute), getattr(asked, attribute)
+    for attribute, what, remedy in rest:
+        a, b = getattr(built, attribute), getattr(other, attribute)
         if a != b:
             grown = attribute == "train_rows" and b > a
-            yield _difference(
-                f"{word} {a}", f"this task has {b}", "build with --append," if grown else remedy.format(a)
+            yield _describe_difference(
+                what.format(a), f"this task has {b}", "build with --append," if grown else remedy.format(a)
             )
 
 
-def _checkpoint_difference(i: int, built: CheckpointSpec | None, asked: CheckpointSpec | None) -> Iterator[str]:
-    if built is None or asked is None:
-        a, b = (c.name if c else "nothing" for c in (built, asked))
-        remedy = "restore Task.checkpoints" if asked is None else "build with --add-checkpoint,"
-        yield _difference(f"{a} as checkpoint {i}", f"the task has {b}", remedy)
+def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: CheckpointSpec | None) -> Iterator[str]:
+    if built is None or other is None:
+        a, b = (c.name if c else "nothing" for c in (built, other))
+        remedy = "restore Task.checkpoints" if other is None else "build with --add-checkpoint,"
+        yield _describe_difference(f"{a} as checkpoint {i}", f"the task has {b}", remedy)
         return
-    if built.digest != asked.digest:
-        yield _difference(
+    if built.digest != other.digest:
+        yield _describe_difference(
             f"checkpoint {i} ({built.name}) of digest {built.digest[:12]}",
-            f"the task's {asked.name} has {asked.digest[:12]}",
+            f"the task's {other.name} has {other.digest[:12]}",
             "restore that file",
         )
-    if built.learning_rate != asked.learning_rate:
-        yield _difference(
+    if built.learning_rate != other.learning_rate:
+        yield _describe_difference(
             f"learning rate {built.learning_rate:g} at checkpoint {i}",
-            f"the task has {asked.learning_rate:g}",
+            f"the task has {other.learning_rate:g}",
             "restore Task.checkpoints",
         )
 
 
-def _difference(built: str, asked: str, remedy: str) -> str:
-    return f"{built}, {asked}; {remedy} or build a new index"
+def _describe_difference(built: str, other: str, remedy: str) -> str:
+    return f"{built}, {other}; {remedy} or build a new index"

@@ -1,4 +1,4 @@
-"""Writing behind the compute: one file at a time in a thread of its own, at most one waiting."""
+"""Writing of feature files in a background thread, while the next block of features is computed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from tracin_ann.store.feature_store import FeatureStore
 
 
 class WriteBehind:
-    """Writes a store's files while the caller computes the next; holds two blocks at most.
+    """A context manager that writes a store's files in the background, one at a time.
 
-    A context: on leaving, what was handed over is written. An error of a write is raised by the next
-    call of `write` or on leaving; files are whole or absent, as by `FeatureStore.write`.
+    At most two blocks are in memory: the one being written and the one being computed. The context ends after all
+    blocks are written. An error is raised by the next call of `write` or at the end of the context. As with
+    `FeatureStore.write`, a file is complete or absent.
     """
 
     def __init__(self, store: FeatureStore) -> None:
@@ -25,12 +26,12 @@ class WriteBehind:
         return self
 
     def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> None:
-        """Hand a block over, after the one before is on disk.
+        """Start to write a block, after the previous one is on disk.
 
         Raises:
-            OSError, NonFiniteError: the block before could not be written.
+            OSError, NonFiniteError: the previous block could not be written.
         """
-        self._finish()
+        self._wait_for_pending()
         self._pending = self._thread.submit(self._store.write, partition, checkpoint, block)
 
     def __exit__(
@@ -38,9 +39,9 @@ class WriteBehind:
     ) -> None:
         self._thread.shutdown(wait=True)
         if error is None:
-            self._finish()
+            self._wait_for_pending()
 
-    def _finish(self) -> None:
+    def _wait_for_pending(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

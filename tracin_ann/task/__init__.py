@@ -1,12 +1,12 @@
-"""The task: what the user brings, its data, batches and checkpoint files."""
+"""Tasks: a user's model, loss, data and checkpoints; reading rows in batches and loading weights."""
 
 from __future__ import annotations
 
 from tracin_ann.task.batches import (
     BatchOptions,
+    BatchStream,
     CollatedBatch,
-    Reader,
-    Reading,
+    WindowReader,
     differ_in_length,
     make_batches,
     pickle_reader,
@@ -22,16 +22,16 @@ from tracin_ann.task.trust import load_named_task
 
 __all__ = [
     "BatchOptions",
+    "BatchStream",
     "Checkpoint",
     "CheckpointLoader",
     "CollatedBatch",
     "Description",
     "EXAMPLES",
     "LossFunction",
-    "Reader",
-    "Reading",
     "Task",
     "TaskReference",
+    "WindowReader",
     "absolute_reference",
     "batched_tensors",
     "borrow_model",

@@ -1,7 +1,7 @@
-"""Rows read and collated: in this process, or ahead of it in workers; rows of like length together.
+"""Batches: rows read and collated in this process or ahead of it in worker processes, optionally sorted by length.
 
-Workers are spawned, never forked (a fork after threads have started may hang in them), and open a task
-that has a name by that name, so that nothing but row ids is sent to them.
+Workers are spawned, not forked: a fork after threads have started may hang. A worker loads a task that has a
+reference by that reference, so only row ids are sent to it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from tracin_ann.task.nested import length, pin_memory
 from tracin_ann.task.references import TaskReference, load_task
 from tracin_ann.task.task import Task
 
-SORTED_BATCHES = 16
-_SAMPLED = 32
-_AHEAD = 2
+_BATCHES_PER_SORT = 16
+_SAMPLED_ROWS = 32
+_WINDOWS_PER_WORKER = 2
 
 
 @dataclass(frozen=True)
 class CollatedBatch:
-    """A batch as collate made it.
+    """A batch returned by collate.
 
     Attributes:
-        ids: of the rows, in its order.
-        inputs: what the loss takes.
-        examples: where they cannot be read again.
-        sizes: of the rows, by `length`; empty where PyTorch's own collate has stacked them, which takes equal ones.
+        ids: positions of its rows in the data set, in the order of the batch.
+        inputs: the argument `batch` of the loss.
+        examples: the examples before collate, if `BatchOptions.keep_examples`.
+        sizes: the rows' sizes by `length`; empty if PyTorch's default collate stacked rows in the data set's order,
+            which requires equal sizes.
     """
 
     ids: tuple[int, ...]
@@ -49,14 +50,14 @@ class CollatedBatch:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How rows become batches.
+    """Options for making batches of rows.
 
     Attributes:
         size: B.
-        by_length: rows of a window of 16 batches are sorted by length first.
-        keep_examples: examples come with their batch.
-        workers: processes that read ahead; 0: this one reads.
-        pinned: batches are put into page-locked memory, from where they go to a GPU unwaited for.
+        by_length: sort the rows of each window of 16 batches by length.
+        keep_examples: store the examples in their batch.
+        workers: number of processes that read ahead; 0: read in this process.
+        pin_memory: copy batches into page-locked memory, from which transfers to a GPU are asynchronous.
     """
 
     size: int
@@ -67,25 +68,25 @@ class BatchOptions:
 
     @property
     def window(self) -> int:
-        """Return the rows that are read together."""
-        return self.size * (SORTED_BATCHES if self.by_length else 1)
+        """Return the number of rows that are read together."""
+        return self.size * (_BATCHES_PER_SORT if self.by_length else 1)
 
 
-class Reader:
-    """One side's rows: `reader[ids]` reads a window of rows and returns its batches; can be sent to a worker."""
+class WindowReader:
+    """A picklable reader of one side's rows: `reader[ids]` reads a window of rows and returns its batches."""
 
     def __init__(self, task: Task, side: SideName, data: Any, options: BatchOptions, origin: TaskReference) -> None:
         self._task, self._side, self._data, self._options, self._origin = task, side, data, options, origin
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state that is sent: without the data where a worker can open the task by its name."""
+        """Return the state to pickle, without task and data if a worker can load the task by its reference."""
         state = dict(vars(self))
         if self._origin.reference is not None:
             del state["_task"], state["_data"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state, and open the task in this process if it was not sent."""
+        """Set the state, and load the task in this process if it was not pickled."""
         vars(self).update(state)
         if self._origin.reference is not None:
             self._task = load_task(self._origin.reference, self._origin.arguments)
@@ -97,7 +98,7 @@ class Reader:
 
 
 def make_batches(task: Task, ids: Sequence[int], examples: list[Any], options: BatchOptions) -> list[CollatedBatch]:
-    """Return these examples in batches: in order, or by falling length."""
+    """Return these examples in batches: in order, or by descending length."""
     order = list(range(len(ids)))
     sizes = [length(example) for example in examples] if options.by_length or task.collate is not None else []
     if options.by_length:
@@ -105,30 +106,30 @@ def make_batches(task: Task, ids: Sequence[int], examples: list[Any], options: B
     batches = []
     for start in range(0, len(order), options.size):
         chosen = order[start : start + options.size]
-        given = [examples[j] for j in chosen]
-        kept = given if options.keep_examples else None
-        own = tuple(sizes[j] for j in chosen) if sizes else ()
-        batches.append(CollatedBatch(tuple(ids[j] for j in chosen), task.collate_rows(given), kept, own))
+        batch = [examples[j] for j in chosen]
+        stored = batch if options.keep_examples else None
+        batch_sizes = tuple(sizes[j] for j in chosen) if sizes else ()
+        batches.append(CollatedBatch(tuple(ids[j] for j in chosen), task.collate_rows(batch), stored, batch_sizes))
     return batches
 
 
 def differ_in_length(data: Any) -> bool:
-    """Return whether some rows spread over a data set are of unlike length."""
+    """Return whether the lengths of 32 rows, spread evenly over a data set, differ."""
     n_rows = len(data)
-    few = {round(j * (n_rows - 1) / (_SAMPLED - 1)) for j in range(_SAMPLED)}
-    return len({length(data[i]) for i in few}) > 1
+    sample = {round(j * (n_rows - 1) / (_SAMPLED_ROWS - 1)) for j in range(_SAMPLED_ROWS)}
+    return len({length(data[i]) for i in sample}) > 1
 
 
-class Reading:
-    """Spans of rows, read one after another; a context, so that workers end with it.
+class BatchStream:
+    """A sequential read of spans of rows, possibly by workers; a context manager that ends its workers.
 
     Args:
-        reader: of the side.
-        spans: ids of the rows of each span, in the order in which they will be asked for.
-        options: as the reader's.
+        reader: reads the rows of one side.
+        spans: ids of the rows of each span, in reading order.
+        options: the options of the reader.
     """
 
-    def __init__(self, reader: Reader, spans: Sequence[Sequence[int]], options: BatchOptions) -> None:
+    def __init__(self, reader: WindowReader, spans: Sequence[Sequence[int]], options: BatchOptions) -> None:
         self._reader, self._options = reader, options
         self._windows = [
             [span[start : start + options.window] for start in range(0, len(span), options.window)] for span in spans
@@ -137,11 +138,11 @@ class Reading:
         self._workers: ProcessPoolExecutor | None = None
         self._batches: Iterator[list[CollatedBatch]] = iter(())
 
-    def __enter__(self) -> Reading:
-        """Start the workers, if there are to be any.
+    def __enter__(self) -> BatchStream:
+        """Start the workers, if `options.workers` is not 0.
 
         Raises:
-            UsageError: they cannot be sent the data.
+            UsageError: the reader cannot be pickled.
         """
         windows = [window for span in self._windows for window in span]
         n_workers = min(self._options.workers, len(windows))
@@ -149,7 +150,7 @@ class Reading:
             self._workers = ProcessPoolExecutor(
                 n_workers, get_context("spawn"), initializer=_start_worker, initargs=(pickle_reader(self._reader),)
             )
-            self._batches = _ahead(self._workers, windows, _AHEAD * n_workers)
+            self._batches = _read_ahead(self._workers, windows, _WINDOWS_PER_WORKER * n_workers)
         else:
             self._batches = (self._reader[window] for window in windows)
         return self
@@ -171,50 +172,51 @@ class Reading:
             try:
                 batches = next(self._batches)
             except BrokenProcessPool as error:
-                raise TaskError(_dead_worker(str(error))) from error
+                raise TaskError(_dead_worker_message(str(error))) from error
             for batch in batches:
                 yield replace(batch, inputs=pin_memory(batch.inputs)) if self._options.pin_memory else batch
 
 
-def _ahead(
+def _read_ahead(
     workers: ProcessPoolExecutor, windows: Sequence[Sequence[int]], n_ahead: int
 ) -> Iterator[list[CollatedBatch]]:
-    """Yield the windows' batches in order, so many of them being read at a time."""
+    """Yield the batches of the windows in order, while `n_ahead` windows after them are read."""
     waiting: deque[Future[bytes]] = deque()
     for window in windows:
         waiting.append(workers.submit(_read_window, window))
         if len(waiting) > n_ahead:
-            yield _received(waiting.popleft().result())
+            yield _unpickle_batches(waiting.popleft().result())
     while waiting:
-        yield _received(waiting.popleft().result())
+        yield _unpickle_batches(waiting.popleft().result())
 
 
-def _received(sent: bytes) -> list[CollatedBatch]:
-    batches: list[CollatedBatch] = pickle.loads(sent)
-    # Unpickling notes every sparse tensor for torch.load to check, and so keeps it for good; this checks and forgets.
+def _unpickle_batches(pickled: bytes) -> list[CollatedBatch]:
+    batches: list[CollatedBatch] = pickle.loads(pickled)
+    # Unpickling adds every sparse tensor to a list that torch.load validates later, and which would keep them all in
+    # memory; this call validates and clears the list.
     torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
     return batches
 
 
-# In a worker process: the one reader it serves.
-_served: list[Reader] = []
+# The reader of this process, if it is a worker.
+_worker_readers: list[WindowReader] = []
 
 
-def _start_worker(sent: bytes) -> None:
+def _start_worker(pickled: bytes) -> None:
     torch.set_num_threads(1)
-    _served.append(pickle.loads(sent))
+    _worker_readers.append(pickle.loads(pickled))
 
 
 def _read_window(ids: Sequence[int]) -> bytes:
-    # By value: shared memory is small in many containers, and breaks with the process that made it.
-    return pickle.dumps(_served[0][ids], protocol=5)
+    # Pickled by value: shared memory is small in many containers, and is lost if the process that created it dies.
+    return pickle.dumps(_worker_readers[0][ids], protocol=5)
 
 
-def pickle_reader(reader: Reader) -> bytes:
-    """Return a reader as it is sent to workers.
+def pickle_reader(reader: WindowReader) -> bytes:
+    """Return a reader, pickled for workers.
 
     Raises:
-        UsageError: it cannot be.
+        UsageError: it cannot be pickled.
     """
     try:
         return pickle.dumps(reader)
@@ -223,16 +225,16 @@ def pickle_reader(reader: Reader) -> bytes:
             problem(
                 "the task cannot be sent to worker processes",
                 got=str(error).splitlines()[0],
-                expected="a task that is named (file.py:name), or one that can be pickled",
-                remedy="use 0 workers, or name the task",
+                expected="a task named as file.py:name, or a task that can be pickled",
+                remedy="use 0 workers, or pass the task as file.py:name",
             )
         ) from error
 
 
-def _dead_worker(got: str) -> str:
+def _dead_worker_message(got: str) -> str:
     return problem(
-        "a worker process that reads the data died",
+        "a worker process that reads data died",
         got=got.splitlines()[0],
-        expected="workers that live to the end",
+        expected="workers that run until all rows are read",
         remedy="use fewer --workers or a smaller --batch-size if memory ran out; --workers 0 shows the task's error",
     )

@@ -1,4 +1,4 @@
-"""A side's data set: opened and checked, rows that cannot be read refused by their number, a stream made a list."""
+"""Data sets: the check of a task's training or query set, errors that name a row, and streams read into lists."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tracin_ann.errors import TaskError, TracinAnnError, problem
 from tracin_ann.task.content import encode_content
 from tracin_ann.task.task import Task
 
-_LONGEST = 300
+_MAX_CHARS = 300
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """The rows of a side: as many as the data set counted when it was opened, each by its position."""
+    """The rows of one side, by position; their number is fixed when the data set is opened."""
 
     side: str
     data: Any
@@ -34,7 +34,7 @@ class DataSet:
         """Return a row.
 
         Raises:
-            TaskError: the data set cannot read it.
+            TaskError: the data set raises an error.
         """
         try:
             return self.data[i]
@@ -44,67 +44,69 @@ class DataSet:
             raise TaskError(
                 problem(
                     f"row {i} of {self.side}_data cannot be read",
-                    got=_told(error),
+                    got=_describe_error(error),
                     expected=f"an example for each of the {self.n_rows} rows that its len() counts",
-                    remedy="mend the data set's __getitem__, or its __len__ if there are fewer rows",
+                    remedy="correct the data set's __getitem__, or its __len__ if there are fewer rows",
                 )
             ) from error
 
 
 def open_data(task: Task, side: str) -> DataSet:
-    """Return the rows of a side, of a data set checked to be map-style and not empty.
+    """Return the data set of a side, after a check that it is map-style and not empty.
 
     Raises:
-        TaskError: it has no length or no rows, or cannot be indexed.
+        TaskError: it has no length or no rows, or does not support indexing.
     """
     data = task.train_data() if side == "train" else task.query_data()
     name = type(data).__name__
     if isinstance(data, IterableDataset):
-        raise TaskError(_no_rows(side, f"{name}, an IterableDataset", data))
+        raise TaskError(_unusable_message(side, f"{name}, an IterableDataset", data))
     if not hasattr(type(data), "__len__"):
-        raise TaskError(_no_rows(side, f"a {name} without a length", data))
+        raise TaskError(_unusable_message(side, f"a {name} without a length", data))
     if not hasattr(data, "__getitem__"):
-        raise TaskError(_no_rows(side, f"a {name} that cannot be indexed", data))
+        raise TaskError(_unusable_message(side, f"a {name} that cannot be indexed", data))
     try:
         n_rows = len(data)
     except Exception as error:
-        raise TaskError(_no_rows(side, f"a {name} whose len() fails with {_told(error)}", data)) from error
+        raise TaskError(
+            _unusable_message(side, f"a {name} whose len() fails with {_describe_error(error)}", data)
+        ) from error
     if n_rows == 0:
-        raise TaskError(_no_rows(side, "no rows"))
+        raise TaskError(_unusable_message(side, "no rows"))
     return DataSet(side, data, n_rows)
 
 
-def _no_rows(side: str, got: str, data: Any = None) -> str:
-    streams = isinstance(data, Iterable) and not isinstance(data, Sequence)
+def _unusable_message(side: str, got: str, data: Any = None) -> str:
+    is_stream = isinstance(data, Iterable) and not isinstance(data, Sequence)
     return problem(
         f"Task.{side}_data cannot be used",
         got=got,
         expected="a map-style data set (len(data), data[i]) with at least one row",
         remedy="return tracin_ann.materialise(data), which reads it into a list"
-        if streams
+        if is_stream
         else "return a list or a torch.utils.data.Dataset that is not empty",
     )
 
 
-def _told(error: Exception) -> str:
-    """Return an error of the user's code in one line, with the place where it was raised."""
-    said = " ".join(str(error).split())[:_LONGEST]
+def _describe_error(error: Exception) -> str:
+    """Return an error of the user's code in one line, with the file and line where it was raised."""
+    message = " ".join(str(error).split())[:_MAX_CHARS]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames[1:] else ""
-    return type(error).__name__ + (f": {said}" if said else "") + place
+    return type(error).__name__ + (f": {message}" if message else "") + place
 
 
 def materialise(stream: Iterable[Any]) -> list[Any]:
     """Return the rows of a stream, such as an `IterableDataset`, as a list: a map-style data set.
 
-    The stream is read once, to its end, and all its rows stay in memory. It must give the same rows in the same order
-    whenever it is read: an index names rows by their position.
+    The stream is read once, to its end, and all its rows are stored in memory. It must yield the same rows in the same
+    order each time it is read, because an index identifies rows by their position.
 
     Args:
-        stream: yields one example after another, each an object of its own.
+        stream: yields the examples, each a new object.
 
     Raises:
-        TaskError: a row cannot be read, or the stream yields one object again and again, changed in between.
+        TaskError: a row cannot be read, or the stream yields the same object repeatedly with changed content.
     """
     rows: list[Any] = []
     first = None
@@ -120,9 +122,9 @@ def materialise(stream: Iterable[Any]) -> list[Any]:
             raise TaskError(
                 problem(
                     f"row {len(rows)} of the stream cannot be read",
-                    got=_told(error),
+                    got=_describe_error(error),
                     expected="one example after another",
-                    remedy=f"mend the __iter__ of {type(stream).__name__}",
+                    remedy=f"correct the __iter__ of {type(stream).__name__}",
                 )
             ) from error
         first = first or encode_content(row)
@@ -131,9 +133,9 @@ def materialise(stream: Iterable[Any]) -> list[Any]:
         raise TaskError(
             problem(
                 "the rows of the stream share memory",
-                got="a first row that changed while others were read",
-                expected="an example of its own each time",
-                remedy="yield copies",
+                got="a first row that changed while later rows were read",
+                expected="a new object for each row",
+                remedy="yield copies of the rows",
             )
         )
     return rows

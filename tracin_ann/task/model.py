@@ -1,4 +1,4 @@
-"""A model borrowed from the user: in eval mode on a device, and given back as it was, with all global state."""
+"""The user's model in eval mode on a device, and the restoration of it and of global state afterwards."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tracin_ann.device import allow_recurrent_backward, preserve_rng
+from tracin_ann.device import disable_tf32, preserve_rng
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.task import Task
 
 
 @contextlib.contextmanager
 def borrow_model(task: Task, device: torch.device) -> Iterator[nn.Module]:
-    """Yield `task.model()` in eval mode on `device`, or with a part on meta; on leaving, all is as it was before.
+    """Yield `task.model()` in eval mode on `device`, and restore the model and global state when the block ends.
 
-    Put back: the model's weights, buffers, grads, modes, requires_grad flags and device (the user's
-    function may return an object that it keeps), torch's, numpy's and Python's random state, grad
-    mode, default dtype, and PyTorch's switch for fused attention.
+    A model with a part on the meta device is not moved. Restored are the model's weights, buffers, grads, modes,
+    requires_grad flags and device (the user's function may return an object that the user still uses), the random
+    state of torch, numpy and Python, grad mode, default dtype, and PyTorch's setting for fused attention.
 
     Raises:
-        TaskError: `task.model` returns no module, or one with uninitialized lazy layers.
+        TaskError: `task.model` does not return a module, or one with uninitialized lazy layers.
     """
     with preserve_globals():
         model = task.model()
         if not isinstance(model, nn.Module):
             raise TaskError(
                 problem(
-                    "Task.model returns no model",
+                    "Task.model does not return a model",
                     got=type(model).__name__,
                     expected="a torch.nn.Module",
                     remedy="return the module itself",
                 )
             )
-        _refuse_lazy(model)
-        with _preserved_model(model):
+        _reject_lazy_layers(model)
+        with _preserve_model(model):
             model.eval()
-            # What is on meta has nothing to move; a checkpoint fills it, and its loader moves it.
+            # Tensors on the meta device have no data to move. A checkpoint fills them, and its loader moves the model.
             if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 model.to(device)
             yield model
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _reject_lazy_layers(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise TaskError(
                 problem(
-                    "Task.model returns a model whose shapes are not known yet",
+                    "Task.model returns a model with unknown parameter shapes",
                     got=f"an uninitialized {name}",
-                    expected="a model whose lazy layers have seen an input",
-                    remedy="run one forward in Task.model, or give the layers their sizes",
+                    expected="a model whose lazy layers are initialized",
+                    remedy="run one forward pass in Task.model, or use layers with explicit sizes",
                 )
             )
 
 
 @contextlib.contextmanager
 def preserve_globals() -> Iterator[None]:
-    """Put random states, grad mode, default dtype and the fused-attention switch back on leaving."""
+    """Restore random states, grad mode, default dtype and the fused-attention setting when the block ends."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     dtype, fused = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
     try:
@@ -73,8 +73,8 @@ def preserve_globals() -> Iterator[None]:
             preserve_rng(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            allow_recurrent_backward(),
-            _recomputed_without_reentry(),
+            disable_tf32(),
+            _disable_reentrant_checkpointing(),
         ):
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -86,22 +86,22 @@ def preserve_globals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recomputed_without_reentry() -> Iterator[None]:
-    """Let gradient checkpointing that is reentrant run as that which is not.
+def _disable_reentrant_checkpointing() -> Iterator[None]:
+    """Run reentrant gradient checkpointing as non-reentrant checkpointing in the block.
 
-    Reentrant checkpointing refuses `torch.autograd.grad` and drops gradients where no input requires one.
+    Reentrant checkpointing raises an error in `torch.autograd.grad` and drops gradients if no input requires one.
     The values are the same.
     """
     reentrant = torch.utils.checkpoint.CheckpointFunction
     try:
-        torch.utils.checkpoint.CheckpointFunction = _Checkpoint  # type: ignore[misc, assignment]
+        torch.utils.checkpoint.CheckpointFunction = _NonReentrantCheckpoint  # type: ignore[misc, assignment]
         yield
     finally:
         torch.utils.checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
-class _Checkpoint:
-    """What stands in the place of reentrant checkpointing."""
+class _NonReentrantCheckpoint:
+    """Replacement for `torch.utils.checkpoint.CheckpointFunction`."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -112,24 +112,24 @@ class _Checkpoint:
 
 @contextlib.contextmanager
 def preserve_registry(model: nn.Module) -> Iterator[None]:
-    """Put every module's own parameters and buffers back on leaving."""
-    # Of a dict, what TorchScript modules keep these in has only `items` and item access.
-    owners: list[Any] = [own for module in model.modules() for own in (module._parameters, module._buffers)]
-    held = [(own, dict(own.items())) for own in owners]
+    """Restore the parameters and buffers registered in every module when the block ends."""
+    # TorchScript modules store these in objects that have only `items` and item access of a dict.
+    registries: list[Any] = [owned for module in model.modules() for owned in (module._parameters, module._buffers)]
+    saved = [(registry, dict(registry.items())) for registry in registries]
     try:
         yield
     finally:
-        for own, tensors in held:
+        for registry, tensors in saved:
             for name, tensor in tensors.items():
-                if name not in own or own[name] is not tensor:
-                    own[name] = tensor
+                if name not in registry or registry[name] is not tensor:
+                    registry[name] = tensor
 
 
 @contextlib.contextmanager
-def _preserved_model(model: nn.Module) -> Iterator[None]:
+def _preserve_model(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    # The very storage is kept, and filled again: a state_dict that the user took shares it.
+    # The same storage is filled again, because a state_dict that the user took shares it.
     saved = [(tensor, tensor.data, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     hooks = [(module, copy.copy(module._forward_hooks)) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Batches of any nesting (dicts, tuples, lists, named tuples, mappings, dataclasses): walk, move, slice, measure."""
+"""Nested batches (dicts, tuples, lists, named tuples, mappings, dataclasses): traversal, device moves and sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tracin_ann.errors import TaskError, problem
 
-# What holds no other values: found first, as rows may be long lists of them.
+# Types without nested values. They are tested first, because rows may be long lists of them.
 _ATOMS = (int, float, str, bytes, type(None), Tensor, np.ndarray)
 
 
@@ -23,7 +23,7 @@ def default_batch(examples: list[Any]) -> Any:
     """Return the batch that PyTorch's default collate makes of a list of examples.
 
     Raises:
-        TaskError: it makes none of such examples.
+        TaskError: it fails on these examples.
     """
     try:
         return torch.utils.data.default_collate(examples)
@@ -32,51 +32,51 @@ def default_batch(examples: list[Any]) -> Any:
             problem(
                 "PyTorch's default collate cannot make a batch of these examples",
                 got=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}",
-                expected="dense tensors of one shape, numbers, texts, or containers of these",
-                remedy="pass Task.collate, a function that makes a batch of a list of examples",
+                expected="dense tensors of one shape, numbers, strings, or containers of these",
+                remedy="pass Task.collate, a function that turns a list of examples into a batch",
             )
         ) from error
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bool] = lambda value: False) -> Any:
-    """Return `value` with every leaf replaced by `function(leaf)`, containers of the same kinds.
+    """Return `value` with every leaf replaced by `function(leaf)`, in containers of the same types.
 
     Containers are dicts and other mappings, tuples, lists, dataclasses and attrs classes. A `PackedSequence` is a
-    leaf, since its parts by themselves are no batch, and so is whatever `is_leaf` says.
+    leaf, since its parts are not batches, and so is any value for which `is_leaf` returns True.
     """
 
-    def mapped(value: Any, above: tuple[int, ...]) -> Any:
-        opened = None if is_leaf(value) else _open(value)
-        if opened is None:
+    def visit(value: Any, above: tuple[int, ...]) -> Any:
+        unpacked = None if is_leaf(value) else _unpack(value)
+        if unpacked is None:
             return function(value)
         if id(value) in above:
             return value
-        items, made = opened
-        return made([mapped(item, (*above, id(value))) for item in items])
+        items, rebuild_container = unpacked
+        return rebuild_container([visit(item, (*above, id(value))) for item in items])
 
-    return mapped(value, ())
+    return visit(value, ())
 
 
 def leaves(value: Any) -> list[Any]:
-    """Return the leaves in the order of a walk."""
+    """Return the leaves in depth-first order."""
 
-    def walked(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
-        opened = _open(value)
-        if opened is None:
+    def visit(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
+        unpacked = _unpack(value)
+        if unpacked is None:
             yield value
         elif id(value) not in above:
             inside = (*above, id(value))
-            for item in opened[0]:
+            for item in unpacked[0]:
                 if isinstance(item, _ATOMS):
                     yield item
                 else:
-                    yield from walked(item, inside)
+                    yield from visit(item, inside)
 
-    return list(walked(value, ()))
+    return list(visit(value, ()))
 
 
-def _open(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
-    """Return a container's items, and what makes a container of its kind of others; None of a leaf."""
+def _unpack(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """Return a container's items and a function that makes a container of its type from items; None for a leaf."""
     if isinstance(value, _ATOMS):
         return None
     if isinstance(value, Mapping):
@@ -97,7 +97,7 @@ def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(value) is dict:
         return items
     if isinstance(value, MutableMapping):
-        # A copy keeps what its constructor needs and its items don't tell (defaultdict, HF's BatchEncoding).
+        # A copy keeps state that is not in the items, such as constructor arguments (defaultdict, HF's BatchEncoding).
         other = copy.copy(value)
         other.update(items)
         return other
@@ -105,7 +105,7 @@ def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _field_names(value: Any) -> list[str]:
-    """Return the names of the fields of a dataclass's or attrs class's instance; none of other values."""
+    """Return the field names of an instance of a dataclass or attrs class; empty for other values."""
     if isinstance(value, type):
         return []
     if dataclasses.is_dataclass(value):
@@ -114,7 +114,7 @@ def _field_names(value: Any) -> list[str]:
 
 
 def _with_fields(value: Any, fields: Iterable[tuple[str, Any]]) -> Any:
-    """Return a copy with other fields; neither __init__ nor __post_init__ runs again, and it may be frozen."""
+    """Return a copy with new field values; `__init__` and `__post_init__` do not run, and it may be frozen."""
     other = copy.copy(value)
     for name, item in fields:
         object.__setattr__(other, name, item)
@@ -122,64 +122,64 @@ def _with_fields(value: Any, fields: Iterable[tuple[str, Any]]) -> Any:
 
 
 def is_instance_of(value: Any, module: str, *names: str) -> bool:
-    """Return whether a value is of one of a module's types; a module that is not imported has no values."""
-    home = sys.modules.get(module)
-    return home is not None and any(isinstance(value, getattr(home, name, ())) for name in names)
+    """Return whether a value is an instance of one of a module's types; False if the module is not imported."""
+    imported = sys.modules.get(module)
+    return imported is not None and any(isinstance(value, getattr(imported, name, ())) for name in names)
 
 
 def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """Return `value` with its tensors on `device`; pictures (4-D, floating) with their channels last if asked for.
+    """Return `value` with its tensors on `device`, and 4-D floating-point tensors in channels-last format if asked.
 
-    An object that has a method `to(device)` moves itself: it may keep on the CPU what belongs there, such as lengths.
+    For an object with a method `to(device)`, that method is called: it may leave tensors such as lengths on the CPU.
 
     Raises:
-        TaskError: such an object cannot.
+        TaskError: the method of such an object fails.
     """
 
-    def moved(leaf: Any) -> Any:
+    def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return _moved_by_itself(leaf, device) if _moves_itself(leaf) else leaf
-        pictures = channels_last and leaf.dim() == 4 and leaf.is_floating_point()  # noqa: PLR2004
-        form = torch.channels_last if pictures else torch.preserve_format
-        return leaf.to(device, non_blocking=True, memory_format=form)
+            return _call_to(leaf, device) if _has_to(leaf) else leaf
+        are_images = channels_last and leaf.dim() == 4 and leaf.is_floating_point()  # noqa: PLR2004
+        memory_format = torch.channels_last if are_images else torch.preserve_format
+        return leaf.to(device, non_blocking=True, memory_format=memory_format)
 
-    return map_leaves(moved, value, _moves_itself)
+    return map_leaves(move, value, _has_to)
 
 
-def _moves_itself(value: Any) -> bool:
+def _has_to(value: Any) -> bool:
     return callable(getattr(type(value), "to", None))
 
 
-def _moved_by_itself(value: Any, device: torch.device) -> Any:
+def _call_to(value: Any, device: torch.device) -> Any:
     try:
-        # A copy, as many move in place, and what collate returns may be the user's own rows.
-        own = copy.copy(value)
-        moved = own.to(device)
+        # A copy, since many objects move in place, and collate may return objects of the user's data set.
+        copied = copy.copy(value)
+        moved = copied.to(device)
     except Exception as error:
         raise TaskError(
             problem(
                 f"a {type(value).__name__} in the batch cannot be moved to {device}",
                 got=f"{type(error).__name__}: {error}",
-                expected="an object whose to(device) returns it there",
-                remedy="mend its method `to`, or leave the object out of what Task.collate returns",
+                expected="an object whose to(device) returns it on the device",
+                remedy="correct its method `to`, or do not return the object from Task.collate",
             )
         ) from error
-    return own if moved is None else moved
+    return copied if moved is None else moved
 
 
 def pin_memory(value: Any) -> Any:
-    """Return `value` with its tensors, and the objects that know how, in page-locked memory."""
+    """Return `value` with its dense tensors, and objects with a method `pin_memory`, in page-locked memory."""
 
-    def locked(leaf: Any) -> Any:
-        known = leaf.layout is torch.strided if isinstance(leaf, Tensor) else hasattr(type(leaf), "pin_memory")
-        made = leaf.pin_memory() if known else leaf
-        return leaf if made is None else made
+    def pin(leaf: Any) -> Any:
+        can_pin = leaf.layout is torch.strided if isinstance(leaf, Tensor) else hasattr(type(leaf), "pin_memory")
+        pinned = leaf.pin_memory() if can_pin else leaf
+        return leaf if pinned is None else pinned
 
-    return map_leaves(locked, value)
+    return map_leaves(pin, value)
 
 
 def length(value: Any) -> int:
-    """Return how long a value is: its numbers and pixels, and the characters of its texts."""
+    """Return the size of a value: the number of its numbers, pixels and characters."""
     return sum(map(_leaf_size, leaves(value)))
 
 
@@ -192,23 +192,26 @@ def _leaf_size(leaf: Any) -> int:
         return len(leaf) if isinstance(leaf, (str, bytes)) else 1
     if is_instance_of(leaf, "PIL.Image", "Image"):
         return int(leaf.width * leaf.height)
-    return max(1, sum(_leaf_size(item) for item in _held(leaf) if isinstance(item, (Tensor, np.ndarray, str, bytes))))
+    return max(
+        1,
+        sum(_leaf_size(item) for item in _attribute_leaves(leaf) if isinstance(item, (Tensor, np.ndarray, str, bytes))),
+    )
 
 
 def tensors_within(value: Any) -> list[Tensor]:
-    """Return all tensors of a batch: its own, and those that its packed sequences and objects hold."""
+    """Return all tensors of a batch, including those in packed sequences and in attributes of objects."""
     found = leaves(value)
-    found += [held for leaf in found if not isinstance(leaf, _ATOMS) for held in _held(leaf)]
+    found += [inner for leaf in found if not isinstance(leaf, _ATOMS) for inner in _attribute_leaves(leaf)]
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
-def _held(leaf: Any) -> list[Any]:
-    """Return the leaves of an object's own attributes and no further: one may lead to all of the data set."""
+def _attribute_leaves(leaf: Any) -> list[Any]:
+    """Return the leaves in the attributes of an object, one level deep: one may refer to the whole data set."""
     return leaves(list(leaf) if isinstance(leaf, PackedSequence) else list(getattr(leaf, "__dict__", {}).values()))
 
 
 def batched_tensors(value: Any, batch: int) -> list[Tensor] | str:
-    """Return the tensors of a batch whose every tensor has `batch` rows, or why there is none such."""
+    """Return the tensors of a batch if each has `batch` rows, or else the reason why the batch cannot be split."""
     tensors: list[Tensor] = []
     for leaf in leaves(value):
         if isinstance(leaf, Tensor):
@@ -223,6 +226,6 @@ def batched_tensors(value: Any, batch: int) -> list[Tensor] | str:
 
 
 def rebuild(value: Any, tensors: list[Tensor]) -> Any:
-    """Return `value` with its tensors replaced, in walk order, by `tensors`."""
-    supply = iter(tensors)
-    return map_leaves(lambda leaf: next(supply) if isinstance(leaf, Tensor) else leaf, value)
+    """Return `value` with its tensors replaced by `tensors`, in depth-first order."""
+    replacements = iter(tensors)
+    return map_leaves(lambda leaf: next(replacements) if isinstance(leaf, Tensor) else leaf, value)

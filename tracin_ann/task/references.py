@@ -1,4 +1,4 @@
-"""How a task is named, as a file or a module with a name in it, and how it is found again and imported."""
+"""References to tasks, such as `file.py:name`: parsing, import of the module, and the call of a task function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from tracin_ann.task.task import Task
 
 @dataclass(frozen=True)
 class TaskReference:
-    """How the task was named, so that a query or a worker finds it again; `reference` is None for a Task object."""
+    """A task's reference and its arguments, with which a query or a worker process loads the task again.
+
+    Attributes:
+        reference: `path/to/file.py:name` or `package.module:name`; None for a Task object without a name.
+        arguments: strings by name, if the reference names a function.
+    """
 
     reference: str | None = None
     arguments: Mapping[str, str] = field(default_factory=dict)
@@ -27,22 +32,22 @@ class TaskReference:
 def load_task(reference: str, arguments: Mapping[str, str] | None = None) -> Task:
     """Return the task named `path/to/file.py:name` or `package.module:name`.
 
-    The name is a Task, or a function that returns one and takes `arguments` as strings. A file is
-    imported under its own stem with its folder on `sys.path`, as `python file.py` would have it,
-    so that a worker process can import it again.
+    The name refers to a Task, or to a function that returns one and takes `arguments` as strings. A file is
+    imported under its stem with its directory on `sys.path`, as `python file.py` does it, so that a worker
+    process can import it again.
 
     Raises:
-        UsageError: the reference cannot be read or found, or the arguments do not fit.
-        TaskError: what it names is no task.
+        UsageError: the reference is malformed, nothing has this name, or the function does not take the arguments.
+        TaskError: the object is not a task.
     """
     return as_task(find_object(reference), reference, dict(arguments or {}))
 
 
 def find_object(reference: str) -> Any:
-    """Return what a reference names; imports its module.
+    """Import the module of a reference and return the object that it names.
 
     Raises:
-        UsageError: the reference cannot be read or found.
+        UsageError: the reference is malformed, or nothing has this name.
     """
     place, _, name = reference.rpartition(":")
     if not place or not name:
@@ -51,7 +56,7 @@ def find_object(reference: str) -> Any:
                 "the task cannot be found",
                 got=repr(reference),
                 expected="path/to/file.py:name or package.module:name",
-                remedy="add the name of the Task, or of the function that returns it, behind a colon",
+                remedy="add a colon and the name of the Task, or of the function that returns it",
             )
         )
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
@@ -62,18 +67,18 @@ def find_object(reference: str) -> Any:
                 got=repr(name),
                 expected="a Task or a function that returns one, such as "
                 + (", ".join(n for n, v in vars(module).items() if isinstance(v, Task)) or "task"),
-                remedy="correct the name behind the colon",
+                remedy="correct the name after the colon",
             )
         )
     return getattr(module, name)
 
 
 def as_task(value: Any, reference: str, arguments: dict[str, str]) -> Task:
-    """Return a Task as it is, or what a function makes of the arguments.
+    """Return `value` if it is a Task, or call it with the arguments if it is a function.
 
     Raises:
-        UsageError: the arguments do not fit.
-        TaskError: it is no task.
+        UsageError: the function does not take the arguments.
+        TaskError: the result is not a Task.
     """
     if isinstance(value, Task):
         if arguments:
@@ -81,13 +86,13 @@ def as_task(value: Any, reference: str, arguments: dict[str, str]) -> Task:
                 problem(
                     f"{reference} takes no arguments",
                     got="--task-arg " + ", ".join(arguments),
-                    expected="none, since it is a Task and no function",
-                    remedy="drop --task-arg, or name a function that returns the Task",
+                    expected="none, because it is a Task, not a function",
+                    remedy="remove --task-arg, or name a function that returns the Task",
                 )
             )
         return value
     if not callable(value):
-        raise TaskError(_no_task(reference, value))
+        raise TaskError(_not_a_task_message(reference, value))
     try:
         inspect.signature(value).bind(**arguments)
     except TypeError as error:
@@ -101,21 +106,21 @@ def as_task(value: Any, reference: str, arguments: dict[str, str]) -> Task:
         ) from error
     task = value(**arguments)
     if not isinstance(task, Task):
-        raise TaskError(_no_task(reference, task))
+        raise TaskError(_not_a_task_message(reference, task))
     return task
 
 
-def _no_task(reference: str, value: Any) -> str:
+def _not_a_task_message(reference: str, value: Any) -> str:
     return problem(
-        f"{reference} is no task",
+        f"{reference} is not a task",
         got=type(value).__name__,
         expected="a tracin_ann.Task, or a function that returns one",
-        remedy="build it with Task(model=..., loss=..., train_data=..., query_data=..., checkpoints=[...])",
+        remedy="create it with Task(model=..., loss=..., train_data=..., query_data=..., checkpoints=[...])",
     )
 
 
 def absolute_reference(reference: str) -> str:
-    """Return the reference with a file's path made absolute, so that it holds from any folder."""
+    """Return the reference with the path of its file made absolute, so that it is valid in any directory."""
     place, _, name = reference.rpartition(":")
     return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else reference
 
@@ -144,7 +149,7 @@ def _import_file(path: Path) -> ModuleType:
         )
     stem = path.stem
     loaded = sys.modules.get(stem)
-    if loaded is not None and _file_of(loaded) == path:
+    if loaded is not None and _module_file(loaded) == path:
         return loaded
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
@@ -154,14 +159,14 @@ def _import_file(path: Path) -> ModuleType:
         raise UsageError(
             problem(
                 f"the task's file cannot be imported as {stem!r}",
-                got=_file_of(loaded) if loaded else (found.origin if found else "no valid module name"),
+                got=_module_file(loaded) if loaded else (found.origin if found else "no valid module name"),
                 expected=path,
-                remedy="rename the file: its stem must be a valid module name that no other module bears",
+                remedy="rename the file: its stem must be a valid module name that no other module has",
             )
         )
     return importlib.import_module(stem)
 
 
-def _file_of(module: ModuleType) -> Path | None:
+def _module_file(module: ModuleType) -> Path | None:
     file = getattr(module, "__file__", None)
     return Path(file).resolve() if file else None

@@ -1,4 +1,4 @@
-"""Task and Checkpoint: what the user brings, a model, a loss per example, data and saved checkpoints."""
+"""The task: a user's model, loss per example, data sets and checkpoints (`Task`, `Checkpoint`, `Description`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.nested import default_batch
 
-# How the functions of a Task look, for errors.
+# Examples of the functions of a Task, for error messages.
 EXAMPLES = {
     "loss": "loss=lambda model, batch: ...",
     "query_loss": "query_loss=lambda model, batch: ...",
@@ -31,107 +31,23 @@ ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A saved state of the model and the learning rate in force when it was saved.
-
-    Attributes:
-        path: a file that `torch.load(weights_only=True)` or safetensors reads, or whatever the
-            task's own `load` reads (a directory too).
-        learning_rate: η_c of TracInCP (Pruthi et al. 2020, section 3.3); a finite number, which a tensor or array of
-            one number is too, kept as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing.
-    """
-
-    path: str | os.PathLike[str]
-    learning_rate: float
-
-    def __post_init__(self) -> None:
-        """Keep the learning rate as a float.
-
-        Raises:
-            TaskError: the learning rate is negative, NaN, infinite or no number.
-        """
-        rate = _as_float(self.learning_rate)
-        if rate is None or not 0 <= rate < math.inf:
-            raise TaskError(
-                problem(
-                    f"checkpoint {os.fspath(self.path)} has a bad learning rate",
-                    got=" ".join(repr(self.learning_rate).split())[:160],
-                    expected="a finite number, 0 or more",
-                    remedy="give the learning rate that training used at this checkpoint",
-                )
-            )
-        # Without the sign of -0.0, which a manifest would keep.
-        object.__setattr__(self, "learning_rate", abs(rate))
-
-
-def _as_float(number: object) -> float | None:
-    """Return a number, or the one number of a tensor or array, as a float; None for anything else."""
-    try:
-        if isinstance(number, Tensor | np.ndarray | np.generic):
-            number = number.item()
-        return float(number) if isinstance(number, Real) else None
-    # An array of several numbers, one on meta, an int beyond all floats.
-    except (RuntimeError, ValueError, OverflowError):
-        return None
-
-
-@dataclass(frozen=True)
-class Description:
-    """An example for people: a text, a picture, a table, tokens with scores, or several of these.
-
-    Attributes:
-        text: what it says; commands and tables show this alone.
-        image: an array or tensor, H×W, 1×H×W, 3×H×W or H×W×3.
-        table: names and values of a tabular row, what matters most first.
-        tokens: the pieces of a text.
-        token_scores: one finite number a token, shown as its shade; needs `tokens`.
-    """
-
-    text: str | None = None
-    image: Any | None = None
-    table: Mapping[str, Any] | None = None
-    tokens: Sequence[str] | None = None
-    token_scores: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        """Check that tokens and their scores fit each other.
-
-        Raises:
-            TaskError: there are scores and no tokens, not one for each, or one that is NaN or infinite.
-        """
-        if self.token_scores is None:
-            return
-        n_tokens, n_scores = len(self.tokens or ()), len(self.token_scores)
-        wrong = [score for score in self.token_scores if not math.isfinite(float(score))]
-        if n_tokens != n_scores or wrong:
-            raise TaskError(
-                problem(
-                    "Description.token_scores does not fit its tokens",
-                    got=f"a score {wrong[0]}" if wrong else f"{n_scores} scores for {n_tokens} tokens",
-                    expected="one finite number for each of Description.tokens",
-                    remedy="mend Task.describe",
-                )
-            )
-
-
-@dataclass(frozen=True)
 class Task:
-    """Everything tracin_ann needs to know of a model and its data, in ordinary PyTorch.
+    """A model, its loss, its data and its checkpoints: all that tracin_ann needs, in ordinary PyTorch.
 
     Attributes:
         model: returns the model; its weights are then read from each checkpoint in turn.
-        loss: `loss(model, batch) -> Tensor[B]`, one loss an example, no reduction.
-        train_data: returns the map-style training set (`len`, `[i]`); the rows of the index.
-        query_data: returns the map-style set that `--ids` counts in.
+        loss: `loss(model, batch) -> Tensor[B]`, one loss per example, without reduction.
+        train_data: returns the map-style training set (`len`, `[i]`), whose rows are indexed.
+        query_data: returns the map-style query set; `--ids` are positions in it.
         checkpoints: paths with learning rates, in training order.
-        query_loss: the query side's differentiable score an example; `loss` where it is None.
-        parameters: which parameters take part: a glob, a list of names or globs, or a predicate
+        query_loss: the differentiable score of each query example; None: `loss`.
+        parameters: the parameters whose gradients are used: a glob, a list of names or globs, or a predicate
             `(name, parameter) -> bool`; None: all that require a gradient.
-        collate: examples -> batch; torch's default collate where it is None.
-        describe: example -> str or Description, for people.
-        columns: training example -> {name: number, bool or text}, kept with the index for filters.
-        ids: example of either side -> its own id, an int or str, which answers then name; None: its position.
-        load: `load(model, path)` for checkpoints that are no plain state_dict: fills the model, or returns a module
+        collate: list of examples -> batch; None: torch's default collate.
+        describe: example -> str or Description, for display.
+        columns: training example -> {name: number, bool or str}, stored with the index for filters.
+        ids: example of either side -> its id, an int or str, which answers name; None: its position.
+        load: `load(model, path)` for checkpoints that are not a plain state_dict: fills the model, or returns a module
             of the same layers, whose parameters and buffers are then copied into the model.
     """
 
@@ -149,10 +65,10 @@ class Task:
     ids: Callable[[Any], int | str] | None = None
 
     def __post_init__(self) -> None:
-        """Check the kinds of the fields.
+        """Check the types of the fields.
 
         Raises:
-            TaskError: a field that must be callable is not, there is no checkpoint, or none that counts.
+            TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
         optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
@@ -161,18 +77,18 @@ class Task:
             if not callable(value) and not (name in optional and value is None):
                 raise TaskError(
                     problem(
-                        f"Task.{name} cannot be called",
+                        f"Task.{name} is not callable",
                         got=type(value).__name__,
                         expected="a function",
                         remedy=f"pass a function, for example {EXAMPLES.get(name, f'{name}=lambda: ...')}",
                     )
                 )
-        given: object = self.checkpoints
-        if not isinstance(given, Sequence) or not all(isinstance(c, Checkpoint) for c in given):
+        checkpoints: object = self.checkpoints
+        if not isinstance(checkpoints, Sequence) or not all(isinstance(c, Checkpoint) for c in checkpoints):
             raise TaskError(
                 problem(
-                    "Task.checkpoints is no list of checkpoints",
-                    got=f"{type(given).__name__} {given!r}",
+                    "Task.checkpoints is not a list of checkpoints",
+                    got=f"{type(checkpoints).__name__} {checkpoints!r}",
                     expected="a list of Checkpoint",
                     remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
                 )
@@ -187,22 +103,21 @@ class Task:
                     remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
                 )
             )
-
         if not any(checkpoint.learning_rate for checkpoint in self.checkpoints):
             raise TaskError(
                 problem(
-                    "no checkpoint counts",
-                    got=f"learning rate 0 at {'each of ' * (len(self.checkpoints) > 1)}{len(self.checkpoints)}",
-                    expected="a learning rate above 0 at one at least",
-                    remedy="name a checkpoint that training left with a learning rate above 0",
+                    "every checkpoint has learning rate 0",
+                    got=f"{len(self.checkpoints)} checkpoint{'s' * (len(self.checkpoints) > 1)} with learning rate 0",
+                    expected="a learning rate above 0 for at least one",
+                    remedy="add a checkpoint that training saved with a learning rate above 0",
                 )
             )
 
     def select_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that take part, by name, in the model's order; tied ones once.
+        """Return the selected parameters by name, in the model's order; a tied parameter appears once.
 
         Raises:
-            TaskError: nothing is selected, a name or glob matches nothing, or a selected
+            TaskError: no parameter is selected, a name or glob matches nothing, or a selected
                 parameter is not a real floating-point tensor.
         """
         named = dict(model.named_parameters())
@@ -213,10 +128,10 @@ class Task:
             patterns = [self.parameters] if isinstance(self.parameters, str) else list(self.parameters)
             for pattern in patterns:
                 if not fnmatch.filter(named, pattern):
-                    raise TaskError(_nothing_matches(f"Task.parameters names {pattern!r}", named))
+                    raise TaskError(_no_match_message(f"Task.parameters names {pattern!r}", named))
             chosen = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, pat) for pat in patterns)}
         if not chosen:
-            raise TaskError(_nothing_matches("no parameter takes part", named))
+            raise TaskError(_no_match_message("no parameter is selected", named))
         for name, parameter in chosen.items():
             if not parameter.is_floating_point():
                 raise TaskError(
@@ -224,7 +139,7 @@ class Task:
                         f"parameter {name} cannot be used",
                         got=parameter.dtype,
                         expected="a real floating-point parameter",
-                        remedy="leave it out with Task.parameters",
+                        remedy="exclude it with Task.parameters",
                     )
                 )
         return chosen
@@ -233,15 +148,15 @@ class Task:
         """Return the batch of these examples.
 
         Raises:
-            TaskError: the default collate cannot make one.
+            TaskError: PyTorch's default collate fails on them.
         """
         return (self.collate or default_batch)(examples)
 
     def id_of(self, example: Any) -> int | str | None:
-        """Return the example's own id, or None where the task gives none.
+        """Return the id that `ids` gives to the example, or None without `ids`.
 
         Raises:
-            TaskError: it is neither an int nor a str.
+            TaskError: the id is neither an int nor a str.
         """
         if self.ids is None:
             return None
@@ -250,27 +165,111 @@ class Task:
         if isinstance(plain, bool) or not isinstance(plain, int | str):
             raise TaskError(
                 problem(
-                    "Task.ids gives no id",
+                    "Task.ids returned an invalid id",
                     got=repr(given)[:160],
                     expected="an int or a str",
-                    remedy="return one of these, the same kind for every example",
+                    remedy="return an int or a str, of the same type for every example",
                 )
             )
         return plain
 
     def described(self, example: Any) -> Description | None:
-        """Return what people are shown of an example, or None where the task does not say."""
+        """Return the description of an example, or None without `describe`."""
         if self.describe is None:
             return None
         shown = self.describe(example)
         return shown if isinstance(shown, Description) else Description(text=str(shown))
 
 
-def _nothing_matches(what: str, named: Mapping[str, nn.Parameter]) -> str:
+def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
     names = ", ".join(list(named)[:6]) + (", ..." if len(named) > 6 else "")  # noqa: PLR2004
     return problem(
         what,
         got="no match",
         expected=f"some of the model's {len(named)} parameters ({names})",
-        remedy="mend Task.parameters, or requires_grad in the model",
+        remedy="correct Task.parameters, or requires_grad in the model",
     )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of the model and the learning rate at which training saved it.
+
+    Attributes:
+        path: a file that `torch.load(weights_only=True)` or safetensors reads, or a file or directory that
+            `Task.load` reads.
+        learning_rate: η_c of TracInCP (Pruthi et al. 2020, section 3.3), a finite number or a tensor or array with one
+            number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
+    """
+
+    path: str | os.PathLike[str]
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        """Convert the learning rate to a float.
+
+        Raises:
+            TaskError: the learning rate is negative, NaN, infinite or not a number.
+        """
+        rate = _as_float(self.learning_rate)
+        if rate is None or not 0 <= rate < math.inf:
+            raise TaskError(
+                problem(
+                    f"checkpoint {os.fspath(self.path)} has a bad learning rate",
+                    got=" ".join(repr(self.learning_rate).split())[:160],
+                    expected="a finite number, 0 or more",
+                    remedy="give the learning rate that training used at this checkpoint",
+                )
+            )
+        # abs() removes the sign of -0.0, which would be written to the manifest.
+        object.__setattr__(self, "learning_rate", abs(rate))
+
+
+def _as_float(number: object) -> float | None:
+    """Return a number, or the one number of a tensor or array, as a float; None for anything else."""
+    try:
+        if isinstance(number, Tensor | np.ndarray | np.generic):
+            number = number.item()
+        return float(number) if isinstance(number, Real) else None
+    # An array of several numbers, a tensor on the meta device, or an int too large for a float.
+    except (RuntimeError, ValueError, OverflowError):
+        return None
+
+
+@dataclass(frozen=True)
+class Description:
+    """How an example is displayed: as text, an image, a table, tokens with scores, or several of these.
+
+    Attributes:
+        text: a description in words; commands and tables show only this.
+        image: an array or tensor, H×W, 1×H×W, 3×H×W or H×W×3.
+        table: names and values of a tabular row, the most important first.
+        tokens: the tokens of a text.
+        token_scores: one finite number per token, displayed as its shade; requires `tokens`.
+    """
+
+    text: str | None = None
+    image: Any | None = None
+    table: Mapping[str, Any] | None = None
+    tokens: Sequence[str] | None = None
+    token_scores: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is one finite score per token.
+
+        Raises:
+            TaskError: the number of scores differs from that of tokens, or a score is NaN or infinite.
+        """
+        if self.token_scores is None:
+            return
+        n_tokens, n_scores = len(self.tokens or ()), len(self.token_scores)
+        wrong = [score for score in self.token_scores if not math.isfinite(float(score))]
+        if n_tokens != n_scores or wrong:
+            raise TaskError(
+                problem(
+                    "Description.token_scores does not match its tokens",
+                    got=f"a score {wrong[0]}" if wrong else f"{n_scores} scores for {n_tokens} tokens",
+                    expected="one finite number for each of Description.tokens",
+                    remedy="correct Task.describe",
+                )
+            )

@@ -1,1 +1,1 @@
-"""Layer rules: per-example gradients of a layer's parameters from its input and output gradient."""
+"""Layer rules: the per-example gradients of a layer's parameters from its inputs and output gradients."""

@@ -1,4 +1,7 @@
-"""What a layer rule is: from one call's input and output gradient to the parameters' gradient forms."""
+"""The definition of a layer rule, and the tensor operations that rules share.
+
+Shapes: B batch, T positions, C features.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,24 @@ from torch import Tensor, nn
 
 from tracin_ann.gradients.factors import Form
 
+WEIGHT_AND_BIAS = ("weight", "bias")
 _BLOCK_ELEMENTS = 1 << 17
 
 
 class LayoutError(Exception):
-    """A call's tensors are not laid out as the rule needs; the parameter falls one step down."""
+    """A call's tensors do not have the layout that the rule needs; the parameter uses the next method."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer during a forward over a batch, with the gradient that backward brought.
+    """One call of a layer in a forward over a batch, with the output gradient from backward.
 
     Attributes:
         module: the layer.
         input: its first argument, detached.
         grad_output: ∂Σℓ/∂output, of the output's shape.
         batch: B.
-        output: what it returned, detached, for rules that want it.
+        output: the layer's output, detached, for rules that need it.
     """
 
     module: nn.Module
@@ -39,28 +43,28 @@ class Call:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one kind of layer gives the gradients of its own parameters.
+    """The rule that computes the gradients of the parameters of one kind of layer.
 
     Attributes:
         parameters: the attributes of the layer that the rule covers.
-        forms: (call, attributes wanted) -> forms by attribute; may raise LayoutError.
-        applies: whether this very layer, by its settings, is one that the rule understands.
-        wants_output: whether this layer's calls are to hold its output.
-        n_leading: (layer, input) -> how many leading dimensions of the input count rows that the layer treats alike.
+        forms: (call, requested attributes) -> gradient forms by attribute; may raise LayoutError.
+        applies: whether the rule supports this layer with its settings.
+        needs_output: whether calls of this layer have to store the output.
+        n_leading: (layer, input) -> number of leading dimensions of the input whose entries the layer treats alike.
     """
 
     parameters: tuple[str, ...]
     forms: Callable[[Call, frozenset[str]], dict[str, Form]]
     applies: Callable[[Any], bool] = lambda module: True
-    wants_output: Callable[[nn.Module], bool] = lambda module: False
+    needs_output: Callable[[nn.Module], bool] = lambda module: False
     n_leading: Callable[[Any, Tensor], int] = lambda module, x: x.dim() - 1
 
 
 def group_by_example(tensor: Tensor, batch: int) -> Tensor:
-    """Return the tensor with B in front: as it is, or unflattened from [B·T, ...].
+    """Return a tensor with B as the first dimension: unchanged, or reshaped from [B·T, ...] to [B, T, ...].
 
     Raises:
-        LayoutError: the first dimension is no multiple of B.
+        LayoutError: the first dimension is not a multiple of B.
     """
     if tensor.dim() and tensor.shape[0] == batch:
         return tensor
@@ -75,7 +79,10 @@ def flatten_positions(tensor: Tensor, batch: int) -> Tensor:
 
 
 def sum_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return Σ_t left · right, [B, T, C] twice -> [B, C], a few examples at a time, so that it stays in cache."""
+    """Return Σ_t left · right, [B, T, C] twice -> [B, C].
+
+    It is computed for a few examples at a time, so that the products fit the cache.
+    """
     out = left.new_empty(left.shape[0], left.shape[2])
     step = max(1, _BLOCK_ELEMENTS // max(1, left.shape[1] * left.shape[2]))
     for start in range(0, len(out), step):
@@ -85,6 +92,6 @@ def sum_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return what rules compute with: half precision as float32, in which sketches accumulate, and sparse as dense."""
+    """Return a dense tensor in float32 or wider; sketches accumulate half precision in float32."""
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,9 +1,8 @@
-"""A convolution's per-example weight gradient as its factors: output gradient, input, geometry.
+"""The factor form of a convolution's per-example weight gradient: output gradient, input and geometry.
 
-grad_b[o, c, tap] = Σ_t δ_b[o, t] · x_b[c, t + tap]: one matrix product an example of the output gradient
-with the patches under its positions. The patches are copied, row by row of the input, into a buffer
-that stays in cache and is used again; a view of shifted windows costs a product for every tap, which
-is slower for all shapes measured (docs/design.md).
+grad_b[o, c, tap] = Σ_t δ_b[o, t] · x_b[c, t + tap]. For each example this is one matrix product of the output gradient
+and the patches under its positions. The patches are copied, row by row of the input, into a reused buffer that fits
+the cache. A view of shifted windows needs one product per tap and was slower for all measured shapes (docs/design.md).
 
 Shapes: B batch, O output channels, C input channels, T output positions, K kernel taps.
 """
@@ -16,14 +15,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tracin_ann.gradients.buffers import Room, Scratch, allocate
+from tracin_ann.gradients.buffers import Allocator, Scratch, allocate
 
 _PATCH_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How kernel taps lie on the input; one number (padding: before and after) a spatial dimension."""
+    """The geometry of a convolution: one number per spatial dimension, for padding two (before and after)."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -31,15 +30,15 @@ class Geometry:
     groups: int = 1
     padding: tuple[tuple[int, int], ...] = ()
 
-    def deepened(self) -> Geometry:
-        """Return the same kernel over layers of pictures: one dimension more in front, along which nothing moves."""
+    def with_image_dimension(self) -> Geometry:
+        """Return the same kernel with one more spatial dimension in front, of kernel size 1, over several images."""
         padding = ((0, 0), *self.padding) if self.padding else ()
         return Geometry((1, *self.kernel), (1, *self.stride), (1, *self.dilation), self.groups, padding)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """The weight's gradient of a convolution: δ [B, O, *space out], input [B, C, *space in], padded by zeros."""
+    """The weight gradients of a convolution: δ [B, O, *space out], input [B, C, *space in], zero padding."""
 
     delta_BO: Tensor
     input_BC: Tensor
@@ -47,7 +46,7 @@ class Convolution:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return (O, C/groups·K), the weight read as a matrix."""
+        """Return (O, C/groups·K), the shape of the weight as a matrix."""
         channels = self.input_BC.shape[1] // self.geometry.groups
         return self.delta_BO.shape[1], channels * prod(self.geometry.kernel)
 
@@ -56,15 +55,16 @@ class Convolution:
         return Convolution(self.delta_BO[rows], self.input_BC[rows], self.geometry)
 
     def output_channels(self, start: int, stop: int) -> Convolution:
-        """Return the form of some rows of the weight; there must be one group."""
+        """Return the form of some rows of the weight, for a convolution with one group."""
         assert self.geometry.groups == 1
         return Convolution(self.delta_BO[:, start:stop], self.input_BC, self.geometry)
 
-    def contracted(self, scratch: Scratch | None = None, out: Room = allocate) -> Tensor:
-        """Return the per-example gradients [B, groups·K·C/groups, O/groups], in `out`.
+    def contract(self, scratch: Scratch | None = None, out: Allocator = allocate) -> Tensor:
+        """Return the per-example gradients [B, groups·K·C/groups, O/groups], in memory from `out`.
 
-        Output channels, which are round numbers more often, last: the product is up to four times faster so. The
-        order costs nothing in either memory format; `as_weight` brings it into the weight's.
+        Output channels are the last dimension: they are more often a multiple of 16, which makes the product up to
+        four times faster. This order costs nothing in either memory format; `as_weight` converts it to the order of
+        the weight.
         """
         scratch = scratch or Scratch()
         outputs, columns = self.shape
@@ -76,9 +76,9 @@ class Convolution:
         return grad_BPO
 
     def as_weight(self) -> Tensor:
-        """Return the per-example gradients as the weight lies, [B, O, C/groups·K]."""
+        """Return the per-example gradients in the order of the weight, [B, O, C/groups·K]."""
         taps, groups = prod(self.geometry.kernel), self.geometry.groups
-        grad = self.contracted()
+        grad = self.contract()
         grad = grad.view(len(grad), groups, taps, -1, grad.shape[2])
         return grad.permute(0, 1, 4, 3, 2).reshape(len(grad), *self.shape)
 
@@ -93,10 +93,10 @@ class Convolution:
         torch.bmm(patches.mT, delta.mT, out=grad_BPO.view(batch * groups, -1, grad_BPO.shape[2]))
 
     def _patches(self, scratch: Scratch) -> Tensor:
-        """Return what lies under every output position, [B, groups, T, K·C/groups], by longest runs of the input."""
+        """Return the patch under every output position, [B, groups, T, K·C/groups], copied in runs of the input."""
         geometry, space = self.geometry, self.delta_BO.shape[2:]
         n, groups = len(space), self.geometry.groups
-        x = _padded(self.input_BC, geometry.padding, scratch)
+        x = _pad(self.input_BC, geometry.padding, scratch)
         example, channel, *steps = x.stride()
         taps = [step * dilation for step, dilation in zip(steps, geometry.dilation, strict=True)]
         moves = [step * stride for step, stride in zip(steps, geometry.stride, strict=True)]
@@ -109,21 +109,21 @@ class Convolution:
         if channels_last(x):
             # [B, groups, *space, *kernel, C]: a row of the kernel over all channels is one run.
             windows = windows.permute(0, 1, *range(3 + n, 3 + 2 * n), *range(2, 3 + n))
-            return _together(windows, scratch).flatten(2 + n).flatten(2, 1 + n)
-        return _together(windows, scratch).flatten(3 + n).flatten(2, 2 + n).mT
+            return _make_contiguous(windows, scratch).flatten(2 + n).flatten(2, 1 + n)
+        return _make_contiguous(windows, scratch).flatten(3 + n).flatten(2, 2 + n).mT
 
 
-def _together(windows: Tensor, scratch: Scratch) -> Tensor:
+def _make_contiguous(windows: Tensor, scratch: Scratch) -> Tensor:
     return windows if windows.is_contiguous() else scratch["patches"](windows.shape, windows).copy_(windows)
 
 
 def channels_last(x: Tensor) -> bool:
-    """Return whether the channels [dimension 1] of an example lie together in memory."""
+    """Return whether the channels (dimension 1) of a position are adjacent in memory."""
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _padded(x: Tensor, padding: tuple[tuple[int, int], ...], scratch: Scratch) -> Tensor:
-    """Return the input between zeros, in its own memory format."""
+def _pad(x: Tensor, padding: tuple[tuple[int, int], ...], scratch: Scratch) -> Tensor:
+    """Return the input padded with zeros, in its own memory format."""
     if not any(before or after for before, after in padding):
         return x
     batch, channels, *space = x.shape
