@@ -92,7 +92,7 @@ def test_a_page_contains_the_answers(indexes: dict[str, InfluenceIndex], tmp_pat
     ]
 
 
-def test_losses_are_the_tasks_own_at_each_checkpoint(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_losses_equal_those_of_the_task_at_each_checkpoint(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["text"]
     answers = index.query([0, 3], [7], QueryOptions(k=2))
     page = Page(write_report(answers, tmp_path / "r.html", index))
@@ -271,7 +271,7 @@ def test_a_page_of_rows_to_check(indexes: dict[str, InfluenceIndex], tmp_path: P
 
 
 class Odd(RowList[dict[str, Any]]):
-    """Results of some other kind."""
+    """Results that are not training rows."""
 
     FIELDS = Fields((("row", "int"), ("other", "int"), ("alike", "float")))
 
@@ -280,7 +280,7 @@ class Odd(RowList[dict[str, Any]]):
 
 
 class Votes(Odd):
-    """Suspects as another module may give them."""
+    """Suspects with a suggested label."""
 
     FIELDS = Fields(
         tuple(
@@ -355,7 +355,7 @@ def test_bars_leave_out_what_is_not_finite() -> None:
     assert chart.positive.count("M") == chart.negative.count("M") == 1
 
 
-def test_the_commands_page(tmp_path: Path) -> None:
+def test_the_query_command_writes_a_page(tmp_path: Path) -> None:
     (tmp_path / "report_page_task.py").write_text(
         f"import sys\nsys.path[:0] = {[str(SUPPORT), str(Path(__file__).parent)]!r}\nfrom pathlib import Path\n"
         "from test_report import the_task\ndef task(folder):\n    return the_task(Path(folder), 'images')\n"

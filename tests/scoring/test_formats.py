@@ -1,4 +1,4 @@
-"""Answers as JSON lines, CSV, Parquet and frames say the same; the task's own ids; several rows as one question."""
+"""JSON lines, CSV, Parquet and frames contain the same answers; ids of the task; groups and contrasts of rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ask(folder: Path, kind: str, *arguments: object) -> Result:
 
 
 def flat(lines: str) -> pd.DataFrame:
-    """Return JSON lines of answers as the frame that the other formats should be."""
+    """Return JSON lines of answers as the frame that the other formats have to equal."""
     records = []
     for answer in map(json.loads, lines.splitlines()):
         assert answer["schema"] == SCHEMA
@@ -82,7 +82,7 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("kind", ["words", "numbers", "positions"])
 @pytest.mark.parametrize("more", [(), ("--rerank", "exact"), ("--rerank", "none"), ("--cosine",)], ids=" ".join)
-def test_every_format_says_the_same(folder: Path, tmp_path: Path, kind: str, more: tuple[str, ...]) -> None:
+def test_every_format_contains_the_same(folder: Path, tmp_path: Path, kind: str, more: tuple[str, ...]) -> None:
     asked = ("--ids", "0-6", "--train-ids", "3", "-k", 4, *more)
     lines = ask(folder, kind, *asked, "--format", "jsonl").stdout
     for name, raw in (("a.csv", ("--csv-raw",)), ("a.parquet", ())):
@@ -104,14 +104,14 @@ def test_every_format_says_the_same(folder: Path, tmp_path: Path, kind: str, mor
     same(read, flat(lines))
 
 
-def test_ids_are_the_tasks_own_and_rows_are_positions(index: InfluenceIndex) -> None:
+def test_ids_come_from_the_task_and_rows_are_positions(index: InfluenceIndex) -> None:
     answer = index.query([2], options=QueryOptions(k=N))[0]
     assert (answer.query, answer.row) == ("row-0202", 2)
     assert {hit.id: hit.row for hit in answer.hits} == {f"row-{100 + hit.row:04}": hit.row for hit in answer.hits}
     assert [row.id for row in index.self_influence()] == [f"row-{100 + row.row:04}" for row in index.self_influence()]
 
 
-def test_rows_are_named_by_own_ids(folder: Path, tmp_path: Path) -> None:
+def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("row-0203\n\nrow, 206\nrow-0201\n")
     own = ask(
         folder, "words", "--own-ids", "--ids", f"@{tmp_path / 'ids.txt'}", "--without", "row-0100", "--format", "jsonl"
@@ -136,7 +136,7 @@ def test_rows_are_named_by_own_ids(folder: Path, tmp_path: Path) -> None:
         ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
-def test_what_cannot_be_is_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
+def test_impossible_options_are_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
     result = ask(folder, kind, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused(folder: Path, kind: str, arguments: tuple[str
         (lambda row: True, "got True, expected an int or a str"),
     ],
 )
-def test_ids_that_cannot_be_leave_no_index(folder: Path, tmp_path: Path, ids: Any, said: str) -> None:
+def test_invalid_ids_leave_no_index(folder: Path, tmp_path: Path, ids: Any, said: str) -> None:
     with pytest.raises(TaskError, match="Task.ids") as refused:
         sides = {"train_data": lambda: numbered(N, 1), "query_data": lambda: numbered(QUERIES, 2)}
         build(toy(tmp_path, **sides, ids=ids), tmp_path / "out", CONFIG)
@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.jsonl", "a.parquet"]
 
 
-def test_lots_are_one_file(tmp_path: Path) -> None:
+def test_several_writes_make_one_file(tmp_path: Path) -> None:
     fields = Fields((("id", "id"), ("score", "float")))
     lots = [[{"id": i, "score": i / 2}] for i in range(5)]
     for form in ("csv", "parquet", "jsonl"):
@@ -259,7 +259,7 @@ def test_a_notebook_shows_text_as_text(index: InfluenceIndex) -> None:
     assert "<script" not in index.self_influence()._repr_html_()
 
 
-def test_answers_plot_themselves(index: InfluenceIndex) -> None:
+def test_results_have_plots(index: InfluenceIndex) -> None:
     figure = index.query([0, 1], options=QueryOptions(k=3)).plot()
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["query row-0200", "query row-0201"]
     assert len(index.self_influence(5).plot().axes[0].lines[0].get_xdata()) == 5

@@ -80,8 +80,8 @@ def index(folder: Path, true: np.ndarray) -> InfluenceIndex:
     return InfluenceIndex.open(folder / "index", task(folder), device="cpu")
 
 
-def test_fidelity_is_what_brute_force_finds(index: InfluenceIndex, true: np.ndarray) -> None:
-    """The pool of so few rows holds nearly all: recall over all rows, and errors in units of the sketch's deviation."""
+def test_fidelity_equals_brute_force(index: InfluenceIndex, true: np.ndarray) -> None:
+    """With few rows, the pool contains nearly all: recall over all rows, errors in units of the sketch's deviation."""
     found = index.manifest.fidelity
     assert found is not None
     view = index.view().take(range(N)).astype(np.float64)
@@ -98,7 +98,7 @@ def test_fidelity_is_what_brute_force_finds(index: InfluenceIndex, true: np.ndar
     assert 0.5 <= found.correlation <= 1
 
 
-def test_error_bars_hold_the_truth(index: InfluenceIndex, true: np.ndarray) -> None:
+def test_error_bars_contain_the_exact_scores(index: InfluenceIndex, true: np.ndarray) -> None:
     answers = index.query(range(60), options=QueryOptions(k=20))
     off = [
         abs(hit.score - true[q, int(hit.id)]) / hit.error

@@ -206,7 +206,7 @@ def guard_formula(text: str) -> str:
 
 
 def _open_parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
-    pa, pq = _pyarrow()
+    pa, pq = _import_pyarrow()
     kinds = {
         "int": pa.int64(),
         "float": pa.float64(),
@@ -270,7 +270,7 @@ def to_frame(records: Sequence[Record], fields: Fields) -> Any:
     return frame
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _import_pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow  # noqa: PLC0415
         from pyarrow import parquet  # noqa: PLC0415

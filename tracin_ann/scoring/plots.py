@@ -115,7 +115,7 @@ def score_ranks_figure(answers: Sequence[Answer]) -> Any:
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("rank")
     axes.set_ylabel("score")
-    _legend_above(axes)
+    _add_legend_above(axes)
     return figure
 
 
@@ -131,7 +131,7 @@ def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
         edges = np.geomspace(low, max(high, low * 1.01), 41)
         axes.hist(norm_N[shown_N], edges, color=GREY, alpha=0.6, label="all training rows")
         axes.hist(norm_N[shown_N & marked_N], edges, color=OPPONENT, label=marked)
-        _legend_above(axes)
+        _add_legend_above(axes)
     axes.set_xscale("log")
     axes.set_yscale("symlog")
     axes.set_ylim(bottom=0)
@@ -153,11 +153,11 @@ def checkpoints_figure(
     every = -(-len(names) // _MOST_TICKS)
     axes.set_xticks(places[::every], names[::every], fontsize="small")
     axes.set_ylabel("mean part of the score")
-    _legend_above(axes)
+    _add_legend_above(axes)
     return figure
 
 
-def _legend_above(axes: Any) -> None:
+def _add_legend_above(axes: Any) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
 

@@ -59,7 +59,7 @@ def choose_strategy(
     """
     calibration = record.calibration
     if calibration is None or not isinstance(index, IVFIndex) or unsupported:
-        _refuse_required_lists(record, options, unsupported)
+        _check_lists_not_required(record, options, unsupported)
         if not unsupported:
             return Strategy(index, _SCAN)
         return Strategy(scan, f"{_SCAN} (inverted lists do not support {unsupported})" if record.calibration else _SCAN)
@@ -89,11 +89,11 @@ def choose_strategy(
     return Strategy(index.at(proponents.setting, opponents.setting), how, unlike_Q)
 
 
-def _refuse_required_lists(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
-    """Raise if the options require inverted lists, which cannot be used.
+def _check_lists_not_required(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
+    """Check that the options do not require inverted lists, which cannot be used.
 
     Raises:
-        UsageError: they do.
+        UsageError: they require them.
     """
     if options.search == "lists":
         option = "--search lists"
