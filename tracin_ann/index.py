@@ -21,9 +21,9 @@ from tracin_ann.scoring import (
     Answers,
     Id,
     QueryOptions,
-    Question,
+    QueryRequest,
     RankedRows,
-    Ranking,
+    Ranker,
     SelfInfluence,
     exact_self_influence,
 )
@@ -284,19 +284,19 @@ class InfluenceIndex:
         both = replace(question, side=side, ids=(*ids, *against), together=True, n_against=len(against))
         return self._answer([both], progress)
 
-    def _question(self, options: QueryOptions | None) -> Question:
+    def _question(self, options: QueryOptions | None) -> QueryRequest:
         options = options or QueryOptions()
         allowed = options.rows.allowed(len(self), self.columns, self._absent)
-        return Question("query", (), self._check_checkpoints(options.checkpoints), options, allowed)
+        return QueryRequest("query", (), self._check_checkpoints(options.checkpoints), options, allowed)
 
-    def _answer(self, questions: Sequence[Question], progress: ProgressCallback | None) -> Answers:
+    def _answer(self, questions: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
         for question in questions:
             self.runner.check_ids(question.side, question.ids)
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
         fidelity = self.manifest.fidelity
         answers: list[Answer] = []
         for question in questions:
-            ranking = Ranking(
+            ranking = Ranker(
                 store=self._store,
                 index=self.search_index,
                 record=self.manifest.index,
@@ -312,7 +312,7 @@ class InfluenceIndex:
             answers = [replace(answer, how=f"{answer.how}; {self.skipped.counted}") for answer in answers]
         return Answers(answers, self.described)
 
-    def _exact_units(self, question: Question) -> int:
+    def _exact_units(self, question: QueryRequest) -> int:
         """Return the largest number of rows × checkpoints that exact scores of a question may run."""
         options = question.options
         per_query = 2 * max(options.k, options.candidates)

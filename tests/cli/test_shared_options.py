@@ -193,7 +193,7 @@ def test_verbose_logs_and_then_stops(folder: Path, tmp_path: Path) -> None:
         assert any(part in line for line in logged), result.stderr
     assert run(build_command, "--config", folder / "build.toml").stderr.count("tracin_ann.") == 0
     asked = run(query_command, tmp_path / "index", "--ids", "0", "--rerank", "exact", "-v")
-    assert re.search(r"tracin_ann\.scoring\.ranking: true scores of \d+ rows for 1 queries", asked.stderr)
+    assert re.search(r"tracin_ann\.scoring\.ranking: exact scores of \d+ rows for 1 queries", asked.stderr)
     assert "loading checkpoint" not in asked.stderr
     assert "loading checkpoint 0" in run(query_command, tmp_path / "index", "--ids", "0", "-vv").stderr
 

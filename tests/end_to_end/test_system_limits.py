@@ -27,7 +27,7 @@ from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.features.canaries import read_generation_canaries
-from tracin_ann.files import durable as files
+from tracin_ann.files import arrays, json_records
 from tracin_ann.files.opening import find_system_error, report_damage
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
@@ -139,9 +139,9 @@ def test_a_lack_of_resources_reported_by_any_library(
     owner, name = {
         "h5py": (h5py, "File"),
         "numpy's map": (np, "memmap"),
-        "arrays": (files, "read_array"),
+        "arrays": (arrays, "read_array"),
         "faiss": (faiss, "read_index"),
-        "JSON": (files, "open_regular"),
+        "JSON": (json_records, "open_regular"),
     }[place]
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, lacking)

@@ -156,9 +156,9 @@ def test_a_parameter_that_is_not_real_is_refused(tmp_path):
 
 def test_a_description_may_be_a_text_or_a_description(tmp_path):
     picture = torch.zeros(2, 2)
-    assert toy(tmp_path).described(1) is None
-    assert toy(tmp_path, describe=lambda e: f"row {e}").described(1) == Description(text="row 1")
-    assert toy(tmp_path, describe=lambda e: Description(image=picture)).described(1).image is picture
+    assert toy(tmp_path).describe_example(1) is None
+    assert toy(tmp_path, describe=lambda e: f"row {e}").describe_example(1) == Description(text="row 1")
+    assert toy(tmp_path, describe=lambda e: Description(image=picture)).describe_example(1).image is picture
 
 
 @pytest.mark.parametrize("name", ["ids", "describe", "columns"])

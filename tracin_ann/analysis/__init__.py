@@ -6,16 +6,16 @@ from tracin_ann.analysis.duplicates import Duplicate, Duplicates, find_duplicate
 from tracin_ann.analysis.explanation import Explanation, Part, explain
 from tracin_ann.analysis.hubs import Hub, Hubs, find_hubs
 from tracin_ann.analysis.mislabelled import Suspect, Suspects, Suspicion, find_mislabelled
-from tracin_ann.analysis.subset import Chosen, Subset, select
+from tracin_ann.analysis.subset import SelectedRow, Subset, select
 
 __all__ = [
-    "Chosen",
     "Duplicate",
     "Duplicates",
     "Explanation",
     "Hub",
     "Hubs",
     "Part",
+    "SelectedRow",
     "Subset",
     "Suspect",
     "Suspects",

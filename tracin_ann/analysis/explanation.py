@@ -17,7 +17,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Directions, Fields, Id, Record, RowList, parts_figure, whole_gradients
+from tracin_ann.scoring import Describe, Directions, Fields, Id, Record, RowList, compute_full_gradients, parts_figure
 from tracin_ann.types import ProgressCallback
 
 MODEL = "(model)"
@@ -209,7 +209,7 @@ def _gradient(model: LoadedModel, side: SideName, row: int) -> Directions:
         NonFiniteError: the loss or a gradient is NaN or infinite.
     """
     try:
-        gradient = whole_gradients(model, side, [row])
+        gradient = compute_full_gradients(model, side, [row])
     except NonFiniteError as error:
         raise NonFiniteError(f"this row of {side}_data cannot be explained: {error}") from error
     for name, grad in gradient.items():

@@ -28,7 +28,7 @@ _CANDIDATES = 1 << 23
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedRow:
     """A training row of the subset.
 
     Attributes:
@@ -48,7 +48,7 @@ class Chosen:
     query_row: int | None = None
 
 
-class Subset(RowList[Chosen]):
+class Subset(RowList[SelectedRow]):
     """The rows of a subset in the order in which they were taken."""
 
     FIELDS = Fields(
@@ -68,7 +68,7 @@ class Subset(RowList[Chosen]):
         """Return the positions in train_data."""
         return [chosen.row for chosen in self]
 
-    def record(self, row: Chosen) -> Record:
+    def record(self, row: SelectedRow) -> Record:
         """Return a row's record."""
         return {
             "rank": row.rank,
@@ -130,7 +130,7 @@ def select(  # noqa: PLR0913
         turns = _take_in_turns(scan, queries_QF, n_rows, allowed, progress)
     return Subset(
         [
-            Chosen(
+            SelectedRow(
                 rank=rank,
                 id=index.rows.id_at(row),
                 row=row,

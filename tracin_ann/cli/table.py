@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tracin_ann.scoring import Answers, Hit, RowList, Texts, format_cells, join_lines
+from tracin_ann.scoring import Answers, Hit, RowList, RowText, format_cells, join_lines
 
 _MAX_TEXT, _GOOD_TEXT, _MIN_TEXT, _GAP = 48, 20, 8, 3
 """Widths of a text column: maximum, the width that detail columns are dropped for, minimum; and the gap of columns."""
@@ -99,7 +99,7 @@ def _preferred_text_width(heads: Sequence[tuple[str, bool]], lines: Sequence[Seq
     return max(_MIN_TEXT, min(_GOOD_TEXT, max(widths))) if widths else 0
 
 
-def _cells(texts: Texts | None, hits: Sequence[Hit], place: int, n_scores: int) -> list[str]:
+def _cells(texts: RowText | None, hits: Sequence[Hit], place: int, n_scores: int) -> list[str]:
     if place >= len(hits):
         return [""] * (1 + n_scores + (texts is not None))
     hit = hits[place]

@@ -176,7 +176,7 @@ class TaskRunner:
     def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, for display; None if the task has none."""
         with preserve_globals():
-            return self.task.described(self.data(side)[row])
+            return self.task.describe_example(self.data(side)[row])
 
     def id_of(self, side: SideName, row: int) -> int | str | None:
         """Return the id that the task assigns to a row; None if it assigns none."""

@@ -69,7 +69,7 @@ def probe_description(task: Task, example: Any, side: str) -> None:
     Raises:
         TaskError: one of them fails.
     """
-    functions = {"ids": task.id_of, "describe": task.described, "columns": task.columns if side == "train" else None}
+    functions = {"ids": task.id_of, "describe": task.describe_example, "columns": task.columns if side == "train" else None}
     for name, function in functions.items():
         try:
             if function is not None:

@@ -103,7 +103,7 @@ class Examples:
         if self.runner is None:
             return ExampleView(label=label)
         example = self.runner.data(side)[row]
-        description = self.runner.task.described(example)
+        description = self.runner.task.describe_example(example)
         if side == "query" and self._labels is not None:
             label = self._read_query_label(self.runner, example)
         return self._make_view(description or infer_description(example), label)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
-from tracin_ann.scoring.exact import Directions, exact_self_influence, whole_gradients
-from tracin_ann.scoring.formats import HITS, RANKED, Fields, Record, Texts, format_cells, join_lines, open_writer
+from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence
+from tracin_ann.scoring.formats import HITS, RANKED, Fields, Record, RowText, format_cells, join_lines, open_writer
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
@@ -16,7 +16,7 @@ from tracin_ann.scoring.plots import (
     score_ranks_figure,
 )
 from tracin_ann.scoring.quality import QualityMeasurement
-from tracin_ann.scoring.ranking import Question, Ranking
+from tracin_ann.scoring.ranking import QueryRequest, Ranker
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 
@@ -33,17 +33,18 @@ __all__ = [
     "OPPONENT",
     "QualityMeasurement",
     "QueryOptions",
-    "Question",
+    "QueryRequest",
     "RANKED",
     "RankedRows",
-    "Ranking",
+    "Ranker",
     "Record",
     "RowList",
+    "RowText",
     "SearchIndexOptions",
     "SelfInfluence",
-    "Texts",
     "build_search_index",
     "checkpoints_figure",
+    "compute_full_gradients",
     "counts_figure",
     "exact_self_influence",
     "format_cells",
@@ -53,5 +54,4 @@ __all__ = [
     "parts_figure",
     "render_svg",
     "score_ranks_figure",
-    "whole_gradients",
 ]

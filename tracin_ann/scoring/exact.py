@@ -154,12 +154,12 @@ class ExactScorer:
     def _compute_directions(self, first: int) -> Directions:
         side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
         if mixture_GQ is None:
-            return whole_gradients(self._model, side, ids[first : first + self._block_queries])
+            return compute_full_gradients(self._model, side, ids[first : first + self._block_queries])
         total: Directions = {}
         for start in range(0, len(ids), self._block_queries):
             chosen = slice(start, start + self._block_queries)
             weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._block_queries, chosen]))
-            for name, direction in whole_gradients(self._model, side, ids[chosen]).items():
+            for name, direction in compute_full_gradients(self._model, side, ids[chosen]).items():
                 mixed = weight_GQ.to(direction) @ direction
                 total[name] = total[name] + mixed if name in total else mixed
         return total
@@ -190,7 +190,7 @@ def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
         )
 
 
-def whole_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
+def compute_full_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
     """Return the full gradients of examples at the loaded checkpoint, by parameter, [Q, P] each."""
     device = model.runner.options.device
     dtype = form_dtype(model.parameters.values())

@@ -26,7 +26,7 @@ from tracin_ann.text import escape_control, escape_json, escape_surrogates
 SCHEMA = 1
 Record = dict[str, Any]
 # (side, position) -> the row's text from Task.describe, or None.
-Texts = Callable[[SideName, int], str | None]
+RowText = Callable[[SideName, int], str | None]
 Kind = Literal["id", "int", "float", "bool", "text", "floats"]
 # Characters that begin a formula in spreadsheets, or that spreadsheets drop before they look for a formula.
 _FORMULA = re.compile(r"[=+\-@\x00-\x1f\x7f-\x9f]")
@@ -67,7 +67,7 @@ HITS = Fields(
 RANKED = Fields((("rank", "int"), ("id", "id"), ("row", "int"), ("score", "float"), ("text", "text")))
 
 
-def answer_line(answer: Answer, texts: Texts) -> Record:
+def answer_line(answer: Answer, texts: RowText) -> Record:
     """Return an answer as the object of a JSON line; fields without a value are left out."""
     content: Record = {"schema": SCHEMA, "query": answer.query, "side": answer.side}
     if answer.row is None:
@@ -81,7 +81,7 @@ def answer_line(answer: Answer, texts: Texts) -> Record:
     return _drop_missing(content)
 
 
-def answer_records(answer: Answer, texts: Texts) -> Iterator[Record]:
+def answer_records(answer: Answer, texts: RowText) -> Iterator[Record]:
     """Yield a record for every hit."""
     shown = None if answer.row is None else texts(answer.side, answer.row)
     query = {"query": answer.query, "query_row": answer.row, "side": answer.side, "strange": answer.strange}

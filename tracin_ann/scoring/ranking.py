@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Question:
+class QueryRequest:
     """A query: examples, checkpoints, training rows that may be hits, and options.
 
     Attributes:
@@ -103,7 +103,7 @@ class ScoredRows:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranker:
     """The data and models that rank training rows.
 
     Attributes:
@@ -127,7 +127,7 @@ class Ranking:
     id_of: Callable[[SideName, int], Id]
     progress: Callable[[int], None] | None = None
 
-    def answers(self, question: Question, queries_QF: Float32) -> list[Answer]:
+    def answers(self, question: QueryRequest, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
         each_QF = self._weight_checkpoints(question, queries_QF)
         weighted_QF = _mix(question.mixture_GQ, each_QF)
@@ -170,14 +170,14 @@ class Ranking:
             for members, scored, query_F, count, is_unlike in each
         ]
 
-    def _name_query(self, question: Question, members: tuple[int, ...]) -> Id:
+    def _name_query(self, question: QueryRequest, members: tuple[int, ...]) -> Id:
         if not question.together:
             return self.id_of(question.side, members[0])
         against = f" against {len(question.against)}" if question.against else ""
         return f"mean of {len(members)}{against}"
 
     def _select_hits(
-        self, question: Question, each_QF: Float32, query_F: Float32, scored: ScoredRows, sign: int
+        self, question: QueryRequest, each_QF: Float32, query_F: Float32, scored: ScoredRows, sign: int
     ) -> tuple[Hit, ...]:
         """Return the k best rows of a direction, 1 or -1, with their scores by checkpoint and by set."""
         order = np.lexsort((scored.rows_N, -sign * scored.score_N))[: question.options.k]
@@ -202,7 +202,7 @@ class Ranking:
             for hit, parts_C, means_G in zip(hits, parts_NC, means_GN.T, strict=True)
         )
 
-    def _score_sets(self, question: Question, each_QF: Float32, row_NF: Float32, rows_N: Int64) -> Float64:
+    def _score_sets(self, question: QueryRequest, each_QF: Float32, row_NF: Float32, rows_N: Int64) -> Float64:
         """Return a contrast's scores [2, N] for the mean of each set, exact if the answer's are; else [0, N]."""
         if not question.n_against or not len(rows_N):
             return np.zeros((0, len(rows_N)))
@@ -212,7 +212,7 @@ class Ranking:
         means_GN: Float64 = question.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
         return means_GN
 
-    def _weight_checkpoints(self, question: Question, queries_QF: Float32) -> Float32:
+    def _weight_checkpoints(self, question: QueryRequest, queries_QF: Float32) -> Float32:
         """Return the features; for cosine, each checkpoint's part is scaled to norm η_c / Σ η."""
         if not question.options.cosine:
             return queries_QF
@@ -223,7 +223,7 @@ class Ranking:
         weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return weighted_QCD.reshape(queries_QF.shape)
 
-    def _choose_strategy(self, question: Question, weighted_QF: Float32) -> Strategy:
+    def _choose_strategy(self, question: QueryRequest, weighted_QF: Float32) -> Strategy:
         """Return the search strategy: the index needs all checkpoints, an exact scan accepts any subset of them."""
         options = question.options
         if options.cosine or question.checkpoints != tuple(range(len(self.rates))):
@@ -234,7 +234,7 @@ class Ranking:
         scan = FlatIndex(self.store.view(), self.runner.options.device)
         return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
-    def _rescore(self, question: Question, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
+    def _rescore(self, question: QueryRequest, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
         if question.options.rerank == "none":
             return candidates
         view = self.store.view(question.checkpoints, cosine=question.options.cosine)
@@ -247,14 +247,16 @@ class Ranking:
         with self._open_scorer(question) as scorer:
             return self._score_in_rounds(question, stored, scorer)
 
-    def _score_stored(self, question: Question, row_NF: Float32, rows_N: Int64, query_F: Float32) -> ScoredRows:
+    def _score_stored(self, question: QueryRequest, row_NF: Float32, rows_N: Int64, query_F: Float32) -> ScoredRows:
         score_N = row_NF.astype(np.float64) @ query_F.astype(np.float64)
         if self.error_scale is None or question.options.cosine:
             return ScoredRows(rows_N, score_N)
         deviation_N = sketch_deviations(query_F[None], row_NF, len(question.checkpoints))[0]
         return ScoredRows(rows_N, score_N, None, self.error_scale * deviation_N)
 
-    def _score_in_rounds(self, question: Question, stored: list[ScoredRows], scorer: ExactScorer) -> list[ScoredRows]:
+    def _score_in_rounds(
+        self, question: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
+    ) -> list[ScoredRows]:
         """Return exact scores of the candidates that could be among the hits.
 
         The first round covers the candidates of the largest stored scores. The second covers those whose stored score
@@ -279,7 +281,7 @@ class Ranking:
             for scored, a, b, one, other in zip(stored, exact, rest, first, second, strict=True)
         ]
 
-    def _open_scorer(self, question: Question) -> AbstractContextManager[ExactScorer]:
+    def _open_scorer(self, question: QueryRequest) -> AbstractContextManager[ExactScorer]:
         return make_exact_scorer(self.runner, question.queries(), question.checkpoints, self.progress)
 
 

@@ -14,7 +14,7 @@ from tracin_ann.scoring.formats import (
     RANKED,
     Fields,
     Record,
-    Texts,
+    RowText,
     answer_line,
     answer_records,
     format_cells,
@@ -126,7 +126,7 @@ class RankedRows(RowList[SelfInfluence]):
         return ranked_figure(self)
 
 
-def _make_texts(describe: Describe) -> Texts:
+def _make_texts(describe: Describe) -> RowText:
     def text(side: SideName, row: int) -> str | None:
         described = describe(side, row)
         return None if described is None else described.text
@@ -134,7 +134,7 @@ def _make_texts(describe: Describe) -> Texts:
     return text
 
 
-def _render_answer(answer: Answer, texts: Texts) -> str:
+def _render_answer(answer: Answer, texts: RowText) -> str:
     shown = None if answer.row is None else texts(answer.side, answer.row)
     caption = f"{answer.side} {answer.query}" + (f": {shown}" if shown else "")
     rows = []

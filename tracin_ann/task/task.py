@@ -173,7 +173,7 @@ class Task:
             )
         return plain
 
-    def described(self, example: Any) -> Description | None:
+    def describe_example(self, example: Any) -> Description | None:
         """Return the description of an example, or None without `describe`."""
         if self.describe is None:
             return None
