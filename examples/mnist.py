@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     index = InfluenceIndex.open(f"{out}/index")
     answers = index.query(range(4), options=QueryOptions(k=5, rerank="exact"))
     for answer in answers:
-        print(f"\ntest digit {answer.query}, {index.described('query', answer.members[0]).text}")
+        print(f"\ntest digit {answer.query}, {index.describe('query', answer.members[0]).text}")
         for side, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
             print(f"  {side}:", ", ".join(f"{hit.id} ({index.columns['label'][hit.row]})" for hit in hits))
 

@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     index = InfluenceIndex.open(f"{out}/index")
     answers = index.query(range(3), options=QueryOptions(k=3, rerank="exact"))
     for answer in answers:
-        print(f"\n{answer.query}, {index.described('query', answer.members[0]).text}")
+        print(f"\n{answer.query}, {index.describe('query', answer.members[0]).text}")
         for hit in answer.hits:
-            print(f"  {hit.score:+7.3f}  {hit.id}, {index.described('train', hit.row).text}")
+            print(f"  {hit.score:+7.3f}  {hit.id}, {index.describe('train', hit.row).text}")
 
     _, _, flipped = read(options.data, options.rows)
     suspects = find_mislabelled(index, labels="label", k=len(flipped))
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nof the {len(flipped)} most suspicious labels, {found:.0%} are wrong (random order: 10%); the first are")
     for row in suspects[:5]:
         wrong = "wrong" if row.row in flipped else "right"
-        print(f"  {wrong}: {index.described('train', row.row).text}")
+        print(f"  {wrong}: {index.describe('train', row.row).text}")
     print(
         f"\nreport: {write_report(answers, f'{out}/report.html', index, 'Training reviews behind three predictions')}"
     )

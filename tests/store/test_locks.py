@@ -40,7 +40,7 @@ from tracin_ann.store.arrays import text_array
 from tracin_ann.store.columns import RowTable, write_columns
 from tracin_ann.store.feature_file import FileHeader, write_feature_file
 from tracin_ann.store.generations import generation_folder, take_lease
-from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
+from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import MANIFEST, Manifest
 
 BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
@@ -158,11 +158,11 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
         return opened(path, flag, *rest)
 
     monkeypatch.setattr(os, "open", noted)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert nobody_reads
     assert flags[0] & os.O_RDWR
     lease = Lease(path)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert not nobody_reads
     lease.close()
 
@@ -170,7 +170,7 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
         raise PermissionError(errno.EACCES, "not yours", str(path))
 
     monkeypatch.setattr(os, "open", refused)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert not nobody_reads
 
 

@@ -36,7 +36,7 @@ def main(directory: str) -> None:
             *_describe_content(manifest),
             ("generation", f"{manifest.generation}{removed}"),
             *(
-                [("skipped", f"{format_count(len(skipped), 'row')}, not finite ({skipped.named})")]
+                [("skipped", f"{format_count(len(skipped), 'row')}, not finite ({skipped.first_rows})")]
                 if len(skipped)
                 else []
             ),

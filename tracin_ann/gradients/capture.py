@@ -88,7 +88,7 @@ class LayerCapture:
         self.reader = reader
         self._sink: Sink | None = None
         self._batch = 0
-        self._is_proving = self._is_checking = False
+        self._is_verifying = self._is_checking = False
         self._codes: dict[tuple[int, torch.device, bool], WeightCode] = {}
         self._clear()
 
@@ -107,7 +107,7 @@ class LayerCapture:
         sink: Sink,
         watched: Sequence[nn.Parameter] = (),
         *,
-        proving: Sequence[Tensor] | None = None,
+        verifying: Sequence[Tensor] | None = None,
         checking: bool = False,
     ) -> CaptureResult:
         """Run one forward (`losses()`) and backward, and pass every gradient form to `sink`.
@@ -119,7 +119,7 @@ class LayerCapture:
             batch: B.
             sink: called for every use of a parameter.
             watched: parameters that no loss is expected to depend on.
-            proving: the batch's own tensors, if the forms are compared with autograd's gradients; otherwise None, and
+            verifying: the batch's own tensors, if the forms are compared with autograd's gradients; otherwise None, and
                 a layer whose input has a layout that is not verified fails.
             checking: also determine the examples of inputs that are treated as batch first; a layer with other
                 examples fails.
@@ -130,8 +130,8 @@ class LayerCapture:
         ]
         self._clear()
         self._sink, self._batch, self._is_checking = sink, batch, checking and batch > 1
-        indexing = None if proving is None else RowIndexingMode(proving)
-        self._is_proving = proving is not None
+        indexing = None if verifying is None else RowIndexingMode(verifying)
+        self._is_verifying = verifying is not None
         self.reader.start(batch, indexing)
         try:
             for parameter in watched:
@@ -155,7 +155,7 @@ class LayerCapture:
         self, values: Tensor, watched: Sequence[nn.Parameter], leaves: Mapping[str, Tensor]
     ) -> tuple[bool, ...]:
         """Run the backward passes, and return whether a loss depends on each watched parameter."""
-        if not values.requires_grad or (self.failures and not self._is_proving):
+        if not values.requires_grad or (self.failures and not self._is_verifying):
             return (False,) * len(watched)
         inputs = [*leaves.values(), *watched]
         # The anchor and other leaves: layers after an input that requires a gradient depend on that input only.
@@ -247,7 +247,7 @@ class LayerCapture:
                 if self._is_in_loss:
                     # A gradient that the loss itself computes. With a graph, the loss differentiates it.
                     if torch.is_grad_enabled():
-                        self._fail(attributes, "the loss differentiates a gradient that it takes through the layer")
+                        self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
                     return
                 if self._is_weighting:
                     if n_rows:

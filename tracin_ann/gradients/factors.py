@@ -180,7 +180,7 @@ def inner_where(form: Form, direction_QP: Tensor, requested_BQ: Tensor) -> Tenso
     if not len(queries):
         return total
     if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
-        # The directions are large, and few examples need each of them: none is copied.
+        # The directions are large, and few examples need each of them, so directions are not copied.
         for query in queries.tolist():
             rows = requested_BQ[:, query].nonzero()[:, 0].to(total.device)
             few = Outer(form.left_BTR[rows], form.right_BTC[rows])

@@ -106,7 +106,7 @@ def _check_lists_not_required(record: IndexRecord, options: QueryOptions, unsupp
             "inverted lists cannot be used for this query",
             got=f"{option} and {unsupported}" if unsupported else f"{option} for an index of kind {record.kind}",
             expected="inner products over all checkpoints" if unsupported else "an index of kind ivf",
-            remedy="drop the option: an exact scan finds all rows",
+            remedy="remove the option: an exact scan finds all rows",
         )
     )
 

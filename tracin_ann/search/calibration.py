@@ -3,7 +3,7 @@
 Both directions (proponents, opponents) are measured separately. Recall is the share of the 10 rows of largest (or
 most negative) inner product that is found; ties count as found. The lower bound of a recall is one-sided at 95%. It
 is the smaller bound of two halves of the queries: the search picks the fastest setting whose bound reaches the
-target, and a single bound would favor settings that were lucky.
+target, and a single bound would favor settings whose recall is high by chance.
 
 Shapes: N rows, Q queries, F feature dimension, K results.
 """

@@ -1,7 +1,7 @@
 """K-means of the inverted lists: norms of all rows (scale, outliers), stratified training samples, centroids.
 
 By default FAISS trains on a random subsample, which misses the tail of the norms. The samples here are stratified by
-norm, and k-means uses the whole sample.
+norm, and k-means uses the complete sample.
 
 Shapes: N rows, B rows of a block, M rows in lists, L lists, F feature dimension.
 """

@@ -266,7 +266,7 @@ class IVFIndex:
 
     def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
         """Return the setting for k results among n_rows allowed rows."""
-        setting = setting.with_room_for(k)
+        setting = setting.scale_for_results(k)
         return setting if n_rows == len(self) else setting.scale_for_share(max(n_rows, 1) / len(self))
 
     def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:

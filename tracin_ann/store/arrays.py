@@ -46,7 +46,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises:
         OSError: the file cannot be read.
-        Exception: of any type, if the file is damaged: what zipfile and NumPy raise depends on which byte is.
+        Exception: the file is damaged; the type of the exception depends on which byte is damaged.
     """
     with open_regular(path) as file:
         members = read_npz(file)

@@ -153,7 +153,7 @@ def collect_columns(
         progress: called with ("columns", rows done, N).
 
     Raises:
-        TaskError: `columns` returns something else than a mapping, other names than for the first row, or a value of
+        TaskError: `columns` does not return a mapping, or returns other names than for the first row, or a value of
             another type; an id has another type than the first, or repeats; an integer exceeds int64.
     """
     if columns is None and id_of is None:

@@ -128,7 +128,7 @@ def is_instance_of(value: Any, module: str, *names: str) -> bool:
 
 
 def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """Return `value` with its tensors on `device`, and 4-D floating-point tensors in channels-last format if asked.
+    """Return `value` with its tensors on `device`, and 4-D floating-point tensors in channels-last format if selected.
 
     For an object with a method `to(device)`, that method is called: it may leave tensors such as lengths on the CPU.
 
@@ -206,7 +206,7 @@ def tensors_within(value: Any) -> list[Tensor]:
 
 
 def _attribute_leaves(leaf: Any) -> list[Any]:
-    """Return the leaves in the attributes of an object, one level deep: one may refer to the whole data set."""
+    """Return the leaves in the attributes of an object, one level deep: an attribute may refer to the data set."""
     return leaves(list(leaf) if isinstance(leaf, PackedSequence) else list(getattr(leaf, "__dict__", {}).values()))
 
 
