@@ -71,7 +71,7 @@ def task(data: str, out: str = "runs/sst2/6000-rows", rows: str = str(ROWS)) -> 
 
 def read(data: str, rows: int) -> tuple[list[Row], list[Row], np.ndarray]:
     """Return training sentences (some labels flipped), dev sentences, and the positions of the flipped labels."""
-    train_rows, test_rows = _sentences(data, "train")[:rows], _sentences(data, "dev")
+    train_rows, test_rows = _read_sentences(data, "train")[:rows], _read_sentences(data, "dev")
     random = np.random.default_rng(0)
     flipped = np.sort(random.choice(len(train_rows), round(FLIPPED * len(train_rows)), replace=False))
     for i in flipped.tolist():
@@ -80,7 +80,7 @@ def read(data: str, rows: int) -> tuple[list[Row], list[Row], np.ndarray]:
     return train_rows, test_rows, flipped
 
 
-def _sentences(data: str, part: str) -> list[Row]:
+def _read_sentences(data: str, part: str) -> list[Row]:
     found = [path for name in (f"sst2_{part}.tsv", f"{part}.tsv") if (path := Path(data) / name).is_file()]
     if not found:
         raise SystemExit(f"no sst2_{part}.tsv or {part}.tsv in {data}")

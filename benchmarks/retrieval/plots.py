@@ -79,7 +79,7 @@ def draw_growth(pyplot: Any) -> Any:
         panel.grid(alpha=0.3, which="both")
         panel.legend()
     panels[0].set_ylabel("scored rows and centroids per query")
-    panels[1].set_ylabel("ms per query, batches of 1,000, 2 threads")
+    panels[1].set_ylabel("ms/query, batch of 1,000, 2 threads")
     return figure
 
 

@@ -215,7 +215,7 @@ def find_mislabelled(  # noqa: PLR0913
         raise UsageError(problem("bad --by", got=by, expected=" or ".join(possible), remedy=remedy))
     column = None if labels is None else _find_label_column(index, labels)
     ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, progress=progress)
-    known = _StoredFigures.of(index, ranked, checkpoints, by)
+    known = _StoredFigures.read(index, ranked, checkpoints, by)
     if column is None:
         return Suspects(_make_suspects(index, known, by, k), index.describe, Suspicion(len(known), by))
     names_L, label_V = np.unique(column, return_inverse=True)
@@ -250,7 +250,9 @@ class _StoredFigures:
         return len(self.row_N)
 
     @classmethod
-    def of(cls, index: InfluenceIndex, ranked: RankedRows, checkpoints: Sequence[int] | None, by: By) -> _StoredFigures:
+    def read(
+        cls, index: InfluenceIndex, ranked: RankedRows, checkpoints: Sequence[int] | None, by: By
+    ) -> _StoredFigures:
         """Return the figures of rows whose self-influence is given."""
         view = index.view(checkpoints)
         loss_VC = view.store.losses(view.checkpoints).astype(np.float64)

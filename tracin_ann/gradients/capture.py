@@ -22,7 +22,7 @@ from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
 from tracin_ann.gradients.autograd import HALF, other_leaves
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
-from tracin_ann.gradients.layers.registry import rule_for
+from tracin_ann.gradients.layers.registry import find_rule
 from tracin_ann.gradients.layouts import PARAMETERS, Layout, LayoutReader
 from tracin_ann.gradients.row_indexing import RowIndexingMode
 
@@ -236,7 +236,7 @@ class LayerCapture:
                     self._anchor = torch.zeros((), device=output.device, requires_grad=True)
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
             self._has_half |= output.dtype in HALF
-            rule = rule_for(module)
+            rule = find_rule(module)
             assert rule is not None
             stored = output.detach() if rule.needs_output(module) else None
             stored_version = output._version
@@ -340,7 +340,7 @@ def find_covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> 
     by_identity = {id(parameter): name for name, parameter in names.items()}
     layers: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
-        rule = rule_for(module)
+        rule = find_rule(module)
         if rule is None:
             continue
         attributes = {
@@ -366,6 +366,6 @@ def find_broadcast_parameters(model: nn.Module, names: Mapping[str, nn.Parameter
             name = by_identity.get(id(parameter))
             if name is not None:
                 holders[name].append((module, attribute))
-                if rule_for(module) is not None or type(module).__module__.startswith("torch.nn."):
+                if find_rule(module) is not None or type(module).__module__.startswith("torch.nn."):
                     excluded.add(name)
     return {name: modules for name, modules in holders.items() if name not in excluded}

@@ -360,17 +360,17 @@ class GradientEngine:
         """Return why layer rules fail, by parameter, with the layouts for which fewest parameters fail."""
         best = self._try_layouts(self._layouts, batch, truth)
 
-        def better(**layouts: Any) -> _Attempt:
+        def improve(**layouts: Any) -> _Attempt:
             other = self._try_layouts(replace(best.tried, **layouts), batch, truth)
             return other if len(other.failed) < len(best.failed) else best
 
         if ambiguous := best.failed_layers(best.reader.ambiguous):
-            best = better(shared=best.tried.shared | ambiguous)
+            best = improve(shared=best.tried.shared | ambiguous)
         for repeated in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
             if best.failed and best.reader.repeated - repeated:
-                best = better(repeated=repeated)
+                best = improve(repeated=repeated)
         if batch_first := best.failed_layers(best.reader.batch_first):
-            best = better(by_rows=best.tried.by_rows | batch_first)
+            best = improve(by_rows=best.tried.by_rows | batch_first)
         self._layouts, self._rank_one = best.reader.layouts, best.rank_one
         return best.failed
 

@@ -2,7 +2,7 @@
 
 The generator is counter-based, so any position of a stream can be read directly. The numbers are generated on
 the CPU by numpy's Philox4x64-10 (Salmon et al., SC 2011) and copied to the device, so all devices use the same numbers.
-The raw output of this generator is the same in all numpy versions. The key is a hash of its parts; seeds are never added.
+The raw output of this generator is the same in all numpy versions. The key is a hash of its parts; seeds are not added.
 """
 
 from __future__ import annotations

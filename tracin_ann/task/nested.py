@@ -138,19 +138,19 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return _call_to(leaf, device) if _has_to(leaf) else leaf
+            return _call_to_method(leaf, device) if _has_to_method(leaf) else leaf
         are_images = channels_last and leaf.dim() == 4 and leaf.is_floating_point()  # noqa: PLR2004
         memory_format = torch.channels_last if are_images else torch.preserve_format
         return leaf.to(device, non_blocking=True, memory_format=memory_format)
 
-    return map_leaves(move, value, _has_to)
+    return map_leaves(move, value, _has_to_method)
 
 
-def _has_to(value: Any) -> bool:
+def _has_to_method(value: Any) -> bool:
     return callable(getattr(type(value), "to", None))
 
 
-def _call_to(value: Any, device: torch.device) -> Any:
+def _call_to_method(value: Any, device: torch.device) -> Any:
     try:
         # A copy, since many objects move in place, and collate may return objects of the user's data set.
         copied = copy.copy(value)
