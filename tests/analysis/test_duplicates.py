@@ -147,7 +147,7 @@ class Rows:
 class Drawn:
     """As much of an index as duplicates are asked of."""
 
-    device, described = torch.device("cpu"), staticmethod(lambda side, row: None)
+    device, describe = torch.device("cpu"), staticmethod(lambda side, row: None)
 
     def __init__(self, row_NF: np.ndarray) -> None:
         self.row_NF = row_NF

@@ -43,7 +43,7 @@
     for (let at = current + step; at >= 0 && at < items.length; at += step) if (!items[at].hidden) return goTo(at);
   }
   function storeChoices() {
-    // Choices survive closing the page, unless the browser forbids local storage for files.
+    // Choices remain stored after the page is closed, unless the browser forbids local storage for files.
     try { localStorage.setItem(data.key, JSON.stringify(chosenRows().map((row) => row.row))); } catch { /* not stored */ }
   }
   function mark(item) {
