@@ -200,7 +200,7 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
         (["--ids", "2-1"], 2, ["expected a range from low to high"]),
         (["--ids", "x"], 2, ["0-9,17"]),
         (["--ids", "0", "--checkpoints", "2"], 2, ["bad --checkpoints", "got 2", "0 to 1"]),
-        (["--ids", "0", "--cosine", "--exact"], 2, ["--cosine", "drop one"]),
+        (["--ids", "0", "--cosine", "--exact"], 2, ["--cosine", "remove one"]),
         (["--self-influence", "--ids", "0"], 2, ["--self-influence", "--ids"]),
         (["--self-influence", "--rerank", "exact"], 2, ["--self-influence", "--rerank", "remove one"]),
         (["--ids", "0", "--exact", "--candidates", "5"], 2, ["--exact", "--candidates", "remove one"]),
