@@ -1,4 +1,4 @@
-"""The story of a build: task -> feature rows of every checkpoint -> search index -> manifest.
+"""The steps of a build: task -> feature rows of every checkpoint -> search index -> manifest.
 
 The same command resumes an interrupted build: intact feature files are reused, missing ones are computed. The manifest
 is written last; with it, the directory is an index.
@@ -119,8 +119,8 @@ def build(
         TaskError: the task breaks the contract; nothing is written.
         IndexMismatchError: the directory holds the index of another task or other options.
         UsageError: an option or the directory cannot be used.
-        NonFiniteError: the loss or gradient of a row is NaN or infinite; complete partitions are kept. Where such rows
-            are skipped: no row is left.
+        NonFiniteError: the loss or gradient of a row is NaN or infinite; complete partitions stay on disk. If such
+            rows are skipped: no row is left.
         GradientProofError: no method computes a parameter's gradients as autograd does, or a stored row differs from
             autograd; nothing is published.
     """
@@ -183,7 +183,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in extracted.plan.steps.items()),
         fidelity=quality.fidelity() if job.config.yardstick and not record.random_data else None,
         columns=columns,
-        removed=generation.carry_removed(),
+        removed=generation.copy_removed(),
         skipped=generation.write_skipped(),
         audit=audits.drawn,
     )
@@ -211,9 +211,9 @@ class BuildJob:
         self._load_seconds = 0.0
 
     def prepare(self, model: LoadedModel) -> BuildStart:
-        """Return what this build produces, and what the directory already holds.
+        """Return the record of this build, and the state of the directory.
 
-        Everything that can be rejected is rejected here or in `tune`, before anything is written.
+        All checks are here or in `tune`, before anything is written.
 
         Raises:
             IndexMismatchError: the directory holds the index of another task or other options.
@@ -221,17 +221,21 @@ class BuildJob:
         """
         self.runner.data("query")
         manifest = read_current(self.out)
-        begun = read_last_build(self.out, manifest)
-        policy = self.config.choose_nonfinite_policy(None if begun is None else begun.on_nonfinite, str(self.out))
+        last_build = read_last_build(self.out, manifest)
+        policy = self.config.choose_nonfinite_policy(
+            None if last_build is None else last_build.on_nonfinite, str(self.out)
+        )
         self.runner.options = replace(self.runner.options, on_nonfinite=policy)
-        if begun is None:
+        if last_build is None:
             rank_one = self.examine(model)
             warn_of_slower_bf16(model, self.config.features(rank_one))
             return BuildStart(self._record(model, rank_one), None, None)
-        record = self._record(model, begun.spec.rank_one)
-        self._refuse_unlike(begun, record, manifest)
+        record = self._record(model, last_build.spec.rank_one)
+        self._check_same_build(last_build, record, manifest)
         return BuildStart(
-            replace(record, batch_size=begun.batch_size, channels_last=begun.channels_last), begun, manifest
+            replace(record, batch_size=last_build.batch_size, channels_last=last_build.channels_last),
+            last_build,
+            manifest,
         )
 
     def examine(self, model: LoadedModel) -> frozenset[str]:
@@ -269,24 +273,24 @@ class BuildJob:
             on_nonfinite=self.runner.options.on_nonfinite,
         )
 
-    def _refuse_unlike(self, begun: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
-        """Refuse to produce something else than the directory holds, except for the growth that options allow.
+    def _check_same_build(self, last_build: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
+        """Check that this build has the same result as the last one, except for the growth that options allow.
 
         Raises:
             IndexMismatchError: names the first difference.
         """
         expected = record.spec
-        if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
-            expected = self._without_growth(begun.spec, record.spec)
-        begun.spec.check_matches(expected, str(self.out))
-        if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
+        if manifest is not None and manifest.build.spec.digest() == last_build.spec.digest():
+            expected = self._ignore_growth(last_build.spec, record.spec)
+        last_build.spec.check_matches(expected, str(self.out))
+        if last_build.partition_rows != record.partition_rows or last_build.random_data != record.random_data:
             raise IndexMismatchError(
-                f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "
-                f"{begun.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
-                "use the same, or another --out"
+                f"index {self.out} was built with partition_rows {last_build.partition_rows} and allow_random_data "
+                f"{last_build.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
+                "use the same values, or another --out"
             )
 
-    def _without_growth(self, built: FeatureSpec, requested: FeatureSpec) -> FeatureSpec:
+    def _ignore_growth(self, built: FeatureSpec, requested: FeatureSpec) -> FeatureSpec:
         """Return the requested spec without the rows and checkpoints that may be new."""
         if self.config.append and requested.train_rows > built.train_rows:
             random = self.config.allow_random_data
@@ -309,7 +313,7 @@ class BuildJob:
         return manifest.index.kind == kind
 
     def check_canaries(self, model: LoadedModel, start: BuildStart) -> None:
-        """Refuse a task that computes other features than those of the finished index: it would mix two models.
+        """Reject a task whose features differ from those of the finished index: the index would mix rows of two models.
 
         Raises:
             IndexMismatchError: a canary differs.

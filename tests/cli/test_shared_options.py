@@ -143,7 +143,7 @@ def test_an_idle_option_of_a_config_file_is_refused_as_well(index: Path, tmp_pat
         ('tsak = "x"', ["got tsak", "expected task"]),
         ("quit = true", ["unknown option", "quiet"]),
         ("config = 'x'", ["unknown option"]),
-        ('dim = "many"', ["dim: got 'many'", "a whole number"]),
+        ('dim = "many"', ["dim: got 'many'", "an integer"]),
         ("dim = 1.5", ["dim: got 1.5"]),
         ("dim = true", ["dim: got True"]),
         ("dim = 0", ["dim: got 0", "x>=1"]),

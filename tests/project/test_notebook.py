@@ -1,4 +1,4 @@
-"""The notebook examples/tour.ipynb: kept without outputs, it runs, and its cells show tables, pictures and files."""
+"""The notebook examples/tour.ipynb: it is stored without outputs, runs, and shows tables and images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATH = ROOT / "examples" / "tour.ipynb"
 
 
 class Here(AsyncKernelManager):
-    """Kernels of this Python, whatever kernels the machine has been told of; their connection is a file's."""
+    """Kernels of this Python, whatever kernels are registered on the machine; they use a connection file."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -40,7 +40,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {cell.source.splitlines()[-1]: cell.outputs for cell in cells}
 
 
-def test_it_is_kept_without_outputs() -> None:
+def test_it_is_stored_without_outputs() -> None:
     book = nbformat.read(PATH, as_version=4)
     nbformat.validate(book)
     assert [cell for cell in book.cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)] == []
@@ -48,8 +48,8 @@ def test_it_is_kept_without_outputs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("notebook")
-@pytest.mark.filterwarnings("default")  # what a notebook's machinery warns of is not ours
-def test_every_result_shows_itself(shown: dict[str, list[Any]]) -> None:
+@pytest.mark.filterwarnings("default")  # warnings of Jupyter's packages
+def test_every_result_is_displayed(shown: dict[str, list[Any]]) -> None:
     for line in ("answers", "explanation", "index.self_influence(5)", "answers.to_pandas().head()", "suspects"):
         assert "<table" in shown[line][-1].data["text/html"]
     for line in ("answers.plot()", "explanation.plot()", "ranked.plot()"):
@@ -68,4 +68,4 @@ def test_every_result_shows_itself(shown: dict[str, list[Any]]) -> None:
 @pytest.mark.filterwarnings("default")
 def test_it_finds_the_wrong_labels(shown: dict[str, list[Any]]) -> None:
     printed = "".join(out.text for outputs in shown.values() for out in outputs if out.output_type == "stream")
-    assert [int(share) >= 80 for share in re.findall(r"first tenth holds (\d+)%", printed)] == [True, True]
+    assert [int(share) >= 80 for share in re.findall(r"first 10% of the rows contain (\d+)%", printed)] == [True, True]

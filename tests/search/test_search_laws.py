@@ -80,7 +80,7 @@ def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, co
     source = Rows(rows)
     for index in (
         FlatIndex(source, CPU, block_rows=16),
-        IVFIndex.build(source, IVFParams(), CPU).at(Setting(codes, codes, 0.1)),
+        IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(codes, codes, 0.1)),
     ):
         proponents, opponents = search_both(index, queries, k)
         assert hits(proponents) == hits(index.search(queries, k))
@@ -117,9 +117,9 @@ def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing
     allowed = None if passing is None else np.sort(random.choice(MANY.ids, passing, replace=False))
     may = MANY.ids if allowed is None else allowed
     chosen = Rows(MANY.take(may), may)
-    proponents, opponents = search_both(PROBED.at(up, down), queries, k, allowed)
-    assert hits(proponents) == hits(PROBED.at(up).search(queries, k, allowed))
-    assert hits(negate(opponents)) == hits(PROBED.at(down).search(-queries, k, allowed))
+    proponents, opponents = search_both(PROBED.with_settings(up, down), queries, k, allowed)
+    assert hits(proponents) == hits(PROBED.with_settings(up).search(queries, k, allowed))
+    assert hits(negate(opponents)) == hits(PROBED.with_settings(down).search(-queries, k, allowed))
     for found, signed in ((proponents, queries), (negate(opponents), -queries)):
         _, best_scores = oracle(chosen, signed, k)
         for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):

@@ -36,11 +36,11 @@ from tracin_ann.operations.removal import remove
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.store import FeatureBlock
 from tracin_ann.store import exclusions as absent
-from tracin_ann.store.arrays import text_array
+from tracin_ann.store.arrays import make_text_array
 from tracin_ann.store.columns import RowTable, write_columns
 from tracin_ann.store.feature_file import FileHeader, write_feature_file
 from tracin_ann.store.generations import generation_folder, take_lease
-from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
+from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import MANIFEST, Manifest
 
 BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
@@ -158,11 +158,11 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
         return opened(path, flag, *rest)
 
     monkeypatch.setattr(os, "open", noted)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert nobody_reads
     assert flags[0] & os.O_RDWR
     lease = Lease(path)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert not nobody_reads
     lease.close()
 
@@ -170,7 +170,7 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
         raise PermissionError(errno.EACCES, "not yours", str(path))
 
     monkeypatch.setattr(os, "open", refused)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert not nobody_reads
 
 
@@ -230,7 +230,7 @@ def test_a_finished_build_asked_for_again_sweeps_what_a_killed_one_left(made: Pa
     old.mkdir()
     (old / "canaries.h5").write_bytes(b"")
     for place in (made, folder, made / "features"):
-        (place / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.h5").write_bytes(b"")
+        (place / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.h5").write_bytes(b"")
     (made / "features" / "features-000009-0000.h5").write_bytes(b"")
     (made / ".index-unfinished").mkdir()
     (made / ".index-unfinished" / "ivf.faiss").write_bytes(b"")
@@ -253,7 +253,7 @@ def test_a_generation_whose_files_nfs_keeps_is_swept_later(made: Path, monkeypat
 
 
 def test_a_build_killed_before_its_first_file_had_its_name_goes_on(tmp_path: Path) -> None:
-    (tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.json").write_bytes(b"{")
+    (tmp_path / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.json").write_bytes(b"{")
     (tmp_path / WRITER).write_bytes(b"")
     build(task(10), tmp_path, config("flat"))
     assert names(tmp_path) == ["build.json", "features", "generation-000001", MANIFEST]
@@ -273,7 +273,7 @@ def test_a_removal_killed_before_it_was_current_leaves_nothing_behind(made: Path
 
 def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_written(tmp_path: Path) -> None:
     """In a container every run may have the same number."""
-    left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
+    left = tmp_path / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
         assert remove_temporaries(tmp_path) == [left]
@@ -308,7 +308,7 @@ def room_for(size: int) -> Iterator[None]:
 
 ROWS = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
 BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, ROWS[:, 1])
-ROW_TABLE = RowTable({"label": np.arange(3000), "name": text_array(["a", "bc"] * 1500)}, np.arange(3000))
+ROW_TABLE = RowTable({"label": np.arange(3000), "name": make_text_array(["a", "bc"] * 1500)}, np.arange(3000))
 WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),

@@ -91,23 +91,22 @@ REFUSALS = {
     ),
     "parameter's shape": (
         parameters(replace(SPEC.parameters[0], shape=(3, 2)), SPEC.parameters[1]),
-        "parameter w ([2, 3] torch.float32), the task has it [3, 2] torch.float32; restore Task.parameters and the "
+        "parameter w ([2, 3] torch.float32), the task has [3, 2] torch.float32; restore Task.parameters and the "
         "model or build a new index",
     ),
     "parameter's dtype": (
         parameters(SPEC.parameters[0], replace(SPEC.parameters[1], dtype="torch.float64")),
-        "parameter b ([2] torch.float32), the task has it [2] torch.float64; restore Task.parameters and the model or "
+        "parameter b ([2] torch.float32), the task has [2] torch.float64; restore Task.parameters and the model or "
         "build a new index",
     ),
     "parameter missing": (
         parameters(SPEC.parameters[0]),
-        "parameter b ([2] torch.float32), the task has it absent; restore Task.parameters and the model or build a new "
-        "index",
+        "parameter b ([2] torch.float32), the task does not have it; restore Task.parameters and the model or "
+        "build a new index",
     ),
     "parameter added": (
         parameters(*SPEC.parameters, ParameterSpec("c", (1,), "torch.float32")),
-        "parameter c (absent), the task has it [1] torch.float32; restore Task.parameters and the model or build a new "
-        "index",
+        "no parameter c, the task has [1] torch.float32; restore Task.parameters and the model or build a new index",
     ),
     "checkpoint's bytes": (
         second(digest="9" * 32),

@@ -104,7 +104,7 @@ class FeatureSpec:
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def row_digest(self, checkpoint: int) -> str:
-        """Return a digest of everything that determines a row's features at a checkpoint; N and other rows do not."""
+        """Return a digest of everything that determines a row's features at a checkpoint, without N and other rows."""
         content = asdict(self)
         for name in ("versions", "train_rows", "train_data"):
             del content[name]
@@ -128,9 +128,10 @@ class FeatureSpec:
         for name in [*built, *(n for n in current if n not in built)]:
             pair = built.get(name), current.get(name)
             if pair[0] != pair[1]:
-                a, b = (f"{list(p.shape)} {p.dtype}" if p else "absent" for p in pair)
+                a, b = (f"{list(p.shape)} {p.dtype}" if p else "" for p in pair)
+                present = f"the task has {b}" if b else "the task does not have it"
                 remedy = "restore Task.parameters and the model"
-                yield _describe_difference(f"parameter {name} ({a})", f"the task has it {b}", remedy)
+                yield _describe_difference(f"parameter {name} ({a})" if a else f"no parameter {name}", present, remedy)
         for i, checkpoints in enumerate(itertools.zip_longest(self.checkpoints, other.checkpoints)):
             yield from _checkpoint_differences(i, *checkpoints)
 
