@@ -138,7 +138,7 @@ class InfluenceIndex:
             dim if dim is not None else built.sketch.dim,
             seed if seed is not None else built.sketch.seed,
         )
-        built.check_matches(replace(built, sketch=expected), str(self.directory))
+        check_spec(built, replace(built, sketch=expected), str(self.directory))
 
     @cached_property
     def search_index(self) -> SearchIndex:
