@@ -15,7 +15,7 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.features import IndexTask, RunOptions, TaskRunner, load_index_task
+from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,

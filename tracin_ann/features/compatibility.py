@@ -1,7 +1,7 @@
 """Compatibility of a task with an index: a check that the task is the one that the index was built from.
 
-Every field of the recorded FeatureSpec and the canaries are compared; a difference raises the error "index ... was built
-with ..." (IndexMismatchError). Features of queries are computed after the check.
+Every field of the recorded FeatureSpec and the canaries are compared; a difference raises the error "index ... was
+built with ..." (IndexMismatchError). Features of queries are computed after the check.
 """
 
 from __future__ import annotations
