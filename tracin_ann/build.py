@@ -217,7 +217,7 @@ class BuildJob:
     def prepare(self, model: LoadedModel) -> BuildStart:
         """Return the record of this build, and the state of the directory.
 
-        All checks are here or in `tune`, before anything is written.
+        Nothing is written before all checks of a build have passed.
 
         Raises:
             IndexMismatchError: the directory holds the index of another task or other options.
