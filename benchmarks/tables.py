@@ -504,7 +504,7 @@ def mislabelled() -> str:
             last = (estimate, found, correct) if by == "loss-and-votes" else ("–", "–", "–")
             rows.append((name, wrong, shown, *figures, *last))
     scope = (
-        "complete builds by `tracin_ann.build` and `tracin_ann.mislabelled`, with "
+        "complete builds by `tracin_ann.build` and `tracin_ann.analysis.find_mislabelled`, with "
         f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults. '
         "Correct label: the share of the changed labels in the first 10% for which the suggested label is the true one."
     )

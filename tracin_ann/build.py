@@ -33,6 +33,7 @@ from tracin_ann.features import (
     UnpublishedRows,
     audit_build,
     check_canaries,
+    check_spec,
     checkpoint_specs,
     library_versions,
     model_digest,
@@ -140,13 +141,16 @@ def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapp
         TaskError, UsageError: the task cannot be found, or an option cannot be used.
     """
     if isinstance(task, Task):
-        return BuildJob(task, out, config, TaskReference(None, {}))
+        return BuildJob(task, out, config, TaskReference())
     reference = TaskReference(absolute_reference(task), dict(arguments or {}))
     return BuildJob(load_task(task, arguments), out, config, reference)
 
 
 def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
-    """Build in a directory whose writer's lock the caller holds, or in a new one, which is locked within `claims`.
+    """Build in a directory whose writer's lock the caller holds, or in a new one.
+
+    A new directory is created only after all checks, so that a rejected build leaves nothing behind. `claims` then holds
+    its lock.
 
     Raises:
         As `build`.
@@ -156,7 +160,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     with job.runner.model() as model:
         start = job.prepare(model)
         store = FeatureStore(job.out / FEATURES, start.record.layout)
-        missing = store.missing(start.trusted)
+        missing = store.missing(start.trusted_files)
         if start.finished is not None and not missing and job.is_complete(start.finished):
             clean_up(job.out, start.finished)
             return job.report(start.finished, 0, began_s)
@@ -213,7 +217,7 @@ class BuildJob:
     def prepare(self, model: LoadedModel) -> BuildStart:
         """Return the record of this build, and the state of the directory.
 
-        All checks are here or in `tune`, before anything is written.
+        Nothing is written before all checks of a build have passed.
 
         Raises:
             IndexMismatchError: the directory holds the index of another task or other options.
@@ -242,6 +246,7 @@ class BuildJob:
         """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
         began_s = perf_counter()
         checkpoints = range(len(self.runner.task.checkpoints))
+        # In reverse, because the probes need the first checkpoint.
         for checkpoint in reversed(checkpoints):
             model.load(checkpoint)
             if self.runner.options.on_nonfinite == "skip":
@@ -282,7 +287,7 @@ class BuildJob:
         expected = record.spec
         if manifest is not None and manifest.build.spec.digest() == last_build.spec.digest():
             expected = self._ignore_growth(last_build.spec, record.spec)
-        last_build.spec.check_matches(expected, str(self.out))
+        check_spec(last_build.spec, expected, str(self.out))
         if last_build.partition_rows != record.partition_rows or last_build.random_data != record.random_data:
             raise IndexMismatchError(
                 f"index {self.out} was built with partition_rows {last_build.partition_rows} and allow_random_data "
@@ -322,23 +327,14 @@ class BuildJob:
             canaries = read_intact_canaries(self.out, start.manifest)
             check_canaries(model, self.features(start.manifest.build), canaries, str(self.out))
 
-    def features(self, record: BuildRecord) -> FeatureOptions:
-        """Return how gradients become feature rows."""
-        return self.config.features(record.spec.rank_one)
-
-    @property
-    def search_options(self) -> SearchIndexOptions:
-        """Return how the rows are indexed."""
-        config = self.config
-        return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
-
     def tune(self, model: LoadedModel, record: BuildRecord) -> BatchSettings:
-        """Choose how rows are run and set the model to it; the last step that may reject the build.
+        """Choose how rows are run, and set the model to it.
 
         A resumed build keeps the settings of its first run, so that all feature files are computed alike.
         """
         self.runner.check_workers("train")
-        if model.checkpoint < 0:
+        if not model.has_checkpoint:
+            # A resumed build has not run the probes yet.
             self.examine(model)
         known = None if record.batch_size is None else (record.batch_size, record.channels_last)
         config = self.config
@@ -383,6 +379,16 @@ class BuildJob:
         auditor = Auditor(model, generation.store, self.features(generation.record), progress)
         built = UnpublishedRows(extracted, generation.start, generation.missing, generation.removed_R, self.config.seed)
         return audit_build(auditor, built)
+
+    def features(self, record: BuildRecord) -> FeatureOptions:
+        """Return how gradients become feature rows."""
+        return self.config.features(record.spec.rank_one)
+
+    @property
+    def search_options(self) -> SearchIndexOptions:
+        """Return how the rows are indexed."""
+        config = self.config
+        return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
 
     def report(
         self, manifest: Manifest, rows_extracted: int, began_s: float, uneven: AuditRecord | None = None

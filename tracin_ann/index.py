@@ -15,7 +15,7 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.features import IndexTask, RunOptions, TaskRunner, load_index_task
+from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,
@@ -138,7 +138,7 @@ class InfluenceIndex:
             dim if dim is not None else built.sketch.dim,
             seed if seed is not None else built.sketch.seed,
         )
-        built.check_matches(replace(built, sketch=expected), str(self.directory))
+        check_spec(built, replace(built, sketch=expected), str(self.directory))
 
     @cached_property
     def search_index(self) -> SearchIndex:
@@ -369,6 +369,9 @@ class InfluenceIndex:
     def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, or None if it defines none or cannot be found."""
         return self.runner.describe(side, row) if self._has_descriptions else None
+
+    described = describe
+    """The name of `describe` in earlier versions."""
 
     @cached_property
     def _has_descriptions(self) -> bool:

@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="npz of frozen sentence vectors")
     parser.add_argument("--encoder", type=Path, help="folder of a pretrained Hugging Face encoder")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], help="shares of wrong labels")
-    parser.add_argument("--rows", type=int, default=10_000, help="MNIST digits to train on")
+    parser.add_argument("--rows", type=int, default=60_000, help="MNIST digits to train on")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of digits and SST-2; MNIST has one")
     parser.add_argument("--dim", type=int, default=512, help="sketch dimensions per checkpoint")
     parser.add_argument(

@@ -237,6 +237,11 @@ class LoadedModel:
         self.checkpoint = -1
         self.set_memory_format(channels_last=runner.options.channels_last)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Return whether a checkpoint is loaded."""
+        return self.checkpoint >= 0
+
     def load(self, checkpoint: int) -> None:
         """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
 

@@ -7,13 +7,7 @@ continue to use the generation that they opened. The package does not depend on 
 from __future__ import annotations
 
 from tracin_ann.store.codec import Dtype
-from tracin_ann.store.columns import (
-    Columns,
-    RowFilter,
-    RowTable,
-    collect_columns,
-    read_columns,
-)
+from tracin_ann.store.columns import Columns, RowFilter, RowTable, collect_columns, read_columns
 from tracin_ann.store.exclusions import (
     SkippedRows,
     read_removed_ids,

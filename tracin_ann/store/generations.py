@@ -124,7 +124,7 @@ class BuildStart:
         return self.manifest
 
     @property
-    def trusted(self) -> tuple[FileRecord, ...]:
+    def trusted_files(self) -> tuple[FileRecord, ...]:
         """Return the feature files that are not read again: if the index grows, those of the finished index."""
         return () if self.manifest is None or self.finished is not None else self.manifest.features
 
