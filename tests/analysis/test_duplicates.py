@@ -111,7 +111,7 @@ def check(found: Duplicates, true: dict[frozenset[int], float]) -> None:
 
 @pytest.mark.parametrize("threshold", [0.99999, 0.99, 0.5])
 @pytest.mark.parametrize("sizes", [{}, SMALL, {"_BLOCK": 13, "_DIRECTIONS": 2, "_ENTRIES": 1}, {**SMALL, "_MANY": 1}])
-def test_groups_are_those_of_brute_force(
+def test_groups_equal_those_of_brute_force(
     index: InfluenceIndex, threshold: float, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in sizes.items():
@@ -124,7 +124,7 @@ def test_groups_are_those_of_brute_force(
         assert any(group <= set(other) for other in found.groups)
 
 
-def test_some_rows_and_checkpoints(index: InfluenceIndex) -> None:
+def test_rows_and_checkpoints_can_be_selected(index: InfluenceIndex) -> None:
     found = find_duplicates(index, 0.9, RowFilter(without=(50,), where=("label=0",)), checkpoints=[1])
     labels = index.columns["label"]
     here = [i for i in range(N) if i not in (*GONE, 50) and labels[i] == 0]
@@ -171,7 +171,9 @@ class Drawn:
     threshold=st.floats(0.3, 1),
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
-def test_any_rows(seed: int, n: int, dim: int, threshold: float, scale: float) -> None:
+def test_groups_of_random_rows_equal_those_of_brute_force(
+    seed: int, n: int, dim: int, threshold: float, scale: float
+) -> None:
     drawn = np.random.default_rng(seed)
     centres = drawn.standard_normal((4, dim))
     row_NF = centres[drawn.integers(0, 4, n)] * drawn.choice([-1, 1, 3], (n, 1))
@@ -184,7 +186,7 @@ def test_any_rows(seed: int, n: int, dim: int, threshold: float, scale: float) -
         check(find_duplicates(Drawn(row_NF), threshold), true)  # type: ignore[arg-type]
 
 
-def test_a_thousand_copies_are_one_group() -> None:
+def test_a_thousand_copies_form_one_group() -> None:
     drawn = np.random.default_rng(5)
     row_NF = np.repeat(drawn.standard_normal((3, 8)).astype(np.float32), 1000, axis=0)
     found = find_duplicates(Drawn(row_NF))  # type: ignore[arg-type]
@@ -193,7 +195,7 @@ def test_a_thousand_copies_are_one_group() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0, -0.5, 1.01, float("nan")])
-def test_a_bad_threshold_is_refused(index: InfluenceIndex, threshold: float) -> None:
+def test_an_invalid_threshold_is_rejected(index: InfluenceIndex, threshold: float) -> None:
     with pytest.raises(UsageError, match="bad --threshold"):
         find_duplicates(index, threshold)
 
@@ -203,7 +205,7 @@ def ask(folder: Path, *arguments: object) -> Result:
     return CliRunner().invoke(duplicates_command, [str(word) for word in words])
 
 
-def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
+def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
     found = find_duplicates(index, 0.99)
     asked = ask(folder, "--threshold", 0.99, "--format", "jsonl")
     assert asked.exit_code == 0, asked.stderr
@@ -226,7 +228,7 @@ def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path
     assert "bad --threshold" in refused.stderr
 
 
-def test_they_need_no_task_and_tell_their_progress(folder: Path) -> None:
+def test_duplicates_need_no_task_and_report_progress(folder: Path) -> None:
     told: list[tuple[str, int, int]] = []
     index = InfluenceIndex.open(folder / "index", "nowhere.py:task", device="cpu")
     found = find_duplicates(index, progress=lambda *said: told.append(said))

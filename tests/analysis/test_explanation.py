@@ -66,7 +66,7 @@ def true_parts(made: Made, row: Any, query: Any, losses: tuple[Any, Any]) -> dic
 
 
 @pytest.mark.parametrize("case", ["mlp", "gpt tied", "conv2d", "held twice", "parametrised"])
-def test_every_part_is_autograds_and_they_add_up_to_the_exact_score(case: str, tmp_path: Path) -> None:
+def test_every_part_equals_autograd_and_the_sum_is_the_exact_score(case: str, tmp_path: Path) -> None:
     whole = made(case, tmp_path)
     train, queries = zoo.examples(case, 0)
     for side, query in (("query", 1), ("train", 6))[: 2 if case == "mlp" else 1]:
@@ -86,7 +86,7 @@ def test_every_part_is_autograds_and_they_add_up_to_the_exact_score(case: str, t
         assert all((part.share > 0) == (part.contribution > 0) for part in found if part.contribution)
 
 
-def test_the_scores_are_those_of_queries(tmp_path: Path) -> None:
+def test_the_scores_equal_those_of_a_query(tmp_path: Path) -> None:
     index = made("mlp", tmp_path).index
     exact = index.query([2], options=QueryOptions(k=14, exact=True))[0]
     for hit in exact.hits[::5]:
@@ -101,7 +101,7 @@ def test_the_scores_are_those_of_queries(tmp_path: Path) -> None:
         assert found.by_checkpoint == {1: found.score}
 
 
-def test_layers_are_the_owners_of_parameters() -> None:
+def test_a_layer_is_the_module_that_owns_the_parameter() -> None:
     tied = find_layers(models.TinyGPT(tied=True))
     assert tied["tokens.weight"] == "tokens + head"
     assert tied["places"] == "(model)"
@@ -116,7 +116,7 @@ def margin(model: nn.Module, batch: Any) -> torch.Tensor:
     return model(batch[0]).gather(1, batch[1][:, None])[:, 0]
 
 
-def test_a_query_loss_of_its_own_and_a_choice_of_parameters(tmp_path: Path) -> None:
+def test_a_query_loss_and_a_selection_of_parameters_are_used(tmp_path: Path) -> None:
     net = Toy()
     task = toy(tmp_path, net, query_loss=margin, parameters="second.*")
     build(task, tmp_path / "index", SMALL)
@@ -145,7 +145,7 @@ def logarithm(model: nn.Module, batch: Any) -> torch.Tensor:
     return cross_entropy(model, batch) + (batch[0][:, :1] * model.first.weight[0, :1]).abs().sqrt().sum(1)
 
 
-def test_what_is_not_finite_or_not_there_is_refused(tmp_path: Path) -> None:
+def test_nonfinite_gradients_and_absent_rows_are_rejected(tmp_path: Path) -> None:
     data = rows(10)
     data[6] = (torch.cat([torch.zeros(1), data[6][0][1:]]), 0)
     data[7] = (torch.full((5,), torch.nan), 0)
@@ -167,7 +167,7 @@ def test_what_is_not_finite_or_not_there_is_refused(tmp_path: Path) -> None:
         explain(index, 0, 0, checkpoints=[2])
 
 
-def test_another_task_is_refused(tmp_path: Path) -> None:
+def test_another_task_is_rejected(tmp_path: Path) -> None:
     net = Toy()
     checkpoints = saved(net, tmp_path)
     build(toy(tmp_path, net, checkpoints=checkpoints), tmp_path / "index", SMALL)
@@ -203,7 +203,7 @@ def ask(folder: Path, *arguments: object) -> Result:
     return CliRunner().invoke(explain_command, [str(word) for word in (*words, "--device", "cpu")])
 
 
-def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:
+def test_the_command_returns_the_result_of_the_function(folder: Path, tmp_path: Path) -> None:
     found = explain(InfluenceIndex.open(folder / "index", named_task(str(folder)), device="cpu"), 3, 2)
     lines = ask(folder, "--train-id", 3, "--id", 2, "--format", "jsonl")
     assert lines.exit_code == 0, lines.stderr
@@ -233,14 +233,14 @@ def test_the_command_says_the_same(folder: Path, tmp_path: Path) -> None:
         (("--train-id", "rows", "--id", "row-1", "--own-ids"), "no such id in train_data"),
     ],
 )
-def test_what_cannot_be_is_refused(folder: Path, arguments: tuple[object, ...], said: str) -> None:
+def test_invalid_arguments_are_rejected(folder: Path, arguments: tuple[object, ...], said: str) -> None:
     refused = ask(folder, *arguments)
     assert refused.exit_code == 2
     assert said in refused.stderr
     assert refused.stdout == ""
 
 
-def test_progress_is_told_a_checkpoint(folder: Path) -> None:
+def test_progress_is_reported_once_per_checkpoint(folder: Path) -> None:
     told: list[tuple[str, int, int]] = []
     index = InfluenceIndex.open(folder / "index", named_task(str(folder)), device="cpu")
     explain(index, 0, 0, "query", lambda *said: told.append(said))

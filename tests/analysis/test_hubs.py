@@ -58,7 +58,7 @@ def counted(
 
 @pytest.mark.parametrize("side", ["query", "train"])
 @pytest.mark.parametrize(("k", "lot"), [(1, 512), (4, 5)])
-def test_counts_are_those_of_brute_force(
+def test_counts_equal_those_of_brute_force(
     index: InfluenceIndex, side: str, k: int, lot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[Counts.__module__], "_LOT", lot)
@@ -80,7 +80,7 @@ def test_counts_are_those_of_brute_force(
         assert counts.skewness == pytest.approx(np.mean(deviations**3) / np.std(deviations) ** 3)
 
 
-def test_options_and_rows_are_the_querys(index: InfluenceIndex) -> None:
+def test_options_and_rows_have_the_meaning_that_they_have_in_a_query(index: InfluenceIndex) -> None:
     only = (1, 4, 5, 8, 13, 21, 30)
     options = QueryOptions(cosine=True, rows=RowFilter(only=only), k=99)
     found = find_hubs(index, [2, 0, 2, 5], 2, options=options)
@@ -105,7 +105,7 @@ def test_skewness_of_equal_counts_is_none() -> None:
 @pytest.mark.parametrize(
     ("ids", "k", "said"), [([], 1, "no query"), ([QUERIES], 1, "no such row"), ([0], 0, "bad -k: got 0")]
 )
-def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, ids: list[int], k: int, said: str) -> None:
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, ids: list[int], k: int, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         find_hubs(index, ids, k)
 
@@ -116,7 +116,7 @@ def ask(folder: Path, *arguments: object) -> Result:
     return CliRunner().invoke(hubs_command, [str(word) for word in words])
 
 
-def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
+def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
     asked = ask(folder, "-k", 3, "--top", 4, "--format", "jsonl")
     assert asked.exit_code == 0, asked.stderr
     assert [json.loads(line) for line in asked.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
@@ -146,7 +146,7 @@ def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path
     assert "--ids and --train-ids" in both.stderr
 
 
-def test_hubs_show_and_plot_themselves(index: InfluenceIndex) -> None:
+def test_hubs_have_a_text_form_and_a_plot(index: InfluenceIndex) -> None:
     told: list[tuple[str, int, int]] = []
     found = find_hubs(index, range(5), 2, progress=lambda *said: told.append(said))
     assert told == [("queries", 5, 5)]

@@ -87,7 +87,7 @@ def mean_losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 100])
-def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
+def test_votes_equal_those_over_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
     found = find_mislabelled(index, neighbours=neighbours)
     expected_NL = shares(index, neighbours)
     own = {row.row: row.score for row in index.self_influence()}
@@ -132,7 +132,7 @@ def test_parquet_keeps_integer_labels_where_some_are_missing(folder: Path) -> No
     assert parquet.read_table(out)["speaks_for"].null_count == len(HERE) - 6
 
 
-def test_one_label_has_no_other_to_suggest(tmp_path: Path) -> None:
+def test_with_one_label_nothing_is_suggested(tmp_path: Path) -> None:
     task = toy(tmp_path, columns=lambda row: {"label": "only"})
     build(task, tmp_path / "index", CONFIG)
     found = find_mislabelled(InfluenceIndex.open(tmp_path / "index", task))
@@ -149,7 +149,7 @@ def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> No
 
 
 @pytest.mark.parametrize("by", RANKINGS)
-def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) -> None:
+def test_rows_that_are_not_ranked_come_after_the_ranked_ones(index: InfluenceIndex, by: By) -> None:
     found = find_mislabelled(index, neighbours=5, asked=6, by=by)
     ranking = [
         row.row for row in find_mislabelled(index, None, by="self-influence" if by == "self-influence" else "loss")
@@ -160,7 +160,7 @@ def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) ->
     assert found.suspicion.n_asked == 6
 
 
-def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
+def test_without_labels_rows_are_ranked_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
     found = find_mislabelled(index, labels=None, k=7)
     losses = mean_losses(folder)
     assert [row.row for row in found] == sorted(HERE, key=lambda row: -losses[row])[:7]
@@ -171,7 +171,7 @@ def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: I
     assert [(row.row, row.score) for row in by_own] == [(row.row, row.score) for row in index.self_influence(7)]
 
 
-def test_losses_are_those_of_the_checkpoints_chosen(index: InfluenceIndex) -> None:
+def test_losses_are_those_of_the_selected_checkpoints(index: InfluenceIndex) -> None:
     stored_NC = index.view().store.losses()
     for suspect in find_mislabelled(index, neighbours=5, checkpoints=[1]):
         assert suspect.loss == stored_NC[suspect.row, 1]
@@ -192,7 +192,7 @@ def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None
     assert rankings[0] == rankings[1]
 
 
-def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
+def test_rows_are_ranked_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
     by_votes = find_mislabelled(index, neighbours=5, by="votes")
     share_NL = shares(index, 5)
     assert [row.score for row in by_votes] == pytest.approx(
@@ -216,12 +216,12 @@ def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
         ({"by": "magic"}, "bad --by.*loss-and-votes or loss or votes or self-influence"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message.replace(" ", r"\s")):
         find_mislabelled(index, **arguments)  # type: ignore[arg-type]
 
 
-def test_an_index_without_columns_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_an_index_without_columns_has_the_remedy(tmp_path: Path) -> None:
     build(toy(tmp_path), tmp_path / "index", CONFIG)
     index = InfluenceIndex.open(tmp_path / "index", toy(tmp_path))
     with pytest.raises(UsageError, match="give Task.columns and build again"):
@@ -229,7 +229,7 @@ def test_an_index_without_columns_says_what_to_do(tmp_path: Path) -> None:
     assert len(find_mislabelled(index, labels=None)) == 10
 
 
-def test_a_column_of_fractions_holds_no_labels_and_of_bools_and_texts_does(tmp_path: Path) -> None:
+def test_columns_of_bools_and_strings_are_labels_and_columns_of_fractions_are_not(tmp_path: Path) -> None:
     task = toy(tmp_path, columns=lambda row: {"half": row[1] / 2, "odd": bool(row[1] % 2), "word": f"w{row[1]}"})
     build(task, tmp_path / "index", CONFIG)
     index = InfluenceIndex.open(tmp_path / "index", task)
@@ -265,7 +265,7 @@ def trained(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.05, 0.1, 0.2])
-def test_known_flips_are_found_and_about_as_many_are_to_be_looked_at(tmp_path: Path, wrong: float) -> None:
+def test_known_flips_are_found_and_the_estimate_is_close_to_their_number(tmp_path: Path, wrong: float) -> None:
     data, flipped = clusters(wrong)
     task = trained(tmp_path, data)
     build(task, tmp_path / "index", BuildConfig(dim=64, index="flat", device="cpu"))
@@ -277,7 +277,7 @@ def test_known_flips_are_found_and_about_as_many_are_to_be_looked_at(tmp_path: P
     assert sum(row.suggested_label == row.row % 3 for row in first if row.row in flipped) >= 0.9 * len(flipped)
 
 
-def test_suggested_labels_of_flipped_digits_are_the_true_ones(tmp_path: Path) -> None:
+def test_suggested_labels_of_flipped_digits_are_the_true_labels(tmp_path: Path) -> None:
     _, digits_labels = load_digits(return_X_y=True)
     correct = []
     for seed in range(5):
@@ -310,7 +310,7 @@ def asked(folder: Path, *words: str) -> Result:
     return CliRunner().invoke(mislabelled_command, [*command, *words])
 
 
-def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index: InfluenceIndex) -> None:
+def test_the_command_writes_the_results_of_the_function_and_a_summary(folder: Path, index: InfluenceIndex) -> None:
     found = find_mislabelled(index, k=6)
     result = asked(folder, "-k", "6", "--format", "jsonl")
     assert result.exit_code == 0, result.output
@@ -330,7 +330,7 @@ def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index:
 @pytest.mark.parametrize(
     ("columns", "left_out"), [(120, set()), (90, {"self_influence"}), (76, {"self_influence", "loss", "row"})]
 )
-def test_a_narrow_terminal_shows_the_texts_rather_than_details(
+def test_a_narrow_terminal_shows_text_before_details(
     folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int, left_out: set[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -342,6 +342,6 @@ def test_a_narrow_terminal_shows_the_texts_rather_than_details(
     assert {head.strip() for head in heads} <= shown
 
 
-def test_the_command_knows_every_ranking() -> None:
+def test_the_command_accepts_every_ranking() -> None:
     choices = {tuple(p.type.choices) for p in mislabelled_command.params if p.name == "by"}  # type: ignore[attr-defined]
     assert choices == {RANKINGS}

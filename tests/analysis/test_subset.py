@@ -54,7 +54,7 @@ def in_turn(score_QN: np.ndarray, n: int, allowed: Sequence[int]) -> list[tuple[
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20, 37, 38, 100])
 @pytest.mark.parametrize("at_once", [1, 1 << 23])
-def test_round_robin_is_that_of_the_full_matrix(
+def test_round_robin_equals_a_selection_over_the_full_matrix(
     index: InfluenceIndex, n: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CANDIDATES", at_once)
@@ -69,14 +69,14 @@ def test_round_robin_is_that_of_the_full_matrix(
     assert found.rows == [row for _, row in expected]
 
 
-def test_few_queries_of_one_taste_share_their_rows(index: InfluenceIndex) -> None:
+def test_similar_queries_share_their_rows(index: InfluenceIndex) -> None:
     # Alike queries take each other's candidates: each needs more than its own share of them.
     found = select(index, 30, [5, 2, 5, 3])
     expected = in_turn(matrix(index, [5, 2, 3]), 30, HERE)
     assert [(row.query_row, row.row) for row in found] == [((5, 2, 3)[query], row) for query, row in expected]
 
 
-def test_mean_is_that_of_the_full_matrix_and_filters_and_checkpoints_hold(index: InfluenceIndex) -> None:
+def test_mean_equals_a_selection_over_the_full_matrix_with_filters_and_checkpoints(index: InfluenceIndex) -> None:
     passing = [row for row in HERE if row % 3 == 1 and row != 7]
     chosen = RowFilter(without=(7,), where=("label=1",))
     for checkpoints in (None, (1,)):
@@ -90,7 +90,7 @@ def test_mean_is_that_of_the_full_matrix_and_filters_and_checkpoints_hold(index:
         assert [(row.query_row, row.row) for row in turns] == in_turn(score_QN, 9, passing)
 
 
-def test_equal_scores_go_by_rising_row(tmp_path: Path) -> None:
+def test_equal_scores_are_ordered_by_rising_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     same = (torch.ones(5), 1)
     other = (torch.ones(5), 2)
@@ -104,7 +104,7 @@ def test_equal_scores_go_by_rising_row(tmp_path: Path) -> None:
     assert select(index, 3).rows[2] == 0
 
 
-def test_no_row_to_take_is_no_row(index: InfluenceIndex) -> None:
+def test_without_eligible_rows_the_selection_is_empty(index: InfluenceIndex) -> None:
     nothing = RowFilter(only=tuple(GONE))
     assert select(index, 3, rows=nothing) == []
     assert select(index, 3, method="mean", rows=nothing) == []
@@ -114,7 +114,7 @@ def test_no_row_to_take_is_no_row(index: InfluenceIndex) -> None:
     ("arguments", "message"),
     [((0,), "bad --n"), ((3, [QUERIES]), "query"), ((3, []), "no query"), ((3, None, "best"), "bad --method")],
 )
-def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, arguments: tuple[object, ...], message: str) -> None:
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         select(index, *arguments)  # type: ignore[arg-type]
 
@@ -125,7 +125,7 @@ def run(command: object, folder: Path, *words: str) -> Result:
     return CliRunner().invoke(command, [str(folder / "words"), *task, *words])  # type: ignore[arg-type]
 
 
-def test_the_commands_list_is_read_back_by_query(folder: Path, index: InfluenceIndex) -> None:
+def test_the_query_command_reads_the_list_that_the_command_writes(folder: Path, index: InfluenceIndex) -> None:
     listed = folder / "chosen.txt"
     result = run(select_command, folder, "--n", "9", "--ids", "0-3", "--output", str(listed))
     assert result.exit_code == 0, result.output
@@ -139,7 +139,7 @@ def test_the_commands_list_is_read_back_by_query(folder: Path, index: InfluenceI
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only" in refused.stderr
 
 
-def test_the_commands_list_of_own_ids_is_read_back_by_query(folder: Path, index: InfluenceIndex) -> None:
+def test_the_query_command_reads_a_list_with_ids_of_the_task(folder: Path, index: InfluenceIndex) -> None:
     listed = folder / "names.txt"
     words = ["--own-ids", "--n", "5", "--ids", "row-0201,row-0200", "--method", "mean", "--output", str(listed)]
     assert run(select_command, folder, *words).exit_code == 0
@@ -150,7 +150,7 @@ def test_the_commands_list_of_own_ids_is_read_back_by_query(folder: Path, index:
     assert {hit["row"] for hit in answer["proponents"] + answer["opponents"]} == set(found.rows)
 
 
-def test_the_command_writes_what_python_returns(folder: Path, index: InfluenceIndex) -> None:
+def test_the_command_writes_the_results_of_the_function(folder: Path, index: InfluenceIndex) -> None:
     result = run(select_command, folder, "--n", "6", "--format", "jsonl")
     found = select(index, 6)
     assert [json.loads(line) for line in result.stdout.splitlines()] == json.loads(json.dumps(found.lines()))

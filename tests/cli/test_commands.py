@@ -85,7 +85,7 @@ def test_exact_scores_of_every_model_equal_brute_force(case: str, tmp_path: Path
     assert np.abs(found - index.own).max() < 1e-4 * index.own.max()
 
 
-def test_answers_are_one_object_a_query_and_stdout_holds_nothing_else(digits: Built) -> None:
+def test_stdout_has_one_json_object_per_query_and_nothing_else(digits: Built) -> None:
     result = run(query_command, digits.out, "--ids", "0,2", "--train-ids", "5", "-k", 3, "--format", "jsonl")
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(a["query"], a["side"]) for a in answers] == [(0, "query"), (2, "query"), (5, "train")]
@@ -101,7 +101,7 @@ def test_answers_are_one_object_a_query_and_stdout_holds_nothing_else(digits: Bu
     assert answers[2]["proponents"][0]["id"] == 5
 
 
-def test_exactly_rescored_hits_are_the_oracles(digits: Built) -> None:
+def test_exactly_rescored_hits_equal_the_oracle(digits: Built) -> None:
     answers = answered(digits.out, "--ids", "0-2", "-k", 4, "--rerank", "exact")
     for true, answer in zip(digits.scores, answers, strict=True):
         assert [int(hit["id"]) for hit in answer["proponents"]] == [i for i in np.argsort(-true)[:4] if true[i] > 0]
@@ -109,7 +109,7 @@ def test_exactly_rescored_hits_are_the_oracles(digits: Built) -> None:
         assert all("stored_score" in hit for hit in answer["proponents"])
 
 
-def test_a_table_for_people(digits: Built) -> None:
+def test_a_table_is_printed_without_json(digits: Built) -> None:
     result = run(query_command, digits.out, "--ids", "1", "-k", 2)
     assert result.exit_code == 0
     best = answered(digits.out, "--ids", "1", "-k", 2)[0]["proponents"][0]
@@ -127,7 +127,7 @@ def test_self_influence_is_ranked_and_needs_no_task(digits: Built, tmp_path: Pat
     assert elsewhere == [{name: row[name] for name in row if name != "text"} for row in rows]
 
 
-def test_some_checkpoints(digits: Built, tmp_path: Path) -> None:
+def test_checkpoints_can_be_selected(digits: Built, tmp_path: Path) -> None:
     whole = answered(digits.out, "--ids", "0", "-k", 14, "--exact")[0]
     parts = [answered(digits.out, "--ids", "0", "-k", 14, "--exact", "--checkpoints", c)[0] for c in "01"]
     total: dict[int, float] = {}
@@ -141,7 +141,7 @@ def test_some_checkpoints(digits: Built, tmp_path: Path) -> None:
     assert all(by_id[2][i] == pytest.approx(by_id[0][i] + by_id[1][i], rel=1e-6) for i in by_id[2])
 
 
-def test_cosine_of_a_row_with_itself_is_one(digits: Built) -> None:
+def test_the_cosine_of_a_row_with_itself_is_one(digits: Built) -> None:
     hits = answered(digits.out, "--train-ids", "3,4", "-k", 14, "--cosine")
     for answer in hits:
         assert answer["proponents"][0]["id"] == answer["query"]
@@ -149,7 +149,7 @@ def test_cosine_of_a_row_with_itself_is_one(digits: Built) -> None:
         assert all(-1.001 < hit["score"] < 1.001 for hit in answer["proponents"] + answer["opponents"])
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(digits: Built, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(digits: Built, tmp_path: Path) -> None:
     out = tmp_path / "new"
     words = [str(out) if word == str(digits.out) else word for word in digits.words]
     result = run(build_command, *words, "--dry-run")
@@ -159,7 +159,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(digits: Built, tmp
     assert not out.exists()
 
 
-def test_a_build_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_build_resumes(tmp_path: Path) -> None:
     index = built("conv1d", tmp_path)
     before = answered(index.out, "--ids", "0-2", "-k", 14)
     lost = sorted((index.out / "features").glob("*.h5"))[1]
@@ -210,7 +210,7 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
         (["--ids", "0", "--task-arg", "case"], 2, ["key=value"]),
     ],
 )
-def test_queries_that_are_refused(digits: Built, words: list[str], status: int, said: list[str]) -> None:
+def test_invalid_queries_are_rejected(digits: Built, words: list[str], status: int, said: list[str]) -> None:
     files = sorted(path for path in digits.out.rglob("*"))
     result = run(query_command, digits.out, *words)
     assert result.exit_code == status
@@ -221,7 +221,7 @@ def test_queries_that_are_refused(digits: Built, words: list[str], status: int, 
     assert sorted(path for path in digits.out.rglob("*")) == files
 
 
-def test_a_query_is_refused_when_the_task_is_not_the_indexs(digits: Built, tmp_path: Path) -> None:
+def test_a_query_with_another_task_than_the_index_is_rejected(digits: Built, tmp_path: Path) -> None:
     zoo.trained("conv1d", 0, tmp_path)
     other = ["--task", f"{ZOO}:task", "--task-arg", "case=conv1d", "--task-arg", f"folder={tmp_path}"]
     result = run(query_command, digits.out, "--ids", "0", *other)
@@ -234,7 +234,7 @@ def test_a_query_is_refused_when_the_task_is_not_the_indexs(digits: Built, tmp_p
     assert "checkpoint 0 (0.pt) of digest" in result.stderr
 
 
-def test_another_build_in_the_same_directory_is_refused(digits: Built) -> None:
+def test_another_build_in_the_same_directory_is_rejected(digits: Built) -> None:
     before = {path: path.read_bytes() for path in digits.out.rglob("*") if path.is_file()}
     result = run(build_command, *digits.words, "--dim", 64, "--norms", "exact", "--seed", 1)
     assert result.exit_code == 3
@@ -242,7 +242,7 @@ def test_another_build_in_the_same_directory_is_refused(digits: Built) -> None:
     assert {path: path.read_bytes() for path in digits.out.rglob("*") if path.is_file()} == before
 
 
-def test_a_directory_with_other_files_is_refused(digits: Built, tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_rejected(digits: Built, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     words = [str(tmp_path) if word == str(digits.out) else word for word in digits.words]
     result = run(build_command, *words)
@@ -251,13 +251,13 @@ def test_a_directory_with_other_files_is_refused(digits: Built, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_no_index_there(tmp_path: Path) -> None:
+def test_a_missing_index_is_an_error(tmp_path: Path) -> None:
     result = run(query_command, tmp_path / "nothing", "--ids", "0")
     assert result.exit_code == 4
     assert "manifest.json" in result.stderr
 
 
-def test_the_scripts_run_as_scripts(digits: Built) -> None:
+def test_the_installed_scripts_run(digits: Built) -> None:
     command = [sys.executable, "query.py", str(digits.out), "--ids", "0", "-k", "1", "--format", "jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == answered(digits.out, "--ids", "0", "-k", "1")[0]
@@ -267,7 +267,7 @@ def test_the_scripts_run_as_scripts(digits: Built) -> None:
     assert "--task" in helped.stdout
 
 
-def test_many_partitions_hold_the_rows_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_partitions_store_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row buffers are filled again while files are written, here slowly: no file may hold another's rows."""
     write = FeatureStore.write
 

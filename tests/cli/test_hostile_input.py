@@ -78,14 +78,14 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
 )
-def test_words_that_ask_for_too_much_are_refused_in_a_line(folder: Path, options: tuple[str, ...], said: str) -> None:
+def test_oversized_arguments_are_rejected_in_one_line(folder: Path, options: tuple[str, ...], said: str) -> None:
     result = ask(folder, *options)
     line = result.stderr.splitlines()[-1]
     assert (result.exit_code, result.stdout) == (2, ""), result.stderr
     assert said in line and len(line) < 300
 
 
-def test_ranges_are_the_rows_that_they_name_each_once() -> None:
+def test_overlapping_ranges_select_each_row_once() -> None:
     found = IdRanges().convert("5-7,0,6-9", None, None)
     assert found.expand(10, "bad") == (5, 6, 7, 0, 8, 9)  # type: ignore[union-attr]
     assert CheckpointRanges().convert("1,0-1", None, None) == (1, 0)
@@ -97,7 +97,7 @@ def test_ranges_are_the_rows_that_they_name_each_once() -> None:
 
 @pytest.mark.parametrize("digits", [100, 5000])
 @pytest.mark.parametrize("option", ["-k", "--candidates", "--batch-size", "--seed", "--dim"])
-def test_numbers_of_many_digits_end_in_a_line(folder: Path, option: str, digits: int) -> None:
+def test_numbers_with_many_digits_are_rejected_in_one_line(folder: Path, option: str, digits: int) -> None:
     result = ask(folder, "--ids", "0", option, "9" * digits)
     assert result.exit_code in (1, 2, 3) or (result.exit_code == 0 and option in ("-k", "--candidates", "--batch-size"))
     assert "Traceback" not in result.stderr and "internal error" not in result.stderr
@@ -122,7 +122,7 @@ def test_numbers_of_many_digits_end_in_a_line(folder: Path, option: str, digits:
     ],
     ids=range(12),
 )
-def test_config_files_that_are_deep_or_large_are_refused_in_a_line(folder: Path, text: str, said: str) -> None:
+def test_deep_or_large_config_files_are_rejected_in_one_line(folder: Path, text: str, said: str) -> None:
     path = folder / "deep.toml"
     path.write_text(text)
     result = ask(folder, "--config", path)
@@ -130,7 +130,9 @@ def test_config_files_that_are_deep_or_large_are_refused_in_a_line(folder: Path,
     assert said in result.stderr and "deep.toml" in result.stderr and len(result.stderr) < 600
 
 
-def test_ids_from_another_command_and_from_a_fifo_that_nobody_writes(folder: Path, tmp_path: Path) -> None:
+def test_ids_are_read_from_another_command_and_a_fifo_without_a_writer_is_rejected(
+    folder: Path, tmp_path: Path
+) -> None:
     plain = ask(folder, "--ids", "1,3-4", "-k", 2, "--format", "jsonl").stdout
     given = words(folder, "-k", 2, "--format", "jsonl", "-q")
     done = shell('"$@" --ids @<(sleep 0.2; echo 1; echo 3-4)', *given)
@@ -174,7 +176,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("become", [fifo, device, directory], ids=lambda become: become.__name__)
 @pytest.mark.parametrize("name", FILES)
-def test_no_command_waits_for_what_is_no_file(
+def test_no_command_waits_for_a_path_that_is_not_a_file(
     folder: Path, copied: Path, name: str, become: Callable[[Path], None]
 ) -> None:
     path = FILES[name](copied, Manifest.read(copied))
@@ -198,7 +200,7 @@ def test_no_command_waits_for_what_is_no_file(
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("become", [fifo, device], ids=lambda become: become.__name__)
-def test_a_checkpoint_that_is_no_file_is_refused(tmp_path: Path, become: Callable[[Path], None]) -> None:
+def test_a_checkpoint_that_is_not_a_file_is_rejected(tmp_path: Path, become: Callable[[Path], None]) -> None:
     task = toy(tmp_path)
     become(tmp_path / "checkpoint1.pt")
     with pytest.raises(CheckpointError, match=r"checkpoint1.pt is not a file: got (a FIFO|a device), expected"):

@@ -34,7 +34,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def test_what_is_visible_is_one_line_that_changes_no_terminal() -> None:
+def test_visible_text_is_one_line_without_terminal_controls() -> None:
     for text, shown in SIGNS.items():
         assert escape_control(text) == shown
     assert escape_control("naïve ✓ 😀 א") == "naïve ✓ 😀 א"
@@ -42,7 +42,7 @@ def test_what_is_visible_is_one_line_that_changes_no_terminal() -> None:
     assert escape_control("a\tb\nc", "\n\t") == "a\tb\nc"
 
 
-def test_tables_show_escapes_of_texts_and_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_escape_control_characters_in_text_and_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     answers, ranked = ask(folder, "--ids", f"0-{QUERIES - 1}", "-k", N).stdout, ask(folder, "--self-influence").stdout
     assert not RAW.search(answers) and not RAW.search(ranked)
@@ -50,7 +50,7 @@ def test_tables_show_escapes_of_texts_and_ids(folder: Path, monkeypatch: pytest.
         assert shown in answers
 
 
-def test_no_line_of_a_manifest_reaches_the_terminal_raw(folder: Path, copied: Path) -> None:
+def test_text_of_a_manifest_is_escaped_on_a_terminal(folder: Path, copied: Path) -> None:
     manifest = Manifest.read(copied)
     forged = json.loads((copied / "manifest.json").read_text())
     forged["index"]["reason"] = "\x1b]0;owned\x07\u202eflat\nrows        7"
@@ -85,11 +85,11 @@ def test_no_line_of_a_manifest_reaches_the_terminal_raw(folder: Path, copied: Pa
         ("", ""),
     ],
 )
-def test_cells_that_a_spreadsheet_would_run_are_guarded(text: str, cell: str) -> None:
+def test_cells_that_a_spreadsheet_would_evaluate_are_escaped(text: str, cell: str) -> None:
     assert guard_formula(text) == cell
 
 
-def test_csv_guards_texts_unless_told_not_to(folder: Path, tmp_path: Path) -> None:
+def test_csv_escapes_text_unless_the_option_disables_it(folder: Path, tmp_path: Path) -> None:
     asked = ("--ids", f"0-{QUERIES - 1}", "-k", N)
     for more, guards in (((), True), (("--csv-raw",), False)):
         assert ask(folder, *asked, *more, "--output", tmp_path / "a.csv").exit_code == 0
@@ -130,7 +130,7 @@ def test_every_format_is_written_in_every_locale(folder: Path, tmp_path: Path) -
     assert r"lone \ud800" in (tmp_path / "ascii.csv").read_text(encoding="utf-8")
 
 
-def test_lone_surrogates_stop_neither_frames_nor_columns(folder: Path) -> None:
+def test_lone_surrogates_are_accepted_in_frames_and_columns(folder: Path) -> None:
     index = InfluenceIndex.open(folder / "index", hostile_task(folder), device="cpu")
     answers = index.query(range(QUERIES), options=QueryOptions(k=N))
     assert r"lone \ud800" in set(answers.to_pandas()["text"])
@@ -142,7 +142,7 @@ def test_lone_surrogates_stop_neither_frames_nor_columns(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [("--ids", "0-6"), ("--self-influence",)], ids=lambda asked: asked[0])
-def test_pages_hold_no_control_character_and_say_what_was_there(
+def test_pages_contain_escapes_in_place_of_control_characters(
     folder: Path, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     path = tmp_path / "page.html"

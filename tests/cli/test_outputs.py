@@ -55,7 +55,7 @@ def results(folder: Path) -> str:
     return ask(folder, "--ids", "0", "-k", 2, "--format", "jsonl").stdout
 
 
-def test_a_link_is_written_through_and_stays_a_link(folder: Path, tmp_path: Path) -> None:
+def test_a_result_is_written_through_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     target, link, chain = tmp_path / "real" / "a.jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     link.symlink_to("real/a.jsonl")
@@ -78,7 +78,7 @@ def test_a_link_is_written_through_and_stays_a_link(folder: Path, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "page.html", "real"]
 
 
-def test_links_in_a_circle_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_circular_links_are_rejected(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to("b.jsonl")
     (tmp_path / "b.jsonl").symlink_to("a.jsonl")
     result = ask(folder, "--ids", "0", "--output", tmp_path / "a.jsonl")
@@ -103,7 +103,7 @@ def test_a_fifo_is_written_to(folder: Path, tmp_path: Path, form: str) -> None:
         assert copy.stat().st_size > 0
 
 
-def test_devices_and_directories(folder: Path, tmp_path: Path) -> None:
+def test_devices_are_written_to_and_directories_are_rejected(folder: Path, tmp_path: Path) -> None:
     before = os.stat("/dev/null")
     for where in (("--output", "/dev/null", "--format", "jsonl"), ("--html", "/dev/null")):
         result = ask(folder, "--ids", "0", *where)
@@ -148,7 +148,9 @@ def started(path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_what_a_killed_query_left_is_swept_by_the_next_to_the_same_file(folder: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_query_are_removed_by_the_next_query_to_the_same_file(
+    folder: Path, tmp_path: Path
+) -> None:
     mine, other = tmp_path / "a.csv", tmp_path / "b.csv"
     foreign = tmp_path / ".tracin-tmp-notes"
     foreign.write_text("the user's own")
@@ -169,7 +171,7 @@ def test_what_a_killed_query_left_is_swept_by_the_next_to_the_same_file(folder: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_query_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_query_leaves_no_files(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     path = tmp_path / "a.csv"
     given = words(folder, "--train-ids", "0-39", "--exact", "-k", "1", "--batch-size", "1", "--output", path)
     # Where the tests run in a shell's background, SIGINT is ignored, and by what they start.

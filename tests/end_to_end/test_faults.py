@@ -121,7 +121,9 @@ def name_place(place: str) -> Iterator[None]:
 
 @every_command
 @every_kind
-def test_killed_or_without_power_it_is_the_old_or_the_new_and_goes_on(root: Path, kind: str, name: str) -> None:
+def test_after_a_kill_or_power_loss_the_index_is_the_old_or_the_new_one_and_the_command_resumes(
+    root: Path, kind: str, name: str
+) -> None:
     expected = reference(kind, name)
     found = states(expected.command, root, LOSSES, seed=1)
     for label, tree in sample(found, seed=len(found)):
@@ -134,7 +136,7 @@ def test_killed_or_without_power_it_is_the_old_or_the_new_and_goes_on(root: Path
 
 @every_command
 @every_kind
-def test_what_is_finished_outlives_a_loss_of_power(root: Path, kind: str, name: str) -> None:
+def test_finished_work_survives_a_power_loss(root: Path, kind: str, name: str) -> None:
     expected, random = reference(kind, name), Random(2)
     with watch_command(expected.command, root) as watch:
         expected.command.at(root)
@@ -148,7 +150,7 @@ def test_what_is_finished_outlives_a_loss_of_power(root: Path, kind: str, name: 
 
 @every_command
 @every_kind
-def test_killed_and_gone_on_with_it_outlives_a_loss_of_power(root: Path, kind: str, name: str) -> None:
+def test_a_resumed_command_survives_a_power_loss(root: Path, kind: str, name: str) -> None:
     """The second run must fsync what the first run wrote without fsync."""
     expected, random = reference(kind, name), Random(3)
     with watch_command(expected.command, root) as watch:
@@ -168,7 +170,7 @@ def test_killed_and_gone_on_with_it_outlives_a_loss_of_power(root: Path, kind: s
 
 @every_command
 @every_kind
-def test_a_call_that_fails_is_told_in_a_line_and_leaves_the_old_or_the_new(
+def test_a_failed_call_is_reported_in_one_line_and_leaves_the_old_or_the_new_index(
     root: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = reference(kind, name)
@@ -207,9 +209,7 @@ def test_a_file_that_cannot_be_mapped_is_named_and_not_reported_as_damaged(root:
 
 @every_kind
 @pytest.mark.parametrize("harmed", ["features-000001-0001.h5", "canaries.h5", MANIFEST])
-def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_else(
-    root: Path, kind: str, harmed: str
-) -> None:
+def test_a_killed_repair_run_again_leaves_the_index_and_no_other_files(root: Path, kind: str, harmed: str) -> None:
     expected = reference(kind, "remove")
     disk.write(expected.command.start, root)
     (path,) = (path for path in (root / OUT).rglob(harmed) if path.parent != root / OUT)

@@ -30,7 +30,7 @@ def test_every_reader_is_fuzzed(readers: dict[str, fuzz.Reader]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_altered_files_are_taken_or_refused(readers: dict[str, fuzz.Reader], name: str) -> None:
+def test_altered_files_are_read_or_rejected(readers: dict[str, fuzz.Reader], name: str) -> None:
     assert fuzz.failures(name, readers[name], range(CASES)) == []
 
 

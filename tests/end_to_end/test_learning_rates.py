@@ -66,7 +66,7 @@ def true_scores(gradients):
 
 
 @pytest.mark.parametrize("options", [QueryOptions(exact=True), QueryOptions(rerank="exact", candidates=40)])
-def test_exact_scores_are_the_oracles(index, gradients, options):
+def test_exact_scores_equal_the_oracle(index, gradients, options):
     expected = true_scores(gradients)
     for answer in index.query(range(5), options=replace(options, k=40)):
         hits = [*answer.proponents, *answer.opponents]
@@ -88,7 +88,7 @@ def test_stored_features_cosines_and_error_bars_are_numbers(index):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_self_influence_is_the_oracles(index, gradients, exact):
+def test_self_influence_equals_the_oracle(index, gradients, exact):
     expected = sum(rate * grads.square().sum(1) for rate, grads in zip(RATES, gradients[1], strict=True))
     found = index.self_influence(exact=exact)
     assert_close([row.score for row in found], expected[[row.row for row in found]])

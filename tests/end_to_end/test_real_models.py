@@ -204,7 +204,7 @@ def task_of(case: Real, folder: Path) -> tuple[Task, nn.Module, list[Any]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("name", CASES)
-def test_exact_scores_of_a_build_of_1000_rows_are_autograds(name, tmp_path):
+def test_exact_scores_of_a_build_of_1000_rows_equal_autograd(name, tmp_path):
     case = CASES[name]
     task, model, rows = task_of(case, tmp_path)
     build(task, tmp_path / "index", BuildConfig(dim=256, device="cpu"))

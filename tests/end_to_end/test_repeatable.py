@@ -92,7 +92,7 @@ def answers(out: Path, task: Task) -> list[list[tuple[Any, float]]]:
     return [[(hit.id, hit.score) for hit in (*a.proponents, *a.opponents)] for each in found for a in each]
 
 
-def test_builds_are_the_same_to_the_bit_whatever_the_clock_and_the_memory_say(task, tmp_path, monkeypatch):
+def test_builds_are_bit_identical_for_any_measured_times_and_free_memory(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "plain", CONFIG)
     expected, said = content(tmp_path / "plain"), answers(tmp_path / "plain", task())
     times = set()
@@ -110,7 +110,7 @@ def test_builds_are_the_same_to_the_bit_whatever_the_clock_and_the_memory_say(ta
     assert len(times) == 4, "the clock was not disturbed"
 
 
-def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypatch):
+def test_appends_give_the_same_index_as_one_build(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "fresh", CONFIG)
     said, settings = answers(tmp_path / "fresh", task()), []
     for seed, begun_with in enumerate((N_ROWS, 5, 300, 650)):
@@ -149,7 +149,7 @@ def test_either_order_of_reading_gives_the_same_files(task, tmp_path, monkeypatc
     assert content(tmp_path / "False") == content(tmp_path / "True")
 
 
-def test_the_choice_is_recorded_before_the_first_row_and_kept_after_a_kill(task, tmp_path, monkeypatch):
+def test_the_batch_size_is_recorded_before_the_first_row_and_reused_after_a_kill(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "plain", CONFIG)
     out = tmp_path / "killed" / "index"
     with Watch(out.parent) as watch:

@@ -48,7 +48,7 @@ def true_scores(situation, task, rows):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
+def test_exact_scores_of_a_build_equal_autograd(name, tmp_path):
     situation = SITUATIONS[name]
     task, rows = task_of(situation, tmp_path)
     true_QN = true_scores(situation, task, rows)
@@ -84,7 +84,7 @@ def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
         ("a 0-dim parameter, control flow", {RULE, FORWARD}),
     ],
 )
-def test_each_uses_the_fastest_gradient_method_that_is_right(name, steps, tmp_path):
+def test_each_situation_uses_the_fastest_correct_gradient_method(name, steps, tmp_path):
     task, _ = task_of(SITUATIONS[name], tmp_path)
     planned = plan(task, tmp_path / "out", CONFIG).gradients
     assert {step.name for step in planned.steps.values()} == steps, planned.steps

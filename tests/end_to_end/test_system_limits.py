@@ -70,7 +70,7 @@ def descriptors(n: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_without_descriptors_nothing_is_damaged(index: Path, made: tuple[Path, Task]) -> None:
+def test_without_file_descriptors_no_file_is_damaged(index: Path, made: tuple[Path, Task]) -> None:
     """At any number of free descriptors, an operation fails with EMFILE or succeeds."""
     before = held(index)
     verify(index)
@@ -173,7 +173,7 @@ def test_a_system_error_is_found_behind_another_error() -> None:
         raise PermissionError(errno.EACCES, "no")
 
 
-def test_canaries_are_kept_if_descriptors_run_out(index: Path, made: tuple[Path, Task]) -> None:
+def test_canaries_stay_if_descriptors_run_out(index: Path, made: tuple[Path, Task]) -> None:
     manifest = Manifest.read(index)
     own = generation_folder(index, manifest.generation)
     with descriptors(0), pytest.raises(OSError, match="Too many open files"):

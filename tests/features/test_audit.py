@@ -53,7 +53,7 @@ def stored(directory: Path) -> np.ndarray:
     return index.view().take(range(len(index)))
 
 
-def test_the_most_uneven_batch_is_audited_whatever_is_drawn(task, tmp_path, monkeypatch):
+def test_the_most_uneven_batch_is_always_audited(task, tmp_path, monkeypatch):
     with monkeypatch.context() as planted:
         plant(planted, lambda ids: LONG in ids, "second.weight")
         with pytest.raises(
@@ -134,7 +134,7 @@ def test_old_rows_are_audited_beside_new_ones(task, tmp_path, monkeypatch):
     assert {checkpoint for _, checkpoint in asked} == {0, 1}
 
 
-def test_a_wrong_row_of_the_existing_index_is_reported_and_its_file_is_kept(task, tmp_path):
+def test_a_wrong_row_of_the_existing_index_is_reported_and_its_file_stays(task, tmp_path):
     short = replace(task, train_data=lambda: ragged(N)[:130])
     build(short, tmp_path / "i", SMALL)
     alter(tmp_path / "i", range(80))
@@ -168,7 +168,7 @@ def test_files_of_a_killed_run_are_audited_by_the_next(task, tmp_path, monkeypat
     assert (made.manifest.audit.rows, made.uneven) == (N_DRAWN, None)
 
 
-def test_nothing_is_audited_where_nothing_was_computed_for_a_finished_index(task, tmp_path, monkeypatch):
+def test_an_unchanged_finished_index_is_not_audited(task, tmp_path, monkeypatch):
     before = build(task, tmp_path / "i", SMALL).manifest
     monkeypatch.setattr(Auditor, "audit", interrupt)
     made = build(task, tmp_path / "i", replace(SMALL, rebuild_index=True)).manifest

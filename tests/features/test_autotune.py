@@ -238,7 +238,7 @@ def test_gradient_methods_are_reused_when_a_checkpoint_is_loaded_again(tmp_path)
 @pytest.mark.parametrize(
     ("text", "size"), [("512MB", 512_000_000), ("8G", 8 * 10**9), ("1.5 gb", 1_500_000_000), ("4096", 4096)]
 )
-def test_sizes_are_read(text, size):
+def test_memory_sizes_are_parsed(text, size):
     assert MemorySize().convert(text, None, None) == size
 
 
@@ -246,7 +246,7 @@ def test_sizes_are_read(text, size):
     ("limit", "used", "left"),
     [("1000", "400", 600), ("max", "400", sys.maxsize), ("100", "400", 0), (None, "1", sys.maxsize)],
 )
-def test_the_memory_limit_of_a_container_counts(limit, used, left, tmp_path):
+def test_the_memory_limit_of_a_container_is_used(limit, used, left, tmp_path):
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text(used + "\n")

@@ -51,7 +51,7 @@ def collect_gradients(engine, batch):
 
 @pytest.mark.parametrize("name", models.CASES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_parameter_of_every_model_has_autograds_gradient(name, seed, device):
+def test_gradients_of_every_parameter_of_every_model_equal_autograd(name, seed, device):
     model, case, examples = models.made(name, seed)
     truth = oracle.gradients(model, case.loss, examples)
     engine = make_engine(model, case, examples, device)

@@ -62,14 +62,14 @@ def answers(directory: Path, task: Task, search: str = "scan") -> list:
     return [[(h.id, round(h.score, 5)) for h in (*a.proponents, *a.opponents)] for a in found]
 
 
-def test_a_whole_index_is_said_to_be_whole(index: Path) -> None:
+def test_an_intact_index_is_reported_as_intact(index: Path) -> None:
     result = CliRunner().invoke(verify_command, [str(index)])
     n_files = len(files(index)) - 1  # the manifest's copy is counted with it
     assert (result.exit_code, verify(index).files) == (0, n_files)
     assert f"{n_files} files, " in result.output and "all intact" in result.output
 
 
-def test_every_byte_that_is_flipped_is_found_in_its_file(index: Path) -> None:
+def test_every_flipped_byte_is_found_in_its_file(index: Path) -> None:
     random = np.random.default_rng(0)
     paths = files(index)
     for case in range(80):
@@ -95,7 +95,7 @@ def _same_json(before: bytes, after: bytes) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["gone", "empty", "cut", "longer"])
-def test_missing_and_cut_files_are_found_and_made_anew(made: tuple[Path, Task], index: Path, harm: str) -> None:
+def test_missing_and_truncated_files_are_found_and_rebuilt(made: tuple[Path, Task], index: Path, harm: str) -> None:
     expected = answers(*made)
     for path in [path for path in files(index) if path.name != "removed.npy"]:
         content = path.read_bytes()
@@ -115,7 +115,7 @@ def test_missing_and_cut_files_are_found_and_made_anew(made: tuple[Path, Task], 
             path.write_bytes(content)
 
 
-def test_a_repair_that_finds_no_damage_sweeps_what_a_killed_one_left(index: Path) -> None:
+def test_a_repair_without_damage_removes_leftovers_of_a_killed_one(index: Path) -> None:
     whole = files(index)
     for left in (index / "generation-000009" / "canaries.h5", index / UNFINISHED_INDEX / "ivf.faiss"):
         left.parent.mkdir()
@@ -135,7 +135,7 @@ def test_swapped_feature_files_are_found(index: Path) -> None:
     assert {damage.path for damage in verify(index).damage} == {one, other}
 
 
-def test_a_damaged_block_is_named_by_its_rows(index: Path) -> None:
+def test_the_rows_of_a_damaged_block_are_named(index: Path) -> None:
     path = sorted((index / "features").iterdir())[0]
     content = bytearray(path.read_bytes())
     stored = InfluenceIndex.open(index).view().take([0])[:, :4].tobytes()[:8]
@@ -148,7 +148,7 @@ def test_a_damaged_block_is_named_by_its_rows(index: Path) -> None:
 
 
 @pytest.mark.parametrize("search", ["scan", "lists"])
-def test_a_query_refuses_features_that_rotted_and_answers_after_repair(
+def test_a_query_rejects_damaged_features_and_answers_after_repair(
     made: tuple[Path, Task], index: Path, search: str
 ) -> None:
     if search == "lists" and Manifest.read(index).index.kind == "flat":
@@ -169,7 +169,7 @@ def test_a_query_refuses_features_that_rotted_and_answers_after_repair(
 
 
 @pytest.mark.parametrize("name", ["sqnorm", "exponent", "loss"])
-def test_self_influence_refuses_columns_that_rotted(made: tuple[Path, Task], index: Path, name: str) -> None:
+def test_self_influence_rejects_damaged_columns(made: tuple[Path, Task], index: Path, name: str) -> None:
     path = sorted((index / "features").iterdir())[1]
     with h5py.File(path) as file:
         place = file[name].id.get_offset() + 1
@@ -180,7 +180,7 @@ def test_self_influence_refuses_columns_that_rotted(made: tuple[Path, Task], ind
         InfluenceIndex.open(index, made[1]).self_influence(5)
 
 
-def test_damage_of_many_files_is_mended_at_once_by_the_command(made: tuple[Path, Task], index: Path) -> None:
+def test_the_command_repairs_many_damaged_files_at_once(made: tuple[Path, Task], index: Path) -> None:
     hurt = [path for path in files(index) if path.name != "removed.npy"][::3]
     for path in hurt:
         path.write_bytes(path.read_bytes()[:-5])
@@ -192,7 +192,7 @@ def test_damage_of_many_files_is_mended_at_once_by_the_command(made: tuple[Path,
     assert verify(index).damage == () and answers(index, made[1]) == answers(*made)
 
 
-def test_lost_removals_are_not_forgotten(made: tuple[Path, Task], index: Path) -> None:
+def test_removed_rows_stay_removed_if_their_list_is_lost(made: tuple[Path, Task], index: Path) -> None:
     (path,) = index.rglob("removed.npy")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedIndexError, match=r"removed.npy cannot be rebuilt.*restore that file"):
@@ -201,12 +201,14 @@ def test_lost_removals_are_not_forgotten(made: tuple[Path, Task], index: Path) -
         InfluenceIndex.open(index, made[1])
 
 
-def test_a_directory_that_is_no_index_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_an_index_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DamagedIndexError, match="manifest.json: got no file"):
         verify(tmp_path)
 
 
-def test_damaged_lists_never_reach_faiss(made: tuple[Path, Task], index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_lists_are_rejected_before_faiss_reads_them(
+    made: tuple[Path, Task], index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = list(index.rglob("ivf.faiss"))
     if not found:
         pytest.skip("a flat index has no lists")
@@ -219,7 +221,7 @@ def test_damaged_lists_never_reach_faiss(made: tuple[Path, Task], index: Path, m
         InfluenceIndex.open(index, made[1])
 
 
-def test_lists_of_other_rows_are_found_though_their_digests_agree(made: tuple[Path, Task], index: Path) -> None:
+def test_lists_of_other_rows_with_matching_digests_are_found(made: tuple[Path, Task], index: Path) -> None:
     manifest = Manifest.read(index)
     if manifest.index.kind == "flat":
         pytest.skip("a flat index has no lists")
@@ -263,7 +265,7 @@ def test_a_damaged_manifest_is_restored_from_its_copy(made: tuple[Path, Task], i
     assert (index / MANIFEST).read_bytes() == before
 
 
-def test_a_flipped_list_of_removed_rows_is_not_built_upon(made: tuple[Path, Task], index: Path) -> None:
+def test_a_build_rejects_a_damaged_list_of_removed_rows(made: tuple[Path, Task], index: Path) -> None:
     (path,) = index.rglob("removed.npy")
     content = bytearray(path.read_bytes())
     content[-8] ^= 1
@@ -275,7 +277,7 @@ def test_a_flipped_list_of_removed_rows_is_not_built_upon(made: tuple[Path, Task
         build(grown, index, replace(CONFIG, index=Manifest.read(index).index.kind, partition_rows=128, append=True))
 
 
-def test_a_build_does_not_start_over_where_the_manifest_is_lost(made: tuple[Path, Task], index: Path) -> None:
+def test_a_build_does_not_restart_if_the_manifest_is_lost(made: tuple[Path, Task], index: Path) -> None:
     (index / MANIFEST).unlink()
     with pytest.raises(DamagedIndexError, match="manifest.json: got no file.*tracin-verify --repair"):
         build(made[1], index, replace(CONFIG, partition_rows=128))
@@ -283,7 +285,7 @@ def test_a_build_does_not_start_over_where_the_manifest_is_lost(made: tuple[Path
     assert InfluenceIndex.open(index, made[1]).removed.tolist() == [3, 200]
 
 
-def test_an_older_generations_manifest_is_not_taken_for_a_lost_one(made: tuple[Path, Task], index: Path) -> None:
+def test_a_lost_manifest_is_not_replaced_by_that_of_an_older_generation(made: tuple[Path, Task], index: Path) -> None:
     reader = InfluenceIndex.open(index, made[1])
     manifest = remove(index, [7])
     for place in (index, index / f"generation-{manifest.generation:06d}"):
@@ -293,7 +295,7 @@ def test_an_older_generations_manifest_is_not_taken_for_a_lost_one(made: tuple[P
     assert len(reader) == N
 
 
-def test_damaged_rows_are_not_made_anew_by_another_loss(made: tuple[Path, Task], index: Path) -> None:
+def test_damaged_rows_are_not_recomputed_with_another_loss(made: tuple[Path, Task], index: Path) -> None:
     path = sorted((index / "features").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-1])
     other = replace(made[1], loss=lambda model, batch: 2 * made[1].loss(model, batch))
@@ -304,7 +306,7 @@ def test_damaged_rows_are_not_made_anew_by_another_loss(made: tuple[Path, Task],
     assert verify(index).damage == ()
 
 
-def test_a_build_asked_for_again_makes_damaged_canaries_anew(made: tuple[Path, Task], index: Path) -> None:
+def test_a_repeated_build_rebuilds_damaged_canaries(made: tuple[Path, Task], index: Path) -> None:
     (path,) = index.rglob("canaries.h5")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -313,7 +315,7 @@ def test_a_build_asked_for_again_makes_damaged_canaries_anew(made: tuple[Path, T
     assert verify(index).damage == ()
 
 
-def test_no_writer_slips_in_between_what_repair_removes_and_makes_anew(made: tuple[Path, Task], index: Path) -> None:
+def test_repair_locks_out_other_writers_from_removal_to_rebuild(made: tuple[Path, Task], index: Path) -> None:
     hurt = [sorted((index / "features").iterdir())[0], *index.rglob("canaries.h5")]
     for path in hurt:
         path.write_bytes(path.read_bytes()[:-9])

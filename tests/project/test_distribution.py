@@ -71,13 +71,13 @@ def project() -> dict[str, Any]:
     return PYPROJECT["project"]
 
 
-def test_the_wheel_holds_the_library_and_nothing_else(made: Made) -> None:
+def test_the_wheel_contains_only_the_library(made: Made) -> None:
     held = {name for name in made.in_wheel() if ".dist-info/" not in name}
     assert held == {name for name in made.files if name.startswith("tracin_ann/")}
     assert {"tracin_ann/py.typed", "tracin_ann/cli/query.py"} <= held
 
 
-def test_the_sdist_holds_what_runs_its_tests(made: Made) -> None:
+def test_the_sdist_contains_everything_that_its_tests_need(made: Made) -> None:
     held = made.in_sdist()
     needed = ("tracin_ann/", "tests/", "docs/", "examples/", "benchmarks/", "scripts/")
     assert {name for name in made.files if name.startswith(needed)} - held == set()
@@ -85,7 +85,7 @@ def test_the_sdist_holds_what_runs_its_tests(made: Made) -> None:
     assert {"build_index.py", "query.py"} <= held
 
 
-def test_the_metadata_is_the_projects(made: Made, project: dict[str, Any]) -> None:
+def test_the_metadata_equals_that_of_the_project(made: Made, project: dict[str, Any]) -> None:
     (name,) = (name for name in made.in_wheel() if name.endswith(".dist-info/METADATA"))
     with zipfile.ZipFile(made.wheel) as archive:
         said = message_from_bytes(archive.read(name))
@@ -101,7 +101,9 @@ def test_the_metadata_is_the_projects(made: Made, project: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-def test_what_is_installed_works_on_its_own(made: Made, project: dict[str, Any], tmp_path: Path) -> None:
+def test_the_installed_package_works_without_the_repository(
+    made: Made, project: dict[str, Any], tmp_path: Path
+) -> None:
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     paths = {name: sysconfig.get_path(name) for name in ("purelib", "platlib")}

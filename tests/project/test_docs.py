@@ -138,13 +138,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return place, folder / "kept"
 
 
-def test_the_start_runs(started: tuple[Path, Path]) -> None:
+def test_the_quick_start_runs(started: tuple[Path, Path]) -> None:
     assert (started[1] / "runs/mine/manifest.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES)
-def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
+def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
     # In the start's own place, anew for each page: an index knows its task's file by its whole path.
     place, kept = started
     shutil.rmtree(place)
@@ -154,13 +154,13 @@ def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
-def test_tables_are_those_of_the_result_files(page: str) -> None:
+def test_tables_equal_the_result_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     # If not: python -m benchmarks.tables, with the page's name.
     assert fill_tables(text) == text
 
 
-def test_what_is_not_run_says_why_and_is_little() -> None:
+def test_blocks_that_are_not_run_are_few_and_have_a_reason() -> None:
     marked = {
         f"{page}:{block.line}": block.title.removeprefix(documents.NOT_RUN)
         for page in PAGES
@@ -171,7 +171,7 @@ def test_what_is_not_run_says_why_and_is_little() -> None:
     assert len(marked) <= MOST_NOT_RUN, marked
 
 
-def test_every_command_is_run_or_says_that_it_is_not() -> None:
+def test_every_command_is_run_or_marked_as_not_run() -> None:
     shells = ("bash", "sh", "shell")
     loose = [f"{p}:{b.line}" for p in PAGES for b in page_blocks(p) if b.language in shells and b.is_run]
     assert loose == []

@@ -49,14 +49,16 @@ SMALL = [
     ("name", "rows", "said"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else [], id=case[0]) for case in SMALL],
 )
-def test_the_examples_answer_and_report(
+def test_the_examples_print_answers_and_write_reports(
     name: str, rows: str, said: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
     _answered(capsys.readouterr().out, said)
 
 
-def test_the_table_answers_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_example_prints_answers_and_writes_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tabular.main(["--out", str(tmp_path)])
     _answered(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
 
@@ -113,7 +115,7 @@ def test_the_stored_features_recall_true_tracin(cnn: Mnist) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("mnist")
-def test_exact_rescoring_recalls_nearly_all(cnn: Mnist) -> None:
+def test_exact_rescoring_has_a_recall_close_to_one(cnn: Mnist) -> None:
     proponents, opponents = cnn.recall(QueryOptions(k=K, rerank="exact", candidates=200))
     assert proponents >= 0.99
     assert opponents >= 0.99
@@ -133,7 +135,7 @@ def test_inverted_lists_recall_the_scan_on_real_features(cnn: Mnist) -> None:
         assert given.rows_scored.mean() <= 0.15 * ROWS  # the centroids alone are some 6% of so few rows
 
 
-def test_torchvisions_files_are_read(tmp_path: Path) -> None:
+def test_files_of_torchvision_are_read(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)

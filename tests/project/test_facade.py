@@ -23,11 +23,11 @@ def last_line(code: str, **environment: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_the_import_alone_is_cheap() -> None:
+def test_the_import_loads_nothing_heavy() -> None:
     assert last_line("import tracin_ann; dir(tracin_ann); tracin_ann.TracinAnnError") == "[]"
 
 
-def test_help_of_every_command_is_cheap() -> None:
+def test_help_of_every_command_loads_nothing_heavy() -> None:
     code = "\n".join(
         f"import {place}\ntry: {place}.main(['--help'])\nexcept SystemExit as end: assert not end.code"
         for place in (target.partition(":")[0] for target in SCRIPTS.values())

@@ -179,12 +179,12 @@ def test_every_room_has_one_floor() -> None:
 
 
 @every_module
-def test_other_packages_are_imported_by_their_face(module: Module) -> None:
+def test_other_packages_are_imported_through_their_init(module: Module) -> None:
     assert behind_the_face(module) == []
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS - {"cli"}))
-def test_a_package_has_a_caption_and_a_face(room: str) -> None:
+def test_every_package_has_a_caption_and_public_names(room: str) -> None:
     (face,) = [m for m in MODULES if m.name == (PACKAGE if room == "__init__" else f"{PACKAGE}.{room}")]
     if face.path.name == "__init__.py":
         (public,) = [
@@ -196,7 +196,7 @@ def test_a_package_has_a_caption_and_a_face(room: str) -> None:
         assert names == sorted(set(names)), f"__all__ of {face.name} is sorted, each name once"
 
 
-def test_no_import_circle() -> None:
+def test_imports_are_not_circular() -> None:
     assert circles(MODULES) == []
 
 
@@ -206,7 +206,7 @@ def test_imports_go_down(module: Module) -> None:
 
 
 @every_module
-def test_first_line_says_what_the_module_owns(module: Module) -> None:
+def test_the_first_line_of_a_module_is_its_caption(module: Module) -> None:
     docstring = ast.get_docstring(module.tree, clean=False)
     assert docstring and docstring.splitlines()[0].strip(), f"{module.path} has no docstring that begins on its line 1"
 
@@ -226,7 +226,7 @@ def test_only_the_commands_print(module: Module) -> None:
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_optional_packages_have_one_door(package: str) -> None:
+def test_every_optional_package_is_imported_in_one_module(package: str) -> None:
     importers = [m for m in MODULES if any(name.split(".")[0] == package for _, name in imports(m, ROOMS))]
     assert len(importers) <= 1, f"{package} is imported by {[m.name for m in importers]}; keep one"
     for module in importers:
@@ -239,7 +239,7 @@ def test_optional_packages_have_one_door(package: str) -> None:
 
 
 @every_module
-def test_faiss_comes_through_device(module: Module) -> None:
+def test_faiss_is_imported_by_device_only(module: Module) -> None:
     lines = [line for line, name in imports(module, ROOMS) if name == "faiss"]  # its submodules may be imported after
     assert module.room == "device" or lines == [], f"{module.path} imports faiss; call device.import_faiss()"
 
@@ -265,7 +265,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "source", "expected"), CASES)
-def test_the_checker_sees_it(tmp_path: Path, path: str, source: str, expected: str | None) -> None:
+def test_the_checker_detects_violations(tmp_path: Path, path: str, source: str, expected: str | None) -> None:
     file = tmp_path / PACKAGE / path
     file.parent.mkdir(parents=True)
     file.write_text(source, encoding="utf-8")

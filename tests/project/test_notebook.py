@@ -40,7 +40,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {cell.source.splitlines()[-1]: cell.outputs for cell in cells}
 
 
-def test_it_is_kept_without_outputs() -> None:
+def test_the_notebook_is_stored_without_outputs() -> None:
     book = nbformat.read(PATH, as_version=4)
     nbformat.validate(book)
     assert [cell for cell in book.cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)] == []
@@ -49,7 +49,7 @@ def test_it_is_kept_without_outputs() -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("notebook")
 @pytest.mark.filterwarnings("default")  # what a notebook's machinery warns of is not ours
-def test_every_result_shows_itself(shown: dict[str, list[Any]]) -> None:
+def test_every_result_has_an_output(shown: dict[str, list[Any]]) -> None:
     for line in ("answers", "explanation", "index.self_influence(5)", "answers.to_pandas().head()", "suspects"):
         assert "<table" in shown[line][-1].data["text/html"]
     for line in ("answers.plot()", "explanation.plot()", "ranked.plot()"):
@@ -66,6 +66,6 @@ def test_every_result_shows_itself(shown: dict[str, list[Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("notebook")
 @pytest.mark.filterwarnings("default")
-def test_it_finds_the_wrong_labels(shown: dict[str, list[Any]]) -> None:
+def test_the_notebook_finds_the_wrong_labels(shown: dict[str, list[Any]]) -> None:
     printed = "".join(out.text for outputs in shown.values() for out in outputs if out.output_type == "stream")
     assert [int(share) >= 80 for share in re.findall(r"first tenth holds (\d+)%", printed)] == [True, True]

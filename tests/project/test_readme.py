@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.xdist_group("readme")
-def test_the_commands_print_what_readme_shows(place: Path) -> None:
+def test_the_commands_print_the_output_in_the_readme(place: Path) -> None:
     assert len(commands()) == 3
     for command in commands():
         script, *arguments = shlex.split(command.text)
@@ -59,13 +59,13 @@ def test_the_commands_print_what_readme_shows(place: Path) -> None:
 
 
 @pytest.mark.xdist_group("readme")
-def test_the_python_block_runs(place: Path) -> None:
+def test_the_python_blocks_run(place: Path) -> None:
     (code,) = (block.code for block in documents.blocks(README, "python") if block.file is None)
     assert len(code.splitlines()) <= 10
     assert [line.split()[0] for line in run(place, "-c", code).splitlines()] == ["0", "1"]
 
 
-def test_the_two_commands_are_makes() -> None:
+def test_the_two_commands_are_make_targets() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for command in re.findall(r"^make (\w+)", "".join(blocks("bash")), re.M):
         assert command in targets

@@ -252,7 +252,7 @@ def test_exact_scores_and_some_checkpoints(indexes: dict[str, InfluenceIndex], t
     assert all(str(a["aria-label"]).startswith("part 1 ") for a in unnamed.of("cp")) and not unnamed.of("loss")
 
 
-def test_a_page_of_rows_to_check(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_a_page_of_suspects(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
     ranked = index.self_influence(5)
     page = Page(write_report(ranked, tmp_path / "r.html", index))

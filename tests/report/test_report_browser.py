@@ -106,7 +106,7 @@ def press(chromium: Any, *keys: str) -> None:
         ActionChains(chromium).send_keys(key).perform()
 
 
-def test_answers_open_alone_and_filter(chromium: Any, folder: Path) -> None:
+def test_a_page_of_answers_opens_offline_and_filters(chromium: Any, folder: Path) -> None:
     from selenium.webdriver.support.ui import Select  # noqa: PLC0415
 
     page = (folder / "answers.html").as_uri()
@@ -126,7 +126,7 @@ def test_answers_open_alone_and_filter(chromium: Any, folder: Path) -> None:
     assert shown(chromium) == [1]
 
 
-def test_choices_are_made_by_keys_and_saved(chromium: Any, folder: Path) -> None:
+def test_choices_are_set_by_keys_and_saved(chromium: Any, folder: Path) -> None:
     chromium.get((folder / "suspects.html").as_uri())
     buttons = {name: chromium.find_element("id", name) for name in ("csv", "json")}
     assert not any(button.is_enabled() for button in buttons.values())
@@ -188,7 +188,7 @@ def test_a_screen_reader_finds_names(chromium: Any, folder: Path) -> None:
     chromium.execute_cdp_cmd("Accessibility.disable", {})
 
 
-def test_it_prints(chromium: Any, folder: Path) -> None:
+def test_the_page_can_be_printed(chromium: Any, folder: Path) -> None:
     browser.sized(chromium, 1200, 900, dark=True)
     chromium.get((folder / "answers.html").as_uri())
     printed = chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})

@@ -136,7 +136,7 @@ def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> N
         ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
-def test_impossible_options_are_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
+def test_impossible_options_are_rejected(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
     result = ask(folder, kind, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -189,7 +189,7 @@ def test_several_writes_make_one_file(tmp_path: Path) -> None:
     assert stream.getvalue() == "id,score\n"
 
 
-def test_parquet_refuses_ids_of_two_types(tmp_path: Path) -> None:
+def test_parquet_rejects_ids_of_two_types(tmp_path: Path) -> None:
     fields = Fields((("id", "id"),))
     with (
         pytest.raises(UsageError, match="ids of two types"),

@@ -233,7 +233,7 @@ def test_hits_pass_the_filter_and_none_is_missing(
         (RowFilter(without=(-1,)), "bad --without"),
     ],
 )
-def test_filters_that_are_refused(index: InfluenceIndex, asked: RowFilter, said: str) -> None:
+def test_filters_that_are_rejected(index: InfluenceIndex, asked: RowFilter, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         index.query([0], options=QueryOptions(rows=asked))
 
@@ -248,7 +248,7 @@ def test_filters_that_are_refused(index: InfluenceIndex, asked: RowFilter, said:
         lambda row: {f"label{row[1]}": 1},
     ],
 )
-def test_columns_that_are_refused(folder: Path, true: np.ndarray, tmp_path: Path, given: Any) -> None:
+def test_columns_that_are_rejected(folder: Path, true: np.ndarray, tmp_path: Path, given: Any) -> None:
     with pytest.raises(TaskError, match=r"Task\.columns"):
         build(replace(task(folder), columns=given), tmp_path / "index", CONFIG)
 

@@ -78,7 +78,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     monkeypatch.setattr("tracin_ann.files.durable.os.replace", counted)
 
 
-def test_stretches_hold_what_one_stretch_holds(
+def test_several_stretches_give_the_same_lists_as_one(
     values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = IVFIndex.build(Rows(values), PARAMS, CPU)
@@ -142,7 +142,7 @@ def test_intermediate_files_of_other_rows_are_not_used(
 
 
 @pytest.mark.parametrize("start", [0, 1, 37, 63, 99, 100])
-def test_blocks_from_a_start_are_the_rest(values: np.ndarray, start: int) -> None:
+def test_blocks_from_a_start_are_the_remaining_rows(values: np.ndarray, start: int) -> None:
     whole = Rows(values[:100])
     for source in (whole, Subset(whole, np.arange(0, 100, dtype=np.int64))):
         blocks = list(source.blocks(37, start))
@@ -178,7 +178,7 @@ def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
     assert records[0] == records[1] and len(both[0]) == 400
 
 
-def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
+def test_a_build_killed_after_its_lists_does_not_repeat_finished_stretches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))

@@ -44,7 +44,7 @@ def test_best_is_a_stable_sort(scores: Float32, k: int) -> None:
 
 
 @given(rectangles(), st.integers(1, 30), st.data())
-def test_merged_shards_are_the_whole(scores: Float32, k: int, data: st.DataObject) -> None:
+def test_merged_shards_equal_the_complete_search(scores: Float32, k: int, data: st.DataObject) -> None:
     n_queries, n_rows = scores.shape
     ids = np.array(data.draw(st.permutations(range(n_rows))), dtype=np.int64) * 3
     shard = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n_rows, max_size=n_rows)))
@@ -76,7 +76,7 @@ def test_results_contain_no_padding(scores: Float32, k: int, data: st.DataObject
     st.integers(1, 70),
     st.sampled_from([1, 20, 1000]),
 )
-def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, codes: int) -> None:
+def test_opponents_are_proponents_of_the_negated_query(rows: Float32, queries: Float32, k: int, codes: int) -> None:
     source = Rows(rows)
     for index in (
         FlatIndex(source, CPU, block_rows=16),
@@ -97,7 +97,7 @@ def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, co
     st.integers(1, 20),
     st.integers(1, 70),
 )
-def test_block_size_changes_nothing(rows: Float32, k: int, block_rows: int) -> None:
+def test_results_do_not_depend_on_the_block_size(rows: Float32, k: int, block_rows: int) -> None:
     queries = np.array([[1, 0, 0, 0, 0], [1, 2, -1, 0, 1]], np.float32)
     whole = FlatIndex(Rows(rows), CPU).search(queries, k)
     assert hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == hits(whole)
@@ -110,7 +110,9 @@ budgets = st.builds(Setting, st.integers(1, 399), st.integers(1, 200), st.sample
 
 @settings(max_examples=60)
 @given(budgets, budgets, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2**32 - 1))
-def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing: int | None, seed: int) -> None:
+def test_hits_are_allowed_and_exact_for_any_settings_and_filter(
+    up: Setting, down: Setting, k: int, passing: int | None, seed: int
+) -> None:
     """Each direction uses its own setting; results are k distinct allowed rows, if there are k, with exact scores."""
     random = np.random.default_rng(seed)
     queries = random.integers(-3, 4, (3, DIM)).astype(np.float32)

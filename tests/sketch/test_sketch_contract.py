@@ -154,14 +154,14 @@ def test_every_sketch_has_an_oracle():
     assert set(NAIVE) == set(SKETCHES)
 
 
-def test_it_equals_its_definition(sketch, shape, device):
+def test_the_sketch_equals_its_definition(sketch, shape, device):
     grad = draw_gradients(shape)
     expected = NAIVE[sketch.name](key_for(shape), grad.numpy(), dim=sketch.dim)
     found = compute_sketch(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
     assert_rows_equal(found, torch.from_numpy(expected), 1e-12)
 
 
-def test_it_is_linear(sketch, shape, device):
+def test_the_sketch_is_linear(sketch, shape, device):
     first, second = Dense(draw_gradients(shape).flatten(1)), Dense(draw_gradients(shape, seed=1).flatten(1))
     both = Dense(2.5 * first.grad_BP - 0.75 * second.grad_BP)
     one, two, combined = (compute_sketch(sketch, key_for(shape), [form], device) for form in (first, second, both))
@@ -178,7 +178,7 @@ def test_a_convolution_is_sketched_as_its_gradient_in_either_memory_format(sketc
     assert_rows_equal(found, compute_sketch(sketch, key_for(shape), [Dense(forms.gradient(form))], device), 1e-12)
 
 
-def test_it_adds_to_the_output(sketch, shape, device):
+def test_the_sketch_is_added_to_the_output(sketch, shape, device):
     form = Dense(draw_gradients(shape).flatten(1))
     out = torch.full((3, sketch.dim), 2.0, device=device, dtype=torch.float64)
     sketch.parameter(key_for(shape), device, torch.float64).add(out, forms.moved(form, device, torch.float64))
@@ -268,7 +268,7 @@ def test_left_and_right_are_independent(name):
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("dim", [1, 6, 12])
-def test_small_dimensions_work(name, dim):
+def test_small_dimensions_are_supported(name, dim):
     sketch = make_sketch(name, dim)
     assert (sketch.name, sketch.dim) == (name, dim)
     assert sketch.version >= 1
@@ -289,19 +289,19 @@ def test_small_dimensions_work(name, dim):
         ("dense-gaussian", (6, 3), "projected to 256 by Gaussians"),
     ],
 )
-def test_descriptions(name, shape, words):
+def test_every_sketch_has_a_description(name, shape, words):
     assert make_sketch(name, 256).describe(key_for(shape)) == words
 
 
 @pytest.mark.parametrize(
     ("dim", "sides"), [(1, (1, 1)), (6, (2, 3)), (16, (4, 4)), (922 + 2, (28, 33)), (1024, (32, 32)), (2048, (32, 64))]
 )
-def test_kronecker_takes_the_most_even_factors(dim, sides):
+def test_kronecker_uses_the_most_even_factors(dim, sides):
     assert make_sketch("kronecker", dim).sides == sides
 
 
 @pytest.mark.parametrize(("dim", "factors"), [(13, "1 and 13"), (1021, "1 and 1021"), (34, "2 and 17")])
-def test_kronecker_refuses_a_dimension_without_even_factors(dim, factors):
+def test_kronecker_rejects_a_dimension_without_even_factors(dim, factors):
     with pytest.raises(UsageError) as raised:
         make_sketch("kronecker", dim)
     message = str(raised.value)
@@ -310,7 +310,7 @@ def test_kronecker_refuses_a_dimension_without_even_factors(dim, factors):
     assert "change --dim, or use --sketch factored" in message
 
 
-def test_an_unknown_sketch_is_refused_with_the_known_names():
+def test_an_unknown_sketch_is_rejected_with_the_known_names():
     with pytest.raises(UsageError) as raised:
         make_sketch("fourier", 256)
     message = str(raised.value)
@@ -319,6 +319,6 @@ def test_an_unknown_sketch_is_refused_with_the_known_names():
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("dim", [0, -4])
-def test_a_sketch_without_dimensions_is_refused(name, dim):
+def test_a_sketch_without_dimensions_is_rejected(name, dim):
     with pytest.raises(UsageError, match=f"got {dim}, expected 1 or more; change --dim"):
         make_sketch(name, dim)

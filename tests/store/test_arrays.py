@@ -41,7 +41,7 @@ def unlike() -> list[str]:
     return ["x" * LONG if i == 7 else f"row {i}" for i in range(N)]
 
 
-def test_texts_come_back_as_they_were(tmp_path: Path) -> None:
+def test_text_is_read_back_unchanged(tmp_path: Path) -> None:
     held = {"text": text_array(AWKWARD), "none": text_array([]), "empty": text_array([""]), "number": np.arange(3.0)}
     write_arrays(tmp_path / "a.npz", held)
     found = read_arrays(tmp_path / "a.npz")
@@ -51,7 +51,7 @@ def test_texts_come_back_as_they_were(tmp_path: Path) -> None:
         assert found[name].tolist() == array.tolist()
 
 
-def test_one_long_text_among_short_ones_takes_its_own_room_on_disk_and_in_memory(tmp_path: Path) -> None:
+def test_one_long_string_among_short_ones_takes_only_its_own_size(tmp_path: Path) -> None:
     table = RowTable({"text": text_array(unlike())}, text_array(unlike()))
     path = tmp_path / "columns.npz"
     tracemalloc.start()
@@ -89,13 +89,13 @@ def build_unlike(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space, as Linux counts it")
-def test_an_index_of_very_unlike_texts_is_built_and_asked_in_a_gigabyte(tmp_path: Path) -> None:
+def test_an_index_of_strings_of_very_different_lengths_is_built_and_queried_in_a_gigabyte(tmp_path: Path) -> None:
     code = LIMITED.format(paths=[str(SUPPORT), str(Path(__file__).parent), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_filters_compare_texts(tmp_path: Path) -> None:
+def test_filters_compare_text(tmp_path: Path) -> None:
     columns = {"text": text_array(["b", "a", "c", "a\0"])}
     none = np.zeros(0, np.int64)
     for condition, expected in {
@@ -157,7 +157,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_damaged_texts_are_refused_in_a_line_before_memory_is_taken(tmp_path: Path, case: str) -> None:
+def test_damaged_text_is_rejected_in_one_line_before_memory_is_allocated(tmp_path: Path, case: str) -> None:
     path = tmp_path / "columns.npz"
     path.write_bytes(HOSTILE[case]())
     tracemalloc.start()
@@ -169,7 +169,7 @@ def test_damaged_texts_are_refused_in_a_line_before_memory_is_taken(tmp_path: Pa
     assert peak < 8_000_000
 
 
-def test_texts_of_fixed_width_from_before_are_read(tmp_path: Path) -> None:
+def test_text_of_fixed_width_from_earlier_versions_is_read(tmp_path: Path) -> None:
     path = tmp_path / "columns.npz"
     np.savez(path, **{"column label": np.array(["a", "bcd"]), "ids": np.array(["x", "y"])})
     table = read_columns(path, 2)

@@ -22,7 +22,7 @@ finite_rows = arrays(
 
 @settings(deadline=None, max_examples=150)
 @given(finite_rows)
-def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: Float32) -> None:
+def test_the_error_of_float16_rows_is_at_most_2_to_the_minus_11_of_their_peak(feature_ND: Float32) -> None:
     stored_ND, exponent_N = encode_rows(feature_ND, "float16")
     out_ND = np.empty_like(feature_ND)
     decode_rows(stored_ND, exponent_N, out_ND)
@@ -38,7 +38,7 @@ def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: F
 
 @settings(deadline=None, max_examples=100)
 @given(finite_rows)
-def test_float32_rows_come_back_bit_for_bit(feature_ND: Float32) -> None:
+def test_float32_rows_are_read_back_bit_for_bit(feature_ND: Float32) -> None:
     stored_ND, exponent_N = encode_rows(feature_ND, "float32")
     out_ND = np.empty_like(feature_ND)
     decode_rows(stored_ND, exponent_N, out_ND)

@@ -26,7 +26,7 @@ from tracin_ann.store.feature_file import FileHeader, write_feature_file
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [1, 4, 11])
-def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
+def test_a_file_is_read_back_unchanged(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
     block = make_block(100, 100 + n_rows)
     header = make_header(block, dtype=dtype)
     write_feature_file(tmp_path / "a.h5", block, header=header)
@@ -50,7 +50,7 @@ def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("lead", ["link", "storage", "virtual"])
-def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> None:
+def test_row_numbers_outside_of_the_file_are_rejected(tmp_path: Path, lead: str) -> None:
     block = make_block(0, 9)
     for name in ("a.h5", "b.h5"):
         write_feature_file(tmp_path / name, block, header=make_header(block))
@@ -70,7 +70,7 @@ def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> N
         FeatureFile.open(tmp_path / "a.h5")
 
 
-def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
+def test_a_file_can_be_read_by_h5py(tmp_path: Path) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5") as file:
@@ -106,7 +106,7 @@ def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "other", [{"spec_digest": "b"}, {"checkpoint": 1}, {"dim": 6}, {"dtype": "float32"}, {"start": 1}]
 )
-def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, object]) -> None:
+def test_another_header_is_rejected_by_name(tmp_path: Path, other: dict[str, object]) -> None:
     block = make_block(0, 9)
     header = make_header(block)
     write_feature_file(tmp_path / "a.h5", block, header=header)
@@ -118,7 +118,7 @@ def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, obje
 
 
 @pytest.mark.parametrize("version", [1, 2, 4])
-def test_other_version_is_refused(tmp_path: Path, version: int) -> None:
+def test_another_version_is_rejected(tmp_path: Path, version: int) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5", "r+") as file:
@@ -127,7 +127,7 @@ def test_other_version_is_refused(tmp_path: Path, version: int) -> None:
         FeatureFile.open(tmp_path / "a.h5")
 
 
-def test_a_file_that_the_system_does_not_map_is_not_said_to_be_damaged(
+def test_a_file_that_cannot_be_mapped_is_not_reported_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = make_block(0, 9)
@@ -144,7 +144,7 @@ def test_a_file_that_the_system_does_not_map_is_not_said_to_be_damaged(
 
 
 @pytest.mark.parametrize("kept", [0, 7, 600, 4096, -2000, -1])
-def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_feature_file_is_rejected(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "a.h5"
     block = make_block(0, 600)
     write_feature_file(path, block, header=make_header(block))
@@ -153,7 +153,7 @@ def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
         FeatureFile.open(path)
 
 
-def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_feature_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "junk.h5").write_bytes(b"junk" * 1000)
     with h5py.File(tmp_path / "foreign.h5", "w") as foreign:
         foreign["feature"] = np.zeros(3)
@@ -166,7 +166,7 @@ def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path, dtype: Dtype) -> None:
+def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path: Path, dtype: Dtype) -> None:
     path = tmp_path / "a.h5"
     block = make_block(50, 61)
     header = make_header(block, dtype=dtype)
@@ -207,7 +207,7 @@ def _flip(path: Path, whole: bytes, position: int) -> None:
 
 
 @pytest.mark.parametrize("altered", [[0, 1], [3, 4], [0, 5, 10]])
-def test_altered_rows_are_counted_and_told_from_the_others(tmp_path: Path, altered: list[int]) -> None:
+def test_altered_rows_are_counted_and_distinguished_from_the_others(tmp_path: Path, altered: list[int]) -> None:
     block = make_block(50, 61)
     path, header = tmp_path / "a.h5", make_header(block)
     write_feature_file(path, block, header=header)
@@ -235,7 +235,7 @@ def test_rows_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file.take(np.arange(11))
 
 
-def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
+def test_any_flipped_byte_is_detected_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     block = make_block(0, 9)
     header = make_header(block)
@@ -259,7 +259,7 @@ def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("column", ["feature_ND", "sqnorm_N", "loss_N"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_non_finite_is_refused_naming_row_and_checkpoint(
+def test_a_nonfinite_value_is_rejected_with_its_row_and_checkpoint(
     tmp_path: Path, dtype: Dtype, column: str, value: float
 ) -> None:
     block = make_block(40, 49)
@@ -269,7 +269,7 @@ def test_non_finite_is_refused_naming_row_and_checkpoint(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.h5"
     record = write_feature_file(path, make_block(0, 9), header=make_header(make_block(0, 9)))
 
@@ -284,7 +284,7 @@ def test_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch
     assert file_digest(path) == record.digest
 
 
-def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_block_of_the_wrong_shape_is_rejected(tmp_path: Path) -> None:
     block = make_block(0, 9)
     good = vars(block)
     for wrong in (
@@ -306,9 +306,7 @@ def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
-def test_a_skipped_row_comes_back_as_zeros_beside_a_loss_that_is_not_finite(
-    tmp_path: Path, dtype: Dtype, loss: float
-) -> None:
+def test_a_skipped_row_is_read_as_zeros_with_a_nonfinite_loss(tmp_path: Path, dtype: Dtype, loss: float) -> None:
     block, whole = make_block(40, 49), make_block(40, 49)
     for row in (0, 3, 8):
         block.feature_ND[row] = block.sqnorm_N[row] = 0
@@ -326,7 +324,7 @@ def test_a_skipped_row_comes_back_as_zeros_beside_a_loss_that_is_not_finite(
 
 
 @pytest.mark.parametrize("spoilt", ["feature", "exponent", "sqnorm", "loss", "a norm alone"])
-def test_a_file_whose_row_is_neither_finite_nor_skipped_is_refused(tmp_path: Path, spoilt: str) -> None:
+def test_a_nonfinite_row_that_is_not_skipped_is_rejected(tmp_path: Path, spoilt: str) -> None:
     block = make_block(0, 9)
     block.feature_ND[3] = block.sqnorm_N[3] = 0
     block.loss_N[3] = np.nan

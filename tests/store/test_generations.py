@@ -83,7 +83,7 @@ def whole(directory):
 
 
 @pytest.mark.parametrize("last", [8, 10])
-def test_an_appended_index_is_the_rebuilt_one_bit_for_bit(model, tmp_path, last):
+def test_an_appended_index_equals_a_rebuilt_one_bit_for_bit(model, tmp_path, last):
     grown, fresh = tmp_path / "grown", tmp_path / "fresh"
     for n_rows in (last, 11, 17):
         report = build(task(model, n_rows), grown, GROWING)
@@ -94,7 +94,7 @@ def test_an_appended_index_is_the_rebuilt_one_bit_for_bit(model, tmp_path, last)
     assert whole(grown) and Manifest.read(grown).generation == 3
 
 
-def test_a_checkpoint_is_added_without_touching_the_others_files(model, tmp_path):
+def test_adding_a_checkpoint_does_not_change_the_files_of_others(model, tmp_path):
     grown, fresh = tmp_path / "grown", tmp_path / "fresh"
     build(task(model, 10, 1), grown, SMALL)
     before = {path: path.stat().st_ino for path in (grown / "features").iterdir()}
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_added_without_touching_the_others_files(model, tmp_path
     assert len(InfluenceIndex.open(grown)) == 13
 
 
-def test_growth_must_be_asked_for_and_the_old_rows_must_be_there(model, tmp_path):
+def test_an_append_requires_its_option_and_the_existing_rows(model, tmp_path):
     out = tmp_path / "out"
     build(task(model, 10, 1), out, SMALL)
     before = files(out)
@@ -125,7 +125,7 @@ def test_growth_must_be_asked_for_and_the_old_rows_must_be_there(model, tmp_path
     assert files(out) == before and whole(out)
 
 
-def test_a_reader_keeps_its_generation_and_the_last_one_takes_it_along(model, tmp_path):
+def test_a_reader_keeps_its_generation_and_the_last_reader_removes_it(model, tmp_path):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     reader, expected = InfluenceIndex.open(out, task(model, 10)), None
@@ -143,7 +143,7 @@ def test_a_reader_keeps_its_generation_and_the_last_one_takes_it_along(model, tm
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_removed_rows_are_in_no_answer(model, tmp_path, kind):
+def test_a_removed_row_is_in_no_answer(model, tmp_path, kind):
     out, n_rows = tmp_path / "out", 200
     build(task(model, n_rows), out, replace(CONFIG, index=kind))
     index = InfluenceIndex.open(out, task(model, n_rows))
@@ -169,7 +169,7 @@ def test_removed_rows_are_in_no_answer(model, tmp_path, kind):
     assert {int(row) for row, _ in answers(grown)[0]} == set(range(n_rows + 1)) - {*gone, 9}
 
 
-def test_bad_removals_are_refused_and_change_nothing(model, tmp_path):
+def test_invalid_removals_are_rejected_and_change_nothing(model, tmp_path):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     for ids, message in (([10], "bad --ids: got 10, expected 0 to 9"), ([], "no ids"), (range(10), "no row would be")):
@@ -180,7 +180,7 @@ def test_bad_removals_are_refused_and_change_nothing(model, tmp_path):
     assert whole(out) and Manifest.read(out).generation == 1
 
 
-def test_a_killed_append_leaves_the_old_index_and_goes_on(model, tmp_path, monkeypatch):
+def test_a_killed_append_leaves_the_old_index_and_can_be_resumed(model, tmp_path, monkeypatch):
     out, fresh, written = tmp_path / "out", tmp_path / "fresh", []
     write = FeatureStore.write
 
@@ -207,7 +207,7 @@ def test_a_killed_append_leaves_the_old_index_and_goes_on(model, tmp_path, monke
     assert InfluenceIndex.open(out).removed.tolist() == [3]
 
 
-def test_an_append_given_up_is_swept(model, tmp_path, monkeypatch):
+def test_files_of_an_abandoned_append_are_removed(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     with monkeypatch.context() as patched:
@@ -220,7 +220,7 @@ def test_an_append_given_up_is_swept(model, tmp_path, monkeypatch):
     assert own(out)[0] == sorted(record.name for record in Manifest.read(out).features)
 
 
-def test_a_reader_whose_generation_vanishes_takes_the_newer_or_says_so(model, tmp_path, monkeypatch):
+def test_a_reader_whose_generation_is_removed_opens_the_newer_one_or_raises(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     old = Manifest.read(out)
@@ -249,7 +249,7 @@ with hold_writer_lock(Path(sys.argv[1])):
 """
 
 
-def test_a_second_writer_is_refused_with_who_holds_it_and_a_dead_ones_lock_is_nobodys(model, tmp_path):
+def test_a_second_writer_is_rejected_and_the_lock_of_a_dead_writer_is_ignored(model, tmp_path):
     out = tmp_path / "out"
     build(task(model, 10), out, SMALL)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -271,7 +271,7 @@ def test_a_second_writer_is_refused_with_who_holds_it_and_a_dead_ones_lock_is_no
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_build_says_how_to_go_on_and_does(tmp_path, number, status):
+def test_a_stopped_build_prints_how_to_resume_and_resumes(tmp_path, number, status):
     zoo.trained("mlp", 0, tmp_path)
     out = tmp_path / "index"
     slow = tmp_path / "slow.py"
@@ -303,7 +303,7 @@ def test_a_stopped_build_says_how_to_go_on_and_does(tmp_path, number, status):
     assert json.loads((out / BUILD_RECORD).read_text())["batch_size"] == 4
 
 
-def test_lists_made_anew_leave_removed_rows_out(model, tmp_path):
+def test_rebuilt_lists_exclude_removed_rows(model, tmp_path):
     out, n_rows, gone = tmp_path / "out", 300, [*range(40, 90), 299]
     config = replace(CONFIG, index="ivf", partition_rows=128)
     build(task(model, n_rows), out, config)

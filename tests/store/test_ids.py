@@ -70,7 +70,7 @@ def ids_by_row(out: Path, task: Task) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_ids_stay_with_their_rows_through_appends_removals_and_new_lists(
+def test_ids_stay_with_their_rows_through_appends_removals_and_rebuilt_lists(
     whole: Task, tmp_path: Path, kind: str
 ) -> None:
     out, config = tmp_path / "index", replace(SMALL, index=kind)
@@ -110,7 +110,7 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_new_lists(
         (lambda row: own(row) if row[1:] != named(N + 2)[N + 1][1:] else 5, "the first row's is"),
     ],
 )
-def test_an_appended_row_of_a_taken_id_is_refused_before_anything_is_written(
+def test_an_appended_row_with_an_existing_id_is_rejected_before_anything_is_written(
     whole: Task, index: Path, ids: Callable[[Example], Any], said: str
 ) -> None:
     before = disk.read(index)
@@ -121,7 +121,7 @@ def test_an_appended_row_of_a_taken_id_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(("value", "said"), [(2**63, "9223372036854775808")])
-def test_what_an_array_would_alter_is_refused(whole: Task, tmp_path: Path, value: Any, said: str) -> None:
+def test_ids_that_an_array_would_alter_are_rejected(whole: Task, tmp_path: Path, value: Any, said: str) -> None:
     with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row 0: got {said}, expected"):
         build(replace(whole, ids=lambda row: value), tmp_path / "index", SMALL)
     with pytest.raises(TaskError, match=rf"Task.columns returns an invalid value for row 0: .*{said}"):
@@ -169,7 +169,7 @@ def with_arrays(index: Path, arrays: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_ids_are_refused_in_a_line_and_made_anew(whole: Task, index: Path, case: str) -> None:
+def test_hostile_ids_are_rejected_in_one_line_and_rebuilt(whole: Task, index: Path, case: str) -> None:
     path = with_arrays(index, HOSTILE[case])
     with pytest.raises(DamagedIndexError, match=r"cannot read .*columns.npz") as refused:
         read_columns(path, N)
@@ -178,7 +178,7 @@ def test_hostile_ids_are_refused_in_a_line_and_made_anew(whole: Task, index: Pat
     assert damage.path == path and damage.message == str(refused.value)
 
 
-def test_a_query_refuses_hostile_ids_and_repair_asks_the_task_anew(whole: Task, index: Path) -> None:
+def test_a_query_rejects_hostile_ids_and_repair_recomputes_them_from_the_task(whole: Task, index: Path) -> None:
     with_arrays(index, HOSTILE["fractions"])
     with pytest.raises(DamagedIndexError, match=r"cannot read .*columns.npz.*ids are float64"):
         InfluenceIndex.open(index, whole).query([0])
@@ -187,7 +187,7 @@ def test_a_query_refuses_hostile_ids_and_repair_asks_the_task_anew(whole: Task, 
 
 
 @pytest.mark.parametrize("case", TWINS)
-def test_twin_ids_are_found(whole: Task, index: Path, case: str) -> None:
+def test_duplicate_ids_are_found(whole: Task, index: Path, case: str) -> None:
     path = with_arrays(index, {"column label": LABELS, "ids": TWINS[case]})
     (damage,) = verify(index).damage
     twin = {"twins": r"rows 4 and 11 both have id 4", "named twins": r"rows 0 and 11 both have id 'a'"}[case]

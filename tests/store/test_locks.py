@@ -61,7 +61,7 @@ def names(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("other", ["is at it", "is done"])
-def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
+def test_one_of_two_simultaneous_builds_in_a_new_directory_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     """The other comes between this one's first look at the directory and its own making of it."""
@@ -102,7 +102,7 @@ with hold_writer_lock(Path(sys.argv[1])):
 """
 
 
-def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_forked(made: Path) -> None:
+def test_processes_forked_by_a_killed_writer_do_not_hold_its_lock(made: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-c", STAY, str(made)], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )
@@ -120,7 +120,7 @@ def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_for
         running.stdout.close()  # type: ignore[union-attr]
 
 
-def test_a_writer_that_cannot_remove_its_lock_lets_go_of_it(made: Path) -> None:
+def test_a_writer_that_cannot_remove_its_lock_file_releases_the_lock(made: Path) -> None:
     with Watch(made) as watch:
         with hold_writer_lock(made):
             pass
@@ -136,7 +136,7 @@ def test_a_writer_that_cannot_remove_its_lock_lets_go_of_it(made: Path) -> None:
     assert WRITER not in names(made)
 
 
-def test_a_writer_gone_between_removing_its_lock_and_letting_go_hinders_nobody(made: Path) -> None:
+def test_a_writer_killed_before_it_releases_its_removed_lock_blocks_no_other_writer(made: Path) -> None:
     with Watch(made) as watch:
         with hold_writer_lock(made):
             pass
@@ -149,7 +149,7 @@ def test_a_writer_gone_between_removing_its_lock_and_letting_go_hinders_nobody(m
         assert WRITER not in names(made)
 
 
-def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_for_readers_opens_the_file_for_writing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS refuses an exclusive lock on a file that is open for reading only."""
     path, flags, opened = generation_folder(made, 1) / MANIFEST, [], os.open
 
@@ -177,7 +177,7 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
 # Readers meanwhile.
 
 
-def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(made: Path) -> None:
+def test_readers_that_open_while_generations_change_find_a_complete_one(made: Path) -> None:
     found: list[int] = []
     wrong: list[BaseException] = []
     done = threading.Event()
@@ -207,7 +207,7 @@ def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(
     assert names(made) == ["build.json", "features", "generation-000010", MANIFEST]
 
 
-def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_is_being_read_is_not_cleaned(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = importlib.import_module("tracin_ann.cli.info")
     remove(made, [1])
     read = absent.read_removed_ids
@@ -224,7 +224,7 @@ def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: py
 # What dead writers leave.
 
 
-def test_a_finished_build_asked_for_again_sweeps_what_a_killed_one_left(made: Path) -> None:
+def test_a_repeated_build_removes_leftovers_of_a_killed_one(made: Path) -> None:
     """It may have been killed after its manifest and before its sweep."""
     old, folder = made / "generation-000000", generation_folder(made, 1)
     old.mkdir()
@@ -240,7 +240,7 @@ def test_a_finished_build_asked_for_again_sweeps_what_a_killed_one_left(made: Pa
     assert len(names(made / "features")) == 6 and len(names(folder)) == 3
 
 
-def test_a_generation_whose_files_nfs_keeps_is_swept_later(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generation_with_files_that_nfs_retains_is_removed_later(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "not empty", str(path))
 
@@ -252,14 +252,14 @@ def test_a_generation_whose_files_nfs_keeps_is_swept_later(made: Path, monkeypat
     assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]
 
 
-def test_a_build_killed_before_its_first_file_had_its_name_goes_on(tmp_path: Path) -> None:
+def test_a_build_killed_before_its_first_rename_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.json").write_bytes(b"{")
     (tmp_path / WRITER).write_bytes(b"")
     build(task(10), tmp_path, config("flat"))
     assert names(tmp_path) == ["build.json", "features", "generation-000001", MANIFEST]
 
 
-def test_a_removal_killed_before_it_was_current_leaves_nothing_behind(made: Path) -> None:
+def test_a_removal_killed_before_publication_leaves_no_files(made: Path) -> None:
     """Its generation has a manifest of its own, and links to the very files that the next one links to."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(REMOVAL, "publish", lambda *given: pytest.fail("not yet"))
@@ -271,7 +271,7 @@ def test_a_removal_killed_before_it_was_current_leaves_nothing_behind(made: Path
     assert remove(made, [3]).generation == 2
 
 
-def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_written(tmp_path: Path) -> None:
+def test_temporary_files_with_this_process_number_are_removed_unless_in_use(tmp_path: Path) -> None:
     """In a container every run may have the same number."""
     left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
@@ -281,7 +281,7 @@ def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_writ
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_a_directory_is_made_durably_with_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_created_durably_with_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Watch(tmp_path) as watch:
         make_directory(tmp_path / "a" / "b")
         make_directory(tmp_path / "a" / "b")
@@ -330,7 +330,7 @@ def _lists() -> InvertedLists:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_no_file_is_cut_by_a_full_disk_without_a_word(tmp_path: Path, name: str) -> None:
+def test_no_file_is_truncated_by_a_full_disk_without_an_error(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path)
     size = path.stat().st_size
@@ -345,14 +345,14 @@ def test_no_file_is_cut_by_a_full_disk_without_a_word(tmp_path: Path, name: str)
         assert names(tmp_path) in ([], ["ivf.faiss"])
 
 
-def test_saved_arrays_are_numpys(tmp_path: Path) -> None:
+def test_saved_arrays_equal_those_of_numpy(tmp_path: Path) -> None:
     for array in (np.arange(10), np.zeros((0, 3), np.float32), ROWS[:, ::2]):
         _saved(tmp_path / "ours.npy", array)
         np.save(tmp_path / "numpys.npy", array)
         assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
 
 
-def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes_on_later(tmp_path: Path) -> None:
+def test_a_command_on_a_full_disk_names_the_file_in_one_line_and_can_be_resumed(tmp_path: Path) -> None:
     zoo.trained("mlp", 0, tmp_path)
     words = ["--task", f"{SUPPORT / 'zoo.py'}:task", "--task-arg", "case=mlp"]
     words += ["--task-arg", f"folder={tmp_path}", "--dim", "8", "--no-yardstick"]
@@ -380,13 +380,13 @@ def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes
         (DamagedIndexError("damaged"), "^damaged$"),
     ],
 )
-def test_errors_of_the_system_name_the_file(error: Exception, said: str) -> None:
+def test_system_errors_name_the_file(error: Exception, said: str) -> None:
     with pytest.raises(type(error) if "else" in said or "damaged" in said else OSError, match=said):
         with attach_path(Path("a"), Path("a.tmp")):
             raise error
 
 
-def test_a_reader_of_a_growing_index_is_leased_the_newest(made: Path) -> None:
+def test_a_reader_of_a_growing_index_opens_the_newest_generation(made: Path) -> None:
     manifest, lease = take_lease(made)
     build(task(11), made, config("flat", append=True))
     assert answers(made) and names(made).count(generation_folder(made, manifest.generation).name) == 1

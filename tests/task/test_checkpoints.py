@@ -56,7 +56,7 @@ def test_a_safetensors_file_is_read(tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state().items())
 
 
-def test_the_tasks_own_load_is_given_the_path_as_a_string_and_ends_in_eval_mode(tmp_path):
+def test_load_of_the_task_gets_the_path_as_a_string_and_ends_in_eval_mode(tmp_path):
     path = saved(tmp_path, {"epoch": 3, "weights": state()})
     seen = []
 
@@ -71,7 +71,7 @@ def test_the_tasks_own_load_is_given_the_path_as_a_string_and_ends_in_eval_mode(
     assert not any(module.training for module in model.modules())
 
 
-def test_a_missing_file_is_refused_by_loading_and_by_its_digest(tmp_path):
+def test_loading_and_digest_reject_a_missing_file(tmp_path):
     path = tmp_path / "absent.pt"
     assert refusal(tmp_path, path).startswith(f"a checkpoint is missing: got no file {path}, expected ")
     with pytest.raises(CheckpointError, match=f"^a checkpoint is missing: got no file {path}, .*or train first$"):
@@ -80,14 +80,14 @@ def test_a_missing_file_is_refused_by_loading_and_by_its_digest(tmp_path):
 
 @pytest.mark.parametrize("name", ["given.pt", "given.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
-def test_an_unreadable_file_is_refused(tmp_path, name, content):
+def test_an_unreadable_file_is_rejected(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     message = refusal(tmp_path, tmp_path / name)
     assert message.startswith(f"checkpoint {tmp_path / name} cannot be read: got ")
     assert message.endswith("; save model.state_dict(), or give Task a load(model, path)")
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_a_truncated_file_is_rejected(tmp_path):
     path = saved(tmp_path, state())
     path.write_bytes(path.read_bytes()[:-200])
     assert f"checkpoint {path} cannot be read" in refusal(tmp_path, path)
@@ -121,7 +121,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, save):
         (torch.zeros(3), "<class 'torch.Tensor'>"),
     ],
 )
-def test_what_is_no_state_dict_is_refused(tmp_path, value, got):
+def test_an_object_that_is_not_a_state_dict_is_rejected(tmp_path, value, got):
     path = saved(tmp_path, value)
     assert refusal(tmp_path, path) == (
         f"checkpoint {path} is not a state_dict: got {got}, expected a dict of tensors by name; "
@@ -129,7 +129,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, value, got):
     )
 
 
-def test_a_whole_pickled_model_is_refused(tmp_path):
+def test_a_pickled_model_is_rejected(tmp_path):
     assert "cannot be read: got UnpicklingError" in refusal(tmp_path, saved(tmp_path, nn.Linear(2, 2)))
 
 
@@ -169,7 +169,7 @@ def test_the_last_of_three_checkpoints_is_checked_before_any_work(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_digest_is_of_every_byte(tmp_path):
+def test_the_digest_covers_every_byte(tmp_path):
     path = saved(tmp_path, state())
     before = checkpoint_digest(Checkpoint(path, 1.0))
     assert checkpoint_digest(Checkpoint(path, 0.5)) == before
@@ -179,7 +179,7 @@ def test_the_digest_is_of_every_byte(tmp_path):
     assert checkpoint_digest(Checkpoint(path, 1.0)) != before
 
 
-def test_the_digest_of_a_folder_is_of_all_its_files_and_their_names(tmp_path):
+def test_the_digest_of_a_folder_covers_all_files_and_their_names(tmp_path):
     folder = tmp_path / "sharded"
     (folder / "inner").mkdir(parents=True)
     (folder / "a.bin").write_bytes(b"one")

@@ -53,11 +53,11 @@ NAN = float("nan")
         (b"ab", b"ab", True),
     ],
 )
-def test_two_readings_are_the_same_bit_for_bit(left, right, expected):
+def test_two_reads_are_bit_identical(left, right, expected):
     assert (encode_content(left) == encode_content(right)) is expected
 
 
-def test_leaves_have_the_bytes_that_digests_of_older_indexes_hold():
+def test_leaves_have_the_bytes_that_digests_of_older_indexes_cover():
     row = {"x": torch.arange(3.0), "y": 2, "deep": [np.float32(1), ("text", None)], "half": torch.ones(1).bfloat16()}
     assert encode_content(row).pieces == (
         b"((3,), 'float32')" + torch.arange(3.0).numpy().tobytes(),
@@ -207,14 +207,14 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support")
 @pytest.mark.parametrize("kind", KINDS)
-def test_objects_are_compared_by_what_they_hold(kind):
+def test_objects_are_compared_by_content(kind):
     made = KINDS[kind]
     assert encode_content(made(1)) == encode_content(made(1))
     assert encode_content([made(1)]).pieces != encode_content([made(2)]).pieces
     assert encode_content(made(1)).unknown == ()
 
 
-def test_sparse_matrices_of_scipy_are_compared_whatever_they_noted_of_themselves():
+def test_sparse_matrices_of_scipy_are_compared_without_their_cached_flags():
     sparse = pytest.importorskip("scipy.sparse")
     for kind in (sparse.csr_matrix, sparse.csr_array, sparse.coo_array):
         one, same, other = (kind(np.array([[0.0, v, 0.0], [1.0, 0.0, 0.0]])) for v in (1, 1, 2))
@@ -224,7 +224,7 @@ def test_sparse_matrices_of_scipy_are_compared_whatever_they_noted_of_themselves
         assert not encode_content(one).unknown
 
 
-def test_what_an_object_keeps_of_its_own_computing_is_no_content():
+def test_cached_results_of_an_object_are_not_content():
     value = Plain(x=1)
     before = encode_content(value)
     assert value.size is value.size
@@ -260,7 +260,7 @@ def deep():
         (deep(), "list"),
     ],
 )
-def test_what_cannot_be_taken_apart_is_said_and_the_batch_stands_in(value, name):
+def test_rows_without_readable_content_are_reported_and_the_batch_is_used_instead(value, name):
     assert name in encode_content(value).unknown
     assert encode_content((1, value), lambda examples: torch.zeros(1)) == encode_content(torch.zeros(1))
     assert name in encode_content((1, value), lambda examples: examples).unknown
@@ -292,7 +292,7 @@ OBJECTS = {
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
-def test_random_rows_that_are_objects_are_refused(tmp_path, kind):
+def test_random_rows_that_are_objects_are_rejected(tmp_path, kind):
     def collate(examples):
         return torch.stack([example[1] for example in examples]), torch.tensor([example[2] for example in examples])
 
@@ -301,7 +301,7 @@ def test_random_rows_that_are_objects_are_refused(tmp_path, kind):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_rows_that_fill_one_object_again_and_again_are_refused(tmp_path):
+def test_rows_that_reuse_one_object_are_rejected(tmp_path):
     buffer = torch.zeros(5)
 
     class Filled(Drawn):
@@ -331,7 +331,7 @@ class Table:
         return self.frame.iloc[i].values
 
 
-def test_rows_of_a_table_are_taken_and_told_from_those_of_another(tmp_path):
+def test_rows_of_a_table_are_accepted_and_distinguished_from_those_of_another(tmp_path):
     model = Toy()
     plain = toy(tmp_path, model, query_data=lambda: rows(10))
     task = toy(
@@ -365,7 +365,7 @@ def loss_of_handles(model, batch):
     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
 
 
-def test_what_no_digest_can_hold_is_logged_and_recorded(tmp_path, caplog):
+def test_content_that_no_digest_covers_is_logged_and_recorded(tmp_path, caplog):
     task = toy(
         tmp_path,
         train_data=lambda: [Handle(x, y) for x, y in rows(10)],

@@ -82,13 +82,13 @@ def rows_of_queries():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, SystemExit])
-def test_what_is_no_fault_of_the_row_is_raised_as_it_is(tmp_path, error):
+def test_an_error_not_caused_by_a_row_is_raised_unchanged(tmp_path, error):
     data = open_data(toy(tmp_path, train_data=lambda: Broken(error())), "train")
     with pytest.raises(error):
         data[37]
 
 
-def test_a_side_has_as_many_rows_as_when_it_was_opened(tmp_path):
+def test_the_number_of_rows_is_fixed_when_the_data_is_opened(tmp_path):
     growing = rows(3)
     data = open_data(toy(tmp_path, train_data=lambda: growing), "train")
     growing.append(growing[0])
@@ -111,7 +111,7 @@ class Stream(torch.utils.data.IterableDataset):
         return 7
 
 
-def test_a_stream_is_refused_and_materialised_it_is_indexed_like_a_list(tmp_path):
+def test_a_stream_is_rejected_until_it_is_materialised(tmp_path):
     model = Toy()
     task = toy(tmp_path, model, train_data=Stream)
     with pytest.raises(
@@ -124,7 +124,7 @@ def test_a_stream_is_refused_and_materialised_it_is_indexed_like_a_list(tmp_path
     assert len(InfluenceIndex.open(tmp_path / "out", whole, device="cpu").query([0])) == 1
 
 
-def test_any_iterable_is_materialised_in_its_order():
+def test_any_iterable_is_materialised_in_order():
     assert materialise(iter("abc")) == ["a", "b", "c"]
     assert materialise([]) == []
 
@@ -136,7 +136,7 @@ def test_a_stream_that_fails_names_the_row():
         materialise(Stream(wrong=4))
 
 
-def test_a_stream_of_one_buffer_is_refused():
+def test_a_stream_that_reuses_one_buffer_is_rejected():
     def stream():
         buffer = torch.zeros(2)
         for i in range(3):
@@ -146,7 +146,7 @@ def test_a_stream_of_one_buffer_is_refused():
         materialise(stream())
 
 
-def test_rows_that_no_collate_takes_are_refused_with_the_remedy(tmp_path):
+def test_rows_that_cannot_be_collated_are_rejected_with_the_remedy(tmp_path):
     task = toy(tmp_path, train_data=lambda: [(x.to_sparse(), y) for x, y in rows(10)])
     assert os.linesep not in refusal(task, tmp_path)
     assert refusal(task, tmp_path).endswith(

@@ -64,7 +64,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("held", [False, True], ids=["other weights before", "the last checkpoint's before"])
-def test_every_form_of_load_scores_the_checkpoints_weights(tmp_path, form, held):
+def test_every_form_of_load_scores_with_the_weights_of_the_checkpoint(tmp_path, form, held):
     checkpoints = saved(Toy(), tmp_path)
     models = [fresh(checkpoint.path) for checkpoint in checkpoints]
     model = copy.deepcopy(models[1]) if held else Toy()
@@ -75,7 +75,7 @@ def test_every_form_of_load_scores_the_checkpoints_weights(tmp_path, form, held)
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
 
 
-def test_weights_that_a_loader_keeps_and_assigns_are_not_touched(tmp_path):
+def test_weights_that_a_loader_stores_and_assigns_are_not_modified(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
     kept = {str(c.path): read(c.path) for c in checkpoints}
     held = fresh(checkpoints[1].path)
@@ -95,7 +95,7 @@ def test_weights_that_a_loader_keeps_and_assigns_are_not_touched(tmp_path):
         lambda model, path: Toy().load_state_dict(read(path)),
     ],
 )
-def test_a_load_that_fills_nothing_is_refused(tmp_path, load):
+def test_a_load_that_fills_nothing_is_rejected(tmp_path, load):
     last = tmp_path / "checkpoint1.pt"
     assert refusal(toy(tmp_path, load=load), tmp_path / "out") == (
         f"Task.load does not change the model: got the same parameters and buffers after loading {last} as before, "
@@ -104,13 +104,13 @@ def test_a_load_that_fills_nothing_is_refused(tmp_path, load):
     )
 
 
-def test_a_load_that_fills_nothing_is_refused_where_the_model_had_the_weights(tmp_path):
+def test_a_load_that_fills_nothing_is_rejected_even_if_the_model_had_the_weights(tmp_path):
     checkpoints = saved(Toy(), tmp_path)[1:]
     task = toy(tmp_path, fresh(checkpoints[0].path), checkpoints=checkpoints, load=lambda model, path: None)
     assert refusal(task, tmp_path / "out").startswith("Task.load does not change the model: ")
 
 
-def test_a_load_that_fills_a_part_leaves_the_rest(tmp_path):
+def test_a_load_of_some_weights_leaves_the_others(tmp_path):
     """Adapters over a base that Task.model reads: one file a checkpoint, of a few weights."""
     base, paths = Toy(), [tmp_path / "a.pt", tmp_path / "b.pt"]
     for seed, path in enumerate(paths):
@@ -128,7 +128,7 @@ def test_a_load_that_fills_a_part_leaves_the_rest(tmp_path):
     assert torch.equal(model.second.weight, base.second.weight)
 
 
-def test_a_load_that_reads_one_file_for_all_is_refused(tmp_path):
+def test_a_load_that_reads_one_file_for_all_is_rejected(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
     task = toy(
         tmp_path, checkpoints=checkpoints, load=lambda model, path: model.load_state_dict(read(checkpoints[0].path))
@@ -140,7 +140,7 @@ def test_a_load_that_reads_one_file_for_all_is_refused(tmp_path):
     )
 
 
-def test_a_load_that_fills_nothing_for_some_files_is_refused(tmp_path):
+def test_a_load_that_fills_nothing_for_some_files_is_rejected(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
 
     def load(model, path):
@@ -155,7 +155,7 @@ def test_a_load_that_fills_nothing_for_some_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["adds", "draws"])
-def test_a_load_that_makes_other_weights_each_time_is_refused(tmp_path, kind):
+def test_a_load_with_random_weights_is_rejected(tmp_path, kind):
     def load(model, path):
         for name, parameter in model.named_parameters():
             parameter.data += read(path)[name] if kind == "adds" else torch.randn(parameter.shape)
@@ -192,7 +192,7 @@ class Cached(nn.Module):
         return self.drop(self.layer(x)) + self.shift
 
 
-def test_buffers_and_extra_state_of_a_returned_module_are_taken_over(tmp_path):
+def test_buffers_and_extra_state_of_a_returned_module_are_copied(tmp_path):
     made = Cached(shift=2.0)
     made.layer.temperature = 0.5
     torch.save(made.state_dict(), tmp_path / "given.pt")
@@ -233,7 +233,7 @@ def _with(model, name, value):
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
-def test_a_returned_module_of_another_structure_is_refused(tmp_path, kind):
+def test_a_returned_module_of_another_structure_is_rejected(tmp_path, kind):
     make, got = UNLIKE[kind]
     torch.save(Cached().state_dict(), tmp_path / "given.pt")
     task = toy(
@@ -258,7 +258,7 @@ def test_a_failed_load_leaves_no_checkpoint_in_the_model(tmp_path):
         assert model.checkpoint == 0
 
 
-def test_a_load_that_changes_a_type_is_refused(tmp_path):
+def test_a_load_that_changes_a_type_is_rejected(tmp_path):
     checkpoints = saved(Toy(), tmp_path)
     for checkpoint in checkpoints:
         torch.save({n: t.bfloat16() for n, t in read(checkpoint.path).items()}, checkpoint.path)
@@ -272,7 +272,7 @@ def test_a_load_that_changes_a_type_is_refused(tmp_path):
     )
 
 
-def test_the_digest_of_weights_is_of_all_their_kinds():
+def test_the_digest_of_weights_covers_parameters_buffers_and_extra_state():
     model = nn.Linear(2, 2)
     model.register_buffer("sparse", torch.eye(3).to_sparse())
     model.register_buffer("short", torch.ones(3, dtype=torch.bfloat16))
@@ -379,7 +379,7 @@ def test_a_model_on_meta_keeps_its_types(tmp_path):
     assert all(torch.equal(t, read(checkpoints[0].path)[n].float()) for n, t in model.state_dict().items())
 
 
-def test_a_buffer_that_stays_on_meta_is_refused_by_name(tmp_path):
+def test_a_buffer_that_stays_on_meta_is_rejected_by_name(tmp_path):
     torch.save(Cached().state_dict(), tmp_path / "given.pt")
     checkpoints = [Checkpoint(tmp_path / "given.pt", 1.0)]
     task = toy(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints)
@@ -396,7 +396,7 @@ def test_a_buffer_that_stays_on_meta_is_refused_by_name(tmp_path):
     build(toy(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints, load=load), tmp_path / "out", CONFIG)
 
 
-def test_a_loader_that_leaves_weights_on_meta_is_refused_by_name(tmp_path):
+def test_a_loader_that_leaves_weights_on_meta_is_rejected_by_name(tmp_path):
     def load(model, path):
         model.first.load_state_dict({n[6:]: t for n, t in read(path).items() if n.startswith("first")}, assign=True)
 
@@ -406,7 +406,7 @@ def test_a_loader_that_leaves_weights_on_meta_is_refused_by_name(tmp_path):
     assert "leaves a part of the model on the meta device: got second.weight; second.bias, expected values" in message
 
 
-def test_a_returned_module_of_an_index_scores_every_example_alone(tmp_path):
+def test_with_a_returned_module_every_example_is_scored_alone(tmp_path):
     """The fault itself: a whole pickled model, returned."""
     checkpoints = saved(Toy(), tmp_path)
     models = [fresh(c.path) for c in checkpoints]

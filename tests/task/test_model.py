@@ -148,7 +148,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
-def test_every_verb_leaves_everything_as_it_was_and_answers_the_same_in_any_mode(tmp_path, plain, around):
+def test_every_operation_restores_all_state_and_gives_the_same_result_in_any_mode(tmp_path, plain, around):
     torch.manual_seed(0)
     live = Live()
     task = drawing_task(tmp_path, live)
@@ -157,7 +157,7 @@ def test_every_verb_leaves_everything_as_it_was_and_answers_the_same_in_any_mode
     assert live.calls > 0
 
 
-def test_a_model_made_under_a_float64_default_is_served_in_float64(tmp_path):
+def test_a_model_created_under_a_float64_default_is_used_in_float64(tmp_path):
     with double_by_default():
         model = nn.Linear(5, 3)
         data = [(x.double(), y) for x, y in rows(6)]
@@ -185,13 +185,13 @@ def fails_at(call):
 
 
 @pytest.mark.parametrize("call", [1, 2, 4, 6, 12, 17, 22, 25, 29])
-def test_an_error_in_the_loss_leaves_everything_as_it_was(tmp_path, live, call):
+def test_all_state_is_restored_after_an_error_in_the_loss(tmp_path, live, call):
     task = toy(tmp_path, live, loss=fails_at(call))
     with pytest.raises(Boom), unchanged(live):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_an_error_while_weights_are_loaded_leaves_everything_as_it_was(tmp_path, live):
+def test_all_state_is_restored_after_an_error_in_loading(tmp_path, live):
     def load(model, path):
         with torch.no_grad():
             model.first.weight.fill_(7)
@@ -203,7 +203,7 @@ def test_an_error_while_weights_are_loaded_leaves_everything_as_it_was(tmp_path,
         plan(task, tmp_path / "out", CONFIG)
 
 
-def test_weights_that_load_replaces_and_not_fills_are_put_back(tmp_path, live):
+def test_weights_that_load_replaces_are_restored(tmp_path, live):
     def load(model, path):
         model.load_state_dict(torch.load(path, weights_only=True), assign=True)
 
@@ -212,7 +212,7 @@ def test_weights_that_load_replaces_and_not_fills_are_put_back(tmp_path, live):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_refusals_and_nan_leave_everything_as_it_was(tmp_path, live):
+def test_all_state_is_restored_after_rejections_and_nan(tmp_path, live):
     bad = rows(10)
     bad[7] = (torch.full((5,), float("nan")), 0)
     refused = [
@@ -225,7 +225,7 @@ def test_refusals_and_nan_leave_everything_as_it_was(tmp_path, live):
             build(task, tmp_path / f"out{i}", CONFIG)
 
 
-def test_a_models_own_changes_of_the_globals_end_with_the_session(tmp_path, live):
+def test_changes_of_globals_by_a_model_end_with_the_session(tmp_path, live):
     def model():
         torch.manual_seed(3)
         np.random.seed(3)
@@ -259,7 +259,7 @@ def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradi
         assert list(model.parameters) == [n for n, _ in live.named_parameters() if not n.startswith("frozen")]
 
 
-def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
+def test_weights_of_all_checkpoints_equal_those_of_the_files(tmp_path, live):
     checkpoints = saved(live, tmp_path)
     with TaskRunner(toy(tmp_path, live, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
         for i in (1, 0, 1):
@@ -270,14 +270,14 @@ def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
 
 
 @pytest.mark.parametrize("made", [None, torch.zeros(3), {"model": 1}])
-def test_a_model_function_that_returns_no_model_is_refused(tmp_path, made):
+def test_a_model_function_that_returns_no_model_is_rejected(tmp_path, made):
     with pytest.raises(
         TaskError, match=rf"^Task.model does not return a model: got {type(made).__name__}, expected a torch.nn"
     ):
         plan(toy(tmp_path, model=lambda: made), tmp_path / "out", CONFIG)
 
 
-def test_a_model_with_uninitialized_layers_is_refused(tmp_path):
+def test_a_model_with_uninitialized_layers_is_rejected(tmp_path):
     task = toy(tmp_path, model=lambda: nn.Sequential(nn.LazyLinear(3)))
     with pytest.raises(TaskError, match="with unknown parameter shapes: got an uninitialized 0.weight, .*one forward"):
         build(task, tmp_path / "out", CONFIG)

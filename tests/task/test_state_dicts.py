@@ -132,7 +132,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
-def test_a_layers_version_is_kept_so_that_nothing_is_converted_twice(tmp_path, prefix):
+def test_the_version_of_a_layer_is_preserved_so_that_nothing_is_converted_twice(tmp_path, prefix):
     models, checkpoints = [Scaled(), Scaled()], []
     for i, model in enumerate(models):
         whole = model
@@ -152,13 +152,13 @@ def test_an_old_version_is_converted(tmp_path):
     assert torch.equal(model.weight, made.weight)
 
 
-def test_names_that_a_layer_maps_itself_fit(tmp_path):
+def test_names_that_a_layer_maps_are_accepted(tmp_path):
     made, model = Renamed(5, 3), Renamed(5, 3)
     loaded(tmp_path, model, written(tmp_path, {"kernel": made.weight.detach(), "bias": made.bias.detach()}))
     assert equal(model, made)
 
 
-def test_weights_before_parametrisations_fit(tmp_path):
+def test_weights_from_before_parametrisations_are_accepted(tmp_path):
     made, model = (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)) for _ in range(2))
     halves = made.parametrizations.weight
     old = {"bias": made.bias, "weight_g": halves.original0, "weight_v": halves.original1}
@@ -166,7 +166,7 @@ def test_weights_before_parametrisations_fit(tmp_path):
     assert equal(model, made)
 
 
-def test_batch_norm_of_before_it_counted_batches_fits(tmp_path):
+def test_batch_norm_without_a_count_of_batches_is_accepted(tmp_path):
     made, model = (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)) for _ in range(2))
     made[1].running_mean.fill_(0.5)
     state = {name: value for name, value in made.state_dict().items() if "num_batches" not in name}
@@ -174,7 +174,7 @@ def test_batch_norm_of_before_it_counted_batches_fits(tmp_path):
     assert equal(model, made)
 
 
-def test_state_that_is_no_tensor_is_loaded(tmp_path):
+def test_state_that_is_not_a_tensor_is_loaded(tmp_path):
     made, model = Tempered(5, 3), Tempered(5, 3)
     made.temperature = 0.25
     loaded(tmp_path, model, written(tmp_path, made.state_dict()))
@@ -190,7 +190,7 @@ class Odd:
     """What weights_only refuses."""
 
 
-def test_an_object_in_a_file_is_refused_by_its_class(tmp_path):
+def test_an_object_in_a_file_is_rejected_with_its_class(tmp_path):
     path = written(tmp_path, {**Toy().state_dict(), "_extra_state": Odd()})
     assert (
         f"checkpoint {path} cannot be read: got UnpicklingError: an object of test_state_dicts.Odd, which "
@@ -198,7 +198,7 @@ def test_an_object_in_a_file_is_refused_by_its_class(tmp_path):
     ) in refusal(tmp_path, Toy(), path)
 
 
-def test_what_a_layers_own_code_raises_is_one_line(tmp_path):
+def test_an_error_in_the_code_of_a_layer_is_reported_in_one_line(tmp_path):
     path = written(tmp_path, {**Tempered(5, 3).state_dict(), "_extra_state": {"steps": []}})
     message = refusal(tmp_path, Tempered(5, 3), path)
     assert message.startswith(f"checkpoint {path} does not match the model: got 'temperature', expected")
@@ -219,14 +219,14 @@ def test_tied_weights_may_be_in_a_file_once(tmp_path, kept, form):
     assert model.head.weight is model.embed.weight
 
 
-def test_a_file_of_save_model_fits(tmp_path):
+def test_a_file_of_save_model_is_accepted(tmp_path):
     made, model = Tied(), Tied()
     save_model(made, str(tmp_path / "given.safetensors"))
     loaded(tmp_path, model, tmp_path / "given.safetensors")
     assert equal(model, made)
 
 
-def test_a_weight_that_is_tied_to_nothing_in_the_file_is_missing(tmp_path):
+def test_a_weight_without_a_tied_weight_in_the_file_is_missing(tmp_path):
     model = Tied()
     path = written(tmp_path, {"norm.weight": torch.ones(4), "head.weight": torch.ones(7, 4)})
     assert "got missing norm.bias, expected" in refusal(tmp_path, model, path)
@@ -244,7 +244,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("entry", ["", "model", "state_dict", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", *WRAPPERS])
-def test_prefixes_and_entries_are_taken_off_and_said(tmp_path, prefix, entry):
+def test_prefixes_and_entries_are_removed_and_reported(tmp_path, prefix, entry):
     made, model = Toy(), Toy()
     state = OrderedDict((f"{prefix}{name}", value) for name, value in made.state_dict().items())
     optimiser = torch.optim.Adam(made.parameters())
@@ -257,7 +257,7 @@ def test_prefixes_and_entries_are_taken_off_and_said(tmp_path, prefix, entry):
     assert loader.notes == ((f"given.pt: weights read{''.join(parts)}",) if parts else ())
 
 
-def test_layers_that_were_compiled_one_by_one_are_read(tmp_path):
+def test_separately_compiled_layers_are_read(tmp_path):
     made, model = Toy(), Toy()
     state = {name.replace("first.", "first._orig_mod."): value for name, value in made.state_dict().items()}
     loader = loaded(tmp_path, model, written(tmp_path, state))
@@ -266,7 +266,7 @@ def test_layers_that_were_compiled_one_by_one_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_part_that_really_has_a_wrappers_name_keeps_it(tmp_path, wrapped):
+def test_a_module_that_has_the_name_of_a_wrapper_keeps_it(tmp_path, wrapped):
     made, model = Holder(), Holder()
     state = nn.ModuleDict({"module": made}).state_dict() if wrapped else made.state_dict()
     loader = loaded(tmp_path, model, written(tmp_path, state))
@@ -274,7 +274,7 @@ def test_a_part_that_really_has_a_wrappers_name_keeps_it(tmp_path, wrapped):
     assert len(loader.notes) == wrapped
 
 
-def test_of_two_entries_the_one_that_fits_is_taken(tmp_path):
+def test_the_matching_one_of_two_entries_is_used(tmp_path):
     made, model = Toy(), Toy()
     content = {"model": made.state_dict(), "state_dict": nn.Linear(2, 2).state_dict()}
     assert loaded(tmp_path, model, written(tmp_path, content)).notes == (
@@ -283,7 +283,7 @@ def test_of_two_entries_the_one_that_fits_is_taken(tmp_path):
     assert equal(model, made)
 
 
-def test_two_entries_that_fit_are_refused_by_name(tmp_path):
+def test_two_matching_entries_are_rejected_by_name(tmp_path):
     path = written(tmp_path, {"model": Toy().state_dict(), "state_dict": Toy().state_dict()})
     assert refusal(tmp_path, Toy(), path) == (
         f"checkpoint {path} contains more than one state_dict that fits the model: got 'model' and 'state_dict', "
@@ -291,7 +291,7 @@ def test_two_entries_that_fit_are_refused_by_name(tmp_path):
     )
 
 
-def test_the_nearest_reading_names_what_does_not_fit(tmp_path):
+def test_the_closest_interpretation_names_what_does_not_match(tmp_path):
     state = {f"module.{name}": value for name, value in Toy().state_dict().items() if name != "first.bias"}
     path = written(tmp_path, {"epoch": 1, "model": state})
     assert refusal(tmp_path, Toy(), path).startswith(
@@ -309,7 +309,7 @@ def task(folder):
 """
 
 
-def test_a_build_and_its_plan_say_it_once(tmp_path, monkeypatch):
+def test_a_build_and_its_plan_report_it_once(tmp_path, monkeypatch):
     checkpoints = saved(Toy(), tmp_path)
     for i, checkpoint in enumerate(checkpoints):
         state = torch.load(checkpoint.path, weights_only=True)
@@ -333,7 +333,7 @@ def test_a_build_and_its_plan_say_it_once(tmp_path, monkeypatch):
         assert shown.output.count(said) == 1
 
 
-def test_a_model_of_tied_weights_scores_as_the_oracle_from_safetensors(tmp_path):
+def test_scores_of_tied_weights_from_safetensors_equal_the_oracle(tmp_path):
     models, checkpoints = [Tied(), Tied()], []
     for i, model in enumerate(models):
         save_model(model, str(tmp_path / f"{i}.safetensors"))

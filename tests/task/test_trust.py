@@ -86,7 +86,7 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
 
 
-def test_a_users_own_task_is_found_without_an_option(index: Path, project: Path) -> None:
+def test_a_task_of_the_user_is_found_without_an_option(index: Path, project: Path) -> None:
     done = CliRunner().invoke(query_command, [str(index), "--ids", "0"])
     assert done.exit_code == 0 and "a 0" in done.output and "error" not in done.stderr
     named_task(index, f"{project / NAME}.py:task", folder=str(project))
@@ -109,7 +109,7 @@ def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -
     assert not marker.exists()
 
 
-def test_arguments_that_are_no_texts_are_refused(index: Path, project: Path) -> None:
+def test_arguments_that_are_not_strings_are_rejected(index: Path, project: Path) -> None:
     named_task(index, f"{project / NAME}.py:task", folder=["x"])
     with pytest.raises(DamagedIndexError, match="TaskReference.arguments"):
         InfluenceIndex.open(index)
@@ -134,7 +134,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_that_is_none_of_the_users_tasks_is_not_run(
+def test_a_file_that_is_not_a_task_of_the_user_is_not_run(
     index: Path, project: Path, tmp_path: Path, marker: Path, case: str
 ) -> None:
     place, text, said = FILES[case]
@@ -158,7 +158,7 @@ def test_a_file_that_is_none_of_the_users_tasks_is_not_run(
     assert not marker.exists() and "evil" not in sys.modules
 
 
-def test_what_a_task_file_holds_besides_its_task_is_not_called(index: Path, project: Path, marker: Path) -> None:
+def test_other_functions_of_a_task_file_are_not_called(index: Path, project: Path, marker: Path) -> None:
     (project / "besides.py").write_text(
         "import os\nfrom tracin_ann import Task\nrun = os.system\nlast: object = os.system\n"
     )
@@ -169,7 +169,7 @@ def test_what_a_task_file_holds_besides_its_task_is_not_called(index: Path, proj
     assert not marker.exists()
 
 
-def test_this_librarys_own_functions_are_none(
+def test_functions_of_this_library_are_not_tasks(
     index: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`load_task(reference) -> Task` would import whatever its argument names; no other module is imported either."""
@@ -185,13 +185,13 @@ def test_this_librarys_own_functions_are_none(
     assert not marker.exists()
 
 
-def test_nothing_is_trusted_at_the_root(index: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_task_is_trusted_in_the_root_directory(index: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     with pytest.raises(UsageError, match="not below the current directory"):
         _ = InfluenceIndex.open(index).task
 
 
-def test_what_the_user_names_is_imported_wherever_it_is(index: Path, tmp_path: Path, project: Path) -> None:
+def test_a_task_that_the_user_names_is_imported_from_anywhere(index: Path, tmp_path: Path, project: Path) -> None:
     named_task(index, "os:system", command="true")
     path = tmp_path / "task_elsewhere.py"
     path.write_text(TASK.replace(" -> Task", ""))
@@ -211,7 +211,7 @@ def held(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_runs_anything_or_changes_a_file_outside(
+def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     index: Path, project: Path, tmp_path: Path, marker: Path, name: str
 ) -> None:
     victim = tmp_path / "victim"
@@ -274,7 +274,7 @@ def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: 
     assert (held(away) if away.is_dir() else away.read_bytes()) == before
 
 
-def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) -> None:
+def test_an_index_behind_a_link_is_accepted(index: Path, tmp_path: Path) -> None:
     link = tmp_path / "elsewhere"
     link.symlink_to(index)
     assert len(InfluenceIndex.open(link).query([0])) == 1
@@ -284,7 +284,7 @@ def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["a symbolic link", "a hard link to another file", "a directory", "a FIFO"])
-def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
+def test_a_lock_path_that_is_not_a_lock_file_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
     canary = tmp_path / "canary"
     canary.write_bytes(b"sings")
     make = {"a symbolic link": os.symlink, "a hard link to another file": os.link}.get(kind)
@@ -301,7 +301,7 @@ def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("place", [FEATURES, ".index-unfinished", ".index-unfinished/ivf.faiss", "generation-000000"])
-def test_writers_refuse_a_planted_link_and_remove_nothing_by_it(index: Path, tmp_path: Path, place: str) -> None:
+def test_writers_reject_a_planted_link_and_remove_nothing_behind_it(index: Path, tmp_path: Path, place: str) -> None:
     victim = tmp_path / "victim"
     if (index / place).exists():
         shutil.move(index / place, victim)
@@ -323,7 +323,7 @@ def test_writers_refuse_a_planted_link_and_remove_nothing_by_it(index: Path, tmp
     assert held(victim) == before
 
 
-def test_a_sweep_removes_what_writers_name_and_nothing_else(index: Path, tmp_path: Path) -> None:
+def test_cleanup_removes_only_files_with_names_of_writers(index: Path, tmp_path: Path) -> None:
     (tmp_path / "canary").write_bytes(b"sings")
     mine = ["generation-notes", "generation-1", "generation-", "generation-000000/notes", f"{FEATURES}/notes"]
     for name in mine:
@@ -342,7 +342,7 @@ def test_a_sweep_removes_what_writers_name_and_nothing_else(index: Path, tmp_pat
 
 
 @pytest.mark.parametrize("place", [MANIFEST, "generation-000001/canaries.h5", "features"])
-def test_a_fifo_in_an_index_is_not_waited_for(index: Path, place: str) -> None:
+def test_no_command_waits_for_a_fifo_in_an_index(index: Path, place: str) -> None:
     path = index / place if place != "features" else sorted((index / FEATURES).iterdir())[0]
     path.unlink()
     os.mkfifo(path)
