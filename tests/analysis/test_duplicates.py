@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paths import SUPPORT
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.analysis import find_duplicates
 from tracin_ann.analysis.duplicates import Duplicates
@@ -35,15 +35,15 @@ SMALL = {"_BLOCK": 7, "_DIRECTIONS": 5, "_ENTRIES": 500}
 NAMED = """
 import sys
 sys.path[:0] = {paths!r}
-from test_duplicates import the_task as made
+from test_duplicates import make_task as made
 def task(folder):
     return made(folder)
 """
 
 
-def data() -> list[tuple[torch.Tensor, int, int]]:
+def make_rows_with_copies() -> list[tuple[torch.Tensor, int, int]]:
     """Return rows some of which are copies, some nearly, and some without a gradient."""
-    made = rows(N)
+    made = make_rows(N)
     for row, of in COPIES.items():
         made[row] = made[of]
     for row, of in NEAR.items():
@@ -55,12 +55,12 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     return cross_entropy(model, batch) * torch.tensor([int(i) not in FLAT for i in batch[2]])
 
 
-def the_task(folder: str) -> Task:
+def make_task(folder: str) -> Task:
     return Task(
         model=Toy,
         loss=loss,
-        train_data=data,
-        query_data=lambda: data()[:3],
+        train_data=make_rows_with_copies,
+        query_data=lambda: make_rows_with_copies()[:3],
         checkpoints=[Checkpoint(f"{folder}/checkpoint{i}.pt", rate) for i, rate in enumerate(RATES)],
         columns=lambda row: {"label": row[1]},
         ids=lambda row: f"row-{row[2]}",
@@ -72,19 +72,19 @@ def the_task(folder: str) -> Task:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("duplicates")
     torch.manual_seed(3)
-    saved(Toy(), made)
+    save_checkpoints(Toy(), made)
     (made / "of_duplicates.py").write_text(NAMED.format(paths=[str(SUPPORT)]))
-    build(the_task(str(made)), made / "index", replace(CONFIG, partition_rows=17, yardstick=False))
+    build(make_task(str(made)), made / "index", replace(CONFIG, partition_rows=17, yardstick=False))
     remove(made / "index", GONE)
     return made
 
 
 @pytest.fixture(scope="module")
 def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "index", the_task(str(folder)), device="cpu")
+    return InfluenceIndex.open(folder / "index", make_task(str(folder)), device="cpu")
 
 
-def brute(row_NF: np.ndarray, ids: list[int], threshold: float) -> dict[frozenset[int], float]:
+def find_by_brute_force(row_NF: np.ndarray, ids: list[int], threshold: float) -> dict[frozenset[int], float]:
     """Return the groups with their lowest cosines."""
     whole = row_NF.astype(np.float64)
     norm_N = np.linalg.norm(whole, axis=1)
@@ -97,7 +97,7 @@ def brute(row_NF: np.ndarray, ids: list[int], threshold: float) -> dict[frozense
     return {g: min(float(unit[i] @ unit[j]) for i in g for j in g) for g in groups if len(g) > 1}
 
 
-def check(found: Duplicates, true: dict[frozenset[int], float]) -> None:
+def assert_groups(found: Duplicates, true: dict[frozenset[int], float]) -> None:
     assert {frozenset(group) for group in found.groups} == set(true)
     assert all(list(group) == sorted(group) for group in found.groups)
     order = [(-len(group), group[0]) for group in found.groups]
@@ -118,7 +118,7 @@ def test_groups_equal_those_of_brute_force(
         monkeypatch.setattr(sys.modules[Duplicates.__module__], name, value)
     found = find_duplicates(index, threshold)
     here = [i for i in range(N) if i not in GONE]
-    check(found, brute(index.view().take(np.arange(N)), here, threshold))
+    assert_groups(found, find_by_brute_force(index.view().take(np.arange(N)), here, threshold))
     assert (found.extent.n_rows, found.extent.n_zero) == (N - len(GONE) - len(FLAT), len(FLAT))
     for group in [{3, 7, 30}, {12, 31}, {2, 50}, *([{1, 20}] if threshold < 0.999 else [])]:
         assert any(group <= set(other) for other in found.groups)
@@ -128,13 +128,13 @@ def test_rows_and_checkpoints_can_be_selected(index: InfluenceIndex) -> None:
     found = find_duplicates(index, 0.9, RowFilter(without=(50,), where=("label=0",)), checkpoints=[1])
     labels = index.columns["label"]
     here = [i for i in range(N) if i not in (*GONE, 50) and labels[i] == 0]
-    check(found, brute(index.view([1]).take(np.arange(N)), here, 0.9))
+    assert_groups(found, find_by_brute_force(index.view([1]).take(np.arange(N)), here, 0.9))
     assert list(find_duplicates(index, rows=RowFilter(only=()))) == []
     assert list(find_duplicates(index, rows=RowFilter(only=FLAT))) == []
     assert list(find_duplicates(index, rows=RowFilter(only=(3,)))) == []
 
 
-class Rows:
+class FakeView:
     """A view of rows that were drawn."""
 
     def __init__(self, row_NF: np.ndarray) -> None:
@@ -144,7 +144,7 @@ class Rows:
         return self.row_NF[ids]
 
 
-class Drawn:
+class FakeIndex:
     """As much of an index as duplicates are asked of."""
 
     device, described = torch.device("cpu"), staticmethod(lambda side, row: None)
@@ -153,8 +153,8 @@ class Drawn:
         self.row_NF = row_NF
         self.rows = self
 
-    def view(self, checkpoints: object) -> Rows:
-        return Rows(self.row_NF)
+    def view(self, checkpoints: object) -> FakeView:
+        return FakeView(self.row_NF)
 
     def present(self, rows: object) -> np.ndarray:
         return np.arange(len(self.row_NF))
@@ -180,16 +180,16 @@ def test_groups_of_random_rows_equal_those_of_brute_force(
     row_NF += drawn.standard_normal((n, dim)) * drawn.choice([0, 0, 1e-3, 0.1, 1], (n, 1))
     row_NF[drawn.random(n) < 0.1] = 0
     row_NF = (row_NF * scale).astype(np.float32)
-    true = brute(row_NF, list(range(n)), threshold)
+    true = find_by_brute_force(row_NF, list(range(n)), threshold)
     # A pair just at the threshold is a matter of rounding.
-    if true == brute(row_NF, list(range(n)), threshold - 1e-12):
-        check(find_duplicates(Drawn(row_NF), threshold), true)  # type: ignore[arg-type]
+    if true == find_by_brute_force(row_NF, list(range(n)), threshold - 1e-12):
+        assert_groups(find_duplicates(FakeIndex(row_NF), threshold), true)  # type: ignore[arg-type]
 
 
 def test_a_thousand_copies_form_one_group() -> None:
     drawn = np.random.default_rng(5)
     row_NF = np.repeat(drawn.standard_normal((3, 8)).astype(np.float32), 1000, axis=0)
-    found = find_duplicates(Drawn(row_NF))  # type: ignore[arg-type]
+    found = find_duplicates(FakeIndex(row_NF))  # type: ignore[arg-type]
     assert [len(group) for group in found.groups] == [1000, 1000, 1000]
     assert found[0].lowest_cosine == pytest.approx(1)
 
@@ -200,30 +200,30 @@ def test_an_invalid_threshold_is_rejected(index: InfluenceIndex, threshold: floa
         find_duplicates(index, threshold)
 
 
-def ask(folder: Path, *arguments: object) -> Result:
+def run_command(folder: Path, *arguments: object) -> Result:
     words = (folder / "index", "--task", folder / "of_duplicates.py:task", "--task-arg", f"folder={folder}", *arguments)
     return CliRunner().invoke(duplicates_command, [str(word) for word in words])
 
 
 def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
     found = find_duplicates(index, 0.99)
-    asked = ask(folder, "--threshold", 0.99, "--format", "jsonl")
+    asked = run_command(folder, "--threshold", 0.99, "--format", "jsonl")
     assert asked.exit_code == 0, asked.stderr
     assert [json.loads(line) for line in asked.stdout.splitlines()] == found.lines()
     assert asked.stderr.strip().endswith(
         f"duplicates: {len(found.groups)} groups, {len(found)} of 56 rows, cosine at least 0.99; "
         "3 rows with a zero gradient excluded"
     )
-    own = ask(folder, "--own-ids", "--only", "row-3,row-7,row-8", "--output", tmp_path / "made.csv")
+    own = run_command(folder, "--own-ids", "--only", "row-3,row-7,row-8", "--output", tmp_path / "made.csv")
     assert own.exit_code == 0, own.stderr
     assert (tmp_path / "made.csv").read_text().splitlines()[1:] == [
         f"1,2,{find_duplicates(index, rows=RowFilter(only=(3, 7)))[0].lowest_cosine},row-{i},{i},class 0"
         for i in (3, 7)
     ]
     assert "1 group, 2 of 3 rows" in own.stderr
-    table = ask(folder, "--threshold", 0.99999)
+    table = run_command(folder, "--threshold", 0.99999)
     assert "lowest_cosine" in table.stdout
-    refused = ask(folder, "--threshold", 2)
+    refused = run_command(folder, "--threshold", 2)
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "bad --threshold" in refused.stderr
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tasks import own_ids
-from tasks.own_ids import GONE, HERE, QUERIES, N, the_task
+from tasks.own_ids import GONE, HERE, QUERIES, N, make_task
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.analysis import find_hubs
 from tracin_ann.analysis.hubs import Counts
@@ -23,16 +23,16 @@ from tracin_ann.store.columns import RowFilter
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("hubs")
-    own_ids.made(made, "of_hubs.py", gone=GONE)
+    own_ids.build_indexes(made, "of_hubs.py", gone=GONE)
     return made
 
 
 @pytest.fixture(scope="module")
 def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
+    return InfluenceIndex.open(folder / "words", make_task(folder, "words"), device="cpu")
 
 
-def counted(
+def count_hits(
     index: InfluenceIndex, side: str, ids: list[int], k: int, rows: list[int], **options: bool
 ) -> tuple[list[int], list[int]]:
     """Return N_k of all rows, of proponents and of opponents, by sorting all scores of every query."""
@@ -64,7 +64,7 @@ def test_counts_equal_those_of_brute_force(
     monkeypatch.setattr(sys.modules[Counts.__module__], "_LOT", lot)
     ids = list(range(QUERIES)) if side == "query" else HERE
     found = find_hubs(index, None, k, side)  # type: ignore[arg-type]
-    true = counted(index, side, ids, k, HERE)
+    true = count_hits(index, side, ids, k, HERE)
     expected = {row: (up, down) for row, (up, down) in enumerate(zip(*true, strict=True)) if up or down}
     assert {hub.row: (hub.proponent_of, hub.opponent_of) for hub in found} == expected
     assert [hub.row for hub in found] == sorted(expected, key=lambda r: (-expected[r][0], -expected[r][1], r))
@@ -85,7 +85,7 @@ def test_options_and_rows_have_the_meaning_that_they_have_in_a_query(index: Infl
     options = QueryOptions(cosine=True, rows=RowFilter(only=only), k=99)
     found = find_hubs(index, [2, 0, 2, 5], 2, options=options)
     allowed = [row for row in only if row not in GONE]
-    true = counted(index, "query", [2, 0, 5], 2, allowed, cosine=True)
+    true = count_hits(index, "query", [2, 0, 5], 2, allowed, cosine=True)
     assert found.census.n_queries == 3
     assert found.census.proponents.row_N.tolist() == allowed
     assert {h.row: (h.proponent_of, h.opponent_of) for h in found} == {
@@ -110,19 +110,19 @@ def test_invalid_arguments_are_rejected(index: InfluenceIndex, ids: list[int], k
         find_hubs(index, ids, k)
 
 
-def ask(folder: Path, *arguments: object) -> Result:
+def run_command(folder: Path, *arguments: object) -> Result:
     named = ("--task", folder / "of_hubs.py:task", "--task-arg", f"folder={folder}", "--task-arg", "kind=words")
     words = (folder / "words", *named, "--device", "cpu", *arguments)
     return CliRunner().invoke(hubs_command, [str(word) for word in words])
 
 
 def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
-    asked = ask(folder, "-k", 3, "--top", 4, "--format", "jsonl")
+    asked = run_command(folder, "-k", 3, "--top", 4, "--format", "jsonl")
     assert asked.exit_code == 0, asked.stderr
     assert [json.loads(line) for line in asked.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
     assert f"queries:    {QUERIES}, k = 3\nsearch:     exact scan" in asked.stderr
     assert "skewness" in asked.stderr
-    own = ask(
+    own = run_command(
         folder,
         "--own-ids",
         "--train-ids",
@@ -139,9 +139,9 @@ def test_the_command_returns_the_result_of_the_function(folder: Path, index: Inf
     assert [line.split(",")[1] for line in (tmp_path / "hubs.csv").read_text().splitlines() if line[0].isdigit()] == [
         str(hub.id) for hub in true
     ]
-    table = ask(folder, "--ids", "0-3", "-k", 2)
+    table = run_command(folder, "--ids", "0-3", "-k", 2)
     assert "proponent_of" in table.stdout
-    both = ask(folder, "--ids", "0", "--train-ids", "1")
+    both = run_command(folder, "--ids", "0", "--train-ids", "1")
     assert (both.exit_code, both.stdout) == (2, "")
     assert "--ids and --train-ids" in both.stderr
 

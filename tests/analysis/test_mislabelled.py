@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 
 from examples import digits
 from tasks import own_ids
-from tasks.own_ids import GONE, HERE, N, the_task
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, toy
+from tasks.own_ids import GONE, HERE, N, make_task
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_toy_task
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.analysis import Suspects, find_mislabelled
 from tracin_ann.analysis.mislabelled import RANKINGS, By
@@ -31,16 +31,16 @@ LABELS = np.array([row % 3 for row in range(N)])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("mislabelled")
-    own_ids.made(made, "of_mislabelled.py", gone=GONE)
+    own_ids.build_indexes(made, "of_mislabelled.py", gone=GONE)
     return made
 
 
 @pytest.fixture(scope="module")
 def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
+    return InfluenceIndex.open(folder / "words", make_task(folder, "words"), device="cpu")
 
 
-def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:
+def count_votes(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:
     """Return the share of the vote [N, 3] for each label, row after row, all cosines sorted."""
     row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
     unit_NCD = row_NCD / np.linalg.norm(row_NCD, axis=2, keepdims=True)
@@ -56,7 +56,7 @@ def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE)
     return vote_NL / vote_NL.sum(axis=1, keepdims=True)
 
 
-def supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
+def sum_supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
     """Return each label's share of the support [N, 3], one row, checkpoint and label at a time."""
     row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
     losses = index.view().store.losses().astype(np.float64)
@@ -74,9 +74,9 @@ def supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
     return support_NL
 
 
-def mean_losses(folder: Path) -> dict[int, float]:
+def compute_mean_losses(folder: Path) -> dict[int, float]:
     """Return the mean losses of the rows that are there, each computed alone by its model."""
-    task, of_row = the_task(folder, "words"), dict.fromkeys(HERE, 0.0)
+    task, of_row = make_task(folder, "words"), dict.fromkeys(HERE, 0.0)
     for checkpoint in task.checkpoints:
         net = task.model()
         net.load_state_dict(torch.load(checkpoint.path, weights_only=True))
@@ -89,9 +89,9 @@ def mean_losses(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize("neighbours", [1, 5, 100])
 def test_votes_equal_those_over_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
     found = find_mislabelled(index, neighbours=neighbours)
-    expected_NL = shares(index, neighbours)
+    expected_NL = count_votes(index, neighbours)
     own = {row.row: row.score for row in index.self_influence()}
-    losses = mean_losses(folder)
+    losses = compute_mean_losses(folder)
     lowest = index.view().store.losses()[HERE].min(axis=0).mean()
     assert sorted(row.row for row in found) == HERE
     for suspect in found:
@@ -106,7 +106,7 @@ def test_votes_equal_those_over_all_pairs(folder: Path, index: InfluenceIndex, n
         assert suspect.id == f"row-{100 + suspect.row:04}"
     assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
     assert [row.rank for row in found] == list(range(1, len(HERE) + 1))
-    outvoted = [row for row in HERE if shares(index, neighbours)[row].argmax() != LABELS[row]]
+    outvoted = [row for row in HERE if count_votes(index, neighbours)[row].argmax() != LABELS[row]]
     assert found.suspicion.n_outvoted == len(outvoted)
     stored = {suspect.row: suspect.loss for suspect in found}
     least = sorted(stored[row] for row in outvoted)[(len(outvoted) - 1) // 20]
@@ -114,7 +114,7 @@ def test_votes_equal_those_over_all_pairs(folder: Path, index: InfluenceIndex, n
 
 
 def test_the_suggested_label_is_the_best_supported_other_label(index: InfluenceIndex) -> None:
-    expected_NL = supports(index)
+    expected_NL = sum_supports(index)
     for suspect in find_mislabelled(index, neighbours=5, asked=6):
         share_L = expected_NL[suspect.row]
         others = [label for label in range(3) if label != LABELS[suspect.row]]
@@ -126,14 +126,14 @@ def test_the_suggested_label_is_the_best_supported_other_label(index: InfluenceI
 def test_parquet_keeps_integer_labels_where_some_are_missing(folder: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     out = folder / "suspects.parquet"
-    assert asked(folder, "--asked", "6", "--output", str(out)).exit_code == 0
+    assert run_command(folder, "--asked", "6", "--output", str(out)).exit_code == 0
     schema = parquet.read_schema(out)
     assert {str(schema.field(name).type) for name in ("label", "speaks_for", "suggested_label")} == {"int64"}
     assert parquet.read_table(out)["speaks_for"].null_count == len(HERE) - 6
 
 
 def test_with_one_label_nothing_is_suggested(tmp_path: Path) -> None:
-    task = toy(tmp_path, columns=lambda row: {"label": "only"})
+    task = make_toy_task(tmp_path, columns=lambda row: {"label": "only"})
     build(task, tmp_path / "index", CONFIG)
     found = find_mislabelled(InfluenceIndex.open(tmp_path / "index", task))
     assert len(found) == 10
@@ -162,7 +162,7 @@ def test_rows_that_are_not_ranked_come_after_the_ranked_ones(index: InfluenceInd
 
 def test_without_labels_rows_are_ranked_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
     found = find_mislabelled(index, labels=None, k=7)
-    losses = mean_losses(folder)
+    losses = compute_mean_losses(folder)
     assert [row.row for row in found] == sorted(HERE, key=lambda row: -losses[row])[:7]
     assert [row.score for row in found] == pytest.approx([losses[row.row] for row in found], rel=1e-5)
     assert found.suspicion.look_at is None
@@ -178,7 +178,7 @@ def test_losses_are_those_of_the_selected_checkpoints(index: InfluenceIndex) -> 
 
 
 def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None:
-    rankings, plain = [], toy(tmp_path, columns=lambda row: {"label": row[1]})
+    rankings, plain = [], make_toy_task(tmp_path, columns=lambda row: {"label": row[1]})
     for shift in (0.0, -7.0):
 
         def loss(net: torch.nn.Module, batch: list[torch.Tensor], shift: float = shift) -> torch.Tensor:
@@ -194,7 +194,7 @@ def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None
 
 def test_rows_are_ranked_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
     by_votes = find_mislabelled(index, neighbours=5, by="votes")
-    share_NL = shares(index, 5)
+    share_NL = count_votes(index, 5)
     assert [row.score for row in by_votes] == pytest.approx(
         sorted((1 - share_NL[row, LABELS[row]] for row in HERE), reverse=True), abs=1e-5
     )
@@ -222,15 +222,17 @@ def test_invalid_arguments_are_rejected(index: InfluenceIndex, arguments: dict[s
 
 
 def test_the_error_for_an_index_without_columns_has_the_remedy(tmp_path: Path) -> None:
-    build(toy(tmp_path), tmp_path / "index", CONFIG)
-    index = InfluenceIndex.open(tmp_path / "index", toy(tmp_path))
+    build(make_toy_task(tmp_path), tmp_path / "index", CONFIG)
+    index = InfluenceIndex.open(tmp_path / "index", make_toy_task(tmp_path))
     with pytest.raises(UsageError, match="give Task.columns and build again"):
         find_mislabelled(index)
     assert len(find_mislabelled(index, labels=None)) == 10
 
 
 def test_columns_of_bools_and_strings_are_labels_and_columns_of_fractions_are_not(tmp_path: Path) -> None:
-    task = toy(tmp_path, columns=lambda row: {"half": row[1] / 2, "odd": bool(row[1] % 2), "word": f"w{row[1]}"})
+    task = make_toy_task(
+        tmp_path, columns=lambda row: {"half": row[1] / 2, "odd": bool(row[1] % 2), "word": f"w{row[1]}"}
+    )
     build(task, tmp_path / "index", CONFIG)
     index = InfluenceIndex.open(tmp_path / "index", task)
     with pytest.raises(UsageError, match="holds no labels"):
@@ -239,7 +241,7 @@ def test_columns_of_bools_and_strings_are_labels_and_columns_of_fractions_are_no
     assert {row.label for row in find_mislabelled(index, "word")} == {"w0", "w1", "w2"}
 
 
-def clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]], set[int]]:
+def make_clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]], set[int]]:
     """Return points around three centres, labelled by them but for a share, and which of them are wrong."""
     random = np.random.default_rng(5)
     flipped = set(random.choice(n, round(wrong * n), replace=False).tolist())
@@ -248,7 +250,7 @@ def clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]]
     return [(points[i] + centres[i % 3], (i + (i in flipped)) % 3) for i in range(n)], flipped
 
 
-def trained(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
+def train_task(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
     """Return a task of a net that was trained on the points, two checkpoints on the way."""
     torch.manual_seed(0)
     net = Toy()
@@ -266,8 +268,8 @@ def trained(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
 
 @pytest.mark.parametrize("wrong", [0.0, 0.05, 0.1, 0.2])
 def test_known_flips_are_found_and_the_estimate_is_close_to_their_number(tmp_path: Path, wrong: float) -> None:
-    data, flipped = clusters(wrong)
-    task = trained(tmp_path, data)
+    data, flipped = make_clusters(wrong)
+    task = train_task(tmp_path, data)
     build(task, tmp_path / "index", BuildConfig(dim=64, index="flat", device="cpu"))
     found = find_mislabelled(InfluenceIndex.open(tmp_path / "index", task))
     assert found.suspicion.look_at is not None
@@ -298,7 +300,7 @@ def test_suggested_labels_of_flipped_digits_are_the_true_labels(tmp_path: Path) 
     assert np.mean(certain) >= 0.99
 
 
-def asked(folder: Path, *words: str) -> Result:
+def run_command(folder: Path, *words: str) -> Result:
     sys.path_importer_cache.clear()
     command = [
         str(folder / "words"),
@@ -312,17 +314,19 @@ def asked(folder: Path, *words: str) -> Result:
 
 def test_the_command_writes_the_results_of_the_function_and_a_summary(folder: Path, index: InfluenceIndex) -> None:
     found = find_mislabelled(index, k=6)
-    result = asked(folder, "-k", "6", "--format", "jsonl")
+    result = run_command(folder, "-k", "6", "--format", "jsonl")
     assert result.exit_code == 0, result.output
     assert [json.loads(line) for line in result.stdout.splitlines()] == json.loads(json.dumps(found.lines()))
     assert f"estimate: check about the first {found.suspicion.look_at} of {len(HERE)} rows" in result.stderr
     out = folder / "suspects.csv"
-    assert asked(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
+    assert run_command(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
     assert out.read_text().splitlines()[0] == ",".join(Suspects.FIELDS.names)
-    assert "row-01" in asked(folder, "-k", "2").stdout
-    assert f"estimate: none without labels; {len(HERE)} rows ranked by loss" in asked(folder, "--no-labels").stderr
-    assert "have as large a self-influence" in asked(folder, "--by", "self-influence").stderr
-    refused = asked(folder, "--labels", "colour")
+    assert "row-01" in run_command(folder, "-k", "2").stdout
+    assert (
+        f"estimate: none without labels; {len(HERE)} rows ranked by loss" in run_command(folder, "--no-labels").stderr
+    )
+    assert "have as large a self-influence" in run_command(folder, "--by", "self-influence").stderr
+    refused = run_command(folder, "--labels", "colour")
     assert refused.exit_code == UsageError.exit_code
     assert "no column 'colour'" in refused.stderr
 
@@ -334,7 +338,7 @@ def test_a_narrow_terminal_shows_text_before_details(
     folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int, left_out: set[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    result = asked(folder, "-k", "3", "--format", "table")
+    result = run_command(folder, "-k", "3", "--format", "table")
     assert result.exit_code == 0, result.output
     heads = result.stdout.splitlines()[0].split(" ┃ ")
     shown = set(Suspects.FIELDS.names) - set(Suspects.DATA_ONLY)

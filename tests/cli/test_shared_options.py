@@ -41,7 +41,7 @@ def run(command: click.Command, *words: object) -> Result:
     return result
 
 
-def completed(name: str, words: list[str], incomplete: str) -> list[str]:
+def complete(name: str, words: list[str], incomplete: str) -> list[str]:
     found = BashComplete(COMMANDS[name], {}, name, "_TRACIN_COMPLETE").get_completions(words, incomplete)
     return [f"{item.type} {item.value}" if item.type != "plain" else item.value for item in found]
 
@@ -50,7 +50,7 @@ def completed(name: str, words: list[str], incomplete: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with checkpoints, `build.toml` and the index that it asks for."""
     made = tmp_path_factory.mktemp("shared")
-    zoo.trained("mlp", 0, made)
+    zoo.save_checkpoints("mlp", 0, made)
     (made / "build.toml").write_text(
         f'task = "{ZOO}:task"\nout = "{made}/index"\ndim = 64\nbatch-size = 4\nyardstick = false\n'
         f'compact = true\n[task_arg]\ncase = "mlp"\nfolder = "{made}"\nseed = 0\n'
@@ -85,19 +85,19 @@ def test_every_command_prints_the_version(name: str) -> None:
 
 @every_command
 def test_every_option_is_completed(name: str) -> None:
-    options = completed(name, [], "--")
+    options = complete(name, [], "--")
     assert {"--config", "--quiet", "--help"} <= set(options)
     shown = [p for p in COMMANDS[name].params if isinstance(p, click.Option) and not p.hidden]
     assert {option for p in shown for option in p.opts if option.startswith("--")} <= set(options)
 
 
 def test_values_are_completed() -> None:
-    assert completed("tracin-query", ["--format"], "") == ["table", "jsonl", "csv", "parquet"]
-    assert completed("tracin-query", ["--rerank"], "e") == ["exact"]
-    assert completed("tracin-query", ["--device"], "c") == ["cpu", "cuda"]
-    assert completed("tracin-query", [], "runs/") == ["dir runs/"]
-    assert completed("tracin-build", ["--task"], "my") == ["file my"]
-    assert completed("tracin-build", ["--config"], "b") == ["file b"]
+    assert complete("tracin-query", ["--format"], "") == ["table", "jsonl", "csv", "parquet"]
+    assert complete("tracin-query", ["--rerank"], "e") == ["exact"]
+    assert complete("tracin-query", ["--device"], "c") == ["cpu", "cuda"]
+    assert complete("tracin-query", [], "runs/") == ["dir runs/"]
+    assert complete("tracin-build", ["--task"], "my") == ["file my"]
+    assert complete("tracin-build", ["--config"], "b") == ["file b"]
 
 
 def test_documented_shell_completion_works() -> None:
@@ -256,7 +256,7 @@ def test_debug_shows_the_traceback_of_a_rejection(index: Path) -> None:
     assert result.stderr.splitlines()[-1].startswith("error: index ")
 
 
-def on_a_terminal(words: list[str], **environment: str) -> str:
+def run_on_a_terminal(words: list[str], **environment: str) -> str:
     """Return what a command prints on a terminal of its own, stdout and stderr together."""
     reader, writer = pty.openpty()
     command = [sys.executable, "query.py", *words]
@@ -279,10 +279,10 @@ def on_a_terminal(words: list[str], **environment: str) -> str:
 @pytest.mark.slow
 def test_colours_are_printed_only_on_terminals_that_support_them(index: Path) -> None:
     words = [str(index), "--ids", "0", "-k", "2"]
-    shown = on_a_terminal(words, TERM="xterm-256color", NO_COLOR="1")
+    shown = run_on_a_terminal(words, TERM="xterm-256color", NO_COLOR="1")
     assert re.findall(r"\x1b\[[\d;]*[34]\d[\d;]*m", shown) == []
     assert "proponent" in shown
-    assert ANSI not in on_a_terminal(words, TERM="dumb")
+    assert ANSI not in run_on_a_terminal(words, TERM="dumb")
     assert ANSI not in run(query_command, *words).output
 
 

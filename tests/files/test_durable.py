@@ -23,7 +23,7 @@ with atomic_write(Path(sys.argv[1])) as file:
 """
 
 
-def names(directory: Path) -> list[str]:
+def list_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -43,7 +43,7 @@ def test_a_write_replaces_the_complete_file(tmp_path: Path) -> None:
     write(path, b"the older and longer text")
     write(path, b"new")
     assert path.read_bytes() == b"new"
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
 def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
@@ -67,14 +67,14 @@ def test_a_failure_before_the_rename_leaves_the_old_file_unchanged(
     with pytest.raises(OSError, match="disk gone"):
         write(path, b"new")
     assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
 def test_an_exception_in_the_block_removes_the_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a.bin") as file:
         file.write(b"half")
         raise KeyboardInterrupt
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
 def test_a_temporary_file_has_the_directory_and_suffix_of_the_target(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_temporary_file_has_the_directory_and_suffix_of_the_target(tmp_path: P
         assert (temporary.parent, temporary.suffix) == (tmp_path, ".faiss")
         temporary.write_bytes(b"x")
         assert not (tmp_path / "a.faiss").exists()
-    assert names(tmp_path) == ["a.faiss"]
+    assert list_names(tmp_path) == ["a.faiss"]
 
 
 def test_data_is_synced_before_the_rename_and_the_directory_after(
@@ -111,9 +111,9 @@ def test_a_temporary_file_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
     write(path, b"old")
     die_while_writing(path)
     assert path.read_bytes() == b"old"
-    assert len(names(tmp_path)) == 2
+    assert len(list_names(tmp_path)) == 2
     assert len(remove_temporaries(tmp_path)) == 1
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
 def test_temporary_files_of_running_writers_and_other_files_are_not_removed(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_temporary_files_of_running_writers_and_other_files_are_not_removed(tmp_
         file.write(b"x")
     os.utime(stranger, (0, 0))
     assert remove_temporaries(tmp_path) == [stranger]
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
 def test_cleaning_a_missing_directory_does_nothing(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def collect_gradients(engine, batch):
 @pytest.mark.parametrize("name", models.CASES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gradients_of_every_parameter_of_every_model_equal_autograd(name, seed, device):
-    model, case, examples = models.made(name, seed)
+    model, case, examples = models.make_case(name, seed)
     truth = oracle.gradients(model, case.loss, examples)
     engine = make_engine(model, case, examples, device)
     batch = engine.batch(range(len(examples)), examples)

@@ -27,7 +27,7 @@ from tracin_ann.operations.verification import AuditSample, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
 from tracin_ann.task.batches import CollatedBatch
-from wrong_rows import alter
+from wrong_rows import alter_rows
 
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 NOTHING = np.zeros(0, np.int64)
@@ -35,7 +35,7 @@ NOTHING = np.zeros(0, np.int64)
 
 @pytest.fixture
 def index(tmp_path):
-    zoo.trained("mlp", 0, tmp_path)
+    zoo.save_checkpoints("mlp", 0, tmp_path)
     name = f"{Path(zoo.__file__).resolve()}:task"
     arguments = {"case": "mlp", "folder": str(tmp_path)}
     build(name, tmp_path / "i", replace(SMALL, partition_rows=6), arguments=arguments)
@@ -53,7 +53,7 @@ def test_a_correct_index_passes(index):
 
 
 def test_a_wrong_row_is_named_with_status_4(index):
-    alter(index, [11])
+    alter_rows(index, [11])
     assert run(index).exit_code == 0
     result = run(index, "--audit", 1000)
     assert result.exit_code == 4
@@ -130,7 +130,7 @@ def test_excluded_rows_are_not_drawn_and_a_small_index_is_audited_completely():
     assert draw_places(16, store(2), np.arange(2), 0) == []
 
 
-def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
+def record_draws(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     first = 0
     for sizes in batches:
         yield CollatedBatch(tuple(range(first, first + len(sizes))), "inputs", sizes=tuple(sizes))
@@ -149,12 +149,12 @@ def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
 )
 def test_the_batch_with_the_most_uneven_sizes_is_found(batches, expected):
     most = _MostUnevenBatch()
-    assert [read.inputs for read in most.watch(watched(batches), 1)] == ["inputs"] * len(batches)
+    assert [read.inputs for read in most.watch(record_draws(batches), 1)] == ["inputs"] * len(batches)
     assert [row for row, checkpoint in most.places if checkpoint == 1] == expected
 
 
 def test_the_number_of_audited_rows_is_limited():
     most = _MostUnevenBatch()
-    list(most.watch(watched([[*range(500)]]), 0))
+    list(most.watch(record_draws([[*range(500)]]), 0))
     assert len(most.places) == MOST_UNEVEN
     assert most.places[0] == (0, 0)

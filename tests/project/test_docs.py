@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 import documents
 from benchmarks.tables import fill_tables
-from documents import Block, words
+from documents import Block, mask_numbers
 from paths import ROOT
 from project import SCRIPTS
 
@@ -35,12 +35,12 @@ RUN = ("python", "console")
 pytestmark = pytest.mark.xdist_group("docs")
 
 
-def page_blocks(page: str) -> list[Block]:
-    return documents.blocks((DOCS / page).read_text(encoding="utf-8"))
+def read_page(page: str) -> list[Block]:
+    return documents.read_blocks((DOCS / page).read_text(encoding="utf-8"))
 
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-RUN_PAGES = [page for page in PAGES if page != START and any(b.language in RUN for b in page_blocks(page))]
+RUN_PAGES = [page for page in PAGES if page != START and any(b.language in RUN for b in read_page(page))]
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Reader:
     printed: str = ""
 
     def follow(self) -> None:
-        for block in page_blocks(self.page):
+        for block in read_page(self.page):
             where = f"docs/{self.page}:{block.line}"
             if not block.is_run:
                 continue
@@ -62,7 +62,7 @@ class Reader:
             elif block.language == "python":
                 self.run(block.code, where)
             elif block.language == "text" and block.title == "printed":
-                assert words(self.printed.splitlines()) == words(block.code.splitlines()), where
+                assert mask_numbers(self.printed.splitlines()) == mask_numbers(block.code.splitlines()), where
             elif block.language == "console":
                 self.type(block.code, where)
 
@@ -73,12 +73,12 @@ class Reader:
         self.printed = out.getvalue()
 
     def type(self, console: str, where: str) -> None:
-        for command in documents.commands(console):
+        for command in documents.read_commands(console):
             status, out, err = self.command(command.text)
             refused = command.shown[:1] and command.shown[0].startswith("error: ")
             assert bool(status) == bool(refused), f"{where}: {command.text}\n{out}{err}"
             lines = err.splitlines()[-1:] if refused else out.splitlines()
-            assert words(lines) == words(command.shown), f"{where}: {command.text}"
+            assert mask_numbers(lines) == mask_numbers(command.shown), f"{where}: {command.text}"
 
     def script(self, arguments: list[str]) -> str:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
@@ -109,7 +109,7 @@ class Reader:
 
 
 @contextlib.contextmanager
-def inside(place: Path) -> Iterator[None]:
+def work_in(place: Path) -> Iterator[None]:
     """Work in a directory, its modules importable; forget them afterwards."""
     before, path = set(sys.modules), list(sys.path)
     try:
@@ -132,7 +132,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("docs")
     place = folder / "place"
     place.mkdir()
-    with inside(place):
+    with work_in(place):
         Reader(START, place).follow()
     shutil.copytree(place, folder / "kept", ignore=shutil.ignore_patterns("__pycache__"))
     return place, folder / "kept"
@@ -149,7 +149,7 @@ def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> Non
     place, kept = started
     shutil.rmtree(place)
     shutil.copytree(kept, place)
-    with inside(place):
+    with work_in(place):
         Reader(page, place).follow()
 
 
@@ -164,7 +164,7 @@ def test_blocks_that_are_not_run_are_few_and_have_a_reason() -> None:
     marked = {
         f"{page}:{block.line}": block.title.removeprefix(documents.NOT_RUN)
         for page in PAGES
-        for block in page_blocks(page)
+        for block in read_page(page)
         if not block.is_run
     }
     assert all(len(reason.split()) >= 2 for reason in marked.values()), marked
@@ -173,5 +173,5 @@ def test_blocks_that_are_not_run_are_few_and_have_a_reason() -> None:
 
 def test_every_command_is_run_or_marked_as_not_run() -> None:
     shells = ("bash", "sh", "shell")
-    loose = [f"{p}:{b.line}" for p in PAGES for b in page_blocks(p) if b.language in shells and b.is_run]
+    loose = [f"{p}:{b.line}" for p in PAGES for b in read_page(p) if b.language in shells and b.is_run]
     assert loose == []

@@ -53,17 +53,17 @@ def test_the_examples_print_answers_and_write_reports(
     name: str, rows: str, said: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
-    _answered(capsys.readouterr().out, said)
+    read_answer(capsys.readouterr().out, said)
 
 
 def test_the_table_example_prints_answers_and_writes_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tabular.main(["--out", str(tmp_path)])
-    _answered(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
+    read_answer(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
 
 
-def _answered(printed: str, said: str) -> None:
+def read_answer(printed: str, said: str) -> None:
     assert re.search(said, printed), printed
     report = re.search(r"(\S+/report\.html)$", printed, re.M)
     assert report is not None

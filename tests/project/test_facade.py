@@ -17,14 +17,14 @@ HEAVY = ("torch", "faiss", "h5py", "numpy", "rich", "pandas", "matplotlib")
 REPORT = f"\nimport sys\nprint([name for name in {HEAVY} if name in sys.modules])\n"
 
 
-def last_line(code: str, **environment: str) -> str:
+def run_python(code: str, **environment: str) -> str:
     command = [sys.executable, "-c", code + REPORT]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=environment or None)
     return done.stdout.splitlines()[-1]
 
 
 def test_the_import_loads_nothing_heavy() -> None:
-    assert last_line("import tracin_ann; dir(tracin_ann); tracin_ann.TracinAnnError") == "[]"
+    assert run_python("import tracin_ann; dir(tracin_ann); tracin_ann.TracinAnnError") == "[]"
 
 
 def test_help_of_every_command_loads_nothing_heavy() -> None:
@@ -32,7 +32,7 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
         f"import {place}\ntry: {place}.main(['--help'])\nexcept SystemExit as end: assert not end.code"
         for place in (target.partition(":")[0] for target in SCRIPTS.values())
     )
-    assert last_line(code) == "[]"
+    assert run_python(code) == "[]"
 
 
 def test_every_name_resolves() -> None:
@@ -55,4 +55,4 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
     code = "import tracin_ann.build, tracin_ann.operations\nfrom tracin_ann import build, plan\n"
     code += "assert callable(build) and callable(plan) and tracin_ann.build is build\n"
-    assert "torch" in last_line(code)
+    assert "torch" in run_python(code)

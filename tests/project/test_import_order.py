@@ -75,7 +75,7 @@ class Module:
     @property
     def room(self) -> str:
         """Return the room the module is in."""
-        return room_of(self.name)
+        return name_room(self.name)
 
     @property
     def package(self) -> str:
@@ -83,13 +83,13 @@ class Module:
         return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
 
 
-def room_of(dotted: str) -> str:
+def name_room(dotted: str) -> str:
     """Return the room of a dotted name in the package."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def read(path: Path, root: Path) -> Module:
+def parse_module(path: Path, root: Path) -> Module:
     """Parse one file; `root` is the directory that holds the package."""
     parts = list(path.relative_to(root).with_suffix("").parts)
     if parts[-1] == "__init__":
@@ -98,7 +98,7 @@ def read(path: Path, root: Path) -> Module:
     return Module(path, ".".join(parts), ast.parse(text, str(path)), text)
 
 
-def imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
+def find_imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
     """Yield (line, dotted name) of every import, wherever it stands; `from tracin_ann import x` counts as x's room."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
@@ -116,12 +116,12 @@ def imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
                 yield node.lineno, base
 
 
-def upward(module: Module, rooms: set[str]) -> list[str]:
+def find_upward_imports(module: Module, rooms: set[str]) -> list[str]:
     """Return one line for every import of the module that does not go down."""
     floor = {room: number for number, names in enumerate([*FLOORS, *({room} for room in GROUND)]) for room in names}
     wrong = []
-    for line, target in imports(module, rooms):
-        if target.split(".")[0] != PACKAGE or (room := room_of(target)) == module.room:
+    for line, target in find_imports(module, rooms):
+        if target.split(".")[0] != PACKAGE or (room := name_room(target)) == module.room:
             continue
         where = f"{module.path.name}:{line} ({module.room}) imports {room}"
         if room not in floor:
@@ -135,17 +135,17 @@ def upward(module: Module, rooms: set[str]) -> list[str]:
     return wrong
 
 
-def behind_the_face(module: Module) -> list[str]:
+def find_private_imports(module: Module) -> list[str]:
     """Return one line for every import of another package's file instead of its face; a facade and tests may."""
     wrong = []
-    for line, target in imports(module, ROOMS):
-        room = room_of(target)
+    for line, target in find_imports(module, ROOMS):
+        room = name_room(target)
         if target.split(".")[0] == PACKAGE and room != module.room and target.count(".") > 1:
             wrong.append(f"{module.path.name}:{line} ({module.room}) imports {target}, not {PACKAGE}.{room}")
     return wrong
 
 
-def circles(modules: Iterable[Module]) -> list[str]:
+def find_circles(modules: Iterable[Module]) -> list[str]:
     """Return the modules that import each other in a circle, at the top of the file or inside of functions."""
     names = {module.name for module in modules}
     graph = {m.name: {t for t in _modules_imported(m, names) if t != m.name} for m in modules}
@@ -166,7 +166,7 @@ def _modules_imported(module: Module, names: set[str]) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name in names)
 
 
-MODULES = [read(path, REPOSITORY) for path in sorted((REPOSITORY / PACKAGE).rglob("*.py"))]
+MODULES = [parse_module(path, REPOSITORY) for path in sorted((REPOSITORY / PACKAGE).rglob("*.py"))]
 ROOMS = {module.room for module in MODULES}
 every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
 
@@ -180,7 +180,7 @@ def test_every_room_has_one_floor() -> None:
 
 @every_module
 def test_other_packages_are_imported_through_their_init(module: Module) -> None:
-    assert behind_the_face(module) == []
+    assert find_private_imports(module) == []
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS - {"cli"}))
@@ -197,12 +197,12 @@ def test_every_package_has_a_caption_and_public_names(room: str) -> None:
 
 
 def test_imports_are_not_circular() -> None:
-    assert circles(MODULES) == []
+    assert find_circles(MODULES) == []
 
 
 @every_module
 def test_imports_go_down(module: Module) -> None:
-    assert upward(module, ROOMS) == []
+    assert find_upward_imports(module, ROOMS) == []
 
 
 @every_module
@@ -227,12 +227,12 @@ def test_only_the_commands_print(module: Module) -> None:
 
 @pytest.mark.parametrize("package", OPTIONAL)
 def test_every_optional_package_is_imported_in_one_module(package: str) -> None:
-    importers = [m for m in MODULES if any(name.split(".")[0] == package for _, name in imports(m, ROOMS))]
+    importers = [m for m in MODULES if any(name.split(".")[0] == package for _, name in find_imports(m, ROOMS))]
     assert len(importers) <= 1, f"{package} is imported by {[m.name for m in importers]}; keep one"
     for module in importers:
         functions = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         inside = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in functions]
-        lines = [line for line, name in imports(module, ROOMS) if name.split(".")[0] == package]
+        lines = [line for line, name in find_imports(module, ROOMS) if name.split(".")[0] == package]
         assert all(any(line in span for span in inside) for line in lines), (
             f"{module.name}: {package} outside a function"
         )
@@ -240,7 +240,9 @@ def test_every_optional_package_is_imported_in_one_module(package: str) -> None:
 
 @every_module
 def test_faiss_is_imported_by_device_only(module: Module) -> None:
-    lines = [line for line, name in imports(module, ROOMS) if name == "faiss"]  # its submodules may be imported after
+    lines = [
+        line for line, name in find_imports(module, ROOMS) if name == "faiss"
+    ]  # its submodules may be imported after
     assert module.room == "device" or lines == [], f"{module.path} imports faiss; call device.import_faiss()"
 
 
@@ -269,5 +271,7 @@ def test_the_checker_detects_violations(tmp_path: Path, path: str, source: str, 
     file = tmp_path / PACKAGE / path
     file.parent.mkdir(parents=True)
     file.write_text(source, encoding="utf-8")
-    wrong = upward(read(file, tmp_path), {room for names in [*FLOORS, set(GROUND)] for room in names})
+    wrong = find_upward_imports(
+        parse_module(file, tmp_path), {room for names in [*FLOORS, set(GROUND)] for room in names}
+    )
     assert ([expected] if expected else []) == [expected for line in wrong if expected is None or expected in line]

@@ -17,7 +17,7 @@ from paths import ROOT
 PATH = ROOT / "examples" / "tour.ipynb"
 
 
-class Here(AsyncKernelManager):
+class LocalKernels(AsyncKernelManager):
     """Kernels of this Python, whatever kernels the machine has been told of; their connection is a file's."""
 
     @property
@@ -26,14 +26,16 @@ class Here(AsyncKernelManager):
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Return what each cell showed, by its last line."""
     folder = tmp_path_factory.mktemp("tour")
     book = nbformat.read(PATH, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-        client = NotebookClient(book, timeout=300, kernel_manager_class=Here, resources={"metadata": {"path": folder}})
+        client = NotebookClient(
+            book, timeout=300, kernel_manager_class=LocalKernels, resources={"metadata": {"path": folder}}
+        )
         client.execute()
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert (folder / "runs/tour/report.html").stat().st_size > 1000
@@ -49,23 +51,24 @@ def test_the_notebook_is_stored_without_outputs() -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("notebook")
 @pytest.mark.filterwarnings("default")  # what a notebook's machinery warns of is not ours
-def test_every_result_has_an_output(shown: dict[str, list[Any]]) -> None:
+def test_every_result_has_an_output(outputs: dict[str, list[Any]]) -> None:
     for line in ("answers", "explanation", "index.self_influence(5)", "answers.to_pandas().head()", "suspects"):
-        assert "<table" in shown[line][-1].data["text/html"]
+        assert "<table" in outputs[line][-1].data["text/html"]
     for line in ("answers.plot()", "explanation.plot()", "ranked.plot()"):
-        assert set(shown[line][-1].data) == {"image/png", "text/plain"}
+        assert set(outputs[line][-1].data) == {"image/png", "text/plain"}
     assert (
-        "labelled 3" in shown["index.query(ids=threes, together=True, options=QueryOptions(k=5))"][-1].data["text/html"]
+        "labelled 3"
+        in outputs["index.query(ids=threes, together=True, options=QueryOptions(k=5))"][-1].data["text/html"]
     )
-    bar = [output for outputs in shown.values() for output in outputs if output.output_type == "display_data"]
+    bar = [output for outputs in outputs.values() for output in outputs if output.output_type == "display_data"]
     assert len(bar) == 1
     assert "<progress" in bar[0].data["text/html"]
-    assert [outputs for outputs in shown.values() for out in outputs if out.get("name") == "stderr"] == []
+    assert [outputs for outputs in outputs.values() for out in outputs if out.get("name") == "stderr"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("notebook")
 @pytest.mark.filterwarnings("default")
-def test_the_notebook_finds_the_wrong_labels(shown: dict[str, list[Any]]) -> None:
-    printed = "".join(out.text for outputs in shown.values() for out in outputs if out.output_type == "stream")
+def test_the_notebook_finds_the_wrong_labels(outputs: dict[str, list[Any]]) -> None:
+    printed = "".join(out.text for outputs in outputs.values() for out in outputs if out.output_type == "stream")
     assert [int(share) >= 80 for share in re.findall(r"first tenth holds (\d+)%", printed)] == [True, True]

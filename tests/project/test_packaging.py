@@ -27,7 +27,7 @@ def project() -> dict[str, Any]:
     return PYPROJECT
 
 
-def normalised(need: str) -> str:
+def normalise(need: str) -> str:
     """Return the name of a requirement or pin, as an index compares names."""
     found = re.match(r"[\w.-]+", need)
     assert found is not None
@@ -60,8 +60,8 @@ def test_constraints_pin_every_dependency(project: dict[str, Any]) -> None:
     form = re.compile(r"([\w.-]+)==([\w.]+)( ; python_version [<>=]+ \"3\.\d+\")?")
     assert [pin for pin in pins if not form.fullmatch(pin)] == []
     groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
-    wanted = {normalised(need) for group in groups for need in group}
-    assert wanted - {normalised(pin) for pin in pins} == {"tracin-ann"}  # extras that hold others of ours
+    wanted = {normalise(need) for group in groups for need in group}
+    assert wanted - {normalise(pin) for pin in pins} == {"tracin-ann"}  # extras that hold others of ours
 
 
 def test_extras_that_refer_to_the_project_exist(project: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import documents
-from documents import words
+from documents import mask_numbers
 from paths import ROOT
 from project import SCRIPTS
 
@@ -20,12 +20,12 @@ LONGEST, WIDEST = 150, 120
 
 
 def blocks(language: str) -> list[str]:
-    return [block.code for block in documents.blocks(README, language)]
+    return [block.code for block in documents.read_blocks(README, language)]
 
 
 def commands() -> list[documents.Command]:
     """Return README's console commands with the lines that they print there."""
-    return documents.commands("".join(blocks("console")))
+    return documents.read_commands("".join(blocks("console")))
 
 
 def run(place: Path, *arguments: str) -> str:
@@ -40,7 +40,7 @@ def run(place: Path, *arguments: str) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with README's task file and the checkpoints that it trains."""
     folder = tmp_path_factory.mktemp("readme")
-    (task,) = (block for block in documents.blocks(README, "python") if block.file is not None)
+    (task,) = (block for block in documents.read_blocks(README, "python") if block.file is not None)
     assert task.file is not None
     (folder / task.file).write_text(task.code, encoding="utf-8")
     assert f"Run `python {task.file}`" in README
@@ -55,12 +55,12 @@ def test_the_commands_print_the_output_in_the_readme(place: Path) -> None:
         script, *arguments = shlex.split(command.text)
         module, _, function = SCRIPTS[script].partition(":")
         printed = run(place, "-c", f"from {module} import {function}; {function}()", *arguments)
-        assert words(printed.splitlines()) == words(command.shown)
+        assert mask_numbers(printed.splitlines()) == mask_numbers(command.shown)
 
 
 @pytest.mark.xdist_group("readme")
 def test_the_python_blocks_run(place: Path) -> None:
-    (code,) = (block.code for block in documents.blocks(README, "python") if block.file is None)
+    (code,) = (block.code for block in documents.read_blocks(README, "python") if block.file is None)
     assert len(code.splitlines()) <= 10
     assert [line.split()[0] for line in run(place, "-c", code).splitlines()] == ["0", "1"]
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pages import Page
 from paths import SUPPORT
-from tasks.toy import CONFIG, RATES, Toy, rows, saved, toy
+from tasks.toy import CONFIG, RATES, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build, write_report
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import MissingPackageError, TaskError, UsageError
@@ -33,7 +33,7 @@ N, QUERIES = 24, 6
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 
 
-def picture(row: Any) -> np.ndarray:
+def draw_image(row: Any) -> np.ndarray:
     """Return one of four pictures."""
     made = np.zeros((6, 5), np.uint8)
     made[int(row[1]), :] = 200
@@ -41,7 +41,7 @@ def picture(row: Any) -> np.ndarray:
 
 
 DESCRIBED: dict[str, Callable[[Any], str | Description] | None] = {
-    "images": lambda row: Description(text=f"a {row[1]}", image=picture(row)),
+    "images": lambda row: Description(text=f"a {row[1]}", image=draw_image(row)),
     "text": lambda row: f"{row[1]} {NASTY}",
     "tokens": lambda row: Description(tokens=["so", "<b>", "good"], token_scores=[0.1, -2.0, 1.0]),
     "table": lambda row: Description(table={"<i>": NASTY, "x": float(row[0][0]), "n": row[1]}),
@@ -49,15 +49,15 @@ DESCRIBED: dict[str, Callable[[Any], str | Description] | None] = {
 }
 
 
-def the_task(folder: Path, kind: str) -> Task:
+def make_task(folder: Path, kind: str) -> Task:
     paths = [folder / f"checkpoint{c}.pt" for c in range(len(RATES))]
     if not all(path.is_file() for path in paths):
-        saved(Toy(), folder)
-    return toy(
+        save_checkpoints(Toy(), folder)
+    return make_toy_task(
         folder,
         checkpoints=[Checkpoint(path, rate) for path, rate in zip(paths, RATES, strict=True)],
-        train_data=lambda: rows(N),
-        query_data=lambda: rows(QUERIES, 2),
+        train_data=lambda: make_rows(N),
+        query_data=lambda: make_rows(QUERIES, 2),
         columns=lambda row: {"label": f"<{row[1]}>"},
         describe=DESCRIBED[kind],
     )
@@ -66,8 +66,8 @@ def the_task(folder: Path, kind: str) -> Task:
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, InfluenceIndex]:
     folder = tmp_path_factory.mktemp("report")
-    build(the_task(folder, "plain"), folder / "index", CONFIG)
-    return {kind: InfluenceIndex.open(folder / "index", the_task(folder, kind), device="cpu") for kind in DESCRIBED}
+    build(make_task(folder, "plain"), folder / "index", CONFIG)
+    return {kind: InfluenceIndex.open(folder / "index", make_task(folder, kind), device="cpu") for kind in DESCRIBED}
 
 
 def asked(index: InfluenceIndex, **options: Any) -> Answers:
@@ -155,7 +155,7 @@ def test_an_image_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_pa
     worn = [a for a in page.of("pic") if a.get("role") == "img"]
     assert len(worn) == len(page.of("hit")) + 4
     pixels = {np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).tobytes() for _, data in embedded}
-    assert pixels == {picture((None, label)).tobytes() for label in range(3)}
+    assert pixels == {draw_image((None, label)).tobytes() for label in range(3)}
     assert all(str(a["aria-label"]).startswith("image: label <") for a in worn)
 
 
@@ -358,7 +358,7 @@ def test_bars_leave_out_what_is_not_finite() -> None:
 def test_the_query_command_writes_a_page(tmp_path: Path) -> None:
     (tmp_path / "report_page_task.py").write_text(
         f"import sys\nsys.path[:0] = {[str(SUPPORT), str(Path(__file__).parent)]!r}\nfrom pathlib import Path\n"
-        "from test_report import the_task\ndef task(folder):\n    return the_task(Path(folder), 'images')\n"
+        "from test_report import make_task\ndef task(folder):\n    return make_task(Path(folder), 'images')\n"
     )
     build(f"{tmp_path / 'report_page_task.py'}:task", tmp_path / "index", CONFIG, arguments={"folder": str(tmp_path)})
     runner, page = CliRunner(), tmp_path / "r.html"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_search_contract import Rows
 
-from tasks.toy import CONFIG, rows, toy
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.search import IVFIndex, IVFParams, construction
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
@@ -153,7 +153,7 @@ def test_blocks_from_a_start_are_the_remaining_rows(values: np.ndarray, start: i
 def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
     build(task, tmp_path / "whole", config)
     fill_stretch, done = construction._fill_stretch, []
@@ -181,7 +181,7 @@ def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
 def test_a_build_killed_after_its_lists_does_not_repeat_finished_stretches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
     build(task, tmp_path / "whole", config)
 

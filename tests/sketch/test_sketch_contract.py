@@ -44,14 +44,14 @@ def key_for(shape, seed=3, checkpoint=1, name="layer.weight"):
 def draw_gradients(shape, batch=3, positions=3, seed=0):
     """Return gradients [B, R, C] in float64: sums of outer products, as those of a layer."""
     matrix = key_for(shape).matrix
-    return forms.gradient(forms.outer(matrix, positions, batch=batch, seed=seed)).view(batch, *matrix)
+    return forms.compute_gradient(forms.outer(matrix, positions, batch=batch, seed=seed)).view(batch, *matrix)
 
 
 def compute_sketch(sketch, key, several, device=CPU, dtype=torch.float64):
     out = torch.zeros(batch_size(several[0]), sketch.dim, device=device, dtype=dtype)
     parameter = sketch.parameter(key, device, dtype)
     for form in several:
-        parameter.add(out, forms.moved(form, device, dtype))
+        parameter.add(out, forms.move(form, device, dtype))
     return out.cpu()
 
 
@@ -175,24 +175,26 @@ def test_a_convolution_is_sketched_as_its_gradient_in_either_memory_format(sketc
     form = forms.channels_last(form) if channels_last else form
     shape = (form.shape[0], form.shape[1] // int(np.prod(form.geometry.kernel)), *form.geometry.kernel)
     found = compute_sketch(sketch, key_for(shape), [form], device)
-    assert_rows_equal(found, compute_sketch(sketch, key_for(shape), [Dense(forms.gradient(form))], device), 1e-12)
+    assert_rows_equal(
+        found, compute_sketch(sketch, key_for(shape), [Dense(forms.compute_gradient(form))], device), 1e-12
+    )
 
 
 def test_the_sketch_is_added_to_the_output(sketch, shape, device):
     form = Dense(draw_gradients(shape).flatten(1))
     out = torch.full((3, sketch.dim), 2.0, device=device, dtype=torch.float64)
-    sketch.parameter(key_for(shape), device, torch.float64).add(out, forms.moved(form, device, torch.float64))
+    sketch.parameter(key_for(shape), device, torch.float64).add(out, forms.move(form, device, torch.float64))
     assert_rows_equal(out.cpu() - 2.0, compute_sketch(sketch, key_for(shape), [form], device), 1e-12)
 
 
 def test_every_form_of_a_gradient_gives_the_same_sketch(sketch, shape, device):
     grad = draw_gradients(shape)
     expected = compute_sketch(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
-    for name, several in forms.same_gradient(grad).items():
+    for name, several in forms.split_gradient(grad).items():
         assert_rows_equal(compute_sketch(sketch, key_for(shape), several, device), expected, 1e-12, name)
     for positions in (1, 3):
         outer = forms.outer(key_for(shape).matrix, positions)
-        flat = Dense(forms.gradient(outer))
+        flat = Dense(forms.compute_gradient(outer))
         assert_rows_equal(
             compute_sketch(sketch, key_for(shape), [outer], device),
             compute_sketch(sketch, key_for(shape), [flat], device),
@@ -218,7 +220,7 @@ def tiny_blocks(monkeypatch):
 @pytest.mark.parametrize("kind", ["dense", "outer by rows", "rows with repeats", "groups"])
 def test_any_split_of_the_batch_gives_the_same_rows(sketch, name, kind, device, request):
     key = key_for(SHAPES[name])
-    by_kind = forms.same_gradient(draw_gradients(SHAPES[name], batch=7))
+    by_kind = forms.split_gradient(draw_gradients(SHAPES[name], batch=7))
     form = by_kind[kind if kind in by_kind else next(k for k in by_kind if k.endswith("groups"))][0]
     whole = compute_sketch(sketch, key, [form], device, torch.float32)
     request.getfixturevalue("tiny_blocks")
@@ -258,7 +260,7 @@ def test_other_keys_give_independent_numbers_and_the_same_key_the_same(name, sha
 def test_left_and_right_are_independent(name):
     """If both sides used one stream, the sketch of a transposed matrix would be the transposed sketch."""
     grad = forms.outer((160, 160), 200, batch=2)
-    turned = Dense(forms.gradient(grad).view(2, 160, 160).mT.flatten(1))
+    turned = Dense(forms.compute_gradient(grad).view(2, 160, 160).mT.flatten(1))
     sketch = make_sketch(name, LARGE)
     one, two = (compute_sketch(sketch, key_for((160, 160)), [form]).view(2, 16, 16) for form in (grad, turned))
     for other in (two, two.mT):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from paths import ROOT, SUPPORT
-from tasks.toy import CONFIG, rows, toy
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.store.arrays import read_arrays, text_array, write_arrays
@@ -36,7 +36,7 @@ AWKWARD = [
 LONG, N = 10_000_000, 300
 
 
-def unlike() -> list[str]:
+def uneven_strings() -> list[str]:
     """Return 300 short texts and one of ten million characters among them."""
     return ["x" * LONG if i == 7 else f"row {i}" for i in range(N)]
 
@@ -52,7 +52,7 @@ def test_text_is_read_back_unchanged(tmp_path: Path) -> None:
 
 
 def test_one_long_string_among_short_ones_takes_only_its_own_size(tmp_path: Path) -> None:
-    table = RowTable({"text": text_array(unlike())}, text_array(unlike()))
+    table = RowTable({"text": text_array(uneven_strings())}, text_array(uneven_strings()))
     path = tmp_path / "columns.npz"
     tracemalloc.start()
     write_columns(path, table)
@@ -61,7 +61,7 @@ def test_one_long_string_among_short_ones_takes_only_its_own_size(tmp_path: Path
     tracemalloc.stop()
     assert path.stat().st_size < 2 * LONG + 100_000
     assert peak < 8 * LONG
-    assert read.columns["text"].tolist() == unlike()
+    assert read.columns["text"].tolist() == uneven_strings()
     assert RowFilter(where=("text=row 5,row 9",)).allowed(N, read.columns, np.zeros(0, np.int64)).tolist() == [5, 9]
 
 
@@ -77,12 +77,12 @@ build_unlike(Path(sys.argv[1]))
 """
 
 
-def build_unlike(folder: Path) -> None:
+def build_uneven_index(folder: Path) -> None:
     """Build an index of rows with a column and ids of very unlike length, and ask it."""
-    texts = unlike()
-    data: list[Any] = [(x, y, text) for (x, y), text in zip(rows(N), texts, strict=True)]
+    texts = uneven_strings()
+    data: list[Any] = [(x, y, text) for (x, y), text in zip(make_rows(N), texts, strict=True)]
     sides = {"train_data": lambda: data, "query_data": lambda: data[:2]}
-    task = toy(folder, **sides, columns=lambda row: {"text": row[2]}, ids=lambda row: f"id {row[2]}")
+    task = make_toy_task(folder, **sides, columns=lambda row: {"text": row[2]}, ids=lambda row: f"id {row[2]}")
     build(task, folder / "index", CONFIG)
     index = InfluenceIndex.open(folder / "index", task)
     assert {row.id for row in index.self_influence(rows=RowFilter(where=("text=row 3",)))} == {"id row 3"}
@@ -109,19 +109,19 @@ def test_filters_compare_text(tmp_path: Path) -> None:
         assert RowFilter(where=(condition,)).allowed(4, columns, none).tolist() == expected
 
 
-def members(**arrays: Any) -> bytes:
+def read_members(**arrays: Any) -> bytes:
     content = io.BytesIO()
     np.savez(content, allow_pickle=True, **{name.replace("_", " "): array for name, array in arrays.items()})
     return content.getvalue()
 
 
-def compressed() -> bytes:
+def compress() -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, **{"column a": np.zeros(10_000_000)})
     return content.getvalue()
 
 
-def claiming(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
+def make_false_claim(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
     """Return a file whose header claims more than it holds."""
     header, content = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"shape": shape, "fortran_order": False, "descr": descr})
@@ -132,26 +132,26 @@ def claiming(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
 
 BYTES = np.frombuffer(b"abcd", np.uint8)
 HOSTILE: dict[str, Callable[[], bytes]] = {
-    "offsets that fall": lambda: members(utf8_a=BYTES, offsets_a=np.array([0, 3, 1, 4])),
-    "offsets past the end": lambda: members(utf8_a=BYTES, offsets_a=np.array([0, 2, 9])),
-    "offsets before the start": lambda: members(utf8_a=BYTES, offsets_a=np.array([-2, 2, 4])),
-    "offsets that begin late": lambda: members(utf8_a=BYTES, offsets_a=np.array([1, 4])),
-    "offsets that overflow": lambda: members(utf8_a=BYTES, offsets_a=np.array([0, 2**63 - 1, -(2**63), 4])),
-    "offsets with fractions": lambda: members(utf8_a=BYTES, offsets_a=np.array([0.0, 4.0])),
-    "no offset": lambda: members(utf8_a=BYTES, offsets_a=np.zeros(0, np.int64)),
-    "pairs of offsets": lambda: members(utf8_a=BYTES, offsets_a=np.array([[0, 4]])),
-    "offsets missing": lambda: members(utf8_a=BYTES),
-    "a character cut in two": lambda: members(
+    "offsets that fall": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0, 3, 1, 4])),
+    "offsets past the end": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0, 2, 9])),
+    "offsets before the start": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([-2, 2, 4])),
+    "offsets that begin late": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([1, 4])),
+    "offsets that overflow": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0, 2**63 - 1, -(2**63), 4])),
+    "offsets with fractions": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0.0, 4.0])),
+    "no offset": lambda: read_members(utf8_a=BYTES, offsets_a=np.zeros(0, np.int64)),
+    "pairs of offsets": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([[0, 4]])),
+    "offsets missing": lambda: read_members(utf8_a=BYTES),
+    "a character cut in two": lambda: read_members(
         utf8_a=np.frombuffer("é".encode(), np.uint8), offsets_a=np.array([0, 1, 2])
     ),
-    "no UTF-8": lambda: members(utf8_a=np.frombuffer(b"\xff", np.uint8), offsets_a=np.array([0, 1])),
-    "wide bytes": lambda: members(utf8_a=np.arange(4), offsets_a=np.array([0, 4])),
-    "objects": lambda: members(column_a=np.array([{}], dtype=object)),
-    "compressed": compressed,
-    "a terabyte claimed": lambda: claiming((2**37,)),
-    "a trillion texts of no width": lambda: claiming((10**12,), "<U0"),
-    "negative shapes": lambda: claiming((-1, -1)),
-    "characters that there are not": lambda: members(column_a=np.array([0x7FFFFFFF], "<u4").view("<U1")),
+    "no UTF-8": lambda: read_members(utf8_a=np.frombuffer(b"\xff", np.uint8), offsets_a=np.array([0, 1])),
+    "wide bytes": lambda: read_members(utf8_a=np.arange(4), offsets_a=np.array([0, 4])),
+    "objects": lambda: read_members(column_a=np.array([{}], dtype=object)),
+    "compressed": compress,
+    "a terabyte claimed": lambda: make_false_claim((2**37,)),
+    "a trillion texts of no width": lambda: make_false_claim((10**12,), "<U0"),
+    "negative shapes": lambda: make_false_claim((-1, -1)),
+    "characters that there are not": lambda: read_members(column_a=np.array([0x7FFFFFFF], "<u4").view("<U1")),
     "no zip": lambda: b"PK",
 }
 

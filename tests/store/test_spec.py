@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tasks.toy import CONFIG, Toy, rows, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.fingerprint import data_digest, model_digest, parameter_specs
@@ -195,21 +195,21 @@ def test_the_digest_of_a_model_covers_its_layers_and_not_its_weights():
 
 
 def test_the_digest_of_a_data_set_covers_rows_spread_over_it():
-    plain = data_digest(rows(31), 31)
-    assert plain == data_digest(rows(31), 31)
+    plain = data_digest(make_rows(31), 31)
+    assert plain == data_digest(make_rows(31), 31)
     for row, noticed in ((0, True), (2, True), (30, True), (1, False)):
-        changed = rows(31)
+        changed = make_rows(31)
         changed[row] = (changed[row][0], 7)
         assert (data_digest(changed, 31) != plain) is noticed
     assert data_digest([1], 1) != data_digest([2], 1)
-    assert data_digest(rows(50)[:31], 31) == data_digest(rows(50), 31)
+    assert data_digest(make_rows(50)[:31], 31) == data_digest(make_rows(50), 31)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Return an index directory, its task, and the content of its manifest."""
     folder = tmp_path_factory.mktemp("built")
-    task = toy(folder)
+    task = make_toy_task(folder)
     manifest = build(task, folder / "out", CONFIG).manifest
     return folder / "out", task, manifest, json.loads((folder / "out" / MANIFEST).read_text())
 
@@ -221,12 +221,12 @@ def test_a_manifest_is_read_back_unchanged(built):
     assert len(InfluenceIndex.open(out, device="cpu")) == 10
 
 
-def places(value, here=()):
+def find_places(value, here=()):
     """Yield the path to every key and item of a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
         yield (*here, key)
-        yield from places(item, (*here, key))
+        yield from find_places(item, (*here, key))
 
 
 JSON = st.recursive(
@@ -236,10 +236,10 @@ JSON = st.recursive(
 )
 
 
-def altered(content, data):
+def alter(content, data):
     """Return the content with one key dropped or another value in its place."""
     content = copy.deepcopy(content)
-    *way, last = data.draw(st.sampled_from(list(places(content))))
+    *way, last = data.draw(st.sampled_from(list(find_places(content))))
     node = content
     for key in way:
         node = node[key]
@@ -256,7 +256,7 @@ def test_any_altered_manifest_or_build_record_is_reported_as_damaged(built, tmp_
     out = built[0]
     content = json.loads((out / name).read_text())
     folder = tmp_path_factory.getbasetemp()
-    changed = altered(content, data)
+    changed = alter(content, data)
     if json.dumps(changed, sort_keys=True) == json.dumps(content, sort_keys=True):
         return
     (folder / name).write_text(json.dumps(changed))
@@ -267,7 +267,7 @@ def test_any_altered_manifest_or_build_record_is_reported_as_damaged(built, tmp_
 @given(data=st.data())
 def test_a_manifest_with_a_valid_digest_is_read_or_reported_as_damaged(built, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
-    content = altered({k: v for k, v in built[3].items() if k not in ("format", "digest")}, data)
+    content = alter({k: v for k, v in built[3].items() if k not in ("format", "digest")}, data)
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "digest": content_digest(content), **content}))
     try:
         found = Manifest.read(folder)

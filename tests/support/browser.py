@@ -18,7 +18,7 @@ FLAGS = (
 )
 
 
-def missing() -> str:
+def find_missing() -> str:
     """Return why no browser can be started, or "" where one can."""
     try:
         import selenium  # noqa: F401, PLC0415
@@ -29,7 +29,7 @@ def missing() -> str:
 
 
 @contextmanager
-def opened(downloads: Path | None = None) -> Iterator[Any]:
+def open_browser(downloads: Path | None = None) -> Iterator[Any]:
     """Yield a browser whose console and network are logged; files are saved in `downloads`."""
     from selenium import webdriver  # noqa: PLC0415
     from selenium.webdriver.chrome.service import Service  # noqa: PLC0415
@@ -48,13 +48,13 @@ def opened(downloads: Path | None = None) -> Iterator[Any]:
         driver.quit()
 
 
-def requests(driver: Any) -> list[str]:
+def take_requests(driver: Any) -> list[str]:
     """Return what pages have asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-def sized(driver: Any, width: int, height: int, *, dark: bool = False) -> None:
+def set_window(driver: Any, width: int, height: int, *, dark: bool = False) -> None:
     """Let pages have this size, in the light or in the dark."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

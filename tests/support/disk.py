@@ -161,12 +161,12 @@ def _sync_all(folder: Folder) -> None:
             _sync_all(node)
 
 
-def read(root: Path) -> Tree:
+def read_tree(root: Path) -> Tree:
     """Return what is below a real directory."""
     return Disk(root).now()
 
 
-def write(tree: Tree, root: Path) -> None:
+def write_tree(tree: Tree, root: Path) -> None:
     """Make a real directory hold a tree, and nothing else; files of two names are linked."""
     root.mkdir()
     made: dict[int, Path] = {}

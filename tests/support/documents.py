@@ -45,7 +45,7 @@ class Command:
     shown: list[str]
 
 
-def blocks(text: str, language: str | None = None) -> list[Block]:
+def read_blocks(text: str, language: str | None = None) -> list[Block]:
     """Return a document's blocks, of one language or all."""
     found = []
     for match in _FENCE.finditer(text):
@@ -55,7 +55,7 @@ def blocks(text: str, language: str | None = None) -> list[Block]:
     return [block for block in found if language in (None, block.language)]
 
 
-def commands(console: str) -> list[Command]:
+def read_commands(console: str) -> list[Command]:
     """Return the commands of a console block; one that ends in a backslash goes on in the next line."""
     found: list[Command] = []
     for line in console.splitlines():
@@ -68,6 +68,6 @@ def commands(console: str) -> list[Command]:
     return found
 
 
-def words(lines: list[str]) -> list[str]:
+def mask_numbers(lines: list[str]) -> list[str]:
     """Return lines with a # for each number: figures differ by machine and timing, what is said about them does not."""
     return [re.sub(r"[\d.,+-]+", "#", " ".join(line.split())) for line in lines if line.strip()]

@@ -287,7 +287,7 @@ class _Raw(io.FileIO):
         return self._watch.call("truncate", self._path, lambda: super(_Raw, self).truncate(size), change)
 
 
-def faults_of(call: Call) -> list[Fault]:
+def list_faults(call: Call) -> list[Fault]:
     """Return the ways in which a call can fail, its effect not done, or cut short for writes."""
     n, every = call.number, _NAMING | {"write", "truncate", "fsync"}
     found = [Fault(n, errno.EIO), Fault(n, errno.EIO, every, part=0.3)]

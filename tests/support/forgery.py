@@ -24,12 +24,12 @@ def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (place / MANIFEST).write_text(text)
 
 
-def named_task(directory: Path, reference: object, /, **arguments: object) -> None:
+def name_task(directory: Path, reference: object, /, **arguments: object) -> None:
     """Let the manifest name a task."""
     forge(directory, lambda content: content["build"].update(task={"reference": reference, "arguments": arguments}))
 
 
-def acknowledge(directory: Path, path: Path) -> None:
+def update_digest(directory: Path, path: Path) -> None:
     """Let the manifest take a file of the index for what was written."""
     manifest, record = Manifest.read(directory), record_file(path)
 

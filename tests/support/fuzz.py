@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import build
 from tracin_ann.errors import TracinAnnError
 from tracin_ann.features.canaries import read_canaries
@@ -47,15 +47,15 @@ class Reader:
     is_json: bool = False
 
 
-def made(folder: Path) -> dict[str, Reader]:
+def build_readers(folder: Path) -> dict[str, Reader]:
     """Build a small index in the folder and return its readers by name."""
     torch.manual_seed(0)
     model = Toy()
-    fields: dict[str, Any] = {"train_data": lambda: rows(120), "query_data": lambda: rows(10, seed=2)}
-    fields |= {"checkpoints": saved(model, folder), "columns": lambda row: {"label": row[1], "name": "abc"}}
+    fields: dict[str, Any] = {"train_data": lambda: make_rows(120), "query_data": lambda: make_rows(10, seed=2)}
+    fields |= {"checkpoints": save_checkpoints(model, folder), "columns": lambda row: {"label": row[1], "name": "abc"}}
     fields |= {"ids": lambda row: f"{float(row[0][0]):.9f}"}
     out = folder / "index"
-    build(toy(folder, model, **fields), out, replace(CONFIG, index="ivf", partition_rows=64, dim=8))
+    build(make_toy_task(folder, model, **fields), out, replace(CONFIG, index="ivf", partition_rows=64, dim=8))
     manifest = remove(out, [3, 4])
     own = generation_folder(out, manifest.generation)
     store = FeatureStore(out / "features", manifest.build.layout)
@@ -82,7 +82,7 @@ def made(folder: Path) -> dict[str, Reader]:
     return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES}
 
 
-def mutated(content: bytes, random: np.random.Generator) -> bytes:
+def mutate(content: bytes, random: np.random.Generator) -> bytes:
     """Return the content with one to four changes."""
     changed = bytearray(content)
     for _ in range(int(random.integers(1, 5))):
@@ -111,7 +111,7 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def restructured(content: bytes, random: np.random.Generator) -> bytes:
+def restructure(content: bytes, random: np.random.Generator) -> bytes:
     """Return a JSON object with a few values dropped, replaced or moved, of right format and digest."""
     whole = json.loads(content)
     whole.pop("digest", None)
@@ -146,7 +146,7 @@ def _places(value: Any) -> Any:
         yield from _places(item)
 
 
-def failures(name: str, reader: Reader, cases: range) -> list[str]:
+def find_failures(name: str, reader: Reader, cases: range) -> list[str]:
     """Run cases of one reader in a child process, and return what went wrong, a line each; the file is put back."""
     sound, wrong = reader.path.read_bytes(), []
     first = cases.start
@@ -155,7 +155,7 @@ def failures(name: str, reader: Reader, cases: range) -> list[str]:
         child = os.fork()
         if not child:
             os.close(ends)
-            _run(name, reader, sound, range(first, cases.stop), begins)
+            _run_cases(name, reader, sound, range(first, cases.stop), begins)
         os.close(begins)
         with os.fdopen(ends) as told:
             lines = told.read().splitlines()
@@ -171,7 +171,7 @@ def failures(name: str, reader: Reader, cases: range) -> list[str]:
     return wrong
 
 
-def _run(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> None:
+def _run_cases(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> None:
     """Run cases, telling each before it begins; does not return."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -181,7 +181,7 @@ def _run(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> No
     for case in cases:
         os.write(told, f"{case}\n".encode())
         random = np.random.default_rng([kind, case])
-        change = restructured if reader.is_json and random.random() < 0.5 else mutated  # noqa: PLR2004
+        change = restructure if reader.is_json and random.random() < 0.5 else mutate  # noqa: PLR2004
         # Another file, not the old one's bytes: maps of the old one stay what they were.
         reader.path.unlink(missing_ok=True)
         reader.path.write_bytes(change(sound, random))

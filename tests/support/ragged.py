@@ -205,7 +205,7 @@ CASES = {
 }
 
 
-def made(name: str, sizes: Sequence[int], seed: int = 0) -> tuple[nn.Module, Ragged, list[Any]]:
+def make_case(name: str, sizes: Sequence[int], seed: int = 0) -> tuple[nn.Module, Ragged, list[Any]]:
     """Return the model of a case, the case, and examples of these sizes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

@@ -249,7 +249,7 @@ class Raw(nn.Module):
         return F.linear(x, self.w, self.b)
 
 
-def critic() -> nn.Module:
+def make_critic() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Softplus(), nn.Linear(7, 1))
 
 
@@ -307,7 +307,7 @@ class Cnn(nn.Module):
         return self.head(torch.relu(self.conv(x)).flatten(1))
 
 
-def scripted() -> nn.Module:
+def make_scripted() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.script(Cnn())
@@ -322,7 +322,7 @@ def traced() -> nn.Module:
 class PartlyScripted(nn.Module):
     def __init__(self, *, frozen: bool = False, plain: bool = False) -> None:
         super().__init__()
-        self.body, self.head = Cnn() if plain else scripted(), nn.Linear(3, 3)
+        self.body, self.head = Cnn() if plain else make_scripted(), nn.Linear(3, 3)
         for parameter in self.body.parameters():
             parameter.requires_grad_(not frozen)
 
@@ -465,13 +465,13 @@ SITUATIONS: dict[str, Situation] = {
     "autocast in the loss, attention": Situation(Attending, in_autocast, sequences, HALF),
     "autocast in the loss, a loop": Situation(LoopOnly, in_autocast, vectors, HALF),
     "autocast in the loss, no modules": Situation(Raw, in_autocast, vectors, HALF),
-    "gradient penalty": Situation(critic, gradient_penalty, vectors),
-    "gradient penalty by torch.func": Situation(critic, gradient_penalty_by_func, vectors),
-    "physics": Situation(critic, physics, vectors),
-    "forces": Situation(critic, forces, vectors),
+    "gradient penalty": Situation(make_critic, gradient_penalty, vectors),
+    "gradient penalty by torch.func": Situation(make_critic, gradient_penalty_by_func, vectors),
+    "physics": Situation(make_critic, physics, vectors),
+    "forces": Situation(make_critic, forces, vectors),
     "adversarial": Situation(Toy, adversarial, vectors),
     "adversarial and plain": Situation(Toy, adversarial_and_plain, vectors),
-    "scripted": Situation(scripted, cross_entropy, images, truth=Cnn),
+    "scripted": Situation(make_scripted, cross_entropy, images, truth=Cnn),
     "traced": Situation(traced, cross_entropy, images, truth=Cnn),
     "scripted in part": Situation(PartlyScripted, cross_entropy, images, truth=lambda: PartlyScripted(plain=True)),
     "a frozen scripted part": Situation(

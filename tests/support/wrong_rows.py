@@ -16,7 +16,7 @@ from tracin_ann.store import FeatureBlock, FeatureStore
 from tracin_ann.store.manifest import FEATURES, Manifest, record_file
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]], bool], name: str) -> None:
+def swap_gradients(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]], bool], name: str) -> None:
     """Let a parameter's gradients of a batch's first two examples change places where the batch's ids say so.
 
     Their sum stays, so that no proof by sums sees it.
@@ -39,7 +39,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]],
     monkeypatch.setattr(GradientEngine, "run", mixing)
 
 
-def alter(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor: float = 1.01) -> None:
+def alter_rows(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor: float = 1.01) -> None:
     """Multiply stored rows of one partition, in a file and manifests whose digests agree."""
     manifest = Manifest.read(directory)
     store = FeatureStore(directory / FEATURES, manifest.build.layout)

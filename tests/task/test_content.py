@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from tasks.toy import CONFIG, Toy, rows, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import IndexMismatchError, TaskError
 from tracin_ann.features.fingerprint import data_digest
@@ -115,7 +115,7 @@ class Named(str):
 Pair = collections.namedtuple("Pair", "x y")
 
 
-def picture(value, mode="RGB"):
+def make_lazy_image(value, mode="RGB"):
     """Return a picture as a file gives it: read only when it is looked at."""
     file = io.BytesIO()
     image = pictures.new(mode, (3, 2), value)
@@ -135,7 +135,7 @@ def circle(value):
     return made
 
 
-def named(value):
+def make_named(value):
     made = Named("text")
     made.value = value
     return made
@@ -156,9 +156,9 @@ def aligned(value):
 
 
 KINDS = {
-    "picture": lambda v: picture((v, 0, 0)),
-    "grey picture": lambda v: picture(v, "L"),
-    "picture of a palette": lambda v: picture(v, "P"),
+    "picture": lambda v: make_lazy_image((v, 0, 0)),
+    "grey picture": lambda v: make_lazy_image(v, "L"),
+    "picture of a palette": lambda v: make_lazy_image(v, "P"),
     "dataclass": lambda v: Example(torch.tensor(v)),
     "nested dataclasses": lambda v: Example(Example({"a": v})),
     "keys in an object": lambda v: Example({"ab"[v - 1]: 0}),
@@ -170,7 +170,7 @@ KINDS = {
         **dict(sorted({"x": v, "y": 0}.items(), reverse=bool(np.random.randint(2))))
     ),
     "named tuple": lambda v: Pair(v, 1),
-    "text with attributes": named,
+    "text with attributes": make_named,
     "object array": lambda v: np.array([v, "s", None], dtype=object),
     "structured objects": lambda v: np.array([(1, v)], dtype=[("a", "i1"), ("b", "O")]),
     "structured array with padding": aligned,
@@ -276,15 +276,15 @@ class Drawn:
         return 10
 
     def __getitem__(self, i):
-        return self.kind(*rows(10)[i])
+        return self.kind(*make_rows(10)[i])
 
 
-def as_picture(x, y):
+def read_as_image(x, y):
     return pictures.fromarray(np.random.randint(0, 255, (4, 4), dtype=np.uint8)), y
 
 
 OBJECTS = {
-    "picture": as_picture,
+    "picture": read_as_image,
     "dataclass": lambda x, y: Example(x + torch.randn(5), y),
     "object array": lambda x, y: np.array([*(x + torch.randn(5)).tolist(), y], dtype=object),
     "known after collate": lambda x, y: (threading.Lock(), x + torch.randn(5), y),
@@ -296,7 +296,7 @@ def test_random_rows_that_are_objects_are_rejected(tmp_path, kind):
     def collate(examples):
         return torch.stack([example[1] for example in examples]), torch.tensor([example[2] for example in examples])
 
-    task = toy(tmp_path, train_data=lambda: Drawn(OBJECTS[kind]), collate=collate)
+    task = make_toy_task(tmp_path, train_data=lambda: Drawn(OBJECTS[kind]), collate=collate)
     with pytest.raises(TaskError, match="rows of train_data change when they are read twice: got two different readin"):
         build(task, tmp_path / "out", CONFIG)
 
@@ -309,7 +309,7 @@ def test_rows_that_reuse_one_object_are_rejected(tmp_path):
             return buffer.normal_(), 0
 
     with pytest.raises(TaskError, match="rows of train_data change when they are read twice"):
-        build(toy(tmp_path, train_data=lambda: Filled(None)), tmp_path / "out", CONFIG)
+        build(make_toy_task(tmp_path, train_data=lambda: Filled(None)), tmp_path / "out", CONFIG)
 
 
 def collate_objects(examples):
@@ -322,7 +322,7 @@ class Table:
     """Numbers and texts, the rows of which are arrays of new objects at every reading."""
 
     def __init__(self, n, shift=0.0):
-        self.frame = pandas.DataFrame([[*(x + shift).tolist(), f"row {i}", y] for i, (x, y) in enumerate(rows(n))])
+        self.frame = pandas.DataFrame([[*(x + shift).tolist(), f"row {i}", y] for i, (x, y) in enumerate(make_rows(n))])
 
     def __len__(self):
         return len(self.frame)
@@ -333,8 +333,8 @@ class Table:
 
 def test_rows_of_a_table_are_accepted_and_distinguished_from_those_of_another(tmp_path):
     model = Toy()
-    plain = toy(tmp_path, model, query_data=lambda: rows(10))
-    task = toy(
+    plain = make_toy_task(tmp_path, model, query_data=lambda: make_rows(10))
+    task = make_toy_task(
         tmp_path,
         model,
         checkpoints=plain.checkpoints,
@@ -366,10 +366,10 @@ def loss_of_handles(model, batch):
 
 
 def test_content_that_no_digest_covers_is_logged_and_recorded(tmp_path, caplog):
-    task = toy(
+    task = make_toy_task(
         tmp_path,
-        train_data=lambda: [Handle(x, y) for x, y in rows(10)],
-        query_data=lambda: [Handle(x, y) for x, y in rows(5, seed=2)],
+        train_data=lambda: [Handle(x, y) for x, y in make_rows(10)],
+        query_data=lambda: [Handle(x, y) for x, y in make_rows(5, seed=2)],
         collate=lambda examples: examples,
         loss=loss_of_handles,
     )

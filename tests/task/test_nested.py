@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from tasks.toy import CONFIG, rows, toy
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import TaskError
 from tracin_ann.task.nested import (
@@ -296,10 +296,12 @@ def test_every_type_of_batch_gives_the_same_answers(tmp_path, kind, hidden):
         )
 
     def made(n, seed=1):
-        return [example(x, y) for x, y in rows(n, seed)]
+        return [example(x, y) for x, y in make_rows(n, seed)]
 
-    task = toy(tmp_path, loss=with_scale, collate=collate, train_data=lambda: made(10), query_data=lambda: made(5, 2))
-    expected = toy(tmp_path, task.model(), loss=plain, checkpoints=task.checkpoints)
+    task = make_toy_task(
+        tmp_path, loss=with_scale, collate=collate, train_data=lambda: made(10), query_data=lambda: made(5, 2)
+    )
+    expected = make_toy_task(tmp_path, task.model(), loss=plain, checkpoints=task.checkpoints)
     answers = []
     for name, one in (("given", task), ("plain", expected)):
         build(one, tmp_path / name, CONFIG)

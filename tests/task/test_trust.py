@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 import tracin_ann
-from forgery import named_task
+from forgery import name_task
 from paths import ROOT, SUPPORT
-from tasks.toy import CONFIG, Toy, saved
+from tasks.toy import CONFIG, Toy, save_checkpoints
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.remove import main as remove_command
@@ -62,7 +62,7 @@ COMMANDS = {
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Make a user's directory, with a task's file, checkpoints and an index, the current one."""
     folder = tmp_path_factory.mktemp("project")
-    saved(Toy(), folder)
+    save_checkpoints(Toy(), folder)
     (folder / f"{NAME}.py").write_text(TASK)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -89,10 +89,10 @@ def marker(tmp_path: Path) -> Path:
 def test_a_task_of_the_user_is_found_without_an_option(index: Path, project: Path) -> None:
     done = CliRunner().invoke(query_command, [str(index), "--ids", "0"])
     assert done.exit_code == 0 and "a 0" in done.output and "error" not in done.stderr
-    named_task(index, f"{project / NAME}.py:task", folder=str(project))
+    name_task(index, f"{project / NAME}.py:task", folder=str(project))
     assert len(InfluenceIndex.open(index).query([0])) == 1
     with pytest.raises(UsageError, match="does not take these arguments"):
-        named_task(index, f"{project / NAME}.py:task", command="x")
+        name_task(index, f"{project / NAME}.py:task", command="x")
         _ = InfluenceIndex.open(index).task
 
 
@@ -101,7 +101,7 @@ def test_a_task_of_the_user_is_found_without_an_option(index: Path, project: Pat
 )
 def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -> None:
     for arguments in ({"command": f"touch {marker}"}, {"cmd": f"touch {marker}"}, {}):
-        named_task(index, reference, **arguments)
+        name_task(index, reference, **arguments)
         with pytest.raises(
             UsageError, match=r"is not imported: got .*not an absolute path of a file.*; pass --task FILE.py"
         ):
@@ -110,7 +110,7 @@ def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -
 
 
 def test_arguments_that_are_not_strings_are_rejected(index: Path, project: Path) -> None:
-    named_task(index, f"{project / NAME}.py:task", folder=["x"])
+    name_task(index, f"{project / NAME}.py:task", folder=["x"])
     with pytest.raises(DamagedIndexError, match="TaskReference.arguments"):
         InfluenceIndex.open(index)
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_not_a_task_of_the_user_is_not_run(
         real.write_text(MARKING.format(marker=str(marker)) + text)
         if case == "a link":
             path.symlink_to(real)
-    named_task(index, f"{path}:task")
+    name_task(index, f"{path}:task")
     with pytest.raises(UsageError, match=f"is not imported: .*{said}"):
         _ = InfluenceIndex.open(index).task
     with pytest.raises(UsageError, match="is not imported"):
@@ -163,7 +163,7 @@ def test_other_functions_of_a_task_file_are_not_called(index: Path, project: Pat
         "import os\nfrom tracin_ann import Task\nrun = os.system\nlast: object = os.system\n"
     )
     for name in ("run", "last"):
-        named_task(index, f"{project / 'besides.py'}:{name}", command=f"touch {marker}")
+        name_task(index, f"{project / 'besides.py'}:{name}", command=f"touch {marker}")
         with pytest.raises(UsageError, match="is not imported: got .*a builtin_function_or_method"):
             _ = InfluenceIndex.open(index).task
     assert not marker.exists()
@@ -176,10 +176,10 @@ def test_functions_of_this_library_are_not_tasks(
     package = Path(tracin_ann.__file__).resolve().parent
     monkeypatch.chdir(package.parent)
     (tmp_path / "evil.py").write_text(MARKING.format(marker=str(marker)))
-    named_task(index, f"{package / 'task' / 'references.py'}:load_task", reference=f"{tmp_path / 'evil.py'}:x")
+    name_task(index, f"{package / 'task' / 'references.py'}:load_task", reference=f"{tmp_path / 'evil.py'}:x")
     with pytest.raises(UsageError, match="installed package"):
         _ = InfluenceIndex.open(index).task
-    named_task(index, f"{package / 'build.py'}:build")
+    name_task(index, f"{package / 'build.py'}:build")
     with pytest.raises(UsageError, match="installed package"):
         _ = InfluenceIndex.open(index).task
     assert not marker.exists()
@@ -192,21 +192,21 @@ def test_no_task_is_trusted_in_the_root_directory(index: Path, project: Path, mo
 
 
 def test_a_task_that_the_user_names_is_imported_from_anywhere(index: Path, tmp_path: Path, project: Path) -> None:
-    named_task(index, "os:system", command="true")
+    name_task(index, "os:system", command="true")
     path = tmp_path / "task_elsewhere.py"
     path.write_text(TASK.replace(" -> Task", ""))
     arguments = {"folder": str(project)}
     assert len(InfluenceIndex.open(index, f"{path}:task", arguments=arguments).query([0])) == 1
 
 
-def planted(index: Path, victim: Path) -> None:
+def plant_links(index: Path, victim: Path) -> None:
     """Plant links to a directory of the user's in an index."""
     (index / "generation-000000").symlink_to(victim)
     (index / WRITER).symlink_to(victim / "canary")
     (index / ".tracin-tmp-00000000-1-00.h5").symlink_to(victim / "canary")
 
 
-def held(folder: Path) -> dict[str, bytes]:
+def read_tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -218,25 +218,25 @@ def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     victim.mkdir()
     (victim / "canary").write_bytes(b"sings")
     os.utime(victim / "canary", (0, 0))
-    named_task(index, "os:system", command=f"touch {marker}")
+    name_task(index, "os:system", command=f"touch {marker}")
     (index / "generation-notes").mkdir()
     (index / "generation-notes" / "canary").write_bytes(b"notes")
     words = [str(index) if word == "DIR" else word for word in COMMANDS[name]]
     command = [sys.executable, "-m", f"tracin_ann.cli.{name}", *words]
-    before = held(victim), held(project)
+    before = read_tree(victim), read_tree(project)
     code = f"import sys; sys.argv[0] = {name!r}; from tracin_ann.cli.{name} import main; main()"
     command = [sys.executable, "-c", code, *words]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for links in (False, True):
         if links:
-            planted(index, victim)
+            plant_links(index, victim)
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr and done.returncode in (0, 2, 4), done.stderr
         assert done.returncode == 4 or not links, (done.stdout, done.stderr)
-        assert not marker.exists() and held(victim) == before[0]
+        assert not marker.exists() and read_tree(victim) == before[0]
         assert (index / "generation-notes" / "canary").read_bytes() == b"notes"
     outside = {path: content for path, content in before[1].items() if not path.startswith(f"runs/{index.name}/")}
-    after = held(project)
+    after = read_tree(project)
     assert {path: after[path] for path in outside} == outside
 
 
@@ -259,7 +259,7 @@ def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: 
     away = tmp_path / "away"
     shutil.move(index / place, away)
     (index / place).symlink_to(away)
-    before = held(away) if away.is_dir() else away.read_bytes()
+    before = read_tree(away) if away.is_dir() else away.read_bytes()
     runner = CliRunner()
     for command, words in (
         (query_command, ["--self-influence"]),
@@ -271,7 +271,7 @@ def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: 
             continue
         assert done.exit_code == 4, (command, done.output)
         assert "a symbolic link" in done.output and Path(place).name in done.output
-    assert (held(away) if away.is_dir() else away.read_bytes()) == before
+    assert (read_tree(away) if away.is_dir() else away.read_bytes()) == before
 
 
 def test_an_index_behind_a_link_is_accepted(index: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_writers_reject_a_planted_link_and_remove_nothing_behind_it(index: Path,
         os.utime(victim / name, (0, 0))
     (index / place).parent.mkdir(exist_ok=True)
     (index / place).symlink_to(victim)
-    before = held(victim)
+    before = read_tree(victim)
     for act in (
         lambda: remove(index, [1]),
         lambda: repair(index),
@@ -320,7 +320,7 @@ def test_writers_reject_a_planted_link_and_remove_nothing_behind_it(index: Path,
     ):
         with pytest.raises(DamagedIndexError, match=rf"{place}: got a symbolic link"):
             act()
-    assert held(victim) == before
+    assert read_tree(victim) == before
 
 
 def test_cleanup_removes_only_files_with_names_of_writers(index: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def collate(examples: list[Row]) -> tuple[Tensor, ...]:
     return torch.stack(x), torch.tensor(labels), torch.tensor(marks), torch.tensor(scales)
 
 
-def rows(
+def make_rows(
     n: int, seed: int = 1, marks: Mapping[int, int] | None = None, scales: Mapping[int, float] | None = None
 ) -> list[Row]:
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def rows(
     return [(x[i], i % 3, (marks or {}).get(i, FINE), (scales or {}).get(i, 1.0)) for i in range(n)]
 
 
-def checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
+def save_checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
     """Write checkpoints of different weights."""
     made = []
     for i in range(n):
@@ -70,20 +70,20 @@ def checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
     return made
 
 
-def flawed(folder: Path, train: list[Row], query: list[Row] | None = None, **changes: Any) -> Task:
+def make_task(folder: Path, train: list[Row], query: list[Row] | None = None, **changes: Any) -> Task:
     """Return the task of these rows, fields changed."""
     fields: dict[str, Any] = {
         "model": Staged,
         "loss": loss,
         "train_data": lambda: train,
-        "query_data": lambda: rows(7, 2) if query is None else query,
-        "checkpoints": checkpoints(folder),
+        "query_data": lambda: make_rows(7, 2) if query is None else query,
+        "checkpoints": save_checkpoints(folder),
         "collate": collate,
     }
     return Task(**(fields | changes))
 
 
-def answered(index: InfluenceIndex, options: QueryOptions, ids: Sequence[int] = range(7)) -> list[dict[int, float]]:
+def read_scores(index: InfluenceIndex, options: QueryOptions, ids: Sequence[int] = range(7)) -> list[dict[int, float]]:
     """Return the scores of each query's hits, by row."""
     found = index.query(list(ids), options=options)
     return [{int(hit.id): hit.score for hit in (*a.proponents, *a.opponents)} for a in found]

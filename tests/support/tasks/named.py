@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tasks.toy import cross_entropy, rows
+from tasks.toy import cross_entropy, make_rows
 from tracin_ann import Checkpoint, Task
 
 
@@ -12,8 +12,8 @@ def function(rate: str, rows_wanted: str = "4") -> Task:
     return Task(
         model=lambda: nn.Linear(5, 3),
         loss=cross_entropy,
-        train_data=lambda: rows(int(rows_wanted)),
-        query_data=lambda: rows(2),
+        train_data=lambda: make_rows(int(rows_wanted)),
+        query_data=lambda: make_rows(2),
         checkpoints=[Checkpoint("unused.pt", learning_rate=float(rate))],
     )
 

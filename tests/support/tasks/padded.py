@@ -22,13 +22,13 @@ class Pooled(Toy):
         return self.second(hidden.sum(1) / inside.sum(1, keepdim=True))
 
 
-def ragged(n: int, long: int = LONG) -> list[tuple[Tensor, int]]:
+def make_ragged_rows(n: int, long: int = LONG) -> list[tuple[Tensor, int]]:
     """Return rows of three positions, one of them of nine."""
     generator = torch.Generator().manual_seed(4)
     return [(torch.randn(9 if i == long else 3, 5, generator=generator), i % 3) for i in range(n)]
 
 
-def padded(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+def pad(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
     x = nn.utils.rnn.pad_sequence([e[0] for e in examples], batch_first=True)
     inside = torch.tensor([[float(t < len(e[0])) for t in range(x.shape[1])] for e in examples])
     return x, inside, torch.tensor([e[1] for e in examples])

@@ -31,12 +31,12 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def rows(n: int, seed: int = 1) -> list[tuple[Tensor, int]]:
+def make_rows(n: int, seed: int = 1) -> list[tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(5, generator=generator, dtype=torch.float32), i % 3) for i in range(n)]
 
 
-def saved(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
+def save_checkpoints(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
     """Write a checkpoint of the model for each rate, the weights moved a little from one to the next."""
     generator = torch.Generator().manual_seed(seed)
     checkpoints = []
@@ -53,16 +53,16 @@ def saved(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
     return checkpoints
 
 
-def toy(folder: Path, model: nn.Module | None = None, /, **changes: Any) -> Task:
+def make_toy_task(folder: Path, model: nn.Module | None = None, /, **changes: Any) -> Task:
     """Return a task of the model (a Toy where it is None) with two checkpoints in the folder, fields changed."""
     model = model if model is not None else Toy()
     fields: dict[str, Any] = {
         "model": lambda: model,
         "loss": cross_entropy,
-        "train_data": lambda: rows(10),
-        "query_data": lambda: rows(5, seed=2),
+        "train_data": lambda: make_rows(10),
+        "query_data": lambda: make_rows(5, seed=2),
     }
     fields.update(changes)
     if "checkpoints" not in fields:
-        fields["checkpoints"] = saved(model, folder)
+        fields["checkpoints"] = save_checkpoints(model, folder)
     return Task(**fields)
