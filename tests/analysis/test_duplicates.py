@@ -1,4 +1,4 @@
-"""Duplicates against the cosine of every pair in float64, blocks and reduced rows small enough to matter."""
+"""Duplicates compared with the float64 cosine of every pair, with small blocks and reduced rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def task(folder):
 
 
 def make_rows_with_copies() -> list[tuple[torch.Tensor, int, int]]:
-    """Return rows some of which are copies, some nearly, and some without a gradient."""
+    """Return rows that include exact copies, near copies, and rows without a gradient."""
     made = make_rows(N)
     for row, of in COPIES.items():
         made[row] = made[of]
@@ -85,7 +85,7 @@ def index(folder: Path) -> InfluenceIndex:
 
 
 def find_by_brute_force(row_NF: np.ndarray, ids: list[int], threshold: float) -> dict[frozenset[int], float]:
-    """Return the groups with their lowest cosines."""
+    """Return each group with its lowest cosine."""
     whole = row_NF.astype(np.float64)
     norm_N = np.linalg.norm(whole, axis=1)
     unit = {i: whole[i] / norm_N[i] for i in ids if norm_N[i] > 0}
@@ -135,7 +135,7 @@ def test_rows_and_checkpoints_can_be_selected(index: InfluenceIndex) -> None:
 
 
 class FakeView:
-    """A view of rows that were drawn."""
+    """A view of random rows."""
 
     def __init__(self, row_NF: np.ndarray) -> None:
         self.row_NF, self.dim = row_NF, row_NF.shape[1]
@@ -145,7 +145,7 @@ class FakeView:
 
 
 class FakeIndex:
-    """As much of an index as duplicates are asked of."""
+    """The part of an index that the duplicates analysis uses."""
 
     device, described = torch.device("cpu"), staticmethod(lambda side, row: None)
 
@@ -181,7 +181,7 @@ def test_groups_of_random_rows_equal_those_of_brute_force(
     row_NF[drawn.random(n) < 0.1] = 0
     row_NF = (row_NF * scale).astype(np.float32)
     true = find_by_brute_force(row_NF, list(range(n)), threshold)
-    # A pair just at the threshold is a matter of rounding.
+    # A pair at the threshold depends on rounding.
     if true == find_by_brute_force(row_NF, list(range(n)), threshold - 1e-12):
         assert_groups(find_duplicates(FakeIndex(row_NF), threshold), true)  # type: ignore[arg-type]
 

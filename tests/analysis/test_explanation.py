@@ -1,4 +1,4 @@
-"""The parts of a score: each against autograd in float64, all of them against the score."""
+"""Parts of a score: each is compared with autograd in float64, and their sum with the score."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_query_loss_and_a_selection_of_parameters_are_used(tmp_path: Path) -> 
     assert found.score == pytest.approx(oracle.tracin(grads[0], grads[1], rates)[0, 0], rel=1e-5)
     assert {part.parameter for part in found} == {"second.weight", "second.bias"}
     assert list(found.by_layer) == ["second"]
-    # As a training row, a query has the training loss.
+    # A query that is a training row has the training loss.
     assert explain(index, 3, 3, "train").score == pytest.approx(
         oracle.tracin(grads[1], grads[1], rates)[0, 0], rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""Hubs against counting every query's hits by brute force."""
+"""Hubs compared with a brute-force count of the hits of every query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suspects against a brute-force vote over all pairs of rows; estimate and suggested labels on known flips."""
+"""Suspects compared with a brute-force vote over all pairs of rows; estimate and suggested labels for known flips."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def index(folder: Path) -> InfluenceIndex:
 
 
 def count_votes(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:
-    """Return the share of the vote [N, 3] for each label, row after row, all cosines sorted."""
+    """Return the share of the votes [N, 3] for each label, computed row by row from all sorted cosines."""
     row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
     unit_NCD = row_NCD / np.linalg.norm(row_NCD, axis=2, keepdims=True)
     weights = np.array(RATES) / sum(RATES)
@@ -57,7 +57,7 @@ def count_votes(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = 
 
 
 def sum_supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
-    """Return each label's share of the support [N, 3], one row, checkpoint and label at a time."""
+    """Return the share of the support [N, 3] for each label, computed by row, checkpoint and label."""
     row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
     losses = index.view().store.losses().astype(np.float64)
     support_NL = np.zeros((N, 3))
@@ -75,7 +75,7 @@ def sum_supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarra
 
 
 def compute_mean_losses(folder: Path) -> dict[int, float]:
-    """Return the mean losses of the rows that are there, each computed alone by its model."""
+    """Return the mean losses of the rows that are not removed, computed one row at a time."""
     task, of_row = make_task(folder, "words"), dict.fromkeys(HERE, 0.0)
     for checkpoint in task.checkpoints:
         net = task.model()
@@ -242,7 +242,7 @@ def test_columns_of_bools_and_strings_are_labels_and_columns_of_fractions_are_no
 
 
 def make_clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]], set[int]]:
-    """Return points around three centres, labelled by them but for a share, and which of them are wrong."""
+    """Return points around three centres, a share of them with wrong labels, and which labels are wrong."""
     random = np.random.default_rng(5)
     flipped = set(random.choice(n, round(wrong * n), replace=False).tolist())
     centres = 3 * torch.eye(5)[:3]
@@ -251,7 +251,7 @@ def make_clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, 
 
 
 def train_task(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
-    """Return a task of a net that was trained on the points, two checkpoints on the way."""
+    """Return the task of a network trained on the points, with two checkpoints of the training."""
     torch.manual_seed(0)
     net = Toy()
     batch = torch.utils.data.default_collate(data)
@@ -293,7 +293,7 @@ def test_suggested_labels_of_flipped_digits_are_the_true_labels(tmp_path: Path) 
         first = [row for row in found[: digits.N_TRAIN // 10] if row.row in flipped]
         assert len(first) >= 0.9 * len(flipped)
         correct += [(row.support, row.suggested_label == true[row.row]) for row in first]
-    # Each of 40 seeds gives 0.90 to 0.99, on average 0.949; the model itself predicts about as well.
+    # Each of 40 seeds gives 0.90 to 0.99, on average 0.949, which is close to the accuracy of the model.
     assert np.mean([right for _, right in correct]) >= 0.94
     certain = [right for support, right in correct if support is not None and support >= 0.5]
     assert len(certain) >= 0.3 * len(correct)

@@ -1,4 +1,4 @@
-"""Subsets against a selection over the full matrix of scores, row by row."""
+"""Subsets compared with a row-by-row selection over the full matrix of scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def matrix(index: InfluenceIndex, ids: Sequence[int], checkpoints: Sequence[int]
 
 
 def select_in_turn(score_QN: np.ndarray, n: int, allowed: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (query, row) of every turn; all scores are looked at each time."""
+    """Return (query, row) of every turn, chosen from all scores."""
     left, turns = list(allowed), []
     while len(turns) < n and left:
         query = len(turns) % len(score_QN)
@@ -70,7 +70,7 @@ def test_round_robin_equals_a_selection_over_the_full_matrix(
 
 
 def test_similar_queries_share_their_rows(index: InfluenceIndex) -> None:
-    # Alike queries take each other's candidates: each needs more than its own share of them.
+    # Similar queries share candidates, so each needs more than its share of them.
     found = select(index, 30, [5, 2, 5, 3])
     expected = select_in_turn(matrix(index, [5, 2, 3]), 30, HERE)
     assert [(row.query_row, row.row) for row in found] == [((5, 2, 3)[query], row) for query, row in expected]

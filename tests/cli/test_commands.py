@@ -42,7 +42,7 @@ def parse_answers(*words: object) -> list[dict]:
 
 @dataclass(frozen=True)
 class Built:
-    """An index made by the command, and what made it."""
+    """An index built by the command, with its model and task."""
 
     out: Path
     words: list[str]
@@ -268,7 +268,7 @@ def test_the_installed_scripts_run(digits: Built) -> None:
 
 
 def test_many_partitions_store_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row buffers are filled again while files are written, here slowly: no file may hold another's rows."""
+    """Row buffers are reused while files are written (here slowly); no file may contain rows of another."""
     write = FeatureStore.write
 
     def slow(*args: object) -> object:

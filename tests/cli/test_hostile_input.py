@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def limit_resources() -> Iterator[None]:
-    """Let the test take half a gigabyte more of addresses, and end it where it hangs."""
+    """Limit the test to half a gigabyte of additional address space, and stop it if it hangs."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, before[1]))

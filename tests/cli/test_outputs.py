@@ -1,4 +1,4 @@
-"""Results go where a shell would redirect them, whole or not at all; streams may be closed, full or read no further."""
+"""Results are written completely or not at all, as by a shell's redirection; streams may be closed or full."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_leftovers_of_a_killed_query_are_removed_by_the_next_query_to_the_same_f
         before, asked = list(tmp_path.iterdir()), query_index(folder, "--ids", "0", "--output", mine)
         after = {path.name for path in tmp_path.iterdir()}
         running.kill()
-    # The other file's and the running one's, beside the user's own.
+    # The temporary files of another result and of a running query stay, like files of the user.
     assert (len(before), asked.exit_code, len(after)) == (3, 0, 4)
     assert {"a.csv", foreign.name} < after
     for path in (mine, other):
@@ -174,7 +174,7 @@ def test_leftovers_of_a_killed_query_are_removed_by_the_next_query_to_the_same_f
 def test_a_stopped_query_leaves_no_files(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     path = tmp_path / "a.csv"
     given = query_arguments(folder, "--train-ids", "0-39", "--exact", "-k", "1", "--batch-size", "1", "--output", path)
-    # Where the tests run in a shell's background, SIGINT is ignored, and by what they start.
+    # If the tests run in the background of a shell, they and their child processes ignore SIGINT.
     code = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code += "; runpy.run_path('query.py', run_name='__main__')"
     process = subprocess.Popen([sys.executable, "-c", code, *given], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -48,7 +48,7 @@ def complete(name: str, words: list[str], incomplete: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with checkpoints, `build.toml` and the index that it asks for."""
+    """Return a directory with checkpoints, `build.toml` and the index that it describes."""
     made = tmp_path_factory.mktemp("shared")
     zoo.save_checkpoints("mlp", 0, made)
     (made / "build.toml").write_text(
@@ -257,7 +257,7 @@ def test_debug_shows_the_traceback_of_a_rejection(index: Path) -> None:
 
 
 def run_on_a_terminal(words: list[str], **environment: str) -> str:
-    """Return what a command prints on a terminal of its own, stdout and stderr together."""
+    """Return what a command prints on a pseudo-terminal, stdout and stderr together."""
     reader, writer = pty.openpty()
     command = [sys.executable, "query.py", *words]
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}

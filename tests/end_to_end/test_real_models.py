@@ -160,7 +160,7 @@ def sparse_rows() -> list[tuple[Tensor, int]]:
 
 def collate_csr(rows: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says that CSR is in beta.
+        warnings.simplefilter("ignore")  # PyTorch warns that CSR is in beta.
         return torch.stack([x.to_dense() for x, _ in rows]).to_sparse_csr(), torch.tensor([y for _, y in rows])
 
 

@@ -127,7 +127,7 @@ def test_slow_data_is_read_once_for_all_checkpoints(held, readings, folder, one_
 
 
 def test_rows_fetched_after_the_next_batch_is_launched_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
-    """As on an accelerator: a batch must not use buffers that the next batch overwrites."""
+    """On an accelerator, a batch must not use buffers that the next batch overwrites."""
     monkeypatch.setattr("tracin_ann.features.extractor._BATCHES_AHEAD", {"cpu": 1})
     assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
 

@@ -1,4 +1,4 @@
-"""tracin-verify --audit, what build and info say of audits, and what is drawn."""
+"""tracin-verify --audit, the reports of audits by build and info, and the sample of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tracin-verify: every altered byte is found and named, the lists fit the features, repair ends in what was built."""
+"""tracin-verify finds and names every altered byte, lists must match the features, repair restores the built index."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_flipped_byte_is_found_in_its_file(index: Path) -> None:
         before = path.read_bytes()
         path.write_bytes(content)
         found = {damage.path for damage in verify(index).damage}
-        # Altered blanks of JSON say the same as before: harmless.
+        # A change of white space in JSON is harmless.
         harmless = path.suffix == ".json" and _same_json(before, bytes(content)) and path.name != "ivf.json"
         assert found == (set() if harmless else {path}), (path, place)
         path.write_bytes(before)
@@ -231,7 +231,7 @@ def test_lists_of_other_rows_with_matching_digests_are_found(original: tuple[Pat
     view = FeatureStore(index / "features", manifest.build.layout).view()
 
     class Shuffled:
-        """The same rows under others' ids."""
+        """The same rows with ids of other rows."""
 
         dim = view.dim
 

@@ -1,4 +1,4 @@
-"""The layout of benchmarks/: every benchmark is listed, imports have no circle, topics share code by `common` only."""
+"""The layout of benchmarks/: every benchmark is listed, no circular imports, shared code in `common` only."""
 
 from __future__ import annotations
 

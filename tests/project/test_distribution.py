@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: what is in them, and that what they install works on its own."""
+"""The wheel and the source distribution: their content, and that the installed package works without the repository."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from project import PYPROJECT, committed_files
 
 pytestmark = pytest.mark.xdist_group("distribution")
 
-# By the backend itself, in this environment: nothing is fetched.
+# The build backend runs in this environment: nothing is downloaded.
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """What was made of the committed files: the sdist, and the wheel of the unpacked sdist."""
+    """The sdist of the committed files, and the wheel of the unpacked sdist."""
 
     sdist: Path
     wheel: Path
@@ -108,7 +108,7 @@ def test_the_installed_package_works_without_the_repository(
     python = tmp_path / "env" / "bin" / "python"
     paths = {name: sysconfig.get_path(name) for name in ("purelib", "platlib")}
     (own,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    # torch and the others as they are here. The links of an editable install lie there too, and are not followed.
+    # Use the installed torch and other packages. Links of an editable install are there as well and are not followed.
     (own / "here.pth").write_text("\n".join(dict.fromkeys(paths.values())))
     install = ("install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", distributions.wheel)
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)

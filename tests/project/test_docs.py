@@ -1,6 +1,6 @@
-"""The code and the commands of docs/ are run as they stand, page by page, each page in a directory of its own.
+"""The code and the commands of docs/ run unchanged, page by page, each page in a separate directory.
 
-The pages that go on with the five-minute start find what its blocks made. Commands of ours run in this process.
+Pages that continue the five-minute start have the files of its blocks. Commands of the library run in this process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RUN_PAGES = [page for page in PAGES if page != START and any(b.language in RUN f
 
 @dataclass
 class Reader:
-    """Somebody who follows a page in a directory: writes its files, runs its Python in order, types its commands."""
+    """Runs a page in a directory: writes its files, runs its Python blocks in order, and runs its commands."""
 
     page: str
     place: Path
@@ -87,7 +87,7 @@ class Reader:
         return out.getvalue()
 
     def command(self, text: str) -> tuple[int, str, str]:
-        """Run a command; what follows the first pipe gets what it prints."""
+        """Run a command; the part after the first pipe gets its output."""
         first, pipe, rest = text.partition(" | ")
         name, *arguments = shlex.split(first, comments=True)
         if name == "python":
@@ -110,7 +110,7 @@ class Reader:
 
 @contextlib.contextmanager
 def work_in(place: Path) -> Iterator[None]:
-    """Work in a directory, its modules importable; forget them afterwards."""
+    """Work in a directory with importable modules, which are removed from `sys.modules` afterwards."""
     before, path = set(sys.modules), list(sys.path)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +128,7 @@ def work_in(place: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a directory in which somebody has followed the five-minute start, and a copy of what that made."""
+    """Return a directory in which the five-minute start was run, and a copy of its result."""
     folder = tmp_path_factory.mktemp("docs")
     place = folder / "place"
     place.mkdir()
@@ -145,7 +145,7 @@ def test_the_quick_start_runs(started: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
-    # In the start's own place, anew for each page: an index knows its task's file by its whole path.
+    # In the directory of the start, restored for each page: an index stores the full path of its task's file.
     place, kept = started
     shutil.rmtree(place)
     shutil.copytree(kept, place)
@@ -156,7 +156,7 @@ def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> Non
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
 def test_tables_equal_the_result_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    # If not: python -m benchmarks.tables, with the page's name.
+    # To update: python -m benchmarks.tables PAGE
     assert fill_tables(text) == text
 
 

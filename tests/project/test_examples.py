@@ -1,4 +1,4 @@
-"""The figures that the examples promise: wrong digits found, true proponents and opponents recalled."""
+"""The numbers that the examples state: wrong digits found, recall of true proponents and opponents."""
 
 from __future__ import annotations
 

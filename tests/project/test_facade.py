@@ -1,4 +1,4 @@
-"""`import tracin_ann` and `--help` are cheap: nothing heavy is imported before it is used, and every name resolves."""
+"""`import tracin_ann` and `--help` import nothing heavy, and every public name resolves."""
 
 from __future__ import annotations
 

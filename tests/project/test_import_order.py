@@ -1,6 +1,6 @@
-"""Read the library's source and hold its order: imports go down the floors only, and the house rules of STYLE.
+"""The order of imports in the library's source: imports go down the floors only; and rules for modules.
 
-A room is a module or package directly under `tracin_ann`; inside a package modules import each other freely.
+A room is a module or package directly under `tracin_ann`; modules of one package may import each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paths import ROOT as REPOSITORY
 
 PACKAGE = "tracin_ann"
 
-# The seven floors of the house, top first: rooms on one floor do not import each other, but for what BESIDE allows.
+# The seven floors, top first: rooms on one floor do not import each other, except as BESIDE allows.
 # "__init__" is the facade, `tracin_ann` itself. A new room needs a place here.
 FLOORS: list[set[str]] = [
     {"cli", "report", "__init__"},
@@ -28,10 +28,10 @@ FLOORS: list[set[str]] = [
     {"gradients", "sketch", "search", "store"},
     {"task"},
 ]
-# What every floor stands on: each may import those after it.
+# Modules below all floors: each may import those after it.
 GROUND = ["files", "progress", "device", "types", "errors", "text", "choices"]
 
-# Imports between neighbours on one floor: who may import whom, and why.
+# Allowed imports between rooms of one floor, with the reason.
 BESIDE: dict[str, set[str]] = {
     "cli": {"report", "__init__"},  # a command writes a page; it knows the version
     "__init__": {"report"},  # the facade names write_report
@@ -40,7 +40,7 @@ BESIDE: dict[str, set[str]] = {
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search
 }
 
-# Rooms that may import less than all that lies below them: these never see a model.
+# Rooms that may import only some of the rooms below: these do not use models.
 ONLY: dict[str, set[str]] = {
     "search": {"files", *GROUND},
     "store": {"sketch", "search", "task", "files", *GROUND},
@@ -74,7 +74,7 @@ class Module:
 
     @property
     def room(self) -> str:
-        """Return the room the module is in."""
+        """Return the room of the module."""
         return name_room(self.name)
 
     @property
@@ -99,7 +99,7 @@ def parse_module(path: Path, root: Path) -> Module:
 
 
 def find_imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of every import, wherever it stands; `from tracin_ann import x` counts as x's room."""
+    """Yield (line, dotted name) of every import, at any depth; `from tracin_ann import x` counts as an import of x."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -136,7 +136,7 @@ def find_upward_imports(module: Module, rooms: set[str]) -> list[str]:
 
 
 def find_private_imports(module: Module) -> list[str]:
-    """Return one line for every import of another package's file instead of its face; a facade and tests may."""
+    """Return one line for every import of a file of another package that does not go through its `__init__.py`."""
     wrong = []
     for line, target in find_imports(module, ROOMS):
         room = name_room(target)
@@ -146,7 +146,7 @@ def find_private_imports(module: Module) -> list[str]:
 
 
 def find_circles(modules: Iterable[Module]) -> list[str]:
-    """Return the modules that import each other in a circle, at the top of the file or inside of functions."""
+    """Return the modules with circular imports, at the top of the file or inside functions."""
     names = {module.name for module in modules}
     graph = {m.name: {t for t in _modules_imported(m, names) if t != m.name} for m in modules}
     while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
@@ -246,7 +246,7 @@ def test_faiss_is_imported_by_device_only(module: Module) -> None:
     assert module.room == "device" or lines == [], f"{module.path} imports faiss; call device.import_faiss()"
 
 
-# The checker itself, on a small made-up package.
+# The checker itself, on a small synthetic package.
 CASES = [
     ("store/a.py", "import tracin_ann.index", "which lies above it"),
     ("store/a.py", "from tracin_ann import index", "which lies above it"),

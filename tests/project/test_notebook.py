@@ -1,4 +1,4 @@
-"""The notebook examples/tour.ipynb: kept without outputs, it runs, and its cells show tables, pictures and files."""
+"""The notebook examples/tour.ipynb is stored without outputs and runs; its cells show tables, images and files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATH = ROOT / "examples" / "tour.ipynb"
 
 
 class LocalKernels(AsyncKernelManager):
-    """Kernels of this Python, whatever kernels the machine has been told of; their connection is a file's."""
+    """Kernels of this Python, independent of installed kernel specs; the connection uses files."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -27,7 +27,7 @@ class LocalKernels(AsyncKernelManager):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Return what each cell showed, by its last line."""
+    """Return the outputs of each cell, by its last line."""
     folder = tmp_path_factory.mktemp("tour")
     book = nbformat.read(PATH, as_version=4)
     with pytest.MonkeyPatch.context() as patch:

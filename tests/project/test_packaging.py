@@ -1,4 +1,4 @@
-"""What an installer and a newcomer rely on: version, extras, pins, portable files, a clear word when FAISS is wrong."""
+"""Packaging: version, extras, pins, portable files, and a clear error for a missing or duplicate FAISS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def project() -> dict[str, Any]:
 
 
 def normalise(need: str) -> str:
-    """Return the name of a requirement or pin, as an index compares names."""
+    """Return the normalised name of a requirement or pin, as package indexes compare names."""
     found = re.match(r"[\w.-]+", need)
     assert found is not None
     return re.sub(r"[-_.]+", "-", found[0].split("==")[0]).lower()
@@ -94,7 +94,7 @@ def test_readme_shows_the_two_commands() -> None:
 
 
 def pretend_installed(monkeypatch: pytest.MonkeyPatch, *wheels: str) -> None:
-    """Make the package metadata show these FAISS wheels and no other."""
+    """Make the package metadata list these FAISS wheels only."""
     real = importlib.metadata.version
 
     def version(name: str) -> str:

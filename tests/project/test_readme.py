@@ -1,4 +1,4 @@
-"""README's code and commands are run as they stand, in an empty directory."""
+"""The code and the commands of the README run unchanged in an empty directory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[documents.Command]:
-    """Return README's console commands with the lines that they print there."""
+    """Return the console commands of the README with the output shown there."""
     return documents.read_commands("".join(blocks("console")))
 
 
 def run(place: Path, *arguments: str) -> str:
-    """Return what Python prints, given these arguments."""
+    """Return the output of Python with these arguments."""
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def run(place: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with README's task file and the checkpoints that it trains."""
+    """Return a directory with the README's task file and the checkpoints that it trains."""
     folder = tmp_path_factory.mktemp("readme")
     (task,) = (block for block in documents.read_blocks(README, "python") if block.file is not None)
     assert task.file is not None

@@ -34,7 +34,7 @@ NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 
 
 def draw_image(row: Any) -> np.ndarray:
-    """Return one of four pictures."""
+    """Return one of four images."""
     made = np.zeros((6, 5), np.uint8)
     made[int(row[1]), :] = 200
     return made

@@ -94,7 +94,7 @@ def chromium(started: Any) -> Iterator[Any]:
 
 
 def list_visible(chromium: Any) -> list[int]:
-    """Return the positions of the items that the filter leaves."""
+    """Return the positions of the items that pass the filter."""
     script = "return Array.from(document.querySelectorAll('.item')).flatMap((x, i) => x.hidden ? [] : [i])"
     return list(chromium.execute_script(script))
 

@@ -57,7 +57,7 @@ def run_query(folder: Path, kind: str, *arguments: object) -> Result:
 
 
 def flatten(lines: str) -> pd.DataFrame:
-    """Return JSON lines of answers as the frame that the other formats have to equal."""
+    """Return the frame of JSON lines that the other formats must equal."""
     records = []
     for answer in map(json.loads, lines.splitlines()):
         assert answer["schema"] == SCHEMA

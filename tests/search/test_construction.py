@@ -28,7 +28,7 @@ PARAMS = IVFParams(nlist=20)
 
 
 class Killed(BaseException):
-    """Raised in place of the end of the process."""
+    """Raised instead of the end of the process."""
 
 
 class Counting(Rows):

@@ -1,4 +1,4 @@
-"""Search in inverted lists: recall, counts of scored rows, outliers and quiet rows, filters, calibration."""
+"""Search in inverted lists: recall, counts of scored rows, outliers and rows near zero, filters, calibration."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_outliers_are_found_and_do_not_reduce_recall(source: Rows, factor: float
 
 @pytest.mark.parametrize("loud", [0, 5, 19])
 def test_rows_near_zero_do_not_fill_the_lists_and_are_found(loud: int) -> None:
-    """The best 20 rows are some loud rows and then quiet ones, which have their own scale and order."""
+    """The best 20 rows are some rows with large norms and then rows near zero with a scale and order of their own."""
     rows = normal(1000, 6)
     rows[:, 0] = np.where((np.arange(1000) < loud) | (np.arange(1000) >= 100), 1, -1) * (np.abs(rows[:, 0]) + 0.1)
     rows[100:] *= np.float32(1e-12)

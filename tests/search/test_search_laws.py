@@ -1,4 +1,4 @@
-"""Laws of search: merged shards equal the whole, opponents mirror proponents, filters, no padding in results."""
+"""Laws of search: merged shards equal a complete search, opponents are proponents of -q, filters, no padding."""
 
 from __future__ import annotations
 

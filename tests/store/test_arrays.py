@@ -1,4 +1,4 @@
-"""Arrays and texts in one file: memory and disk follow what they hold, and whatever is damaged is refused."""
+"""Arrays and strings in one file: memory and disk use are proportional to content, and damage is rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LONG, N = 10_000_000, 300
 
 
 def uneven_strings() -> list[str]:
-    """Return 300 short texts and one of ten million characters among them."""
+    """Return 300 short strings and one with ten million characters."""
     return ["x" * LONG if i == 7 else f"row {i}" for i in range(N)]
 
 
@@ -78,7 +78,7 @@ build_unlike(Path(sys.argv[1]))
 
 
 def build_uneven_index(folder: Path) -> None:
-    """Build an index of rows with a column and ids of very unlike length, and ask it."""
+    """Build and query an index with a column and ids of very different lengths."""
     texts = uneven_strings()
     data: list[Any] = [(x, y, text) for (x, y), text in zip(make_rows(N), texts, strict=True)]
     sides = {"train_data": lambda: data, "query_data": lambda: data[:2]}
@@ -122,7 +122,7 @@ def compress() -> bytes:
 
 
 def make_false_claim(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
-    """Return a file whose header claims more than it holds."""
+    """Return a file whose header states more data than it contains."""
     header, content = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"shape": shape, "fortran_order": False, "descr": descr})
     with zipfile.ZipFile(content, "w") as archive:

@@ -1,6 +1,6 @@
-"""Tests of one feature file: what comes back, what is refused, what is noticed.
+"""Feature files: reading back, rejected input, and detection of damage.
 
-Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
+Shapes: N rows, C checkpoints, D sketch dimension per checkpoint, F = C·D.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
         lambda file, row: file.take(np.array([0, 10, *range(11)])),
         lambda file, row: file.take(np.array([row]), unit=True),
         lambda file, row: file.read(0, 11),
-        # The rest of its block is not trusted either.
+        # The rest of the block is damaged as well.
         lambda file, row: file.read(row // 4 * 4, row // 4 * 4 + 1),
     ]
     for position in range(0, size, 3):

@@ -1,6 +1,6 @@
-"""Tests of the store of many feature files: what is missing, what is read, what is refused.
+"""The store of many feature files: missing files, reads, and rejected input.
 
-Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
+Shapes: N rows, C checkpoints, D sketch dimension per checkpoint, F = C·D.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tracin_ann.types import Float32, RowSource
 
 
 def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
-    """Write every file; return the records and what rows [N, F] must come back."""
+    """Write every file; return the records and the expected rows [N, F]."""
     records = []
     row_NF = np.empty((store.layout.n_rows, store.layout.n_checkpoints * store.layout.dim), dtype=np.float32)
     for checkpoint in range(store.layout.n_checkpoints):

@@ -1,4 +1,4 @@
-"""An index that grows and shrinks: what is appended equals what is rebuilt, readers keep what they opened."""
+"""Indexes that grow and shrink: appended rows equal rebuilt ones, and readers keep their generation."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def list_own_files(directory):
 
 
 def read_files(directory):
-    """Return what every file holds, writers' lock and generations' numbers apart."""
+    """Return the content of every file, without the lock and the numbers of generations."""
     return {path.relative_to(directory): path.read_bytes() for path in (directory / "features").rglob("*.h5")}
 
 
 def is_clean(directory):
-    """Return whether nothing but the current generation is left."""
+    """Return whether the directory contains only the current generation."""
     manifest = Manifest.read(directory)
     expected = (
         sorted(record.name for record in manifest.features),
@@ -287,7 +287,7 @@ def test_a_stopped_build_prints_how_to_resume_and_resumes(tmp_path, number, stat
     words = [sys.executable, str(ROOT / "build_index.py"), "--task", f"{slow}:task", "--task-arg", f"folder={tmp_path}"]
     words += ["--out", str(out), "--dim", "8", "--batch-size", "4", "--no-yardstick"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
-    # Tests started in a shell's background ignore SIGINT, and so would what they start.
+    # If the tests run in the background of a shell, they and their child processes ignore SIGINT.
     before = signal.signal(number, signal.SIG_DFL)
     try:
         running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""The task's own ids in the file of columns: kept through all that changes an index; hostile arrays are refused."""
+"""Ids of the task in the file of columns: they survive every change of an index; hostile arrays are rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Example = tuple[torch.Tensor, int, str]
 
 
 def make_named_rows(n_rows: int) -> list[Example]:
-    """Return rows with names, whose order is not that of the rows."""
+    """Return rows with names in another order than the rows."""
     return [(x, y, f"row {(7 * i) % 31:02}é") for i, (x, y) in enumerate(make_rows(n_rows))]
 
 
@@ -68,7 +68,7 @@ def grown(task: Task, n_rows: int) -> Task:
 
 
 def ids_by_row(out: Path, task: Task) -> dict[int, str]:
-    """Return what answers call the rows, all of which they hold."""
+    """Return the ids of all rows in the answers."""
     answer = InfluenceIndex.open(out, task).query([0], options=QueryOptions(k=100))[0]
     return {hit.row: hit.id for hit in (*answer.proponents, *answer.opponents)}
 
@@ -162,7 +162,7 @@ TWINS = {"twins": np.array([*range(N - 1), 4]), "named twins": np.array(["a", *m
 
 
 def replace_arrays(index: Path, arrays: dict[str, Any]) -> Path:
-    """Put arrays into the index, and what they are into its manifests: only reading them tells."""
+    """Replace arrays of the index and update its manifests, so that only a read detects the change."""
     manifest = Manifest.read(index)
     own_folder = generation_folder(index, manifest.generation)
     path = own_folder / "columns.npz"

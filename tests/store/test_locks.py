@@ -1,5 +1,4 @@
-"""Writers beside each other and beside readers, writers that die, and disks that are full: the lock, and each writer of
-a file by itself."""
+"""Concurrent writers and readers, killed writers and full disks: the lock, and each writer of a file."""
 
 from __future__ import annotations
 
@@ -57,14 +56,14 @@ def list_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# Two writers.
+# Two writers
 
 
 @pytest.mark.parametrize("other", ["is at it", "is done"])
 def test_one_of_two_simultaneous_builds_in_a_new_directory_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    """The other comes between this one's first look at the directory and its own making of it."""
+    """The other build starts between the check of the directory and its creation."""
     out = tmp_path / "index"
     tune = BUILD.BuildJob.tune
 
@@ -180,7 +179,7 @@ def test_the_check_for_readers_opens_the_file_for_writing(
         assert not nobody_reads
 
 
-# Readers meanwhile.
+# Concurrent readers
 
 
 def test_readers_that_open_while_generations_change_find_a_complete_one(finished_index: Path) -> None:
@@ -227,11 +226,11 @@ def test_an_index_that_is_being_read_is_not_cleaned(finished_index: Path, monkey
     assert result.exit_code == 0 and "generation: 2, 1 row removed" in result.output
 
 
-# What dead writers leave.
+# Leftovers of killed writers
 
 
 def test_a_repeated_build_removes_leftovers_of_a_killed_one(finished_index: Path) -> None:
-    """It may have been killed after its manifest and before its sweep."""
+    """The other build may have been killed after it wrote its manifest and before its cleanup."""
     old, folder = finished_index / "generation-000000", generation_folder(finished_index, 1)
     old.mkdir()
     (old / "canaries.h5").write_bytes(b"")
@@ -268,7 +267,7 @@ def test_a_build_killed_before_its_first_rename_can_be_resumed(tmp_path: Path) -
 
 
 def test_a_removal_killed_before_publication_leaves_no_files(finished_index: Path) -> None:
-    """Its generation has a manifest of its own, and links to the very files that the next one links to."""
+    """Its generation has a manifest, and links to the same files as the next generation."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(REMOVAL, "publish", lambda *given: pytest.fail("not yet"))
         with pytest.raises(pytest.fail.Exception):
@@ -280,7 +279,7 @@ def test_a_removal_killed_before_publication_leaves_no_files(finished_index: Pat
 
 
 def test_temporary_files_with_this_process_number_are_removed_unless_in_use(tmp_path: Path) -> None:
-    """In a container every run may have the same number."""
+    """In a container, every run may have the same process number."""
     left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
@@ -301,7 +300,7 @@ def test_a_directory_is_created_durably_with_its_parents(tmp_path: Path, monkeyp
     ]
 
 
-# Full disks: the system itself refuses more than so many bytes, in the middle of whatever HDF5, FAISS or NumPy do.
+# Full disks: the system limits the number of bytes, at any point of a write by HDF5, FAISS or NumPy.
 
 
 @contextmanager
@@ -346,7 +345,7 @@ def test_no_file_is_truncated_by_a_full_disk_without_an_error(tmp_path: Path, na
     for room in (0, 1, 200, size // 2, size - 4097, size - 1000, size - 1):
         if room < 0:
             continue
-        # What is raised in there may be shown only out here: standard output may be a file too.
+        # Report the error outside of the limit, because standard output may be a file as well.
         with pytest.raises(OSError, match="File too large") as raised, limit_space(room):
             WRITERS[name](path)
         assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))

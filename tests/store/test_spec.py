@@ -1,4 +1,4 @@
-"""FeatureSpec and manifest: round trips, refusals field by field, and damage that is never taken for an index."""
+"""FeatureSpec and manifest: round trips, rejection of each different field, and detection of damage."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ JSON = st.recursive(
 
 
 def alter(content, data):
-    """Return the content with one key dropped or another value in its place."""
+    """Return the content with one key removed or its value replaced."""
     content = copy.deepcopy(content)
     *way, last = data.draw(st.sampled_from(list(find_places(content))))
     node = content

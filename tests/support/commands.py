@@ -1,6 +1,6 @@
-"""The commands that change an index, on a task so small that one takes some hundredths of a second.
+"""Commands that change an index, on a small task: each takes a few hundredths of a second.
 
-Each starts from a directory's state, ends in another, and both have answers; between the two nothing is allowed.
+Each has a start state and an end state, both with answers; no other state is valid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Answers = list[list[tuple[str, float]]]
 
 @dataclass(frozen=True)
 class Command:
-    """A change of an index: its name, what a directory is first, how to make it what it will be."""
+    """A change of an index: its name, the start state of the directory, and the function that changes it."""
 
     name: str
     start: Tree
@@ -43,7 +43,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Reference:
-    """A command that went well: its directory and the answers of before (None: no index) and after."""
+    """The result of a command without faults: the directory, and the answers before (None: no index) and after."""
 
     command: Command
     end: dict[str, bytes | None]
@@ -71,7 +71,7 @@ def task(n_rows: int, n_checkpoints: int = 2) -> Task:
 
 
 def make_config(kind: str, **changes: Any) -> BuildConfig:
-    """Return how the small indexes are built."""
+    """Return the build options of the small indexes."""
     return replace(CONFIG, dim=4, partition_rows=4, yardstick=False, index=kind, **changes)
 
 
@@ -98,7 +98,7 @@ def make_commands(kind: str) -> dict[str, Command]:
 
 @cache
 def run_reference(kind: str, name: str) -> Reference:
-    """Return what a command makes where nothing goes wrong."""
+    """Return the result of a command without faults."""
     command = make_commands(kind)[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
@@ -118,7 +118,7 @@ def read_state(run: Callable[[Path], object]) -> Tree:
 
 
 def collect_answers(out: Path) -> Answers:
-    """Return what the index answers to all queries, whatever its size."""
+    """Return the answers of the index to all queries."""
     manifest = Manifest.read(out)
     its_task = task(manifest.build.spec.train_rows, len(manifest.build.spec.checkpoints))
     found = InfluenceIndex.open(out, its_task).query(range(3), options=_MANY)
@@ -126,7 +126,7 @@ def collect_answers(out: Path) -> Answers:
 
 
 def read_files(tree: Tree) -> dict[str, bytes | None]:
-    """Return what every file holds, but for the times that a manifest of lists reports."""
+    """Return the content of every file, without the times in a manifest."""
     return {
         path: entry and (strip_times(entry[1]) if path.endswith(MANIFEST) else entry[1]) for path, entry in tree.items()
     }

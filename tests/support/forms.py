@@ -87,7 +87,7 @@ def compute_gradient(form: Form) -> Tensor:
 
 
 def compute_convolution_gradient(form: Convolution) -> Tensor:
-    """Return autograd's gradients of a convolution's weight, one example at a time."""
+    """Return the autograd gradients of a convolution's weight, one example at a time."""
     geometry = form.geometry
     apply = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(geometry.kernel)]
     channels = form.input_BC.shape[1] // geometry.groups

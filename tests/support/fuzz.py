@@ -1,8 +1,8 @@
-"""Hostile bytes for every reader: seeded mutations of an index's files, each read in a child process under limits.
+"""Altered files for every reader: seeded mutations of an index's files, each read in a child process under limits.
 
-A reader may take what it is given or refuse it with a TracinAnnError; anything else (another exception, a crash, a
-hang, memory beyond twice the file and a constant) is a failure, named by reader and case. JSON is also
-changed in structure, with its digest made anew, so that the checks of its content are reached.
+A reader must read a file or raise a TracinAnnError; anything else (another exception, a crash, a hang, more memory than
+twice the file and a constant) is a failure, reported with reader and case. The structure of JSON is changed as well,
+with a recomputed digest, so that the checks of its content run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ JSON_VALUES = (None, True, -1, 0, 1, 2**31, 2**70, 1e308, -0.0, "", "x" * 200, "
 
 @dataclass(frozen=True)
 class Reader:
-    """A file of a sound index, and what reads it."""
+    """A file of an intact index, and the function that reads it."""
 
     path: Path
     read: Callable[[], object]
@@ -112,7 +112,7 @@ def mutate(content: bytes, random: np.random.Generator) -> bytes:
 
 
 def restructure(content: bytes, random: np.random.Generator) -> bytes:
-    """Return a JSON object with a few values dropped, replaced or moved, of right format and digest."""
+    """Return a JSON object with a few values removed, replaced or moved, with valid format and digest."""
     whole = json.loads(content)
     whole.pop("digest", None)
     whole.pop("format", None)
@@ -147,7 +147,7 @@ def _places(value: Any) -> Any:
 
 
 def find_failures(name: str, reader: Reader, cases: range) -> list[str]:
-    """Run cases of one reader in a child process, and return what went wrong, a line each; the file is put back."""
+    """Run cases of one reader in a child process, return one line per failure, and restore the file."""
     sound, wrong = reader.path.read_bytes(), []
     first = cases.start
     while first < cases.stop:
@@ -172,7 +172,7 @@ def find_failures(name: str, reader: Reader, cases: range) -> list[str]:
 
 
 def _run_cases(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> None:
-    """Run cases, telling each before it begins; does not return."""
+    """Run cases, and report each before it starts; does not return."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = now + 2 * len(sound) + BYTES_BESIDES
@@ -182,7 +182,7 @@ def _run_cases(name: str, reader: Reader, sound: bytes, cases: range, told: int)
         os.write(told, f"{case}\n".encode())
         random = np.random.default_rng([kind, case])
         change = restructure if reader.is_json and random.random() < 0.5 else mutate  # noqa: PLR2004
-        # Another file, not the old one's bytes: maps of the old one stay what they were.
+        # A new file, so that memory maps of the old one do not change.
         reader.path.unlink(missing_ok=True)
         reader.path.write_bytes(change(sound, random))
         signal.alarm(SECONDS_A_CASE)

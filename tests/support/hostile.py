@@ -57,7 +57,7 @@ def hostile_task(folder: str | Path) -> Task:
 
 
 def build_hostile_index(folder: Path) -> Path:
-    """Make the task's file, its checkpoints and its index in a folder, and return the folder."""
+    """Write the task's file, its checkpoints and its index to a folder, and return the folder."""
     save_checkpoints(Toy(), folder)
     task_file(folder).write_text(TASK.format(paths=[str(SUPPORT), str(ROOT)]))
     build(hostile_task(folder), folder / "index", CONFIG)
@@ -65,7 +65,7 @@ def build_hostile_index(folder: Path) -> Path:
 
 
 def task_file(folder: Path) -> Path:
-    """Return where the task's file is: a module of its own for each folder."""
+    """Return the path of the task's file, which is a separate module for each folder."""
     return folder / f"task_{folder.name.replace('-', '_')}.py"
 
 

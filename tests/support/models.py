@@ -17,9 +17,9 @@ class Case:
     """A model with its loss and its examples.
 
     Attributes:
-        model: makes the model.
+        model: creates the model.
         loss: `(model, batch) -> Tensor[B]`.
-        example: makes an example.
+        example: creates an example.
         methods: the gradient methods that its parameters may use.
     """
 

@@ -39,7 +39,7 @@ def gradients(
 
 
 def to_double(model: nn.Module) -> nn.Module:
-    # Copies of TorchScript's parameters are leaves only where no graph is made.
+    # Copies of TorchScript's parameters are leaves only if no graph is recorded.
     with torch.no_grad():
         return copy.deepcopy(model).double()
 

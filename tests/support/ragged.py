@@ -16,9 +16,9 @@ class Ragged:
     """A model with its loss and its examples.
 
     Attributes:
-        model: makes the model.
+        model: creates the model.
         loss: `(model, batch) -> Tensor[B]`.
-        example: makes an example of a size.
+        example: creates an example of a size.
         collate: examples -> batch.
     """
 

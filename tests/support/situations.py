@@ -22,11 +22,11 @@ class Situation:
     """A model, its per-example loss and its rows.
 
     Attributes:
-        model: makes the model.
+        model: creates the model.
         loss: `(model, batch) -> Tensor[B]`.
         rows: number of rows -> examples.
         tolerance: of scores, relative to the largest.
-        truth: makes the same model for the float64 oracle, where the model itself cannot be cast.
+        truth: creates the same model for the float64 oracle, if the model itself cannot be cast.
     """
 
     model: Callable[[], nn.Module]
@@ -134,7 +134,7 @@ class Llama(nn.Module):
             lora = name.endswith(("down.weight", "up.weight")) and (".q." in name or ".v." in name)
             parameter.requires_grad_(lora or (whole and ".base." not in name))
         if hook:
-            # As `enable_input_require_grads` of Hugging Face.
+            # Like `enable_input_require_grads` of Hugging Face.
             self.embed.register_forward_hook(require_grad)
 
     def forward(self, index: Tensor) -> Tensor:

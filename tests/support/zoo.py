@@ -48,5 +48,5 @@ def task(case: str, folder: str, seed: str = "0") -> Task:
 
 
 def task_with_another_loss(folder: str) -> Task:
-    """Return a task whose loss is another than `task`'s, for refusals."""
+    """Return a task with another loss than `task`, which must be rejected."""
     return task("conv1d", folder)

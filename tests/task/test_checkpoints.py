@@ -94,7 +94,7 @@ def test_a_truncated_file_is_rejected(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -109,14 +109,14 @@ class Plain:
 
 
 class Named(str):
-    """A text with more to it."""
+    """A string with an attribute."""
 
 
 Pair = collections.namedtuple("Pair", "x y")
 
 
 def make_lazy_image(value, mode="RGB"):
-    """Return a picture as a file gives it: read only when it is looked at."""
+    """Return an image of a file, which is decoded lazily."""
     file = io.BytesIO()
     image = pictures.new(mode, (3, 2), value)
     if mode == "P":
@@ -149,7 +149,7 @@ ALIGNED = np.dtype([("a", "i1"), ("b", "f8")], align=True)
 
 
 def aligned(value):
-    """Return a structured array with bytes between its fields that hold whatever was there before."""
+    """Return a structured array with uninitialised bytes between its fields."""
     made = np.frombuffer(np.random.bytes(ALIGNED.itemsize * 2), dtype=ALIGNED).copy()
     made["a"], made["b"] = 1, value
     return made
@@ -232,7 +232,7 @@ def test_cached_results_of_an_object_are_not_content():
 
 
 def endless():
-    """Return an object that is taken apart into two new ones of its kind, without end."""
+    """Return an object that reduces to two new objects of its type, without end."""
 
     class Endless:
         def __reduce__(self):
@@ -267,7 +267,7 @@ def test_rows_without_readable_content_are_reported_and_the_batch_is_used_instea
 
 
 class Drawn:
-    """Rows as objects, with noise at every reading."""
+    """Rows as objects, with new noise at every read."""
 
     def __init__(self, kind):
         self.kind = kind
@@ -319,7 +319,7 @@ def collate_objects(examples):
 
 
 class Table:
-    """Numbers and texts, the rows of which are arrays of new objects at every reading."""
+    """Numbers and strings; rows are arrays of new objects at every read."""
 
     def __init__(self, n, shift=0.0):
         self.frame = pandas.DataFrame([[*(x + shift).tolist(), f"row {i}", y] for i, (x, y) in enumerate(make_rows(n))])
@@ -354,7 +354,7 @@ def test_rows_of_a_table_are_accepted_and_distinguished_from_those_of_another(tm
 
 
 class Handle:
-    """An object whose numbers nothing can see."""
+    """An object with inaccessible numbers."""
 
     def __init__(self, x, y):
         self.read = lambda: (x, y)

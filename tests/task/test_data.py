@@ -58,7 +58,7 @@ FAULTS = {
 def test_a_row_that_cannot_be_read_is_named(tmp_path, fault, side):
     data, got = FAULTS[fault]
     task = make_toy_task(tmp_path, **{f"{side}_data": data})
-    # Of a len() that lies, any row that is not there.
+    # If len() is wrong, any row that does not exist.
     with pytest.raises(TaskError, match=rf"^row 3[79] of {side}_data cannot be read: got {got}, {WORKING}") as caught:
         build(task, tmp_path / "out", replace(CONFIG, yardstick=False))
         InfluenceIndex.open(tmp_path / "out", task, device="cpu").query([37])
@@ -75,7 +75,7 @@ def test_a_row_that_a_worker_cannot_read_is_named(tmp_path):
         TaskError, match=rf"^row 37 of train_data cannot be read: got ValueError.*, {WORKING}"
     ) as caught:
         build(task, tmp_path / "out", replace(CONFIG, workers=1))
-    # What --debug shows: the worker's own trace.
+    # --debug shows the traceback of the worker.
     assert "ValueError: no such picture" in str(caught.value.__cause__)
 
 

@@ -27,7 +27,7 @@ def read_weights(path):
 
 
 def load_model(path, make=Toy):
-    """Return a model of its own with the weights of a file."""
+    """Return a new model with the weights of a file."""
     model = make()
     model.load_state_dict(read_weights(path))
     return model
@@ -42,7 +42,7 @@ def read_error(task, out, error=CheckpointError):
 
 
 def load_checkpoints(task, checkpoints=(1, 0)):
-    """Return the model after checkpoints were loaded, one after another."""
+    """Return the model after several checkpoints were loaded in turn."""
     model, loader = task.model(), CheckpointLoader(task)
     for checkpoint in checkpoints:
         loader.load(model, checkpoint, CPU)
@@ -116,7 +116,7 @@ def test_a_load_that_fills_nothing_is_rejected_even_if_the_model_had_the_weights
 
 
 def test_a_load_of_some_weights_leaves_the_others(tmp_path):
-    """Adapters over a base that Task.model reads: one file a checkpoint, of a few weights."""
+    """Adapters over a base that Task.model reads: a file with a few weights per checkpoint."""
     base, paths = Toy(), [tmp_path / "a.pt", tmp_path / "b.pt"]
     for seed, path in enumerate(paths):
         torch.save({"second.bias": torch.full((3,), float(seed))}, path)
@@ -190,7 +190,7 @@ def test_one_file_under_two_checkpoints_and_a_checkpoint_of_rate_0_may_have_equa
 
 
 class Cached(nn.Module):
-    """A layer, a buffer that no state_dict holds, and state that is no tensor."""
+    """A layer, a buffer that is not in the state_dict, and state that is not a tensor."""
 
     def __init__(self, shift=0.0, size=3, p=0.5):
         super().__init__()
@@ -428,7 +428,7 @@ def test_a_loader_that_leaves_weights_on_meta_is_rejected_by_name(tmp_path):
 
 
 def test_with_a_returned_module_every_example_is_scored_alone(tmp_path):
-    """The fault itself: a whole pickled model, returned."""
+    """The original defect: `load` returned a pickled model."""
     checkpoints = save_checkpoints(Toy(), tmp_path)
     models = [load_model(c.path) for c in checkpoints]
     for i, model in enumerate(models):

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Live(nn.Module):
-    """What can be disturbed: batch statistics, dropout, attention's fused path, a hook, modes and flags that differ."""
+    """A model with changeable state: batch statistics, dropout, fused attention, a hook, modes and flags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Live(nn.Module):
 
 
 def draw_from_generators(value):
-    """Return the value, after a draw from every global generator."""
+    """Return the value after a draw from every global generator."""
     torch.rand(1)
     np.random.rand()
     random.random()
@@ -56,7 +56,7 @@ def live():
 
 
 def drawing_task(folder, live):
-    """Return a task whose every function draws from the global generators."""
+    """Return a task in which every function draws from the global generators."""
     return make_toy_task(
         folder,
         live,
@@ -99,7 +99,7 @@ def read_model_state(model):
 
 @contextlib.contextmanager
 def assert_unchanged(model):
-    """Fail unless the globals, the model, and a state_dict taken before are afterwards as they were."""
+    """Check that the block changes neither the globals nor the model nor its earlier state_dict."""
     alias = model.state_dict()
     values = {key: value.clone() for key, value in alias.items()}
     before = read_global_state(), read_model_state(model)
@@ -129,7 +129,7 @@ AROUND = {
 
 
 def run_operations(task, out):
-    """Run every verb that runs the model, and return what they said."""
+    """Run every operation that uses the model, and return the results."""
     planned = plan(task, out, CONFIG)
     build(task, out, CONFIG)
     index = InfluenceIndex.open(out, task, device="cpu", batch_size=4)

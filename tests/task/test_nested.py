@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 class Encoding(UserDict):
-    """As HF's BatchEncoding: a Mapping with attributes of its own and a constructor that needs more than items."""
+    """A Mapping with attributes and a constructor with more arguments than items, as Hugging Face's BatchEncoding."""
 
     def __init__(self, data, encodings):
         super().__init__(data)
@@ -44,7 +44,7 @@ class Encoding(UserDict):
 
 @dataclass
 class Derived:
-    """A dataclass that works one field out of another, once."""
+    """A dataclass that computes one field from another in its constructor."""
 
     x: object
     y: object = field(init=False)
@@ -105,7 +105,7 @@ META = torch.device("meta")
 
 
 class Own:
-    """A batch of one's own, as torch_geometric's and transformers' are: it moves itself, lengths aside."""
+    """A custom batch with `to` and `pin_memory`, as in torch_geometric and transformers; its lengths are not moved."""
 
     def __init__(self, x, returned):
         self.x, self.lengths, self.returned = x, torch.tensor([2, 1]), returned
@@ -121,7 +121,7 @@ class Own:
 
 @dataclass
 class OwnFields(Own):
-    """A dataclass with a method of its own."""
+    """A dataclass with a method."""
 
     x: object
     lengths: object

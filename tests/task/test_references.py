@@ -34,7 +34,7 @@ def task(rate="0.25"):
 
 @pytest.fixture
 def clean_imports(monkeypatch):
-    """Let a test import task files without leaving their modules and folders behind."""
+    """Remove imported task files from `sys.modules` and `sys.path` after a test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Scaled(nn.Module):
-    """A linear layer whose first version kept half its weight."""
+    """A linear layer whose first version stored half of its weight."""
 
     _version = 2
 
@@ -40,7 +40,7 @@ class Scaled(nn.Module):
 
 
 class Renamed(nn.Linear):
-    """A linear layer whose weight had another name."""
+    """A linear layer whose weight had another name in earlier files."""
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if f"{prefix}kernel" in state_dict:
@@ -49,7 +49,7 @@ class Renamed(nn.Linear):
 
 
 class Tempered(nn.Linear):
-    """A linear layer with state that is no tensor."""
+    """A linear layer with state that is not a tensor."""
 
     temperature = 1.0
 
@@ -64,7 +64,7 @@ class Tempered(nn.Linear):
 
 
 class Tied(nn.Module):
-    """Tokens' vectors and the head are one matrix."""
+    """A model with one matrix for the embedding and the head."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Tied(nn.Module):
 
 
 class Holder(nn.Module):
-    """A model with a part that really has a wrapper's name."""
+    """A model with a submodule that has the name of a wrapper."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def read_error(tmp_path, model, path):
 
 
 def compute_exact_scores(task, out):
-    """Return the true scores [Q, N] of an index built of the task."""
+    """Return the exact scores [Q, N] of an index of the task."""
     build(task, out, CONFIG)
     answers = InfluenceIndex.open(out, task, device="cpu").query(range(5), options=QueryOptions(k=10, exact=True))
     scores = torch.zeros(5, 10, dtype=torch.float64)
@@ -116,7 +116,7 @@ def compute_exact_scores(task, out):
 
 
 def compute_true_scores(models, rates=RATES):
-    """Return the same by the oracle, of a model a checkpoint."""
+    """Return the true scores by the oracle, with one model per checkpoint."""
     sides = [
         torch.stack([oracle.gradients(model, cross_entropy, data) for model in models], 1)
         for data in (make_rows(5, seed=2), make_rows(10))
@@ -187,7 +187,7 @@ def test_state_that_is_not_a_tensor_is_loaded(tmp_path):
 
 
 class Odd:
-    """What weights_only refuses."""
+    """An object that weights_only rejects."""
 
 
 def test_an_object_in_a_file_is_rejected_with_its_class(tmp_path):

@@ -60,7 +60,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a user's directory, with a task's file, checkpoints and an index, the current one."""
+    """Create a user's directory with a task's file, checkpoints and an index, and make it the current directory."""
     folder = tmp_path_factory.mktemp("project")
     save_checkpoints(Toy(), folder)
     (folder / f"{NAME}.py").write_text(TASK)
@@ -74,7 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def index(project: Path, tmp_path: Path) -> Path:
-    """Return a copy of the index, below the user's directory."""
+    """Return a copy of the index below the user's directory."""
     out = project / "runs" / tmp_path.name
     shutil.copytree(project / "runs" / "mine", out)
     return out
@@ -82,7 +82,7 @@ def index(project: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """Return a file that hostile code would make."""
+    """Return the path of a file that hostile code would create."""
     return tmp_path / "marker"
 
 
@@ -172,7 +172,7 @@ def test_other_functions_of_a_task_file_are_not_called(index: Path, project: Pat
 def test_functions_of_this_library_are_not_tasks(
     index: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`load_task(reference) -> Task` would import whatever its argument names; no other module is imported either."""
+    """`load_task(reference) -> Task` would import any module; no other module is imported either."""
     package = Path(tracin_ann.__file__).resolve().parent
     monkeypatch.chdir(package.parent)
     (tmp_path / "evil.py").write_text(MARKING.format(marker=str(marker)))
@@ -200,7 +200,7 @@ def test_a_task_that_the_user_names_is_imported_from_anywhere(index: Path, tmp_p
 
 
 def plant_links(index: Path, victim: Path) -> None:
-    """Plant links to a directory of the user's in an index."""
+    """Replace parts of an index by links to a directory of the user."""
     (index / "generation-000000").symlink_to(victim)
     (index / WRITER).symlink_to(victim / "canary")
     (index / ".tracin-tmp-00000000-1-00.h5").symlink_to(victim / "canary")
@@ -240,7 +240,7 @@ def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     assert {path: after[path] for path in outside} == outside
 
 
-# Links, one place at a time.
+# Links, in one place at a time.
 
 
 PLACES = [
@@ -255,7 +255,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: str) -> None:
-    """What it leads to is sound, and stays so."""
+    """The target of the link is intact and must not change."""
     away = tmp_path / "away"
     shutil.move(index / place, away)
     (index / place).symlink_to(away)

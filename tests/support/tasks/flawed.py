@@ -1,4 +1,4 @@
-"""A task whose rows carry a mark that spoils their loss or gradient, at both checkpoints or at the second alone."""
+"""A task with rows whose loss or gradient is not finite, at both checkpoints or at the second only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = tuple[Tensor, int, int, float]
 
 
 class Staged(nn.Module):
-    """A small classifier that knows which checkpoint it holds."""
+    """A small classifier with the number of its checkpoint in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def loss(model: Any, batch: Any) -> Tensor:
     values = values + torch.where(marks == NAN_LOSS, torch.nan, 0.0)
     values = values + torch.where((marks == LATE_INFINITE_LOSS) & late, torch.inf, 0.0)
     cornered = (marks == NAN_GRADIENT) | ((marks == LATE_NAN_GRADIENT) & late)
-    # The root of zero: its gradient is NaN.
+    # The gradient of the square root at zero is NaN.
     return values + (0.01 * logits.square().sum(1) * ~cornered).sqrt() * scales
 
 
@@ -56,7 +56,7 @@ def make_rows(
 
 
 def save_checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
-    """Write checkpoints of different weights."""
+    """Write checkpoints with different weights."""
     made = []
     for i in range(n):
         path = folder / f"{i}.pt"
@@ -71,7 +71,7 @@ def save_checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
 
 
 def make_task(folder: Path, train: list[Row], query: list[Row] | None = None, **changes: Any) -> Task:
-    """Return the task of these rows, fields changed."""
+    """Return the task of these rows, with changed fields."""
     fields: dict[str, Any] = {
         "model": Staged,
         "loss": loss,

@@ -1,4 +1,4 @@
-"""Things that a task reference can name: a Task, functions that return one, and what is none."""
+"""Objects that a task reference can name: a Task, functions that return one, and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A toy task whose rows have ids of their own and texts that are hard to write down, its file and its index."""
+"""A toy task with ids and awkward text, its file and its index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def task(folder, kind="words") -> Task:
 
 
 def make_numbered_rows(n: int, seed: int) -> list[tuple[torch.Tensor, int, int]]:
-    """Return rows that carry numbers of their own."""
+    """Return rows with a unique number each."""
     return [(x, label, 100 * seed + i) for i, (x, label) in enumerate(make_rows(n, seed))]
 
 
@@ -37,7 +37,7 @@ def row_id(row: Sequence[Any]) -> str:
 
 
 def make_task(folder: str | Path, kind: str) -> Task:
-    """Return the task, its ids words, numbers, or none."""
+    """Return the task, with words, numbers or no ids."""
     ids = {"words": row_id, "numbers": lambda row: row[2], "positions": None}[kind]
     return make_toy_task(
         Path(folder),
@@ -51,7 +51,7 @@ def make_task(folder: str | Path, kind: str) -> Task:
 
 
 def build_indexes(folder: Path, file: str, kinds: Sequence[str] = ("words",), gone: Sequence[int] = ()) -> None:
-    """Make checkpoints, the task's file and an index of each kind in a folder, some rows removed."""
+    """Write checkpoints, the task's file and an index of each kind to a folder, and remove some rows."""
     torch.manual_seed(3)
     save_checkpoints(Toy(), folder)
     (folder / file).write_text(TASK.format(paths=[str(Path(__file__).parent.parent)]))

@@ -1,4 +1,4 @@
-"""Sequences of unlike length, padded by collate: `texts.py:task`, and variants that count, break or kill readings."""
+"""Sequences of different lengths, padded by collate: `texts.py:task`, and a variant that ends a worker."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def query_data() -> list[tuple[Tensor, int]]:
 
 
 class LethalRows(list[Any]):
-    """Rows that end the process that reads row 100, unless it is the one that made them."""
+    """Rows that end the process that reads row 100, except the process that created them."""
 
     def __init__(self, given: list[Any]) -> None:
         super().__init__(given)

@@ -1,4 +1,4 @@
-"""A small classifier with two checkpoints, every part of which a test can replace."""
+"""A small classifier with two checkpoints; a test can replace any part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = BuildConfig(dim=32, batch_size=4, device="cpu", dtype="float32", index=
 
 
 class Toy(nn.Module):
-    """Two linear layers with an activation between them that no module stands for."""
+    """Two linear layers with an activation between them that is not a module."""
 
     def __init__(self, activation: Any = torch.tanh) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def make_rows(n: int, seed: int = 1) -> list[tuple[Tensor, int]]:
 
 
 def save_checkpoints(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
-    """Write a checkpoint of the model for each rate, the weights moved a little from one to the next."""
+    """Write one checkpoint of the model per rate, each with slightly changed weights."""
     generator = torch.Generator().manual_seed(seed)
     checkpoints = []
     for i, rate in enumerate(RATES):
@@ -54,7 +54,7 @@ def save_checkpoints(model: nn.Module, folder: Path, seed: int = 0) -> list[Chec
 
 
 def make_toy_task(folder: Path, model: nn.Module | None = None, /, **changes: Any) -> Task:
-    """Return a task of the model (a Toy where it is None) with two checkpoints in the folder, fields changed."""
+    """Return a task of the model (a Toy if None) with two checkpoints in the folder, with changed fields."""
     model = model if model is not None else Toy()
     fields: dict[str, Any] = {
         "model": lambda: model,
