@@ -10,26 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from tasks import own_ids
-from tasks.own_ids import GONE, HERE, QUERIES, N, make_task
+from tasks.own_ids import GONE, HERE, QUERIES, N
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.analysis import find_hubs
 from tracin_ann.analysis.hubs import Counts
 from tracin_ann.cli.hubs import main as hubs_command
 from tracin_ann.errors import UsageError
 from tracin_ann.store.columns import RowFilter
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("hubs")
-    own_ids.build_indexes(made, "of_hubs.py", gone=GONE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", make_task(folder, "words"), device="cpu")
 
 
 def count_hits(

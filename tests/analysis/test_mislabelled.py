@@ -15,8 +15,7 @@ from click.testing import CliRunner, Result
 from sklearn.datasets import load_digits
 
 from examples import digits
-from tasks import own_ids
-from tasks.own_ids import GONE, HERE, N, make_task
+from tasks.own_ids import HERE, N, make_task
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_toy_task
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.analysis import Suspects, find_mislabelled
@@ -26,18 +25,6 @@ from tracin_ann.errors import UsageError
 from tracin_ann.store.columns import RowFilter
 
 LABELS = np.array([row % 3 for row in range(N)])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("mislabelled")
-    own_ids.build_indexes(made, "of_mislabelled.py", gone=GONE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", make_task(folder, "words"), device="cpu")
 
 
 def count_votes(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:

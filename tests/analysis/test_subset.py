@@ -12,8 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tasks import own_ids
-from tasks.own_ids import GONE, HERE, QUERIES, N, make_task, row_id
+from tasks.own_ids import GONE, HERE, QUERIES, N, row_id
 from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.analysis import select
@@ -22,18 +21,6 @@ from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.select import main as select_command
 from tracin_ann.errors import UsageError
 from tracin_ann.store.columns import RowFilter
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("subset")
-    own_ids.build_indexes(made, "of_subset.py", gone=GONE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", make_task(folder, "words"), device="cpu")
 
 
 def matrix(index: InfluenceIndex, ids: Sequence[int], checkpoints: Sequence[int] | None = None) -> np.ndarray:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import models
 import oracle
 import zoo
+from invocation import run
 from paths import ROOT
 from tracin_ann import BuildConfig, InfluenceIndex, build
 from tracin_ann.cli.build import main as build_command
@@ -25,13 +25,6 @@ from tracin_ann.cli.query import main as query_command
 from tracin_ann.store import FeatureStore
 
 ZOO = str(Path(zoo.__file__).resolve())
-
-
-def run(command, *words: object) -> Result:
-    result = CliRunner().invoke(command, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def parse_answers(*words: object) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from hostile import HANGS_AFTER, build_hostile_index, query_arguments, query_index, run, shell
+from hostile import HANGS_AFTER, query_arguments, query_index, shell
+from invocation import run
 from tasks.own_ids import QUERIES, N
 from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import build
@@ -27,11 +27,6 @@ from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest, read_build_record
 
 ROOM = 1 << 29
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_hostile_index(tmp_path_factory.mktemp(Path(__file__).stem))
 
 
 @pytest.fixture
@@ -78,8 +73,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
 )
-def test_oversized_arguments_are_rejected_in_one_line(folder: Path, options: tuple[str, ...], said: str) -> None:
-    result = query_index(folder, *options)
+def test_oversized_arguments_are_rejected_in_one_line(
+    hostile_folder: Path, options: tuple[str, ...], said: str
+) -> None:
+    result = query_index(hostile_folder, *options)
     line = result.stderr.splitlines()[-1]
     assert (result.exit_code, result.stdout) == (2, ""), result.stderr
     assert said in line and len(line) < 300
@@ -97,8 +94,8 @@ def test_overlapping_ranges_select_each_row_once() -> None:
 
 @pytest.mark.parametrize("digits", [100, 5000])
 @pytest.mark.parametrize("option", ["-k", "--candidates", "--batch-size", "--seed", "--dim"])
-def test_numbers_with_many_digits_are_rejected_in_one_line(folder: Path, option: str, digits: int) -> None:
-    result = query_index(folder, "--ids", "0", option, "9" * digits)
+def test_numbers_with_many_digits_are_rejected_in_one_line(hostile_folder: Path, option: str, digits: int) -> None:
+    result = query_index(hostile_folder, "--ids", "0", option, "9" * digits)
     assert result.exit_code in (1, 2, 3) or (result.exit_code == 0 and option in ("-k", "--candidates", "--batch-size"))
     assert "Traceback" not in result.stderr and "internal error" not in result.stderr
 
@@ -122,23 +119,23 @@ def test_numbers_with_many_digits_are_rejected_in_one_line(folder: Path, option:
     ],
     ids=range(12),
 )
-def test_deep_or_large_config_files_are_rejected_in_one_line(folder: Path, text: str, said: str) -> None:
-    path = folder / "deep.toml"
+def test_deep_or_large_config_files_are_rejected_in_one_line(hostile_folder: Path, text: str, said: str) -> None:
+    path = hostile_folder / "deep.toml"
     path.write_text(text)
-    result = query_index(folder, "--config", path)
+    result = query_index(hostile_folder, "--config", path)
     assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
     assert said in result.stderr and "deep.toml" in result.stderr and len(result.stderr) < 600
 
 
 def test_ids_are_read_from_another_command_and_a_fifo_without_a_writer_is_rejected(
-    folder: Path, tmp_path: Path
+    hostile_folder: Path, tmp_path: Path
 ) -> None:
-    plain = query_index(folder, "--ids", "1,3-4", "-k", 2, "--format", "jsonl").stdout
-    given = query_arguments(folder, "-k", 2, "--format", "jsonl", "-q")
+    plain = query_index(hostile_folder, "--ids", "1,3-4", "-k", 2, "--format", "jsonl").stdout
+    given = query_arguments(hostile_folder, "-k", 2, "--format", "jsonl", "-q")
     done = shell('"$@" --ids @<(sleep 0.2; echo 1; echo 3-4)', *given)
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, plain, b"")
     os.mkfifo(tmp_path / "ids")
-    refused = query_index(folder, "--ids", f"@{tmp_path / 'ids'}")
+    refused = query_index(hostile_folder, "--ids", f"@{tmp_path / 'ids'}")
     assert refused.exit_code == 2 and "no process writes to it" in refused.stderr
 
 
@@ -167,21 +164,15 @@ FILES: dict[str, Callable[[Path, Manifest], Path]] = {
 }
 
 
-@pytest.fixture
-def index_copy(folder: Path, tmp_path: Path) -> Path:
-    subprocess.run(["cp", "-r", folder / "index", tmp_path / "index"], check=True)
-    return tmp_path / "index"
-
-
 @pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize("become", [fifo, device, directory], ids=lambda become: become.__name__)
 @pytest.mark.parametrize("name", FILES)
 def test_no_command_waits_for_a_path_that_is_not_a_file(
-    folder: Path, index_copy: Path, name: str, become: Callable[[Path], None]
+    hostile_folder: Path, index_copy: Path, name: str, become: Callable[[Path], None]
 ) -> None:
     path = FILES[name](index_copy, Manifest.read(index_copy))
     become(path)
-    task = query_arguments(folder)[1:]
+    task = query_arguments(hostile_folder)[1:]
     for command, more in (
         (query_command, [*task, "--ids", "0"]),
         (verify_command, []),

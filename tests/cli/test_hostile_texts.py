@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from hostile import RAW, SIGNS, TEXTS, build_hostile_index, hostile_task, query_arguments, query_index, run, shell
+from hostile import RAW, SIGNS, TEXTS, hostile_task, query_arguments, query_index, shell
+from invocation import run
 from pages import Page
 from tasks.own_ids import QUERIES, N, make_numbered_rows
 from tracin_ann import InfluenceIndex, QueryOptions
@@ -23,17 +23,6 @@ from tracin_ann.store.manifest import FORMAT, Manifest, content_digest
 from tracin_ann.text import escape_control
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_hostile_index(tmp_path_factory.mktemp(Path(__file__).stem))
-
-
-@pytest.fixture
-def index_copy(folder: Path, tmp_path: Path) -> Path:
-    subprocess.run(["cp", "-r", folder / "index", tmp_path / "index"], check=True)
-    return tmp_path / "index"
-
-
 def test_visible_text_is_one_line_without_terminal_controls() -> None:
     for text, shown in SIGNS.items():
         assert escape_control(text) == shown
@@ -42,18 +31,20 @@ def test_visible_text_is_one_line_without_terminal_controls() -> None:
     assert escape_control("a\tb\nc", "\n\t") == "a\tb\nc"
 
 
-def test_tables_escape_control_characters_in_text_and_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_escape_control_characters_in_text_and_ids(
+    hostile_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     answers, ranked = (
-        query_index(folder, "--ids", f"0-{QUERIES - 1}", "-k", N).stdout,
-        query_index(folder, "--self-influence").stdout,
+        query_index(hostile_folder, "--ids", f"0-{QUERIES - 1}", "-k", N).stdout,
+        query_index(hostile_folder, "--self-influence").stdout,
     )
     assert not RAW.search(answers) and not RAW.search(ranked)
     for shown in SIGNS.values():
         assert shown in answers
 
 
-def test_text_of_a_manifest_is_escaped_on_a_terminal(folder: Path, index_copy: Path) -> None:
+def test_text_of_a_manifest_is_escaped_on_a_terminal(hostile_folder: Path, index_copy: Path) -> None:
     manifest = Manifest.read(index_copy)
     forged = json.loads((index_copy / "manifest.json").read_text())
     forged["index"]["reason"] = "\x1b]0;owned\x07\u202eflat\nrows        7"
@@ -95,19 +86,19 @@ def test_cells_that_a_spreadsheet_would_evaluate_are_escaped(text: str, cell: st
     assert guard_formula(text) == cell
 
 
-def test_csv_escapes_text_unless_the_option_disables_it(folder: Path, tmp_path: Path) -> None:
+def test_csv_escapes_text_unless_the_option_disables_it(hostile_folder: Path, tmp_path: Path) -> None:
     asked = ("--ids", f"0-{QUERIES - 1}", "-k", N)
     for more, guards in (((), True), (("--csv-raw",), False)):
-        assert query_index(folder, *asked, *more, "--output", tmp_path / "a.csv").exit_code == 0
+        assert query_index(hostile_folder, *asked, *more, "--output", tmp_path / "a.csv").exit_code == 0
         with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
             records = list(csv.DictReader(file))
         texts = {record["text"] for record in records}
         assert ("'=HYPERLINK(A1)" in texts, "=HYPERLINK(A1)" in texts) == (guards, not guards)
         assert ("'@SUM(A1)" in texts, "-2.5" in texts) == (guards, True)
         assert {float(record["score"]) < 0 for record in records} == {True, False}
-    refused = query_index(folder, *asked, "--csv-raw", "--format", "jsonl")
+    refused = query_index(hostile_folder, *asked, "--csv-raw", "--format", "jsonl")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --format jsonl" in refused.stderr
-    refused = query_index(folder, *asked, "--csv-raw", "--html", tmp_path / "a.html")
+    refused = query_index(hostile_folder, *asked, "--csv-raw", "--html", tmp_path / "a.html")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --html alone" in refused.stderr
 
 
@@ -115,22 +106,24 @@ ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONC
 
 
 @pytest.mark.slow
-def test_every_format_is_written_in_every_locale(folder: Path, tmp_path: Path) -> None:
+def test_every_format_is_written_in_every_locale(hostile_folder: Path, tmp_path: Path) -> None:
     asked = ("--ids", f"0-{QUERIES - 1}", "-k", N, "-q")
-    index = InfluenceIndex.open(folder / "index", hostile_task(folder), device="cpu")
+    index = InfluenceIndex.open(hostile_folder / "index", hostile_task(hostile_folder), device="cpu")
     expected = index.query(range(QUERIES), options=QueryOptions(k=N)).lines()
     for form in ("jsonl", "csv", "table"):
-        done = shell('"$@"', *query_arguments(folder, *asked, "--format", form), **ASCII)
+        done = shell('"$@"', *query_arguments(hostile_folder, *asked, "--format", form), **ASCII)
         assert (done.returncode, done.stderr) == (0, b"")
         told = done.stdout.decode("ascii")
         if form == "jsonl":
             assert [json.loads(line) for line in told.splitlines()] == expected
     for form in ("jsonl", "csv", "parquet"):
         assert (
-            shell('"$@"', *query_arguments(folder, *asked, "--output", tmp_path / f"ascii.{form}"), **ASCII).returncode
+            shell(
+                '"$@"', *query_arguments(hostile_folder, *asked, "--output", tmp_path / f"ascii.{form}"), **ASCII
+            ).returncode
             == 0
         )
-        assert query_index(folder, *asked, "--output", tmp_path / f"utf8.{form}").exit_code == 0
+        assert query_index(hostile_folder, *asked, "--output", tmp_path / f"utf8.{form}").exit_code == 0
         assert (tmp_path / f"ascii.{form}").read_bytes() == (tmp_path / f"utf8.{form}").read_bytes()
     lines = (tmp_path / "ascii.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == expected
@@ -139,13 +132,13 @@ def test_every_format_is_written_in_every_locale(folder: Path, tmp_path: Path) -
     assert r"lone \ud800" in (tmp_path / "ascii.csv").read_text(encoding="utf-8")
 
 
-def test_lone_surrogates_are_accepted_in_frames_and_columns(folder: Path) -> None:
-    index = InfluenceIndex.open(folder / "index", hostile_task(folder), device="cpu")
+def test_lone_surrogates_are_accepted_in_frames_and_columns(hostile_folder: Path) -> None:
+    index = InfluenceIndex.open(hostile_folder / "index", hostile_task(hostile_folder), device="cpu")
     answers = index.query(range(QUERIES), options=QueryOptions(k=N))
     assert r"lone \ud800" in set(answers.to_pandas()["text"])
     assert "lone \ud800" in index.columns["label"]
     assert not RAW.search(answers._repr_html_()) and not RAW.search(index.self_influence()._repr_html_())
-    (path,) = (folder / "index").rglob("columns.npz")
+    (path,) = (hostile_folder / "index").rglob("columns.npz")
     assert read_arrays(path)["ids"].tolist() == [
         f"{row[2]} {TEXTS[row[2] % len(TEXTS)]}" for row in make_numbered_rows(N, 1)
     ]
@@ -158,10 +151,10 @@ def test_lone_surrogates_are_accepted_in_frames_and_columns(folder: Path) -> Non
 
 @pytest.mark.parametrize("asked", [("--ids", "0-6"), ("--self-influence",)], ids=lambda asked: asked[0])
 def test_pages_contain_escapes_in_place_of_control_characters(
-    folder: Path, tmp_path: Path, asked: tuple[str, ...]
+    hostile_folder: Path, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     path = tmp_path / "page.html"
-    result = query_index(folder, *asked, "-k", N, "--html", path)
+    result = query_index(hostile_folder, *asked, "-k", N, "--html", path)
     assert result.exit_code == 0, result.stderr
     page = Page(path)
     assert not RAW.search(page.source)

@@ -13,12 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hostile import HANGS_AFTER, ROOT, build_hostile_index, query_arguments, query_index, shell
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_hostile_index(tmp_path_factory.mktemp(Path(__file__).stem))
+from hostile import HANGS_AFTER, ROOT, query_arguments, query_index, shell
 
 
 @pytest.mark.slow
@@ -43,9 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=range(10),
 )
 def test_closed_and_full_streams_end_without_a_traceback(
-    folder: Path, tmp_path: Path, line: str, status: int, said: str
+    hostile_folder: Path, tmp_path: Path, line: str, status: int, said: str
 ) -> None:
-    done = shell(line.format(out=tmp_path), *query_arguments(folder, "--ids", "0", "-q"))
+    done = shell(line.format(out=tmp_path), *query_arguments(hostile_folder, "--ids", "0", "-q"))
     assert (done.returncode, bool(re.fullmatch(said, done.stderr.decode().strip()))) == (status, True), done.stderr
     if "a.csv" in line:
         assert len(pd.read_csv(tmp_path / "a.csv")) > 0
@@ -55,7 +50,7 @@ def read_results(folder: Path) -> str:
     return query_index(folder, "--ids", "0", "-k", 2, "--format", "jsonl").stdout
 
 
-def test_a_result_is_written_through_a_link(folder: Path, tmp_path: Path) -> None:
+def test_a_result_is_written_through_a_link(hostile_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     target, link, chain = tmp_path / "real" / "a.jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     link.symlink_to("real/a.jsonl")
@@ -66,60 +61,60 @@ def test_a_result_is_written_through_a_link(folder: Path, tmp_path: Path) -> Non
             if before is not None:
                 target.write_text(before)
                 target.chmod(0o640)
-            assert query_index(folder, "--ids", "0", "-k", 2, "--output", path).exit_code == 0
+            assert query_index(hostile_folder, "--ids", "0", "-k", 2, "--output", path).exit_code == 0
             assert path.is_symlink() and not target.is_symlink()
-            assert target.read_text() == read_results(folder)
+            assert target.read_text() == read_results(hostile_folder)
             assert before is None or target.stat().st_mode & 0o777 == 0o640
     page = tmp_path / "page.html"
     page.symlink_to("real/page.html")
-    assert query_index(folder, "--ids", "0", "--html", page).exit_code == 0
+    assert query_index(hostile_folder, "--ids", "0", "--html", page).exit_code == 0
     assert page.is_symlink() and "<!doctype html>" in (tmp_path / "real" / "page.html").read_text()
     assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["a.jsonl", "page.html"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "page.html", "real"]
 
 
-def test_circular_links_are_rejected(folder: Path, tmp_path: Path) -> None:
+def test_circular_links_are_rejected(hostile_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to("b.jsonl")
     (tmp_path / "b.jsonl").symlink_to("a.jsonl")
-    result = query_index(folder, "--ids", "0", "--output", tmp_path / "a.jsonl")
+    result = query_index(hostile_folder, "--ids", "0", "--output", tmp_path / "a.jsonl")
     assert result.exit_code in (1, 2) and "Traceback" not in result.stderr
     assert "symbolic links" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "html"])
-def test_a_fifo_is_written_to(folder: Path, tmp_path: Path, form: str) -> None:
+def test_a_fifo_is_written_to(hostile_folder: Path, tmp_path: Path, form: str) -> None:
     path, copy = tmp_path / f"fifo.{form}", tmp_path / f"copy.{form}"
     os.mkfifo(path)
     where = ("--html", path) if form == "html" else ("--output", path)
     with open(copy, "wb") as file, subprocess.Popen(["cat", path], stdout=file) as reader:
-        assert query_index(folder, "--ids", "0", "-k", 2, *where).exit_code == 0
+        assert query_index(hostile_folder, "--ids", "0", "-k", 2, *where).exit_code == 0
         assert reader.wait(HANGS_AFTER) == 0
     assert path.is_fifo()
     if form == "parquet":
         assert len(pd.read_parquet(copy)) > 0
     elif form == "jsonl":
-        assert copy.read_text() == read_results(folder)
+        assert copy.read_text() == read_results(hostile_folder)
     else:
         assert copy.stat().st_size > 0
 
 
-def test_devices_are_written_to_and_directories_are_rejected(folder: Path, tmp_path: Path) -> None:
+def test_devices_are_written_to_and_directories_are_rejected(hostile_folder: Path, tmp_path: Path) -> None:
     before = os.stat("/dev/null")
     for where in (("--output", "/dev/null", "--format", "jsonl"), ("--html", "/dev/null")):
-        result = query_index(folder, "--ids", "0", *where)
+        result = query_index(hostile_folder, "--ids", "0", *where)
         assert (result.exit_code, result.stdout) == (0, "")
     after = os.stat("/dev/null")
     assert (after.st_ino, after.st_mode, after.st_rdev) == (before.st_ino, before.st_mode, before.st_rdev)
     for option in ("--output", "--html"):
-        result = query_index(folder, "--ids", "0", "--format", "jsonl", option, tmp_path)
+        result = query_index(hostile_folder, "--ids", "0", "--format", "jsonl", option, tmp_path)
         assert result.exit_code == 2 and "is a directory" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux's /proc")
-def test_open_descriptors_are_written_to(folder: Path, tmp_path: Path) -> None:
-    given = query_arguments(folder, "--ids", "0", "-k", "2", "--format", "jsonl", "-q")
-    expected = read_results(folder).encode()
+def test_open_descriptors_are_written_to(hostile_folder: Path, tmp_path: Path) -> None:
+    given = query_arguments(hostile_folder, "--ids", "0", "-k", "2", "--format", "jsonl", "-q")
+    expected = read_results(hostile_folder).encode()
     assert shell('"$@" --output /dev/stdout', *given).stdout == expected
     file = tmp_path / "log"
     done = shell(f'{{ echo first; "$@" --output /dev/stdout; echo last; }} > {file}', *given)
@@ -149,7 +144,7 @@ def start_query(path: Path) -> subprocess.Popen[str]:
 
 
 def test_leftovers_of_a_killed_query_are_removed_by_the_next_query_to_the_same_file(
-    folder: Path, tmp_path: Path
+    hostile_folder: Path, tmp_path: Path
 ) -> None:
     mine, other = tmp_path / "a.csv", tmp_path / "b.csv"
     foreign = tmp_path / ".tracin-tmp-notes"
@@ -158,22 +153,24 @@ def test_leftovers_of_a_killed_query_are_removed_by_the_next_query_to_the_same_f
         with start_query(path) as process:
             process.kill()
     with start_query(mine) as running:
-        before, asked = list(tmp_path.iterdir()), query_index(folder, "--ids", "0", "--output", mine)
+        before, asked = list(tmp_path.iterdir()), query_index(hostile_folder, "--ids", "0", "--output", mine)
         after = {path.name for path in tmp_path.iterdir()}
         running.kill()
     # The temporary files of another result and of a running query stay, like files of the user.
     assert (len(before), asked.exit_code, len(after)) == (3, 0, 4)
     assert {"a.csv", foreign.name} < after
     for path in (mine, other):
-        assert query_index(folder, "--ids", "0", "--output", path).exit_code == 0
+        assert query_index(hostile_folder, "--ids", "0", "--output", path).exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "a.csv", "b.csv"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_query_leaves_no_files(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_query_leaves_no_files(hostile_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     path = tmp_path / "a.csv"
-    given = query_arguments(folder, "--train-ids", "0-39", "--exact", "-k", "1", "--batch-size", "1", "--output", path)
+    given = query_arguments(
+        hostile_folder, "--train-ids", "0-39", "--exact", "-k", "1", "--batch-size", "1", "--output", path
+    )
     # If the tests run in the background of a shell, they and their child processes ignore SIGINT.
     code = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code += "; runpy.run_path('query.py', run_name='__main__')"

@@ -14,9 +14,10 @@ from pathlib import Path
 import click
 import pytest
 from click.shell_completion import BashComplete
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 import zoo
+from invocation import run
 from paths import ROOT as REPOSITORY
 from project import SCRIPTS
 from tracin_ann import __version__
@@ -32,13 +33,6 @@ COMMANDS: dict[str, click.Command] = {
 ZOO = str(Path(zoo.__file__).resolve())
 ANSI = "\x1b["
 every_command = pytest.mark.parametrize("name", COMMANDS)
-
-
-def run(command: click.Command, *words: object) -> Result:
-    result = CliRunner().invoke(command, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def complete(name: str, words: list[str], incomplete: str) -> list[str]:

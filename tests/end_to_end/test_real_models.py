@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 import ragged
+from situations import next_token
+from tasks.toy import cross_entropy
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
 
 N_ROWS, QUERIES, RATE = 1000, 5, 0.1
@@ -98,11 +100,6 @@ class TinyLlama(nn.Module):
         return self.head(x)
 
 
-def next_token(model: nn.Module, batch: Tensor) -> Tensor:
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(1)
-
-
 def make_texts() -> list[Tensor]:
     return list(torch.randint(0, 13, (N_ROWS, 6), generator=torch.Generator().manual_seed(1)))
 
@@ -117,10 +114,6 @@ class Attentive(nn.Module):
         x = self.enter(x)
         x = x + self.attention(x, x, x, need_weights=False)[0]
         return self.head(self.slope(x).mean(1))
-
-
-def classification_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def make_classes(*shape: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, int]]:
@@ -179,13 +172,13 @@ CASES = {
     ),
     "bf16 with attention": Real(
         lambda: Attentive().bfloat16(),
-        classification_loss,
+        cross_entropy,
         lambda: make_classes(4, 5, dtype=torch.bfloat16),
         tolerance=4e-2,
     ),
     "gradient penalty": Real(critic_loss, gradient_penalty, make_pairs),
-    "TorchScript": Real(make_scripted, classification_loss, lambda: make_classes(1, 7, 7)),
-    "CSR": Real(csr_model, classification_loss, sparse_rows, collate_csr),
+    "TorchScript": Real(make_scripted, cross_entropy, lambda: make_classes(1, 7, 7)),
+    "CSR": Real(csr_model, cross_entropy, sparse_rows, collate_csr),
 }
 
 

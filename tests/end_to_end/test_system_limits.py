@@ -33,6 +33,7 @@ from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
+from trees import read_contents
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,6 @@ def index(original: tuple[Path, Task], tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def read_tree(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 @contextmanager
 def limit_descriptors(n: int) -> Iterator[None]:
     """Limit the process to n more file descriptors."""
@@ -72,7 +69,7 @@ def limit_descriptors(n: int) -> Iterator[None]:
 
 def test_without_file_descriptors_no_file_is_damaged(index: Path, original: tuple[Path, Task]) -> None:
     """At any number of free descriptors, an operation fails with EMFILE or succeeds."""
-    before = read_tree(index)
+    before = read_contents(index)
     verify(index)
     InfluenceIndex.open(index, original[1]).query([0])
     acts: list[Callable[[], object]] = [
@@ -91,7 +88,7 @@ def test_without_file_descriptors_no_file_is_damaged(index: Path, original: tupl
                 assert error.errno == errno.EMFILE, error
                 refused += 1
         assert refused
-        assert read_tree(index) == before
+        assert read_contents(index) == before
     assert verify(index).damage == ()
 
 
@@ -107,14 +104,14 @@ main([sys.argv[1], "--repair"])
 
 @pytest.mark.parametrize("n", [3, 4, 5])
 def test_the_command_reports_it_in_one_line(index: Path, n: int) -> None:
-    before = read_tree(index)
+    before = read_contents(index)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LIMITED, str(index), str(n)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "got Too many open files (EMFILE)" in line and "raise the limit of open files" in line
-    assert read_tree(index) == before
+    assert read_contents(index) == before
 
 
 LACK = [
@@ -135,7 +132,7 @@ def test_a_lack_of_resources_reported_by_any_library(
     def lacking(*given: object, **more: object) -> object:
         raise error
 
-    before, faiss = read_tree(index), import_faiss()
+    before, faiss = read_contents(index), import_faiss()
     owner, name = {
         "h5py": (h5py, "File"),
         "numpy's map": (np, "memmap"),
@@ -151,7 +148,7 @@ def test_a_lack_of_resources_reported_by_any_library(
         assert str(index) in str(found.value.filename)
         done = CliRunner().invoke(verify_command, [str(index), "--repair"])
         assert done.exit_code == 1
-    assert read_tree(index) == before and verify(index).damage == ()
+    assert read_contents(index) == before and verify(index).damage == ()
 
 
 def test_a_system_error_is_found_behind_another_error() -> None:

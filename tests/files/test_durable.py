@@ -11,6 +11,7 @@ import pytest
 
 from paths import ROOT
 from tracin_ann.files import atomic_path, atomic_write, remove_temporaries
+from trees import list_names
 
 DIE_WHILE_WRITING = """
 import os, sys
@@ -21,10 +22,6 @@ with atomic_write(Path(sys.argv[1])) as file:
     file.flush()
     os._exit(9)
 """
-
-
-def list_names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def write(path: Path, data: bytes) -> None:

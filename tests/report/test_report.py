@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from images import draw_image
 from pages import Page
 from paths import SUPPORT
 from tasks.toy import CONFIG, RATES, Toy, make_rows, make_toy_task, save_checkpoints
@@ -31,13 +32,6 @@ from tracin_ann.scoring.results import Answers, RankedRows, RowList
 
 N, QUERIES = 24, 6
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
-
-
-def draw_image(row: Any) -> np.ndarray:
-    """Return one of four images."""
-    made = np.zeros((6, 5), np.uint8)
-    made[int(row[1]), :] = 200
-    return made
 
 
 DESCRIBED: dict[str, Callable[[Any], str | Description] | None] = {
@@ -70,17 +64,17 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, InfluenceInde
     return {kind: InfluenceIndex.open(folder / "index", make_task(folder, kind), device="cpu") for kind in DESCRIBED}
 
 
-def asked(index: InfluenceIndex, **options: Any) -> Answers:
+def run_query(index: InfluenceIndex, **options: Any) -> Answers:
     return index.query(range(4), options=QueryOptions(**{"k": 5, **options}))
 
 
 def test_a_page_contains_the_answers(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
-    answers = asked(index)
+    answers = run_query(index)
     page = Page(write_report(answers, tmp_path / "r.html", index, "A <title>"))
     assert "A <title>" in page.texts
     hits = [hit for answer in answers for hit in answer.hits]
-    assert len(page.of("hit")) == len(hits)
+    assert len(page.find_class("hit")) == len(hits)
     for hit in hits:
         assert f"{abs(hit.score):.4g}" in page.text
         assert hit.error is None or f"± {hit.error:.2g}" in page.text
@@ -96,7 +90,7 @@ def test_losses_equal_those_of_the_task_at_each_checkpoint(indexes: dict[str, In
     index = indexes["text"]
     answers = index.query([0, 3], [7], QueryOptions(k=2))
     page = Page(write_report(answers, tmp_path / "r.html", index))
-    said = [a["aria-label"] for a in page.of("loss")]
+    said = [a["aria-label"] for a in page.find_class("loss")]
     wanted = []
     for side, row in (("query", 0), ("query", 3), ("train", 7)):
         found = []
@@ -114,7 +108,7 @@ def test_every_kind_of_example_is_data_and_never_markup(
     indexes: dict[str, InfluenceIndex], tmp_path: Path, kind: str
 ) -> None:
     index = indexes[kind]
-    for results in [asked(index)] + [index.self_influence(4)] * (kind == "table"):
+    for results in [run_query(index)] + [index.self_influence(4)] * (kind == "table"):
         page = Page(write_report(results, tmp_path / "r.html", index))
         tags = {tag for tag, _ in page.elements}
         assert not tags & {"img", "b>", "i>"}
@@ -133,7 +127,7 @@ def test_every_kind_of_example_is_data_and_never_markup(
 
 
 def test_a_page_refers_to_nothing_outside_of_it(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
-    page = Page(write_report(asked(indexes["images"]), tmp_path / "r.html", indexes["images"]))
+    page = Page(write_report(run_query(indexes["images"]), tmp_path / "r.html", indexes["images"]))
     links = [a.get(name) or "" for _, a in page.elements for name in ("src", "href", "xlink:href", "action")]
     assert [link for link in links if link and link[0] != "#" and not link.startswith("data:")] == []
     assert all(url.startswith(("data:", "#")) for url in re.findall(r"url\(\"?([^)\"]*)", page.source))
@@ -147,13 +141,13 @@ def test_a_page_refers_to_nothing_outside_of_it(indexes: dict[str, InfluenceInde
 
 def test_an_image_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
-    page = Page(write_report(asked(index), tmp_path / "r.html", index))
+    page = Page(write_report(run_query(index), tmp_path / "r.html", index))
     embedded = re.findall(
         r"^\.(p\d+)\{background-image:url\(data:image/png;base64,(.*)\)\}$", page.source, re.MULTILINE
     )
     assert len(embedded) == 3 == len({data for _, data in embedded})
-    worn = [a for a in page.of("pic") if a.get("role") == "img"]
-    assert len(worn) == len(page.of("hit")) + 4
+    worn = [a for a in page.find_class("pic") if a.get("role") == "img"]
+    assert len(worn) == len(page.find_class("hit")) + 4
     pixels = {np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).tobytes() for _, data in embedded}
     assert pixels == {draw_image((None, label)).tobytes() for label in range(3)}
     assert all(str(a["aria-label"]).startswith("image: label <") for a in worn)
@@ -244,12 +238,14 @@ def test_groups_and_contrasts(indexes: dict[str, InfluenceIndex], tmp_path: Path
 def test_exact_scores_and_some_checkpoints(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["text"]
     options = {"rerank": "exact", "candidates": 8, "checkpoints": (1,)}
-    answers = asked(index, **options)
+    answers = run_query(index, **options)
     named = Page(write_report(answers, tmp_path / "r.html", index, checkpoints=(1,)))
     assert "scores are exact" in named.text
-    assert all(str(a["aria-label"]).startswith("checkpoint1 ") for a in named.of("cp"))
+    assert all(str(a["aria-label"]).startswith("checkpoint1 ") for a in named.find_class("cp"))
     unnamed = Page(write_report(answers, tmp_path / "r.html", index))
-    assert all(str(a["aria-label"]).startswith("part 1 ") for a in unnamed.of("cp")) and not unnamed.of("loss")
+    assert all(str(a["aria-label"]).startswith("part 1 ") for a in unnamed.find_class("cp")) and not unnamed.find_class(
+        "loss"
+    )
 
 
 def test_a_page_of_suspects(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
@@ -294,7 +290,7 @@ def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex
     index = indexes["text"]
     pairs = Odd([{"row": None, "other": 2, "alike": 0.5}], index.described)
     table = Page(write_report(pairs, tmp_path / "t.html", index))
-    assert "0.5" in table.text and not table.of("item")
+    assert "0.5" in table.text and not table.find_class("item")
     record = {
         "rank": 1,
         "id": "x",
@@ -325,7 +321,7 @@ def test_a_report_is_complete_or_absent(
 
     monkeypatch.setitem(index.task.__dict__, "describe", fails)
     with pytest.raises(RuntimeError, match="describe fails"):
-        write_report(asked(index), path, index)
+        write_report(run_query(index), path, index)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -342,7 +338,7 @@ def test_a_missing_package_names_the_extra(
         return real(name, *others)
 
     index = indexes["images"]
-    answers = asked(index)
+    answers = run_query(index)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingPackageError, match=r"pip install 'tracin-ann\[report\]'"):
         write_report(answers, tmp_path / "r.html", index)
@@ -367,10 +363,10 @@ def test_the_query_command_writes_a_page(tmp_path: Path) -> None:
     done = runner.invoke(query_command, [*command, "--ids", "0-2", "--html", str(page)], catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (0, "")
     assert f"report: {page}" in done.stderr
-    assert len(Page(page).of("item")) == 3
+    assert len(Page(page).find_class("item")) == 3
     both = [*command, "--self-influence", "-k", "3", "--html", str(page), "--format", "jsonl"]
     done = runner.invoke(query_command, both, catch_exceptions=False)
-    assert len(done.stdout.splitlines()) == 3 == len(Page(page).of("item"))
+    assert len(done.stdout.splitlines()) == 3 == len(Page(page).find_class("item"))
     nowhere = [*command, "--ids", "0", "--html", str(tmp_path / "no" / "r.html")]
     done = runner.invoke(query_command, nowhere)
     assert done.exit_code == UsageError.exit_code

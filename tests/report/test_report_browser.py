@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import browser
+from images import draw_image
 from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import Description, InfluenceIndex, QueryOptions, build, write_report
 
@@ -45,12 +45,6 @@ for (const at of document.querySelectorAll('body *')) {
 }
 return found;
 """
-
-
-def draw_image(row: Any) -> np.ndarray:
-    made = np.zeros((6, 5), np.uint8)
-    made[int(row[1]), :] = 200
-    return made
 
 
 @pytest.fixture(scope="module")

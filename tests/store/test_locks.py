@@ -41,6 +41,7 @@ from tracin_ann.store.feature_file import FileHeader, write_feature_file
 from tracin_ann.store.generations import generation_folder, take_lease
 from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
 from tracin_ann.store.manifest import MANIFEST, Manifest
+from trees import list_names
 
 BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
 
@@ -50,10 +51,6 @@ def finished_index(tmp_path: Path) -> Path:
     """Return a finished index of ten rows."""
     build(task(10), tmp_path / "index", make_config("flat"))
     return tmp_path / "index"
-
-
-def list_names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 # Two writers

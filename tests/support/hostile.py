@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from invocation import run
 from paths import ROOT, SUPPORT
 from tasks.own_ids import QUERIES, N, make_numbered_rows
 from tasks.toy import CONFIG, RATES, Toy, make_toy_task, save_checkpoints
@@ -76,13 +76,6 @@ def query_arguments(folder: Path, *more: object) -> list[str]:
 
 def query_index(folder: Path, *more: object) -> Result:
     return run(query_command, *query_arguments(folder, *more))
-
-
-def run(command: click.Command, *given: object) -> Result:
-    result = CliRunner().invoke(command, [str(word) for word in given])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def shell(line: str, *given: object, **environment: str) -> subprocess.CompletedProcess[bytes]:

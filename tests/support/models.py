@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks.toy import cross_entropy
+
 
 @dataclass(frozen=True)
 class Case:
@@ -27,10 +29,6 @@ class Case:
     loss: Callable[[nn.Module, Any], Tensor]
     example: Callable[[torch.Generator], Any]
     methods: frozenset[str]
-
-
-def classification(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def squared(model: nn.Module, batch: Any) -> Tensor:
@@ -326,7 +324,7 @@ def no_norms() -> nn.Module:
 RULE, VMAP, LOOP = "layer rule", "vmap(grad)", "loop"
 
 
-def find_case(model: Callable[[], nn.Module], example: Any, *methods: str, loss: Any = classification) -> Case:
+def find_case(model: Callable[[], nn.Module], example: Any, *methods: str, loss: Any = cross_entropy) -> Case:
     return Case(model, loss, example, frozenset(methods))
 
 

@@ -40,6 +40,6 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
-    def of(self, *words: str) -> list[dict[str, str | None]]:
+    def find_class(self, *words: str) -> list[dict[str, str | None]]:
         """Return the attributes of elements that have these classes."""
         return [a for _, a in self.elements if set(words) <= set((a.get("class") or "").split())]

@@ -27,6 +27,7 @@ from tracin_ann.operations.verification import repair
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.locks import WRITER
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, Manifest
+from trees import read_contents
 
 NAME = "task_of_trust"
 TASK = f"""
@@ -206,10 +207,6 @@ def plant_links(index: Path, victim: Path) -> None:
     (index / ".tracin-tmp-00000000-1-00.h5").symlink_to(victim / "canary")
 
 
-def read_tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     index: Path, project: Path, tmp_path: Path, marker: Path, name: str
@@ -223,7 +220,7 @@ def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     (index / "generation-notes" / "canary").write_bytes(b"notes")
     words = [str(index) if word == "DIR" else word for word in COMMANDS[name]]
     command = [sys.executable, "-m", f"tracin_ann.cli.{name}", *words]
-    before = read_tree(victim), read_tree(project)
+    before = read_contents(victim), read_contents(project)
     code = f"import sys; sys.argv[0] = {name!r}; from tracin_ann.cli.{name} import main; main()"
     command = [sys.executable, "-c", code, *words]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -233,10 +230,10 @@ def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr and done.returncode in (0, 2, 4), done.stderr
         assert done.returncode == 4 or not links, (done.stdout, done.stderr)
-        assert not marker.exists() and read_tree(victim) == before[0]
+        assert not marker.exists() and read_contents(victim) == before[0]
         assert (index / "generation-notes" / "canary").read_bytes() == b"notes"
     outside = {path: content for path, content in before[1].items() if not path.startswith(f"runs/{index.name}/")}
-    after = read_tree(project)
+    after = read_contents(project)
     assert {path: after[path] for path in outside} == outside
 
 
@@ -259,7 +256,7 @@ def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: 
     away = tmp_path / "away"
     shutil.move(index / place, away)
     (index / place).symlink_to(away)
-    before = read_tree(away) if away.is_dir() else away.read_bytes()
+    before = read_contents(away) if away.is_dir() else away.read_bytes()
     runner = CliRunner()
     for command, words in (
         (query_command, ["--self-influence"]),
@@ -271,7 +268,7 @@ def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: 
             continue
         assert done.exit_code == 4, (command, done.output)
         assert "a symbolic link" in done.output and Path(place).name in done.output
-    assert (read_tree(away) if away.is_dir() else away.read_bytes()) == before
+    assert (read_contents(away) if away.is_dir() else away.read_bytes()) == before
 
 
 def test_an_index_behind_a_link_is_accepted(index: Path, tmp_path: Path) -> None:
@@ -312,7 +309,7 @@ def test_writers_reject_a_planted_link_and_remove_nothing_behind_it(index: Path,
         os.utime(victim / name, (0, 0))
     (index / place).parent.mkdir(exist_ok=True)
     (index / place).symlink_to(victim)
-    before = read_tree(victim)
+    before = read_contents(victim)
     for act in (
         lambda: remove(index, [1]),
         lambda: repair(index),
@@ -320,7 +317,7 @@ def test_writers_reject_a_planted_link_and_remove_nothing_behind_it(index: Path,
     ):
         with pytest.raises(DamagedIndexError, match=rf"{place}: got a symbolic link"):
             act()
-    assert read_tree(victim) == before
+    assert read_contents(victim) == before
 
 
 def test_cleanup_removes_only_files_with_names_of_writers(index: Path, tmp_path: Path) -> None:
