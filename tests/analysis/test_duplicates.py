@@ -70,13 +70,13 @@ def make_task(folder: str) -> Task:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("duplicates")
+    directory = tmp_path_factory.mktemp("duplicates")
     torch.manual_seed(3)
-    save_checkpoints(Toy(), made)
-    (made / "of_duplicates.py").write_text(NAMED.format(paths=[str(SUPPORT)]))
-    build(make_task(str(made)), made / "index", replace(CONFIG, partition_rows=17, yardstick=False))
-    remove(made / "index", GONE)
-    return made
+    save_checkpoints(Toy(), directory)
+    (directory / "of_duplicates.py").write_text(NAMED.format(paths=[str(SUPPORT)]))
+    build(make_task(str(directory)), directory / "index", replace(CONFIG, partition_rows=17, yardstick=False))
+    remove(directory / "index", GONE)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def index(folder: Path) -> InfluenceIndex:
 
 def find_by_brute_force(row_NF: np.ndarray, ids: list[int], threshold: float) -> dict[frozenset[int], float]:
     """Return each group with its lowest cosine."""
-    whole = row_NF.astype(np.float64)
-    norm_N = np.linalg.norm(whole, axis=1)
-    unit = {i: whole[i] / norm_N[i] for i in ids if norm_N[i] > 0}
+    wide_NF = row_NF.astype(np.float64)
+    norm_N = np.linalg.norm(wide_NF, axis=1)
+    unit = {i: wide_NF[i] / norm_N[i] for i in ids if norm_N[i] > 0}
     groups = {frozenset([i]) for i in unit}
     for i, j in itertools.combinations(unit, 2):
         if 1 - np.square(unit[i] - unit[j]).sum() / 2 >= threshold:
@@ -207,10 +207,10 @@ def run_command(folder: Path, *arguments: object) -> Result:
 
 def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
     found = find_duplicates(index, 0.99)
-    asked = run_command(folder, "--threshold", 0.99, "--format", "jsonl")
-    assert asked.exit_code == 0, asked.stderr
-    assert [json.loads(line) for line in asked.stdout.splitlines()] == found.lines()
-    assert asked.stderr.strip().endswith(
+    result = run_command(folder, "--threshold", 0.99, "--format", "jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()] == found.lines()
+    assert result.stderr.strip().endswith(
         f"duplicates: {len(found.groups)} groups, {len(found)} of 56 rows, cosine at least 0.99; "
         "3 rows with a zero gradient excluded"
     )
@@ -229,10 +229,10 @@ def test_the_command_returns_the_result_of_the_function(folder: Path, index: Inf
 
 
 def test_duplicates_need_no_task_and_report_progress(folder: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     index = InfluenceIndex.open(folder / "index", "nowhere.py:task", device="cpu")
-    found = find_duplicates(index, progress=lambda *said: told.append(said))
-    assert told == [("rows", 59, 59), ("pairs of blocks", 1, 1)]
+    found = find_duplicates(index, progress=lambda *message: calls.append(message))
+    assert calls == [("rows", 59, 59), ("pairs of blocks", 1, 1)]
     assert (found[0].id, found[0].row) == ("row-1", 1)
     assert "<table>" in found._repr_html_()
     assert found.to_pandas()["size"].tolist() == [row.size for row in found]

@@ -45,7 +45,7 @@ class Built:
     loss: Any
 
 
-def built(case: str, folder: Path) -> Built:
+def build_case(case: str, folder: Path) -> Built:
     nets = zoo.save_checkpoints(case, 0, folder)
     task = zoo.task(case, str(folder))
     build(task, folder / "index", replace(SMALL, dim=16))
@@ -67,18 +67,18 @@ def compute_true_parts(made: Built, row: Any, query: Any, losses: tuple[Any, Any
 
 @pytest.mark.parametrize("case", ["mlp", "gpt tied", "conv2d", "held twice", "parametrised"])
 def test_every_part_equals_autograd_and_the_sum_is_the_exact_score(case: str, tmp_path: Path) -> None:
-    whole = built(case, tmp_path)
+    built = build_case(case, tmp_path)
     train, queries = zoo.make_examples(case, 0)
     for side, query in (("query", 1), ("train", 6))[: 2 if case == "mlp" else 1]:
-        found = explain(whole.index, 4, query, side)  # type: ignore[arg-type]
+        found = explain(built.index, 4, query, side)  # type: ignore[arg-type]
         example = (queries if side == "query" else train)[query]
-        true = compute_true_parts(whole, train[4], example, (whole.loss, whole.loss))
+        true = compute_true_parts(built, train[4], example, (built.loss, built.loss))
         size = sum(map(abs, true.values()))
         assert {(p.checkpoint, p.parameter): p.contribution for p in found} == pytest.approx(
             true, rel=1e-4, abs=1e-6 * size
         )
         assert [(p.checkpoint, p.parameter) for p in found] == list(true)
-        (exact,) = exact_scores(whole.index.runner, (side, [query]), [4], [0, 1])[0]  # type: ignore[arg-type]
+        (exact,) = exact_scores(built.index.runner, (side, [query]), [4], [0, 1])[0]  # type: ignore[arg-type]
         assert found.score == pytest.approx(exact, rel=1e-5, abs=1e-6 * size)
         for parts in (found.by_checkpoint, found.by_layer, found.by_parameter):
             assert sum(parts.values()) == pytest.approx(found.score, rel=1e-12, abs=1e-12 * size)
@@ -87,7 +87,7 @@ def test_every_part_equals_autograd_and_the_sum_is_the_exact_score(case: str, tm
 
 
 def test_the_scores_equal_those_of_a_query(tmp_path: Path) -> None:
-    index = built("mlp", tmp_path).index
+    index = build_case("mlp", tmp_path).index
     exact = index.query([2], options=QueryOptions(k=14, exact=True))[0]
     for hit in exact.hits[::5]:
         found = explain(index, hit.row, 2)
@@ -190,12 +190,12 @@ def make_named_task(folder: str) -> Task:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("explain")
+    directory = tmp_path_factory.mktemp("explain")
     torch.manual_seed(3)
-    save_checkpoints(Toy(), made)
-    (made / "of_explain.py").write_text(NAMED.format(paths=[str(SUPPORT)]))
-    build(make_named_task(str(made)), made / "index", SMALL)
-    return made
+    save_checkpoints(Toy(), directory)
+    (directory / "of_explain.py").write_text(NAMED.format(paths=[str(SUPPORT)]))
+    build(make_named_task(str(directory)), directory / "index", SMALL)
+    return directory
 
 
 def run_command(folder: Path, *arguments: object) -> Result:
@@ -224,7 +224,7 @@ def test_the_command_returns_the_result_of_the_function(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--train-id", 3), "neither of --id and --query-train-id"),
         (("--train-id", 3, "--id", 0, "--query-train-id", 0), "two queries"),
@@ -233,15 +233,15 @@ def test_the_command_returns_the_result_of_the_function(folder: Path, tmp_path: 
         (("--train-id", "rows", "--id", "row-1", "--own-ids"), "no such id in train_data"),
     ],
 )
-def test_invalid_arguments_are_rejected(folder: Path, arguments: tuple[object, ...], said: str) -> None:
+def test_invalid_arguments_are_rejected(folder: Path, arguments: tuple[object, ...], message: str) -> None:
     refused = run_command(folder, *arguments)
     assert refused.exit_code == 2
-    assert said in refused.stderr
+    assert message in refused.stderr
     assert refused.stdout == ""
 
 
 def test_progress_is_reported_once_per_checkpoint(folder: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     index = InfluenceIndex.open(folder / "index", make_named_task(str(folder)), device="cpu")
-    explain(index, 0, 0, "query", lambda *said: told.append(said))
-    assert told == [("gradients", 1, 2), ("gradients", 2, 2)]
+    explain(index, 0, 0, "query", lambda *message: calls.append(message))
+    assert calls == [("gradients", 1, 2), ("gradients", 2, 2)]

@@ -90,10 +90,10 @@ def test_skewness_of_equal_counts_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "k", "said"), [([], 1, "no query"), ([QUERIES], 1, "no such row"), ([0], 0, "bad -k: got 0")]
+    ("ids", "k", "message"), [([], 1, "no query"), ([QUERIES], 1, "no such row"), ([0], 0, "bad -k: got 0")]
 )
-def test_invalid_arguments_are_rejected(index: InfluenceIndex, ids: list[int], k: int, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, ids: list[int], k: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         find_hubs(index, ids, k)
 
 
@@ -104,11 +104,11 @@ def run_command(folder: Path, *arguments: object) -> Result:
 
 
 def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
-    asked = run_command(folder, "-k", 3, "--top", 4, "--format", "jsonl")
-    assert asked.exit_code == 0, asked.stderr
-    assert [json.loads(line) for line in asked.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
-    assert f"queries:    {QUERIES}, k = 3\nsearch:     exact scan" in asked.stderr
-    assert "skewness" in asked.stderr
+    result = run_command(folder, "-k", 3, "--top", 4, "--format", "jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
+    assert f"queries:    {QUERIES}, k = 3\nsearch:     exact scan" in result.stderr
+    assert "skewness" in result.stderr
     own = run_command(
         folder,
         "--own-ids",
@@ -134,9 +134,9 @@ def test_the_command_returns_the_result_of_the_function(folder: Path, index: Inf
 
 
 def test_hubs_have_a_text_form_and_a_plot(index: InfluenceIndex) -> None:
-    told: list[tuple[str, int, int]] = []
-    found = find_hubs(index, range(5), 2, progress=lambda *said: told.append(said))
-    assert told == [("queries", 5, 5)]
+    calls: list[tuple[str, int, int]] = []
+    found = find_hubs(index, range(5), 2, progress=lambda *message: calls.append(message))
+    assert calls == [("queries", 5, 5)]
     found.plot().canvas.draw()
     assert "<table>" in found._repr_html_()
     assert found.to_pandas()["proponent_of"].sum() == found.census.proponents.count_N.sum()

@@ -128,11 +128,11 @@ def test_with_one_label_nothing_is_suggested(tmp_path: Path) -> None:
 
 
 def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> None:
-    whole = {row.row: row for row in find_mislabelled(index, neighbours=5)}
+    all_rows = {row.row: row for row in find_mislabelled(index, neighbours=5)}
     found = find_mislabelled(index, k=4, neighbours=5, rows=RowFilter(where=("label=1",)))
     assert len(found) == 4
     assert found.suspicion.n_rows == sum(LABELS[row] == 1 for row in HERE)
-    assert all(row.label == 1 and row.score == pytest.approx(whole[row.row].score, rel=1e-6) for row in found)
+    assert all(row.label == 1 and row.score == pytest.approx(all_rows[row.row].score, rel=1e-6) for row in found)
 
 
 @pytest.mark.parametrize("by", RANKINGS)

@@ -121,13 +121,13 @@ def test_self_influence_is_ranked_and_needs_no_task(digits: Built, tmp_path: Pat
 
 
 def test_checkpoints_can_be_selected(digits: Built, tmp_path: Path) -> None:
-    whole = parse_answers(digits.out, "--ids", "0", "-k", 14, "--exact")[0]
+    full = parse_answers(digits.out, "--ids", "0", "-k", 14, "--exact")[0]
     parts = [parse_answers(digits.out, "--ids", "0", "-k", 14, "--exact", "--checkpoints", c)[0] for c in "01"]
     total: dict[int, float] = {}
     for part in parts:
         for hit in part["proponents"] + part["opponents"]:
             total[hit["id"]] = total.get(hit["id"], 0) + hit["score"]
-    for hit in whole["proponents"] + whole["opponents"]:
+    for hit in full["proponents"] + full["opponents"]:
         assert total[hit["id"]] == pytest.approx(hit["score"], rel=1e-5, abs=1e-7)
     own = [parse_answers(digits.out, "--self-influence", "-k", 14, "--checkpoints", c) for c in ("0", "1", "0,1")]
     by_id = [{row["id"]: row["score"] for row in rows} for rows in own]
@@ -156,7 +156,7 @@ def test_an_interrupted_build_resumes(tmp_path: Path) -> None:
     index = built("conv1d", tmp_path)
     before = parse_answers(index.out, "--ids", "0-2", "-k", 14)
     lost = sorted((index.out / "features").glob("*.h5"))[1]
-    kept = {path: path.stat().st_mtime_ns for path in (index.out / "features").glob("*.h5") if path != lost}
+    remaining = {path: path.stat().st_mtime_ns for path in (index.out / "features").glob("*.h5") if path != lost}
     content = lost.read_bytes()
     lost.write_bytes(content[: len(content) // 2])
     refused = run(query_command, index.out, "--ids", "0")
@@ -165,7 +165,7 @@ def test_an_interrupted_build_resumes(tmp_path: Path) -> None:
     again = run(build_command, *index.words, "--dim", 64)
     assert again.exit_code == 0, again.stderr
     assert "14 rows x checkpoints" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in remaining} == remaining
     assert lost.read_bytes() == content
     assert parse_answers(index.out, "--ids", "0-2", "-k", 14) == before
     assert "were already stored" in run(build_command, *index.words, "--dim", 64).stdout
@@ -182,7 +182,7 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "message"),
     [
         (["--ids", "0-2", "--seed", "1"], 3, ["seed 0", "asks for seed 1", "pass --seed 0"]),
         (["--ids", "0", "--dim", "32"], 3, ["dimension 64", "dimension 32"]),
@@ -203,12 +203,12 @@ def test_ivf_and_flat_agree_when_the_candidates_cover_all(tmp_path: Path) -> Non
         (["--ids", "0", "--task-arg", "case"], 2, ["key=value"]),
     ],
 )
-def test_invalid_queries_are_rejected(digits: Built, words: list[str], status: int, said: list[str]) -> None:
+def test_invalid_queries_are_rejected(digits: Built, words: list[str], status: int, message: list[str]) -> None:
     files = sorted(path for path in digits.out.rglob("*"))
     result = run(query_command, digits.out, *words)
     assert result.exit_code == status
     assert result.stdout == ""
-    assert all(part in result.stderr for part in said), result.stderr
+    assert all(part in result.stderr for part in message), result.stderr
     if status == 3:
         assert len(result.stderr.splitlines()) == 1
     assert sorted(path for path in digits.out.rglob("*")) == files

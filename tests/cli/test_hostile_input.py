@@ -50,7 +50,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
 @linux
 @pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--ids", "0-9999999999"), f"no such row in query_data: got {QUERIES}, expected 0 to {QUERIES - 1}"),
         (("--ids", "9999999999"), "got 9999999999, expected 0 to"),
@@ -74,12 +74,12 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
 )
 def test_oversized_arguments_are_rejected_in_one_line(
-    hostile_folder: Path, options: tuple[str, ...], said: str
+    hostile_folder: Path, options: tuple[str, ...], message: str
 ) -> None:
     result = query_index(hostile_folder, *options)
     line = result.stderr.splitlines()[-1]
     assert (result.exit_code, result.stdout) == (2, ""), result.stderr
-    assert said in line and len(line) < 300
+    assert message in line and len(line) < 300
 
 
 def test_overlapping_ranges_select_each_row_once() -> None:
@@ -102,7 +102,7 @@ def test_numbers_with_many_digits_are_rejected_in_one_line(hostile_folder: Path,
 
 @pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("x = " + "[" * 50_000, "recursion"),
         ("x = " + "{a=" * 20_000, "recursion"),
@@ -119,12 +119,12 @@ def test_numbers_with_many_digits_are_rejected_in_one_line(hostile_folder: Path,
     ],
     ids=range(12),
 )
-def test_deep_or_large_config_files_are_rejected_in_one_line(hostile_folder: Path, text: str, said: str) -> None:
+def test_deep_or_large_config_files_are_rejected_in_one_line(hostile_folder: Path, text: str, message: str) -> None:
     path = hostile_folder / "deep.toml"
     path.write_text(text)
     result = query_index(hostile_folder, "--config", path)
     assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
-    assert said in result.stderr and "deep.toml" in result.stderr and len(result.stderr) < 600
+    assert message in result.stderr and "deep.toml" in result.stderr and len(result.stderr) < 600
 
 
 def test_ids_are_read_from_another_command_and_a_fifo_without_a_writer_is_rejected(

@@ -53,8 +53,8 @@ def test_text_of_a_manifest_is_escaped_on_a_terminal(hostile_folder: Path, index
     text = json.dumps({"format": FORMAT, "digest": content_digest(content), **content})
     for path in (index_copy / "manifest.json", generation_folder(index_copy, manifest.generation) / "manifest.json"):
         path.write_text(text)
-    told = run(info_command, index_copy).stdout
-    assert not RAW.search(told) and r"\x1b]0;owned\x07\u202eflat\nrows" in told
+    output = run(info_command, index_copy).stdout
+    assert not RAW.search(output) and r"\x1b]0;owned\x07\u202eflat\nrows" in output
     for result in (
         run(query_command, index_copy, "--ids", "0"),
         run(query_command, index_copy, "--ids", "0", "--debug"),
@@ -87,18 +87,18 @@ def test_cells_that_a_spreadsheet_would_evaluate_are_escaped(text: str, cell: st
 
 
 def test_csv_escapes_text_unless_the_option_disables_it(hostile_folder: Path, tmp_path: Path) -> None:
-    asked = ("--ids", f"0-{QUERIES - 1}", "-k", N)
+    arguments = ("--ids", f"0-{QUERIES - 1}", "-k", N)
     for more, guards in (((), True), (("--csv-raw",), False)):
-        assert query_index(hostile_folder, *asked, *more, "--output", tmp_path / "a.csv").exit_code == 0
+        assert query_index(hostile_folder, *arguments, *more, "--output", tmp_path / "a.csv").exit_code == 0
         with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
             records = list(csv.DictReader(file))
         texts = {record["text"] for record in records}
         assert ("'=HYPERLINK(A1)" in texts, "=HYPERLINK(A1)" in texts) == (guards, not guards)
         assert ("'@SUM(A1)" in texts, "-2.5" in texts) == (guards, True)
         assert {float(record["score"]) < 0 for record in records} == {True, False}
-    refused = query_index(hostile_folder, *asked, "--csv-raw", "--format", "jsonl")
+    refused = query_index(hostile_folder, *arguments, "--csv-raw", "--format", "jsonl")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --format jsonl" in refused.stderr
-    refused = query_index(hostile_folder, *asked, "--csv-raw", "--html", tmp_path / "a.html")
+    refused = query_index(hostile_folder, *arguments, "--csv-raw", "--html", tmp_path / "a.html")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --html alone" in refused.stderr
 
 
@@ -107,23 +107,23 @@ ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONC
 
 @pytest.mark.slow
 def test_every_format_is_written_in_every_locale(hostile_folder: Path, tmp_path: Path) -> None:
-    asked = ("--ids", f"0-{QUERIES - 1}", "-k", N, "-q")
+    arguments = ("--ids", f"0-{QUERIES - 1}", "-k", N, "-q")
     index = InfluenceIndex.open(hostile_folder / "index", hostile_task(hostile_folder), device="cpu")
     expected = index.query(range(QUERIES), options=QueryOptions(k=N)).lines()
     for form in ("jsonl", "csv", "table"):
-        done = shell('"$@"', *query_arguments(hostile_folder, *asked, "--format", form), **ASCII)
+        done = shell('"$@"', *query_arguments(hostile_folder, *arguments, "--format", form), **ASCII)
         assert (done.returncode, done.stderr) == (0, b"")
-        told = done.stdout.decode("ascii")
+        output = done.stdout.decode("ascii")
         if form == "jsonl":
-            assert [json.loads(line) for line in told.splitlines()] == expected
+            assert [json.loads(line) for line in output.splitlines()] == expected
     for form in ("jsonl", "csv", "parquet"):
         assert (
             shell(
-                '"$@"', *query_arguments(hostile_folder, *asked, "--output", tmp_path / f"ascii.{form}"), **ASCII
+                '"$@"', *query_arguments(hostile_folder, *arguments, "--output", tmp_path / f"ascii.{form}"), **ASCII
             ).returncode
             == 0
         )
-        assert query_index(hostile_folder, *asked, "--output", tmp_path / f"utf8.{form}").exit_code == 0
+        assert query_index(hostile_folder, *arguments, "--output", tmp_path / f"utf8.{form}").exit_code == 0
         assert (tmp_path / f"ascii.{form}").read_bytes() == (tmp_path / f"utf8.{form}").read_bytes()
     lines = (tmp_path / "ascii.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == expected
@@ -149,17 +149,17 @@ def test_lone_surrogates_are_accepted_in_frames_and_columns(hostile_folder: Path
     )
 
 
-@pytest.mark.parametrize("asked", [("--ids", "0-6"), ("--self-influence",)], ids=lambda asked: asked[0])
+@pytest.mark.parametrize("options", [("--ids", "0-6"), ("--self-influence",)], ids=lambda options: options[0])
 def test_pages_contain_escapes_in_place_of_control_characters(
-    hostile_folder: Path, tmp_path: Path, asked: tuple[str, ...]
+    hostile_folder: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     path = tmp_path / "page.html"
-    result = query_index(hostile_folder, *asked, "-k", N, "--html", path)
+    result = query_index(hostile_folder, *options, "-k", N, "--html", path)
     assert result.exit_code == 0, result.stderr
     page = Page(path)
     assert not RAW.search(page.source)
     for shown in SIGNS.values():
         assert shown in page.text
     data = json.loads(page.scripts[0])
-    if asked[0] == "--self-influence":
+    if options[0] == "--self-influence":
         assert {row["text"] for row in data["rows"]} >= set(SIGNS)

@@ -18,7 +18,7 @@ from hostile import HANGS_AFTER, ROOT, query_arguments, query_index, shell
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "status", "said"),
+    ("line", "status", "message"),
     [
         (
             '"$@" --format jsonl >&-',
@@ -38,10 +38,10 @@ from hostile import HANGS_AFTER, ROOT, query_arguments, query_index, shell
     ids=range(10),
 )
 def test_closed_and_full_streams_end_without_a_traceback(
-    hostile_folder: Path, tmp_path: Path, line: str, status: int, said: str
+    hostile_folder: Path, tmp_path: Path, line: str, status: int, message: str
 ) -> None:
     done = shell(line.format(out=tmp_path), *query_arguments(hostile_folder, "--ids", "0", "-q"))
-    assert (done.returncode, bool(re.fullmatch(said, done.stderr.decode().strip()))) == (status, True), done.stderr
+    assert (done.returncode, bool(re.fullmatch(message, done.stderr.decode().strip()))) == (status, True), done.stderr
     if "a.csv" in line:
         assert len(pd.read_csv(tmp_path / "a.csv")) > 0
 

@@ -43,15 +43,15 @@ def complete(name: str, words: list[str], incomplete: str) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with checkpoints, `build.toml` and the index that it describes."""
-    made = tmp_path_factory.mktemp("shared")
-    zoo.save_checkpoints("mlp", 0, made)
-    (made / "build.toml").write_text(
-        f'task = "{ZOO}:task"\nout = "{made}/index"\ndim = 64\nbatch-size = 4\nyardstick = false\n'
-        f'compact = true\n[task_arg]\ncase = "mlp"\nfolder = "{made}"\nseed = 0\n'
+    directory = tmp_path_factory.mktemp("shared")
+    zoo.save_checkpoints("mlp", 0, directory)
+    (directory / "build.toml").write_text(
+        f'task = "{ZOO}:task"\nout = "{directory}/index"\ndim = 64\nbatch-size = 4\nyardstick = false\n'
+        f'compact = true\n[task_arg]\ncase = "mlp"\nfolder = "{directory}"\nseed = 0\n'
     )
-    result = run(build_command, "--config", made / "build.toml")
+    result = run(build_command, "--config", directory / "build.toml")
     assert result.exit_code == 0, result.stderr
-    return made
+    return directory
 
 
 @pytest.fixture
@@ -117,8 +117,8 @@ def test_a_config_file_has_the_effect_of_the_options(folder: Path, index: Path) 
 def test_a_query_reads_its_options_from_a_config_file(index: Path, tmp_path: Path) -> None:
     file = tmp_path / "query.toml"
     file.write_text(f'dir = "{index}"\nids = [0, "1-2"]\nk = 2\nformat = "jsonl"\nbatch_size = 3\n')
-    asked = run(query_command, index, "--ids", "0-2", "-k", 2, "--format", "jsonl", "--batch-size", 3)
-    assert run(query_command, "--config", file).stdout == asked.stdout
+    result = run(query_command, index, "--ids", "0-2", "-k", 2, "--format", "jsonl", "--batch-size", 3)
+    assert run(query_command, "--config", file).stdout == result.stdout
     one = run(query_command, "--config", file, "--ids", "1")
     (answer,) = (json.loads(line) for line in one.stdout.splitlines())
     assert (answer["query"], len(answer["proponents"])) == (1, 2)
@@ -132,7 +132,7 @@ def test_an_option_of_a_config_file_without_effect_is_rejected(index: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('tsak = "x"', ["got tsak", "expected task"]),
         ("quit = true", ["unknown option", "quiet"]),
@@ -149,11 +149,11 @@ def test_an_option_of_a_config_file_without_effect_is_rejected(index: Path, tmp_
         ("dim = ", ["cannot read --config", "expected a TOML file"]),
     ],
 )
-def test_bad_config_files_are_rejected_in_one_line(tmp_path: Path, text: str, said: list[str]) -> None:
+def test_bad_config_files_are_rejected_in_one_line(tmp_path: Path, text: str, message: list[str]) -> None:
     (tmp_path / "build.toml").write_text(text)
     result = run(build_command, "--config", tmp_path / "build.toml", "--out", tmp_path / "index")
     assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
-    for part in (*said, "build.toml", "; "):
+    for part in (*message, "build.toml", "; "):
         assert part in result.stderr
 
 
@@ -186,9 +186,9 @@ def test_verbose_enables_logs_for_one_command(folder: Path, tmp_path: Path) -> N
     for part in ("features of 14 rows at 2 checkpoints", "batches of 4 rows", "index flat", "is published"):
         assert any(part in line for line in logged), result.stderr
     assert run(build_command, "--config", folder / "build.toml").stderr.count("tracin_ann.") == 0
-    asked = run(query_command, tmp_path / "index", "--ids", "0", "--rerank", "exact", "-v")
-    assert re.search(r"tracin_ann\.scoring\.ranking: exact scores of \d+ rows for 1 queries", asked.stderr)
-    assert "loading checkpoint" not in asked.stderr
+    done = run(query_command, tmp_path / "index", "--ids", "0", "--rerank", "exact", "-v")
+    assert re.search(r"tracin_ann\.scoring\.ranking: exact scores of \d+ rows for 1 queries", done.stderr)
+    assert "loading checkpoint" not in done.stderr
     assert "loading checkpoint 0" in run(query_command, tmp_path / "index", "--ids", "0", "-vv").stderr
 
 
@@ -208,7 +208,7 @@ def unopened(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         (
             "task",
@@ -217,20 +217,22 @@ def unopened(folder):
         ("unopened", r"error: \S*hurt\.py:12, in unopened, raised KeyError: 'nothing'; --debug shows the traceback"),
     ],
 )
-def test_an_exception_of_the_task_is_reported_in_one_line(folder: Path, tmp_path: Path, name: str, said: str) -> None:
+def test_an_exception_of_the_task_is_reported_in_one_line(
+    folder: Path, tmp_path: Path, name: str, message: str
+) -> None:
     (tmp_path / "hurt.py").write_text(TASK)
     words = ["--task", f"{tmp_path}/hurt.py:{name}", "--task-arg", f"folder={folder}", "--out", tmp_path / "index"]
     try:
         result = run(build_command, *words, "-q")
         assert result.exit_code == 1
-        assert re.fullmatch(said, result.stderr.strip())
+        assert re.fullmatch(message, result.stderr.strip())
         debugged = run(build_command, *words, "-q", "--debug")
     finally:
         sys.modules.pop("hurt", None)
         sys.path.remove(str(tmp_path))
     assert debugged.exit_code == 1
     assert debugged.stderr.startswith("Traceback (most recent call last):")
-    assert re.fullmatch(said, debugged.stderr.splitlines()[-1])
+    assert re.fullmatch(message, debugged.stderr.splitlines()[-1])
 
 
 def test_an_internal_error_is_reported_in_one_line(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

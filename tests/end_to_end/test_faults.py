@@ -192,13 +192,13 @@ def test_a_failed_call_is_reported_in_one_line_and_leaves_the_old_or_the_new_ind
         with name_place(f"{kind} {name}: {fault} at {call}"):
             with watch_command(expected.command, root, fault=fault):
                 ended = _exit_status(expected.command, root)
-            said = capsys.readouterr().err
-            assert ended == (1 if said else 0)
-            if said:
-                (line,) = said.splitlines()
+            message = capsys.readouterr().err
+            assert ended == (1 if message else 0)
+            if message:
+                (line,) = message.splitlines()
                 assert line.startswith("error: cannot ") and f"{root}" in line and os.strerror(fault.error or 0) in line
             seen = read_answers(expected, root)
-            assert said or seen == expected.after
+            assert message or seen == expected.after
             run_again(expected, root)
 
 

@@ -81,8 +81,8 @@ def test_both_accept_an_intact_index(index: Path, original: tuple[Path, Task]) -
 def assert_both_reject(index: Path, task: Task, path: Path) -> None:
     """Expect that both reject the file and name it."""
     update_digest(index, path)
-    for said in (damage_by_verify(index), damage_by_query(index, task)):
-        assert path.name in said and said.count("\n") == 0
+    for message in (damage_by_verify(index), damage_by_query(index, task)):
+        assert path.name in message and message.count("\n") == 0
 
 
 ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -231,8 +231,8 @@ VALUES = (None, True, -1, 0, 1.5, 2**70, "x", [], {})
 
 def test_a_manifest_with_any_other_value(index: Path, original: tuple[Path, Task]) -> None:
     """Every field, except the digests of feature files, which a query does not read."""
-    sound = json.loads((index / MANIFEST).read_text())
-    content = {name: value for name, value in sound.items() if name not in ("digest", "format")}
+    intact = json.loads((index / MANIFEST).read_text())
+    content = {name: value for name, value in intact.items() if name not in ("digest", "format")}
     ways = [way for way in find_leaves(content) if way[-1] != "digest" or way[0] != "features"]
     random = np.random.default_rng(0)
     for way in ways:
@@ -243,10 +243,10 @@ def test_a_manifest_with_any_other_value(index: Path, original: tuple[Path, Task
                 node = node[key]
             node[way[-1]] = value
             forge(index, lambda held, changed=changed: held.update(changed))
-            said = damage_by_verify(index), damage_by_query(index, original[1])
-            assert bool(said[0]) == bool(said[1]) or said[1].startswith(UNLIKE), (way, value, said)
+            message = damage_by_verify(index), damage_by_query(index, original[1])
+            assert bool(message[0]) == bool(message[1]) or message[1].startswith(UNLIKE), (way, value, message)
             for place in (index, index / OWN):
-                (place / MANIFEST).write_text(json.dumps(sound))
+                (place / MANIFEST).write_text(json.dumps(intact))
 
 
 @pytest.mark.parametrize(
@@ -261,20 +261,20 @@ def test_a_manifest_with_any_other_value(index: Path, original: tuple[Path, Task
 )
 def test_an_invalid_index_record(index: Path, original: tuple[Path, Task], change: dict[str, Any]) -> None:
     forge(index, lambda content: content["index"].update(change))
-    for said in (damage_by_verify(index), damage_by_query(index, original[1])):
-        assert "manifest.json cannot be understood" in said
+    for message in (damage_by_verify(index), damage_by_query(index, original[1])):
+        assert "manifest.json cannot be understood" in message
 
 
 def test_a_manifest_that_differs_from_its_copy(index: Path, original: tuple[Path, Task]) -> None:
     shutil.copy(index / MANIFEST, index / "kept")
     forge(index, lambda content: content["index"].update(reason="another"))
     shutil.move(index / "kept", index / MANIFEST)
-    for said in (damage_by_verify(index), damage_by_query(index, original[1])):
-        assert f"{OWN}/{MANIFEST}" in said
+    for message in (damage_by_verify(index), damage_by_query(index, original[1])):
+        assert f"{OWN}/{MANIFEST}" in message
 
 
 def test_a_manifest_that_is_too_large(index: Path, original: tuple[Path, Task]) -> None:
     with (index / MANIFEST).open("r+b") as file:
         file.truncate(2**40)
-    for said in (damage_by_verify(index), damage_by_query(index, original[1])):
-        assert "more than 67,108,864 bytes" in said
+    for message in (damage_by_verify(index), damage_by_query(index, original[1])):
+        assert "more than 67,108,864 bytes" in message

@@ -83,11 +83,11 @@ def test_other_rows_of_the_batch_are_bit_identical_to_a_build_without_bad_rows(
     pairs = zip(read_features(tmp_path / "bad"), read_features(tmp_path / "good"), strict=True)
     for checkpoint, (found, expected) in enumerate(pairs):
         bad = [row for row, mark in MARKS.items() if checkpoint == 1 or mark not in LATE]
-        kept = np.setdiff1d(np.arange(N), bad)
-        assert np.array_equal(found[kept].view(np.uint32), expected[kept].view(np.uint32))
+        remaining = np.setdiff1d(np.arange(N), bad)
+        assert np.array_equal(found[remaining].view(np.uint32), expected[remaining].view(np.uint32))
         for column in ("losses", "sqnorms"):
             values = getattr(store, column)([checkpoint])[:, 0]
-            assert np.array_equal(values[kept], getattr(other, column)([checkpoint])[kept, 0])
+            assert np.array_equal(values[remaining], getattr(other, column)([checkpoint])[remaining, 0])
         assert not found[bad].any() and not store.sqnorms([checkpoint])[bad].any()
         assert not np.isfinite(store.losses([checkpoint])[bad]).any()
 
@@ -97,9 +97,9 @@ def test_a_bad_row_does_not_affect_others_in_any_sketch(tmp_path, sketch):
     config = replace(SKIP, sketch=sketch, dim=36, yardstick=False)
     build(make_task(tmp_path, make_rows(N, marks=MARKS)), tmp_path / "bad", config)
     build(make_task(tmp_path, make_rows(N)), tmp_path / "good", config)
-    kept = np.setdiff1d(np.arange(N), list(MARKS))
+    remaining = np.setdiff1d(np.arange(N), list(MARKS))
     for found, expected in zip(read_features(tmp_path / "bad"), read_features(tmp_path / "good"), strict=True):
-        assert np.array_equal(found[kept], expected[kept])
+        assert np.array_equal(found[remaining], expected[remaining])
 
 
 @pytest.fixture(scope="module", params=["flat", "ivf"])
@@ -108,12 +108,12 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     n, marks = 400, MARKS | {0: NAN_LOSS, 399: tasks.LATE_NAN_GRADIENT, 133: NAN_LOSS, 266: NAN_GRADIENT}
     config = replace(SKIP, index=request.param, partition_rows=128)
-    made = []
+    indexes = []
     for name, given in (("bad", marks), ("good", {})):
         task = make_task(folder, make_rows(n, marks=given))
         build(task, folder / name, config)
-        made.append(InfluenceIndex.open(folder / name, task, device="cpu", batch_size=4))
-    return made[0], made[1], sorted(marks)
+        indexes.append(InfluenceIndex.open(folder / name, task, device="cpu", batch_size=4))
+    return indexes[0], indexes[1], sorted(marks)
 
 
 WAYS = {
@@ -132,22 +132,22 @@ WAYS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_skipped_rows_are_in_no_answer_and_the_other_hits_are_unchanged(built, way):
-    index, whole, skipped = built
-    found, expected = (read_scores(each, WAYS[way]) for each in (index, whole))
+    index, complete, skipped = built
+    found, expected = (read_scores(each, WAYS[way]) for each in (index, complete))
     without = replace(WAYS[way], rows=RowFilter(without=tuple(skipped)))
-    for mine, other, all_rows in zip(found, read_scores(whole, without), expected, strict=True):
+    for mine, other, all_rows in zip(found, read_scores(complete, without), expected, strict=True):
         assert mine.keys() == other.keys() and not mine.keys() & set(skipped)
         np.testing.assert_allclose(list(mine.values()), list(other.values()), rtol=1e-5, atol=1e-7)
         assert way in ("few", "re-scored") or mine.keys() == all_rows.keys() - set(skipped)
     assert all(a.how.endswith(f"; {len(skipped)} rows skipped by the build: not finite") for a in index.query([0]))
-    assert "skipped" not in whole.query([0])[0].how
+    assert "skipped" not in complete.query([0])[0].how
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_skipped_rows_have_no_self_influence(built, exact):
-    index, whole, skipped = built
+    index, complete, skipped = built
     found = {int(row.id): row.score for row in index.self_influence(exact=exact)}
-    expected = {int(row.id): row.score for row in whole.self_influence(exact=exact) if int(row.id) not in skipped}
+    expected = {int(row.id): row.score for row in complete.self_influence(exact=exact) if int(row.id) not in skipped}
     assert list(found) == list(expected)
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
     assert [row.rank for row in index.self_influence(exact=exact)] == list(range(1, len(expected) + 1))
@@ -228,12 +228,12 @@ def test_the_commands_report_which_rows_were_skipped(tmp_path):
     made = CliRunner().invoke(build_command, [*words, "--on-nonfinite", "skip"])
     named = "skipped: 9 rows, not finite (row 1 at checkpoint 0, row 2 at checkpoint 1, row 7 at "
     assert made.exit_code == 0 and named in made.stdout and "row 23 at checkpoint 0, ...)" in made.stdout
-    told = CliRunner().invoke(info_command, [str(tmp_path / "out")])
-    assert named.replace("skipped: ", "skipped:    ") in told.stdout
+    output = CliRunner().invoke(info_command, [str(tmp_path / "out")])
+    assert named.replace("skipped: ", "skipped:    ") in output.stdout
     query = [str(tmp_path / "out"), *words[:2]]
-    asked = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
-    assert "exact scan of the stored rows; 9 rows skipped by the build: not finite" in asked.stderr
-    assert len([json.loads(line) for line in asked.stdout.splitlines()]) == 2
+    result = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
+    assert "exact scan of the stored rows; 9 rows skipped by the build: not finite" in result.stderr
+    assert len([json.loads(line) for line in result.stdout.splitlines()]) == 2
     own = CliRunner().invoke(query_command, [*query, "--self-influence", "-k", "2"])
     assert own.exit_code == 0 and "skipped: 9 rows, not finite" in own.stderr
     bad = CliRunner().invoke(query_command, [*query, "--train-ids", "3,60"])
@@ -273,12 +273,12 @@ def test_a_failed_build_resumes_with_on_nonfinite_skip(tmp_path, monkeypatch):
     task = make_task(tmp_path, make_rows(N, marks={41: NAN_LOSS}))
     with pytest.raises(NonFiniteError, match="row 41"):
         build(task, tmp_path / "out", PLAIN)
-    kept = read_files(tmp_path / "out")
-    assert len(kept) == 2
+    remaining = read_files(tmp_path / "out")
+    assert len(remaining) == 2
     with pytest.raises(NonFiniteError, match="row 41"):
         build(task, tmp_path / "out", PLAIN)
     report = build(task, tmp_path / "out", SKIP)
-    assert kept.items() <= read_files(tmp_path / "out").items() and report.skipped.row_S.tolist() == [41]
+    assert remaining.items() <= read_files(tmp_path / "out").items() and report.skipped.row_S.tolist() == [41]
     assert report.manifest.build.on_nonfinite == "skip"
 
 
@@ -367,8 +367,8 @@ def test_a_batch_that_changes_the_gradient_methods_is_verified_on_its_finite_row
     for name, train in zip(("bad", "good"), given, strict=True):
         build(make_task(tmp_path, train, **fields), tmp_path / name, replace(SKIP, yardstick=False))
     (found,), (expected,) = read_features(tmp_path / "bad"), read_features(tmp_path / "good")
-    kept = [row for row in range(N) if row != 9]
-    assert np.array_equal(found[kept], expected[kept]) and not found[9].any()
+    remaining = [row for row in range(N) if row != 9]
+    assert np.array_equal(found[remaining], expected[remaining]) and not found[9].any()
 
 
 def test_overflow_in_half_precision_is_handled_the_same_way(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def read_answers(out: Path, task: Task) -> list[list[tuple[Any, float]]]:
 
 def test_builds_are_bit_identical_for_any_measured_times_and_free_memory(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "plain", CONFIG)
-    expected, said = read_content(tmp_path / "plain"), read_answers(tmp_path / "plain", task())
+    expected, message = read_content(tmp_path / "plain"), read_answers(tmp_path / "plain", task())
     times = set()
     for seed in range(4):
         out = tmp_path / str(seed)
@@ -106,13 +106,13 @@ def test_builds_are_bit_identical_for_any_measured_times_and_free_memory(task, t
         found = read_content(out)
         assert found.keys() == expected.keys()
         assert [path for path in found if found[path] != expected[path]] == []
-        assert read_answers(out, task()) == said
+        assert read_answers(out, task()) == message
     assert len(times) == 4, "the clock was not disturbed"
 
 
 def test_appends_give_the_same_index_as_one_build(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "fresh", CONFIG)
-    said, settings = read_answers(tmp_path / "fresh", task()), []
+    message, settings = read_answers(tmp_path / "fresh", task()), []
     for seed, begun_with in enumerate((N_ROWS, 5, 300, 650)):
         out = tmp_path / str(seed)
         with monkeypatch.context() as patched:
@@ -121,7 +121,7 @@ def test_appends_give_the_same_index_as_one_build(task, tmp_path, monkeypatch):
             manifest = build(task(), out, replace(CONFIG, append=True)).manifest
         content = json.loads(strip_times((out / MANIFEST).read_bytes()))
         settings.append(content | {"generation": 0})
-        assert read_answers(out, task()) == said
+        assert read_answers(out, task()) == message
         assert manifest.index.kind == "ivf"
     assert settings == settings[:1] * 4
 
@@ -162,8 +162,8 @@ def test_the_batch_size_is_recorded_before_the_first_row_and_reused_after_a_kill
         folder.mkdir()
         with Watch(folder, fault=Fault(later)), pytest.raises(Crash):
             build(task(), folder / "index", CONFIG)
-        kept = read_build_record(folder / "index")
-        assert (kept.batch_size, kept.channels_last) == (512, True)
+        remaining = read_build_record(folder / "index")
+        assert (remaining.batch_size, remaining.channels_last) == (512, True)
         with monkeypatch.context() as patched:
             patched.setattr(tuning, "_ON_CPU", tuning._SizeRule(1, 16, 16))
             patched.setattr(tuning._Tuning, "_selects_channels_last", lambda self: False)

@@ -119,19 +119,19 @@ def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeyp
     assert list_feature_files(tmp_path / "i") == files
     np.testing.assert_array_equal(read_rows(tmp_path / "i"), before)
     assert verify(tmp_path / "i").damage == ()
-    made = build(task, tmp_path / "i", replace(SMALL, append=True))
-    assert (made.manifest.build.spec.train_rows, made.manifest.audit.rows, made.uneven.rows) == (N, N_DRAWN, 4)
+    result = build(task, tmp_path / "i", replace(SMALL, append=True))
+    assert (result.manifest.build.spec.train_rows, result.manifest.audit.rows, result.uneven.rows) == (N, N_DRAWN, 4)
 
 
 def test_old_rows_are_audited_beside_new_ones(task, tmp_path, monkeypatch):
     short = replace(task, train_data=lambda: make_ragged_rows(N)[:130])
     build(short, tmp_path / "i", SMALL)
-    asked: list[Any] = []
+    calls: list[Any] = []
     true_audit = Auditor.audit
-    monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
+    monkeypatch.setattr(Auditor, "audit", lambda self, places: calls.extend(places) or true_audit(self, places))
     build(task, tmp_path / "i", replace(SMALL, append=True))
-    assert {row < 80 for row, _ in asked} == {True, False}
-    assert {checkpoint for _, checkpoint in asked} == {0, 1}
+    assert {row < 80 for row, _ in calls} == {True, False}
+    assert {checkpoint for _, checkpoint in calls} == {0, 1}
 
 
 def test_a_wrong_row_of_the_existing_index_is_reported_and_its_file_stays(task, tmp_path):
@@ -162,17 +162,17 @@ def test_files_of_a_killed_run_are_audited_by_the_next(task, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             build(task, tmp_path / "i", SMALL)
     assert len(list_feature_files(tmp_path / "i")) == 6
-    made = build(task, tmp_path / "i", SMALL)
-    assert made.rows_extracted == 0
+    result = build(task, tmp_path / "i", SMALL)
+    assert result.rows_extracted == 0
     # The batches of the interrupted run are unknown to this one.
-    assert (made.manifest.audit.rows, made.uneven) == (N_DRAWN, None)
+    assert (result.manifest.audit.rows, result.uneven) == (N_DRAWN, None)
 
 
 def test_an_unchanged_finished_index_is_not_audited(task, tmp_path, monkeypatch):
     before = build(task, tmp_path / "i", SMALL).manifest
     monkeypatch.setattr(Auditor, "audit", interrupt)
-    made = build(task, tmp_path / "i", replace(SMALL, rebuild_index=True)).manifest
-    assert (made.generation, made.audit) == (2, before.audit)
+    result = build(task, tmp_path / "i", replace(SMALL, rebuild_index=True)).manifest
+    assert (result.generation, result.audit) == (2, before.audit)
 
 
 def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
@@ -182,22 +182,22 @@ def test_skipped_and_removed_rows_are_left_out(task, tmp_path, monkeypatch):
     config = replace(SMALL, on_nonfinite="skip")
     build(task, tmp_path / "i", config)
     remove(tmp_path / "i", [5, 17])
-    asked: list[Any] = []
+    calls: list[Any] = []
     true_audit = Auditor.audit
-    monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.extend(places) or true_audit(self, places))
+    monkeypatch.setattr(Auditor, "audit", lambda self, places: calls.extend(places) or true_audit(self, places))
     assert audit(tmp_path / "i", AuditSample(1000), task).rows == 37 * 2
-    assert {row for row, _ in asked} == {*range(40)} - {5, 9, 17}
-    asked.clear()
+    assert {row for row, _ in calls} == {*range(40)} - {5, 9, 17}
+    calls.clear()
     grown = replace(task, train_data=lambda: [*data, *make_ragged_rows(10, long=-1)])
-    made = build(grown, tmp_path / "i", replace(config, append=True))
-    assert made.manifest.audit.rows == N_DRAWN
-    assert not {5, 9, 17} & {row for row, _ in asked}
+    result = build(grown, tmp_path / "i", replace(config, append=True))
+    assert result.manifest.audit.rows == N_DRAWN
+    assert not {5, 9, 17} & {row for row, _ in calls}
 
 
 def test_random_rows_cannot_be_audited(tmp_path):
     task = make_toy_task(tmp_path)
-    made = build(task, tmp_path / "i", replace(SMALL, allow_random_data=True)).manifest
-    assert (made.audit, made.audit_summary()) == (None, "no rows, because the training data is random")
+    result = build(task, tmp_path / "i", replace(SMALL, allow_random_data=True)).manifest
+    assert (result.audit, result.audit_summary()) == (None, "no rows, because the training data is random")
     with pytest.raises(UsageError, match=r"cannot be audited: got an index built with --allow-random-data"):
         audit(tmp_path / "i", AuditSample(3), task)
 

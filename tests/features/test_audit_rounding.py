@@ -37,10 +37,10 @@ class Wide(nn.Module):
 @pytest.mark.parametrize("case", models.CASES)
 def test_every_model_of_the_zoo_is_well_within_the_tolerance(case, tmp_path):
     zoo.save_checkpoints(case, 0, tmp_path)
-    made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
-    assert made.manifest.audit is not None
-    assert made.manifest.audit.rows == N_DRAWN
-    assert made.manifest.audit.largest < 1e-5
+    result = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
+    assert result.manifest.audit is not None
+    assert result.manifest.audit.rows == N_DRAWN
+    assert result.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("case", ragged.CASES)
@@ -55,8 +55,8 @@ def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_pa
         train_data=lambda: examples,
         query_data=lambda: examples[:3],
     )
-    made = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
-    assert made.uneven.rows == 8
+    result = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
+    assert result.uneven.rows == 8
     found = audit(tmp_path / "i", AuditSample(120), task)
     assert (found.rows, found.differences) == (120, ())
     assert found.largest < 1e-5
@@ -67,24 +67,24 @@ def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_pa
 def test_every_sketch_agrees_on_full_and_factored_gradients(sketch, case, tmp_path):
     zoo.save_checkpoints(case, 0, tmp_path)
     config = replace(SMALL, batch_size=5, sketch=sketch, dim=16)
-    made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
-    assert made.manifest.audit.largest < 1e-5
+    result = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
+    assert result.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("dim", [16, 2048])
 def test_tensorsketch_agrees_on_full_and_factored_gradients(dim, tmp_path):
     model = nn.Sequential(nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 70), nn.Tanh(), nn.Linear(70, 3))
-    made = build(make_toy_task(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
-    assert made.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
-    assert made.manifest.audit.largest < 1e-5
+    result = build(make_toy_task(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
+    assert result.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
+    assert result.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_tolerance_includes_the_rounding_of_storage(dtype, tmp_path):
-    made = build(
+    result = build(
         make_toy_task(tmp_path, train_data=lambda: make_rows(N)), tmp_path / "i", replace(SMALL, dtype=dtype, dim=512)
     )
-    assert made.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
+    assert result.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -92,8 +92,8 @@ def test_models_of_every_floating_dtype(dtype, tmp_path):
     torch.manual_seed(0)
     data = [(x.to(dtype), y) for x, y in make_rows(N)]
     task = make_toy_task(tmp_path, Toy().to(dtype), train_data=lambda: data, query_data=lambda: data[:3])
-    made = build(task, tmp_path / "i", SMALL)
-    assert made.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
+    result = build(task, tmp_path / "i", SMALL)
+    assert result.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
 
 
 def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_dtype(tmp_path):

@@ -190,10 +190,10 @@ def test_slower_bf16_on_a_cpu_gives_a_warning(slower, warned, folder, tmp_path, 
     monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     measured = lambda model, features: slower if model.runner.options.precision == "bf16" else 1.0  # noqa: E731
     monkeypatch.setattr(tuning, "measure_row_seconds", measured)
-    made = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
-    assert made.manifest.build.spec.precision == "bf16"
-    said = "bf16 is slower than fp32 on this machine: 1200000 µs per row, fp32 1000000 µs; --precision fp32"
-    assert (said in caplog.text) == warned
+    result = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
+    assert result.manifest.build.spec.precision == "bf16"
+    message = "bf16 is slower than fp32 on this machine: 1200000 µs per row, fp32 1000000 µs; --precision fp32"
+    assert (message in caplog.text) == warned
 
 
 def test_bf16_is_rejected_where_it_would_be_slower(folder, tmp_path, monkeypatch):

@@ -171,8 +171,8 @@ def test_the_shape_is_that_of_the_parameter_as_a_matrix():
 def test_every_form_of_a_gradient_has_its_norm_and_its_sum(shape):
     grad = torch.randn(3, *shape, dtype=torch.float64)
     for name, several in forms.split_gradient(grad).items():
-        whole = torch.stack([materialise(form) for form in several]).sum(0)
-        torch.testing.assert_close(whole, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
+        total = torch.stack([materialise(form) for form in several]).sum(0)
+        torch.testing.assert_close(total, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
         weights_KB = torch.randn(2, 3, dtype=torch.float64)
         total = torch.stack([weighted_sums(form, weights_KB) for form in several]).sum(0)
         torch.testing.assert_close(total, weights_KB @ grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")

@@ -37,10 +37,10 @@ def collect_gradients(engine, batch):
 
         def sink(name, form, rows):
             flat = factors.materialise(form)
-            whole = gradients.setdefault(
+            total = gradients.setdefault(
                 name, torch.zeros(len(batch), engine.parameters[name].numel(), device=flat.device)
             )
-            whole[rows] += flat
+            total[rows] += flat
 
         return sink
 

@@ -75,12 +75,12 @@ def test_damage_is_reported_before_the_audit(index):
 
 
 def test_the_sample_depends_on_the_index_and_the_seed(index, monkeypatch):
-    asked: list[Any] = []
+    calls: list[Any] = []
     true_audit = Auditor.audit
-    monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.append(places) or true_audit(self, places))
+    monkeypatch.setattr(Auditor, "audit", lambda self, places: calls.append(places) or true_audit(self, places))
     for more in ((), (), ("--seed", 1), ("--seed", 1), ("--seed", 2)):
         assert run(index, "--audit", 5, *more).exit_code == 0
-    assert asked[0] == asked[1] != asked[2] == asked[3] != asked[4]
+    assert calls[0] == calls[1] != calls[2] == calls[3] != calls[4]
 
 
 def test_another_task_is_rejected_and_not_reported_as_a_wrong_row(index, tmp_path):
@@ -93,15 +93,15 @@ def test_another_task_is_rejected_and_not_reported_as_a_wrong_row(index, tmp_pat
 
 
 def test_build_and_info_report_what_was_audited(index, tmp_path):
-    rows, said = r"16 rows", r"largest difference from autograd \de-0\d of a row's norm"
+    rows, message = r"16 rows", r"largest difference from autograd \de-0\d of a row's norm"
     options = ["--task", f"{zoo.__file__}:task", "--out", tmp_path / "new", "--dim", 32, "--no-yardstick"]
     options += ["--task-arg", "case=mlp", "--task-arg", f"folder={tmp_path}", "--device", "cpu"]
     built = CliRunner().invoke(build_command, [str(option) for option in options])
-    assert re.search(rf"^audit\S* {rows} and \d+ rows of the most uneven batch; {said}$", built.output, re.M), (
+    assert re.search(rf"^audit\S* {rows} and \d+ rows of the most uneven batch; {message}$", built.output, re.M), (
         built.output
     )
     shown = CliRunner().invoke(info_command, [str(index)]).output
-    assert re.search(rf"^audit\S* +{rows}; {said}$", shown, re.M), shown
+    assert re.search(rf"^audit\S* +{rows}; {message}$", shown, re.M), shown
 
 
 def store(n_rows: int) -> FeatureStore:

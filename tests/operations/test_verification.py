@@ -116,15 +116,15 @@ def test_missing_and_truncated_files_are_found_and_rebuilt(original: tuple[Path,
 
 
 def test_a_repair_without_damage_removes_leftovers_of_a_killed_one(index: Path) -> None:
-    whole = read_files(index)
+    before = read_files(index)
     for left in (index / "generation-000009" / "canaries.h5", index / UNFINISHED_INDEX / "ivf.faiss"):
         left.parent.mkdir()
         left.write_bytes(b"")
     result = CliRunner().invoke(verify_command, [str(index)])
-    assert result.exit_code == 0 and len(read_files(index)) == len(whole) + 2
+    assert result.exit_code == 0 and len(read_files(index)) == len(before) + 2
     result = CliRunner().invoke(verify_command, [str(index), "--repair"])
     assert result.exit_code == 0 and "all intact" in result.output
-    assert read_files(index) == whole and not (index / UNFINISHED_INDEX).exists()
+    assert read_files(index) == before and not (index / UNFINISHED_INDEX).exists()
 
 
 def test_swapped_feature_files_are_found(index: Path) -> None:

@@ -88,16 +88,16 @@ def test_the_sdist_contains_everything_that_its_tests_need(distributions: Distri
 def test_the_metadata_equals_that_of_the_project(distributions: Distributions, project: dict[str, Any]) -> None:
     (name,) = (name for name in distributions.in_wheel() if name.endswith(".dist-info/METADATA"))
     with zipfile.ZipFile(distributions.wheel) as archive:
-        said = message_from_bytes(archive.read(name))
+        message = message_from_bytes(archive.read(name))
         licence = archive.read(name.replace("METADATA", "licenses/LICENSE")).decode()
     assert licence == (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
-    assert (said["Name"], said["Version"]) == (project["name"], project["version"])
-    assert said["License-Expression"] == project["license"]
-    assert said["Requires-Python"] == project["requires-python"]
-    assert said["Description-Content-Type"] == "text/markdown"
-    shown = said.get_payload(decode=True).decode()
+    assert (message["Name"], message["Version"]) == (project["name"], project["version"])
+    assert message["License-Expression"] == project["license"]
+    assert message["Requires-Python"] == project["requires-python"]
+    assert message["Description-Content-Type"] == "text/markdown"
+    shown = message.get_payload(decode=True).decode()
     assert shown.strip() == (REPOSITORY / "README.md").read_text(encoding="utf-8").strip()
-    assert set(said.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
+    assert set(message.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
 
 
 @pytest.mark.slow

@@ -146,9 +146,9 @@ def test_the_quick_start_runs(started: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
     # In the directory of the start, restored for each page: an index stores the full path of its task's file.
-    place, kept = started
+    place, saved_copy = started
     shutil.rmtree(place)
-    shutil.copytree(kept, place)
+    shutil.copytree(saved_copy, place)
     with work_in(place):
         Reader(page, place).follow()
 

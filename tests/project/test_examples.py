@@ -46,14 +46,14 @@ SMALL = [
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "said"),
+    ("name", "rows", "message"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else [], id=case[0]) for case in SMALL],
 )
 def test_the_examples_print_answers_and_write_reports(
-    name: str, rows: str, said: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, rows: str, message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
-    read_answer(capsys.readouterr().out, said)
+    read_answer(capsys.readouterr().out, message)
 
 
 def test_the_table_example_prints_answers_and_writes_a_report(

@@ -90,7 +90,7 @@ def test_losses_equal_those_of_the_task_at_each_checkpoint(indexes: dict[str, In
     index = indexes["text"]
     answers = index.query([0, 3], [7], QueryOptions(k=2))
     page = Page(write_report(answers, tmp_path / "r.html", index))
-    said = [a["aria-label"] for a in page.find_class("loss")]
+    message = [a["aria-label"] for a in page.find_class("loss")]
     wanted = []
     for side, row in (("query", 0), ("query", 3), ("train", 7)):
         found = []
@@ -100,7 +100,7 @@ def test_losses_equal_those_of_the_task_at_each_checkpoint(indexes: dict[str, In
             x, y = (index.task.train_data() if side == "train" else index.task.query_data())[row]
             found.append(torch.nn.functional.cross_entropy(model(x[None]), torch.tensor([y])).item())
         wanted.append(", ".join(f"checkpoint{c} {loss:+.3g}" for c, loss in enumerate(found)))
-    assert said == wanted
+    assert message == wanted
 
 
 @pytest.mark.parametrize("kind", list(DESCRIBED))

@@ -50,9 +50,9 @@ return found;
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with answers.html and suspects.html, and the suspects' records in suspects.json."""
-    made = tmp_path_factory.mktemp("browser")
+    directory = tmp_path_factory.mktemp("browser")
     task = make_toy_task(
-        made,
+        directory,
         train_data=lambda: make_rows(N),
         columns=lambda row: {"label": int(row[1])},
         describe=lambda row: Description(
@@ -62,13 +62,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             token_scores=[-0.5, 1.0],
         ),
     )
-    build(task, made / "index", CONFIG)
-    index = InfluenceIndex.open(made / "index", task, device="cpu")
+    build(task, directory / "index", CONFIG)
+    index = InfluenceIndex.open(directory / "index", task, device="cpu")
     ranked = index.self_influence(LISTED)
-    write_report(index.query(range(4), options=QueryOptions(k=4)), made / "answers.html", index)
-    write_report(ranked, made / "suspects.html", index)
-    (made / "suspects.json").write_text(json.dumps(ranked.records()))
-    return made
+    write_report(index.query(range(4), options=QueryOptions(k=4)), directory / "answers.html", index)
+    write_report(ranked, directory / "suspects.html", index)
+    (directory / "suspects.json").write_text(json.dumps(ranked.records()))
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,8 @@ def test_a_screen_reader_finds_names(chromium: Any, folder: Path) -> None:
     chromium.execute_cdp_cmd("Accessibility.enable", {})
     nodes = chromium.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = [(node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes]
-    asked = ("checkbox", "searchbox", "combobox", "button", "image", "article", "heading", "search")
-    assert [role for role, name in roles if role in asked and not name] == []
+    named_roles = ("checkbox", "searchbox", "combobox", "button", "image", "article", "heading", "search")
+    assert [role for role, name in roles if role in named_roles and not name] == []
     assert {"main", "banner", "contentinfo", "search", "article", "heading"} <= {str(role) for role, _ in roles}
     assert any(role == "image" and name.startswith('image: label 0, row "0", <b>') for role, name in roles)
     chromium.execute_cdp_cmd("Accessibility.disable", {})

@@ -27,9 +27,9 @@ from tracin_ann.store.columns import RowFilter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("formats")
-    own_ids.build_indexes(made, "formats_task.py", ("words", "numbers", "positions"))
-    return made
+    directory = tmp_path_factory.mktemp("formats")
+    own_ids.build_indexes(directory, "formats_task.py", ("words", "numbers", "positions"))
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,10 @@ def assert_same(one: pd.DataFrame, other: pd.DataFrame) -> None:
 @pytest.mark.parametrize("kind", ["words", "numbers", "positions"])
 @pytest.mark.parametrize("more", [(), ("--rerank", "exact"), ("--rerank", "none"), ("--cosine",)], ids=" ".join)
 def test_every_format_contains_the_same(folder: Path, tmp_path: Path, kind: str, more: tuple[str, ...]) -> None:
-    asked = ("--ids", "0-6", "--train-ids", "3", "-k", 4, *more)
-    lines = run_query(folder, kind, *asked, "--format", "jsonl").stdout
+    arguments = ("--ids", "0-6", "--train-ids", "3", "-k", 4, *more)
+    lines = run_query(folder, kind, *arguments, "--format", "jsonl").stdout
     for name, raw in (("a.csv", ("--csv-raw",)), ("a.parquet", ())):
-        assert run_query(folder, kind, *asked, *raw, "--output", tmp_path / name).exit_code == 0
+        assert run_query(folder, kind, *arguments, *raw, "--output", tmp_path / name).exit_code == 0
     index = InfluenceIndex.open(folder / kind, make_task(folder, kind), device="cpu")
     rerank: Any = more[1] if "--rerank" in more else "stored"
     answers = index.query(range(7), [3], QueryOptions(k=4, rerank=rerank, cosine="--cosine" in more))
@@ -124,7 +124,7 @@ def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "said"),
+    ("kind", "arguments", "message"),
     [
         ("words", ("--own-ids", "--ids", "row-9999"), ["no such id in query_data", "'row-9999'", "such as 'row-0200'"]),
         ("words", ("--own-ids", "--only", "row-0200", "--ids", "row-0200"), ["no such id in train_data", "row-0200"]),
@@ -136,15 +136,17 @@ def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> N
         ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
-def test_impossible_options_are_rejected(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
+def test_impossible_options_are_rejected(
+    folder: Path, kind: str, arguments: tuple[str, ...], message: list[str]
+) -> None:
     result = run_query(folder, kind, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert all(word in result.stderr for word in said), result.stderr
+    assert all(word in result.stderr for word in message), result.stderr
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         (lambda row: row[1], "an invalid id for row 3: got 0, the id of row 0"),
         (lambda row: row[2] if row[2] % 2 else str(row[2]), "got 101, the first row's is '100'"),
@@ -152,11 +154,11 @@ def test_impossible_options_are_rejected(folder: Path, kind: str, arguments: tup
         (lambda row: True, "got True, expected an int or a str"),
     ],
 )
-def test_invalid_ids_leave_no_index(folder: Path, tmp_path: Path, ids: Any, said: str) -> None:
+def test_invalid_ids_leave_no_index(folder: Path, tmp_path: Path, ids: Any, message: str) -> None:
     with pytest.raises(TaskError, match="Task.ids") as refused:
         sides = {"train_data": lambda: make_numbered_rows(N, 1), "query_data": lambda: make_numbered_rows(QUERIES, 2)}
         build(make_toy_task(tmp_path, **sides, ids=ids), tmp_path / "out", CONFIG)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     with pytest.raises(Exception, match="no file, expected a JSON file"):
         InfluenceIndex.open(tmp_path / "out")
 

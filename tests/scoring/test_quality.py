@@ -42,12 +42,12 @@ def columns(row: Any) -> dict[str, Any]:
 
 
 def models(folder: Path) -> list[nn.Module]:
-    made = []
+    nets = []
     for i in range(2):
         torch.manual_seed(i)
-        made.append(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
-        torch.save(made[-1].state_dict(), folder / f"{i}.pt")
-    return made
+        nets.append(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+        torch.save(nets[-1].state_dict(), folder / f"{i}.pt")
+    return nets
 
 
 def task(folder: Path) -> Task:
@@ -225,7 +225,7 @@ def test_hits_pass_the_filter_and_none_is_missing(
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         (RowFilter(where=("colour=3",)), "no column 'colour'.*label, norm, even, file"),
         (RowFilter(where=("label",)), "bad --where.*COLUMN=VALUE"),
@@ -235,9 +235,9 @@ def test_hits_pass_the_filter_and_none_is_missing(
         (RowFilter(without=(-1,)), "bad --without"),
     ],
 )
-def test_filters_that_are_rejected(index: InfluenceIndex, asked: RowFilter, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        index.query([0], options=QueryOptions(rows=asked))
+def test_filters_that_are_rejected(index: InfluenceIndex, options: RowFilter, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        index.query([0], options=QueryOptions(rows=options))
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,8 @@ def test_intermediate_files_of_other_rows_are_not_used(
 
 @pytest.mark.parametrize("start", [0, 1, 37, 63, 99, 100])
 def test_blocks_from_a_start_are_the_remaining_rows(values: np.ndarray, start: int) -> None:
-    whole = Rows(values[:100])
-    for source in (whole, Subset(whole, np.arange(0, 100, dtype=np.int64))):
+    all_rows = Rows(values[:100])
+    for source in (all_rows, Subset(all_rows, np.arange(0, 100, dtype=np.int64))):
         blocks = list(source.blocks(37, start))
         assert np.concatenate([np.zeros(0, int), *(ids for ids, _ in blocks)]).tolist() == list(range(start, 100))
         assert all(np.array_equal(got, values[ids]) for ids, got in blocks)

@@ -238,9 +238,9 @@ def test_the_number_of_hits_is_never_below_the_number_of_rows_that_pass_the_filt
 def test_outliers_that_a_filter_excludes_do_not_reduce_recall(n_outliers: int) -> None:
     rows, queries = normal(20_000, 40), normal(20, 41)
     rows[:n_outliers] *= np.float32(1e6)
-    kept = np.arange(n_outliers, len(rows))
+    remaining = np.arange(n_outliers, len(rows))
     lists = IVFIndex.build(Rows(rows), IVFParams(), CPU).at(Setting(2000, 2000, 0.2))
-    assert mean_recall(lists.search(queries, 10, kept), Rows(rows[kept], kept), queries) >= 0.95
+    assert mean_recall(lists.search(queries, 10, remaining), Rows(rows[remaining], remaining), queries) >= 0.95
 
 
 def test_concurrent_searches_give_the_same_results(index: IVFIndex, source: Rows) -> None:

@@ -99,8 +99,8 @@ def test_opponents_are_proponents_of_the_negated_query(rows: Float32, queries: F
 )
 def test_results_do_not_depend_on_the_block_size(rows: Float32, k: int, block_rows: int) -> None:
     queries = np.array([[1, 0, 0, 0, 0], [1, 2, -1, 0, 1]], np.float32)
-    whole = FlatIndex(Rows(rows), CPU).search(queries, k)
-    assert make_hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == make_hits(whole)
+    expected = FlatIndex(Rows(rows), CPU).search(queries, k)
+    assert make_hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == make_hits(expected)
 
 
 MANY = Rows(heavy_tailed(400, 50), ids=5_000_000_000 + 7 * np.arange(400))

@@ -222,13 +222,13 @@ def test_any_split_of_the_batch_gives_the_same_rows(sketch, name, kind, device, 
     key = key_for(SHAPES[name])
     by_kind = forms.split_gradient(draw_gradients(SHAPES[name], batch=7))
     form = by_kind[kind if kind in by_kind else next(k for k in by_kind if k.endswith("groups"))][0]
-    whole = compute_sketch(sketch, key, [form], device, torch.float32)
+    expected = compute_sketch(sketch, key, [form], device, torch.float32)
     request.getfixturevalue("tiny_blocks")
     for sizes in ([7], [1] * 7, [2, 5], [4, 3]):
         stops = np.cumsum(sizes)
         parts = [form[int(stop - size) : int(stop)] for size, stop in zip(sizes, stops, strict=True)]
         split = torch.cat([compute_sketch(sketch, key, [part], device, torch.float32) for part in parts])
-        assert_rows_equal(split, whole, 1e-5)
+        assert_rows_equal(split, expected, 1e-5)
 
 
 LARGE = 256

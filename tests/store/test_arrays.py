@@ -69,11 +69,11 @@ LIMITED = """
 import resource, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from test_arrays import build_unlike
+from test_arrays import build_uneven_index
 import torch, h5py, faiss
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), now + (1 << 30)))
-build_unlike(Path(sys.argv[1]))
+build_uneven_index(Path(sys.argv[1]))
 """
 
 

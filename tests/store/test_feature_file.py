@@ -143,12 +143,12 @@ def test_a_file_that_cannot_be_mapped_is_not_reported_as_damaged(
     assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(path))
 
 
-@pytest.mark.parametrize("kept", [0, 7, 600, 4096, -2000, -1])
-def test_a_truncated_feature_file_is_rejected(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [0, 7, 600, 4096, -2000, -1])
+def test_a_truncated_feature_file_is_rejected(tmp_path: Path, length: int) -> None:
     path = tmp_path / "a.h5"
     block = make_block(0, 600)
     write_feature_file(path, block, header=make_header(block))
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(DamagedIndexError, match=r"a\.h5.*expected an intact feature file; run"):
         FeatureFile.open(path)
 
@@ -171,7 +171,7 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
     block = make_block(50, 61)
     header = make_header(block, dtype=dtype)
     write_feature_file(path, block, header=header)
-    whole, sound_ND = path.read_bytes(), FeatureFile.open(path).read(0, 11)
+    content, sound_ND = path.read_bytes(), FeatureFile.open(path).read(0, 11)
     with h5py.File(path) as file:
         spans = {
             name: (data.id.get_offset(), data.dtype.itemsize * data.size, data.dtype.itemsize * data.size // len(data))
@@ -180,7 +180,7 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
     offset, size, row_bytes = spans.pop("feature")
     for at, length, _ in spans.values():
         for position in range(0, length, 5):
-            _flip(path, whole, at + position)
+            _flip(path, content, at + position)
             with pytest.raises(DamagedIndexError, match=r"a\.h5: got header or columns are altered"):
                 FeatureFile.open(path, header)
     reads: list[Callable[[FeatureFile, int], object]] = [
@@ -192,7 +192,7 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
         lambda file, row: file.read(row // 4 * 4, row // 4 * 4 + 1),
     ]
     for position in range(0, size, 3):
-        _flip(path, whole, offset + position)
+        _flip(path, content, offset + position)
         row, file = position // row_bytes, FeatureFile.open(path, header)
         with pytest.raises(DamagedIndexError, match=rf"a\.h5: row {50 + row} is altered.*run tracin-verify --repair"):
             reads[position % len(reads)](file, row)
@@ -240,10 +240,10 @@ def test_any_flipped_byte_is_detected_or_harmless(tmp_path: Path) -> None:
     block = make_block(0, 9)
     header = make_header(block)
     write_feature_file(path, block, header=header)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     feature_ND = FeatureFile.open(path).read(0, 9)
-    for position in range(0, len(whole), 29):
-        damaged = bytearray(whole)
+    for position in range(0, len(content), 29):
+        damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
@@ -307,19 +307,19 @@ def test_a_block_of_the_wrong_shape_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
 def test_a_skipped_row_is_read_as_zeros_with_a_nonfinite_loss(tmp_path: Path, dtype: Dtype, loss: float) -> None:
-    block, whole = make_block(40, 49), make_block(40, 49)
+    block, finite = make_block(40, 49), make_block(40, 49)
     for row in (0, 3, 8):
         block.feature_ND[row] = block.sqnorm_N[row] = 0
         block.loss_N[row] = loss
     header = make_header(block, dtype=dtype)
-    for name, each in (("a.h5", block), ("b.h5", whole)):
+    for name, each in (("a.h5", block), ("b.h5", finite)):
         write_feature_file(tmp_path / name, each, header=header)
     file, other = (FeatureFile.open(tmp_path / name, header) for name in ("a.h5", "b.h5"))
     file.verify()
     assert file.skipped_K.tolist() == [0, 3, 8] and other.skipped_K.tolist() == []
     assert not file.read(0, 9)[[0, 3, 8]].any() and not file.read(0, 9, unit=True)[[0, 3, 8]].any()
-    kept = [1, 2, 4, 5, 6, 7]
-    assert np.array_equal(file.take(np.array(kept)), other.take(np.array(kept)))
+    remaining = [1, 2, 4, 5, 6, 7]
+    assert np.array_equal(file.take(np.array(remaining)), other.take(np.array(remaining)))
     np.testing.assert_array_equal(file.loss_N[[0, 3, 8]], np.float32(loss))
 
 

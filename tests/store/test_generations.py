@@ -150,25 +150,25 @@ def test_a_removed_row_is_in_no_answer(model, tmp_path, kind):
     build(task(model, n_rows), out, replace(CONFIG, index=kind))
     index = InfluenceIndex.open(out, task(model, n_rows))
     best = [int(row) for row, _ in read_answers(index, QueryOptions(k=3))[0]]
-    gone = sorted({*best, 7, 8, 199})
-    result = CliRunner().invoke(remove_command, [str(out), "--ids", ",".join(map(str, gone))])
-    assert result.exit_code == 0 and f"{len(gone)} of 200 rows removed; generation 2" in result.output
+    removed = sorted({*best, 7, 8, 199})
+    result = CliRunner().invoke(remove_command, [str(out), "--ids", ",".join(map(str, removed))])
+    assert result.exit_code == 0 and f"{len(removed)} of 200 rows removed; generation 2" in result.output
     after = InfluenceIndex.open(out, task(model, n_rows))
     for options in (EVERY, QueryOptions(k=200), QueryOptions(k=200, exact=True), QueryOptions(k=200, cosine=True)):
         for found, before in zip(read_answers(after, options), read_answers(index, options), strict=True):
-            kept = [hit for hit in before if int(hit[0]) not in gone]
-            assert [row for row, _ in found] == [row for row, _ in kept]
+            remaining = [hit for hit in before if int(hit[0]) not in removed]
+            assert [row for row, _ in found] == [row for row, _ in remaining]
             # Batches of other rows: exact scores differ by rounding.
-            np.testing.assert_allclose([s for _, s in found], [s for _, s in kept], rtol=1e-5, atol=1e-6)
-    rest = [row for row in index.self_influence() if int(row.id) not in gone]
+            np.testing.assert_allclose([s for _, s in found], [s for _, s in remaining], rtol=1e-5, atol=1e-6)
+    rest = [row for row in index.self_influence() if int(row.id) not in removed]
     assert [(row.id, row.score) for row in after.self_influence()] == [(row.id, row.score) for row in rest]
     remove(out, [7, 9])
-    assert InfluenceIndex.open(out, task(model, n_rows)).removed.tolist() == sorted({*gone, 9})
+    assert InfluenceIndex.open(out, task(model, n_rows)).removed.tolist() == sorted({*removed, 9})
     del index, after
     build(task(model, n_rows + 1), out, replace(GROWING, partition_rows=CONFIG.partition_rows, index=kind))
     grown = InfluenceIndex.open(out, task(model, n_rows + 1))
-    assert grown.removed.tolist() == sorted({*gone, 9}) and is_clean(out)
-    assert {int(row) for row, _ in read_answers(grown)[0]} == set(range(n_rows + 1)) - {*gone, 9}
+    assert grown.removed.tolist() == sorted({*removed, 9}) and is_clean(out)
+    assert {int(row) for row, _ in read_answers(grown)[0]} == set(range(n_rows + 1)) - {*removed, 9}
 
 
 def test_invalid_removals_are_rejected_and_change_nothing(model, tmp_path):
@@ -297,36 +297,36 @@ def test_a_stopped_build_prints_how_to_resume_and_resumes(tmp_path, number, stat
     while not (out / "features").is_dir() and time.monotonic() < until:
         time.sleep(0.02)
     running.send_signal(number)
-    said = running.communicate(timeout=60)[1]
-    assert running.returncode == status, said
-    assert f"stopped: no incomplete file is left; to run it again: {ROOT / 'build_index.py'} --task" in said
+    message = running.communicate(timeout=60)[1]
+    assert running.returncode == status, message
+    assert f"stopped: no incomplete file is left; to run it again: {ROOT / 'build_index.py'} --task" in message
     left = {path.name for path in out.iterdir()} - {"generation-000001"}
     assert left == {BUILD_RECORD, "features"} and list((out / "features").iterdir()) == []
     assert json.loads((out / BUILD_RECORD).read_text())["batch_size"] == 4
 
 
 def test_rebuilt_lists_exclude_removed_rows(model, tmp_path):
-    out, n_rows, gone = tmp_path / "out", 300, [*range(40, 90), 299]
+    out, n_rows, removed = tmp_path / "out", 300, [*range(40, 90), 299]
     config = replace(CONFIG, index="ivf", partition_rows=128)
     build(task(model, n_rows), out, config)
     assert build(task(model, n_rows), out, config).manifest.generation == 1
-    remove(out, gone)
+    remove(out, removed)
     before = read_answers(InfluenceIndex.open(out, task(model, n_rows)))
     report = build(task(model, n_rows), out, replace(config, rebuild_index=True))
     assert (report.rows_extracted, report.manifest.generation) == (0, 3) and is_clean(out)
     index = InfluenceIndex.open(out, task(model, n_rows))
-    assert len(index.search_index) == n_rows - len(gone) and index.removed.tolist() == gone
+    assert len(index.search_index) == n_rows - len(removed) and index.removed.tolist() == removed
     assert read_answers(index) == before
     lists = read_answers(index, QueryOptions(k=10, search="lists"))
-    assert not {row for found in lists for row, _ in found} & set(gone)
+    assert not {row for found in lists for row, _ in found} & set(removed)
     assert verify(out).damage == ()
     remove(out, [0, 1])
     both = InfluenceIndex.open(out, task(model, n_rows))
-    kept = [[hit for hit in found if hit[0] not in (0, 1)] for found in before]
+    remaining = [[hit for hit in found if hit[0] not in (0, 1)] for found in before]
     for options in (EVERY, QueryOptions(k=300, search="lists")):
-        for found, expected in zip(read_answers(both, options), kept, strict=True):
+        for found, expected in zip(read_answers(both, options), remaining, strict=True):
             assert [row for row, _ in found] == [row for row, _ in expected]
             np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=1e-9)
     build(task(model, n_rows + 9), out, replace(config, append=True))
     grown = InfluenceIndex.open(out, task(model, n_rows + 9))
-    assert len(grown.search_index) == n_rows + 9 - len(gone) - 2 and verify(out).damage == ()
+    assert len(grown.search_index) == n_rows + 9 - len(removed) - 2 and verify(out).damage == ()

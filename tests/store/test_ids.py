@@ -78,11 +78,11 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_rebuilt_lists(
     named_task: Task, tmp_path: Path, kind: str
 ) -> None:
     out, config = tmp_path / "index", replace(SMALL, index=kind)
-    gone: set[int] = set()
+    removed: set[int] = set()
 
     def right(task: Task) -> None:
         n_rows = len(task.train_data())
-        expected = {i: row[2] for i, row in enumerate(make_named_rows(n_rows)) if i not in gone}
+        expected = {i: row[2] for i, row in enumerate(make_named_rows(n_rows)) if i not in removed}
         assert ids_by_row(out, task) == expected
         found = InfluenceIndex.open(out, task)
         assert found.positions("train", [expected[5], expected[0]]) == (5, 0)
@@ -91,13 +91,13 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_rebuilt_lists(
 
     build(named_task, out, config)
     right(named_task)
-    gone |= {3, 11}
-    remove(out, sorted(gone))
+    removed |= {3, 11}
+    remove(out, sorted(removed))
     right(named_task)
     more = grown(named_task, N + 6)
     build(more, out, replace(config, append=True))
     right(more)
-    gone |= {N + 1}
+    removed |= {N + 1}
     remove(out, [N + 1])
     build(more, out, replace(config, rebuild_index=True))
     right(more)
@@ -108,7 +108,7 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_rebuilt_lists(
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         (
             lambda row: get_id(row) if row[1:] != make_named_rows(N + 2)[N + 1][1:] else get_id(make_named_rows(1)[0]),
@@ -118,20 +118,20 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_rebuilt_lists(
     ],
 )
 def test_an_appended_row_with_an_existing_id_is_rejected_before_anything_is_written(
-    named_task: Task, index: Path, ids: Callable[[Example], Any], said: str
+    named_task: Task, index: Path, ids: Callable[[Example], Any], message: str
 ) -> None:
     before = disk.read_tree(index)
-    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row {N + 1}.*{said}"):
+    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row {N + 1}.*{message}"):
         build(replace(grown(named_task, N + 2), ids=ids), index, replace(SMALL, append=True))
     assert disk.read_tree(index) == before
     assert ids_by_row(index, named_task) == {i: row[2] for i, row in enumerate(make_named_rows(N))}
 
 
-@pytest.mark.parametrize(("value", "said"), [(2**63, "9223372036854775808")])
-def test_ids_that_an_array_would_alter_are_rejected(named_task: Task, tmp_path: Path, value: Any, said: str) -> None:
-    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row 0: got {said}, expected"):
+@pytest.mark.parametrize(("value", "message"), [(2**63, "9223372036854775808")])
+def test_ids_that_an_array_would_alter_are_rejected(named_task: Task, tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row 0: got {message}, expected"):
         build(replace(named_task, ids=lambda row: value), tmp_path / "index", SMALL)
-    with pytest.raises(TaskError, match=rf"Task.columns returns an invalid value for row 0: .*{said}"):
+    with pytest.raises(TaskError, match=rf"Task.columns returns an invalid value for row 0: .*{message}"):
         build(replace(named_task, columns=lambda row: {"it": value}), tmp_path / "index", SMALL)
     assert not (tmp_path / "index").exists()
 

@@ -374,7 +374,7 @@ def test_a_command_on_a_full_disk_names_the_file_in_one_line_and_can_be_resumed(
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "full"), "full: 'a'"),
         (OSError(errno.EIO, "sick", "b"), "sick: 'b'"),
@@ -384,8 +384,8 @@ def test_a_command_on_a_full_disk_names_the_file_in_one_line_and_can_be_resumed(
         (DamagedIndexError("damaged"), "^damaged$"),
     ],
 )
-def test_system_errors_name_the_file(error: Exception, said: str) -> None:
-    with pytest.raises(type(error) if "else" in said or "damaged" in said else OSError, match=said):
+def test_system_errors_name_the_file(error: Exception, message: str) -> None:
+    with pytest.raises(type(error) if "else" in message or "damaged" in message else OSError, match=message):
         with attach_path(Path("a"), Path("a.tmp")):
             raise error
 

@@ -56,10 +56,10 @@ class Folder:
     def sync(self) -> None:
         self.durable, self.since = dict(self.names), []
 
-    def after_loss(self, random: Random, kept: float) -> dict[str, File | Folder]:
+    def after_loss(self, random: Random, share: float) -> dict[str, File | Folder]:
         names = dict(self.durable)
         for change in self.since:
-            if random.random() < kept:
+            if random.random() < share:
                 _apply(names, change)
         return names
 
@@ -123,7 +123,7 @@ class Disk:
 
     def after_loss(self, random: Random) -> Tree:
         """Return what a loss of power may leave."""
-        kept = random.choice([0.0, 0.5, 1.0])
+        share = random.choice([0.0, 0.5, 1.0])
         contents: dict[File, bytes] = {}
 
         def content(file: File) -> bytes:
@@ -131,7 +131,7 @@ class Disk:
                 contents[file] = file.after_loss(random)
             return contents[file]
 
-        return self._tree(lambda folder: folder.after_loss(random, kept), content)
+        return self._tree(lambda folder: folder.after_loss(random, share), content)
 
     def _parent(self, path: str) -> Folder:
         node = self.at(str(PurePosixPath(path).parent))

@@ -148,17 +148,17 @@ def _places(value: Any) -> Any:
 
 def find_failures(name: str, reader: Reader, cases: range) -> list[str]:
     """Run cases of one reader in a child process, return one line per failure, and restore the file."""
-    sound, wrong = reader.path.read_bytes(), []
+    intact, wrong = reader.path.read_bytes(), []
     first = cases.start
     while first < cases.stop:
         ends, begins = os.pipe()
         child = os.fork()
         if not child:
             os.close(ends)
-            _run_cases(name, reader, sound, range(first, cases.stop), begins)
+            _run_cases(name, reader, intact, range(first, cases.stop), begins)
         os.close(begins)
-        with os.fdopen(ends) as told:
-            lines = told.read().splitlines()
+        with os.fdopen(ends) as output:
+            lines = output.read().splitlines()
         _, status = os.waitpid(child, 0)
         wrong += [line for line in lines if not line.isdecimal()]
         last = max((int(line) for line in lines if line.isdecimal()), default=first)
@@ -167,7 +167,7 @@ def find_failures(name: str, reader: Reader, cases: range) -> list[str]:
         wrong.append(f"{name} case {last}: the process ended with status {status}")
         first = last + 1
     reader.path.unlink(missing_ok=True)
-    reader.path.write_bytes(sound)
+    reader.path.write_bytes(intact)
     return wrong
 
 

@@ -22,7 +22,7 @@ def make_examples(case: str, seed: int) -> tuple[list[Any], list[Any]]:
 
 def save_checkpoints(case: str, seed: int, folder: Path) -> list[nn.Module]:
     """Save two checkpoints of a case's model and return the two models."""
-    made = []
+    trained = []
     for i in range(len(RATES)):
         model, _, _ = models.make_case(case, seed)
         with torch.random.fork_rng(), torch.no_grad():
@@ -30,8 +30,8 @@ def save_checkpoints(case: str, seed: int, folder: Path) -> list[nn.Module]:
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))
         torch.save(model.state_dict(), folder / f"{i}.pt")
-        made.append(model)
-    return made
+        trained.append(model)
+    return trained
 
 
 def task(case: str, folder: str, seed: str = "0") -> Task:

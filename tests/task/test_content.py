@@ -130,15 +130,15 @@ def frame(value):
 
 
 def circle(value):
-    made = Plain(x=value)
-    made.me, made.all = made, [made]
-    return made
+    instance = Plain(x=value)
+    instance.me, instance.all = instance, [instance]
+    return instance
 
 
 def make_named(value):
-    made = Named("text")
-    made.value = value
-    return made
+    instance = Named("text")
+    instance.value = value
+    return instance
 
 
 def dense(value):
@@ -150,9 +150,9 @@ ALIGNED = np.dtype([("a", "i1"), ("b", "f8")], align=True)
 
 def aligned(value):
     """Return a structured array with uninitialised bytes between its fields."""
-    made = np.frombuffer(np.random.bytes(ALIGNED.itemsize * 2), dtype=ALIGNED).copy()
-    made["a"], made["b"] = 1, value
-    return made
+    instance = np.frombuffer(np.random.bytes(ALIGNED.itemsize * 2), dtype=ALIGNED).copy()
+    instance["a"], instance["b"] = 1, value
+    return instance
 
 
 KINDS = {
@@ -208,10 +208,10 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support")
 @pytest.mark.parametrize("kind", KINDS)
 def test_objects_are_compared_by_content(kind):
-    made = KINDS[kind]
-    assert encode_content(made(1)) == encode_content(made(1))
-    assert encode_content([made(1)]).pieces != encode_content([made(2)]).pieces
-    assert encode_content(made(1)).unknown == ()
+    create = KINDS[kind]
+    assert encode_content(create(1)) == encode_content(create(1))
+    assert encode_content([create(1)]).pieces != encode_content([create(2)]).pieces
+    assert encode_content(create(1)).unknown == ()
 
 
 def test_sparse_matrices_of_scipy_are_compared_without_their_cached_flags():

@@ -122,8 +122,8 @@ def test_a_stream_is_rejected_until_it_is_materialised(tmp_path):
         plan(task, tmp_path / "out", CONFIG)
     assert str(e.value).endswith("return tracin_ann.materialise(data), which reads it into a list")
     build(replace(task, train_data=lambda: materialise(Stream())), tmp_path / "out", CONFIG)
-    whole = make_toy_task(tmp_path, model, train_data=lambda: make_rows(10), checkpoints=task.checkpoints)
-    assert len(InfluenceIndex.open(tmp_path / "out", whole, device="cpu").query([0])) == 1
+    longer = make_toy_task(tmp_path, model, train_data=lambda: make_rows(10), checkpoints=task.checkpoints)
+    assert len(InfluenceIndex.open(tmp_path / "out", longer, device="cpu").query([0])) == 1
 
 
 def test_any_iterable_is_materialised_in_order():

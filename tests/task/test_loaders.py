@@ -80,14 +80,17 @@ def test_every_form_of_load_scores_with_the_weights_of_the_checkpoint(tmp_path, 
 
 def test_weights_that_a_loader_stores_and_assigns_are_not_modified(tmp_path):
     checkpoints = save_checkpoints(Toy(), tmp_path)
-    kept = {str(c.path): read_weights(c.path) for c in checkpoints}
+    weights = {str(c.path): read_weights(c.path) for c in checkpoints}
     held = load_model(checkpoints[1].path)
     task = make_toy_task(
-        tmp_path, held, checkpoints=checkpoints, load=lambda model, path: model.load_state_dict(kept[path], assign=True)
+        tmp_path,
+        held,
+        checkpoints=checkpoints,
+        load=lambda model, path: model.load_state_dict(weights[path], assign=True),
     )
     build(task, tmp_path / "out", CONFIG)
     for checkpoint in checkpoints:
-        assert all(torch.equal(kept[str(checkpoint.path)][n], t) for n, t in read_weights(checkpoint.path).items())
+        assert all(torch.equal(weights[str(checkpoint.path)][n], t) for n, t in read_weights(checkpoint.path).items())
 
 
 @pytest.mark.parametrize(
@@ -202,18 +205,21 @@ class Cached(nn.Module):
 
 
 def test_buffers_and_extra_state_of_a_returned_module_are_copied(tmp_path):
-    made = Cached(shift=2.0)
-    made.layer.temperature = 0.5
-    torch.save(made.state_dict(), tmp_path / "given.pt")
+    source = Cached(shift=2.0)
+    source.layer.temperature = 0.5
+    torch.save(source.state_dict(), tmp_path / "given.pt")
     task = make_toy_task(
-        tmp_path, Cached(), checkpoints=[Checkpoint(tmp_path / "given.pt", 1.0)], load=lambda m, p: copy.deepcopy(made)
+        tmp_path,
+        Cached(),
+        checkpoints=[Checkpoint(tmp_path / "given.pt", 1.0)],
+        load=lambda m, p: copy.deepcopy(source),
     )
     model = load_checkpoints(task, [0])
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     assert model.layer.temperature == 0.5
     assert model.shift.tolist() == [2, 2, 2]
     x = torch.randn(4, 5)
-    assert torch.equal(model(x), made.eval()(x))
+    assert torch.equal(model(x), source.eval()(x))
 
 
 UNLIKE = {
@@ -293,7 +299,7 @@ def test_the_digest_of_weights_covers_parameters_buffers_and_extra_state():
     for name in ("sparse", "short", "flag", "complex"):
         changed = copy.deepcopy(model)
         setattr(changed, name, getattr(changed, name) * 0)
-        seen |= {tensors_digest(made.named_buffers()) for made in (changed, copy.deepcopy(changed))}
+        seen |= {tensors_digest(source.named_buffers()) for source in (changed, copy.deepcopy(changed))}
     assert len(seen) == 5
 
 
@@ -322,13 +328,13 @@ FILLED = {
 
 
 @pytest.mark.parametrize("load", FILLED)
-@pytest.mark.parametrize("kept", [False, True], ids=["made anew", "kept by the user"])
-def test_a_model_on_meta_is_filled_by_its_checkpoints(tmp_path, load, kept):
+@pytest.mark.parametrize("stored", [False, True], ids=["created each time", "stored by the user"])
+def test_a_model_on_meta_is_filled_by_its_checkpoints(tmp_path, load, stored):
     checkpoints = save_checkpoints(Normed(), tmp_path)
-    made = on_meta(Normed)
+    source = on_meta(Normed)
     task = make_toy_task(
         tmp_path,
-        model=(lambda: made) if kept else partial(on_meta, Normed),
+        model=(lambda: source) if stored else partial(on_meta, Normed),
         checkpoints=checkpoints,
         load=FILLED[load],
     )
@@ -339,7 +345,7 @@ def test_a_model_on_meta_is_filled_by_its_checkpoints(tmp_path, load, kept):
     )
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
     assert build(task, tmp_path / "out", CONFIG).rows_extracted == 0
-    assert all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
+    assert all(tensor.is_meta for tensor in (*source.parameters(), *source.buffers()))
 
 
 def test_a_model_partly_on_meta_is_filled(tmp_path):
@@ -353,23 +359,23 @@ def test_a_model_partly_on_meta_is_filled(tmp_path):
 
 @pytest.mark.parametrize("form", ["torch", "safetensors", "own"])
 def test_tied_weights_on_meta_stay_tied(tmp_path, form):
-    made = Tied()
+    source = Tied()
     path = tmp_path / "given.safetensors" if form == "safetensors" else tmp_path / "given.pt"
     if form == "safetensors":
-        save_model(made, str(path))
+        save_model(source, str(path))
     else:
-        torch.save(made.state_dict(), path)
+        torch.save(source.state_dict(), path)
     load = (lambda model, path: model.load_state_dict(read_weights(path), assign=True)) if form == "own" else None
     task = make_toy_task(tmp_path, model=partial(on_meta, Tied), checkpoints=[Checkpoint(path, 1.0)], load=load)
     model = load_checkpoints(task, [0, 0])
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     assert model.head.weight is model.embed.weight
     assert len(list(model.parameters())) == 3
 
 
 def test_tied_weights_of_which_a_loader_fills_one_stay_tied(tmp_path):
-    made = Tied()
-    save_model(made, str(tmp_path / "given.safetensors"))
+    source = Tied()
+    save_model(source, str(tmp_path / "given.safetensors"))
     task = make_toy_task(
         tmp_path,
         model=partial(on_meta, Tied),
@@ -377,7 +383,7 @@ def test_tied_weights_of_which_a_loader_fills_one_stay_tied(tmp_path):
         load=lambda model, path: model.load_state_dict(load_file(path), strict=False, assign=True),
     )
     model = load_checkpoints(task, [0])
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     assert model.head.weight is model.embed.weight
 
 
@@ -433,8 +439,8 @@ def test_with_a_returned_module_every_example_is_scored_alone(tmp_path):
     models = [load_model(c.path) for c in checkpoints]
     for i, model in enumerate(models):
         torch.save(model, tmp_path / f"whole{i}.pt")
-    whole = [Checkpoint(tmp_path / f"whole{i}.pt", rate) for i, rate in enumerate(RATES)]
-    task = make_toy_task(tmp_path, checkpoints=whole, load=lambda model, path: torch.load(path, weights_only=False))
+    pickled = [Checkpoint(tmp_path / f"whole{i}.pt", rate) for i, rate in enumerate(RATES)]
+    task = make_toy_task(tmp_path, checkpoints=pickled, load=lambda model, path: torch.load(path, weights_only=False))
     found = compute_exact_scores(task, tmp_path / "out")
     grads = [
         torch.stack([oracle.gradients(model, cross_entropy, data) for model in models], 1)

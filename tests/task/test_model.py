@@ -269,12 +269,12 @@ def test_weights_of_all_checkpoints_equal_those_of_the_files(tmp_path, live):
             assert checkpoints[i].learning_rate == RATES[i]
 
 
-@pytest.mark.parametrize("made", [None, torch.zeros(3), {"model": 1}])
-def test_a_model_function_that_returns_no_model_is_rejected(tmp_path, made):
+@pytest.mark.parametrize("returned", [None, torch.zeros(3), {"model": 1}])
+def test_a_model_function_that_returns_no_model_is_rejected(tmp_path, returned):
     with pytest.raises(
-        TaskError, match=rf"^Task.model does not return a model: got {type(made).__name__}, expected a torch.nn"
+        TaskError, match=rf"^Task.model does not return a model: got {type(returned).__name__}, expected a torch.nn"
     ):
-        plan(make_toy_task(tmp_path, model=lambda: made), tmp_path / "out", CONFIG)
+        plan(make_toy_task(tmp_path, model=lambda: returned), tmp_path / "out", CONFIG)
 
 
 def test_a_model_with_uninitialized_layers_is_rejected(tmp_path):

@@ -147,11 +147,11 @@ def test_a_packed_sequence_is_moved_with_its_lengths():
     assert batched_tensors(packed, 2) == "a batch that holds PackedSequence cannot be split into examples"
 
 
-@pytest.mark.parametrize("made", [Derived, Frozen, Attrs])
-def test_a_dataclass_is_moved_field_by_field_without_its_constructor(made):
-    value = made((torch.zeros(2), "text"))
+@pytest.mark.parametrize("kind", [Derived, Frozen, Attrs])
+def test_a_dataclass_is_moved_field_by_field_without_its_constructor(kind):
+    value = kind((torch.zeros(2), "text"))
     moved = to_device(value, META)
-    assert type(moved) is made and moved is not value
+    assert type(moved) is kind and moved is not value
     assert moved.x[0].device.type == "meta" and value.x[0].device.type == "cpu"
     assert moved.x[1] == "text" and moved.y == value.y
 

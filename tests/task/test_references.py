@@ -16,7 +16,7 @@ from tracin_ann.task.references import absolute_reference, load_task
 
 TASK_FILE = '''
 from tasks.named import function
-from tasks.toy import rows
+from tasks.toy import make_rows
 
 class Rows:
     """A data set whose class only this file defines."""

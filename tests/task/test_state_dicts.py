@@ -135,51 +135,51 @@ def assert_equal(one, other):
 def test_the_version_of_a_layer_is_preserved_so_that_nothing_is_converted_twice(tmp_path, prefix):
     models, checkpoints = [Scaled(), Scaled()], []
     for i, model in enumerate(models):
-        whole = model
+        holding = model
         for name in reversed(prefix.split(".")[:-1]):
             holder = nn.Module()
-            holder.add_module(name, whole)
-            whole = holder
-        torch.save(whole.state_dict(), tmp_path / f"{i}.pt")
+            holder.add_module(name, holding)
+            holding = holder
+        torch.save(holding.state_dict(), tmp_path / f"{i}.pt")
         checkpoints.append(Checkpoint(tmp_path / f"{i}.pt", RATES[i]))
     found = compute_exact_scores(make_toy_task(tmp_path, Scaled(), checkpoints=checkpoints), tmp_path / "out")
     assert abs(found - compute_true_scores(models)).max() < 1e-5 * abs(found).max()
 
 
 def test_an_old_version_is_converted(tmp_path):
-    made, model = Scaled(), Scaled()
-    load_weights(tmp_path, model, write(tmp_path, {"weight": made.weight.detach() / 2}))
-    assert torch.equal(model.weight, made.weight)
+    source, model = Scaled(), Scaled()
+    load_weights(tmp_path, model, write(tmp_path, {"weight": source.weight.detach() / 2}))
+    assert torch.equal(model.weight, source.weight)
 
 
 def test_names_that_a_layer_maps_are_accepted(tmp_path):
-    made, model = Renamed(5, 3), Renamed(5, 3)
-    load_weights(tmp_path, model, write(tmp_path, {"kernel": made.weight.detach(), "bias": made.bias.detach()}))
-    assert assert_equal(model, made)
+    source, model = Renamed(5, 3), Renamed(5, 3)
+    load_weights(tmp_path, model, write(tmp_path, {"kernel": source.weight.detach(), "bias": source.bias.detach()}))
+    assert assert_equal(model, source)
 
 
 def test_weights_from_before_parametrisations_are_accepted(tmp_path):
-    made, model = (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)) for _ in range(2))
-    halves = made.parametrizations.weight
-    old = {"bias": made.bias, "weight_g": halves.original0, "weight_v": halves.original1}
+    source, model = (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)) for _ in range(2))
+    halves = source.parametrizations.weight
+    old = {"bias": source.bias, "weight_g": halves.original0, "weight_v": halves.original1}
     load_weights(tmp_path, model, write(tmp_path, {name: value.detach() for name, value in old.items()}))
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
 
 
 def test_batch_norm_without_a_count_of_batches_is_accepted(tmp_path):
-    made, model = (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)) for _ in range(2))
-    made[1].running_mean.fill_(0.5)
-    state = {name: value for name, value in made.state_dict().items() if "num_batches" not in name}
+    source, model = (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    source[1].running_mean.fill_(0.5)
+    state = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
     load_weights(tmp_path, model, write(tmp_path, state))
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
 
 
 def test_state_that_is_not_a_tensor_is_loaded(tmp_path):
-    made, model = Tempered(5, 3), Tempered(5, 3)
-    made.temperature = 0.25
-    load_weights(tmp_path, model, write(tmp_path, made.state_dict()))
+    source, model = Tempered(5, 3), Tempered(5, 3)
+    source.temperature = 0.25
+    load_weights(tmp_path, model, write(tmp_path, source.state_dict()))
     assert model.temperature == 0.25
-    state = made.state_dict()
+    state = source.state_dict()
     del state["_extra_state"]
     assert "does not match the model: got missing _extra_state, expected" in read_error(
         tmp_path, model, write(tmp_path, state)
@@ -204,26 +204,26 @@ def test_an_error_in_the_code_of_a_layer_is_reported_in_one_line(tmp_path):
     assert message.startswith(f"checkpoint {path} does not match the model: got 'temperature', expected")
 
 
-@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+@pytest.mark.parametrize("stored", ["embed.weight", "head.weight"])
 @pytest.mark.parametrize("form", ["safetensors", "torch"])
-def test_tied_weights_may_be_in_a_file_once(tmp_path, kept, form):
-    made, model = Tied(), Tied()
-    state = {name: value for name, value in made.state_dict().items() if name == kept or "norm" in name}
+def test_tied_weights_may_be_in_a_file_once(tmp_path, stored, form):
+    source, model = Tied(), Tied()
+    state = {name: value for name, value in source.state_dict().items() if name == stored or "norm" in name}
     if form == "torch":
         path = write(tmp_path, state)
     else:
         path = tmp_path / "given.safetensors"
         save_file(state, path)
     load_weights(tmp_path, model, path)
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     assert model.head.weight is model.embed.weight
 
 
 def test_a_file_of_save_model_is_accepted(tmp_path):
-    made, model = Tied(), Tied()
-    save_model(made, str(tmp_path / "given.safetensors"))
+    source, model = Tied(), Tied()
+    save_model(source, str(tmp_path / "given.safetensors"))
     load_weights(tmp_path, model, tmp_path / "given.safetensors")
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
 
 
 def test_a_weight_without_a_tied_weight_in_the_file_is_missing(tmp_path):
@@ -245,42 +245,42 @@ WRAPPERS = {
 @pytest.mark.parametrize("entry", ["", "model", "state_dict", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", *WRAPPERS])
 def test_prefixes_and_entries_are_removed_and_reported(tmp_path, prefix, entry):
-    made, model = Toy(), Toy()
-    state = OrderedDict((f"{prefix}{name}", value) for name, value in made.state_dict().items())
-    optimiser = torch.optim.Adam(made.parameters())
+    source, model = Toy(), Toy()
+    state = OrderedDict((f"{prefix}{name}", value) for name, value in source.state_dict().items())
+    optimiser = torch.optim.Adam(source.parameters())
     content = (
         {"epoch": 3, entry: state, "optimizer": optimiser.state_dict(), "step": torch.tensor(7)} if entry else state
     )
     loader = load_weights(tmp_path, model, write(tmp_path, content))
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     parts = [f" from its entry {entry!r}"] * bool(entry) + [f" with {WRAPPERS.get(prefix)}"] * bool(prefix)
     assert loader.notes == ((f"given.pt: weights read{''.join(parts)}",) if parts else ())
 
 
 def test_separately_compiled_layers_are_read(tmp_path):
-    made, model = Toy(), Toy()
-    state = {name.replace("first.", "first._orig_mod."): value for name, value in made.state_dict().items()}
+    source, model = Toy(), Toy()
+    state = {name.replace("first.", "first._orig_mod."): value for name, value in source.state_dict().items()}
     loader = load_weights(tmp_path, model, write(tmp_path, state))
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     assert loader.notes == ("given.pt: weights read with '._orig_mod.' removed from the names",)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_module_that_has_the_name_of_a_wrapper_keeps_it(tmp_path, wrapped):
-    made, model = Holder(), Holder()
-    state = nn.ModuleDict({"module": made}).state_dict() if wrapped else made.state_dict()
+    source, model = Holder(), Holder()
+    state = nn.ModuleDict({"module": source}).state_dict() if wrapped else source.state_dict()
     loader = load_weights(tmp_path, model, write(tmp_path, state))
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
     assert len(loader.notes) == wrapped
 
 
 def test_the_matching_one_of_two_entries_is_used(tmp_path):
-    made, model = Toy(), Toy()
-    content = {"model": made.state_dict(), "state_dict": nn.Linear(2, 2).state_dict()}
+    source, model = Toy(), Toy()
+    content = {"model": source.state_dict(), "state_dict": nn.Linear(2, 2).state_dict()}
     assert load_weights(tmp_path, model, write(tmp_path, content)).notes == (
         "given.pt: weights read from its entry 'model'",
     )
-    assert assert_equal(model, made)
+    assert assert_equal(model, source)
 
 
 def test_two_matching_entries_are_rejected_by_name(tmp_path):
@@ -301,11 +301,11 @@ def test_the_closest_interpretation_names_what_does_not_match(tmp_path):
 
 
 TASK = """
-from tasks.toy import toy
+from tasks.toy import make_toy_task
 from tracin_ann import Checkpoint
 
 def task(folder):
-    return toy(folder, checkpoints=[Checkpoint(f"{folder}/wrapped{i}.pt", 0.5) for i in (0, 1)])
+    return make_toy_task(folder, checkpoints=[Checkpoint(f"{folder}/wrapped{i}.pt", 0.5) for i in (0, 1)])
 """
 
 
@@ -315,11 +315,11 @@ def test_a_build_and_its_plan_report_it_once(tmp_path, monkeypatch):
         state = torch.load(checkpoint.path, weights_only=True)
         torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, tmp_path / f"wrapped{i}.pt")
     wrapped = [Checkpoint(tmp_path / f"wrapped{i}.pt", RATES[i]) for i in (0, 1)]
-    said = "weights read from its entry 'model' with 'module.' removed from the names"
+    message = "weights read from its entry 'model' with 'module.' removed from the names"
     task = make_toy_task(tmp_path, checkpoints=wrapped)
-    assert plan(task, tmp_path / "out", CONFIG).notes == (f"wrapped0.pt and 1 more: {said}",)
+    assert plan(task, tmp_path / "out", CONFIG).notes == (f"wrapped0.pt and 1 more: {message}",)
     report = build(task, tmp_path / "out", CONFIG)
-    assert report.notes == (f"wrapped0.pt and 1 more: {said}",)
+    assert report.notes == (f"wrapped0.pt and 1 more: {message}",)
     plain = build(make_toy_task(tmp_path, checkpoints=checkpoints), tmp_path / "plain", CONFIG)
     assert plain.notes == ()
     rows_NF = [InfluenceIndex.open(tmp_path / name, task).view().take(range(10)) for name in ("out", "plain")]
@@ -330,7 +330,7 @@ def test_a_build_and_its_plan_report_it_once(tmp_path, monkeypatch):
     for more in (["--dry-run"], []):
         shown = CliRunner().invoke(main, [*words, str(tmp_path / "cli"), "--device", "cpu", *more])
         assert shown.exit_code == 0, shown.output
-        assert shown.output.count(said) == 1
+        assert shown.output.count(message) == 1
 
 
 def test_scores_of_tied_weights_from_safetensors_equal_the_oracle(tmp_path):

@@ -64,10 +64,10 @@ def test_a_learning_rate_that_is_negative_or_not_a_finite_number_is_rejected(rat
     ],
 )
 def test_every_type_of_number_is_a_learning_rate_and_stored_as_a_float(rate):
-    kept = Checkpoint(Path("last.pt"), learning_rate=rate).learning_rate
-    assert type(kept) is float
-    assert kept == (rate.item() if hasattr(rate, "item") else rate)
-    assert str(kept)[0] != "-"
+    stored = Checkpoint(Path("last.pt"), learning_rate=rate).learning_rate
+    assert type(stored) is float
+    assert stored == (rate.item() if hasattr(rate, "item") else rate)
+    assert str(stored)[0] != "-"
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -167,9 +167,9 @@ def test_a_description_may_be_a_string_or_a_description(tmp_path):
 @pytest.mark.parametrize("name", ["ids", "describe", "columns"])
 def test_functions_of_rows_are_tried_before_the_build(tmp_path: Path, name: str) -> None:
     wrong = make_toy_task(tmp_path, **{name: lambda: ["of all rows"]})
-    said = rf"^Task\.{name} fails on row 0 of train_data: got TypeError: .*{name}=lambda row"
+    message = rf"^Task\.{name} fails on row 0 of train_data: got TypeError: .*{name}=lambda row"
     for ask in (plan, build):
-        with pytest.raises(TaskError, match=said):
+        with pytest.raises(TaskError, match=message):
             ask(wrong, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()
 

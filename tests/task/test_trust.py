@@ -34,11 +34,11 @@ TASK = f"""
 import sys
 sys.path.insert(0, {str(SUPPORT)!r})
 from pathlib import Path
-from tasks.toy import RATES, Toy, rows, toy
+from tasks.toy import RATES, Toy, make_rows, make_toy_task
 from tracin_ann import Checkpoint, Task
 
 def task(folder=".") -> Task:
-    return toy(
+    return make_toy_task(
         Path(folder), Toy(),
         checkpoints=[Checkpoint(Path(folder) / f"checkpoint{{i}}.pt", rate) for i, rate in enumerate(RATES)],
         columns=lambda row: {{"label": row[1]}}, describe=lambda row: f"a {{row[1]}}",
@@ -138,7 +138,7 @@ FILES = {
 def test_a_file_that_is_not_a_task_of_the_user_is_not_run(
     index: Path, project: Path, tmp_path: Path, marker: Path, case: str
 ) -> None:
-    place, text, said = FILES[case]
+    place, text, message = FILES[case]
     path = Path(
         place.format(
             index=index, project=project, outside=tmp_path, outside_name=os.path.relpath(tmp_path, project.parent)
@@ -151,7 +151,7 @@ def test_a_file_that_is_not_a_task_of_the_user_is_not_run(
         if case == "a link":
             path.symlink_to(real)
     name_task(index, f"{path}:task")
-    with pytest.raises(UsageError, match=f"is not imported: .*{said}"):
+    with pytest.raises(UsageError, match=f"is not imported: .*{message}"):
         _ = InfluenceIndex.open(index).task
     with pytest.raises(UsageError, match="is not imported"):
         (index / FEATURES / Manifest.read(index).features[0].name).unlink()

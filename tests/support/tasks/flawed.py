@@ -57,7 +57,7 @@ def make_rows(
 
 def save_checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
     """Write checkpoints with different weights."""
-    made = []
+    checkpoints = []
     for i in range(n):
         path = folder / f"{i}.pt"
         if not path.exists():
@@ -66,8 +66,8 @@ def save_checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
                 model = Staged()
             model.stage.fill_(i)
             torch.save(model.state_dict(), path)
-        made.append(Checkpoint(path, learning_rate=RATES[i % 2]))
-    return made
+        checkpoints.append(Checkpoint(path, learning_rate=RATES[i % 2]))
+    return checkpoints
 
 
 def make_task(folder: Path, train: list[Row], query: list[Row] | None = None, **changes: Any) -> Task:
