@@ -1,4 +1,4 @@
-"""Fixtures and settings all tests share: threads, seeds, devices, the data directory, hypothesis profiles."""
+"""Shared fixtures and settings: threads, seeds, devices, the data directory, Hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from paths import ROOT as REPOSITORY
 
-# Before torch and FAISS start their thread pools: parallel test processes must not each take every core.
-# Threads that wait for a core that something else holds cost these small operations a thousandfold.
+# Before torch and FAISS start their thread pools: parallel test processes must not all use every core.
+# With too few cores, waiting threads make these small operations a thousand times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
@@ -32,7 +32,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Start every test from the same global random state, so that order and selection change nothing."""
+    """Start every test with the same global random state, so that results do not depend on order or selection."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -40,13 +40,13 @@ def _seeded() -> None:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """Return a CPU generator with a seed of its own, for tests that draw their own numbers."""
+    """Return a seeded CPU generator."""
     return torch.Generator().manual_seed(20)
 
 
 @pytest.fixture(scope="session", params=["cpu", "accelerator"])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Yield each kind of device; the accelerator joins where there is one and is skipped where not."""
+    """Return each type of device; an accelerator that does not exist is skipped."""
     if request.param == "cpu":
         yield torch.device("cpu")
     elif torch.cuda.is_available():
@@ -57,7 +57,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Return the directory with mnist.npz and the like: $TRACIN_ANN_DATA, else ../shared/data beside the repository."""
+    """Return the directory with mnist.npz etc.: $TRACIN_ANN_DATA, or ../shared/data beside the repository."""
     found = Path(os.environ.get("TRACIN_ANN_DATA") or REPOSITORY.parent / "shared" / "data")
     if not found.is_dir():
         pytest.skip(f"no data directory {found}; set TRACIN_ANN_DATA to one")

@@ -23,7 +23,7 @@ from tracin_ann.operations.verification import verify
 
 add_tests_to_path()
 
-from tasks.toy import CONFIG, Toy, rows, saved, toy  # noqa: E402
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints  # noqa: E402
 
 RESULT = "flips"
 
@@ -32,8 +32,10 @@ def build_index(folder: Path, kind: str) -> tuple[Path, Task]:
     """Build a small index with removed rows."""
     torch.manual_seed(0)
     model = Toy()
-    data = {"train_data": lambda: rows(600), "query_data": lambda: rows(20, seed=2)}
-    task = toy(folder, model, checkpoints=saved(model, folder), columns=lambda row: {"label": row[1]}, **data)
+    data = {"train_data": lambda: make_rows(600), "query_data": lambda: make_rows(20, seed=2)}
+    task = make_toy_task(
+        folder, model, checkpoints=save_checkpoints(model, folder), columns=lambda row: {"label": row[1]}, **data
+    )
     build(task, folder / "index", replace(CONFIG, index=kind, partition_rows=256))
     remove(folder / "index", [3, 200])
     return folder / "index", task

@@ -29,9 +29,9 @@ def run_chunk(task: tuple[str, int, int]) -> tuple[str, int, list[str]]:
     global _READERS, _FOLDER  # noqa: PLW0603
     if _READERS is None:
         _FOLDER = tempfile.TemporaryDirectory()
-        _READERS = fuzz.made(Path(_FOLDER.name))
+        _READERS = fuzz.build_readers(Path(_FOLDER.name))
     name, start, stop = task
-    return name, stop - start, fuzz.failures(name, _READERS[name], range(start, stop))
+    return name, stop - start, fuzz.find_failures(name, _READERS[name], range(start, stop))
 
 
 _READERS = None

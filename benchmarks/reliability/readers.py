@@ -27,7 +27,7 @@ from tracin_ann.store.manifest import Manifest
 
 add_tests_to_path()
 
-from tasks.toy import CONFIG, RATES, Toy, rows, saved, toy  # noqa: E402
+from tasks.toy import CONFIG, RATES, Toy, make_rows, make_toy_task, save_checkpoints  # noqa: E402
 
 RESULT = "readers"
 FIRST, MOST, QUERIES, K = 400, 4000, 20, 5
@@ -38,8 +38,8 @@ def make_task(folder: Path, size: list[Any]) -> Task:
     """Return the task with as many training rows as the only item of `size` is, or has if it is an index."""
     model = Toy()
     checkpoints = [Checkpoint(folder / "weights" / f"checkpoint{i}.pt", rate) for i, rate in enumerate(RATES)]
-    data = {"train_data": lambda: rows(size[0] if isinstance(size[0], int) else len(size[0]))}
-    return toy(folder, model, checkpoints=checkpoints, query_data=lambda: rows(QUERIES, seed=2), **data)
+    data = {"train_data": lambda: make_rows(size[0] if isinstance(size[0], int) else len(size[0]))}
+    return make_toy_task(folder, model, checkpoints=checkpoints, query_data=lambda: make_rows(QUERIES, seed=2), **data)
 
 
 def write(folder: Path, kind: str, done: Any) -> None:
@@ -105,7 +105,7 @@ def main() -> None:
             folder = Path(name)
             (folder / "weights").mkdir()
             torch.manual_seed(0)
-            saved(Toy(), folder / "weights")
+            save_checkpoints(Toy(), folder / "weights")
             everything = build(make_task(folder, [MOST]), folder / "all", replace(CONFIG, yardstick=False))
             whole = InfluenceIndex.open(folder / "all", make_task(folder, [MOST]))
             features = whole.features("query", range(QUERIES)).astype(np.float64)

@@ -17,7 +17,7 @@ from tracin_ann.store.columns import RowFilter
 
 add_tests_to_path()
 
-from tasks.toy import CONFIG, Toy, rows, saved, toy  # noqa: E402
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints  # noqa: E402
 
 RESULT = "soak"
 N = 5000
@@ -44,9 +44,13 @@ def main() -> None:
     model = Toy()
     with tempfile.TemporaryDirectory() as folder:
         data = {"train_data": lambda: train_rows, "query_data": lambda: query_rows}
-        train_rows, query_rows = rows(N), rows(200, seed=2)
-        task = toy(
-            Path(folder), model, checkpoints=saved(model, Path(folder)), columns=lambda r: {"label": r[1]}, **data
+        train_rows, query_rows = make_rows(N), make_rows(200, seed=2)
+        task = make_toy_task(
+            Path(folder),
+            model,
+            checkpoints=save_checkpoints(model, Path(folder)),
+            columns=lambda r: {"label": r[1]},
+            **data,
         )
         build(task, f"{folder}/index", replace(CONFIG, index="ivf", partition_rows=64))
         index = InfluenceIndex.open(f"{folder}/index", task)

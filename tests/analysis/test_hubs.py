@@ -1,4 +1,4 @@
-"""Hubs against counting every query's hits by brute force."""
+"""Hubs compared with a brute-force count of the hits of every query."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from tasks import own_ids
-from tasks.own_ids import GONE, HERE, QUERIES, N, the_task
+from tasks.own_ids import GONE, HERE, QUERIES, N
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.analysis import find_hubs
 from tracin_ann.analysis.hubs import Counts
@@ -20,19 +19,7 @@ from tracin_ann.errors import UsageError
 from tracin_ann.store.columns import RowFilter
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("hubs")
-    own_ids.made(made, "of_hubs.py", gone=GONE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
-
-
-def counted(
+def count_hits(
     index: InfluenceIndex, side: str, ids: list[int], k: int, rows: list[int], **options: bool
 ) -> tuple[list[int], list[int]]:
     """Return N_k of all rows, of proponents and of opponents, by sorting all scores of every query."""
@@ -58,13 +45,13 @@ def counted(
 
 @pytest.mark.parametrize("side", ["query", "train"])
 @pytest.mark.parametrize(("k", "lot"), [(1, 512), (4, 5)])
-def test_counts_are_those_of_brute_force(
+def test_counts_equal_those_of_brute_force(
     index: InfluenceIndex, side: str, k: int, lot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[Counts.__module__], "_LOT", lot)
     ids = list(range(QUERIES)) if side == "query" else HERE
     found = find_hubs(index, None, k, side)  # type: ignore[arg-type]
-    true = counted(index, side, ids, k, HERE)
+    true = count_hits(index, side, ids, k, HERE)
     expected = {row: (up, down) for row, (up, down) in enumerate(zip(*true, strict=True)) if up or down}
     assert {hub.row: (hub.proponent_of, hub.opponent_of) for hub in found} == expected
     assert [hub.row for hub in found] == sorted(expected, key=lambda r: (-expected[r][0], -expected[r][1], r))
@@ -80,12 +67,12 @@ def test_counts_are_those_of_brute_force(
         assert counts.skewness == pytest.approx(np.mean(deviations**3) / np.std(deviations) ** 3)
 
 
-def test_options_and_rows_are_the_querys(index: InfluenceIndex) -> None:
+def test_options_and_rows_have_the_meaning_that_they_have_in_a_query(index: InfluenceIndex) -> None:
     only = (1, 4, 5, 8, 13, 21, 30)
     options = QueryOptions(cosine=True, rows=RowFilter(only=only), k=99)
     found = find_hubs(index, [2, 0, 2, 5], 2, options=options)
     allowed = [row for row in only if row not in GONE]
-    true = counted(index, "query", [2, 0, 5], 2, allowed, cosine=True)
+    true = count_hits(index, "query", [2, 0, 5], 2, allowed, cosine=True)
     assert found.census.n_queries == 3
     assert found.census.proponents.row_N.tolist() == allowed
     assert {h.row: (h.proponent_of, h.opponent_of) for h in found} == {
@@ -103,26 +90,26 @@ def test_skewness_of_equal_counts_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "k", "said"), [([], 1, "no query"), ([QUERIES], 1, "no such row"), ([0], 0, "bad -k: got 0")]
+    ("ids", "k", "message"), [([], 1, "no query"), ([QUERIES], 1, "no such row"), ([0], 0, "bad -k: got 0")]
 )
-def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, ids: list[int], k: int, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, ids: list[int], k: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         find_hubs(index, ids, k)
 
 
-def ask(folder: Path, *arguments: object) -> Result:
+def run_command(folder: Path, *arguments: object) -> Result:
     named = ("--task", folder / "of_hubs.py:task", "--task-arg", f"folder={folder}", "--task-arg", "kind=words")
     words = (folder / "words", *named, "--device", "cpu", *arguments)
     return CliRunner().invoke(hubs_command, [str(word) for word in words])
 
 
-def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
-    asked = ask(folder, "-k", 3, "--top", 4, "--format", "jsonl")
-    assert asked.exit_code == 0, asked.stderr
-    assert [json.loads(line) for line in asked.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
-    assert f"queries:    {QUERIES}, k = 3\nsearch:     exact scan" in asked.stderr
-    assert "skewness" in asked.stderr
-    own = ask(
+def test_the_command_returns_the_result_of_the_function(folder: Path, index: InfluenceIndex, tmp_path: Path) -> None:
+    result = run_command(folder, "-k", 3, "--top", 4, "--format", "jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()] == find_hubs(index, None, 3).ranked(top=4).lines()
+    assert f"queries:    {QUERIES}, k = 3\nsearch:     exact scan" in result.stderr
+    assert "skewness" in result.stderr
+    own = run_command(
         folder,
         "--own-ids",
         "--train-ids",
@@ -139,17 +126,17 @@ def test_the_command_says_the_same(folder: Path, index: InfluenceIndex, tmp_path
     assert [line.split(",")[1] for line in (tmp_path / "hubs.csv").read_text().splitlines() if line[0].isdigit()] == [
         str(hub.id) for hub in true
     ]
-    table = ask(folder, "--ids", "0-3", "-k", 2)
+    table = run_command(folder, "--ids", "0-3", "-k", 2)
     assert "proponent_of" in table.stdout
-    both = ask(folder, "--ids", "0", "--train-ids", "1")
+    both = run_command(folder, "--ids", "0", "--train-ids", "1")
     assert (both.exit_code, both.stdout) == (2, "")
     assert "--ids and --train-ids" in both.stderr
 
 
-def test_hubs_show_and_plot_themselves(index: InfluenceIndex) -> None:
-    told: list[tuple[str, int, int]] = []
-    found = find_hubs(index, range(5), 2, progress=lambda *said: told.append(said))
-    assert told == [("queries", 5, 5)]
+def test_hubs_have_a_text_form_and_a_plot(index: InfluenceIndex) -> None:
+    calls: list[tuple[str, int, int]] = []
+    found = find_hubs(index, range(5), 2, progress=lambda *message: calls.append(message))
+    assert calls == [("queries", 5, 5)]
     found.plot().canvas.draw()
     assert "<table>" in found._repr_html_()
     assert found.to_pandas()["proponent_of"].sum() == found.census.proponents.count_N.sum()

@@ -1,4 +1,4 @@
-"""Suspects against a brute-force vote over all pairs of rows; estimate and suggested labels on known flips."""
+"""Suspects compared with a brute-force vote over all pairs of rows; estimate and suggested labels for known flips."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from click.testing import CliRunner, Result
 from sklearn.datasets import load_digits
 
 from examples import digits
-from tasks import own_ids
-from tasks.own_ids import GONE, HERE, N, the_task
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, toy
+from tasks.own_ids import HERE, N, make_task
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_toy_task
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.analysis import Suspects, find_mislabelled
 from tracin_ann.analysis.mislabelled import RANKINGS, By
@@ -28,20 +27,8 @@ from tracin_ann.store.columns import RowFilter
 LABELS = np.array([row % 3 for row in range(N)])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("mislabelled")
-    own_ids.made(made, "of_mislabelled.py", gone=GONE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
-
-
-def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:
-    """Return the share of the vote [N, 3] for each label, row after row, all cosines sorted."""
+def count_votes(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE) -> np.ndarray:
+    """Return the share of the votes [N, 3] for each label, computed row by row from all sorted cosines."""
     row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
     unit_NCD = row_NCD / np.linalg.norm(row_NCD, axis=2, keepdims=True)
     weights = np.array(RATES) / sum(RATES)
@@ -56,8 +43,8 @@ def shares(index: InfluenceIndex, neighbours: int, voters: Sequence[int] = HERE)
     return vote_NL / vote_NL.sum(axis=1, keepdims=True)
 
 
-def supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
-    """Return each label's share of the support [N, 3], one row, checkpoint and label at a time."""
+def sum_supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
+    """Return the share of the support [N, 3] for each label, computed by row, checkpoint and label."""
     row_NCD = index.view().take(np.arange(N)).astype(np.float64).reshape(N, len(RATES), -1)
     losses = index.view().store.losses().astype(np.float64)
     support_NL = np.zeros((N, 3))
@@ -74,9 +61,9 @@ def supports(index: InfluenceIndex, rows: Sequence[int] = HERE) -> np.ndarray:
     return support_NL
 
 
-def mean_losses(folder: Path) -> dict[int, float]:
-    """Return the mean losses of the rows that are there, each computed alone by its model."""
-    task, of_row = the_task(folder, "words"), dict.fromkeys(HERE, 0.0)
+def compute_mean_losses(folder: Path) -> dict[int, float]:
+    """Return the mean losses of the rows that are not removed, computed one row at a time."""
+    task, of_row = make_task(folder, "words"), dict.fromkeys(HERE, 0.0)
     for checkpoint in task.checkpoints:
         net = task.model()
         net.load_state_dict(torch.load(checkpoint.path, weights_only=True))
@@ -87,11 +74,11 @@ def mean_losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 100])
-def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
+def test_votes_equal_those_over_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
     found = find_mislabelled(index, neighbours=neighbours)
-    expected_NL = shares(index, neighbours)
+    expected_NL = count_votes(index, neighbours)
     own = {row.row: row.score for row in index.self_influence()}
-    losses = mean_losses(folder)
+    losses = compute_mean_losses(folder)
     lowest = index.view().store.losses()[HERE].min(axis=0).mean()
     assert sorted(row.row for row in found) == HERE
     for suspect in found:
@@ -106,7 +93,7 @@ def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neigh
         assert suspect.id == f"row-{100 + suspect.row:04}"
     assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
     assert [row.rank for row in found] == list(range(1, len(HERE) + 1))
-    outvoted = [row for row in HERE if shares(index, neighbours)[row].argmax() != LABELS[row]]
+    outvoted = [row for row in HERE if count_votes(index, neighbours)[row].argmax() != LABELS[row]]
     assert found.suspicion.n_outvoted == len(outvoted)
     stored = {suspect.row: suspect.loss for suspect in found}
     least = sorted(stored[row] for row in outvoted)[(len(outvoted) - 1) // 20]
@@ -114,7 +101,7 @@ def test_votes_are_those_of_all_pairs(folder: Path, index: InfluenceIndex, neigh
 
 
 def test_the_suggested_label_is_the_best_supported_other_label(index: InfluenceIndex) -> None:
-    expected_NL = supports(index)
+    expected_NL = sum_supports(index)
     for suspect in find_mislabelled(index, neighbours=5, asked=6):
         share_L = expected_NL[suspect.row]
         others = [label for label in range(3) if label != LABELS[suspect.row]]
@@ -126,14 +113,14 @@ def test_the_suggested_label_is_the_best_supported_other_label(index: InfluenceI
 def test_parquet_keeps_integer_labels_where_some_are_missing(folder: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     out = folder / "suspects.parquet"
-    assert asked(folder, "--asked", "6", "--output", str(out)).exit_code == 0
+    assert run_command(folder, "--asked", "6", "--output", str(out)).exit_code == 0
     schema = parquet.read_schema(out)
     assert {str(schema.field(name).type) for name in ("label", "speaks_for", "suggested_label")} == {"int64"}
     assert parquet.read_table(out)["speaks_for"].null_count == len(HERE) - 6
 
 
-def test_one_label_has_no_other_to_suggest(tmp_path: Path) -> None:
-    task = toy(tmp_path, columns=lambda row: {"label": "only"})
+def test_with_one_label_nothing_is_suggested(tmp_path: Path) -> None:
+    task = make_toy_task(tmp_path, columns=lambda row: {"label": "only"})
     build(task, tmp_path / "index", CONFIG)
     found = find_mislabelled(InfluenceIndex.open(tmp_path / "index", task))
     assert len(found) == 10
@@ -141,15 +128,15 @@ def test_one_label_has_no_other_to_suggest(tmp_path: Path) -> None:
 
 
 def test_only_filtered_rows_are_ranked_and_all_vote(index: InfluenceIndex) -> None:
-    whole = {row.row: row for row in find_mislabelled(index, neighbours=5)}
+    all_rows = {row.row: row for row in find_mislabelled(index, neighbours=5)}
     found = find_mislabelled(index, k=4, neighbours=5, rows=RowFilter(where=("label=1",)))
     assert len(found) == 4
     assert found.suspicion.n_rows == sum(LABELS[row] == 1 for row in HERE)
-    assert all(row.label == 1 and row.score == pytest.approx(whole[row.row].score, rel=1e-6) for row in found)
+    assert all(row.label == 1 and row.score == pytest.approx(all_rows[row.row].score, rel=1e-6) for row in found)
 
 
 @pytest.mark.parametrize("by", RANKINGS)
-def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) -> None:
+def test_rows_that_are_not_ranked_come_after_the_ranked_ones(index: InfluenceIndex, by: By) -> None:
     found = find_mislabelled(index, neighbours=5, asked=6, by=by)
     ranking = [
         row.row for row in find_mislabelled(index, None, by="self-influence" if by == "self-influence" else "loss")
@@ -160,9 +147,9 @@ def test_rows_not_asked_come_after_those_asked(index: InfluenceIndex, by: By) ->
     assert found.suspicion.n_asked == 6
 
 
-def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
+def test_without_labels_rows_are_ranked_by_loss_or_self_influence(folder: Path, index: InfluenceIndex) -> None:
     found = find_mislabelled(index, labels=None, k=7)
-    losses = mean_losses(folder)
+    losses = compute_mean_losses(folder)
     assert [row.row for row in found] == sorted(HERE, key=lambda row: -losses[row])[:7]
     assert [row.score for row in found] == pytest.approx([losses[row.row] for row in found], rel=1e-5)
     assert found.suspicion.look_at is None
@@ -171,14 +158,14 @@ def test_without_labels_rows_go_by_loss_or_self_influence(folder: Path, index: I
     assert [(row.row, row.score) for row in by_own] == [(row.row, row.score) for row in index.self_influence(7)]
 
 
-def test_losses_are_those_of_the_checkpoints_chosen(index: InfluenceIndex) -> None:
+def test_losses_are_those_of_the_selected_checkpoints(index: InfluenceIndex) -> None:
     stored_NC = index.view().store.losses()
     for suspect in find_mislabelled(index, neighbours=5, checkpoints=[1]):
         assert suspect.loss == stored_NC[suspect.row, 1]
 
 
 def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None:
-    rankings, plain = [], toy(tmp_path, columns=lambda row: {"label": row[1]})
+    rankings, plain = [], make_toy_task(tmp_path, columns=lambda row: {"label": row[1]})
     for shift in (0.0, -7.0):
 
         def loss(net: torch.nn.Module, batch: list[torch.Tensor], shift: float = shift) -> torch.Tensor:
@@ -192,9 +179,9 @@ def test_a_constant_added_to_the_loss_changes_no_ranking(tmp_path: Path) -> None
     assert rankings[0] == rankings[1]
 
 
-def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
+def test_rows_are_ranked_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
     by_votes = find_mislabelled(index, neighbours=5, by="votes")
-    share_NL = shares(index, 5)
+    share_NL = count_votes(index, 5)
     assert [row.score for row in by_votes] == pytest.approx(
         sorted((1 - share_NL[row, LABELS[row]] for row in HERE), reverse=True), abs=1e-5
     )
@@ -216,21 +203,23 @@ def test_by_votes_and_by_exact_self_influence(index: InfluenceIndex) -> None:
         ({"by": "magic"}, "bad --by.*loss-and-votes or loss or votes or self-influence"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message.replace(" ", r"\s")):
         find_mislabelled(index, **arguments)  # type: ignore[arg-type]
 
 
-def test_an_index_without_columns_says_what_to_do(tmp_path: Path) -> None:
-    build(toy(tmp_path), tmp_path / "index", CONFIG)
-    index = InfluenceIndex.open(tmp_path / "index", toy(tmp_path))
+def test_the_error_for_an_index_without_columns_has_the_remedy(tmp_path: Path) -> None:
+    build(make_toy_task(tmp_path), tmp_path / "index", CONFIG)
+    index = InfluenceIndex.open(tmp_path / "index", make_toy_task(tmp_path))
     with pytest.raises(UsageError, match="give Task.columns and build again"):
         find_mislabelled(index)
     assert len(find_mislabelled(index, labels=None)) == 10
 
 
-def test_a_column_of_fractions_holds_no_labels_and_of_bools_and_texts_does(tmp_path: Path) -> None:
-    task = toy(tmp_path, columns=lambda row: {"half": row[1] / 2, "odd": bool(row[1] % 2), "word": f"w{row[1]}"})
+def test_columns_of_bools_and_strings_are_labels_and_columns_of_fractions_are_not(tmp_path: Path) -> None:
+    task = make_toy_task(
+        tmp_path, columns=lambda row: {"half": row[1] / 2, "odd": bool(row[1] % 2), "word": f"w{row[1]}"}
+    )
     build(task, tmp_path / "index", CONFIG)
     index = InfluenceIndex.open(tmp_path / "index", task)
     with pytest.raises(UsageError, match="holds no labels"):
@@ -239,8 +228,8 @@ def test_a_column_of_fractions_holds_no_labels_and_of_bools_and_texts_does(tmp_p
     assert {row.label for row in find_mislabelled(index, "word")} == {"w0", "w1", "w2"}
 
 
-def clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]], set[int]]:
-    """Return points around three centres, labelled by them but for a share, and which of them are wrong."""
+def make_clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]], set[int]]:
+    """Return points around three centres, a share of them with wrong labels, and which labels are wrong."""
     random = np.random.default_rng(5)
     flipped = set(random.choice(n, round(wrong * n), replace=False).tolist())
     centres = 3 * torch.eye(5)[:3]
@@ -248,8 +237,8 @@ def clusters(wrong: float, n: int = 240) -> tuple[list[tuple[torch.Tensor, int]]
     return [(points[i] + centres[i % 3], (i + (i in flipped)) % 3) for i in range(n)], flipped
 
 
-def trained(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
-    """Return a task of a net that was trained on the points, two checkpoints on the way."""
+def train_task(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
+    """Return the task of a network trained on the points, with two checkpoints of the training."""
     torch.manual_seed(0)
     net = Toy()
     batch = torch.utils.data.default_collate(data)
@@ -265,9 +254,9 @@ def trained(folder: Path, data: list[tuple[torch.Tensor, int]]) -> Task:
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.05, 0.1, 0.2])
-def test_known_flips_are_found_and_about_as_many_are_to_be_looked_at(tmp_path: Path, wrong: float) -> None:
-    data, flipped = clusters(wrong)
-    task = trained(tmp_path, data)
+def test_known_flips_are_found_and_the_estimate_is_close_to_their_number(tmp_path: Path, wrong: float) -> None:
+    data, flipped = make_clusters(wrong)
+    task = train_task(tmp_path, data)
     build(task, tmp_path / "index", BuildConfig(dim=64, index="flat", device="cpu"))
     found = find_mislabelled(InfluenceIndex.open(tmp_path / "index", task))
     assert found.suspicion.look_at is not None
@@ -277,7 +266,7 @@ def test_known_flips_are_found_and_about_as_many_are_to_be_looked_at(tmp_path: P
     assert sum(row.suggested_label == row.row % 3 for row in first if row.row in flipped) >= 0.9 * len(flipped)
 
 
-def test_suggested_labels_of_flipped_digits_are_the_true_ones(tmp_path: Path) -> None:
+def test_suggested_labels_of_flipped_digits_are_the_true_labels(tmp_path: Path) -> None:
     _, digits_labels = load_digits(return_X_y=True)
     correct = []
     for seed in range(5):
@@ -291,14 +280,14 @@ def test_suggested_labels_of_flipped_digits_are_the_true_ones(tmp_path: Path) ->
         first = [row for row in found[: digits.N_TRAIN // 10] if row.row in flipped]
         assert len(first) >= 0.9 * len(flipped)
         correct += [(row.support, row.suggested_label == true[row.row]) for row in first]
-    # Each of 40 seeds gives 0.90 to 0.99, on average 0.949; the model itself predicts about as well.
+    # Each of 40 seeds gives 0.90 to 0.99, on average 0.949, which is close to the accuracy of the model.
     assert np.mean([right for _, right in correct]) >= 0.94
     certain = [right for support, right in correct if support is not None and support >= 0.5]
     assert len(certain) >= 0.3 * len(correct)
     assert np.mean(certain) >= 0.99
 
 
-def asked(folder: Path, *words: str) -> Result:
+def run_command(folder: Path, *words: str) -> Result:
     sys.path_importer_cache.clear()
     command = [
         str(folder / "words"),
@@ -310,19 +299,21 @@ def asked(folder: Path, *words: str) -> Result:
     return CliRunner().invoke(mislabelled_command, [*command, *words])
 
 
-def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index: InfluenceIndex) -> None:
+def test_the_command_writes_the_results_of_the_function_and_a_summary(folder: Path, index: InfluenceIndex) -> None:
     found = find_mislabelled(index, k=6)
-    result = asked(folder, "-k", "6", "--format", "jsonl")
+    result = run_command(folder, "-k", "6", "--format", "jsonl")
     assert result.exit_code == 0, result.output
     assert [json.loads(line) for line in result.stdout.splitlines()] == json.loads(json.dumps(found.lines()))
     assert f"estimate: check about the first {found.suspicion.look_at} of {len(HERE)} rows" in result.stderr
     out = folder / "suspects.csv"
-    assert asked(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
+    assert run_command(folder, "-k", "3", "--where", "label=2", "--output", str(out)).exit_code == 0
     assert out.read_text().splitlines()[0] == ",".join(Suspects.FIELDS.names)
-    assert "row-01" in asked(folder, "-k", "2").stdout
-    assert f"estimate: none without labels; {len(HERE)} rows ranked by loss" in asked(folder, "--no-labels").stderr
-    assert "have as large a self-influence" in asked(folder, "--by", "self-influence").stderr
-    refused = asked(folder, "--labels", "colour")
+    assert "row-01" in run_command(folder, "-k", "2").stdout
+    assert (
+        f"estimate: none without labels; {len(HERE)} rows ranked by loss" in run_command(folder, "--no-labels").stderr
+    )
+    assert "have as large a self-influence" in run_command(folder, "--by", "self-influence").stderr
+    refused = run_command(folder, "--labels", "colour")
     assert refused.exit_code == UsageError.exit_code
     assert "no column 'colour'" in refused.stderr
 
@@ -330,11 +321,11 @@ def test_the_command_writes_what_python_returns_and_sums_up(folder: Path, index:
 @pytest.mark.parametrize(
     ("columns", "left_out"), [(120, set()), (90, {"self_influence"}), (76, {"self_influence", "loss", "row"})]
 )
-def test_a_narrow_terminal_shows_the_texts_rather_than_details(
+def test_a_narrow_terminal_shows_text_before_details(
     folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int, left_out: set[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    result = asked(folder, "-k", "3", "--format", "table")
+    result = run_command(folder, "-k", "3", "--format", "table")
     assert result.exit_code == 0, result.output
     heads = result.stdout.splitlines()[0].split(" ┃ ")
     shown = set(Suspects.FIELDS.names) - set(Suspects.DATA_ONLY)
@@ -342,6 +333,6 @@ def test_a_narrow_terminal_shows_the_texts_rather_than_details(
     assert {head.strip() for head in heads} <= shown
 
 
-def test_the_command_knows_every_ranking() -> None:
+def test_the_command_accepts_every_ranking() -> None:
     choices = {tuple(p.type.choices) for p in mislabelled_command.params if p.name == "by"}  # type: ignore[attr-defined]
     assert choices == {RANKINGS}

@@ -1,4 +1,4 @@
-"""Subsets against a selection over the full matrix of scores, row by row."""
+"""Subsets compared with a row-by-row selection over the full matrix of scores."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tasks import own_ids
-from tasks.own_ids import GONE, HERE, QUERIES, N, the_task, word
-from tasks.toy import CONFIG, toy
+from tasks.own_ids import GONE, HERE, QUERIES, N, row_id
+from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.analysis import select
 from tracin_ann.analysis import subset as module
@@ -24,25 +23,13 @@ from tracin_ann.errors import UsageError
 from tracin_ann.store.columns import RowFilter
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("subset")
-    own_ids.made(made, "of_subset.py", gone=GONE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
-
-
 def matrix(index: InfluenceIndex, ids: Sequence[int], checkpoints: Sequence[int] | None = None) -> np.ndarray:
     row_NF = index.view(checkpoints).take(np.arange(len(index))).astype(np.float64)
     return index.features("query", ids, checkpoints).astype(np.float64) @ row_NF.T
 
 
-def in_turn(score_QN: np.ndarray, n: int, allowed: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (query, row) of every turn; all scores are looked at each time."""
+def select_in_turn(score_QN: np.ndarray, n: int, allowed: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (query, row) of every turn, chosen from all scores."""
     left, turns = list(allowed), []
     while len(turns) < n and left:
         query = len(turns) % len(score_QN)
@@ -54,29 +41,29 @@ def in_turn(score_QN: np.ndarray, n: int, allowed: Sequence[int]) -> list[tuple[
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20, 37, 38, 100])
 @pytest.mark.parametrize("at_once", [1, 1 << 23])
-def test_round_robin_is_that_of_the_full_matrix(
+def test_round_robin_equals_a_selection_over_the_full_matrix(
     index: InfluenceIndex, n: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CANDIDATES", at_once)
     found = select(index, n)
     score_QN = matrix(index, range(QUERIES))
-    expected = in_turn(score_QN, n, HERE)
+    expected = select_in_turn(score_QN, n, HERE)
     assert [(row.query_row, row.row) for row in found] == expected
     assert [row.score for row in found] == pytest.approx([score_QN[turn] for turn in expected], rel=1e-4, abs=1e-6)
     assert [row.rank for row in found] == list(range(1, min(n, len(HERE)) + 1))
-    assert [row.query for row in found] == [word((0, 0, 200 + query)) for query, _ in expected]
+    assert [row.query for row in found] == [row_id((0, 0, 200 + query)) for query, _ in expected]
     assert [row.id for row in found] == [f"row-{100 + row:04}" for _, row in expected]
     assert found.rows == [row for _, row in expected]
 
 
-def test_few_queries_of_one_taste_share_their_rows(index: InfluenceIndex) -> None:
-    # Alike queries take each other's candidates: each needs more than its own share of them.
+def test_similar_queries_share_their_rows(index: InfluenceIndex) -> None:
+    # Similar queries share candidates, so each needs more than its share of them.
     found = select(index, 30, [5, 2, 5, 3])
-    expected = in_turn(matrix(index, [5, 2, 3]), 30, HERE)
+    expected = select_in_turn(matrix(index, [5, 2, 3]), 30, HERE)
     assert [(row.query_row, row.row) for row in found] == [((5, 2, 3)[query], row) for query, row in expected]
 
 
-def test_mean_is_that_of_the_full_matrix_and_filters_and_checkpoints_hold(index: InfluenceIndex) -> None:
+def test_mean_equals_a_selection_over_the_full_matrix_with_filters_and_checkpoints(index: InfluenceIndex) -> None:
     passing = [row for row in HERE if row % 3 == 1 and row != 7]
     chosen = RowFilter(without=(7,), where=("label=1",))
     for checkpoints in (None, (1,)):
@@ -87,14 +74,14 @@ def test_mean_is_that_of_the_full_matrix_and_filters_and_checkpoints_hold(index:
         assert [row.score for row in found] == pytest.approx(mean_N[found.rows], rel=1e-4, abs=1e-6)
         assert all(row.query is None for row in found)
         turns = select(index, 9, rows=chosen, checkpoints=checkpoints)
-        assert [(row.query_row, row.row) for row in turns] == in_turn(score_QN, 9, passing)
+        assert [(row.query_row, row.row) for row in turns] == select_in_turn(score_QN, 9, passing)
 
 
-def test_equal_scores_go_by_rising_row(tmp_path: Path) -> None:
+def test_equal_scores_are_ordered_by_rising_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     same = (torch.ones(5), 1)
     other = (torch.ones(5), 2)
-    task = toy(tmp_path, train_data=lambda: [other, *[same] * 30], query_data=lambda: [same, same, other])
+    task = make_toy_task(tmp_path, train_data=lambda: [other, *[same] * 30], query_data=lambda: [same, same, other])
     build(task, tmp_path / "index", CONFIG)
     index = InfluenceIndex.open(tmp_path / "index", task)
     score_QN = matrix(index, range(3))
@@ -104,7 +91,7 @@ def test_equal_scores_go_by_rising_row(tmp_path: Path) -> None:
     assert select(index, 3).rows[2] == 0
 
 
-def test_no_row_to_take_is_no_row(index: InfluenceIndex) -> None:
+def test_without_eligible_rows_the_selection_is_empty(index: InfluenceIndex) -> None:
     nothing = RowFilter(only=tuple(GONE))
     assert select(index, 3, rows=nothing) == []
     assert select(index, 3, method="mean", rows=nothing) == []
@@ -114,45 +101,45 @@ def test_no_row_to_take_is_no_row(index: InfluenceIndex) -> None:
     ("arguments", "message"),
     [((0,), "bad --n"), ((3, [QUERIES]), "query"), ((3, []), "no query"), ((3, None, "best"), "bad --method")],
 )
-def test_what_cannot_be_asked_is_refused(index: InfluenceIndex, arguments: tuple[object, ...], message: str) -> None:
+def test_invalid_arguments_are_rejected(index: InfluenceIndex, arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         select(index, *arguments)  # type: ignore[arg-type]
 
 
-def run(command: object, folder: Path, *words: str) -> Result:
+def run_command(command: object, folder: Path, *words: str) -> Result:
     sys.path_importer_cache.clear()
     task = ["--task", f"{folder / 'of_subset.py'}:task", "--task-arg", f"folder={folder}"]
     return CliRunner().invoke(command, [str(folder / "words"), *task, *words])  # type: ignore[arg-type]
 
 
-def test_the_commands_list_is_read_back_by_query(folder: Path, index: InfluenceIndex) -> None:
+def test_the_query_command_reads_the_list_that_the_command_writes(folder: Path, index: InfluenceIndex) -> None:
     listed = folder / "chosen.txt"
-    result = run(select_command, folder, "--n", "9", "--ids", "0-3", "--output", str(listed))
+    result = run_command(select_command, folder, "--n", "9", "--ids", "0-3", "--output", str(listed))
     assert result.exit_code == 0, result.output
     found = select(index, 9, range(4))
     assert listed.read_text() == "".join(f"{row}\n" for row in found.rows)
     assert f"9 of {N} rows for 4 queries, by round-robin" in result.stderr
-    hits = run(query_command, folder, "--ids", "0", "-k", "40", "--only", f"@{listed}", "--format", "jsonl")
+    hits = run_command(query_command, folder, "--ids", "0", "-k", "40", "--only", f"@{listed}", "--format", "jsonl")
     answer = json.loads(hits.stdout)
     assert {hit["row"] for hit in answer["proponents"] + answer["opponents"]} == set(found.rows)
-    refused = run(select_command, folder, "--n", "9", "--output", str(listed), "--csv-raw")
+    refused = run_command(select_command, folder, "--n", "9", "--output", str(listed), "--csv-raw")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only" in refused.stderr
 
 
-def test_the_commands_list_of_own_ids_is_read_back_by_query(folder: Path, index: InfluenceIndex) -> None:
+def test_the_query_command_reads_a_list_with_ids_of_the_task(folder: Path, index: InfluenceIndex) -> None:
     listed = folder / "names.txt"
     words = ["--own-ids", "--n", "5", "--ids", "row-0201,row-0200", "--method", "mean", "--output", str(listed)]
-    assert run(select_command, folder, *words).exit_code == 0
+    assert run_command(select_command, folder, *words).exit_code == 0
     found = select(index, 5, [1, 0], "mean")
     assert listed.read_text().split() == [row.id for row in found]
     words = ["--own-ids", "--ids", "row-0200", "-k", "40", "--only", f"@{listed}", "--format", "jsonl"]
-    answer = json.loads(run(query_command, folder, *words).stdout)
+    answer = json.loads(run_command(query_command, folder, *words).stdout)
     assert {hit["row"] for hit in answer["proponents"] + answer["opponents"]} == set(found.rows)
 
 
-def test_the_command_writes_what_python_returns(folder: Path, index: InfluenceIndex) -> None:
-    result = run(select_command, folder, "--n", "6", "--format", "jsonl")
+def test_the_command_writes_the_results_of_the_function(folder: Path, index: InfluenceIndex) -> None:
+    result = run_command(select_command, folder, "--n", "6", "--format", "jsonl")
     found = select(index, 6)
     assert [json.loads(line) for line in result.stdout.splitlines()] == json.loads(json.dumps(found.lines()))
-    assert run(select_command, folder, "--n", "6", "--output", str(folder / "six.parquet")).exit_code == 0
-    assert len(run(select_command, folder, "--n", "3").stdout.splitlines()) == 5
+    assert run_command(select_command, folder, "--n", "6", "--output", str(folder / "six.parquet")).exit_code == 0
+    assert len(run_command(select_command, folder, "--n", "3").stdout.splitlines()) == 5

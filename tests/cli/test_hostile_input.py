@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,10 @@ from pathlib import Path
 import click
 import pytest
 
-from hostile import HANGS_AFTER, ask, made, run, shell, words
+from hostile import HANGS_AFTER, query_arguments, query_index, shell
+from invocation import run
 from tasks.own_ids import QUERIES, N
-from tasks.toy import CONFIG, toy
+from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import build
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize
@@ -29,14 +29,9 @@ from tracin_ann.store.manifest import Manifest, read_build_record
 ROOM = 1 << 29
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp(Path(__file__).stem))
-
-
 @pytest.fixture
-def bounded() -> Iterator[None]:
-    """Let the test take half a gigabyte more of addresses, and end it where it hangs."""
+def limit_resources() -> Iterator[None]:
+    """Limit the test to half a gigabyte of additional address space, and stop it if it hangs."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, before[1]))
@@ -53,9 +48,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
 
 
 @linux
-@pytest.mark.usefixtures("bounded")
+@pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--ids", "0-9999999999"), f"no such row in query_data: got {QUERIES}, expected 0 to {QUERIES - 1}"),
         (("--ids", "9999999999"), "got 9999999999, expected 0 to"),
@@ -78,14 +73,16 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
 )
-def test_words_that_ask_for_too_much_are_refused_in_a_line(folder: Path, options: tuple[str, ...], said: str) -> None:
-    result = ask(folder, *options)
+def test_oversized_arguments_are_rejected_in_one_line(
+    hostile_folder: Path, options: tuple[str, ...], message: str
+) -> None:
+    result = query_index(hostile_folder, *options)
     line = result.stderr.splitlines()[-1]
     assert (result.exit_code, result.stdout) == (2, ""), result.stderr
-    assert said in line and len(line) < 300
+    assert message in line and len(line) < 300
 
 
-def test_ranges_are_the_rows_that_they_name_each_once() -> None:
+def test_overlapping_ranges_select_each_row_once() -> None:
     found = IdRanges().convert("5-7,0,6-9", None, None)
     assert found.expand(10, "bad") == (5, 6, 7, 0, 8, 9)  # type: ignore[union-attr]
     assert CheckpointRanges().convert("1,0-1", None, None) == (1, 0)
@@ -97,15 +94,15 @@ def test_ranges_are_the_rows_that_they_name_each_once() -> None:
 
 @pytest.mark.parametrize("digits", [100, 5000])
 @pytest.mark.parametrize("option", ["-k", "--candidates", "--batch-size", "--seed", "--dim"])
-def test_numbers_of_many_digits_end_in_a_line(folder: Path, option: str, digits: int) -> None:
-    result = ask(folder, "--ids", "0", option, "9" * digits)
+def test_numbers_with_many_digits_are_rejected_in_one_line(hostile_folder: Path, option: str, digits: int) -> None:
+    result = query_index(hostile_folder, "--ids", "0", option, "9" * digits)
     assert result.exit_code in (1, 2, 3) or (result.exit_code == 0 and option in ("-k", "--candidates", "--batch-size"))
     assert "Traceback" not in result.stderr and "internal error" not in result.stderr
 
 
-@pytest.mark.usefixtures("bounded")
+@pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("x = " + "[" * 50_000, "recursion"),
         ("x = " + "{a=" * 20_000, "recursion"),
@@ -122,21 +119,23 @@ def test_numbers_of_many_digits_end_in_a_line(folder: Path, option: str, digits:
     ],
     ids=range(12),
 )
-def test_config_files_that_are_deep_or_large_are_refused_in_a_line(folder: Path, text: str, said: str) -> None:
-    path = folder / "deep.toml"
+def test_deep_or_large_config_files_are_rejected_in_one_line(hostile_folder: Path, text: str, message: str) -> None:
+    path = hostile_folder / "deep.toml"
     path.write_text(text)
-    result = ask(folder, "--config", path)
+    result = query_index(hostile_folder, "--config", path)
     assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
-    assert said in result.stderr and "deep.toml" in result.stderr and len(result.stderr) < 600
+    assert message in result.stderr and "deep.toml" in result.stderr and len(result.stderr) < 600
 
 
-def test_ids_from_another_command_and_from_a_fifo_that_nobody_writes(folder: Path, tmp_path: Path) -> None:
-    plain = ask(folder, "--ids", "1,3-4", "-k", 2, "--format", "jsonl").stdout
-    given = words(folder, "-k", 2, "--format", "jsonl", "-q")
+def test_ids_are_read_from_another_command_and_a_fifo_without_a_writer_is_rejected(
+    hostile_folder: Path, tmp_path: Path
+) -> None:
+    plain = query_index(hostile_folder, "--ids", "1,3-4", "-k", 2, "--format", "jsonl").stdout
+    given = query_arguments(hostile_folder, "-k", 2, "--format", "jsonl", "-q")
     done = shell('"$@" --ids @<(sleep 0.2; echo 1; echo 3-4)', *given)
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, plain, b"")
     os.mkfifo(tmp_path / "ids")
-    refused = ask(folder, "--ids", f"@{tmp_path / 'ids'}")
+    refused = query_index(hostile_folder, "--ids", f"@{tmp_path / 'ids'}")
     assert refused.exit_code == 2 and "no process writes to it" in refused.stderr
 
 
@@ -165,41 +164,35 @@ FILES: dict[str, Callable[[Path, Manifest], Path]] = {
 }
 
 
-@pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
-    subprocess.run(["cp", "-r", folder / "index", tmp_path / "index"], check=True)
-    return tmp_path / "index"
-
-
-@pytest.mark.usefixtures("bounded")
+@pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize("become", [fifo, device, directory], ids=lambda become: become.__name__)
 @pytest.mark.parametrize("name", FILES)
-def test_no_command_waits_for_what_is_no_file(
-    folder: Path, copied: Path, name: str, become: Callable[[Path], None]
+def test_no_command_waits_for_a_path_that_is_not_a_file(
+    hostile_folder: Path, index_copy: Path, name: str, become: Callable[[Path], None]
 ) -> None:
-    path = FILES[name](copied, Manifest.read(copied))
+    path = FILES[name](index_copy, Manifest.read(index_copy))
     become(path)
-    task = words(folder)[1:]
+    task = query_arguments(hostile_folder)[1:]
     for command, more in (
         (query_command, [*task, "--ids", "0"]),
         (verify_command, []),
         (info_command, []),
         (remove_command, ["--ids", "1"]),
     ):
-        result = run(command, copied, *more)
+        result = run(command, index_copy, *more)
         assert result.exit_code in (0, 1, 4), (command, result.stderr)
         assert len(result.stderr.splitlines()) <= 1 or not result.exit_code
     if name in ("manifest", "feature file"):
-        assert run(query_command, copied, *task, "--ids", "0").exit_code == 4
+        assert run(query_command, index_copy, *task, "--ids", "0").exit_code == 4
     if name == "build record":
         with pytest.raises(DamagedIndexError, match=r"build.json: got (a FIFO|a symbolic link|a directory)"):
-            read_build_record(copied)
+            read_build_record(index_copy)
 
 
-@pytest.mark.usefixtures("bounded")
+@pytest.mark.usefixtures("limit_resources")
 @pytest.mark.parametrize("become", [fifo, device], ids=lambda become: become.__name__)
-def test_a_checkpoint_that_is_no_file_is_refused(tmp_path: Path, become: Callable[[Path], None]) -> None:
-    task = toy(tmp_path)
+def test_a_checkpoint_that_is_not_a_file_is_rejected(tmp_path: Path, become: Callable[[Path], None]) -> None:
+    task = make_toy_task(tmp_path)
     become(tmp_path / "checkpoint1.pt")
     with pytest.raises(CheckpointError, match=r"checkpoint1.pt is not a file: got (a FIFO|a device), expected"):
         build(task, tmp_path / "out", CONFIG)

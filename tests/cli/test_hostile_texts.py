@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from hostile import RAW, SIGNS, TEXTS, ask, hostile_task, made, run, shell, words
+from hostile import RAW, SIGNS, TEXTS, hostile_task, query_arguments, query_index, shell
+from invocation import run
 from pages import Page
-from tasks.own_ids import QUERIES, N, numbered
+from tasks.own_ids import QUERIES, N, make_numbered_rows
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
@@ -23,18 +23,7 @@ from tracin_ann.store.manifest import FORMAT, Manifest, content_digest
 from tracin_ann.text import escape_control
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp(Path(__file__).stem))
-
-
-@pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
-    subprocess.run(["cp", "-r", folder / "index", tmp_path / "index"], check=True)
-    return tmp_path / "index"
-
-
-def test_what_is_visible_is_one_line_that_changes_no_terminal() -> None:
+def test_visible_text_is_one_line_without_terminal_controls() -> None:
     for text, shown in SIGNS.items():
         assert escape_control(text) == shown
     assert escape_control("naïve ✓ 😀 א") == "naïve ✓ 😀 א"
@@ -42,26 +31,34 @@ def test_what_is_visible_is_one_line_that_changes_no_terminal() -> None:
     assert escape_control("a\tb\nc", "\n\t") == "a\tb\nc"
 
 
-def test_tables_show_escapes_of_texts_and_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_escape_control_characters_in_text_and_ids(
+    hostile_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    answers, ranked = ask(folder, "--ids", f"0-{QUERIES - 1}", "-k", N).stdout, ask(folder, "--self-influence").stdout
+    answers, ranked = (
+        query_index(hostile_folder, "--ids", f"0-{QUERIES - 1}", "-k", N).stdout,
+        query_index(hostile_folder, "--self-influence").stdout,
+    )
     assert not RAW.search(answers) and not RAW.search(ranked)
     for shown in SIGNS.values():
         assert shown in answers
 
 
-def test_no_line_of_a_manifest_reaches_the_terminal_raw(folder: Path, copied: Path) -> None:
-    manifest = Manifest.read(copied)
-    forged = json.loads((copied / "manifest.json").read_text())
+def test_text_of_a_manifest_is_escaped_on_a_terminal(hostile_folder: Path, index_copy: Path) -> None:
+    manifest = Manifest.read(index_copy)
+    forged = json.loads((index_copy / "manifest.json").read_text())
     forged["index"]["reason"] = "\x1b]0;owned\x07\u202eflat\nrows        7"
     forged["build"]["task"]["reference"] = "\x1b[31mnowhere.py:task"
     content = {name: value for name, value in forged.items() if name not in ("format", "digest")}
     text = json.dumps({"format": FORMAT, "digest": content_digest(content), **content})
-    for path in (copied / "manifest.json", generation_folder(copied, manifest.generation) / "manifest.json"):
+    for path in (index_copy / "manifest.json", generation_folder(index_copy, manifest.generation) / "manifest.json"):
         path.write_text(text)
-    told = run(info_command, copied).stdout
-    assert not RAW.search(told) and r"\x1b]0;owned\x07\u202eflat\nrows" in told
-    for result in (run(query_command, copied, "--ids", "0"), run(query_command, copied, "--ids", "0", "--debug")):
+    output = run(info_command, index_copy).stdout
+    assert not RAW.search(output) and r"\x1b]0;owned\x07\u202eflat\nrows" in output
+    for result in (
+        run(query_command, index_copy, "--ids", "0"),
+        run(query_command, index_copy, "--ids", "0", "--debug"),
+    ):
         assert result.exit_code and not RAW.search(result.stderr)
 
 
@@ -85,23 +82,23 @@ def test_no_line_of_a_manifest_reaches_the_terminal_raw(folder: Path, copied: Pa
         ("", ""),
     ],
 )
-def test_cells_that_a_spreadsheet_would_run_are_guarded(text: str, cell: str) -> None:
+def test_cells_that_a_spreadsheet_would_evaluate_are_escaped(text: str, cell: str) -> None:
     assert guard_formula(text) == cell
 
 
-def test_csv_guards_texts_unless_told_not_to(folder: Path, tmp_path: Path) -> None:
-    asked = ("--ids", f"0-{QUERIES - 1}", "-k", N)
+def test_csv_escapes_text_unless_the_option_disables_it(hostile_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--ids", f"0-{QUERIES - 1}", "-k", N)
     for more, guards in (((), True), (("--csv-raw",), False)):
-        assert ask(folder, *asked, *more, "--output", tmp_path / "a.csv").exit_code == 0
+        assert query_index(hostile_folder, *arguments, *more, "--output", tmp_path / "a.csv").exit_code == 0
         with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
             records = list(csv.DictReader(file))
         texts = {record["text"] for record in records}
         assert ("'=HYPERLINK(A1)" in texts, "=HYPERLINK(A1)" in texts) == (guards, not guards)
         assert ("'@SUM(A1)" in texts, "-2.5" in texts) == (guards, True)
         assert {float(record["score"]) < 0 for record in records} == {True, False}
-    refused = ask(folder, *asked, "--csv-raw", "--format", "jsonl")
+    refused = query_index(hostile_folder, *arguments, "--csv-raw", "--format", "jsonl")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --format jsonl" in refused.stderr
-    refused = ask(folder, *asked, "--csv-raw", "--html", tmp_path / "a.html")
+    refused = query_index(hostile_folder, *arguments, "--csv-raw", "--html", tmp_path / "a.html")
     assert refused.exit_code == 2 and "--csv-raw applies to CSV only: got --html alone" in refused.stderr
 
 
@@ -109,19 +106,24 @@ ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONC
 
 
 @pytest.mark.slow
-def test_every_format_is_written_in_every_locale(folder: Path, tmp_path: Path) -> None:
-    asked = ("--ids", f"0-{QUERIES - 1}", "-k", N, "-q")
-    index = InfluenceIndex.open(folder / "index", hostile_task(folder), device="cpu")
+def test_every_format_is_written_in_every_locale(hostile_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--ids", f"0-{QUERIES - 1}", "-k", N, "-q")
+    index = InfluenceIndex.open(hostile_folder / "index", hostile_task(hostile_folder), device="cpu")
     expected = index.query(range(QUERIES), options=QueryOptions(k=N)).lines()
     for form in ("jsonl", "csv", "table"):
-        done = shell('"$@"', *words(folder, *asked, "--format", form), **ASCII)
+        done = shell('"$@"', *query_arguments(hostile_folder, *arguments, "--format", form), **ASCII)
         assert (done.returncode, done.stderr) == (0, b"")
-        told = done.stdout.decode("ascii")
+        output = done.stdout.decode("ascii")
         if form == "jsonl":
-            assert [json.loads(line) for line in told.splitlines()] == expected
+            assert [json.loads(line) for line in output.splitlines()] == expected
     for form in ("jsonl", "csv", "parquet"):
-        assert shell('"$@"', *words(folder, *asked, "--output", tmp_path / f"ascii.{form}"), **ASCII).returncode == 0
-        assert ask(folder, *asked, "--output", tmp_path / f"utf8.{form}").exit_code == 0
+        assert (
+            shell(
+                '"$@"', *query_arguments(hostile_folder, *arguments, "--output", tmp_path / f"ascii.{form}"), **ASCII
+            ).returncode
+            == 0
+        )
+        assert query_index(hostile_folder, *arguments, "--output", tmp_path / f"utf8.{form}").exit_code == 0
         assert (tmp_path / f"ascii.{form}").read_bytes() == (tmp_path / f"utf8.{form}").read_bytes()
     lines = (tmp_path / "ascii.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == expected
@@ -130,28 +132,34 @@ def test_every_format_is_written_in_every_locale(folder: Path, tmp_path: Path) -
     assert r"lone \ud800" in (tmp_path / "ascii.csv").read_text(encoding="utf-8")
 
 
-def test_lone_surrogates_stop_neither_frames_nor_columns(folder: Path) -> None:
-    index = InfluenceIndex.open(folder / "index", hostile_task(folder), device="cpu")
+def test_lone_surrogates_are_accepted_in_frames_and_columns(hostile_folder: Path) -> None:
+    index = InfluenceIndex.open(hostile_folder / "index", hostile_task(hostile_folder), device="cpu")
     answers = index.query(range(QUERIES), options=QueryOptions(k=N))
     assert r"lone \ud800" in set(answers.to_pandas()["text"])
     assert "lone \ud800" in index.columns["label"]
     assert not RAW.search(answers._repr_html_()) and not RAW.search(index.self_influence()._repr_html_())
-    (path,) = (folder / "index").rglob("columns.npz")
-    assert read_arrays(path)["ids"].tolist() == [f"{row[2]} {TEXTS[row[2] % len(TEXTS)]}" for row in numbered(N, 1)]
-    assert index.positions("train", [f"{row[2]} {TEXTS[row[2] % len(TEXTS)]}" for row in numbered(3, 1)]) == (0, 1, 2)
+    (path,) = (hostile_folder / "index").rglob("columns.npz")
+    assert read_arrays(path)["ids"].tolist() == [
+        f"{row[2]} {TEXTS[row[2] % len(TEXTS)]}" for row in make_numbered_rows(N, 1)
+    ]
+    assert index.positions("train", [f"{row[2]} {TEXTS[row[2] % len(TEXTS)]}" for row in make_numbered_rows(3, 1)]) == (
+        0,
+        1,
+        2,
+    )
 
 
-@pytest.mark.parametrize("asked", [("--ids", "0-6"), ("--self-influence",)], ids=lambda asked: asked[0])
-def test_pages_hold_no_control_character_and_say_what_was_there(
-    folder: Path, tmp_path: Path, asked: tuple[str, ...]
+@pytest.mark.parametrize("options", [("--ids", "0-6"), ("--self-influence",)], ids=lambda options: options[0])
+def test_pages_contain_escapes_in_place_of_control_characters(
+    hostile_folder: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     path = tmp_path / "page.html"
-    result = ask(folder, *asked, "-k", N, "--html", path)
+    result = query_index(hostile_folder, *options, "-k", N, "--html", path)
     assert result.exit_code == 0, result.stderr
     page = Page(path)
     assert not RAW.search(page.source)
     for shown in SIGNS.values():
         assert shown in page.text
     data = json.loads(page.scripts[0])
-    if asked[0] == "--self-influence":
+    if options[0] == "--self-influence":
         assert {row["text"] for row in data["rows"]} >= set(SIGNS)

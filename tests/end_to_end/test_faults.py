@@ -25,9 +25,20 @@ import click
 import pytest
 
 import disk
-from commands import KINDS, OUT, Answers, Command, Reference, answers, commands, plain, reference, task
+from commands import (
+    KINDS,
+    OUT,
+    Answers,
+    Command,
+    Reference,
+    collect_answers,
+    make_commands,
+    read_files,
+    run_reference,
+    task,
+)
 from disk import Tree
-from faults import Call, Crash, Fault, Watch, faults_of
+from faults import Call, Crash, Fault, Watch, list_faults
 from paths import ROOT
 from tracin_ann.cli.failures import handle_failures
 from tracin_ann.errors import DamagedIndexError
@@ -60,7 +71,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 def watch_command(command: Command, root: Path, **more: object) -> Watch:
     """Return a watch over a fresh copy of the directory from which the command starts."""
     shutil.rmtree(root, ignore_errors=True)
-    disk.write(command.start, root)
+    disk.write_tree(command.start, root)
     return Watch(root, **more)  # type: ignore[arg-type]
 
 
@@ -81,14 +92,14 @@ def states(command: Command, root: Path, losses: int, seed: int) -> list[tuple[s
     watch = watch_command(command, root, seen=seen)
     with watch:
         command.at(root)
-    assert plain(watch.disk.now()) == plain(disk.read(root)), "the watch missed a call"
+    assert read_files(watch.disk.now()) == read_files(disk.read_tree(root)), "the watch missed a call"
     return list(found.values())
 
 
 def read_answers(expected: Reference, root: Path) -> Answers | None:
     """Return the answers of the index below a directory: those of the old index or of the new one."""
     try:
-        found = answers(root / OUT)
+        found = collect_answers(root / OUT)
     except DamagedIndexError as error:
         assert expected.before is None and "got no file" in str(error) and not (root / OUT / MANIFEST).exists()
         return None
@@ -99,7 +110,7 @@ def read_answers(expected: Reference, root: Path) -> Answers | None:
 def run_again(expected: Reference, root: Path) -> None:
     """Run the command again, and compare its result with the expected one."""
     expected.command.at(root)
-    found = plain(disk.read(root))
+    found = read_files(disk.read_tree(root))
     assert found.keys() == expected.end.keys()
     assert [path for path in found if found[path] != expected.end[path]] == []
     assert read_answers(expected, root) == expected.after
@@ -121,12 +132,14 @@ def name_place(place: str) -> Iterator[None]:
 
 @every_command
 @every_kind
-def test_killed_or_without_power_it_is_the_old_or_the_new_and_goes_on(root: Path, kind: str, name: str) -> None:
-    expected = reference(kind, name)
+def test_after_a_kill_or_power_loss_the_index_is_the_old_or_the_new_one_and_the_command_resumes(
+    root: Path, kind: str, name: str
+) -> None:
+    expected = run_reference(kind, name)
     found = states(expected.command, root, LOSSES, seed=1)
     for label, tree in sample(found, seed=len(found)):
         shutil.rmtree(root)
-        disk.write(tree, root)
+        disk.write_tree(tree, root)
         with name_place(f"{kind} {name}: {label}"):
             read_answers(expected, root)
             run_again(expected, root)
@@ -134,84 +147,82 @@ def test_killed_or_without_power_it_is_the_old_or_the_new_and_goes_on(root: Path
 
 @every_command
 @every_kind
-def test_what_is_finished_outlives_a_loss_of_power(root: Path, kind: str, name: str) -> None:
-    expected, random = reference(kind, name), Random(2)
+def test_finished_work_survives_a_power_loss(root: Path, kind: str, name: str) -> None:
+    expected, random = run_reference(kind, name), Random(2)
     with watch_command(expected.command, root) as watch:
         expected.command.at(root)
     trees = {disk.digest(tree): tree for tree in (watch.disk.after_loss(random) for _ in range(40))}
     for tree in trees.values():
         shutil.rmtree(root)
-        disk.write(tree, root)
+        disk.write_tree(tree, root)
         assert read_answers(expected, root) == expected.after
         run_again(expected, root)
 
 
 @every_command
 @every_kind
-def test_killed_and_gone_on_with_it_outlives_a_loss_of_power(root: Path, kind: str, name: str) -> None:
+def test_a_resumed_command_survives_a_power_loss(root: Path, kind: str, name: str) -> None:
     """The second run must fsync what the first run wrote without fsync."""
-    expected, random = reference(kind, name), Random(3)
+    expected, random = run_reference(kind, name), Random(3)
     with watch_command(expected.command, root) as watch:
         expected.command.at(root)
     with_a_new_directory = [after for call, after in pairwise(watch.calls) if call.kind == "mkdir"]
     for call in dict.fromkeys([*with_a_new_directory, *sample(watch.calls, seed=len(watch.calls))]):
         with watch_command(expected.command, root, fault=Fault(call.number)) as killed, pytest.raises(Crash):
             expected.command.at(root)
-        assert plain(killed.disk.now()) == plain(disk.read(root))
+        assert read_files(killed.disk.now()) == read_files(disk.read_tree(root))
         with Watch(root, disk=killed.disk) as again:
             expected.command.at(root)
         shutil.rmtree(root)
-        disk.write(again.disk.after_loss(random), root)
+        disk.write_tree(again.disk.after_loss(random), root)
         with name_place(f"{kind} {name}: killed at {call}"):
             assert read_answers(expected, root) == expected.after
 
 
 @every_command
 @every_kind
-def test_a_call_that_fails_is_told_in_a_line_and_leaves_the_old_or_the_new(
+def test_a_failed_call_is_reported_in_one_line_and_leaves_the_old_or_the_new_index(
     root: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = reference(kind, name)
+    expected = run_reference(kind, name)
     with watch_command(expected.command, root) as watch:
         expected.command.at(root)
-    failing = [(call, fault) for call in watch.calls for fault in faults_of(call)]
+    failing = [(call, fault) for call in watch.calls for fault in list_faults(call)]
     for call, fault in sample(failing, seed=len(failing)):
         with name_place(f"{kind} {name}: {fault} at {call}"):
             with watch_command(expected.command, root, fault=fault):
                 ended = _exit_status(expected.command, root)
-            said = capsys.readouterr().err
-            assert ended == (1 if said else 0)
-            if said:
-                (line,) = said.splitlines()
+            message = capsys.readouterr().err
+            assert ended == (1 if message else 0)
+            if message:
+                (line,) = message.splitlines()
                 assert line.startswith("error: cannot ") and f"{root}" in line and os.strerror(fault.error or 0) in line
             seen = read_answers(expected, root)
-            assert said or seen == expected.after
+            assert message or seen == expected.after
             run_again(expected, root)
 
 
 @every_kind
 def test_a_file_that_cannot_be_mapped_is_named_and_not_reported_as_damaged(root: Path, kind: str) -> None:
-    expected = reference(kind, "append")
-    disk.write(expected.command.start, root)
+    expected = run_reference(kind, "append")
+    disk.write_tree(expected.command.start, root)
     with Watch(root) as watch:
-        assert answers(root / OUT) == expected.before
+        assert collect_answers(root / OUT) == expected.before
     mapped = [call for call in watch.calls if call.kind == "map"]
     assert any(call.path.endswith(".h5") for call in mapped)
     assert kind == "flat" or any(call.path.endswith(".npy") for call in mapped)
     for call in mapped:
         with Watch(root, fault=Fault(call.number, errno.ENOMEM)), pytest.raises(OSError) as found:
-            answers(root / OUT)
+            collect_answers(root / OUT)
         assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(root / call.path))
-        assert answers(root / OUT) == expected.before
+        assert collect_answers(root / OUT) == expected.before
 
 
 @every_kind
 @pytest.mark.parametrize("harmed", ["features-000001-0001.h5", "canaries.h5", MANIFEST])
-def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_else(
-    root: Path, kind: str, harmed: str
-) -> None:
-    expected = reference(kind, "remove")
-    disk.write(expected.command.start, root)
+def test_a_killed_repair_run_again_leaves_the_index_and_no_other_files(root: Path, kind: str, harmed: str) -> None:
+    expected = run_reference(kind, "remove")
+    disk.write_tree(expected.command.start, root)
     (path,) = (path for path in (root / OUT).rglob(harmed) if path.parent != root / OUT)
     content = path.read_bytes()
     middle = len(content) // 2
@@ -219,17 +230,17 @@ def test_a_repair_killed_anywhere_and_run_again_leaves_the_index_and_nothing_els
         content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 9]) + content[middle + 9 :]
     )
     assert [damage.path for damage in verify(root / OUT).damage] == [path]
-    start = disk.read(root)
+    start = disk.read_tree(root)
     with Watch(root) as watch:
         repair(root / OUT, task(10))
     for call in sample(watch.calls, seed=len(watch.calls)):
         shutil.rmtree(root)
-        disk.write(start, root)
+        disk.write_tree(start, root)
         with Watch(root, fault=Fault(call.number)), pytest.raises(Crash):
             repair(root / OUT, task(10))
         with name_place(f"{kind} {harmed}: killed at {call}"):
             repair(root / OUT, task(10))
-            assert verify(root / OUT).damage == () and answers(root / OUT) == expected.before
+            assert verify(root / OUT).damage == () and collect_answers(root / OUT) == expected.before
             assert _left_over(root / OUT) == []
 
 
@@ -254,7 +265,7 @@ def _exit_status(command: Command, root: Path) -> int:
 
 
 def test_all_commands_are_tested() -> None:
-    assert all(tuple(commands(kind)) == NAMES for kind in KINDS)
+    assert all(tuple(make_commands(kind)) == NAMES for kind in KINDS)
 
 
 def test_real_kills_of_real_processes() -> None:

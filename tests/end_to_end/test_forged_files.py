@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from forgery import acknowledge, forge
-from tasks.toy import CONFIG, Toy, rows, saved, toy
+from forgery import forge, update_digest
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.operations.removal import remove
@@ -32,20 +32,22 @@ UNLIKE = "not of this task:"
 
 
 @pytest.fixture(scope="module", params=["flat", "ivf"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     model = Toy()
-    fields: dict[str, Any] = {"train_data": lambda: rows(N), "query_data": lambda: rows(9, seed=2)}
-    task = toy(folder, model, checkpoints=saved(model, folder), columns=lambda row: {"label": row[1]}, **fields)
+    fields: dict[str, Any] = {"train_data": lambda: make_rows(N), "query_data": lambda: make_rows(9, seed=2)}
+    task = make_toy_task(
+        folder, model, checkpoints=save_checkpoints(model, folder), columns=lambda row: {"label": row[1]}, **fields
+    )
     build(task, folder / "index", replace(CONFIG, index=request.param, partition_rows=32, dim=8))
     remove(folder / "index", [3, 50])
     return folder / "index", task
 
 
 @pytest.fixture
-def index(made: tuple[Path, Task], tmp_path: Path) -> Path:
-    shutil.copytree(made[0], tmp_path / "index")
+def index(original: tuple[Path, Task], tmp_path: Path) -> Path:
+    shutil.copytree(original[0], tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -72,15 +74,15 @@ def damage_by_query(index: Path, task: Task) -> str:
     return ""
 
 
-def test_both_accept_an_intact_index(index: Path, made: tuple[Path, Task]) -> None:
-    assert (damage_by_verify(index), damage_by_query(index, made[1])) == ("", "")
+def test_both_accept_an_intact_index(index: Path, original: tuple[Path, Task]) -> None:
+    assert (damage_by_verify(index), damage_by_query(index, original[1])) == ("", "")
 
 
 def assert_both_reject(index: Path, task: Task, path: Path) -> None:
     """Expect that both reject the file and name it."""
-    acknowledge(index, path)
-    for said in (damage_by_verify(index), damage_by_query(index, task)):
-        assert path.name in said and said.count("\n") == 0
+    update_digest(index, path)
+    for message in (damage_by_verify(index), damage_by_query(index, task)):
+        assert path.name in message and message.count("\n") == 0
 
 
 ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -122,17 +124,17 @@ KINDS = [*ALTERED, "gone", "compressed", "never written", "huge", "a link", "a g
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FEATURE_SETS)
-def test_a_feature_file_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
+def test_a_feature_file_of_another_structure(index: Path, original: tuple[Path, Task], name: str, kind: str) -> None:
     path = sorted((index / "features").iterdir())[1]
     replace_data_set(path, name, kind)
-    assert_both_reject(index, made[1], path)
+    assert_both_reject(index, original[1], path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CANARY_SETS)
-def test_canaries_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
+def test_canaries_of_another_structure(index: Path, original: tuple[Path, Task], name: str, kind: str) -> None:
     replace_data_set(index / OWN / "canaries.h5", name, kind)
-    assert_both_reject(index, made[1], index / OWN / "canaries.h5")
+    assert_both_reject(index, original[1], index / OWN / "canaries.h5")
 
 
 CANARY_VALUES = {
@@ -144,44 +146,44 @@ CANARY_VALUES = {
 
 
 @pytest.mark.parametrize("case", CANARY_VALUES)
-def test_canaries_of_invalid_rows(index: Path, made: tuple[Path, Task], case: str) -> None:
+def test_canaries_of_invalid_rows(index: Path, original: tuple[Path, Task], case: str) -> None:
     name, place, value = CANARY_VALUES[case]
     with h5py.File(index / OWN / "canaries.h5", "r+") as file:
         file[name][place] = value
-    assert_both_reject(index, made[1], index / OWN / "canaries.h5")
+    assert_both_reject(index, original[1], index / OWN / "canaries.h5")
 
 
 @pytest.mark.parametrize(
     "change", [{"stop": 33}, {"start": 1}, {"checkpoint": 7}, {"dim": 9}, {"block_rows": 0}, {"dtype": b"f8"}]
 )
-def test_a_feature_file_with_another_header(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
+def test_a_feature_file_with_another_header(index: Path, original: tuple[Path, Task], change: dict[str, Any]) -> None:
     path = sorted((index / "features").iterdir())[0]
     with h5py.File(path, "r+") as file:
         for name, value in change.items():
             file.attrs[name] = value
-    assert_both_reject(index, made[1], path)
+    assert_both_reject(index, original[1], path)
 
 
 @pytest.mark.parametrize(
     "value", [np.zeros((3, 3)), np.bytes_(b"x" * 5000), "text", np.float64(np.nan), h5py.Empty("f")]
 )
 @pytest.mark.parametrize("name", ["format", "version", "stop"])
-def test_a_feature_file_with_another_attribute(index: Path, made: tuple[Path, Task], name: str, value: Any) -> None:
+def test_a_feature_file_with_another_attribute(index: Path, original: tuple[Path, Task], name: str, value: Any) -> None:
     path = sorted((index / "features").iterdir())[0]
     with h5py.File(path, "r+") as file:
         file.attrs[name] = value
-    assert_both_reject(index, made[1], path)
+    assert_both_reject(index, original[1], path)
 
 
 @pytest.mark.parametrize("kind", [*(kind for kind in ALTERED if kind not in ("shorter", "narrower")), "gone", "huge"])
-def test_removed_rows_of_another_structure(index: Path, made: tuple[Path, Task], kind: str) -> None:
+def test_removed_rows_of_another_structure(index: Path, original: tuple[Path, Task], kind: str) -> None:
     path = index / OWN / "removed.npy"
     array = np.load(path)
-    path.write_bytes(b"" if kind == "gone" else npy(array, kind))
-    assert_both_reject(index, made[1], path)
+    path.write_bytes(b"" if kind == "gone" else make_npy(array, kind))
+    assert_both_reject(index, original[1], path)
 
 
-def npy(array: np.ndarray, kind: str) -> bytes:
+def make_npy(array: np.ndarray, kind: str) -> bytes:
     file = io.BytesIO()
     if kind == "huge":
         header = {"shape": (2**40, *array.shape[1:]), "fortran_order": False, "descr": array.dtype.str}
@@ -197,41 +199,41 @@ ARRAYS = ("basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "rad
 
 @pytest.mark.parametrize("kind", [*ALTERED, "gone"])
 @pytest.mark.parametrize("name", [*ARRAYS, "centroids"])
-def test_lists_of_another_structure(index: Path, made: tuple[Path, Task], name: str, kind: str) -> None:
+def test_lists_of_another_structure(index: Path, original: tuple[Path, Task], name: str, kind: str) -> None:
     if Manifest.read(index).index.kind == "flat":
         pytest.skip("a flat index has no lists")
     path = index / OWN / ("ivf-centroids.npy" if name == "centroids" else "ivf.npz")
     if name == "centroids":
         array = np.load(path)
-        path.write_bytes(b"" if kind == "gone" else npy(array, kind))
+        path.write_bytes(b"" if kind == "gone" else make_npy(array, kind))
     else:
         arrays = dict(np.load(path))
         array = arrays.pop(name)
         if not array.size:
             pytest.skip("empty here")
         np.savez(path, **(arrays if kind == "gone" else arrays | {name: ALTERED[kind](array)}))
-    acknowledge(index, path)
-    assert "ivf" in damage_by_verify(index) and "ivf" in damage_by_query(index, made[1])
+    update_digest(index, path)
+    assert "ivf" in damage_by_verify(index) and "ivf" in damage_by_query(index, original[1])
 
 
-def leaves(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def find_leaves(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the path to every value; of lists, to the first and last items only."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     last = len(value) - 1 if isinstance(value, list) else 0
     for key, item in inner:
         if isinstance(value, dict) or key in (0, last):
             yield (*here, key)
-            yield from leaves(item, (*here, key))
+            yield from find_leaves(item, (*here, key))
 
 
 VALUES = (None, True, -1, 0, 1.5, 2**70, "x", [], {})
 
 
-def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -> None:
+def test_a_manifest_with_any_other_value(index: Path, original: tuple[Path, Task]) -> None:
     """Every field, except the digests of feature files, which a query does not read."""
-    sound = json.loads((index / MANIFEST).read_text())
-    content = {name: value for name, value in sound.items() if name not in ("digest", "format")}
-    ways = [way for way in leaves(content) if way[-1] != "digest" or way[0] != "features"]
+    intact = json.loads((index / MANIFEST).read_text())
+    content = {name: value for name, value in intact.items() if name not in ("digest", "format")}
+    ways = [way for way in find_leaves(content) if way[-1] != "digest" or way[0] != "features"]
     random = np.random.default_rng(0)
     for way in ways:
         for value in [VALUES[i] for i in random.choice(len(VALUES), 3, replace=False)]:
@@ -241,10 +243,10 @@ def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -
                 node = node[key]
             node[way[-1]] = value
             forge(index, lambda held, changed=changed: held.update(changed))
-            said = damage_by_verify(index), damage_by_query(index, made[1])
-            assert bool(said[0]) == bool(said[1]) or said[1].startswith(UNLIKE), (way, value, said)
+            message = damage_by_verify(index), damage_by_query(index, original[1])
+            assert bool(message[0]) == bool(message[1]) or message[1].startswith(UNLIKE), (way, value, message)
             for place in (index, index / OWN):
-                (place / MANIFEST).write_text(json.dumps(sound))
+                (place / MANIFEST).write_text(json.dumps(intact))
 
 
 @pytest.mark.parametrize(
@@ -257,22 +259,22 @@ def test_a_manifest_with_any_other_value(index: Path, made: tuple[Path, Task]) -
         {"files": [{"name": MANIFEST, "size": 1, "digest": ""}]},
     ],
 )
-def test_an_invalid_index_record(index: Path, made: tuple[Path, Task], change: dict[str, Any]) -> None:
+def test_an_invalid_index_record(index: Path, original: tuple[Path, Task], change: dict[str, Any]) -> None:
     forge(index, lambda content: content["index"].update(change))
-    for said in (damage_by_verify(index), damage_by_query(index, made[1])):
-        assert "manifest.json cannot be understood" in said
+    for message in (damage_by_verify(index), damage_by_query(index, original[1])):
+        assert "manifest.json cannot be understood" in message
 
 
-def test_a_manifest_that_differs_from_its_copy(index: Path, made: tuple[Path, Task]) -> None:
+def test_a_manifest_that_differs_from_its_copy(index: Path, original: tuple[Path, Task]) -> None:
     shutil.copy(index / MANIFEST, index / "kept")
     forge(index, lambda content: content["index"].update(reason="another"))
     shutil.move(index / "kept", index / MANIFEST)
-    for said in (damage_by_verify(index), damage_by_query(index, made[1])):
-        assert f"{OWN}/{MANIFEST}" in said
+    for message in (damage_by_verify(index), damage_by_query(index, original[1])):
+        assert f"{OWN}/{MANIFEST}" in message
 
 
-def test_a_manifest_that_is_too_large(index: Path, made: tuple[Path, Task]) -> None:
+def test_a_manifest_that_is_too_large(index: Path, original: tuple[Path, Task]) -> None:
     with (index / MANIFEST).open("r+b") as file:
         file.truncate(2**40)
-    for said in (damage_by_verify(index), damage_by_query(index, made[1])):
-        assert "more than 67,108,864 bytes" in said
+    for message in (damage_by_verify(index), damage_by_query(index, original[1])):
+        assert "more than 67,108,864 bytes" in message

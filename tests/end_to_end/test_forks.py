@@ -59,7 +59,7 @@ print("done")
 def test_forked_loaders_and_queries_do_not_hang_after_a_search(tmp_path: Path) -> None:
     folder = tmp_path / "mlp"
     folder.mkdir()
-    zoo.trained("mlp", 0, folder)
+    zoo.save_checkpoints("mlp", 0, folder)
     config = BuildConfig(dim=64, index="ivf", batch_size=4, device="cpu")
     build(f"{zoo.__file__}:task", folder / "index", config, arguments={"case": "mlp", "folder": str(folder)})
     done = subprocess.run(

@@ -19,7 +19,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Reader]:
-    return fuzz.made(tmp_path_factory.mktemp("fuzz"))
+    return fuzz.build_readers(tmp_path_factory.mktemp("fuzz"))
 
 
 def test_every_reader_is_fuzzed(readers: dict[str, fuzz.Reader]) -> None:
@@ -30,8 +30,8 @@ def test_every_reader_is_fuzzed(readers: dict[str, fuzz.Reader]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_altered_files_are_taken_or_refused(readers: dict[str, fuzz.Reader], name: str) -> None:
-    assert fuzz.failures(name, readers[name], range(CASES)) == []
+def test_altered_files_are_read_or_rejected(readers: dict[str, fuzz.Reader], name: str) -> None:
+    assert fuzz.find_failures(name, readers[name], range(CASES)) == []
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -46,7 +46,7 @@ def test_failures_are_detected(tmp_path: Path) -> None:
         if content.count(0) < 60:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    wrong = fuzz.failures("bad", fuzz.Reader(path, bad), range(300))
+    wrong = fuzz.find_failures("bad", fuzz.Reader(path, bad), range(300))
     assert any("KeyError" in line for line in wrong)
     assert any("ended with status" in line for line in wrong)
     assert path.read_bytes() == bytes(100)

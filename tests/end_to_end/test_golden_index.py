@@ -27,7 +27,7 @@ def task() -> Iterator[Task]:
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_an_index_of_an_earlier_version_answers_as_it_did(kind: str, task: Task, tmp_path: Path) -> None:
+def test_an_index_of_an_earlier_version_gives_the_same_answers(kind: str, task: Task, tmp_path: Path) -> None:
     folder = tmp_path / kind
     shutil.copytree(GOLDEN / kind, folder)
     assert verify(folder).damage == ()

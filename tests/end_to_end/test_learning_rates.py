@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import oracle
-from tasks.toy import CONFIG, Toy, cross_entropy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build
 from tracin_ann.analysis.explanation import explain
 from tracin_ann.analysis.mislabelled import find_mislabelled
@@ -30,9 +30,9 @@ def folder(tmp_path_factory):
 def task(folder):
     model = Toy()
     torch.save(model.state_dict(), folder / "first.pt")
-    paths = [folder / "first.pt", *(c.path for c in saved(model, folder))]
+    paths = [folder / "first.pt", *(c.path for c in save_checkpoints(model, folder))]
     checkpoints = [Checkpoint(path, rate) for path, rate in zip(paths, GIVEN, strict=True)]
-    return toy(folder, model, checkpoints=checkpoints, train_data=lambda: rows(40), **COLUMNS)
+    return make_toy_task(folder, model, checkpoints=checkpoints, train_data=lambda: make_rows(40), **COLUMNS)
 
 
 @pytest.fixture(scope="module", params=["flat", "ivf"])
@@ -46,7 +46,7 @@ def index(request, folder, task):
 def gradients(task):
     """Return the gradients [C, N, P] of the queries and of the training rows, in float64."""
     found = []
-    for data in (rows(5, seed=2), rows(40)):
+    for data in (make_rows(5, seed=2), make_rows(40)):
         each = []
         for checkpoint in task.checkpoints:
             model = Toy()
@@ -66,7 +66,7 @@ def true_scores(gradients):
 
 
 @pytest.mark.parametrize("options", [QueryOptions(exact=True), QueryOptions(rerank="exact", candidates=40)])
-def test_exact_scores_are_the_oracles(index, gradients, options):
+def test_exact_scores_equal_the_oracle(index, gradients, options):
     expected = true_scores(gradients)
     for answer in index.query(range(5), options=replace(options, k=40)):
         hits = [*answer.proponents, *answer.opponents]
@@ -88,7 +88,7 @@ def test_stored_features_cosines_and_error_bars_are_numbers(index):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_self_influence_is_the_oracles(index, gradients, exact):
+def test_self_influence_equals_the_oracle(index, gradients, exact):
     expected = sum(rate * grads.square().sum(1) for rate, grads in zip(RATES, gradients[1], strict=True))
     found = index.self_influence(exact=exact)
     assert_close([row.score for row in found], expected[[row.row for row in found]])

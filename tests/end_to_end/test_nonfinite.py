@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from tasks import flawed as tasks
-from tasks.flawed import FINE, LATE, NAN_GRADIENT, NAN_LOSS, answered, flawed, rows
+from tasks.flawed import FINE, LATE, NAN_GRADIENT, NAN_LOSS, make_rows, make_task, read_scores
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build, plan
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.info import main as info_command
@@ -40,14 +40,14 @@ SKIP = BuildConfig(
 PLAIN = replace(SKIP, on_nonfinite=None)
 
 
-def features(out: Path) -> list[np.ndarray]:
+def read_features(out: Path) -> list[np.ndarray]:
     """Return the stored rows of each checkpoint."""
     layout = Manifest.read(out).build.layout
     store = FeatureStore(out / "features", layout)
     return [store.view([c]).take(range(layout.n_rows)) for c in range(layout.n_checkpoints)]
 
 
-def files(out: Path) -> dict[str, bytes]:
+def read_files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "features").iterdir())}
 
 
@@ -72,22 +72,22 @@ def test_other_rows_of_the_batch_are_bit_identical_to_a_build_without_bad_rows(
         monkeypatch.setattr(f"tracin_ann.gradients.engine.{name}", other)
     monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: held)
     config = replace(SKIP, norms=norms)
-    report = build(flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "bad", config)
-    build(flawed(tmp_path, rows(N)), tmp_path / "good", replace(config, on_nonfinite="error"))
+    report = build(make_task(tmp_path, make_rows(N, marks=MARKS)), tmp_path / "bad", config)
+    build(make_task(tmp_path, make_rows(N)), tmp_path / "good", replace(config, on_nonfinite="error"))
     assert report.skipped.row_S.tolist() == sorted(MARKS)
     assert report.skipped.checkpoint_S.tolist() == [int(MARKS[row] in LATE) for row in sorted(MARKS)]
     store, other = (
         FeatureStore(tmp_path / name / "features", Manifest.read(tmp_path / name).build.layout)
         for name in ("bad", "good")
     )
-    pairs = zip(features(tmp_path / "bad"), features(tmp_path / "good"), strict=True)
+    pairs = zip(read_features(tmp_path / "bad"), read_features(tmp_path / "good"), strict=True)
     for checkpoint, (found, expected) in enumerate(pairs):
         bad = [row for row, mark in MARKS.items() if checkpoint == 1 or mark not in LATE]
-        kept = np.setdiff1d(np.arange(N), bad)
-        assert np.array_equal(found[kept].view(np.uint32), expected[kept].view(np.uint32))
+        remaining = np.setdiff1d(np.arange(N), bad)
+        assert np.array_equal(found[remaining].view(np.uint32), expected[remaining].view(np.uint32))
         for column in ("losses", "sqnorms"):
             values = getattr(store, column)([checkpoint])[:, 0]
-            assert np.array_equal(values[kept], getattr(other, column)([checkpoint])[kept, 0])
+            assert np.array_equal(values[remaining], getattr(other, column)([checkpoint])[remaining, 0])
         assert not found[bad].any() and not store.sqnorms([checkpoint])[bad].any()
         assert not np.isfinite(store.losses([checkpoint])[bad]).any()
 
@@ -95,11 +95,11 @@ def test_other_rows_of_the_batch_are_bit_identical_to_a_build_without_bad_rows(
 @pytest.mark.parametrize("sketch", ["kronecker", "dense", "dense-gaussian"])
 def test_a_bad_row_does_not_affect_others_in_any_sketch(tmp_path, sketch):
     config = replace(SKIP, sketch=sketch, dim=36, yardstick=False)
-    build(flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "bad", config)
-    build(flawed(tmp_path, rows(N)), tmp_path / "good", config)
-    kept = np.setdiff1d(np.arange(N), list(MARKS))
-    for found, expected in zip(features(tmp_path / "bad"), features(tmp_path / "good"), strict=True):
-        assert np.array_equal(found[kept], expected[kept])
+    build(make_task(tmp_path, make_rows(N, marks=MARKS)), tmp_path / "bad", config)
+    build(make_task(tmp_path, make_rows(N)), tmp_path / "good", config)
+    remaining = np.setdiff1d(np.arange(N), list(MARKS))
+    for found, expected in zip(read_features(tmp_path / "bad"), read_features(tmp_path / "good"), strict=True):
+        assert np.array_equal(found[remaining], expected[remaining])
 
 
 @pytest.fixture(scope="module", params=["flat", "ivf"])
@@ -108,12 +108,12 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     n, marks = 400, MARKS | {0: NAN_LOSS, 399: tasks.LATE_NAN_GRADIENT, 133: NAN_LOSS, 266: NAN_GRADIENT}
     config = replace(SKIP, index=request.param, partition_rows=128)
-    made = []
+    indexes = []
     for name, given in (("bad", marks), ("good", {})):
-        task = flawed(folder, rows(n, marks=given))
+        task = make_task(folder, make_rows(n, marks=given))
         build(task, folder / name, config)
-        made.append(InfluenceIndex.open(folder / name, task, device="cpu", batch_size=4))
-    return made[0], made[1], sorted(marks)
+        indexes.append(InfluenceIndex.open(folder / name, task, device="cpu", batch_size=4))
+    return indexes[0], indexes[1], sorted(marks)
 
 
 WAYS = {
@@ -132,22 +132,22 @@ WAYS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_skipped_rows_are_in_no_answer_and_the_other_hits_are_unchanged(built, way):
-    index, whole, skipped = built
-    found, expected = (answered(each, WAYS[way]) for each in (index, whole))
+    index, complete, skipped = built
+    found, expected = (read_scores(each, WAYS[way]) for each in (index, complete))
     without = replace(WAYS[way], rows=RowFilter(without=tuple(skipped)))
-    for mine, other, all_rows in zip(found, answered(whole, without), expected, strict=True):
+    for mine, other, all_rows in zip(found, read_scores(complete, without), expected, strict=True):
         assert mine.keys() == other.keys() and not mine.keys() & set(skipped)
         np.testing.assert_allclose(list(mine.values()), list(other.values()), rtol=1e-5, atol=1e-7)
         assert way in ("few", "re-scored") or mine.keys() == all_rows.keys() - set(skipped)
     assert all(a.how.endswith(f"; {len(skipped)} rows skipped by the build: not finite") for a in index.query([0]))
-    assert "skipped" not in whole.query([0])[0].how
+    assert "skipped" not in complete.query([0])[0].how
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_skipped_rows_have_no_self_influence(built, exact):
-    index, whole, skipped = built
+    index, complete, skipped = built
     found = {int(row.id): row.score for row in index.self_influence(exact=exact)}
-    expected = {int(row.id): row.score for row in whole.self_influence(exact=exact) if int(row.id) not in skipped}
+    expected = {int(row.id): row.score for row in complete.self_influence(exact=exact) if int(row.id) not in skipped}
     assert list(found) == list(expected)
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
     assert [row.rank for row in index.self_influence(exact=exact)] == list(range(1, len(expected) + 1))
@@ -181,10 +181,10 @@ def test_canaries_calibration_and_fidelity_exclude_skipped_rows(built, monkeypat
 
 
 def test_bad_rows_of_query_data_are_excluded_from_canaries_and_quality_measurements(tmp_path):
-    query = rows(
+    query = make_rows(
         130, 2, marks=dict.fromkeys([*range(0, 130, 2), 129, 43], NAN_GRADIENT) | {1: tasks.LATE_INFINITE_LOSS}
     )
-    task = flawed(tmp_path, rows(N), query)
+    task = make_task(tmp_path, make_rows(N), query)
     with pytest.raises(NonFiniteError, match="^the gradient of row 0 at checkpoint 0 is not finite"):
         build(task, tmp_path / "error", replace(PLAIN, index="ivf"))
     manifest = build(task, tmp_path / "out", replace(SKIP, index="ivf")).manifest
@@ -215,11 +215,11 @@ def test_a_skipped_training_row_cannot_be_a_query(built):
 
 
 def test_the_commands_report_which_rows_were_skipped(tmp_path):
-    torch.save({"rows": rows(N, marks=MARKS)}, tmp_path / "rows.pt")
+    torch.save({"rows": make_rows(N, marks=MARKS)}, tmp_path / "rows.pt")
     (tmp_path / "mine.py").write_text(
-        "from pathlib import Path\nimport torch\nfrom tasks.flawed import flawed\n\n"
+        "from pathlib import Path\nimport torch\nfrom tasks.flawed import make_task\n\n"
         "def task():\n    here = Path(__file__).parent\n"
-        "    return flawed(here, torch.load(here / 'rows.pt', weights_only=False)['rows'])\n"
+        "    return make_task(here, torch.load(here / 'rows.pt', weights_only=False)['rows'])\n"
     )
     words = ["--task", f"{tmp_path / 'mine.py'}:task", "--out", str(tmp_path / "out"), "--dim", "16"]
     words += ["--batch-size", "4"]
@@ -228,12 +228,12 @@ def test_the_commands_report_which_rows_were_skipped(tmp_path):
     made = CliRunner().invoke(build_command, [*words, "--on-nonfinite", "skip"])
     named = "skipped: 9 rows, not finite (row 1 at checkpoint 0, row 2 at checkpoint 1, row 7 at "
     assert made.exit_code == 0 and named in made.stdout and "row 23 at checkpoint 0, ...)" in made.stdout
-    told = CliRunner().invoke(info_command, [str(tmp_path / "out")])
-    assert named.replace("skipped: ", "skipped:    ") in told.stdout
+    output = CliRunner().invoke(info_command, [str(tmp_path / "out")])
+    assert named.replace("skipped: ", "skipped:    ") in output.stdout
     query = [str(tmp_path / "out"), *words[:2]]
-    asked = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
-    assert "exact scan of the stored rows; 9 rows skipped by the build: not finite" in asked.stderr
-    assert len([json.loads(line) for line in asked.stdout.splitlines()]) == 2
+    result = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
+    assert "exact scan of the stored rows; 9 rows skipped by the build: not finite" in result.stderr
+    assert len([json.loads(line) for line in result.stdout.splitlines()]) == 2
     own = CliRunner().invoke(query_command, [*query, "--self-influence", "-k", "2"])
     assert own.exit_code == 0 and "skipped: 9 rows, not finite" in own.stderr
     bad = CliRunner().invoke(query_command, [*query, "--train-ids", "3,60"])
@@ -241,7 +241,7 @@ def test_the_commands_report_which_rows_were_skipped(tmp_path):
     assert "row of train_data" in bad.stderr and "the loss of row 60 at checkpoint 0" in bad.stderr
 
 
-def stopped_after(n_files: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def stop_after(n_files: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     write, written = FeatureStore.write, []
 
     def stopping(self, partition, checkpoint, block):
@@ -256,86 +256,94 @@ def stopped_after(n_files: int, monkeypatch: pytest.MonkeyPatch) -> pytest.Monke
 
 @pytest.mark.parametrize("again", [None, "skip"])
 def test_an_interrupted_build_resumes_with_its_skipped_rows(tmp_path, monkeypatch, again):
-    task = flawed(tmp_path, rows(N, marks=MARKS))
+    task = make_task(tmp_path, make_rows(N, marks=MARKS))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stopped_after(5, patched)
+        stop_after(5, patched)
         build(task, tmp_path / "out", SKIP)
     with pytest.raises(IndexMismatchError, match="built with --on-nonfinite skip, this command asks for error; leave"):
         build(task, tmp_path / "out", replace(SKIP, on_nonfinite="error"))
     report = build(task, tmp_path / "out", replace(SKIP, on_nonfinite=again))
     build(task, tmp_path / "fresh", SKIP)
-    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "fresh")
     assert report.skipped.row_S.tolist() == sorted(MARKS) and report.rows_extracted < 2 * N
 
 
 def test_a_failed_build_resumes_with_on_nonfinite_skip(tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: False)
-    task = flawed(tmp_path, rows(N, marks={41: NAN_LOSS}))
+    task = make_task(tmp_path, make_rows(N, marks={41: NAN_LOSS}))
     with pytest.raises(NonFiniteError, match="row 41"):
         build(task, tmp_path / "out", PLAIN)
-    kept = files(tmp_path / "out")
-    assert len(kept) == 2
+    remaining = read_files(tmp_path / "out")
+    assert len(remaining) == 2
     with pytest.raises(NonFiniteError, match="row 41"):
         build(task, tmp_path / "out", PLAIN)
     report = build(task, tmp_path / "out", SKIP)
-    assert kept.items() <= files(tmp_path / "out").items() and report.skipped.row_S.tolist() == [41]
+    assert remaining.items() <= read_files(tmp_path / "out").items() and report.skipped.row_S.tolist() == [41]
     assert report.manifest.build.on_nonfinite == "skip"
 
 
 def test_appended_rows_are_skipped_by_the_same_rule(tmp_path):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     growing = replace(PLAIN, append=True)
-    build(flawed(tmp_path, rows(N)[:30], checkpoints=tasks.checkpoints(tmp_path, 1)), out, SKIP)
+    build(make_task(tmp_path, make_rows(N)[:30], checkpoints=tasks.save_checkpoints(tmp_path, 1)), out, SKIP)
     assert Manifest.read(out).skipped is None
     for n_rows in (41, N):
-        given = [*rows(N)[:30], *rows(N, marks={row: MARKS.get(row - 30, 0) for row in range(30, N)})[30:n_rows]]
-        report = build(flawed(tmp_path, given, checkpoints=tasks.checkpoints(tmp_path, 1)), out, growing)
+        given = [
+            *make_rows(N)[:30],
+            *make_rows(N, marks={row: MARKS.get(row - 30, 0) for row in range(30, N)})[30:n_rows],
+        ]
+        report = build(make_task(tmp_path, given, checkpoints=tasks.save_checkpoints(tmp_path, 1)), out, growing)
         expected = [row for row in range(30, n_rows) if MARKS.get(row - 30, 0) not in (FINE, *LATE)]
         assert report.skipped.row_S.tolist() == expected
     remove(out, [5])
-    report = build(flawed(tmp_path, given), out, replace(PLAIN, add_checkpoint=True))
+    report = build(make_task(tmp_path, given), out, replace(PLAIN, add_checkpoint=True))
     everything = [row for row in range(30, N) if row - 30 in MARKS]
     assert report.skipped.row_S.tolist() == everything
     assert report.skipped.checkpoint_S.tolist() == [int(MARKS[row - 30] in LATE) for row in everything]
-    build(flawed(tmp_path, given), fresh, SKIP)
-    assert files(out) == files(fresh)
-    index = InfluenceIndex.open(out, flawed(tmp_path, given))
+    build(make_task(tmp_path, given), fresh, SKIP)
+    assert read_files(out) == read_files(fresh)
+    index = InfluenceIndex.open(out, make_task(tmp_path, given))
     assert {*range(N)} - {*everything, 5} == {int(row.id) for row in index.self_influence()}
     with pytest.raises(UsageError, match="no row would be left"):
         remove(out, [row for row in range(N) if row not in everything])
 
 
 def test_a_build_without_finite_rows_is_rejected(tmp_path):
-    everywhere = rows(N, marks=dict.fromkeys(range(N), NAN_LOSS))
+    everywhere = make_rows(N, marks=dict.fromkeys(range(N), NAN_LOSS))
     with pytest.raises(NonFiniteError, match="^no row of train_data is finite at checkpoint 1: got NaN or infinity"):
-        build(flawed(tmp_path, everywhere), tmp_path / "out", SKIP)
-    diverged = tasks.checkpoints(tmp_path)
+        build(make_task(tmp_path, everywhere), tmp_path / "out", SKIP)
+    diverged = tasks.save_checkpoints(tmp_path)
     state = torch.load(diverged[1].path)
     state["second.bias"][:] = torch.nan
     torch.save(state, diverged[1].path)
     with pytest.raises(NonFiniteError, match="^no row of train_data is finite at checkpoint 1: .*leave out this check"):
-        build(flawed(tmp_path, rows(N)), tmp_path / "out", SKIP)
+        build(make_task(tmp_path, make_rows(N)), tmp_path / "out", SKIP)
     with pytest.raises(NonFiniteError, match="^no row of query_data is finite at checkpoint 0"):
         plan(
-            flawed(tmp_path, rows(N), rows(7, marks=dict.fromkeys(range(7), NAN_GRADIENT)), checkpoints=diverged[:1]),
+            make_task(
+                tmp_path,
+                make_rows(N),
+                make_rows(7, marks=dict.fromkeys(range(7), NAN_GRADIENT)),
+                checkpoints=diverged[:1],
+            ),
             tmp_path / "out",
             SKIP,
         )
     assert not (tmp_path / "out").exists()
-    late = rows(N, marks=dict.fromkeys(range(N), tasks.LATE_NAN_GRADIENT))
+    late = make_rows(N, marks=dict.fromkeys(range(N), tasks.LATE_NAN_GRADIENT))
     (tmp_path / "others").mkdir()
     with pytest.raises(NonFiniteError, match="^no train.* row is left.*: got NaN or infinity first at checkpoint 1"):
-        build(flawed(tmp_path / "others", late), tmp_path / "out", SKIP)
+        build(make_task(tmp_path / "others", late), tmp_path / "out", SKIP)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_other_rows_replace_a_first_batch_without_finite_rows(tmp_path):
     marks = dict.fromkeys(range(20), NAN_LOSS) | dict.fromkeys(range(20, 37), NAN_GRADIENT)
-    query = rows(50, 2, marks=dict.fromkeys(range(49), tasks.LATE_NAN_GRADIENT))
-    report = build(flawed(tmp_path, rows(N, marks=marks), query), tmp_path / "out", SKIP)
+    query = make_rows(50, 2, marks=dict.fromkeys(range(49), tasks.LATE_NAN_GRADIENT))
+    report = build(make_task(tmp_path, make_rows(N, marks=marks), query), tmp_path / "out", SKIP)
     assert report.skipped.row_S.tolist() == list(range(37))
-    build(flawed(tmp_path, rows(N), query), tmp_path / "good", SKIP)
-    for found, expected in zip(features(tmp_path / "out"), features(tmp_path / "good"), strict=True):
+    build(make_task(tmp_path, make_rows(N), query), tmp_path / "good", SKIP)
+    for found, expected in zip(read_features(tmp_path / "out"), read_features(tmp_path / "good"), strict=True):
         assert np.array_equal(found[37:], expected[37:])
 
 
@@ -353,33 +361,33 @@ def test_a_batch_that_changes_the_gradient_methods_is_verified_on_its_finite_row
 
     made = Extra()
     torch.save(made.state_dict(), tmp_path / "0.pt")
-    fields = {"model": Extra, "loss": reaching, "checkpoints": tasks.checkpoints(tmp_path, 1)}
+    fields = {"model": Extra, "loss": reaching, "checkpoints": tasks.save_checkpoints(tmp_path, 1)}
     scales = {row: 2.0 for row in (9, 10, 11)}
-    given = [rows(N, marks=marks, scales=scales) for marks in ({9: NAN_GRADIENT}, {})]
+    given = [make_rows(N, marks=marks, scales=scales) for marks in ({9: NAN_GRADIENT}, {})]
     for name, train in zip(("bad", "good"), given, strict=True):
-        build(flawed(tmp_path, train, **fields), tmp_path / name, replace(SKIP, yardstick=False))
-    (found,), (expected,) = features(tmp_path / "bad"), features(tmp_path / "good")
-    kept = [row for row in range(N) if row != 9]
-    assert np.array_equal(found[kept], expected[kept]) and not found[9].any()
+        build(make_task(tmp_path, train, **fields), tmp_path / name, replace(SKIP, yardstick=False))
+    (found,), (expected,) = read_features(tmp_path / "bad"), read_features(tmp_path / "good")
+    remaining = [row for row in range(N) if row != 9]
+    assert np.array_equal(found[remaining], expected[remaining]) and not found[9].any()
 
 
 def test_overflow_in_half_precision_is_handled_the_same_way(tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
-    given = rows(N)
+    given = make_rows(N)
     for row in (2, 40):  # finite in float32, unlike their squares
         given[row] = (given[row][0], given[row][1], FINE, 3e38)
-    task = flawed(tmp_path, given)
+    task = make_task(tmp_path, given)
     with pytest.raises(NonFiniteError, match="of row 2 at checkpoint 0 is not finite: got .*"):
         build(task, tmp_path / "error", replace(PLAIN, precision="bf16"))
     report = build(task, tmp_path / "out", replace(SKIP, precision="bf16"))
     assert report.skipped.row_S.tolist() == [2, 40]
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
-    assert not {2, 40} & answered(index, QueryOptions(k=N))[0].keys()
+    assert not {2, 40} & read_scores(index, QueryOptions(k=N))[0].keys()
 
 
 @pytest.mark.parametrize("content", [b"junk", [[1, 0], [1, 0]], [[0, 2]], [[-1, 0]], [[N, 0]], [3], [[0.5, 0]]])
 def test_a_damaged_list_of_skipped_rows_is_rejected_and_a_missing_one_rebuilt(tmp_path, content):
-    task, out = flawed(tmp_path, rows(N, marks=MARKS)), tmp_path / "out"
+    task, out = make_task(tmp_path, make_rows(N, marks=MARKS)), tmp_path / "out"
     manifest = build(task, out, SKIP).manifest
     path = generation_folder(out, 1) / manifest.skipped.name
     if isinstance(content, bytes):

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 import ragged
+from situations import next_token
+from tasks.toy import cross_entropy
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
 
 N_ROWS, QUERIES, RATE = 1000, 5, 0.1
@@ -98,12 +100,7 @@ class TinyLlama(nn.Module):
         return self.head(x)
 
 
-def next_token(model: nn.Module, batch: Tensor) -> Tensor:
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(1)
-
-
-def texts() -> list[Tensor]:
+def make_texts() -> list[Tensor]:
     return list(torch.randint(0, 13, (N_ROWS, 6), generator=torch.Generator().manual_seed(1)))
 
 
@@ -119,11 +116,7 @@ class Attentive(nn.Module):
         return self.head(self.slope(x).mean(1))
 
 
-def classified(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def classes(*shape: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, int]]:
+def make_classes(*shape: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(2)
     return [(torch.randn(*shape, generator=generator).to(dtype), i % 3) for i in range(N_ROWS)]
 
@@ -137,15 +130,15 @@ def gradient_penalty(critic: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return (critic(fake) - critic(real)).squeeze(1) + 10 * (slope.norm(dim=1) - 1).square()
 
 
-def critic() -> nn.Module:
+def critic_loss() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Softplus(), nn.Linear(8, 1))
 
 
-def pairs() -> list[tuple[Tensor, Tensor]]:
+def make_pairs() -> list[tuple[Tensor, Tensor]]:
     return list(zip(*torch.randn(2, N_ROWS, 4, generator=torch.Generator().manual_seed(4)), strict=True))
 
 
-def scripted() -> nn.Module:
+def make_scripted() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(36, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,7 +153,7 @@ def sparse_rows() -> list[tuple[Tensor, int]]:
 
 def collate_csr(rows: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says that CSR is in beta.
+        warnings.simplefilter("ignore")  # PyTorch warns that CSR is in beta.
         return torch.stack([x.to_dense() for x, _ in rows]).to_sparse_csr(), torch.tensor([y for _, y in rows])
 
 
@@ -173,20 +166,23 @@ CASES = {
     "multiple choice": ragged_case("questions"),
     "packed tokens": ragged_case("packed"),
     "chosen positions": ragged_case("masked"),
-    "adapters, checkpointed": Real(lambda: TinyLlama(False), next_token, texts),
+    "adapters, checkpointed": Real(lambda: TinyLlama(False), next_token, make_texts),
     "adapters, checkpointed reentrantly": Real(
-        lambda: TinyLlama(True), next_token, texts, truth=lambda: TinyLlama(False)
+        lambda: TinyLlama(True), next_token, make_texts, truth=lambda: TinyLlama(False)
     ),
     "bf16 with attention": Real(
-        lambda: Attentive().bfloat16(), classified, lambda: classes(4, 5, dtype=torch.bfloat16), tolerance=4e-2
+        lambda: Attentive().bfloat16(),
+        cross_entropy,
+        lambda: make_classes(4, 5, dtype=torch.bfloat16),
+        tolerance=4e-2,
     ),
-    "gradient penalty": Real(critic, gradient_penalty, pairs),
-    "TorchScript": Real(scripted, classified, lambda: classes(1, 7, 7)),
-    "CSR": Real(csr_model, classified, sparse_rows, collate_csr),
+    "gradient penalty": Real(critic_loss, gradient_penalty, make_pairs),
+    "TorchScript": Real(make_scripted, cross_entropy, lambda: make_classes(1, 7, 7)),
+    "CSR": Real(csr_model, cross_entropy, sparse_rows, collate_csr),
 }
 
 
-def task_of(case: Real, folder: Path) -> tuple[Task, nn.Module, list[Any]]:
+def make_task(case: Real, folder: Path) -> tuple[Task, nn.Module, list[Any]]:
     torch.manual_seed(0)
     model, rows = case.model(), case.rows()
     torch.save(model.state_dict(), folder / "model.pt")
@@ -204,9 +200,9 @@ def task_of(case: Real, folder: Path) -> tuple[Task, nn.Module, list[Any]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("name", CASES)
-def test_exact_scores_of_a_build_of_1000_rows_are_autograds(name, tmp_path):
+def test_exact_scores_of_a_build_of_1000_rows_equal_autograd(name, tmp_path):
     case = CASES[name]
-    task, model, rows = task_of(case, tmp_path)
+    task, model, rows = make_task(case, tmp_path)
     build(task, tmp_path / "index", BuildConfig(dim=256, device="cpu"))
     chosen = [name for name, p in model.named_parameters() if p.requires_grad]
     if case.truth is not None:
@@ -219,6 +215,6 @@ def test_exact_scores_of_a_build_of_1000_rows_are_autograds(name, tmp_path):
         found = {hit.row: hit.score for hit in (*answer.proponents, *answer.opponents)}
         off = np.array([score - truth_QN[i, row] for row, score in found.items()])
         assert np.abs(off).max() <= case.tolerance * np.abs(truth_QN[i]).max()
-        best = oracle.top(truth_QN[i : i + 1], 10)[0]
+        best = oracle.top_ids(truth_QN[i : i + 1], 10)[0]
         floor = truth_QN[i, best[-1]] - case.tolerance * np.abs(truth_QN[i]).max()
         assert all(truth_QN[i, hit.row] >= floor for hit in answer.proponents)

@@ -53,7 +53,7 @@ def test_a_valid_task_is_built(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--sketch", "kronecker", "--dim", "7"], ["the kronecker sketch cannot use this dimension", "got 7"]),
         (["--task-arg", "unknown=1"], ["does not take these arguments", "unknown"]),
@@ -62,8 +62,8 @@ def test_a_valid_task_is_built(tmp_path: Path) -> None:
         (["--sketch", "folded"], ["--sketch"]),
     ],
 )
-def test_bad_options_are_rejected(tmp_path: Path, options: list[str], said: list[str]) -> None:
+def test_bad_options_are_rejected(tmp_path: Path, options: list[str], message: list[str]) -> None:
     result = build("sound", tmp_path, *options)
     assert result.exit_code == 2
-    assert all(part in result.stderr for part in said), result.stderr
+    assert all(part in result.stderr for part in message), result.stderr
     assert not (tmp_path / "index").exists()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.common.results import strip_times
 from faults import Crash, Fault, Watch
 from paths import ROOT
-from tasks.toy import saved
+from tasks.toy import save_checkpoints
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build, plan
 from tracin_ann.errors import IndexMismatchError
 from tracin_ann.features import autotune as tuning
@@ -36,7 +36,7 @@ CONFIG = BuildConfig(dim=32, device="cpu", index="ivf", target_recall=0.8, parti
 SEARCHES = ("lists", "scan")
 
 
-class Pictures(nn.Module):
+class SmallCnn(nn.Module):
     """A convolution with pooling, and a head."""
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class Pictures(nn.Module):
 @pytest.fixture
 def task(tmp_path: Path) -> Callable[[int], Task]:
     """Return a function that makes the task with the first n rows."""
-    model, generator = Pictures(), torch.Generator().manual_seed(5)
-    pictures, checkpoints = torch.randn(N_ROWS + 120, 1, 8, 8, generator=generator), saved(model, tmp_path)
+    model, generator = SmallCnn(), torch.Generator().manual_seed(5)
+    pictures, checkpoints = torch.randn(N_ROWS + 120, 1, 8, 8, generator=generator), save_checkpoints(model, tmp_path)
 
     def made(n_rows: int = N_ROWS) -> Task:
         return Task(
@@ -77,7 +77,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: int(random.integers(10**10, 10**12)))
 
 
-def content(out: Path) -> dict[str, bytes]:
+def read_content(out: Path) -> dict[str, bytes]:
     """Return the contents of all files of an index, without the times in its manifests."""
     return {
         str(path.relative_to(out)): strip_times(path.read_bytes()) if path.name == MANIFEST else path.read_bytes()
@@ -86,15 +86,15 @@ def content(out: Path) -> dict[str, bytes]:
     }
 
 
-def answers(out: Path, task: Task) -> list[list[tuple[Any, float]]]:
+def read_answers(out: Path, task: Task) -> list[list[tuple[Any, float]]]:
     index = InfluenceIndex.open(out, task, device="cpu")
     found = [index.query(range(30), options=QueryOptions(search=search)) for search in SEARCHES]  # type: ignore[arg-type]
     return [[(hit.id, hit.score) for hit in (*a.proponents, *a.opponents)] for each in found for a in each]
 
 
-def test_builds_are_the_same_to_the_bit_whatever_the_clock_and_the_memory_say(task, tmp_path, monkeypatch):
+def test_builds_are_bit_identical_for_any_measured_times_and_free_memory(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "plain", CONFIG)
-    expected, said = content(tmp_path / "plain"), answers(tmp_path / "plain", task())
+    expected, message = read_content(tmp_path / "plain"), read_answers(tmp_path / "plain", task())
     times = set()
     for seed in range(4):
         out = tmp_path / str(seed)
@@ -103,16 +103,16 @@ def test_builds_are_the_same_to_the_bit_whatever_the_clock_and_the_memory_say(ta
             manifest = build(task(), out, CONFIG).manifest
         assert manifest.index.calibration is not None
         times.add(manifest.index.calibration.scan)
-        found = content(out)
+        found = read_content(out)
         assert found.keys() == expected.keys()
         assert [path for path in found if found[path] != expected[path]] == []
-        assert answers(out, task()) == said
+        assert read_answers(out, task()) == message
     assert len(times) == 4, "the clock was not disturbed"
 
 
-def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypatch):
+def test_appends_give_the_same_index_as_one_build(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "fresh", CONFIG)
-    said, settings = answers(tmp_path / "fresh", task()), []
+    message, settings = read_answers(tmp_path / "fresh", task()), []
     for seed, begun_with in enumerate((N_ROWS, 5, 300, 650)):
         out = tmp_path / str(seed)
         with monkeypatch.context() as patched:
@@ -121,7 +121,7 @@ def test_appends_end_in_the_index_that_is_built_at_once(task, tmp_path, monkeypa
             manifest = build(task(), out, replace(CONFIG, append=True)).manifest
         content = json.loads(strip_times((out / MANIFEST).read_bytes()))
         settings.append(content | {"generation": 0})
-        assert answers(out, task()) == said
+        assert read_answers(out, task()) == message
         assert manifest.index.kind == "ivf"
     assert settings == settings[:1] * 4
 
@@ -146,10 +146,10 @@ def test_either_order_of_reading_gives_the_same_files(task, tmp_path, monkeypatc
     for held in (False, True):
         monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given, held=held: held)
         build(task(), tmp_path / str(held), CONFIG)
-    assert content(tmp_path / "False") == content(tmp_path / "True")
+    assert read_content(tmp_path / "False") == read_content(tmp_path / "True")
 
 
-def test_the_choice_is_recorded_before_the_first_row_and_kept_after_a_kill(task, tmp_path, monkeypatch):
+def test_the_batch_size_is_recorded_before_the_first_row_and_reused_after_a_kill(task, tmp_path, monkeypatch):
     build(task(), tmp_path / "plain", CONFIG)
     out = tmp_path / "killed" / "index"
     with Watch(out.parent) as watch:
@@ -162,14 +162,14 @@ def test_the_choice_is_recorded_before_the_first_row_and_kept_after_a_kill(task,
         folder.mkdir()
         with Watch(folder, fault=Fault(later)), pytest.raises(Crash):
             build(task(), folder / "index", CONFIG)
-        kept = read_build_record(folder / "index")
-        assert (kept.batch_size, kept.channels_last) == (512, True)
+        remaining = read_build_record(folder / "index")
+        assert (remaining.batch_size, remaining.channels_last) == (512, True)
         with monkeypatch.context() as patched:
             patched.setattr(tuning, "_ON_CPU", tuning._SizeRule(1, 16, 16))
             patched.setattr(tuning._Tuning, "_selects_channels_last", lambda self: False)
             assert plan(task(), tmp_path / "other", CONFIG).tuned.batch_size == 16
             build(task(), folder / "index", CONFIG)
-        assert content(folder / "index") == content(tmp_path / "plain")
+        assert read_content(folder / "index") == read_content(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 16}, {"memory_format": "contiguous"}])

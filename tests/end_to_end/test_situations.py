@@ -10,7 +10,7 @@ import torch
 
 import oracle
 from situations import EXACT, SITUATIONS, Int8, Toy, cross_entropy, vectors
-from tasks.toy import RATES, toy
+from tasks.toy import RATES, make_toy_task
 from tracin_ann import BuildConfig, build, plan
 from tracin_ann.errors import TaskError
 from tracin_ann.features.runner import RunOptions, TaskRunner
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 N_ROWS, N_QUERIES = 10, 3
 
 
-def task_of(situation, folder):
+def make_situation_task(situation, folder):
     model, rows = situation.model(), situation.rows(N_ROWS)
     query = rows[:N_QUERIES]
-    return toy(folder, model, loss=situation.loss, train_data=lambda: rows, query_data=lambda: query), rows
+    return make_toy_task(folder, model, loss=situation.loss, train_data=lambda: rows, query_data=lambda: query), rows
 
 
-def true_scores(situation, task, rows):
+def compute_true_scores(situation, task, rows):
     """Return TracInCP scores [Q, N] in float64, computed one example at a time."""
     names = [name for name, p in task.model().named_parameters() if p.requires_grad]
     by_checkpoint = []
@@ -48,10 +48,10 @@ def true_scores(situation, task, rows):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
+def test_exact_scores_of_a_build_equal_autograd(name, tmp_path):
     situation = SITUATIONS[name]
-    task, rows = task_of(situation, tmp_path)
-    true_QN = true_scores(situation, task, rows)
+    task, rows = make_situation_task(situation, tmp_path)
+    true_QN = compute_true_scores(situation, task, rows)
     build(task, tmp_path / "out", CONFIG)
     found_QN = exact_scores(
         TaskRunner(task, RunOptions(CPU, 4)), ("query", range(N_QUERIES)), range(N_ROWS), range(len(RATES))
@@ -84,14 +84,14 @@ def test_a_build_and_its_exact_scores_are_right(name, tmp_path):
         ("a 0-dim parameter, control flow", {RULE, FORWARD}),
     ],
 )
-def test_each_uses_the_fastest_gradient_method_that_is_right(name, steps, tmp_path):
-    task, _ = task_of(SITUATIONS[name], tmp_path)
+def test_each_situation_uses_the_fastest_correct_gradient_method(name, steps, tmp_path):
+    task, _ = make_situation_task(SITUATIONS[name], tmp_path)
     planned = plan(task, tmp_path / "out", CONFIG).gradients
     assert {step.name for step in planned.steps.values()} == steps, planned.steps
 
 
 def test_parameters_of_size_0_are_recorded_without_a_gradient_method(tmp_path):
-    task, _ = task_of(SITUATIONS["parameters of size 0"], tmp_path)
+    task, _ = make_situation_task(SITUATIONS["parameters of size 0"], tmp_path)
     report = build(task, tmp_path / "out", CONFIG)
     sizes = {p.name: p.shape for p in report.manifest.build.spec.parameters}
     steps = {step.parameter: step for step in report.manifest.steps}
@@ -101,7 +101,7 @@ def test_parameters_of_size_0_are_recorded_without_a_gradient_method(tmp_path):
 
 
 def test_a_model_with_one_nonempty_parameter_is_built(tmp_path):
-    task, _ = task_of(SITUATIONS["parameters of size 0"], tmp_path)
+    task, _ = make_situation_task(SITUATIONS["parameters of size 0"], tmp_path)
     task = dataclasses.replace(task, parameters=["softmax.tail.*", "embed.weight"])
     build(task, tmp_path / "out", CONFIG)
 
@@ -113,7 +113,7 @@ class Rare(Toy):
         return torch.where(x[:, :1] > 5, super().forward(x), x[:, :3])
 
 
-def rows_that_reach(some):
+def make_rows_that_reach(some):
     rows = vectors(40)
     for i in some:
         rows[i][0][0] = 6.0
@@ -126,8 +126,8 @@ def test_further_batches_are_tried_if_the_first_reaches_no_parameter(tmp_path, d
         losses = cross_entropy(model, batch)
         return losses if not detached or bool((batch[0][:, 0] > 5).any()) else losses.detach()
 
-    data = rows_that_reach([23, 37])
-    task = toy(tmp_path, Rare(), loss=loss, train_data=lambda: data, query_data=lambda: data[20:])
+    data = make_rows_that_reach([23, 37])
+    task = make_toy_task(tmp_path, Rare(), loss=loss, train_data=lambda: data, query_data=lambda: data[20:])
     report = build(task, tmp_path / "out", CONFIG)
     assert {step.step for step in report.manifest.steps} == {RULE}
     found_QN = exact_scores(TaskRunner(task, RunOptions(CPU, 4)), ("query", range(20)), range(40), range(len(RATES)))
@@ -143,11 +143,11 @@ def test_further_batches_are_tried_if_the_first_reaches_no_parameter(tmp_path, d
 
 
 def test_the_error_names_how_many_rows_reach_no_parameter(tmp_path):
-    data = rows_that_reach([])
+    data = make_rows_that_reach([])
 
     def loss(model, batch):
         return model(batch[0]).detach().sum(1)
 
-    task = toy(tmp_path, Rare(), loss=loss, train_data=lambda: data, query_data=lambda: data)
+    task = make_toy_task(tmp_path, Rare(), loss=loss, train_data=lambda: data, query_data=lambda: data)
     with pytest.raises(TaskError, match="depend on none of the chosen parameters, in any of 40 rows, expected losses"):
         build(task, tmp_path / "out", CONFIG)

@@ -21,7 +21,7 @@ import torch
 from click.testing import CliRunner
 
 from paths import ROOT
-from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, Task, build
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.device import import_faiss
@@ -33,32 +33,29 @@ from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
+from trees import read_contents
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     model = Toy()
-    fields: dict[str, Any] = {"train_data": lambda: rows(70), "columns": lambda row: {"label": row[1]}}
-    task = toy(folder, model, checkpoints=saved(model, folder), **fields)
+    fields: dict[str, Any] = {"train_data": lambda: make_rows(70), "columns": lambda row: {"label": row[1]}}
+    task = make_toy_task(folder, model, checkpoints=save_checkpoints(model, folder), **fields)
     build(task, folder / "index", replace(CONFIG, index="ivf", partition_rows=32, dim=8))
     remove(folder / "index", [3])
     return folder / "index", task
 
 
 @pytest.fixture
-def index(made: tuple[Path, Task], tmp_path: Path) -> Path:
-    shutil.copytree(made[0], tmp_path / "index")
+def index(original: tuple[Path, Task], tmp_path: Path) -> Path:
+    shutil.copytree(original[0], tmp_path / "index")
     return tmp_path / "index"
 
 
-def held(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 @contextmanager
-def descriptors(n: int) -> Iterator[None]:
+def limit_descriptors(n: int) -> Iterator[None]:
     """Limit the process to n more file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.open("/", os.O_RDONLY)
@@ -70,28 +67,28 @@ def descriptors(n: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_without_descriptors_nothing_is_damaged(index: Path, made: tuple[Path, Task]) -> None:
+def test_without_file_descriptors_no_file_is_damaged(index: Path, original: tuple[Path, Task]) -> None:
     """At any number of free descriptors, an operation fails with EMFILE or succeeds."""
-    before = held(index)
+    before = read_contents(index)
     verify(index)
-    InfluenceIndex.open(index, made[1]).query([0])
+    InfluenceIndex.open(index, original[1]).query([0])
     acts: list[Callable[[], object]] = [
         lambda: verify(index),
-        lambda: repair(index, made[1]),
-        lambda: InfluenceIndex.open(index, made[1]).query([0]),
+        lambda: repair(index, original[1]),
+        lambda: InfluenceIndex.open(index, original[1]).query([0]),
         lambda: remove(index, [3]),
     ]
     for act in acts:
         refused = 0
         for n in range(40):
             try:
-                with descriptors(n):
+                with limit_descriptors(n):
                     act()
             except OSError as error:
                 assert error.errno == errno.EMFILE, error
                 refused += 1
         assert refused
-        assert held(index) == before
+        assert read_contents(index) == before
     assert verify(index).damage == ()
 
 
@@ -107,14 +104,14 @@ main([sys.argv[1], "--repair"])
 
 @pytest.mark.parametrize("n", [3, 4, 5])
 def test_the_command_reports_it_in_one_line(index: Path, n: int) -> None:
-    before = held(index)
+    before = read_contents(index)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LIMITED, str(index), str(n)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "got Too many open files (EMFILE)" in line and "raise the limit of open files" in line
-    assert held(index) == before
+    assert read_contents(index) == before
 
 
 LACK = [
@@ -130,12 +127,12 @@ LACK = [
 @pytest.mark.parametrize("error", LACK, ids=lambda error: type(error).__name__ + str(error)[:12])
 @pytest.mark.parametrize("place", ["h5py", "numpy's map", "arrays", "faiss", "JSON"])
 def test_a_lack_of_resources_reported_by_any_library(
-    index: Path, made: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+    index: Path, original: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
     def lacking(*given: object, **more: object) -> object:
         raise error
 
-    before, faiss = held(index), import_faiss()
+    before, faiss = read_contents(index), import_faiss()
     owner, name = {
         "h5py": (h5py, "File"),
         "numpy's map": (np, "memmap"),
@@ -151,7 +148,7 @@ def test_a_lack_of_resources_reported_by_any_library(
         assert str(index) in str(found.value.filename)
         done = CliRunner().invoke(verify_command, [str(index), "--repair"])
         assert done.exit_code == 1
-    assert held(index) == before and verify(index).damage == ()
+    assert read_contents(index) == before and verify(index).damage == ()
 
 
 def test_a_system_error_is_found_behind_another_error() -> None:
@@ -173,9 +170,9 @@ def test_a_system_error_is_found_behind_another_error() -> None:
         raise PermissionError(errno.EACCES, "no")
 
 
-def test_canaries_are_kept_if_descriptors_run_out(index: Path, made: tuple[Path, Task]) -> None:
+def test_canaries_stay_if_descriptors_run_out(index: Path, original: tuple[Path, Task]) -> None:
     manifest = Manifest.read(index)
     own = generation_folder(index, manifest.generation)
-    with descriptors(0), pytest.raises(OSError, match="Too many open files"):
+    with limit_descriptors(0), pytest.raises(OSError, match="Too many open files"):
         read_generation_canaries(own, manifest)
     assert len(read_generation_canaries(own, manifest)) == 2

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import models
 import ragged
 import zoo
-from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import Checkpoint, build
 from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
@@ -36,18 +36,18 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("case", models.CASES)
 def test_every_model_of_the_zoo_is_well_within_the_tolerance(case, tmp_path):
-    zoo.trained(case, 0, tmp_path)
-    made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
-    assert made.manifest.audit is not None
-    assert made.manifest.audit.rows == N_DRAWN
-    assert made.manifest.audit.largest < 1e-5
+    zoo.save_checkpoints(case, 0, tmp_path)
+    result = build(zoo.task(case, str(tmp_path)), tmp_path / "i", replace(SMALL, batch_size=5, partition_rows=6))
+    assert result.manifest.audit is not None
+    assert result.manifest.audit.rows == N_DRAWN
+    assert result.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("case", ragged.CASES)
 def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_path):
     sizes = torch.randint(1, 6, (60,)).tolist()
-    model, chosen, examples = ragged.made(case, sizes)
-    task = toy(
+    model, chosen, examples = ragged.make_case(case, sizes)
+    task = make_toy_task(
         tmp_path,
         model,
         loss=chosen.loss,
@@ -55,8 +55,8 @@ def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_pa
         train_data=lambda: examples,
         query_data=lambda: examples[:3],
     )
-    made = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
-    assert made.uneven.rows == 8
+    result = build(task, tmp_path / "i", replace(SMALL, batch_size=8, partition_rows=32))
+    assert result.uneven.rows == 8
     found = audit(tmp_path / "i", AuditSample(120), task)
     assert (found.rows, found.differences) == (120, ())
     assert found.largest < 1e-5
@@ -65,33 +65,35 @@ def test_every_row_of_models_whose_first_dimension_is_not_the_batch(case, tmp_pa
 @pytest.mark.parametrize("sketch", ["factored", "kronecker", "dense", "dense-gaussian"])
 @pytest.mark.parametrize("case", ["mlp", "conv2d", "gpt tied", "own linear layers", "gru"])
 def test_every_sketch_agrees_on_full_and_factored_gradients(sketch, case, tmp_path):
-    zoo.trained(case, 0, tmp_path)
+    zoo.save_checkpoints(case, 0, tmp_path)
     config = replace(SMALL, batch_size=5, sketch=sketch, dim=16)
-    made = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
-    assert made.manifest.audit.largest < 1e-5
+    result = build(zoo.task(case, str(tmp_path)), tmp_path / "i", config)
+    assert result.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("dim", [16, 2048])
 def test_tensorsketch_agrees_on_full_and_factored_gradients(dim, tmp_path):
     model = nn.Sequential(nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 70), nn.Tanh(), nn.Linear(70, 3))
-    made = build(toy(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
-    assert made.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
-    assert made.manifest.audit.largest < 1e-5
+    result = build(make_toy_task(tmp_path, model), tmp_path / "i", replace(SMALL, dim=dim))
+    assert result.manifest.build.spec.rank_one == {"0.weight", "2.weight", "4.weight"}
+    assert result.manifest.audit.largest < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_tolerance_includes_the_rounding_of_storage(dtype, tmp_path):
-    made = build(toy(tmp_path, train_data=lambda: rows(N)), tmp_path / "i", replace(SMALL, dtype=dtype, dim=512))
-    assert made.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
+    result = build(
+        make_toy_task(tmp_path, train_data=lambda: make_rows(N)), tmp_path / "i", replace(SMALL, dtype=dtype, dim=512)
+    )
+    assert result.manifest.audit.largest < (2**-11 if dtype == "float16" else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_models_of_every_floating_dtype(dtype, tmp_path):
     torch.manual_seed(0)
-    data = [(x.to(dtype), y) for x, y in rows(N)]
-    task = toy(tmp_path, Toy().to(dtype), train_data=lambda: data, query_data=lambda: data[:3])
-    made = build(task, tmp_path / "i", SMALL)
-    assert made.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
+    data = [(x.to(dtype), y) for x, y in make_rows(N)]
+    task = make_toy_task(tmp_path, Toy().to(dtype), train_data=lambda: data, query_data=lambda: data[:3])
+    result = build(task, tmp_path / "i", SMALL)
+    assert result.manifest.audit.largest < (1e-6 if dtype == torch.float64 else 5e-2)
 
 
 def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_dtype(tmp_path):
@@ -102,7 +104,7 @@ def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_d
         plain = cross_entropy(model, batch)
         return plain + coarse * (plain - plain.detach())
 
-    task = toy(tmp_path, loss=loss, train_data=lambda: rows(N))
+    task = make_toy_task(tmp_path, loss=loss, train_data=lambda: make_rows(N))
     build(task, tmp_path / "i", SMALL)
     found = audit(tmp_path / "i", AuditSample(N), task)
     assert not found.differences
@@ -118,11 +120,11 @@ def test_gradients_that_consist_of_rounding_only(scale, precision, tmp_path, mon
     model = Wide()
     with torch.no_grad():
         model.last.weight.mul_(scale)
-        labels = model(torch.stack([x for x, _ in rows(N)])).argmax(1).tolist()
-    data = [(x, y) for (x, _), y in zip(rows(N), labels, strict=True)]
+        labels = model(torch.stack([x for x, _ in make_rows(N)])).argmax(1).tolist()
+    data = [(x, y) for (x, _), y in zip(make_rows(N), labels, strict=True)]
     torch.save(model.state_dict(), tmp_path / "fitted.pt")
     checkpoints = [Checkpoint(tmp_path / "fitted.pt", learning_rate=0.1)]
-    task = toy(tmp_path, model, checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5])
+    task = make_toy_task(tmp_path, model, checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5])
     build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
     found = audit(tmp_path / "i", AuditSample(N), task)
     assert (found.rows, found.differences) == (N, ())
@@ -154,7 +156,7 @@ def test_half_precision_inside_a_loss_is_detected_whatever_its_dtypes(loss, expe
     """The tolerance depends on it."""
     model = Toy().requires_grad_(False)
     engine = GradientEngine(model, dict(model.named_parameters()), loss, torch.utils.data.default_collate)
-    batch = engine.batch([0], rows(1))
+    batch = engine.batch([0], make_rows(1))
     assert engine.losses(batch).dtype == torch.float32
     assert engine.is_half_precision(batch) is expected
     assert not any(parameter.requires_grad for parameter in model.parameters())

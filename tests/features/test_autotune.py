@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.toy import saved
+from tasks.toy import save_checkpoints
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build, plan
 from tracin_ann.cli.parameters import MemorySize
 from tracin_ann.device import container_memory_bytes
@@ -28,7 +28,7 @@ CONFIG = BuildConfig(dim=64, device="cpu", dtype="float32", index="flat")
 N_ROWS = 200
 
 
-class Pictures(nn.Module):
+class SmallCnn(nn.Module):
     """Two convolutions with batch norm between, and a head; `flat` flattens the images."""
 
     def __init__(self, flat: Any = lambda x: x.flatten(1)) -> None:
@@ -42,27 +42,27 @@ class Pictures(nn.Module):
         return self.head(self.flat(torch.relu(self.second(x))))
 
 
-def rows() -> list[tuple[Tensor, int]]:
+def make_images() -> list[tuple[Tensor, int]]:
     g = torch.Generator().manual_seed(0)
     return [(torch.randn(3, 8, 8, generator=g), i % 4) for i in range(N_ROWS)]
 
 
-def pictures(folder: Path, model: nn.Module) -> Task:
+def make_image_task(folder: Path, model: nn.Module) -> Task:
     return Task(
         model=lambda: model,
         loss=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], reduction="none"),
-        train_data=rows,
-        query_data=lambda: rows()[:4],
-        checkpoints=saved(model, folder),
+        train_data=make_images,
+        query_data=lambda: make_images()[:4],
+        checkpoints=save_checkpoints(model, folder),
     )
 
 
-def stored(task: Task, out: Path, **changes: Any) -> np.ndarray:
+def build_rows(task: Task, out: Path, **changes: Any) -> np.ndarray:
     build(task, out, replace(CONFIG, **changes))
     return InfluenceIndex.open(out).view().take(range(N_ROWS))
 
 
-def chosen(task: Task, tmp_path: Path, **changes: Any) -> tuning.BatchSettings:
+def read_choice(task: Task, tmp_path: Path, **changes: Any) -> tuning.BatchSettings:
     return plan(task, tmp_path / "planned", replace(CONFIG, **changes)).tuned
 
 
@@ -90,30 +90,30 @@ def test_the_batch_size_is_a_function_of_the_rows_size(width, size):
 
 @pytest.mark.parametrize(("width", "size"), [(8, 512), (100_000, 128)])
 def test_the_batch_size_does_not_depend_on_times_number_of_rows_or_free_memory(width, size, tmp_path, monkeypatch):
-    task = pictures(tmp_path, Wide(width))
-    found = [chosen(task, tmp_path)]
-    few = replace(task, train_data=lambda: rows()[:3])
-    found.append(chosen(few, tmp_path))
+    task = make_image_task(tmp_path, Wide(width))
+    found = [read_choice(task, tmp_path)]
+    few = replace(task, train_data=lambda: make_images()[:3])
+    found.append(read_choice(few, tmp_path))
     monkeypatch.setattr(tuning, "perf_counter", iter(np.random.default_rng(0).random(10_000)).__next__)
     monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 10**10)
-    found.append(chosen(task, tmp_path))
+    found.append(read_choice(task, tmp_path))
     assert [made.batch_size for made in found] == [size] * 3
     assert found[0].batch_bytes == found[2].batch_bytes
 
 
 def test_estimated_working_memory_does_not_depend_on_memory_freed_before(tmp_path):
-    task, found = pictures(tmp_path, Pictures()), set()
+    task, found = make_image_task(tmp_path, SmallCnn()), set()
     for n in range(8):
         held = [torch.empty(2**k) for k in range(n, 20)]
         del held[:: n + 1]
-        found.add(chosen(task, tmp_path).batch_bytes)
+        found.add(read_choice(task, tmp_path).batch_bytes)
     assert len(found) == 1
 
 
 def test_options_set_batch_size_and_memory_format(tmp_path):
-    task = pictures(tmp_path, Pictures())
-    assert chosen(task, tmp_path).channels_last
-    made = chosen(task, tmp_path, batch_size=24, memory_format="contiguous")
+    task = make_image_task(tmp_path, SmallCnn())
+    assert read_choice(task, tmp_path).channels_last
+    made = read_choice(task, tmp_path, batch_size=24, memory_format="contiguous")
     assert (made.batch_size, made.channels_last) == (24, False)
     build(task, tmp_path / "i", replace(CONFIG, batch_size=24, memory_format="channels-last"))
     record = read_build_record(tmp_path / "i")
@@ -123,26 +123,26 @@ def test_options_set_batch_size_and_memory_format(tmp_path):
 
 
 def test_the_memory_option_bounds_the_batch(tmp_path):
-    task = pictures(tmp_path, Pictures())
-    free = chosen(task, tmp_path)
+    task = make_image_task(tmp_path, SmallCnn())
+    free = read_choice(task, tmp_path)
     row_bytes = free.batch_bytes // free.batch_size
     # Of one image: the image, the inputs and outputs of each layer, and half of that for backward.
     at_least = 4 * (3 * 64 + 3 * 8 * 64 + 2 * 6 * 16)
     assert at_least < row_bytes < 5 * at_least
     for budget, size in ((100, 64), (33, 32), (2, 2)):
-        made = chosen(task, tmp_path, memory_bytes=budget * row_bytes)
+        made = read_choice(task, tmp_path, memory_bytes=budget * row_bytes)
         assert made.batch_bytes <= made.memory_bytes == budget * row_bytes
         assert made.batch_size == size
     with pytest.raises(UsageError, match=r"one row needs more memory than is available.*raise --memory"):
-        chosen(task, tmp_path, memory_bytes=row_bytes // 4)
+        read_choice(task, tmp_path, memory_bytes=row_bytes // 4)
     with pytest.raises(UsageError, match="one row needs more memory than is available"):
         build(task, tmp_path / "i", replace(CONFIG, memory_bytes=row_bytes // 4))
     assert not (tmp_path / "i").exists()
 
 
 def test_too_little_free_memory_reduces_the_batch_with_a_warning_and_is_recorded(tmp_path, monkeypatch, caplog):
-    task = pictures(tmp_path, Pictures())
-    free = chosen(task, tmp_path)
+    task = make_image_task(tmp_path, SmallCnn())
+    free = read_choice(task, tmp_path)
     row_bytes = free.batch_bytes // free.batch_size
     assert not caplog.records
     monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 20 * row_bytes)
@@ -151,13 +151,13 @@ def test_too_little_free_memory_reduces_the_batch_with_a_warning_and_is_recorded
     assert f"batches of 16 rows instead of {free.batch_size}: only" in caplog.text
     monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: row_bytes // 2)
     with pytest.raises(UsageError, match=r"one row needs more memory than is available.*free memory, or try"):
-        chosen(task, tmp_path)
+        read_choice(task, tmp_path)
 
 
 def test_features_are_the_same_in_either_memory_format(tmp_path):
-    task = pictures(tmp_path, Pictures())
-    usual = stored(task, tmp_path / "usual", memory_format="contiguous")
-    other = stored(task, tmp_path / "other", memory_format="channels-last")
+    task = make_image_task(tmp_path, SmallCnn())
+    usual = build_rows(task, tmp_path / "usual", memory_format="contiguous")
+    other = build_rows(task, tmp_path / "other", memory_format="channels-last")
     assert (np.linalg.norm(other - usual, axis=1) <= 1e-5 * np.linalg.norm(usual, axis=1)).all()
     assert not np.array_equal(other, usual)
 
@@ -171,11 +171,11 @@ def test_features_are_the_same_in_either_memory_format(tmp_path):
     ids=["raises", "differs"],
 )
 def test_a_model_that_does_not_support_channels_last_stays_contiguous_or_is_rejected(flat, why, tmp_path):
-    model = Pictures(flat)
+    model = SmallCnn(flat)
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    task = pictures(tmp_path, model)
-    assert not chosen(task, tmp_path).channels_last
-    stored(task, tmp_path / "i")
+    task = make_image_task(tmp_path, model)
+    assert not read_choice(task, tmp_path).channels_last
+    build_rows(task, tmp_path / "i")
     with pytest.raises(UsageError, match=rf"does not support --memory-format channels-last: got .*{why}.*contiguous"):
         build(task, tmp_path / "j", replace(CONFIG, memory_format="channels-last"))
     assert not (tmp_path / "j").exists()
@@ -186,16 +186,16 @@ def test_a_query_loss_that_does_not_support_channels_last_keeps_images_contiguou
     def query_loss(net: Any, batch: Any) -> Tensor:
         return F.cross_entropy(net(batch[0]), batch[1], reduction="none") + 0 * batch[0].view(len(batch[0]), -1).sum(1)
 
-    task = replace(pictures(tmp_path, Pictures()), query_loss=query_loss)
-    assert not chosen(task, tmp_path).channels_last
-    stored(task, tmp_path / "i")
+    task = replace(make_image_task(tmp_path, SmallCnn()), query_loss=query_loss)
+    assert not read_choice(task, tmp_path).channels_last
+    build_rows(task, tmp_path / "i")
 
 
 def test_images_of_different_sizes_stay_contiguous(tmp_path):
     unlike = [(torch.randn(3, 8, 8 + i % 2), i % 4) for i in range(N_ROWS)]
-    task = replace(pictures(tmp_path, Pictures()), train_data=lambda: unlike)
+    task = replace(make_image_task(tmp_path, SmallCnn()), train_data=lambda: unlike)
     task = replace(task, collate=lambda examples: (torch.stack([x[..., :8] for x, _ in examples]), _labels(examples)))
-    assert not chosen(task, tmp_path).channels_last
+    assert not read_choice(task, tmp_path).channels_last
 
 
 def _labels(examples: Any) -> Tensor:
@@ -203,9 +203,9 @@ def _labels(examples: Any) -> Tensor:
 
 
 def test_a_borrowed_model_gets_its_memory_format_back(tmp_path):
-    model = Pictures()
+    model = SmallCnn()
     values = {name: p.clone() for name, p in model.named_parameters()}
-    stored(pictures(tmp_path, model), tmp_path / "i")
+    build_rows(make_image_task(tmp_path, model), tmp_path / "i")
     assert read_build_record(tmp_path / "i").channels_last
     for name, parameter in model.named_parameters():
         assert parameter.is_contiguous()
@@ -213,15 +213,17 @@ def test_a_borrowed_model_gets_its_memory_format_back(tmp_path):
 
 
 def test_a_channels_last_model_runs_in_the_recorded_format_and_gets_its_own_back(tmp_path):
-    task = pictures(tmp_path, Pictures())
-    usual = stored(task, tmp_path / "usual", memory_format="contiguous")
-    model = Pictures().to(memory_format=torch.channels_last)
-    assert np.array_equal(stored(replace(task, model=lambda: model), tmp_path / "i", memory_format="contiguous"), usual)
+    task = make_image_task(tmp_path, SmallCnn())
+    usual = build_rows(task, tmp_path / "usual", memory_format="contiguous")
+    model = SmallCnn().to(memory_format=torch.channels_last)
+    assert np.array_equal(
+        build_rows(replace(task, model=lambda: model), tmp_path / "i", memory_format="contiguous"), usual
+    )
     assert model.first.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradient_methods_are_reused_when_a_checkpoint_is_loaded_again(tmp_path):
-    runner = TaskRunner(pictures(tmp_path, Pictures()), RunOptions(CPU, 16))
+    runner = TaskRunner(make_image_task(tmp_path, SmallCnn()), RunOptions(CPU, 16))
     options = CONFIG.features(frozenset({"head.weight"}))
     with runner.model() as model:
         model.load(0)
@@ -238,7 +240,7 @@ def test_gradient_methods_are_reused_when_a_checkpoint_is_loaded_again(tmp_path)
 @pytest.mark.parametrize(
     ("text", "size"), [("512MB", 512_000_000), ("8G", 8 * 10**9), ("1.5 gb", 1_500_000_000), ("4096", 4096)]
 )
-def test_sizes_are_read(text, size):
+def test_memory_sizes_are_parsed(text, size):
     assert MemorySize().convert(text, None, None) == size
 
 
@@ -246,7 +248,7 @@ def test_sizes_are_read(text, size):
     ("limit", "used", "left"),
     [("1000", "400", 600), ("max", "400", sys.maxsize), ("100", "400", 0), (None, "1", sys.maxsize)],
 )
-def test_the_memory_limit_of_a_container_counts(limit, used, left, tmp_path):
+def test_the_memory_limit_of_a_container_is_used(limit, used, left, tmp_path):
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text(used + "\n")

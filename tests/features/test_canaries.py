@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tasks.toy import CONFIG, Toy, cross_entropy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, QueryOptions, build
 from tracin_ann.errors import IndexMismatchError
 from tracin_ann.features.canaries import canary_ids
@@ -16,16 +16,16 @@ from tracin_ann.features.canaries import canary_ids
 N = 31
 
 
-def train(row=None, shift=0.0):
+def make_train_rows(row=None, shift=0.0):
     """Return the training rows, with one of them changed."""
-    data = rows(N)
+    data = make_rows(N)
     if row is not None:
         data[row] = (data[row][0] + shift, data[row][1])
     return data
 
 
 def queries(row=None):
-    data = rows(5, seed=2)
+    data = make_rows(5, seed=2)
     if row is not None:
         data[row] = (-data[row][0], data[row][1])
     return data
@@ -34,17 +34,17 @@ def queries(row=None):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("canaries")
-    checkpoints = saved(Toy(), folder)
+    checkpoints = save_checkpoints(Toy(), folder)
 
     def task(model=None, **changes):
-        fields = {"checkpoints": checkpoints, "train_data": train, "query_data": queries, **changes}
-        return toy(folder, model, **fields)
+        fields = {"checkpoints": checkpoints, "train_data": make_train_rows, "query_data": queries, **changes}
+        return make_toy_task(folder, model, **fields)
 
     build(task(), folder / "out", CONFIG)
     return folder / "out", task
 
 
-def ask(built, task, ids=(0,), **options):
+def run_query(built, task, ids=(0,), **options):
     index = InfluenceIndex.open(built[0], task, device="cpu", batch_size=4)
     return index.query(list(ids), options=QueryOptions(**options))
 
@@ -83,7 +83,7 @@ CHANGED = {
 def test_a_canary_detects_changed_code_loss_or_data(built, name, options):
     changes, message = CHANGED[name]
     with pytest.raises(IndexMismatchError) as caught:
-        ask(built, built[1](**changes), **options)
+        run_query(built, built[1](**changes), **options)
     checkpoint = options.get("checkpoints", (0,))[0]
     assert str(caught.value).startswith(f"{message}")
     assert f" since index {built[0]} was built: got a relative difference of " in str(caught.value)
@@ -103,17 +103,17 @@ def test_exact_queries_and_exact_self_influence_detect_changed_code(built):
 @pytest.mark.parametrize("row", canary_ids(N))
 def test_changed_content_of_a_canary_row_is_detected(built, row):
     with pytest.raises(IndexMismatchError, match="was built with training data of digest .*; restore train_d"):
-        ask(built, built[1](train_data=lambda: train(row, 0.5)))
+        run_query(built, built[1](train_data=lambda: make_train_rows(row, 0.5)))
 
 
 def test_a_different_number_of_rows_is_detected(built):
     with pytest.raises(IndexMismatchError, match=f"with {N} training rows, this task has {N + 1}; build with"):
-        ask(built, built[1](train_data=lambda: rows(N + 1)))
+        run_query(built, built[1](train_data=lambda: make_rows(N + 1)))
     with pytest.raises(
         IndexMismatchError,
         match="^query_data is not the data that index .* was built with: got 4 rows, expected at least 5",
     ):
-        ask(built, built[1](query_data=lambda: queries()[:4]))
+        run_query(built, built[1](query_data=lambda: queries()[:4]))
 
 
 def test_different_parameters_model_or_checkpoints_are_detected(built, tmp_path):
@@ -121,22 +121,22 @@ def test_different_parameters_model_or_checkpoints_are_detected(built, tmp_path)
     with pytest.raises(
         IndexMismatchError, match=r"parameter first.weight \(\[6, 5\] torch.float32\), the task does not"
     ):
-        ask(built, task(parameters="second.*"))
+        run_query(built, task(parameters="second.*"))
     with pytest.raises(IndexMismatchError, match="a model with layers of digest"):
-        ask(built, task(torch.nn.Sequential(*Toy().children())))
+        run_query(built, task(torch.nn.Sequential(*Toy().children())))
     first, second = task().checkpoints
     with pytest.raises(
         IndexMismatchError, match="learning rate 0.125 at checkpoint 1, the task has 0.25; restore Task."
     ):
-        ask(built, task(checkpoints=[first, replace(second, learning_rate=0.25)]))
+        run_query(built, task(checkpoints=[first, replace(second, learning_rate=0.25)]))
     with pytest.raises(IndexMismatchError, match=r"checkpoint 0 \(checkpoint0.pt\) of digest .*\(and 1 more diff"):
-        ask(built, task(checkpoints=saved(Toy(), tmp_path, seed=9)))
+        run_query(built, task(checkpoints=save_checkpoints(Toy(), tmp_path, seed=9)))
 
 
 def test_a_changed_task_cannot_resume_the_build(built):
     out, task = built
     with pytest.raises(IndexMismatchError, match="was built with training data of digest"):
-        build(task(train_data=lambda: train(0, 0.5)), out, CONFIG)
+        build(task(train_data=lambda: make_train_rows(0, 0.5)), out, CONFIG)
     with pytest.raises(
         IndexMismatchError, match="was built with seed 0, this command asks for seed 4; pass --seed 0 or"
     ):

@@ -27,7 +27,7 @@ CONFIG = BuildConfig(
 )
 
 
-def stored(task: Task | str, out: Path, folder: Path, **changes: Any) -> np.ndarray:
+def build_rows(task: Task | str, out: Path, folder: Path, **changes: Any) -> np.ndarray:
     """Build with changes of the config, and return the stored rows [N, F]."""
     named = isinstance(task, str)
     build(task, out, replace(CONFIG, **changes), arguments={"folder": str(folder)} if named else None)
@@ -48,21 +48,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_by_one(folder: Path) -> np.ndarray:
     """Return the rows of a build with batch size 1, in order."""
-    return stored(texts.task(str(folder)), folder / "one", folder, batch_size=1)
+    return build_rows(texts.task(str(folder)), folder / "one", folder, batch_size=1)
 
 
 @pytest.mark.parametrize("size", [7, 64, 1000])
 def test_any_batch_size_gives_the_same_rows(size, folder, one_by_one, tmp_path):
-    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder, batch_size=size), one_by_one)
+    assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder, batch_size=size), one_by_one)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_rows(workers, folder, one_by_one, tmp_path):
-    assert_same_rows(stored(NAME, tmp_path / "i", folder, workers=workers), one_by_one)
+    assert_same_rows(build_rows(NAME, tmp_path / "i", folder, workers=workers), one_by_one)
 
 
 def test_a_picklable_task_needs_no_name(folder, one_by_one, tmp_path):
-    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder, workers=1), one_by_one)
+    assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder, workers=1), one_by_one)
 
 
 def test_a_task_that_cannot_be_sent_to_workers_is_rejected(folder, tmp_path):
@@ -87,8 +87,8 @@ def test_rows_that_workers_collated_are_read_again_where_a_loop_needs_them(folde
     """Without layer rules and vmap, the loop computes every gradient, from examples that only the worker has read."""
     monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
-    expected = stored(texts.task(str(folder)), tmp_path / "a", folder)
-    assert_same_rows(stored(NAME, tmp_path / "b", folder, workers=1), expected)
+    expected = build_rows(texts.task(str(folder)), tmp_path / "a", folder)
+    assert_same_rows(build_rows(NAME, tmp_path / "b", folder, workers=1), expected)
 
 
 def test_batches_have_rows_of_similar_length(folder):
@@ -119,7 +119,7 @@ def test_slow_data_is_read_once_for_all_checkpoints(held, readings, folder, one_
     data = Counted(texts.train_data())
     task = replace(texts.task(str(folder)), train_data=lambda: data)
     before = Counted.reads = 0
-    rows = stored(task, tmp_path / "i", folder)
+    rows = build_rows(task, tmp_path / "i", folder)
     assert_same_rows(rows, one_by_one)
     # Other reads: probes, digest, sampled lengths, tuning, and four canaries per checkpoint.
     extra = Counted.reads - before - readings * texts.N_TRAIN
@@ -127,9 +127,9 @@ def test_slow_data_is_read_once_for_all_checkpoints(held, readings, folder, one_
 
 
 def test_rows_fetched_after_the_next_batch_is_launched_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
-    """As on an accelerator: a batch must not use buffers that the next batch overwrites."""
+    """On an accelerator, a batch must not use buffers that the next batch overwrites."""
     monkeypatch.setattr("tracin_ann.features.extractor._BATCHES_AHEAD", {"cpu": 1})
-    assert_same_rows(stored(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
+    assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_partitions_stay_in_memory_where_reading_costs_more_than_loading(changes
 
 def test_an_interrupted_build_is_resumed_in_the_other_order(folder, one_by_one, tmp_path, monkeypatch):
     task = texts.task(str(folder))
-    rows = stored(task, tmp_path / "i", folder)
+    rows = build_rows(task, tmp_path / "i", folder)
     files = sorted((tmp_path / "i" / "features").glob("*.h5"))
     for file in (files[1], files[2], files[-1]):
         file.unlink()
@@ -166,7 +166,7 @@ def test_an_interrupted_build_is_resumed_in_the_other_order(folder, one_by_one, 
 def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     task = texts.task(str(folder))
-    stored(task, tmp_path / "i", folder, precision="bf16", dim=4096)
+    build_rows(task, tmp_path / "i", folder, precision="bf16", dim=4096)
     index = InfluenceIndex.open(tmp_path / "i", task)
     models = [texts.model() for _ in texts.RATES]
     for model, checkpoint in zip(models, task.checkpoints, strict=True):
@@ -178,7 +178,7 @@ def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_p
     true = oracle.tracin(*sides, texts.RATES)
     found = index.features("query", range(4)) @ index.view().take(range(texts.N_TRAIN)).T
     assert np.corrcoef(found.ravel(), true.ravel())[0, 1] > 0.97
-    fp32 = stored(task, tmp_path / "j", folder, dim=4096)
+    fp32 = build_rows(task, tmp_path / "j", folder, dim=4096)
     off = np.linalg.norm(index.view().take(range(texts.N_TRAIN)) - fp32, axis=1) / np.linalg.norm(fp32, axis=1)
     assert 1e-5 < off.max() < 0.05
     with pytest.raises(Exception, match="built with precision bf16"):
@@ -190,10 +190,10 @@ def test_slower_bf16_on_a_cpu_gives_a_warning(slower, warned, folder, tmp_path, 
     monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     measured = lambda model, features: slower if model.runner.options.precision == "bf16" else 1.0  # noqa: E731
     monkeypatch.setattr(tuning, "measure_row_seconds", measured)
-    made = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
-    assert made.manifest.build.spec.precision == "bf16"
-    said = "bf16 is slower than fp32 on this machine: 1200000 µs per row, fp32 1000000 µs; --precision fp32"
-    assert (said in caplog.text) == warned
+    result = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))
+    assert result.manifest.build.spec.precision == "bf16"
+    message = "bf16 is slower than fp32 on this machine: 1200000 µs per row, fp32 1000000 µs; --precision fp32"
+    assert (message in caplog.text) == warned
 
 
 def test_bf16_is_rejected_where_it_would_be_slower(folder, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 from paths import ROOT
 from tracin_ann.files import atomic_path, atomic_write, remove_temporaries
+from trees import list_names
 
 DIE_WHILE_WRITING = """
 import os, sys
@@ -21,10 +22,6 @@ with atomic_write(Path(sys.argv[1])) as file:
     file.flush()
     os._exit(9)
 """
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def write(path: Path, data: bytes) -> None:
@@ -38,15 +35,15 @@ def die_while_writing(path: Path) -> None:
     assert done.returncode == 9
 
 
-def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
+def test_a_write_replaces_the_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write(path, b"the older and longer text")
     write(path, b"new")
     assert path.read_bytes() == b"new"
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
-def test_new_files_have_the_rights_of_the_umask(tmp_path: Path) -> None:
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.write_bytes(b"")
     write(tmp_path / "atomic", b"")
@@ -54,7 +51,7 @@ def test_new_files_have_the_rights_of_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_failure_before_the_rename_leaves_the_old_file_alone(
+def test_a_failure_before_the_rename_leaves_the_old_file_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "a.bin"
@@ -67,22 +64,22 @@ def test_failure_before_the_rename_leaves_the_old_file_alone(
     with pytest.raises(OSError, match="disk gone"):
         write(path, b"new")
     assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
-def test_exception_in_the_block_removes_the_temporary(tmp_path: Path) -> None:
+def test_an_exception_in_the_block_removes_the_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a.bin") as file:
         file.write(b"half")
         raise KeyboardInterrupt
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
-def test_atomic_path_stays_in_the_directory_and_keeps_the_suffix(tmp_path: Path) -> None:
+def test_a_temporary_file_has_the_directory_and_suffix_of_the_target(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "a.faiss") as temporary:
         assert (temporary.parent, temporary.suffix) == (tmp_path, ".faiss")
         temporary.write_bytes(b"x")
         assert not (tmp_path / "a.faiss").exists()
-    assert names(tmp_path) == ["a.faiss"]
+    assert list_names(tmp_path) == ["a.faiss"]
 
 
 def test_data_is_synced_before_the_rename_and_the_directory_after(
@@ -106,17 +103,17 @@ def test_data_is_synced_before_the_rename_and_the_directory_after(
     assert calls == ["file", "replace", "directory"]
 
 
-def test_killed_writer_leaves_a_temporary_that_is_swept(tmp_path: Path) -> None:
+def test_a_temporary_file_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write(path, b"old")
     die_while_writing(path)
     assert path.read_bytes() == b"old"
-    assert len(names(tmp_path)) == 2
+    assert len(list_names(tmp_path)) == 2
     assert len(remove_temporaries(tmp_path)) == 1
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
-def test_sweep_leaves_a_living_writer_and_strangers_alone(tmp_path: Path) -> None:
+def test_temporary_files_of_running_writers_and_other_files_are_not_removed(tmp_path: Path) -> None:
     stranger = tmp_path / ".tracin-tmp-00000000-1-abc.h5"
     stranger.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
@@ -124,8 +121,8 @@ def test_sweep_leaves_a_living_writer_and_strangers_alone(tmp_path: Path) -> Non
         file.write(b"x")
     os.utime(stranger, (0, 0))
     assert remove_temporaries(tmp_path) == [stranger]
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
-def test_sweep_of_no_directory_is_nothing(tmp_path: Path) -> None:
+def test_cleaning_a_missing_directory_does_nothing(tmp_path: Path) -> None:
     assert remove_temporaries(tmp_path / "none") == []

@@ -10,13 +10,13 @@ from tracin_ann.errors import DamagedIndexError
 from tracin_ann.files import read_json, write_json_atomic
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
+def test_json_is_read_back_unchanged(tmp_path: Path) -> None:
     value = {"name": "Grüße", "list": [1, 2.5, None], "nested": {"a": True}}
     write_json_atomic(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
 
 
-def test_json_refuses_nan(tmp_path: Path) -> None:
+def test_json_rejects_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json_atomic(tmp_path / "a.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
@@ -32,7 +32,7 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
         (b"[1]", "a JSON list"),
     ],
 )
-def test_unusable_json_is_damage(tmp_path: Path, data: bytes | None, says: str) -> None:
+def test_invalid_json_is_reported_as_damaged(tmp_path: Path, data: bytes | None, says: str) -> None:
     path = tmp_path / "a.json"
     if data is not None:
         path.write_bytes(data)
@@ -40,7 +40,7 @@ def test_unusable_json_is_damage(tmp_path: Path, data: bytes | None, says: str) 
         read_json(path)
 
 
-def test_json_nested_past_all_bounds_is_damaged(tmp_path: Path) -> None:
+def test_too_deeply_nested_json_is_reported_as_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[" * 100_000)
     with pytest.raises(DamagedIndexError, match="expected a JSON object"):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import oracle
 import ragged
-from tasks.toy import CONFIG, toy
+from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import build
 from tracin_ann.errors import GradientProofError, MisplacedRowsError
 from tracin_ann.gradients import factors
@@ -30,13 +30,13 @@ SIZES = {
 }
 
 
-def engine_of(model, case):
+def make_engine(model, case):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return GradientEngine(model, dict(model.named_parameters()), case.loss, case.collate)
 
 
-def gradients(engine, examples):
+def collect_gradients(engine, examples):
     """Return all per-example gradients [B, P] of a run, in float64."""
     batch, found = engine.batch(range(len(examples)), examples), {}
 
@@ -54,15 +54,15 @@ def gradients(engine, examples):
     return torch.cat(list(found.values()), 1)
 
 
-def expect(model, case, examples, engine=None, tolerance=1e-4):
+def assert_matches_oracle(model, case, examples, engine=None, tolerance=1e-4):
     """Compare a batch with the oracle, relative to the largest gradient; return the engine."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     truth = oracle.gradients(model, case.loss, examples, collate=case.collate)
-    engine = engine or engine_of(model, case)
+    engine = engine or make_engine(model, case)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    error = (gradients(engine, examples) - truth).norm(dim=1).max() / truth.norm(dim=1).max()
+    error = (collect_gradients(engine, examples) - truth).norm(dim=1).max() / truth.norm(dim=1).max()
     assert error < tolerance, engine.plan
     return engine
 
@@ -70,8 +70,8 @@ def expect(model, case, examples, engine=None, tolerance=1e-4):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", ragged.CASES)
 def test_rows_of_examples_of_different_sizes_use_the_rule_and_have_their_own_gradients(name, sizes):
-    model, case, examples = ragged.made(name, SIZES[sizes])
-    engine = expect(model, case, examples)
+    model, case, examples = ragged.make_case(name, SIZES[sizes])
+    engine = assert_matches_oracle(model, case, examples)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
     matched = any("rows are matched with examples in every batch" in step.reason for step in engine.plan.steps.values())
     assert matched or sizes == "as many as examples"
@@ -80,10 +80,10 @@ def test_rows_of_examples_of_different_sizes_use_the_rule_and_have_their_own_gra
 @pytest.mark.parametrize("name", ragged.CASES)
 @pytest.mark.parametrize("first", ["even", "as many as examples"])
 def test_sizes_may_change_after_the_verification(name, first):
-    model, case, examples = ragged.made(name, SIZES[first])
-    engine = expect(model, case, examples)
+    model, case, examples = ragged.make_case(name, SIZES[first])
+    engine = assert_matches_oracle(model, case, examples)
     for sizes in [[2, 2, 1, 1, 1, 1, 1, 1], *SIZES.values(), [2, 1, 1], [5]]:
-        expect(model, case, ragged.made(name, sizes, seed=1)[2], engine)
+        assert_matches_oracle(model, case, ragged.make_case(name, sizes, seed=1)[2], engine)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
 
 
@@ -91,10 +91,10 @@ def test_sizes_may_change_after_the_verification(name, first):
 @pytest.mark.parametrize("name", ["graphs", "questions", "albums"])
 def test_rows_are_attributed_in_every_precision(name, dtype):
     sizes = [1 + (7 * i) % 5 for i in range(70)]
-    model, case, examples = ragged.made(name, sizes)
+    model, case, examples = ragged.make_case(name, sizes)
     model.to(dtype)
     cast = [tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in row) for row in examples]
-    engine = expect(model, case, cast, tolerance=5e-2 if dtype is torch.bfloat16 else 1e-10)
+    engine = assert_matches_oracle(model, case, cast, tolerance=5e-2 if dtype is torch.bfloat16 else 1e-10)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
 
 
@@ -120,16 +120,16 @@ def test_examples_in_another_order_than_verified_are_detected_in_a_checked_batch
     case = ragged.Ragged(Twisted, loss, None, torch.utils.data.default_collate)
     model = Twisted().eval()
     rows = [(torch.randn(3), i % 4) for i in range(6)]
-    engine = expect(model, case, rows)
+    engine = assert_matches_oracle(model, case, rows)
     twisted = [(x + 20 * (x == rows[0][0]), y) for x, y in rows]
     with pytest.raises(GradientProofError, match="layer head: the rows of its input are not the batch's examples"):
-        gradients(engine, twisted)
+        collect_gradients(engine, twisted)
 
 
 def test_a_build_that_detects_another_order_stores_no_features_and_succeeds_with_batches_of_one(tmp_path):
     model = Twisted().eval()
     data = [(torch.rand(3) + (20 if i >= 32 else 0), i % 4) for i in range(96)]
-    task = toy(tmp_path, model, train_data=lambda: data, query_data=lambda: data[:4])
+    task = make_toy_task(tmp_path, model, train_data=lambda: data, query_data=lambda: data[:4])
     config = replace(CONFIG, partition_rows=16)
     with pytest.raises(MisplacedRowsError, match="--batch-size 1"):
         build(task, tmp_path / "out", config)
@@ -145,8 +145,8 @@ def test_a_row_that_is_not_finite_does_not_fail_the_check_of_a_batch():
     model = Twisted().eval()
     nn.init.zeros_(model.head.bias), nn.init.zeros_(model.inner.bias)
     rows = [(torch.randn(3), 0) for _ in range(6)]
-    engine = expect(model, case, rows)
-    found = gradients(engine, [*rows[:2], (torch.zeros(3), 0), *rows[3:]])
+    engine = assert_matches_oracle(model, case, rows)
+    found = collect_gradients(engine, [*rows[:2], (torch.zeros(3), 0), *rows[3:]])
     assert torch.isfinite(found).all(1).tolist() == [True, True, False, True, True, True]
 
 
@@ -168,7 +168,7 @@ def test_a_row_that_several_examples_use_fails_the_rule_and_the_reason_names_the
 
     case = ragged.Ragged(Shared, loss, None, torch.utils.data.default_collate)
     model = Shared().eval()
-    engine = expect(model, case, [(torch.randn(3), i % 4) for i in range(6)])
+    engine = assert_matches_oracle(model, case, [(torch.randn(3), i % 4) for i in range(6)])
     step = engine.plan.steps["inner.weight"]
     assert step.name != RULE and "layer inner: 1 of its 7 rows have gradients of several examples" in step.reason
     assert engine.plan.steps["head.weight"].name == RULE
@@ -180,9 +180,9 @@ def test_examples_that_mix_raise_with_the_name_of_the_parameter():
         return F.cross_entropy(model.head(hidden + hidden.mean(0)), batch[1], reduction="none")
 
     case = ragged.Ragged(Shared, loss, None, torch.utils.data.default_collate)
-    engine = engine_of(Shared().eval(), case)
+    engine = make_engine(Shared().eval(), case)
     with pytest.raises(GradientProofError, match="inner.weight"):
-        gradients(engine, [(torch.randn(3), i % 4) for i in range(6)])
+        collect_gradients(engine, [(torch.randn(3), i % 4) for i in range(6)])
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from tasks.toy import CONFIG, Toy, cross_entropy, rows, toy
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import plan
 from tracin_ann.cli.build import _print_plan
 from tracin_ann.errors import GradientProofError, TaskError
@@ -40,19 +40,19 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.inner(x))).mean(1)
 
 
-def examples(n, t=3, shift=0.0, seed=0):
+def make_examples(n, t=3, shift=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [(torch.rand(t, 3, generator=generator) + shift, i % 4) for i in range(n)]
 
 
-def engine_of(model, loss=cross_entropy):
+def make_engine(model, loss=cross_entropy):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = dict(model.named_parameters())
     return GradientEngine(model.eval(), parameters, loss, torch.utils.data.default_collate)
 
 
-def gradients(engine, given_examples):
+def collect_gradients(engine, given_examples):
     """Return all per-example gradients [B, P] of a run, in float64."""
     batch = engine.batch(range(len(given_examples)), given_examples)
     found = {}
@@ -71,14 +71,14 @@ def gradients(engine, given_examples):
     return torch.cat([found.get(name, zeros[name]) for name in engine.parameters], 1)
 
 
-def steps_over(model, batches, loss=cross_entropy, tolerance=2e-5):
+def run_batches(model, batches, loss=cross_entropy, tolerance=2e-5):
     """Run batches through one engine, compare each with the oracle, and return the methods after each batch."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     truths = [oracle.gradients(model, loss, batch) for batch in batches]
-    engine, steps = engine_of(model, loss), []
+    engine, steps = make_engine(model, loss), []
     for batch, truth in zip(batches, truths, strict=True):
-        error = (gradients(engine, batch) - truth).norm(dim=1)
+        error = (collect_gradients(engine, batch) - truth).norm(dim=1)
         assert (error <= tolerance * truth.norm(dim=1)).all(), (len(steps), engine.plan)
         steps.append({name: step.name for name, step in engine.plan.steps.items()})
     return steps
@@ -97,7 +97,7 @@ class Mixed(Toy):
 
 
 def test_the_plan_has_the_method_the_reason_and_the_share_of_elements(tmp_path):
-    task = toy(tmp_path, Mixed())
+    task = make_toy_task(tmp_path, Mixed())
     planned = plan(task, tmp_path / "out", CONFIG).gradients
     assert planned.names(RULE) == ("first.weight", "first.bias", "second.weight", "second.bias")
     assert planned.names(VMAP) == ("scale",)
@@ -111,7 +111,7 @@ def test_the_plan_has_the_method_the_reason_and_the_share_of_elements(tmp_path):
 
 
 def test_a_reason_that_many_parameters_share_is_printed_once(tmp_path, capsys):
-    _print_plan(plan(toy(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
+    _print_plan(plan(make_toy_task(tmp_path, Mixed()), tmp_path / "out", CONFIG), CONFIG)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [line.rpartition(" (")[2] for line in shown if "unused" in line or "scale" in line] == [
         "no layer rule covers it)",
@@ -127,7 +127,7 @@ def test_the_reason_of_a_parameter_is_the_error_of_the_method_before(tmp_path):
                 return x
             return F.linear(super().forward(x), self.second.weight[:, :3])
 
-    planned = plan(toy(tmp_path, Doubled()), tmp_path / "out", CONFIG).gradients
+    planned = plan(make_toy_task(tmp_path, Doubled()), tmp_path / "out", CONFIG).gradients
     assert planned.names(RULE) == ("first.weight", "first.bias", "second.bias")
     assert planned.names(LOOP) == ("second.weight",)
     assert planned.steps["second.weight"].reason.startswith(
@@ -144,7 +144,7 @@ def test_frozen_parameters_are_listed_and_below_them_there_is_no_graph(tmp_path)
         seen.add(hidden.requires_grad)
         return F.cross_entropy(live.second(hidden), batch[1], reduction="none")
 
-    planned = plan(toy(tmp_path, model, loss=loss), tmp_path / "out", CONFIG)
+    planned = plan(make_toy_task(tmp_path, model, loss=loss), tmp_path / "out", CONFIG)
     assert planned.frozen == ("first.weight", "first.bias")
     assert list(planned.gradients.steps) == ["second.weight", "second.bias"]
     assert seen == {False}
@@ -164,8 +164,8 @@ class Late(Positions):
 
 
 def test_parameters_that_only_losses_of_a_later_batch_depend_on_are_correct_from_there_on():
-    batches = [examples(4), examples(4, shift=3), examples(4), examples(3, shift=3, seed=1)]
-    steps = steps_over(Late(), batches)
+    batches = [make_examples(4), make_examples(4, shift=3), make_examples(4), make_examples(3, shift=3, seed=1)]
+    steps = run_batches(Late(), batches)
     assert [steps[0][name] for name in ("late.weight", "gain", "head.weight")] == [NONE, NONE, RULE]
     assert [steps[1][name] for name in ("late.weight", "gain", "head.weight")] == [RULE, LOOP, RULE]
 
@@ -174,9 +174,9 @@ def test_one_loss_of_a_batch_may_depend_on_a_parameter_that_the_others_do_not():
     def loss(model, batch):
         return torch.cat([cross_entropy(model, (x[None], y[None])) for x, y in zip(*batch, strict=True)])
 
-    one = examples(4)
-    one[2] = examples(1, shift=3)[0]
-    steps_over(Late(), [examples(4), one, examples(4)], loss)
+    one = make_examples(4)
+    one[2] = make_examples(1, shift=3)[0]
+    run_batches(Late(), [make_examples(4), one, make_examples(4)], loss)
 
 
 class SequenceFirst(Positions):
@@ -210,7 +210,7 @@ class Changing(Positions):
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
 def test_a_layer_whose_input_has_another_layout_in_a_later_batch_keeps_its_rule(model, shapes):
-    steps = steps_over(model(), [examples(n, t) for n, t in shapes])
+    steps = run_batches(model(), [make_examples(n, t) for n, t in shapes])
     assert {step for each in steps for step in each.values()} == {RULE}
 
 
@@ -226,7 +226,7 @@ def test_a_parameter_for_which_vmap_fails_in_a_later_batch_uses_the_loop():
                 hidden = hidden * 2
             return self.head(hidden).mean(1)
 
-    steps = steps_over(Sometimes(), [examples(4), examples(4, 5), examples(4)])
+    steps = run_batches(Sometimes(), [make_examples(4), make_examples(4, 5), make_examples(4)])
     assert [step["raw"] for step in steps] == [VMAP, LOOP, LOOP]
     assert all(step["inner.weight"] == RULE for step in steps)
 
@@ -237,10 +237,10 @@ def test_an_error_of_the_users_loss_in_a_later_batch_is_raised_unchanged():
             raise KeyError("the user's own")
         return cross_entropy(model, batch)
 
-    engine = engine_of(Positions(), loss)
-    gradients(engine, examples(4))
+    engine = make_engine(Positions(), loss)
+    collect_gradients(engine, make_examples(4))
     with pytest.raises(KeyError, match="the user's own"):
-        gradients(engine, examples(4, 5))
+        collect_gradients(engine, make_examples(4, 5))
 
 
 def in_place(self, x):
@@ -270,7 +270,7 @@ def through_keyword(self, x):
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3), (4, 1)])
 def test_layer_rules_support_in_place_operations_no_grad_detach_and_keywords(forward, shape):
     model = type("Model", (Positions,), {"forward": forward})()
-    assert set(steps_over(model, [examples(*shape), examples(3, 2)])[-1].values()) == {RULE}
+    assert set(run_batches(model, [make_examples(*shape), make_examples(3, 2)])[-1].values()) == {RULE}
 
 
 def test_a_layer_that_is_called_under_no_grad_has_no_gradient():
@@ -280,14 +280,14 @@ def test_a_layer_that_is_called_under_no_grad_has_no_gradient():
                 hidden = torch.tanh(self.inner(x))
             return self.head(hidden).mean(1)
 
-    steps = steps_over(Guarded(), [examples(4)])[0]
+    steps = run_batches(Guarded(), [make_examples(4)])[0]
     assert {name for name, step in steps.items() if step == NONE} == {"inner.weight", "inner.bias"}
 
 
 def test_a_forward_hook_of_the_user_that_changes_an_output_is_supported():
     model = Positions()
     model.inner.register_forward_hook(lambda module, args, output: 2 * output)
-    steps = steps_over(model, [examples(4), examples(3)])
+    steps = run_batches(model, [make_examples(4), make_examples(3)])
     assert steps[0] == {"inner.weight": VMAP, "inner.bias": VMAP, "head.weight": RULE, "head.bias": RULE}
     assert len(model.inner._forward_hooks) == 1 and not model.head._forward_hooks
 
@@ -296,10 +296,10 @@ def bumpy(model, batch):
     return model(batch[0]).square().sum(1).sqrt()
 
 
-def features(batch_size, folder, **changes):
+def build_features(batch_size, folder, **changes):
     """Return features of 9 training and 5 query rows at the second checkpoint, in batches of this size."""
     torch.manual_seed(0)
-    task = toy(folder, Mixed(), query_loss=bumpy, **changes)
+    task = make_toy_task(folder, Mixed(), query_loss=bumpy, **changes)
     options = FeatureOptions(make_sketch("factored", 128), 3, frozenset(["first.weight", "second.weight"]))
     with TaskRunner(task, RunOptions(CPU, batch_size)).model() as model:
         model.load(1)
@@ -310,7 +310,7 @@ def features(batch_size, folder, **changes):
 @pytest.fixture(scope="module")
 def features_at(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
-    return cache(lambda batch_size: features(batch_size, folder))
+    return cache(lambda batch_size: build_features(batch_size, folder))
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
@@ -323,7 +323,7 @@ def test_any_batch_size_gives_the_same_features(features_at, left, right):
 
 
 def test_each_side_has_its_own_loss(features_at, tmp_path):
-    (train, query), plain = features_at(4), features(4, tmp_path, train_data=lambda: rows(9, seed=2))[0]
+    (train, query), plain = features_at(4), build_features(4, tmp_path, train_data=lambda: make_rows(9, seed=2))[0]
     assert train.feature_ND.shape == (9, 128) and query.feature_ND.shape == (5, 128)
     assert not np.allclose(query.feature_ND, plain.feature_ND[:5], atol=1e-2)
 
@@ -334,8 +334,8 @@ def test_each_side_has_its_own_loss(features_at, tmp_path):
 def test_models_of_every_floating_dtype_are_supported(dtype, tolerance):
     torch.manual_seed(0)
     model = Mixed().to(dtype)
-    data = [(x.to(dtype), y) for x, y in rows(6)]
-    steps = steps_over(model, [data], tolerance=tolerance)[0]
+    data = [(x.to(dtype), y) for x, y in make_rows(6)]
+    steps = run_batches(model, [data], tolerance=tolerance)[0]
     assert {steps["first.weight"], steps["scale"], steps["unused.bias"]} == {RULE, VMAP, NONE}
 
 
@@ -346,7 +346,7 @@ def test_a_model_of_two_dtypes_is_supported():
 
     model = Two()
     model.second.double()
-    steps_over(model, [rows(6)])
+    run_batches(model, [make_rows(6)])
 
 
 def penalised_where_large(model, batch):
@@ -360,7 +360,9 @@ def penalised_where_large(model, batch):
 
 
 def test_a_gradient_that_only_the_loss_of_a_later_batch_computes_is_differentiated_there():
-    steps = steps_over(Positions(), [examples(4), examples(4, shift=3), examples(4)], penalised_where_large)
+    steps = run_batches(
+        Positions(), [make_examples(4), make_examples(4, shift=3), make_examples(4)], penalised_where_large
+    )
     assert set(steps[0].values()) == {RULE}
     assert steps[1]["inner.weight"] == steps[2]["inner.weight"] == LOOP
 
@@ -385,7 +387,7 @@ class Numbers(Positions):
     ("n", "branching", "step"), [(4, False, FORWARD), (4, True, FORWARD), (5, False, VMAP), (5, True, FORWARD)]
 )
 def test_parameters_with_one_element_need_no_backward_per_example(n, branching, step):
-    steps = steps_over(Numbers(n, branching=branching), [examples(4), examples(3)])
+    steps = run_batches(Numbers(n, branching=branching), [make_examples(4), make_examples(3)])
     assert {steps[-1][f"numbers.{i}"] for i in range(n)} == {step}
 
 
@@ -409,7 +411,7 @@ def test_a_parameter_for_which_forward_mode_fails_uses_vmap():
         def forward(self, x):
             return super().forward(Opaque.apply(x * self.numbers[0]))
 
-    steps = steps_over(Model(1), [examples(4), examples(3)])
+    steps = run_batches(Model(1), [make_examples(4), make_examples(3)])
     assert steps[-1]["numbers.0"] == VMAP
 
 
@@ -422,10 +424,10 @@ def test_a_batch_that_fails_after_every_verification_raises_with_the_layer_and_t
             self.failures["inner.weight"] = "the layer's input is not a tensor"
         return done
 
-    engine = engine_of(Positions())
+    engine = make_engine(Positions())
     monkeypatch.setattr(LayerCapture, "run", fails_unproven)
     with pytest.raises(GradientProofError) as refused:
-        gradients(engine, examples(4))
+        collect_gradients(engine, make_examples(4))
     assert str(refused.value) == (
         "the gradients of rows 0 to 3 fail after every verification: got inner.weight: the layer's input is not a "
         "tensor, expected a loss that is computed in the same way each time; change the loss, or exclude these "
@@ -441,10 +443,10 @@ def test_an_error_after_every_verification_is_the_cause_of_the_raised_error(monk
             raise RuntimeError("the kernel's own words")
         return run(self, *args, **options)
 
-    engine = engine_of(Positions())
+    engine = make_engine(Positions())
     monkeypatch.setattr(LayerCapture, "run", raises_unproven)
     with pytest.raises(GradientProofError, match="got RuntimeError: the kernel's own words, expected") as refused:
-        gradients(engine, examples(4))
+        collect_gradients(engine, make_examples(4))
     assert isinstance(refused.value.__cause__.__cause__, RuntimeError)
 
 
@@ -454,10 +456,10 @@ def test_a_runtime_error_of_the_users_loss_is_not_reported_as_a_missing_gradient
             raise RuntimeError("the user's own")
         return cross_entropy(model, batch)
 
-    engine = engine_of(Positions(), loss)
-    gradients(engine, examples(4))
+    engine = make_engine(Positions(), loss)
+    collect_gradients(engine, make_examples(4))
     with pytest.raises(RuntimeError, match="^the user's own$"):
-        gradients(engine, examples(4, 5))
+        collect_gradients(engine, make_examples(4, 5))
 
 
 class Reentrant(torch.autograd.Function):
@@ -496,6 +498,6 @@ def test_reentrant_checkpointing_that_hides_gradients_raises_with_the_remedy(che
             return checkpointed(super().forward, x)
 
     with pytest.raises(TaskError) as refused:
-        gradients(engine_of(Model()), examples(4))
+        collect_gradients(make_engine(Model()), make_examples(4))
     assert str(refused.value).startswith(f"the loss has no gradient: got RuntimeError: {got}")
     assert str(refused.value).endswith("; use checkpointing with use_reentrant=False, or no checkpointing")

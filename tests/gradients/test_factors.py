@@ -74,90 +74,90 @@ SEVERAL = {
 }
 
 
-def close(actual, expected):
+def assert_near(actual, expected):
     torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.fixture(params=FORMS)
 def form(request, device):
-    return forms.moved(FORMS[request.param](), device, torch.float32)
+    return forms.move(FORMS[request.param](), device, torch.float32)
 
 
 def test_the_materialised_gradient_agrees_with_the_definition(form):
-    close(materialise(form), forms.gradient(form))
+    assert_near(materialise(form), forms.compute_gradient(form))
 
 
 @pytest.mark.parametrize("elements", [1, 7, 40, 1 << 24])
 def test_column_blocks_are_complete_rows_in_order_and_cover_the_gradient(form, elements):
-    truth = forms.gradient(form)
+    truth = forms.compute_gradient(form)
     columns = form.shape[1]
     stop = 0
     for start, block in column_blocks(form, elements=elements):
         assert start == stop
         assert start % columns == block.shape[1] % columns == 0
         assert block.shape[1] == columns or block.numel() <= elements
-        close(block, truth[:, start : start + block.shape[1]])
+        assert_near(block, truth[:, start : start + block.shape[1]])
         stop = start + block.shape[1]
     assert stop == truth.shape[1]
 
 
 def test_weighted_sums_over_the_batch_agree_with_the_definition(form):
     weights_KB = torch.randn(2, batch_size(form), dtype=torch.float64)
-    close(weighted_sums(form, weights_KB), weights_KB @ forms.gradient(form))
+    assert_near(weighted_sums(form, weights_KB), weights_KB @ forms.compute_gradient(form))
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_inner_products_with_directions_agree_with_the_definition(form, queries, device):
-    truth = forms.gradient(form)
+    truth = forms.compute_gradient(form)
     direction = torch.randn(queries, truth.shape[1], dtype=torch.float64)
     found = inner(form, direction.to(device, torch.float32))
     assert found.shape == (len(truth), queries)
-    close(found, truth @ direction.T)
+    assert_near(found, truth @ direction.T)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 7])
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_requested_inner_products_agree_with_the_definition(form, queries, share, device):
-    truth = forms.gradient(form)
+    truth = forms.compute_gradient(form)
     direction = torch.randn(queries, truth.shape[1], dtype=torch.float64)
     wanted = torch.rand(len(truth), queries, generator=torch.Generator().manual_seed(queries)) < share
     found = inner_where(form, direction.to(device, torch.float32), wanted)
     assert found.shape == wanted.shape
     # Entries that were not requested are replaced by zeros, which keeps the scale of the others.
-    close(torch.where(wanted.to(found.device), found, 0), torch.where(wanted, truth @ direction.T, 0))
+    assert_near(torch.where(wanted.to(found.device), found, 0), torch.where(wanted, truth @ direction.T, 0))
 
 
 def test_the_squared_norm_agrees_with_the_definition(form):
-    close(squared_norm([form]), forms.gradient(form).square().sum(1))
+    assert_near(squared_norm([form]), forms.compute_gradient(form).square().sum(1))
 
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_the_squared_norm_of_several_forms_is_that_of_their_sum(name, device):
-    several = [forms.moved(form, device, torch.float32) for form in SEVERAL[name]()]
-    total = torch.stack([forms.gradient(form) for form in several]).sum(0)
-    close(squared_norm(several), total.square().sum(1))
-    close(squared_norm(several[::-1]), total.square().sum(1))
+    several = [forms.move(form, device, torch.float32) for form in SEVERAL[name]()]
+    total = torch.stack([forms.compute_gradient(form) for form in several]).sum(0)
+    assert_near(squared_norm(several), total.square().sum(1))
+    assert_near(squared_norm(several[::-1]), total.square().sum(1))
 
 
 @pytest.mark.parametrize("elements", [1, 7, 40])
 def test_inner_products_and_norms_add_up_over_blocks(form, elements, device, monkeypatch):
     monkeypatch.setattr(factors, "column_blocks", partial(column_blocks, elements=elements))
-    truth = forms.gradient(form)
+    truth = forms.compute_gradient(form)
     direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
-    close(inner(form, direction.to(device, torch.float32)), truth @ direction.T)
-    close(squared_norm([form]), truth.square().sum(1))
-    close(materialise(form), truth)
+    assert_near(inner(form, direction.to(device, torch.float32)), truth @ direction.T)
+    assert_near(squared_norm([form]), truth.square().sum(1))
+    assert_near(materialise(form), truth)
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 3), slice(0, 3), slice(1, 9)])
 def test_a_slice_of_a_form_is_the_form_of_those_examples(form, part):
-    truth = forms.gradient(form)[part]
+    truth = forms.compute_gradient(form)[part]
     sliced = form[part]
     assert type(sliced) is type(form)
     assert sliced.shape == form.shape
     assert batch_size(sliced) == len(truth)
-    torch.testing.assert_close(forms.gradient(sliced), truth, rtol=1e-12, atol=1e-12)
-    close(squared_norm([sliced]), truth.square().sum(1))
+    torch.testing.assert_close(forms.compute_gradient(sliced), truth, rtol=1e-12, atol=1e-12)
+    assert_near(squared_norm([sliced]), truth.square().sum(1))
 
 
 def test_the_shape_is_that_of_the_parameter_as_a_matrix():
@@ -170,9 +170,9 @@ def test_the_shape_is_that_of_the_parameter_as_a_matrix():
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (12, 1), (1, 9), (6, 4)])
 def test_every_form_of_a_gradient_has_its_norm_and_its_sum(shape):
     grad = torch.randn(3, *shape, dtype=torch.float64)
-    for name, several in forms.same_gradient(grad).items():
-        whole = torch.stack([materialise(form) for form in several]).sum(0)
-        torch.testing.assert_close(whole, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
+    for name, several in forms.split_gradient(grad).items():
+        total = torch.stack([materialise(form) for form in several]).sum(0)
+        torch.testing.assert_close(total, grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
         weights_KB = torch.randn(2, 3, dtype=torch.float64)
         total = torch.stack([weighted_sums(form, weights_KB) for form in several]).sum(0)
         torch.testing.assert_close(total, weights_KB @ grad.flatten(1), msg=lambda m, name=name: f"{name}: {m}")
@@ -183,7 +183,7 @@ def test_every_form_of_a_gradient_has_its_norm_and_its_sum(shape):
 def test_forms_in_float64_are_computed_in_float64():
     for make in FORMS.values():
         form = make()
-        truth = forms.gradient(form)
+        truth = forms.compute_gradient(form)
         direction = torch.randn(2, truth.shape[1], dtype=torch.float64)
         torch.testing.assert_close(materialise(form), truth, rtol=1e-12, atol=1e-12)
         weights_KB = torch.randn(2, len(truth), dtype=torch.float64)
@@ -204,11 +204,11 @@ def test_a_position_without_a_gradient_may_have_any_index_and_a_zero_value():
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_exact_norms_of_very_large_and_small_gradients_do_not_overflow_in_float32(name, device):
-    several = [forms.moved(form, device, torch.float32) for form in SEVERAL[name]()]
+    several = [forms.move(form, device, torch.float32) for form in SEVERAL[name]()]
     scale = torch.tensor([1e25, 1.0, 1e-28], device=device)
     # The scale is on one factor, as a scaled loss scales every output gradient.
     scaled = [scale_form(form, scale) for form in several]
-    truth = torch.stack([forms.gradient(form) for form in scaled]).sum(0).square().sum(1)
+    truth = torch.stack([forms.compute_gradient(form) for form in scaled]).sum(0).square().sum(1)
     found = squared_norms({("weight", 0, 3): scaled}, 3, device)
     assert found.dtype is torch.float64 and truth[0] > 1e48 and truth[2] < 1e-50
     torch.testing.assert_close(found.cpu(), truth, rtol=1e-5, atol=0)

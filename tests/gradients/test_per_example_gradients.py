@@ -37,10 +37,10 @@ def collect_gradients(engine, batch):
 
         def sink(name, form, rows):
             flat = factors.materialise(form)
-            whole = gradients.setdefault(
+            total = gradients.setdefault(
                 name, torch.zeros(len(batch), engine.parameters[name].numel(), device=flat.device)
             )
-            whole[rows] += flat
+            total[rows] += flat
 
         return sink
 
@@ -51,8 +51,8 @@ def collect_gradients(engine, batch):
 
 @pytest.mark.parametrize("name", models.CASES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_parameter_of_every_model_has_autograds_gradient(name, seed, device):
-    model, case, examples = models.made(name, seed)
+def test_gradients_of_every_parameter_of_every_model_equal_autograd(name, seed, device):
+    model, case, examples = models.make_case(name, seed)
     truth = oracle.gradients(model, case.loss, examples)
     engine = make_engine(model, case, examples, device)
     batch = engine.batch(range(len(examples)), examples)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tasks.toy import CONFIG, Toy, cross_entropy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, build, plan
 from tracin_ann.errors import IndexMismatchError, NonFiniteError, TaskError
 
@@ -62,14 +62,14 @@ class Normalised(Toy):
 )
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
 def test_a_loss_that_is_not_one_number_per_example_raises(tmp_path, loss, got, side):
-    assert error_of(tmp_path, toy(tmp_path, **{side: loss})) == (
+    assert error_of(tmp_path, make_toy_task(tmp_path, **{side: loss})) == (
         f"the loss is not one number per example: got {got}, expected a tensor of shape [4]; return per-example losses "
         "(reduction='none', and the mean over positions of each example)"
     )
 
 
 def test_a_loss_with_a_last_dimension_of_one_raises_with_the_remedy(tmp_path):
-    assert error_of(tmp_path, toy(tmp_path, loss=lambda m, b: cross_entropy(m, b)[:, None])) == (
+    assert error_of(tmp_path, make_toy_task(tmp_path, loss=lambda m, b: cross_entropy(m, b)[:, None])) == (
         "the loss is not one number per example: got a tensor of shape [4, 1], expected a tensor of shape [4]; "
         "return losses.squeeze(1)"
     )
@@ -85,7 +85,7 @@ def test_a_loss_with_a_last_dimension_of_one_raises_with_the_remedy(tmp_path):
 )
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
 def test_a_loss_that_is_not_floating_point_raises(tmp_path, loss, dtype, side):
-    assert error_of(tmp_path, toy(tmp_path, **{side: loss})) == (
+    assert error_of(tmp_path, make_toy_task(tmp_path, **{side: loss})) == (
         f"the loss has no gradient: got losses of {dtype}, expected floating-point losses; remove what has no "
         "derivative (argmax, comparisons, casts to integers), or take the real part"
     )
@@ -104,7 +104,7 @@ MIXING = {
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
 def test_a_loss_in_which_examples_mix_raises(tmp_path, name, side):
     model, loss = MIXING[name]
-    message = error_of(tmp_path, toy(tmp_path, model(), **{side: loss}))
+    message = error_of(tmp_path, make_toy_task(tmp_path, model(), **{side: loss}))
     assert message.startswith("examples of a batch mix in the loss: got for row ")
     assert message.endswith(
         "expected a loss that is a function of its own example alone; use no batch statistics (batch norm outside "
@@ -117,14 +117,14 @@ def test_examples_that_mix_in_the_gradient_alone_raise(tmp_path):
         logits = model(batch[0])
         return cross_entropy(model, batch) + (logits - logits.detach()).sum()
 
-    message = error_of(tmp_path, toy(tmp_path, loss=loss))
+    message = error_of(tmp_path, make_toy_task(tmp_path, loss=loss))
     assert message.startswith("examples of a batch mix in the loss: got for row 0 a gradient ")
     assert "of its norm from that of the example alone" in message
 
 
 def test_batch_norm_with_running_statistics_is_supported(tmp_path):
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
-    build(toy(tmp_path, model), tmp_path / "out", CONFIG)
+    build(make_toy_task(tmp_path, model), tmp_path / "out", CONFIG)
     assert model.training
 
 
@@ -132,7 +132,7 @@ class Augmented:
     """Rows with noise from a global generator, different at every reading."""
 
     def __init__(self, n, draw):
-        self.rows, self.draw = rows(n), draw
+        self.rows, self.draw = make_rows(n), draw
 
     def __len__(self):
         return len(self.rows)
@@ -145,7 +145,7 @@ class Augmented:
 @pytest.mark.parametrize("draw", [lambda: torch.randn(5), random.random])
 @pytest.mark.parametrize("side", ["train", "query"])
 def test_random_rows_raise_unless_they_are_allowed(tmp_path, side, draw):
-    task = toy(tmp_path, **{f"{side}_data": lambda: Augmented(10, draw)})
+    task = make_toy_task(tmp_path, **{f"{side}_data": lambda: Augmented(10, draw)})
     assert error_of(tmp_path, task) == (
         f"rows of {side}_data change when they are read twice: got two different readings of row 0, expected the same "
         "example each time; remove random augmentation from the task's data, or pass --allow-random-data"
@@ -161,7 +161,7 @@ def test_a_random_loss_raises(tmp_path):
     def loss(model, batch):
         return F.cross_entropy(F.dropout(model(batch[0])), batch[1], reduction="none")
 
-    assert error_of(tmp_path, toy(tmp_path, loss=loss)) == (
+    assert error_of(tmp_path, make_toy_task(tmp_path, loss=loss)) == (
         "the loss is random: got two different losses of one batch, expected the same loss each time; remove "
         "operations that draw random numbers in eval mode (functional dropout, sampled noise)"
     )
@@ -183,7 +183,7 @@ def without_graph(model, batch):
 )
 @pytest.mark.parametrize("side", ["loss", "query_loss"])
 def test_a_loss_without_a_gradient_raises(tmp_path, loss, got, side):
-    message = error_of(tmp_path, toy(tmp_path, **{side: loss}))
+    message = error_of(tmp_path, make_toy_task(tmp_path, **{side: loss}))
     assert message.startswith(f"the loss has no gradient: got {got}")
     assert message.endswith("in PyTorch without .detach(), .item() or no_grad, or change Task.parameters")
 
@@ -191,22 +191,22 @@ def test_a_loss_without_a_gradient_raises(tmp_path, loss, got, side):
 def test_a_loss_that_depends_on_none_of_the_chosen_parameters_raises(tmp_path):
     model = Toy()
     model.unused = nn.Linear(2, 2)
-    message = error_of(tmp_path, toy(tmp_path, model, parameters="unused.*"))
+    message = error_of(tmp_path, make_toy_task(tmp_path, model, parameters="unused.*"))
     assert message.startswith("the loss has no gradient: got losses that depend on none of the chosen parameters")
 
 
 def with_nan(row, n=10):
-    data = rows(n)
+    data = make_rows(n)
     data[row] = (torch.full((5,), float("nan")), 0)
     return data
 
 
 def test_a_nan_loss_in_the_first_batch_raises(tmp_path):
-    assert error_of(tmp_path, toy(tmp_path, train_data=lambda: with_nan(2)), NonFiniteError) == (
+    assert error_of(tmp_path, make_toy_task(tmp_path, train_data=lambda: with_nan(2)), NonFiniteError) == (
         "the loss of row 2 at checkpoint 0 is not finite: got nan, expected finite numbers; "
         "inspect this row and the weights of this checkpoint"
     )
-    infinite = toy(tmp_path, query_loss=lambda m, b: cross_entropy(m, b) / (b[1] != 1))
+    infinite = make_toy_task(tmp_path, query_loss=lambda m, b: cross_entropy(m, b) / (b[1] != 1))
     assert "the loss of row 1 at checkpoint 0 is not finite: got inf" in error_of(tmp_path, infinite, NonFiniteError)
 
 
@@ -214,18 +214,18 @@ def test_a_nan_loss_later_names_row_and_checkpoint_and_writes_no_manifest(tmp_pa
     with pytest.raises(
         NonFiniteError, match="^the loss of row 7 at checkpoint 0 is not finite: got nan, expected finite"
     ):
-        build(toy(tmp_path, train_data=lambda: with_nan(7)), tmp_path / "out", CONFIG)
+        build(make_toy_task(tmp_path, train_data=lambda: with_nan(7)), tmp_path / "out", CONFIG)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert list((tmp_path / "out" / "features").iterdir()) == []
 
 
 def test_a_later_checkpoint_with_nan_weights_raises_with_its_number(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
+    checkpoints = save_checkpoints(Toy(), tmp_path)
     state = torch.load(checkpoints[1].path, weights_only=True)
     state["second.bias"][1] = float("nan")
     torch.save(state, checkpoints[1].path)
     with pytest.raises(NonFiniteError, match="^the loss of row 0 at checkpoint 1 is not finite: got nan"):
-        build(toy(tmp_path, checkpoints=checkpoints), tmp_path / "out", CONFIG)
+        build(make_toy_task(tmp_path, checkpoints=checkpoints), tmp_path / "out", CONFIG)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -240,14 +240,14 @@ def test_a_nan_gradient_of_a_finite_loss_in_the_first_batch_raises(tmp_path, row
     def loss(model, batch):
         return torch.cat([cornered(model, (x[None], y[None])) for x, y in zip(*batch, strict=True)])
 
-    message = error_of(tmp_path, toy(tmp_path, loss=loss if rowwise else cornered), NonFiniteError)
+    message = error_of(tmp_path, make_toy_task(tmp_path, loss=loss if rowwise else cornered), NonFiniteError)
     assert message.startswith("the gradient of row 2 at checkpoint 0 is not finite: got NaN or inf at a loss of ")
 
 
 def test_a_nan_gradient_later_names_the_row(tmp_path):
-    data = [(x, min(y, 1)) for x, y in rows(10)]
+    data = [(x, min(y, 1)) for x, y in make_rows(10)]
     data[6] = (data[6][0], 2)
-    task = toy(tmp_path, loss=cornered, train_data=lambda: data, query_data=lambda: data[:3])
+    task = make_toy_task(tmp_path, loss=cornered, train_data=lambda: data, query_data=lambda: data[:3])
     with pytest.raises(
         NonFiniteError, match="^the gradient of row 6 at checkpoint 0 is not finite: got NaN or inf at a"
     ):
@@ -260,7 +260,7 @@ MATERIALISE = "tracin_ann.materialise(data), which reads it into a list"
 
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
-        return iter(rows(10))
+        return iter(make_rows(10))
 
     def __len__(self):
         return 10
@@ -271,12 +271,12 @@ class Lost:
         raise ValueError("lost")
 
     def __getitem__(self, i):
-        return rows(3)[i]
+        return make_rows(3)[i]
 
 
 class NoLength:
     def __getitem__(self, i):
-        return rows(3)[i]
+        return make_rows(3)[i]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ class NoLength:
         (NoLength(), "a NoLength without a length", LIST),
         (Lost(), "a Lost whose len() fails with ValueError: lost (test_probes.py:", LIST),
         (None, "a NoneType without a length", LIST),
-        (iter(rows(3)), "a list_iterator without a length", MATERIALISE),
+        (iter(make_rows(3)), "a list_iterator without a length", MATERIALISE),
         (set(range(3)), "a set that cannot be indexed", MATERIALISE),
         (Stream(), "Stream, an IterableDataset", MATERIALISE),
     ],
@@ -294,7 +294,7 @@ class NoLength:
 )
 @pytest.mark.parametrize("side", ["train", "query"])
 def test_data_that_is_not_a_map_style_data_set_with_rows_raises(tmp_path, data, got, remedy, side):
-    message = error_of(tmp_path, toy(tmp_path, **{f"{side}_data": lambda: data}))
+    message = error_of(tmp_path, make_toy_task(tmp_path, **{f"{side}_data": lambda: data}))
     assert message.startswith(f"Task.{side}_data cannot be used: got {got}")
     assert message.endswith(
         f", expected a map-style data set (len(data), data[i]) with at least one row; return {remedy}"
@@ -315,11 +315,11 @@ class Frequent(nn.Module):
 
 def test_gradients_scaled_by_frequency_in_the_batch_raise(tmp_path):
     data = [(torch.tensor([i % 7, (i + 1) % 7, i % 7]), i % 3) for i in range(10)]
-    task = toy(tmp_path, Frequent(), train_data=lambda: data, query_data=lambda: data[:5])
+    task = make_toy_task(tmp_path, Frequent(), train_data=lambda: data, query_data=lambda: data[:5])
     message = error_of(tmp_path, task)
     assert message.startswith("examples of a batch mix in the loss: got for row 0 a gradient ")
     build(
-        toy(tmp_path, Frequent(), parameters="head.*", train_data=lambda: data, query_data=lambda: data[:5]),
+        make_toy_task(tmp_path, Frequent(), parameters="head.*", train_data=lambda: data, query_data=lambda: data[:5]),
         tmp_path / "out",
         CONFIG,
     )

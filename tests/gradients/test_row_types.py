@@ -8,12 +8,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_engine import gradients
+from test_engine import collect_gradients
 from torch import nn
 from torch.nn import functional as F
 
 import oracle
-from tasks.toy import CONFIG, RATES, cross_entropy, saved, toy
+from tasks.toy import CONFIG, RATES, cross_entropy, make_toy_task, save_checkpoints
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build
 from tracin_ann.gradients.engine import GradientEngine
 from tracin_ann.gradients.plan import LOOP, RULE, VMAP
@@ -65,60 +65,62 @@ class Transposed(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
-def texts(n, dtype, seed=1):
+def make_texts(n, dtype, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randint(0, WORDS, (4,), generator=generator).to(dtype), i % CLASSES) for i in range(n)]
 
 
-def counts(n, seed=1):
+def make_counts(n, seed=1):
     generator = torch.Generator().manual_seed(seed)
     made = torch.randn(n, F_IN, generator=generator) * (torch.rand(n, F_IN, generator=generator) > 0.6)
     return [(x, i % CLASSES) for i, x in enumerate(made)]
 
 
-def engine_and_gradients(model, rows, loss, collate=torch.utils.data.default_collate):
+def run_engine(model, rows, loss, collate=torch.utils.data.default_collate):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     engine = GradientEngine(model.eval(), dict(model.named_parameters()), loss, collate)
-    return engine, gradients(engine, rows)
+    return engine, collect_gradients(engine, rows)
 
 
-def compare(found, truth, tolerance=1e-5):
+def assert_matches_oracle(found, truth, tolerance=1e-5):
     assert ((found - truth).norm(dim=1) <= tolerance * truth.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("step", [RULE, VMAP, LOOP])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_int32_token_ids_are_supported_by_every_method(step, scaled, monkeypatch):
-    model, rows = Bag(scaled), texts(5, torch.int32)
-    truth = oracle.gradients(model, cross_entropy, texts(5, torch.int64))
+    model, rows = Bag(scaled), make_texts(5, torch.int32)
+    truth = oracle.gradients(model, cross_entropy, make_texts(5, torch.int64))
     if step != RULE:
         monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
     if step == LOOP:
         monkeypatch.setattr("tracin_ann.gradients.engine.batched_tensors", lambda value, batch: "refused by the test")
-    engine, found = engine_and_gradients(model, rows, cross_entropy)
-    compare(found, truth)
+    engine, found = run_engine(model, rows, cross_entropy)
+    assert_matches_oracle(found, truth)
     assert engine.plan.steps["words.weight"].name == step
 
 
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_int32_token_ids_give_the_same_index_and_exact_scores(tmp_path, sketch):
     model = Bag()
-    checkpoints = saved(model, tmp_path)
+    checkpoints = save_checkpoints(model, tmp_path)
     config = BuildConfig(dim=32, batch_size=4, device="cpu", dtype="float32", index="flat", sketch=sketch)
     views = []
     for name, dtype in (("int32", torch.int32), ("int64", torch.int64)):
-        data, asked = texts(10, dtype), texts(3, dtype, seed=2)
-        task = toy(tmp_path, model, train_data=lambda d=data: d, query_data=lambda a=asked: a, checkpoints=checkpoints)
+        data, asked = make_texts(10, dtype), make_texts(3, dtype, seed=2)
+        task = make_toy_task(
+            tmp_path, model, train_data=lambda d=data: d, query_data=lambda a=asked: a, checkpoints=checkpoints
+        )
         build(task, tmp_path / name, config)
         views.append(InfluenceIndex.open(tmp_path / name, task, device="cpu"))
     np.testing.assert_array_equal(views[0].view().take(range(10)), views[1].view().take(range(10)))
-    expected = true_scores(model, checkpoints, texts(3, torch.int64, seed=2), texts(10, torch.int64))
+    expected = compute_true_scores(model, checkpoints, make_texts(3, torch.int64, seed=2), make_texts(10, torch.int64))
     scores = exact_scores(views[0].runner, ("query", range(3)), range(10), range(2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
 
 
-def true_scores(model, checkpoints, queries, rows, loss=cross_entropy):
+def compute_true_scores(model, checkpoints, queries, rows, loss=cross_entropy):
     """Return true scores [Q, N] in float64."""
     sides = ([], [])
     for checkpoint in checkpoints:
@@ -151,10 +153,10 @@ TARGETS = [
 @pytest.mark.parametrize("scaled", [False, True], ids=["layer rules", "a raw parameter too"])
 def test_targets_of_every_dtype_that_the_loss_accepts_are_supported(loss, dtype, scaled):
     model = Bag(scaled)
-    rows = [(tokens, torch.tensor(y, dtype=dtype)) for tokens, y in texts(5, torch.int32)]
+    rows = [(tokens, torch.tensor(y, dtype=dtype)) for tokens, y in make_texts(5, torch.int32)]
     truth = oracle.gradients(model, loss, rows)
-    engine, found = engine_and_gradients(model, rows, loss)
-    compare(found, truth)
+    engine, found = run_engine(model, rows, loss)
+    assert_matches_oracle(found, truth)
     assert engine.plan.steps["words.weight"].name == RULE
     # PyTorch's cross-entropy accepts uint8, but not under vmap, where it uses gather; one_hot reads its values.
     assert not scaled or engine.plan.steps["scale"].name == (VMAP if loss is squared else LOOP)
@@ -183,20 +185,20 @@ def sparse_batch(layout):
 )
 @pytest.mark.parametrize("size", [1, 5])
 def test_sparse_inputs_use_the_rule(made, layout, size):
-    model, rows = made(), counts(size)
+    model, rows = made(), make_counts(size)
     truth = oracle.gradients(model, cross_entropy, rows)
-    engine, found = engine_and_gradients(model, rows, cross_entropy, sparse_batch(layout))
-    compare(found, truth)
+    engine, found = run_engine(model, rows, cross_entropy, sparse_batch(layout))
+    assert_matches_oracle(found, truth)
     assert {step.name for step in engine.plan.steps.values()} == {RULE}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sparse_inputs_use_the_loop_if_they_have_no_rule(layout, monkeypatch):
     monkeypatch.setattr("tracin_ann.gradients.engine.find_covered_layers", lambda model, names: {})
-    model, rows = Counts(), counts(5)
+    model, rows = Counts(), make_counts(5)
     truth = oracle.gradients(model, cross_entropy, rows)
-    engine, found = engine_and_gradients(model, rows, cross_entropy, sparse_batch(layout))
-    compare(found, truth)
+    engine, found = run_engine(model, rows, cross_entropy, sparse_batch(layout))
+    assert_matches_oracle(found, truth)
     assert engine.plan.names(LOOP) == tuple(engine.parameters)
     assert "layout torch.sparse_" in engine.plan.steps["first.weight"].reason
 
@@ -209,10 +211,10 @@ def product(model, batch):
 
 @pytest.mark.parametrize("layout", ["COO", "CSR"])
 def test_sparse_products_outside_of_a_layer_are_correct(layout):
-    model, rows = Counts(), counts(5)
+    model, rows = Counts(), make_counts(5)
     truth = oracle.gradients(model, cross_entropy, rows)
-    engine, found = engine_and_gradients(model, rows, product, sparse_batch(layout))
-    compare(found, truth)
+    engine, found = run_engine(model, rows, product, sparse_batch(layout))
+    assert_matches_oracle(found, truth)
     assert set(engine.plan.names(LOOP)) == {"first.weight", "first.bias"}
 
 
@@ -226,8 +228,8 @@ class Document:
     label: int
 
 
-def documents(n, layout, seed=1):
-    return [Document(LAYOUTS[layout](x[None]), y) for x, y in counts(n, seed)]
+def make_documents(n, layout, seed=1):
+    return [Document(LAYOUTS[layout](x[None]), y) for x, y in make_counts(n, seed)]
 
 
 def collate_documents(examples):
@@ -245,20 +247,20 @@ def loss_of_documents(model, batch):
 def test_an_index_of_sparse_rows_has_the_scores_of_dense_ones(tmp_path, layout, config, monkeypatch):
     monkeypatch.setattr("torch._utils._sparse_tensors_to_validate", [])
     model = Counts()
-    checkpoints = saved(model, tmp_path)
+    checkpoints = save_checkpoints(model, tmp_path)
     # Every part can be pickled, so that it can be sent to workers.
     task = Task(
         model=Counts,
         loss=loss_of_documents,
         collate=collate_documents,
-        train_data=partial(documents, 10, layout),
-        query_data=partial(documents, 3, layout, seed=2),
+        train_data=partial(make_documents, 10, layout),
+        query_data=partial(make_documents, 3, layout, seed=2),
         checkpoints=checkpoints,
     )
     build(task, tmp_path / "out", config)
     assert torch._utils._sparse_tensors_to_validate == []
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     assert len(index.query(range(3))) == 3
-    expected = true_scores(model, checkpoints, counts(3, seed=2), counts(10))
+    expected = compute_true_scores(model, checkpoints, make_counts(3, seed=2), make_counts(10))
     scores = exact_scores(index.runner, ("query", range(3)), range(10), range(2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())

@@ -11,14 +11,14 @@ from tracin_ann import progress as module
 from tracin_ann import progress_bar
 
 
-def test_short_work_off_a_terminal_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_operations_without_a_terminal_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar() as progress:
         for done in range(4):
             progress("features", done, 3)
     assert capsys.readouterr() == ("", "")
 
 
-def test_long_work_off_a_terminal_prints_lines(
+def test_long_operations_without_a_terminal_print_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter([0.0] * 8 + [20.0] * 8)
@@ -31,7 +31,7 @@ def test_long_work_off_a_terminal_prints_lines(
     assert capsys.readouterr() == ("", "reading: 500 of 1,000, 25 files/s, 20 s left\n")
 
 
-def test_a_notebook_gets_a_bar_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_shows_a_bar_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     here = SimpleNamespace(config={"IPKernelApp": {}})
     ipython, display = ModuleType("IPython"), ModuleType("IPython.display")

@@ -1,4 +1,4 @@
-"""tracin-verify --audit, what build and info say of audits, and what is drawn."""
+"""tracin-verify --audit, the reports of audits by build and info, and the sample of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tracin_ann.operations.verification import AuditSample, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
 from tracin_ann.task.batches import CollatedBatch
-from wrong_rows import alter
+from wrong_rows import alter_rows
 
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 NOTHING = np.zeros(0, np.int64)
@@ -35,7 +35,7 @@ NOTHING = np.zeros(0, np.int64)
 
 @pytest.fixture
 def index(tmp_path):
-    zoo.trained("mlp", 0, tmp_path)
+    zoo.save_checkpoints("mlp", 0, tmp_path)
     name = f"{Path(zoo.__file__).resolve()}:task"
     arguments = {"case": "mlp", "folder": str(tmp_path)}
     build(name, tmp_path / "i", replace(SMALL, partition_rows=6), arguments=arguments)
@@ -46,14 +46,14 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(verify_command, [str(argument) for argument in arguments])
 
 
-def test_a_right_index_passes(index):
+def test_a_correct_index_passes(index):
     result = run(index, "--audit", 10)
     assert result.exit_code == 0, result.output
     assert re.search(r"audit\S* 10 rows; largest difference from autograd \de-0\d of a row", result.output)
 
 
 def test_a_wrong_row_is_named_with_status_4(index):
-    alter(index, [11])
+    alter_rows(index, [11])
     assert run(index).exit_code == 0
     result = run(index, "--audit", 1000)
     assert result.exit_code == 4
@@ -66,7 +66,7 @@ def test_a_wrong_row_is_named_with_status_4(index):
     assert "i: 1 of 28 rows differ from plain autograd; build a new index" in result.output
 
 
-def test_damage_is_told_before_anything_is_audited(index):
+def test_damage_is_reported_before_the_audit(index):
     (index / FEATURES / "features-000000-0000.h5").unlink()
     result = run(index, "--audit", 10)
     assert result.exit_code == 4
@@ -74,16 +74,16 @@ def test_damage_is_told_before_anything_is_audited(index):
     assert "10 rows; largest difference" in run(index, "--audit", 10, "--repair").output
 
 
-def test_the_same_index_draws_the_same_rows_and_a_seed_others(index, monkeypatch):
-    asked: list[Any] = []
+def test_the_sample_depends_on_the_index_and_the_seed(index, monkeypatch):
+    calls: list[Any] = []
     true_audit = Auditor.audit
-    monkeypatch.setattr(Auditor, "audit", lambda self, places: asked.append(places) or true_audit(self, places))
+    monkeypatch.setattr(Auditor, "audit", lambda self, places: calls.append(places) or true_audit(self, places))
     for more in ((), (), ("--seed", 1), ("--seed", 1), ("--seed", 2)):
         assert run(index, "--audit", 5, *more).exit_code == 0
-    assert asked[0] == asked[1] != asked[2] == asked[3] != asked[4]
+    assert calls[0] == calls[1] != calls[2] == calls[3] != calls[4]
 
 
-def test_another_task_is_refused_and_not_called_a_wrong_row(index, tmp_path):
+def test_another_task_is_rejected_and_not_reported_as_a_wrong_row(index, tmp_path):
     task = zoo.task("mlp", str(tmp_path))
     other = replace(task, loss=lambda model, batch: 2 * task.loss(model, batch))
     with pytest.raises(IndexMismatchError, match="has changed since index"):
@@ -92,23 +92,23 @@ def test_another_task_is_refused_and_not_called_a_wrong_row(index, tmp_path):
         audit(tmp_path, AuditSample(5), task)
 
 
-def test_build_and_info_say_what_was_audited(index, tmp_path):
-    rows, said = r"16 rows", r"largest difference from autograd \de-0\d of a row's norm"
+def test_build_and_info_report_what_was_audited(index, tmp_path):
+    rows, message = r"16 rows", r"largest difference from autograd \de-0\d of a row's norm"
     options = ["--task", f"{zoo.__file__}:task", "--out", tmp_path / "new", "--dim", 32, "--no-yardstick"]
     options += ["--task-arg", "case=mlp", "--task-arg", f"folder={tmp_path}", "--device", "cpu"]
     built = CliRunner().invoke(build_command, [str(option) for option in options])
-    assert re.search(rf"^audit\S* {rows} and \d+ rows of the most uneven batch; {said}$", built.output, re.M), (
+    assert re.search(rf"^audit\S* {rows} and \d+ rows of the most uneven batch; {message}$", built.output, re.M), (
         built.output
     )
     shown = CliRunner().invoke(info_command, [str(index)]).output
-    assert re.search(rf"^audit\S* +{rows}; {said}$", shown, re.M), shown
+    assert re.search(rf"^audit\S* +{rows}; {message}$", shown, re.M), shown
 
 
 def store(n_rows: int) -> FeatureStore:
     return FeatureStore(Path("unused"), replace(LAYOUT, n_rows=n_rows, partition_rows=10))
 
 
-def test_pairs_are_distinct_and_each_is_drawn_as_often():
+def test_pairs_are_distinct_and_uniformly_drawn():
     seen = Counter(place for seed in range(2000) for place in draw_places(4, store(6), NOTHING, seed))
     assert set(seen) == {(row, checkpoint) for row in range(6) for checkpoint in range(3)}
     # Binomial: each of 18 pairs with 4 / 18, over 2,000 draws; within 5 standard deviations.
@@ -117,20 +117,20 @@ def test_pairs_are_distinct_and_each_is_drawn_as_often():
     assert all(len(set(draw_places(16, store(9), NOTHING, seed))) == 16 for seed in range(50))
 
 
-def test_a_draw_depends_on_its_seed_alone():
+def test_a_sample_depends_on_its_seed_only():
     np.random.seed(1)
     first = draw_places(16, store(10**6), NOTHING, 3)
     np.random.seed(2)
     assert first == draw_places(16, store(10**6), NOTHING, 3) != draw_places(16, store(10**6), NOTHING, 4)
 
 
-def test_rows_are_left_out_and_few_are_all_drawn():
+def test_excluded_rows_are_not_drawn_and_a_small_index_is_audited_completely():
     without = np.array([0, 2], np.int64)
     assert sorted(draw_places(16, store(4), without, 0)) == [(r, c) for r in (1, 3) for c in range(3)]
     assert draw_places(16, store(2), np.arange(2), 0) == []
 
 
-def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
+def record_draws(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     first = 0
     for sizes in batches:
         yield CollatedBatch(tuple(range(first, first + len(sizes))), "inputs", sizes=tuple(sizes))
@@ -147,14 +147,14 @@ def watched(batches: list[list[int]]) -> Iterator[CollatedBatch]:
         ([], []),
     ],
 )
-def test_the_batch_whose_sizes_differ_most(batches, expected):
+def test_the_batch_with_the_most_uneven_sizes_is_found(batches, expected):
     most = _MostUnevenBatch()
-    assert [read.inputs for read in most.watch(watched(batches), 1)] == ["inputs"] * len(batches)
+    assert [read.inputs for read in most.watch(record_draws(batches), 1)] == ["inputs"] * len(batches)
     assert [row for row, checkpoint in most.places if checkpoint == 1] == expected
 
 
-def test_no_more_than_so_many_rows():
+def test_the_number_of_audited_rows_is_limited():
     most = _MostUnevenBatch()
-    list(most.watch(watched([[*range(500)]]), 0))
+    list(most.watch(record_draws([[*range(500)]]), 0))
     assert len(most.places) == MOST_UNEVEN
     assert most.places[0] == (0, 0)

@@ -1,4 +1,4 @@
-"""The layout of benchmarks/: every benchmark is listed, imports have no circle, topics share code by `common` only."""
+"""The layout of benchmarks/: every benchmark is listed, no circular imports, shared code in `common` only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def name_topic(module: str) -> str:
     return parts[1] if len(parts) > 1 and (FOLDER / parts[1]).is_dir() else ""
 
 
-def test_the_imports_have_no_circle() -> None:
+def test_imports_are_not_circular() -> None:
     list(TopologicalSorter(IMPORTS).static_order())
 
 
@@ -60,14 +60,14 @@ def test_imports_name_modules_that_exist() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_topics_share_code_by_common_only(module: str) -> None:
+def test_topics_share_code_through_common_only(module: str) -> None:
     allowed = {SHARED, name_topic(module)} if name_topic(module) else {SHARED, ""}
     if name_topic(module) == SHARED:
         allowed = {SHARED}
     assert {name_topic(imported) for imported in IMPORTS[module]} <= allowed
 
 
-def test_the_folders_are_topics_with_a_caption() -> None:
+def test_every_folder_is_a_topic_with_a_caption() -> None:
     packages = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.py")}
     assert packages == {".", SHARED, *TOPICS, "peers/adapters"}
     assert all(read_caption(FOLDER / package).endswith((".", "them.")) for package in packages)
@@ -84,7 +84,7 @@ def test_every_module_is_listed_or_used_by_its_topic() -> None:
             assert module in listed
 
 
-def test_every_benchmark_says_what_it_is_and_writes() -> None:
+def test_every_benchmark_has_a_caption_and_an_output() -> None:
     benchmarks = list(find_benchmarks())
     assert {benchmark.topic for benchmark in benchmarks} == {"", *TOPICS}
     for benchmark in benchmarks:
@@ -114,7 +114,7 @@ def test_tables_fit_a_screen_and_name_their_scope(name: str) -> None:
     assert len(rows) > 2
 
 
-def test_all_marks_of_a_document_are_filled() -> None:
+def test_all_markers_of_a_document_are_filled() -> None:
     marks = [f"# {name}\n\n<!-- table: {name} -->\nstale figures\n<!-- end -->\n" for name in tables.TABLES]
     filled = tables.fill_tables("\n".join(marks))
     assert "stale figures" not in filled
@@ -131,13 +131,13 @@ def test_all_marks_of_a_document_are_filled() -> None:
         "<!-- end -->\n",
     ],
 )
-def test_a_wrong_mark_is_refused(text: str) -> None:
+def test_an_invalid_marker_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="unknown table|do not form pairs"):
         tables.fill_tables(text)
 
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_the_marks_of_the_documents_can_be_filled(document: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_markers_of_the_documents_can_be_filled(document: Path, tmp_path: Path, monkeypatch) -> None:
     text = document.read_text(encoding="utf-8")
     copy = tmp_path / document.name
     copy.write_text(text, encoding="utf-8")

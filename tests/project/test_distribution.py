@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: what is in them, and that what they install works on its own."""
+"""The wheel and the source distribution: their content, and that the installed package works without the repository."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from project import PYPROJECT, committed_files
 
 pytestmark = pytest.mark.xdist_group("distribution")
 
-# By the backend itself, in this environment: nothing is fetched.
+# The build backend runs in this environment: nothing is downloaded.
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was made of the committed files: the sdist, and the wheel of the unpacked sdist."""
+class Distributions:
+    """The sdist of the committed files, and the wheel of the unpacked sdist."""
 
     sdist: Path
     wheel: Path
@@ -52,7 +52,7 @@ def run(*words: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     root = tmp_path_factory.mktemp("distribution")
     files = {str(path.relative_to(REPOSITORY)) for path in committed_files()}
     for name in files:
@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         tar.extractall(root / "unpacked", filter="data")
     (unpacked,) = (root / "unpacked").iterdir()
     wheel = root / run(sys.executable, "-c", BUILD, "build_wheel", root, cwd=unpacked).splitlines()[-1]
-    return Made(sdist, wheel, files)
+    return Distributions(sdist, wheel, files)
 
 
 @pytest.fixture(scope="module")
@@ -71,44 +71,46 @@ def project() -> dict[str, Any]:
     return PYPROJECT["project"]
 
 
-def test_the_wheel_holds_the_library_and_nothing_else(made: Made) -> None:
-    held = {name for name in made.in_wheel() if ".dist-info/" not in name}
-    assert held == {name for name in made.files if name.startswith("tracin_ann/")}
+def test_the_wheel_contains_only_the_library(distributions: Distributions) -> None:
+    held = {name for name in distributions.in_wheel() if ".dist-info/" not in name}
+    assert held == {name for name in distributions.files if name.startswith("tracin_ann/")}
     assert {"tracin_ann/py.typed", "tracin_ann/cli/query.py"} <= held
 
 
-def test_the_sdist_holds_what_runs_its_tests(made: Made) -> None:
-    held = made.in_sdist()
+def test_the_sdist_contains_everything_that_its_tests_need(distributions: Distributions) -> None:
+    held = distributions.in_sdist()
     needed = ("tracin_ann/", "tests/", "docs/", "examples/", "benchmarks/", "scripts/")
-    assert {name for name in made.files if name.startswith(needed)} - held == set()
+    assert {name for name in distributions.files if name.startswith(needed)} - held == set()
     assert {"README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "constraints.txt"} <= held
     assert {"build_index.py", "query.py"} <= held
 
 
-def test_the_metadata_is_the_projects(made: Made, project: dict[str, Any]) -> None:
-    (name,) = (name for name in made.in_wheel() if name.endswith(".dist-info/METADATA"))
-    with zipfile.ZipFile(made.wheel) as archive:
-        said = message_from_bytes(archive.read(name))
+def test_the_metadata_equals_that_of_the_project(distributions: Distributions, project: dict[str, Any]) -> None:
+    (name,) = (name for name in distributions.in_wheel() if name.endswith(".dist-info/METADATA"))
+    with zipfile.ZipFile(distributions.wheel) as archive:
+        message = message_from_bytes(archive.read(name))
         licence = archive.read(name.replace("METADATA", "licenses/LICENSE")).decode()
     assert licence == (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
-    assert (said["Name"], said["Version"]) == (project["name"], project["version"])
-    assert said["License-Expression"] == project["license"]
-    assert said["Requires-Python"] == project["requires-python"]
-    assert said["Description-Content-Type"] == "text/markdown"
-    shown = said.get_payload(decode=True).decode()
+    assert (message["Name"], message["Version"]) == (project["name"], project["version"])
+    assert message["License-Expression"] == project["license"]
+    assert message["Requires-Python"] == project["requires-python"]
+    assert message["Description-Content-Type"] == "text/markdown"
+    shown = message.get_payload(decode=True).decode()
     assert shown.strip() == (REPOSITORY / "README.md").read_text(encoding="utf-8").strip()
-    assert set(said.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
+    assert set(message.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
 
 
 @pytest.mark.slow
-def test_what_is_installed_works_on_its_own(made: Made, project: dict[str, Any], tmp_path: Path) -> None:
+def test_the_installed_package_works_without_the_repository(
+    distributions: Distributions, project: dict[str, Any], tmp_path: Path
+) -> None:
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     paths = {name: sysconfig.get_path(name) for name in ("purelib", "platlib")}
     (own,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    # torch and the others as they are here. The links of an editable install lie there too, and are not followed.
+    # Use the installed torch and other packages. Links of an editable install are there as well and are not followed.
     (own / "here.pth").write_text("\n".join(dict.fromkeys(paths.values())))
-    install = ("install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", made.wheel)
+    install = ("install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", distributions.wheel)
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
     for command in project["scripts"]:
         assert (python.parent / command).exists()

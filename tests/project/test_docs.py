@@ -1,6 +1,6 @@
-"""The code and the commands of docs/ are run as they stand, page by page, each page in a directory of its own.
+"""The code and the commands of docs/ run unchanged, page by page, each page in a separate directory.
 
-The pages that go on with the five-minute start find what its blocks made. Commands of ours run in this process.
+Pages that continue the five-minute start have the files of its blocks. Commands of the library run in this process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 import documents
 from benchmarks.tables import fill_tables
-from documents import Block, words
+from documents import Block, mask_numbers
 from paths import ROOT
 from project import SCRIPTS
 
@@ -35,17 +35,17 @@ RUN = ("python", "console")
 pytestmark = pytest.mark.xdist_group("docs")
 
 
-def page_blocks(page: str) -> list[Block]:
-    return documents.blocks((DOCS / page).read_text(encoding="utf-8"))
+def read_page(page: str) -> list[Block]:
+    return documents.read_blocks((DOCS / page).read_text(encoding="utf-8"))
 
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-RUN_PAGES = [page for page in PAGES if page != START and any(b.language in RUN for b in page_blocks(page))]
+RUN_PAGES = [page for page in PAGES if page != START and any(b.language in RUN for b in read_page(page))]
 
 
 @dataclass
 class Reader:
-    """Somebody who follows a page in a directory: writes its files, runs its Python in order, types its commands."""
+    """Runs a page in a directory: writes its files, runs its Python blocks in order, and runs its commands."""
 
     page: str
     place: Path
@@ -53,7 +53,7 @@ class Reader:
     printed: str = ""
 
     def follow(self) -> None:
-        for block in page_blocks(self.page):
+        for block in read_page(self.page):
             where = f"docs/{self.page}:{block.line}"
             if not block.is_run:
                 continue
@@ -62,7 +62,7 @@ class Reader:
             elif block.language == "python":
                 self.run(block.code, where)
             elif block.language == "text" and block.title == "printed":
-                assert words(self.printed.splitlines()) == words(block.code.splitlines()), where
+                assert mask_numbers(self.printed.splitlines()) == mask_numbers(block.code.splitlines()), where
             elif block.language == "console":
                 self.type(block.code, where)
 
@@ -73,12 +73,12 @@ class Reader:
         self.printed = out.getvalue()
 
     def type(self, console: str, where: str) -> None:
-        for command in documents.commands(console):
+        for command in documents.read_commands(console):
             status, out, err = self.command(command.text)
             refused = command.shown[:1] and command.shown[0].startswith("error: ")
             assert bool(status) == bool(refused), f"{where}: {command.text}\n{out}{err}"
             lines = err.splitlines()[-1:] if refused else out.splitlines()
-            assert words(lines) == words(command.shown), f"{where}: {command.text}"
+            assert mask_numbers(lines) == mask_numbers(command.shown), f"{where}: {command.text}"
 
     def script(self, arguments: list[str]) -> str:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
@@ -87,7 +87,7 @@ class Reader:
         return out.getvalue()
 
     def command(self, text: str) -> tuple[int, str, str]:
-        """Run a command; what follows the first pipe gets what it prints."""
+        """Run a command; the part after the first pipe gets its output."""
         first, pipe, rest = text.partition(" | ")
         name, *arguments = shlex.split(first, comments=True)
         if name == "python":
@@ -109,8 +109,8 @@ class Reader:
 
 
 @contextlib.contextmanager
-def inside(place: Path) -> Iterator[None]:
-    """Work in a directory, its modules importable; forget them afterwards."""
+def work_in(place: Path) -> Iterator[None]:
+    """Work in a directory with importable modules, which are removed from `sys.modules` afterwards."""
     before, path = set(sys.modules), list(sys.path)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -128,50 +128,50 @@ def inside(place: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a directory in which somebody has followed the five-minute start, and a copy of what that made."""
+    """Return a directory in which the five-minute start was run, and a copy of its result."""
     folder = tmp_path_factory.mktemp("docs")
     place = folder / "place"
     place.mkdir()
-    with inside(place):
+    with work_in(place):
         Reader(START, place).follow()
     shutil.copytree(place, folder / "kept", ignore=shutil.ignore_patterns("__pycache__"))
     return place, folder / "kept"
 
 
-def test_the_start_runs(started: tuple[Path, Path]) -> None:
+def test_the_quick_start_runs(started: tuple[Path, Path]) -> None:
     assert (started[1] / "runs/mine/manifest.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES)
-def test_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
-    # In the start's own place, anew for each page: an index knows its task's file by its whole path.
-    place, kept = started
+def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> None:
+    # In the directory of the start, restored for each page: an index stores the full path of its task's file.
+    place, saved_copy = started
     shutil.rmtree(place)
-    shutil.copytree(kept, place)
-    with inside(place):
+    shutil.copytree(saved_copy, place)
+    with work_in(place):
         Reader(page, place).follow()
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
-def test_tables_are_those_of_the_result_files(page: str) -> None:
+def test_tables_equal_the_result_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    # If not: python -m benchmarks.tables, with the page's name.
+    # To update: python -m benchmarks.tables PAGE
     assert fill_tables(text) == text
 
 
-def test_what_is_not_run_says_why_and_is_little() -> None:
+def test_blocks_that_are_not_run_are_few_and_have_a_reason() -> None:
     marked = {
         f"{page}:{block.line}": block.title.removeprefix(documents.NOT_RUN)
         for page in PAGES
-        for block in page_blocks(page)
+        for block in read_page(page)
         if not block.is_run
     }
     assert all(len(reason.split()) >= 2 for reason in marked.values()), marked
     assert len(marked) <= MOST_NOT_RUN, marked
 
 
-def test_every_command_is_run_or_says_that_it_is_not() -> None:
+def test_every_command_is_run_or_marked_as_not_run() -> None:
     shells = ("bash", "sh", "shell")
-    loose = [f"{p}:{b.line}" for p in PAGES for b in page_blocks(p) if b.language in shells and b.is_run]
+    loose = [f"{p}:{b.line}" for p in PAGES for b in read_page(p) if b.language in shells and b.is_run]
     assert loose == []

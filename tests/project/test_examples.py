@@ -1,4 +1,4 @@
-"""The figures that the examples promise: wrong digits found, true proponents and opponents recalled."""
+"""The numbers that the examples state: wrong digits found, recall of true proponents and opponents."""
 
 from __future__ import annotations
 
@@ -46,22 +46,24 @@ SMALL = [
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "said"),
+    ("name", "rows", "message"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else [], id=case[0]) for case in SMALL],
 )
-def test_the_examples_answer_and_report(
-    name: str, rows: str, said: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_examples_print_answers_and_write_reports(
+    name: str, rows: str, message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
-    _answered(capsys.readouterr().out, said)
+    read_answer(capsys.readouterr().out, message)
 
 
-def test_the_table_answers_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_example_prints_answers_and_writes_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tabular.main(["--out", str(tmp_path)])
-    _answered(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
+    read_answer(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
 
 
-def _answered(printed: str, said: str) -> None:
+def read_answer(printed: str, said: str) -> None:
     assert re.search(said, printed), printed
     report = re.search(r"(\S+/report\.html)$", printed, re.M)
     assert report is not None
@@ -113,7 +115,7 @@ def test_the_stored_features_recall_true_tracin(cnn: Mnist) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("mnist")
-def test_exact_rescoring_recalls_nearly_all(cnn: Mnist) -> None:
+def test_exact_rescoring_has_a_recall_close_to_one(cnn: Mnist) -> None:
     proponents, opponents = cnn.recall(QueryOptions(k=K, rerank="exact", candidates=200))
     assert proponents >= 0.99
     assert opponents >= 0.99
@@ -133,7 +135,7 @@ def test_inverted_lists_recall_the_scan_on_real_features(cnn: Mnist) -> None:
         assert given.rows_scored.mean() <= 0.15 * ROWS  # the centroids alone are some 6% of so few rows
 
 
-def test_torchvisions_files_are_read(tmp_path: Path) -> None:
+def test_files_of_torchvision_are_read(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)

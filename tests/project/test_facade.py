@@ -1,4 +1,4 @@
-"""`import tracin_ann` and `--help` are cheap: nothing heavy is imported before it is used, and every name resolves."""
+"""`import tracin_ann` and `--help` import nothing heavy, and every public name resolves."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ HEAVY = ("torch", "faiss", "h5py", "numpy", "rich", "pandas", "matplotlib")
 REPORT = f"\nimport sys\nprint([name for name in {HEAVY} if name in sys.modules])\n"
 
 
-def last_line(code: str, **environment: str) -> str:
+def run_python(code: str, **environment: str) -> str:
     command = [sys.executable, "-c", code + REPORT]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=environment or None)
     return done.stdout.splitlines()[-1]
 
 
-def test_the_import_alone_is_cheap() -> None:
-    assert last_line("import tracin_ann; dir(tracin_ann); tracin_ann.TracinAnnError") == "[]"
+def test_the_import_loads_nothing_heavy() -> None:
+    assert run_python("import tracin_ann; dir(tracin_ann); tracin_ann.TracinAnnError") == "[]"
 
 
-def test_help_of_every_command_is_cheap() -> None:
+def test_help_of_every_command_loads_nothing_heavy() -> None:
     code = "\n".join(
         f"import {place}\ntry: {place}.main(['--help'])\nexcept SystemExit as end: assert not end.code"
         for place in (target.partition(":")[0] for target in SCRIPTS.values())
     )
-    assert last_line(code) == "[]"
+    assert run_python(code) == "[]"
 
 
 def test_every_name_resolves() -> None:
@@ -55,4 +55,4 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
     code = "import tracin_ann.build, tracin_ann.operations\nfrom tracin_ann import build, plan\n"
     code += "assert callable(build) and callable(plan) and tracin_ann.build is build\n"
-    assert "torch" in last_line(code)
+    assert "torch" in run_python(code)

@@ -1,6 +1,6 @@
-"""Read the library's source and hold its order: imports go down the floors only, and the house rules of STYLE.
+"""The order of imports in the library's source: imports go down the floors only; and rules for modules.
 
-A room is a module or package directly under `tracin_ann`; inside a package modules import each other freely.
+A room is a module or package directly under `tracin_ann`; modules of one package may import each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paths import ROOT as REPOSITORY
 
 PACKAGE = "tracin_ann"
 
-# The seven floors of the house, top first: rooms on one floor do not import each other, but for what BESIDE allows.
+# The seven floors, top first: rooms on one floor do not import each other, except as BESIDE allows.
 # "__init__" is the facade, `tracin_ann` itself. A new room needs a place here.
 FLOORS: list[set[str]] = [
     {"cli", "report", "__init__"},
@@ -28,10 +28,10 @@ FLOORS: list[set[str]] = [
     {"gradients", "sketch", "search", "store"},
     {"task"},
 ]
-# What every floor stands on: each may import those after it.
+# Modules below all floors: each may import those after it.
 GROUND = ["files", "progress", "device", "types", "errors", "text", "choices"]
 
-# Imports between neighbours on one floor: who may import whom, and why.
+# Allowed imports between rooms of one floor, with the reason.
 BESIDE: dict[str, set[str]] = {
     "cli": {"report", "__init__"},  # a command writes a page; it knows the version
     "__init__": {"report"},  # the facade names write_report
@@ -40,7 +40,7 @@ BESIDE: dict[str, set[str]] = {
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search
 }
 
-# Rooms that may import less than all that lies below them: these never see a model.
+# Rooms that may import only some of the rooms below: these do not use models.
 ONLY: dict[str, set[str]] = {
     "search": {"files", *GROUND},
     "store": {"sketch", "search", "task", "files", *GROUND},
@@ -74,8 +74,8 @@ class Module:
 
     @property
     def room(self) -> str:
-        """Return the room the module is in."""
-        return room_of(self.name)
+        """Return the room of the module."""
+        return name_room(self.name)
 
     @property
     def package(self) -> str:
@@ -83,13 +83,13 @@ class Module:
         return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
 
 
-def room_of(dotted: str) -> str:
+def name_room(dotted: str) -> str:
     """Return the room of a dotted name in the package."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def read(path: Path, root: Path) -> Module:
+def parse_module(path: Path, root: Path) -> Module:
     """Parse one file; `root` is the directory that holds the package."""
     parts = list(path.relative_to(root).with_suffix("").parts)
     if parts[-1] == "__init__":
@@ -98,8 +98,8 @@ def read(path: Path, root: Path) -> Module:
     return Module(path, ".".join(parts), ast.parse(text, str(path)), text)
 
 
-def imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of every import, wherever it stands; `from tracin_ann import x` counts as x's room."""
+def find_imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of every import, at any depth; `from tracin_ann import x` counts as an import of x."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -116,12 +116,12 @@ def imports(module: Module, rooms: set[str]) -> Iterator[tuple[int, str]]:
                 yield node.lineno, base
 
 
-def upward(module: Module, rooms: set[str]) -> list[str]:
+def find_upward_imports(module: Module, rooms: set[str]) -> list[str]:
     """Return one line for every import of the module that does not go down."""
     floor = {room: number for number, names in enumerate([*FLOORS, *({room} for room in GROUND)]) for room in names}
     wrong = []
-    for line, target in imports(module, rooms):
-        if target.split(".")[0] != PACKAGE or (room := room_of(target)) == module.room:
+    for line, target in find_imports(module, rooms):
+        if target.split(".")[0] != PACKAGE or (room := name_room(target)) == module.room:
             continue
         where = f"{module.path.name}:{line} ({module.room}) imports {room}"
         if room not in floor:
@@ -135,18 +135,18 @@ def upward(module: Module, rooms: set[str]) -> list[str]:
     return wrong
 
 
-def behind_the_face(module: Module) -> list[str]:
-    """Return one line for every import of another package's file instead of its face; a facade and tests may."""
+def find_private_imports(module: Module) -> list[str]:
+    """Return one line for every import of a file of another package that does not go through its `__init__.py`."""
     wrong = []
-    for line, target in imports(module, ROOMS):
-        room = room_of(target)
+    for line, target in find_imports(module, ROOMS):
+        room = name_room(target)
         if target.split(".")[0] == PACKAGE and room != module.room and target.count(".") > 1:
             wrong.append(f"{module.path.name}:{line} ({module.room}) imports {target}, not {PACKAGE}.{room}")
     return wrong
 
 
-def circles(modules: Iterable[Module]) -> list[str]:
-    """Return the modules that import each other in a circle, at the top of the file or inside of functions."""
+def find_circles(modules: Iterable[Module]) -> list[str]:
+    """Return the modules with circular imports, at the top of the file or inside functions."""
     names = {module.name for module in modules}
     graph = {m.name: {t for t in _modules_imported(m, names) if t != m.name} for m in modules}
     while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
@@ -166,7 +166,7 @@ def _modules_imported(module: Module, names: set[str]) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name in names)
 
 
-MODULES = [read(path, REPOSITORY) for path in sorted((REPOSITORY / PACKAGE).rglob("*.py"))]
+MODULES = [parse_module(path, REPOSITORY) for path in sorted((REPOSITORY / PACKAGE).rglob("*.py"))]
 ROOMS = {module.room for module in MODULES}
 every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
 
@@ -179,12 +179,12 @@ def test_every_room_has_one_floor() -> None:
 
 
 @every_module
-def test_other_packages_are_imported_by_their_face(module: Module) -> None:
-    assert behind_the_face(module) == []
+def test_other_packages_are_imported_through_their_init(module: Module) -> None:
+    assert find_private_imports(module) == []
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS - {"cli"}))
-def test_a_package_has_a_caption_and_a_face(room: str) -> None:
+def test_every_package_has_a_caption_and_public_names(room: str) -> None:
     (face,) = [m for m in MODULES if m.name == (PACKAGE if room == "__init__" else f"{PACKAGE}.{room}")]
     if face.path.name == "__init__.py":
         (public,) = [
@@ -196,17 +196,17 @@ def test_a_package_has_a_caption_and_a_face(room: str) -> None:
         assert names == sorted(set(names)), f"__all__ of {face.name} is sorted, each name once"
 
 
-def test_no_import_circle() -> None:
-    assert circles(MODULES) == []
+def test_imports_are_not_circular() -> None:
+    assert find_circles(MODULES) == []
 
 
 @every_module
 def test_imports_go_down(module: Module) -> None:
-    assert upward(module, ROOMS) == []
+    assert find_upward_imports(module, ROOMS) == []
 
 
 @every_module
-def test_first_line_says_what_the_module_owns(module: Module) -> None:
+def test_the_first_line_of_a_module_is_its_caption(module: Module) -> None:
     docstring = ast.get_docstring(module.tree, clean=False)
     assert docstring and docstring.splitlines()[0].strip(), f"{module.path} has no docstring that begins on its line 1"
 
@@ -226,25 +226,27 @@ def test_only_the_commands_print(module: Module) -> None:
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_optional_packages_have_one_door(package: str) -> None:
-    importers = [m for m in MODULES if any(name.split(".")[0] == package for _, name in imports(m, ROOMS))]
+def test_every_optional_package_is_imported_in_one_module(package: str) -> None:
+    importers = [m for m in MODULES if any(name.split(".")[0] == package for _, name in find_imports(m, ROOMS))]
     assert len(importers) <= 1, f"{package} is imported by {[m.name for m in importers]}; keep one"
     for module in importers:
         functions = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         inside = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in functions]
-        lines = [line for line, name in imports(module, ROOMS) if name.split(".")[0] == package]
+        lines = [line for line, name in find_imports(module, ROOMS) if name.split(".")[0] == package]
         assert all(any(line in span for span in inside) for line in lines), (
             f"{module.name}: {package} outside a function"
         )
 
 
 @every_module
-def test_faiss_comes_through_device(module: Module) -> None:
-    lines = [line for line, name in imports(module, ROOMS) if name == "faiss"]  # its submodules may be imported after
+def test_faiss_is_imported_by_device_only(module: Module) -> None:
+    lines = [
+        line for line, name in find_imports(module, ROOMS) if name == "faiss"
+    ]  # its submodules may be imported after
     assert module.room == "device" or lines == [], f"{module.path} imports faiss; call device.import_faiss()"
 
 
-# The checker itself, on a small made-up package.
+# The checker itself, on a small synthetic package.
 CASES = [
     ("store/a.py", "import tracin_ann.index", "which lies above it"),
     ("store/a.py", "from tracin_ann import index", "which lies above it"),
@@ -265,9 +267,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "source", "expected"), CASES)
-def test_the_checker_sees_it(tmp_path: Path, path: str, source: str, expected: str | None) -> None:
+def test_the_checker_detects_violations(tmp_path: Path, path: str, source: str, expected: str | None) -> None:
     file = tmp_path / PACKAGE / path
     file.parent.mkdir(parents=True)
     file.write_text(source, encoding="utf-8")
-    wrong = upward(read(file, tmp_path), {room for names in [*FLOORS, set(GROUND)] for room in names})
+    wrong = find_upward_imports(
+        parse_module(file, tmp_path), {room for names in [*FLOORS, set(GROUND)] for room in names}
+    )
     assert ([expected] if expected else []) == [expected for line in wrong if expected is None or expected in line]

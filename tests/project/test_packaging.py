@@ -1,4 +1,4 @@
-"""What an installer and a newcomer rely on: version, extras, pins, portable files, a clear word when FAISS is wrong."""
+"""Packaging: version, extras, pins, portable files, and a clear error for a missing or duplicate FAISS."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def project() -> dict[str, Any]:
     return PYPROJECT
 
 
-def normalised(need: str) -> str:
-    """Return the name of a requirement or pin, as an index compares names."""
+def normalise(need: str) -> str:
+    """Return the normalised name of a requirement or pin, as package indexes compare names."""
     found = re.match(r"[\w.-]+", need)
     assert found is not None
     return re.sub(r"[-_.]+", "-", found[0].split("==")[0]).lower()
 
 
-def test_version_is_said_once_and_the_same(project: dict[str, Any]) -> None:
+def test_the_version_is_the_same_everywhere(project: dict[str, Any]) -> None:
     assert tracin_ann.__version__ == project["project"]["version"]
 
 
@@ -45,7 +45,7 @@ def test_cpu_and_gpu_exclude_each_other(project: dict[str, Any]) -> None:
     assert any({entry["extra"] for entry in group} == pair for group in project["tool"]["uv"]["conflicts"])
 
 
-def test_commands_lead_to_functions(project: dict[str, Any]) -> None:
+def test_every_command_has_a_function(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
     commands = [path.stem for path in (REPOSITORY / "tracin_ann/cli").glob("*.py") if "\n@command(" in path.read_text()]
     assert scripts == {f"tracin-{name.replace('_', '-')}": f"tracin_ann.cli.{name}:main" for name in commands}
@@ -60,11 +60,11 @@ def test_constraints_pin_every_dependency(project: dict[str, Any]) -> None:
     form = re.compile(r"([\w.-]+)==([\w.]+)( ; python_version [<>=]+ \"3\.\d+\")?")
     assert [pin for pin in pins if not form.fullmatch(pin)] == []
     groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
-    wanted = {normalised(need) for group in groups for need in group}
-    assert wanted - {normalised(pin) for pin in pins} == {"tracin-ann"}  # extras that hold others of ours
+    wanted = {normalise(need) for group in groups for need in group}
+    assert wanted - {normalise(pin) for pin in pins} == {"tracin-ann"}  # extras that hold others of ours
 
 
-def test_extras_of_ours_exist(project: dict[str, Any]) -> None:
+def test_extras_that_refer_to_the_project_exist(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
     for needs in extras.values():
         for inner in (need[len("tracin-ann[") : -1] for need in needs if need.startswith("tracin-ann[")):
@@ -72,7 +72,7 @@ def test_extras_of_ours_exist(project: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("pattern", [HOST, MACHINE_PATH], ids=["registry host", "path of a machine"])
-def test_files_hold_on_any_machine(pattern: re.Pattern[str]) -> None:
+def test_committed_files_are_portable(pattern: re.Pattern[str]) -> None:
     files = committed_files()
     assert REPOSITORY / "pyproject.toml" in files
     texts = {path: path.read_bytes().decode(errors="replace") for path in files}
@@ -80,7 +80,7 @@ def test_files_hold_on_any_machine(pattern: re.Pattern[str]) -> None:
     assert found == {}
 
 
-def test_contributing_names_files_that_there_are() -> None:
+def test_files_named_in_contributing_exist() -> None:
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"(?:tracin_ann|tests|docs|benchmarks)/[\w./-]*\w", text)
     assert len(named) > 30
@@ -94,7 +94,7 @@ def test_readme_shows_the_two_commands() -> None:
 
 
 def pretend_installed(monkeypatch: pytest.MonkeyPatch, *wheels: str) -> None:
-    """Make the package metadata show these FAISS wheels and no other."""
+    """Make the package metadata list these FAISS wheels only."""
     real = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -110,20 +110,20 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, *wheels: str) -> None:
 @pytest.mark.parametrize(
     "left", [None, ModuleType("faiss")], ids=["no module", "an empty module, left by an uninstall"]
 )
-def test_no_faiss_is_said(monkeypatch: pytest.MonkeyPatch, left: ModuleType | None) -> None:
+def test_a_missing_faiss_is_reported(monkeypatch: pytest.MonkeyPatch, left: ModuleType | None) -> None:
     pretend_installed(monkeypatch)
     monkeypatch.setitem(sys.modules, "faiss", left)
     with pytest.raises(MissingPackageError, match=r"FAISS is not installed.*pip install 'tracin-ann\[cpu\]'"):
         device.import_faiss.__wrapped__()
 
 
-def test_two_faiss_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_faiss_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, "faiss-cpu", "faiss-gpu")
     with pytest.raises(MissingPackageError, match="faiss-cpu and faiss-gpu.*pip uninstall -y faiss-cpu faiss-gpu"):
         device.import_faiss.__wrapped__()
 
 
-def test_one_faiss_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_faiss_package_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, "faiss-gpu")
     assert device.import_faiss.__wrapped__() is sys.modules["faiss"]
 
@@ -151,7 +151,7 @@ tracin_ann.build
     [([], "FAISS is not installed"), (["faiss-cpu", "faiss-gpu"], "several FAISS packages share one module")],
     ids=["none", "two"],
 )
-def test_the_first_use_says_it(wheels: list[str], message: str) -> None:
+def test_the_first_use_of_faiss_reports_the_error(wheels: list[str], message: str) -> None:
     command = [sys.executable, "-c", IMPORT_WITH, *wheels]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (1, "still well\n")

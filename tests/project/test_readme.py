@@ -1,4 +1,4 @@
-"""README's code and commands are run as they stand, in an empty directory."""
+"""The code and the commands of the README run unchanged in an empty directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import documents
-from documents import words
+from documents import mask_numbers
 from paths import ROOT
 from project import SCRIPTS
 
@@ -20,16 +20,16 @@ LONGEST, WIDEST = 150, 120
 
 
 def blocks(language: str) -> list[str]:
-    return [block.code for block in documents.blocks(README, language)]
+    return [block.code for block in documents.read_blocks(README, language)]
 
 
 def commands() -> list[documents.Command]:
-    """Return README's console commands with the lines that they print there."""
-    return documents.commands("".join(blocks("console")))
+    """Return the console commands of the README with the output shown there."""
+    return documents.read_commands("".join(blocks("console")))
 
 
 def run(place: Path, *arguments: str) -> str:
-    """Return what Python prints, given these arguments."""
+    """Return the output of Python with these arguments."""
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -38,9 +38,9 @@ def run(place: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with README's task file and the checkpoints that it trains."""
+    """Return a directory with the README's task file and the checkpoints that it trains."""
     folder = tmp_path_factory.mktemp("readme")
-    (task,) = (block for block in documents.blocks(README, "python") if block.file is not None)
+    (task,) = (block for block in documents.read_blocks(README, "python") if block.file is not None)
     assert task.file is not None
     (folder / task.file).write_text(task.code, encoding="utf-8")
     assert f"Run `python {task.file}`" in README
@@ -49,23 +49,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.xdist_group("readme")
-def test_the_commands_print_what_readme_shows(place: Path) -> None:
+def test_the_commands_print_the_output_in_the_readme(place: Path) -> None:
     assert len(commands()) == 3
     for command in commands():
         script, *arguments = shlex.split(command.text)
         module, _, function = SCRIPTS[script].partition(":")
         printed = run(place, "-c", f"from {module} import {function}; {function}()", *arguments)
-        assert words(printed.splitlines()) == words(command.shown)
+        assert mask_numbers(printed.splitlines()) == mask_numbers(command.shown)
 
 
 @pytest.mark.xdist_group("readme")
-def test_the_python_block_runs(place: Path) -> None:
-    (code,) = (block.code for block in documents.blocks(README, "python") if block.file is None)
+def test_the_python_blocks_run(place: Path) -> None:
+    (code,) = (block.code for block in documents.read_blocks(README, "python") if block.file is None)
     assert len(code.splitlines()) <= 10
     assert [line.split()[0] for line in run(place, "-c", code).splitlines()] == ["0", "1"]
 
 
-def test_the_two_commands_are_makes() -> None:
+def test_the_two_commands_are_make_targets() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for command in re.findall(r"^make (\w+)", "".join(blocks("bash")), re.M):
         assert command in targets

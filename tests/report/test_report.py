@@ -17,9 +17,10 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from images import draw_image
 from pages import Page
 from paths import SUPPORT
-from tasks.toy import CONFIG, RATES, Toy, rows, saved, toy
+from tasks.toy import CONFIG, RATES, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build, write_report
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import MissingPackageError, TaskError, UsageError
@@ -33,15 +34,8 @@ N, QUERIES = 24, 6
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
 
 
-def picture(row: Any) -> np.ndarray:
-    """Return one of four pictures."""
-    made = np.zeros((6, 5), np.uint8)
-    made[int(row[1]), :] = 200
-    return made
-
-
 DESCRIBED: dict[str, Callable[[Any], str | Description] | None] = {
-    "images": lambda row: Description(text=f"a {row[1]}", image=picture(row)),
+    "images": lambda row: Description(text=f"a {row[1]}", image=draw_image(row)),
     "text": lambda row: f"{row[1]} {NASTY}",
     "tokens": lambda row: Description(tokens=["so", "<b>", "good"], token_scores=[0.1, -2.0, 1.0]),
     "table": lambda row: Description(table={"<i>": NASTY, "x": float(row[0][0]), "n": row[1]}),
@@ -49,15 +43,15 @@ DESCRIBED: dict[str, Callable[[Any], str | Description] | None] = {
 }
 
 
-def the_task(folder: Path, kind: str) -> Task:
+def make_task(folder: Path, kind: str) -> Task:
     paths = [folder / f"checkpoint{c}.pt" for c in range(len(RATES))]
     if not all(path.is_file() for path in paths):
-        saved(Toy(), folder)
-    return toy(
+        save_checkpoints(Toy(), folder)
+    return make_toy_task(
         folder,
         checkpoints=[Checkpoint(path, rate) for path, rate in zip(paths, RATES, strict=True)],
-        train_data=lambda: rows(N),
-        query_data=lambda: rows(QUERIES, 2),
+        train_data=lambda: make_rows(N),
+        query_data=lambda: make_rows(QUERIES, 2),
         columns=lambda row: {"label": f"<{row[1]}>"},
         describe=DESCRIBED[kind],
     )
@@ -66,21 +60,21 @@ def the_task(folder: Path, kind: str) -> Task:
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, InfluenceIndex]:
     folder = tmp_path_factory.mktemp("report")
-    build(the_task(folder, "plain"), folder / "index", CONFIG)
-    return {kind: InfluenceIndex.open(folder / "index", the_task(folder, kind), device="cpu") for kind in DESCRIBED}
+    build(make_task(folder, "plain"), folder / "index", CONFIG)
+    return {kind: InfluenceIndex.open(folder / "index", make_task(folder, kind), device="cpu") for kind in DESCRIBED}
 
 
-def asked(index: InfluenceIndex, **options: Any) -> Answers:
+def run_query(index: InfluenceIndex, **options: Any) -> Answers:
     return index.query(range(4), options=QueryOptions(**{"k": 5, **options}))
 
 
 def test_a_page_contains_the_answers(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
-    answers = asked(index)
+    answers = run_query(index)
     page = Page(write_report(answers, tmp_path / "r.html", index, "A <title>"))
     assert "A <title>" in page.texts
     hits = [hit for answer in answers for hit in answer.hits]
-    assert len(page.of("hit")) == len(hits)
+    assert len(page.find_class("hit")) == len(hits)
     for hit in hits:
         assert f"{abs(hit.score):.4g}" in page.text
         assert hit.error is None or f"± {hit.error:.2g}" in page.text
@@ -96,7 +90,7 @@ def test_losses_equal_those_of_the_task_at_each_checkpoint(indexes: dict[str, In
     index = indexes["text"]
     answers = index.query([0, 3], [7], QueryOptions(k=2))
     page = Page(write_report(answers, tmp_path / "r.html", index))
-    said = [a["aria-label"] for a in page.of("loss")]
+    message = [a["aria-label"] for a in page.find_class("loss")]
     wanted = []
     for side, row in (("query", 0), ("query", 3), ("train", 7)):
         found = []
@@ -106,7 +100,7 @@ def test_losses_equal_those_of_the_task_at_each_checkpoint(indexes: dict[str, In
             x, y = (index.task.train_data() if side == "train" else index.task.query_data())[row]
             found.append(torch.nn.functional.cross_entropy(model(x[None]), torch.tensor([y])).item())
         wanted.append(", ".join(f"checkpoint{c} {loss:+.3g}" for c, loss in enumerate(found)))
-    assert said == wanted
+    assert message == wanted
 
 
 @pytest.mark.parametrize("kind", list(DESCRIBED))
@@ -114,7 +108,7 @@ def test_every_kind_of_example_is_data_and_never_markup(
     indexes: dict[str, InfluenceIndex], tmp_path: Path, kind: str
 ) -> None:
     index = indexes[kind]
-    for results in [asked(index)] + [index.self_influence(4)] * (kind == "table"):
+    for results in [run_query(index)] + [index.self_influence(4)] * (kind == "table"):
         page = Page(write_report(results, tmp_path / "r.html", index))
         tags = {tag for tag, _ in page.elements}
         assert not tags & {"img", "b>", "i>"}
@@ -133,7 +127,7 @@ def test_every_kind_of_example_is_data_and_never_markup(
 
 
 def test_a_page_refers_to_nothing_outside_of_it(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
-    page = Page(write_report(asked(indexes["images"]), tmp_path / "r.html", indexes["images"]))
+    page = Page(write_report(run_query(indexes["images"]), tmp_path / "r.html", indexes["images"]))
     links = [a.get(name) or "" for _, a in page.elements for name in ("src", "href", "xlink:href", "action")]
     assert [link for link in links if link and link[0] != "#" and not link.startswith("data:")] == []
     assert all(url.startswith(("data:", "#")) for url in re.findall(r"url\(\"?([^)\"]*)", page.source))
@@ -147,15 +141,15 @@ def test_a_page_refers_to_nothing_outside_of_it(indexes: dict[str, InfluenceInde
 
 def test_an_image_is_in_the_file_once(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
-    page = Page(write_report(asked(index), tmp_path / "r.html", index))
+    page = Page(write_report(run_query(index), tmp_path / "r.html", index))
     embedded = re.findall(
         r"^\.(p\d+)\{background-image:url\(data:image/png;base64,(.*)\)\}$", page.source, re.MULTILINE
     )
     assert len(embedded) == 3 == len({data for _, data in embedded})
-    worn = [a for a in page.of("pic") if a.get("role") == "img"]
-    assert len(worn) == len(page.of("hit")) + 4
+    worn = [a for a in page.find_class("pic") if a.get("role") == "img"]
+    assert len(worn) == len(page.find_class("hit")) + 4
     pixels = {np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).tobytes() for _, data in embedded}
-    assert pixels == {picture((None, label)).tobytes() for label in range(3)}
+    assert pixels == {draw_image((None, label)).tobytes() for label in range(3)}
     assert all(str(a["aria-label"]).startswith("image: label <") for a in worn)
 
 
@@ -244,15 +238,17 @@ def test_groups_and_contrasts(indexes: dict[str, InfluenceIndex], tmp_path: Path
 def test_exact_scores_and_some_checkpoints(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["text"]
     options = {"rerank": "exact", "candidates": 8, "checkpoints": (1,)}
-    answers = asked(index, **options)
+    answers = run_query(index, **options)
     named = Page(write_report(answers, tmp_path / "r.html", index, checkpoints=(1,)))
     assert "scores are exact" in named.text
-    assert all(str(a["aria-label"]).startswith("checkpoint1 ") for a in named.of("cp"))
+    assert all(str(a["aria-label"]).startswith("checkpoint1 ") for a in named.find_class("cp"))
     unnamed = Page(write_report(answers, tmp_path / "r.html", index))
-    assert all(str(a["aria-label"]).startswith("part 1 ") for a in unnamed.of("cp")) and not unnamed.of("loss")
+    assert all(str(a["aria-label"]).startswith("part 1 ") for a in unnamed.find_class("cp")) and not unnamed.find_class(
+        "loss"
+    )
 
 
-def test_a_page_of_rows_to_check(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
+def test_a_page_of_suspects(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["images"]
     ranked = index.self_influence(5)
     page = Page(write_report(ranked, tmp_path / "r.html", index))
@@ -294,7 +290,7 @@ def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex
     index = indexes["text"]
     pairs = Odd([{"row": None, "other": 2, "alike": 0.5}], index.describe)
     table = Page(write_report(pairs, tmp_path / "t.html", index))
-    assert "0.5" in table.text and not table.of("item")
+    assert "0.5" in table.text and not table.find_class("item")
     record = {
         "rank": 1,
         "id": "x",
@@ -325,7 +321,7 @@ def test_a_report_is_complete_or_absent(
 
     monkeypatch.setitem(index.task.__dict__, "describe", fails)
     with pytest.raises(RuntimeError, match="describe fails"):
-        write_report(asked(index), path, index)
+        write_report(run_query(index), path, index)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -342,7 +338,7 @@ def test_a_missing_package_names_the_extra(
         return real(name, *others)
 
     index = indexes["images"]
-    answers = asked(index)
+    answers = run_query(index)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingPackageError, match=r"pip install 'tracin-ann\[report\]'"):
         write_report(answers, tmp_path / "r.html", index)
@@ -358,7 +354,7 @@ def test_bars_leave_out_what_is_not_finite() -> None:
 def test_the_query_command_writes_a_page(tmp_path: Path) -> None:
     (tmp_path / "report_page_task.py").write_text(
         f"import sys\nsys.path[:0] = {[str(SUPPORT), str(Path(__file__).parent)]!r}\nfrom pathlib import Path\n"
-        "from test_report import the_task\ndef task(folder):\n    return the_task(Path(folder), 'images')\n"
+        "from test_report import make_task\ndef task(folder):\n    return make_task(Path(folder), 'images')\n"
     )
     build(f"{tmp_path / 'report_page_task.py'}:task", tmp_path / "index", CONFIG, arguments={"folder": str(tmp_path)})
     runner, page = CliRunner(), tmp_path / "r.html"
@@ -367,10 +363,10 @@ def test_the_query_command_writes_a_page(tmp_path: Path) -> None:
     done = runner.invoke(query_command, [*command, "--ids", "0-2", "--html", str(page)], catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (0, "")
     assert f"report: {page}" in done.stderr
-    assert len(Page(page).of("item")) == 3
+    assert len(Page(page).find_class("item")) == 3
     both = [*command, "--self-influence", "-k", "3", "--html", str(page), "--format", "jsonl"]
     done = runner.invoke(query_command, both, catch_exceptions=False)
-    assert len(done.stdout.splitlines()) == 3 == len(Page(page).of("item"))
+    assert len(done.stdout.splitlines()) == 3 == len(Page(page).find_class("item"))
     nowhere = [*command, "--ids", "0", "--html", str(tmp_path / "no" / "r.html")]
     done = runner.invoke(query_command, nowhere)
     assert done.exit_code == UsageError.exit_code

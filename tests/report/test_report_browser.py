@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import browser
-from tasks.toy import CONFIG, rows, toy
+from images import draw_image
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import Description, InfluenceIndex, QueryOptions, build, write_report
 
 pytestmark = [
-    pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "-"),
+    pytest.mark.skipif(bool(browser.find_missing()), reason=browser.find_missing() or "-"),
     pytest.mark.slow,
 ]
 
@@ -47,54 +47,48 @@ return found;
 """
 
 
-def picture(row: Any) -> np.ndarray:
-    made = np.zeros((6, 5), np.uint8)
-    made[int(row[1]), :] = 200
-    return made
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with answers.html and suspects.html, and the suspects' records in suspects.json."""
-    made = tmp_path_factory.mktemp("browser")
-    task = toy(
-        made,
-        train_data=lambda: rows(N),
+    directory = tmp_path_factory.mktemp("browser")
+    task = make_toy_task(
+        directory,
+        train_data=lambda: make_rows(N),
         columns=lambda row: {"label": int(row[1])},
         describe=lambda row: Description(
             text=f'row "{row[1]}", <b> {row[0][0]:.6f}',
-            image=picture(row),
+            image=draw_image(row),
             tokens=[f"{row[0][0]:.6f}", "good"],
             token_scores=[-0.5, 1.0],
         ),
     )
-    build(task, made / "index", CONFIG)
-    index = InfluenceIndex.open(made / "index", task, device="cpu")
+    build(task, directory / "index", CONFIG)
+    index = InfluenceIndex.open(directory / "index", task, device="cpu")
     ranked = index.self_influence(LISTED)
-    write_report(index.query(range(4), options=QueryOptions(k=4)), made / "answers.html", index)
-    write_report(ranked, made / "suspects.html", index)
-    (made / "suspects.json").write_text(json.dumps(ranked.records()))
-    return made
+    write_report(index.query(range(4), options=QueryOptions(k=4)), directory / "answers.html", index)
+    write_report(ranked, directory / "suspects.html", index)
+    (directory / "suspects.json").write_text(json.dumps(ranked.records()))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def started(folder: Path) -> Iterator[Any]:
-    with browser.opened(folder / "saved") as driver:
+    with browser.open_browser(folder / "saved") as driver:
         yield driver
 
 
 @pytest.fixture
 def chromium(started: Any) -> Iterator[Any]:
     """Yield the browser; after the test, its log is empty and it has requested only the page."""
-    browser.requests(started)
-    browser.sized(started, 1200, 900)
+    browser.take_requests(started)
+    browser.set_window(started, 1200, 900)
     yield started
     assert started.get_log("browser") == []
-    assert [url for url in browser.requests(started) if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert [url for url in browser.take_requests(started) if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
-def shown(chromium: Any) -> list[int]:
-    """Return the positions of the items that the filter leaves."""
+def list_visible(chromium: Any) -> list[int]:
+    """Return the positions of the items that pass the filter."""
     script = "return Array.from(document.querySelectorAll('.item')).flatMap((x, i) => x.hidden ? [] : [i])"
     return list(chromium.execute_script(script))
 
@@ -106,27 +100,27 @@ def press(chromium: Any, *keys: str) -> None:
         ActionChains(chromium).send_keys(key).perform()
 
 
-def test_answers_open_alone_and_filter(chromium: Any, folder: Path) -> None:
+def test_a_page_of_answers_opens_offline_and_filters(chromium: Any, folder: Path) -> None:
     from selenium.webdriver.support.ui import Select  # noqa: PLC0415
 
     page = (folder / "answers.html").as_uri()
     chromium.get(page)
-    assert [url for url in browser.requests(chromium) if not url.startswith("data:")] == [page]
-    assert shown(chromium) == [0, 1, 2, 3]
+    assert [url for url in browser.take_requests(chromium) if not url.startswith("data:")] == [page]
+    assert list_visible(chromium) == [0, 1, 2, 3]
     css = "return getComputedStyle(document.querySelector('.pic')).backgroundImage"
     assert chromium.execute_script(css).startswith('url("data:image/png')
     press(chromium, "j", "j")
     assert chromium.switch_to.active_element.get_attribute("id") == "q1"
-    press(chromium, "k", "/", f"good {rows(5, seed=2)[3][0][0]:.6f}")
-    assert shown(chromium) == [3]
+    press(chromium, "k", "/", f"good {make_rows(5, seed=2)[3][0][0]:.6f}")
+    assert list_visible(chromium) == [3]
     assert chromium.find_element("id", "count").text == "1 of 4 shown"
     press(chromium, "\ue00c")  # escape
-    assert shown(chromium) == [0, 1, 2, 3]
+    assert list_visible(chromium) == [0, 1, 2, 3]
     Select(chromium.find_element("id", "label")).select_by_visible_text("1")
-    assert shown(chromium) == [1]
+    assert list_visible(chromium) == [1]
 
 
-def test_choices_are_made_by_keys_and_saved(chromium: Any, folder: Path) -> None:
+def test_choices_are_set_by_keys_and_saved(chromium: Any, folder: Path) -> None:
     chromium.get((folder / "suspects.html").as_uri())
     buttons = {name: chromium.find_element("id", name) for name in ("csv", "json")}
     assert not any(button.is_enabled() for button in buttons.values())
@@ -135,10 +129,10 @@ def test_choices_are_made_by_keys_and_saved(chromium: Any, folder: Path) -> None
     wanted = [record for at, record in enumerate(json.loads((folder / "suspects.json").read_text())) if at in (0, 2, 8)]
     assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
     chromium.find_element("id", "chosen-only").click()
-    assert shown(chromium) == [0, 2, 8]
+    assert list_visible(chromium) == [0, 2, 8]
     for button in buttons.values():
         button.click()
-    saved = [arrived(folder / "saved" / f"chosen.{name}") for name in ("csv", "json")]
+    saved = [wait_for_file(folder / "saved" / f"chosen.{name}") for name in ("csv", "json")]
     with saved[0].open(newline="") as file:
         assert [(int(row["row"]), float(row["score"]), row["text"]) for row in csv.DictReader(file)] == [
             (record["row"], record["score"], record["text"]) for record in wanted
@@ -151,7 +145,7 @@ def test_choices_are_made_by_keys_and_saved(chromium: Any, folder: Path) -> None
     assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
 
 
-def arrived(path: Path) -> Path:
+def wait_for_file(path: Path) -> Path:
     """Wait for a file and return its path."""
     until = time.monotonic() + 20
     while not path.is_file() and time.monotonic() < until:
@@ -162,7 +156,7 @@ def arrived(path: Path) -> Path:
 @pytest.mark.parametrize("name", ["answers", "suspects"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_has_contrast_in_light_and_dark(chromium: Any, folder: Path, name: str, dark: bool) -> None:
-    browser.sized(chromium, 1200, 900, dark=dark)
+    browser.set_window(chromium, 1200, 900, dark=dark)
     chromium.get((folder / f"{name}.html").as_uri())
     assert chromium.execute_script(CONTRASTS) == []
     ground = "return getComputedStyle(document.body).backgroundColor"
@@ -171,7 +165,7 @@ def test_text_has_contrast_in_light_and_dark(chromium: Any, folder: Path, name: 
 
 @pytest.mark.parametrize("width", [360, 1200])
 def test_no_page_is_wider_than_its_window(chromium: Any, folder: Path, width: int) -> None:
-    browser.sized(chromium, width, 800)
+    browser.set_window(chromium, width, 800)
     chromium.get((folder / "answers.html").as_uri())
     assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
 
@@ -181,15 +175,15 @@ def test_a_screen_reader_finds_names(chromium: Any, folder: Path) -> None:
     chromium.execute_cdp_cmd("Accessibility.enable", {})
     nodes = chromium.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = [(node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes]
-    asked = ("checkbox", "searchbox", "combobox", "button", "image", "article", "heading", "search")
-    assert [role for role, name in roles if role in asked and not name] == []
+    named_roles = ("checkbox", "searchbox", "combobox", "button", "image", "article", "heading", "search")
+    assert [role for role, name in roles if role in named_roles and not name] == []
     assert {"main", "banner", "contentinfo", "search", "article", "heading"} <= {str(role) for role, _ in roles}
     assert any(role == "image" and name.startswith('image: label 0, row "0", <b>') for role, name in roles)
     chromium.execute_cdp_cmd("Accessibility.disable", {})
 
 
-def test_it_prints(chromium: Any, folder: Path) -> None:
-    browser.sized(chromium, 1200, 900, dark=True)
+def test_the_page_can_be_printed(chromium: Any, folder: Path) -> None:
+    browser.set_window(chromium, 1200, 900, dark=True)
     chromium.get((folder / "answers.html").as_uri())
     printed = chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     document = base64.b64decode(printed["data"])

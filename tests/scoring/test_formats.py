@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 import oracle
 from tasks import own_ids
-from tasks.own_ids import QUERIES, N, numbered, the_task
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, toy
+from tasks.own_ids import QUERIES, N, make_numbered_rows, make_task
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, QueryOptions, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import TaskError, UsageError
@@ -27,37 +27,37 @@ from tracin_ann.store.columns import RowFilter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("formats")
-    own_ids.made(made, "formats_task.py", ("words", "numbers", "positions"))
-    return made
+    directory = tmp_path_factory.mktemp("formats")
+    own_ids.build_indexes(directory, "formats_task.py", ("words", "numbers", "positions"))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def index(folder: Path) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / "words", the_task(folder, "words"), device="cpu")
+    return InfluenceIndex.open(folder / "words", make_task(folder, "words"), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def true(folder: Path) -> np.ndarray:
+def true_scores(folder: Path) -> np.ndarray:
     """True scores [queries, rows] in float64."""
     nets = []
     for i in range(len(RATES)):
         nets.append(Toy())
         nets[-1].load_state_dict(torch.load(folder / f"checkpoint{i}.pt"))
     asked, train = (
-        [oracle.gradients(net, cross_entropy, rows(n, seed)) for net in nets] for n, seed in ((QUERIES, 2), (N, 1))
+        [oracle.gradients(net, cross_entropy, make_rows(n, seed)) for net in nets] for n, seed in ((QUERIES, 2), (N, 1))
     )
     return oracle.tracin(torch.stack(asked, 1), torch.stack(train, 1), RATES)
 
 
-def ask(folder: Path, kind: str, *arguments: object) -> Result:
+def run_query(folder: Path, kind: str, *arguments: object) -> Result:
     named = ("--task", folder / "formats_task.py:task", "--task-arg", f"folder={folder}", "--task-arg", f"kind={kind}")
     words = [str(argument) for argument in (folder / kind, *named, "--device", "cpu", *arguments)]
     return CliRunner().invoke(query_command, words)
 
 
-def flat(lines: str) -> pd.DataFrame:
-    """Return JSON lines of answers as the frame that the other formats have to equal."""
+def flatten(lines: str) -> pd.DataFrame:
+    """Return the frame of JSON lines that the other formats must equal."""
     records = []
     for answer in map(json.loads, lines.splitlines()):
         assert answer["schema"] == SCHEMA
@@ -69,7 +69,7 @@ def flat(lines: str) -> pd.DataFrame:
     return pd.DataFrame.from_records(records, columns=HITS.names)
 
 
-def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
+def assert_same(one: pd.DataFrame, other: pd.DataFrame) -> None:
     assert list(one.columns) == list(other.columns) == HITS.names
     assert len(one) == len(other) > 0
     for name in HITS.names:
@@ -83,25 +83,25 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
 @pytest.mark.parametrize("kind", ["words", "numbers", "positions"])
 @pytest.mark.parametrize("more", [(), ("--rerank", "exact"), ("--rerank", "none"), ("--cosine",)], ids=" ".join)
 def test_every_format_contains_the_same(folder: Path, tmp_path: Path, kind: str, more: tuple[str, ...]) -> None:
-    asked = ("--ids", "0-6", "--train-ids", "3", "-k", 4, *more)
-    lines = ask(folder, kind, *asked, "--format", "jsonl").stdout
+    arguments = ("--ids", "0-6", "--train-ids", "3", "-k", 4, *more)
+    lines = run_query(folder, kind, *arguments, "--format", "jsonl").stdout
     for name, raw in (("a.csv", ("--csv-raw",)), ("a.parquet", ())):
-        assert ask(folder, kind, *asked, *raw, "--output", tmp_path / name).exit_code == 0
-    index = InfluenceIndex.open(folder / kind, the_task(folder, kind), device="cpu")
+        assert run_query(folder, kind, *arguments, *raw, "--output", tmp_path / name).exit_code == 0
+    index = InfluenceIndex.open(folder / kind, make_task(folder, kind), device="cpu")
     rerank: Any = more[1] if "--rerank" in more else "stored"
     answers = index.query(range(7), [3], QueryOptions(k=4, rerank=rerank, cosine="--cosine" in more))
     assert [json.dumps(line, ensure_ascii=False) for line in answers.lines()] == lines.splitlines()
     frame = answers.to_pandas()
     assert frame.attrs["tracin_ann.schema"] == SCHEMA
-    same(frame, flat(lines))
+    assert_same(frame, flatten(lines))
     parquet = pq.read_table(tmp_path / "a.parquet")
     assert parquet.schema.metadata[b"tracin_ann.schema"] == str(SCHEMA).encode()
     assert str(parquet.schema.field("id").type) == ("string" if kind == "words" else "int64")
-    same(pd.read_parquet(tmp_path / "a.parquet"), flat(lines))
+    assert_same(pd.read_parquet(tmp_path / "a.parquet"), flatten(lines))
     texts: Any = {"keep_default_na": False, "na_values": {name: [""] for name in HITS.names}}
     texts["converters"] = {name: lambda v: json.loads(v) if v else None for name in ("by_checkpoint", "of_means")}
     read = pd.read_csv(tmp_path / "a.csv", **texts)
-    same(read, flat(lines))
+    assert_same(read, flatten(lines))
 
 
 def test_ids_come_from_the_task_and_rows_are_positions(index: InfluenceIndex) -> None:
@@ -113,18 +113,18 @@ def test_ids_come_from_the_task_and_rows_are_positions(index: InfluenceIndex) ->
 
 def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("row-0203\n\nrow, 206\nrow-0201\n")
-    own = ask(
+    own = run_query(
         folder, "words", "--own-ids", "--ids", f"@{tmp_path / 'ids.txt'}", "--without", "row-0100", "--format", "jsonl"
     )
-    plain = ask(folder, "words", "--ids", "3,6,1", "--without", "0", "--format", "jsonl")
+    plain = run_query(folder, "words", "--ids", "3,6,1", "--without", "0", "--format", "jsonl")
     assert own.exit_code == plain.exit_code == 0
     assert own.stdout == plain.stdout
-    numbers = ask(folder, "numbers", "--own-ids", "--train-ids", "107", "--format", "jsonl").stdout
+    numbers = run_query(folder, "numbers", "--own-ids", "--train-ids", "107", "--format", "jsonl").stdout
     assert json.loads(numbers)["row"] == 7
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "said"),
+    ("kind", "arguments", "message"),
     [
         ("words", ("--own-ids", "--ids", "row-9999"), ["no such id in query_data", "'row-9999'", "such as 'row-0200'"]),
         ("words", ("--own-ids", "--only", "row-0200", "--ids", "row-0200"), ["no such id in train_data", "row-0200"]),
@@ -136,15 +136,17 @@ def test_rows_are_selected_by_ids_of_the_task(folder: Path, tmp_path: Path) -> N
         ("words", ("--ids", "0", "--against", "1", "--together"), ["--against", "--together", "remove one"]),
     ],
 )
-def test_impossible_options_are_refused(folder: Path, kind: str, arguments: tuple[str, ...], said: list[str]) -> None:
-    result = ask(folder, kind, *arguments)
+def test_impossible_options_are_rejected(
+    folder: Path, kind: str, arguments: tuple[str, ...], message: list[str]
+) -> None:
+    result = run_query(folder, kind, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert all(word in result.stderr for word in said), result.stderr
+    assert all(word in result.stderr for word in message), result.stderr
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         (lambda row: row[1], "an invalid id for row 3: got 0, the id of row 0"),
         (lambda row: row[2] if row[2] % 2 else str(row[2]), "got 101, the first row's is '100'"),
@@ -152,11 +154,11 @@ def test_impossible_options_are_refused(folder: Path, kind: str, arguments: tupl
         (lambda row: True, "got True, expected an int or a str"),
     ],
 )
-def test_invalid_ids_leave_no_index(folder: Path, tmp_path: Path, ids: Any, said: str) -> None:
+def test_invalid_ids_leave_no_index(folder: Path, tmp_path: Path, ids: Any, message: str) -> None:
     with pytest.raises(TaskError, match="Task.ids") as refused:
-        sides = {"train_data": lambda: numbered(N, 1), "query_data": lambda: numbered(QUERIES, 2)}
-        build(toy(tmp_path, **sides, ids=ids), tmp_path / "out", CONFIG)
-    assert said in str(refused.value)
+        sides = {"train_data": lambda: make_numbered_rows(N, 1), "query_data": lambda: make_numbered_rows(QUERIES, 2)}
+        build(make_toy_task(tmp_path, **sides, ids=ids), tmp_path / "out", CONFIG)
+    assert message in str(refused.value)
     with pytest.raises(Exception, match="no file, expected a JSON file"):
         InfluenceIndex.open(tmp_path / "out")
 
@@ -189,7 +191,7 @@ def test_several_writes_make_one_file(tmp_path: Path) -> None:
     assert stream.getvalue() == "id,score\n"
 
 
-def test_parquet_refuses_ids_of_two_types(tmp_path: Path) -> None:
+def test_parquet_rejects_ids_of_two_types(tmp_path: Path) -> None:
     fields = Fields((("id", "id"),))
     with (
         pytest.raises(UsageError, match="ids of two types"),
@@ -204,7 +206,7 @@ GROUP, AGAINST = [0, 2, 5], [1, 6]
 
 
 @pytest.mark.parametrize("how", ["stored", "exact scan", "re-scored exactly"])
-def test_a_group_scores_as_the_mean_of_its_members(index: InfluenceIndex, true: np.ndarray, how: str) -> None:
+def test_a_group_scores_as_the_mean_of_its_members(index: InfluenceIndex, true_scores: np.ndarray, how: str) -> None:
     options = QueryOptions(k=N, exact=how == "exact scan", rerank="exact" if how == "re-scored exactly" else "stored")
     (group,) = index.query(GROUP, options=options, together=True)
     assert (group.members, group.row, group.query) == (tuple(GROUP), None, "mean of 3")
@@ -216,17 +218,17 @@ def test_a_group_scores_as_the_mean_of_its_members(index: InfluenceIndex, true: 
     assert len(group.hits) == N
     assert {hit.row: hit.score for hit in group.hits} == pytest.approx(mean, rel=1e-5, abs=1e-7)
     if how != "stored":
-        of_rows = true[GROUP].mean(axis=0)
+        of_rows = true_scores[GROUP].mean(axis=0)
         assert {hit.row: hit.score for hit in group.hits} == pytest.approx(dict(enumerate(of_rows)), rel=1e-5, abs=1e-7)
         assert [hit.row for hit in group.proponents] == [i for i in np.argsort(-of_rows) if of_rows[i] > 0]
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_contrast_is_the_difference_of_two_means(index: InfluenceIndex, true: np.ndarray, exact: bool) -> None:
+def test_a_contrast_is_the_difference_of_two_means(index: InfluenceIndex, true_scores: np.ndarray, exact: bool) -> None:
     (answer,) = index.contrast(GROUP, AGAINST, options=QueryOptions(k=N, exact=exact))
     assert (answer.members, answer.against) == (tuple(GROUP), tuple(AGAINST))
     if exact:
-        means = np.stack([true[GROUP].mean(axis=0), true[AGAINST].mean(axis=0)])
+        means = np.stack([true_scores[GROUP].mean(axis=0), true_scores[AGAINST].mean(axis=0)])
     else:
         scores = index.features("query", range(QUERIES)).astype(np.float64) @ index.view().take(np.arange(N)).T
         means = np.stack([scores[GROUP].mean(axis=0), scores[AGAINST].mean(axis=0)])

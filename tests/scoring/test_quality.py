@@ -42,12 +42,12 @@ def columns(row: Any) -> dict[str, Any]:
 
 
 def models(folder: Path) -> list[nn.Module]:
-    made = []
+    nets = []
     for i in range(2):
         torch.manual_seed(i)
-        made.append(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
-        torch.save(made[-1].state_dict(), folder / f"{i}.pt")
-    return made
+        nets.append(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+        torch.save(nets[-1].state_dict(), folder / f"{i}.pt")
+    return nets
 
 
 def task(folder: Path) -> Task:
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def true(folder: Path) -> np.ndarray:
+def true_scores(folder: Path) -> np.ndarray:
     """True scores [queries, rows] in float64."""
     made = models(folder)
     train, asked = ([oracle.gradients(m, loss, some) for m in made] for some in (rows(N, 1), rows(QUERIES, 2)))
@@ -75,12 +75,12 @@ def true(folder: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def index(folder: Path, true: np.ndarray) -> InfluenceIndex:
+def index(folder: Path, true_scores: np.ndarray) -> InfluenceIndex:
     build(task(folder), folder / "index", CONFIG)
     return InfluenceIndex.open(folder / "index", task(folder), device="cpu")
 
 
-def test_fidelity_equals_brute_force(index: InfluenceIndex, true: np.ndarray) -> None:
+def test_fidelity_equals_brute_force(index: InfluenceIndex, true_scores: np.ndarray) -> None:
     """With few rows, the pool contains nearly all: recall over all rows, errors in units of the sketch's deviation."""
     found = index.manifest.fidelity
     assert found is not None
@@ -88,20 +88,20 @@ def test_fidelity_equals_brute_force(index: InfluenceIndex, true: np.ndarray) ->
     queries = index.features("query", range(QUERIES)).astype(np.float64)
     stored = queries @ view.T
     for side, sign in (("proponents", 1), ("opponents", -1)):
-        recall = oracle.recall(oracle.top(sign * true, 10), oracle.top(sign * stored, 10))
+        recall = oracle.recall(oracle.top_ids(sign * true_scores, 10), oracle.top_ids(sign * stored, 10))
         assert abs(getattr(found, side) - recall) <= 0.15  # of 8 queries against 130
         assert getattr(found, f"deep_{side}") >= getattr(found, side)
     parts = [np.square(f).reshape(len(f), 2, -1).sum(2) for f in (queries, view)]
     deviation = np.sqrt(parts[0] @ parts[1].T / 128)
-    scale = float(np.sqrt(np.mean(((stored - true) / deviation) ** 2)))
+    scale = float(np.sqrt(np.mean(((stored - true_scores) / deviation) ** 2)))
     assert 0.5 * scale <= found.error_scale <= 2 * scale
     assert 0.5 <= found.correlation <= 1
 
 
-def test_error_bars_contain_the_exact_scores(index: InfluenceIndex, true: np.ndarray) -> None:
+def test_error_bars_contain_the_exact_scores(index: InfluenceIndex, true_scores: np.ndarray) -> None:
     answers = index.query(range(60), options=QueryOptions(k=20))
     off = [
-        abs(hit.score - true[q, int(hit.id)]) / hit.error
+        abs(hit.score - true_scores[q, int(hit.id)]) / hit.error
         for q, answer in enumerate(answers)
         for hit in (*answer.proponents, *answer.opponents)
         if hit.error
@@ -112,7 +112,7 @@ def test_error_bars_contain_the_exact_scores(index: InfluenceIndex, true: np.nda
 
 @pytest.mark.parametrize("k", [1, 5, 10])
 def test_adaptive_rescoring_answers_as_scoring_all_candidates(
-    index: InfluenceIndex, true: np.ndarray, k: int, monkeypatch: pytest.MonkeyPatch
+    index: InfluenceIndex, true_scores: np.ndarray, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = []
     plain = ExactScorer.scores
@@ -125,8 +125,10 @@ def test_adaptive_rescoring_answers_as_scoring_all_candidates(
     options = QueryOptions(k=k, rerank="exact", candidates=300, search="scan")
     answers = index.query([3], options=options)
     adaptive, counted[:] = sum(counted), []
-    assert [int(hit.id) for hit in answers[0].proponents] == oracle.top(true[3:4], k)[0].tolist()
-    assert [int(hit.id) for hit in answers[0].opponents] == oracle.top(true[3:4], k, largest=False)[0].tolist()
+    assert [int(hit.id) for hit in answers[0].proponents] == oracle.top_ids(true_scores[3:4], k)[0].tolist()
+    assert [int(hit.id) for hit in answers[0].opponents] == oracle.top_ids(true_scores[3:4], k, largest=False)[
+        0
+    ].tolist()
     monkeypatch.setattr(ranking, "_ERROR_BARS", np.inf)
     everything = index.query([3], options=options)
     assert [h.id for h in everything[0].proponents] == [h.id for h in answers[0].proponents]
@@ -223,7 +225,7 @@ def test_hits_pass_the_filter_and_none_is_missing(
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         (RowFilter(where=("colour=3",)), "no column 'colour'.*label, norm, even, file"),
         (RowFilter(where=("label",)), "bad --where.*COLUMN=VALUE"),
@@ -233,9 +235,9 @@ def test_hits_pass_the_filter_and_none_is_missing(
         (RowFilter(without=(-1,)), "bad --without"),
     ],
 )
-def test_filters_that_are_refused(index: InfluenceIndex, asked: RowFilter, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        index.query([0], options=QueryOptions(rows=asked))
+def test_filters_that_are_rejected(index: InfluenceIndex, options: RowFilter, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        index.query([0], options=QueryOptions(rows=options))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,7 @@ def test_filters_that_are_refused(index: InfluenceIndex, asked: RowFilter, said:
         lambda row: {f"label{row[1]}": 1},
     ],
 )
-def test_columns_that_are_refused(folder: Path, true: np.ndarray, tmp_path: Path, given: Any) -> None:
+def test_columns_that_are_rejected(folder: Path, true_scores: np.ndarray, tmp_path: Path, given: Any) -> None:
     with pytest.raises(TaskError, match=r"Task\.columns"):
         build(replace(task(folder), columns=given), tmp_path / "index", CONFIG)
 
@@ -265,7 +267,9 @@ def test_info_shows_the_measured_quality(index: InfluenceIndex, folder: Path) ->
     assert CliRunner().invoke(info, [str(folder)]).exit_code != 0
 
 
-def test_without_the_quality_measurement_no_quality_is_reported(folder: Path, true: np.ndarray, tmp_path: Path) -> None:
+def test_without_the_quality_measurement_no_quality_is_reported(
+    folder: Path, true_scores: np.ndarray, tmp_path: Path
+) -> None:
     build(task(folder), tmp_path / "index", replace(CONFIG, yardstick=False, index="flat"))
     index = InfluenceIndex.open(tmp_path / "index", task(folder), device="cpu")
     assert index.manifest.fidelity is None and index.manifest.index.calibration is None

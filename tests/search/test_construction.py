@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_search_contract import Rows
 
-from tasks.toy import CONFIG, rows, toy
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.search import IVFIndex, IVFParams, construction
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
@@ -28,7 +28,7 @@ PARAMS = IVFParams(nlist=20)
 
 
 class Killed(BaseException):
-    """Raised in place of the end of the process."""
+    """Raised instead of the end of the process."""
 
 
 class Counting(Rows):
@@ -78,7 +78,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     monkeypatch.setattr("tracin_ann.files.durable.os.replace", counted)
 
 
-def test_stretches_hold_what_one_stretch_holds(
+def test_several_stretches_give_the_same_lists_as_one(
     values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = IVFIndex.build(Rows(values), PARAMS, CPU)
@@ -142,9 +142,9 @@ def test_intermediate_files_of_other_rows_are_not_used(
 
 
 @pytest.mark.parametrize("start", [0, 1, 37, 63, 99, 100])
-def test_blocks_from_a_start_are_the_rest(values: np.ndarray, start: int) -> None:
-    whole = Rows(values[:100])
-    for source in (whole, Subset(whole, np.arange(0, 100, dtype=np.int64))):
+def test_blocks_from_a_start_are_the_remaining_rows(values: np.ndarray, start: int) -> None:
+    all_rows = Rows(values[:100])
+    for source in (all_rows, Subset(all_rows, np.arange(0, 100, dtype=np.int64))):
         blocks = list(source.blocks(37, start))
         assert np.concatenate([np.zeros(0, int), *(ids for ids, _ in blocks)]).tolist() == list(range(start, 100))
         assert all(np.array_equal(got, values[ids]) for ids, got in blocks)
@@ -153,7 +153,7 @@ def test_blocks_from_a_start_are_the_rest(values: np.ndarray, start: int) -> Non
 def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
     build(task, tmp_path / "whole", config)
     fill_stretch, done = construction._fill_stretch, []
@@ -178,10 +178,10 @@ def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
     assert records[0] == records[1] and len(both[0]) == 400
 
 
-def test_a_build_killed_after_its_lists_fills_no_finished_stretch_again(
+def test_a_build_killed_after_its_lists_does_not_repeat_finished_stretches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = toy(tmp_path, train_data=lambda: rows(400), query_data=lambda: rows(30, seed=2))
+    task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
     build(task, tmp_path / "whole", config)
 

@@ -1,4 +1,4 @@
-"""Search in inverted lists: recall, counts of scored rows, outliers and quiet rows, filters, calibration."""
+"""Search in inverted lists: recall, counts of scored rows, outliers and rows near zero, filters, calibration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mean_recall(found: TopK, source: Rows, queries: np.ndarray, k: int = 10) -> 
 
 
 @pytest.mark.parametrize("codes", ["sq8", "sq4", "fp16"])
-def test_a_part_of_the_rows_holds_the_answers(source: Rows, codes: str) -> None:
+def test_scoring_a_part_of_the_rows_finds_the_answers(source: Rows, codes: str) -> None:
     queries = normal(60, 1)
     lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).with_settings(Setting(N // 6, N // 6, 0.2))
     for signed in (queries, -queries):
@@ -82,7 +82,7 @@ COUNTED = [Setting(400, 200, 0.2), Setting(300, 100, 0.0), Setting(10**3, 10**6,
 
 
 @pytest.mark.parametrize("setting", COUNTED)
-def test_what_is_counted_is_what_is_scored(index: IVFIndex, source: Rows, setting: Setting) -> None:
+def test_the_count_equals_the_number_of_scored_rows(index: IVFIndex, source: Rows, setting: Setting) -> None:
     queries = normal(20, 3)
     assert index.tree.size_L.sum() == N
     found = index.with_settings(setting).search(queries, 10)
@@ -96,7 +96,7 @@ def test_what_is_counted_is_what_is_scored(index: IVFIndex, source: Rows, settin
     )
 
 
-def test_a_tree_knows_the_extents_of_its_lists() -> None:
+def test_a_tree_stores_the_extents_of_its_lists() -> None:
     rows = normal(900, 42)
     assigner = train_assigner(rows[:500], 60, 0)
     list_B = np.concatenate([assigner.assign(rows[:400]), assigner.assign(rows[400:])])
@@ -128,7 +128,7 @@ def test_lists_without_rows_are_not_counted() -> None:
 
 @pytest.mark.parametrize("codes", ["sq8", "fp16"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_all_lists_probed_give_the_scans_scores(source: Rows, codes: str, alpha: float) -> None:
+def test_probing_all_lists_gives_the_scores_of_the_scan(source: Rows, codes: str, alpha: float) -> None:
     queries = normal(30, 29)
     lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).with_settings(Setting(N - 1, 10**6, alpha))
     for found, signed, sign in zip(search_both(lists, queries, 10), (queries, -queries), (1, -1), strict=True):
@@ -137,7 +137,7 @@ def test_all_lists_probed_give_the_scans_scores(source: Rows, codes: str, alpha:
         np.testing.assert_allclose(sign * np.stack(found.scores), scores, rtol=1e-4)
 
 
-def test_a_score_that_is_not_finite_is_refused(source: Rows) -> None:
+def test_a_nonfinite_score_is_rejected(source: Rows) -> None:
     """As in the scan: a product that overflows float32, and a row that was damaged after the build."""
     query, setting = normal(1, 30), Setting(500, 500, 0.2)
     huge = Rows(source.rows * np.float32(1e28))
@@ -153,7 +153,7 @@ def test_a_score_that_is_not_finite_is_refused(source: Rows) -> None:
         lists.search(query, 1)
 
 
-def test_directions_have_settings_of_their_own(index: IVFIndex) -> None:
+def test_each_direction_has_its_own_settings(index: IVFIndex) -> None:
     few, many = Setting(64, 64, 0.1), Setting(1500, 1500, 0.1)
     queries = normal(5, 4)
     proponents, opponents = search_both(index.with_settings(few, many), queries, 10)
@@ -163,7 +163,7 @@ def test_directions_have_settings_of_their_own(index: IVFIndex) -> None:
 
 @pytest.mark.parametrize("factor", [1e6, 1e10])
 @pytest.mark.parametrize("n_outliers", [1, 5])
-def test_outliers_spoil_nothing_and_are_found(source: Rows, factor: float, n_outliers: int) -> None:
+def test_outliers_are_found_and_do_not_reduce_recall(source: Rows, factor: float, n_outliers: int) -> None:
     rows, queries = source.rows.copy(), normal(40, 5)
     rows[:n_outliers] *= np.float32(factor)
     spoilt = Rows(rows)
@@ -175,8 +175,8 @@ def test_outliers_spoil_nothing_and_are_found(source: Rows, factor: float, n_out
 
 
 @pytest.mark.parametrize("loud", [0, 5, 19])
-def test_rows_near_zero_crowd_no_list_and_are_found_where_they_belong(loud: int) -> None:
-    """The best 20 rows are some loud rows and then quiet ones, which have their own scale and order."""
+def test_rows_near_zero_do_not_fill_the_lists_and_are_found(loud: int) -> None:
+    """The best 20 rows are some rows with large norms and then rows near zero with a scale and order of their own."""
     rows = normal(1000, 6)
     rows[:, 0] = np.where((np.arange(1000) < loud) | (np.arange(1000) >= 100), 1, -1) * (np.abs(rows[:, 0]) + 0.1)
     rows[100:] *= np.float32(1e-12)
@@ -200,7 +200,7 @@ def test_equal_rows_have_the_right_scores(rows: np.ndarray) -> None:
     assert all(len(set(ids.tolist())) == 10 for ids in found.ids)
 
 
-def test_k_past_the_budget_is_reached(index: IVFIndex, source: Rows) -> None:
+def test_k_results_are_returned_even_beyond_the_budget(index: IVFIndex, source: Rows) -> None:
     found = index.with_settings(Setting(5, 5, 0.1)).search(normal(4, 10), 300)
     assert [len(set(ids.tolist())) for ids in found.ids] == [300] * 4
     assert found.rows_scored.max() < N  # with a larger budget, not an exact scan
@@ -211,7 +211,7 @@ FAR = 5_000_000_000 + 7 * np.arange(N)
 
 @pytest.mark.parametrize("ids", [np.arange(N), FAR], ids=["near", "far"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.8])
-def test_a_filter_keeps_the_recall(source: Rows, ids: np.ndarray, share: float) -> None:
+def test_a_filter_does_not_reduce_recall(source: Rows, ids: np.ndarray, share: float) -> None:
     """A filter of few rows is scanned; for more rows lists are probed, with FAISS's bitmap or its set of ids."""
     passing, queries = np.random.default_rng(11).random(N) < share, normal(40, 12)
     chosen = Rows(source.rows[passing], ids[passing])
@@ -224,7 +224,9 @@ def test_a_filter_keeps_the_recall(source: Rows, ids: np.ndarray, share: float) 
     assert mean_recall(found, chosen, queries) >= 0.95
 
 
-def test_never_fewer_are_found_than_pass(index: IVFIndex, source: Rows) -> None:
+def test_the_number_of_hits_is_never_below_the_number_of_rows_that_pass_the_filter(
+    index: IVFIndex, source: Rows
+) -> None:
     counts = []
     for query in normal(20, 12):
         away = np.sort(np.argsort(source.rows @ query, kind="stable")[: N // 2])
@@ -235,15 +237,15 @@ def test_never_fewer_are_found_than_pass(index: IVFIndex, source: Rows) -> None:
 
 
 @pytest.mark.parametrize("n_outliers", [5, 180])
-def test_outliers_that_a_filter_leaves_out_spoil_nothing(n_outliers: int) -> None:
+def test_outliers_that_a_filter_excludes_do_not_reduce_recall(n_outliers: int) -> None:
     rows, queries = normal(20_000, 40), normal(20, 41)
     rows[:n_outliers] *= np.float32(1e6)
-    kept = np.arange(n_outliers, len(rows))
+    remaining = np.arange(n_outliers, len(rows))
     lists = IVFIndex.build(Rows(rows), IVFParams(), CPU).with_settings(Setting(2000, 2000, 0.2))
-    assert mean_recall(lists.search(queries, 10, kept), Rows(rows[kept], kept), queries) >= 0.95
+    assert mean_recall(lists.search(queries, 10, remaining), Rows(rows[remaining], remaining), queries) >= 0.95
 
 
-def test_threads_do_not_disturb_each_other(index: IVFIndex, source: Rows) -> None:
+def test_concurrent_searches_give_the_same_results(index: IVFIndex, source: Rows) -> None:
     queries = normal(30, 13)
     cases = [(Setting(codes, codes, 0.1), allowed) for codes in (100, 700) for allowed in (None, np.arange(0, N, 2))]
     alone = [index.with_settings(setting).search(queries, 10, allowed) for setting, allowed in cases]
@@ -267,7 +269,7 @@ def test_threads_do_not_disturb_each_other(index: IVFIndex, source: Rows) -> Non
     assert sorted(done) == [which for which in range(len(cases)) for _ in range(10)]
 
 
-def test_reduction_does_not_centre() -> None:
+def test_the_reduction_does_not_centre_the_rows() -> None:
     rows = normal(800, 14, 96) @ np.diag(np.geomspace(1, 1e-3, 96)).astype(np.float32) + 5
     reduction = fit_reduction(rows, 24, 0)
     inner, reduced = rows @ rows.T, reduction.apply(rows) @ reduction.apply(rows).T
@@ -276,7 +278,7 @@ def test_reduction_does_not_centre() -> None:
     assert fit_reduction(rows, 96, 0).basis_FR is None
 
 
-def test_the_randomised_reduction_keeps_what_the_exact_one_keeps() -> None:
+def test_the_randomised_reduction_retains_as_much_as_the_exact_one() -> None:
     random = np.random.default_rng(15)
     rows = (random.standard_normal((300, 2100)) * np.geomspace(1, 0.01, 2100)).astype(np.float32)
     found = fit_reduction(rows, 40, 0)
@@ -287,7 +289,7 @@ def test_the_randomised_reduction_keeps_what_the_exact_one_keeps() -> None:
     np.testing.assert_allclose(basis.T @ basis, np.eye(40), atol=1e-4)
 
 
-def test_built_twice_answers_alike(source: Rows) -> None:
+def test_two_builds_give_the_same_results(source: Rows) -> None:
     queries = normal(10, 16)
     first, second = (
         IVFIndex.build(source, IVFParams(seed=5), CPU).with_settings(Setting(300, 300, 0.1)).search(queries, 10)
@@ -298,13 +300,13 @@ def test_built_twice_answers_alike(source: Rows) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"nlist": 0}, {"width": 0}, {"codes": "pq"}, {"seed": -1}, {"train_rows": 0}])
-def test_bad_params_are_refused(bad: dict[str, int]) -> None:
+def test_invalid_parameters_are_rejected(bad: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         IVFParams(**bad)
 
 
 @pytest.mark.parametrize("bad", [(0, 1, 0.1), (1, 0, 0.1), (1, 1, -0.1), (1, 1, np.inf)])
-def test_bad_settings_are_refused(bad: tuple[int, int, float]) -> None:
+def test_invalid_settings_are_rejected(bad: tuple[int, int, float]) -> None:
     with pytest.raises(UsageError):
         Setting(*bad)
 
@@ -312,17 +314,17 @@ def test_bad_settings_are_refused(bad: tuple[int, int, float]) -> None:
 @pytest.mark.parametrize(
     ("n_rows", "params"), [(0, IVFParams()), (10, IVFParams(nlist=11)), (100, IVFParams(nlist=20, train_rows=19))]
 )
-def test_too_few_rows_are_refused(n_rows: int, params: IVFParams) -> None:
+def test_too_few_rows_are_rejected(n_rows: int, params: IVFParams) -> None:
     with pytest.raises(UsageError, match="too few rows"):
         IVFIndex.build(Rows(np.zeros((n_rows, DIM), np.float32)), params, CPU)
 
 
-def test_number_of_lists() -> None:
+def test_the_number_of_lists_depends_on_the_number_of_rows() -> None:
     sizes = (1, 15, 16, 1000, 100_000, 1_000_000)
     assert [IVFParams().count_lists(n) for n in sizes] == [1, 1, 2, 125, 7589, 24_000]
 
 
-def test_recall_counts_ties_and_short_answers() -> None:
+def test_recall_accepts_ties_and_short_results() -> None:
     def top(ids: list[int], scores: list[float]) -> TopK:
         return TopK((np.array(ids, np.int64),), (np.array(scores, np.float32),), np.array([1]))
 
@@ -351,7 +353,7 @@ def calibration(index: IVFIndex, source: Rows) -> Calibration:
     return calibrate(index, FlatIndex(source, CPU), normal(200, 20), 0.9)
 
 
-def test_calibration_gives_settings_that_hold_on_other_queries(
+def test_calibrated_settings_reach_their_recall_on_other_queries(
     calibration: Calibration, index: IVFIndex, source: Rows
 ) -> None:
     fresh = normal(300, 21)
@@ -368,7 +370,7 @@ def test_calibration_gives_settings_that_hold_on_other_queries(
         assert calibration.fastest_point(side, 1.0) is None
 
 
-def test_queries_of_another_distribution_are_noticed(calibration: Calibration, index: IVFIndex) -> None:
+def test_queries_of_another_distribution_are_detected(calibration: Calibration, index: IVFIndex) -> None:
     distribution = calibration.looks
     assert not distribution.is_shifted(index, normal(100, 22))
     assert distribution.find_outliers(index, normal(100, 23)).mean() <= 0.02
@@ -377,11 +379,11 @@ def test_queries_of_another_distribution_are_noticed(calibration: Calibration, i
     assert not distribution.is_shifted(index, normal(19, 26) * 30)
 
 
-def test_a_calibration_survives_json(calibration: Calibration) -> None:
+def test_a_calibration_is_read_back_from_json_unchanged(calibration: Calibration) -> None:
     assert read_record(Calibration, json.loads(json.dumps(asdict(calibration)))) == calibration
 
 
-def test_the_tail_is_found() -> None:
+def test_the_tail_index_is_estimated() -> None:
     source = Rows(heavy_tailed(4000, 27))
     queries = normal(50, 28)
     found = IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(800, 800, 0.2)).search(queries, 10)

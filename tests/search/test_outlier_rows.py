@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.flawed import answered, flawed, rows
+from tasks.flawed import make_rows, make_task, read_scores
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
 from tracin_ann.store.columns import RowFilter
 
@@ -18,9 +18,9 @@ def test_extreme_rows_do_not_change_codes_or_scores_of_others(tmp_path, scale, k
     """Scores are linear in the gradient of a row: those of a scaled row are scaled, all others do not change."""
     n, far = 1500, (3, 700, 1201)
     config = BuildConfig(dim=64, batch_size=50, device="cpu", index=kind, norms=norms, target_recall=0.8)
-    indexes, queries = [], rows(40, 2)
+    indexes, queries = [], make_rows(40, 2)
     for name, scales in (("far", dict.fromkeys(far, scale)), ("near", {})):
-        task = flawed(tmp_path, rows(n, scales=scales), queries)
+        task = make_task(tmp_path, make_rows(n, scales=scales), queries)
         build(task, tmp_path / name, config)
         indexes.append(InfluenceIndex.open(tmp_path / name, task, device="cpu"))
     index, near = indexes
@@ -34,7 +34,7 @@ def test_extreme_rows_do_not_change_codes_or_scores_of_others(tmp_path, scale, k
         QueryOptions(k=n, exact=True),
         QueryOptions(k=n, cosine=True),
     ):
-        found, expected = (answered(each, options, range(8)) for each in indexes)
+        found, expected = (read_scores(each, options, range(8)) for each in indexes)
         found = found if options.cosine else [rescaled(answer) for answer in found]
         for mine, other in zip(found, expected, strict=True):
             largest = max(map(abs, other.values()))
@@ -45,8 +45,8 @@ def test_extreme_rows_do_not_change_codes_or_scores_of_others(tmp_path, scale, k
     if kind == "ivf":
         calibrated = [each.manifest.index.calibration for each in indexes]
         assert all(c.fastest_point(side, 0.8) for c in calibrated for side in ("proponents", "opponents"))
-        ours = [answered(each, QueryOptions(k=10, rows=few, search="lists"), range(40)) for each in indexes]
-        truth = answered(near, QueryOptions(k=10, rows=few, search="scan"), range(40))
+        ours = [read_scores(each, QueryOptions(k=10, rows=few, search="lists"), range(40)) for each in indexes]
+        truth = read_scores(near, QueryOptions(k=10, rows=few, search="scan"), range(40))
         recalls = [np.mean([len(a.keys() & b.keys()) / len(b) for a, b in zip(o, truth, strict=True)]) for o in ours]
         assert min(recalls) > 0.8 and abs(recalls[0] - recalls[1]) < 0.1
     # With a scaled row as the query, scores are scaled as well; that of the row with itself by the square.

@@ -135,12 +135,12 @@ def test_results_equal_the_oracle(backend: Backend, device: torch.device, case: 
     assert_exact(backend(source, device), source, queries, k)
 
 
-def test_ids_are_those_of_the_source(backend: Backend, device: torch.device) -> None:
+def test_ids_equal_those_of_the_source(backend: Backend, device: torch.device) -> None:
     source = Rows(heavy_tailed(300, 12), ids=5_000_000_000 + 7 * np.arange(300))
     assert_exact(backend(source, device), source, integers(5, 21), 10)
 
 
-def test_no_queries(backend: Backend, device: torch.device) -> None:
+def test_no_queries_give_no_results(backend: Backend, device: torch.device) -> None:
     index = backend(Rows(integers(50, 13)), device)
     for top in (
         index.search(np.zeros((0, DIM), np.float32), 5),
@@ -149,17 +149,17 @@ def test_no_queries(backend: Backend, device: torch.device) -> None:
         assert (top.ids, top.scores, top.rows_scored.tolist()) == ((), (), [])
 
 
-def test_no_rows() -> None:
+def test_no_rows_give_no_results() -> None:
     source = Rows(np.zeros((0, DIM)))
     assert_exact(FlatIndex(source, torch.device("cpu")), source, integers(2, 36), 5)
 
 
-def test_kind_dimension_and_length(backend: Backend, device: torch.device) -> None:
+def test_an_index_reports_its_kind_dimension_and_length(backend: Backend, device: torch.device) -> None:
     index = backend(Rows(integers(50, 13)), device)
     assert (index.kind, index.dim, len(index)) == ("flat" if backend is flat else "ivf", DIM, 50)
 
 
-def test_a_second_search_answers_alike(backend: Backend, device: torch.device) -> None:
+def test_a_second_search_gives_the_same_results(backend: Backend, device: torch.device) -> None:
     source = Rows(heavy_tailed(300, 14))
     index = backend(source, device)
     for seed in (22, 23):
@@ -175,7 +175,7 @@ def test_a_second_search_answers_alike(backend: Backend, device: torch.device) -
         (np.full((2, DIM), np.nan, np.float32), 5, NonFiniteError),
     ],
 )
-def test_bad_queries_are_refused(backend: Backend, queries: Float32, k: int, error: type[Exception]) -> None:
+def test_invalid_queries_are_rejected(backend: Backend, queries: Float32, k: int, error: type[Exception]) -> None:
     index = backend(Rows(integers(50, 15)), torch.device("cpu"))
     with pytest.raises(error):
         index.search(queries, k)
@@ -184,7 +184,7 @@ def test_bad_queries_are_refused(backend: Backend, queries: Float32, k: int, err
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_a_row_that_is_not_finite_is_named(backend: Backend, poison: float) -> None:
+def test_a_nonfinite_row_is_named(backend: Backend, poison: float) -> None:
     rows = integers(60, 16)
     rows[41, 3] = poison
     source = Rows(rows, ids=100 + np.arange(60))
@@ -254,7 +254,7 @@ def npz(content: bytes, **other: object) -> bytes:
 
 
 @pytest.mark.parametrize("dim", [DIM, 300])
-def test_a_saved_index_answers_alike(tmp_path: Path, dim: int) -> None:
+def test_a_saved_index_gives_the_same_results(tmp_path: Path, dim: int) -> None:
     rows = normal(600, 17, dim)
     rows[3] *= np.float32(1e7)
     source = Rows(rows)
@@ -276,20 +276,20 @@ def test_a_saved_index_answers_alike(tmp_path: Path, dim: int) -> None:
 
 @pytest.mark.parametrize("name", IVFIndex.FILES)
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_file_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str, harm: str) -> None:
+def test_a_damaged_file_is_rejected(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str, harm: str) -> None:
     source, files = wide
     assert_refused(tmp_path, source, files | {name: HARMS[harm](files[name])})
 
 
 @pytest.mark.parametrize("name", IVFIndex.FILES)
-def test_a_file_of_other_rows_is_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str) -> None:
+def test_a_file_of_other_rows_is_rejected(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str) -> None:
     source, files = wide
     IVFIndex.build(Rows(normal(700, 30, 300)), IVFParams(), CPU).save(tmp_path)
     assert_refused(tmp_path, source, {other: files[other] for other in IVFIndex.FILES if other != name})
 
 
 @pytest.mark.parametrize(("n", "dim"), [(599, 300), (600, 299), (600, 301)])
-def test_rows_of_another_shape_are_refused(
+def test_rows_of_another_shape_are_rejected(
     tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], n: int, dim: int
 ) -> None:
     assert_refused(tmp_path, Rows(normal(n, 17, dim)), wide[1])
@@ -299,7 +299,7 @@ def test_rows_of_another_shape_are_refused(
 @pytest.mark.parametrize(
     "array", ["basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "radius_L", "size_L"]
 )
-def test_an_altered_array_is_refused(
+def test_an_altered_array_is_rejected(
     tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], array: str, change: str
 ) -> None:
     source, files = wide
@@ -317,7 +317,7 @@ def test_an_altered_array_is_refused(
     "change", [{"version": 1}, {"version": 99}, {"caption": "lists"}, {"rows": 599}, {"quiet_rows": 1}, {"more": 1}]
     + [{"quiet_rows": "0"}, {"quiet_rows": None}, {"quiet_norm": "0"}, {"params": {"codes": "pq"}}],
 )  # fmt: skip
-def test_an_altered_caption_is_refused(
+def test_an_altered_header_is_rejected(
     tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], change: dict[str, object]
 ) -> None:
     source, files = wide
@@ -325,7 +325,7 @@ def test_an_altered_caption_is_refused(
     assert_refused(tmp_path, source, files | {"ivf.json": caption})
 
 
-def test_faiss_files_of_another_kind_are_refused(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]) -> None:
+def test_faiss_files_of_another_kind_are_rejected(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]) -> None:
     faiss, (source, files) = import_faiss(), wide
     nearest = faiss.deserialize_index(np.frombuffer(files["ivf.faiss"], np.uint8))
     nearest.metric_type = faiss.METRIC_L2
@@ -345,7 +345,7 @@ def test_an_unknown_row_in_the_lists_is_reported_when_it_is_found(
         index.search(normal(50, 18, source.dim), 100)
 
 
-def test_choice_of_backend() -> None:
+def test_the_backend_depends_on_the_number_of_rows() -> None:
     assert choose_index("auto", 99_999, 768).kind == "flat"
     assert choose_index("auto", 100_000, 768).kind == "ivf"
     assert choose_index("auto", 1400, 3072).reason == (

@@ -1,4 +1,4 @@
-"""Laws of search: merged shards equal the whole, opponents mirror proponents, filters, no padding in results."""
+"""Laws of search: merged shards equal a complete search, opponents are proponents of -q, filters, no padding."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def rectangles(max_columns: int = 25) -> st.SearchStrategy[Float32]:
     return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=small))
 
 
-def ranked(ids: np.ndarray, scores: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+def rank(ids: np.ndarray, scores: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
     """Return the results of a Python sort of (id, score) pairs."""
     rows = [sorted(zip(ids.tolist(), row, strict=True), key=lambda hit: (-hit[1], hit[0])) for row in scores.tolist()]
     return [row[:k] for row in rows]
 
 
-def hits(top: TopK) -> list[list[tuple[int, float]]]:
+def make_hits(top: TopK) -> list[list[tuple[int, float]]]:
     return [
         list(zip(ids.tolist(), scores.tolist(), strict=True)) for ids, scores in zip(top.ids, top.scores, strict=True)
     ]
@@ -44,7 +44,7 @@ def test_best_is_a_stable_sort(scores: Float32, k: int) -> None:
 
 
 @given(rectangles(), st.integers(1, 30), st.data())
-def test_merged_shards_are_the_whole(scores: Float32, k: int, data: st.DataObject) -> None:
+def test_merged_shards_equal_the_complete_search(scores: Float32, k: int, data: st.DataObject) -> None:
     n_queries, n_rows = scores.shape
     ids = np.array(data.draw(st.permutations(range(n_rows))), dtype=np.int64) * 3
     shard = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n_rows, max_size=n_rows)))
@@ -55,7 +55,7 @@ def test_merged_shards_are_the_whole(scores: Float32, k: int, data: st.DataObjec
         counts = np.full(n_queries, columns.sum())
         parts.append(from_padded(shard_ids, scores[:, columns], k, counts))
     merged = merge(parts, k)
-    assert hits(merged) == ranked(ids, scores, k)
+    assert make_hits(merged) == rank(ids, scores, k)
     assert merged.rows_scored.tolist() == [n_rows] * n_queries
 
 
@@ -66,7 +66,7 @@ def test_results_contain_no_padding(scores: Float32, k: int, data: st.DataObject
     ids = np.where(padding, -1, np.arange(n_rows))
     padded = np.where(padding, np.finfo(np.float32).min, scores).astype(np.float32)
     top = from_padded(np.tile(ids, (len(scores), 1)), padded, k, np.zeros(len(scores), np.int64))
-    assert hits(top) == ranked(ids[~padding], scores[:, ~padding], k)
+    assert make_hits(top) == rank(ids[~padding], scores[:, ~padding], k)
 
 
 @settings(max_examples=25)
@@ -76,18 +76,18 @@ def test_results_contain_no_padding(scores: Float32, k: int, data: st.DataObject
     st.integers(1, 70),
     st.sampled_from([1, 20, 1000]),
 )
-def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, codes: int) -> None:
+def test_opponents_are_proponents_of_the_negated_query(rows: Float32, queries: Float32, k: int, codes: int) -> None:
     source = Rows(rows)
     for index in (
         FlatIndex(source, CPU, block_rows=16),
         IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(codes, codes, 0.1)),
     ):
         proponents, opponents = search_both(index, queries, k)
-        assert hits(proponents) == hits(index.search(queries, k))
+        assert make_hits(proponents) == make_hits(index.search(queries, k))
         mirrored = index.search(-queries, k)
-        assert hits(opponents) == [[(number, -score) for number, score in row] for row in hits(mirrored)]
+        assert make_hits(opponents) == [[(number, -score) for number, score in row] for row in make_hits(mirrored)]
         assert opponents.rows_scored.tolist() == mirrored.rows_scored.tolist()
-        assert [len(row) for row in hits(opponents)] == [min(k, len(rows))] * len(queries)
+        assert [len(row) for row in make_hits(opponents)] == [min(k, len(rows))] * len(queries)
         assert not any(np.signbit(scores[scores == 0]).any() for scores in opponents.scores)
 
 
@@ -97,10 +97,10 @@ def test_opponents_mirror_proponents(rows: Float32, queries: Float32, k: int, co
     st.integers(1, 20),
     st.integers(1, 70),
 )
-def test_block_size_changes_nothing(rows: Float32, k: int, block_rows: int) -> None:
+def test_results_do_not_depend_on_the_block_size(rows: Float32, k: int, block_rows: int) -> None:
     queries = np.array([[1, 0, 0, 0, 0], [1, 2, -1, 0, 1]], np.float32)
-    whole = FlatIndex(Rows(rows), CPU).search(queries, k)
-    assert hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == hits(whole)
+    expected = FlatIndex(Rows(rows), CPU).search(queries, k)
+    assert make_hits(FlatIndex(Rows(rows), CPU, block_rows=block_rows).search(queries, k)) == make_hits(expected)
 
 
 MANY = Rows(heavy_tailed(400, 50), ids=5_000_000_000 + 7 * np.arange(400))
@@ -110,7 +110,9 @@ budgets = st.builds(Setting, st.integers(1, 399), st.integers(1, 200), st.sample
 
 @settings(max_examples=60)
 @given(budgets, budgets, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2**32 - 1))
-def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing: int | None, seed: int) -> None:
+def test_hits_are_allowed_and_exact_for_any_settings_and_filter(
+    up: Setting, down: Setting, k: int, passing: int | None, seed: int
+) -> None:
     """Each direction uses its own setting; results are k distinct allowed rows, if there are k, with exact scores."""
     random = np.random.default_rng(seed)
     queries = random.integers(-3, 4, (3, DIM)).astype(np.float32)
@@ -118,8 +120,8 @@ def test_any_settings_and_any_filter(up: Setting, down: Setting, k: int, passing
     may = MANY.ids if allowed is None else allowed
     chosen = Rows(MANY.take(may), may)
     proponents, opponents = search_both(PROBED.with_settings(up, down), queries, k, allowed)
-    assert hits(proponents) == hits(PROBED.with_settings(up).search(queries, k, allowed))
-    assert hits(negate(opponents)) == hits(PROBED.with_settings(down).search(-queries, k, allowed))
+    assert make_hits(proponents) == make_hits(PROBED.with_settings(up).search(queries, k, allowed))
+    assert make_hits(negate(opponents)) == make_hits(PROBED.with_settings(down).search(-queries, k, allowed))
     for found, signed in ((proponents, queries), (negate(opponents), -queries)):
         _, best_scores = oracle(chosen, signed, k)
         for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):

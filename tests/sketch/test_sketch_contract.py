@@ -44,14 +44,14 @@ def key_for(shape, seed=3, checkpoint=1, name="layer.weight"):
 def draw_gradients(shape, batch=3, positions=3, seed=0):
     """Return gradients [B, R, C] in float64: sums of outer products, as those of a layer."""
     matrix = key_for(shape).matrix
-    return forms.gradient(forms.outer(matrix, positions, batch=batch, seed=seed)).view(batch, *matrix)
+    return forms.compute_gradient(forms.outer(matrix, positions, batch=batch, seed=seed)).view(batch, *matrix)
 
 
 def compute_sketch(sketch, key, several, device=CPU, dtype=torch.float64):
     out = torch.zeros(batch_size(several[0]), sketch.dim, device=device, dtype=dtype)
     parameter = sketch.parameter(key, device, dtype)
     for form in several:
-        parameter.add(out, forms.moved(form, device, dtype))
+        parameter.add(out, forms.move(form, device, dtype))
     return out.cpu()
 
 
@@ -154,14 +154,14 @@ def test_every_sketch_has_an_oracle():
     assert set(NAIVE) == set(SKETCHES)
 
 
-def test_it_equals_its_definition(sketch, shape, device):
+def test_the_sketch_equals_its_definition(sketch, shape, device):
     grad = draw_gradients(shape)
     expected = NAIVE[sketch.name](key_for(shape), grad.numpy(), dim=sketch.dim)
     found = compute_sketch(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
     assert_rows_equal(found, torch.from_numpy(expected), 1e-12)
 
 
-def test_it_is_linear(sketch, shape, device):
+def test_the_sketch_is_linear(sketch, shape, device):
     first, second = Dense(draw_gradients(shape).flatten(1)), Dense(draw_gradients(shape, seed=1).flatten(1))
     both = Dense(2.5 * first.grad_BP - 0.75 * second.grad_BP)
     one, two, combined = (compute_sketch(sketch, key_for(shape), [form], device) for form in (first, second, both))
@@ -175,24 +175,26 @@ def test_a_convolution_is_sketched_as_its_gradient_in_either_memory_format(sketc
     form = forms.channels_last(form) if channels_last else form
     shape = (form.shape[0], form.shape[1] // int(np.prod(form.geometry.kernel)), *form.geometry.kernel)
     found = compute_sketch(sketch, key_for(shape), [form], device)
-    assert_rows_equal(found, compute_sketch(sketch, key_for(shape), [Dense(forms.gradient(form))], device), 1e-12)
+    assert_rows_equal(
+        found, compute_sketch(sketch, key_for(shape), [Dense(forms.compute_gradient(form))], device), 1e-12
+    )
 
 
-def test_it_adds_to_the_output(sketch, shape, device):
+def test_the_sketch_is_added_to_the_output(sketch, shape, device):
     form = Dense(draw_gradients(shape).flatten(1))
     out = torch.full((3, sketch.dim), 2.0, device=device, dtype=torch.float64)
-    sketch.parameter(key_for(shape), device, torch.float64).add(out, forms.moved(form, device, torch.float64))
+    sketch.parameter(key_for(shape), device, torch.float64).add(out, forms.move(form, device, torch.float64))
     assert_rows_equal(out.cpu() - 2.0, compute_sketch(sketch, key_for(shape), [form], device), 1e-12)
 
 
 def test_every_form_of_a_gradient_gives_the_same_sketch(sketch, shape, device):
     grad = draw_gradients(shape)
     expected = compute_sketch(sketch, key_for(shape), [Dense(grad.flatten(1))], device)
-    for name, several in forms.same_gradient(grad).items():
+    for name, several in forms.split_gradient(grad).items():
         assert_rows_equal(compute_sketch(sketch, key_for(shape), several, device), expected, 1e-12, name)
     for positions in (1, 3):
         outer = forms.outer(key_for(shape).matrix, positions)
-        flat = Dense(forms.gradient(outer))
+        flat = Dense(forms.compute_gradient(outer))
         assert_rows_equal(
             compute_sketch(sketch, key_for(shape), [outer], device),
             compute_sketch(sketch, key_for(shape), [flat], device),
@@ -218,15 +220,15 @@ def tiny_blocks(monkeypatch):
 @pytest.mark.parametrize("kind", ["dense", "outer by rows", "rows with repeats", "groups"])
 def test_any_split_of_the_batch_gives_the_same_rows(sketch, name, kind, device, request):
     key = key_for(SHAPES[name])
-    by_kind = forms.same_gradient(draw_gradients(SHAPES[name], batch=7))
+    by_kind = forms.split_gradient(draw_gradients(SHAPES[name], batch=7))
     form = by_kind[kind if kind in by_kind else next(k for k in by_kind if k.endswith("groups"))][0]
-    whole = compute_sketch(sketch, key, [form], device, torch.float32)
+    expected = compute_sketch(sketch, key, [form], device, torch.float32)
     request.getfixturevalue("tiny_blocks")
     for sizes in ([7], [1] * 7, [2, 5], [4, 3]):
         stops = np.cumsum(sizes)
         parts = [form[int(stop - size) : int(stop)] for size, stop in zip(sizes, stops, strict=True)]
         split = torch.cat([compute_sketch(sketch, key, [part], device, torch.float32) for part in parts])
-        assert_rows_equal(split, whole, 1e-5)
+        assert_rows_equal(split, expected, 1e-5)
 
 
 LARGE = 256
@@ -258,7 +260,7 @@ def test_other_keys_give_independent_numbers_and_the_same_key_the_same(name, sha
 def test_left_and_right_are_independent(name):
     """If both sides used one stream, the sketch of a transposed matrix would be the transposed sketch."""
     grad = forms.outer((160, 160), 200, batch=2)
-    turned = Dense(forms.gradient(grad).view(2, 160, 160).mT.flatten(1))
+    turned = Dense(forms.compute_gradient(grad).view(2, 160, 160).mT.flatten(1))
     sketch = make_sketch(name, LARGE)
     one, two = (compute_sketch(sketch, key_for((160, 160)), [form]).view(2, 16, 16) for form in (grad, turned))
     for other in (two, two.mT):
@@ -268,7 +270,7 @@ def test_left_and_right_are_independent(name):
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("dim", [1, 6, 12])
-def test_small_dimensions_work(name, dim):
+def test_small_dimensions_are_supported(name, dim):
     sketch = make_sketch(name, dim)
     assert (sketch.name, sketch.dim) == (name, dim)
     assert sketch.version >= 1
@@ -289,19 +291,19 @@ def test_small_dimensions_work(name, dim):
         ("dense-gaussian", (6, 3), "projected to 256 by Gaussians"),
     ],
 )
-def test_descriptions(name, shape, words):
+def test_every_sketch_has_a_description(name, shape, words):
     assert make_sketch(name, 256).describe(key_for(shape)) == words
 
 
 @pytest.mark.parametrize(
     ("dim", "sides"), [(1, (1, 1)), (6, (2, 3)), (16, (4, 4)), (922 + 2, (28, 33)), (1024, (32, 32)), (2048, (32, 64))]
 )
-def test_kronecker_takes_the_most_even_factors(dim, sides):
+def test_kronecker_uses_the_most_even_factors(dim, sides):
     assert make_sketch("kronecker", dim).sides == sides
 
 
 @pytest.mark.parametrize(("dim", "factors"), [(13, "1 and 13"), (1021, "1 and 1021"), (34, "2 and 17")])
-def test_kronecker_refuses_a_dimension_without_even_factors(dim, factors):
+def test_kronecker_rejects_a_dimension_without_even_factors(dim, factors):
     with pytest.raises(UsageError) as raised:
         make_sketch("kronecker", dim)
     message = str(raised.value)
@@ -310,7 +312,7 @@ def test_kronecker_refuses_a_dimension_without_even_factors(dim, factors):
     assert "change --dim, or use --sketch factored" in message
 
 
-def test_an_unknown_sketch_is_refused_with_the_known_names():
+def test_an_unknown_sketch_is_rejected_with_the_known_names():
     with pytest.raises(UsageError) as raised:
         make_sketch("fourier", 256)
     message = str(raised.value)
@@ -319,6 +321,6 @@ def test_an_unknown_sketch_is_refused_with_the_known_names():
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("dim", [0, -4])
-def test_a_sketch_without_dimensions_is_refused(name, dim):
+def test_a_sketch_without_dimensions_is_rejected(name, dim):
     with pytest.raises(UsageError, match=f"got {dim}, expected 1 or more; change --dim"):
         make_sketch(name, dim)

@@ -84,7 +84,7 @@ def test_the_file_covers_all_sketches_and_streams(golden):
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
-def test_streams_give_the_numbers_they_always_gave(stream, golden):
+def test_streams_give_the_golden_numbers(stream, golden):
     pinned, found = golden["streams"][str(stream)], stream_numbers(stream)
     assert set(found) == set(pinned)
     for kind, numbers in found.items():
@@ -95,7 +95,7 @@ def test_streams_give_the_numbers_they_always_gave(stream, golden):
 
 
 @pytest.mark.parametrize("name", SKETCHES)
-def test_sketches_give_the_numbers_their_version_gave(name, golden):
+def test_sketches_give_the_golden_numbers_of_their_version(name, golden):
     pinned = golden["sketches"][name]
     version = make_sketch(name, DIM).version
     assert version == pinned["version"], f"{GOLDEN.name} has version {pinned['version']}; rewrite it: see {__file__}"
@@ -110,7 +110,7 @@ def test_sketches_give_the_numbers_their_version_gave(name, golden):
 
 
 @pytest.mark.parametrize("name", SKETCHES)
-def test_sketches_of_layers_called_once_give_the_numbers_their_version_gave(name, golden):
+def test_sketches_of_layers_called_once_give_the_golden_numbers_of_their_version(name, golden):
     pinned = golden["sketches"][name]["rows of layers called once"]
     np.testing.assert_allclose(
         sketch_numbers(name, ONCE, rank_one=True), pinned, rtol=1e-6, atol=1e-6, err_msg=f"{name} changed: {REMEDY}"

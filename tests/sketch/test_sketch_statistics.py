@@ -246,14 +246,14 @@ def test_a_stream_is_random_access(kind, start, count):
     np.testing.assert_array_equal(part, make(0, start + count)[start:])
 
 
-def test_a_stream_is_the_same_far_out():
+def test_a_stream_is_the_same_at_large_offsets():
     far = 10**12 + 3
     np.testing.assert_array_equal(STREAM.words(far + 5, 3), STREAM.words(far, 8)[5:])
     np.testing.assert_array_equal(STREAM.signs(far + 5, 3), STREAM.signs(far, 8)[5:])
     np.testing.assert_array_equal(STREAM.gaussians(far + 5, 3), STREAM.gaussians(far, 8)[5:])
 
 
-def test_signs_are_fair_and_independent_of_their_neighbours():
+def test_signs_are_balanced_and_independent_of_their_neighbours():
     signs = STREAM.signs(0, MANY).astype(np.float64)
     assert set(signs) == {-1.0, 1.0}
     assert abs(signs.mean()) < 4 / MANY**0.5
@@ -289,7 +289,7 @@ def test_a_stream_of_the_same_name_is_the_same_stream():
     np.testing.assert_array_equal(STREAM.words(0, 100), again.words(0, 100))
 
 
-def test_integers_are_even_over_their_range():
+def test_integers_are_uniform_over_their_range():
     bound, draws = 7, 7000
     found = np.bincount([Stream(0, c, "w", "offset").integer(bound) for c in range(draws)], minlength=bound)
     assert len(found) == bound

@@ -28,7 +28,7 @@ def compute_sketch(several, shape, dim, device=CPU, checkpoint=0):
     parameter = FactoredSketch(dim).parameter(key_for(shape, checkpoint), device, torch.float64)
     assert isinstance(parameter, TensorSketch)
     for form in several:
-        parameter.add(out, forms.moved(form, device, torch.float64))
+        parameter.add(out, forms.move(form, device, torch.float64))
     return out.cpu()
 
 
@@ -46,34 +46,34 @@ def naive(grad_BRC, key, dim):
 
 
 @pytest.mark.parametrize(("shape", "dim"), CASES, ids=str)
-def test_it_is_its_definition_in_every_form(shape, dim, device):
-    grad = forms.gradient(forms.outer(shape, 2)).view(3, *shape)
+def test_the_sketch_of_every_form_equals_the_definition(shape, dim, device):
+    grad = forms.compute_gradient(forms.outer(shape, 2)).view(3, *shape)
     expected = torch.from_numpy(naive(grad.numpy(), key_for(shape), dim))
     torch.testing.assert_close(
         compute_sketch([Dense(grad.flatten(1))], shape, dim, device), expected, rtol=1e-10, atol=1e-10
     )
-    for name, several in forms.same_gradient(grad).items():
+    for name, several in forms.split_gradient(grad).items():
         found = compute_sketch(several, shape, dim, device)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_gradients_that_come_in_blocks_are_hashed_at_their_places(monkeypatch):
+def test_blocks_of_gradients_are_hashed_at_their_positions(monkeypatch):
     monkeypatch.setattr("tracin_ann.sketch.tensorsketch.column_blocks", partial(column_blocks, elements=100))
-    grad = forms.gradient(forms.outer((40, 50), 2)).view(3, 40, 50)
+    grad = forms.compute_gradient(forms.outer((40, 50), 2)).view(3, 40, 50)
     expected = torch.from_numpy(naive(grad.numpy(), key_for((40, 50)), 32))
-    for several in forms.same_gradient(grad).values():
+    for several in forms.split_gradient(grad).values():
         torch.testing.assert_close(compute_sketch(several, (40, 50), 32), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("shape", "dim"), CASES, ids=str)
 def test_an_outer_product_is_transformed_and_never_formed(shape, dim, device, monkeypatch):
     form = forms.outer(shape, 1)
-    expected = torch.from_numpy(naive(forms.gradient(form).view(3, *shape).numpy(), key_for(shape), dim))
+    expected = torch.from_numpy(naive(forms.compute_gradient(form).view(3, *shape).numpy(), key_for(shape), dim))
     monkeypatch.setattr("tracin_ann.sketch.tensorsketch.column_blocks", None)
     torch.testing.assert_close(compute_sketch([form], shape, dim, device), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_spectra_of_several_parameters_are_transformed_back_together():
+def test_spectra_of_several_parameters_share_one_inverse_transform():
     shapes, dim = [(5, 70), (70, 20)], 33
     total, expected = torch.zeros(()), torch.zeros(3, dim, dtype=torch.float64)
     for shape in shapes:
@@ -132,9 +132,9 @@ def variance(u, v, dim):
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4, 30), 8), ((11, 12), 6)], ids=str)
-def test_it_is_unbiased_with_the_variance_of_its_collisions(shape, dim):
+def test_the_sketch_is_unbiased_with_the_variance_of_its_collisions(shape, dim):
     draws = 6000
-    first, second = (forms.gradient(forms.outer(shape, 2, seed=seed))[0] for seed in (1, 2))
+    first, second = (forms.compute_gradient(forms.outer(shape, 2, seed=seed))[0] for seed in (1, 2))
     second = second + 0.5 * first
     both = [Dense(torch.stack([first, second, first]))]
     products = []
@@ -147,7 +147,7 @@ def test_it_is_unbiased_with_the_variance_of_its_collisions(shape, dim):
     assert np.var(products) == pytest.approx(expected, rel=0.10)
 
 
-def test_gradients_of_one_hot_inputs_keep_their_inner_products():
+def test_inner_products_of_gradients_of_one_hot_inputs_are_preserved():
     """A gradient may have all its entries in one column; its sketch must still use all of D."""
     shape, dim, draws = (100, 400), 256, 300
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Arrays and texts in one file: memory and disk follow what they hold, and whatever is damaged is refused."""
+"""Arrays and strings in one file: memory and disk use are proportional to content, and damage is rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from paths import ROOT, SUPPORT
-from tasks.toy import CONFIG, rows, toy
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.store.arrays import make_text_array, read_arrays, write_arrays
@@ -36,12 +36,12 @@ AWKWARD = [
 LONG, N = 10_000_000, 300
 
 
-def unlike() -> list[str]:
-    """Return 300 short texts and one of ten million characters among them."""
+def uneven_strings() -> list[str]:
+    """Return 300 short strings and one with ten million characters."""
     return ["x" * LONG if i == 7 else f"row {i}" for i in range(N)]
 
 
-def test_texts_come_back_as_they_were(tmp_path: Path) -> None:
+def test_text_is_read_back_unchanged(tmp_path: Path) -> None:
     held = {
         "text": make_text_array(AWKWARD),
         "none": make_text_array([]),
@@ -56,8 +56,8 @@ def test_texts_come_back_as_they_were(tmp_path: Path) -> None:
         assert found[name].tolist() == array.tolist()
 
 
-def test_one_long_text_among_short_ones_takes_its_own_room_on_disk_and_in_memory(tmp_path: Path) -> None:
-    table = RowTable({"text": make_text_array(unlike())}, make_text_array(unlike()))
+def test_one_long_string_among_short_ones_takes_only_its_own_size(tmp_path: Path) -> None:
+    table = RowTable({"text": make_text_array(uneven_strings())}, make_text_array(uneven_strings()))
     path = tmp_path / "columns.npz"
     tracemalloc.start()
     write_columns(path, table)
@@ -66,7 +66,7 @@ def test_one_long_text_among_short_ones_takes_its_own_room_on_disk_and_in_memory
     tracemalloc.stop()
     assert path.stat().st_size < 2 * LONG + 100_000
     assert peak < 8 * LONG
-    assert read.columns["text"].tolist() == unlike()
+    assert read.columns["text"].tolist() == uneven_strings()
     assert RowFilter(where=("text=row 5,row 9",)).allowed(N, read.columns, np.zeros(0, np.int64)).tolist() == [5, 9]
 
 
@@ -74,33 +74,33 @@ LIMITED = """
 import resource, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from test_arrays import build_unlike
+from test_arrays import build_uneven_index
 import torch, h5py, faiss
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), now + (1 << 30)))
-build_unlike(Path(sys.argv[1]))
+build_uneven_index(Path(sys.argv[1]))
 """
 
 
-def build_unlike(folder: Path) -> None:
-    """Build an index of rows with a column and ids of very unlike length, and ask it."""
-    texts = unlike()
-    data: list[Any] = [(x, y, text) for (x, y), text in zip(rows(N), texts, strict=True)]
+def build_uneven_index(folder: Path) -> None:
+    """Build and query an index with a column and ids of very different lengths."""
+    texts = uneven_strings()
+    data: list[Any] = [(x, y, text) for (x, y), text in zip(make_rows(N), texts, strict=True)]
     sides = {"train_data": lambda: data, "query_data": lambda: data[:2]}
-    task = toy(folder, **sides, columns=lambda row: {"text": row[2]}, ids=lambda row: f"id {row[2]}")
+    task = make_toy_task(folder, **sides, columns=lambda row: {"text": row[2]}, ids=lambda row: f"id {row[2]}")
     build(task, folder / "index", CONFIG)
     index = InfluenceIndex.open(folder / "index", task)
     assert {row.id for row in index.self_influence(rows=RowFilter(where=("text=row 3",)))} == {"id row 3"}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space, as Linux counts it")
-def test_an_index_of_very_unlike_texts_is_built_and_asked_in_a_gigabyte(tmp_path: Path) -> None:
+def test_an_index_of_strings_of_very_different_lengths_is_built_and_queried_in_a_gigabyte(tmp_path: Path) -> None:
     code = LIMITED.format(paths=[str(SUPPORT), str(Path(__file__).parent), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_filters_compare_texts(tmp_path: Path) -> None:
+def test_filters_compare_text(tmp_path: Path) -> None:
     columns = {"text": make_text_array(["b", "a", "c", "a\0"])}
     none = np.zeros(0, np.int64)
     for condition, expected in {
@@ -114,20 +114,20 @@ def test_filters_compare_texts(tmp_path: Path) -> None:
         assert RowFilter(where=(condition,)).allowed(4, columns, none).tolist() == expected
 
 
-def members(**arrays: Any) -> bytes:
+def read_members(**arrays: Any) -> bytes:
     content = io.BytesIO()
     np.savez(content, allow_pickle=True, **{name.replace("_", " "): array for name, array in arrays.items()})
     return content.getvalue()
 
 
-def compressed() -> bytes:
+def compress() -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, **{"column a": np.zeros(10_000_000)})
     return content.getvalue()
 
 
-def claiming(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
-    """Return a file whose header claims more than it holds."""
+def make_false_claim(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
+    """Return a file whose header states more data than it contains."""
     header, content = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"shape": shape, "fortran_order": False, "descr": descr})
     with zipfile.ZipFile(content, "w") as archive:
@@ -137,32 +137,32 @@ def claiming(shape: tuple[int, ...], descr: str = "<i8") -> bytes:
 
 BYTES = np.frombuffer(b"abcd", np.uint8)
 HOSTILE: dict[str, Callable[[], bytes]] = {
-    "offsets that fall": lambda: members(utf8_a=BYTES, offsets_a=np.array([0, 3, 1, 4])),
-    "offsets past the end": lambda: members(utf8_a=BYTES, offsets_a=np.array([0, 2, 9])),
-    "offsets before the start": lambda: members(utf8_a=BYTES, offsets_a=np.array([-2, 2, 4])),
-    "offsets that begin late": lambda: members(utf8_a=BYTES, offsets_a=np.array([1, 4])),
-    "offsets that overflow": lambda: members(utf8_a=BYTES, offsets_a=np.array([0, 2**63 - 1, -(2**63), 4])),
-    "offsets with fractions": lambda: members(utf8_a=BYTES, offsets_a=np.array([0.0, 4.0])),
-    "no offset": lambda: members(utf8_a=BYTES, offsets_a=np.zeros(0, np.int64)),
-    "pairs of offsets": lambda: members(utf8_a=BYTES, offsets_a=np.array([[0, 4]])),
-    "offsets missing": lambda: members(utf8_a=BYTES),
-    "a character cut in two": lambda: members(
+    "offsets that fall": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0, 3, 1, 4])),
+    "offsets past the end": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0, 2, 9])),
+    "offsets before the start": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([-2, 2, 4])),
+    "offsets that begin late": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([1, 4])),
+    "offsets that overflow": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0, 2**63 - 1, -(2**63), 4])),
+    "offsets with fractions": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([0.0, 4.0])),
+    "no offset": lambda: read_members(utf8_a=BYTES, offsets_a=np.zeros(0, np.int64)),
+    "pairs of offsets": lambda: read_members(utf8_a=BYTES, offsets_a=np.array([[0, 4]])),
+    "offsets missing": lambda: read_members(utf8_a=BYTES),
+    "a character cut in two": lambda: read_members(
         utf8_a=np.frombuffer("é".encode(), np.uint8), offsets_a=np.array([0, 1, 2])
     ),
-    "no UTF-8": lambda: members(utf8_a=np.frombuffer(b"\xff", np.uint8), offsets_a=np.array([0, 1])),
-    "wide bytes": lambda: members(utf8_a=np.arange(4), offsets_a=np.array([0, 4])),
-    "objects": lambda: members(column_a=np.array([{}], dtype=object)),
-    "compressed": compressed,
-    "a terabyte claimed": lambda: claiming((2**37,)),
-    "a trillion texts of no width": lambda: claiming((10**12,), "<U0"),
-    "negative shapes": lambda: claiming((-1, -1)),
-    "characters that there are not": lambda: members(column_a=np.array([0x7FFFFFFF], "<u4").view("<U1")),
+    "no UTF-8": lambda: read_members(utf8_a=np.frombuffer(b"\xff", np.uint8), offsets_a=np.array([0, 1])),
+    "wide bytes": lambda: read_members(utf8_a=np.arange(4), offsets_a=np.array([0, 4])),
+    "objects": lambda: read_members(column_a=np.array([{}], dtype=object)),
+    "compressed": compress,
+    "a terabyte claimed": lambda: make_false_claim((2**37,)),
+    "a trillion texts of no width": lambda: make_false_claim((10**12,), "<U0"),
+    "negative shapes": lambda: make_false_claim((-1, -1)),
+    "characters that there are not": lambda: read_members(column_a=np.array([0x7FFFFFFF], "<u4").view("<U1")),
     "no zip": lambda: b"PK",
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_damaged_texts_are_refused_in_a_line_before_memory_is_taken(tmp_path: Path, case: str) -> None:
+def test_damaged_text_is_rejected_in_one_line_before_memory_is_allocated(tmp_path: Path, case: str) -> None:
     path = tmp_path / "columns.npz"
     path.write_bytes(HOSTILE[case]())
     tracemalloc.start()
@@ -174,7 +174,7 @@ def test_damaged_texts_are_refused_in_a_line_before_memory_is_taken(tmp_path: Pa
     assert peak < 8_000_000
 
 
-def test_texts_of_fixed_width_from_before_are_read(tmp_path: Path) -> None:
+def test_text_of_fixed_width_from_earlier_versions_is_read(tmp_path: Path) -> None:
     path = tmp_path / "columns.npz"
     np.savez(path, **{"column label": np.array(["a", "bcd"]), "ids": np.array(["x", "y"])})
     table = read_columns(path, 2)

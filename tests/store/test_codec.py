@@ -1,4 +1,4 @@
-"""Tests of how rows are stored: float16 with one power of two a row, float32, and rows of norm one."""
+"""Storage of rows: float16 with one power of two per row, float32, and rows of norm one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ finite_rows = arrays(
 
 @settings(deadline=None, max_examples=150)
 @given(finite_rows)
-def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: Float32) -> None:
+def test_the_error_of_float16_rows_is_at_most_2_to_the_minus_11_of_their_peak(feature_ND: Float32) -> None:
     stored_ND, exponent_N = encode_rows(feature_ND, "float16")
     out_ND = np.empty_like(feature_ND)
     decode_rows(stored_ND, exponent_N, out_ND)
@@ -30,7 +30,7 @@ def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: F
     wide_ND = feature_ND.astype(np.float64)
     peak_N = np.abs(wide_ND).max(axis=1)
     assert (np.abs(out_ND.astype(np.float64) - wide_ND) <= 2.0**-11 * peak_N[:, None]).all()
-    # The format as documented, by the slow way.
+    # A slow implementation of the documented format.
     assert np.array_equal(out_ND, np.ldexp(stored_ND.astype(np.float64), exponent_N[:, None].astype(np.int64)))
     stored_peak_N = np.abs(stored_ND).max(axis=1)
     assert ((stored_peak_N >= 2**14) & (stored_peak_N < 2**15) | (peak_N == 0)).all()
@@ -38,7 +38,7 @@ def test_float16_rows_come_back_to_2_to_the_minus_11_of_their_peak(feature_ND: F
 
 @settings(deadline=None, max_examples=100)
 @given(finite_rows)
-def test_float32_rows_come_back_bit_for_bit(feature_ND: Float32) -> None:
+def test_float32_rows_are_read_back_bit_for_bit(feature_ND: Float32) -> None:
     stored_ND, exponent_N = encode_rows(feature_ND, "float32")
     out_ND = np.empty_like(feature_ND)
     decode_rows(stored_ND, exponent_N, out_ND)

@@ -1,6 +1,6 @@
-"""Tests of one feature file: what comes back, what is refused, what is noticed.
+"""Feature files: reading back, rejected input, and detection of damage.
 
-Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
+Shapes: N rows, C checkpoints, D sketch dimension per checkpoint, F = C·D.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tracin_ann.store.feature_file import FileHeader, write_feature_file
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [1, 4, 11])
-def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
+def test_a_file_is_read_back_unchanged(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
     block = make_block(100, 100 + n_rows)
     header = make_header(block, dtype=dtype)
     write_feature_file(tmp_path / "a.h5", block, header=header)
@@ -50,7 +50,7 @@ def test_file_comes_back(tmp_path: Path, dtype: Dtype, n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("lead", ["link", "storage", "virtual"])
-def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> None:
+def test_row_numbers_outside_of_the_file_are_rejected(tmp_path: Path, lead: str) -> None:
     block = make_block(0, 9)
     for name in ("a.h5", "b.h5"):
         write_feature_file(tmp_path / name, block, header=make_header(block))
@@ -70,7 +70,7 @@ def test_numbers_outside_of_the_file_are_refused(tmp_path: Path, lead: str) -> N
         FeatureFile.open(tmp_path / "a.h5")
 
 
-def test_file_can_be_read_by_plain_h5py(tmp_path: Path) -> None:
+def test_a_file_can_be_read_by_h5py(tmp_path: Path) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5") as file:
@@ -106,7 +106,7 @@ def test_equal_arguments_give_equal_bytes_in_any_process(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "other", [{"spec_digest": "b"}, {"checkpoint": 1}, {"dim": 6}, {"dtype": "float32"}, {"start": 1}]
 )
-def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, object]) -> None:
+def test_another_header_is_rejected_by_name(tmp_path: Path, other: dict[str, object]) -> None:
     block = make_block(0, 9)
     header = make_header(block)
     write_feature_file(tmp_path / "a.h5", block, header=header)
@@ -118,7 +118,7 @@ def test_other_header_is_refused_and_named(tmp_path: Path, other: dict[str, obje
 
 
 @pytest.mark.parametrize("version", [1, 2, 4])
-def test_other_version_is_refused(tmp_path: Path, version: int) -> None:
+def test_another_version_is_rejected(tmp_path: Path, version: int) -> None:
     block = make_block(0, 9)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     with h5py.File(tmp_path / "a.h5", "r+") as file:
@@ -127,7 +127,7 @@ def test_other_version_is_refused(tmp_path: Path, version: int) -> None:
         FeatureFile.open(tmp_path / "a.h5")
 
 
-def test_a_file_that_the_system_does_not_map_is_not_said_to_be_damaged(
+def test_a_file_that_cannot_be_mapped_is_not_reported_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = make_block(0, 9)
@@ -143,17 +143,17 @@ def test_a_file_that_the_system_does_not_map_is_not_said_to_be_damaged(
     assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(path))
 
 
-@pytest.mark.parametrize("kept", [0, 7, 600, 4096, -2000, -1])
-def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [0, 7, 600, 4096, -2000, -1])
+def test_a_truncated_feature_file_is_rejected(tmp_path: Path, length: int) -> None:
     path = tmp_path / "a.h5"
     block = make_block(0, 600)
     write_feature_file(path, block, header=make_header(block))
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(DamagedIndexError, match=r"a\.h5.*expected an intact feature file; run"):
         FeatureFile.open(path)
 
 
-def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_feature_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "junk.h5").write_bytes(b"junk" * 1000)
     with h5py.File(tmp_path / "foreign.h5", "w") as foreign:
         foreign["feature"] = np.zeros(3)
@@ -166,12 +166,12 @@ def test_what_is_no_feature_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path, dtype: Dtype) -> None:
+def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path: Path, dtype: Dtype) -> None:
     path = tmp_path / "a.h5"
     block = make_block(50, 61)
     header = make_header(block, dtype=dtype)
     write_feature_file(path, block, header=header)
-    whole, sound_ND = path.read_bytes(), FeatureFile.open(path).read(0, 11)
+    content, sound_ND = path.read_bytes(), FeatureFile.open(path).read(0, 11)
     with h5py.File(path) as file:
         spans = {
             name: (data.id.get_offset(), data.dtype.itemsize * data.size, data.dtype.itemsize * data.size // len(data))
@@ -180,7 +180,7 @@ def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path
     offset, size, row_bytes = spans.pop("feature")
     for at, length, _ in spans.values():
         for position in range(0, length, 5):
-            _flip(path, whole, at + position)
+            _flip(path, content, at + position)
             with pytest.raises(DamagedIndexError, match=r"a\.h5: got header or columns are altered"):
                 FeatureFile.open(path, header)
     reads: list[Callable[[FeatureFile, int], object]] = [
@@ -188,11 +188,11 @@ def test_every_flipped_byte_of_data_is_noticed_and_its_rows_named(tmp_path: Path
         lambda file, row: file.take(np.array([0, 10, *range(11)])),
         lambda file, row: file.take(np.array([row]), unit=True),
         lambda file, row: file.read(0, 11),
-        # The rest of its block is not trusted either.
+        # The rest of the block is damaged as well.
         lambda file, row: file.read(row // 4 * 4, row // 4 * 4 + 1),
     ]
     for position in range(0, size, 3):
-        _flip(path, whole, offset + position)
+        _flip(path, content, offset + position)
         row, file = position // row_bytes, FeatureFile.open(path, header)
         with pytest.raises(DamagedIndexError, match=rf"a\.h5: row {50 + row} is altered.*run tracin-verify --repair"):
             reads[position % len(reads)](file, row)
@@ -207,7 +207,7 @@ def _flip(path: Path, whole: bytes, position: int) -> None:
 
 
 @pytest.mark.parametrize("altered", [[0, 1], [3, 4], [0, 5, 10]])
-def test_altered_rows_are_counted_and_told_from_the_others(tmp_path: Path, altered: list[int]) -> None:
+def test_altered_rows_are_counted_and_distinguished_from_the_others(tmp_path: Path, altered: list[int]) -> None:
     block = make_block(50, 61)
     path, header = tmp_path / "a.h5", make_header(block)
     write_feature_file(path, block, header=header)
@@ -235,15 +235,15 @@ def test_rows_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file.take(np.arange(11))
 
 
-def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
+def test_any_flipped_byte_is_detected_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     block = make_block(0, 9)
     header = make_header(block)
     write_feature_file(path, block, header=header)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     feature_ND = FeatureFile.open(path).read(0, 9)
-    for position in range(0, len(whole), 29):
-        damaged = bytearray(whole)
+    for position in range(0, len(content), 29):
+        damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
@@ -259,7 +259,7 @@ def test_flipped_byte_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("column", ["feature_ND", "sqnorm_N", "loss_N"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_non_finite_is_refused_naming_row_and_checkpoint(
+def test_a_nonfinite_value_is_rejected_with_its_row_and_checkpoint(
     tmp_path: Path, dtype: Dtype, column: str, value: float
 ) -> None:
     block = make_block(40, 49)
@@ -269,7 +269,7 @@ def test_non_finite_is_refused_naming_row_and_checkpoint(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.h5"
     record = write_feature_file(path, make_block(0, 9), header=make_header(make_block(0, 9)))
 
@@ -284,7 +284,7 @@ def test_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch
     assert file_digest(path) == record.digest
 
 
-def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_block_of_the_wrong_shape_is_rejected(tmp_path: Path) -> None:
     block = make_block(0, 9)
     good = vars(block)
     for wrong in (
@@ -306,27 +306,25 @@ def test_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
-def test_a_skipped_row_comes_back_as_zeros_beside_a_loss_that_is_not_finite(
-    tmp_path: Path, dtype: Dtype, loss: float
-) -> None:
-    block, whole = make_block(40, 49), make_block(40, 49)
+def test_a_skipped_row_is_read_as_zeros_with_a_nonfinite_loss(tmp_path: Path, dtype: Dtype, loss: float) -> None:
+    block, finite = make_block(40, 49), make_block(40, 49)
     for row in (0, 3, 8):
         block.feature_ND[row] = block.sqnorm_N[row] = 0
         block.loss_N[row] = loss
     header = make_header(block, dtype=dtype)
-    for name, each in (("a.h5", block), ("b.h5", whole)):
+    for name, each in (("a.h5", block), ("b.h5", finite)):
         write_feature_file(tmp_path / name, each, header=header)
     file, other = (FeatureFile.open(tmp_path / name, header) for name in ("a.h5", "b.h5"))
     file.verify()
     assert file.skipped_K.tolist() == [0, 3, 8] and other.skipped_K.tolist() == []
     assert not file.read(0, 9)[[0, 3, 8]].any() and not file.read(0, 9, unit=True)[[0, 3, 8]].any()
-    kept = [1, 2, 4, 5, 6, 7]
-    assert np.array_equal(file.take(np.array(kept)), other.take(np.array(kept)))
+    remaining = [1, 2, 4, 5, 6, 7]
+    assert np.array_equal(file.take(np.array(remaining)), other.take(np.array(remaining)))
     np.testing.assert_array_equal(file.loss_N[[0, 3, 8]], np.float32(loss))
 
 
 @pytest.mark.parametrize("spoilt", ["feature", "exponent", "sqnorm", "loss", "a norm alone"])
-def test_a_file_whose_row_is_neither_finite_nor_skipped_is_refused(tmp_path: Path, spoilt: str) -> None:
+def test_a_nonfinite_row_that_is_not_skipped_is_rejected(tmp_path: Path, spoilt: str) -> None:
     block = make_block(0, 9)
     block.feature_ND[3] = block.sqnorm_N[3] = 0
     block.loss_N[3] = np.nan

@@ -1,6 +1,6 @@
-"""Tests of the store of many feature files: what is missing, what is read, what is refused.
+"""The store of many feature files: missing files, reads, and rejected input.
 
-Shapes: N rows, C checkpoints, D sketch dimension a checkpoint, F = C·D.
+Shapes: N rows, C checkpoints, D sketch dimension per checkpoint, F = C·D.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tracin_ann.types import Float32, RowSource
 
 
 def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
-    """Write every file; return the records and what rows [N, F] must come back."""
+    """Write every file; return the records and the expected rows [N, F]."""
     records = []
     row_NF = np.empty((store.layout.n_rows, store.layout.n_checkpoints * store.layout.dim), dtype=np.float32)
     for checkpoint in range(store.layout.n_checkpoints):
@@ -48,7 +48,7 @@ def test_partitions_cover_the_rows() -> None:
     assert FeatureStore(Path("nowhere"), LAYOUT).partitions() == [(0, 8), (8, 16), (16, 23)]
 
 
-def test_missing_lists_what_is_absent_damaged_or_of_another_spec(
+def test_missing_returns_the_absent_damaged_and_incompatible_files(
     filled: tuple[FeatureStore, list[FileRecord], Float32],
 ) -> None:
     store, _, _ = filled
@@ -72,7 +72,7 @@ def test_missing_lists_what_is_absent_damaged_or_of_another_spec(
     assert FeatureStore(store.directory / "none", LAYOUT).missing() == everything
 
 
-def test_check_compares_sizes(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+def test_the_check_compares_sizes(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
     store, records, _ = filled
     path = store.path(1, 1)
     damaged = bytearray(path.read_bytes())
@@ -89,7 +89,7 @@ def test_check_compares_sizes(filled: tuple[FeatureStore, list[FileRecord], Floa
         FileRecord("../a.h5", 1, "")
 
 
-def test_written_again_is_read_anew(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+def test_a_rewritten_file_is_reopened(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
     store, _, _ = filled
     view = store.view([1])
     view.take([8])
@@ -116,7 +116,7 @@ def test_blocks_cover_all_rows_once(
 
 @settings(deadline=None, max_examples=25)
 @given(ids=st.lists(st.integers(0, 22), max_size=40))
-def test_take_keeps_order_and_duplicates(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
+def test_take_preserves_order_and_duplicates(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
     store = FeatureStore(tmp_path_factory.getbasetemp() / "take", LAYOUT)
     if store.missing():
         fill(store)
@@ -158,7 +158,7 @@ def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype
     assert np.linalg.norm(first[1, :DIM]) == pytest.approx(1)
 
 
-def test_columns_are_beside_their_checkpoints(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
+def test_columns_match_their_checkpoints(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
     store, _, _ = filled
     for name, read in (("sqnorm_N", store.sqnorms), ("loss_N", store.losses)):
         expected_NC = np.stack(
@@ -173,7 +173,7 @@ def test_columns_are_beside_their_checkpoints(filled: tuple[FeatureStore, list[F
 
 
 @pytest.mark.parametrize("checkpoints", [[], [3], [-1]])
-def test_unknown_checkpoints_are_refused(tmp_path: Path, checkpoints: list[int]) -> None:
+def test_unknown_checkpoints_are_rejected(tmp_path: Path, checkpoints: list[int]) -> None:
     store = FeatureStore(tmp_path, LAYOUT)
     with pytest.raises(UsageError, match=r"expected some of 0\.\.2"):
         store.view(checkpoints)
@@ -181,7 +181,7 @@ def test_unknown_checkpoints_are_refused(tmp_path: Path, checkpoints: list[int])
         store.losses(checkpoints)
 
 
-def test_open_files_are_bounded(
+def test_the_number_of_open_files_is_bounded(
     filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _, row_NF = filled
@@ -192,7 +192,7 @@ def test_open_files_are_bounded(
     assert store.file(0, 0) is store.file(0, 0)
 
 
-def test_impossible_layouts_are_refused() -> None:
+def test_impossible_layouts_are_rejected() -> None:
     for wrong in (
         {"n_rows": 0},
         {"partition_rows": 0},
@@ -210,7 +210,7 @@ def test_impossible_layouts_are_refused() -> None:
         store.write(0, 3, make_block(0, 8))
 
 
-def test_writing_behind_leaves_the_same_files(tmp_path: Path) -> None:
+def test_background_writes_give_the_same_files(tmp_path: Path) -> None:
     stores = [FeatureStore(tmp_path / name, LAYOUT) for name in ("now", "behind")]
     fill(stores[0])
     with WriteBehind(stores[1]) as behind:
@@ -221,7 +221,7 @@ def test_writing_behind_leaves_the_same_files(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
-def test_a_write_that_fails_behind_is_raised_and_nothing_after_it_is_written(tmp_path: Path) -> None:
+def test_a_failed_background_write_is_raised_and_stops_further_writes(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "store", LAYOUT)
     bad = make_block(0, 8)
     bad.feature_ND[3, 1] = np.nan
@@ -237,7 +237,7 @@ def test_a_write_that_fails_behind_is_raised_and_nothing_after_it_is_written(tmp
     assert len(list(store.directory.glob("*.h5"))) == 1
 
 
-def test_a_store_knows_which_rows_were_skipped_at_any_checkpoint_and_the_first(tmp_path: Path) -> None:
+def test_a_store_returns_the_rows_skipped_at_any_checkpoint_and_the_first_of_them(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, LAYOUT)
     skipped = {(0, 0), (7, 2), (8, 1), (8, 2), (22, 0), (22, 1), (22, 2)}
     for partition, (start, stop) in enumerate(store.partitions()):

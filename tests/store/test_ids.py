@@ -1,4 +1,4 @@
-"""The task's own ids in the file of columns: kept through all that changes an index; hostile arrays are refused."""
+"""Ids of the task in the file of columns: they survive every change of an index; hostile arrays are rejected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import disk
-from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.errors import DamagedIndexError, TaskError
 from tracin_ann.operations.removal import remove
@@ -27,73 +27,77 @@ SMALL = replace(CONFIG, dim=8, partition_rows=5, yardstick=False)
 Example = tuple[torch.Tensor, int, str]
 
 
-def named(n_rows: int) -> list[Example]:
-    """Return rows with names, whose order is not that of the rows."""
-    return [(x, y, f"row {(7 * i) % 31:02}é") for i, (x, y) in enumerate(rows(n_rows))]
+def make_named_rows(n_rows: int) -> list[Example]:
+    """Return rows with names in another order than the rows."""
+    return [(x, y, f"row {(7 * i) % 31:02}é") for i, (x, y) in enumerate(make_rows(n_rows))]
 
 
-def own(row: Example) -> str:
+def get_id(row: Example) -> str:
     return row[2]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def named_task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp("ids")
     torch.manual_seed(0)
     model = Toy()
-    fields: dict[str, Any] = {"checkpoints": saved(model, folder), "columns": lambda row: {"label": row[1]}, "ids": own}
-    fields["query_data"] = lambda: [(*row, f"query {i}") for i, row in enumerate(rows(3, seed=2))]
-    return toy(folder, model, train_data=lambda: named(N), **fields)
+    fields: dict[str, Any] = {
+        "checkpoints": save_checkpoints(model, folder),
+        "columns": lambda row: {"label": row[1]},
+        "ids": get_id,
+    }
+    fields["query_data"] = lambda: [(*row, f"query {i}") for i, row in enumerate(make_rows(3, seed=2))]
+    return make_toy_task(folder, model, train_data=lambda: make_named_rows(N), **fields)
 
 
 @pytest.fixture(scope="module")
-def built(whole: Task, tmp_path_factory: pytest.TempPathFactory) -> disk.Tree:
+def built(named_task: Task, tmp_path_factory: pytest.TempPathFactory) -> disk.Tree:
     root = tmp_path_factory.mktemp("built")
-    build(whole, root, SMALL)
-    return disk.read(root)
+    build(named_task, root, SMALL)
+    return disk.read_tree(root)
 
 
 @pytest.fixture
 def index(built: disk.Tree, tmp_path: Path) -> Path:
-    disk.write(built, tmp_path / "index")
+    disk.write_tree(built, tmp_path / "index")
     return tmp_path / "index"
 
 
 def grown(task: Task, n_rows: int) -> Task:
-    return replace(task, train_data=lambda: named(n_rows))
+    return replace(task, train_data=lambda: make_named_rows(n_rows))
 
 
 def ids_by_row(out: Path, task: Task) -> dict[int, str]:
-    """Return what answers call the rows, all of which they hold."""
+    """Return the ids of all rows in the answers."""
     answer = InfluenceIndex.open(out, task).query([0], options=QueryOptions(k=100))[0]
     return {hit.row: hit.id for hit in (*answer.proponents, *answer.opponents)}
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_ids_stay_with_their_rows_through_appends_removals_and_new_lists(
-    whole: Task, tmp_path: Path, kind: str
+def test_ids_stay_with_their_rows_through_appends_removals_and_rebuilt_lists(
+    named_task: Task, tmp_path: Path, kind: str
 ) -> None:
     out, config = tmp_path / "index", replace(SMALL, index=kind)
-    gone: set[int] = set()
+    removed: set[int] = set()
 
     def right(task: Task) -> None:
         n_rows = len(task.train_data())
-        expected = {i: row[2] for i, row in enumerate(named(n_rows)) if i not in gone}
+        expected = {i: row[2] for i, row in enumerate(make_named_rows(n_rows)) if i not in removed}
         assert ids_by_row(out, task) == expected
         found = InfluenceIndex.open(out, task)
         assert found.positions("train", [expected[5], expected[0]]) == (5, 0)
         assert {hit.row: hit.id for hit in found.self_influence()} == expected
         assert verify(out).damage == ()
 
-    build(whole, out, config)
-    right(whole)
-    gone |= {3, 11}
-    remove(out, sorted(gone))
-    right(whole)
-    more = grown(whole, N + 6)
+    build(named_task, out, config)
+    right(named_task)
+    removed |= {3, 11}
+    remove(out, sorted(removed))
+    right(named_task)
+    more = grown(named_task, N + 6)
     build(more, out, replace(config, append=True))
     right(more)
-    gone |= {N + 1}
+    removed |= {N + 1}
     remove(out, [N + 1])
     build(more, out, replace(config, rebuild_index=True))
     right(more)
@@ -104,28 +108,31 @@ def test_ids_stay_with_their_rows_through_appends_removals_and_new_lists(
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
-        (lambda row: own(row) if row[1:] != named(N + 2)[N + 1][1:] else own(named(1)[0]), "the id of row 0"),
-        (lambda row: own(row) if row[1:] != named(N + 2)[N + 1][1:] else 5, "the first row's is"),
+        (
+            lambda row: get_id(row) if row[1:] != make_named_rows(N + 2)[N + 1][1:] else get_id(make_named_rows(1)[0]),
+            "the id of row 0",
+        ),
+        (lambda row: get_id(row) if row[1:] != make_named_rows(N + 2)[N + 1][1:] else 5, "the first row's is"),
     ],
 )
-def test_an_appended_row_of_a_taken_id_is_refused_before_anything_is_written(
-    whole: Task, index: Path, ids: Callable[[Example], Any], said: str
+def test_an_appended_row_with_an_existing_id_is_rejected_before_anything_is_written(
+    named_task: Task, index: Path, ids: Callable[[Example], Any], message: str
 ) -> None:
-    before = disk.read(index)
-    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row {N + 1}.*{said}"):
-        build(replace(grown(whole, N + 2), ids=ids), index, replace(SMALL, append=True))
-    assert disk.read(index) == before
-    assert ids_by_row(index, whole) == {i: row[2] for i, row in enumerate(named(N))}
+    before = disk.read_tree(index)
+    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row {N + 1}.*{message}"):
+        build(replace(grown(named_task, N + 2), ids=ids), index, replace(SMALL, append=True))
+    assert disk.read_tree(index) == before
+    assert ids_by_row(index, named_task) == {i: row[2] for i, row in enumerate(make_named_rows(N))}
 
 
-@pytest.mark.parametrize(("value", "said"), [(2**63, "9223372036854775808")])
-def test_what_an_array_would_alter_is_refused(whole: Task, tmp_path: Path, value: Any, said: str) -> None:
-    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row 0: got {said}, expected"):
-        build(replace(whole, ids=lambda row: value), tmp_path / "index", SMALL)
-    with pytest.raises(TaskError, match=rf"Task.columns returns an invalid value for row 0: .*{said}"):
-        build(replace(whole, columns=lambda row: {"it": value}), tmp_path / "index", SMALL)
+@pytest.mark.parametrize(("value", "message"), [(2**63, "9223372036854775808")])
+def test_ids_that_an_array_would_alter_are_rejected(named_task: Task, tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(TaskError, match=rf"Task.ids returns an invalid id for row 0: got {message}, expected"):
+        build(replace(named_task, ids=lambda row: value), tmp_path / "index", SMALL)
+    with pytest.raises(TaskError, match=rf"Task.columns returns an invalid value for row 0: .*{message}"):
+        build(replace(named_task, columns=lambda row: {"it": value}), tmp_path / "index", SMALL)
     assert not (tmp_path / "index").exists()
 
 
@@ -154,8 +161,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
 TWINS = {"twins": np.array([*range(N - 1), 4]), "named twins": np.array(["a", *map(str, range(N - 2)), "a"])}
 
 
-def with_arrays(index: Path, arrays: dict[str, Any]) -> Path:
-    """Put arrays into the index, and what they are into its manifests: only reading them tells."""
+def replace_arrays(index: Path, arrays: dict[str, Any]) -> Path:
+    """Replace arrays of the index and update its manifests, so that only a read detects the change."""
     manifest = Manifest.read(index)
     own_folder = generation_folder(index, manifest.generation)
     path = own_folder / "columns.npz"
@@ -169,8 +176,8 @@ def with_arrays(index: Path, arrays: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_ids_are_refused_in_a_line_and_made_anew(whole: Task, index: Path, case: str) -> None:
-    path = with_arrays(index, HOSTILE[case])
+def test_hostile_ids_are_rejected_in_one_line_and_rebuilt(named_task: Task, index: Path, case: str) -> None:
+    path = replace_arrays(index, HOSTILE[case])
     with pytest.raises(DamagedIndexError, match=r"cannot read .*columns.npz") as refused:
         read_columns(path, N)
     assert "\n" not in str(refused.value)
@@ -178,17 +185,19 @@ def test_hostile_ids_are_refused_in_a_line_and_made_anew(whole: Task, index: Pat
     assert damage.path == path and damage.message == str(refused.value)
 
 
-def test_a_query_refuses_hostile_ids_and_repair_asks_the_task_anew(whole: Task, index: Path) -> None:
-    with_arrays(index, HOSTILE["fractions"])
+def test_a_query_rejects_hostile_ids_and_repair_recomputes_them_from_the_task(named_task: Task, index: Path) -> None:
+    replace_arrays(index, HOSTILE["fractions"])
     with pytest.raises(DamagedIndexError, match=r"cannot read .*columns.npz.*ids are float64"):
-        InfluenceIndex.open(index, whole).query([0])
-    repair(index, whole)
-    assert verify(index).damage == () and ids_by_row(index, whole) == {i: row[2] for i, row in enumerate(named(N))}
+        InfluenceIndex.open(index, named_task).query([0])
+    repair(index, named_task)
+    assert verify(index).damage == () and ids_by_row(index, named_task) == {
+        i: row[2] for i, row in enumerate(make_named_rows(N))
+    }
 
 
 @pytest.mark.parametrize("case", TWINS)
-def test_twin_ids_are_found(whole: Task, index: Path, case: str) -> None:
-    path = with_arrays(index, {"column label": LABELS, "ids": TWINS[case]})
+def test_duplicate_ids_are_found(named_task: Task, index: Path, case: str) -> None:
+    path = replace_arrays(index, {"column label": LABELS, "ids": TWINS[case]})
     (damage,) = verify(index).damage
     twin = {"twins": r"rows 4 and 11 both have id 4", "named twins": r"rows 0 and 11 both have id 'a'"}[case]
     assert damage.path == path and twin in damage.message

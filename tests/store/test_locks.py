@@ -1,5 +1,4 @@
-"""Writers beside each other and beside readers, writers that die, and disks that are full: the lock, and each writer of
-a file by itself."""
+"""Concurrent writers and readers, killed writers and full disks: the lock, and each writer of a file."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 import zoo
-from commands import answers, config, task
+from commands import collect_answers, make_config, task
 from faults import Crash, Fault, Watch
 from paths import ROOT, SUPPORT
 from tasks.toy import Toy
@@ -42,36 +41,33 @@ from tracin_ann.store.feature_file import FileHeader, write_feature_file
 from tracin_ann.store.generations import generation_folder, take_lease
 from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import MANIFEST, Manifest
+from trees import list_names
 
 BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def finished_index(tmp_path: Path) -> Path:
     """Return a finished index of ten rows."""
-    build(task(10), tmp_path / "index", config("flat"))
+    build(task(10), tmp_path / "index", make_config("flat"))
     return tmp_path / "index"
 
 
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-# Two writers.
+# Two writers
 
 
 @pytest.mark.parametrize("other", ["is at it", "is done"])
-def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
+def test_one_of_two_simultaneous_builds_in_a_new_directory_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    """The other comes between this one's first look at the directory and its own making of it."""
+    """The other build starts between the check of the directory and its creation."""
     out = tmp_path / "index"
     tune = BUILD.BuildJob.tune
 
     def overtaken(work: object, *given: object) -> object:
         monkeypatch.undo()
         if other == "is done":
-            build(replace(task(10), model=Toy), out, config("flat"))
+            build(replace(task(10), model=Toy), out, make_config("flat"))
         else:
             out.mkdir()
             held.enter_context(hold_writer_lock(out))
@@ -80,9 +76,9 @@ def test_of_two_builds_begun_at_once_in_a_new_directory_one_is_refused(
     with ExitStack() as held:
         monkeypatch.setattr(BUILD.BuildJob, "tune", overtaken)
         with pytest.raises(BusyIndexError, match="is being written|another build has started"):
-            build(task(10), out, config("flat"))
-    assert build(task(10), out, config("flat")).rows_extracted == (0 if other == "is done" else 20)
-    assert WRITER not in names(out)
+            build(task(10), out, make_config("flat"))
+    assert build(task(10), out, make_config("flat")).rows_extracted == (0 if other == "is done" else 20)
+    assert WRITER not in list_names(out)
 
 
 STAY = """
@@ -102,17 +98,21 @@ with hold_writer_lock(Path(sys.argv[1])):
 """
 
 
-def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_forked(made: Path) -> None:
+def test_processes_forked_by_a_killed_writer_do_not_hold_its_lock(finished_index: Path) -> None:
     running = subprocess.Popen(
-        [sys.executable, "-c", STAY, str(made)], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", STAY, str(finished_index)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
     )
     try:
         assert running.stdout is not None and running.stdout.readline() == "held\n"
-        with pytest.raises(BusyIndexError, match=f"process {running.pid}"), hold_writer_lock(made):
+        with pytest.raises(BusyIndexError, match=f"process {running.pid}"), hold_writer_lock(finished_index):
             pass
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
-        with hold_writer_lock(made):
+        with hold_writer_lock(finished_index):
             pass
     finally:
         os.killpg(running.pid, signal.SIGKILL)
@@ -120,38 +120,40 @@ def test_the_lock_of_a_killed_writer_is_not_held_on_by_the_processes_that_it_for
         running.stdout.close()  # type: ignore[union-attr]
 
 
-def test_a_writer_that_cannot_remove_its_lock_lets_go_of_it(made: Path) -> None:
-    with Watch(made) as watch:
-        with hold_writer_lock(made):
+def test_a_writer_that_cannot_remove_its_lock_file_releases_the_lock(finished_index: Path) -> None:
+    with Watch(finished_index) as watch:
+        with hold_writer_lock(finished_index):
             pass
         (unlinked,) = (call.number for call in watch.calls if call.kind == "unlink")
     with (
-        Watch(made, fault=Fault(unlinked, errno.EIO)),
+        Watch(finished_index, fault=Fault(unlinked, errno.EIO)),
         pytest.raises(OSError, match="Input/output"),
-        hold_writer_lock(made),
+        hold_writer_lock(finished_index),
     ):
         pass
-    with hold_writer_lock(made):
+    with hold_writer_lock(finished_index):
         pass
-    assert WRITER not in names(made)
+    assert WRITER not in list_names(finished_index)
 
 
-def test_a_writer_gone_between_removing_its_lock_and_letting_go_hinders_nobody(made: Path) -> None:
-    with Watch(made) as watch:
-        with hold_writer_lock(made):
+def test_a_writer_killed_before_it_releases_its_removed_lock_blocks_no_other_writer(finished_index: Path) -> None:
+    with Watch(finished_index) as watch:
+        with hold_writer_lock(finished_index):
             pass
         last = len(watch.calls) - 1
     for number in range(last + 1):
-        with Watch(made, fault=Fault(number)), pytest.raises(Crash), hold_writer_lock(made):
+        with Watch(finished_index, fault=Fault(number)), pytest.raises(Crash), hold_writer_lock(finished_index):
             pass
-        with hold_writer_lock(made):
+        with hold_writer_lock(finished_index):
             pass
-        assert WRITER not in names(made)
+        assert WRITER not in list_names(finished_index)
 
 
-def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_for_readers_opens_the_file_for_writing(
+    finished_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NFS refuses an exclusive lock on a file that is open for reading only."""
-    path, flags, opened = generation_folder(made, 1) / MANIFEST, [], os.open
+    path, flags, opened = generation_folder(finished_index, 1) / MANIFEST, [], os.open
 
     def noted(path: Path, flag: int, *rest: int) -> int:
         flags.append(flag)
@@ -174,10 +176,10 @@ def test_whether_anybody_reads_is_asked_with_the_right_to_write(made: Path, monk
         assert not nobody_reads
 
 
-# Readers meanwhile.
+# Concurrent readers
 
 
-def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(made: Path) -> None:
+def test_readers_that_open_while_generations_change_find_a_complete_one(finished_index: Path) -> None:
     found: list[int] = []
     wrong: list[BaseException] = []
     done = threading.Event()
@@ -185,7 +187,7 @@ def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(
     def read() -> None:
         while not done.is_set():
             try:
-                index = InfluenceIndex.open(made)
+                index = InfluenceIndex.open(finished_index)
                 assert len(index.removed) == index.manifest.generation - 1
                 assert len(index.columns["label"]) == len(index.view().take(range(len(index)))) == 10
                 found.append(index.manifest.generation)
@@ -197,91 +199,93 @@ def test_readers_that_open_while_generations_come_and_go_find_one_of_them_whole(
     for reader in readers:
         reader.start()
     for row in range(9):
-        remove(made, [row])
+        remove(finished_index, [row])
         time.sleep(0.01)
     done.set()
     for reader in readers:
         reader.join()
     assert wrong == [] and len(found) > len(readers)
-    remove(made, [0])
-    assert names(made) == ["build.json", "features", "generation-000010", MANIFEST]
+    remove(finished_index, [0])
+    assert list_names(finished_index) == ["build.json", "features", "generation-000010", MANIFEST]
 
 
-def test_an_index_asked_about_is_not_swept_meanwhile(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_is_being_read_is_not_cleaned(finished_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = importlib.import_module("tracin_ann.cli.info")
-    remove(made, [1])
+    remove(finished_index, [1])
     read = absent.read_removed_ids
 
     def slow(directory: Path, manifest: Manifest) -> object:
-        remove(made, [2])
+        remove(finished_index, [2])
         return read(directory, manifest)
 
     monkeypatch.setattr(absent, "read_removed_ids", slow)
-    result = CliRunner().invoke(info.main, [str(made)])
+    result = CliRunner().invoke(info.main, [str(finished_index)])
     assert result.exit_code == 0 and "generation: 2, 1 row removed" in result.output
 
 
-# What dead writers leave.
+# Leftovers of killed writers
 
 
-def test_a_finished_build_asked_for_again_sweeps_what_a_killed_one_left(made: Path) -> None:
-    """It may have been killed after its manifest and before its sweep."""
-    old, folder = made / "generation-000000", generation_folder(made, 1)
+def test_a_repeated_build_removes_leftovers_of_a_killed_one(finished_index: Path) -> None:
+    """The other build may have been killed after it wrote its manifest and before its cleanup."""
+    old, folder = finished_index / "generation-000000", generation_folder(finished_index, 1)
     old.mkdir()
     (old / "canaries.h5").write_bytes(b"")
-    for place in (made, folder, made / "features"):
+    for place in (finished_index, folder, finished_index / "features"):
         (place / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.h5").write_bytes(b"")
-    (made / "features" / "features-000009-0000.h5").write_bytes(b"")
-    (made / ".index-unfinished").mkdir()
-    (made / ".index-unfinished" / "ivf.faiss").write_bytes(b"")
-    (made / WRITER).write_bytes(b"")
-    assert build(task(10), made, config("flat")).rows_extracted == 0
-    assert names(made) == ["build.json", "features", folder.name, MANIFEST]
-    assert len(names(made / "features")) == 6 and len(names(folder)) == 3
+    (finished_index / "features" / "features-000009-0000.h5").write_bytes(b"")
+    (finished_index / ".index-unfinished").mkdir()
+    (finished_index / ".index-unfinished" / "ivf.faiss").write_bytes(b"")
+    (finished_index / WRITER).write_bytes(b"")
+    assert build(task(10), finished_index, make_config("flat")).rows_extracted == 0
+    assert list_names(finished_index) == ["build.json", "features", folder.name, MANIFEST]
+    assert len(list_names(finished_index / "features")) == 6 and len(list_names(folder)) == 3
 
 
-def test_a_generation_whose_files_nfs_keeps_is_swept_later(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generation_with_files_that_nfs_retains_is_removed_later(
+    finished_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "not empty", str(path))
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rmdir", refused)
-        assert remove(made, [1]).generation == 2
-    assert names(generation_folder(made, 1)) == []
-    remove(made, [2])
-    assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]
+        assert remove(finished_index, [1]).generation == 2
+    assert list_names(generation_folder(finished_index, 1)) == []
+    remove(finished_index, [2])
+    assert list_names(finished_index) == ["build.json", "features", "generation-000003", MANIFEST]
 
 
-def test_a_build_killed_before_its_first_file_had_its_name_goes_on(tmp_path: Path) -> None:
+def test_a_build_killed_before_its_first_rename_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.json").write_bytes(b"{")
     (tmp_path / WRITER).write_bytes(b"")
-    build(task(10), tmp_path, config("flat"))
-    assert names(tmp_path) == ["build.json", "features", "generation-000001", MANIFEST]
+    build(task(10), tmp_path, make_config("flat"))
+    assert list_names(tmp_path) == ["build.json", "features", "generation-000001", MANIFEST]
 
 
-def test_a_removal_killed_before_it_was_current_leaves_nothing_behind(made: Path) -> None:
-    """Its generation has a manifest of its own, and links to the very files that the next one links to."""
+def test_a_removal_killed_before_publication_leaves_no_files(finished_index: Path) -> None:
+    """Its generation has a manifest, and links to the same files as the next generation."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(REMOVAL, "publish", lambda *given: pytest.fail("not yet"))
         with pytest.raises(pytest.fail.Exception):
-            remove(made, [3])
-    assert not (generation_folder(made, 2) / MANIFEST).exists()
-    assert remove(made, [3]).generation == 2
-    assert names(generation_folder(made, 2)) == ["canaries.h5", "columns.npz", MANIFEST, "removed.npy"]
-    assert remove(made, [3]).generation == 2
+            remove(finished_index, [3])
+    assert not (generation_folder(finished_index, 2) / MANIFEST).exists()
+    assert remove(finished_index, [3]).generation == 2
+    assert list_names(generation_folder(finished_index, 2)) == ["canaries.h5", "columns.npz", MANIFEST, "removed.npy"]
+    assert remove(finished_index, [3]).generation == 2
 
 
-def test_temporaries_of_this_process_number_are_swept_unless_they_are_being_written(tmp_path: Path) -> None:
-    """In a container every run may have the same number."""
+def test_temporary_files_with_this_process_number_are_removed_unless_in_use(tmp_path: Path) -> None:
+    """In a container, every run may have the same process number."""
     left = tmp_path / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
         assert remove_temporaries(tmp_path) == [left]
         file.write(b"x")
-    assert names(tmp_path) == ["a.bin"]
+    assert list_names(tmp_path) == ["a.bin"]
 
 
-def test_a_directory_is_made_durably_with_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_created_durably_with_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Watch(tmp_path) as watch:
         make_directory(tmp_path / "a" / "b")
         make_directory(tmp_path / "a" / "b")
@@ -293,11 +297,11 @@ def test_a_directory_is_made_durably_with_those_above_it(tmp_path: Path, monkeyp
     ]
 
 
-# Full disks: the system itself refuses more than so many bytes, in the middle of whatever HDF5, FAISS or NumPy do.
+# Full disks: the system limits the number of bytes, at any point of a write by HDF5, FAISS or NumPy.
 
 
 @contextmanager
-def room_for(size: int) -> Iterator[None]:
+def limit_space(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -313,24 +317,24 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),
     "columns.npz": lambda path: write_columns(path, ROW_TABLE),
-    "removed.npy": lambda path: _saved(path, np.arange(3000)),
-    "ivf.faiss": lambda path: _lists().save(path),
+    "removed.npy": lambda path: save_arrays(path, np.arange(3000)),
+    "ivf.faiss": lambda path: make_lists().save(path),
 }
 
 
-def _saved(path: Path, array: np.ndarray) -> None:
+def save_arrays(path: Path, array: np.ndarray) -> None:
     with atomic_write(path) as file:
         save_array(file, array)
 
 
-def _lists() -> InvertedLists:
+def make_lists() -> InvertedLists:
     lists = InvertedLists.train(ROWS, 4, "sq8")
     lists.add(ROWS, np.arange(600) % 4, np.arange(600))
     return lists
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_no_file_is_cut_by_a_full_disk_without_a_word(tmp_path: Path, name: str) -> None:
+def test_no_file_is_truncated_by_a_full_disk_without_an_error(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path)
     size = path.stat().st_size
@@ -338,28 +342,28 @@ def test_no_file_is_cut_by_a_full_disk_without_a_word(tmp_path: Path, name: str)
     for room in (0, 1, 200, size // 2, size - 4097, size - 1000, size - 1):
         if room < 0:
             continue
-        # What is raised in there may be shown only out here: standard output may be a file too.
-        with pytest.raises(OSError, match="File too large") as raised, room_for(room):
+        # Report the error outside of the limit, because standard output may be a file as well.
+        with pytest.raises(OSError, match="File too large") as raised, limit_space(room):
             WRITERS[name](path)
         assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
-        assert names(tmp_path) in ([], ["ivf.faiss"])
+        assert list_names(tmp_path) in ([], ["ivf.faiss"])
 
 
-def test_saved_arrays_are_numpys(tmp_path: Path) -> None:
+def test_saved_arrays_equal_those_of_numpy(tmp_path: Path) -> None:
     for array in (np.arange(10), np.zeros((0, 3), np.float32), ROWS[:, ::2]):
-        _saved(tmp_path / "ours.npy", array)
+        save_arrays(tmp_path / "ours.npy", array)
         np.save(tmp_path / "numpys.npy", array)
         assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
 
 
-def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes_on_later(tmp_path: Path) -> None:
-    zoo.trained("mlp", 0, tmp_path)
+def test_a_command_on_a_full_disk_names_the_file_in_one_line_and_can_be_resumed(tmp_path: Path) -> None:
+    zoo.save_checkpoints("mlp", 0, tmp_path)
     words = ["--task", f"{SUPPORT / 'zoo.py'}:task", "--task-arg", "case=mlp"]
     words += ["--task-arg", f"folder={tmp_path}", "--dim", "8", "--no-yardstick"]
     out, other = tmp_path / "index", tmp_path / "other"
     assert CliRunner().invoke(build_command, [*words, "--out", str(other)]).exit_code == 0
     size, largest = max((path.stat().st_size, path.relative_to(other)) for path in other.rglob("*"))
-    with room_for(size - 1):
+    with limit_space(size - 1):
         result = CliRunner().invoke(build_command, [*words, "--out", str(out)])
     assert result.exit_code == 1
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
@@ -370,7 +374,7 @@ def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "full"), "full: 'a'"),
         (OSError(errno.EIO, "sick", "b"), "sick: 'b'"),
@@ -380,16 +384,19 @@ def test_a_command_that_finds_the_disk_full_says_which_file_in_one_line_and_goes
         (DamagedIndexError("damaged"), "^damaged$"),
     ],
 )
-def test_errors_of_the_system_name_the_file(error: Exception, said: str) -> None:
-    with pytest.raises(type(error) if "else" in said or "damaged" in said else OSError, match=said):
+def test_system_errors_name_the_file(error: Exception, message: str) -> None:
+    with pytest.raises(type(error) if "else" in message or "damaged" in message else OSError, match=message):
         with attach_path(Path("a"), Path("a.tmp")):
             raise error
 
 
-def test_a_reader_of_a_growing_index_is_leased_the_newest(made: Path) -> None:
-    manifest, lease = take_lease(made)
-    build(task(11), made, config("flat", append=True))
-    assert answers(made) and names(made).count(generation_folder(made, manifest.generation).name) == 1
+def test_a_reader_of_a_growing_index_opens_the_newest_generation(finished_index: Path) -> None:
+    manifest, lease = take_lease(finished_index)
+    build(task(11), finished_index, make_config("flat", append=True))
+    assert (
+        collect_answers(finished_index)
+        and list_names(finished_index).count(generation_folder(finished_index, manifest.generation).name) == 1
+    )
     lease.close()
-    remove(made, [1])
-    assert names(made) == ["build.json", "features", "generation-000003", MANIFEST]
+    remove(finished_index, [1])
+    assert list_names(finished_index) == ["build.json", "features", "generation-000003", MANIFEST]

@@ -1,4 +1,4 @@
-"""FeatureSpec and manifest: round trips, refusals field by field, and damage that is never taken for an index."""
+"""FeatureSpec and manifest: round trips, rejection of each different field, and detection of damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tasks.toy import CONFIG, Toy, rows, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.compatibility import check_spec
@@ -130,7 +130,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("field", REFUSALS)
-def test_each_field_that_differs_is_refused_with_what_got_expected_and_remedy(field):
+def test_each_different_field_is_rejected_with_what_got_expected_and_remedy(field):
     asked, message = REFUSALS[field]
     assert asked.digest() != SPEC.digest()
     with pytest.raises(IndexMismatchError) as caught:
@@ -144,7 +144,7 @@ def test_several_differences_are_counted():
         check_spec(SPEC, replace(sketch(seed=0, dim=3), dtype="float32"), "x")
 
 
-def test_the_digest_leaves_library_versions_and_a_checkpoints_place_out():
+def test_the_digest_excludes_library_versions_and_paths_of_checkpoints():
     other = replace(SPEC, versions={"torch": "3.0", "numpy": "9"})
     assert other.digest() == SPEC.digest()
     check_spec(SPEC, other, "x")
@@ -171,20 +171,20 @@ SPECS = st.builds(
 
 
 @given(SPECS)
-def test_a_spec_comes_back_from_json_as_it_was(spec):
+def test_a_spec_is_read_back_from_json_unchanged(spec):
     back = read_record(FeatureSpec, json.loads(json.dumps(asdict(spec))))
     assert back == spec
     assert back.digest() == spec.digest()
 
 
-def test_a_build_record_comes_back_from_its_file_as_it_was(tmp_path):
+def test_a_build_record_is_read_back_unchanged(tmp_path):
     record = BuildRecord(SPEC, TaskReference("tasks.named:ready", {"rate": "0.5", "ünï": "c\\ode"}), 512, True)
     write_build_record(tmp_path, record)
     assert read_build_record(tmp_path) == record
     assert record.layout.n_rows == 10 and record.layout.digests == (SPEC.row_digest(0), SPEC.row_digest(1))
 
 
-def test_a_models_digest_is_of_its_layers_and_not_of_its_weights():
+def test_the_digest_of_a_model_covers_its_layers_and_not_its_weights():
     torch.manual_seed(1)
     digests = [model_digest(m) for m in (Toy(), Toy(), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
     assert digests[0] == digests[1]
@@ -194,39 +194,39 @@ def test_a_models_digest_is_of_its_layers_and_not_of_its_weights():
     assert [spec.rank_one for spec in specs[:2]] == [True, False]
 
 
-def test_a_data_sets_digest_is_of_rows_spread_over_it():
-    plain = data_digest(rows(31), 31)
-    assert plain == data_digest(rows(31), 31)
+def test_the_digest_of_a_data_set_covers_rows_spread_over_it():
+    plain = data_digest(make_rows(31), 31)
+    assert plain == data_digest(make_rows(31), 31)
     for row, noticed in ((0, True), (2, True), (30, True), (1, False)):
-        changed = rows(31)
+        changed = make_rows(31)
         changed[row] = (changed[row][0], 7)
         assert (data_digest(changed, 31) != plain) is noticed
     assert data_digest([1], 1) != data_digest([2], 1)
-    assert data_digest(rows(50)[:31], 31) == data_digest(rows(50), 31)
+    assert data_digest(make_rows(50)[:31], 31) == data_digest(make_rows(50), 31)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Return an index directory, its task, and the content of its manifest."""
     folder = tmp_path_factory.mktemp("built")
-    task = toy(folder)
+    task = make_toy_task(folder)
     manifest = build(task, folder / "out", CONFIG).manifest
     return folder / "out", task, manifest, json.loads((folder / "out" / MANIFEST).read_text())
 
 
-def test_a_manifest_comes_back_from_its_file_as_it_was(built):
+def test_a_manifest_is_read_back_unchanged(built):
     out, _, manifest, _ = built
     assert Manifest.read(out) == manifest
     assert read_build_record(out) == manifest.build
     assert len(InfluenceIndex.open(out, device="cpu")) == 10
 
 
-def places(value, here=()):
+def find_places(value, here=()):
     """Yield the path to every key and item of a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
         yield (*here, key)
-        yield from places(item, (*here, key))
+        yield from find_places(item, (*here, key))
 
 
 JSON = st.recursive(
@@ -236,10 +236,10 @@ JSON = st.recursive(
 )
 
 
-def altered(content, data):
-    """Return the content with one key dropped or another value in its place."""
+def alter(content, data):
+    """Return the content with one key removed or its value replaced."""
     content = copy.deepcopy(content)
-    *way, last = data.draw(st.sampled_from(list(places(content))))
+    *way, last = data.draw(st.sampled_from(list(find_places(content))))
     node = content
     for key in way:
         node = node[key]
@@ -252,11 +252,11 @@ def altered(content, data):
 
 @pytest.mark.parametrize("name", [MANIFEST, BUILD_RECORD])
 @given(data=st.data())
-def test_an_altered_manifest_or_build_record_is_damaged_whatever_the_alteration(built, tmp_path_factory, name, data):
+def test_any_altered_manifest_or_build_record_is_reported_as_damaged(built, tmp_path_factory, name, data):
     out = built[0]
     content = json.loads((out / name).read_text())
     folder = tmp_path_factory.getbasetemp()
-    changed = altered(content, data)
+    changed = alter(content, data)
     if json.dumps(changed, sort_keys=True) == json.dumps(content, sort_keys=True):
         return
     (folder / name).write_text(json.dumps(changed))
@@ -265,9 +265,9 @@ def test_an_altered_manifest_or_build_record_is_damaged_whatever_the_alteration(
 
 
 @given(data=st.data())
-def test_a_manifest_of_right_digest_is_understood_or_damaged(built, tmp_path_factory, data):
+def test_a_manifest_with_a_valid_digest_is_read_or_reported_as_damaged(built, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
-    content = altered({k: v for k, v in built[3].items() if k not in ("format", "digest")}, data)
+    content = alter({k: v for k, v in built[3].items() if k not in ("format", "digest")}, data)
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "digest": content_digest(content), **content}))
     try:
         found = Manifest.read(folder)
@@ -280,20 +280,20 @@ def test_a_manifest_of_right_digest_is_understood_or_damaged(built, tmp_path_fac
     "text",
     ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 3}', '{"format": 4}', "{}"],
 )
-def test_a_manifest_that_is_no_manifest_is_damaged(tmp_path, text):
+def test_a_file_that_is_not_a_manifest_is_reported_as_damaged(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DamagedIndexError, match=f"^{tmp_path}/manifest.json"):
         InfluenceIndex.open(tmp_path)
 
 
-def test_a_directory_without_a_manifest_is_no_index(tmp_path):
+def test_a_directory_without_a_manifest_is_not_an_index(tmp_path):
     with pytest.raises(
         DamagedIndexError, match="manifest.json: got no file, expected a JSON file; name the directory of"
     ):
         InfluenceIndex.open(tmp_path / "nowhere")
 
 
-def test_another_format_is_refused_by_its_number(built, tmp_path):
+def test_another_format_is_rejected_with_its_number(built, tmp_path):
     write_json_atomic(tmp_path / MANIFEST, {**built[3], "format": FORMAT + 1})
     with pytest.raises(DamagedIndexError, match="has another format: got 5, expected 4; use the tracin_ann that wrote"):
         Manifest.read(tmp_path)
@@ -304,7 +304,7 @@ OUTSIDE = ["../features.h5", "/etc/passwd", "a/b", "a\\b", "", ".", "..", ".hidd
 
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("place", ["features", "canaries", "index"])
-def test_a_file_name_that_is_not_inside_the_index_is_refused(built, tmp_path, place, name):
+def test_a_file_name_outside_of_the_index_is_rejected(built, tmp_path, place, name):
     content = {key: value for key, value in copy.deepcopy(built[3]).items() if key not in ("format", "digest")}
     record = {"name": name, "size": 1, "digest": "0"}
     if place == "canaries":

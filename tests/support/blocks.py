@@ -1,4 +1,4 @@
-"""Made-up feature blocks and headers for the store's tests."""
+"""Synthetic feature blocks and headers for the tests of the store."""
 
 from __future__ import annotations
 

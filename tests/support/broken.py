@@ -1,4 +1,4 @@
-"""Tasks that break the contract, one way each: `broken.py:task` with kind and folder."""
+"""Tasks that violate the contract, each in one way: `broken.py:task` with kind and folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Debian's Chromium, headless, driven by Selenium: pages from disk, what they ask the network for, pictures of them."""
+"""Headless Chromium of Debian, driven by Selenium: pages from disk, and their network requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM, DRIVER = "chromium", "chromedriver"
-# Without these, Chromium asks hosts of its own for updates, lists and clocks.
+# Without these, Chromium sends requests for updates, lists and the time.
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -18,8 +18,8 @@ FLAGS = (
 )
 
 
-def missing() -> str:
-    """Return why no browser can be started, or "" where one can."""
+def find_missing() -> str:
+    """Return why no browser can be started, or "" if one can."""
     try:
         import selenium  # noqa: F401, PLC0415
     except ImportError:
@@ -29,7 +29,7 @@ def missing() -> str:
 
 
 @contextmanager
-def opened(downloads: Path | None = None) -> Iterator[Any]:
+def open_browser(downloads: Path | None = None) -> Iterator[Any]:
     """Yield a browser whose console and network are logged; files are saved in `downloads`."""
     from selenium import webdriver  # noqa: PLC0415
     from selenium.webdriver.chrome.service import Service  # noqa: PLC0415
@@ -48,14 +48,14 @@ def opened(downloads: Path | None = None) -> Iterator[Any]:
         driver.quit()
 
 
-def requests(driver: Any) -> list[str]:
-    """Return what pages have asked for since the last call."""
+def take_requests(driver: Any) -> list[str]:
+    """Return the URLs requested since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-def sized(driver: Any, width: int, height: int, *, dark: bool = False) -> None:
-    """Let pages have this size, in the light or in the dark."""
+def set_window(driver: Any, width: int, height: int, *, dark: bool = False) -> None:
+    """Set the size of the window and the colour scheme."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

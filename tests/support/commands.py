@@ -1,6 +1,6 @@
-"""The commands that change an index, on a task so small that one takes some hundredths of a second.
+"""Commands that change an index, on a small task: each takes a few hundredths of a second.
 
-Each starts from a directory's state, ends in another, and both have answers; between the two nothing is allowed.
+Each has a start state and an end state, both with answers; no other state is valid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import disk
 from benchmarks.common.results import strip_times
 from disk import Tree
-from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.operations.removal import remove
 from tracin_ann.store.manifest import MANIFEST, Manifest
@@ -30,7 +30,7 @@ Answers = list[list[tuple[str, float]]]
 
 @dataclass(frozen=True)
 class Command:
-    """A change of an index: its name, what a directory is first, how to make it what it will be."""
+    """A change of an index: its name, the start state of the directory, and the function that changes it."""
 
     name: str
     start: Tree
@@ -43,7 +43,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Reference:
-    """A command that went well: its directory and the answers of before (None: no index) and after."""
+    """The result of a command without faults: the directory, and the answers before (None: no index) and after."""
 
     command: Command
     end: dict[str, bytes | None]
@@ -52,35 +52,35 @@ class Reference:
 
 
 @cache
-def _checkpoints() -> tuple[Toy, list[Any]]:
+def make_checkpoints() -> tuple[Toy, list[Any]]:
     model = Toy()
-    return model, saved(model, Path(tempfile.mkdtemp(prefix="checkpoints-")))
+    return model, save_checkpoints(model, Path(tempfile.mkdtemp(prefix="checkpoints-")))
 
 
 @cache
 def task(n_rows: int, n_checkpoints: int = 2) -> Task:
     """Return the task with the first rows and checkpoints."""
-    model, checkpoints = _checkpoints()
-    return toy(
+    model, checkpoints = make_checkpoints()
+    return make_toy_task(
         Path(),
         model,
-        train_data=lambda: rows(n_rows),
+        train_data=lambda: make_rows(n_rows),
         checkpoints=checkpoints[:n_checkpoints],
         columns=lambda row: {"label": int(row[1])},
     )
 
 
-def config(kind: str, **changes: Any) -> BuildConfig:
-    """Return how the small indexes are built."""
+def make_config(kind: str, **changes: Any) -> BuildConfig:
+    """Return the build options of the small indexes."""
     return replace(CONFIG, dim=4, partition_rows=4, yardstick=False, index=kind, **changes)
 
 
 @cache
-def commands(kind: str) -> dict[str, Command]:
+def make_commands(kind: str) -> dict[str, Command]:
     """Return the commands by name."""
 
     def built(n_rows: int, n_checkpoints: int = 2, **changes: Any) -> Callable[[Path], object]:
-        return lambda out: build(task(n_rows, n_checkpoints), out, config(kind, **changes))
+        return lambda out: build(task(n_rows, n_checkpoints), out, make_config(kind, **changes))
 
     def removed(out: Path) -> None:
         built(10)(out)
@@ -89,44 +89,44 @@ def commands(kind: str) -> dict[str, Command]:
     nothing: Tree = {}
     made = [
         Command("build", nothing, built(10)),
-        Command("append", _state(removed), built(15, append=True)),
-        Command("add a checkpoint", _state(built(10, 1)), built(10, add_checkpoint=True)),
-        Command("remove", _state(removed), lambda out: remove(out, [3])),
+        Command("append", read_state(removed), built(15, append=True)),
+        Command("add a checkpoint", read_state(built(10, 1)), built(10, add_checkpoint=True)),
+        Command("remove", read_state(removed), lambda out: remove(out, [3])),
     ]
     return {command.name: command for command in made}
 
 
 @cache
-def reference(kind: str, name: str) -> Reference:
-    """Return what a command makes where nothing goes wrong."""
-    command = commands(kind)[name]
+def run_reference(kind: str, name: str) -> Reference:
+    """Return the result of a command without faults."""
+    command = make_commands(kind)[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
-        disk.write(command.start, root)
-        before = answers(root / OUT) if command.start else None
+        disk.write_tree(command.start, root)
+        before = collect_answers(root / OUT) if command.start else None
         command.at(root)
-        return Reference(command, plain(disk.read(root)), before, answers(root / OUT))
+        return Reference(command, read_files(disk.read_tree(root)), before, collect_answers(root / OUT))
 
 
-def _state(run: Callable[[Path], object]) -> Tree:
+def read_state(run: Callable[[Path], object]) -> Tree:
     root = Path(tempfile.mkdtemp())
     try:
         run(root / OUT)
-        return disk.read(root)
+        return disk.read_tree(root)
     finally:
         shutil.rmtree(root)
 
 
-def answers(out: Path) -> Answers:
-    """Return what the index answers to all queries, whatever its size."""
+def collect_answers(out: Path) -> Answers:
+    """Return the answers of the index to all queries."""
     manifest = Manifest.read(out)
     its_task = task(manifest.build.spec.train_rows, len(manifest.build.spec.checkpoints))
     found = InfluenceIndex.open(out, its_task).query(range(3), options=_MANY)
     return [[(hit.id, hit.score) for hit in (*answer.proponents, *answer.opponents)] for answer in found]
 
 
-def plain(tree: Tree) -> dict[str, bytes | None]:
-    """Return what every file holds, but for the times that a manifest of lists reports."""
+def read_files(tree: Tree) -> dict[str, bytes | None]:
+    """Return the content of every file, without the times in a manifest."""
     return {
         path: entry and (strip_times(entry[1]) if path.endswith(MANIFEST) else entry[1]) for path, entry in tree.items()
     }

@@ -1,7 +1,7 @@
-"""A disk that remembers what was made durable: what it holds now, and what a loss of power may leave of that.
+"""A simulated disk: its present content, and what a loss of power may leave.
 
-The model is harsher than file systems are. What was written to a file since its last fsync may be gone, cut anywhere
-or be zeros; of the names made, moved or removed in a directory since its last fsync each may be undone, whatever came
+The model is harsher than file systems. Data written to a file since its last fsync may be lost, cut at any byte or
+replaced by zeros; each name created, moved or removed in a directory since its last fsync may be undone, independently
 of the others. A rename within a directory is one change.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from random import Random
 
-# Every path below the root: a directory (None), or the number of the file that it names and what that holds.
+# Every path below the root: a directory (None), or the number and the content of a file.
 Tree = Mapping[str, "tuple[int, bytes] | None"]
 
 
 @dataclass(eq=False)
 class File:
-    """A file: what it holds, and what it held when it was last fsynced."""
+    """A file: its content now and at its last fsync."""
 
     content: bytes = b""
     durable: bytes = b""
@@ -43,7 +43,7 @@ class File:
 
 @dataclass(eq=False)
 class Folder:
-    """A directory: its names now and when it was last fsynced, and the changes since; None: the name goes."""
+    """A directory: its names now and at its last fsync, and the changes since; None: the name is removed."""
 
     names: dict[str, File | Folder] = field(default_factory=dict)
     durable: dict[str, File | Folder] = field(default_factory=dict)
@@ -56,10 +56,10 @@ class Folder:
     def sync(self) -> None:
         self.durable, self.since = dict(self.names), []
 
-    def after_loss(self, random: Random, kept: float) -> dict[str, File | Folder]:
+    def after_loss(self, random: Random, share: float) -> dict[str, File | Folder]:
         names = dict(self.durable)
         for change in self.since:
-            if random.random() < kept:
+            if random.random() < share:
                 _apply(names, change)
         return names
 
@@ -76,7 +76,7 @@ class Disk:
     """Directories and files below a root, which is durable itself; paths are relative to it."""
 
     def __init__(self, root: Path) -> None:
-        """Take what is there as durable."""
+        """Treat the present content as durable."""
         self.root = Folder()
         known: dict[int, File] = {}
         for path in sorted(root.rglob("*")):
@@ -103,7 +103,7 @@ class Disk:
         return True
 
     def name(self, path: str, node: File | Folder | None) -> None:
-        """Give a node a name, or take the name away."""
+        """Add a name of a node, or remove the name."""
         self._parent(path).set({PurePosixPath(path).name: node})
 
     def rename(self, source: str, target: str) -> None:
@@ -118,12 +118,12 @@ class Disk:
             old.set({names[0]: None})
 
     def now(self) -> Tree:
-        """Return what whoever looks finds: after a kill, this stays."""
+        """Return the present content, which remains after a kill."""
         return self._tree(lambda folder: folder.names, lambda file: file.content)
 
     def after_loss(self, random: Random) -> Tree:
         """Return what a loss of power may leave."""
-        kept = random.choice([0.0, 0.5, 1.0])
+        share = random.choice([0.0, 0.5, 1.0])
         contents: dict[File, bytes] = {}
 
         def content(file: File) -> bytes:
@@ -131,7 +131,7 @@ class Disk:
                 contents[file] = file.after_loss(random)
             return contents[file]
 
-        return self._tree(lambda folder: folder.after_loss(random, kept), content)
+        return self._tree(lambda folder: folder.after_loss(random, share), content)
 
     def _parent(self, path: str) -> Folder:
         node = self.at(str(PurePosixPath(path).parent))
@@ -161,13 +161,13 @@ def _sync_all(folder: Folder) -> None:
             _sync_all(node)
 
 
-def read(root: Path) -> Tree:
-    """Return what is below a real directory."""
+def read_tree(root: Path) -> Tree:
+    """Return the tree below a real directory."""
     return Disk(root).now()
 
 
-def write(tree: Tree, root: Path) -> None:
-    """Make a real directory hold a tree, and nothing else; files of two names are linked."""
+def write_tree(tree: Tree, root: Path) -> None:
+    """Replace the content of a real directory by a tree; a file with two names is linked."""
     root.mkdir()
     made: dict[int, Path] = {}
     for name, entry in tree.items():
@@ -182,7 +182,7 @@ def write(tree: Tree, root: Path) -> None:
 
 
 def digest(tree: Tree) -> str:
-    """Return what tells trees apart."""
+    """Return a digest of a tree."""
     state = hashlib.blake2b()
     for name, entry in tree.items():
         state.update(repr((name, None if entry is None else (entry[0], len(entry[1])))).encode())

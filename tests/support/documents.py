@@ -1,8 +1,9 @@
-"""Documents as they are run: their fenced blocks, the commands shown in them, and what those print.
+"""Documents: their fenced blocks, the commands in them, and the output of the commands.
 
-A block of Python or TOML whose first line is `# name.py` or `# name.toml` is that file. Any other Python is run, in the
-order of the page. A block of `console` holds commands behind `$ ` and what they print; a block of text with the title
-`printed` is what the Python before it prints. A block whose title begins with `not run: ` is not run, and says why.
+A block of Python or TOML whose first line is `# name.py` or `# name.toml` is that file. Other Python blocks run in the
+order of the page. A `console` block has commands after `$ ` and their output; a text block with the title `printed` is
+the output of the Python block before it. A block whose title begins with `not run: ` does not run; its title has the
+reason.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """Return the name of the file that the block is."""
+        """Return the file name of the block."""
         named = _FILE.match(self.code) if self.language in ("python", "toml") else None
         return named[1] if named else None
 
@@ -45,8 +46,8 @@ class Command:
     shown: list[str]
 
 
-def blocks(text: str, language: str | None = None) -> list[Block]:
-    """Return a document's blocks, of one language or all."""
+def read_blocks(text: str, language: str | None = None) -> list[Block]:
+    """Return the blocks of a document, of one language or of all."""
     found = []
     for match in _FENCE.finditer(text):
         title = _TITLE.search(match[3])
@@ -55,8 +56,8 @@ def blocks(text: str, language: str | None = None) -> list[Block]:
     return [block for block in found if language in (None, block.language)]
 
 
-def commands(console: str) -> list[Command]:
-    """Return the commands of a console block; one that ends in a backslash goes on in the next line."""
+def read_commands(console: str) -> list[Command]:
+    """Return the commands of a console block; a backslash at the end of a line continues a command."""
     found: list[Command] = []
     for line in console.splitlines():
         if found and found[-1].text.endswith("\\"):
@@ -68,6 +69,6 @@ def commands(console: str) -> list[Command]:
     return found
 
 
-def words(lines: list[str]) -> list[str]:
-    """Return lines with a # for each number: figures differ by machine and timing, what is said about them does not."""
+def mask_numbers(lines: list[str]) -> list[str]:
+    """Return lines with # in place of each number, because numbers depend on machine and time."""
     return [re.sub(r"[\d.,+-]+", "#", " ".join(line.split())) for line in lines if line.strip()]

@@ -1,8 +1,8 @@
-"""Faults on purpose: every call that changes a disk is seen, numbered, and can fail, be cut short or be the last.
+"""Fault injection: every call that changes a disk is numbered, and can fail, be cut short, or be the last.
 
-`Watch` stands between the process and the directories below a root: opening for writing, writes, truncations, fsyncs,
-renames, links, unlinks, directories made and removed; and files mapped into memory, which changes none but may fail.
-Nothing is really fsynced meanwhile: a `Disk` keeps what would be durable.
+`Watch` intercepts the calls below a root: opening for writing, writes, truncations, fsyncs, renames, links, unlinks,
+creation and removal of directories, and memory maps of files, which change nothing but can fail. Nothing is really
+fsynced: a `Disk` records what would be durable.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from disk import Disk, File, Folder
 
 R = TypeVar("R")
 
-# The calls whose errors name their file.
+# Calls whose errors name the file.
 _NAMING = frozenset({"open", "replace", "link", "unlink", "mkdir", "rmdir"})
-# What takes space: the calls that fail on a full disk, and go on failing.
+# Calls that need space: they fail, and continue to fail, on a full disk.
 FILLING = frozenset({"open", "write", "mkdir", "link"})
 _OPEN, _FD_OPEN, _CLOSE = builtins.open, os.open, os.close
 _FTRUNCATE, _PWRITE, _FSYNC, _MAP = os.ftruncate, os.pwrite, os.fsync, mmap.mmap
@@ -36,12 +36,12 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Crash(BaseException):
-    """The process is no more: nothing it still does has any effect."""
+    """The process has ended: its further calls have no effect."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call seen: its number, its kind, and the path below the root."""
+    """An intercepted call: its number, its kind, and the path below the root."""
 
     number: int
     kind: str
@@ -50,13 +50,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the n-th call.
+    """The fault at the n-th call.
 
     Attributes:
-        at: the call's number.
-        error: an errno, or None for a crash: then every later call is without effect too.
-        kinds: of later calls that fail too.
-        part: the share of a write that is done all the same.
+        at: number of the call.
+        error: an errno, or None for a crash, after which no call has an effect.
+        kinds: kinds of later calls that fail as well.
+        part: share of a write that is still performed.
     """
 
     at: int
@@ -75,12 +75,12 @@ class Fault:
 
 
 class Watch:
-    """A context in which the calls below a root are counted, kept on a `Disk`, and fail as told.
+    """A context that counts the calls below a root, records them on a `Disk`, and injects a fault.
 
     Args:
-        root: where calls are watched.
-        disk: what is known of it from before; None: all that is there is durable.
-        fault: what fails.
+        root: directory below which calls are intercepted.
+        disk: its earlier state; None: the present content is durable.
+        fault: the fault to inject.
         seen: called before every call, with the call and the bytes that it writes.
     """
 
@@ -115,11 +115,11 @@ class Watch:
             (os, "rmdir"): self._one("rmdir", os.rmdir, self._gone),
             (mmap, "mmap"): self._mapped,
             (os, "mkdir"): self._one("mkdir", os.mkdir, self._made),
-            # These would go past the patched names.
+            # These would bypass the patched names.
             (shutil, "_use_fd_functions"): False,
             (shutil, "_USE_CP_SENDFILE"): False,
         }
-        # Python 3.10: paths have functions of their own.
+        # Python 3.10: pathlib has separate functions.
         paths = getattr(pathlib, "_normal_accessor", None)
         if paths is not None:
             names = {"mkdir", "rename", "replace", "rmdir", "unlink"}
@@ -147,7 +147,7 @@ class Watch:
         data: bytes = b"",
         part: Callable[[int], None] | None = None,
     ) -> R:
-        """Do what is asked, unless this call fails; then, where `part` is given, do that for some bytes."""
+        """Perform a call unless it is to fail; a failing write with `part` writes some of its bytes."""
         with self._lock:
             call = Call(len(self.calls), kind, path)
             self.calls.append(call)
@@ -155,7 +155,7 @@ class Watch:
                 self.seen(call, data)
             if self.fault is not None and self.fault.hits(call):
                 if part is not None:
-                    # A process that is gone does not even begin its later writes.
+                    # A process that has ended does not start later writes.
                     part(int(len(data) * self.fault.part) if call.number == self.fault.at else 0)
                 raise self.fault.raised(call, self.root)
             result = act()
@@ -163,7 +163,7 @@ class Watch:
             return result
 
     def inside(self, path: Any) -> str | None:
-        """Return a path relative to the root, or None where it is not below."""
+        """Return a path relative to the root, or None if it is not below the root."""
         if not isinstance(path, str | os.PathLike):
             return None
         text = os.path.abspath(os.fspath(path))
@@ -262,7 +262,7 @@ class Watch:
 
 
 class _Raw(io.FileIO):
-    """A file opened for writing, each of whose writes is a call."""
+    """A file opened for writing; each write is an intercepted call."""
 
     node: Any = None
 
@@ -287,8 +287,8 @@ class _Raw(io.FileIO):
         return self._watch.call("truncate", self._path, lambda: super(_Raw, self).truncate(size), change)
 
 
-def faults_of(call: Call) -> list[Fault]:
-    """Return the ways in which a call can fail, its effect not done, or cut short for writes."""
+def list_faults(call: Call) -> list[Fault]:
+    """Return the faults of a call: no effect, or a short write."""
     n, every = call.number, _NAMING | {"write", "truncate", "fsync"}
     found = [Fault(n, errno.EIO), Fault(n, errno.EIO, every, part=0.3)]
     if call.kind == "map":

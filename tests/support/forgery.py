@@ -1,4 +1,4 @@
-"""An index directory as a stranger may make it: content of their choice under digests that agree."""
+"""Forged index directories: arbitrary content with valid digests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, cont
 
 
 def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the content of an index's manifest, both copies, and make their digests anew."""
+    """Change the content of both copies of an index's manifest, and recompute their digests."""
     content = json.loads((directory / MANIFEST).read_text())
     own = generation_folder(directory, content["generation"])
     for name in ("digest", "format"):
@@ -24,13 +24,13 @@ def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (place / MANIFEST).write_text(text)
 
 
-def named_task(directory: Path, reference: object, /, **arguments: object) -> None:
-    """Let the manifest name a task."""
+def name_task(directory: Path, reference: object, /, **arguments: object) -> None:
+    """Replace the task that the manifest names."""
     forge(directory, lambda content: content["build"].update(task={"reference": reference, "arguments": arguments}))
 
 
-def acknowledge(directory: Path, path: Path) -> None:
-    """Let the manifest take a file of the index for what was written."""
+def update_digest(directory: Path, path: Path) -> None:
+    """Update the digest of a file in the manifests."""
     manifest, record = Manifest.read(directory), record_file(path)
 
     def newer(records: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ def dense(size: int, *, batch: int = 3, seed: int = 0) -> Dense:
     return Dense(torch.randn(batch, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
-def moved(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
+def move(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
     """Return the form on a device, with a floating-point dtype."""
     if isinstance(form, Outer):
         return Outer(form.left_BTR.to(device, dtype), form.right_BTC.to(device, dtype))
@@ -70,7 +70,7 @@ def moved(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
     return Dense(form.grad_BP.to(device, dtype))
 
 
-def gradient(form: Form) -> Tensor:
+def compute_gradient(form: Form) -> Tensor:
     """Return the gradients [B, P] in float64 from the definition of the form."""
     if isinstance(form, Dense):
         return form.grad_BP.double().cpu()
@@ -82,12 +82,12 @@ def gradient(form: Form) -> Tensor:
                 grad[b, int(form.index_BT[b, t])] += form.value_BTC[b, t].double().cpu()
         return grad.flatten(1)
     if isinstance(form, Convolution):
-        return _convolution_gradient(form)
+        return compute_convolution_gradient(form)
     return torch.einsum("btr,btc->brc", form.left_BTR.double().cpu(), form.right_BTC.double().cpu()).flatten(1)
 
 
-def _convolution_gradient(form: Convolution) -> Tensor:
-    """Return autograd's gradients of a convolution's weight, one example at a time."""
+def compute_convolution_gradient(form: Convolution) -> Tensor:
+    """Return the autograd gradients of a convolution's weight, one example at a time."""
     geometry = form.geometry
     apply = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(geometry.kernel)]
     channels = form.input_BC.shape[1] // geometry.groups
@@ -102,7 +102,7 @@ def _convolution_gradient(form: Convolution) -> Tensor:
     return torch.stack(grads)
 
 
-def same_gradient(grad_BRC: Tensor) -> dict[str, list[Form]]:
+def split_gradient(grad_BRC: Tensor) -> dict[str, list[Form]]:
     """Return lists of forms, each of which sums to these gradients, as from several calls of a layer."""
     batch, n_rows, n_columns = grad_BRC.shape
     eye = torch.eye(n_rows, dtype=grad_BRC.dtype, device=grad_BRC.device).expand(batch, -1, -1)

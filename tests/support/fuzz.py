@@ -1,8 +1,8 @@
-"""Hostile bytes for every reader: seeded mutations of an index's files, each read in a child process under limits.
+"""Altered files for every reader: seeded mutations of an index's files, each read in a child process under limits.
 
-A reader may take what it is given or refuse it with a TracinAnnError; anything else (another exception, a crash, a
-hang, memory beyond twice the file and a constant) is a failure, named by reader and case. JSON is also
-changed in structure, with its digest made anew, so that the checks of its content are reached.
+A reader must read a file or raise a TracinAnnError; anything else (another exception, a crash, a hang, more memory than
+twice the file and a constant) is a failure, reported with reader and case. The structure of JSON is changed as well,
+with a recomputed digest, so that the checks of its content run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.toy import CONFIG, Toy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import build
 from tracin_ann.errors import TracinAnnError
 from tracin_ann.features.canaries import read_canaries
@@ -40,22 +40,22 @@ JSON_VALUES = (None, True, -1, 0, 1, 2**31, 2**70, 1e308, -0.0, "", "x" * 200, "
 
 @dataclass(frozen=True)
 class Reader:
-    """A file of a sound index, and what reads it."""
+    """A file of an intact index, and the function that reads it."""
 
     path: Path
     read: Callable[[], object]
     is_json: bool = False
 
 
-def made(folder: Path) -> dict[str, Reader]:
+def build_readers(folder: Path) -> dict[str, Reader]:
     """Build a small index in the folder and return its readers by name."""
     torch.manual_seed(0)
     model = Toy()
-    fields: dict[str, Any] = {"train_data": lambda: rows(120), "query_data": lambda: rows(10, seed=2)}
-    fields |= {"checkpoints": saved(model, folder), "columns": lambda row: {"label": row[1], "name": "abc"}}
+    fields: dict[str, Any] = {"train_data": lambda: make_rows(120), "query_data": lambda: make_rows(10, seed=2)}
+    fields |= {"checkpoints": save_checkpoints(model, folder), "columns": lambda row: {"label": row[1], "name": "abc"}}
     fields |= {"ids": lambda row: f"{float(row[0][0]):.9f}"}
     out = folder / "index"
-    build(toy(folder, model, **fields), out, replace(CONFIG, index="ivf", partition_rows=64, dim=8))
+    build(make_toy_task(folder, model, **fields), out, replace(CONFIG, index="ivf", partition_rows=64, dim=8))
     manifest = remove(out, [3, 4])
     own = generation_folder(out, manifest.generation)
     store = FeatureStore(out / "features", manifest.build.layout)
@@ -82,7 +82,7 @@ def made(folder: Path) -> dict[str, Reader]:
     return readers | {name: Reader(own / name, lists) for name in IVFIndex.FILES}
 
 
-def mutated(content: bytes, random: np.random.Generator) -> bytes:
+def mutate(content: bytes, random: np.random.Generator) -> bytes:
     """Return the content with one to four changes."""
     changed = bytearray(content)
     for _ in range(int(random.integers(1, 5))):
@@ -111,8 +111,8 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def restructured(content: bytes, random: np.random.Generator) -> bytes:
-    """Return a JSON object with a few values dropped, replaced or moved, of right format and digest."""
+def restructure(content: bytes, random: np.random.Generator) -> bytes:
+    """Return a JSON object with a few values removed, replaced or moved, with valid format and digest."""
     whole = json.loads(content)
     whole.pop("digest", None)
     whole.pop("format", None)
@@ -146,19 +146,19 @@ def _places(value: Any) -> Any:
         yield from _places(item)
 
 
-def failures(name: str, reader: Reader, cases: range) -> list[str]:
-    """Run cases of one reader in a child process, and return what went wrong, a line each; the file is put back."""
-    sound, wrong = reader.path.read_bytes(), []
+def find_failures(name: str, reader: Reader, cases: range) -> list[str]:
+    """Run cases of one reader in a child process, return one line per failure, and restore the file."""
+    intact, wrong = reader.path.read_bytes(), []
     first = cases.start
     while first < cases.stop:
         ends, begins = os.pipe()
         child = os.fork()
         if not child:
             os.close(ends)
-            _run(name, reader, sound, range(first, cases.stop), begins)
+            _run_cases(name, reader, intact, range(first, cases.stop), begins)
         os.close(begins)
-        with os.fdopen(ends) as told:
-            lines = told.read().splitlines()
+        with os.fdopen(ends) as output:
+            lines = output.read().splitlines()
         _, status = os.waitpid(child, 0)
         wrong += [line for line in lines if not line.isdecimal()]
         last = max((int(line) for line in lines if line.isdecimal()), default=first)
@@ -167,12 +167,12 @@ def failures(name: str, reader: Reader, cases: range) -> list[str]:
         wrong.append(f"{name} case {last}: the process ended with status {status}")
         first = last + 1
     reader.path.unlink(missing_ok=True)
-    reader.path.write_bytes(sound)
+    reader.path.write_bytes(intact)
     return wrong
 
 
-def _run(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> None:
-    """Run cases, telling each before it begins; does not return."""
+def _run_cases(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> None:
+    """Run cases, and report each before it starts; does not return."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = now + 2 * len(sound) + BYTES_BESIDES
@@ -181,8 +181,8 @@ def _run(name: str, reader: Reader, sound: bytes, cases: range, told: int) -> No
     for case in cases:
         os.write(told, f"{case}\n".encode())
         random = np.random.default_rng([kind, case])
-        change = restructured if reader.is_json and random.random() < 0.5 else mutated  # noqa: PLR2004
-        # Another file, not the old one's bytes: maps of the old one stay what they were.
+        change = restructure if reader.is_json and random.random() < 0.5 else mutate  # noqa: PLR2004
+        # A new file, so that memory maps of the old one do not change.
         reader.path.unlink(missing_ok=True)
         reader.path.write_bytes(change(sound, random))
         signal.alarm(SECONDS_A_CASE)

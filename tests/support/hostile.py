@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from invocation import run
 from paths import ROOT, SUPPORT
-from tasks.own_ids import QUERIES, N, numbered
-from tasks.toy import CONFIG, RATES, Toy, saved, toy
+from tasks.own_ids import QUERIES, N, make_numbered_rows
+from tasks.toy import CONFIG, RATES, Toy, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, Description, Task, build
 from tracin_ann.cli.query import main as query_command
 
@@ -45,10 +45,10 @@ def hostile_task(folder: str | Path) -> Task:
     def text(row: Any) -> str:
         return TEXTS[row[2] % len(TEXTS)]
 
-    return toy(
+    return make_toy_task(
         Path(folder),
-        train_data=lambda: numbered(N, 1),
-        query_data=lambda: numbered(QUERIES, 2),
+        train_data=lambda: make_numbered_rows(N, 1),
+        query_data=lambda: make_numbered_rows(QUERIES, 2),
         checkpoints=[Checkpoint(Path(folder) / f"checkpoint{i}.pt", rate) for i, rate in enumerate(RATES)],
         columns=lambda row: {"label": text(row)},
         describe=lambda row: Description(text=text(row), table={"of it": text(row)}),
@@ -56,33 +56,26 @@ def hostile_task(folder: str | Path) -> Task:
     )
 
 
-def made(folder: Path) -> Path:
-    """Make the task's file, its checkpoints and its index in a folder, and return the folder."""
-    saved(Toy(), folder)
-    _file(folder).write_text(TASK.format(paths=[str(SUPPORT), str(ROOT)]))
+def build_hostile_index(folder: Path) -> Path:
+    """Write the task's file, its checkpoints and its index to a folder, and return the folder."""
+    save_checkpoints(Toy(), folder)
+    task_file(folder).write_text(TASK.format(paths=[str(SUPPORT), str(ROOT)]))
     build(hostile_task(folder), folder / "index", CONFIG)
     return folder
 
 
-def _file(folder: Path) -> Path:
-    """Return where the task's file is: a module of its own for each folder."""
+def task_file(folder: Path) -> Path:
+    """Return the path of the task's file, which is a separate module for each folder."""
     return folder / f"task_{folder.name.replace('-', '_')}.py"
 
 
-def words(folder: Path, *more: object) -> list[str]:
-    named = ("--task", f"{_file(folder)}:task", "--task-arg", f"folder={folder}", "--device", "cpu")
+def query_arguments(folder: Path, *more: object) -> list[str]:
+    named = ("--task", f"{task_file(folder)}:task", "--task-arg", f"folder={folder}", "--device", "cpu")
     return [str(word) for word in (folder / "index", *named, *more)]
 
 
-def ask(folder: Path, *more: object) -> Result:
-    return run(query_command, *words(folder, *more))
-
-
-def run(command: click.Command, *given: object) -> Result:
-    result = CliRunner().invoke(command, [str(word) for word in given])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def query_index(folder: Path, *more: object) -> Result:
+    return run(query_command, *query_arguments(folder, *more))
 
 
 def shell(line: str, *given: object, **environment: str) -> subprocess.CompletedProcess[bytes]:

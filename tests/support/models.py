@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks.toy import cross_entropy
+
 
 @dataclass(frozen=True)
 class Case:
     """A model with its loss and its examples.
 
     Attributes:
-        model: makes the model.
+        model: creates the model.
         loss: `(model, batch) -> Tensor[B]`.
-        example: makes an example.
+        example: creates an example.
         methods: the gradient methods that its parameters may use.
     """
 
@@ -27,10 +29,6 @@ class Case:
     loss: Callable[[nn.Module, Any], Tensor]
     example: Callable[[torch.Generator], Any]
     methods: frozenset[str]
-
-
-def classification(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def squared(model: nn.Module, batch: Any) -> Tensor:
@@ -326,51 +324,53 @@ def no_norms() -> nn.Module:
 RULE, VMAP, LOOP = "layer rule", "vmap(grad)", "loop"
 
 
-def case(model: Callable[[], nn.Module], example: Any, *methods: str, loss: Any = classification) -> Case:
+def find_case(model: Callable[[], nn.Module], example: Any, *methods: str, loss: Any = cross_entropy) -> Case:
     return Case(model, loss, example, frozenset(methods))
 
 
 CASES: dict[str, Case] = {
-    "mlp": case(mlp, vector(6), RULE),
-    "linear of rank 4": case(
+    "mlp": find_case(mlp, vector(6), RULE),
+    "linear of rank 4": find_case(
         lambda: nn.Linear(3, 2),
         lambda g: (torch.randn(2, 5, 3, generator=g), torch.randn(2, 5, 2, generator=g)),
         RULE,
         loss=squared,
     ),
-    "conv1d": case(conv1d, vector(3, 8), RULE),
-    "conv2d": case(conv2d, vector(2, 9, 9), RULE),
-    "conv3d": case(conv3d, vector(1, 4, 5, 4), RULE),
-    "gpt": case(TinyGPT, sequence(7, 11), RULE, VMAP, loss=tokens),
-    "gpt tied": case(lambda: TinyGPT(tied=True), sequence(7, 11), RULE, VMAP, loss=tokens),
-    "gpt tied by F.linear": case(
+    "conv1d": find_case(conv1d, vector(3, 8), RULE),
+    "conv2d": find_case(conv2d, vector(2, 9, 9), RULE),
+    "conv3d": find_case(conv3d, vector(1, 4, 5, 4), RULE),
+    "gpt": find_case(TinyGPT, sequence(7, 11), RULE, VMAP, loss=tokens),
+    "gpt tied": find_case(lambda: TinyGPT(tied=True), sequence(7, 11), RULE, VMAP, loss=tokens),
+    "gpt tied by F.linear": find_case(
         lambda: TinyGPT(functional=True), sequence(7, 11), RULE, VMAP, "no gradient", loss=tokens
     ),
-    "places of a row": case(lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))), words(9), RULE),
-    "places of indices": case(lambda: Placed(lambda m, t: m.places(t)), words(9), RULE),
-    "places as many as examples": case(lambda: Placed(lambda m, t: m.places(t)), words(6), RULE),
-    "places through layers": case(
+    "places of a row": find_case(lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))), words(9), RULE),
+    "places of indices": find_case(lambda: Placed(lambda m, t: m.places(t)), words(9), RULE),
+    "places as many as examples": find_case(lambda: Placed(lambda m, t: m.places(t)), words(6), RULE),
+    "places through layers": find_case(
         lambda: Placed(lambda m, t: m.norm(torch.tanh(m.places(t.unsqueeze(0))))), words(9), RULE
     ),
-    "places in place": case(lambda: Placed(placed_in_place), words(9), RULE),
-    "places reshaped": case(lambda: Placed(lambda m, t: m.places(t).view(1, len(t), 6)), words(9), RULE, VMAP),
-    "places of the first alone": case(lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))[0]), words(9), RULE, VMAP),
-    "patches": case(Patches, vector(7, 3), RULE),
-    "patches, a row for all": case(lambda: Patches(of_all=True), vector(7, 3), RULE, VMAP),
-    "patches as many as examples": case(lambda: Patches(of_all=True), vector(5, 3), RULE, VMAP),
-    "attention": case(attention, vector(5, 6), RULE, VMAP),
-    "encoder": case(encoder, vector(5, 6), RULE, VMAP),
-    "gru": case(lambda: recurrent(nn.GRU), vector(5, 3), RULE, LOOP),
-    "lstm": case(lambda: recurrent(nn.LSTM), vector(5, 3), RULE, VMAP),
-    "called twice": case(twice, vector(6), RULE),
-    "held twice": case(shared_twice, vector(6), RULE, VMAP),
-    "parametrised": case(weight_normed, vector(6), RULE, VMAP),
-    "old weight norm": case(old_weight_normed, vector(6), RULE, VMAP),
-    "branching": case(branching, vector(6), RULE, LOOP),
-    "flattened positions": case(flattened, vector(5, 3), RULE),
-    "own norms": case(lambda: Lambda(lambda m, x: m.inner(x).mean(1), inner=own_norms()), vector(6, 3), RULE),
-    "own norms, one position": case(own_norms, vector(3), RULE),
-    "own linear layers": case(
+    "places in place": find_case(lambda: Placed(placed_in_place), words(9), RULE),
+    "places reshaped": find_case(lambda: Placed(lambda m, t: m.places(t).view(1, len(t), 6)), words(9), RULE, VMAP),
+    "places of the first alone": find_case(
+        lambda: Placed(lambda m, t: m.places(t.unsqueeze(0))[0]), words(9), RULE, VMAP
+    ),
+    "patches": find_case(Patches, vector(7, 3), RULE),
+    "patches, a row for all": find_case(lambda: Patches(of_all=True), vector(7, 3), RULE, VMAP),
+    "patches as many as examples": find_case(lambda: Patches(of_all=True), vector(5, 3), RULE, VMAP),
+    "attention": find_case(attention, vector(5, 6), RULE, VMAP),
+    "encoder": find_case(encoder, vector(5, 6), RULE, VMAP),
+    "gru": find_case(lambda: recurrent(nn.GRU), vector(5, 3), RULE, LOOP),
+    "lstm": find_case(lambda: recurrent(nn.LSTM), vector(5, 3), RULE, VMAP),
+    "called twice": find_case(twice, vector(6), RULE),
+    "held twice": find_case(shared_twice, vector(6), RULE, VMAP),
+    "parametrised": find_case(weight_normed, vector(6), RULE, VMAP),
+    "old weight norm": find_case(old_weight_normed, vector(6), RULE, VMAP),
+    "branching": find_case(branching, vector(6), RULE, LOOP),
+    "flattened positions": find_case(flattened, vector(5, 3), RULE),
+    "own norms": find_case(lambda: Lambda(lambda m, x: m.inner(x).mean(1), inner=own_norms()), vector(6, 3), RULE),
+    "own norms, one position": find_case(own_norms, vector(3), RULE),
+    "own linear layers": find_case(
         lambda: Lambda(
             lambda m, x: m.inner(x).mean(1),
             inner=nn.Sequential(Conv1D(3, 5), nn.Tanh(), Conv1D(5, 5), nn.Tanh(), OwnLinear(5), Conv1D(5, 4)),
@@ -378,18 +378,18 @@ CASES: dict[str, Case] = {
         vector(6, 3),
         RULE,
     ),
-    "own linear layers, one position": case(
+    "own linear layers, one position": find_case(
         lambda: nn.Sequential(Conv1D(3, 5), nn.Tanh(), OwnLinear(5), nn.Tanh(), Conv1D(5, 4)), vector(3), RULE
     ),
-    "no linear layer": case(
+    "no linear layer": find_case(
         lambda: nn.Sequential(nn.Linear(3, 5), Bilinear(5), nn.Linear(5, 4)), vector(3), RULE, VMAP
     ),
-    "no norms": case(no_norms, vector(6, 3), RULE, VMAP),
-    "sequence first": case(sequence_first, vector(5, 3), RULE, VMAP),
+    "no norms": find_case(no_norms, vector(6, 3), RULE, VMAP),
+    "sequence first": find_case(sequence_first, vector(5, 3), RULE, VMAP),
 }
 
 
-def made(name: str, seed: int = 0, n: int = 6) -> tuple[nn.Module, Case, list[Any]]:
+def make_case(name: str, seed: int = 0, n: int = 6) -> tuple[nn.Module, Case, list[Any]]:
     """Return the model of a case, the case, and n examples; parameters and running statistics are random."""
     chosen = CASES[name]
     with torch.random.fork_rng():

@@ -19,13 +19,13 @@ def gradients(
     collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate,
 ) -> Tensor:
     """Return per-example gradients [N, P] in float64, one example at a time, parameters in the model's order."""
-    model = _double(model).eval()
+    model = to_double(model).eval()
     chosen = [p for n, p in model.named_parameters() if (p.requires_grad if names is None else n in names)]
     for parameter in chosen:
         parameter.requires_grad_(True)
     rows = []
     for example in examples:
-        batch = _double_batch(collate([example]))
+        batch = to_double_batch(collate([example]))
         grads = torch.autograd.grad(loss(model, batch).sum(), chosen, allow_unused=True)
         rows.append(
             torch.cat(
@@ -38,18 +38,18 @@ def gradients(
     return torch.stack(rows).double()
 
 
-def _double(model: nn.Module) -> nn.Module:
-    # Copies of TorchScript's parameters are leaves only where no graph is made.
+def to_double(model: nn.Module) -> nn.Module:
+    # Copies of TorchScript's parameters are leaves only if no graph is recorded.
     with torch.no_grad():
         return copy.deepcopy(model).double()
 
 
-def _double_batch(batch: Any) -> Any:
+def to_double_batch(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch.double() if batch.is_floating_point() else batch
     if isinstance(batch, dict):
-        return {key: _double_batch(value) for key, value in batch.items()}
-    return type(batch)(_double_batch(item) for item in batch) if isinstance(batch, (list, tuple)) else batch
+        return {key: to_double_batch(value) for key, value in batch.items()}
+    return type(batch)(to_double_batch(item) for item in batch) if isinstance(batch, (list, tuple)) else batch
 
 
 def tracin(gradients_QCP: Tensor, gradients_NCP: Tensor, rates: Sequence[float]) -> np.ndarray:
@@ -57,7 +57,7 @@ def tracin(gradients_QCP: Tensor, gradients_NCP: Tensor, rates: Sequence[float])
     return torch.einsum("qcp,ncp,c->qn", gradients_QCP, gradients_NCP, torch.tensor(rates).double()).numpy()
 
 
-def top(scores_QN: np.ndarray, k: int, *, largest: bool = True) -> list[np.ndarray]:
+def top_ids(scores_QN: np.ndarray, k: int, *, largest: bool = True) -> list[np.ndarray]:
     """Return the ids of the k best rows of each query, equal scores by rising id."""
     signed = -scores_QN if largest else scores_QN
     return [np.lexsort((np.arange(len(row)), row))[:k] for row in signed]

@@ -1,4 +1,4 @@
-"""An HTML page as a browser parses it: elements with attributes, texts and scripts."""
+"""A parser of HTML pages: elements with attributes, text and scripts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: elements with their attributes, texts, scripts, which stay open."""
+    """A parsed page: its elements with attributes, its text and its scripts."""
 
     VOID = ("meta", "link", "input", "br", "img")
 
@@ -40,6 +40,6 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
-    def of(self, *words: str) -> list[dict[str, str | None]]:
+    def find_class(self, *words: str) -> list[dict[str, str | None]]:
         """Return the attributes of elements that have these classes."""
         return [a for _, a in self.elements if set(words) <= set((a.get("class") or "").split())]

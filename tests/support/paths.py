@@ -1,4 +1,4 @@
-"""Places of the repository that tests name: its root, and the folder of the tests' shared code."""
+"""Paths of the repository: its root, and the folder of the tests' shared code."""
 
 from __future__ import annotations
 

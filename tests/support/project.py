@@ -1,4 +1,4 @@
-"""What tests read of the project itself: its pyproject.toml, its commands, and the files that are committed."""
+"""Data of the project: its pyproject.toml, its commands, and its committed files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 
 def committed_files() -> list[Path]:
-    """Return the files that are, or would be, committed."""
+    """Return the files that are committed or not ignored."""
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

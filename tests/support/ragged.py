@@ -16,9 +16,9 @@ class Ragged:
     """A model with its loss and its examples.
 
     Attributes:
-        model: makes the model.
+        model: creates the model.
         loss: `(model, batch) -> Tensor[B]`.
-        example: makes an example of a size.
+        example: creates an example of a size.
         collate: examples -> batch.
     """
 
@@ -205,7 +205,7 @@ CASES = {
 }
 
 
-def made(name: str, sizes: Sequence[int], seed: int = 0) -> tuple[nn.Module, Ragged, list[Any]]:
+def make_case(name: str, sizes: Sequence[int], seed: int = 0) -> tuple[nn.Module, Ragged, list[Any]]:
     """Return the model of a case, the case, and examples of these sizes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

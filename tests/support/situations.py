@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tasks.toy import cross_entropy
+
 Rows = list[Any]
 EXACT, HALF = 1e-4, 5e-2
 
@@ -22,11 +24,11 @@ class Situation:
     """A model, its per-example loss and its rows.
 
     Attributes:
-        model: makes the model.
+        model: creates the model.
         loss: `(model, batch) -> Tensor[B]`.
         rows: number of rows -> examples.
         tolerance: of scores, relative to the largest.
-        truth: makes the same model for the float64 oracle, where the model itself cannot be cast.
+        truth: creates the same model for the float64 oracle, if the model itself cannot be cast.
     """
 
     model: Callable[[], nn.Module]
@@ -69,10 +71,6 @@ def tokens(n: int) -> Rows:
 def images(n: int) -> Rows:
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(1, 8, 8, generator=generator), i % 3) for i in range(n)]
-
-
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def next_token(model: nn.Module, batch: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ class Llama(nn.Module):
             lora = name.endswith(("down.weight", "up.weight")) and (".q." in name or ".v." in name)
             parameter.requires_grad_(lora or (whole and ".base." not in name))
         if hook:
-            # As `enable_input_require_grads` of Hugging Face.
+            # Like `enable_input_require_grads` of Hugging Face.
             self.embed.register_forward_hook(require_grad)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -249,7 +247,7 @@ class Raw(nn.Module):
         return F.linear(x, self.w, self.b)
 
 
-def critic() -> nn.Module:
+def make_critic() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Softplus(), nn.Linear(7, 1))
 
 
@@ -307,7 +305,7 @@ class Cnn(nn.Module):
         return self.head(torch.relu(self.conv(x)).flatten(1))
 
 
-def scripted() -> nn.Module:
+def make_scripted() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.script(Cnn())
@@ -322,7 +320,7 @@ def traced() -> nn.Module:
 class PartlyScripted(nn.Module):
     def __init__(self, *, frozen: bool = False, plain: bool = False) -> None:
         super().__init__()
-        self.body, self.head = Cnn() if plain else scripted(), nn.Linear(3, 3)
+        self.body, self.head = Cnn() if plain else make_scripted(), nn.Linear(3, 3)
         for parameter in self.body.parameters():
             parameter.requires_grad_(not frozen)
 
@@ -465,13 +463,13 @@ SITUATIONS: dict[str, Situation] = {
     "autocast in the loss, attention": Situation(Attending, in_autocast, sequences, HALF),
     "autocast in the loss, a loop": Situation(LoopOnly, in_autocast, vectors, HALF),
     "autocast in the loss, no modules": Situation(Raw, in_autocast, vectors, HALF),
-    "gradient penalty": Situation(critic, gradient_penalty, vectors),
-    "gradient penalty by torch.func": Situation(critic, gradient_penalty_by_func, vectors),
-    "physics": Situation(critic, physics, vectors),
-    "forces": Situation(critic, forces, vectors),
+    "gradient penalty": Situation(make_critic, gradient_penalty, vectors),
+    "gradient penalty by torch.func": Situation(make_critic, gradient_penalty_by_func, vectors),
+    "physics": Situation(make_critic, physics, vectors),
+    "forces": Situation(make_critic, forces, vectors),
     "adversarial": Situation(Toy, adversarial, vectors),
     "adversarial and plain": Situation(Toy, adversarial_and_plain, vectors),
-    "scripted": Situation(scripted, cross_entropy, images, truth=Cnn),
+    "scripted": Situation(make_scripted, cross_entropy, images, truth=Cnn),
     "traced": Situation(traced, cross_entropy, images, truth=Cnn),
     "scripted in part": Situation(PartlyScripted, cross_entropy, images, truth=lambda: PartlyScripted(plain=True)),
     "a frozen scripted part": Situation(

@@ -1,4 +1,4 @@
-"""Rows that are wrong: gradients of two examples that change places, and stored rows that are altered."""
+"""Wrong rows: swapped gradients of two examples, and altered stored rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tracin_ann.store import FeatureBlock, FeatureStore
 from tracin_ann.store.manifest import FEATURES, Manifest, record_file
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]], bool], name: str) -> None:
-    """Let a parameter's gradients of a batch's first two examples change places where the batch's ids say so.
+def swap_gradients(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]], bool], name: str) -> None:
+    """Swap a parameter's gradients of the first two examples of a batch that its ids select.
 
-    Their sum stays, so that no proof by sums sees it.
+    The sum is unchanged, so a check of sums does not detect the swap.
     """
     run = GradientEngine.run
 
@@ -39,8 +39,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, is_mixed: Callable[[tuple[int, ...]],
     monkeypatch.setattr(GradientEngine, "run", mixing)
 
 
-def alter(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor: float = 1.01) -> None:
-    """Multiply stored rows of one partition, in a file and manifests whose digests agree."""
+def alter_rows(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor: float = 1.01) -> None:
+    """Multiply stored rows of one partition, with valid digests in the file and the manifests."""
     manifest = Manifest.read(directory)
     store = FeatureStore(directory / FEATURES, manifest.build.layout)
     partition = rows[0] // store.layout.partition_rows

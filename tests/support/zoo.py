@@ -15,28 +15,28 @@ RATES = (0.3, 0.05)
 N_TRAIN, N_QUERY = 14, 3
 
 
-def examples(case: str, seed: int) -> tuple[list[Any], list[Any]]:
-    _, _, rows = models.made(case, seed, N_TRAIN + N_QUERY)
+def make_examples(case: str, seed: int) -> tuple[list[Any], list[Any]]:
+    _, _, rows = models.make_case(case, seed, N_TRAIN + N_QUERY)
     return rows[:N_TRAIN], rows[N_TRAIN:]
 
 
-def trained(case: str, seed: int, folder: Path) -> list[nn.Module]:
+def save_checkpoints(case: str, seed: int, folder: Path) -> list[nn.Module]:
     """Save two checkpoints of a case's model and return the two models."""
-    made = []
+    trained = []
     for i in range(len(RATES)):
-        model, _, _ = models.made(case, seed)
+        model, _, _ = models.make_case(case, seed)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(100 + i)
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))
         torch.save(model.state_dict(), folder / f"{i}.pt")
-        made.append(model)
-    return made
+        trained.append(model)
+    return trained
 
 
 def task(case: str, folder: str, seed: str = "0") -> Task:
-    train_rows, query_rows = examples(case, int(seed))
-    model, chosen, _ = models.made(case, int(seed))
+    train_rows, query_rows = make_examples(case, int(seed))
+    model, chosen, _ = models.make_case(case, int(seed))
     return Task(
         model=lambda: model,
         loss=chosen.loss,
@@ -47,6 +47,6 @@ def task(case: str, folder: str, seed: str = "0") -> Task:
     )
 
 
-def wide(folder: str) -> Task:
-    """Return a task whose loss is another than `task`'s, for refusals."""
+def task_with_another_loss(folder: str) -> Task:
+    """Return a task with another loss than `task`, which must be rejected."""
     return task("conv1d", folder)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from tasks.toy import CONFIG, Toy, rows, toy
+from tasks.toy import CONFIG, Toy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import IndexMismatchError, TaskError
 from tracin_ann.features.fingerprint import data_digest
@@ -53,11 +53,11 @@ NAN = float("nan")
         (b"ab", b"ab", True),
     ],
 )
-def test_two_readings_are_the_same_bit_for_bit(left, right, expected):
+def test_two_reads_are_bit_identical(left, right, expected):
     assert (encode_content(left) == encode_content(right)) is expected
 
 
-def test_leaves_have_the_bytes_that_digests_of_older_indexes_hold():
+def test_leaves_have_the_bytes_that_digests_of_older_indexes_cover():
     row = {"x": torch.arange(3.0), "y": 2, "deep": [np.float32(1), ("text", None)], "half": torch.ones(1).bfloat16()}
     assert encode_content(row).pieces == (
         b"((3,), 'float32')" + torch.arange(3.0).numpy().tobytes(),
@@ -109,14 +109,14 @@ class Plain:
 
 
 class Named(str):
-    """A text with more to it."""
+    """A string with an attribute."""
 
 
 Pair = collections.namedtuple("Pair", "x y")
 
 
-def picture(value, mode="RGB"):
-    """Return a picture as a file gives it: read only when it is looked at."""
+def make_lazy_image(value, mode="RGB"):
+    """Return an image of a file, which is decoded lazily."""
     file = io.BytesIO()
     image = pictures.new(mode, (3, 2), value)
     if mode == "P":
@@ -130,15 +130,15 @@ def frame(value):
 
 
 def circle(value):
-    made = Plain(x=value)
-    made.me, made.all = made, [made]
-    return made
+    instance = Plain(x=value)
+    instance.me, instance.all = instance, [instance]
+    return instance
 
 
-def named(value):
-    made = Named("text")
-    made.value = value
-    return made
+def make_named(value):
+    instance = Named("text")
+    instance.value = value
+    return instance
 
 
 def dense(value):
@@ -149,16 +149,16 @@ ALIGNED = np.dtype([("a", "i1"), ("b", "f8")], align=True)
 
 
 def aligned(value):
-    """Return a structured array with bytes between its fields that hold whatever was there before."""
-    made = np.frombuffer(np.random.bytes(ALIGNED.itemsize * 2), dtype=ALIGNED).copy()
-    made["a"], made["b"] = 1, value
-    return made
+    """Return a structured array with uninitialised bytes between its fields."""
+    instance = np.frombuffer(np.random.bytes(ALIGNED.itemsize * 2), dtype=ALIGNED).copy()
+    instance["a"], instance["b"] = 1, value
+    return instance
 
 
 KINDS = {
-    "picture": lambda v: picture((v, 0, 0)),
-    "grey picture": lambda v: picture(v, "L"),
-    "picture of a palette": lambda v: picture(v, "P"),
+    "picture": lambda v: make_lazy_image((v, 0, 0)),
+    "grey picture": lambda v: make_lazy_image(v, "L"),
+    "picture of a palette": lambda v: make_lazy_image(v, "P"),
     "dataclass": lambda v: Example(torch.tensor(v)),
     "nested dataclasses": lambda v: Example(Example({"a": v})),
     "keys in an object": lambda v: Example({"ab"[v - 1]: 0}),
@@ -170,7 +170,7 @@ KINDS = {
         **dict(sorted({"x": v, "y": 0}.items(), reverse=bool(np.random.randint(2))))
     ),
     "named tuple": lambda v: Pair(v, 1),
-    "text with attributes": named,
+    "text with attributes": make_named,
     "object array": lambda v: np.array([v, "s", None], dtype=object),
     "structured objects": lambda v: np.array([(1, v)], dtype=[("a", "i1"), ("b", "O")]),
     "structured array with padding": aligned,
@@ -207,14 +207,14 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support")
 @pytest.mark.parametrize("kind", KINDS)
-def test_objects_are_compared_by_what_they_hold(kind):
-    made = KINDS[kind]
-    assert encode_content(made(1)) == encode_content(made(1))
-    assert encode_content([made(1)]).pieces != encode_content([made(2)]).pieces
-    assert encode_content(made(1)).unknown == ()
+def test_objects_are_compared_by_content(kind):
+    create = KINDS[kind]
+    assert encode_content(create(1)) == encode_content(create(1))
+    assert encode_content([create(1)]).pieces != encode_content([create(2)]).pieces
+    assert encode_content(create(1)).unknown == ()
 
 
-def test_sparse_matrices_of_scipy_are_compared_whatever_they_noted_of_themselves():
+def test_sparse_matrices_of_scipy_are_compared_without_their_cached_flags():
     sparse = pytest.importorskip("scipy.sparse")
     for kind in (sparse.csr_matrix, sparse.csr_array, sparse.coo_array):
         one, same, other = (kind(np.array([[0.0, v, 0.0], [1.0, 0.0, 0.0]])) for v in (1, 1, 2))
@@ -224,7 +224,7 @@ def test_sparse_matrices_of_scipy_are_compared_whatever_they_noted_of_themselves
         assert not encode_content(one).unknown
 
 
-def test_what_an_object_keeps_of_its_own_computing_is_no_content():
+def test_cached_results_of_an_object_are_not_content():
     value = Plain(x=1)
     before = encode_content(value)
     assert value.size is value.size
@@ -232,7 +232,7 @@ def test_what_an_object_keeps_of_its_own_computing_is_no_content():
 
 
 def endless():
-    """Return an object that is taken apart into two new ones of its kind, without end."""
+    """Return an object that reduces to two new objects of its type, without end."""
 
     class Endless:
         def __reduce__(self):
@@ -260,14 +260,14 @@ def deep():
         (deep(), "list"),
     ],
 )
-def test_what_cannot_be_taken_apart_is_said_and_the_batch_stands_in(value, name):
+def test_rows_without_readable_content_are_reported_and_the_batch_is_used_instead(value, name):
     assert name in encode_content(value).unknown
     assert encode_content((1, value), lambda examples: torch.zeros(1)) == encode_content(torch.zeros(1))
     assert name in encode_content((1, value), lambda examples: examples).unknown
 
 
 class Drawn:
-    """Rows as objects, with noise at every reading."""
+    """Rows as objects, with new noise at every read."""
 
     def __init__(self, kind):
         self.kind = kind
@@ -276,15 +276,15 @@ class Drawn:
         return 10
 
     def __getitem__(self, i):
-        return self.kind(*rows(10)[i])
+        return self.kind(*make_rows(10)[i])
 
 
-def as_picture(x, y):
+def read_as_image(x, y):
     return pictures.fromarray(np.random.randint(0, 255, (4, 4), dtype=np.uint8)), y
 
 
 OBJECTS = {
-    "picture": as_picture,
+    "picture": read_as_image,
     "dataclass": lambda x, y: Example(x + torch.randn(5), y),
     "object array": lambda x, y: np.array([*(x + torch.randn(5)).tolist(), y], dtype=object),
     "known after collate": lambda x, y: (threading.Lock(), x + torch.randn(5), y),
@@ -292,16 +292,16 @@ OBJECTS = {
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
-def test_random_rows_that_are_objects_are_refused(tmp_path, kind):
+def test_random_rows_that_are_objects_are_rejected(tmp_path, kind):
     def collate(examples):
         return torch.stack([example[1] for example in examples]), torch.tensor([example[2] for example in examples])
 
-    task = toy(tmp_path, train_data=lambda: Drawn(OBJECTS[kind]), collate=collate)
+    task = make_toy_task(tmp_path, train_data=lambda: Drawn(OBJECTS[kind]), collate=collate)
     with pytest.raises(TaskError, match="rows of train_data change when they are read twice: got two different readin"):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_rows_that_fill_one_object_again_and_again_are_refused(tmp_path):
+def test_rows_that_reuse_one_object_are_rejected(tmp_path):
     buffer = torch.zeros(5)
 
     class Filled(Drawn):
@@ -309,7 +309,7 @@ def test_rows_that_fill_one_object_again_and_again_are_refused(tmp_path):
             return buffer.normal_(), 0
 
     with pytest.raises(TaskError, match="rows of train_data change when they are read twice"):
-        build(toy(tmp_path, train_data=lambda: Filled(None)), tmp_path / "out", CONFIG)
+        build(make_toy_task(tmp_path, train_data=lambda: Filled(None)), tmp_path / "out", CONFIG)
 
 
 def collate_objects(examples):
@@ -319,10 +319,10 @@ def collate_objects(examples):
 
 
 class Table:
-    """Numbers and texts, the rows of which are arrays of new objects at every reading."""
+    """Numbers and strings; rows are arrays of new objects at every read."""
 
     def __init__(self, n, shift=0.0):
-        self.frame = pandas.DataFrame([[*(x + shift).tolist(), f"row {i}", y] for i, (x, y) in enumerate(rows(n))])
+        self.frame = pandas.DataFrame([[*(x + shift).tolist(), f"row {i}", y] for i, (x, y) in enumerate(make_rows(n))])
 
     def __len__(self):
         return len(self.frame)
@@ -331,10 +331,10 @@ class Table:
         return self.frame.iloc[i].values
 
 
-def test_rows_of_a_table_are_taken_and_told_from_those_of_another(tmp_path):
+def test_rows_of_a_table_are_accepted_and_distinguished_from_those_of_another(tmp_path):
     model = Toy()
-    plain = toy(tmp_path, model, query_data=lambda: rows(10))
-    task = toy(
+    plain = make_toy_task(tmp_path, model, query_data=lambda: make_rows(10))
+    task = make_toy_task(
         tmp_path,
         model,
         checkpoints=plain.checkpoints,
@@ -354,7 +354,7 @@ def test_rows_of_a_table_are_taken_and_told_from_those_of_another(tmp_path):
 
 
 class Handle:
-    """An object whose numbers nothing can see."""
+    """An object with inaccessible numbers."""
 
     def __init__(self, x, y):
         self.read = lambda: (x, y)
@@ -365,11 +365,11 @@ def loss_of_handles(model, batch):
     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
 
 
-def test_what_no_digest_can_hold_is_logged_and_recorded(tmp_path, caplog):
-    task = toy(
+def test_content_that_no_digest_covers_is_logged_and_recorded(tmp_path, caplog):
+    task = make_toy_task(
         tmp_path,
-        train_data=lambda: [Handle(x, y) for x, y in rows(10)],
-        query_data=lambda: [Handle(x, y) for x, y in rows(5, seed=2)],
+        train_data=lambda: [Handle(x, y) for x, y in make_rows(10)],
+        query_data=lambda: [Handle(x, y) for x, y in make_rows(5, seed=2)],
         collate=lambda examples: examples,
         loss=loss_of_handles,
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tasks.toy import CONFIG, Toy, cross_entropy, rows, saved, toy
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, Task, build, materialise, plan
 from tracin_ann.errors import TaskError
 from tracin_ann.task.data import open_data
@@ -21,7 +21,7 @@ class Broken:
     """A data set that counts 40 rows and raises at row 37."""
 
     def __init__(self, error):
-        self.rows, self.error = rows(N), error
+        self.rows, self.error = make_rows(N), error
 
     def __len__(self):
         return N
@@ -32,12 +32,12 @@ class Broken:
         return self.rows[i]
 
 
-class Lying(Broken):
+class Miscounted(Broken):
     def __getitem__(self, i):
         return self.rows[:37][i]
 
 
-def broken():
+def make_broken_data():
     return Broken(ValueError("no such picture"))
 
 
@@ -45,8 +45,8 @@ WORKING = re.escape(
     "expected an example for each of the 40 rows that its len() counts; correct the data set's __getitem__, or its"
 )
 FAULTS = {
-    "len() that lies": (lambda: Lying(None), r"IndexError: list index out of range \(test_data.py:\d+\)"),
-    "an error of the user's": (broken, r"ValueError: no such picture \(test_data.py:\d+\)"),
+    "len() that lies": (lambda: Miscounted(None), r"IndexError: list index out of range \(test_data.py:\d+\)"),
+    "an error of the user's": (make_broken_data, r"ValueError: no such picture \(test_data.py:\d+\)"),
     "a key": (lambda: Broken(KeyError("label")), r"KeyError: 'label' \(test_data.py:\d+\)"),
     "lines": (lambda: Broken(RuntimeError("two\nlines")), r"RuntimeError: two lines \(test_data.py:\d+\)"),
     "the end of an iterator": (lambda: Broken(StopIteration()), r"StopIteration \(test_data.py:\d+\)"),
@@ -57,8 +57,8 @@ FAULTS = {
 @pytest.mark.parametrize("side", ["train", "query"])
 def test_a_row_that_cannot_be_read_is_named(tmp_path, fault, side):
     data, got = FAULTS[fault]
-    task = toy(tmp_path, **{f"{side}_data": data})
-    # Of a len() that lies, any row that is not there.
+    task = make_toy_task(tmp_path, **{f"{side}_data": data})
+    # If len() is wrong, any row that does not exist.
     with pytest.raises(TaskError, match=rf"^row 3[79] of {side}_data cannot be read: got {got}, {WORKING}") as caught:
         build(task, tmp_path / "out", replace(CONFIG, yardstick=False))
         InfluenceIndex.open(tmp_path / "out", task, device="cpu").query([37])
@@ -67,30 +67,32 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, fault, side):
 
 
 def test_a_row_that_a_worker_cannot_read_is_named(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
-    task = Task(model=Toy, loss=cross_entropy, train_data=broken, query_data=rows_of_queries, checkpoints=checkpoints)
+    checkpoints = save_checkpoints(Toy(), tmp_path)
+    task = Task(
+        model=Toy, loss=cross_entropy, train_data=make_broken_data, query_data=rows_of_queries, checkpoints=checkpoints
+    )
     with pytest.raises(
         TaskError, match=rf"^row 37 of train_data cannot be read: got ValueError.*, {WORKING}"
     ) as caught:
         build(task, tmp_path / "out", replace(CONFIG, workers=1))
-    # What --debug shows: the worker's own trace.
+    # --debug shows the traceback of the worker.
     assert "ValueError: no such picture" in str(caught.value.__cause__)
 
 
 def rows_of_queries():
-    return rows(5, seed=2)
+    return make_rows(5, seed=2)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, SystemExit])
-def test_what_is_no_fault_of_the_row_is_raised_as_it_is(tmp_path, error):
-    data = open_data(toy(tmp_path, train_data=lambda: Broken(error())), "train")
+def test_an_error_not_caused_by_a_row_is_raised_unchanged(tmp_path, error):
+    data = open_data(make_toy_task(tmp_path, train_data=lambda: Broken(error())), "train")
     with pytest.raises(error):
         data[37]
 
 
-def test_a_side_has_as_many_rows_as_when_it_was_opened(tmp_path):
-    growing = rows(3)
-    data = open_data(toy(tmp_path, train_data=lambda: growing), "train")
+def test_the_number_of_rows_is_fixed_when_the_data_is_opened(tmp_path):
+    growing = make_rows(3)
+    data = open_data(make_toy_task(tmp_path, train_data=lambda: growing), "train")
     growing.append(growing[0])
     assert len(data) == 3
 
@@ -102,7 +104,7 @@ class Stream(torch.utils.data.IterableDataset):
         self.n, self.wrong = n, wrong
 
     def __iter__(self):
-        for i, row in enumerate(rows(self.n)):
+        for i, row in enumerate(make_rows(self.n)):
             if i == self.wrong:
                 raise OSError("connection lost")
             yield row
@@ -111,20 +113,20 @@ class Stream(torch.utils.data.IterableDataset):
         return 7
 
 
-def test_a_stream_is_refused_and_materialised_it_is_indexed_like_a_list(tmp_path):
+def test_a_stream_is_rejected_until_it_is_materialised(tmp_path):
     model = Toy()
-    task = toy(tmp_path, model, train_data=Stream)
+    task = make_toy_task(tmp_path, model, train_data=Stream)
     with pytest.raises(
         TaskError, match=re.escape("got Stream, an IterableDataset, expected a map-style data set")
     ) as e:
         plan(task, tmp_path / "out", CONFIG)
     assert str(e.value).endswith("return tracin_ann.materialise(data), which reads it into a list")
     build(replace(task, train_data=lambda: materialise(Stream())), tmp_path / "out", CONFIG)
-    whole = toy(tmp_path, model, train_data=lambda: rows(10), checkpoints=task.checkpoints)
-    assert len(InfluenceIndex.open(tmp_path / "out", whole, device="cpu").query([0])) == 1
+    longer = make_toy_task(tmp_path, model, train_data=lambda: make_rows(10), checkpoints=task.checkpoints)
+    assert len(InfluenceIndex.open(tmp_path / "out", longer, device="cpu").query([0])) == 1
 
 
-def test_any_iterable_is_materialised_in_its_order():
+def test_any_iterable_is_materialised_in_order():
     assert materialise(iter("abc")) == ["a", "b", "c"]
     assert materialise([]) == []
 
@@ -136,7 +138,7 @@ def test_a_stream_that_fails_names_the_row():
         materialise(Stream(wrong=4))
 
 
-def test_a_stream_of_one_buffer_is_refused():
+def test_a_stream_that_reuses_one_buffer_is_rejected():
     def stream():
         buffer = torch.zeros(2)
         for i in range(3):
@@ -146,15 +148,15 @@ def test_a_stream_of_one_buffer_is_refused():
         materialise(stream())
 
 
-def test_rows_that_no_collate_takes_are_refused_with_the_remedy(tmp_path):
-    task = toy(tmp_path, train_data=lambda: [(x.to_sparse(), y) for x, y in rows(10)])
-    assert os.linesep not in refusal(task, tmp_path)
-    assert refusal(task, tmp_path).endswith(
+def test_rows_that_cannot_be_collated_are_rejected_with_the_remedy(tmp_path):
+    task = make_toy_task(tmp_path, train_data=lambda: [(x.to_sparse(), y) for x, y in make_rows(10)])
+    assert os.linesep not in read_error(task, tmp_path)
+    assert read_error(task, tmp_path).endswith(
         "; pass Task.collate, a function that turns a list of examples into a batch"
     )
 
 
-def refusal(task, tmp_path):
+def read_error(task, tmp_path):
     with pytest.raises(TaskError, match="^PyTorch's default collate cannot make a batch of these examples: got ") as e:
         plan(task, tmp_path / "out", CONFIG)
     return str(e.value)

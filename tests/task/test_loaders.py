@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_model
-from test_model import unchanged
-from test_state_dicts import Tempered, Tied, equal, exact, true
+from test_model import assert_unchanged
+from test_state_dicts import Tempered, Tied, assert_equal, compute_exact_scores, compute_true_scores
 from torch import nn
 
 import oracle
-from tasks.toy import CONFIG, RATES, Toy, cross_entropy, rows, saved, toy
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, build, plan
 from tracin_ann.errors import CheckpointError, TaskError
 from tracin_ann.features.runner import RunOptions, TaskRunner
@@ -22,18 +22,18 @@ from tracin_ann.task.checkpoints import CheckpointLoader, tensors_digest
 CPU = torch.device("cpu")
 
 
-def read(path):
+def read_weights(path):
     return torch.load(path, weights_only=True)
 
 
-def fresh(path, make=Toy):
-    """Return a model of its own with the weights of a file."""
+def load_model(path, make=Toy):
+    """Return a new model with the weights of a file."""
     model = make()
-    model.load_state_dict(read(path))
+    model.load_state_dict(read_weights(path))
     return model
 
 
-def refusal(task, out, error=CheckpointError):
+def read_error(task, out, error=CheckpointError):
     with pytest.raises(error) as caught:
         build(task, out, CONFIG)
     assert "\n" not in str(caught.value)
@@ -41,8 +41,8 @@ def refusal(task, out, error=CheckpointError):
     return str(caught.value)
 
 
-def loads(task, checkpoints=(1, 0)):
-    """Return the model after checkpoints were loaded, one after another."""
+def load_checkpoints(task, checkpoints=(1, 0)):
+    """Return the model after several checkpoints were loaded in turn."""
     model, loader = task.model(), CheckpointLoader(task)
     for checkpoint in checkpoints:
         loader.load(model, checkpoint, CPU)
@@ -50,68 +50,76 @@ def loads(task, checkpoints=(1, 0)):
 
 
 FORMS = {
-    "returns another": lambda model, path: fresh(path),
-    "returns the model": lambda model, path: [model.load_state_dict(read(path)), model][1],
-    "returns a part of the model": lambda model, path: [model.load_state_dict(read(path)), model.first][1],
-    "returns PyTorch's verdict": lambda model, path: model.load_state_dict(read(path)),
-    "assigns": lambda model, path: model.load_state_dict(read(path), assign=True),
-    "writes to .data": lambda model, path: [p.data.copy_(read(path)[n]) for n, p in model.named_parameters()] and None,
+    "returns another": lambda model, path: load_model(path),
+    "returns the model": lambda model, path: [model.load_state_dict(read_weights(path)), model][1],
+    "returns a part of the model": lambda model, path: [model.load_state_dict(read_weights(path)), model.first][1],
+    "returns PyTorch's verdict": lambda model, path: model.load_state_dict(read_weights(path)),
+    "assigns": lambda model, path: model.load_state_dict(read_weights(path), assign=True),
+    "writes to .data": lambda model, path: (
+        [p.data.copy_(read_weights(path)[n]) for n, p in model.named_parameters()] and None
+    ),
     "writes through numpy": lambda model, path: (
-        [p.detach().numpy().__setitem__(..., read(path)[n].numpy()) for n, p in model.named_parameters()] and None
+        [p.detach().numpy().__setitem__(..., read_weights(path)[n].numpy()) for n, p in model.named_parameters()]
+        and None
     ),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("held", [False, True], ids=["other weights before", "the last checkpoint's before"])
-def test_every_form_of_load_scores_the_checkpoints_weights(tmp_path, form, held):
-    checkpoints = saved(Toy(), tmp_path)
-    models = [fresh(checkpoint.path) for checkpoint in checkpoints]
+def test_every_form_of_load_scores_with_the_weights_of_the_checkpoint(tmp_path, form, held):
+    checkpoints = save_checkpoints(Toy(), tmp_path)
+    models = [load_model(checkpoint.path) for checkpoint in checkpoints]
     model = copy.deepcopy(models[1]) if held else Toy()
-    task = toy(tmp_path, model, checkpoints=checkpoints, load=FORMS[form])
-    with unchanged(model):
-        found = exact(task, tmp_path / "out")
-    wanted = true(models)
+    task = make_toy_task(tmp_path, model, checkpoints=checkpoints, load=FORMS[form])
+    with assert_unchanged(model):
+        found = compute_exact_scores(task, tmp_path / "out")
+    wanted = compute_true_scores(models)
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
 
 
-def test_weights_that_a_loader_keeps_and_assigns_are_not_touched(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
-    kept = {str(c.path): read(c.path) for c in checkpoints}
-    held = fresh(checkpoints[1].path)
-    task = toy(
-        tmp_path, held, checkpoints=checkpoints, load=lambda model, path: model.load_state_dict(kept[path], assign=True)
+def test_weights_that_a_loader_stores_and_assigns_are_not_modified(tmp_path):
+    checkpoints = save_checkpoints(Toy(), tmp_path)
+    weights = {str(c.path): read_weights(c.path) for c in checkpoints}
+    held = load_model(checkpoints[1].path)
+    task = make_toy_task(
+        tmp_path,
+        held,
+        checkpoints=checkpoints,
+        load=lambda model, path: model.load_state_dict(weights[path], assign=True),
     )
     build(task, tmp_path / "out", CONFIG)
     for checkpoint in checkpoints:
-        assert all(torch.equal(kept[str(checkpoint.path)][n], t) for n, t in read(checkpoint.path).items())
+        assert all(torch.equal(weights[str(checkpoint.path)][n], t) for n, t in read_weights(checkpoint.path).items())
 
 
 @pytest.mark.parametrize(
     "load",
     [
         lambda model, path: None,
-        lambda model, path: read(path),
-        lambda model, path: Toy().load_state_dict(read(path)),
+        lambda model, path: read_weights(path),
+        lambda model, path: Toy().load_state_dict(read_weights(path)),
     ],
 )
-def test_a_load_that_fills_nothing_is_refused(tmp_path, load):
+def test_a_load_that_fills_nothing_is_rejected(tmp_path, load):
     last = tmp_path / "checkpoint1.pt"
-    assert refusal(toy(tmp_path, load=load), tmp_path / "out") == (
+    assert read_error(make_toy_task(tmp_path, load=load), tmp_path / "out") == (
         f"Task.load does not change the model: got the same parameters and buffers after loading {last} as before, "
         "expected the checkpoint's weights in the model that is passed to Task.load; fill that model in place, or "
         "return a module of the same layers"
     )
 
 
-def test_a_load_that_fills_nothing_is_refused_where_the_model_had_the_weights(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)[1:]
-    task = toy(tmp_path, fresh(checkpoints[0].path), checkpoints=checkpoints, load=lambda model, path: None)
-    assert refusal(task, tmp_path / "out").startswith("Task.load does not change the model: ")
+def test_a_load_that_fills_nothing_is_rejected_even_if_the_model_had_the_weights(tmp_path):
+    checkpoints = save_checkpoints(Toy(), tmp_path)[1:]
+    task = make_toy_task(
+        tmp_path, load_model(checkpoints[0].path), checkpoints=checkpoints, load=lambda model, path: None
+    )
+    assert read_error(task, tmp_path / "out").startswith("Task.load does not change the model: ")
 
 
-def test_a_load_that_fills_a_part_leaves_the_rest(tmp_path):
-    """Adapters over a base that Task.model reads: one file a checkpoint, of a few weights."""
+def test_a_load_of_some_weights_leaves_the_others(tmp_path):
+    """Adapters over a base that Task.model reads: a file with a few weights per checkpoint."""
     base, paths = Toy(), [tmp_path / "a.pt", tmp_path / "b.pt"]
     for seed, path in enumerate(paths):
         torch.save({"second.bias": torch.full((3,), float(seed))}, path)
@@ -119,69 +127,73 @@ def test_a_load_that_fills_a_part_leaves_the_rest(tmp_path):
     held.second.bias.data.fill_(1)
 
     def load(model, path):
-        model.load_state_dict(read(path), strict=False)
+        model.load_state_dict(read_weights(path), strict=False)
 
     checkpoints = [Checkpoint(path, rate) for path, rate in zip(paths, RATES, strict=True)]
-    model = loads(toy(tmp_path, held, checkpoints=checkpoints, load=load))
+    model = load_checkpoints(make_toy_task(tmp_path, held, checkpoints=checkpoints, load=load))
     assert model.second.bias.tolist() == [0, 0, 0]
     assert torch.equal(model.first.weight, base.first.weight)
     assert torch.equal(model.second.weight, base.second.weight)
 
 
-def test_a_load_that_reads_one_file_for_all_is_refused(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
-    task = toy(
-        tmp_path, checkpoints=checkpoints, load=lambda model, path: model.load_state_dict(read(checkpoints[0].path))
+def test_a_load_that_reads_one_file_for_all_is_rejected(tmp_path):
+    checkpoints = save_checkpoints(Toy(), tmp_path)
+    task = make_toy_task(
+        tmp_path,
+        checkpoints=checkpoints,
+        load=lambda model, path: model.load_state_dict(read_weights(checkpoints[0].path)),
     )
-    assert refusal(task, tmp_path / "out") == (
+    assert read_error(task, tmp_path / "out") == (
         f"Task.load sets the same weights for two checkpoints: got {checkpoints[1].path} and {checkpoints[0].path}, "
         "whose bytes differ, expected different weights; read the path that is passed to Task.load; if the weights "
         "are the same, use one checkpoint with the sum of both learning rates"
     )
 
 
-def test_a_load_that_fills_nothing_for_some_files_is_refused(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
+def test_a_load_that_fills_nothing_for_some_files_is_rejected(tmp_path):
+    checkpoints = save_checkpoints(Toy(), tmp_path)
 
     def load(model, path):
         if path.endswith("1.pt"):
-            model.load_state_dict(read(path))
+            model.load_state_dict(read_weights(path))
 
-    task = toy(tmp_path, checkpoints=checkpoints, load=load)
+    task = make_toy_task(tmp_path, checkpoints=checkpoints, load=load)
     assert (
         f"does not change the model: got the same parameters and buffers after loading {checkpoints[0].path} as"
-        in refusal(task, tmp_path / "out")
+        in read_error(task, tmp_path / "out")
     )
 
 
 @pytest.mark.parametrize("kind", ["adds", "draws"])
-def test_a_load_that_makes_other_weights_each_time_is_refused(tmp_path, kind):
+def test_a_load_with_random_weights_is_rejected(tmp_path, kind):
     def load(model, path):
         for name, parameter in model.named_parameters():
-            parameter.data += read(path)[name] if kind == "adds" else torch.randn(parameter.shape)
+            parameter.data += read_weights(path)[name] if kind == "adds" else torch.randn(parameter.shape)
 
     with pytest.raises(
         CheckpointError, match=r"sets different weights for one checkpoint on each call: got .*1.pt that differ"
     ):
-        build(toy(tmp_path, load=load), tmp_path / "out", CONFIG)
+        build(make_toy_task(tmp_path, load=load), tmp_path / "out", CONFIG)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_one_file_under_two_checkpoints_and_a_checkpoint_of_rate_0_may_have_equal_weights(tmp_path):
-    path = saved(Toy(), tmp_path)[0].path
-    torch.save(read(path), tmp_path / "same weights, other bytes.pt")
+    path = save_checkpoints(Toy(), tmp_path)[0].path
+    torch.save(read_weights(path), tmp_path / "same weights, other bytes.pt")
     checkpoints = [
         Checkpoint(path, 0.5),
         Checkpoint(path, 0.25),
         Checkpoint(tmp_path / "same weights, other bytes.pt", 0),
     ]
-    task = toy(tmp_path, checkpoints=checkpoints, load=lambda model, given: model.load_state_dict(read(given)))
-    found, wanted = exact(task, tmp_path / "out"), true([fresh(path)], [0.75])
+    task = make_toy_task(
+        tmp_path, checkpoints=checkpoints, load=lambda model, given: model.load_state_dict(read_weights(given))
+    )
+    found, wanted = compute_exact_scores(task, tmp_path / "out"), compute_true_scores([load_model(path)], [0.75])
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
 
 
 class Cached(nn.Module):
-    """A layer, a buffer that no state_dict holds, and state that is no tensor."""
+    """A layer, a buffer that is not in the state_dict, and state that is not a tensor."""
 
     def __init__(self, shift=0.0, size=3, p=0.5):
         super().__init__()
@@ -192,19 +204,22 @@ class Cached(nn.Module):
         return self.drop(self.layer(x)) + self.shift
 
 
-def test_buffers_and_extra_state_of_a_returned_module_are_taken_over(tmp_path):
-    made = Cached(shift=2.0)
-    made.layer.temperature = 0.5
-    torch.save(made.state_dict(), tmp_path / "given.pt")
-    task = toy(
-        tmp_path, Cached(), checkpoints=[Checkpoint(tmp_path / "given.pt", 1.0)], load=lambda m, p: copy.deepcopy(made)
+def test_buffers_and_extra_state_of_a_returned_module_are_copied(tmp_path):
+    source = Cached(shift=2.0)
+    source.layer.temperature = 0.5
+    torch.save(source.state_dict(), tmp_path / "given.pt")
+    task = make_toy_task(
+        tmp_path,
+        Cached(),
+        checkpoints=[Checkpoint(tmp_path / "given.pt", 1.0)],
+        load=lambda m, p: copy.deepcopy(source),
     )
-    model = loads(task, [0])
-    assert equal(model, made)
+    model = load_checkpoints(task, [0])
+    assert assert_equal(model, source)
     assert model.layer.temperature == 0.5
     assert model.shift.tolist() == [2, 2, 2]
     x = torch.randn(4, 5)
-    assert torch.equal(model(x), made.eval()(x))
+    assert torch.equal(model(x), source.eval()(x))
 
 
 UNLIKE = {
@@ -233,13 +248,13 @@ def _with(model, name, value):
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
-def test_a_returned_module_of_another_structure_is_refused(tmp_path, kind):
+def test_a_returned_module_of_another_structure_is_rejected(tmp_path, kind):
     make, got = UNLIKE[kind]
     torch.save(Cached().state_dict(), tmp_path / "given.pt")
-    task = toy(
+    task = make_toy_task(
         tmp_path, Cached(), checkpoints=[Checkpoint(tmp_path / "given.pt", 1.0)], load=lambda model, path: make()
     )
-    message = refusal(task, tmp_path / "out")
+    message = read_error(task, tmp_path / "out")
     assert message.startswith(
         f"the module that Task.load returned for {tmp_path}/given.pt does not match that of Task.model: got {got}"
     )
@@ -247,9 +262,9 @@ def test_a_returned_module_of_another_structure_is_refused(tmp_path, kind):
 
 
 def test_a_failed_load_leaves_no_checkpoint_in_the_model(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
-    torch.save({**read(checkpoints[1].path), "first.bias": torch.zeros(7)}, checkpoints[1].path)
-    with TaskRunner(toy(tmp_path, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
+    checkpoints = save_checkpoints(Toy(), tmp_path)
+    torch.save({**read_weights(checkpoints[1].path), "first.bias": torch.zeros(7)}, checkpoints[1].path)
+    with TaskRunner(make_toy_task(tmp_path, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
         model.load(0)
         with pytest.raises(CheckpointError, match="first.bias of shape"):
             model.load(1)
@@ -258,21 +273,23 @@ def test_a_failed_load_leaves_no_checkpoint_in_the_model(tmp_path):
         assert model.checkpoint == 0
 
 
-def test_a_load_that_changes_a_type_is_refused(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
+def test_a_load_that_changes_a_type_is_rejected(tmp_path):
+    checkpoints = save_checkpoints(Toy(), tmp_path)
     for checkpoint in checkpoints:
-        torch.save({n: t.bfloat16() for n, t in read(checkpoint.path).items()}, checkpoint.path)
-    task = toy(
-        tmp_path, checkpoints=checkpoints, load=lambda model, path: model.load_state_dict(read(path), assign=True)
+        torch.save({n: t.bfloat16() for n, t in read_weights(checkpoint.path).items()}, checkpoint.path)
+    task = make_toy_task(
+        tmp_path,
+        checkpoints=checkpoints,
+        load=lambda model, path: model.load_state_dict(read_weights(path), assign=True),
     )
-    assert refusal(task, tmp_path / "out", TaskError) == (
+    assert read_error(task, tmp_path / "out", TaskError) == (
         "loading checkpoint 1 changed the model's parameters: got 4 chosen parameters, first.weight [6, 5] "
         "torch.bfloat16, expected the same 4 names, shapes and dtypes as before, first.weight [6, 5] torch.float32; "
         "create parameters of the final dtype in Task.model; only set their values in Task.load"
     )
 
 
-def test_the_digest_of_weights_is_of_all_their_kinds():
+def test_the_digest_of_weights_covers_parameters_buffers_and_extra_state():
     model = nn.Linear(2, 2)
     model.register_buffer("sparse", torch.eye(3).to_sparse())
     model.register_buffer("short", torch.ones(3, dtype=torch.bfloat16))
@@ -282,7 +299,7 @@ def test_the_digest_of_weights_is_of_all_their_kinds():
     for name in ("sparse", "short", "flag", "complex"):
         changed = copy.deepcopy(model)
         setattr(changed, name, getattr(changed, name) * 0)
-        seen |= {tensors_digest(made.named_buffers()) for made in (changed, copy.deepcopy(changed))}
+        seen |= {tensors_digest(source.named_buffers()) for source in (changed, copy.deepcopy(changed))}
     assert len(seen) == 5
 
 
@@ -304,120 +321,130 @@ class Normed(nn.Module):
 
 FILLED = {
     "default": None,
-    "assign": lambda model, path: model.load_state_dict(read(path), assign=True),
-    "to_empty": lambda model, path: model.to_empty(device="cpu").load_state_dict(read(path)),
-    "returned": lambda model, path: fresh(path, Normed),
+    "assign": lambda model, path: model.load_state_dict(read_weights(path), assign=True),
+    "to_empty": lambda model, path: model.to_empty(device="cpu").load_state_dict(read_weights(path)),
+    "returned": lambda model, path: load_model(path, Normed),
 }
 
 
 @pytest.mark.parametrize("load", FILLED)
-@pytest.mark.parametrize("kept", [False, True], ids=["made anew", "kept by the user"])
-def test_a_model_on_meta_is_filled_by_its_checkpoints(tmp_path, load, kept):
-    checkpoints = saved(Normed(), tmp_path)
-    made = on_meta(Normed)
-    task = toy(
+@pytest.mark.parametrize("stored", [False, True], ids=["created each time", "stored by the user"])
+def test_a_model_on_meta_is_filled_by_its_checkpoints(tmp_path, load, stored):
+    checkpoints = save_checkpoints(Normed(), tmp_path)
+    source = on_meta(Normed)
+    task = make_toy_task(
         tmp_path,
-        model=(lambda: made) if kept else partial(on_meta, Normed),
+        model=(lambda: source) if stored else partial(on_meta, Normed),
         checkpoints=checkpoints,
         load=FILLED[load],
     )
     plan(task, tmp_path / "out", CONFIG)
-    found, wanted = exact(task, tmp_path / "out"), true([fresh(c.path, Normed) for c in checkpoints])
+    found, wanted = (
+        compute_exact_scores(task, tmp_path / "out"),
+        compute_true_scores([load_model(c.path, Normed) for c in checkpoints]),
+    )
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
     assert build(task, tmp_path / "out", CONFIG).rows_extracted == 0
-    assert all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
+    assert all(tensor.is_meta for tensor in (*source.parameters(), *source.buffers()))
 
 
 def test_a_model_partly_on_meta_is_filled(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
+    checkpoints = save_checkpoints(Toy(), tmp_path)
     model = Toy()
     model.second = nn.Linear(6, 3, device="meta")
-    found = exact(toy(tmp_path, model, checkpoints=checkpoints), tmp_path / "out")
-    wanted = true([fresh(c.path) for c in checkpoints])
+    found = compute_exact_scores(make_toy_task(tmp_path, model, checkpoints=checkpoints), tmp_path / "out")
+    wanted = compute_true_scores([load_model(c.path) for c in checkpoints])
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors", "own"])
 def test_tied_weights_on_meta_stay_tied(tmp_path, form):
-    made = Tied()
+    source = Tied()
     path = tmp_path / "given.safetensors" if form == "safetensors" else tmp_path / "given.pt"
     if form == "safetensors":
-        save_model(made, str(path))
+        save_model(source, str(path))
     else:
-        torch.save(made.state_dict(), path)
-    load = (lambda model, path: model.load_state_dict(read(path), assign=True)) if form == "own" else None
-    task = toy(tmp_path, model=partial(on_meta, Tied), checkpoints=[Checkpoint(path, 1.0)], load=load)
-    model = loads(task, [0, 0])
-    assert equal(model, made)
+        torch.save(source.state_dict(), path)
+    load = (lambda model, path: model.load_state_dict(read_weights(path), assign=True)) if form == "own" else None
+    task = make_toy_task(tmp_path, model=partial(on_meta, Tied), checkpoints=[Checkpoint(path, 1.0)], load=load)
+    model = load_checkpoints(task, [0, 0])
+    assert assert_equal(model, source)
     assert model.head.weight is model.embed.weight
     assert len(list(model.parameters())) == 3
 
 
 def test_tied_weights_of_which_a_loader_fills_one_stay_tied(tmp_path):
-    made = Tied()
-    save_model(made, str(tmp_path / "given.safetensors"))
-    task = toy(
+    source = Tied()
+    save_model(source, str(tmp_path / "given.safetensors"))
+    task = make_toy_task(
         tmp_path,
         model=partial(on_meta, Tied),
         checkpoints=[Checkpoint(tmp_path / "given.safetensors", 1.0)],
         load=lambda model, path: model.load_state_dict(load_file(path), strict=False, assign=True),
     )
-    model = loads(task, [0])
-    assert equal(model, made)
+    model = load_checkpoints(task, [0])
+    assert assert_equal(model, source)
     assert model.head.weight is model.embed.weight
 
 
 def test_a_model_on_meta_keeps_its_types(tmp_path):
-    checkpoints = saved(Toy(), tmp_path)
+    checkpoints = save_checkpoints(Toy(), tmp_path)
     for checkpoint in checkpoints:
-        torch.save({n: t.bfloat16() for n, t in read(checkpoint.path).items()}, checkpoint.path)
-    task = toy(tmp_path, model=partial(on_meta, Toy), checkpoints=checkpoints)
+        torch.save({n: t.bfloat16() for n, t in read_weights(checkpoint.path).items()}, checkpoint.path)
+    task = make_toy_task(tmp_path, model=partial(on_meta, Toy), checkpoints=checkpoints)
     build(task, tmp_path / "out", CONFIG)
     assert InfluenceIndex.open(tmp_path / "out", task, device="cpu").query([0])[0].proponents
-    model = loads(task)
+    model = load_checkpoints(task)
     assert all(p.dtype is torch.float32 for p in model.parameters())
-    assert all(torch.equal(t, read(checkpoints[0].path)[n].float()) for n, t in model.state_dict().items())
+    assert all(torch.equal(t, read_weights(checkpoints[0].path)[n].float()) for n, t in model.state_dict().items())
 
 
-def test_a_buffer_that_stays_on_meta_is_refused_by_name(tmp_path):
+def test_a_buffer_that_stays_on_meta_is_rejected_by_name(tmp_path):
     torch.save(Cached().state_dict(), tmp_path / "given.pt")
     checkpoints = [Checkpoint(tmp_path / "given.pt", 1.0)]
-    task = toy(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints)
-    assert refusal(task, tmp_path / "out") == (
+    task = make_toy_task(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints)
+    assert read_error(task, tmp_path / "out") == (
         f"checkpoint {tmp_path}/given.pt leaves a part of the model on the meta device: got shift, a buffer that is "
         "not in the state_dict, expected values for every parameter and buffer; create these on the CPU in Task.model, "
         "or fill them in Task.load"
     )
 
     def load(model, path):
-        model.load_state_dict(read(path), assign=True)
+        model.load_state_dict(read_weights(path), assign=True)
         model.shift = torch.zeros(3)
 
-    build(toy(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints, load=load), tmp_path / "out", CONFIG)
+    build(
+        make_toy_task(tmp_path, model=partial(on_meta, Cached), checkpoints=checkpoints, load=load),
+        tmp_path / "out",
+        CONFIG,
+    )
 
 
-def test_a_loader_that_leaves_weights_on_meta_is_refused_by_name(tmp_path):
+def test_a_loader_that_leaves_weights_on_meta_is_rejected_by_name(tmp_path):
     def load(model, path):
-        model.first.load_state_dict({n[6:]: t for n, t in read(path).items() if n.startswith("first")}, assign=True)
+        model.first.load_state_dict(
+            {n[6:]: t for n, t in read_weights(path).items() if n.startswith("first")}, assign=True
+        )
 
-    message = refusal(
-        toy(tmp_path, model=partial(on_meta, Toy), load=load, checkpoints=saved(Toy(), tmp_path)), tmp_path / "out"
+    message = read_error(
+        make_toy_task(tmp_path, model=partial(on_meta, Toy), load=load, checkpoints=save_checkpoints(Toy(), tmp_path)),
+        tmp_path / "out",
     )
     assert "leaves a part of the model on the meta device: got second.weight; second.bias, expected values" in message
 
 
-def test_a_returned_module_of_an_index_scores_every_example_alone(tmp_path):
-    """The fault itself: a whole pickled model, returned."""
-    checkpoints = saved(Toy(), tmp_path)
-    models = [fresh(c.path) for c in checkpoints]
+def test_with_a_returned_module_every_example_is_scored_alone(tmp_path):
+    """The original defect: `load` returned a pickled model."""
+    checkpoints = save_checkpoints(Toy(), tmp_path)
+    models = [load_model(c.path) for c in checkpoints]
     for i, model in enumerate(models):
         torch.save(model, tmp_path / f"whole{i}.pt")
-    whole = [Checkpoint(tmp_path / f"whole{i}.pt", rate) for i, rate in enumerate(RATES)]
-    task = toy(tmp_path, checkpoints=whole, load=lambda model, path: torch.load(path, weights_only=False))
-    found = exact(task, tmp_path / "out")
+    pickled = [Checkpoint(tmp_path / f"whole{i}.pt", rate) for i, rate in enumerate(RATES)]
+    task = make_toy_task(tmp_path, checkpoints=pickled, load=lambda model, path: torch.load(path, weights_only=False))
+    found = compute_exact_scores(task, tmp_path / "out")
     grads = [
         torch.stack([oracle.gradients(model, cross_entropy, data) for model in models], 1)
-        for data in (rows(5, seed=2), rows(10))
+        for data in (make_rows(5, seed=2), make_rows(10))
     ]
     wanted = oracle.tracin(*grads, RATES)
     assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()

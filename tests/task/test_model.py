@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tasks.toy import CONFIG, RATES, cross_entropy, rows, saved, toy
+from tasks.toy import CONFIG, RATES, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build, plan
 from tracin_ann.errors import NonFiniteError, TaskError
 from tracin_ann.features.runner import RunOptions, TaskRunner
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Live(nn.Module):
-    """What can be disturbed: batch statistics, dropout, attention's fused path, a hook, modes and flags that differ."""
+    """A model with changeable state: batch statistics, dropout, fused attention, a hook, modes and flags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Live(nn.Module):
         return self.head(self.attend(x, x, x, need_weights=False)[0][:, 0])
 
 
-def drawn(value):
-    """Return the value, after a draw from every global generator."""
+def draw_from_generators(value):
+    """Return the value after a draw from every global generator."""
     torch.rand(1)
     np.random.rand()
     random.random()
@@ -56,19 +56,19 @@ def live():
 
 
 def drawing_task(folder, live):
-    """Return a task whose every function draws from the global generators."""
-    return toy(
+    """Return a task in which every function draws from the global generators."""
+    return make_toy_task(
         folder,
         live,
-        model=lambda: drawn(live),
-        train_data=lambda: drawn(rows(10)),
-        query_data=lambda: drawn(rows(5, seed=2)),
-        collate=lambda examples: drawn(torch.utils.data.default_collate(examples)),
-        describe=lambda example: drawn("a row"),
+        model=lambda: draw_from_generators(live),
+        train_data=lambda: draw_from_generators(make_rows(10)),
+        query_data=lambda: draw_from_generators(make_rows(5, seed=2)),
+        collate=lambda examples: draw_from_generators(torch.utils.data.default_collate(examples)),
+        describe=lambda example: draw_from_generators("a row"),
     )
 
 
-def global_state():
+def read_global_state():
     return [
         torch.get_rng_state().tolist(),
         [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
@@ -81,7 +81,7 @@ def global_state():
     ]
 
 
-def model_state(model):
+def read_model_state(model):
     named = [*model.named_parameters(), *model.named_buffers()]
     return {
         "values": {name: tensor.tolist() for name, tensor in named},
@@ -98,14 +98,14 @@ def model_state(model):
 
 
 @contextlib.contextmanager
-def unchanged(model):
-    """Fail unless the globals, the model, and a state_dict taken before are afterwards as they were."""
+def assert_unchanged(model):
+    """Check that the block changes neither the globals nor the model nor its earlier state_dict."""
     alias = model.state_dict()
     values = {key: value.clone() for key, value in alias.items()}
-    before = global_state(), model_state(model)
+    before = read_global_state(), read_model_state(model)
     yield
-    assert global_state() == before[0]
-    after = model_state(model)
+    assert read_global_state() == before[0]
+    after = read_model_state(model)
     for what, was in before[1].items():
         assert after[what] == was, what
     assert all(torch.equal(alias[key], value) for key, value in values.items())
@@ -128,8 +128,8 @@ AROUND = {
 }
 
 
-def verbs(task, out):
-    """Run every verb that runs the model, and return what they said."""
+def run_operations(task, out):
+    """Run every operation that uses the model, and return the results."""
     planned = plan(task, out, CONFIG)
     build(task, out, CONFIG)
     index = InfluenceIndex.open(out, task, device="cpu", batch_size=4)
@@ -143,25 +143,25 @@ def verbs(task, out):
 def plain(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("plain")
-    return verbs(drawing_task(folder, Live()), folder / "out")
+    return run_operations(drawing_task(folder, Live()), folder / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
-def test_every_verb_leaves_everything_as_it_was_and_answers_the_same_in_any_mode(tmp_path, plain, around):
+def test_every_operation_restores_all_state_and_gives_the_same_result_in_any_mode(tmp_path, plain, around):
     torch.manual_seed(0)
     live = Live()
     task = drawing_task(tmp_path, live)
-    with AROUND[around](), unchanged(live):
-        assert verbs(task, tmp_path / "out") == plain
+    with AROUND[around](), assert_unchanged(live):
+        assert run_operations(task, tmp_path / "out") == plain
     assert live.calls > 0
 
 
-def test_a_model_made_under_a_float64_default_is_served_in_float64(tmp_path):
+def test_a_model_created_under_a_float64_default_is_used_in_float64(tmp_path):
     with double_by_default():
         model = nn.Linear(5, 3)
-        data = [(x.double(), y) for x, y in rows(6)]
-        task = toy(tmp_path, model, train_data=lambda: data, query_data=lambda: data)
+        data = [(x.double(), y) for x, y in make_rows(6)]
+        task = make_toy_task(tmp_path, model, train_data=lambda: data, query_data=lambda: data)
         build(task, tmp_path / "out", CONFIG)
         found = InfluenceIndex.open(tmp_path / "out", task, device="cpu").query([0])[0]
     assert model.weight.dtype is torch.float64
@@ -185,47 +185,47 @@ def fails_at(call):
 
 
 @pytest.mark.parametrize("call", [1, 2, 4, 6, 12, 17, 22, 25, 29])
-def test_an_error_in_the_loss_leaves_everything_as_it_was(tmp_path, live, call):
-    task = toy(tmp_path, live, loss=fails_at(call))
-    with pytest.raises(Boom), unchanged(live):
+def test_all_state_is_restored_after_an_error_in_the_loss(tmp_path, live, call):
+    task = make_toy_task(tmp_path, live, loss=fails_at(call))
+    with pytest.raises(Boom), assert_unchanged(live):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_an_error_while_weights_are_loaded_leaves_everything_as_it_was(tmp_path, live):
+def test_all_state_is_restored_after_an_error_in_loading(tmp_path, live):
     def load(model, path):
         with torch.no_grad():
             model.first.weight.fill_(7)
         model.train().requires_grad_(True)
         raise Boom
 
-    task = toy(tmp_path, live, load=load)
-    with pytest.raises(Boom), unchanged(live):
+    task = make_toy_task(tmp_path, live, load=load)
+    with pytest.raises(Boom), assert_unchanged(live):
         plan(task, tmp_path / "out", CONFIG)
 
 
-def test_weights_that_load_replaces_and_not_fills_are_put_back(tmp_path, live):
+def test_weights_that_load_replaces_are_restored(tmp_path, live):
     def load(model, path):
         model.load_state_dict(torch.load(path, weights_only=True), assign=True)
 
-    task = toy(tmp_path, live, load=load)
-    with unchanged(live):
+    task = make_toy_task(tmp_path, live, load=load)
+    with assert_unchanged(live):
         build(task, tmp_path / "out", CONFIG)
 
 
-def test_refusals_and_nan_leave_everything_as_it_was(tmp_path, live):
-    bad = rows(10)
+def test_all_state_is_restored_after_rejections_and_nan(tmp_path, live):
+    bad = make_rows(10)
     bad[7] = (torch.full((5,), float("nan")), 0)
     refused = [
-        (NonFiniteError, toy(tmp_path, live, train_data=lambda: bad)),
-        (TaskError, toy(tmp_path, live, loss=lambda m, b: cross_entropy(m, b).mean())),
-        (TaskError, toy(tmp_path, live, checkpoints=[Checkpoint("absent.pt", 1.0)])),
+        (NonFiniteError, make_toy_task(tmp_path, live, train_data=lambda: bad)),
+        (TaskError, make_toy_task(tmp_path, live, loss=lambda m, b: cross_entropy(m, b).mean())),
+        (TaskError, make_toy_task(tmp_path, live, checkpoints=[Checkpoint("absent.pt", 1.0)])),
     ]
     for i, (error, task) in enumerate(refused):
-        with pytest.raises(error), unchanged(live):
+        with pytest.raises(error), assert_unchanged(live):
             build(task, tmp_path / f"out{i}", CONFIG)
 
 
-def test_a_models_own_changes_of_the_globals_end_with_the_session(tmp_path, live):
+def test_changes_of_globals_by_a_model_end_with_the_session(tmp_path, live):
     def model():
         torch.manual_seed(3)
         np.random.seed(3)
@@ -234,8 +234,8 @@ def test_a_models_own_changes_of_the_globals_end_with_the_session(tmp_path, live
         torch.backends.mha.set_fastpath_enabled(True)
         return live
 
-    task = toy(tmp_path, live, model=model)
-    with unchanged(live):
+    task = make_toy_task(tmp_path, live, model=model)
+    with assert_unchanged(live):
         build(task, tmp_path / "out", CONFIG)
 
 
@@ -246,9 +246,9 @@ def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradi
         seen.update(module.training for module in model.modules())
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    build(toy(tmp_path, live, loss=loss), tmp_path / "out", CONFIG)
+    build(make_toy_task(tmp_path, live, loss=loss), tmp_path / "out", CONFIG)
     assert seen == {False}
-    with TaskRunner(toy(tmp_path, live), RunOptions(CPU)).model() as model:
+    with TaskRunner(make_toy_task(tmp_path, live), RunOptions(CPU)).model() as model:
         model.load(0)
         assert not any(parameter.requires_grad for parameter in live.parameters())
         assert not torch.backends.mha.get_fastpath_enabled()
@@ -259,9 +259,9 @@ def test_within_a_session_the_model_is_in_eval_mode_and_nothing_requires_a_gradi
         assert list(model.parameters) == [n for n, _ in live.named_parameters() if not n.startswith("frozen")]
 
 
-def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
-    checkpoints = saved(live, tmp_path)
-    with TaskRunner(toy(tmp_path, live, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
+def test_weights_of_all_checkpoints_equal_those_of_the_files(tmp_path, live):
+    checkpoints = save_checkpoints(live, tmp_path)
+    with TaskRunner(make_toy_task(tmp_path, live, checkpoints=checkpoints), RunOptions(CPU)).model() as model:
         for i in (1, 0, 1):
             model.load(i)
             state = torch.load(checkpoints[i].path, weights_only=True)
@@ -269,16 +269,16 @@ def test_weights_of_all_checkpoints_are_those_of_the_files(tmp_path, live):
             assert checkpoints[i].learning_rate == RATES[i]
 
 
-@pytest.mark.parametrize("made", [None, torch.zeros(3), {"model": 1}])
-def test_a_model_function_that_returns_no_model_is_refused(tmp_path, made):
+@pytest.mark.parametrize("returned", [None, torch.zeros(3), {"model": 1}])
+def test_a_model_function_that_returns_no_model_is_rejected(tmp_path, returned):
     with pytest.raises(
-        TaskError, match=rf"^Task.model does not return a model: got {type(made).__name__}, expected a torch.nn"
+        TaskError, match=rf"^Task.model does not return a model: got {type(returned).__name__}, expected a torch.nn"
     ):
-        plan(toy(tmp_path, model=lambda: made), tmp_path / "out", CONFIG)
+        plan(make_toy_task(tmp_path, model=lambda: returned), tmp_path / "out", CONFIG)
 
 
-def test_a_model_with_uninitialized_layers_is_refused(tmp_path):
-    task = toy(tmp_path, model=lambda: nn.Sequential(nn.LazyLinear(3)))
+def test_a_model_with_uninitialized_layers_is_rejected(tmp_path):
+    task = make_toy_task(tmp_path, model=lambda: nn.Sequential(nn.LazyLinear(3)))
     with pytest.raises(TaskError, match="with unknown parameter shapes: got an uninitialized 0.weight, .*one forward"):
         build(task, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()

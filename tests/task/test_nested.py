@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from tasks.toy import CONFIG, rows, toy
+from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import TaskError
 from tracin_ann.task.nested import (
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 class Encoding(UserDict):
-    """As HF's BatchEncoding: a Mapping with attributes of its own and a constructor that needs more than items."""
+    """A Mapping with attributes and a constructor with more arguments than items, as Hugging Face's BatchEncoding."""
 
     def __init__(self, data, encodings):
         super().__init__(data)
@@ -44,7 +44,7 @@ class Encoding(UserDict):
 
 @dataclass
 class Derived:
-    """A dataclass that works one field out of another, once."""
+    """A dataclass that computes one field from another in its constructor."""
 
     x: object
     y: object = field(init=False)
@@ -82,7 +82,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_containers_keep_their_kind_and_order_and_the_original_is_left_alone(name):
+def test_containers_preserve_type_and_order_and_the_original_is_unchanged(name):
     value = NESTED[name]
     mapped = map_leaves(lambda leaf: leaf * 10, value)
     assert type(mapped) is type(value)
@@ -105,7 +105,7 @@ META = torch.device("meta")
 
 
 class Own:
-    """A batch of one's own, as torch_geometric's and transformers' are: it moves itself, lengths aside."""
+    """A custom batch with `to` and `pin_memory`, as in torch_geometric and transformers; its lengths are not moved."""
 
     def __init__(self, x, returned):
         self.x, self.lengths, self.returned = x, torch.tensor([2, 1]), returned
@@ -121,7 +121,7 @@ class Own:
 
 @dataclass
 class OwnFields(Own):
-    """A dataclass with a method of its own."""
+    """A dataclass with a method."""
 
     x: object
     lengths: object
@@ -129,7 +129,7 @@ class OwnFields(Own):
 
 
 @pytest.mark.parametrize("returned", [True, False])
-def test_an_object_that_moves_itself_does_and_the_users_own_stays_where_it_was(returned):
+def test_an_object_with_to_is_moved_and_the_original_is_unchanged(returned):
     for own in (Own(torch.zeros(2), returned), OwnFields(torch.zeros(2), torch.tensor([2, 1]), returned)):
         batch = {"own": own, "y": torch.zeros(2)}
         moved = to_device(batch, META)
@@ -139,7 +139,7 @@ def test_an_object_that_moves_itself_does_and_the_users_own_stays_where_it_was(r
         assert own.x.device.type == "cpu" and moved["own"] is not own
 
 
-def test_a_packed_sequence_moves_and_keeps_its_lengths():
+def test_a_packed_sequence_is_moved_with_its_lengths():
     packed = pack_sequence([torch.arange(3.0), torch.arange(2.0)])
     moved = to_device((packed, torch.zeros(2)), META)[0]
     assert isinstance(moved, PackedSequence)
@@ -147,22 +147,22 @@ def test_a_packed_sequence_moves_and_keeps_its_lengths():
     assert batched_tensors(packed, 2) == "a batch that holds PackedSequence cannot be split into examples"
 
 
-@pytest.mark.parametrize("made", [Derived, Frozen, Attrs])
-def test_a_dataclass_is_moved_by_its_fields_without_being_made_anew(made):
-    value = made((torch.zeros(2), "text"))
+@pytest.mark.parametrize("kind", [Derived, Frozen, Attrs])
+def test_a_dataclass_is_moved_field_by_field_without_its_constructor(kind):
+    value = kind((torch.zeros(2), "text"))
     moved = to_device(value, META)
-    assert type(moved) is made and moved is not value
+    assert type(moved) is kind and moved is not value
     assert moved.x[0].device.type == "meta" and value.x[0].device.type == "cpu"
     assert moved.x[1] == "text" and moved.y == value.y
 
 
-def test_a_field_that_is_not_set_stays_so():
+def test_an_unset_field_stays_unset():
     value = Derived(torch.zeros(2))
     del value.y
     assert not hasattr(to_device(value, META), "y")
 
 
-def test_an_object_that_fails_to_move_is_refused():
+def test_an_object_that_fails_to_move_is_rejected():
     class Failing:
         def to(self, device):
             raise ValueError("not mine")
@@ -174,7 +174,7 @@ def test_an_object_that_fails_to_move_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-def test_sparse_tensors_move_and_are_not_split():
+def test_sparse_tensors_are_moved_and_not_split():
     for value in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
         assert to_device([value], META)[0].device.type == "meta"
         assert to_device([value], META)[0].layout is value.layout
@@ -184,26 +184,26 @@ def test_sparse_tensors_move_and_are_not_split():
         assert pin_memory([value])[0] is value
 
 
-def test_objects_that_know_how_are_pinned():
+def test_objects_with_pin_memory_are_pinned():
     own = Own(torch.zeros(2), True)
     assert pin_memory({"own": own})["own"].x == "pinned"
 
 
-def test_a_value_that_holds_itself_is_walked_once():
+def test_a_value_that_contains_itself_is_visited_once():
     value = Derived(1)
     value.y = [2, value]
     assert leaves(value) == [1, 2]
     assert map_leaves(lambda leaf: leaf * 10, value).x == 10
 
 
-def test_all_tensors_of_a_batch_are_found_those_of_its_objects_too():
+def test_all_tensors_of_a_batch_and_its_objects_are_found():
     x, y, packed = torch.zeros(2), torch.zeros(3), pack_sequence([torch.arange(3.0), torch.arange(2.0)])
     own = Own(x, True)
     found = tensors_within({"own": own, "y": [y, 1, "text"], "packed": packed})
     assert {id(t) for t in found} == {id(t) for t in (x, own.lengths, y, *packed) if t is not None}
 
 
-def test_the_length_of_an_object_is_that_of_what_it_holds():
+def test_the_length_of_an_object_is_that_of_its_content():
     class Graph:
         def __init__(self, n):
             self.nodes, self.stores, self.n, self.parent = torch.zeros(n, 2), {"edges": torch.zeros(2, n)}, n, self
@@ -215,7 +215,7 @@ def test_the_length_of_an_object_is_that_of_what_it_holds():
     assert length((image.new("RGB", (4, 3)), 0)) == 13
 
 
-def test_a_batch_is_split_where_every_tensor_has_its_rows():
+def test_a_batch_is_split_if_every_tensor_has_one_row_per_example():
     x, y = torch.zeros(3, 2), torch.zeros(3)
     assert [
         id(t) for t in batched_tensors({"x": x, "flag": True, "n": 3, "rate": 0.1, "none": None, "y": (y,)}, 3)
@@ -235,11 +235,11 @@ def test_a_batch_is_split_where_every_tensor_has_its_rows():
         ({"n": 3}, "a batch without tensors cannot be split into examples"),
     ],
 )
-def test_a_batch_that_cannot_be_split_says_why(value, why):
+def test_a_batch_that_cannot_be_split_has_a_reason(value, why):
     assert batched_tensors(value, 3) == why
 
 
-def test_rebuilding_puts_the_tensors_where_they_were():
+def test_rebuilding_restores_the_tensors_in_place():
     value = Encoding({"x": torch.zeros(2), "n": 3, "deep": [torch.ones(2), None]}, "kept")
     built = rebuild(value, [torch.full((1,), 5.0), torch.full((1,), 6.0)])
     assert (built["x"].item(), built["n"], built["deep"][0].item(), built["deep"][1]) == (5.0, 3, 6.0, None)
@@ -284,7 +284,7 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden", [False, True], ids=["layer rules", "a raw parameter too"])
-def test_batches_of_every_kind_give_the_same_answers(tmp_path, kind, hidden):
+def test_every_type_of_batch_gives_the_same_answers(tmp_path, kind, hidden):
     example, collate, loss = KINDS[kind]
 
     def with_scale(model, batch):
@@ -296,10 +296,12 @@ def test_batches_of_every_kind_give_the_same_answers(tmp_path, kind, hidden):
         )
 
     def made(n, seed=1):
-        return [example(x, y) for x, y in rows(n, seed)]
+        return [example(x, y) for x, y in make_rows(n, seed)]
 
-    task = toy(tmp_path, loss=with_scale, collate=collate, train_data=lambda: made(10), query_data=lambda: made(5, 2))
-    expected = toy(tmp_path, task.model(), loss=plain, checkpoints=task.checkpoints)
+    task = make_toy_task(
+        tmp_path, loss=with_scale, collate=collate, train_data=lambda: made(10), query_data=lambda: made(5, 2)
+    )
+    expected = make_toy_task(tmp_path, task.model(), loss=plain, checkpoints=task.checkpoints)
     answers = []
     for name, one in (("given", task), ("plain", expected)):
         build(one, tmp_path / name, CONFIG)

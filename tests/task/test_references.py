@@ -16,7 +16,7 @@ from tracin_ann.task.references import absolute_reference, load_task
 
 TASK_FILE = '''
 from tasks.named import function
-from tasks.toy import rows
+from tasks.toy import make_rows
 
 class Rows:
     """A data set whose class only this file defines."""
@@ -34,7 +34,7 @@ def task(rate="0.25"):
 
 @pytest.fixture
 def clean_imports(monkeypatch):
-    """Let a test import task files without leaving their modules and folders behind."""
+    """Remove imported task files from `sys.modules` and `sys.path` after a test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield
@@ -71,7 +71,7 @@ def test_a_file_is_imported_under_its_stem_once(write, monkeypatch):
     assert sys.modules["my_own_task"] is module
 
 
-def test_a_files_neighbours_can_be_imported(write):
+def test_modules_beside_the_file_can_be_imported(write):
     write("neighbour_of_task.py", "rate = '0.375'\n")
     path = write(
         "beside_a_neighbour.py", TASK_FILE + "\nimport neighbour_of_task\nnear = task(neighbour_of_task.rate)\n"
@@ -89,14 +89,14 @@ def test_a_data_set_whose_class_the_task_file_defines_reaches_a_spawned_worker(w
 
 
 @pytest.mark.parametrize("reference", ["tasks.named", "named.py", ":name", "tasks.named:", ""])
-def test_a_reference_without_a_name_is_refused(reference):
+def test_a_reference_without_a_name_is_rejected(reference):
     with pytest.raises(
         UsageError, match="the task cannot be found: got .*expected path/to/file.py:name or package.mod"
     ):
         load_task(reference)
 
 
-def test_a_name_that_the_module_lacks_is_refused_with_the_tasks_it_has():
+def test_an_unknown_name_is_rejected_with_the_tasks_of_the_module():
     with pytest.raises(UsageError) as caught:
         load_task("tasks.named:redy")
     assert str(caught.value) == (
@@ -105,7 +105,7 @@ def test_a_name_that_the_module_lacks_is_refused_with_the_tasks_it_has():
     )
 
 
-def test_a_missing_file_or_module_is_refused(tmp_path):
+def test_a_missing_file_or_module_is_rejected(tmp_path):
     with pytest.raises(
         UsageError, match="^the task's file is missing: got .*/absent.py, expected a Python file; correct"
     ):
@@ -135,7 +135,7 @@ def test_a_task_takes_no_arguments():
         ({"rate": "1", "sed": "2"}, "rate=1, sed=2", "got an unexpected keyword argument 'sed'"),
     ],
 )
-def test_arguments_that_do_not_fit_the_function_are_refused(arguments, got, expected):
+def test_arguments_that_do_not_fit_the_function_are_rejected(arguments, got, expected):
     with pytest.raises(UsageError) as caught:
         load_task("tasks.named:function", arguments)
     assert str(caught.value) == (
@@ -143,13 +143,13 @@ def test_arguments_that_do_not_fit_the_function_are_refused(arguments, got, expe
     )
 
 
-def test_an_error_inside_the_function_is_not_blamed_on_the_arguments():
+def test_an_error_inside_the_function_is_not_reported_as_wrong_arguments():
     with pytest.raises(TypeError, match="unsupported operand"):
         load_task("tasks.named:fails_inside", {"rate": "1"})
 
 
 @pytest.mark.parametrize(("name", "got"), [("number", "int"), ("no_task", "int")])
-def test_what_is_no_task_is_refused(name, got):
+def test_an_object_that_is_not_a_task_is_rejected(name, got):
     with pytest.raises(
         TaskError, match=rf"^tasks.named:{name} is not a task: got {got}, expected a tracin_ann.Task, or a"
     ):
@@ -157,7 +157,7 @@ def test_what_is_no_task_is_refused(name, got):
 
 
 @pytest.mark.parametrize("stem", ["random", "numpy", "tracin_ann"])
-def test_a_file_that_bears_an_imported_modules_name_is_refused(write, stem):
+def test_a_file_with_the_name_of_an_imported_module_is_rejected(write, stem):
     path = write(f"{stem}.py")
     with pytest.raises(UsageError) as caught:
         load_task(f"{path}:task")
@@ -166,7 +166,7 @@ def test_a_file_that_bears_an_imported_modules_name_is_refused(write, stem):
     assert sys.modules[stem].__file__ != str(path)
 
 
-def test_two_files_of_one_stem_are_not_confused(write):
+def test_two_files_with_one_stem_are_not_confused(write):
     first, second = write("a/same_stem.py"), write("b/same_stem.py")
     load_task(f"{first}:task")
     with pytest.raises(UsageError, match=f"^the task's file cannot be imported as 'same_stem': got {first}, expected"):
@@ -174,7 +174,7 @@ def test_two_files_of_one_stem_are_not_confused(write):
 
 
 @pytest.mark.parametrize("stem", ["my-task", "1task"])
-def test_a_file_whose_stem_is_no_module_name_is_refused(write, stem):
+def test_a_file_whose_stem_is_not_a_module_name_is_rejected(write, stem):
     path = write(f"{stem}.py")
     with pytest.raises(
         UsageError, match=f"cannot be imported as '{stem}': got no valid module name, expected .*rename"
@@ -182,7 +182,7 @@ def test_a_file_whose_stem_is_no_module_name_is_refused(write, stem):
         load_task(f"{path}:task")
 
 
-def test_a_references_file_is_made_absolute_and_a_module_is_left(monkeypatch):
+def test_a_reference_to_a_file_becomes_absolute_and_to_a_module_does_not_change(monkeypatch):
     monkeypatch.chdir(SUPPORT)
     assert absolute_reference("tasks/named.py:ready") == f"{SUPPORT}/tasks/named.py:ready"
     assert absolute_reference("tasks.named:ready") == "tasks.named:ready"

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 import tracin_ann
-from forgery import named_task
+from forgery import name_task
 from paths import ROOT, SUPPORT
-from tasks.toy import CONFIG, Toy, saved
+from tasks.toy import CONFIG, Toy, save_checkpoints
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.cli.remove import main as remove_command
@@ -27,17 +27,18 @@ from tracin_ann.operations.verification import repair
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.locks import WRITER
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, Manifest
+from trees import read_contents
 
 NAME = "task_of_trust"
 TASK = f"""
 import sys
 sys.path.insert(0, {str(SUPPORT)!r})
 from pathlib import Path
-from tasks.toy import RATES, Toy, rows, toy
+from tasks.toy import RATES, Toy, make_rows, make_toy_task
 from tracin_ann import Checkpoint, Task
 
 def task(folder=".") -> Task:
-    return toy(
+    return make_toy_task(
         Path(folder), Toy(),
         checkpoints=[Checkpoint(Path(folder) / f"checkpoint{{i}}.pt", rate) for i, rate in enumerate(RATES)],
         columns=lambda row: {{"label": row[1]}}, describe=lambda row: f"a {{row[1]}}",
@@ -60,9 +61,9 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a user's directory, with a task's file, checkpoints and an index, the current one."""
+    """Create a user's directory with a task's file, checkpoints and an index, and make it the current directory."""
     folder = tmp_path_factory.mktemp("project")
-    saved(Toy(), folder)
+    save_checkpoints(Toy(), folder)
     (folder / f"{NAME}.py").write_text(TASK)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -74,7 +75,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def index(project: Path, tmp_path: Path) -> Path:
-    """Return a copy of the index, below the user's directory."""
+    """Return a copy of the index below the user's directory."""
     out = project / "runs" / tmp_path.name
     shutil.copytree(project / "runs" / "mine", out)
     return out
@@ -82,17 +83,17 @@ def index(project: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """Return a file that hostile code would make."""
+    """Return the path of a file that hostile code would create."""
     return tmp_path / "marker"
 
 
-def test_a_users_own_task_is_found_without_an_option(index: Path, project: Path) -> None:
+def test_a_task_of_the_user_is_found_without_an_option(index: Path, project: Path) -> None:
     done = CliRunner().invoke(query_command, [str(index), "--ids", "0"])
     assert done.exit_code == 0 and "a 0" in done.output and "error" not in done.stderr
-    named_task(index, f"{project / NAME}.py:task", folder=str(project))
+    name_task(index, f"{project / NAME}.py:task", folder=str(project))
     assert len(InfluenceIndex.open(index).query([0])) == 1
     with pytest.raises(UsageError, match="does not take these arguments"):
-        named_task(index, f"{project / NAME}.py:task", command="x")
+        name_task(index, f"{project / NAME}.py:task", command="x")
         _ = InfluenceIndex.open(index).task
 
 
@@ -101,7 +102,7 @@ def test_a_users_own_task_is_found_without_an_option(index: Path, project: Path)
 )
 def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -> None:
     for arguments in ({"command": f"touch {marker}"}, {"cmd": f"touch {marker}"}, {}):
-        named_task(index, reference, **arguments)
+        name_task(index, reference, **arguments)
         with pytest.raises(
             UsageError, match=r"is not imported: got .*not an absolute path of a file.*; pass --task FILE.py"
         ):
@@ -109,8 +110,8 @@ def test_a_module_is_never_imported(index: Path, marker: Path, reference: str) -
     assert not marker.exists()
 
 
-def test_arguments_that_are_no_texts_are_refused(index: Path, project: Path) -> None:
-    named_task(index, f"{project / NAME}.py:task", folder=["x"])
+def test_arguments_that_are_not_strings_are_rejected(index: Path, project: Path) -> None:
+    name_task(index, f"{project / NAME}.py:task", folder=["x"])
     with pytest.raises(DamagedIndexError, match="TaskReference.arguments"):
         InfluenceIndex.open(index)
 
@@ -134,10 +135,10 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_that_is_none_of_the_users_tasks_is_not_run(
+def test_a_file_that_is_not_a_task_of_the_user_is_not_run(
     index: Path, project: Path, tmp_path: Path, marker: Path, case: str
 ) -> None:
-    place, text, said = FILES[case]
+    place, text, message = FILES[case]
     path = Path(
         place.format(
             index=index, project=project, outside=tmp_path, outside_name=os.path.relpath(tmp_path, project.parent)
@@ -149,8 +150,8 @@ def test_a_file_that_is_none_of_the_users_tasks_is_not_run(
         real.write_text(MARKING.format(marker=str(marker)) + text)
         if case == "a link":
             path.symlink_to(real)
-    named_task(index, f"{path}:task")
-    with pytest.raises(UsageError, match=f"is not imported: .*{said}"):
+    name_task(index, f"{path}:task")
+    with pytest.raises(UsageError, match=f"is not imported: .*{message}"):
         _ = InfluenceIndex.open(index).task
     with pytest.raises(UsageError, match="is not imported"):
         (index / FEATURES / Manifest.read(index).features[0].name).unlink()
@@ -158,89 +159,85 @@ def test_a_file_that_is_none_of_the_users_tasks_is_not_run(
     assert not marker.exists() and "evil" not in sys.modules
 
 
-def test_what_a_task_file_holds_besides_its_task_is_not_called(index: Path, project: Path, marker: Path) -> None:
+def test_other_functions_of_a_task_file_are_not_called(index: Path, project: Path, marker: Path) -> None:
     (project / "besides.py").write_text(
         "import os\nfrom tracin_ann import Task\nrun = os.system\nlast: object = os.system\n"
     )
     for name in ("run", "last"):
-        named_task(index, f"{project / 'besides.py'}:{name}", command=f"touch {marker}")
+        name_task(index, f"{project / 'besides.py'}:{name}", command=f"touch {marker}")
         with pytest.raises(UsageError, match="is not imported: got .*a builtin_function_or_method"):
             _ = InfluenceIndex.open(index).task
     assert not marker.exists()
 
 
-def test_this_librarys_own_functions_are_none(
+def test_functions_of_this_library_are_not_tasks(
     index: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`load_task(reference) -> Task` would import whatever its argument names; no other module is imported either."""
+    """`load_task(reference) -> Task` would import any module; no other module is imported either."""
     package = Path(tracin_ann.__file__).resolve().parent
     monkeypatch.chdir(package.parent)
     (tmp_path / "evil.py").write_text(MARKING.format(marker=str(marker)))
-    named_task(index, f"{package / 'task' / 'references.py'}:load_task", reference=f"{tmp_path / 'evil.py'}:x")
+    name_task(index, f"{package / 'task' / 'references.py'}:load_task", reference=f"{tmp_path / 'evil.py'}:x")
     with pytest.raises(UsageError, match="installed package"):
         _ = InfluenceIndex.open(index).task
-    named_task(index, f"{package / 'build.py'}:build")
+    name_task(index, f"{package / 'build.py'}:build")
     with pytest.raises(UsageError, match="installed package"):
         _ = InfluenceIndex.open(index).task
     assert not marker.exists()
 
 
-def test_nothing_is_trusted_at_the_root(index: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_task_is_trusted_in_the_root_directory(index: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     with pytest.raises(UsageError, match="not below the current directory"):
         _ = InfluenceIndex.open(index).task
 
 
-def test_what_the_user_names_is_imported_wherever_it_is(index: Path, tmp_path: Path, project: Path) -> None:
-    named_task(index, "os:system", command="true")
+def test_a_task_that_the_user_names_is_imported_from_anywhere(index: Path, tmp_path: Path, project: Path) -> None:
+    name_task(index, "os:system", command="true")
     path = tmp_path / "task_elsewhere.py"
     path.write_text(TASK.replace(" -> Task", ""))
     arguments = {"folder": str(project)}
     assert len(InfluenceIndex.open(index, f"{path}:task", arguments=arguments).query([0])) == 1
 
 
-def planted(index: Path, victim: Path) -> None:
-    """Plant links to a directory of the user's in an index."""
+def plant_links(index: Path, victim: Path) -> None:
+    """Replace parts of an index by links to a directory of the user."""
     (index / "generation-000000").symlink_to(victim)
     (index / WRITER).symlink_to(victim / "canary")
     (index / ".tracin-tmp-00000000-1-00.h5").symlink_to(victim / "canary")
 
 
-def held(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_runs_anything_or_changes_a_file_outside(
+def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     index: Path, project: Path, tmp_path: Path, marker: Path, name: str
 ) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "canary").write_bytes(b"sings")
     os.utime(victim / "canary", (0, 0))
-    named_task(index, "os:system", command=f"touch {marker}")
+    name_task(index, "os:system", command=f"touch {marker}")
     (index / "generation-notes").mkdir()
     (index / "generation-notes" / "canary").write_bytes(b"notes")
     words = [str(index) if word == "DIR" else word for word in COMMANDS[name]]
     command = [sys.executable, "-m", f"tracin_ann.cli.{name}", *words]
-    before = held(victim), held(project)
+    before = read_contents(victim), read_contents(project)
     code = f"import sys; sys.argv[0] = {name!r}; from tracin_ann.cli.{name} import main; main()"
     command = [sys.executable, "-c", code, *words]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for links in (False, True):
         if links:
-            planted(index, victim)
+            plant_links(index, victim)
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr and done.returncode in (0, 2, 4), done.stderr
         assert done.returncode == 4 or not links, (done.stdout, done.stderr)
-        assert not marker.exists() and held(victim) == before[0]
+        assert not marker.exists() and read_contents(victim) == before[0]
         assert (index / "generation-notes" / "canary").read_bytes() == b"notes"
     outside = {path: content for path, content in before[1].items() if not path.startswith(f"runs/{index.name}/")}
-    after = held(project)
+    after = read_contents(project)
     assert {path: after[path] for path in outside} == outside
 
 
-# Links, one place at a time.
+# Links, in one place at a time.
 
 
 PLACES = [
@@ -255,11 +252,11 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: str) -> None:
-    """What it leads to is sound, and stays so."""
+    """The target of the link is intact and must not change."""
     away = tmp_path / "away"
     shutil.move(index / place, away)
     (index / place).symlink_to(away)
-    before = held(away) if away.is_dir() else away.read_bytes()
+    before = read_contents(away) if away.is_dir() else away.read_bytes()
     runner = CliRunner()
     for command, words in (
         (query_command, ["--self-influence"]),
@@ -271,10 +268,10 @@ def test_a_link_in_an_index_is_not_followed(index: Path, tmp_path: Path, place: 
             continue
         assert done.exit_code == 4, (command, done.output)
         assert "a symbolic link" in done.output and Path(place).name in done.output
-    assert (held(away) if away.is_dir() else away.read_bytes()) == before
+    assert (read_contents(away) if away.is_dir() else away.read_bytes()) == before
 
 
-def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) -> None:
+def test_an_index_behind_a_link_is_accepted(index: Path, tmp_path: Path) -> None:
     link = tmp_path / "elsewhere"
     link.symlink_to(index)
     assert len(InfluenceIndex.open(link).query([0])) == 1
@@ -284,7 +281,7 @@ def test_an_index_that_is_a_link_itself_is_as_good(index: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["a symbolic link", "a hard link to another file", "a directory", "a FIFO"])
-def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
+def test_a_lock_path_that_is_not_a_lock_file_is_not_written_to(index: Path, tmp_path: Path, kind: str) -> None:
     canary = tmp_path / "canary"
     canary.write_bytes(b"sings")
     make = {"a symbolic link": os.symlink, "a hard link to another file": os.link}.get(kind)
@@ -301,7 +298,7 @@ def test_a_lock_that_is_no_lock_is_not_written_to(index: Path, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("place", [FEATURES, ".index-unfinished", ".index-unfinished/ivf.faiss", "generation-000000"])
-def test_writers_refuse_a_planted_link_and_remove_nothing_by_it(index: Path, tmp_path: Path, place: str) -> None:
+def test_writers_reject_a_planted_link_and_remove_nothing_behind_it(index: Path, tmp_path: Path, place: str) -> None:
     victim = tmp_path / "victim"
     if (index / place).exists():
         shutil.move(index / place, victim)
@@ -312,7 +309,7 @@ def test_writers_refuse_a_planted_link_and_remove_nothing_by_it(index: Path, tmp
         os.utime(victim / name, (0, 0))
     (index / place).parent.mkdir(exist_ok=True)
     (index / place).symlink_to(victim)
-    before = held(victim)
+    before = read_contents(victim)
     for act in (
         lambda: remove(index, [1]),
         lambda: repair(index),
@@ -320,10 +317,10 @@ def test_writers_refuse_a_planted_link_and_remove_nothing_by_it(index: Path, tmp
     ):
         with pytest.raises(DamagedIndexError, match=rf"{place}: got a symbolic link"):
             act()
-    assert held(victim) == before
+    assert read_contents(victim) == before
 
 
-def test_a_sweep_removes_what_writers_name_and_nothing_else(index: Path, tmp_path: Path) -> None:
+def test_cleanup_removes_only_files_with_names_of_writers(index: Path, tmp_path: Path) -> None:
     (tmp_path / "canary").write_bytes(b"sings")
     mine = ["generation-notes", "generation-1", "generation-", "generation-000000/notes", f"{FEATURES}/notes"]
     for name in mine:
@@ -342,7 +339,7 @@ def test_a_sweep_removes_what_writers_name_and_nothing_else(index: Path, tmp_pat
 
 
 @pytest.mark.parametrize("place", [MANIFEST, "generation-000001/canaries.h5", "features"])
-def test_a_fifo_in_an_index_is_not_waited_for(index: Path, place: str) -> None:
+def test_no_command_waits_for_a_fifo_in_an_index(index: Path, place: str) -> None:
     path = index / place if place != "features" else sorted((index / FEATURES).iterdir())[0]
     path.unlink()
     os.mkfifo(path)

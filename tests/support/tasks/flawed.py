@@ -1,4 +1,4 @@
-"""A task whose rows carry a mark that spoils their loss or gradient, at both checkpoints or at the second alone."""
+"""A task with rows whose loss or gradient is not finite, at both checkpoints or at the second only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = tuple[Tensor, int, int, float]
 
 
 class Staged(nn.Module):
-    """A small classifier that knows which checkpoint it holds."""
+    """A small classifier with the number of its checkpoint in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def loss(model: Any, batch: Any) -> Tensor:
     values = values + torch.where(marks == NAN_LOSS, torch.nan, 0.0)
     values = values + torch.where((marks == LATE_INFINITE_LOSS) & late, torch.inf, 0.0)
     cornered = (marks == NAN_GRADIENT) | ((marks == LATE_NAN_GRADIENT) & late)
-    # The root of zero: its gradient is NaN.
+    # The gradient of the square root at zero is NaN.
     return values + (0.01 * logits.square().sum(1) * ~cornered).sqrt() * scales
 
 
@@ -47,7 +47,7 @@ def collate(examples: list[Row]) -> tuple[Tensor, ...]:
     return torch.stack(x), torch.tensor(labels), torch.tensor(marks), torch.tensor(scales)
 
 
-def rows(
+def make_rows(
     n: int, seed: int = 1, marks: Mapping[int, int] | None = None, scales: Mapping[int, float] | None = None
 ) -> list[Row]:
     generator = torch.Generator().manual_seed(seed)
@@ -55,9 +55,9 @@ def rows(
     return [(x[i], i % 3, (marks or {}).get(i, FINE), (scales or {}).get(i, 1.0)) for i in range(n)]
 
 
-def checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
-    """Write checkpoints of different weights."""
-    made = []
+def save_checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
+    """Write checkpoints with different weights."""
+    checkpoints = []
     for i in range(n):
         path = folder / f"{i}.pt"
         if not path.exists():
@@ -66,24 +66,24 @@ def checkpoints(folder: Path, n: int = 2) -> list[Checkpoint]:
                 model = Staged()
             model.stage.fill_(i)
             torch.save(model.state_dict(), path)
-        made.append(Checkpoint(path, learning_rate=RATES[i % 2]))
-    return made
+        checkpoints.append(Checkpoint(path, learning_rate=RATES[i % 2]))
+    return checkpoints
 
 
-def flawed(folder: Path, train: list[Row], query: list[Row] | None = None, **changes: Any) -> Task:
-    """Return the task of these rows, fields changed."""
+def make_task(folder: Path, train: list[Row], query: list[Row] | None = None, **changes: Any) -> Task:
+    """Return the task of these rows, with changed fields."""
     fields: dict[str, Any] = {
         "model": Staged,
         "loss": loss,
         "train_data": lambda: train,
-        "query_data": lambda: rows(7, 2) if query is None else query,
-        "checkpoints": checkpoints(folder),
+        "query_data": lambda: make_rows(7, 2) if query is None else query,
+        "checkpoints": save_checkpoints(folder),
         "collate": collate,
     }
     return Task(**(fields | changes))
 
 
-def answered(index: InfluenceIndex, options: QueryOptions, ids: Sequence[int] = range(7)) -> list[dict[int, float]]:
+def read_scores(index: InfluenceIndex, options: QueryOptions, ids: Sequence[int] = range(7)) -> list[dict[int, float]]:
     """Return the scores of each query's hits, by row."""
     found = index.query(list(ids), options=options)
     return [{int(hit.id): hit.score for hit in (*a.proponents, *a.opponents)} for a in found]

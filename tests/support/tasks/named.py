@@ -1,10 +1,10 @@
-"""Things that a task reference can name: a Task, functions that return one, and what is none."""
+"""Objects that a task reference can name: a Task, functions that return one, and others."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from tasks.toy import cross_entropy, rows
+from tasks.toy import cross_entropy, make_rows
 from tracin_ann import Checkpoint, Task
 
 
@@ -12,8 +12,8 @@ def function(rate: str, rows_wanted: str = "4") -> Task:
     return Task(
         model=lambda: nn.Linear(5, 3),
         loss=cross_entropy,
-        train_data=lambda: rows(int(rows_wanted)),
-        query_data=lambda: rows(2),
+        train_data=lambda: make_rows(int(rows_wanted)),
+        query_data=lambda: make_rows(2),
         checkpoints=[Checkpoint("unused.pt", learning_rate=float(rate))],
     )
 

@@ -1,4 +1,4 @@
-"""A toy task whose rows have ids of their own and texts that are hard to write down, its file and its index."""
+"""A toy task with ids and awkward text, its file and its index."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tasks.toy import CONFIG, RATES, Toy, rows, saved, toy
+from tasks.toy import CONFIG, RATES, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, Description, Task, build
 from tracin_ann.operations.removal import remove
 
@@ -19,30 +19,30 @@ AWKWARD = ["plain", 'with, comma and "quotes"', "two\nlines", "naïve ✓", "<sc
 TASK = """
 import sys
 sys.path[:0] = {paths!r}
-from tasks.own_ids import the_task as made
+from tasks.own_ids import make_task as made
 from tracin_ann import Task
 def task(folder, kind="words") -> Task:
     return made(folder, kind)
 """
 
 
-def numbered(n: int, seed: int) -> list[tuple[torch.Tensor, int, int]]:
-    """Return rows that carry numbers of their own."""
-    return [(x, label, 100 * seed + i) for i, (x, label) in enumerate(rows(n, seed))]
+def make_numbered_rows(n: int, seed: int) -> list[tuple[torch.Tensor, int, int]]:
+    """Return rows with a unique number each."""
+    return [(x, label, 100 * seed + i) for i, (x, label) in enumerate(make_rows(n, seed))]
 
 
-def word(row: Sequence[Any]) -> str:
+def row_id(row: Sequence[Any]) -> str:
     """Return a row's id."""
     return f"row-{row[2]:04}" if row[2] != 206 else "row, 206"
 
 
-def the_task(folder: str | Path, kind: str) -> Task:
-    """Return the task, its ids words, numbers, or none."""
-    ids = {"words": word, "numbers": lambda row: row[2], "positions": None}[kind]
-    return toy(
+def make_task(folder: str | Path, kind: str) -> Task:
+    """Return the task, with words, numbers or no ids."""
+    ids = {"words": row_id, "numbers": lambda row: row[2], "positions": None}[kind]
+    return make_toy_task(
         Path(folder),
-        train_data=lambda: numbered(N, 1),
-        query_data=lambda: numbered(QUERIES, 2),
+        train_data=lambda: make_numbered_rows(N, 1),
+        query_data=lambda: make_numbered_rows(QUERIES, 2),
         checkpoints=[Checkpoint(Path(folder) / f"checkpoint{i}.pt", rate) for i, rate in enumerate(RATES)],
         columns=lambda row: {"label": row[1]},
         describe=lambda row: Description(text=AWKWARD[row[2] % len(AWKWARD)]),
@@ -50,12 +50,12 @@ def the_task(folder: str | Path, kind: str) -> Task:
     )
 
 
-def made(folder: Path, file: str, kinds: Sequence[str] = ("words",), gone: Sequence[int] = ()) -> None:
-    """Make checkpoints, the task's file and an index of each kind in a folder, some rows removed."""
+def build_indexes(folder: Path, file: str, kinds: Sequence[str] = ("words",), gone: Sequence[int] = ()) -> None:
+    """Write checkpoints, the task's file and an index of each kind to a folder, and remove some rows."""
     torch.manual_seed(3)
-    saved(Toy(), folder)
+    save_checkpoints(Toy(), folder)
     (folder / file).write_text(TASK.format(paths=[str(Path(__file__).parent.parent)]))
     for kind in kinds:
-        build(the_task(folder, kind), folder / kind, CONFIG)
+        build(make_task(folder, kind), folder / kind, CONFIG)
         if gone:
             remove(folder / kind, gone)

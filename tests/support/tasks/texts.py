@@ -1,4 +1,4 @@
-"""Sequences of unlike length, padded by collate: `texts.py:task`, and variants that count, break or kill readings."""
+"""Sequences of different lengths, padded by collate: `texts.py:task`, and a variant that ends a worker."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Reader(nn.Module):
         return self.head((torch.tanh(self.inner(self.words(index))) * inside).sum(1) / inside.sum(1))
 
 
-def rows(n: int, seed: int) -> list[tuple[Tensor, int]]:
+def make_rows(n: int, seed: int) -> list[tuple[Tensor, int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 40, (n,), generator=g)
     return [(torch.randint(1, 11, (int(length),), generator=g), i % 3) for i, length in enumerate(lengths)]
 
 
-def padded(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+def pad(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     texts = nn.utils.rnn.pad_sequence([e[0] for e in examples], batch_first=True)
     return texts, torch.tensor([e[1] for e in examples])
 
@@ -49,15 +49,15 @@ def model() -> nn.Module:
 
 
 def train_data() -> list[tuple[Tensor, int]]:
-    return rows(N_TRAIN, 1)
+    return make_rows(N_TRAIN, 1)
 
 
 def query_data() -> list[tuple[Tensor, int]]:
-    return rows(4, 2)
+    return make_rows(4, 2)
 
 
-class Deadly(list[Any]):
-    """Rows that end the process that reads row 100, unless it is the one that made them."""
+class LethalRows(list[Any]):
+    """Rows that end the process that reads row 100, except the process that created them."""
 
     def __init__(self, given: list[Any]) -> None:
         super().__init__(given)
@@ -70,7 +70,7 @@ class Deadly(list[Any]):
 
 
 def deadly_data() -> list[tuple[Tensor, int]]:
-    return Deadly(train_data())
+    return LethalRows(train_data())
 
 
 def task(folder: str, deadly: str = "") -> Task:
@@ -85,5 +85,5 @@ def task(folder: str, deadly: str = "") -> Task:
         train_data=deadly_data if deadly else train_data,
         query_data=query_data,
         checkpoints=[Checkpoint(f"{folder}/{i}.pt", learning_rate=rate) for i, rate in enumerate(RATES)],
-        collate=padded,
+        collate=pad,
     )

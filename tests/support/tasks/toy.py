@@ -1,4 +1,4 @@
-"""A small classifier with two checkpoints, every part of which a test can replace."""
+"""A small classifier with two checkpoints; a test can replace any part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = BuildConfig(dim=32, batch_size=4, device="cpu", dtype="float32", index=
 
 
 class Toy(nn.Module):
-    """Two linear layers with an activation between them that no module stands for."""
+    """Two linear layers with an activation between them that is not a module."""
 
     def __init__(self, activation: Any = torch.tanh) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def rows(n: int, seed: int = 1) -> list[tuple[Tensor, int]]:
+def make_rows(n: int, seed: int = 1) -> list[tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(5, generator=generator, dtype=torch.float32), i % 3) for i in range(n)]
 
 
-def saved(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
-    """Write a checkpoint of the model for each rate, the weights moved a little from one to the next."""
+def save_checkpoints(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
+    """Write one checkpoint of the model per rate, each with slightly changed weights."""
     generator = torch.Generator().manual_seed(seed)
     checkpoints = []
     for i, rate in enumerate(RATES):
@@ -53,16 +53,16 @@ def saved(model: nn.Module, folder: Path, seed: int = 0) -> list[Checkpoint]:
     return checkpoints
 
 
-def toy(folder: Path, model: nn.Module | None = None, /, **changes: Any) -> Task:
-    """Return a task of the model (a Toy where it is None) with two checkpoints in the folder, fields changed."""
+def make_toy_task(folder: Path, model: nn.Module | None = None, /, **changes: Any) -> Task:
+    """Return a task of the model (a Toy if None) with two checkpoints in the folder, with changed fields."""
     model = model if model is not None else Toy()
     fields: dict[str, Any] = {
         "model": lambda: model,
         "loss": cross_entropy,
-        "train_data": lambda: rows(10),
-        "query_data": lambda: rows(5, seed=2),
+        "train_data": lambda: make_rows(10),
+        "query_data": lambda: make_rows(5, seed=2),
     }
     fields.update(changes)
     if "checkpoints" not in fields:
-        fields["checkpoints"] = saved(model, folder)
+        fields["checkpoints"] = save_checkpoints(model, folder)
     return Task(**fields)
