@@ -70,8 +70,8 @@ def features() -> str:
         channels_last = f"{row['ratio_to_channels_last']:.2f}" if has_images else "–"
         rows.append((row["model"], f"{row['parameters']:,}", *costs, channels_last))
     scope = (
-        f"whole builds by `tracin_ann.build` with D = {content['settings']['dim']:,}; other settings are the defaults, "
-        "except the batch size (equal to that of the plain step) and the estimate of fidelity (off). "
+        f"complete builds by `tracin_ann.build` with D = {content['settings']['dim']:,}; other settings are the "
+        "defaults, except the batch size (equal to that of the plain step) and the estimate of fidelity (off). "
         "The plain step is batched forward and backward."
     )
     return compose(scope, format_table(*rows), format_environment(content))
@@ -107,7 +107,7 @@ def memory() -> str:
         plain = f"{row['plain_mb']:,.0f}" if "plain_mb" in row else "–"
         rows.append((name, f"{row['rows']:,}", plain, f"{row['build_mb']:,.0f}"))
     scope = (
-        'peak memory of a process that runs a whole build by `tracin_ann.build` with `index="flat"`. Other settings '
+        'peak memory of a process that runs a complete build by `tracin_ann.build` with `index="flat"`. Other settings '
         "are the defaults, except the batch size (equal to that of plain training) and, for the small MLP, D = 64."
     )
     return compose(scope, format_table(*rows), format_environment(content))
@@ -138,8 +138,8 @@ def attribution() -> str:
         rows.append((row["model"], *costs, f"{row['ratio']:.2f}", *loops))
     settings = content["settings"]
     scope = (
-        f"whole builds by `tracin_ann.build`, time per graph, D = {settings['dim']:,}, {settings['batch_size']} graphs "
-        "per batch; other settings are the defaults. The loops process one graph at a time."
+        f"complete builds by `tracin_ann.build`, time per graph, D = {settings['dim']:,}, {settings['batch_size']} "
+        "graphs per batch; other settings are the defaults. The loops process one graph at a time."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
@@ -151,7 +151,9 @@ def proofs() -> str:
         shares = (f"{row[f'{part}_cpu_s'] / row['build_cpu_s']:.1%}" for part in ("proofs", "checks", "audit"))
         size = f"{row['rows']:,} × {row['checkpoints']}"
         rows.append((size, f"{row['build_cpu_s']:.1f}", *shares, f"{row['share']:.1%}"))
-    scope = f"whole builds by `tracin_ann.build`, D = {content['settings']['dim']:,}; other settings are the defaults."
+    scope = (
+        f"complete builds by `tracin_ann.build`, D = {content['settings']['dim']:,}; other settings are the defaults."
+    )
     return compose(scope, format_table(*rows), format_environment(content))
 
 
@@ -169,7 +171,7 @@ def recall() -> str:
         stored, exact = ([mean(s[kind][side] for s in seeds) for side in SIDES] for kind in ("stored", "exact"))
         rows.append((name, *(f"{x:.3f}" for x in stored), format_sides(exact)))
     scope = (
-        f"whole builds by `tracin_ann.build` and queries by `InfluenceIndex.query`, D = {settings['dim']:,}; other "
+        f"complete builds by `tracin_ann.build` and queries by `InfluenceIndex.query`, D = {settings['dim']:,}; other "
         "settings are the defaults. Recall@10 of true TracInCP, "
         f"{settings['rows']:,} rows, {settings['queries']} queries, mean of {settings['seeds']} seeds."
     )
@@ -428,7 +430,7 @@ def reliability() -> str:
     for row in checksums["results"]:
         rows.append((f"checksums, {row['what'].replace('ask', 'query')}", f"{row['checksums']:.2%} of the CPU time"))
     scope = (
-        "whole builds, queries, removals and verification through the public functions; for altered files, each "
+        "complete builds, queries, removals and verification through the public functions; for altered files, each "
         "reader alone."
     )
     return compose(scope, format_table(*rows), format_environment(readers))
@@ -444,7 +446,7 @@ def kills() -> str:
         found = " / ".join(f"{number}" for number in row["readers_found"].values())
         counts = (str(row["kills"]), str(row["left"]["a temporary"]), found, str(row["ended_as_undisturbed"]))
         rows.append((row["command"], f"{row['seconds']:.2f}", *counts))
-    scope = f"whole builds and removals through the public functions, {content['settings']['rows']:,} rows."
+    scope = f"complete builds and removals through the public functions, {content['settings']['rows']:,} rows."
     return compose(scope, format_table(*rows), format_environment(content))
 
 
@@ -461,7 +463,7 @@ def digits() -> str:
         rows.append((kind, f"{figures[0]:.3f}", *(f"{x:.1%}" for x in (*figures[1:], worst))))
     settings = content["settings"]
     scope = (
-        "whole builds by `tracin_ann.build` and `InfluenceIndex.self_influence`, "
+        "complete builds by `tracin_ann.build` and `InfluenceIndex.self_influence`, "
         f"D = {settings['dim']:,}; other settings are the defaults. Mean of {settings['seeds']} seeds."
     )
     return compose(scope, format_table(*rows), format_environment(content))
@@ -502,7 +504,7 @@ def mislabelled() -> str:
             last = (estimate, found, correct) if by == "loss-and-votes" else ("–", "–", "–")
             rows.append((name, wrong, shown, *figures, *last))
     scope = (
-        "whole builds by `tracin_ann.build` and `tracin_ann.mislabelled`, with "
+        "complete builds by `tracin_ann.build` and `tracin_ann.analysis.find_mislabelled`, with "
         f'`index="flat"` and D = {content["settings"]["dim"]:,}; other settings are the defaults. '
         "Correct label: the share of the changed labels in the first 10% for which the suggested label is the true one."
     )

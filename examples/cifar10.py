@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     for answer, query in zip(answers, mistakes, strict=True):
         print(f"\ntest image {answer.query}: {NAMES[labels[query]]}, classified as {NAMES[predicted[query]]}")
         for side, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
-            shown = [f"{hit.id} {index.described('train', hit.row).text} {hit.score:+.2f}" for hit in hits]
+            shown = [f"{hit.id} {index.describe('train', hit.row).text} {hit.score:+.2f}" for hit in hits]
             print(f"  {side}: {', '.join(shown)}")
     report = write_report(answers, f"{out}/report.html", index, "Training images behind the mistakes of a ResNet-9")
     print(f"\nreport: {report}")

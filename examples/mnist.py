@@ -79,13 +79,13 @@ def read(path: str) -> dict[str, np.ndarray]:
         with np.load(npz) as arrays:
             return {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     return {
-        f"{letter}_{'train' if part == 'train' else 'test'}": _idx(Path(path), f"{part}-{kind}")
+        f"{letter}_{'train' if part == 'train' else 'test'}": _read_idx(Path(path), f"{part}-{kind}")
         for part in ("train", "t10k")
         for letter, kind in (("x", "images-idx3-ubyte"), ("y", "labels-idx1-ubyte"))
     }
 
 
-def _idx(folder: Path, name: str) -> np.ndarray:
+def _read_idx(folder: Path, name: str) -> np.ndarray:
     """Return the array of a file in MNIST's format (big-endian sizes, then bytes), compressed or not."""
     for path in [p / f"{name}{end}" for p in (folder, folder / "MNIST" / "raw", folder / "raw") for end in ("", ".gz")]:
         if path.is_file():
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     index = InfluenceIndex.open(f"{out}/index")
     answers = index.query(range(4), options=QueryOptions(k=5, rerank="exact"))
     for answer in answers:
-        print(f"\ntest digit {answer.query}, {index.described('query', answer.members[0]).text}")
+        print(f"\ntest digit {answer.query}, {index.describe('query', answer.members[0]).text}")
         for side, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
             print(f"  {side}:", ", ".join(f"{hit.id} ({index.columns['label'][hit.row]})" for hit in hits))
 

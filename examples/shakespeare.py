@@ -1,4 +1,4 @@
-"""Shakespeare: train a small character-level GPT, and find the passages that taught it to continue a text.
+"""Shakespeare: train a small character-level GPT, and find the training passages behind its continuations.
 
 `python examples/shakespeare.py --data DIR` takes a minute; DIR holds tinyshakespeare.txt, or the input.txt of the
 char-rnn download. To query the index afterwards: `python query.py runs/shakespeare/2000-rows/index --ids 0-4`;
@@ -130,13 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
     index = InfluenceIndex.open(f"{out}/index")
     answers = index.query([0, 40, 80], options=QueryOptions(k=3, rerank="exact", candidates=50))
     for answer in answers:
-        print(f"\n{answer.query}: {index.described('query', answer.members[0]).text}")
+        print(f"\n{answer.query}: {index.describe('query', answer.members[0]).text}")
         for hit in answer.hits:
-            print(f"  {hit.score:+.5f} {hit.id:>8}: {index.described('train', hit.row).text}")
+            print(f"  {hit.score:+.5f} {hit.id:>8}: {index.describe('train', hit.row).text}")
     parts = explain(index, answers[0].proponents[0].row, answers[0].members[0]).by_layer
     shares = [f"{layer} {part:+.5f}" for layer, part in sorted(parts.items(), key=lambda item: -item[1])[:4]]
     print(f"\nlayers with the largest part of the first score: {', '.join(shares)}")
-    print(f"report: {write_report(answers, f'{out}/report.html', index, 'Passages that taught these continuations')}")
+    print(f"report: {write_report(answers, f'{out}/report.html', index, 'Training passages behind continuations')}")
 
 
 if __name__ == "__main__":

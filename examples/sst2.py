@@ -71,7 +71,7 @@ def task(data: str, out: str = "runs/sst2/6000-rows", rows: str = str(ROWS)) -> 
 
 def read(data: str, rows: int) -> tuple[list[Row], list[Row], np.ndarray]:
     """Return training sentences (some labels flipped), dev sentences, and the positions of the flipped labels."""
-    train_rows, test_rows = _sentences(data, "train")[:rows], _sentences(data, "dev")
+    train_rows, test_rows = _read_sentences(data, "train")[:rows], _read_sentences(data, "dev")
     random = np.random.default_rng(0)
     flipped = np.sort(random.choice(len(train_rows), round(FLIPPED * len(train_rows)), replace=False))
     for i in flipped.tolist():
@@ -80,7 +80,7 @@ def read(data: str, rows: int) -> tuple[list[Row], list[Row], np.ndarray]:
     return train_rows, test_rows, flipped
 
 
-def _sentences(data: str, part: str) -> list[Row]:
+def _read_sentences(data: str, part: str) -> list[Row]:
     found = [path for name in (f"sst2_{part}.tsv", f"{part}.tsv") if (path := Path(data) / name).is_file()]
     if not found:
         raise SystemExit(f"no sst2_{part}.tsv or {part}.tsv in {data}")
@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     index = InfluenceIndex.open(f"{out}/index")
     answers = index.query(range(3), options=QueryOptions(k=3, rerank="exact"))
     for answer in answers:
-        print(f"\n{answer.query}, {index.described('query', answer.members[0]).text}")
+        print(f"\n{answer.query}, {index.describe('query', answer.members[0]).text}")
         for hit in answer.hits:
-            print(f"  {hit.score:+7.3f}  {hit.id}, {index.described('train', hit.row).text}")
+            print(f"  {hit.score:+7.3f}  {hit.id}, {index.describe('train', hit.row).text}")
 
     _, _, flipped = read(options.data, options.rows)
     suspects = find_mislabelled(index, labels="label", k=len(flipped))
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nof the {len(flipped)} most suspicious labels, {found:.0%} are wrong (random order: 10%); the first are")
     for row in suspects[:5]:
         wrong = "wrong" if row.row in flipped else "right"
-        print(f"  {wrong}: {index.described('train', row.row).text}")
+        print(f"  {wrong}: {index.describe('train', row.row).text}")
     print(
         f"\nreport: {write_report(answers, f'{out}/report.html', index, 'Training reviews behind three predictions')}"
     )

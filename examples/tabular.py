@@ -96,13 +96,13 @@ def main(arguments: list[str] | None = None) -> None:
     index = InfluenceIndex.open(f"{out}/index")
     answers = index.query((mistakes or [0])[:3], options=QueryOptions(k=3, rerank="exact"))
     for answer in answers:
-        print(f"\n{answer.query}, {index.described('query', answer.members[0]).text}")
+        print(f"\n{answer.query}, {index.describe('query', answer.members[0]).text}")
         for hit in answer.hits:
-            print(f"  {hit.score:+7.3f}  {hit.id}, {index.described('train', hit.row).text}")
+            print(f"  {hit.score:+7.3f}  {hit.id}, {index.describe('train', hit.row).text}")
 
     print("\ntraining rows with the largest self-influence:")
     for row in index.self_influence(5):
-        print(f"  {row.score:7.3f}  {row.id}, {index.described('train', row.row).text}")
+        print(f"  {row.score:7.3f}  {row.id}, {index.describe('train', row.row).text}")
     print(
         f"\nreport: {write_report(answers, f'{out}/report.html', index, 'Training rows behind misclassified tumours')}"
     )

@@ -1,4 +1,4 @@
-"""The story of a build: task -> feature rows of every checkpoint -> search index -> manifest.
+"""The steps of a build: task -> feature rows of every checkpoint -> search index -> manifest.
 
 The same command resumes an interrupted build: intact feature files are reused, missing ones are computed. The manifest
 is written last; with it, the directory is an index.
@@ -33,6 +33,7 @@ from tracin_ann.features import (
     UnpublishedRows,
     audit_build,
     check_canaries,
+    check_spec,
     checkpoint_specs,
     library_versions,
     model_digest,
@@ -119,8 +120,8 @@ def build(
         TaskError: the task breaks the contract; nothing is written.
         IndexMismatchError: the directory holds the index of another task or other options.
         UsageError: an option or the directory cannot be used.
-        NonFiniteError: the loss or gradient of a row is NaN or infinite; complete partitions are kept. Where such rows
-            are skipped: no row is left.
+        NonFiniteError: the loss or gradient of a row is NaN or infinite; complete partitions stay on disk. If such
+            rows are skipped: no row is left.
         GradientProofError: no method computes a parameter's gradients as autograd does, or a stored row differs from
             autograd; nothing is published.
     """
@@ -140,13 +141,16 @@ def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapp
         TaskError, UsageError: the task cannot be found, or an option cannot be used.
     """
     if isinstance(task, Task):
-        return BuildJob(task, out, config, TaskReference(None, {}))
+        return BuildJob(task, out, config, TaskReference())
     reference = TaskReference(absolute_reference(task), dict(arguments or {}))
     return BuildJob(load_task(task, arguments), out, config, reference)
 
 
 def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
-    """Build in a directory whose writer's lock the caller holds, or in a new one, which is locked within `claims`.
+    """Build in a directory whose writer's lock the caller holds, or in a new one.
+
+    A new directory is created only after all checks, so that a rejected build leaves nothing behind. `claims` then holds
+    its lock.
 
     Raises:
         As `build`.
@@ -156,7 +160,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     with job.runner.model() as model:
         start = job.prepare(model)
         store = FeatureStore(job.out / FEATURES, start.record.layout)
-        missing = store.missing(start.trusted)
+        missing = store.missing(start.trusted_files)
         if start.finished is not None and not missing and job.is_complete(start.finished):
             clean_up(job.out, start.finished)
             return job.report(start.finished, 0, began_s)
@@ -183,7 +187,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in extracted.plan.steps.items()),
         fidelity=quality.fidelity() if job.config.yardstick and not record.random_data else None,
         columns=columns,
-        removed=generation.carry_removed(),
+        removed=generation.copy_removed(),
         skipped=generation.write_skipped(),
         audit=audits.drawn,
     )
@@ -211,9 +215,9 @@ class BuildJob:
         self._load_seconds = 0.0
 
     def prepare(self, model: LoadedModel) -> BuildStart:
-        """Return what this build produces, and what the directory already holds.
+        """Return the record of this build, and the state of the directory.
 
-        Everything that can be rejected is rejected here or in `tune`, before anything is written.
+        Nothing is written before all checks of a build have passed.
 
         Raises:
             IndexMismatchError: the directory holds the index of another task or other options.
@@ -221,23 +225,28 @@ class BuildJob:
         """
         self.runner.data("query")
         manifest = read_current(self.out)
-        begun = read_last_build(self.out, manifest)
-        policy = self.config.choose_nonfinite_policy(None if begun is None else begun.on_nonfinite, str(self.out))
+        last_build = read_last_build(self.out, manifest)
+        policy = self.config.choose_nonfinite_policy(
+            None if last_build is None else last_build.on_nonfinite, str(self.out)
+        )
         self.runner.options = replace(self.runner.options, on_nonfinite=policy)
-        if begun is None:
+        if last_build is None:
             rank_one = self.examine(model)
             warn_of_slower_bf16(model, self.config.features(rank_one))
             return BuildStart(self._record(model, rank_one), None, None)
-        record = self._record(model, begun.spec.rank_one)
-        self._refuse_unlike(begun, record, manifest)
+        record = self._record(model, last_build.spec.rank_one)
+        self._check_same_build(last_build, record, manifest)
         return BuildStart(
-            replace(record, batch_size=begun.batch_size, channels_last=begun.channels_last), begun, manifest
+            replace(record, batch_size=last_build.batch_size, channels_last=last_build.channels_last),
+            last_build,
+            manifest,
         )
 
     def examine(self, model: LoadedModel) -> frozenset[str]:
         """Load every checkpoint once, run the first batch's probes, and return the rank-one parameters."""
         began_s = perf_counter()
         checkpoints = range(len(self.runner.task.checkpoints))
+        # In reverse, because the probes need the first checkpoint.
         for checkpoint in reversed(checkpoints):
             model.load(checkpoint)
             if self.runner.options.on_nonfinite == "skip":
@@ -269,24 +278,24 @@ class BuildJob:
             on_nonfinite=self.runner.options.on_nonfinite,
         )
 
-    def _refuse_unlike(self, begun: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
-        """Refuse to produce something else than the directory holds, except for the growth that options allow.
+    def _check_same_build(self, last_build: BuildRecord, record: BuildRecord, manifest: Manifest | None) -> None:
+        """Check that this build has the same result as the last one, except for the growth that options allow.
 
         Raises:
             IndexMismatchError: names the first difference.
         """
         expected = record.spec
-        if manifest is not None and manifest.build.spec.digest() == begun.spec.digest():
-            expected = self._without_growth(begun.spec, record.spec)
-        begun.spec.check_matches(expected, str(self.out))
-        if begun.partition_rows != record.partition_rows or begun.random_data != record.random_data:
+        if manifest is not None and manifest.build.spec.digest() == last_build.spec.digest():
+            expected = self._ignore_growth(last_build.spec, record.spec)
+        check_spec(last_build.spec, expected, str(self.out))
+        if last_build.partition_rows != record.partition_rows or last_build.random_data != record.random_data:
             raise IndexMismatchError(
-                f"index {self.out} was built with partition_rows {begun.partition_rows} and allow_random_data "
-                f"{begun.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
-                "use the same, or another --out"
+                f"index {self.out} was built with partition_rows {last_build.partition_rows} and allow_random_data "
+                f"{last_build.random_data}, this build asks for {record.partition_rows} and {record.random_data}; "
+                "use the same values, or another --out"
             )
 
-    def _without_growth(self, built: FeatureSpec, requested: FeatureSpec) -> FeatureSpec:
+    def _ignore_growth(self, built: FeatureSpec, requested: FeatureSpec) -> FeatureSpec:
         """Return the requested spec without the rows and checkpoints that may be new."""
         if self.config.append and requested.train_rows > built.train_rows:
             random = self.config.allow_random_data
@@ -309,7 +318,7 @@ class BuildJob:
         return manifest.index.kind == kind
 
     def check_canaries(self, model: LoadedModel, start: BuildStart) -> None:
-        """Refuse a task that computes other features than those of the finished index: it would mix two models.
+        """Reject a task whose features differ from those of the finished index: the index would mix rows of two models.
 
         Raises:
             IndexMismatchError: a canary differs.
@@ -318,23 +327,14 @@ class BuildJob:
             canaries = read_intact_canaries(self.out, start.manifest)
             check_canaries(model, self.features(start.manifest.build), canaries, str(self.out))
 
-    def features(self, record: BuildRecord) -> FeatureOptions:
-        """Return how gradients become feature rows."""
-        return self.config.features(record.spec.rank_one)
-
-    @property
-    def search_options(self) -> SearchIndexOptions:
-        """Return how the rows are indexed."""
-        config = self.config
-        return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
-
     def tune(self, model: LoadedModel, record: BuildRecord) -> BatchSettings:
-        """Choose how rows are run and set the model to it; the last step that may reject the build.
+        """Choose how rows are run, and set the model to it.
 
         A resumed build keeps the settings of its first run, so that all feature files are computed alike.
         """
         self.runner.check_workers("train")
-        if model.checkpoint < 0:
+        if not model.has_checkpoint:
+            # A resumed build has not run the probes yet.
             self.examine(model)
         known = None if record.batch_size is None else (record.batch_size, record.channels_last)
         config = self.config
@@ -379,6 +379,16 @@ class BuildJob:
         auditor = Auditor(model, generation.store, self.features(generation.record), progress)
         built = UnpublishedRows(extracted, generation.start, generation.missing, generation.removed_R, self.config.seed)
         return audit_build(auditor, built)
+
+    def features(self, record: BuildRecord) -> FeatureOptions:
+        """Return how gradients become feature rows."""
+        return self.config.features(record.spec.rank_one)
+
+    @property
+    def search_options(self) -> SearchIndexOptions:
+        """Return how the rows are indexed."""
+        config = self.config
+        return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
 
     def report(
         self, manifest: Manifest, rows_extracted: int, began_s: float, uneven: AuditRecord | None = None

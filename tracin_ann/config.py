@@ -107,18 +107,18 @@ class BuildConfig:
             if number is not None and number < 1:
                 raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
 
-    def choose_nonfinite_policy(self, begun: OnNonfinite | None, where: str) -> OnNonfinite:
+    def choose_nonfinite_policy(self, existing: OnNonfinite | None, where: str) -> OnNonfinite:
         """Return how non-finite rows are treated, given the setting of the existing index, if any.
 
         Raises:
             IndexMismatchError: they are to be an error, but the existing index skips them.
         """
-        if begun == "skip" and self.on_nonfinite == "error":
+        if existing == "skip" and self.on_nonfinite == "error":
             raise IndexMismatchError(
                 f"index {where} was built with --on-nonfinite skip, this command asks for error; "
                 "leave the option out, or build a new index"
             )
-        return self.on_nonfinite or begun or "error"
+        return self.on_nonfinite or existing or "error"
 
     def agree_on_batches(self, record: BuildRecord, n_missing: int, where: str) -> BuildRecord:
         """Return the build record with the batch size and memory format of the feature files that are reused, if any.
@@ -132,14 +132,15 @@ class BuildConfig:
             IndexMismatchError: the options name other values: rows of one index would differ by rounding.
         """
         known = record.batch_size, "channels-last" if record.channels_last else "contiguous"
-        asked = self.batch_size or known[0], known[1] if self.memory_format == "auto" else self.memory_format
-        if record.batch_size is None or asked == known:
+        requested = self.batch_size or known[0], known[1] if self.memory_format == "auto" else self.memory_format
+        if record.batch_size is None or requested == known:
             return record
         if n_missing == record.layout.n_partitions * record.layout.n_checkpoints:
             return replace(record, batch_size=None, channels_last=False)
         raise IndexMismatchError(
-            f"the features in {where} were made with batch size {known[0]} and memory format {known[1]}, this build "
-            f"asks for {asked[0]} and {asked[1]}; leave out --batch-size and --memory-format, or use another --out"
+            f"the features in {where} were computed with batch size {known[0]} and memory format {known[1]}, this "
+            f"build asks for {requested[0]} and {requested[1]}; leave out --batch-size and --memory-format, or use "
+            "another --out"
         )
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:

@@ -15,7 +15,7 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.features import IndexTask, RunOptions, TaskRunner, load_index_task
+from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,
@@ -98,7 +98,7 @@ class InfluenceIndex:
             channels_last=manifest.build.channels_last,
         )
         index = cls(path, manifest, lambda: load_index_task(task, arguments, manifest, path), options)
-        # The lease lives as long as the index: until it ends, no writer removes the files of this generation.
+        # Until the index is closed, its lease prevents writers from removing the files of this generation.
         index._lease = lease
         index._store.check(manifest.features)
         return index
@@ -126,7 +126,7 @@ class InfluenceIndex:
         return self._task.runner
 
     def expect(self, sketch: str | None = None, dim: int | None = None, seed: int | None = None) -> None:
-        """Refuse the index if it was built with another sketch, dimension or seed.
+        """Check the sketch, dimension and seed that the index was built with.
 
         Raises:
             IndexMismatchError: one differs.
@@ -138,7 +138,7 @@ class InfluenceIndex:
             dim if dim is not None else built.sketch.dim,
             seed if seed is not None else built.sketch.seed,
         )
-        built.check_matches(replace(built, sketch=expected), str(self.directory))
+        check_spec(built, replace(built, sketch=expected), str(self.directory))
 
     @cached_property
     def search_index(self) -> SearchIndex:
@@ -192,7 +192,7 @@ class InfluenceIndex:
 
     @cached_property
     def removed(self) -> Int64:
-        """Return the ids of the removed rows, in rising order; no answer contains them."""
+        """Return the ids of the removed rows, in ascending order; no answer contains them."""
         return read_removed_ids(self.directory, self.manifest)
 
     @cached_property
@@ -206,7 +206,7 @@ class InfluenceIndex:
         return self._options.device
 
     def present(self, rows: RowFilter | None = None) -> Int64:
-        """Return the positions, rising, of the rows that answers may contain: those that pass a filter and are present.
+        """Return the ascending positions of the rows that answers may contain: those that pass the filter.
 
         Raises:
             UsageError: the filter names an id out of range or an unknown column, or cannot be parsed.
@@ -219,7 +219,7 @@ class InfluenceIndex:
         return np.union1d(self.removed, self.skipped.row_S)
 
     def view(self, checkpoints: Sequence[int] | None = None) -> FeatureView:
-        """Return the stored feature rows over the chosen checkpoints, for a search or an analysis of your own."""
+        """Return the stored feature rows over the chosen checkpoints, for searches and analyses in Python."""
         return self._store.view(self._check_checkpoints(checkpoints))
 
     def query(
@@ -251,9 +251,9 @@ class InfluenceIndex:
                 problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
             )
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
-        plain = self._question(options)
-        questions = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]
-        return self._answer(questions, progress)
+        plain = self._make_request(options)
+        requests = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]
+        return self._answer(requests, progress)
 
     def contrast(
         self,
@@ -280,22 +280,22 @@ class InfluenceIndex:
                         "a contrast needs two sets", got=f"no {option}", expected="rows in both", remedy=f"add {option}"
                     )
                 )
-        question = self._question(options)
-        both = replace(question, side=side, ids=(*ids, *against), together=True, n_against=len(against))
+        request = self._make_request(options)
+        both = replace(request, side=side, ids=(*ids, *against), together=True, n_against=len(against))
         return self._answer([both], progress)
 
-    def _question(self, options: QueryOptions | None) -> QueryRequest:
+    def _make_request(self, options: QueryOptions | None) -> QueryRequest:
         options = options or QueryOptions()
         allowed = options.rows.allowed(len(self), self.columns, self._absent)
         return QueryRequest("query", (), self._check_checkpoints(options.checkpoints), options, allowed)
 
-    def _answer(self, questions: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
-        for question in questions:
-            self.runner.check_ids(question.side, question.ids)
+    def _answer(self, requests: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
+        for request in requests:
+            self.runner.check_ids(request.side, request.ids)
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
         fidelity = self.manifest.fidelity
         answers: list[Answer] = []
-        for question in questions:
+        for request in requests:
             ranking = Ranker(
                 store=self._store,
                 index=self.search_index,
@@ -304,20 +304,20 @@ class InfluenceIndex:
                 rates=rates,
                 runner=self.runner,
                 id_of=self.id_of,
-                progress=_count_rows(progress, self._exact_units(question)),
+                progress=_count_rows(progress, self._count_exact_units(request)),
             )
-            queries_QF = self.features(question.side, question.ids, question.checkpoints)
-            answers += ranking.answers(question, queries_QF)
+            queries_QF = self.features(request.side, request.ids, request.checkpoints)
+            answers += ranking.answers(request, queries_QF)
         if len(self.skipped):
-            answers = [replace(answer, how=f"{answer.how}; {self.skipped.counted}") for answer in answers]
-        return Answers(answers, self.described)
+            answers = [replace(answer, how=f"{answer.how}; {self.skipped.summary}") for answer in answers]
+        return Answers(answers, self.describe)
 
-    def _exact_units(self, question: QueryRequest) -> int:
-        """Return the largest number of rows × checkpoints that exact scores of a question may run."""
-        options = question.options
+    def _count_exact_units(self, request: QueryRequest) -> int:
+        """Return the largest number of rows × checkpoints for which exact scores of a request may be computed."""
+        options = request.options
         per_query = 2 * max(options.k, options.candidates)
-        rows = len(self) if options.exact else min(len(self), len(question.ids) * per_query)
-        return rows * len(question.checkpoints)
+        rows = len(self) if options.exact else min(len(self), len(request.ids) * per_query)
+        return rows * len(request.checkpoints)
 
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int] | None = None) -> Float32:
         """Compute the feature rows [Q, F] of examples over the chosen checkpoints.
@@ -337,7 +337,7 @@ class InfluenceIndex:
         rows: RowFilter | None = None,
         progress: ProgressCallback | None = None,
     ) -> RankedRows:
-        """Return training rows by falling self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖²: the first k, or all.
+        """Return training rows by descending self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖²: the first k, or all.
 
         It uses the stored squared norms (estimates from the sketch unless the index was built with `norms="exact"`), or
         with `exact` computes them for every row, which needs the task.
@@ -363,15 +363,18 @@ class InfluenceIndex:
                 SelfInfluence(self.rows.id_at(int(ids[i])), int(ids[i]), float(scores_N[i]), rank)
                 for rank, i in enumerate(order, start=1)
             ],
-            self.described,
+            self.describe,
         )
 
-    def described(self, side: SideName, row: int) -> Description | None:
+    def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, or None if it defines none or cannot be found."""
-        return self.runner.describe(side, row) if self._describes else None
+        return self.runner.describe(side, row) if self._has_descriptions else None
+
+    described = describe
+    """The name of `describe` in earlier versions."""
 
     @cached_property
-    def _describes(self) -> bool:
+    def _has_descriptions(self) -> bool:
         try:
             return self.task.describe is not None
         except UsageError as error:

@@ -30,12 +30,12 @@ def escape_json(coded: str) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return a duration for display: 41 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:  # noqa: PLR2004
-        return f"{whole} s"
-    if whole < 3600:  # noqa: PLR2004
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    n_seconds = round(seconds)
+    if n_seconds < 60:  # noqa: PLR2004
+        return f"{n_seconds} s"
+    if n_seconds < 3600:  # noqa: PLR2004
+        return f"{n_seconds // 60} min {n_seconds % 60} s"
+    return f"{n_seconds // 3600} h {n_seconds % 3600 // 60} min"
 
 
 def format_size(n_bytes: float) -> str:

@@ -92,7 +92,7 @@ def time_plain_step(rows: list, size: int) -> float:
 
 
 def time_build(rows: list, size: int, dim: int) -> float:
-    """Return the seconds of a whole build."""
+    """Return the seconds of a complete build."""
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         torch.save(GraphNet().state_dict(), f"{folder}/model.pt")

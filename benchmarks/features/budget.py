@@ -37,7 +37,7 @@ def make_parts(model: LoadedModel, options: argparse.Namespace, n_rows: int, fol
     runner, engine = model.runner, model.engine("train")
     loaded = list(runner.read("train", range(n_rows)))
     batches = [model.batch("train", each) for each in loaded]
-    features = FeatureOptions(make_sketch("factored", options.dim), 0, engine.prove(batches[0]).rank_one)
+    features = FeatureOptions(make_sketch("factored", options.dim), 0, engine.choose_methods(batches[0]).rank_one)
     extractor = FeatureExtractor(model, features)
     rows = RowBuffer(n_rows, options.dim).fill(0, n_rows, extractor.stream("train", loaded))
     store = FeatureStore(Path(folder), StoreLayout(n_rows, n_rows, options.dim, "float16", ("benchmark",)))
@@ -74,7 +74,7 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
         data = [train_data[i] for i in range(n_rows)]
         with runner.model() as model:
             model.load(0)
-            model.engine("train").prove(next(model.batches("train", range(size))))
+            model.engine("train").choose_methods(next(model.batches("train", range(size))))
             features = FeatureOptions(make_sketch("factored", options.dim), 0, frozenset())
             tuning = tune(model, features, TuningOptions(size))
             timed = make_parts(model, options, n_rows, folder)

@@ -31,7 +31,7 @@ def compute_features(runner: TaskRunner, dim: int) -> tuple[np.ndarray, np.ndarr
     with runner.model() as model:
         for checkpoint in range(len(runner.task.checkpoints)):
             model.load(checkpoint)
-            rank_one = model.engine("train").prove(next(model.batches("train", range(8)))).rank_one
+            rank_one = model.engine("train").choose_methods(next(model.batches("train", range(8)))).rank_one
             extractor = FeatureExtractor(model, FeatureOptions(make_sketch("factored", dim), 0, rank_one))
             for side, parts in sides.items():
                 parts.append(extractor.rows(side, range(runner.n_rows(side))).feature_ND)

@@ -1,7 +1,7 @@
 """CPU time of the correctness checks in a build of the MNIST CNN: proofs, batch checks and the audit.
 
-A proof is a call of `GradientEngine.prove`. A batch check runs a second backward pass with weighted losses, in a few
-batches. The audit recomputes some stored rows one at a time.
+A proof is a call of `GradientEngine.choose_methods`, which verifies gradients against autograd. A batch check runs a
+second backward pass with weighted losses, in a few batches. The audit recomputes some stored rows one at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tracin_ann.gradients.engine import GradientEngine
 
 RESULT = "proofs"
 METHODS = {
-    "proofs": (GradientEngine, "prove"),
+    "proofs": (GradientEngine, "choose_methods"),
     "checks": (LayerCapture, "_run_weighted_backward"),
     "audit": (Auditor, "audit"),
 }

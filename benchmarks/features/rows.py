@@ -1,4 +1,4 @@
-"""Time per row of a whole build, compared with batched forward and backward of the same model.
+"""Time per row of a complete build, compared with batched forward and backward of the same model.
 
 The time per row is the difference between builds of two sizes, which excludes the fixed costs: start, probes and
 proofs. The estimate of fidelity at the end of a build is off: its cost does not grow with the rows.
@@ -27,7 +27,7 @@ RESULT = "features"
 
 
 def time_build(name: str, n_rows: int, config: BuildConfig) -> float:
-    """Return the seconds of a whole build."""
+    """Return the seconds of a complete build."""
     with tempfile.TemporaryDirectory() as folder:
         task = models.make_task(name, folder, n_rows)
         start_s = time.perf_counter()

@@ -143,7 +143,7 @@ class Scores:
         sample = next(model.batches("train", range(min(256, self.shape[1]))))
         with torch.no_grad():
             self.train_loss.append(float(engine.losses(sample).mean()))
-        rank_one = engine.prove(next(model.batches("train", range(8)))).rank_one
+        rank_one = engine.choose_methods(next(model.batches("train", range(8)))).rank_one
         maps = {
             name: ParameterMaps(SKETCHES[name](self.options.dim), self.seed, model, rank_one)
             for name in self.options.sketches

@@ -2,7 +2,7 @@
 
 Each sketch is linear and unbiased, draws its random numbers from the library's generator, and has the interface of the
 library's sketches for materialised gradients: `parameter(key, device, dtype).add(out_BD, Dense(grad_BP))`. The
-hashes of the whole gradient are CountSketch (Charikar et al. 2002) and TensorSketch (Pham and Pagh 2013). Masked
+hashes of the complete gradient are CountSketch (Charikar et al. 2002) and TensorSketch (Pham and Pagh 2013). Masked
 factors followed by a hash are those of FactGraSS (Hu et al. 2025).
 """
 
@@ -121,7 +121,7 @@ class Masked:
     index_k: Tensor
     n: int
 
-    def apply(self, x: Tensor, room: Any = None) -> Tensor:
+    def apply(self, x: Tensor, allocate_out: Any = None) -> Tensor:
         return x[..., self.index_k] * (self.n / self.width) ** 0.5
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -80,7 +80,7 @@ def flip_labels(labels: Labels, rate: float, seed: int) -> tuple[Labels, Labels]
 
 def train_words(data: Path, folder: Path, rate: float, seed: int) -> tuple[Task, float, Labels]:
     """Train a linear model of the mean word vector, with random word dropout."""
-    train_rows, test_rows = (sst2._sentences(str(data), part) for part in ("train", "dev"))
+    train_rows, test_rows = (sst2._read_sentences(str(data), part) for part in ("train", "dev"))
     labels, flipped = flip_labels(np.array([row[1] for row in train_rows]), rate, seed)
     train_rows = [(text, int(label), name) for (text, _, name), label in zip(train_rows, labels, strict=True)]
     word_ids = sst2.vocabulary(train_rows)
@@ -98,7 +98,7 @@ def train_words(data: Path, folder: Path, rate: float, seed: int) -> tuple[Task,
 
 def train_vectors(data: Path, vectors: Path, folder: Path, rate: float, seed: int) -> tuple[Task, float, Labels]:
     """Train a linear model of frozen sentence vectors, standardised and scaled to a length near 1."""
-    labels, dev = (np.array([row[1] for row in sst2._sentences(str(data), part)]) for part in ("train", "dev"))
+    labels, dev = (np.array([row[1] for row in sst2._read_sentences(str(data), part)]) for part in ("train", "dev"))
     labels, flipped = flip_labels(labels, rate, seed)
     with np.load(vectors) as arrays:
         vectors_NE = [arrays[part].reshape(len(arrays[part]), -1).astype(np.float32) for part in ("train", "dev")]
@@ -119,7 +119,7 @@ def train_vectors(data: Path, vectors: Path, folder: Path, rate: float, seed: in
 
 def train_encoder(data: Path, encoder: Path, folder: Path, rate: float, seed: int) -> tuple[Task, float, Labels]:
     """Fine-tune all parameters of a pretrained encoder."""
-    train_rows, dev_rows = (sst2._sentences(str(data), part) for part in ("train", "dev"))
+    train_rows, dev_rows = (sst2._read_sentences(str(data), part) for part in ("train", "dev"))
     train_rows.sort(key=lambda row: len(row[0].split()))
     labels, flipped = flip_labels(np.array([row[1] for row in train_rows]), rate, seed)
     train_rows = [(text, int(label), name) for (text, _, name), label in zip(train_rows, labels, strict=True)]
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="npz of frozen sentence vectors")
     parser.add_argument("--encoder", type=Path, help="folder of a pretrained Hugging Face encoder")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], help="shares of wrong labels")
-    parser.add_argument("--rows", type=int, default=10_000, help="MNIST digits to train on")
+    parser.add_argument("--rows", type=int, default=60_000, help="MNIST digits to train on")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of digits and SST-2; MNIST has one")
     parser.add_argument("--dim", type=int, default=512, help="sketch dimensions per checkpoint")
     parser.add_argument(

@@ -146,7 +146,7 @@ def main() -> None:
     case = Case(options.model, options.dim, int(options.memory * 1e9))
     measure = measure_time if options.alone is None else measure_memory
     if options.alone in ("plain", "ours"):
-        make: Callable[[Case], Side] = _refuse_side
+        make: Callable[[Case], Side] = _reject_side
     else:
         make = load_sides(options.peer)[options.side]
     try:
@@ -159,7 +159,7 @@ def main() -> None:
     options.out.write_text(json.dumps(result))
 
 
-def _refuse_side(case: Case) -> Side:
+def _reject_side(case: Case) -> Side:
     raise NotImplementedError
 
 

@@ -180,10 +180,10 @@ def run_builds(options: argparse.Namespace) -> dict[str, Any]:
     found: list[dict[str, str]] = []
     kills, times_s = 0, []
     for number in range(options.builds):
-        one, took = finish_build(options, options.folder / f"whole-{number}", options.rows)
+        one, took = finish_build(options, options.folder / f"uninterrupted-{number}", options.rows)
         found.append(one)
         times_s.append(took)
-        print(f"whole {number}: {one}", file=sys.stderr, flush=True)
+        print(f"uninterrupted {number}: {one}", file=sys.stderr, flush=True)
     for number in range(options.builds):
         one, times = kill_build(options, options.folder / f"killed-{number}", median(times_s))
         found.append(one)

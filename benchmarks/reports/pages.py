@@ -1,7 +1,7 @@
 """Size of an HTML report of 1,000 queries, and the time that Chromium needs to open it.
 
 The reports show linear models of images, with 10 proponents and 10 opponents per query. `open_s` is the time from the
-request to the first frame after the whole page is read. `cpu_s` is the CPU time of the page's process until then, which
+request to the first frame after the complete page is read. `cpu_s` is the CPU time of the page's process until then; it
 depends less on the load of the machine (`load`, its load average). `jump_s` is the time to scroll to the last query and
 draw it.
 """

@@ -36,9 +36,9 @@ def report_images(data: str, runs: Path) -> tuple[Path, Path]:
     )
     wrong = find_mistakes(index, 400)
     answers = index.query(wrong[:12], options=OPTIONS)
-    page = write_report(answers, runs / "images.html", index, "Why twelve digits were misread")
+    page = write_report(answers, runs / "images.html", index, "Training digits behind twelve wrong predictions")
     suspects = find_mislabelled(index, k=60)
-    return page, write_report(suspects, runs / "suspects.html", index, "MNIST: training labels that look wrong")
+    return page, write_report(suspects, runs / "suspects.html", index, "MNIST: training labels that are probably wrong")
 
 
 def describe_digit(row: mnist.Row) -> Description:
@@ -73,7 +73,9 @@ def report_text(data: str, runs: Path) -> Path:
     columns: Any = lambda row: {name: of(row) for name, of in values_by_column.items()}  # noqa: E731
     index = build_index(replace(task, describe=describe, columns=columns), runs / "sst2-index")
     options = replace(OPTIONS, k=5)
-    return write_report(index.query(range(2, 10), options=options), runs / "text.html", index, "What reviews rest on")
+    return write_report(
+        index.query(range(2, 10), options=options), runs / "text.html", index, "Training reviews behind predictions"
+    )
 
 
 def report_tabular(runs: Path) -> Path:
@@ -89,7 +91,9 @@ def report_tabular(runs: Path) -> Path:
     columns: Any = lambda row: {"label": str(tabular.TABLE.target_names[row[1]])}  # noqa: E731
     index = build_index(replace(task, describe=describe, columns=columns), runs / "tabular-index")
     options = replace(OPTIONS, k=3)
-    return write_report(index.query(range(6), options=options), runs / "tabular.html", index, "What tumours rest on")
+    return write_report(
+        index.query(range(6), options=options), runs / "tabular.html", index, "Training rows behind predictions"
+    )
 
 
 def build_index(task: Task, out: Path) -> InfluenceIndex:

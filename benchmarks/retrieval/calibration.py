@@ -47,7 +47,9 @@ def run_case(rows: Subset, queries: np.ndarray, seed: int, target: float) -> dic
         point = calibration.fastest_point(side, target) or calibration.best(side)
         signed = sign * new
         truth = exact.search(signed, RECALL_AT)
-        recall = float(compute_recalls(index.at(point.setting).search(signed, RECALL_AT), truth, truth.scores).mean())
+        recall = float(
+            compute_recalls(index.with_settings(point.setting).search(signed, RECALL_AT), truth, truth.scores).mean()
+        )
         reached = calibration.fastest_point(side, target) is not None
         found[side] = {"lower": point.lower, "fresh": recall, "broken": recall < point.lower, "reached": reached}
     distribution = calibration.looks

@@ -96,7 +96,7 @@ def measure_curve(index: IVFIndex, truth: Truth, queries: Float32, rows: First, 
         for ratio in (0.6, 1.0, 1.6):
             for alpha in ALPHAS:
                 setting = Setting(codes, round(ratio * codes), alpha)
-                top = index.at(setting).search(signed, 10)
+                top = index.with_settings(setting).search(signed, 10)
                 figures = truth.compare(side, sign, top.ids, queries, rows)
                 settings = {"codes": codes, "centroids": setting.centroids, "alpha": alpha}
                 points.append(settings | figures | {"scored": float(top.rows_scored.mean())})
@@ -164,7 +164,7 @@ def measure_size(rows: First, queries: Float32, options: argparse.Namespace) -> 
             ours[f"at_{target}"] = chosen
             for side, sign in SIDES:
                 point = chosen[side]
-                at = index.at(Setting(point["codes"], point["centroids"], point["alpha"]))
+                at = index.with_settings(Setting(point["codes"], point["centroids"], point["alpha"]))
                 searches[f"{side} {target}"] = lambda q, at=at, sign=sign: at.search(sign * q, 10)
                 found = at.search(np.ascontiguousarray(sign * queries), 100)
                 deep = compute_recalls(truth.ids[side], [ids.tolist() for ids in found.ids])

@@ -38,15 +38,15 @@ def draw_recall(pyplot: Any) -> Any:
         rivals.setdefault(row["rival"], []).append(row)
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for panel, side in zip(panels, SIDES, strict=True):
-        series = [("lists, a byte a dimension", find_frontier(ours["sq8"]["points"][side]))]
-        series.append(("lists, half a byte", find_frontier(ours["sq4"]["points"][side])))
+        series = [("lists, one byte per dimension", find_frontier(ours["sq8"]["points"][side]))]
+        series.append(("lists, half a byte per dimension", find_frontier(ours["sq4"]["points"][side])))
         series += [(name, find_frontier(points, side)) for name, points in rivals.items()]
         for (name, (scored, recall)), colour in zip(series, COLOURS, strict=True):
             style = "-o" if name.startswith("lists") else "--s"
             panel.plot(100 * np.array(scored) / count_rows(), recall, style, color=colour, label=name, markersize=3)
         panel.set_xscale("log")
         panel.set_title(side)
-        panel.set_xlabel("scored, centroids counted, % of 1,000,000 rows")
+        panel.set_xlabel("scored rows and centroids, % of 1,000,000 rows")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("recall@10 of the exact scan")
     panels[1].legend(fontsize=8, loc="lower right")
@@ -78,8 +78,8 @@ def draw_growth(pyplot: Any) -> Any:
         panel.set_xlabel("rows N")
         panel.grid(alpha=0.3, which="both")
         panel.legend()
-    panels[0].set_ylabel("scored a query, centroids counted")
-    panels[1].set_ylabel("ms a query, 1,000 at once, 2 threads")
+    panels[0].set_ylabel("scored rows and centroids per query")
+    panels[1].set_ylabel("ms/query, batch of 1,000, 2 threads")
     return figure
 
 

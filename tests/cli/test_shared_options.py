@@ -137,7 +137,7 @@ def test_an_option_of_a_config_file_without_effect_is_rejected(index: Path, tmp_
         ('tsak = "x"', ["got tsak", "expected task"]),
         ("quit = true", ["unknown option", "quiet"]),
         ("config = 'x'", ["unknown option"]),
-        ('dim = "many"', ["dim: got 'many'", "a whole number"]),
+        ('dim = "many"', ["dim: got 'many'", "an integer"]),
         ("dim = 1.5", ["dim: got 1.5"]),
         ("dim = true", ["dim: got True"]),
         ("dim = 0", ["dim: got 0", "x>=1"]),

@@ -179,7 +179,7 @@ def test_new_feature_files_have_the_batch_settings_of_existing_ones(changes, tas
     lost = sorted((out / FEATURES).iterdir())[1]
     before = lost.read_bytes()
     lost.unlink()
-    match = r"were made with batch size 512 and memory format channels-last, this build asks for .*leave out --batch"
+    match = r"with batch size 512 and memory format channels-last, this build asks for .*leave out --batch"
     for asked in (build, plan):
         with pytest.raises(IndexMismatchError, match=match):
             asked(task(), out, replace(config, **changes))

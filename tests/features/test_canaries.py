@@ -119,7 +119,7 @@ def test_a_different_number_of_rows_is_detected(built):
 def test_different_parameters_model_or_checkpoints_are_detected(built, tmp_path):
     out, task = built
     with pytest.raises(
-        IndexMismatchError, match=r"parameter first.weight \(\[6, 5\] torch.float32\), the task has it abs"
+        IndexMismatchError, match=r"parameter first.weight \(\[6, 5\] torch.float32\), the task does not"
     ):
         run_query(built, task(parameters="second.*"))
     with pytest.raises(IndexMismatchError, match="a model with layers of digest"):

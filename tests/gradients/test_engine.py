@@ -420,7 +420,7 @@ def test_a_batch_that_fails_after_every_verification_raises_with_the_layer_and_t
 
     def fails_unproven(self, *args, **options):
         done = run(self, *args, **options)
-        if options.get("proving") is None:
+        if options.get("verifying") is None:
             self.failures["inner.weight"] = "the layer's input is not a tensor"
         return done
 
@@ -439,7 +439,7 @@ def test_an_error_after_every_verification_is_the_cause_of_the_raised_error(monk
     run = LayerCapture.run
 
     def raises_unproven(self, *args, **options):
-        if options.get("proving") is None:
+        if options.get("verifying") is None:
             raise RuntimeError("the kernel's own words")
         return run(self, *args, **options)
 

@@ -204,7 +204,7 @@ def with_nan(row, n=10):
 def test_a_nan_loss_in_the_first_batch_raises(tmp_path):
     assert error_of(tmp_path, make_toy_task(tmp_path, train_data=lambda: with_nan(2)), NonFiniteError) == (
         "the loss of row 2 at checkpoint 0 is not finite: got nan, expected finite numbers; "
-        "look at this row and this checkpoint's weights"
+        "inspect this row and the weights of this checkpoint"
     )
     infinite = make_toy_task(tmp_path, query_loss=lambda m, b: cross_entropy(m, b) / (b[1] != 1))
     assert "the loss of row 1 at checkpoint 0 is not finite: got inf" in error_of(tmp_path, infinite, NonFiniteError)

@@ -128,7 +128,7 @@ def test_inverted_lists_recall_the_scan_on_real_features(cnn: Mnist) -> None:
     queries_QF = cnn.index.features("query", range(QUERIES))
     exact = search_both(FlatIndex(view, torch.device("cpu")), queries_QF, K)
     found = search_both(
-        IVFIndex.build(view, IVFParams(), torch.device("cpu")).at(Setting(300, 300, 0.1)), queries_QF, K
+        IVFIndex.build(view, IVFParams(), torch.device("cpu")).with_settings(Setting(300, 300, 0.1)), queries_QF, K
     )
     for true, given, least in zip(exact, found, (0.95, 0.99), strict=True):
         assert compute_recalls(np.stack(true.ids), [row.tolist() for row in given.ids]).mean() >= least

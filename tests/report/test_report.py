@@ -288,7 +288,7 @@ class Votes(Odd):
 
 def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex], tmp_path: Path) -> None:
     index = indexes["text"]
-    pairs = Odd([{"row": None, "other": 2, "alike": 0.5}], index.described)
+    pairs = Odd([{"row": None, "other": 2, "alike": 0.5}], index.describe)
     table = Page(write_report(pairs, tmp_path / "t.html", index))
     assert "0.5" in table.text and not table.find_class("item")
     record = {
@@ -301,11 +301,11 @@ def test_other_lists_become_tables_or_suspects(indexes: dict[str, InfluenceIndex
         "support": 0.8,
     }
     record["hidden"] = "not shown"
-    page = Page(write_report(Votes([record], index.described), tmp_path / "v.html", index))
+    page = Page(write_report(Votes([record], index.describe), tmp_path / "v.html", index))
     assert "suggested label dog" in page.text and "support 0.8" in page.text and "labelled cat" in page.text
     assert "not shown" not in page.text
     assert json.loads(page.scripts[0])["rows"][0]["score"] is None
-    empty = Page(write_report(RankedRows([], index.described), tmp_path / "e.html", index))
+    empty = Page(write_report(RankedRows([], index.describe), tmp_path / "e.html", index))
     assert "0 training rows" in empty.text
 
 

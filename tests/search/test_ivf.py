@@ -43,7 +43,7 @@ def mean_recall(found: TopK, source: Rows, queries: np.ndarray, k: int = 10) -> 
 @pytest.mark.parametrize("codes", ["sq8", "sq4", "fp16"])
 def test_scoring_a_part_of_the_rows_finds_the_answers(source: Rows, codes: str) -> None:
     queries = normal(60, 1)
-    lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).at(Setting(N // 6, N // 6, 0.2))
+    lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).with_settings(Setting(N // 6, N // 6, 0.2))
     for signed in (queries, -queries):
         found = lists.search(signed, 10)
         assert found.rows_scored.max() < N / 2
@@ -56,7 +56,7 @@ def test_scoring_a_part_of_the_rows_finds_the_answers(source: Rows, codes: str) 
 
 def test_recall_grows_with_the_budget(index: IVFIndex, source: Rows) -> None:
     queries = normal(60, 2)
-    found = [index.at(Setting(codes, codes, 0.2)).search(queries, 10) for codes in (64, 400, 1500)]
+    found = [index.with_settings(Setting(codes, codes, 0.2)).search(queries, 10) for codes in (64, 400, 1500)]
     recall = [mean_recall(top, source, queries) for top in found]
     scored = [float(top.rows_scored.mean()) for top in found]
     assert recall == sorted(recall) and scored == sorted(scored)
@@ -85,13 +85,13 @@ COUNTED = [Setting(400, 200, 0.2), Setting(300, 100, 0.0), Setting(10**3, 10**6,
 def test_the_count_equals_the_number_of_scored_rows(index: IVFIndex, source: Rows, setting: Setting) -> None:
     queries = normal(20, 3)
     assert index.tree.size_L.sum() == N
-    found = index.at(setting).search(queries, 10)
+    found = index.with_settings(setting).search(queries, 10)
     assert found.rows_scored.tolist() == count_scored(index, setting, queries)
     rows = source.rows.copy()
     rows[:5] *= np.float32(1e6)
     spoilt = IVFIndex.build(Rows(rows), IVFParams(), CPU)
     assert spoilt.tree.size_L.sum() == N - 5
-    assert spoilt.at(setting).search(queries, 10).rows_scored.tolist() == count_scored(
+    assert spoilt.with_settings(setting).search(queries, 10).rows_scored.tolist() == count_scored(
         spoilt, setting, queries, aside=5
     )
 
@@ -121,14 +121,16 @@ def test_lists_without_rows_are_not_counted() -> None:
     lists = IVFIndex.build(Rows(np.repeat(normal(30, 8), 30, axis=0)), IVFParams(), CPU)
     assert (lists.tree.size_L == 0).any()
     setting, queries = Setting(200, 10**6, 0.1), normal(6, 9)
-    assert lists.at(setting).search(queries, 10).rows_scored.tolist() == count_scored(lists, setting, queries)
+    assert lists.with_settings(setting).search(queries, 10).rows_scored.tolist() == count_scored(
+        lists, setting, queries
+    )
 
 
 @pytest.mark.parametrize("codes", ["sq8", "fp16"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_probing_all_lists_gives_the_scores_of_the_scan(source: Rows, codes: str, alpha: float) -> None:
     queries = normal(30, 29)
-    lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).at(Setting(N - 1, 10**6, alpha))
+    lists = IVFIndex.build(source, IVFParams(codes=codes), CPU).with_settings(Setting(N - 1, 10**6, alpha))
     for found, signed, sign in zip(search_both(lists, queries, 10), (queries, -queries), (1, -1), strict=True):
         assert (found.rows_scored > N).all()  # more than a scan: centroids are counted as well
         _, scores = oracle(source, signed, 10)
@@ -140,9 +142,9 @@ def test_a_nonfinite_score_is_rejected(source: Rows) -> None:
     query, setting = normal(1, 30), Setting(500, 500, 0.2)
     huge = Rows(source.rows * np.float32(1e28))
     with pytest.raises(NonFiniteError):
-        IVFIndex.build(huge, IVFParams(), CPU).at(setting).search(query * np.float32(1e15), 3)
+        IVFIndex.build(huge, IVFParams(), CPU).with_settings(setting).search(query * np.float32(1e15), 3)
     spoilt = Rows(source.rows.copy())
-    lists = IVFIndex.build(spoilt, IVFParams(), CPU).at(setting)
+    lists = IVFIndex.build(spoilt, IVFParams(), CPU).with_settings(setting)
     best = int(oracle(source, query, 1)[0][0, 0])
     assert lists.search(query, 1).ids[0].tolist() == [best]
     spoilt.rows = source.rows.copy()
@@ -154,9 +156,9 @@ def test_a_nonfinite_score_is_rejected(source: Rows) -> None:
 def test_each_direction_has_its_own_settings(index: IVFIndex) -> None:
     few, many = Setting(64, 64, 0.1), Setting(1500, 1500, 0.1)
     queries = normal(5, 4)
-    proponents, opponents = search_both(index.at(few, many), queries, 10)
-    assert proponents.rows_scored.tolist() == index.at(few).search(queries, 10).rows_scored.tolist()
-    assert opponents.rows_scored.tolist() == index.at(many).search(-queries, 10).rows_scored.tolist()
+    proponents, opponents = search_both(index.with_settings(few, many), queries, 10)
+    assert proponents.rows_scored.tolist() == index.with_settings(few).search(queries, 10).rows_scored.tolist()
+    assert opponents.rows_scored.tolist() == index.with_settings(many).search(-queries, 10).rows_scored.tolist()
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e10])
@@ -166,7 +168,7 @@ def test_outliers_are_found_and_do_not_reduce_recall(source: Rows, factor: float
     rows[:n_outliers] *= np.float32(factor)
     spoilt = Rows(rows)
     assert survey(spoilt, 500).outlier_N.tolist() == [i < n_outliers for i in range(N)]
-    found = IVFIndex.build(spoilt, IVFParams(), CPU).at(Setting(N // 6, N // 6, 0.2)).search(queries, 10)
+    found = IVFIndex.build(spoilt, IVFParams(), CPU).with_settings(Setting(N // 6, N // 6, 0.2)).search(queries, 10)
     assert mean_recall(found, spoilt, queries) >= 0.95
     best, _ = oracle(spoilt, queries, 1)
     assert [ids[0] for ids in found.ids] == best[:, 0].tolist()
@@ -182,7 +184,7 @@ def test_rows_near_zero_do_not_fill_the_lists_and_are_found(loud: int) -> None:
     quiet, queries = Rows(rows), np.eye(1, DIM, dtype=np.float32)
     lists = IVFIndex.build(quiet, IVFParams(), CPU)
     assert lists.tree.size_L.sum() == 100
-    found = lists.at(Setting(90, 90, 0.1)).search(queries, 20)
+    found = lists.with_settings(Setting(90, 90, 0.1)).search(queries, 20)
     ids, scores = oracle(quiet, queries, 20)
     assert (ids[0] >= 100).sum() == 20 - loud
     assert found.ids[0].tolist() == ids[0].tolist()
@@ -192,14 +194,14 @@ def test_rows_near_zero_do_not_fill_the_lists_and_are_found(loud: int) -> None:
 @pytest.mark.parametrize("rows", [np.tile(integers(1, 7), (900, 1)), np.repeat(normal(30, 8), 30, axis=0)])
 def test_equal_rows_have_the_right_scores(rows: np.ndarray) -> None:
     source, queries = Rows(rows), normal(6, 9)
-    found = IVFIndex.build(source, IVFParams(), CPU).at(Setting(200, 200, 0.1)).search(queries, 10)
+    found = IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(200, 200, 0.1)).search(queries, 10)
     _, scores = oracle(source, queries, 10)
     np.testing.assert_allclose(np.stack(found.scores), scores, rtol=1e-4)
     assert all(len(set(ids.tolist())) == 10 for ids in found.ids)
 
 
 def test_k_results_are_returned_even_beyond_the_budget(index: IVFIndex, source: Rows) -> None:
-    found = index.at(Setting(5, 5, 0.1)).search(normal(4, 10), 300)
+    found = index.with_settings(Setting(5, 5, 0.1)).search(normal(4, 10), 300)
     assert [len(set(ids.tolist())) for ids in found.ids] == [300] * 4
     assert found.rows_scored.max() < N  # with a larger budget, not an exact scan
 
@@ -213,7 +215,7 @@ def test_a_filter_does_not_reduce_recall(source: Rows, ids: np.ndarray, share: f
     """A filter of few rows is scanned; for more rows lists are probed, with FAISS's bitmap or its set of ids."""
     passing, queries = np.random.default_rng(11).random(N) < share, normal(40, 12)
     chosen = Rows(source.rows[passing], ids[passing])
-    lists = IVFIndex.build(Rows(source.rows, ids), IVFParams(), CPU).at(Setting(300, 300, 0.2))
+    lists = IVFIndex.build(Rows(source.rows, ids), IVFParams(), CPU).with_settings(Setting(300, 300, 0.2))
     found = lists.search(queries, 10, chosen.ids)
     assert (found.rows_scored == len(chosen)).all() == (share < 0.1)
     assert share < 0.1 or found.rows_scored.mean() > 1.1 * lists.search(queries, 10).rows_scored.mean()
@@ -228,7 +230,7 @@ def test_the_number_of_hits_is_never_below_the_number_of_rows_that_pass_the_filt
     counts = []
     for query in normal(20, 12):
         away = np.sort(np.argsort(source.rows @ query, kind="stable")[: N // 2])
-        found = index.at(Setting(40, 40, 0.2)).search(query[None], 10, away)
+        found = index.with_settings(Setting(40, 40, 0.2)).search(query[None], 10, away)
         assert len(np.intersect1d(found.ids[0], away)) == 10
         counts.append(int(found.rows_scored[0]))
     assert max(counts) > N // 2  # the lists have too few allowed rows, so a scan follows
@@ -239,14 +241,14 @@ def test_outliers_that_a_filter_excludes_do_not_reduce_recall(n_outliers: int) -
     rows, queries = normal(20_000, 40), normal(20, 41)
     rows[:n_outliers] *= np.float32(1e6)
     remaining = np.arange(n_outliers, len(rows))
-    lists = IVFIndex.build(Rows(rows), IVFParams(), CPU).at(Setting(2000, 2000, 0.2))
+    lists = IVFIndex.build(Rows(rows), IVFParams(), CPU).with_settings(Setting(2000, 2000, 0.2))
     assert mean_recall(lists.search(queries, 10, remaining), Rows(rows[remaining], remaining), queries) >= 0.95
 
 
 def test_concurrent_searches_give_the_same_results(index: IVFIndex, source: Rows) -> None:
     queries = normal(30, 13)
     cases = [(Setting(codes, codes, 0.1), allowed) for codes in (100, 700) for allowed in (None, np.arange(0, N, 2))]
-    alone = [index.at(setting).search(queries, 10, allowed) for setting, allowed in cases]
+    alone = [index.with_settings(setting).search(queries, 10, allowed) for setting, allowed in cases]
     done: list[int] = []
     cold, together = IVFIndex.build(source, IVFParams(), CPU), threading.Barrier(len(cases))
 
@@ -254,7 +256,7 @@ def test_concurrent_searches_give_the_same_results(index: IVFIndex, source: Rows
         setting, allowed = cases[which]
         together.wait()
         for _ in range(10):
-            found = cold.at(setting).search(queries, 10, allowed)
+            found = cold.with_settings(setting).search(queries, 10, allowed)
             right = [i.tolist() for i in found.ids] == [i.tolist() for i in alone[which].ids]
             if right and found.rows_scored.tolist() == alone[which].rows_scored.tolist():
                 done.append(which)
@@ -290,7 +292,8 @@ def test_the_randomised_reduction_retains_as_much_as_the_exact_one() -> None:
 def test_two_builds_give_the_same_results(source: Rows) -> None:
     queries = normal(10, 16)
     first, second = (
-        IVFIndex.build(source, IVFParams(seed=5), CPU).at(Setting(300, 300, 0.1)).search(queries, 10) for _ in range(2)
+        IVFIndex.build(source, IVFParams(seed=5), CPU).with_settings(Setting(300, 300, 0.1)).search(queries, 10)
+        for _ in range(2)
     )
     assert [ids.tolist() for ids in first.ids] == [ids.tolist() for ids in second.ids]
     assert first.rows_scored.tolist() == second.rows_scored.tolist()
@@ -360,7 +363,10 @@ def test_calibrated_settings_reach_their_recall_on_other_queries(
         assert [p.lower for p in points] == sorted(p.lower for p in points)
         point = calibration.fastest_point(side, 0.9)
         assert point is not None
-        assert mean_recall(index.at(point.setting).search(sign * fresh, 10), source, sign * fresh) >= point.lower - 0.01
+        assert (
+            mean_recall(index.with_settings(point.setting).search(sign * fresh, 10), source, sign * fresh)
+            >= point.lower - 0.01
+        )
         assert calibration.fastest_point(side, 1.0) is None
 
 
@@ -380,7 +386,7 @@ def test_a_calibration_is_read_back_from_json_unchanged(calibration: Calibration
 def test_the_tail_index_is_estimated() -> None:
     source = Rows(heavy_tailed(4000, 27))
     queries = normal(50, 28)
-    found = IVFIndex.build(source, IVFParams(), CPU).at(Setting(800, 800, 0.2)).search(queries, 10)
+    found = IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(800, 800, 0.2)).search(queries, 10)
     _, scores = oracle(source, queries, 10)
     hits = [np.mean(s >= t[-1] - 1e-4) for s, t in zip(found.scores, scores, strict=True)]
     assert np.mean(hits) >= 0.95

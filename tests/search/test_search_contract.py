@@ -55,13 +55,13 @@ def flat(source: RowSource, device: torch.device) -> SearchIndex:
 
 
 def ivf(source: RowSource, device: torch.device) -> SearchIndex:
-    return IVFIndex.build(source, IVFParams(), device).at(Setting(10**9, 10**9, 0.1))
+    return IVFIndex.build(source, IVFParams(), device).with_settings(Setting(10**9, 10**9, 0.1))
 
 
 def reloaded_ivf(source: RowSource, device: torch.device) -> SearchIndex:
     with tempfile.TemporaryDirectory() as directory:
         IVFIndex.build(source, IVFParams(), device).save(Path(directory))
-        return IVFIndex.load(Path(directory), source, device).at(Setting(10**9, 10**9, 0.1))
+        return IVFIndex.load(Path(directory), source, device).with_settings(Setting(10**9, 10**9, 0.1))
 
 
 Backend = Callable[[RowSource, torch.device], SearchIndex]
@@ -264,7 +264,11 @@ def test_a_saved_index_gives_the_same_results(tmp_path: Path, dim: int) -> None:
     loaded, queries = IVFIndex.load(tmp_path, source, CPU), normal(10, 18, source.dim)
     assert loaded.params == index.params
     setting = Setting(200, 200, 0.3)
-    pairs = zip(search_both(index.at(setting), queries, 10), search_both(loaded.at(setting), queries, 10), strict=True)
+    pairs = zip(
+        search_both(index.with_settings(setting), queries, 10),
+        search_both(loaded.with_settings(setting), queries, 10),
+        strict=True,
+    )
     for before, after in pairs:
         assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
         assert before.rows_scored.tolist() == after.rows_scored.tolist()
@@ -336,7 +340,7 @@ def test_an_unknown_row_in_the_lists_is_reported_when_it_is_found(
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "ivf.faiss").write_bytes(files["ivf.faiss"][:-8] + (10_000).to_bytes(8, "little"))
-    index = IVFIndex.load(tmp_path, source, CPU).at(Setting(500, 500, 0.3))
+    index = IVFIndex.load(tmp_path, source, CPU).with_settings(Setting(500, 500, 0.3))
     with pytest.raises(DamagedIndexError, match="ivf.faiss contains an unknown row: got id 10000"):
         index.search(normal(50, 18, source.dim), 100)
 

@@ -80,7 +80,7 @@ def test_opponents_are_proponents_of_the_negated_query(rows: Float32, queries: F
     source = Rows(rows)
     for index in (
         FlatIndex(source, CPU, block_rows=16),
-        IVFIndex.build(source, IVFParams(), CPU).at(Setting(codes, codes, 0.1)),
+        IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(codes, codes, 0.1)),
     ):
         proponents, opponents = search_both(index, queries, k)
         assert make_hits(proponents) == make_hits(index.search(queries, k))
@@ -119,9 +119,9 @@ def test_hits_are_allowed_and_exact_for_any_settings_and_filter(
     allowed = None if passing is None else np.sort(random.choice(MANY.ids, passing, replace=False))
     may = MANY.ids if allowed is None else allowed
     chosen = Rows(MANY.take(may), may)
-    proponents, opponents = search_both(PROBED.at(up, down), queries, k, allowed)
-    assert make_hits(proponents) == make_hits(PROBED.at(up).search(queries, k, allowed))
-    assert make_hits(negate(opponents)) == make_hits(PROBED.at(down).search(-queries, k, allowed))
+    proponents, opponents = search_both(PROBED.with_settings(up, down), queries, k, allowed)
+    assert make_hits(proponents) == make_hits(PROBED.with_settings(up).search(queries, k, allowed))
+    assert make_hits(negate(opponents)) == make_hits(PROBED.with_settings(down).search(-queries, k, allowed))
     for found, signed in ((proponents, queries), (negate(opponents), -queries)):
         _, best_scores = oracle(chosen, signed, k)
         for query, ids, scores, best_K in zip(signed, found.ids, found.scores, best_scores, strict=True):

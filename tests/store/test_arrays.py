@@ -18,7 +18,7 @@ from paths import ROOT, SUPPORT
 from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.store.arrays import read_arrays, text_array, write_arrays
+from tracin_ann.store.arrays import make_text_array, read_arrays, write_arrays
 from tracin_ann.store.columns import RowFilter, RowTable, read_columns, write_columns
 
 AWKWARD = [
@@ -42,7 +42,12 @@ def uneven_strings() -> list[str]:
 
 
 def test_text_is_read_back_unchanged(tmp_path: Path) -> None:
-    held = {"text": text_array(AWKWARD), "none": text_array([]), "empty": text_array([""]), "number": np.arange(3.0)}
+    held = {
+        "text": make_text_array(AWKWARD),
+        "none": make_text_array([]),
+        "empty": make_text_array([""]),
+        "number": np.arange(3.0),
+    }
     write_arrays(tmp_path / "a.npz", held)
     found = read_arrays(tmp_path / "a.npz")
     assert set(found) == set(held)
@@ -52,7 +57,7 @@ def test_text_is_read_back_unchanged(tmp_path: Path) -> None:
 
 
 def test_one_long_string_among_short_ones_takes_only_its_own_size(tmp_path: Path) -> None:
-    table = RowTable({"text": text_array(uneven_strings())}, text_array(uneven_strings()))
+    table = RowTable({"text": make_text_array(uneven_strings())}, make_text_array(uneven_strings()))
     path = tmp_path / "columns.npz"
     tracemalloc.start()
     write_columns(path, table)
@@ -96,7 +101,7 @@ def test_an_index_of_strings_of_very_different_lengths_is_built_and_queried_in_a
 
 
 def test_filters_compare_text(tmp_path: Path) -> None:
-    columns = {"text": text_array(["b", "a", "c", "a\0"])}
+    columns = {"text": make_text_array(["b", "a", "c", "a\0"])}
     none = np.zeros(0, np.int64)
     for condition, expected in {
         "text=a": [1],

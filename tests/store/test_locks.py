@@ -35,11 +35,11 @@ from tracin_ann.operations.removal import remove
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.store import FeatureBlock
 from tracin_ann.store import exclusions as absent
-from tracin_ann.store.arrays import text_array
+from tracin_ann.store.arrays import make_text_array
 from tracin_ann.store.columns import RowTable, write_columns
 from tracin_ann.store.feature_file import FileHeader, write_feature_file
 from tracin_ann.store.generations import generation_folder, take_lease
-from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
+from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import MANIFEST, Manifest
 from trees import list_names
 
@@ -160,11 +160,11 @@ def test_the_check_for_readers_opens_the_file_for_writing(
         return opened(path, flag, *rest)
 
     monkeypatch.setattr(os, "open", noted)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert nobody_reads
     assert flags[0] & os.O_RDWR
     lease = Lease(path)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert not nobody_reads
     lease.close()
 
@@ -172,7 +172,7 @@ def test_the_check_for_readers_opens_the_file_for_writing(
         raise PermissionError(errno.EACCES, "not yours", str(path))
 
     monkeypatch.setattr(os, "open", refused)
-    with hold_unless_read(path) as nobody_reads:
+    with lock_unless_read(path) as nobody_reads:
         assert not nobody_reads
 
 
@@ -232,7 +232,7 @@ def test_a_repeated_build_removes_leftovers_of_a_killed_one(finished_index: Path
     old.mkdir()
     (old / "canaries.h5").write_bytes(b"")
     for place in (finished_index, folder, finished_index / "features"):
-        (place / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.h5").write_bytes(b"")
+        (place / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.h5").write_bytes(b"")
     (finished_index / "features" / "features-000009-0000.h5").write_bytes(b"")
     (finished_index / ".index-unfinished").mkdir()
     (finished_index / ".index-unfinished" / "ivf.faiss").write_bytes(b"")
@@ -257,7 +257,7 @@ def test_a_generation_with_files_that_nfs_retains_is_removed_later(
 
 
 def test_a_build_killed_before_its_first_rename_can_be_resumed(tmp_path: Path) -> None:
-    (tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.json").write_bytes(b"{")
+    (tmp_path / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.json").write_bytes(b"{")
     (tmp_path / WRITER).write_bytes(b"")
     build(task(10), tmp_path, make_config("flat"))
     assert list_names(tmp_path) == ["build.json", "features", "generation-000001", MANIFEST]
@@ -277,7 +277,7 @@ def test_a_removal_killed_before_publication_leaves_no_files(finished_index: Pat
 
 def test_temporary_files_with_this_process_number_are_removed_unless_in_use(tmp_path: Path) -> None:
     """In a container, every run may have the same process number."""
-    left = tmp_path / f".tracin-tmp-{files._host()}-{os.getpid()}-0123.bin"
+    left = tmp_path / f".tracin-tmp-{files._host_digest()}-{os.getpid()}-0123.bin"
     left.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
         assert remove_temporaries(tmp_path) == [left]
@@ -312,7 +312,7 @@ def limit_space(size: int) -> Iterator[None]:
 
 ROWS = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
 BLOCK = FeatureBlock(np.arange(600), ROWS, ROWS[:, 0].astype(np.float64) ** 2, ROWS[:, 1])
-ROW_TABLE = RowTable({"label": np.arange(3000), "name": text_array(["a", "bc"] * 1500)}, np.arange(3000))
+ROW_TABLE = RowTable({"label": np.arange(3000), "name": make_text_array(["a", "bc"] * 1500)}, np.arange(3000))
 WRITERS: dict[str, Callable[[Path], object]] = {
     "features.h5": lambda path: write_feature_file(path, BLOCK, header=FileHeader("digest", 0, 600, 0, 8)),
     "canaries.h5": lambda path: write_canaries(path, [Canaries("train", np.arange(600), ROWS[None])]),

@@ -375,11 +375,9 @@ def test_content_that_no_digest_covers_is_logged_and_recorded(tmp_path, caplog):
     )
     build(task, tmp_path / "out", CONFIG)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "rows of train_data hold function, whose content cannot be known: whether it changes when read twice is not "
-        "checked",
-        "rows of query_data hold function, whose content cannot be known: whether it changes when read twice is not "
-        "checked",
-        "rows of train_data hold function, whose content cannot be known: the digest of the data leaves it out",
+        "rows of train_data hold function, whose content cannot be read: changes between two reads are not detected",
+        "rows of query_data hold function, whose content cannot be read: changes between two reads are not detected",
+        "rows of train_data hold function, whose content cannot be read: the digest of the data excludes it",
     ]
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     assert index.manifest.build.spec.train_data.endswith(" without function")

@@ -133,7 +133,7 @@ def run_operations(task, out):
     planned = plan(task, out, CONFIG)
     build(task, out, CONFIG)
     index = InfluenceIndex.open(out, task, device="cpu", batch_size=4)
-    assert index.described("train", 0).text == "a row"
+    assert index.describe("train", 0).text == "a row"
     answers = index.query([0, 1], train_ids=[2])
     exact = index.query([3], options=QueryOptions(exact=True))
     return planned.rows, answers, exact, index.self_influence(3, exact=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from tracin_ann.analysis.duplicates import Duplicate, Duplicates, find_duplicates
-from tracin_ann.analysis.explanation import Explanation, Part, explain
-from tracin_ann.analysis.hubs import Hub, Hubs, find_hubs
+from tracin_ann.analysis.duplicates import Duplicates, find_duplicates
+from tracin_ann.analysis.explanation import Explanation, explain
+from tracin_ann.analysis.hubs import Hubs, find_hubs
 from tracin_ann.analysis.mislabelled import Suspect, Suspects, Suspicion, find_mislabelled
 from tracin_ann.analysis.subset import SelectedRow, Subset, select
 
 __all__ = [
-    "Duplicate",
     "Duplicates",
     "Explanation",
-    "Hub",
     "Hubs",
-    "Part",
     "SelectedRow",
     "Subset",
     "Suspect",

@@ -53,7 +53,7 @@ class Duplicate:
     Attributes:
         group: number of the group, from 1; the largest group is first.
         size: number of rows in the group.
-        lowest_cosine: minimum over all pairs of the group; below the threshold where rows are linked through others.
+        lowest_cosine: minimum over all pairs of the group; below the threshold if rows are linked through others.
         id: the task's own id of the row, else its position.
         row: its position in train_data.
     """
@@ -136,7 +136,8 @@ def find_duplicates(
     Args:
         index: an open index.
         threshold: minimum cosine of a pair, above 0 and at most 1.
-        rows: which rows are compared; None: all. Removed rows, skipped rows and rows with a zero gradient never are.
+        rows: which rows are compared; None: all. Removed rows, skipped rows and rows with a zero gradient are
+            never compared.
         checkpoints: positions of the checkpoints whose features are compared; None: all.
         progress: called with (stage, done, total): rows read, and pairs of blocks compared.
 
@@ -159,7 +160,7 @@ def find_duplicates(
     for number, group in enumerate(groups, start=1):
         lowest = _lowest_cosine(view, group)
         duplicates += [Duplicate(number, len(group), lowest, index.rows.id_at(row), row) for row in group.tolist()]
-    return Duplicates(duplicates, index.described, Extent(threshold, len(ids_N), len(chosen) - len(ids_N)))
+    return Duplicates(duplicates, index.describe, Extent(threshold, len(ids_N), len(chosen) - len(ids_N)))
 
 
 def _pairs_at_once(view: FeatureView) -> int:
@@ -264,7 +265,7 @@ class _UnionFind:
         self._parent = np.arange(n_places, dtype=np.int64)
 
     def union_if(self, one: Int64, other: Int64, are_linked: ArePairsLinked, at_once: int) -> None:
-        """Link the pairs of places for which `are_linked` is true; it is not called for pairs that already are."""
+        """Link the pairs of places for which `are_linked` is true; it is not called for linked pairs."""
         for start in range(0, len(one), at_once):
             chunk_2P = np.stack([one[start : start + at_once], other[start : start + at_once]])
             chunk_2P = chunk_2P[:, self._roots(chunk_2P[0]) != self._roots(chunk_2P[1])]

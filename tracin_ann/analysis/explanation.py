@@ -170,7 +170,7 @@ def explain(
     view, runner = index.view(checkpoints), index.runner
     runner.check_ids("train", [train_id])
     runner.check_ids(side, [query_id])
-    _refuse_absent(index, train_id)
+    _check_present(index, train_id)
     # This also computes the canary rows and rejects a task that changed.
     query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
     stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
@@ -189,7 +189,7 @@ def explain(
     total = math.fsum(abs(product) for *_, product in products) or 1.0
     parts = [Part(c, layer, name, product, product / total) for c, layer, name, product in products]
     pair = Pair(index.id_of("train", train_id), train_id, index.id_of(side, query_id), query_id, side)
-    return Explanation(parts, index.described, pair, stored_score)
+    return Explanation(parts, index.describe, pair, stored_score)
 
 
 def find_layers(model: nn.Module) -> dict[str, str]:
@@ -225,7 +225,7 @@ def _gradient(model: LoadedModel, side: SideName, row: int) -> Directions:
     return gradient
 
 
-def _refuse_absent(index: InfluenceIndex, row: int) -> None:
+def _check_present(index: InfluenceIndex, row: int) -> None:
     """Reject a training row that was removed or skipped.
 
     Raises:

@@ -189,7 +189,7 @@ def find_hubs(
         Hub(0, index.id_of("train", int(row)), int(row), int(counts[1][row]), int(counts[-1][row]))
         for row in np.flatnonzero(counts[1] + counts[-1])
     ]
-    return Hubs(hubs, index.described, census).ranked()
+    return Hubs(hubs, index.describe, census).ranked()
 
 
 def _top_rows(answers: Sequence[Answer], k: int) -> Iterable[tuple[int, list[int]]]:

@@ -97,7 +97,8 @@ class Suspicion:
     Attributes:
         n_rows: rows that were ranked.
         by: the value that they were ranked by.
-        n_asked: rows whose neighbours were searched: those of largest loss, or of largest self-influence if that ranks.
+        n_asked: rows whose neighbours were searched: those of largest loss, or of largest self-influence if rows are
+            ranked by it.
         n_outvoted: rows among them whose neighbours vote for another label.
         look_at: the number of rows to check, from the top; None if no labels were read.
     """
@@ -170,9 +171,9 @@ def find_mislabelled(  # noqa: PLR0913
 
     The default score (`loss-and-votes`) is the loss of the row times the share of the neighbours' vote that is not for
     its label. The loss is the mean over the checkpoints, counted from the lowest loss of all rows. Measured with five
-    models of three data sets, this score finds as many wrong labels as the loss or the vote alone, or nearly as many,
-    and more than self-influence except where self-influence finds nearly all. Losses are those that the build stored.
-    Without labels the score is the loss.
+    models of three data sets, this score finds as many wrong labels as the loss or the vote alone, or nearly as many.
+    It also finds more than self-influence, unless self-influence finds nearly all. The losses are those that the build
+    stored. Without labels, the score is the loss.
 
     `Suspicion.look_at` estimates how many rows to check: the number of rows whose loss reaches the loss of 19 in 20
     outvoted rows, at most five times the number of outvoted rows. If the model predicts well, nearly all outvoted rows
@@ -212,24 +213,24 @@ def find_mislabelled(  # noqa: PLR0913
     if by not in possible:
         remedy = "change --by, or name the labels"
         raise UsageError(problem("bad --by", got=by, expected=" or ".join(possible), remedy=remedy))
-    column = None if labels is None else _column(index, labels)
+    column = None if labels is None else _find_label_column(index, labels)
     ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, progress=progress)
-    known = _Known.of(index, ranked, checkpoints, by)
+    known = _StoredFigures.read(index, ranked, checkpoints, by)
     if column is None:
-        return Suspects(_suspects(index, known, by, k), index.described, Suspicion(len(known), by))
+        return Suspects(_make_suspects(index, known, by, k), index.describe, Suspicion(len(known), by))
     names_L, label_V = np.unique(column, return_inverse=True)
     searched_N = known.row_N[:asked]
     voters = _Voters(index, checkpoints, label_V, len(names_L))
     votes = _Votes(voters.count(searched_N, neighbours, progress), label_V[known.row_N], names_L)
     n_outvoted = int(votes.outvoted_A.sum())
-    look_at = _look_at(known.first_N[: len(searched_N)], votes)
+    look_at = _estimate_wrong_labels(known.first_N[: len(searched_N)], votes)
     suspicion = Suspicion(len(known), by, len(searched_N), n_outvoted, look_at)
-    suspects = _suspects(index, known, by, k, votes)
-    return Suspects(_with_suggestions(suspects, voters, names_L), index.described, suspicion)
+    suspects = _make_suspects(index, known, by, k, votes)
+    return Suspects(_add_suggestions(suspects, voters, names_L), index.describe, suspicion)
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
+class _StoredFigures:
     """Stored figures of N rows, the most suspicious first.
 
     Attributes:
@@ -249,7 +250,9 @@ class _Known:
         return len(self.row_N)
 
     @classmethod
-    def of(cls, index: InfluenceIndex, ranked: RankedRows, checkpoints: Sequence[int] | None, by: By) -> _Known:
+    def read(
+        cls, index: InfluenceIndex, ranked: RankedRows, checkpoints: Sequence[int] | None, by: By
+    ) -> _StoredFigures:
         """Return the figures of rows whose self-influence is given."""
         view = index.view(checkpoints)
         loss_VC = view.store.losses(view.checkpoints).astype(np.float64)
@@ -293,8 +296,8 @@ class _Votes:
         return outvoted_A
 
 
-def _suspects(
-    index: InfluenceIndex, known: _Known, by: By, k: int | None, votes: _Votes | None = None
+def _make_suspects(
+    index: InfluenceIndex, known: _StoredFigures, by: By, k: int | None, votes: _Votes | None = None
 ) -> list[Suspect]:
     """Return the first k rows: rows with a vote by score, then the others in their order."""
     score_N = _scores(by, known, votes)
@@ -312,16 +315,16 @@ def _suspects(
         )
         for rank, i in enumerate(order, start=1)
     ]
-    return found if votes is None else _labelled(found, order, votes)
+    return found if votes is None else _add_labels(found, order, votes)
 
 
-def _labelled(found: Sequence[Suspect], order: Sequence[int], votes: _Votes) -> list[Suspect]:
+def _add_labels(found: Sequence[Suspect], order: Sequence[int], votes: _Votes) -> list[Suspect]:
     """Return suspects, each at its position in `order`, with their labels and, where there was a vote, its result."""
     winner_A, labelled = votes.winner_A, []
     for suspect, i in zip(found, order, strict=True):
-        fields: dict[str, Any] = {"label": _label(votes.names_L[votes.label_N[i]])}
+        fields: dict[str, Any] = {"label": _to_label(votes.names_L[votes.label_N[i]])}
         if i < len(votes):
-            fields["speaks_for"] = _label(votes.names_L[winner_A[i]])
+            fields["speaks_for"] = _to_label(votes.names_L[winner_A[i]])
             fields["share"] = float(votes.share_AL[i, winner_A[i]])
         labelled.append(replace(suspect, **fields))
     return labelled
@@ -338,7 +341,7 @@ class _Voters:
         self._scan, self._present_V = FlatIndex(self._view, index.device), index.present()
 
     def count(self, row_N: Int64, neighbours: int, progress: ProgressCallback | None) -> Float64:
-        """Return each label's share of the vote [N, L]; without any vote, the row's own label has the whole."""
+        """Return each label's share of the vote [N, L]; if nobody votes, the share of the row's own label is 1."""
         vote_NL = np.zeros((len(row_N), self._n_labels))
         for start in range(0, len(row_N), _LOT):
             row_B = row_N[start : start + _LOT]
@@ -412,7 +415,7 @@ def _scale_to_unit(rows: Float64) -> Float64:
     return unit
 
 
-def _with_suggestions(suspects: Sequence[Suspect], voters: _Voters, names_L: npt.NDArray[Any]) -> list[Suspect]:
+def _add_suggestions(suspects: Sequence[Suspect], voters: _Voters, names_L: npt.NDArray[Any]) -> list[Suspect]:
     """Return suspects with the best-supported other label, where one has any support."""
     row_K = np.array([suspect.row for suspect in suspects], dtype=np.int64)
     if not len(row_K):
@@ -420,14 +423,14 @@ def _with_suggestions(suspects: Sequence[Suspect], voters: _Voters, names_L: npt
     support_KL = voters.support(row_K)
     support_KL[np.arange(len(row_K)), voters.label_V[row_K]] = 0
     return [
-        replace(suspect, suggested_label=_label(names_L[best]), support=float(support_L[best]))
+        replace(suspect, suggested_label=_to_label(names_L[best]), support=float(support_L[best]))
         if support_L[best] > 0
         else suspect
         for suspect, support_L, best in zip(suspects, support_KL, support_KL.argmax(axis=1), strict=True)
     ]
 
 
-def _scores(by: By, known: _Known, votes: _Votes | None) -> Float64:
+def _scores(by: By, known: _StoredFigures, votes: _Votes | None) -> Float64:
     """Return the scores [N] of rows; rows without a vote keep the order of their stored figures."""
     if votes is None or by in _WITHOUT_LABELS:
         return known.own_N if by == "self-influence" else known.loss_N
@@ -436,7 +439,7 @@ def _scores(by: By, known: _Known, votes: _Votes | None) -> Float64:
     return score_N
 
 
-def _look_at(known_A: Float64, votes: _Votes) -> int:
+def _estimate_wrong_labels(known_A: Float64, votes: _Votes) -> int:
     """Return how many rows with a vote reach the value of 19 in 20 outvoted rows, at most 5 times the outvoted."""
     outvoted_A = votes.outvoted_A
     if not outvoted_A.any():
@@ -445,7 +448,7 @@ def _look_at(known_A: Float64, votes: _Votes) -> int:
     return int(min((known_A >= least).sum(), _TIMES * outvoted_A.sum()))
 
 
-def _column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
+def _find_label_column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
     columns = index.columns
     if labels not in columns:
         raise UsageError(
@@ -464,13 +467,13 @@ def _column(index: InfluenceIndex, labels: str) -> npt.NDArray[Any]:
             problem(
                 f"column {labels!r} holds no labels",
                 got="numbers with fractions",
-                expected="whole numbers, bools or texts",
+                expected="integers, bools or strings",
                 remedy="name another column, or --no-labels",
             )
         )
     return column
 
 
-def _label(value: Any) -> Label:
+def _to_label(value: Any) -> Label:
     plain = value.item() if isinstance(value, np.generic) else value
     return str(plain).lower() if isinstance(plain, bool) else plain

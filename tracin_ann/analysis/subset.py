@@ -103,7 +103,7 @@ def select(  # noqa: PLR0913
         query_ids: positions in query_data, in the order of their turns; None: all.
         method: `round-robin` or `mean`.
         checkpoints: positions of the checkpoints to sum over; None: all.
-        rows: which rows may be selected; None: all. Removed and skipped rows never are.
+        rows: which rows may be selected; None: all. Removed and skipped rows are never selected.
         progress: called with ("rows", taken, n).
 
     Raises:
@@ -140,7 +140,7 @@ def select(  # noqa: PLR0913
             )
             for rank, (query, row, score) in enumerate(turns, start=1)
         ],
-        index.described,
+        index.describe,
     )
 
 

@@ -221,7 +221,7 @@ def _print_report(report: BuildReport, out: str) -> None:
     content = f"{spec.train_rows:,} rows, {len(spec.checkpoints)} checkpoints x {spec.sketch.dim}, {format_size(size)}"
     print_line(f"{out}: {content}; {_describe_extraction(report)}")
     if len(report.skipped):
-        print_line(f"skipped: {format_count(len(report.skipped), 'row')}, not finite ({report.skipped.named})")
+        print_line(f"skipped: {format_count(len(report.skipped), 'row')}, not finite ({report.skipped.first_rows})")
     for note in report.notes:
         print_line(f"checkpoints: {note}")
     print_line(f"index: {manifest.index.kind}, {manifest.index.reason}")

@@ -40,7 +40,7 @@ def command(*examples: str) -> Callable[[Function], click.Command]:
 
     def decorate(function: Function) -> click.Command:
         wrapped = handle_failures(function)
-        # click lists the first parameters last: in front of the function's own, these come after them in the help.
+        # `__click_params__` is in reverse order: parameters at its start are the last ones in the help.
         wrapped.__click_params__[:0] = reversed(_shared_options())  # type: ignore[attr-defined]
         return click.command(epilog=epilog, context_settings={"max_content_width": 100})(wrapped)
 

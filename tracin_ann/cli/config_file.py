@@ -20,7 +20,7 @@ else:
 
 _NOT_ALLOWED = ("config", "help", "version")
 _MAX_BYTES = 1 << 16
-# A dotted key stands in one line; parsing it takes time quadratic in the number of its parts.
+# A dotted key is on one line; parsing it takes time quadratic in the number of its parts.
 _MAX_DOTS = 200
 _INT64 = range(-(2**63), 2**63)
 # Shortens deeply nested values for messages.
@@ -87,7 +87,7 @@ def _parse_value(what: str, parameter: click.Parameter, value: object, context: 
             return value
         return parameter.flag_value if value else None
     if isinstance(parameter, click.Option) and parameter.count:
-        _require(what, type(value) is int and value in _INT64, value, "a whole number")
+        _require(what, type(value) is int and value in _INT64, value, "an integer")
         return value
     if parameter.multiple:
         if isinstance(value, Mapping):
@@ -100,7 +100,7 @@ def _parse_value(what: str, parameter: click.Parameter, value: object, context: 
 def _parse_single_value(what: str, parameter: click.Parameter, value: Any, context: click.Context) -> object:
     kind = parameter.type
     if isinstance(kind, click.types.IntParamType):
-        _require(what, type(value) is int and value in _INT64, value, "a whole number")
+        _require(what, type(value) is int and value in _INT64, value, "an integer")
     elif isinstance(kind, click.types.FloatParamType):
         _require(what, type(value) in (int, float), value, "a number")
     elif isinstance(kind, click.Choice | click.Path | click.types.StringParamType):

@@ -124,7 +124,7 @@ def _describe_os_error(error: OSError) -> str:
 
 
 def _describe_unexpected(error: Exception) -> str:
-    """Return the message for an exception that is not ours: its kind, its text, and where it was raised."""
+    """Return the message for an unexpected exception: its type, its text, and where it was raised."""
     # From the formatted text: of an exception in a worker process, only the text of its traceback is available.
     frames: list[tuple[str, str, str]] = _FRAME.findall("".join(traceback.format_exception(error)))
     text = " ".join(str(error).split())

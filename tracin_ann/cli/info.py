@@ -36,7 +36,7 @@ def main(directory: str) -> None:
             *_describe_content(manifest),
             ("generation", f"{manifest.generation}{removed}"),
             *(
-                [("skipped", f"{format_count(len(skipped), 'row')}, not finite ({skipped.named})")]
+                [("skipped", f"{format_count(len(skipped), 'row')}, not finite ({skipped.first_rows})")]
                 if len(skipped)
                 else []
             ),
@@ -79,7 +79,7 @@ def _describe_calibration(calibration: Calibration) -> str:
     training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
     return (
         f"of the inverted lists against an exact scan, on {calibration.queries} queries{training}; target "
-        f"{calibration.target:g}, marked *; an exact scan takes {_format_seconds(calibration.scan.of(1))} for one "
+        f"{calibration.target:g}, marked *; an exact scan takes {_format_seconds(calibration.scan.seconds(1))} for one "
         f"query, {_format_seconds(calibration.scan.each)} per query for many"
     )
 

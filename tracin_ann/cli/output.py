@@ -50,7 +50,7 @@ def _set_csv_raw(context: click.Context, parameter: click.Parameter, value: bool
     context.meta[_CSV_RAW] = value
 
 
-def refuse_csv_raw(got: str) -> None:
+def reject_csv_raw(got: str) -> None:
     """Reject `--csv-raw` where no CSV is written.
 
     Raises:
@@ -79,9 +79,9 @@ def html_option(command: Command) -> Command:
 def check_report_path(path: str | None) -> None:
     """Reject a report that cannot be written, before the results are computed."""
     if path is not None:
-        from tracin_ann.report import refuse_unwritable
+        from tracin_ann.report import require_writable
 
-        refuse_unwritable(path)
+        require_writable(path)
 
 
 def write_html(
@@ -121,7 +121,7 @@ class Sink:
             OSError: results are to be written to stdout, which is closed.
         """
         if html is not None and form is None and output is None:
-            refuse_csv_raw("--html alone")
+            reject_csv_raw("--html alone")
             return cls("none", None)
         path = None if output is None else Path(output)
         suffix = "" if path is None else path.suffix.removeprefix(".")
@@ -139,7 +139,7 @@ class Sink:
             what = "Parquet cannot be written to stdout"
             raise UsageError(problem(what, got="no file", expected="--output FILE", remedy="name a file"))
         if chosen != "csv":
-            refuse_csv_raw(f"--format {chosen}")
+            reject_csv_raw(f"--format {chosen}")
         if path is None:
             require_stdout()
         return cls(chosen, path, _is_csv_raw())

@@ -109,7 +109,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
 
     Proponents have a positive score: training on them lowered the loss of the query. Opponents have a negative score.
     """
-    _refuse_unused_options(options)
+    _reject_unused_options(options)
     sink = Sink.from_options(form, output, html)
     check_report_path(html)
     index = open_index(directory, options)
@@ -120,7 +120,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
         _write_answers(index, options, sink, html)
 
 
-def _refuse_unused_options(options: Mapping[str, object]) -> None:
+def _reject_unused_options(options: Mapping[str, object]) -> None:
     """Reject options that were given but have no effect together with the others."""
     given = find_given_options()
     for name, (effect, unused) in _EXCLUSIVE.items():
@@ -139,9 +139,9 @@ def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: S
     rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
-    summary, reported = _Summary(len(index)), Answers((), index.described)
+    summary, reported = _Summary(len(index)), Answers((), index.describe)
     with sink.open(HITS) as write, show_progress("rows") as progress:
-        for answers in _answer_in_lots(index, rows, chosen, bool(options["together"]), progress):
+        for answers in _answer_in_batches(index, rows, chosen, bool(options["together"]), progress):
             write(answers)
             summary.add(answers)
             if html is not None:
@@ -150,14 +150,14 @@ def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: S
     write_html(reported, html, index, chosen.checkpoints)
 
 
-def _answer_in_lots(
+def _answer_in_batches(
     index: InfluenceIndex,
     rows: Mapping[str, tuple[int, ...]],
     chosen: QueryOptions,
     together: bool,
     progress: ProgressCallback,
 ) -> Iterator[Answers]:
-    """Yield the answers in lots, so that memory does not grow with the number of queries."""
+    """Yield the answers in batches, so that memory does not grow with the number of queries."""
     ids, train_ids = rows["ids"], rows["train_ids"]
     if rows["against"]:
         yield index.contrast(ids, rows["against"], options=chosen, progress=progress)
@@ -178,14 +178,14 @@ class _Summary:
     queries: int = 0
     scored: int = 0
     how: str = ""
-    strange: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
 
     def add(self, answers: Answers) -> None:
-        """Add a lot of answers."""
+        """Add a batch of answers."""
         self.queries += len(answers)
         self.scored += sum(answer.rows_scored for answer in answers)
         self.how = answers[0].how
-        self.strange += [str(answer.query) for answer in answers if answer.strange]
+        self.unlike += [str(answer.query) for answer in answers if answer.strange]
 
     @property
     def fields(self) -> list[tuple[str, str]]:
@@ -195,8 +195,8 @@ class _Summary:
             ("queries", f"{self.queries:,}; {scored:,.0f} of {self.n_rows:,} rows scored per direction"),
             ("search", self.how),
         ]
-        if self.strange:
-            shown = ", ".join(self.strange[:_MAX_SHOWN]) + (", ..." if len(self.strange) > _MAX_SHOWN else "")
-            count = format_count(len(self.strange), "query", "queries")
+        if self.unlike:
+            shown = ", ".join(self.unlike[:_MAX_SHOWN]) + (", ..." if len(self.unlike) > _MAX_SHOWN else "")
+            count = format_count(len(self.unlike), "query", "queries")
             fields.append(("warning", f"{count} unlike the calibration queries, recall may differ: {shown}"))
         return fields

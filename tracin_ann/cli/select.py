@@ -18,7 +18,7 @@ from tracin_ann.cli.index_options import (
     resolve_positions,
 )
 from tracin_ann.cli.messages import format_count, print_note, show_progress
-from tracin_ann.cli.output import Sink, output_options, refuse_csv_raw
+from tracin_ann.cli.output import Sink, output_options, reject_csv_raw
 from tracin_ann.cli.parameters import IdRanges
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
 
     is_list = form is None and output is not None and output.endswith(".txt")
     if is_list:
-        refuse_csv_raw(f"--output {output}")
+        reject_csv_raw(f"--output {output}")
     sink = None if is_list else Sink.from_options(form, output)
     index = open_index(directory, options)
     given = options["ids"]

@@ -57,7 +57,7 @@ def _(rows: RowList) -> None:  # type: ignore[type-arg]
     while True:
         heads = [(rows.FIELDS.kinds[at][0], rows.FIELDS.kinds[at][1] == "text") for at in filled]
         lines = [[line[at] for at in filled] for line in cells]
-        if not details or _text_room(console, heads, lines) >= _preferred_text_width(heads, lines):
+        if not details or _text_width(console, heads, lines) >= _preferred_text_width(heads, lines):
             break
         dropped = details.pop(0)
         filled = [at for at in filled if at != dropped]
@@ -70,11 +70,11 @@ def _table(
     """Return a table with one line per row; text columns (marked in `heads`) are cut to the width that is left."""
     table = Table(title=title and escape(title), title_justify="left", show_edge=False, pad_edge=False)
     texts = [at for at, (_, is_text) in enumerate(heads) if is_text]
-    room = _text_room(console, heads, lines)
-    shown = [at for at in range(len(heads)) if at not in texts or room >= _MIN_TEXT]
+    text_width = _text_width(console, heads, lines)
+    shown = [at for at in range(len(heads)) if at not in texts or text_width >= _MIN_TEXT]
     for at in shown:
         if at in texts:
-            table.add_column(heads[at][0], overflow="ellipsis", no_wrap=True, max_width=min(_MAX_TEXT, room))
+            table.add_column(heads[at][0], overflow="ellipsis", no_wrap=True, max_width=min(_MAX_TEXT, text_width))
         else:
             table.add_column(heads[at][0], justify="right")
     for line in lines:
@@ -86,7 +86,7 @@ def _widths(heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -
     return [max(cell_len(text) for text in (head, *(line[at] for line in lines))) for at, (head, _) in enumerate(heads)]
 
 
-def _text_room(console: Console, heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> int:
+def _text_width(console: Console, heads: Sequence[tuple[str, bool]], lines: Sequence[Sequence[str]]) -> int:
     """Return the width that the other columns leave for each text column."""
     taken = sum(width for width, (_, is_text) in zip(_widths(heads, lines), heads, strict=True) if not is_text)
     left = console.width - taken - _GAP * (len(heads) - 1)

@@ -21,7 +21,7 @@ from tracin_ann.features.canaries import (
     read_intact_canaries,
     write_canaries,
 )
-from tracin_ann.features.compatibility import IndexTask, load_index_task
+from tracin_ann.features.compatibility import IndexTask, check_spec, load_index_task
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, find_nonfinite, squared_norms
 from tracin_ann.features.fingerprint import checkpoint_specs, library_versions, model_digest, parameter_specs
 from tracin_ann.features.pipeline import Extraction, ExtractionResult, reading_costs_more
@@ -46,6 +46,7 @@ __all__ = [
     "UnpublishedRows",
     "audit_build",
     "check_canaries",
+    "check_spec",
     "checkpoint_specs",
     "draw_places",
     "find_nonfinite",

@@ -251,7 +251,7 @@ class Auditor:
 
     def _compute_gradient(self, row: int) -> Tensor:
         """Return the gradient [P] of one example, computed alone by plain autograd."""
-        return self._engine.alone(Batch((row,), [self._data[row]], None), 0)[1]
+        return self._engine.compute_alone(Batch((row,), [self._data[row]], None), 0)[1]
 
     def _tolerance(self, row: int) -> float:
         """Return the relative difference that rounding explains: of computation and of storage."""
@@ -267,7 +267,7 @@ class Auditor:
         The batch uses the kernels of a batch, but has no other example that could affect the row.
         """
         copies = self._engine.batch((row,) * _COPIES, [self._data[row]] * _COPIES)
-        together_P = self._engine.together(copies, _COPIES - 1)[1]
+        together_P = self._engine.compute_in_batch(copies, _COPIES - 1)[1]
         return float(np.linalg.norm(extractor.sketch_gradients(together_P[None])[0] - expected_D))
 
     def _describe_origin(self, row: int) -> str:
@@ -297,7 +297,7 @@ class Auditor:
 
     def _read_batches(self, first: int, stop: int) -> Iterator[CollatedBatch]:
         span = range(first, min(first + self._runner.window("train"), stop))
-        with self._runner.reading("train", [span], ahead=False) as reading:
+        with self._runner.open_batches("train", [span], ahead=False) as reading:
             yield from reading.span()
 
     def _run_batch(self, read: CollatedBatch, place: int) -> dict[str, Tensor]:

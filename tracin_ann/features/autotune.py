@@ -217,8 +217,8 @@ class _Tuning:
         Raises:
             UsageError: the user selects it, and the model does not support it.
         """
-        asked = self._request.memory_format
-        if asked == "contiguous" or (asked == "auto" and not self._selects_channels_last()):
+        requested = self._request.memory_format
+        if requested == "contiguous" or (requested == "auto" and not self._selects_channels_last()):
             return
         before = self._compute_results(read)
         self._model.set_memory_format(channels_last=True)
@@ -230,7 +230,7 @@ class _Tuning:
         if not why:
             return
         self._model.set_memory_format(channels_last=False)
-        if asked == "auto":
+        if requested == "auto":
             logger.info("images stay contiguous; channels last gives %s", why)
             return
         raise UsageError(
@@ -279,7 +279,7 @@ def _read_window(model: LoadedModel) -> tuple[CollatedBatch, float]:
     runner = model.runner
     window = range(min(runner.n_rows("train"), runner.window("train")))
     began = perf_counter()
-    with runner.reading("train", [window], ahead=False) as reading:
+    with runner.open_batches("train", [window], ahead=False) as reading:
         batches = list(reading.span())
     return batches[0], (perf_counter() - began) / len(window)
 

@@ -1,11 +1,13 @@
 """Compatibility of a task with an index: a check that the task is the one that the index was built from.
 
-Every field of the recorded FeatureSpec and the canaries are compared. Features of queries are computed after the check.
+Every field of the recorded FeatureSpec and the canaries are compared; a difference raises the error "index ... was
+built with ..." (IndexMismatchError). Features of queries are computed after the check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
 from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.sketch import make_sketch
-from tracin_ann.store import FeatureSpec, Manifest, generation_folder
+from tracin_ann.store import CheckpointSpec, FeatureSpec, Manifest, generation_folder
 from tracin_ann.task import Task, load_named_task, load_task
 from tracin_ann.types import Float32
 
@@ -55,7 +57,7 @@ class IndexTask:
         """
         runner = TaskRunner(self.task, self.options)
         with runner.model() as model:
-            self._manifest.build.spec.check_matches(self._task_spec(runner, model), str(self._directory))
+            check_spec(self._manifest.build.spec, self._task_spec(runner, model), str(self._directory))
         return runner
 
     def _task_spec(self, runner: TaskRunner, model: LoadedModel) -> FeatureSpec:
@@ -155,3 +157,81 @@ def load_index_task(
             )
         )
     return load_named_task(built.reference, given, directory)
+
+
+def check_spec(built: FeatureSpec, other: FeatureSpec, where: str) -> None:
+    """Compare the spec of the index `where` with the spec of a task or build.
+
+    Raises:
+        IndexMismatchError: a field differs; the message names the first difference and the number of others.
+    """
+    differences = list(_differences(built, other))
+    if differences:
+        more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        raise IndexMismatchError(f"index {where} was built with {differences[0]}{more}")
+
+
+def _differences(built: FeatureSpec, other: FeatureSpec) -> Iterator[str]:
+    yield from _scalar_differences(built, other)
+    old, new = ({p.name: p for p in spec.parameters} for spec in (built, other))
+    for name in [*old, *(n for n in new if n not in old)]:
+        pair = old.get(name), new.get(name)
+        if pair[0] != pair[1]:
+            a, b = (f"{list(p.shape)} {p.dtype}" if p else "" for p in pair)
+            present = f"the task has {b}" if b else "the task does not have it"
+            remedy = "restore Task.parameters and the model"
+            yield _describe_difference(f"parameter {name} ({a})" if a else f"no parameter {name}", present, remedy)
+    for i, checkpoints in enumerate(itertools.zip_longest(built.checkpoints, other.checkpoints)):
+        yield from _checkpoint_differences(i, *checkpoints)
+
+
+def _scalar_differences(built: FeatureSpec, other: FeatureSpec) -> Iterator[str]:
+    sketches = (
+        ("sketch", "name", "pass --sketch {}"),
+        ("seed", "seed", "pass --seed {}"),
+        ("dimension", "dim", "pass --dim {}"),
+        ("sketch version", "version", "install the tracin_ann that built it"),
+    )
+    for word, attribute, remedy in sketches:
+        a, b = getattr(built.sketch, attribute), getattr(other.sketch, attribute)
+        if a != b:
+            yield _describe_difference(f"{word} {a}", f"this command asks for {word} {b}", remedy.format(a))
+    rest = (
+        ("dtype", "feature type {}", "pass --dtype {}"),
+        ("norms", "norms {}", "pass --norms {}"),
+        ("precision", "precision {}", "pass --precision {}"),
+        ("model", "a model with layers of digest {}", "restore the model's code"),
+        ("train_rows", "{} training rows", "restore train_data"),
+        ("train_data", "training data of digest {}", "restore train_data"),
+    )
+    for attribute, what, remedy in rest:
+        a, b = getattr(built, attribute), getattr(other, attribute)
+        if a != b:
+            grown = attribute == "train_rows" and b > a
+            yield _describe_difference(
+                what.format(a), f"this task has {b}", "build with --append," if grown else remedy.format(a)
+            )
+
+
+def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: CheckpointSpec | None) -> Iterator[str]:
+    if built is None or other is None:
+        a, b = (c.name if c else "nothing" for c in (built, other))
+        remedy = "restore Task.checkpoints" if other is None else "build with --add-checkpoint,"
+        yield _describe_difference(f"{a} as checkpoint {i}", f"the task has {b}", remedy)
+        return
+    if built.digest != other.digest:
+        yield _describe_difference(
+            f"checkpoint {i} ({built.name}) of digest {built.digest[:12]}",
+            f"the task's {other.name} has {other.digest[:12]}",
+            "restore that file",
+        )
+    if built.learning_rate != other.learning_rate:
+        yield _describe_difference(
+            f"learning rate {built.learning_rate:g} at checkpoint {i}",
+            f"the task has {other.learning_rate:g}",
+            "restore Task.checkpoints",
+        )
+
+
+def _describe_difference(built: str, other: str, remedy: str) -> str:
+    return f"{built}, {other}; {remedy} or build a new index"

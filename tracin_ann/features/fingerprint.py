@@ -44,7 +44,7 @@ def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | No
         return digest.hexdigest()
     names = ", ".join(sorted(unknown))
     logger.warning(
-        "rows of train_data hold %s, whose content cannot be known: the digest of the data leaves it out", names
+        "rows of train_data hold %s, whose content cannot be read: the digest of the data excludes it", names
     )
     return f"{digest.hexdigest()} without {names}"
 

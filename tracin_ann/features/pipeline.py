@@ -27,9 +27,9 @@ from tracin_ann.types import Int64, ProgressCallback
 MOST_UNEVEN = 64
 """The largest number of rows of the most uneven batch that are recorded for the audit."""
 SIDES: tuple[SideName, ...] = ("train", "query")
-# A partition kept in memory takes at most this share of the memory for rows.
+# A partition that stays in memory takes at most this share of the memory for rows.
 _MEMORY_SHARE = 0.5
-# How often other rows are chosen as canaries if all of one side are not finite.
+# How many times other rows are chosen as canaries, if no canary of a side is finite.
 _TRIES = 8
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Extraction:
         )
         work = [(partition, [c for _, c in group]) for partition, group in groups]
         spans = [range(*self.layout.rows(partition)) for partition, _ in work]
-        with WriteBehind(self._store) as behind, self._model.runner.reading("train", spans) as reading:
+        with WriteBehind(self._store) as behind, self._model.runner.open_batches("train", spans) as reading:
             for partition, checkpoints in work:
                 self._extract_partition(partition, checkpoints, reading.span(), behind.write)
         return ExtractionResult(self._collect_canaries(), self._plans[0], self._counter.done, self._uneven.places)

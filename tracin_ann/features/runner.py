@@ -49,7 +49,7 @@ from tracin_ann.task import (
 
 logger = logging.getLogger(__name__)
 _MOST_BATCHES_WITHOUT_GRADIENT = 16
-"""Batches of rows spread over the data that are tried before a loss is reported to reach no parameter."""
+"""Batches of rows, spread over the data, that are tried before an error says that no loss reaches a parameter."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class TaskRunner:
             chunk = ids[start : start + options.size]
             yield from make_batches(self.task, chunk, [data[i] for i in chunk], options)
 
-    def reading(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> BatchStream:
+    def open_batches(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> BatchStream:
         """Return a context that reads spans of rows in batches of similar lengths.
 
         Args:
@@ -237,6 +237,11 @@ class LoadedModel:
         self.checkpoint = -1
         self.set_memory_format(channels_last=runner.options.channels_last)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Return whether a checkpoint is loaded."""
+        return self.checkpoint >= 0
+
     def load(self, checkpoint: int) -> None:
         """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
 
@@ -297,7 +302,7 @@ class LoadedModel:
 
     def _move_to_device(self, inputs: Any) -> Any:
         moved = to_device(inputs, self.runner.options.device, channels_last=self.channels_last)
-        # Examples may carry an autograd graph of their own; a backward through it would free it.
+        # Examples may have their own autograd graph; a backward pass through it would free it.
         has_graph = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
         return map_leaves(detach_graph, moved) if has_graph else moved
 
@@ -329,7 +334,7 @@ class LoadedModel:
             batch = self._replace_nonfinite(side, batch)
         probe_losses(engine, batch, self.checkpoint)
         try:
-            engine.prove(batch)
+            engine.choose_methods(batch)
             self._verify_spread_rows(side)
         except GradientProofError:
             # If the examples of a batch interact, no gradient method is right, and the probe reports that cause.
@@ -351,12 +356,12 @@ class LoadedModel:
             batch = self._make_spread_batch(side, part, parts)
             if self.runner.options.on_nonfinite == "skip":
                 batch = self._replace_nonfinite(side, batch)
-            engine.prove(batch)
+            engine.choose_methods(batch)
         if not engine.reached:
-            raise TaskError(describe_no_gradient(looked=min(n_rows, parts * self.runner.options.batch_size)))
+            raise TaskError(describe_no_gradient(n_rows=min(n_rows, parts * self.runner.options.batch_size)))
 
     def _replace_nonfinite(self, side: SideName, batch: Batch) -> Batch:
-        """Return a batch with its non-finite rows replaced by finite ones of this batch, or of the whole side.
+        """Return a batch with its non-finite rows replaced by finite ones of this batch, or of the data set.
 
         Raises:
             NonFiniteError: neither has a finite row.

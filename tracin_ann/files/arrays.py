@@ -17,7 +17,7 @@ from tracin_ann.files.opening import open_regular
 def read_array(file: IO[bytes], n_bytes: int) -> npt.NDArray[Any]:
     """Return the npy array in the next `n_bytes` bytes of a file.
 
-    NumPy's own reader allocates the memory that the header asks for, however short the file is.
+    NumPy's own reader allocates the memory that the header states, even if the file is shorter.
 
     Raises:
         ValueError: the bytes are not an array, or its size is not `n_bytes` minus the header.
@@ -35,7 +35,7 @@ def map_array(path: Path) -> npt.NDArray[Any]:
     """Return the array of an npy file, memory-mapped read-only.
 
     Raises:
-        ValueError: the file is not an array, or is shorter than its header says.
+        ValueError: the file is not an array, or is shorter than its header states.
         OSError: the system cannot open or map it.
     """
     with open_regular(path) as file:

@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: writing, syncing or renaming failed; `filename` is `path`.
     """
-    name = f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}-{_target_digest(path)}{path.suffix}"
+    name = f"{_PREFIX}{_host_digest()}-{os.getpid()}-{secrets.token_hex(6)}-{_target_digest(path)}{path.suffix}"
     temporary = path.with_name(name)
     _ACTIVE.add(name)
     try:
@@ -106,7 +106,7 @@ def remove_leftovers_of(target: Path) -> None:
 def _has_writer_ended(name: str) -> bool:
     host, _, rest = name.removeprefix(_PREFIX).partition("-")
     pid = rest.partition("-")[0]
-    if host != _host() or not pid.isdecimal():
+    if host != _host_digest() or not pid.isdecimal():
         return False
     if int(pid) == os.getpid():
         return name not in _ACTIVE
@@ -124,7 +124,7 @@ def _target_digest(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(os.fsencode(path.name))[:8]
 
 
-def _host() -> str:
+def _host_digest() -> str:
     """Return the digest of this machine's name."""
     return xxhash.xxh3_64_hexdigest(platform.node().encode())[:8]
 

@@ -45,7 +45,7 @@ def read_json(path: Path, remedy: str = _REMEDY) -> dict[str, object]:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES:,} bytes")
-        # read() allocates as many bytes as it is asked for.
+        # read(n) allocates n bytes, however short the file is.
         data = file.read(size)
     try:
         value = json.loads(data)

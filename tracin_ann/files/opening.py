@@ -1,7 +1,8 @@
 """Opening the files of an index: only regular files, never through a symbolic link; damage versus system errors.
 
 An index may come from an untrusted source. A symbolic link in it could redirect a reader or a writer to any file of
-the user, and reading a FIFO could block forever. The directory of the index itself may be a link: its user made it.
+the user, and reading a FIFO could block forever. The directory of the index may be a link, because the user
+created it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _file_type(mode: int) -> str:
 def report_damage(path: Path, expected: str, remedy: str) -> Iterator[None]:
     """Turn errors raised while a file is read into `DamagedIndexError`, except for errors of the system.
 
-    A system error, such as a missing permission, says nothing about the content of the file.
+    A system error, such as a missing permission, does not mean that the file is damaged.
 
     Raises:
         DamagedIndexError: the file is missing, or reading its content raised an exception.
@@ -118,7 +119,7 @@ def report_damage(path: Path, expected: str, remedy: str) -> Iterator[None]:
         raise DamagedIndexError(problem(f"{path}", got="no file", expected=expected, remedy=remedy)) from None
     except NotRegularFileError as error:
         raise DamagedIndexError(problem(f"{path}", got=error, expected=expected, remedy=remedy)) from error
-    # What readers raise depends on which byte of the file is damaged.
+    # The type of exception that a reader raises depends on which byte of the file is damaged.
     except Exception as error:
         system_error = find_system_error(error, path)
         if system_error is not None:

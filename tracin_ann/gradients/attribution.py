@@ -149,7 +149,7 @@ class WeightCode:
 
 
 def _differ(weighted_RJ: Tensor, plain_RJ: Tensor, weight_R: Tensor, rounding_R: Tensor) -> Tensor:
-    """Return which rows [R] differ from weight · plain row by more than rounding; rows with NaN do."""
+    """Return which rows [R] differ from weight · plain row by more than rounding, or contain NaN."""
     difference_RJ = torch.addcmul(weighted_RJ, plain_RJ, weight_R.unsqueeze(1), value=-1)
     agree_R: Tensor = torch.linalg.vector_norm(difference_RJ, dim=1) <= weight_R.abs() * rounding_R
     return ~agree_R

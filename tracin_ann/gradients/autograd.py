@@ -17,7 +17,7 @@ Weighting = Callable[[bool], Tensor]
 
 @contextmanager
 def require_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let leaves require a gradient inside the context; after it, none of them does."""
+    """Let leaves require a gradient in the block; after it, no leaf requires one."""
     leaves = list(tensors)
     try:
         for leaf in leaves:
@@ -61,7 +61,7 @@ def plain_gradients(
         value = values()
         half = is_half_precision(value)
         weights = [None] if weighting is None else list(weighting(half).to(value))
-        # Backward runs to every leaf, so that a node that hides a backward of its own is found.
+        # Backward runs to every leaf, to detect nodes that run another backward pass inside.
         inputs = [*parameters, *([] if weighting is None else other_leaves(value, parameters))]
         for k, weights_B in enumerate(weights):
             grads: tuple[Tensor | None, ...] = (None,) * len(parameters)

@@ -22,7 +22,7 @@ from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
 from tracin_ann.gradients.autograd import HALF, other_leaves
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
-from tracin_ann.gradients.layers.registry import rule_for
+from tracin_ann.gradients.layers.registry import find_rule
 from tracin_ann.gradients.layouts import PARAMETERS, Layout, LayoutReader
 from tracin_ann.gradients.row_indexing import RowIndexingMode
 
@@ -88,7 +88,7 @@ class LayerCapture:
         self.reader = reader
         self._sink: Sink | None = None
         self._batch = 0
-        self._is_proving = self._is_checking = False
+        self._is_verifying = self._is_checking = False
         self._codes: dict[tuple[int, torch.device, bool], WeightCode] = {}
         self._clear()
 
@@ -107,7 +107,7 @@ class LayerCapture:
         sink: Sink,
         watched: Sequence[nn.Parameter] = (),
         *,
-        proving: Sequence[Tensor] | None = None,
+        verifying: Sequence[Tensor] | None = None,
         checking: bool = False,
     ) -> CaptureResult:
         """Run one forward (`losses()`) and backward, and pass every gradient form to `sink`.
@@ -119,7 +119,7 @@ class LayerCapture:
             batch: B.
             sink: called for every use of a parameter.
             watched: parameters that no loss is expected to depend on.
-            proving: the batch's own tensors, if the forms are compared with autograd's gradients; otherwise None, and
+            verifying: the batch's own tensors, if the forms are compared with autograd's gradients; otherwise None, and
                 a layer whose input has a layout that is not verified fails.
             checking: also determine the examples of inputs that are treated as batch first; a layer with other
                 examples fails.
@@ -130,8 +130,8 @@ class LayerCapture:
         ]
         self._clear()
         self._sink, self._batch, self._is_checking = sink, batch, checking and batch > 1
-        indexing = None if proving is None else RowIndexingMode(proving)
-        self._is_proving = proving is not None
+        indexing = None if verifying is None else RowIndexingMode(verifying)
+        self._is_verifying = verifying is not None
         self.reader.start(batch, indexing)
         try:
             for parameter in watched:
@@ -155,7 +155,7 @@ class LayerCapture:
         self, values: Tensor, watched: Sequence[nn.Parameter], leaves: Mapping[str, Tensor]
     ) -> tuple[bool, ...]:
         """Run the backward passes, and return whether a loss depends on each watched parameter."""
-        if not values.requires_grad or (self.failures and not self._is_proving):
+        if not values.requires_grad or (self.failures and not self._is_verifying):
             return (False,) * len(watched)
         inputs = [*leaves.values(), *watched]
         # The anchor and other leaves: layers after an input that requires a gradient depend on that input only.
@@ -236,7 +236,7 @@ class LayerCapture:
                     self._anchor = torch.zeros((), device=output.device, requires_grad=True)
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
             self._has_half |= output.dtype in HALF
-            rule = rule_for(module)
+            rule = find_rule(module)
             assert rule is not None
             stored = output.detach() if rule.needs_output(module) else None
             stored_version = output._version
@@ -247,7 +247,7 @@ class LayerCapture:
                 if self._is_in_loss:
                     # A gradient that the loss itself computes. With a graph, the loss differentiates it.
                     if torch.is_grad_enabled():
-                        self._fail(attributes, "the loss differentiates a gradient that it takes through the layer")
+                        self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
                     return
                 if self._is_weighting:
                     if n_rows:
@@ -340,7 +340,7 @@ def find_covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> 
     by_identity = {id(parameter): name for name, parameter in names.items()}
     layers: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
-        rule = rule_for(module)
+        rule = find_rule(module)
         if rule is None:
             continue
         attributes = {
@@ -366,6 +366,6 @@ def find_broadcast_parameters(model: nn.Module, names: Mapping[str, nn.Parameter
             name = by_identity.get(id(parameter))
             if name is not None:
                 holders[name].append((module, attribute))
-                if rule_for(module) is not None or type(module).__module__.startswith("torch.nn."):
+                if find_rule(module) is not None or type(module).__module__.startswith("torch.nn."):
                     excluded.add(name)
     return {name: modules for name, modules in holders.items() if name not in excluded}

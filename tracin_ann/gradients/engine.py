@@ -32,9 +32,9 @@ from tracin_ann.gradients.proof import (
     describe_misplaced,
     describe_no_gradient,
     describe_nonfinite,
-    describe_unproven,
     describe_unstable,
     describe_unusable_loss,
+    describe_unverified,
     proof_weights,
 )
 from tracin_ann.task import LossFunction, batched_tensors, tensors_within
@@ -171,14 +171,14 @@ class GradientEngine:
             MisplacedRowsError: a layer's input is no longer batch first as in the verified batch.
         """
         if self._plan is None:
-            self.prove(batch)
+            self.choose_methods(batch)
         for attempt in range(_ATTEMPTS):
             try:
                 return self._run(batch, self._convert_forms(start()))
             except _PlanChangedError as change:
                 if attempt + 1 == _ATTEMPTS:
                     raise GradientProofError(describe_unstable(str(change), batch.ids)) from change
-                self.prove(batch)
+                self.choose_methods(batch)
         raise AssertionError
 
     def _convert_forms(self, sink: Sink) -> Sink:
@@ -243,13 +243,13 @@ class GradientEngine:
             for j, name in enumerate(names):
                 sink(name, Dense(torch.stack([g[j].flatten() for g in grads])), rows)
 
-    def alone(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
+    def compute_alone(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
         """Return the loss and the gradient [P] of one example by autograd, in a batch of one."""
         single = self.batch(batch.ids[i : i + 1], batch.examples[i : i + 1])
         grads = self._compute_single(single, tuple(self.parameters))
         return self.losses(single)[0].detach(), torch.cat([g.flatten() for g in grads])
 
-    def together(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
+    def compute_in_batch(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
         """Return the loss and the gradient [P] of one example by autograd, in its batch."""
         grads = plain_gradients(lambda: self.losses(batch)[i], list(self.parameters.values())).gradients
         return self.losses(batch)[i].detach(), torch.cat([g.flatten() for g in grads])
@@ -264,7 +264,7 @@ class GradientEngine:
         step = max(1, _FALLBACK_ELEMENTS // elements)
         return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
-    def prove(self, batch: Batch) -> Plan:
+    def choose_methods(self, batch: Batch) -> Plan:
         """Choose the first method that is correct for each parameter on this batch.
 
         A method that failed once is not tried again.
@@ -284,7 +284,7 @@ class GradientEngine:
         for method in _ORDER:
             failed = self._verify_rules(batch, truth) if method == RULE else self._verify(method, batch, truth)
             if failed and method == LOOP:
-                raise GradientProofError(describe_unproven(failed))
+                raise GradientProofError(describe_unverified(failed))
             self._use_next(failed)
         by_rows = {
             name
@@ -336,7 +336,7 @@ class GradientEngine:
         """Raise for the first row whose own loss or gradient is not finite; a sum that overflows has no such row."""
         check_finite(self.loss_values(batch), batch.ids, self.checkpoint)
         for i, row in enumerate(batch.ids):
-            loss, grad = self.alone(batch, i)
+            loss, grad = self.compute_alone(batch, i)
             if not bool(torch.isfinite(grad).all()):
                 got = f"NaN or inf at a loss of {float(loss):.6g}"
                 raise NonFiniteError(describe_nonfinite("gradient", row, self.checkpoint, got))
@@ -360,17 +360,17 @@ class GradientEngine:
         """Return why layer rules fail, by parameter, with the layouts for which fewest parameters fail."""
         best = self._try_layouts(self._layouts, batch, truth)
 
-        def better(**layouts: Any) -> _Attempt:
+        def improve(**layouts: Any) -> _Attempt:
             other = self._try_layouts(replace(best.tried, **layouts), batch, truth)
             return other if len(other.failed) < len(best.failed) else best
 
         if ambiguous := best.failed_layers(best.reader.ambiguous):
-            best = better(shared=best.tried.shared | ambiguous)
+            best = improve(shared=best.tried.shared | ambiguous)
         for repeated in (frozenset({OUTPUTS}), frozenset({PARAMETERS}), frozenset()):
             if best.failed and best.reader.repeated - repeated:
-                best = better(repeated=repeated)
+                best = improve(repeated=repeated)
         if batch_first := best.failed_layers(best.reader.batch_first):
-            best = better(by_rows=best.tried.by_rows | batch_first)
+            best = improve(by_rows=best.tried.by_rows | batch_first)
         self._layouts, self._rank_one = best.reader.layouts, best.rank_one
         return best.failed
 
@@ -389,7 +389,7 @@ class GradientEngine:
         try:
             if method == RULE:
                 own = tensors_within(batch.inputs)
-                self._capture.run(lambda: self.losses(batch), len(batch), sink, proving=own)
+                self._capture.run(lambda: self.losses(batch), len(batch), sink, verifying=own)
             elif method == FORWARD:
                 self._run_forward(batch, names, sink)
             elif method == VMAP:

@@ -180,7 +180,7 @@ def inner_where(form: Form, direction_QP: Tensor, requested_BQ: Tensor) -> Tenso
     if not len(queries):
         return total
     if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
-        # The directions are large, and few examples need each of them: none is copied.
+        # The directions are large, and few examples need each of them, so directions are not copied.
         for query in queries.tolist():
             rows = requested_BQ[:, query].nonzero()[:, 0].to(total.device)
             few = Outer(form.left_BTR[rows], form.right_BTC[rows])
@@ -218,7 +218,7 @@ def squared_norm(forms: Sequence[Form]) -> Tensor:
         blocks = zip(*(_split_examples(form) for form in merged), strict=True)
         return torch.cat([torch.stack(parts).sum(0).square().sum(1) for parts in blocks])
     form = merged[0]
-    if isinstance(form, Outer) and _is_gram_cheaper(form):
+    if isinstance(form, Outer) and _is_gram_faster(form):
         return ((form.left_BTR @ form.left_BTR.mT) * (form.right_BTC @ form.right_BTC.mT)).sum((1, 2))
     if isinstance(form, Rows):
         same_row = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
@@ -267,7 +267,7 @@ def _split_examples(form: Form) -> Iterator[Tensor]:
         yield materialise(form[example : example + 1])
 
 
-def _is_gram_cheaper(form: Outer) -> bool:
+def _is_gram_faster(form: Outer) -> bool:
     _, positions, rows = form.left_BTR.shape
     columns = form.right_BTC.shape[2]
     return positions * (rows + columns) < rows * columns

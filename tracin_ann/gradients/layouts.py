@@ -27,7 +27,7 @@ class Layouts:
 
     A layer may be called once for all examples of a batch, as position embeddings are: on one row `[1, ...]`, or on
     indices `[T]`. Its output is then repeated for each example, so that each example has its own gradient. The same is
-    done for a parameter `[1, ...]` that is not a layer's (the class token and positions of a vision transformer).
+    done for a parameter `[1, ...]` that belongs to no layer (the class token and positions of a vision transformer).
 
     If the first dimension of a layer's input is not the batch, the example of each row is determined in every batch.
 

@@ -52,7 +52,7 @@ def probe_examples(data: Any, side: str, ids: Sequence[int], collate: Callable[[
             )
     if unknown:
         logger.warning(
-            "rows of %s_data hold %s, whose content cannot be known: whether it changes when read twice is not checked",
+            "rows of %s_data hold %s, whose content cannot be read: changes between two reads are not detected",
             side,
             ", ".join(sorted(unknown)),
         )
@@ -69,7 +69,11 @@ def probe_description(task: Task, example: Any, side: str) -> None:
     Raises:
         TaskError: one of them fails.
     """
-    functions = {"ids": task.id_of, "describe": task.describe_example, "columns": task.columns if side == "train" else None}
+    functions = {
+        "ids": task.id_of,
+        "describe": task.describe_example,
+        "columns": task.columns if side == "train" else None,
+    }
     for name, function in functions.items():
         try:
             if function is not None:
@@ -122,8 +126,8 @@ def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
         return
     tolerance = _MIXED_GRADIENT * max(_tolerance_factor(engine, batch) / 5, 1.0)
     for i in range(min(_ROWS_ALONE, len(batch))):
-        _, alone = engine.alone(batch, i)
-        _, together = engine.together(batch, i)
+        _, alone = engine.compute_alone(batch, i)
+        _, together = engine.compute_in_batch(batch, i)
         error, norm = float((alone - together).norm()), float(together.norm())
         if error > tolerance * norm + 1e-6:
             got = (
@@ -165,7 +169,9 @@ def replace_nonfinite(engine: GradientEngine, batch: Batch) -> tuple[Batch, tupl
     """
     finite = torch.isfinite(engine.loss_values(batch)).tolist()
     valid = [
-        i for i, is_finite in enumerate(finite) if is_finite and bool(torch.isfinite(engine.alone(batch, i)[1]).all())
+        i
+        for i, is_finite in enumerate(finite)
+        if is_finite and bool(torch.isfinite(engine.compute_alone(batch, i)[1]).all())
     ]
     if not valid:
         return None

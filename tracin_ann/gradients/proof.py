@@ -1,4 +1,4 @@
-"""The proof of per-example gradients: comparison of a method's gradients with autograd, and its error messages."""
+"""Verification of per-example gradients: comparison of a method's gradients with autograd, and error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DRAWS = 2
 
 
 def proof_weights(batch: int, seed: int, *, half: bool) -> Tensor:
-    """Return the weights of the losses whose gradients a proof compares, [K, B], float64: Gaussian.
+    """Return the weights of the losses whose gradients are compared, [K, B], float64: Gaussian.
 
     A gradient that is assigned to the wrong example changes a sum with random weights, but not the plain sum. In half
     precision, weights of one are added: the terms of a random sum cancel and their rounding errors do not, so errors
@@ -114,7 +114,7 @@ def describe_nonfinite(what: str, row: int, checkpoint: int, got: object) -> str
         f"the {what} of row {row} at checkpoint {checkpoint} is not finite",
         got=got,
         expected="finite numbers",
-        remedy="look at this row and this checkpoint's weights",
+        remedy="inspect this row and the weights of this checkpoint",
     )
 
 
@@ -128,7 +128,7 @@ def describe_misplaced(why: str, ids: Sequence[int]) -> str:
     )
 
 
-def describe_unproven(failed: Mapping[str, str]) -> str:
+def describe_unverified(failed: Mapping[str, str]) -> str:
     """Return the message for parameters for which no method is correct, with the reason for the first one."""
     name, why = next(iter(failed.items()))
     return problem(
@@ -170,14 +170,14 @@ def describe_unusable_loss(values: object, batch: int) -> str:
     )
 
 
-def describe_no_gradient(got: str = "", looked: int = 0) -> str:
+def describe_no_gradient(got: str = "", n_rows: int = 0) -> str:
     """Return the message for losses that autograd cannot differentiate.
 
     Args:
         got: the error; "" if the losses of all examined rows depend on none of the parameters.
-        looked: number of rows that were examined.
+        n_rows: number of rows that were examined.
     """
-    got = got or f"losses that depend on none of the chosen parameters, in any of {looked} rows"
+    got = got or f"losses that depend on none of the chosen parameters, in any of {n_rows} rows"
     remedy = "compute the loss in PyTorch without .detach(), .item() or no_grad, or change Task.parameters"
     if "use_reentrant" in got:
         remedy = "use checkpointing with use_reentrant=False, or no checkpointing"

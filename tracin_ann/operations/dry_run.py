@@ -74,7 +74,7 @@ def plan(
     with work.runner.model() as model:
         reject_foreign_files(work.out)
         start = work.prepare(model)
-        missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted)
+        missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted_files)
         record = config.agree_on_batches(start.record, len(missing), str(work.out))
         chosen = work.tune(model, record)
         row_seconds = measure_row_seconds(model, config.features(record.spec.rank_one))

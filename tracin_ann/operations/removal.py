@@ -12,9 +12,9 @@ import numpy as np
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.store import (
     Manifest,
-    carry_over,
     check_generation,
     clean_up,
+    copy_files,
     generation_number,
     hold_writer_lock,
     make_next_folder,
@@ -62,7 +62,7 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
             return manifest
         folder = make_next_folder(out, manifest)
         unchanged = [record for record in manifest.own_files if record != manifest.removed]
-        carry_over(out, manifest, folder, unchanged)
+        copy_files(out, manifest, folder, unchanged)
         next_manifest = replace(manifest, generation=generation_number(folder), removed=write_removed(folder, removed))
         publish(out, next_manifest)
     return next_manifest

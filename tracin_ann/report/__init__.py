@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tracin_ann.report.page import refuse_unwritable, write_report
+from tracin_ann.report.page import require_writable, write_report
 
-__all__ = ["refuse_unwritable", "write_report"]
+__all__ = ["require_writable", "write_report"]

@@ -89,7 +89,7 @@ class Examples:
         self._index, self._images = index, images
         self._views: dict[tuple[SideName, int], ExampleView] = {}
         self._labels = index.columns.get(LABEL)
-        self.runner = _find_passes(index)
+        self.runner = _find_runner(index)
 
     def view(self, side: SideName, row: int) -> ExampleView:
         """Return the view of a row."""
@@ -162,11 +162,11 @@ def format_value(value: Any) -> str:
     return str(value) if isinstance(value, str | int) else _format_short(value)
 
 
-def _find_passes(index: InfluenceIndex) -> TaskRunner | None:
+def _find_runner(index: InfluenceIndex) -> TaskRunner | None:
     try:
         return index.runner
     except UsageError:
-        # As in InfluenceIndex.described: results can be displayed without the task.
+        # Results can be displayed without the task, as in InfluenceIndex.describe.
         return None
 
 

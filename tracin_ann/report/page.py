@@ -118,7 +118,7 @@ def write_report(
         IndexMismatchError: the task does not fit the index.
     """
     out = Path(path)
-    # Once, not for every row: the task's code reads and describes thousands of rows.
+    # Global state is restored once, because code of the task runs for thousands of rows.
     with preserve_globals():
         renderer = _PageRenderer(index, _load_templates(), checkpoints)
         if isinstance(results, Answers):
@@ -131,7 +131,7 @@ def write_report(
     return out
 
 
-def refuse_unwritable(path: str | os.PathLike[str]) -> None:
+def require_writable(path: str | os.PathLike[str]) -> None:
     """Raise if `write_report` cannot write this file, before the results are computed.
 
     Raises:

@@ -69,7 +69,7 @@ class QueryOptions:
                     "--cosine is computed from the stored features",
                     got="--exact" if self.exact else "--rerank exact",
                     expected="--rerank stored or none",
-                    remedy="drop one of the two",
+                    remedy="remove one of the two",
                 )
             )
 
@@ -81,7 +81,7 @@ class Hit:
     Attributes:
         id: its id from the task (`Task.ids`), else its position.
         row: its position in train_data.
-        score: exact TracInCP if the options ask for it, else the score from the stored features.
+        score: exact TracInCP if the options request it, else the score from the stored features.
         stored_score: the score from the stored features, if `score` is exact.
         error: standard deviation of the stored features' score around the exact score, as the build measured it; None
             for cosine, and if the build did not measure it.
@@ -107,7 +107,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a query: proponents by falling score, all > 0; opponents by rising score, all < 0.
+    """The result of a query: proponents by descending score, all > 0; opponents by ascending score, all < 0.
 
     Attributes:
         query: the query's id from the task (`Task.ids`), else its position; for several rows together, a caption.

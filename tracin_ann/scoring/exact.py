@@ -138,7 +138,7 @@ class ExactScorer:
                 )
                 scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
         scores_QN[~requested_QN] = 0
-        _refuse_infinite(scores_QN, rows)
+        _check_finite(scores_QN, rows)
         return scores_QN
 
     def _load_directions(self, checkpoint: int, first: int) -> tuple[Directions, Int64]:
@@ -177,7 +177,7 @@ def _scale_in_place(directions: Directions) -> Int64:
     return exponent_Q.cpu().numpy().astype(np.int64)
 
 
-def _refuse_infinite(scores: Float64, rows: Sequence[int]) -> None:
+def _check_finite(scores: Float64, rows: Sequence[int]) -> None:
     bad = np.flatnonzero(~np.isfinite(np.atleast_2d(scores)).all(axis=0))
     if len(bad):
         raise NonFiniteError(
@@ -314,5 +314,5 @@ def exact_self_influence(
                 done += len(batch)
                 if progress is not None:
                     progress(len(batch))
-    _refuse_infinite(scores_N, rows)
+    _check_finite(scores_N, rows)
     return scores_N

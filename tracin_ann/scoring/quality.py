@@ -49,7 +49,7 @@ class QualityMeasurement:
         store: the stored features.
         features: options of the queries' features.
         seed: of the draw of queries and rows.
-        skipped: ids of training rows that are neither queried nor scored, rising.
+        skipped: ids of training rows that are neither queried nor scored, ascending.
         progress: called with (stage, done, total).
     """
 
@@ -111,7 +111,7 @@ class QualityMeasurement:
         return fidelity
 
     def _list_rows(self) -> Int64:
-        """Return the ids of the training rows that were not skipped, rising."""
+        """Return the ids of the training rows that were not skipped, ascending."""
         return np.setdiff1d(np.arange(self.store.layout.n_rows, dtype=np.int64), self.skipped, assume_unique=True)
 
     def _learning_rates(self) -> Float64:
@@ -129,7 +129,7 @@ class QualityMeasurement:
 
 
 def sample_rows(norm_N: Float64, seed: int) -> Int64:
-    """Return rising positions: one row from each of 200 equal strata of the norms."""
+    """Return ascending positions: one row from each of 200 equal strata of the norms."""
     n_rows = len(norm_N)
     n_sampled = min(n_rows, SAMPLE)
     random = np.random.Generator(np.random.Philox(seed))
@@ -153,8 +153,8 @@ def measure_fidelity(
         queries: side and ids of the queries.
         query_QF: their features.
         view: the stored features.
-        sample: rising ids of rows in the pool of every query.
-        allowed: rising ids of the rows that may be scored; None: all.
+        sample: ascending ids of rows in the pool of every query.
+        allowed: ascending ids of the rows that may be scored; None: all.
     """
     checkpoints = range(len(runner.task.checkpoints))
     sides = FlatIndex(view, runner.options.device).search_both(scale_to_unit(query_QF)[0], FIRST, allowed)

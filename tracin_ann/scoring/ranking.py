@@ -127,142 +127,142 @@ class Ranker:
     id_of: Callable[[SideName, int], Id]
     progress: Callable[[int], None] | None = None
 
-    def answers(self, question: QueryRequest, queries_QF: Float32) -> list[Answer]:
+    def answers(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
-        each_QF = self._weight_checkpoints(question, queries_QF)
-        weighted_QF = _mix(question.mixture_GQ, each_QF)
-        n_queries = len(question.members)
-        if question.options.exact:
+        each_QF = self._weight_checkpoints(request, queries_QF)
+        weighted_QF = _mix(request.mixture_GQ, each_QF)
+        n_queries = len(request.members)
+        if request.options.exact:
             n_rows = self.store.layout.n_rows
-            rows = np.arange(n_rows, dtype=np.int64) if question.allowed is None else question.allowed
-            with self._open_scorer(question) as scorer:
+            rows = np.arange(n_rows, dtype=np.int64) if request.allowed is None else request.allowed
+            with self._open_scorer(request) as scorer:
                 ranked = _score_exactly(scorer, [rows] * n_queries)
             counts = np.full(n_queries, 2 * len(rows))
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
-            k = question.options.k
-            if question.options.rerank == "exact":
-                k = max(k, question.options.candidates)
-            strategy = self._choose_strategy(question, weighted_QF)
-            if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, question.allowed):
-                n_rows = len(strategy.index) if question.allowed is None else len(question.allowed)
+            k = request.options.k
+            if request.options.rerank == "exact":
+                k = max(k, request.options.candidates)
+            strategy = self._choose_strategy(request, weighted_QF)
+            if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, request.allowed):
+                n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
                 how = f"exact scan of {n_rows:,} rows: inverted lists would score as many"
                 strategy = replace(strategy, how=how, unlike_Q=None)
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(weighted_QF)
-            proponents, opponents = search_both(strategy.index, scaled_QF, k, question.allowed)
-            ranked = self._rescore(question, weighted_QF, _pool_candidates(proponents, opponents, exponent_Q))
+            proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
+            ranked = self._rescore(request, weighted_QF, _pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
-        each = zip(question.members, ranked, weighted_QF, counts, unlike_Q, strict=True)
+        each = zip(request.members, ranked, weighted_QF, counts, unlike_Q, strict=True)
         return [
             Answer(
-                query=self._name_query(question, members),
-                side=question.side,
+                query=self._name_query(request, members),
+                side=request.side,
                 members=members,
-                proponents=self._select_hits(question, each_QF, query_F, scored, 1),
-                opponents=self._select_hits(question, each_QF, query_F, scored, -1),
+                proponents=self._select_hits(request, each_QF, query_F, scored, 1),
+                opponents=self._select_hits(request, each_QF, query_F, scored, -1),
                 rows_scored=int(count),
                 how=strategy.how,
                 strange=bool(is_unlike),
-                against=question.against,
+                against=request.against,
             )
             for members, scored, query_F, count, is_unlike in each
         ]
 
-    def _name_query(self, question: QueryRequest, members: tuple[int, ...]) -> Id:
-        if not question.together:
-            return self.id_of(question.side, members[0])
-        against = f" against {len(question.against)}" if question.against else ""
+    def _name_query(self, request: QueryRequest, members: tuple[int, ...]) -> Id:
+        if not request.together:
+            return self.id_of(request.side, members[0])
+        against = f" against {len(request.against)}" if request.against else ""
         return f"mean of {len(members)}{against}"
 
     def _select_hits(
-        self, question: QueryRequest, each_QF: Float32, query_F: Float32, scored: ScoredRows, sign: int
+        self, request: QueryRequest, each_QF: Float32, query_F: Float32, scored: ScoredRows, sign: int
     ) -> tuple[Hit, ...]:
         """Return the k best rows of a direction, 1 or -1, with their scores by checkpoint and by set."""
-        order = np.lexsort((scored.rows_N, -sign * scored.score_N))[: question.options.k]
+        order = np.lexsort((scored.rows_N, -sign * scored.score_N))[: request.options.k]
         hits = [
             _make_hit(self.id_of("train", int(scored.rows_N[i])), scored, i)
             for i in order
             if sign * scored.score_N[i] > 0
         ]
-        if not hits or (question.options.rerank == "none" and not question.options.exact):
+        if not hits or (request.options.rerank == "none" and not request.options.exact):
             return tuple(hits)
         rows_N = np.array([hit.row for hit in hits], dtype=np.int64)
-        row_NF = self.store.view(question.checkpoints, cosine=question.options.cosine).take(rows_N)
-        parts_NC = (row_NF.astype(np.float64) * query_F).reshape(len(hits), len(question.checkpoints), -1).sum(axis=2)
-        means_GN = self._score_sets(question, each_QF, row_NF, rows_N)
+        row_NF = self.store.view(request.checkpoints, cosine=request.options.cosine).take(rows_N)
+        parts_NC = (row_NF.astype(np.float64) * query_F).reshape(len(hits), len(request.checkpoints), -1).sum(axis=2)
+        means_GN = self._score_sets(request, each_QF, row_NF, rows_N)
         return tuple(
             replace(
                 hit,
-                stored_score=float(parts_C.sum()) if question.options.exact else hit.stored_score,
+                stored_score=float(parts_C.sum()) if request.options.exact else hit.stored_score,
                 by_checkpoint=tuple(parts_C.tolist()),
                 of_means=tuple(means_G.tolist()),
             )
             for hit, parts_C, means_G in zip(hits, parts_NC, means_GN.T, strict=True)
         )
 
-    def _score_sets(self, question: QueryRequest, each_QF: Float32, row_NF: Float32, rows_N: Int64) -> Float64:
+    def _score_sets(self, request: QueryRequest, each_QF: Float32, row_NF: Float32, rows_N: Int64) -> Float64:
         """Return a contrast's scores [2, N] for the mean of each set, exact if the answer's are; else [0, N]."""
-        if not question.n_against or not len(rows_N):
+        if not request.n_against or not len(rows_N):
             return np.zeros((0, len(rows_N)))
-        if question.options.exact or question.options.rerank == "exact":
-            with make_exact_scorer(self.runner, question.queries(sets_apart=True), question.checkpoints) as scorer:
+        if request.options.exact or request.options.rerank == "exact":
+            with make_exact_scorer(self.runner, request.queries(sets_apart=True), request.checkpoints) as scorer:
                 return scorer.scores(rows_N.tolist())
-        means_GN: Float64 = question.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
+        means_GN: Float64 = request.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
         return means_GN
 
-    def _weight_checkpoints(self, question: QueryRequest, queries_QF: Float32) -> Float32:
+    def _weight_checkpoints(self, request: QueryRequest, queries_QF: Float32) -> Float32:
         """Return the features; for cosine, each checkpoint's part is scaled to norm η_c / Σ η."""
-        if not question.options.cosine:
+        if not request.options.cosine:
             return queries_QF
-        rates = np.array([self.rates[c] for c in question.checkpoints])
+        rates = np.array([self.rates[c] for c in request.checkpoints])
         part_QCD = queries_QF.reshape(len(queries_QF), len(rates), -1)
         norms = np.linalg.norm(part_QCD.astype(np.float64), axis=2, keepdims=True)
         unit_QCD = np.divide(part_QCD, norms, out=np.zeros_like(part_QCD), where=norms > 0, casting="same_kind")
         weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return weighted_QCD.reshape(queries_QF.shape)
 
-    def _choose_strategy(self, question: QueryRequest, weighted_QF: Float32) -> Strategy:
+    def _choose_strategy(self, request: QueryRequest, weighted_QF: Float32) -> Strategy:
         """Return the search strategy: the index needs all checkpoints, an exact scan accepts any subset of them."""
-        options = question.options
-        if options.cosine or question.checkpoints != tuple(range(len(self.rates))):
-            view = self.store.view(question.checkpoints, cosine=options.cosine)
+        options = request.options
+        if options.cosine or request.checkpoints != tuple(range(len(self.rates))):
+            view = self.store.view(request.checkpoints, cosine=options.cosine)
             unsupported = "cosine" if options.cosine else "a subset of the checkpoints"
             scan = FlatIndex(view, self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
         scan = FlatIndex(self.store.view(), self.runner.options.device)
         return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
-    def _rescore(self, question: QueryRequest, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
-        if question.options.rerank == "none":
+    def _rescore(self, request: QueryRequest, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
+        if request.options.rerank == "none":
             return candidates
-        view = self.store.view(question.checkpoints, cosine=question.options.cosine)
+        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
         stored = [
-            self._score_stored(question, view.take(scored.rows_N), scored.rows_N, query_F)
+            self._score_stored(request, view.take(scored.rows_N), scored.rows_N, query_F)
             for scored, query_F in zip(candidates, weighted_QF, strict=True)
         ]
-        if question.options.rerank == "stored":
+        if request.options.rerank == "stored":
             return stored
-        with self._open_scorer(question) as scorer:
-            return self._score_in_rounds(question, stored, scorer)
+        with self._open_scorer(request) as scorer:
+            return self._score_in_rounds(request, stored, scorer)
 
-    def _score_stored(self, question: QueryRequest, row_NF: Float32, rows_N: Int64, query_F: Float32) -> ScoredRows:
+    def _score_stored(self, request: QueryRequest, row_NF: Float32, rows_N: Int64, query_F: Float32) -> ScoredRows:
         score_N = row_NF.astype(np.float64) @ query_F.astype(np.float64)
-        if self.error_scale is None or question.options.cosine:
+        if self.error_scale is None or request.options.cosine:
             return ScoredRows(rows_N, score_N)
-        deviation_N = sketch_deviations(query_F[None], row_NF, len(question.checkpoints))[0]
+        deviation_N = sketch_deviations(query_F[None], row_NF, len(request.checkpoints))[0]
         return ScoredRows(rows_N, score_N, None, self.error_scale * deviation_N)
 
     def _score_in_rounds(
-        self, question: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
+        self, request: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
     ) -> list[ScoredRows]:
         """Return exact scores of the candidates that could be among the hits.
 
         The first round covers the candidates of the largest stored scores. The second covers those whose stored score
         plus its error bar reaches the k-th exact score. Without error bars, the first round covers all.
         """
-        k = question.options.k
+        k = request.options.k
         first = [_select_largest(scored, _FIRST * k) for scored in stored]
         exact = _score_exactly(scorer, [scored.rows_N[chosen] for scored, chosen in zip(stored, first, strict=True)])
         second = [
@@ -281,8 +281,8 @@ class Ranker:
             for scored, a, b, one, other in zip(stored, exact, rest, first, second, strict=True)
         ]
 
-    def _open_scorer(self, question: QueryRequest) -> AbstractContextManager[ExactScorer]:
-        return make_exact_scorer(self.runner, question.queries(), question.checkpoints, self.progress)
+    def _open_scorer(self, request: QueryRequest) -> AbstractContextManager[ExactScorer]:
+        return make_exact_scorer(self.runner, request.queries(), request.checkpoints, self.progress)
 
 
 def _score_exactly(scorer: ExactScorer, rows: Sequence[Int64]) -> list[ScoredRows]:

@@ -108,7 +108,7 @@ class RowList(ABC, list[T]):
 
 
 class RankedRows(RowList[SelfInfluence]):
-    """Training rows by falling self-influence."""
+    """Training rows by descending self-influence."""
 
     FIELDS = RANKED
 

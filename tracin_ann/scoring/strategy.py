@@ -68,8 +68,8 @@ def choose_strategy(
     target = options.recall if options.recall is not None else calibration.target
     (proponents, opponents), is_reached = _choose_points(calibration, target, explicit=options.recall is not None)
     n_queries = len(queries_QF)
-    lists_s = calibration.index_cost(proponents, opponents).of(n_queries)
-    scan_s = calibration.scan.of(n_queries)
+    lists_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
+    scan_s = calibration.scan.seconds(n_queries)
     times = f"inverted lists {_format_time(lists_s)}, exact scan {_format_time(scan_s)}"
     reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
     if options.search == "auto" and scan_s <= lists_s:
@@ -86,7 +86,7 @@ def choose_strategy(
     if calibration.looks.is_shifted(index, queries_QF):
         unlike_Q = np.ones(n_queries, dtype=bool)
         how += "; the distribution of these queries differs from the calibration queries: recall may differ"
-    return Strategy(index.at(proponents.setting, opponents.setting), how, unlike_Q)
+    return Strategy(index.with_settings(proponents.setting, opponents.setting), how, unlike_Q)
 
 
 def _check_lists_not_required(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
@@ -106,7 +106,7 @@ def _check_lists_not_required(record: IndexRecord, options: QueryOptions, unsupp
             "inverted lists cannot be used for this query",
             got=f"{option} and {unsupported}" if unsupported else f"{option} for an index of kind {record.kind}",
             expected="inner products over all checkpoints" if unsupported else "an index of kind ivf",
-            remedy="drop the option: an exact scan finds all rows",
+            remedy="remove the option: an exact scan finds all rows",
         )
     )
 

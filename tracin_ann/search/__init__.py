@@ -30,5 +30,5 @@ __all__ = [
     "search_both",
 ]
 
-# At import, because a build reaches its first search after hours: raises if FAISS is missing or installed twice.
+# A build reaches its first search after hours: this raises an error at once if FAISS is missing or installed twice.
 import_faiss()

@@ -3,7 +3,7 @@
 Both directions (proponents, opponents) are measured separately. Recall is the share of the 10 rows of largest (or
 most negative) inner product that is found; ties count as found. The lower bound of a recall is one-sided at 95%. It
 is the smaller bound of two halves of the queries: the search picks the fastest setting whose bound reaches the
-target, and a single bound would favor settings that were lucky.
+target, and a single bound would favor settings whose recall is high by chance.
 
 Shapes: N rows, Q queries, F feature dimension, K results.
 """
@@ -73,7 +73,7 @@ class Cost:
     fixed: float
     each: float
 
-    def of(self, n_queries: int) -> float:
+    def seconds(self, n_queries: int) -> float:
         """Return the seconds for a batch of n_queries."""
         return self.fixed + n_queries * self.each
 
@@ -161,9 +161,9 @@ def calibrate(
         if progress is not None:
             progress(done + 1, 2)
     usual = choose_default_setting(len(index))
-    index_single = _time_single_queries(index.at(usual), queries_QF)
+    index_single = _time_single_queries(index.with_settings(usual), queries_QF)
     began = time.perf_counter()
-    search_both(index.at(usual), queries_QF, RECALL_AT)
+    search_both(index.with_settings(usual), queries_QF, RECALL_AT)
     index_each = (time.perf_counter() - began) / max(1, len(queries_QF))
     return Calibration(
         target,
@@ -197,7 +197,7 @@ def _measure_settings(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: 
     usual = choose_default_setting(len(index))
 
     def at_alpha(alpha: float) -> float:
-        found = index.at(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], RECALL_AT)
+        found = index.with_settings(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], RECALL_AT)
         return float(compute_recalls(found, truth, scores).mean())
 
     alpha = max(_ALPHAS, key=at_alpha)
@@ -223,7 +223,7 @@ def _measure_setting(
     index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
 ) -> Point:
     """Return the recall and cost of one setting in one direction."""
-    searched = index.at(setting)
+    searched = index.with_settings(setting)
     began = time.perf_counter()
     found = searched.search(signed_QF, RECALL_AT)
     seconds = (time.perf_counter() - began) / max(1, len(signed_QF))

@@ -1,7 +1,7 @@
 """K-means of the inverted lists: norms of all rows (scale, outliers), stratified training samples, centroids.
 
 By default FAISS trains on a random subsample, which misses the tail of the norms. The samples here are stratified by
-norm, and k-means uses the whole sample.
+norm, and k-means uses the complete sample.
 
 Shapes: N rows, B rows of a block, M rows in lists, L lists, F feature dimension.
 """
@@ -48,20 +48,20 @@ class Survey:
             raise ValueError(f"Survey of {len(self.ids_N)} ids and {len(self.norm_N)} norms")
 
     @cached_property
-    def _high(self) -> float:
+    def _norm_limit(self) -> float:
         """Return the 99th percentile of the norms, rounded down to the norm of a row."""
         return float(np.percentile(self.norm_N, 99, method="lower")) if len(self.norm_N) else 0.0
 
     @cached_property
     def outlier_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Return which rows are outliers, scored exactly for every query: at most one in a hundred by definition."""
-        outlier_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N > OUTLIER_FACTOR * self._high
+        outlier_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N > OUTLIER_FACTOR * self._norm_limit
         return outlier_N
 
     @cached_property
     def quiet_N(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Return which rows are quiet: too small to have codes that differ from zero."""
-        quiet_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N <= QUIET_SHARE * self._high
+        quiet_N: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = self.norm_N <= QUIET_SHARE * self._norm_limit
         return quiet_N & ~self.outlier_N
 
     @cached_property

@@ -143,7 +143,7 @@ def fill_lists(
     starts = range(0, len(source), STRETCH_ROWS)
     for number, start in enumerate(starts):
         stop = min(start + STRETCH_ROWS, len(source))
-        # The last stretch is not stored: it is merged immediately, and the whole index is saved next.
+        # The last stretch is not stored: it is merged immediately, and the complete index is saved next.
         storage = scratch if number + 1 < len(starts) else None
         done = storage.load(f"stretch-{number:06d}", params.codes, lists) if storage is not None else None
         if done is None:

@@ -136,7 +136,7 @@ class Subset:
                 ids_B = self.ids[at : at + block_rows]
                 yield ids_B, self.source.take(ids_B)
             return
-        # For most of the rows, reading whole blocks is faster than reading rows by id.
+        # For most of the rows, reading complete blocks is faster than reading rows by id.
         for ids_B, rows_BF in self.source.blocks(block_rows):
             first, last = np.searchsorted(self.ids, [ids_B[0], ids_B[-1] + 1])
             chosen = self.ids[first:last]

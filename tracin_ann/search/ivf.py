@@ -76,7 +76,7 @@ class _Parts:
 class IVFIndex:
     """Approximate maximum inner product search; the scores of results are exact.
 
-    The settings are those of `choose_default_setting`; `at` returns the same index with other settings.
+    The settings are those of `choose_default_setting`; `with_settings` returns the same index with other settings.
     """
 
     kind = "ivf"
@@ -202,7 +202,7 @@ class IVFIndex:
             found.append(f"of {seen:,} rows checked, {off:,} have wrong codes and {moved:,} are in wrong lists")
         return found
 
-    def at(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
+    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
         """Return an index with the same lists and these settings; without `opponents`, one setting for both."""
         other = IVFIndex(self._source, self._parts, self._caption, self._device)
         other.settings = proponents, opponents or proponents
@@ -266,7 +266,7 @@ class IVFIndex:
 
     def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
         """Return the setting for k results among n_rows allowed rows."""
-        setting = setting.with_room_for(k)
+        setting = setting.scale_for_results(k)
         return setting if n_rows == len(self) else setting.scale_for_share(max(n_rows, 1) / len(self))
 
     def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:

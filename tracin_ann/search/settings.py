@@ -106,7 +106,7 @@ class Setting:
             if not valid:
                 raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
 
-    def with_room_for(self, k: int) -> Setting:
+    def scale_for_results(self, k: int) -> Setting:
         """Return the setting with budgets that suffice for k results; settings are calibrated for 10."""
         return Setting(max(self.codes, _CODES_PER_RESULT * k), max(self.centroids, _CODES_PER_RESULT * k), self.alpha)
 

@@ -1,6 +1,6 @@
-"""Sketches: random linear maps of gradients to D dimensions that keep inner products in expectation.
+"""Sketches: random linear maps of gradients to D dimensions that preserve inner products in expectation.
 
-Each sketch has a name, which the option `--sketch` takes.
+Each sketch has a name, the value of the option `--sketch`.
 """
 
 from __future__ import annotations

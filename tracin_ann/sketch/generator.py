@@ -1,8 +1,8 @@
 """Random numbers of the sketches: Philox streams with keys (seed, checkpoint, parameter, role).
 
 The generator is counter-based, so any position of a stream can be read directly. The numbers are generated on
-the CPU by numpy's Philox4x64-10 (Salmon et al., SC 2011), whose raw output numpy keeps stable, and copied to
-the device: all devices use the same numbers. The key is a hash of its parts; seeds are never added.
+the CPU by numpy's Philox4x64-10 (Salmon et al., SC 2011) and copied to the device, so all devices use the same numbers.
+The raw output of this generator is the same in all numpy versions. The key is a hash of its parts; seeds are not added.
 """
 
 from __future__ import annotations

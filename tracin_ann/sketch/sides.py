@@ -16,7 +16,7 @@ from tracin_ann.gradients import Allocator, allocate
 from tracin_ann.sketch.generator import Stream
 
 
-def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Allocator = allocate) -> Tensor:
+def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, allocate_out: Allocator = allocate) -> Tensor:
     """Return Σ_{i ≡ k mod width} signs_i · x_i along one dimension, whose length becomes min(n, width).
 
     This is a CountSketch with the hash i mod width, so that the sums run over contiguous groups. Groups are
@@ -25,7 +25,7 @@ def fold(x: Tensor, signs_n: Tensor, width: int, dim: int = -1, room: Allocator 
     n = x.shape[dim]
     signs = signs_n.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
     first = x.narrow(dim, 0, min(n, width))
-    out = torch.mul(first, signs[:width], out=room(first.shape, x))
+    out = torch.mul(first, signs[:width], out=allocate_out(first.shape, x))
     for start in range(width, n, width):
         length = min(width, n - start)
         out.narrow(dim, 0, length).addcmul_(x.narrow(dim, start, length), signs[start : start + length])
@@ -39,8 +39,8 @@ class Side(Protocol):
     def width(self) -> int:
         """Return the length of the mapped vectors."""
 
-    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
-        """Map the last axis: [..., n] -> [..., width]; `room` allocates memory where it is needed."""
+    def apply(self, x: Tensor, allocate_out: Allocator = allocate) -> Tensor:
+        """Map the last axis: [..., n] -> [..., width]; `allocate_out` allocates the result."""
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the mapped unit vectors: index [...] -> [..., width]."""
@@ -52,7 +52,7 @@ class Identity:
 
     width: int
 
-    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
+    def apply(self, x: Tensor, allocate_out: Allocator = allocate) -> Tensor:
         """Return `x`."""
         return x
 
@@ -68,9 +68,9 @@ class Fold:
     width: int
     signs_n: Tensor
 
-    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
+    def apply(self, x: Tensor, allocate_out: Allocator = allocate) -> Tensor:
         """Return the folded vectors."""
-        return fold(x, self.signs_n, self.width, room=room)
+        return fold(x, self.signs_n, self.width, allocate_out=allocate_out)
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed one-hot vectors."""
@@ -90,10 +90,10 @@ class ChannelFold:
         """Return the length of the mapped vectors."""
         return self.channels * self.taps
 
-    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
+    def apply(self, x: Tensor, allocate_out: Allocator = allocate) -> Tensor:
         """Return the folded vectors: [..., C·K] -> [..., width]."""
         by_channel = x.reshape(*x.shape[:-1], -1, self.taps)
-        return fold(by_channel, self.signs_C, self.channels, dim=-2, room=room).flatten(-2)
+        return fold(by_channel, self.signs_C, self.channels, dim=-2, allocate_out=allocate_out).flatten(-2)
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed one-hot vectors."""
@@ -109,9 +109,9 @@ class Projection:
     width: int
     matrix_nk: Tensor
 
-    def apply(self, x: Tensor, room: Allocator = allocate) -> Tensor:
+    def apply(self, x: Tensor, allocate_out: Allocator = allocate) -> Tensor:
         """Return the projected vectors."""
-        return torch.matmul(x, self.matrix_nk, out=room((*x.shape[:-1], self.width), x))
+        return torch.matmul(x, self.matrix_nk, out=allocate_out((*x.shape[:-1], self.width), x))
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of the matrix."""

@@ -58,7 +58,7 @@ class TensorSketch:
         """
         sides = (form.left_BTR[:, 0], self.signs_R), (form.right_BTC[:, 0], self.signs_C)
         (short, short_signs), (long, long_signs) = sides if self._rows_shorter else sides[::-1]
-        short_sketch = fold(short, short_signs, dim, room=self.scratch["left"])
+        short_sketch = fold(short, short_signs, dim, allocate_out=self.scratch["left"])
         signed = torch.mul(long, long_signs, out=self.scratch["signed"](long.shape, long))
         long_sketch = self.scratch["right"]((len(long), dim), long).zero_()
         long_sketch.index_add_(1, self.bucket_n, signed)

@@ -125,7 +125,7 @@ def contract(form: Form, matrix: tuple[int, int], left: Side, right: Side, scrat
     return left.apply(right.apply(flat.view(-1, *matrix)).mT).mT
 
 
-def _fold_channels(x: Tensor, signs_C: Tensor, width: int, room: Allocator) -> Tensor:
+def _fold_channels(x: Tensor, signs_C: Tensor, width: int, allocate_out: Allocator) -> Tensor:
     if channels_last(x):
-        return fold(x.movedim(1, -1), signs_C, width, -1, room).movedim(-1, 1)
-    return fold(x, signs_C, width, 1, room)
+        return fold(x.movedim(1, -1), signs_C, width, -1, allocate_out).movedim(-1, 1)
+    return fold(x, signs_C, width, 1, allocate_out)

@@ -1,46 +1,34 @@
 """An index on disk: feature files, manifests, generations, locks, and lists of columns, removed and skipped rows.
 
 Files are checked when they are read. A build writes each file once and publishes a new generation at the end; readers
-continue to use the generation that they opened. The package knows nothing of models.
+continue to use the generation that they opened. The package does not depend on models.
 """
 
 from __future__ import annotations
 
 from tracin_ann.store.codec import Dtype
-from tracin_ann.store.columns import (
-    COLUMN_FILE,
-    Columns,
-    RowFilter,
-    RowTable,
-    collect_columns,
-    read_columns,
-    write_columns,
-)
+from tracin_ann.store.columns import Columns, RowFilter, RowTable, collect_columns, read_columns
 from tracin_ann.store.exclusions import (
     SkippedRows,
-    carry_removed,
     read_removed_ids,
     read_skipped_rows,
     read_unlisted_ids,
     select_listed_rows,
     write_removed,
-    write_skipped,
     write_unlisted,
 )
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord
 from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout
 from tracin_ann.store.generations import (
-    UNFINISHED_INDEX,
     BuildStart,
-    carry_over,
     check_generation,
     check_manifest_copy,
     claim_directory,
     clean_up,
+    copy_files,
     find_unnamed_files,
     generation_folder,
     generation_number,
-    list_feature_records,
     list_generations,
     make_next_folder,
     publish,
@@ -50,7 +38,7 @@ from tracin_ann.store.generations import (
     reject_links,
     take_lease,
 )
-from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock
+from tracin_ann.store.locks import Lease, hold_writer_lock
 from tracin_ann.store.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -75,7 +63,6 @@ __all__ = [
     "BUILD_RECORD",
     "BuildRecord",
     "BuildStart",
-    "COLUMN_FILE",
     "CheckpointSpec",
     "Columns",
     "Dtype",
@@ -99,22 +86,18 @@ __all__ = [
     "SkippedRows",
     "StepRecord",
     "StoreLayout",
-    "UNFINISHED_INDEX",
-    "WRITER",
     "WriteBehind",
-    "carry_over",
-    "carry_removed",
     "check_file",
     "check_generation",
     "check_manifest_copy",
     "claim_directory",
     "clean_up",
     "collect_columns",
+    "copy_files",
     "find_unnamed_files",
     "generation_folder",
     "generation_number",
     "hold_writer_lock",
-    "list_feature_records",
     "list_generations",
     "make_next_folder",
     "publish",
@@ -131,8 +114,6 @@ __all__ = [
     "select_listed_rows",
     "take_lease",
     "write_build_record",
-    "write_columns",
     "write_removed",
-    "write_skipped",
     "write_unlisted",
 ]

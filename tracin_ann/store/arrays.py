@@ -25,7 +25,7 @@ _ENCODING = ("utf-8", "surrogatepass")
 Texts = npt.NDArray[np.object_]
 
 
-def text_array(texts: Sequence[str]) -> Texts:
+def make_text_array(texts: Sequence[str]) -> Texts:
     """Return an array [N] of strings, dtype object: the longest string does not determine the size of the others."""
     array = np.empty(len(texts), dtype=object)
     array[:] = texts
@@ -46,7 +46,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises:
         OSError: the file cannot be read.
-        Exception: of any type, if the file is damaged: what zipfile and NumPy raise depends on which byte is.
+        Exception: the file is damaged; the type of the exception depends on which byte is damaged.
     """
     with open_regular(path) as file:
         members = read_npz(file)
@@ -56,7 +56,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
             plain = name.removeprefix(_UTF8)
             arrays[plain] = _decode_text(plain, array, members[_OFFSETS + plain])
         elif not name.startswith(_OFFSETS):
-            arrays[name] = text_array(array.tolist()) if array.dtype.kind == "U" and array.ndim == 1 else array
+            arrays[name] = make_text_array(array.tolist()) if array.dtype.kind == "U" and array.ndim == 1 else array
     return arrays
 
 
@@ -78,4 +78,4 @@ def _decode_text(name: str, utf8: npt.NDArray[Any], offsets: Int64) -> Texts:
     texts = (data[start:stop].decode(*_ENCODING) for start, stop in zip(ends, ends[1:], strict=False))
     # Equal strings, such as labels, share one object in memory.
     known: dict[str, str] = {}
-    return text_array([known.setdefault(text, text) for text in texts])
+    return make_text_array([known.setdefault(text, text) for text in texts])

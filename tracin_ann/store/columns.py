@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError, TaskError, UsageError, problem
 from tracin_ann.files import report_damage
-from tracin_ann.store.arrays import read_arrays, text_array, write_arrays
+from tracin_ann.store.arrays import make_text_array, read_arrays, write_arrays
 from tracin_ann.text import escape_surrogates
 from tracin_ann.types import Int64, ProgressCallback
 
@@ -153,7 +153,7 @@ def collect_columns(
         progress: called with ("columns", rows done, N).
 
     Raises:
-        TaskError: `columns` returns something else than a mapping, other names than for the first row, or a value of
+        TaskError: `columns` does not return a mapping, or returns other names than for the first row, or a value of
             another type; an id has another type than the first, or repeats; an integer exceeds int64.
     """
     if columns is None and id_of is None:
@@ -174,7 +174,7 @@ def collect_columns(
 
 
 def _make_array(values: list[Any]) -> npt.NDArray[Any]:
-    return text_array(values) if isinstance(values[0], str) else np.array(values)
+    return make_text_array(values) if isinstance(values[0], str) else np.array(values)
 
 
 def _is_text(values: npt.NDArray[Any]) -> bool:
@@ -264,7 +264,7 @@ def _match_condition(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
     texts = text.split(",") if sign in ("=", "!=") else [text]
     values = [_parse_value(t.strip(), column, condition) for t in texts]
     if sign in ("=", "!="):
-        equal = np.isin(column, text_array(values) if column.dtype == object else np.array(values))
+        equal = np.isin(column, make_text_array(values) if column.dtype == object else np.array(values))
         return equal if sign == "=" else ~equal
     matching: npt.NDArray[np.bool_] = _OPERATORS[sign](column, values[0])
     return matching

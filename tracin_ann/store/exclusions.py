@@ -19,7 +19,7 @@ from tracin_ann.files import atomic_write, open_regular, read_array, report_dama
 from tracin_ann.search import Subset
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore
-from tracin_ann.store.generations import carry_over, generation_folder
+from tracin_ann.store.generations import copy_files, generation_folder
 from tracin_ann.store.manifest import UNLISTED, Manifest, record_file
 from tracin_ann.types import Int64, RowSource
 
@@ -44,12 +44,12 @@ class SkippedRows:
         return len(self.row_S)
 
     @property
-    def counted(self) -> str:
+    def summary(self) -> str:
         """Return the number of rows, as text."""
         return f"{len(self):,} {'row' if len(self) == 1 else 'rows'} skipped by the build: not finite"
 
     @property
-    def named(self) -> str:
+    def first_rows(self) -> str:
         """Return the first rows and their checkpoints, as text."""
         pairs = zip(self.row_S[:_LISTED].tolist(), self.checkpoint_S[:_LISTED].tolist(), strict=True)
         more = ", ..." if len(self) > _LISTED else ""
@@ -110,11 +110,11 @@ def write_skipped(folder: Path, store: FeatureStore) -> FileRecord | None:
     return _write_ids(folder / SKIPPED, np.stack([row_S, checkpoint_S], axis=1)) if len(row_S) else None
 
 
-def carry_removed(directory: Path, manifest: Manifest | None, folder: Path) -> FileRecord | None:
+def copy_removed(directory: Path, manifest: Manifest | None, folder: Path) -> FileRecord | None:
     """Copy the list of removed rows into the next generation's directory, if there is one; return its record."""
     if manifest is None or manifest.removed is None:
         return None
-    carry_over(directory, manifest, folder, [manifest.removed])
+    copy_files(directory, manifest, folder, [manifest.removed])
     return manifest.removed
 
 

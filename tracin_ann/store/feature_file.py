@@ -143,7 +143,7 @@ class FeatureFile:
     """An open feature file: features memory-mapped, the small columns in memory.
 
     Rows are addressed by their position in the file: position 0 is row `header.start`. The map uses one file
-    descriptor. `checked_N` tells which rows' features have been verified since the file was opened.
+    descriptor. `checked_N` marks the rows whose features have been verified since the file was opened.
     """
 
     path: Path
@@ -187,8 +187,8 @@ class FeatureFile:
 
     @classmethod
     def _read(cls, path: Path, opened: BinaryIO) -> FeatureFile:
-        # Given a file object, h5py takes no lock. None is needed: a file never changes after it has its name. Locks
-        # fail on some network file systems, and conflict with other lock settings of h5py in the same process.
+        # h5py does not lock a file object. A lock is not needed, because a file never changes after it has its name.
+        # Locks fail on some network file systems, and conflict with other lock settings of h5py in the same process.
         with h5py.File(opened, "r") as file:
             header = _read_header(file)
             n_rows, n_blocks = header.n_rows, -(-header.n_rows // header.block_rows)
@@ -220,7 +220,7 @@ class FeatureFile:
         """Check header and columns against the stored checksum, and that they are consistent.
 
         Raises:
-            ValueError: says what is wrong.
+            ValueError: they do not match.
         """
         skipped_K = self.skipped_K
         if not np.isfinite(self.sqnorm_N).all() or any(

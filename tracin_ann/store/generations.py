@@ -35,7 +35,7 @@ from tracin_ann.files import (
 )
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore, is_feature_file
-from tracin_ann.store.locks import WRITER, Lease, hold_unless_read, hold_writer_lock
+from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import (
     BUILD_RECORD,
     FEATURES,
@@ -108,12 +108,12 @@ class BuildStart:
 
     Attributes:
         record: the options of this build.
-        begun: the options of the last build in the directory, or None.
+        last_build: the options of the last build in the directory, or None.
         manifest: the manifest of the finished index in the directory, or None.
     """
 
     record: BuildRecord
-    begun: BuildRecord | None
+    last_build: BuildRecord | None
     manifest: Manifest | None
 
     @property
@@ -124,7 +124,7 @@ class BuildStart:
         return self.manifest
 
     @property
-    def trusted(self) -> tuple[FileRecord, ...]:
+    def trusted_files(self) -> tuple[FileRecord, ...]:
         """Return the feature files that are not read again: if the index grows, those of the finished index."""
         return () if self.manifest is None or self.finished is not None else self.manifest.features
 
@@ -195,7 +195,7 @@ def read_current(directory: Path) -> Manifest | None:
     reject_links(directory)
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
-    # Only a first build that was interrupted between its two manifests leaves none here: later builds replace one.
+    # A first build that was interrupted between its two manifests leaves no manifest here; later builds replace one.
     if any(generation_number(path) > 1 and (path / MANIFEST).exists() for path in list_generations(directory)):
         raise DamagedIndexError(
             problem(f"{directory / MANIFEST}", got="no file", expected="a file", remedy="run tracin-verify --repair")
@@ -208,7 +208,7 @@ def make_next_folder(directory: Path, manifest: Manifest | None) -> Path:
 
     If an interrupted writer has left the directory, it is used again.
     """
-    _remove_unused_files(directory, manifest, under_way=True)
+    _remove_unused_files(directory, manifest, is_building=True)
     taken = [generation_number(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
     folder = generation_folder(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
     for place in (directory / FEATURES, folder):
@@ -254,24 +254,24 @@ def clean_up(directory: Path, manifest: Manifest) -> None:
 
 def _remove_leftovers(directory: Path, manifest: Manifest) -> None:
     """Remove the leftovers of finished and interrupted writers; no build is in progress."""
-    _remove_unused_files(directory, manifest, under_way=False)
+    _remove_unused_files(directory, manifest, is_building=False)
     for place in (directory, directory / FEATURES, generation_folder(directory, manifest.generation)):
         remove_temporaries(place)
 
 
-def _remove_unused_files(directory: Path, manifest: Manifest | None, *, under_way: bool) -> None:
+def _remove_unused_files(directory: Path, manifest: Manifest | None, *, is_building: bool) -> None:
     """Remove the files that neither the current manifest nor the manifest of a leased generation names.
 
-    With `under_way` (a build is in progress), the directory of the next generation and unfinished inverted lists are
+    With `is_building` (a build is in progress), the directory of the next generation and unfinished inverted lists are
     not removed. If build.json and the manifest describe different builds, a build was interrupted: then its feature
     files and unfinished lists are not removed either.
     """
     named = [] if manifest is None else [manifest]
     for path in list_generations(directory):
         is_current = manifest is not None and path == generation_folder(directory, manifest.generation)
-        if is_current or (under_way and not (path / MANIFEST).exists()):
+        if is_current or (is_building and not (path / MANIFEST).exists()):
             continue
-        with hold_unless_read(path / MANIFEST) as nobody_reads:
+        with lock_unless_read(path / MANIFEST) as nobody_reads:
             if nobody_reads:
                 _remove_files(path, lambda name: True)
                 try:
@@ -284,16 +284,16 @@ def _remove_unused_files(directory: Path, manifest: Manifest | None, *, under_wa
             else:
                 named.append(Manifest.read(path))
     built = None if manifest is None else manifest.build
-    begun = read_build_record(directory) if (directory / BUILD_RECORD).exists() else built
-    if begun is not None and begun == built:
+    last_build = read_build_record(directory) if (directory / BUILD_RECORD).exists() else built
+    if last_build is not None and last_build == built:
         used = {record.name for each in named for record in each.features}
         with suppress(FileNotFoundError):
             _remove_files(directory / FEATURES, lambda name: is_feature_file(name) and name not in used)
-        if not under_way:
+        if not is_building:
             shutil.rmtree(directory / UNFINISHED_INDEX, ignore_errors=True)
 
 
-def carry_over(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
+def copy_files(directory: Path, manifest: Manifest, folder: Path, records: Iterable[FileRecord]) -> None:
     """Put files of a generation into the next one's directory, as hard links if possible, else as copies.
 
     Raises:

@@ -136,7 +136,7 @@ def _describe_writer(descriptor: int) -> str:
 class Lease:
     """A reader's shared lock on the manifest of a generation.
 
-    While a lease exists, `hold_unless_read` yields False for the file. It ends with `close` or with the process.
+    While a lease exists, `lock_unless_read` yields False for the file. It ends with `close` or with the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,7 +163,7 @@ class Lease:
 
 
 @contextmanager
-def hold_unless_read(path: Path) -> Iterator[bool]:
+def lock_unless_read(path: Path) -> Iterator[bool]:
     """Yield True if no process has a `Lease` on the file; none can take one until the block ends.
 
     Yields False if this cannot be determined.

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tracin_ann.store.columns import COLUMN_FILE, RowTable, write_columns
-from tracin_ann.store.exclusions import carry_removed, read_removed_ids, write_skipped
+from tracin_ann.store.exclusions import copy_removed, read_removed_ids, write_skipped
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore
 from tracin_ann.store.generations import (
@@ -29,7 +29,7 @@ class NextGeneration:
     """The generation that the writer of an index directory is making.
 
     Readers use the current generation until `publish`. An interrupted build leaves feature files, which the next build
-    reuses, and a folder without a manifest, which the next build takes over.
+    reuses, and a folder without a manifest, which the next build uses.
 
     Attributes:
         directory: the index directory.
@@ -57,7 +57,7 @@ class NextGeneration:
         missing: Sequence[tuple[int, int]],
     ) -> NextGeneration:
         """Write the build record if it differs from the last build's, and make the generation's folder."""
-        if start.begun != record:
+        if start.last_build != record:
             write_build_record(directory, record)
         return cls(directory, start, record, store, missing, make_next_folder(directory, start.manifest))
 
@@ -87,9 +87,9 @@ class NextGeneration:
         """Write the list of the rows that the build skipped because they are not finite, if there are any."""
         return write_skipped(self.folder, self.store)
 
-    def carry_removed(self) -> FileRecord | None:
+    def copy_removed(self) -> FileRecord | None:
         """Copy the ids of the removed rows from the current generation, if there are any."""
-        return carry_removed(self.directory, self.start.manifest, self.folder)
+        return copy_removed(self.directory, self.start.manifest, self.folder)
 
     def list_features(self) -> tuple[FileRecord, ...]:
         """Return the records of all feature files."""

@@ -1,7 +1,7 @@
 """Batches: rows read and collated in this process or ahead of it in worker processes, optionally sorted by length.
 
-Workers are spawned, not forked: a fork after threads have started may hang. A worker loads a task that has a
-reference by that reference, so only row ids are sent to it.
+Workers are spawned, not forked: a fork after threads have started may hang. If a task has a reference, a worker
+loads it by that reference, and only row ids are sent to the worker.
 """
 
 from __future__ import annotations

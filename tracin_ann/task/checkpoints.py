@@ -82,7 +82,7 @@ class CheckpointLoader:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return a line for each way in which files that are not a plain state_dict have been read so far."""
+        """Return lines that say how files that are not a plain state_dict have been read so far."""
         names: dict[str, list[str]] = {}
         for checkpoint, read in sorted(self._read.items()):
             names.setdefault(read, []).append(os.path.basename(self._path(checkpoint)))

@@ -128,7 +128,7 @@ def is_instance_of(value: Any, module: str, *names: str) -> bool:
 
 
 def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """Return `value` with its tensors on `device`, and 4-D floating-point tensors in channels-last format if asked.
+    """Return `value` with its tensors on `device`, and 4-D floating-point tensors in channels-last format if selected.
 
     For an object with a method `to(device)`, that method is called: it may leave tensors such as lengths on the CPU.
 
@@ -138,19 +138,19 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return _call_to(leaf, device) if _has_to(leaf) else leaf
+            return _call_to_method(leaf, device) if _has_to_method(leaf) else leaf
         are_images = channels_last and leaf.dim() == 4 and leaf.is_floating_point()  # noqa: PLR2004
         memory_format = torch.channels_last if are_images else torch.preserve_format
         return leaf.to(device, non_blocking=True, memory_format=memory_format)
 
-    return map_leaves(move, value, _has_to)
+    return map_leaves(move, value, _has_to_method)
 
 
-def _has_to(value: Any) -> bool:
+def _has_to_method(value: Any) -> bool:
     return callable(getattr(type(value), "to", None))
 
 
-def _call_to(value: Any, device: torch.device) -> Any:
+def _call_to_method(value: Any, device: torch.device) -> Any:
     try:
         # A copy, since many objects move in place, and collate may return objects of the user's data set.
         copied = copy.copy(value)
@@ -206,7 +206,7 @@ def tensors_within(value: Any) -> list[Tensor]:
 
 
 def _attribute_leaves(leaf: Any) -> list[Any]:
-    """Return the leaves in the attributes of an object, one level deep: one may refer to the whole data set."""
+    """Return the leaves in the attributes of an object, one level deep: an attribute may refer to the data set."""
     return leaves(list(leaf) if isinstance(leaf, PackedSequence) else list(getattr(leaf, "__dict__", {}).values()))
 
 

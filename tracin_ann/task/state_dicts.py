@@ -30,7 +30,7 @@ class _Candidate:
 
     Attributes:
         state: values by name.
-        entry: the entry of the file that it is; "": the whole file.
+        entry: the entry of the file that contains it; "": the complete file.
         removed: what was removed from its names.
     """
 

@@ -99,14 +99,14 @@ def compress_logra(case: Case) -> Side:
     model = case.make_module()
     side = _choose_layer_side(case, model)
     attributor = LoGraAttributor(_make_task(case, model), hessian="Identity", proj_dim=side * side)
-    return _compress(case, attributor, f"LoGra, Linear layers, {side} x {side} a layer")
+    return _compress(case, attributor, f"LoGra, Linear layers, {side} x {side} per layer")
 
 
 def compress_factgrass(case: Case) -> Side:
     model = case.make_module()
     side = _choose_layer_side(case, model)
     attributor = FactGraSSAttributor(_make_task(case, model), hessian="Identity", proj_dim=side * side)
-    return _compress(case, attributor, f"FactGraSS, Linear layers, {side * side} a layer, dense second step (CPU)")
+    return _compress(case, attributor, f"FactGraSS, Linear layers, {side * side} per layer, dense second step (CPU)")
 
 
 SIDES: dict[str, Maker] = {

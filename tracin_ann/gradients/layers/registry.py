@@ -29,7 +29,7 @@ if hasattr(torch.nn, "RMSNorm"):
     RULES[nn.RMSNorm] = RMS_NORM
 
 
-def rule_for(module: nn.Module) -> LayerRule | None:
+def find_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule that applies to a layer, or None.
 
     A subclass uses the rule of its parent if it keeps the parent's `forward`. A layer that is not a PyTorch layer is
