@@ -149,7 +149,7 @@ def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapp
 def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
     """Build in a directory whose writer's lock the caller holds, or in a new one.
 
-    A new directory is created only after all checks, so that a rejected build leaves nothing behind. `claims` then holds
+    A new directory is created only after all checks, so that a rejected build leaves nothing behind. `claims` holds
     its lock.
 
     Raises:
