@@ -147,7 +147,7 @@ class FakeView:
 class FakeIndex:
     """The part of an index that the duplicates analysis uses."""
 
-    device, described = torch.device("cpu"), staticmethod(lambda side, row: None)
+    device, describe = torch.device("cpu"), staticmethod(lambda side, row: None)
 
     def __init__(self, row_NF: np.ndarray) -> None:
         self.row_NF = row_NF

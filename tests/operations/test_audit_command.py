@@ -144,7 +144,7 @@ def record_draws(batches: list[list[int]]) -> Iterator[CollatedBatch]:
         (
             [[9, 9], [5, 5], [2, 2], [5, 5]],
             [4, 5],
-        ),  # equal sizes within batches: the batch that differs most from the first
+        ),  # equal within batches: furthest from the first
         ([[4, 4], [4, 4], [4]], [2, 3]),  # equal: the last of the largest batches
         ([[1, 1, 1], [1, 7, 2]], [4, 3, 5]),  # the most uneven batch first
         ([], []),
