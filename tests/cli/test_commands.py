@@ -39,8 +39,8 @@ class Built:
 
     out: Path
     words: list[str]
-    scores: np.ndarray  # true TracInCP [queries, train rows], float64
-    own: np.ndarray  # true self-influence [train rows]
+    scores: np.ndarray  # true TracInCP scores [Q, N], float64
+    own: np.ndarray  # true self-influence [N]
 
 
 def built(case: str, folder: Path, *options: object, seed: int = 0) -> Built:

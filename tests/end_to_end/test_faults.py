@@ -268,7 +268,7 @@ def test_all_commands_are_tested() -> None:
     assert all(tuple(make_commands(kind)) == NAMES for kind in KINDS)
 
 
-def test_real_kills_of_real_processes() -> None:
+def test_killed_processes_can_be_resumed() -> None:
     words = [sys.executable, "-m", "benchmarks.reliability.kills", "--kills", "5", "--rows", "300", "--print"]
     root = ROOT
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)

@@ -94,7 +94,7 @@ def test_self_influence_equals_the_oracle(index, gradients, exact):
     assert_close([row.score for row in found], expected[[row.row for row in found]])
 
 
-def test_an_explanation_gives_it_no_contribution(index, gradients):
+def test_a_checkpoint_of_rate_0_has_no_contribution_in_an_explanation(index, gradients):
     found = explain(index, 3, 1)
     assert {part.checkpoint for part in found} == {0, 1, 2}
     assert all(part.contribution == 0 for part in found if part.checkpoint == 0)
@@ -106,7 +106,7 @@ def test_suspected_labels_have_finite_scores(index):
 
 
 @pytest.mark.parametrize("ask", ["query", "self-influence", "explain", "mislabelled"])
-def test_a_selection_of_such_checkpoints_only_is_rejected(index, ask):
+def test_a_selection_of_checkpoints_of_rate_0_only_is_rejected(index, ask):
     with pytest.raises(
         UsageError, match="^bad --checkpoints: got only checkpoints of learning rate 0, expected one with"
     ):

@@ -103,7 +103,7 @@ main([sys.argv[1], "--repair"])
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])
-def test_the_command_reports_it_in_one_line(index: Path, n: int) -> None:
+def test_the_command_reports_missing_resources_in_one_line(index: Path, n: int) -> None:
     before = read_contents(index)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LIMITED, str(index), str(n)]
@@ -126,7 +126,7 @@ LACK = [
 
 @pytest.mark.parametrize("error", LACK, ids=lambda error: type(error).__name__ + str(error)[:12])
 @pytest.mark.parametrize("place", ["h5py", "numpy's map", "arrays", "faiss", "JSON"])
-def test_a_lack_of_resources_reported_by_any_library(
+def test_a_lack_of_resources_is_detected_in_the_errors_of_any_library(
     index: Path, original: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
     def lacking(*given: object, **more: object) -> object:

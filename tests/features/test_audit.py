@@ -108,7 +108,7 @@ def test_a_layer_that_mixes_in_one_batch_only_is_found(tmp_path):
         assert not audit(tmp_path / "i", AuditSample(2 * len(data)), task).differences
 
 
-def test_an_append_that_fails_leaves_the_index_as_it_was(task, tmp_path, monkeypatch):
+def test_a_failed_append_leaves_the_index_unchanged(task, tmp_path, monkeypatch):
     short = replace(task, train_data=lambda: make_ragged_rows(N)[:130])
     build(short, tmp_path / "i", SMALL)
     before, files = read_rows(tmp_path / "i"), list_feature_files(tmp_path / "i")

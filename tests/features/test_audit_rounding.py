@@ -152,7 +152,7 @@ def by_custom_function(model: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("loss", "expected"), [(cross_entropy, False), (by_autocast, True), (by_custom_function, True)]
 )
-def test_half_precision_inside_a_loss_is_detected_whatever_its_dtypes(loss, expected):
+def test_half_precision_inside_a_loss_is_detected_for_all_dtypes(loss, expected):
     """The tolerance depends on it."""
     model = Toy().requires_grad_(False)
     engine = GradientEngine(model, dict(model.named_parameters()), loss, torch.utils.data.default_collate)

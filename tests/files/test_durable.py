@@ -114,13 +114,13 @@ def test_a_temporary_file_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
 
 
 def test_temporary_files_of_running_writers_and_other_files_are_not_removed(tmp_path: Path) -> None:
-    stranger = tmp_path / ".tracin-tmp-00000000-1-abc.h5"
-    stranger.write_bytes(b"")
+    foreign = tmp_path / ".tracin-tmp-00000000-1-abc.h5"
+    foreign.write_bytes(b"")
     with atomic_write(tmp_path / "a.bin") as file:
         assert remove_temporaries(tmp_path) == []
         file.write(b"x")
-    os.utime(stranger, (0, 0))
-    assert remove_temporaries(tmp_path) == [stranger]
+    os.utime(foreign, (0, 0))
+    assert remove_temporaries(tmp_path) == [foreign]
     assert list_names(tmp_path) == ["a.bin"]
 
 

@@ -141,9 +141,12 @@ def record_draws(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     ("batches", "expected"),
     [
         ([[4, 4], [4, 4], [3, 5], [4, 4]], [4, 5]),
-        ([[9, 9], [5, 5], [2, 2], [5, 5]], [4, 5]),  # alike within: the furthest from the first
-        ([[4, 4], [4, 4], [4]], [2, 3]),  # alike: the last of the largest
-        ([[1, 1, 1], [1, 7, 2]], [4, 3, 5]),  # the most unlike sizes first
+        (
+            [[9, 9], [5, 5], [2, 2], [5, 5]],
+            [4, 5],
+        ),  # equal within batches: furthest from the first
+        ([[4, 4], [4, 4], [4]], [2, 3]),  # equal: the last of the largest batches
+        ([[1, 1, 1], [1, 7, 2]], [4, 3, 5]),  # the most uneven batch first
         ([], []),
     ],
 )

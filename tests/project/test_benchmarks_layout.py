@@ -105,7 +105,7 @@ def test_the_list_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
-def test_tables_fit_a_screen_and_name_their_scope(name: str) -> None:
+def test_tables_fit_a_screen_and_state_their_scope(name: str) -> None:
     lines = tables.TABLES[name]().splitlines()
     # README states the scope of the short tables in its text.
     assert lines[0].startswith("Scope: ") or name.endswith("_summary")

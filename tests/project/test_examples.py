@@ -132,7 +132,7 @@ def test_inverted_lists_recall_the_scan_on_real_features(cnn: Mnist) -> None:
     )
     for true, given, least in zip(exact, found, (0.95, 0.99), strict=True):
         assert compute_recalls(np.stack(true.ids), [row.tolist() for row in given.ids]).mean() >= least
-        assert given.rows_scored.mean() <= 0.15 * ROWS  # the centroids alone are some 6% of so few rows
+        assert given.rows_scored.mean() <= 0.15 * ROWS  # with few rows, the centroids alone are about 6%
 
 
 def test_files_of_torchvision_are_read(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ GROUND = ["files", "progress", "device", "types", "errors", "text", "choices"]
 
 # Allowed imports between rooms of one floor, with the reason.
 BESIDE: dict[str, set[str]] = {
-    "cli": {"report", "__init__"},  # a command writes a page; it knows the version
+    "cli": {"report", "__init__"},  # a command writes a page and prints the version
     "__init__": {"report"},  # the facade names write_report
     "build": {"config"},
     "sketch": {"gradients"},  # a sketch reads the factors of gradients

@@ -60,15 +60,15 @@ def test_every_result_has_an_output(outputs: dict[str, list[Any]]) -> None:
         "labelled 3"
         in outputs["index.query(ids=threes, together=True, options=QueryOptions(k=5))"][-1].data["text/html"]
     )
-    bar = [output for outputs in outputs.values() for output in outputs if output.output_type == "display_data"]
+    bar = [output for cell in outputs.values() for output in cell if output.output_type == "display_data"]
     assert len(bar) == 1
     assert "<progress" in bar[0].data["text/html"]
-    assert [outputs for outputs in outputs.values() for out in outputs if out.get("name") == "stderr"] == []
+    assert [out for cell in outputs.values() for out in cell if out.get("name") == "stderr"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("notebook")
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_finds_the_wrong_labels(outputs: dict[str, list[Any]]) -> None:
-    printed = "".join(out.text for outputs in outputs.values() for out in outputs if out.output_type == "stream")
+    printed = "".join(out.text for cell in outputs.values() for out in cell if out.output_type == "stream")
     assert [int(share) >= 80 for share in re.findall(r"first 10% of the rows contain (\d+)%", printed)] == [True, True]

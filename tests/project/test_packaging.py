@@ -61,7 +61,7 @@ def test_constraints_pin_every_dependency(project: dict[str, Any]) -> None:
     assert [pin for pin in pins if not form.fullmatch(pin)] == []
     groups = [project["project"]["dependencies"], *project["project"]["optional-dependencies"].values()]
     wanted = {normalise(need) for group in groups for need in group}
-    assert wanted - {normalise(pin) for pin in pins} == {"tracin-ann"}  # extras that hold others of ours
+    assert wanted - {normalise(pin) for pin in pins} == {"tracin-ann"}  # extras that refer to extras
 
 
 def test_extras_that_refer_to_the_project_exist(project: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def test_every_command_is_named() -> None:
 
 
 def test_the_task_is_short() -> None:
-    assert len(blocks("python")[0].splitlines()) <= 45  # it trains its model as well
+    assert len(blocks("python")[0].splitlines()) <= 45  # includes the training of the model
 
 
 def test_readme_is_short_and_wraps() -> None:

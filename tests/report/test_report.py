@@ -186,7 +186,7 @@ def test_a_page_reports_what_is_not_an_image(
     assert "not shown: an image" in page.text
 
 
-def test_images_over_the_budget_are_scaled_and_a_note_says_so() -> None:
+def test_images_over_the_budget_are_scaled_and_a_note_reports_it() -> None:
     random = np.random.default_rng(0)
     images = PageImages(budget=40_000)
     names = [images.add(random.integers(0, 256, (300, 200, 3), np.uint8)) for _ in range(3)]

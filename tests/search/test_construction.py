@@ -105,7 +105,7 @@ def test_a_build_killed_at_any_file_resumes_to_the_same_bytes(
     source, progress = Counting(values), []
     found = IVFIndex.build(source, PARAMS, CPU, scratch, lambda done, total: progress.append((done, total)))
     assert save_and_read(found, tmp_path / "found") == expected
-    finished = max(0, n // 3 - 1) * STRETCH  # whole stretches, training apart
+    finished = max(0, n // 3 - 1) * STRETCH  # complete stretches, without the training
     surveyed = 1 if n < 3 else 0
     assert (source.read[:finished] == surveyed).all()
     # A block that crosses the end of a stretch is read for both.
@@ -155,7 +155,7 @@ def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
 ) -> None:
     task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
-    build(task, tmp_path / "whole", config)
+    build(task, tmp_path / "reference", config)
     fill_stretch, done = construction._fill_stretch, []
 
     def killed(*given: object) -> None:
@@ -173,8 +173,8 @@ def test_a_build_killed_while_it_indexes_resumes_and_leaves_no_files(
         patched.setattr(construction, "survey", lambda *given: pytest.fail("trained again"))
         build(task, tmp_path / "out", config)
     assert not (tmp_path / "out" / UNFINISHED_INDEX).exists()
-    both = [InfluenceIndex.open(tmp_path / name, task) for name in ("whole", "out")]
-    records = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
+    both = [InfluenceIndex.open(tmp_path / name, task) for name in ("reference", "out")]
+    records = [Manifest.read(tmp_path / name).index.files for name in ("reference", "out")]
     assert records[0] == records[1] and len(both[0]) == 400
 
 
@@ -183,7 +183,7 @@ def test_a_build_killed_after_its_lists_does_not_repeat_finished_stretches(
 ) -> None:
     task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
     config = replace(CONFIG, index="ivf")
-    build(task, tmp_path / "whole", config)
+    build(task, tmp_path / "reference", config)
 
     def killed(*given: object) -> None:
         raise Killed
@@ -204,7 +204,7 @@ def test_a_build_killed_after_its_lists_does_not_repeat_finished_stretches(
         build(task, tmp_path / "out", config)
     assert starts == [300], "only the last stretch, which is never stored"
     assert not (tmp_path / "out" / UNFINISHED_INDEX).exists()
-    both = [Manifest.read(tmp_path / name).index.files for name in ("whole", "out")]
+    both = [Manifest.read(tmp_path / name).index.files for name in ("reference", "out")]
     assert both[0] == both[1]
 
 

@@ -200,8 +200,8 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
         assert np.array_equal(file.take(others), sound_ND[others])
 
 
-def _flip(path: Path, whole: bytes, position: int) -> None:
-    damaged = bytearray(whole)
+def _flip(path: Path, content: bytes, position: int) -> None:
+    damaged = bytearray(content)
     damaged[position] ^= 1 << position % 8
     path.write_bytes(damaged)
 

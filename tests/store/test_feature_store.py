@@ -40,10 +40,6 @@ def filled(tmp_path: Path) -> tuple[FeatureStore, list[FileRecord], Float32]:
     return store, *fill(store)
 
 
-# Codec
-# The store
-
-
 def test_partitions_cover_the_rows() -> None:
     assert FeatureStore(Path("nowhere"), LAYOUT).partitions() == [(0, 8), (8, 16), (16, 23)]
 

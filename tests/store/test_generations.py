@@ -199,7 +199,7 @@ def test_a_killed_append_leaves_the_old_index_and_can_be_resumed(model, tmp_path
         with pytest.raises(KeyboardInterrupt):
             build(task(model, 17), out, GROWING)
     assert read_answers(InfluenceIndex.open(out, task(model, 10))) == before
-    remove(out, [3])  # while it lies there
+    remove(out, [3])  # while the abandoned files exist
     with pytest.raises(IndexMismatchError, match="17 training rows, this task has 10; restore"):
         build(task(model, 10), out, SMALL)
     report = build(task(model, 17), out, SMALL)

@@ -89,7 +89,7 @@ reader, writer = os.pipe()
 with hold_writer_lock(Path(sys.argv[1])):
     if os.fork() == 0:
         os.close(1)
-        os.write(writer, b"forked")  # what a fork lets go of is let go of by now
+        os.write(writer, b"forked")  # a fork has released its descriptors by now
         time.sleep(60)
         os._exit(0)
     os.read(reader, 6)

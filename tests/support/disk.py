@@ -109,7 +109,7 @@ class Disk:
     def rename(self, source: str, target: str) -> None:
         node, old, new = self.at(source), self._parent(source), self._parent(target)
         if self.has(target) and self.at(target) is node:
-            return  # POSIX: two names of one file stay two
+            return  # POSIX: a rename between two names of one file keeps both
         names: tuple[str, str] = PurePosixPath(source).name, PurePosixPath(target).name
         if old is new:
             new.set({names[1]: node, names[0]: None})

@@ -67,7 +67,7 @@ class Fault:
     def hits(self, call: Call) -> bool:
         return call.number == self.at or (call.number > self.at and (self.error is None or call.kind in self.kinds))
 
-    def raised(self, call: Call, root: Path) -> BaseException:
+    def make_error(self, call: Call, root: Path) -> BaseException:
         if self.error is None:
             return Crash()
         text = os.strerror(self.error)
@@ -100,21 +100,23 @@ class Watch:
 
     def __enter__(self) -> Watch:
         wrapped: dict[tuple[Any, str], Any] = {
-            (builtins, "open"): self._opened,
-            (io, "open"): self._opened,
-            (os, "open"): self._fd_opened,
-            (os, "close"): self._closed,
-            (os, "ftruncate"): self._ftruncated,
-            (os, "pwrite"): self._pwritten,
-            (os, "fsync"): self._synced,
-            (os, "replace"): self._two("replace", os.replace, self.disk.rename),
-            (os, "rename"): self._two("replace", os.rename, self.disk.rename),
-            (os, "link"): self._two("link", os.link, lambda old, new: self.disk.name(new, self.disk.at(old))),
-            (os, "unlink"): self._one("unlink", os.unlink, self._gone),
-            (os, "remove"): self._one("unlink", os.unlink, self._gone),
-            (os, "rmdir"): self._one("rmdir", os.rmdir, self._gone),
-            (mmap, "mmap"): self._mapped,
-            (os, "mkdir"): self._one("mkdir", os.mkdir, self._made),
+            (builtins, "open"): self._open_file,
+            (io, "open"): self._open_file,
+            (os, "open"): self._open_descriptor,
+            (os, "close"): self._close,
+            (os, "ftruncate"): self._ftruncate,
+            (os, "pwrite"): self._pwrite,
+            (os, "fsync"): self._sync,
+            (os, "replace"): self._wrap_two_paths("replace", os.replace, self.disk.rename),
+            (os, "rename"): self._wrap_two_paths("replace", os.rename, self.disk.rename),
+            (os, "link"): self._wrap_two_paths(
+                "link", os.link, lambda old, new: self.disk.name(new, self.disk.at(old))
+            ),
+            (os, "unlink"): self._wrap_one_path("unlink", os.unlink, self._record_removal),
+            (os, "remove"): self._wrap_one_path("unlink", os.unlink, self._record_removal),
+            (os, "rmdir"): self._wrap_one_path("rmdir", os.rmdir, self._record_removal),
+            (mmap, "mmap"): self._map,
+            (os, "mkdir"): self._wrap_one_path("mkdir", os.mkdir, self._record_directory),
             # These would bypass the patched names.
             (shutil, "_use_fd_functions"): False,
             (shutil, "_USE_CP_SENDFILE"): False,
@@ -124,7 +126,7 @@ class Watch:
         if paths is not None:
             names = {"mkdir", "rename", "replace", "rmdir", "unlink"}
             wrapped |= {(paths, name): value for (_, name), value in wrapped.items() if name in names}
-            wrapped[paths, "open"] = self._opened
+            wrapped[paths, "open"] = self._open_file
         for (owner, name), value in wrapped.items():
             patch = mock.patch.object(owner, name, value)
             patch.start()
@@ -157,29 +159,31 @@ class Watch:
                 if part is not None:
                     # A process that has ended does not start later writes.
                     part(int(len(data) * self.fault.part) if call.number == self.fault.at else 0)
-                raise self.fault.raised(call, self.root)
+                raise self.fault.make_error(call, self.root)
             result = act()
             change()
             return result
 
-    def inside(self, path: Any) -> str | None:
+    def relative_path(self, path: Any) -> str | None:
         """Return a path relative to the root, or None if it is not below the root."""
         if not isinstance(path, str | os.PathLike):
             return None
         text = os.path.abspath(os.fspath(path))
         return os.path.relpath(text, self.root) if f"{text}{os.sep}".startswith(f"{self.root}{os.sep}") else None
 
-    def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
-        path = self.inside(file)
+    def _open_file(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
+        path = self.relative_path(file)
         if path is None or not set(mode) & set("wxa+"):
             return _OPEN(file, mode, buffering, *rest, **more)
-        raw = self.call("open", path, lambda: _Raw(self, path, file, mode), lambda: self._created(path, "w" in mode))
+        raw = self.call(
+            "open", path, lambda: _Raw(self, path, file, mode), lambda: self._record_file(path, "w" in mode)
+        )
         raw.node = self.disk.at(path)
         buffer = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)  # type: ignore[type-var]
         return buffer if "b" in mode else io.TextIOWrapper(buffer, *rest, **more)
 
-    def _fd_opened(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
-        inside = self.inside(path)
+    def _open_descriptor(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        inside = self.relative_path(path)
         if inside is None:
             return _FD_OPEN(path, flags, mode, **more)
         if flags & _WRITING:
@@ -187,25 +191,25 @@ class Watch:
                 "open",
                 inside,
                 lambda: _FD_OPEN(path, flags, mode, **more),
-                lambda: self._created(inside, bool(flags & os.O_TRUNC)),
+                lambda: self._record_file(inside, bool(flags & os.O_TRUNC)),
             )
         else:
             number = _FD_OPEN(path, flags, mode, **more)
         self._open[number] = (inside, self.disk.at(inside))
         return number
 
-    def _closed(self, number: int) -> None:
+    def _close(self, number: int) -> None:
         self._open.pop(number, None)
         _CLOSE(number)
 
-    def _ftruncated(self, number: int, size: int) -> None:
+    def _ftruncate(self, number: int, size: int) -> None:
         if number not in self._open:
             return _FTRUNCATE(number, size)
         path, node = self._open[number]
         change = lambda: setattr(node, "content", node.content[:size].ljust(size, b"\0"))  # noqa: E731
         return self.call("truncate", path, lambda: _FTRUNCATE(number, size), change)
 
-    def _pwritten(self, number: int, data: bytes, at: int) -> int:
+    def _pwrite(self, number: int, data: bytes, at: int) -> int:
         if number not in self._open:
             return _PWRITE(number, data, at)
         path, node = self._open[number]
@@ -217,47 +221,53 @@ class Watch:
         act = lambda: _PWRITE(number, data, at)  # noqa: E731
         return self.call("write", path, act, lambda: node.write(at, data), data=data, part=part)
 
-    def _synced(self, number: int) -> None:
+    def _sync(self, number: int) -> None:
         if number not in self._open:
             return _FSYNC(number)
         path, node = self._open[number]
         return self.call("fsync", path, lambda: None, node.sync)
 
-    def _mapped(self, number: int, *rest: Any, **more: Any) -> mmap.mmap:
+    def _map(self, number: int, *rest: Any, **more: Any) -> mmap.mmap:
         named = Path(f"/proc/self/fd/{number}")
-        path = self.inside(os.readlink(named)) if named.is_symlink() else None
+        path = self.relative_path(os.readlink(named)) if named.is_symlink() else None
         act = lambda: _MAP(number, *rest, **more)  # noqa: E731
         return act() if path is None else self.call("map", path, act, lambda: None)
 
-    def _one(self, kind: str, function: Callable[..., None], change: Callable[[str], None]) -> Callable[..., None]:
+    def _wrap_one_path(
+        self, kind: str, function: Callable[..., None], change: Callable[[str], None]
+    ) -> Callable[..., None]:
         def called(path: Any, *rest: Any, **more: Any) -> None:
             folder = more.get("dir_fd")
-            inside = self.inside(path if folder is None else self.root / self._open.get(folder, (os.pardir,))[0] / path)
+            inside = self.relative_path(
+                path if folder is None else self.root / self._open.get(folder, (os.pardir,))[0] / path
+            )
             if inside is None:
                 return function(path, *rest, **more)
             return self.call(kind, inside, lambda: function(path, *rest, **more), lambda: change(inside))
 
         return called
 
-    def _two(self, kind: str, function: Callable[..., None], change: Callable[[str, str], None]) -> Callable[..., None]:
+    def _wrap_two_paths(
+        self, kind: str, function: Callable[..., None], change: Callable[[str, str], None]
+    ) -> Callable[..., None]:
         def called(source: Any, target: Any) -> None:
-            old, new = self.inside(source), self.inside(target)
+            old, new = self.relative_path(source), self.relative_path(target)
             if old is None or new is None:
                 return function(source, target)
             return self.call(kind, new, lambda: function(source, target), lambda: change(old, new))
 
         return called
 
-    def _created(self, path: str, truncated: bool) -> None:
+    def _record_file(self, path: str, truncated: bool) -> None:
         if not self.disk.has(path):
             self.disk.name(path, File())
         elif truncated:
             self.disk.at(path).content = b""  # type: ignore[union-attr]
 
-    def _gone(self, path: str) -> None:
+    def _record_removal(self, path: str) -> None:
         self.disk.name(path, None)
 
-    def _made(self, path: str) -> None:
+    def _record_directory(self, path: str) -> None:
         self.disk.name(path, Folder())
 
 

@@ -113,10 +113,10 @@ def mutate(content: bytes, random: np.random.Generator) -> bytes:
 
 def restructure(content: bytes, random: np.random.Generator) -> bytes:
     """Return a JSON object with a few values removed, replaced or moved, with valid format and digest."""
-    whole = json.loads(content)
-    whole.pop("digest", None)
-    whole.pop("format", None)
-    changed = copy.deepcopy(whole)
+    original = json.loads(content)
+    original.pop("digest", None)
+    original.pop("format", None)
+    changed = copy.deepcopy(original)
     for _ in range(int(random.integers(1, 4))):
         places = list(_places(changed))
         if not places:

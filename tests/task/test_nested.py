@@ -295,11 +295,11 @@ def test_every_type_of_batch_gives_the_same_answers(tmp_path, kind, hidden):
             model.first.weight.square().sum() if hidden else 1
         )
 
-    def made(n, seed=1):
+    def make_data(n, seed=1):
         return [example(x, y) for x, y in make_rows(n, seed)]
 
     task = make_toy_task(
-        tmp_path, loss=with_scale, collate=collate, train_data=lambda: made(10), query_data=lambda: made(5, 2)
+        tmp_path, loss=with_scale, collate=collate, train_data=lambda: make_data(10), query_data=lambda: make_data(5, 2)
     )
     expected = make_toy_task(tmp_path, task.model(), loss=plain, checkpoints=task.checkpoints)
     answers = []

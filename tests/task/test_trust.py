@@ -327,13 +327,13 @@ def test_cleanup_removes_only_files_with_names_of_writers(index: Path, tmp_path:
         (index / name).mkdir(parents=True)
         (index / name / "canary").write_bytes(b"mine")
     (index / FEATURES / "features-notes.h5").write_bytes(b"mine")
-    swept = ["generation-000000/link", f"{FEATURES}/features-000009-0000.h5", ".tracin-tmp-00000000-1-00.h5"]
-    for name in swept:
+    leftovers = ["generation-000000/link", f"{FEATURES}/features-000009-0000.h5", ".tracin-tmp-00000000-1-00.h5"]
+    for name in leftovers:
         (index / name).symlink_to(tmp_path / "canary")
-    os.utime(index / swept[2], (0, 0), follow_symlinks=False)
+    os.utime(index / leftovers[2], (0, 0), follow_symlinks=False)
     assert remove(index, [1]).generation == 2
     assert (tmp_path / "canary").read_bytes() == b"sings"
-    assert not any((index / name).is_symlink() for name in swept)
+    assert not any((index / name).is_symlink() for name in leftovers)
     assert all((index / name / "canary").read_bytes() == b"mine" for name in mine)
     assert (index / FEATURES / "features-notes.h5").read_bytes() == b"mine"
 

@@ -53,7 +53,7 @@ def task(tmp_path: Path) -> Callable[[int], Task]:
     model, generator = SmallCnn(), torch.Generator().manual_seed(5)
     pictures, checkpoints = torch.randn(N_ROWS + 120, 1, 8, 8, generator=generator), save_checkpoints(model, tmp_path)
 
-    def made(n_rows: int = N_ROWS) -> Task:
+    def make_task(n_rows: int = N_ROWS) -> Task:
         return Task(
             model=lambda: model,
             loss=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], reduction="none"),
@@ -62,7 +62,7 @@ def task(tmp_path: Path) -> Callable[[int], Task]:
             checkpoints=checkpoints,
         )
 
-    return made
+    return make_task
 
 
 def disturb(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
