@@ -117,8 +117,8 @@ def measure_reports(data: str) -> Iterator[dict[str, Any]]:
 
 def open_page(page: Path) -> tuple[float, float, float]:
     """Return the seconds until the page is drawn, its CPU seconds until then, and the seconds to show its end."""
-    with browser.opened() as driver:
-        browser.sized(driver, 1280, 1000)
+    with browser.open_browser() as driver:
+        browser.set_window(driver, 1280, 1000)
         driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
         driver.get(page.as_uri())
         drawn = driver.execute_async_script(DRAWN) / 1e3
@@ -131,9 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of mnist.npz and cifar10_jpeg.npz")
     options = parser.parse_args()
-    if browser.missing():
-        raise SystemExit(browser.missing())
-    with browser.opened() as driver:
+    if browser.find_missing():
+        raise SystemExit(browser.find_missing())
+    with browser.open_browser() as driver:
         version = driver.capabilities["browserVersion"]
     settings = {"train": TRAIN, "queries": QUERIES, "k": K, "tries": TRIES, "chromium": version}
     report_results(RESULT, settings, measure_reports(options.data))

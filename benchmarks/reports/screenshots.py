@@ -104,9 +104,9 @@ def build_index(task: Task, out: Path) -> InfluenceIndex:
 
 def save_screenshots(pages: dict[str, tuple[Path, bool, str, int]]) -> None:
     """Save screenshots by name: the page, whether dark, a script that runs first, and the height in pixels."""
-    with browser.opened() as driver:
+    with browser.open_browser() as driver:
         for name, (page, dark, script, height) in pages.items():
-            browser.sized(driver, WIDTH, height, dark=dark)
+            browser.set_window(driver, WIDTH, height, dark=dark)
             driver.get(page.resolve().as_uri())
             driver.execute_script(script)
             driver.save_screenshot(str(FIGURES / f"report-{name}.png"))
@@ -118,8 +118,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of mnist.npz, sst2_train.tsv and sst2_dev.tsv")
     parser.add_argument("--runs", type=Path, default=Path("runs/reports"), help="directory for models and reports")
     options = parser.parse_args()
-    if browser.missing():
-        raise SystemExit(browser.missing())
+    if browser.find_missing():
+        raise SystemExit(browser.find_missing())
     digits, suspects = report_images(options.data, options.runs)
     press_keys = (
         "for (const key of 'jxjjx') document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
