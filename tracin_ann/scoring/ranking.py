@@ -1,4 +1,4 @@
-"""Answers from the features of queries: candidates from the search index, re-scored and cut to the k best a side.
+"""Ranking: candidates of the search index are re-scored and cut to the best k for each direction of each query.
 
 Shapes: N training rows of one query, Q queries, G weighted sums of queries, C checkpoints, D sketch dimension, F = C·D.
 """
