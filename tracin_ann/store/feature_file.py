@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, cast, get_args
@@ -247,18 +248,6 @@ class FeatureFile:
         self._check_blocks(start, stop)
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
 
-    def take(self, positions: Int64, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
-        """Return float32 rows [K, D] in the order of `positions`; options and errors as of `read`."""
-        if len(positions) and not 0 <= positions.min() <= positions.max() < self.header.n_rows:
-            raise IndexError(f"positions {positions.min()}..{positions.max()} of {self.header.n_rows} rows")
-        stored_KD = self.stored_ND[positions]
-        if not self.checked_N[positions].all():
-            altered_K = row_checksums(stored_KD) != self.row_checksum[positions]
-            if altered_K.any():
-                raise self._alteration_error(np.unique(positions[altered_K]))
-            self.checked_N[positions] = True
-        return self._decode(stored_KD, self.exponent_N[positions], out_ND, unit)
-
     def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
         if out_ND is None:
             out_ND = np.empty(stored_ND.shape, dtype=np.float32)
@@ -274,7 +263,7 @@ class FeatureFile:
         blocks = np.flatnonzero(block_checksums(self.stored_ND, self.header.block_rows) != self.block_checksum)
         altered = [self._find_altered_rows(int(block)) for block in blocks]
         if altered:
-            raise self._alteration_error(np.concatenate(altered))
+            raise self.alteration_error(np.concatenate(altered))
 
     def _check_blocks(self, start: int, stop: int) -> None:
         """Verify the blocks that contain rows start..stop-1, unless they have been verified."""
@@ -286,7 +275,7 @@ class FeatureFile:
             rows = slice(block * size, min((block + 1) * size, self.header.n_rows))
             if not self.checked_N[rows].all():
                 if checksum(self.stored_ND[rows]) != self.block_checksum[block]:
-                    raise self._alteration_error(self._find_altered_rows(block))
+                    raise self.alteration_error(self._find_altered_rows(block))
                 self.checked_N[rows] = True
 
     def _find_altered_rows(self, block: int) -> Int64:
@@ -296,11 +285,56 @@ class FeatureFile:
         altered = start + np.flatnonzero(row_checksums(self.stored_ND[start:stop]) != self.row_checksum[start:stop])
         return altered if len(altered) else np.arange(start, stop)
 
-    def _alteration_error(self, positions: Int64) -> DamagedIndexError:
+    def alteration_error(self, positions: Int64) -> DamagedIndexError:
+        """Return the error for altered rows at these positions, ascending."""
         first, last = self.header.start + int(positions[0]), self.header.start + int(positions[-1])
         which = f"row {first} is" if len(positions) == 1 else f"{len(positions)} of rows {first}..{last} are"
         got, expected = "features of another checksum", "the features that the build wrote"
         return DamagedIndexError(problem(f"{self.path}: {which} altered", got=got, expected=expected, remedy=_REPAIR))
+
+
+def take_rows(parts: Sequence[tuple[FeatureFile, Int64]], *, unit: bool = False) -> Float32:
+    """Return rows of several files as float32 [K, D], part after part.
+
+    All rows are verified and decoded together, which costs less than file by file when each part has few rows.
+
+    Args:
+        parts: a file, and positions of its rows; the files have the same dimension and dtype.
+        unit: divide each row by its norm; a zero row remains zero.
+
+    Raises:
+        DamagedIndexError: rows are altered; the message names the first such file and its rows.
+        IndexError: a position is outside the file.
+    """
+    header = parts[0][0].header
+    position_K, lengths = np.concatenate([positions for _, positions in parts]), [len(p) for _, p in parts]
+    outside_K = (position_K < 0) | (position_K >= np.repeat([file.header.n_rows for file, _ in parts], lengths))
+    if outside_K.any():
+        raise IndexError(f"position {position_K[outside_K][0]} of {header.n_rows} rows")
+    n_rows = len(position_K)
+    stored_KD = np.empty((n_rows, header.dim), dtype=_STORED_DTYPE[header.dtype])
+    exponent_K, expected_K = np.empty(n_rows, dtype="<i2"), np.empty(n_rows, dtype="<u8")
+    checked_K = np.empty(n_rows, dtype=bool)
+    start = 0
+    for file, positions in parts:
+        part = slice(start, start := start + len(positions))
+        # With `clip`, NumPy writes into `out` without a buffer.
+        file.stored_ND.take(positions, axis=0, out=stored_KD[part], mode="clip")
+        file.exponent_N.take(positions, out=exponent_K[part], mode="clip")
+        file.row_checksum.take(positions, out=expected_K[part], mode="clip")
+        file.checked_N.take(positions, out=checked_K[part], mode="clip")
+    if not checked_K.all():
+        altered_K = np.zeros(n_rows, dtype=bool)
+        altered_K[~checked_K] = row_checksums(stored_KD[~checked_K]) != expected_K[~checked_K]
+        start = 0
+        for file, positions in parts:
+            altered = altered_K[start : (start := start + len(positions))]
+            if altered.any():
+                raise file.alteration_error(np.unique(positions[altered]))
+            file.checked_N[positions] = True
+    row_KD = np.empty(stored_KD.shape, dtype=np.float32)
+    decode_rows(stored_KD, exponent_K, row_KD, unit=unit)
+    return row_KD
 
 
 def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -> FileRecord:

@@ -20,7 +20,14 @@ import numpy.typing as npt
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, make_directory
 from tracin_ann.store.codec import Dtype
-from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileHeader, FileRecord, write_feature_file
+from tracin_ann.store.feature_file import (
+    FeatureBlock,
+    FeatureFile,
+    FileHeader,
+    FileRecord,
+    take_rows,
+    write_feature_file,
+)
 from tracin_ann.types import Float32, Float64, Int64
 
 Number = TypeVar("Number", np.float32, np.float64)
@@ -270,18 +277,21 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
-        row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
-        # Read in ascending order, so that each file is read once and forwards.
-        order_K = np.argsort(id_K, kind="stable")
-        partition_rows = self.store.layout.partition_rows
-        partition_K = id_K[order_K] // partition_rows
-        for group in np.split(order_K, np.flatnonzero(np.diff(partition_K)) + 1) if len(id_K) else []:
-            partition = int(id_K[group[0]]) // partition_rows
-            group_row_KF = np.empty((len(group), self.dim), dtype=np.float32)
-            for file, out_ND in self._iter_parts(partition, group_row_KF):
-                file.take(id_K[group] - partition * partition_rows, out_ND=out_ND, unit=self.cosine)
-            row_KF[group] = group_row_KF
-        return row_KF
+        if not len(id_K):
+            return np.empty((0, self.dim), dtype=np.float32)
+        # Each row is read once, in ascending order, so that files are read forwards.
+        row_N, place_K = np.unique(id_K, return_inverse=True)
+        layout = self.store.layout
+        partition_N = row_N // layout.partition_rows
+        groups = np.split(row_N, np.flatnonzero(np.diff(partition_N)) + 1)
+        parts = [
+            (self.store.file(partition, checkpoint), group - partition * layout.partition_rows)
+            for checkpoint in self.checkpoints
+            for group in groups
+            for partition in (int(group[0]) // layout.partition_rows,)
+        ]
+        row_CND = take_rows(parts, unit=self.cosine).reshape(len(self.checkpoints), len(row_N), layout.dim)
+        return row_CND.transpose(1, 0, 2)[place_K].reshape(len(id_K), self.dim)
 
     def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
         """Yield each checkpoint's file of a partition and its columns of the rows."""
