@@ -132,7 +132,7 @@ def name_place(place: str) -> Iterator[None]:
 
 @every_command
 @every_kind
-def test_after_a_kill_or_power_loss_the_index_is_the_old_or_the_new_one_and_the_command_resumes(
+def test_a_kill_or_power_loss_leaves_the_old_or_the_new_index(
     root: Path, kind: str, name: str
 ) -> None:
     expected = run_reference(kind, name)
@@ -181,7 +181,7 @@ def test_a_resumed_command_survives_a_power_loss(root: Path, kind: str, name: st
 
 @every_command
 @every_kind
-def test_a_failed_call_is_reported_in_one_line_and_leaves_the_old_or_the_new_index(
+def test_a_failed_call_leaves_the_old_or_the_new_index(
     root: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = run_reference(kind, name)
