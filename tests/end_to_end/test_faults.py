@@ -132,9 +132,7 @@ def name_place(place: str) -> Iterator[None]:
 
 @every_command
 @every_kind
-def test_a_kill_or_power_loss_leaves_the_old_or_the_new_index(
-    root: Path, kind: str, name: str
-) -> None:
+def test_a_kill_or_power_loss_leaves_the_old_or_the_new_index(root: Path, kind: str, name: str) -> None:
     expected = run_reference(kind, name)
     found = states(expected.command, root, LOSSES, seed=1)
     for label, tree in sample(found, seed=len(found)):
