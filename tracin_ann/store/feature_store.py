@@ -33,6 +33,8 @@ from tracin_ann.types import Float32, Float64, Int64
 Number = TypeVar("Number", np.float32, np.float64)
 # Each open map uses a file descriptor; 1024 for each process is a common limit.
 _OPEN_FILES = 256
+_NUMBERS_AT_ONCE = 1 << 22
+"""Numbers that `take` decodes together."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
 
 
@@ -277,9 +279,17 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
-        if not len(id_K):
-            return np.empty((0, self.dim), dtype=np.float32)
-        # Each row is read once, in ascending order, so that files are read forwards.
+        row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
+        # In ascending order, so that files are read forwards, and in groups that bound the memory.
+        order_K = np.argsort(id_K, kind="stable")
+        step = max(1, _NUMBERS_AT_ONCE // self.dim)
+        for start in range(0, len(id_K), step):
+            group = order_K[start : start + step]
+            row_KF[group] = self._take_ascending(id_K[group])
+        return row_KF
+
+    def _take_ascending(self, id_K: Int64) -> Float32:
+        """Return the rows [K, F] of ascending ids; each row is read once."""
         row_N, place_K = np.unique(id_K, return_inverse=True)
         layout = self.store.layout
         partition_N = row_N // layout.partition_rows
