@@ -119,7 +119,8 @@ class FeatureStore:
         self.layout = layout
         self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
         self._lock = Lock()
-        self._most_files = int(_DESCRIPTOR_SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = _OPEN_FILES if limit == resource.RLIM_INFINITY else int(_DESCRIPTOR_SHARE * limit)
 
     def path(self, partition: int, checkpoint: int) -> Path:
         """Return the path of a file, which need not exist."""
@@ -295,15 +296,15 @@ class FeatureView:
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
         if len(id_K) <= _ROWS_AT_ONCE:
-            return self._take_few(id_K)
+            return self._read_few(id_K)
         # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
         row_N, place_K = np.unique(id_K, return_inverse=True)
         row_NF = np.empty((len(row_N), self.dim), dtype=np.float32)
         for start in range(0, len(row_N), _ROWS_AT_ONCE):
-            row_NF[start : start + _ROWS_AT_ONCE] = self._take_few(row_N[start : start + _ROWS_AT_ONCE])
+            row_NF[start : start + _ROWS_AT_ONCE] = self._read_few(row_N[start : start + _ROWS_AT_ONCE])
         return row_NF if np.array_equal(row_N, id_K) else row_NF[place_K]
 
-    def _take_few(self, id_K: Int64) -> Float32:
+    def _read_few(self, id_K: Int64) -> Float32:
         if not len(id_K):
             return np.empty((0, self.dim), dtype=np.float32)
         partition_K, position_K = (part.tolist() for part in np.divmod(id_K, self.store.layout.partition_rows))
