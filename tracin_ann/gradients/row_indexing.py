@@ -66,7 +66,7 @@ class RowIndexingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return source.requires_grad or source.untyped_storage().data_ptr() in self._own
 
 
-class _UncompiledMode(RowIndexingMode):
+class _UncompiledMode(RowIndexingMode):  # type: ignore[no-untyped-call]
     """The same mode for a process without PyTorch's compiler.
 
     PyTorch wraps `__torch_dispatch__` so that the compiler skips it; the first call of the wrapper imports the compiler
