@@ -365,6 +365,27 @@ def calibration() -> str:
     return compose(scope, format_table(*rows), note, format_environment(content))
 
 
+def cold_start() -> str:
+    """Return the time of commands as new processes, and of the stages of a query."""
+    content = read_results("cold_start")
+    results, settings = content["results"], content["settings"]
+    medians = results["seconds"]
+    base = next(iter(medians.values()))
+    commands: list[Row] = [("command", "median, s", "fastest, s", "median/first row")]
+    for name, seconds in medians.items():
+        times = (f"{seconds:.2f}", f"{results['fastest'][name]:.2f}", f"{seconds / base:.2f}")
+        code, *note = name.split(", vmap")
+        commands.append((f"`{code}`" + "".join(f", vmap{rest}" for rest in note), *times))
+    stages: list[Row] = [("stage of `query.py DIR --ids 0`", "median, s")]
+    stages += [(name, f"{seconds:.3f}") for name, seconds in results["stages"].items()]
+    scope = (
+        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. The index has "
+        "1,000 rows, 2 checkpoints and D = 64. The model has two linear layers; in the row with vmap(grad), it has one "
+        "parameter that no layer rule covers."
+    )
+    return compose(scope, format_table(*commands), format_table(*stages), format_environment(content))
+
+
 def end_to_end() -> str:
     """Return recall of true TracInCP after exact re-scoring over all MNIST rows, and its cost."""
     content = read_results("end_to_end")
@@ -567,7 +588,7 @@ def _format_memory(megabytes: float | str) -> str:
 _TABLES = (
     *(features, budget, memory, precision, attribution, proofs),
     *(recall, fidelity),
-    *(retrieval, rivals, language, growth, calibration, end_to_end),
+    *(retrieval, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),
     *(digits, mislabelled),
     peers,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ STAGES = (
 )
 LIMIT = (1.3, 1.0)
 """The limit of a query: a multiple of the time of BASE, and seconds added to it."""
+INDEX, OTHER = "layers", "product"
+"""The indexes: of a model of layers with a rule, and of one whose parameter no rule covers."""
 TASK = """
 import torch
 from torch import nn
@@ -46,8 +49,19 @@ from torch.nn import functional as F
 from tracin_ann import Checkpoint, Task
 
 
-def model():
-    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x_NF):
+        return torch.tanh(x_NF @ self.weight)
+
+
+MODELS = {
+    "layers": lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
+    "product": Product,
+}
 
 
 def loss(net, batch):
@@ -59,19 +73,20 @@ def rows(n, seed):
     return [(x_NF[i], i % 4) for i in range(n)]
 
 
-def save():
+def task(name) -> Task:
+    return Task(
+        model=MODELS[name],
+        loss=loss,
+        train_data=lambda: rows(1000, 1),
+        query_data=lambda: rows(20, 2),
+        checkpoints=[Checkpoint(f"{name}{i}.pt", learning_rate=0.1) for i in range(2)],
+    )
+
+
+def save(name):
     for i in range(2):
         torch.manual_seed(i)
-        torch.save(model().state_dict(), f"{i}.pt")
-
-
-task = Task(
-    model=model,
-    loss=loss,
-    train_data=lambda: rows(1000, 1),
-    query_data=lambda: rows(20, 2),
-    checkpoints=[Checkpoint(f"{i}.pt", learning_rate=0.1) for i in range(2)],
-)
+        torch.save(MODELS[name]().state_dict(), f"{name}{i}.pt")
 """
 
 
@@ -108,12 +123,11 @@ class Stopwatch:
         return measured
 
 
-def run_stages(started: float, index: str, out: Path) -> None:
+def run_stages(started: float, out: Path) -> None:
     """Run the query in this process, and write the seconds of its stages.
 
     Args:
         started: the time at which this process was started (`time.monotonic`).
-        index: the directory of the index.
         out: the file for the stages.
     """
     from tracin_ann.cli.query import main as query  # noqa: PLC0415 - part of what is measured
@@ -132,20 +146,22 @@ def run_stages(started: float, index: str, out: Path) -> None:
     of_index.runner = property(watch.wrap("task", of_index.runner.fget))
     of_index.features = watch.wrap("canaries and gradients", of_index.features)
     of_index.query = watch.wrap("search", of_index.query)
-    query([index, "--ids", "0"], standalone_mode=False)
+    query([INDEX, "--ids", "0"], standalone_mode=False)
     watch.begin("exit")
     out.write_text(json.dumps(watch.seconds))
 
 
-def make_commands(index: str) -> dict[str, list[str]]:
+def make_commands() -> dict[str, list[str]]:
     """Return the commands to time, by name."""
     installed = Path(sys.executable).parent / "tracin-query"
     if not installed.is_file():
         raise SystemExit(f"no {installed.name} beside {sys.executable}: install the project there")
+    query = [sys.executable, str(ROOT / "query.py")]
     return {
         f'python -c "{BASE}"': [sys.executable, "-c", BASE],
-        "query.py DIR --ids 0": [sys.executable, str(ROOT / "query.py"), index, "--ids", "0"],
-        "tracin-query DIR --ids 0": [str(installed), index, "--ids", "0"],
+        "query.py DIR --ids 0": [*query, INDEX, "--ids", "0"],
+        "tracin-query DIR --ids 0": [str(installed), INDEX, "--ids", "0"],
+        "query.py DIR --ids 0, vmap(grad)": [*query, OTHER, "--ids", "0"],
         "tracin-query --help": [str(installed), "--help"],
     }
 
@@ -160,20 +176,24 @@ class Folder:
     def run(self, command: Sequence[str]) -> float:
         """Run a command and return its seconds."""
         started = time.monotonic()
-        subprocess.run(command, cwd=self.path, env=self._environment, check=True, capture_output=True)
-        return time.monotonic() - started
+        settings: dict[str, Any] = {"cwd": self.path, "env": self._environment}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, **settings)
+        seconds = time.monotonic() - started
+        if done.returncode:
+            raise SystemExit(f"a command failed: {shlex.join(command)}\n{done.stderr}")
+        return seconds
 
-    def build(self, index: str) -> None:
-        """Write the task, its checkpoints and its index."""
+    def build(self, name: str) -> None:
+        """Write the task, and the checkpoints and the index of a model."""
         (self.path / "tiny.py").write_text(TASK)
-        self.run([sys.executable, "-c", "import tiny; tiny.save()"])
-        options = ["--task", "tiny.py:task", "--out", index, "--dim", "64", "--device", "cpu"]
-        self.run([sys.executable, str(ROOT / "build_index.py"), *options])
+        self.run([sys.executable, "-c", f"import tiny; tiny.save({name!r})"])
+        options = ["--task", "tiny.py:task", "--task-arg", f"name={name}", "--out", name, "--dim", "64"]
+        self.run([sys.executable, str(ROOT / "build_index.py"), *options, "--device", "cpu"])
 
-    def run_stages(self, index: str) -> dict[str, float]:
+    def run_stages(self) -> dict[str, float]:
         """Return the seconds of each stage of a query."""
         out, started = self.path / "stages.json", time.monotonic()
-        options = ["--index", index, "--stages", str(out), "--started", repr(started)]
+        options = ["--stages", str(out), "--started", repr(started)]
         self.run([sys.executable, "-m", "benchmarks.retrieval.cold_start", *options])
         ended = time.monotonic()
         stages: dict[str, float] = json.loads(out.read_text())
@@ -182,9 +202,9 @@ class Folder:
 
 def measure(folder: Folder, rounds: int) -> dict[str, Any]:
     """Return the median seconds of each command and of each stage, and the limit of a query."""
-    index = "index"
-    folder.build(index)
-    commands = make_commands(index)
+    for name in (INDEX, OTHER):
+        folder.build(name)
+    commands = make_commands()
     times: dict[str, list[float]] = {name: [] for name in commands}
     stages: list[dict[str, float]] = []
     for number in range(rounds + 1):
@@ -192,7 +212,7 @@ def measure(folder: Folder, rounds: int) -> dict[str, Any]:
         for name, command in commands.items():
             seconds = folder.run(command)
             times[name] += [seconds] if number else []
-        stages += [folder.run_stages(index)][: number > 0]
+        stages += [folder.run_stages()][: number > 0]
         print(f"round {number}", file=sys.stderr, flush=True)
     medians = {name: median(values) for name, values in times.items()}
     base = next(iter(medians.values()))
@@ -208,12 +228,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11, help="number of times that each command is run")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
-    parser.add_argument("--index", help=argparse.SUPPRESS)
     parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stages is not None:
-        run_stages(options.started, options.index, options.stages)
+        run_stages(options.started, options.stages)
         return
     from benchmarks.common.results import write_results  # noqa: PLC0415 - imports torch, which `run_stages` measures
 
