@@ -379,8 +379,8 @@ def cold_start() -> str:
     stages: list[Row] = [("stage of `query.py DIR --ids 0`", "median, s")]
     stages += [(name, f"{seconds:.3f}") for name, seconds in results["stages"].items()]
     scope = (
-        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. The index has "
-        "1,000 rows, 2 checkpoints and D = 64. The model has two linear layers; in the row with vmap(grad), it has one "
+        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. The index "
+        "has 1,000 rows, 2 checkpoints and D = 64. The model has two linear layers; in the row with vmap(grad), it has one "
         "parameter that no layer rule covers."
     )
     return compose(scope, format_table(*commands), format_table(*stages), format_environment(content))
