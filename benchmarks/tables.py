@@ -374,14 +374,13 @@ def cold_start() -> str:
     commands: list[Row] = [("command", "median, s", "fastest, s", "median/first row")]
     for name, seconds in medians.items():
         times = (f"{seconds:.2f}", f"{results['fastest'][name]:.2f}", f"{seconds / base:.2f}")
-        code, *note = name.split(", vmap")
-        commands.append((f"`{code}`" + "".join(f", vmap{rest}" for rest in note), *times))
+        commands.append((f"`{name}`", *times))
     stages: list[Row] = [("stage of `query.py DIR --ids 0`", "median, s")]
     stages += [(name, f"{seconds:.3f}") for name, seconds in results["stages"].items()]
     scope = (
-        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. The index "
-        "has 1,000 rows, 2 checkpoints and D = 64. The model has two linear layers; in the row with vmap(grad), it has one "
-        "parameter that no layer rule covers."
+        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. DIR and OTHER "
+        "are indexes of 1,000 rows, 2 checkpoints and D = 64. The model of DIR has two linear layers; that of OTHER has "
+        "one parameter that no layer rule covers, which needs vmap(grad)."
     )
     return compose(scope, format_table(*commands), format_table(*stages), format_environment(content))
 

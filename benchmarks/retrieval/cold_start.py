@@ -161,7 +161,7 @@ def make_commands() -> dict[str, list[str]]:
         f'python -c "{BASE}"': [sys.executable, "-c", BASE],
         "query.py DIR --ids 0": [*query, INDEX, "--ids", "0"],
         "tracin-query DIR --ids 0": [str(installed), INDEX, "--ids", "0"],
-        "query.py DIR --ids 0, vmap(grad)": [*query, OTHER, "--ids", "0"],
+        "query.py OTHER --ids 0": [*query, OTHER, "--ids", "0"],
         "tracin-query --help": [str(installed), "--help"],
     }
 
