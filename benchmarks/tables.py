@@ -378,9 +378,9 @@ def cold_start() -> str:
     stages: list[Row] = [("stage of `query.py DIR --ids 0`", "median, s")]
     stages += [(name, f"{seconds:.3f}") for name, seconds in results["stages"].items()]
     scope = (
-        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. DIR and OTHER "
-        "are indexes of 1,000 rows, 2 checkpoints and D = 64. The model of DIR has two linear layers; that of OTHER has "
-        "one parameter that no layer rule covers, which needs vmap(grad)."
+        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. DIR and "
+        "OTHER are indexes of 1,000 rows, 2 checkpoints and D = 64. The model of DIR has two linear layers; that of "
+        "OTHER has one parameter that no layer rule covers, which needs vmap(grad)."
     )
     return compose(scope, format_table(*commands), format_table(*stages), format_environment(content))
 
