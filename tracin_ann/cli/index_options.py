@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracin_ann.cli.command import device_option, task_options
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Positions, parse_arguments
 from tracin_ann.errors import UsageError, problem
 
@@ -67,7 +68,8 @@ def filter_options(function: Function) -> Function:
 
 def open_index(directory: str, options: Options) -> InfluenceIndex:
     """Open the index in a directory with the options of `index_options`."""
-    from tracin_ann.index import InfluenceIndex
+    with pause_collector():
+        from tracin_ann.index import InfluenceIndex
 
     task, arguments = options["task"], parse_arguments(options["task_args"])
     return InfluenceIndex.open(
