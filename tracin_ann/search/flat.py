@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tracin_ann.search.stored_scores import StoredScorer
 from tracin_ann.search.topk import best_positions, from_padded, negate
 from tracin_ann.types import Float32, Int64, RowSource, StoredPart, StoredRows, TopK
 
+Sign = Literal[1, -1]
 Block = tuple[Int64, Callable[[Tensor], None]]
 """The ids [B] of a block, and a function that writes the scores [Q, B] of its rows into a tensor."""
 
@@ -70,12 +72,18 @@ class FlatIndex:
         Raises:
             NonFiniteError: a query, or the score of a result, is not finite.
         """
-        return self._restrict(allowed)._scan(queries_QF, k, signs=(1.0,))[0]
+        return self.search_signs(queries_QF, k, (1,), allowed)[0]
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents) from one pass over the rows."""
-        proponents, opponents = self._restrict(allowed)._scan(queries_QF, k, signs=(1.0, -1.0))
+        proponents, opponents = self.search_signs(queries_QF, k, (1, -1), allowed)
         return proponents, negate(opponents)
+
+    def search_signs(
+        self, queries_QF: Float32, k: int, signs: Sequence[Sign], allowed: Int64 | None = None
+    ) -> list[TopK]:
+        """Return the k rows of largest sign × inner product for each sign, from one pass over the rows."""
+        return self._restrict(allowed)._scan(queries_QF, k, signs)
 
     def _restrict(self, allowed: Int64 | None) -> FlatIndex:
         """Return the scan of the allowed rows."""
@@ -83,7 +91,7 @@ class FlatIndex:
             return self
         return FlatIndex(Subset(self._source, allowed), self._device, self._block_rows)
 
-    def _scan(self, queries_QF: Float32, k: int, signs: tuple[float, ...]) -> list[TopK]:
+    def _scan(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         """Return the best k of sign × inner product for each sign."""
         queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tracin_ann.types import StoredPart
 
-_BUFFER_NUMBERS = 1 << 20
-"""float32 numbers of the buffer of converted rows: 4 MiB."""
+_BUFFER_NUMBERS = 1 << 21
+"""float32 numbers of the buffer of converted rows: 8 MiB."""
 _QUERIES_AT_ONCE = 128
 _FEW_QUERIES = 8
 """Up to this number, a product of rows and queries is faster than one of queries and rows."""
