@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracin_ann.choices import OnNonfinite, Precision, SideName
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, UsageError, problem
@@ -33,23 +33,30 @@ from tracin_ann.task import (
     CheckpointLoader,
     CollatedBatch,
     Description,
+    FileIdentity,
+    OriginalModel,
     Task,
     TaskReference,
+    WeightCache,
     WindowReader,
-    borrow_model,
     differ_in_length,
+    identify_checkpoint,
     leaves,
     make_batches,
+    make_model,
     map_leaves,
     open_data,
     pickle_reader,
     preserve_globals,
+    preserve_model,
     to_device,
 )
 
 logger = logging.getLogger(__name__)
 _MOST_BATCHES_WITHOUT_GRADIENT = 16
 """Batches of rows, spread over the data, that are tried before an error says that no loss reaches a parameter."""
+_PROBE_TOLERANCE = 1e-5
+"""Largest difference of losses by stored weights and by loaded ones."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class TaskRunner:
         self._data: dict[SideName, Any] = {}
         self._by_length: dict[SideName, bool] = {}
         self._own_ids: dict[SideName, list[int | str]] = {}
+        self._kept: _KeptModel | None = None
 
     def data(self, side: SideName) -> Any:
         """Return the map-style data set of a side; it is opened by the first call.
@@ -167,12 +175,6 @@ class TaskRunner:
             pin_memory=self.options.device.type != "cpu",
         )
 
-    def with_precision(self, precision: Precision) -> TaskRunner:
-        """Return a runner of the same data that computes in another precision."""
-        other = copy.copy(self)
-        other.options = replace(self.options, precision=precision)
-        return other
-
     def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, for display; None if the task has none."""
         with preserve_globals():
@@ -213,29 +215,106 @@ class TaskRunner:
                 )
             )
 
+    def keep_model(self, memory_bytes: int) -> None:
+        """Keep the model between the blocks of `model`, with the weights of its checkpoints and its gradient engines.
+
+        Args:
+            memory_bytes: the largest number of bytes of the weights.
+        """
+        self._kept = _KeptModel(memory_bytes)
+
     @contextlib.contextmanager
-    def model(self) -> Iterator[LoadedModel]:
-        """Yield the model, ready to load checkpoints; its original state is restored on exit."""
-        with borrow_model(self.task, self.options.device) as model:
-            yield LoadedModel(self, model)
+    def model(self, precision: Precision | None = None) -> Iterator[LoadedModel]:
+        """Yield the model, ready to load checkpoints.
+
+        Its original state and global state (random states, grad mode, default dtype, the setting for fused attention)
+        are restored when the block ends. One thread at a time uses a model that is kept between blocks.
+
+        Args:
+            precision: of forward and backward; None: that of the options.
+
+        Raises:
+            TaskError: `Task.model` does not return a module, or one with uninitialized lazy layers.
+        """
+        kept = self._kept
+        with kept.lock if kept is not None else contextlib.nullcontext(), preserve_globals():
+            model = kept.model if kept is not None else None
+            if model is None:
+                model = LoadedModel(self, make_model(self.task), 0 if kept is None else kept.memory_bytes)
+            if kept is not None:
+                kept.model = model
+            with model.use(precision or self.options.precision):
+                yield model
+
+
+class _KeptModel:
+    """A model that is kept between uses.
+
+    Attributes:
+        memory_bytes: the largest number of bytes of its weights.
+        lock: held by the thread that uses it.
+        model: the model, after its first use.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.memory_bytes = memory_bytes
+        self.lock = threading.RLock()
+        self.model: LoadedModel | None = None
 
 
 class LoadedModel:
     """The model of a task with one checkpoint loaded; makes batches and gradient engines.
 
+    It is used in blocks of `use`. Between them the user's model is in its original state.
+
+    Args:
+        runner: the runner of the task.
+        model: the user's model.
+        memory_bytes: memory for weights that are stored when they are first loaded, and attached afterwards.
+
     Attributes:
         checkpoint: the position of the loaded checkpoint; -1 if none is loaded.
         parameters: the parameters that the task selects, by name.
         channels_last: the memory format of images and convolution weights.
+        precision: precision of forward and backward.
     """
 
-    def __init__(self, runner: TaskRunner, model: nn.Module) -> None:
+    def __init__(self, runner: TaskRunner, model: nn.Module, memory_bytes: int = 0) -> None:
         self.runner, self.module = runner, model
-        self.parameters = runner.task.select_parameters(model)
+        self.checkpoint, self.precision = -1, runner.options.precision
+        self.channels_last = runner.options.channels_last
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._unloaded = self.parameters = runner.task.select_parameters(model)
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
-        self.checkpoint = -1
-        self.set_memory_format(channels_last=runner.options.channels_last)
+        self._original: OriginalModel | None = None
+        self._cache = WeightCache(model, memory_bytes) if memory_bytes else None
+        self._loads: dict[int, _Load] = {}
+
+    @contextlib.contextmanager
+    def use(self, precision: Precision) -> Iterator[None]:
+        """Borrow the user's model in the block; a block inside another one only changes the precision."""
+        outer, self.precision = self.precision, precision
+        try:
+            with self._borrow() if self._original is None else contextlib.nullcontext():
+                yield
+        finally:
+            self.precision = outer
+
+    @contextlib.contextmanager
+    def _borrow(self) -> Iterator[None]:
+        with preserve_model(self.module) as original:
+            self._original, self.checkpoint, self.parameters = original, -1, self._unloaded
+            if self._cache is None:
+                original.prepare_overwrite(self.runner.options.device)
+                self.set_memory_format(channels_last=self.channels_last)
+            else:
+                self._cache.start_use()
+            try:
+                yield
+            finally:
+                self._original = None
+                if self._cache is not None:
+                    self._cache.detach()
 
     @property
     def has_checkpoint(self) -> bool:
@@ -245,10 +324,66 @@ class LoadedModel:
     def load(self, checkpoint: int) -> None:
         """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
 
+        In a model that is kept, the weights are stored when they are loaded for the second time, and not read from
+        their file any more while the file does not change.
+
         Raises:
             CheckpointError: the file is missing, unreadable or does not match the model.
             TaskError: loading changed the names, shapes or dtypes of the selected parameters.
         """
+        if self._cache is None:
+            self._load_file(checkpoint)
+        elif not self._attach_stored(checkpoint):
+            self._load_and_store(checkpoint)
+
+    def _attach_stored(self, checkpoint: int) -> bool:
+        """Attach the stored weights of a checkpoint; return False if they are not stored, or not valid."""
+        cache, last = self._cache, self._loads.get(checkpoint)
+        if cache is None or last is None or checkpoint not in cache:
+            return False
+        if identify_checkpoint(self.runner.task.checkpoints[checkpoint]) != last.identity or not last.identity:
+            return False
+        self.checkpoint = -1
+        cache.attach(checkpoint)
+        self.parameters = last.parameters
+        self._forbid_gradients()
+        self.checkpoint = checkpoint
+        if last.is_confirmed:
+            return True
+        last.is_confirmed = last.losses_B is not None and torch.allclose(
+            self._compute_probe_losses(), last.losses_B, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE, equal_nan=True
+        )
+        if not last.is_confirmed:
+            logger.info("checkpoint %d is read again for every query: stored weights give other losses", checkpoint)
+            last.is_excluded = True
+        return last.is_confirmed
+
+    def _load_and_store(self, checkpoint: int) -> None:
+        """Load a checkpoint from its file, and store its weights if it was loaded before."""
+        assert self._cache is not None
+        assert self._original is not None
+        identity, last = identify_checkpoint(self.runner.task.checkpoints[checkpoint]), self._loads.get(checkpoint)
+        is_same = last is not None and last.identity == identity != ()
+        if self._cache.detach():
+            self._original.attach()
+        if not is_same:
+            self._engines = {key: engine for key, engine in self._engines.items() if key[0] != checkpoint}
+        self._original.prepare_overwrite(self.runner.options.device)
+        self.set_memory_format(channels_last=self.channels_last)
+        self._load_file(checkpoint)
+        self._loads[checkpoint] = loaded = _Load(identity, self.parameters)
+        if is_same and last is not None:
+            loaded.is_excluded = last.is_excluded
+            if not last.is_excluded and self._cache.store(checkpoint):
+                loaded.losses_B = self._compute_probe_losses()
+
+    def _compute_probe_losses(self) -> Tensor:
+        """Return the losses of the first and the last training row."""
+        data, engine = self.runner.data("train"), self.engine("train")
+        ids = sorted({0, len(data) - 1})
+        return engine.loss_values(engine.batch(ids, [data[i] for i in ids])).cpu()
+
+    def _load_file(self, checkpoint: int) -> None:
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         task = self.runner.task
@@ -270,13 +405,16 @@ class LoadedModel:
                     remedy="create parameters of the final dtype in Task.model; only set their values in Task.load",
                 )
             )
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(False)
+        self._forbid_gradients()
         if any(after is not before[name] for name, after in self.parameters.items()):
-            self._engines.clear()
             # New parameter objects have the memory format of the checkpoint.
             self.set_memory_format(channels_last=self.channels_last)
         self.checkpoint = checkpoint
+
+    def _forbid_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
 
     def set_memory_format(self, *, channels_last: bool) -> None:
         """Set the memory format of images and convolution weights; each format has its own gradient engines."""
@@ -288,14 +426,15 @@ class LoadedModel:
 
     def engine(self, side: SideName) -> GradientEngine:
         """Return the engine for the gradients of a side's loss at the loaded checkpoint."""
-        task, options = self.runner.task, self.runner.options
-        key = self.checkpoint, side, self.channels_last, options.precision
-        if key not in self._engines:
+        task, key = self.runner.task, (self.checkpoint, side, self.channels_last, self.precision)
+        engine = self._engines.get(key)
+        # A loader may replace the parameters by other objects.
+        if engine is None or any(engine.parameters[name] is not own for name, own in self.parameters.items()):
             loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
-            self._engines[key] = GradientEngine(
-                self.module, self.parameters, loss, self._collate, self.checkpoint, options.precision
+            engine = self._engines[key] = GradientEngine(
+                self.module, self.parameters, loss, self._collate, self.checkpoint, self.precision
             )
-        return self._engines[key]
+        return engine
 
     def _collate(self, examples: list[Any]) -> Any:
         return self._move_to_device(self.runner.task.collate_rows(examples))
@@ -396,6 +535,25 @@ class LoadedModel:
             expected="at least one finite row",
             remedy="leave out this checkpoint, or fix the loss or the data",
         )
+
+
+@dataclass
+class _Load:
+    """The last load of a checkpoint from its file into a model that is kept.
+
+    Attributes:
+        identity: of the file.
+        parameters: the selected parameters after the load.
+        losses_B: losses of two rows, by which stored weights are compared with loaded ones; None: nothing is stored.
+        is_confirmed: stored weights gave these losses.
+        is_excluded: stored weights gave other losses: the loader or the model has other state than tensors.
+    """
+
+    identity: FileIdentity
+    parameters: dict[str, nn.Parameter]
+    losses_B: Tensor | None = None
+    is_confirmed: bool = False
+    is_excluded: bool = False
 
 
 class _Examples(Sequence[Any]):

@@ -6,6 +6,7 @@ Shapes: N rows, C checkpoints, D sketch dimension of a checkpoint, F = (checkpoi
 from __future__ import annotations
 
 import re
+import resource
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,12 @@ from tracin_ann.store.feature_file import (
 from tracin_ann.types import Float32, Float64, Int64, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
-# Each open map uses a file descriptor; 1024 for each process is a common limit.
-_OPEN_FILES = 256
-_NUMBERS_AT_ONCE = 1 << 22
-"""Numbers that `take` decodes together."""
+# Each open map uses a file descriptor and 23 bytes of memory per row.
+_OPEN_FILES = 2048
+_DESCRIPTOR_SHARE = 0.5
+"""Largest share of the process's file descriptors, of which 1,024 are a common limit."""
+_ROWS_AT_ONCE = 1024
+"""Rows that `take` decodes together."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
 
 
@@ -116,6 +119,7 @@ class FeatureStore:
         self.layout = layout
         self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
         self._lock = Lock()
+        self._most_files = int(_DESCRIPTOR_SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
     def path(self, partition: int, checkpoint: int) -> Path:
         """Return the path of a file, which need not exist."""
@@ -201,15 +205,26 @@ class FeatureStore:
         Raises:
             DamagedIndexError: the file is missing, unreadable or has another header.
         """
-        key = (partition, checkpoint)
+        return self.files([(partition, checkpoint)])[0]
+
+    def files(self, keys: Sequence[tuple[int, int]]) -> list[FeatureFile]:
+        """Return the open files of pairs (partition, checkpoint); the most recently used files remain open.
+
+        Raises:
+            DamagedIndexError: a file is missing, unreadable or has another header.
+        """
+        found = []
         with self._lock:
-            opened = self._open.pop(key, None)
-            if opened is None:
-                opened = FeatureFile.open(self.path(*key), self.layout.header(*key))
-            self._open[key] = opened
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        return opened
+            for key in keys:
+                opened = self._open.get(key)
+                if opened is None:
+                    opened = self._open[key] = FeatureFile.open(self.path(*key), self.layout.header(*key))
+                    if len(self._open) > min(_OPEN_FILES, self._most_files):
+                        self._open.popitem(last=False)
+                else:
+                    self._open.move_to_end(key)
+                found.append(opened)
+        return found
 
     def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
@@ -301,29 +316,23 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
-        row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
-        # In ascending order, so that files are read forwards, and in groups that bound the memory.
-        order_K = np.argsort(id_K, kind="stable")
-        step = max(1, _NUMBERS_AT_ONCE // self.dim)
-        for start in range(0, len(id_K), step):
-            group = order_K[start : start + step]
-            row_KF[group] = self._take_ascending(id_K[group])
-        return row_KF
-
-    def _take_ascending(self, id_K: Int64) -> Float32:
-        """Return the rows [K, F] of ascending ids; each row is read once."""
+        if len(id_K) <= _ROWS_AT_ONCE:
+            return self._take_few(id_K)
+        # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
         row_N, place_K = np.unique(id_K, return_inverse=True)
-        layout = self.store.layout
-        partition_N = row_N // layout.partition_rows
-        groups = np.split(row_N, np.flatnonzero(np.diff(partition_N)) + 1)
-        parts = [
-            (self.store.file(partition, checkpoint), group - partition * layout.partition_rows)
-            for checkpoint in self.checkpoints
-            for group in groups
-            for partition in (int(group[0]) // layout.partition_rows,)
-        ]
-        row_CND = take_rows(parts, unit=self.cosine).reshape(len(self.checkpoints), len(row_N), layout.dim)
-        return row_CND.transpose(1, 0, 2)[place_K].reshape(len(id_K), self.dim)
+        row_NF = np.empty((len(row_N), self.dim), dtype=np.float32)
+        for start in range(0, len(row_N), _ROWS_AT_ONCE):
+            row_NF[start : start + _ROWS_AT_ONCE] = self._take_few(row_N[start : start + _ROWS_AT_ONCE])
+        return row_NF if np.array_equal(row_N, id_K) else row_NF[place_K]
+
+    def _take_few(self, id_K: Int64) -> Float32:
+        if not len(id_K):
+            return np.empty((0, self.dim), dtype=np.float32)
+        partition_K, position_K = (part.tolist() for part in np.divmod(id_K, self.store.layout.partition_rows))
+        keys = [(partition, checkpoint) for partition in set(partition_K) for checkpoint in self.checkpoints]
+        opened, n_parts = self.store.files(keys), len(self.checkpoints)
+        files = {keys[start][0]: opened[start : start + n_parts] for start in range(0, len(keys), n_parts)}
+        return take_rows([files[partition] for partition in partition_K], position_K, unit=self.cosine)
 
     def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
         """Yield each checkpoint's file of a partition and its columns of the rows."""
