@@ -1,7 +1,8 @@
 """Inner products of queries with rows in their stored format, in float32, without a decoded copy of the rows.
 
-float16 rows are converted to float32 in a buffer that stays in the cache. Their exponents, or norms, multiply the
-inner products instead of the rows, so a scan for few queries reads the stored rows once and writes only scores.
+float16 rows are converted to float32 in registers, for one or two queries, or else in a buffer that stays in the
+cache. Their exponents, or norms, multiply the inner products instead of the rows, so a scan for few queries reads the
+stored rows once and writes only scores.
 
 Shapes: Q queries, B rows of a block, F feature dimension, D columns of a part.
 """
@@ -10,23 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tracin_ann.search.half_scanner import HalfScanner, share_memory
 from tracin_ann.types import StoredPart
 
 _BUFFER_NUMBERS = 1 << 21
 """float32 numbers of the buffer of converted rows: 8 MiB."""
 _QUERIES_AT_ONCE = 128
+_SCANNED_QUERIES = 2
+"""Up to this number, `HalfScanner` is faster than a conversion and a matrix product."""
 _FEW_QUERIES = 8
 """Up to this number, a product of rows and queries is faster than one of queries and rows."""
 _SAFE_EXPONENT = 64
-_EXPONENT_LIMITS = (-126, 127)
-_EXPONENT_BIAS, _FRACTION_BITS = 127, 23
+_EXPONENT_BIAS, _LARGEST_BIASED, _FRACTION_BITS = 127, 254, 23
 _ONE = torch.ones(1)
 
 
@@ -52,26 +55,24 @@ class StoredScorer:
 
     def _add_part(self, part: StoredPart, queries: _PartQueries, out_QB: Tensor, *, is_first: bool) -> None:
         """Add the inner products with one part to `out_QB`, or write them there for the first part."""
+        power_Q1 = queries.power_Q1
+        if len(queries.query_QD) <= _SCANNED_QUERIES and part.stored_BD.dtype == np.float16 and not part.unit:
+            product_QB = np.stack([scanner.multiply(part.stored_BD) for scanner in queries.scanners])
+            factors = _compute_powers(part.exponent_B)
+            _accumulate(torch.from_numpy(product_QB), power_Q1, factors, out_QB, is_first=is_first)
+            return
         n_rows, dim = part.stored_BD.shape
-        stored_BD = view_as_tensor(part.stored_BD)
+        stored_BD = torch.from_numpy(share_memory(part.stored_BD))
         step = max(1, _BUFFER_NUMBERS // dim)
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
-            rows_BD, exponent_B = self._convert(stored_BD[rows]), part.exponent_B[rows]
-            factors = _invert_norms(rows_BD) if part.unit else _compute_powers(exponent_B)
+            rows_BD = self._convert(stored_BD[rows])
+            factors = _invert_norms(rows_BD) if part.unit else _compute_powers(part.exponent_B[rows])
             for first in range(0, len(queries.query_QD), _QUERIES_AT_ONCE):
                 some = slice(first, first + _QUERIES_AT_ONCE)
-                product_QB = self._multiply(queries.query_QD[some], rows_BD)
-                *others, factor_B = factors
-                if queries.power_Q1 is not None:
-                    product_QB = product_QB.double().mul_(queries.power_Q1[some])
-                    others, factor_B = factors, _ONE
-                for other_B in others:
-                    product_QB *= other_B
-                if is_first:
-                    torch.mul(product_QB.float(), factor_B, out=out_QB[some, rows])
-                else:
-                    out_QB[some, rows].addcmul_(product_QB.float(), factor_B)
+                some_QB = self._multiply(queries.query_QD[some], rows_BD)
+                some_power_Q1 = None if power_Q1 is None else power_Q1[some]
+                _accumulate(some_QB, some_power_Q1, factors, out_QB[some, rows], is_first=is_first)
 
     def _convert(self, stored_BD: Tensor) -> Tensor:
         """Return the rows as float32: in the buffer, or without a copy if they are stored as float32."""
@@ -99,6 +100,27 @@ class _PartQueries:
     query_QD: Tensor
     power_Q1: Tensor | None
 
+    @cached_property
+    def scanners(self) -> list[HalfScanner]:
+        """Return a scanner for each query."""
+        return [HalfScanner(query_D) for query_D in self.query_QD.numpy()]
+
+
+def _accumulate(
+    product_QB: Tensor, power_Q1: Tensor | None, factors: Sequence[Tensor], out_QB: Tensor, *, is_first: bool
+) -> None:
+    """Multiply the products by all factors, and add them to `out_QB`, or write them there if they are the first."""
+    *others, factor_B = factors
+    if power_Q1 is not None:
+        product_QB = product_QB.double().mul_(power_Q1)
+        others, factor_B = list(factors), _ONE
+    for other_B in others:
+        product_QB *= other_B
+    if is_first:
+        torch.mul(product_QB.float(), factor_B, out=out_QB)
+    else:
+        out_QB.addcmul_(product_QB.float(), factor_B)
+
 
 def _scale(query_QD: Tensor) -> _PartQueries:
     """Return the columns, scaled by powers of two to norms below 1 if the norm of one is extreme.
@@ -115,23 +137,6 @@ def _scale(query_QD: Tensor) -> _PartQueries:
     return _PartQueries(torch.from_numpy(scaled_QD), torch.from_numpy(np.ldexp(1.0, exponent_Q1)))
 
 
-class _SharedMemory:
-    """The memory of an array, for NumPy's array interface without the flag that marks it as read-only."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self.array = array
-        interface = array.__array_interface__
-        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
-
-
-def view_as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor that shares the array's memory, which must not be written to if the array is read-only.
-
-    `torch.from_numpy` warns of read-only arrays, because torch has no read-only tensors.
-    """
-    return torch.from_numpy(array if array.flags.writeable else np.asarray(_SharedMemory(array)))
-
-
 def _invert_norms(rows_BD: Tensor) -> list[Tensor]:
     """Return the factor that divides an inner product by the norm of its row; 0 for a zero row."""
     norm_B = torch.linalg.vector_norm(rows_BD, dim=1)
@@ -140,9 +145,15 @@ def _invert_norms(rows_BD: Tensor) -> list[Tensor]:
 
 def _compute_powers(exponent_B: npt.NDArray[np.int16]) -> list[Tensor]:
     """Return the powers of two of these exponents: two factors if a power is not a normal float32."""
-    wide_B = exponent_B.astype(np.int32)
-    first_B = wide_B.clip(*_EXPONENT_LIMITS)
-    factors = [first_B]
-    if (first_B != wide_B).any():
-        factors.append((wide_B - first_B).clip(*_EXPONENT_LIMITS))
-    return [torch.from_numpy(((part + _EXPONENT_BIAS) << _FRACTION_BITS).view(np.float32)) for part in factors]
+    biased_B = exponent_B.astype(np.int32)
+    biased_B += _EXPONENT_BIAS
+    # As unsigned numbers, negative ones are large: one pass checks both limits.
+    if not len(biased_B) or (biased_B - 1).view(np.uint32).max() < _LARGEST_BIASED:
+        return [_as_powers(biased_B)]
+    first_B = biased_B.clip(1, _LARGEST_BIASED)
+    return [_as_powers(first_B), _as_powers((biased_B - first_B + _EXPONENT_BIAS).clip(1, _LARGEST_BIASED))]
+
+
+def _as_powers(biased_B: npt.NDArray[np.int32]) -> Tensor:
+    """Return float32 numbers with these biased exponents, which must be those of normal numbers."""
+    return torch.from_numpy((biased_B << _FRACTION_BITS).view(np.float32))
