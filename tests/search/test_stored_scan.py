@@ -85,7 +85,7 @@ def random_parts(n: int, seed: int, *, unit: bool = False, low: int = -20, high:
     return parts
 
 
-@pytest.mark.parametrize("n_queries", [1, 3, 8, 9, 150])
+@pytest.mark.parametrize("n_queries", [1, 2, 3, 8, 9, 150])
 @pytest.mark.parametrize("unit", [False, True])
 def test_scores_equal_the_float64_oracle(n_queries: int, unit: bool) -> None:
     source = StoredSource(random_parts(100, 1, unit=unit), ids=5_000_000_000 + 7 * np.arange(100))

@@ -393,31 +393,25 @@ class IVFIndex:
         norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
         quiet_Q = norm_Q * self._caption.quiet_norm
         has_quiet = self._caption.quiet_rows > 0
-        incomplete = {
-            sign: [
+        together: dict[tuple[int, ...], list[_Direction]] = {}
+        for direction in directions:
+            incomplete = [
                 at
-                for at, scores in enumerate(top.scores)
+                for at, scores in enumerate(found[direction.sign].scores)
                 if len(scores) < n_results or norm_Q[at] == 0 or (has_quiet and scores[-1] <= quiet_Q[at])
             ]
-            for sign, top in found.items()
-        }
-        affected = sorted({at for places in incomplete.values() for at in places})
-        if not affected:
-            return found
-        again = [d for d in directions if incomplete[d.sign]]
-        exact = self._scan(queries_QF[affected], k, again, allowed)
-        return {
-            sign: _replace(top, incomplete[sign], affected, exact[sign]) if incomplete[sign] else top
-            for sign, top in found.items()
-        }
+            if incomplete:
+                together.setdefault(tuple(incomplete), []).append(direction)
+        for places, some in together.items():
+            exact = self._scan(queries_QF[list(places)], k, some, allowed)
+            found = found | {sign: _replace(found[sign], places, top) for sign, top in exact.items()}
+        return found
 
 
-def _replace(top: TopK, places: list[int], affected: list[int], exact: TopK) -> TopK:
-    """Return the results with those at some places from a scan of the affected queries; rows_scored are added."""
+def _replace(top: TopK, places: Sequence[int], exact: TopK) -> TopK:
+    """Return the results with those at some places from a scan of these queries; rows_scored are added."""
     ids, scores, counts = list(top.ids), list(top.scores), top.rows_scored.copy()
-    place = {at: own for own, at in enumerate(affected)}
-    for at in places:
-        own = place[at]
+    for own, at in enumerate(places):
         ids[at], scores[at] = exact.ids[own], exact.scores[own]
         counts[at] += exact.rows_scored[own]
     return TopK(tuple(ids), tuple(scores), counts)
