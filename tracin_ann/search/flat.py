@@ -30,8 +30,10 @@ Block = tuple[Int64, Callable[[Tensor], None]]
 
 _SCORES_AT_ONCE = 2**24
 """Entries of the Q × S scores that are in memory at a time: 64 MiB."""
-_TAKEN_SHARE = 1 / 16
-"""Of a source of stored rows, fewer than this share are read by id; for more, all rows are scanned."""
+_TAKEN_SHARES = (1 / 16, 1 / 2)
+"""A smaller share of a source of stored rows is read by id; otherwise all rows are scanned. The second share is that of
+`_MANY_QUERIES`: most of the time of their scan are matrix products, which reading by id avoids."""
+_MANY_QUERIES = 64
 _RESIDENT_SHARE = 0.5
 """Rows stay in an accelerator's memory if they need at most this share of its free memory."""
 
@@ -106,7 +108,7 @@ class FlatIndex:
                 chunks.append(side)
         return [self._collect(side, k) for side in found]
 
-    def _iter_scores(self, queries_QF: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iter_scores(self, queries_QF: Tensor) -> Iterator[tuple[Int64, Tensor]]:
         """Yield (ids [S], scores [Q, S]) by increasing id; the next scores overwrite the memory of the last."""
         width = max(self._block_rows, _SCORES_AT_ONCE // len(queries_QF))
         scores = torch.empty((len(queries_QF), min(width, len(self))), device=self._device)
@@ -114,18 +116,19 @@ class FlatIndex:
         filled = 0
         for ids_B, write_scores in self._iter_blocks(queries_QF):
             if filled + len(ids_B) > scores.shape[1]:
-                yield as_tensor(np.concatenate(ids)).to(self._device), scores[:, :filled]
+                yield np.concatenate(ids), scores[:, :filled]
                 ids, filled = [], 0
             write_scores(scores[:, filled : filled + len(ids_B)])
             ids.append(ids_B)
             filled += len(ids_B)
         if filled:
-            yield as_tensor(np.concatenate(ids)).to(self._device), scores[:, :filled]
+            yield np.concatenate(ids), scores[:, :filled]
 
     def _iter_blocks(self, queries_QF: Tensor) -> Iterator[Block]:
         """Yield all blocks by increasing id."""
         source, ids = _find_stored_rows(self._source)
-        few = ids is not None and source is not None and len(ids) < _TAKEN_SHARE * len(source)
+        share = _TAKEN_SHARES[len(queries_QF) >= _MANY_QUERIES]
+        few = ids is not None and source is not None and len(ids) < share * len(source)
         if source is None or few or self._device.type != "cpu":
             for ids_B, rows_BF in self._blocks():
                 yield ids_B, partial(_multiply, queries_QF, rows_BF)
@@ -234,13 +237,14 @@ class _RunningBest:
         self.ids_QK = torch.zeros((n_queries, 0), dtype=torch.int64, device=device)
         self.scores_QK = torch.zeros((n_queries, 0), dtype=torch.float32, device=device)
 
-    def add(self, ids_S: Tensor, scores_QS: Tensor) -> None:
+    def add(self, ids_S: Int64, scores_QS: Tensor) -> None:
         """Merge the scores of rows with higher ids; at equal scores earlier positions win, which have lower ids."""
-        where = best_positions(scores_QS, self._k)
-        ids = torch.cat([self.ids_QK, ids_S[where]], dim=1)
-        scores = torch.cat([self.scores_QK, scores_QS.gather(1, where)], dim=1)
-        where = best_positions(scores, self._k)
-        self.ids_QK, self.scores_QK = ids.gather(1, where), scores.gather(1, where)
+        where_QK = best_positions(scores_QS, self._k)
+        ids_QK = torch.from_numpy(ids_S[where_QK.cpu().numpy()]).to(self.ids_QK.device)
+        ids = torch.cat([self.ids_QK, ids_QK], dim=1)
+        scores = torch.cat([self.scores_QK, scores_QS.gather(1, where_QK)], dim=1)
+        where_QK = best_positions(scores, self._k)
+        self.ids_QK, self.scores_QK = ids.gather(1, where_QK), scores.gather(1, where_QK)
 
 
 def as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
