@@ -1,6 +1,6 @@
 """Inner products of queries with rows in their stored format, in float32, without a decoded copy of the rows.
 
-float16 rows are converted to float32 in registers, for one or two queries, or else in a buffer that stays in the
+float16 rows are converted to float32 in registers, for up to four queries, or else in a buffer that stays in the
 cache. Their exponents, or norms, multiply the inner products instead of the rows, so a scan for few queries reads the
 stored rows once and writes only scores.
 
@@ -24,7 +24,7 @@ from tracin_ann.types import StoredPart
 _BUFFER_NUMBERS = 1 << 21
 """float32 numbers of the buffer of converted rows: 8 MiB."""
 _QUERIES_AT_ONCE = 128
-_SCANNED_QUERIES = 2
+_SCANNED_QUERIES = 4
 """Up to this number, `HalfScanner` is faster than a conversion and a matrix product."""
 _FEW_QUERIES = 8
 """Up to this number, a product of rows and queries is faster than one of queries and rows."""
