@@ -297,6 +297,24 @@ def rivals() -> str:
     return compose(scope, *tables, format_environment(content))
 
 
+def scan() -> str:
+    """Return the time of a scan of stored rows, of decoded rows, and of reading the rows."""
+    content = read_results("scan")
+    settings = content["settings"]
+    n_bytes = settings["rows"] * settings["checkpoints"] * settings["dim"] * 2
+    head = ("queries", "read", "scan of stored rows", "scan of decoded blocks", "scan/read")
+    rows = []
+    for row in content["results"]:
+        seconds = [row[f"{name}_seconds"] for name in ("read", "stored", "decoded")]
+        rows.append((str(row["queries"]), *(f"{1000 * s:,.0f} ms" for s in seconds), f"{seconds[1] / seconds[0]:.1f}"))
+    scope = (
+        f"kernel alone: {settings['rows']:,} rows of {settings['checkpoints']} × {settings['dim']} float16 numbers "
+        f"({n_bytes / 1e6:,.0f} MB) in the page cache, verified before. Both directions, k = 10; medians of "
+        "interleaved rounds."
+    )
+    return compose(scope, format_table(head, *rows), format_environment(content))
+
+
 def language() -> str:
     """Return recall and speed over windows of text, with other indexes at the largest size."""
     content = read_results("retrieval_language")
@@ -587,7 +605,7 @@ def _format_memory(megabytes: float | str) -> str:
 _TABLES = (
     *(features, budget, memory, precision, attribution, proofs),
     *(recall, fidelity),
-    *(retrieval, rivals, language, growth, calibration, cold_start, end_to_end),
+    *(retrieval, scan, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),
     *(digits, mislabelled),
     peers,

@@ -262,6 +262,17 @@ class FeatureFile:
         self._check_blocks(start, stop)
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
 
+    def read_stored(self, start: int, stop: int) -> tuple[Stored, Int16]:
+        """Return rows start..stop-1 as they are stored [stop - start, D], memory-mapped, and their exponents.
+
+        Raises:
+            DamagedIndexError: a row is altered.
+        """
+        if not 0 <= start <= stop <= self.header.n_rows:
+            raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
+        self._check_blocks(start, stop)
+        return self.stored_ND[start:stop], self.exponent_N[start:stop]
+
     def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
         if out_ND is None:
             out_ND = np.empty(stored_ND.shape, dtype=np.float32)

@@ -30,7 +30,7 @@ from tracin_ann.store.feature_file import (
     take_rows,
     write_feature_file,
 )
-from tracin_ann.types import Float32, Float64, Int64
+from tracin_ann.types import Float32, Float64, Int64, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
 # Each open map uses a file descriptor and 23 bytes of memory per row.
@@ -287,6 +287,28 @@ class FeatureView:
                 for file, out_ND in self._iter_parts(partition, row_NF):
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
+
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart]]]:
+        """Yield (ids [n], one part for each checkpoint), n ≤ block_rows; no block spans two partitions.
+
+        Raises:
+            DamagedIndexError: a row is altered.
+        """
+        if block_rows < 1:
+            raise ValueError(f"block_rows is {block_rows}")
+        for partition, (first, last) in enumerate(self.store.partitions()):
+            files = [self.store.file(partition, checkpoint) for checkpoint in self.checkpoints]
+            for at in range(first, last, block_rows):
+                stop = min(at + block_rows, last)
+                parts = [self._stored_part(file, at - first, stop - first) for file in files]
+                yield np.arange(at, stop, dtype=np.int64), parts
+
+    def _stored_part(self, file: FeatureFile, start: int, stop: int) -> StoredPart:
+        """Return rows start..stop-1 of a file."""
+        if self.cosine and file.header.dtype == "float32":
+            # Squares of stored float32 numbers can overflow or underflow; `read` scales them first.
+            return StoredPart(file.read(start, stop, unit=True), np.zeros(stop - start, np.int16))
+        return StoredPart(*file.read_stored(start, stop), unit=self.cosine)
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return float32 rows [K, F] in the order of `ids`.
