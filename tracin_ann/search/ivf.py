@@ -73,6 +73,11 @@ class _Parts:
     reduction: Reduction
     outliers: Int64
 
+    @cached_property
+    def unit_group_GR(self) -> Float32:
+        """Return the centers of the groups, scaled to norm 1."""
+        return _normalize(self.tree.group_GR)
+
 
 @dataclass(frozen=True)
 class _Direction:
