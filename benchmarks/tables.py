@@ -383,6 +383,26 @@ def calibration() -> str:
     return compose(scope, format_table(*rows), note, format_environment(content))
 
 
+def cold_start() -> str:
+    """Return the time of commands as new processes, and of the stages of a query."""
+    content = read_results("cold_start")
+    results, settings = content["results"], content["settings"]
+    medians = results["seconds"]
+    base = next(iter(medians.values()))
+    commands: list[Row] = [("command", "median, s", "fastest, s", "median/first row")]
+    for name, seconds in medians.items():
+        times = (f"{seconds:.2f}", f"{results['fastest'][name]:.2f}", f"{seconds / base:.2f}")
+        commands.append((f"`{name}`", *times))
+    stages: list[Row] = [("stage of `query.py DIR --ids 0`", "median, s")]
+    stages += [(name, f"{seconds:.3f}") for name, seconds in results["stages"].items()]
+    scope = (
+        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. DIR and "
+        "OTHER are indexes of 1,000 rows, 2 checkpoints and D = 64. The model of DIR has two linear layers; that of "
+        "OTHER has one parameter that no layer rule covers, which needs vmap(grad)."
+    )
+    return compose(scope, format_table(*commands), format_table(*stages), format_environment(content))
+
+
 def end_to_end() -> str:
     """Return recall of true TracInCP after exact re-scoring over all MNIST rows, and its cost."""
     content = read_results("end_to_end")
@@ -585,7 +605,7 @@ def _format_memory(megabytes: float | str) -> str:
 _TABLES = (
     *(features, budget, memory, precision, attribution, proofs),
     *(recall, fidelity),
-    *(retrieval, scan, rivals, language, growth, calibration, end_to_end),
+    *(retrieval, scan, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),
     *(digits, mislabelled),
     peers,

@@ -433,11 +433,11 @@ def test_calibrated_settings_reach_their_recall_on_other_queries(
 
 def test_queries_of_another_distribution_are_detected(calibration: Calibration, index: IVFIndex) -> None:
     distribution = calibration.looks
-    assert not distribution.is_shifted(index, normal(100, 22))
-    assert distribution.find_outliers(index, normal(100, 23)).mean() <= 0.02
-    assert distribution.is_shifted(index, normal(100, 24) * 30)
-    assert distribution.find_outliers(index, normal(10, 25) * 1e4).all()
-    assert not distribution.is_shifted(index, normal(19, 26) * 30)
+    assert not distribution.compare(index, normal(100, 22)).is_shifted
+    assert distribution.compare(index, normal(100, 23)).outlier_Q.mean() <= 0.02
+    assert distribution.compare(index, normal(100, 24) * 30).is_shifted
+    assert distribution.compare(index, normal(10, 25) * 1e4).outlier_Q.all()
+    assert not distribution.compare(index, normal(19, 26) * 30).is_shifted
 
 
 def test_a_calibration_is_read_back_from_json_unchanged(calibration: Calibration) -> None:

@@ -22,7 +22,7 @@ from paths import ROOT, SUPPORT
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
 from tracin_ann.files import file_digest
 from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord
-from tracin_ann.store.feature_file import FileHeader, write_feature_file
+from tracin_ann.store.feature_file import FileHeader, take_grouped_rows, write_feature_file
 from tracin_ann.store.feature_file import take_rows as take_rows_of_files
 
 
@@ -203,7 +203,11 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
 
 
 def take_rows(file: FeatureFile, positions: npt.NDArray[np.int64], **options: bool) -> npt.NDArray[np.float32]:
-    return take_rows_of_files([[file]] * len(positions), positions.tolist(), **options)
+    """Return the rows by both functions, which must agree."""
+    row_KD = np.empty((len(positions), file.header.dim), dtype=np.float32)
+    take_grouped_rows([(file, positions[:1]), (file, positions[1:])], row_KD, **options)
+    assert np.array_equal(row_KD, take_rows_of_files([[file]] * len(positions), positions.tolist(), **options))
+    return row_KD
 
 
 def _flip(path: Path, content: bytes, position: int) -> None:

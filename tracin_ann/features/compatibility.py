@@ -20,7 +20,9 @@ from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, pr
 from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
-from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
+from tracin_ann.features.loaded_model import LoadedModel
+from tracin_ann.features.runner import TaskRunner
+from tracin_ann.features.task_data import RunOptions
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import CheckpointSpec, FeatureSpec, Manifest, generation_folder
 from tracin_ann.task import FileIdentity, Task, checkpoint_digest, identify_checkpoint, load_named_task, load_task

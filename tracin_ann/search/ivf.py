@@ -251,8 +251,9 @@ class IVFIndex:
     def nearness(self, queries_QF: Float32) -> Float64:
         """Return the largest |cosine| of each query with the center of a group, [Q]; 0 for a zero query."""
         reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
-        group_GR = _normalize(self.tree.group_GR)
-        nearness_Q: Float64 = np.abs(reduced_QR @ group_GR.T).max(axis=1, initial=0.0).astype(np.float64)
+        nearness_Q: Float64 = (
+            np.abs(reduced_QR @ self._parts.unit_group_GR.T).max(axis=1, initial=0.0).astype(np.float64)
+        )
         return nearness_Q
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:

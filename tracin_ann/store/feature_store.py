@@ -26,6 +26,7 @@ from tracin_ann.store.feature_file import (
     FeatureFile,
     FileHeader,
     FileRecord,
+    take_grouped_rows,
     take_rows,
     write_feature_file,
 )
@@ -36,7 +37,9 @@ Number = TypeVar("Number", np.float32, np.float64)
 _OPEN_FILES = 2048
 _DESCRIPTOR_SHARE = 0.5
 """Largest share of the process's file descriptors, of which 1,024 are a common limit."""
-_ROWS_AT_ONCE = 1024
+_FEW_ROWS = 512
+"""Up to this many rows, `take` copies each row by itself; more are grouped by file."""
+_ROWS_AT_ONCE = 4096
 """Rows that `take` decodes together."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
 
@@ -119,7 +122,8 @@ class FeatureStore:
         self.layout = layout
         self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
         self._lock = Lock()
-        self._most_files = int(_DESCRIPTOR_SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = _OPEN_FILES if limit == resource.RLIM_INFINITY else int(_DESCRIPTOR_SHARE * limit)
 
     def path(self, partition: int, checkpoint: int) -> Path:
         """Return the path of a file, which need not exist."""
@@ -316,13 +320,13 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
-        if len(id_K) <= _ROWS_AT_ONCE:
+        if len(id_K) <= _FEW_ROWS:
             return self._take_few(id_K)
         # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
         row_N, place_K = np.unique(id_K, return_inverse=True)
         row_NF = np.empty((len(row_N), self.dim), dtype=np.float32)
         for start in range(0, len(row_N), _ROWS_AT_ONCE):
-            row_NF[start : start + _ROWS_AT_ONCE] = self._take_few(row_N[start : start + _ROWS_AT_ONCE])
+            self._take_many(row_N[start : start + _ROWS_AT_ONCE], row_NF[start : start + _ROWS_AT_ONCE])
         return row_NF if np.array_equal(row_N, id_K) else row_NF[place_K]
 
     def _take_few(self, id_K: Int64) -> Float32:
@@ -333,6 +337,17 @@ class FeatureView:
         opened, n_parts = self.store.files(keys), len(self.checkpoints)
         files = {keys[start][0]: opened[start : start + n_parts] for start in range(0, len(keys), n_parts)}
         return take_rows([files[partition] for partition in partition_K], position_K, unit=self.cosine)
+
+    def _take_many(self, row_N: Int64, out_NF: Float32) -> None:
+        """Write the rows with these ids, ascending, into `out_NF`."""
+        partition_N, position_N = np.divmod(row_N, self.store.layout.partition_rows)
+        starts = np.flatnonzero(np.diff(partition_N, prepend=-1))
+        positions = np.split(position_N, starts[1:])
+        dim = self.store.layout.dim
+        for i, checkpoint in enumerate(self.checkpoints):
+            files = self.store.files([(partition, checkpoint) for partition in partition_N[starts].tolist()])
+            groups = list(zip(files, positions, strict=True))
+            take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
 
     def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
         """Yield each checkpoint's file of a partition and its columns of the rows."""
