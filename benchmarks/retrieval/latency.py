@@ -35,7 +35,7 @@ COUNTS = (1, 10, 100, 1000)
 TAKES = (40, 200)
 _SEARCHES = ("lists", "scan")
 _EXACT_COUNTS = (1, 100)
-_LEAST_ROUNDS = 4
+_LEAST_ROUNDS = 2
 """Rounds of a call that exceeds its share of the time; the first round is not counted."""
 _MEMORY_BYTES = 1 << 30
 Result = TypeVar("Result")
@@ -109,6 +109,7 @@ def measure_batch(parts: stages.Stages, ids: QueryIds, count: int, options: argp
     times = clock.summarise()
     result = {"queries": count, "how": how, "found_by": stages.read_search(how), "scored": float(np.mean(scored))}
     result |= {"estimates": stages.read_estimates(how), "times": times}
+    print(f"{count} queries:", {name: round(1e3 * figures["median"], 2) for name, figures in times.items()}, flush=True)
     return result | {"derived": {search: derive(times, search) for search in searches}}
 
 
@@ -217,6 +218,7 @@ def build_index(model: str, rows: int, folder: Path) -> tuple[Path, float | None
 def measure_case(model: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one index."""
     directory, build_s = build_index(model, rows, Path(options.folder))
+    print(f"{model}:{rows}:", "index reused" if build_s is None else f"built in {build_s:.0f} s", flush=True)
     ids = QueryIds(np.random.default_rng(4).permutation(latency_tasks.QUERY_ROWS))
     clock = Clock(np.inf)
     index = clock.time("open", lambda: InfluenceIndex.open(directory))
