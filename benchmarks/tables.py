@@ -449,6 +449,24 @@ def rivals() -> str:
     return compose(scope, *tables, format_environment(content))
 
 
+def scan() -> str:
+    """Return the time of a scan of stored rows, of decoded rows, and of reading the rows."""
+    content = read_results("scan")
+    settings = content["settings"]
+    n_bytes = settings["rows"] * settings["checkpoints"] * settings["dim"] * 2
+    head = ("queries", "read", "scan of stored rows", "scan of decoded blocks", "scan/read")
+    rows = []
+    for row in content["results"]:
+        seconds = [row[f"{name}_seconds"] for name in ("read", "stored", "decoded")]
+        rows.append((str(row["queries"]), *(f"{1000 * s:,.0f} ms" for s in seconds), f"{seconds[1] / seconds[0]:.1f}"))
+    scope = (
+        f"kernel alone: {settings['rows']:,} rows of {settings['checkpoints']} × {settings['dim']} float16 numbers "
+        f"({n_bytes / 1e6:,.0f} MB) in the page cache, verified before. Both directions, k = 10; medians of "
+        "interleaved rounds."
+    )
+    return compose(scope, format_table(head, *rows), format_environment(content))
+
+
 def language() -> str:
     """Return recall and speed over windows of text, with other indexes at the largest size."""
     content = read_results("retrieval_language")
@@ -515,6 +533,26 @@ def calibration() -> str:
     note = f"Shifted sets that were flagged: {flagged}. Unshifted sets that were flagged: {summary['falsely_flagged']}."
     scope = f"search kernel alone, {content['settings']['rows']:,} rows per case, calibrated on 400 queries."
     return compose(scope, format_table(*rows), note, format_environment(content))
+
+
+def cold_start() -> str:
+    """Return the time of commands as new processes, and of the stages of a query."""
+    content = read_results("cold_start")
+    results, settings = content["results"], content["settings"]
+    medians = results["seconds"]
+    base = next(iter(medians.values()))
+    commands: list[Row] = [("command", "median, s", "fastest, s", "median/first row")]
+    for name, seconds in medians.items():
+        times = (f"{seconds:.2f}", f"{results['fastest'][name]:.2f}", f"{seconds / base:.2f}")
+        commands.append((f"`{name}`", *times))
+    stages: list[Row] = [("stage of `query.py DIR --ids 0`", "median, s")]
+    stages += [(name, f"{seconds:.3f}") for name, seconds in results["stages"].items()]
+    scope = (
+        f"each command as a new process; {settings['rounds']} rounds, each with one run of every command. DIR and "
+        "OTHER are indexes of 1,000 rows, 2 checkpoints and D = 64. The model of DIR has two linear layers; that of "
+        "OTHER has one parameter that no layer rule covers, which needs vmap(grad)."
+    )
+    return compose(scope, format_table(*commands), format_table(*stages), format_environment(content))
 
 
 def end_to_end() -> str:
@@ -720,7 +758,7 @@ _TABLES = (
     *(features, budget, memory, precision, attribution, proofs),
     *(recall, fidelity),
     *(latency, partitions),
-    *(retrieval, rivals, language, growth, calibration, end_to_end),
+    *(retrieval, scan, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),
     *(digits, mislabelled),
     peers,

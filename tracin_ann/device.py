@@ -1,15 +1,14 @@
 """Compute devices: choice of the torch device, free memory, device-specific settings, and the installed FAISS.
 
 No other module names an accelerator's API. A device is resolved once, in the command or function that a user calls
-(`resolve_device`), and passed down as `torch.device`. torch is imported inside functions, so that `--help`, which lists
-the names of devices, does not wait for it.
+(`resolve_device`), and passed down as `torch.device`. torch and importlib.metadata are imported inside functions, so
+that `--help`, which lists the names of devices, does not wait for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -191,6 +190,8 @@ def _use_one_thread_after_fork(faiss: ModuleType) -> None:
 
 
 def _is_installed(package: str) -> bool:
+    import importlib.metadata
+
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,10 @@ logger = logging.getLogger(__name__)
 class InfluenceIndex:
     """A finished index, opened by `InfluenceIndex.open`; it reads one generation until it is closed."""
 
-    def __init__(self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: RunOptions) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, task: IndexTask) -> None:
         self.directory, self.manifest = directory, manifest
         self._folder = generation_folder(directory, manifest.generation)
-        self._task, self._options = IndexTask(directory, manifest, find_task, options), options
+        self._task, self._options = task, task.options
         self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
         self._lease: Lease | None = None
 
@@ -73,6 +73,7 @@ class InfluenceIndex:
         arguments: Mapping[str, str] | None = None,
         device: str = "auto",
         batch_size: int = 64,
+        memory_bytes: int | None = None,
     ) -> InfluenceIndex:
         """Open a finished index.
 
@@ -83,6 +84,8 @@ class InfluenceIndex:
             arguments: for a task that is a function; None: those that the build recorded.
             device: `auto` or a device's name, see `resolve_device`.
             batch_size: examples per forward pass.
+            memory_bytes: the largest number of bytes of weights that remain in memory between queries; None: a quarter
+                of the device's free memory.
 
         Raises:
             DamagedIndexError: a file is missing or altered, or the directory holds no finished index.
@@ -97,7 +100,8 @@ class InfluenceIndex:
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
             channels_last=manifest.build.channels_last,
         )
-        index = cls(path, manifest, lambda: load_index_task(task, arguments, manifest, path), options)
+        find_task = partial(load_index_task, task, arguments, manifest, path)
+        index = cls(path, manifest, IndexTask(path, manifest, find_task, options, memory_bytes))
         # Until the index is closed, its lease prevents writers from removing the files of this generation.
         index._lease = lease
         index._store.check(manifest.features)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,40 @@ class RowSource(Protocol):
 
         Raises:
             KeyError: the source has no row with one of the ids.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPart:
+    """Consecutive columns of consecutive rows in their stored format.
+
+    Attributes:
+        stored_BD: float16 or float32 numbers; may be read-only memory.
+        exponent_B: the rows are `stored_BD` × 2^`exponent_B`.
+        unit: if true, the rows are these divided by their norms; a zero row remains zero. Only for float16 numbers
+            that are scaled so that no square overflows or underflows float32.
+    """
+
+    stored_BD: npt.NDArray[np.float16] | npt.NDArray[np.float32]
+    exponent_B: npt.NDArray[np.int16]
+    unit: bool = False
+
+
+@runtime_checkable
+class StoredRows(Protocol):
+    """A `RowSource` that also gives its rows in their stored format, for a scan that does not decode them first."""
+
+    @property
+    def dim(self) -> int:
+        """Return F, the length of a row."""
+
+    def __len__(self) -> int:
+        """Return N, the number of rows."""
+
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, Sequence[StoredPart]]]:
+        """Yield all rows in blocks (ids [n], parts), n ≤ block_rows, by ascending id.
+
+        The columns of the parts, one part after the other, are the columns of the rows.
         """
 
 

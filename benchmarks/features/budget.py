@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import models
 from benchmarks.common.plain_step import time_plain_step
 from benchmarks.common.results import report_results
+from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.features.autotune import TuningOptions, tune
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, RowBuffer
-from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
 

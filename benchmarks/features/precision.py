@@ -15,8 +15,8 @@ from benchmarks.common.brute_force import compute_recalls, find_top
 from benchmarks.common.results import report_results
 from benchmarks.common.trained_models import SUBJECTS
 from tracin_ann import Task
+from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.scoring.exact import exact_scores
 from tracin_ann.sketch import make_sketch
 

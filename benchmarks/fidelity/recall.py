@@ -39,8 +39,8 @@ from benchmarks.fidelity.sketches import (
     TensorSketch,
 )
 from tracin_ann import Task
+from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.gradients.factors import Dense
 from tracin_ann.sketch import ParameterKey, make_sketch
 

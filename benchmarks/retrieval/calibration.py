@@ -53,9 +53,9 @@ def run_case(rows: Subset, queries: np.ndarray, seed: int, target: float) -> dic
         reached = calibration.fastest_point(side, target) is not None
         found[side] = {"lower": point.lower, "fresh": recall, "broken": recall < point.lower, "reached": reached}
     distribution = calibration.looks
-    found["flagged"] = {name: bool(distribution.is_shifted(index, q)) for name, q in make_shifts(new, random)}
-    found["falsely_flagged"] = bool(distribution.is_shifted(index, new[:100]))
-    found["strange_share"] = float(distribution.find_outliers(index, new).mean())
+    found["flagged"] = {name: bool(distribution.compare(index, q).is_shifted) for name, q in make_shifts(new, random)}
+    found["falsely_flagged"] = bool(distribution.compare(index, new[:100]).is_shifted)
+    found["strange_share"] = float(distribution.compare(index, new).outlier_Q.mean())
     return found
 
 

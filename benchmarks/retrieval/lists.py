@@ -12,7 +12,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,7 @@ from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
 from tracin_ann.search.settings import Setting
 from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.store.manifest import FEATURES, Manifest
-from tracin_ann.types import Float32, Int64
+from tracin_ann.types import Float32, Int64, StoredPart
 
 RESULT = "retrieval"
 CPU = torch.device("cpu")
@@ -58,6 +58,16 @@ class First:
             if ids[0] >= self.rows:
                 return
             yield ids[: self.rows - ids[0]], rows[: self.rows - ids[0]]
+
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart]]]:
+        for ids, parts in self.view.stored_blocks(block_rows):
+            if ids[0] >= self.rows:
+                return
+            n = int(self.rows - ids[0])
+            yield (
+                ids[:n],
+                [replace(part, stored_BD=part.stored_BD[:n], exponent_B=part.exponent_B[:n]) for part in parts],
+            )
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         return self.view.take(ids)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.device import import_faiss
-from tracin_ann.features import FeatureExtractor, FeatureOptions
+from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner
 from tracin_ann.scoring.strategy import choose_strategy
 from tracin_ann.search import FlatIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.sketch import make_sketch
@@ -63,16 +63,24 @@ def score_rows(rows: list[Float32], features_QF: Float32) -> list[Float64]:
 
 @contextmanager
 def open_stages(index: InfluenceIndex) -> Iterator[Stages]:
-    """Yield the stages of an index, with a model for each checkpoint that remains loaded."""
+    """Yield the stages of an index, with a model for each checkpoint that remains loaded.
+
+    Raises:
+        RuntimeError: the features of a query differ from those that the index computes.
+    """
     spec = index.manifest.build.spec
     options = FeatureOptions(make_sketch(spec.sketch.name, spec.sketch.dim), spec.sketch.seed, spec.rank_one)
     with ExitStack() as stack:
         extractors = []
         for checkpoint in range(len(spec.checkpoints)):
-            model = stack.enter_context(index.runner.model())
+            # The runner of the index may have one model for all checkpoints.
+            model = stack.enter_context(TaskRunner(index.task, index.runner.options).model())
             model.load(checkpoint)
             extractors.append(FeatureExtractor(model, options))
-        yield Stages(index, tuple(extractors))
+        found = Stages(index, tuple(extractors))
+        if not np.allclose(found.compute_features([0]), index.features("query", [0]), rtol=1e-3, atol=1e-5):
+            raise RuntimeError("the stages compute other features than the index")
+        yield found
 
 
 def read_estimates(how: str) -> dict[str, float]:

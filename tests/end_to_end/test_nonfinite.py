@@ -19,6 +19,7 @@ from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, NonFiniteError, UsageError
+from tracin_ann.features import IndexTask, RunOptions
 from tracin_ann.features.canaries import read_generation_canaries
 from tracin_ann.operations.removal import remove
 from tracin_ann.scoring import quality
@@ -396,7 +397,7 @@ def test_a_damaged_list_of_skipped_rows_is_rejected_and_a_missing_one_rebuilt(tm
         np.save(path, np.array(content))
     with pytest.raises(DamagedIndexError, match="skipped.npy"):
         InfluenceIndex.open(out, task)
-    index = InfluenceIndex(out, manifest, lambda: task, None)  # type: ignore[arg-type]
+    index = InfluenceIndex(out, manifest, IndexTask(out, manifest, lambda: task, RunOptions(torch.device("cpu"))))
     with pytest.raises(DamagedIndexError, match="cannot read .*skipped.npy"):
         len(index.skipped)
     path.unlink()

@@ -13,7 +13,7 @@ from situations import EXACT, SITUATIONS, Int8, Toy, cross_entropy, vectors
 from tasks.toy import RATES, make_toy_task
 from tracin_ann import BuildConfig, build, plan
 from tracin_ann.errors import TaskError
-from tracin_ann.features.runner import RunOptions, TaskRunner
+from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.gradients.plan import FORWARD, LOOP, NONE, RULE, VMAP
 from tracin_ann.scoring.exact import exact_scores
 

@@ -18,9 +18,9 @@ from tracin_ann import BuildConfig, InfluenceIndex, Task, build, plan
 from tracin_ann.cli.parameters import MemorySize
 from tracin_ann.device import container_memory_bytes
 from tracin_ann.errors import UsageError
+from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.features import autotune as tuning
 from tracin_ann.features.extractor import FeatureExtractor
-from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.store.manifest import read_build_record
 
 CPU = torch.device("cpu")

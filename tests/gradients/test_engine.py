@@ -18,8 +18,8 @@ from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import plan
 from tracin_ann.cli.build import _print_plan
 from tracin_ann.errors import GradientProofError, TaskError
+from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.runner import RunOptions, TaskRunner
 from tracin_ann.gradients import factors
 from tracin_ann.gradients.capture import LayerCapture
 from tracin_ann.gradients.engine import GradientEngine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -19,7 +20,8 @@ from tracin_ann.search.clustering import survey
 from tracin_ann.search.coarse_quantizer import train_assigner
 from tracin_ann.search.reduction import fit_reduction
 from tracin_ann.search.settings import Setting
-from tracin_ann.types import TopK
+from tracin_ann.search.topk import negate
+from tracin_ann.types import Float32, Int64, TopK
 
 CPU = torch.device("cpu")
 N = 3000
@@ -159,6 +161,65 @@ def test_each_direction_has_its_own_settings(index: IVFIndex) -> None:
     proponents, opponents = search_both(index.with_settings(few, many), queries, 10)
     assert proponents.rows_scored.tolist() == index.with_settings(few).search(queries, 10).rows_scored.tolist()
     assert opponents.rows_scored.tolist() == index.with_settings(many).search(-queries, 10).rows_scored.tolist()
+
+
+class CountedRows(Rows):
+    """Rows that count the calls of `take`."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        super().__init__(rows)
+        self.taken: list[int] = []
+
+    def take(self, ids: Sequence[int] | Int64) -> Float32:
+        self.taken.append(len(ids))
+        return super().take(ids)
+
+
+def make_difficult_rows() -> CountedRows:
+    """Return rows with outliers, and rows near zero."""
+    rows = normal(N, 60)
+    rows[:5] *= np.float32(1e6)
+    rows[5:40] *= np.float32(1e-12)
+    return CountedRows(rows)
+
+
+@pytest.mark.parametrize("passing", [None, 0.7, 0.01])
+@pytest.mark.parametrize("settings", [(Setting(300, 200, 0.2), Setting(100, 100, 0.0)), (Setting(300, 300, 0.1),) * 2])
+@pytest.mark.parametrize("n_queries", [1, 40, 300])
+def test_both_directions_together_equal_two_searches(
+    settings: tuple[Setting, Setting], n_queries: int, passing: float | None
+) -> None:
+    """To the bit, also for a zero query, for which all rows are scanned."""
+    lists = IVFIndex.build(make_difficult_rows(), IVFParams(), CPU)
+    queries = normal(n_queries, 61)
+    queries[1:2] = 0
+    allowed = None if passing is None else np.flatnonzero(np.random.default_rng(62).random(N) < passing)
+    proponents, opponents = lists.with_settings(*settings).search_both(queries, 10, allowed)
+    for found, setting, sign in ((proponents, settings[0], 1), (negate(opponents), settings[1], -1)):
+        alone = lists.with_settings(setting).search(np.float32(sign) * queries, 10, allowed)
+        assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in alone.ids]
+        assert [scores.tolist() for scores in found.scores] == [scores.tolist() for scores in alone.scores]
+        assert found.rows_scored.tolist() == alone.rows_scored.tolist()
+
+
+def test_one_direction_can_be_scanned_while_the_other_is_not(source: Rows) -> None:
+    lists, queries = IVFIndex.build(source, IVFParams(), CPU), normal(3, 63)
+    proponents, opponents = lists.with_settings(Setting(N, N, 0.1), Setting(300, 300, 0.2)).search_both(queries, 10)
+    assert proponents.rows_scored.tolist() == [N] * 3
+    assert opponents.rows_scored.max() < N
+    for found, signed in ((proponents, queries), (negate(opponents), -queries)):
+        assert mean_recall(found, source, signed) >= 0.95
+
+
+def test_candidates_of_both_directions_are_read_once() -> None:
+    source = CountedRows(normal(N, 64))
+    lists = IVFIndex.build(source, IVFParams(), CPU).with_settings(Setting(300, 300, 0.2))
+    source.taken.clear()
+    lists.search_both(normal(1, 65), 10)
+    assert source.taken == [80]
+    source.taken.clear()
+    lists.search_both(normal(100, 65), 10)
+    assert len(source.taken) == 1
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e10])
@@ -372,11 +433,11 @@ def test_calibrated_settings_reach_their_recall_on_other_queries(
 
 def test_queries_of_another_distribution_are_detected(calibration: Calibration, index: IVFIndex) -> None:
     distribution = calibration.looks
-    assert not distribution.is_shifted(index, normal(100, 22))
-    assert distribution.find_outliers(index, normal(100, 23)).mean() <= 0.02
-    assert distribution.is_shifted(index, normal(100, 24) * 30)
-    assert distribution.find_outliers(index, normal(10, 25) * 1e4).all()
-    assert not distribution.is_shifted(index, normal(19, 26) * 30)
+    assert not distribution.compare(index, normal(100, 22)).is_shifted
+    assert distribution.compare(index, normal(100, 23)).outlier_Q.mean() <= 0.02
+    assert distribution.compare(index, normal(100, 24) * 30).is_shifted
+    assert distribution.compare(index, normal(10, 25) * 1e4).outlier_Q.all()
+    assert not distribution.compare(index, normal(19, 26) * 30).is_shifted
 
 
 def test_a_calibration_is_read_back_from_json_unchanged(calibration: Calibration) -> None:

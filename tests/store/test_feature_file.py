@@ -14,6 +14,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from blocks import DIM, DTYPES, make_block, make_header
@@ -21,7 +22,8 @@ from paths import ROOT, SUPPORT
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
 from tracin_ann.files import file_digest
 from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord
-from tracin_ann.store.feature_file import FileHeader, take_rows, write_feature_file
+from tracin_ann.store.feature_file import FileHeader, take_grouped_rows, write_feature_file
+from tracin_ann.store.feature_file import take_rows as take_rows_of_files
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,12 +41,12 @@ def test_a_file_is_read_back_unchanged(tmp_path: Path, dtype: Dtype, n_rows: int
     assert np.array_equal(file.read(n_rows // 2, n_rows), feature_ND[n_rows // 2 :])
     assert file.read(1, 1).shape == (0, DIM)
     positions = np.array([n_rows - 1, 0, n_rows - 1])
-    assert np.array_equal(take_rows([(file, positions)]), feature_ND[positions])
-    for name in ("ids_N", "sqnorm_N", "loss_N"):
+    assert np.array_equal(take_rows(file, positions), feature_ND[positions])
+    for name in ("sqnorm_N", "loss_N"):
         assert np.array_equal(getattr(file, name), getattr(block, name))
     for outside in (np.array([n_rows]), np.array([-1])):
         with pytest.raises(IndexError):
-            take_rows([(file, outside)])
+            take_rows(file, outside)
     with pytest.raises(IndexError):
         file.read(0, n_rows + 1)
 
@@ -185,8 +187,8 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
                 FeatureFile.open(path, header)
     reads: list[Callable[[FeatureFile, int], object]] = [
         lambda file, row: file.verify(),
-        lambda file, row: take_rows([(file, np.array([0, 10, *range(11)]))]),
-        lambda file, row: take_rows([(file, np.array([row]))], unit=True),
+        lambda file, row: take_rows(file, np.array([0, 10, *range(11)])),
+        lambda file, row: take_rows(file, np.array([row]), unit=True),
         lambda file, row: file.read(0, 11),
         # The rest of the block is damaged as well.
         lambda file, row: file.read(row // 4 * 4, row // 4 * 4 + 1),
@@ -197,7 +199,15 @@ def test_every_flipped_byte_of_data_is_detected_and_its_rows_are_named(tmp_path:
         with pytest.raises(DamagedIndexError, match=rf"a\.h5: row {50 + row} is altered.*run tracin-verify --repair"):
             reads[position % len(reads)](file, row)
         others = np.delete(np.arange(11), row)
-        assert np.array_equal(take_rows([(file, others)]), sound_ND[others])
+        assert np.array_equal(take_rows(file, others), sound_ND[others])
+
+
+def take_rows(file: FeatureFile, positions: npt.NDArray[np.int64], **options: bool) -> npt.NDArray[np.float32]:
+    """Return the rows by both functions, which must agree."""
+    row_KD = np.empty((len(positions), file.header.dim), dtype=np.float32)
+    take_grouped_rows([(file, positions[:1]), (file, positions[1:])], row_KD, **options)
+    assert np.array_equal(row_KD, take_rows_of_files([[file]] * len(positions), positions.tolist(), **options))
+    return row_KD
 
 
 def _flip(path: Path, content: bytes, position: int) -> None:
@@ -218,21 +228,18 @@ def test_altered_rows_are_counted_and_distinguished_from_the_others(tmp_path: Pa
     with pytest.raises(DamagedIndexError, match=named):
         FeatureFile.open(path, header).verify()
     with pytest.raises(DamagedIndexError, match=named):
-        take_rows([(FeatureFile.open(path, header), np.arange(11))])
+        take_rows(FeatureFile.open(path, header), np.arange(11))
 
 
-def test_rows_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = make_block(0, 11)
     write_feature_file(tmp_path / "a.h5", block, header=make_header(block))
     file = FeatureFile.open(tmp_path / "a.h5")
-    take_rows([(file, np.array([10, 2, 2]))])
-    assert np.flatnonzero(file.checked_N).tolist() == [2, 10]
     file.read(5, 6)
-    assert np.flatnonzero(file.checked_N).tolist() == [2, 4, 5, 6, 7, 10]
+    assert np.flatnonzero(file.checked_N).tolist() == [4, 5, 6, 7]
     file.read(0, 11)
     monkeypatch.setattr("xxhash.xxh3_64_intdigest", lambda data: pytest.fail("checked twice"))
     file.read(0, 11)
-    take_rows([(file, np.arange(11))])
 
 
 def test_any_flipped_byte_is_detected_or_harmless(tmp_path: Path) -> None:
@@ -319,7 +326,7 @@ def test_a_skipped_row_is_read_as_zeros_with_a_nonfinite_loss(tmp_path: Path, dt
     assert file.skipped_K.tolist() == [0, 3, 8] and other.skipped_K.tolist() == []
     assert not file.read(0, 9)[[0, 3, 8]].any() and not file.read(0, 9, unit=True)[[0, 3, 8]].any()
     remaining = [1, 2, 4, 5, 6, 7]
-    assert np.array_equal(take_rows([(file, np.array(remaining))]), take_rows([(other, np.array(remaining))]))
+    assert np.array_equal(take_rows(file, np.array(remaining)), take_rows(other, np.array(remaining)))
     np.testing.assert_array_equal(file.loss_N[[0, 3, 8]], np.float32(loss))
 
 

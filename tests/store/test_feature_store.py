@@ -111,16 +111,19 @@ def test_blocks_cover_all_rows_once(
 
 
 @settings(deadline=None, max_examples=25)
-@given(ids=st.lists(st.integers(0, 22), max_size=40), at_once=st.sampled_from([1, 3 * 2 * DIM, 1 << 22]))
+@given(
+    ids=st.lists(st.integers(0, 22), max_size=40), at_once=st.sampled_from([1, 3, 1024]), few=st.sampled_from([0, 512])
+)
 def test_take_preserves_order_and_duplicates(
-    tmp_path_factory: pytest.TempPathFactory, ids: list[int], at_once: int
+    tmp_path_factory: pytest.TempPathFactory, ids: list[int], at_once: int, few: int
 ) -> None:
     store = FeatureStore(tmp_path_factory.getbasetemp() / "take", LAYOUT)
     if store.missing():
         fill(store)
     row_NF = np.concatenate([rows for _, rows in store.view().blocks(100)])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("tracin_ann.store.feature_store._NUMBERS_AT_ONCE", at_once)
+        patched.setattr("tracin_ann.store.feature_store._ROWS_AT_ONCE", at_once)
+        patched.setattr("tracin_ann.store.feature_store._FEW_ROWS", few)
         taken = store.view([1, 2]).take(ids)
         assert taken.dtype == np.float32
         assert np.array_equal(taken, row_NF[ids, DIM:] if ids else np.empty((0, 2 * DIM)))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def alter_rows(directory: Path, rows: Sequence[int], checkpoint: int = 1, factor
     file = store.file(partition, checkpoint)
     feature_ND = file.read(0, file.header.n_rows)
     feature_ND[[row - file.header.start for row in rows]] *= factor
-    store.write(partition, checkpoint, FeatureBlock(file.ids_N, feature_ND, file.sqnorm_N, file.loss_N))
+    ids_N = np.arange(file.header.start, file.header.stop, dtype=np.int64)
+    store.write(partition, checkpoint, FeatureBlock(ids_N, feature_ND, file.sqnorm_N, file.loss_N))
     path = store.path(partition, checkpoint)
     records = tuple(record_file(path) if record.name == path.name else record for record in manifest.features)
     for place in (directory, directory / f"generation-{manifest.generation:06d}"):

@@ -16,7 +16,7 @@ import oracle
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, build, plan
 from tracin_ann.errors import CheckpointError, TaskError
-from tracin_ann.features.runner import RunOptions, TaskRunner
+from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.task.checkpoints import CheckpointLoader, tensors_digest
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tasks.toy import CONFIG, RATES, cross_entropy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build, plan
 from tracin_ann.errors import NonFiniteError, TaskError
-from tracin_ann.features.runner import RunOptions, TaskRunner
+from tracin_ann.features import RunOptions, TaskRunner
 
 CPU = torch.device("cpu")
 

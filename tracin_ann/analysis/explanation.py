@@ -175,7 +175,7 @@ def explain(
     query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
     stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
     products: list[tuple[int, str, str, float]] = []
-    with runner.with_precision("fp32").model() as model:
+    with runner.model("fp32") as model:
         layers = find_layers(model.module)
         for done, checkpoint in enumerate(view.checkpoints):
             model.load(checkpoint)

@@ -9,6 +9,7 @@ import click
 
 from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES
 from tracin_ann.cli.command import command, complete_directories, complete_files, device_option
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
 from tracin_ann.cli.parameters import MemorySize, parse_arguments
 from tracin_ann.text import format_duration, format_size
@@ -142,10 +143,11 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
 
     To resume an interrupted build, run the same command again.
     """
-    from tracin_ann.build import build
-    from tracin_ann.config import BuildConfig
-    from tracin_ann.device import device_name, resolve_device
-    from tracin_ann.operations import plan
+    with pause_collector():
+        from tracin_ann.build import build
+        from tracin_ann.config import BuildConfig
+        from tracin_ann.device import device_name, resolve_device
+        from tracin_ann.operations import plan
 
     arguments = parse_arguments(task_args)
     config = BuildConfig(**options)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
@@ -38,7 +39,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     Rows with a zero gradient are excluded and counted. Every pair is compared: the time is quadratic in the number of
     rows.
     """
-    from tracin_ann.analysis import Duplicates, find_duplicates
+    with pause_collector():
+        from tracin_ann.analysis import Duplicates, find_duplicates
 
     sink = Sink.from_options(form, output)
     index = open_index(directory, options)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     index_options,
@@ -54,7 +55,8 @@ def main(directory: str, form: str | None, output: str | None, by: str, **option
     A share is a part divided by the sum of the absolute values of all parts. Files have one line per parameter and
     checkpoint.
     """
-    from tracin_ann.analysis import Explanation, explain
+    with pause_collector():
+        from tracin_ann.analysis import Explanation, explain
 
     side, name = _query_option(options)
     sink = Sink.from_options(form, output)

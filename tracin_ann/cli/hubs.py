@@ -6,6 +6,7 @@ import click
 
 from tracin_ann.choices import SEARCHES
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
@@ -58,8 +59,9 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     A row that is a hit of nearly every query does not explain any of them. If the counts are skewed, inspect the first
     rows, or use --cosine: rows with large gradients are often hubs of the inner product.
     """
-    from tracin_ann.analysis import Hubs, find_hubs
-    from tracin_ann.scoring import QueryOptions
+    with pause_collector():
+        from tracin_ann.analysis import Hubs, find_hubs
+        from tracin_ann.scoring import QueryOptions
 
     if options["ids"] and options["train_ids"]:
         what, got = "queries from two data sets", "--ids and --train-ids"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracin_ann.cli.command import device_option, task_options
-from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, Positions, parse_arguments
+from tracin_ann.cli.imports import pause_collector
+from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Positions, parse_arguments
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
@@ -22,11 +23,17 @@ Options = Mapping[str, Any]
 
 
 def index_options(function: Function) -> Function:
-    """Add the options that `open_index` reads: `--task`, `--task-arg`, `--batch-size`, `--device`."""
+    """Add the options that `open_index` reads: `--task`, `--task-arg`, `--batch-size`, `--memory`, `--device`."""
     size = click.option(
         "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Examples per forward pass."
     )
-    return task_options(size(device_option(function)))
+    memory = click.option(
+        "--memory",
+        "memory_bytes",
+        type=MemorySize(),
+        help="Memory for the weights of several checkpoints, such as 8GB.  [default: a quarter of the free memory]",
+    )
+    return task_options(size(memory(device_option(function))))
 
 
 def own_ids_option(function: Function) -> Function:
@@ -61,7 +68,8 @@ def filter_options(function: Function) -> Function:
 
 def open_index(directory: str, options: Options) -> InfluenceIndex:
     """Open the index in a directory with the options of `index_options`."""
-    from tracin_ann.index import InfluenceIndex
+    with pause_collector():
+        from tracin_ann.index import InfluenceIndex
 
     task, arguments = options["task"], parse_arguments(options["task_args"])
     return InfluenceIndex.open(
@@ -70,6 +78,7 @@ def open_index(directory: str, options: Options) -> InfluenceIndex:
         arguments=arguments or ({} if task else None),
         device=options["device"],
         batch_size=options["batch_size"],
+        memory_bytes=options["memory_bytes"],
     )
 
 

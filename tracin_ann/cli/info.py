@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, print_fields, print_line
 from tracin_ann.cli.streams import require_stdout
 from tracin_ann.text import format_duration, format_size
@@ -22,7 +23,8 @@ _MAX_POINTS = 12
 @directory_argument
 def main(directory: str) -> None:
     """Print the content and the measured quality of the index in DIR."""
-    from tracin_ann.store import read_removed_ids, read_skipped_rows, take_lease
+    with pause_collector():
+        from tracin_ann.store import read_removed_ids, read_skipped_rows, take_lease
 
     require_stdout()
     manifest, lease = take_lease(Path(directory))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
@@ -65,7 +66,8 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     opposed gradients. `suggested_label` is the best-supported label other than the label of the row, and `support` is
     its share of the support of all labels.
     """
-    from tracin_ann.analysis import Suspects, find_mislabelled
+    with pause_collector():
+        from tracin_ann.analysis import Suspects, find_mislabelled
 
     sink = Sink.from_options(form, output, html)
     check_report_path(html)

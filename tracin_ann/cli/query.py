@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 
 from tracin_ann.choices import SEARCHES
 from tracin_ann.cli.command import command, directory_argument, find_given_options
+from tracin_ann.cli.imports import wait_passively
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
@@ -112,7 +114,9 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     _reject_unused_options(options)
     sink = Sink.from_options(form, output, html)
     check_report_path(html)
-    index = open_index(directory, options)
+    # With --exact, the model runs on all rows, and threads wait by PyTorch's default.
+    with nullcontext() if options["exact"] else wait_passively():
+        index = open_index(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
     if options["self_influence"]:
         write_self_influence(index, options, sink, html)

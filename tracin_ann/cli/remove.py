@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import print_note
 from tracin_ann.cli.parameters import IdRanges, Positions
 
@@ -21,8 +22,9 @@ def main(directory: str, ids: Positions) -> None:
     Processes that have opened the index continue to use it unchanged. The features of the rows stay on disk until a new
     index is built, and train_data must keep the rows at their positions.
     """
-    from tracin_ann.operations import remove
-    from tracin_ann.store import Manifest, read_removed_ids, take_lease
+    with pause_collector():
+        from tracin_ann.operations import remove
+        from tracin_ann.store import Manifest, read_removed_ids, take_lease
 
     n_rows = Manifest.read(Path(directory)).build.layout.n_rows
     remove(directory, ids.expand(n_rows, "bad --ids"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tracin_ann.cli.command import command, directory_argument
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
     filter_options,
@@ -54,7 +55,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     A file with the suffix .txt gets the rows only, one per line: positions, or the task's own ids with --own-ids.
     Options such as --only @chosen.txt read this format.
     """
-    from tracin_ann.analysis import Subset, select
+    with pause_collector():
+        from tracin_ann.analysis import Subset, select
 
     is_list = form is None and output is not None and output.endswith(".txt")
     if is_list:

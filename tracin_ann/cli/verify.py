@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tracin_ann.cli.command import command, device_option, directory_argument, task_options
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, print_line, print_note, show_progress
 from tracin_ann.cli.parameters import parse_arguments
 from tracin_ann.errors import DamagedIndexError
@@ -52,7 +53,8 @@ def _task_arguments(options: Options) -> dict[str, Any]:
 
 
 def _verify(directory: str, with_repair: bool, options: Options) -> None:
-    from tracin_ann.operations import remove_leftovers, repair, verify
+    with pause_collector():
+        from tracin_ann.operations import remove_leftovers, repair, verify
 
     with show_progress("files") as progress:
         result = verify(directory, progress)

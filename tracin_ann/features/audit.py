@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
+from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.features.pipeline import ExtractionResult
-from tracin_ann.features.runner import LoadedModel
 from tracin_ann.gradients import Batch, Form, GradientEngine, Sink, materialise
 from tracin_ann.store import AuditRecord, BuildStart, Dtype, FeatureStore, find_unnamed_files
 from tracin_ann.task import CollatedBatch

@@ -21,7 +21,7 @@ from tracin_ann.choices import PRECISIONS, MemoryFormat, Precision
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import GradientProofError, TaskError, UsageError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.runner import LoadedModel
+from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.gradients import require_grad
 from tracin_ann.task import CollatedBatch, leaves, tensors_within
 

@@ -17,7 +17,7 @@ import numpy as np
 from tracin_ann.choices import SideName
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, problem
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
-from tracin_ann.features.runner import LoadedModel
+from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.files import (
     atomic_path,
     open_regular,

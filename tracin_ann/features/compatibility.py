@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from tracin_ann.choices import SideName
+from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
 from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
-from tracin_ann.features.runner import LoadedModel, RunOptions, TaskRunner
+from tracin_ann.features.loaded_model import LoadedModel
+from tracin_ann.features.runner import TaskRunner
+from tracin_ann.features.task_data import RunOptions
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import CheckpointSpec, FeatureSpec, Manifest, generation_folder
-from tracin_ann.task import Task, load_named_task, load_task
+from tracin_ann.task import FileIdentity, Task, checkpoint_digest, identify_checkpoint, load_named_task, load_task
 from tracin_ann.types import Float32
+
+_KEPT_SHARE = 0.25
+"""Largest share of the free memory for weights that remain in memory between queries."""
+_LOSS_TOLERANCE = 1e-3
+"""Relative difference of a canary's loss, above which its gradient is compared again."""
 
 
 class IndexTask:
@@ -34,10 +42,21 @@ class IndexTask:
         manifest: the manifest of the index.
         find_task: returns the task, or imports it by name.
         options: how the model runs.
+        memory_bytes: the largest number of bytes of weights that remain in memory; None: a quarter of the free memory.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, find_task: Callable[[], Task], options: RunOptions) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        find_task: Callable[[], Task],
+        options: RunOptions,
+        memory_bytes: int | None = None,
+    ) -> None:
         self._directory, self._manifest, self._find_task, self.options = directory, manifest, find_task, options
+        self._memory_bytes = memory_bytes
+        self._checked: dict[int, _CheckedCheckpoint] = {}
+        self._n_calls = 0
 
     @cached_property
     def task(self) -> Task:
@@ -56,6 +75,8 @@ class IndexTask:
             IndexMismatchError: a field differs.
         """
         runner = TaskRunner(self.task, self.options)
+        free_bytes = free_memory_bytes(self.options.device)
+        runner.keep_model(int(free_bytes * _KEPT_SHARE) if self._memory_bytes is None else self._memory_bytes)
         with runner.model() as model:
             check_spec(self._manifest.build.spec, self._task_spec(runner, model), str(self._directory))
         return runner
@@ -84,16 +105,21 @@ class IndexTask:
     def features(self, side: SideName, ids: Sequence[int], checkpoints: Sequence[int]) -> Float32:
         """Compute and return the features [Q, F] of examples, after a check of the canaries at these checkpoints.
 
+        Each checkpoint is checked once, and again when its file changes. Afterwards every call compares the loss of one
+        canary at one of the checkpoints with the loss at the check.
+
         Raises:
-            IndexMismatchError: a canary differs: the task has changed since the build.
+            IndexMismatchError: a canary or a checkpoint differs: the task has changed since the build.
             NonFiniteError: an example's loss or gradient is NaN or infinite.
         """
         blocks = []
         with self.runner.model() as model:
-            for checkpoint in checkpoints:
-                model.load(checkpoint)
-                extractor = FeatureExtractor(model, self._features)
-                self._check_canaries_at(extractor, checkpoint)
+            self._n_calls += 1
+            for place, checkpoint in enumerate(checkpoints):
+                is_turn = place == self._n_calls % len(checkpoints)
+                extractor = self._load_checked(
+                    model, checkpoint, self._choose_canaries(len(checkpoints)) if is_turn else ()
+                )
                 try:
                     blocks.append(extractor.rows(side, ids).feature_ND)
                 except NonFiniteError as error:
@@ -101,15 +127,75 @@ class IndexTask:
         return np.concatenate(blocks, axis=1)
 
     def check_canaries(self, checkpoints: Sequence[int]) -> None:
-        """Recompute the canaries at these checkpoints and compare them with the stored ones.
+        """Recompute the canaries at these checkpoints, or their losses if they have been checked, and compare them.
 
         Raises:
-            IndexMismatchError: a canary differs: the task has changed since the build.
+            IndexMismatchError: a canary or a checkpoint differs: the task has changed since the build.
         """
         with self.runner.model() as model:
             for checkpoint in checkpoints:
-                model.load(checkpoint)
-                self._check_canaries_at(FeatureExtractor(model, self._features), checkpoint)
+                self._load_checked(model, checkpoint, _list_rows(self._canaries))
+
+    def _load_checked(
+        self, model: LoadedModel, checkpoint: int, rows: Sequence[tuple[SideName, int]]
+    ) -> FeatureExtractor:
+        """Load a checkpoint, check it, and return the extractor of its features.
+
+        Args:
+            model: the task's model.
+            checkpoint: the position of the checkpoint.
+            rows: canaries whose losses are compared if the checkpoint was checked before.
+
+        Raises:
+            IndexMismatchError: a canary or the checkpoint differs.
+        """
+        identity = identify_checkpoint(model.runner.task.checkpoints[checkpoint])
+        checked = self._checked.get(checkpoint)
+        if checked is not None and checked.identity != identity:
+            self._check_digest(model.runner.task, checkpoint)
+        model.load(checkpoint)
+        is_known = checked is not None and checked.identity == identity and checked.model is model
+        if checked is not None and is_known and self._has_same_losses(model, checked, rows):
+            return checked.extractor
+        extractor = FeatureExtractor(model, self._features)
+        self._check_canaries_at(extractor, checkpoint)
+        losses = {} if self._manifest.build.random_data else _compute_losses(model, _list_rows(self._canaries))
+        self._checked[checkpoint] = _CheckedCheckpoint(identity, model, extractor, losses)
+        return extractor
+
+    def _check_digest(self, task: Task, checkpoint: int) -> None:
+        """Compare a checkpoint whose file changed with the index.
+
+        Raises:
+            IndexMismatchError: it differs.
+        """
+        built = self._manifest.build.spec
+        now = list(built.checkpoints)
+        now[checkpoint] = replace(now[checkpoint], digest=checkpoint_digest(task.checkpoints[checkpoint]))
+        check_spec(built, replace(built, checkpoints=tuple(now)), str(self._directory))
+
+    def _choose_canaries(self, n_checkpoints: int) -> list[tuple[SideName, int]]:
+        """Return the canary whose loss this call compares: all in turn; one of each side if their losses differ."""
+        if self._manifest.build.random_data:
+            return []
+        rows = _list_rows(self._canaries)
+        groups = [rows]
+        if self.task.query_loss is not None:
+            groups = [[row for row in rows if row[0] == side] for side in ("train", "query")]
+        return [group[self._n_calls // n_checkpoints % len(group)] for group in groups]
+
+    def _has_same_losses(
+        self, model: LoadedModel, checked: _CheckedCheckpoint, rows: Sequence[tuple[SideName, int]]
+    ) -> bool:
+        """Return whether canaries have the same losses as when the checkpoint was checked."""
+        known = [checked.losses[row] for row in rows if row in checked.losses]
+        if self._manifest.build.random_data or not rows:
+            return True
+        try:
+            now = list(_compute_losses(model, rows).values())
+        except Exception:  # noqa: BLE001 - the complete check that follows reports the cause
+            return False
+        return len(known) == len(now) and np.allclose(now, known, rtol=_LOSS_TOLERANCE, atol=1e-6, equal_nan=True)
 
     def _check_canaries_at(self, extractor: FeatureExtractor, checkpoint: int) -> None:
         if self._manifest.build.random_data:
@@ -125,6 +211,37 @@ class IndexTask:
                     )
                 )
             canaries.check(extractor, checkpoint, str(self._directory))
+
+
+@dataclass(frozen=True)
+class _CheckedCheckpoint:
+    """A checkpoint whose canaries agreed with the stored ones.
+
+    Attributes:
+        identity: of its file at the check.
+        model: the model that the check used.
+        extractor: its feature extractor, with the sketches of all parameters.
+        losses: the loss of each canary, by side and row.
+    """
+
+    identity: FileIdentity
+    model: LoadedModel
+    extractor: FeatureExtractor
+    losses: Mapping[tuple[SideName, int], float]
+
+
+def _list_rows(canaries: Sequence[Canaries]) -> list[tuple[SideName, int]]:
+    """Return side and row of every canary."""
+    return [(each.side, int(row)) for each in canaries for row in each.ids_N]
+
+
+def _compute_losses(model: LoadedModel, rows: Sequence[tuple[SideName, int]]) -> dict[tuple[SideName, int], float]:
+    """Return the losses of rows, by side and row, at the loaded checkpoint."""
+    losses: dict[tuple[SideName, int], float] = {}
+    for side, row in rows:
+        (batch,) = model.batches(side, [row])
+        losses[side, row] = float(model.engine(side).loss_values(batch)[0])
+    return losses
 
 
 def load_index_task(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tracin_ann.choices import Norms, SideName
 from tracin_ann.device import record_event
 from tracin_ann.errors import NonFiniteError
-from tracin_ann.features.runner import LoadedModel
+from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.gradients import (
     Batch,
     Dense,

@@ -18,7 +18,7 @@ from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features.autotune import BatchSettings
 from tracin_ann.features.canaries import Canaries, canary_ids
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, FeatureRows, RowBuffer, find_nonfinite
-from tracin_ann.features.runner import LoadedModel
+from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.gradients import Plan
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehind
 from tracin_ann.task import CollatedBatch

@@ -1,94 +1,19 @@
-"""Runner of a task: its opened data in batches, and its model loaded with one checkpoint after another."""
+"""Runner of a task: its data sets, and its model, which is borrowed for a block and can be kept between blocks."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import threading
+from collections.abc import Iterator
 
-import torch
-from torch import nn
-
-from tracin_ann.choices import OnNonfinite, Precision, SideName
-from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, UsageError, problem
-from tracin_ann.features.fingerprint import data_digest
-from tracin_ann.gradients import (
-    Batch,
-    GradientEngine,
-    describe_no_gradient,
-    detach_graph,
-    probe_description,
-    probe_examples,
-    probe_gradients,
-    probe_losses,
-    replace_nonfinite,
-)
-from tracin_ann.task import (
-    BatchOptions,
-    BatchStream,
-    CheckpointLoader,
-    CollatedBatch,
-    Description,
-    Task,
-    TaskReference,
-    WindowReader,
-    borrow_model,
-    differ_in_length,
-    leaves,
-    make_batches,
-    map_leaves,
-    open_data,
-    pickle_reader,
-    preserve_globals,
-    to_device,
-)
-
-logger = logging.getLogger(__name__)
-_MOST_BATCHES_WITHOUT_GRADIENT = 16
-"""Batches of rows, spread over the data, that are tried before an error says that no loss reaches a parameter."""
+from tracin_ann.choices import Precision
+from tracin_ann.features.loaded_model import LoadedModel
+from tracin_ann.features.task_data import RunOptions, TaskData
+from tracin_ann.task import CheckpointLoader, Task, TaskReference, make_model, preserve_globals
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Options for running a model on examples.
-
-    Attributes:
-        device: the device of the model.
-        batch_size: B; it affects results by rounding only.
-        allow_random_data: accept a data set whose rows change when they are read twice.
-        workers: number of processes that read and collate ahead of long passes; 0 reads in this process.
-        precision: precision of forward and backward: `fp32`, or `bf16` by autocast.
-        channels_last: the initial memory format of images and convolution weights.
-        on_nonfinite: what to do with rows whose loss or gradient is NaN or infinite: raise an `error`, or `skip` them.
-    """
-
-    device: torch.device
-    batch_size: int = 64
-    allow_random_data: bool = False
-    workers: int = 0
-    precision: Precision = "fp32"
-    channels_last: bool = False
-    on_nonfinite: OnNonfinite = "error"
-
-    def __post_init__(self) -> None:
-        """Check the batch size and the number of workers.
-
-        Raises:
-            UsageError: the batch size is below 1, or the number of workers is below 0.
-        """
-        for option, value, least in (("--batch-size", self.batch_size, 1), ("--workers", self.workers, 0)):
-            if value < least:
-                raise UsageError(
-                    problem(f"bad {option}", got=value, expected=f"{least} or more", remedy=f"change {option}")
-                )
-
-
-class TaskRunner:
-    """Access to the examples and the model of a task; opens each data set once.
+class TaskRunner(TaskData):
+    """The examples and the model of a task.
 
     Args:
         task: the task.
@@ -97,316 +22,52 @@ class TaskRunner:
     """
 
     def __init__(self, task: Task, options: RunOptions, origin: TaskReference | None = None) -> None:
-        self.task, self.options, self._origin = task, options, origin or TaskReference()
+        super().__init__(task, options, origin)
         self.loader = CheckpointLoader(task)
-        self._data: dict[SideName, Any] = {}
-        self._by_length: dict[SideName, bool] = {}
-        self._own_ids: dict[SideName, list[int | str]] = {}
+        self._kept: _KeptModel | None = None
 
-    def data(self, side: SideName) -> Any:
-        """Return the map-style data set of a side; it is opened by the first call.
-
-        Raises:
-            TaskError: it has no length, has no rows, or cannot be indexed.
-        """
-        if side not in self._data:
-            with preserve_globals():
-                self._data[side] = open_data(self.task, side)
-        return self._data[side]
-
-    def data_digest(self, n_rows: int) -> str:
-        """Return a digest of the first n_rows training examples."""
-        with preserve_globals():
-            return data_digest(self.data("train"), n_rows, self.task.collate_rows)
-
-    def n_rows(self, side: SideName) -> int:
-        """Return the number of examples of a side."""
-        return len(self.data(side))
-
-    def read(self, side: SideName, ids: Sequence[int]) -> Iterator[CollatedBatch]:
-        """Yield batches of the examples with these ids, in this order; they are read in this process."""
-        data, options = self.data(side), BatchOptions(self.options.batch_size, keep_examples=True)
-        for start in range(0, len(ids), options.size):
-            chunk = ids[start : start + options.size]
-            yield from make_batches(self.task, chunk, [data[i] for i in chunk], options)
-
-    def open_batches(self, side: SideName, spans: Sequence[Sequence[int]], *, ahead: bool = True) -> BatchStream:
-        """Return a context that reads spans of rows in batches of similar lengths.
+    def keep_model(self, memory_bytes: int) -> None:
+        """Keep the model between the blocks of `model`, with the weights of its checkpoints and its gradient engines.
 
         Args:
-            side: the data set.
-            spans: ids of the rows of each span.
-            ahead: read ahead in worker processes if the options ask for workers.
+            memory_bytes: the largest number of bytes of the weights.
         """
-        options = self._batch_options(side, ahead)
-        return BatchStream(WindowReader(self.task, side, self.data(side), options, self._origin), spans, options)
-
-    def check_workers(self, side: SideName) -> None:
-        """Check that worker processes can read the data set of a side.
-
-        Raises:
-            UsageError: the options ask for workers, but the task has no name and cannot be pickled.
-        """
-        if self.options.workers:
-            pickle_reader(
-                WindowReader(self.task, side, self.data(side), self._batch_options(side, ahead=True), self._origin)
-            )
-
-    def window(self, side: SideName) -> int:
-        """Return the number of rows of a side that are read together and sorted by length."""
-        return self._batch_options(side, ahead=False).window
-
-    def _batch_options(self, side: SideName, ahead: bool) -> BatchOptions:
-        if side not in self._by_length:
-            self._by_length[side] = differ_in_length(self.data(side))
-        return BatchOptions(
-            self.options.batch_size,
-            by_length=self._by_length[side],
-            keep_examples=not ahead or self.options.allow_random_data,
-            workers=self.options.workers if ahead else 0,
-            pin_memory=self.options.device.type != "cpu",
-        )
-
-    def with_precision(self, precision: Precision) -> TaskRunner:
-        """Return a runner of the same data that computes in another precision."""
-        other = copy.copy(self)
-        other.options = replace(self.options, precision=precision)
-        return other
-
-    def describe(self, side: SideName, row: int) -> Description | None:
-        """Return the task's description of a row, for display; None if the task has none."""
-        with preserve_globals():
-            return self.task.describe_example(self.data(side)[row])
-
-    def id_of(self, side: SideName, row: int) -> int | str | None:
-        """Return the id that the task assigns to a row; None if it assigns none."""
-        if self.task.ids is None:
-            return None
-        with preserve_globals():
-            return self.task.id_of(self.data(side)[row])
-
-    def read_ids(self, side: SideName) -> list[int | str]:
-        """Return the ids that the task assigns to the rows of a side; the first call reads all rows."""
-        if self.task.ids is None:
-            return []
-        if side not in self._own_ids:
-            with preserve_globals():
-                data = self.data(side)
-                found = [self.task.id_of(data[i]) for i in range(len(data))]
-            self._own_ids[side] = [own for own in found if own is not None]
-        return self._own_ids[side]
-
-    def check_ids(self, side: SideName, ids: Sequence[int]) -> None:
-        """Check that the data set of a side has rows with these ids.
-
-        Raises:
-            UsageError: an id is out of range.
-        """
-        wrong = [i for i in ids if not 0 <= i < self.n_rows(side)]
-        if wrong:
-            raise UsageError(
-                problem(
-                    f"no such row in {side}_data",
-                    got=wrong[0],
-                    expected=f"0 to {self.n_rows(side) - 1}",
-                    remedy="change the ids",
-                )
-            )
+        self._kept = _KeptModel(memory_bytes)
 
     @contextlib.contextmanager
-    def model(self) -> Iterator[LoadedModel]:
-        """Yield the model, ready to load checkpoints; its original state is restored on exit."""
-        with borrow_model(self.task, self.options.device) as model:
-            yield LoadedModel(self, model)
+    def model(self, precision: Precision | None = None) -> Iterator[LoadedModel]:
+        """Yield the model, ready to load checkpoints.
+
+        Its original state and global state (random states, grad mode, default dtype, the setting for fused attention)
+        are restored when the block ends. One thread at a time uses a model that is kept between blocks.
+
+        Args:
+            precision: of forward and backward; None: that of the options.
+
+        Raises:
+            TaskError: `Task.model` does not return a module, or one with uninitialized lazy layers.
+        """
+        kept = self._kept
+        with kept.lock if kept is not None else contextlib.nullcontext(), preserve_globals():
+            model = kept.model if kept is not None else None
+            if model is None:
+                model = LoadedModel(self, self.loader, make_model(self.task), 0 if kept is None else kept.memory_bytes)
+            if kept is not None:
+                kept.model = model
+            with model.use(precision or self.options.precision):
+                yield model
 
 
-class LoadedModel:
-    """The model of a task with one checkpoint loaded; makes batches and gradient engines.
+class _KeptModel:
+    """A model that is kept between uses.
 
     Attributes:
-        checkpoint: the position of the loaded checkpoint; -1 if none is loaded.
-        parameters: the parameters that the task selects, by name.
-        channels_last: the memory format of images and convolution weights.
+        memory_bytes: the largest number of bytes of its weights.
+        lock: held by the thread that uses it.
+        model: the model, after its first use.
     """
 
-    def __init__(self, runner: TaskRunner, model: nn.Module) -> None:
-        self.runner, self.module = runner, model
-        self.parameters = runner.task.select_parameters(model)
-        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
-        self.checkpoint = -1
-        self.set_memory_format(channels_last=runner.options.channels_last)
-
-    @property
-    def has_checkpoint(self) -> bool:
-        """Return whether a checkpoint is loaded."""
-        return self.checkpoint >= 0
-
-    def load(self, checkpoint: int) -> None:
-        """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
-
-        Raises:
-            CheckpointError: the file is missing, unreadable or does not match the model.
-            TaskError: loading changed the names, shapes or dtypes of the selected parameters.
-        """
-        for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(name in self._trainable)
-        task = self.runner.task
-        logger.debug("loading checkpoint %d, %s", checkpoint, task.checkpoints[checkpoint].path)
-        # A load that fails leaves the model partly loaded.
-        self.checkpoint = -1
-        self.runner.loader.load(self.module, checkpoint, self.runner.options.device)
-        before = self.parameters
-        self.parameters = task.select_parameters(self.module)
-        was, now = ({name: (list(p.shape), p.dtype) for name, p in each.items()} for each in (before, self.parameters))
-        if was != now:
-            name = next(name for name in {**was, **now} if was.get(name) != now.get(name))
-            there, here = ("nothing" if got is None else f"{got[0]} {got[1]}" for got in (was.get(name), now.get(name)))
-            raise TaskError(
-                problem(
-                    f"loading checkpoint {checkpoint} changed the model's parameters",
-                    got=f"{len(now)} chosen parameters, {name} {here}",
-                    expected=f"the same {len(was)} names, shapes and dtypes as before, {name} {there}",
-                    remedy="create parameters of the final dtype in Task.model; only set their values in Task.load",
-                )
-            )
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(False)
-        if any(after is not before[name] for name, after in self.parameters.items()):
-            self._engines.clear()
-            # New parameter objects have the memory format of the checkpoint.
-            self.set_memory_format(channels_last=self.channels_last)
-        self.checkpoint = checkpoint
-
-    def set_memory_format(self, *, channels_last: bool) -> None:
-        """Set the memory format of images and convolution weights; each format has its own gradient engines."""
-        self.channels_last = channels_last
-        form = torch.channels_last if channels_last else torch.contiguous_format
-        for parameter in self.module.parameters():
-            if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=form):  # noqa: PLR2004
-                parameter.data = parameter.data.contiguous(memory_format=form)
-
-    def engine(self, side: SideName) -> GradientEngine:
-        """Return the engine for the gradients of a side's loss at the loaded checkpoint."""
-        task, options = self.runner.task, self.runner.options
-        key = self.checkpoint, side, self.channels_last, options.precision
-        if key not in self._engines:
-            loss = task.query_loss if side == "query" and task.query_loss is not None else task.loss
-            self._engines[key] = GradientEngine(
-                self.module, self.parameters, loss, self._collate, self.checkpoint, options.precision
-            )
-        return self._engines[key]
-
-    def _collate(self, examples: list[Any]) -> Any:
-        return self._move_to_device(self.runner.task.collate_rows(examples))
-
-    def _move_to_device(self, inputs: Any) -> Any:
-        moved = to_device(inputs, self.runner.options.device, channels_last=self.channels_last)
-        # Examples may have their own autograd graph; a backward pass through it would free it.
-        has_graph = any(isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None for leaf in leaves(moved))
-        return map_leaves(detach_graph, moved) if has_graph else moved
-
-    def batch(self, side: SideName, read: CollatedBatch) -> Batch:
-        """Return a collated batch, moved to the device."""
-        examples = _Examples(self.runner.data(side), read.ids) if read.examples is None else read.examples
-        return Batch(read.ids, examples, self._move_to_device(read.inputs))
-
-    def batches(self, side: SideName, ids: Sequence[int]) -> Iterator[Batch]:
-        """Yield batches of the examples with these ids, in this order, on the device."""
-        for read in self.runner.read(side, ids):
-            yield self.batch(side, read)
-
-    def probe(self, side: SideName) -> None:
-        """Run the checks of the first batch of a side.
-
-        Raises:
-            TaskError: the data or the loss break the contract; the message names the cause and a fix.
-        """
-        data, engine = self.runner.data(side), self.engine(side)
-        ids = range(min(self.runner.options.batch_size, len(data)))
-        if not self.runner.options.allow_random_data:
-            with preserve_globals():
-                probe_examples(data, side, ids, self.runner.task.collate_rows)
-        with preserve_globals():
-            probe_description(self.runner.task, data[0], side)
-        batch = engine.batch(ids, [data[i] for i in ids])
-        if self.runner.options.on_nonfinite == "skip":
-            batch = self._replace_nonfinite(side, batch)
-        probe_losses(engine, batch, self.checkpoint)
-        try:
-            engine.choose_methods(batch)
-            self._verify_spread_rows(side)
-        except GradientProofError:
-            # If the examples of a batch interact, no gradient method is right, and the probe reports that cause.
-            probe_gradients(engine, batch)
-            raise
-        probe_gradients(engine, batch)
-
-    def _verify_spread_rows(self, side: SideName) -> None:
-        """Verify gradients on rows spread over a side if no loss of the first batch reaches a parameter.
-
-        Raises:
-            TaskError: no loss of these rows reaches a parameter either.
-        """
-        engine, n_rows = self.engine(side), self.runner.n_rows(side)
-        parts = min(_MOST_BATCHES_WITHOUT_GRADIENT, math.ceil(n_rows / self.runner.options.batch_size))
-        for part in range(parts):
-            if engine.reached:
-                return
-            batch = self._make_spread_batch(side, part, parts)
-            if self.runner.options.on_nonfinite == "skip":
-                batch = self._replace_nonfinite(side, batch)
-            engine.choose_methods(batch)
-        if not engine.reached:
-            raise TaskError(describe_no_gradient(n_rows=min(n_rows, parts * self.runner.options.batch_size)))
-
-    def _replace_nonfinite(self, side: SideName, batch: Batch) -> Batch:
-        """Return a batch with its non-finite rows replaced by finite ones of this batch, or of the data set.
-
-        Raises:
-            NonFiniteError: neither has a finite row.
-        """
-        engine = self.engine(side)
-        found = replace_nonfinite(engine, batch) or replace_nonfinite(engine, self._make_spread_batch(side))
-        if found is None:
-            raise NonFiniteError(self._describe_nonfinite(side, len(batch)))
-        return found[0]
-
-    def require_finite_losses(self) -> None:
-        """Check that the loaded checkpoint gives finite losses.
-
-        Raises:
-            NonFiniteError: no loss is finite in a batch of rows spread over the training data.
-        """
-        batch = self._make_spread_batch("train")
-        if not bool(torch.isfinite(self.engine("train").loss_values(batch)).any()):
-            raise NonFiniteError(self._describe_nonfinite("train", len(batch)))
-
-    def _make_spread_batch(self, side: SideName, part: int = 0, parts: int = 1) -> Batch:
-        """Return a batch of rows spread evenly over a side: the given one of several disjoint batches."""
-        data = self.runner.data(side)
-        size = min(parts * self.runner.options.batch_size, len(data))
-        ids = [round(j * (len(data) - 1) / max(1, size - 1)) for j in range(part, size, parts)]
-        return self.engine(side).batch(ids, [data[i] for i in ids])
-
-    def _describe_nonfinite(self, side: SideName, n_rows: int) -> str:
-        return problem(
-            f"no row of {side}_data is finite at checkpoint {self.checkpoint}",
-            got=f"NaN or infinity for each of {n_rows} sampled rows",
-            expected="at least one finite row",
-            remedy="leave out this checkpoint, or fix the loss or the data",
-        )
-
-
-class _Examples(Sequence[Any]):
-    """The examples of a batch that a worker collated; each is read again when it is accessed."""
-
-    def __init__(self, data: Any, ids: tuple[int, ...]) -> None:
-        self._data, self._ids = data, ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, place: Any) -> Any:
-        chosen = self._ids[place]
-        return [self._data[i] for i in chosen] if isinstance(chosen, tuple) else self._data[chosen]
+    def __init__(self, memory_bytes: int) -> None:
+        self.memory_bytes = memory_bytes
+        self.lock = threading.RLock()
+        self.model: LoadedModel | None = None

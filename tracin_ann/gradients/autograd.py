@@ -67,7 +67,8 @@ def plain_gradients(
             grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
             if value.requires_grad:
                 more = k + 1 < len(weights)
-                grads = torch.autograd.grad(value, inputs, weights_B, retain_graph=more, allow_unused=True)
+                total = value if weights_B is None else weighted_sum(value, weights_B)
+                grads = torch.autograd.grad(total, inputs, retain_graph=more, allow_unused=True)
             rounds.append(grads[: len(parameters)])
         if any(parameter.grad is not None for parameter in parameters):
             for parameter in parameters:
@@ -79,6 +80,14 @@ def plain_gradients(
     ]
     gradients = [each[0] if weighting is None else torch.stack(each) for each in dense]
     return PlainGradients(gradients, [grad is not None for grad in rounds[0]], half)
+
+
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of values times weights, a scalar; its gradient by the values is the weights, without rounding.
+
+    `torch.autograd.grad` with `grad_outputs` imports sympy (0.5 s) to compare shapes; a scalar needs no comparison.
+    """
+    return (values * weights).sum()
 
 
 def detach_graph(value: Any) -> Any:

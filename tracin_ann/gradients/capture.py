@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
-from tracin_ann.gradients.autograd import HALF, other_leaves
+from tracin_ann.gradients.autograd import HALF, other_leaves, weighted_sum
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
 from tracin_ann.gradients.layers.registry import find_rule
 from tracin_ann.gradients.layouts import PARAMETERS, Layout, LayoutReader
-from tracin_ann.gradients.row_indexing import RowIndexingMode
+from tracin_ann.gradients.row_indexing import detect_row_indexing
 
 Holder = tuple[nn.Module, str]
 """A module, and the attribute that holds a parameter."""
@@ -130,7 +130,7 @@ class LayerCapture:
         ]
         self._clear()
         self._sink, self._batch, self._is_checking = sink, batch, checking and batch > 1
-        indexing = None if verifying is None else RowIndexingMode(verifying)
+        indexing = None if verifying is None else detect_row_indexing(verifying)
         self._is_verifying = verifying is not None
         self.reader.start(batch, indexing)
         try:
@@ -179,7 +179,7 @@ class LayerCapture:
         self._code = self._codes[key]
         self._is_weighting = True
         for weights_B in self._code.weights_KB.to(values.dtype):
-            torch.autograd.grad(values, inputs, weights_B, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(weighted_sum(values, weights_B), inputs, retain_graph=True, allow_unused=True)
         self._is_weighting = False
 
     @contextmanager

@@ -6,6 +6,7 @@ not in the next one. Shapes do not show this; the operation that selected the ro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -41,6 +42,9 @@ class RowIndexingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operation, and record whether it selects rows."""
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
         packet: Callable[..., Any] = func.overloadpacket
         self._has_order |= packet in _ORDERS
         self.seen |= packet in _SELECTIONS or self._selects_rows(packet, args)
@@ -60,6 +64,37 @@ class RowIndexingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _may_have_examples(self, source: Tensor) -> bool:
         """Return whether a tensor's rows may be examples: activations or the batch, not tables such as positions."""
         return source.requires_grad or source.untyped_storage().data_ptr() in self._own
+
+
+class _UncompiledMode(RowIndexingMode):  # type: ignore[no-untyped-call]
+    """The same mode for a process without PyTorch's compiler.
+
+    PyTorch wraps `__torch_dispatch__` so that the compiler skips it; the first call of the wrapper imports the compiler
+    (`torch._dynamo`, 0.8 s). This class has the method without the wrapper.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation, and record whether it selects rows."""
+        return self._run(func, args, kwargs)
+
+
+def detect_row_indexing(own: Iterable[Tensor]) -> RowIndexingMode:
+    """Return a mode that records whether rows are selected; it does not import PyTorch's compiler.
+
+    Args:
+        own: the batch's tensors.
+    """
+    return RowIndexingMode(own) if "torch._dynamo" in sys.modules else _UncompiledMode(own)
 
 
 def _is_in_order(index: Tensor, n_rows: int) -> bool:

@@ -86,7 +86,7 @@ def make_exact_scorer(
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[ExactScorer]:
     """Yield a scorer for these queries; it computes their gradients once, however often it is called."""
-    with runner.with_precision("fp32").model() as model:
+    with runner.model("fp32") as model:
         yield ExactScorer(model, queries, checkpoints, progress)
 
 
@@ -295,7 +295,7 @@ def exact_self_influence(
         NonFiniteError: one is NaN or infinite.
     """
     scores_N = np.zeros(len(rows))
-    with runner.with_precision("fp32").model() as model:
+    with runner.model("fp32") as model:
         for checkpoint in checkpoints:
             model.load(checkpoint)
             rate = runner.task.checkpoints[checkpoint].learning_rate

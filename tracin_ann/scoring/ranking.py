@@ -5,8 +5,9 @@ Shapes: N training rows of one query, Q queries, G weighted sums of queries, C c
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ from tracin_ann.types import Float32, Float64, Int64, TopK
 
 _FIRST = 3
 """Candidates a side that the first round of exact scores covers, in multiples of k."""
+_ROWS_AT_ONCE = 8192
+"""Candidates of several queries whose stored features are in memory at a time."""
 _ERROR_BARS = 4.0
 """A candidate's exact score is assumed to lie within this many error bars of its stored score."""
 
@@ -94,12 +97,18 @@ class ScoredRows:
         score_N: their scores.
         stored_N: where `score_N` is exact, the scores from the stored features.
         error_N: error bars of the scores from the stored features; None: unknown.
+        part_NC: the parts of the scores from the stored features, by checkpoint; None: not computed.
     """
 
     rows_N: Int64
     score_N: Float64
     stored_N: Float64 | None = None
     error_N: Float64 | None = None
+    part_NC: Float64 | None = None
+
+    def __getitem__(self, chosen: npt.NDArray[Any]) -> ScoredRows:
+        """Return the rows at these positions, or of this mask."""
+        return ScoredRows(*(None if values is None else values[chosen] for values in vars(self).values()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -181,34 +190,36 @@ class Ranker:
     ) -> tuple[Hit, ...]:
         """Return the k best rows of a direction, 1 or -1, with their scores by checkpoint and by set."""
         order = np.lexsort((scored.rows_N, -sign * scored.score_N))[: request.options.k]
-        hits = [
-            _make_hit(self.id_of("train", int(scored.rows_N[i])), scored, i)
-            for i in order
-            if sign * scored.score_N[i] > 0
-        ]
-        if not hits or (request.options.rerank == "none" and not request.options.exact):
-            return tuple(hits)
-        rows_N = np.array([hit.row for hit in hits], dtype=np.int64)
-        row_NF = self.store.view(request.checkpoints, cosine=request.options.cosine).take(rows_N)
-        parts_NC = (row_NF.astype(np.float64) * query_F).reshape(len(hits), len(request.checkpoints), -1).sum(axis=2)
-        means_GN = self._score_sets(request, each_QF, row_NF, rows_N)
-        return tuple(
-            replace(
-                hit,
-                stored_score=float(parts_C.sum()) if request.options.exact else hit.stored_score,
-                by_checkpoint=tuple(parts_C.tolist()),
-                of_means=tuple(means_G.tolist()),
-            )
-            for hit, parts_C, means_G in zip(hits, parts_NC, means_GN.T, strict=True)
+        best = scored[order[sign * scored.score_N[order] > 0]]
+        if request.options.rerank != "none" or request.options.exact:
+            best = self._complete_parts(request, query_F, best)
+        means_GN = self._score_sets(request, each_QF, best.rows_N)
+        columns = (
+            best.rows_N.tolist(),
+            best.score_N.tolist(),
+            itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
+            itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
+            itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
+            map(tuple, means_GN.T.tolist()),
         )
+        return tuple(Hit(self.id_of("train", row), row, *rest) for row, *rest in zip(*columns, strict=False))
 
-    def _score_sets(self, request: QueryRequest, each_QF: Float32, row_NF: Float32, rows_N: Int64) -> Float64:
+    def _complete_parts(self, request: QueryRequest, query_F: Float32, best: ScoredRows) -> ScoredRows:
+        """Return rows with the parts of their scores from the stored features, and with these scores."""
+        if best.part_NC is not None:
+            return best
+        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
+        part_NC = _score_by_checkpoint(view.take(best.rows_N), query_F, len(request.checkpoints))
+        return replace(best, part_NC=part_NC, stored_N=part_NC.sum(axis=1))
+
+    def _score_sets(self, request: QueryRequest, each_QF: Float32, rows_N: Int64) -> Float64:
         """Return a contrast's scores [2, N] for the mean of each set, exact if the answer's are; else [0, N]."""
-        if not request.n_against or not len(rows_N):
+        if not request.n_against or not len(rows_N) or not (request.options.exact or request.options.rerank != "none"):
             return np.zeros((0, len(rows_N)))
         if request.options.exact or request.options.rerank == "exact":
             with make_exact_scorer(self.runner, request.queries(sets_apart=True), request.checkpoints) as scorer:
                 return scorer.scores(rows_N.tolist())
+        row_NF = self.store.view(request.checkpoints, cosine=request.options.cosine).take(rows_N)
         means_GN: Float64 = request.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
         return means_GN
 
@@ -237,22 +248,32 @@ class Ranker:
     def _rescore(self, request: QueryRequest, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
         if request.options.rerank == "none":
             return candidates
-        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
-        stored = [
-            self._score_stored(request, view.take(scored.rows_N), scored.rows_N, query_F)
-            for scored, query_F in zip(candidates, weighted_QF, strict=True)
-        ]
+        stored = self._score_stored(request, weighted_QF, candidates)
         if request.options.rerank == "stored":
             return stored
         with self._open_scorer(request) as scorer:
             return self._score_in_rounds(request, stored, scorer)
 
-    def _score_stored(self, request: QueryRequest, row_NF: Float32, rows_N: Int64, query_F: Float32) -> ScoredRows:
-        score_N = row_NF.astype(np.float64) @ query_F.astype(np.float64)
-        if self.error_scale is None or request.options.cosine:
-            return ScoredRows(rows_N, score_N)
-        deviation_N = sketch_deviations(query_F[None], row_NF, len(request.checkpoints))[0]
-        return ScoredRows(rows_N, score_N, None, self.error_scale * deviation_N)
+    def _score_stored(
+        self, request: QueryRequest, weighted_QF: Float32, candidates: Sequence[ScoredRows]
+    ) -> list[ScoredRows]:
+        """Return the candidates of each query with scores from the stored features; each row is read once."""
+        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
+        has_error = self.error_scale is not None and not request.options.cosine
+        scored: list[ScoredRows] = []
+        for queries in _split_queries(candidates, _ROWS_AT_ONCE):
+            union, places = np.unique(np.concatenate([candidates[q].rows_N for q in queries]), return_inverse=True)
+            row_MF, done = view.take(union), 0
+            for q in queries:
+                rows_N = candidates[q].rows_N
+                row_NF = row_MF[places[done : (done := done + len(rows_N))]]
+                part_NC = _score_by_checkpoint(row_NF, weighted_QF[q], len(request.checkpoints))
+                error_N = None
+                if has_error:
+                    deviation_N = sketch_deviations(weighted_QF[q : q + 1], row_NF, len(request.checkpoints))[0]
+                    error_N = self.error_scale * deviation_N
+                scored.append(ScoredRows(rows_N, part_NC.sum(axis=1), None, error_N, part_NC))
+        return scored
 
     def _score_in_rounds(
         self, request: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
@@ -318,9 +339,28 @@ def _select_uncertain(
 
 
 def _join_stored(stored: ScoredRows, exact: ScoredRows, chosen: npt.NDArray[Any]) -> ScoredRows:
-    """Return exact scores with the stored scores and error bars of the same rows."""
-    error_N = None if stored.error_N is None else stored.error_N[chosen]
-    return ScoredRows(exact.rows_N, exact.score_N, stored.score_N[chosen], error_N)
+    """Return exact scores with the stored scores, their parts and error bars of the same rows."""
+    same = stored[chosen]
+    return replace(same, score_N=exact.score_N, stored_N=same.score_N)
+
+
+def _split_queries(candidates: Sequence[ScoredRows], n_rows: int) -> Iterator[range]:
+    """Yield ranges of queries that have at most n_rows candidates together, or of one query."""
+    start, total = 0, 0
+    for q, scored in enumerate(candidates):
+        if q > start and total + len(scored.rows_N) > n_rows:
+            yield range(start, q)
+            start, total = q, 0
+        total += len(scored.rows_N)
+    if candidates:
+        yield range(start, len(candidates))
+
+
+def _score_by_checkpoint(row_NF: Float32, query_F: Float32, n_checkpoints: int) -> Float64:
+    """Return the inner products of rows with a query at each checkpoint, [N, C], in float64."""
+    query_CD = query_F.reshape(n_checkpoints, -1).astype(np.float64)
+    part_NC: Float64 = np.einsum("ncd,cd->nc", row_NF.reshape(-1, *query_CD.shape).astype(np.float64), query_CD)
+    return part_NC
 
 
 def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:
@@ -331,12 +371,6 @@ def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> li
         scores = np.concatenate([proponents.scores[at], opponents.scores[at]])[first]
         pools.append(ScoredRows(rows, np.ldexp(scores.astype(np.float64), exponent)))
     return pools
-
-
-def _make_hit(own: Id, scored: ScoredRows, i: int) -> Hit:
-    stored = None if scored.stored_N is None else float(scored.stored_N[i])
-    error = None if scored.error_N is None else float(scored.error_N[i])
-    return Hit(own, int(scored.rows_N[i]), float(scored.score_N[i]), stored, error)
 
 
 def _mix(mixture_GQ: Float64 | None, each_QF: Float32) -> Float32:

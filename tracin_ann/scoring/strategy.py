@@ -82,8 +82,9 @@ def choose_strategy(
     )
     if not is_reached:
         how += f"; below the target recall of {target:g}, --search scan finds all rows"
-    unlike_Q = calibration.looks.find_outliers(index, queries_QF)
-    if calibration.looks.is_shifted(index, queries_QF):
+    comparison = calibration.looks.compare(index, queries_QF)
+    unlike_Q = comparison.outlier_Q
+    if comparison.is_shifted:
         unlike_Q = np.ones(n_queries, dtype=bool)
         how += "; the distribution of these queries differs from the calibration queries: recall may differ"
     return Strategy(index.with_settings(proponents.setting, opponents.setting), how, unlike_Q)

@@ -1,12 +1,17 @@
 """Exact search: inner products of all rows of a source with all queries, by float32 matrix products in blocks.
 
-Shapes: N rows, B rows of a block, Q queries, F feature dimension, K results.
+On a CPU, a source that is also `StoredRows` is scanned in its stored format, without a decoded copy of the rows.
+
+Shapes: N rows, B rows of a block, S rows of the blocks whose scores are in memory, Q queries, F feature dimension,
+K results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,11 +20,20 @@ from torch import Tensor
 from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
+from tracin_ann.search.stored_scores import StoredScorer
 from tracin_ann.search.topk import best_positions, from_padded, negate
-from tracin_ann.types import Float32, Int64, RowSource, TopK
+from tracin_ann.types import Float32, Int64, RowSource, StoredPart, StoredRows, TopK
+
+Sign = Literal[1, -1]
+Block = tuple[Int64, Callable[[Tensor], None]]
+"""The ids [B] of a block, and a function that writes the scores [Q, B] of its rows into a tensor."""
 
 _SCORES_AT_ONCE = 2**24
-"""Entries of the Q × B block of scores that is in memory at a time: 64 MiB."""
+"""Entries of the Q × S scores that are in memory at a time: 64 MiB."""
+_TAKEN_SHARES = (1 / 16, 1 / 2)
+"""A smaller share of a source of stored rows is read by id; otherwise all rows are scanned. The second share is that of
+`_MANY_QUERIES`: most of the time of their scan are matrix products, which reading by id avoids."""
+_MANY_QUERIES = 64
 _RESIDENT_SHARE = 0.5
 """Rows stay in an accelerator's memory if they need at most this share of its free memory."""
 
@@ -43,7 +57,7 @@ class FlatIndex:
         self._source = source
         self._device = device
         self._block_rows = block_rows
-        self._resident: list[tuple[Tensor, Tensor]] | None = None
+        self._resident: list[tuple[Int64, Tensor]] | None = None
 
     @property
     def dim(self) -> int:
@@ -60,12 +74,18 @@ class FlatIndex:
         Raises:
             NonFiniteError: a query, or the score of a result, is not finite.
         """
-        return self._restrict(allowed)._scan(queries_QF, k, signs=(1.0,))[0]
+        return self.search_signs(queries_QF, k, (1,), allowed)[0]
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents) from one pass over the rows."""
-        proponents, opponents = self._restrict(allowed)._scan(queries_QF, k, signs=(1.0, -1.0))
+        proponents, opponents = self.search_signs(queries_QF, k, (1, -1), allowed)
         return proponents, negate(opponents)
+
+    def search_signs(
+        self, queries_QF: Float32, k: int, signs: Sequence[Sign], allowed: Int64 | None = None
+    ) -> list[TopK]:
+        """Return the k rows of largest sign × inner product for each sign, from one pass over the rows."""
+        return self._restrict(allowed)._scan(queries_QF, k, signs)
 
     def _restrict(self, allowed: Int64 | None) -> FlatIndex:
         """Return the scan of the allowed rows."""
@@ -73,18 +93,54 @@ class FlatIndex:
             return self
         return FlatIndex(Subset(self._source, allowed), self._device, self._block_rows)
 
-    def _scan(self, queries_QF: Float32, k: int, signs: tuple[float, ...]) -> list[TopK]:
+    def _scan(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         """Return the best k of sign × inner product for each sign."""
         queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
-        chunks = [queries[at : at + at_once] for at in range(0, len(queries), at_once)]
-        found = [[_RunningBest(len(chunk), k, self._device) for chunk in chunks] for _ in signs]
-        for ids_B, rows_BF in self._blocks():
-            for at, chunk_QF in enumerate(chunks):
-                scores_QB = chunk_QF @ rows_BF.T
-                for side, sign in zip(found, signs, strict=True):
-                    side[at].add(ids_B, sign * scores_QB)
+        found: list[list[_RunningBest]] = [[] for _ in signs]
+        for at in range(0, len(queries), at_once):
+            chunk_QF = queries[at : at + at_once]
+            best = [_RunningBest(len(chunk_QF), k, self._device) for _ in signs]
+            for ids_S, scores_QS in self._iter_scores(chunk_QF):
+                for side, sign in zip(best, signs, strict=True):
+                    side.add(ids_S, scores_QS if sign > 0 else -scores_QS)
+            for chunks, side in zip(found, best, strict=True):
+                chunks.append(side)
         return [self._collect(side, k) for side in found]
+
+    def _iter_scores(self, queries_QF: Tensor) -> Iterator[tuple[Int64, Tensor]]:
+        """Yield (ids [S], scores [Q, S]) by increasing id; the next scores overwrite the memory of the last."""
+        width = max(self._block_rows, _SCORES_AT_ONCE // len(queries_QF))
+        scores = torch.empty((len(queries_QF), min(width, len(self))), device=self._device)
+        ids: list[Int64] = []
+        filled = 0
+        for ids_B, write_scores in self._iter_blocks(queries_QF):
+            if filled + len(ids_B) > scores.shape[1]:
+                yield np.concatenate(ids), scores[:, :filled]
+                ids, filled = [], 0
+            write_scores(scores[:, filled : filled + len(ids_B)])
+            ids.append(ids_B)
+            filled += len(ids_B)
+        if filled:
+            yield np.concatenate(ids), scores[:, :filled]
+
+    def _iter_blocks(self, queries_QF: Tensor) -> Iterator[Block]:
+        """Yield all blocks by increasing id."""
+        source, ids = _find_stored_rows(self._source)
+        share = _TAKEN_SHARES[len(queries_QF) >= _MANY_QUERIES]
+        few = ids is not None and source is not None and len(ids) < share * len(source)
+        if source is None or few or self._device.type != "cpu":
+            for ids_B, rows_BF in self._blocks():
+                yield ids_B, partial(_multiply, queries_QF, rows_BF)
+            return
+        scorer = StoredScorer(queries_QF)
+        for ids_B, parts in source.stored_blocks(self._block_rows):
+            chosen = ids_B if ids is None else ids[slice(*np.searchsorted(ids, [ids_B[0], ids_B[-1] + 1]))]
+            if len(chosen) == len(ids_B):
+                yield ids_B, partial(scorer.score, parts)
+            elif len(chosen):
+                where_A = torch.from_numpy(np.searchsorted(ids_B, chosen))
+                yield chosen, partial(_score_some, scorer, parts, len(ids_B), where_A)
 
     def _collect(self, chunks: list[_RunningBest], k: int) -> TopK:
         """Return the results of all chunks of queries."""
@@ -94,14 +150,14 @@ class FlatIndex:
         check_finite(ids_QK, scores_QK)
         return from_padded(ids_QK, scores_QK, k, np.full(len(ids_QK), len(self), dtype=np.int64))
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (ids [B], rows [B, F]) on the device, by increasing id."""
+    def _blocks(self) -> Iterator[tuple[Int64, Tensor]]:
+        """Yield (ids [B], rows [B, F] on the device) by increasing id."""
         if self._resident is not None:
             yield from self._resident
             return
-        resident: list[tuple[Tensor, Tensor]] | None = [] if self._fits_in_memory() else None
+        resident: list[tuple[Int64, Tensor]] | None = [] if self._fits_in_memory() else None
         for ids, rows in self._source.blocks(self._block_rows):
-            block = (as_tensor(ids).to(self._device), as_tensor(rows).to(self._device))
+            block = (ids, as_tensor(rows).to(self._device))
             if resident is not None:
                 resident.append(block)
             yield block
@@ -150,21 +206,45 @@ class Subset:
         return self.source.take(ids)
 
 
+def _find_stored_rows(source: RowSource) -> tuple[StoredRows | None, Int64 | None]:
+    """Return the stored rows that a source gives or is a subset of, and the ids of the subset (None: all rows)."""
+    ids = None
+    while isinstance(source, Subset):
+        ids = source.ids if ids is None else ids
+        source = source.source
+    return (source, ids) if isinstance(source, StoredRows) else (None, ids)
+
+
+def _multiply(queries_QF: Tensor, rows_BF: Tensor, out_QB: Tensor) -> None:
+    """Write the inner products of queries and rows."""
+    torch.mm(queries_QF, rows_BF.T, out=out_QB)
+
+
+def _score_some(
+    scorer: StoredScorer, parts: Sequence[StoredPart], n_rows: int, where_A: Tensor, out_QA: Tensor
+) -> None:
+    """Write the scores of the rows at these positions of a block."""
+    scores_QB = torch.empty((len(out_QA), n_rows))
+    scorer.score(parts, scores_QB)
+    torch.index_select(scores_QB, 1, where_A, out=out_QA)
+
+
 class _RunningBest:
-    """The best k results so far for one chunk of queries; blocks are added by increasing id."""
+    """The best k results so far for some queries; scores are added by increasing id."""
 
     def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
         self._k = k
         self.ids_QK = torch.zeros((n_queries, 0), dtype=torch.int64, device=device)
         self.scores_QK = torch.zeros((n_queries, 0), dtype=torch.float32, device=device)
 
-    def add(self, ids_B: Tensor, scores_QB: Tensor) -> None:
-        """Merge a block with higher ids; at equal scores earlier positions win, which have lower ids."""
-        where = best_positions(scores_QB, self._k)
-        ids = torch.cat([self.ids_QK, ids_B[where]], dim=1)
-        scores = torch.cat([self.scores_QK, scores_QB.gather(1, where)], dim=1)
-        where = best_positions(scores, self._k)
-        self.ids_QK, self.scores_QK = ids.gather(1, where), scores.gather(1, where)
+    def add(self, ids_S: Int64, scores_QS: Tensor) -> None:
+        """Merge the scores of rows with higher ids; at equal scores earlier positions win, which have lower ids."""
+        where_QK = best_positions(scores_QS, self._k)
+        ids_QK = torch.from_numpy(ids_S[where_QK.cpu().numpy()]).to(self.ids_QK.device)
+        ids = torch.cat([self.ids_QK, ids_QK], dim=1)
+        scores = torch.cat([self.scores_QK, scores_QS.gather(1, where_QK)], dim=1)
+        where_QK = best_positions(scores, self._k)
+        self.ids_QK, self.scores_QK = ids.gather(1, where_QK), scores.gather(1, where_QK)
 
 
 def as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:

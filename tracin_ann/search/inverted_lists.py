@@ -40,7 +40,7 @@ class InvertedLists:
     @classmethod
     def train(cls, sample_BR: Float32, n_lists: int, codes: Codes) -> InvertedLists:
         """Return empty lists whose codes have the value ranges of the sample."""
-        index = _make_empty_index(n_lists, sample_BR.shape[1], codes)
+        index = make_empty_index(n_lists, sample_BR.shape[1], codes)
         index.sq.train(np.ascontiguousarray(sample_BR))
         return cls(index)
 
@@ -191,7 +191,7 @@ def _make_selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
     return faiss.IDSelectorBatch(allowed), allowed
 
 
-def _make_empty_index(n_lists: int, dim: int, codes: Codes) -> Any:
+def make_empty_index(n_lists: int, dim: int, codes: Codes) -> Any:
     """Return a FAISS index with empty lists."""
     faiss = import_faiss()
     quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
@@ -237,7 +237,7 @@ def _check_layout(file: BinaryIO, shape: tuple[int, int], codes: Codes) -> None:
 def _serialize_empty(shape: tuple[int, int], codes: Codes, ranges: int) -> npt.NDArray[np.uint8]:
     """Return the bytes of a file of empty lists, where all bytes of the codes' value ranges are `ranges`."""
     faiss = import_faiss()
-    index = _make_empty_index(*shape, codes)
+    index = make_empty_index(*shape, codes)
     n_ranges = 0 if codes == "fp16" else 2 * shape[1]
     faiss.copy_array_to_vector(np.full(4 * n_ranges, ranges, np.uint8).view(np.float32), index.sq.trained)
     content: npt.NDArray[np.uint8] = faiss.serialize_index(index)

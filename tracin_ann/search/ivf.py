@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
-from tracin_ann.search.flat import FlatIndex, check_finite
+from tracin_ann.search.flat import FlatIndex, Sign, check_finite
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
@@ -71,6 +72,14 @@ class _Parts:
     tree: ListTree
     reduction: Reduction
     outliers: Int64
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """A direction of a search: the sign of the inner products, and the setting."""
+
+    sign: Sign
+    setting: Setting
 
 
 class IVFIndex:
@@ -251,13 +260,18 @@ class IVFIndex:
 
         `rows_scored` counts rows and the centroids of groups and lists.
         """
-        return self._search_direction(check_queries(self, queries_QF, k), k, self.settings[0], allowed)
+        directions = [_Direction(1, self.settings[0])]
+        return self._search_directions(check_queries(self, queries_QF, k), k, directions, allowed)[0]
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
-        """Return (proponents, opponents), each with its own setting."""
+        """Return (proponents, opponents), each with its own setting, as two separate searches do.
+
+        Both directions share the reduction of the queries, the scan of outliers, and one reading of the candidates.
+        """
+        directions = [_Direction(1, self.settings[0]), _Direction(-1, self.settings[1])]
         queries = check_queries(self, queries_QF, k)
-        opponents = self._search_direction(-queries, k, self.settings[1], allowed)
-        return self._search_direction(queries, k, self.settings[0], allowed), negate(opponents)
+        proponents, opponents = self._search_directions(queries, k, directions, allowed)
+        return proponents, negate(opponents)
 
     def will_scan(self, k: int, allowed: Int64 | None = None) -> bool:
         """Return whether a search scans all (allowed) rows, because lists would score as many."""
@@ -273,33 +287,66 @@ class IVFIndex:
         """Return whether the lists would score as many rows as a scan of n_rows rows."""
         return max(setting.codes, _count_candidates(k)) >= n_rows
 
-    def _search_direction(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
-        """Return the k rows of largest inner product: of the lists, the outliers, or an exact scan."""
+    def _search_directions(
+        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+    ) -> list[TopK]:
+        """Return the k rows of largest sign × inner product for each direction: of lists and outliers, or of a scan."""
         allowed = None if allowed is not None and len(allowed) == len(self) else allowed
         n_rows = len(self) if allowed is None else len(allowed)
-        setting = self._adapt(setting, k, n_rows)
-        if self._is_scanned(k, setting, n_rows):
-            return self._scan(queries_QF, k, allowed)
-        batches = range(0, len(queries_QF), _QUERIES_AT_ONCE)
-        found = concatenate(
-            [self._search_batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, setting, allowed) for at in batches]
-        )
-        outliers = self._parts.outliers if allowed is None else np.intersect1d(self._parts.outliers, allowed)
+        directions = [dataclasses.replace(d, setting=self._adapt(d.setting, k, n_rows)) for d in directions]
+        scanned = [d for d in directions if self._is_scanned(k, d.setting, n_rows)]
+        listed = [d for d in directions if d not in scanned]
+        found = self._scan(queries_QF, k, scanned, allowed) if scanned else {}
+        if listed:
+            found |= self._search_lists(queries_QF, k, listed, allowed)
+        return [found[d.sign] for d in directions]
+
+    def _scan(
+        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+    ) -> dict[Sign, TopK]:
+        """Return the results of an exact scan, by sign of the direction."""
+        signs = [d.sign for d in directions]
+        scan = FlatIndex(self._source, self._device)
+        return dict(zip(signs, scan.search_signs(queries_QF, k, signs, allowed), strict=True))
+
+    def _search_lists(
+        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+    ) -> dict[Sign, TopK]:
+        """Return the results of lists and outliers, by sign of the direction."""
+        batches = [
+            self._search_batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, directions, allowed)
+            for at in range(0, len(queries_QF), _QUERIES_AT_ONCE)
+        ]
+        found = {d.sign: concatenate([batch[d.sign] for batch in batches]) for d in directions}
+        outliers = self._parts.outliers
+        if allowed is not None:
+            outliers = np.intersect1d(outliers, allowed)
         if len(outliers):
             with _report_unknown_rows():
-                found = merge([found, self._scan(queries_QF, k, outliers)], k)
-        return self._complete(found, queries_QF, k, allowed)
+                scanned = self._scan(queries_QF, k, directions, outliers)
+            found = {sign: merge([top, scanned[sign]], k) for sign, top in found.items()}
+        return self._complete(found, queries_QF, k, directions, allowed)
 
-    def _scan(self, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
-        return FlatIndex(self._source, self._device).search(queries_QF, k, allowed)
+    def _search_batch(
+        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+    ) -> dict[Sign, TopK]:
+        """Return the best k of the lists' candidates by their exact scores, by sign of the direction."""
+        reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
+        candidates = [self._find_candidates(d.sign * reduced_QR, k, d.setting, allowed) for d in directions]
+        scores = self._rescore(queries_QF, [ids_QM for ids_QM, _ in candidates])
+        found: dict[Sign, TopK] = {}
+        for direction, (ids_QM, scored_Q), scores_QM in zip(directions, candidates, scores, strict=True):
+            check_finite(ids_QM, scores_QM)
+            found[direction.sign] = from_padded(ids_QM, direction.sign * scores_QM, k, scored_Q)
+        return found
 
-    def _search_batch(self, queries_QF: Float32, k: int, setting: Setting, allowed: Int64 | None) -> TopK:
-        """Return the best k of the lists' candidates by their exact scores."""
+    def _find_candidates(
+        self, reduced_QR: Float32, k: int, setting: Setting, allowed: Int64 | None
+    ) -> tuple[Int64, Int64]:
+        """Return the padded ids [Q, M] with the best coded scores, and the numbers of scored rows and centroids [Q]."""
         parts = self._parts
-        reduced_QR = parts.reduction.apply(_normalize(queries_QF))
         n_groups = math.ceil(setting.centroids / parts.tree.centroids_per_group)
-        mean_size = len(parts.lists) / max(1, int((parts.tree.size_L > 0).sum()))
-        n_lists = math.ceil(_LIST_MARGIN * setting.codes / max(mean_size, 1.0))
+        n_lists = math.ceil(_LIST_MARGIN * setting.codes / max(self._mean_size, 1.0))
         probes = parts.tree.probe(reduced_QR, setting.alpha, n_groups, n_lists)
         size_QW = np.where(probes.list_QW >= 0, parts.tree.size_L[probes.list_QW], 0)
         before_QW = size_QW.cumsum(axis=1) - size_QW
@@ -307,47 +354,67 @@ class IVFIndex:
         width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
         key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
         ids_QM, _ = parts.lists.scan(reduced_QR, _count_candidates(k), key_QW, allowed)
-        scored_Q = (size_QW * within_QW).sum(axis=1) + probes.scored_Q
-        scores_QM = self._rescore(queries_QF, ids_QM)
-        check_finite(ids_QM, scores_QM)
-        return from_padded(ids_QM, scores_QM, k, scored_Q)
+        return ids_QM, (size_QW * within_QW).sum(axis=1) + probes.scored_Q
 
-    def _rescore(self, queries_QF: Float32, ids_QM: Int64) -> Float32:
-        """Return the inner products [Q, M] with the rows with these ids; 0 for padding."""
+    @cached_property
+    def _mean_size(self) -> float:
+        """Return the mean number of rows of the lists with rows."""
+        return len(self._parts.lists) / max(1, int((self.tree.size_L > 0).sum()))
+
+    def _rescore(self, queries_QF: Float32, candidates: Sequence[Int64]) -> list[Float32]:
+        """Return the inner products [Q, M] of each array of ids [Q, M]; 0 for padding. Each row is read once."""
+        ids_QM = np.concatenate(candidates, axis=1)
         scores_QM = np.zeros(ids_QM.shape, np.float32)
         for at in range(0, len(queries_QF), _QUERIES_RESCORED_AT_ONCE):
             part = slice(at, at + _QUERIES_RESCORED_AT_ONCE)
             unique, place = np.unique(ids_QM[part], return_inverse=True)
             n_padding = int(np.searchsorted(unique, 0))
             with _report_unknown_rows():
-                rows = torch.from_numpy(self._source.take(unique[n_padding:]))
-            if not len(rows):
+                row_UF = self._source.take(unique[n_padding:])
+            if not len(row_UF):
                 continue
-            chosen_QMF = rows[torch.from_numpy((place.reshape(ids_QM[part].shape) - n_padding).clip(0))]
-            query_QF1 = torch.from_numpy(np.ascontiguousarray(queries_QF[part]))[:, :, None]
-            scores_QM[part] = torch.bmm(chosen_QMF, query_QF1)[:, :, 0].numpy()
+            place_QM = (place.reshape(ids_QM[part].shape) - n_padding).clip(0)
+            for query_F, place_M, scores_M in zip(queries_QF[part], place_QM, scores_QM[part], strict=True):
+                # Not a matrix product: threads cost more than they save, and sums depend on the number of rows.
+                np.einsum("mf,f->m", row_UF[place_M], query_F, out=scores_M)
         scores_QM[ids_QM < 0] = 0
-        return scores_QM
+        return np.split(scores_QM, np.cumsum([ids.shape[1] for ids in candidates])[:-1], axis=1)
 
-    def _complete(self, top: TopK, queries_QF: Float32, k: int, allowed: Int64 | None) -> TopK:
+    def _complete(
+        self,
+        found: dict[Sign, TopK],
+        queries_QF: Float32,
+        k: int,
+        directions: Sequence[_Direction],
+        allowed: Int64 | None,
+    ) -> dict[Sign, TopK]:
         """Return the results, from an exact scan for queries with too few results or where quiet rows could enter."""
         n_results = min(k, len(self) if allowed is None else len(allowed))
         norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
         quiet_Q = norm_Q * self._caption.quiet_norm
         has_quiet = self._caption.quiet_rows > 0
-        incomplete = [
-            at
-            for at, scores in enumerate(top.scores)
-            if len(scores) < n_results or norm_Q[at] == 0 or (has_quiet and scores[-1] <= quiet_Q[at])
-        ]
-        if not incomplete:
-            return top
-        exact = self._scan(queries_QF[incomplete], k, allowed)
-        ids, scores, counts = list(top.ids), list(top.scores), top.rows_scored.copy()
-        for place, at in enumerate(incomplete):
-            ids[at], scores[at] = exact.ids[place], exact.scores[place]
-            counts[at] += exact.rows_scored[place]
-        return TopK(tuple(ids), tuple(scores), counts)
+        together: dict[tuple[int, ...], list[_Direction]] = {}
+        for direction in directions:
+            incomplete = [
+                at
+                for at, scores in enumerate(found[direction.sign].scores)
+                if len(scores) < n_results or norm_Q[at] == 0 or (has_quiet and scores[-1] <= quiet_Q[at])
+            ]
+            if incomplete:
+                together.setdefault(tuple(incomplete), []).append(direction)
+        for places, some in together.items():
+            exact = self._scan(queries_QF[list(places)], k, some, allowed)
+            found = found | {sign: _replace(found[sign], places, top) for sign, top in exact.items()}
+        return found
+
+
+def _replace(top: TopK, places: Sequence[int], exact: TopK) -> TopK:
+    """Return the results with those at some places from a scan of these queries; rows_scored are added."""
+    ids, scores, counts = list(top.ids), list(top.scores), top.rows_scored.copy()
+    for own, at in enumerate(places):
+        ids[at], scores[at] = exact.ids[own], exact.scores[own]
+        counts[at] += exact.rows_scored[own]
+    return TopK(tuple(ids), tuple(scores), counts)
 
 
 def _count_candidates(k: int) -> int:

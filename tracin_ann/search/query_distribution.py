@@ -8,6 +8,7 @@ Shapes: Q queries, F feature dimension.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,26 +48,34 @@ class QueryDistribution:
         if not self.log_norm or not self.cosine or len(self.samples) != 1 or self.samples[0] < 1:
             raise ValueError("quantiles of no queries")
 
-    def find_outliers(self, index: IVFIndex, queries_QF: Float32) -> npt.NDArray[np.bool_]:
-        """Return which queries are far outside the range of the calibration queries, bool [Q]."""
-        outlier_Q = np.zeros(len(queries_QF), dtype=bool)
-        for values_Q, quantiles in zip(_measure(index, queries_QF), (self.log_norm, self.cosine), strict=True):
-            low, high = quantiles[0], quantiles[-1]
-            margin = _MARGIN * (high - low)
-            outlier_Q |= (values_Q < low - margin) | (values_Q > high + margin)
-        return outlier_Q
+    def compare(self, index: IVFIndex, queries_QF: Float32) -> Comparison:
+        """Return which queries are outliers, and whether the queries together have another distribution."""
+        measured = list(zip(_measure(index, queries_QF), (self.log_norm, self.cosine), strict=True))
+        return Comparison(
+            np.logical_or.reduce([_find_outliers(values_Q, quantiles) for values_Q, quantiles in measured]),
+            self._is_shifted(measured),
+        )
 
-    def is_shifted(self, index: IVFIndex, queries_QF: Float32) -> bool:
-        """Return whether the queries have another distribution (Kolmogorov-Smirnov test, level 0.001).
-
-        False for fewer than 20 queries.
-        """
-        n = len(queries_QF)
+    def _is_shifted(self, measured: Sequence[tuple[Float64, tuple[float, ...]]]) -> bool:
+        n = len(measured[0][0])
         if n < _MIN_QUERIES:
             return False
         limit = _KS_FACTOR * math.sqrt((n + self.samples[0]) / (n * self.samples[0])) + 1 / _QUANTILES
-        measures = zip(_measure(index, queries_QF), (self.log_norm, self.cosine), strict=True)
-        return any(_ks_distance(values_Q, quantiles) > limit for values_Q, quantiles in measures)
+        return any(_ks_distance(values_Q, quantiles) > limit for values_Q, quantiles in measured)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of queries with calibration queries.
+
+    Attributes:
+        outlier_Q: which queries are far outside the range of the calibration queries, bool [Q].
+        is_shifted: whether the queries have another distribution (Kolmogorov-Smirnov test, level 0.001); False for
+            fewer than 20 queries.
+    """
+
+    outlier_Q: npt.NDArray[np.bool_]
+    is_shifted: bool
 
 
 def measure_queries(index: IVFIndex, queries_QF: Float32) -> QueryDistribution:
@@ -81,6 +90,13 @@ def _measure(index: IVFIndex, queries_QF: Float32) -> tuple[Float64, Float64]:
     norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
     smallest = np.finfo(np.float64).tiny
     return np.log10(np.maximum(norm_Q, smallest)), index.nearness(queries_QF)
+
+
+def _find_outliers(values_Q: Float64, quantiles: tuple[float, ...]) -> npt.NDArray[np.bool_]:
+    low, high = quantiles[0], quantiles[-1]
+    margin = _MARGIN * (high - low)
+    outlier_Q: npt.NDArray[np.bool_] = (values_Q < low - margin) | (values_Q > high + margin)
+    return outlier_Q
 
 
 def _ks_distance(values_Q: Float64, quantiles: tuple[float, ...]) -> float:

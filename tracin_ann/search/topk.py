@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tracin_ann.types import Float32, Int64, TopK
@@ -43,16 +42,12 @@ def from_padded(ids_QM: Int64, scores_QM: Float32, k: int, rows_scored: Int64) -
         k: number of results.
         rows_scored: int64 [Q], copied to the result.
     """
-    by_id = np.argsort(ids_QM, axis=1, kind="stable")
-    ids = np.take_along_axis(ids_QM, by_id, axis=1)
-    scores = np.take_along_axis(scores_QM, by_id, axis=1)
-    scores = np.where(ids < 0, np.float32(-np.inf), scores)
-    order = best_positions(torch.from_numpy(scores), k).numpy()
-    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    valid = ids >= 0
+    order_QK = np.lexsort((ids_QM, -scores_QM, ids_QM < 0))[:, :k]
+    ids, scores = np.take_along_axis(ids_QM, order_QK, axis=1), np.take_along_axis(scores_QM, order_QK, axis=1)
+    n_results_Q = (ids >= 0).sum(axis=1).tolist()
     return TopK(
-        ids=tuple(row[keep] for row, keep in zip(ids, valid, strict=True)),
-        scores=tuple(row[keep] for row, keep in zip(scores, valid, strict=True)),
+        ids=tuple(row[:n] for row, n in zip(ids, n_results_Q, strict=True)),
+        scores=tuple(row[:n] for row, n in zip(scores, n_results_Q, strict=True)),
         rows_scored=np.asarray(rows_scored, dtype=np.int64),
     )
 

@@ -7,8 +7,8 @@ Every dataset is contiguous and uncompressed, so that the features can be memory
 (xxh3_64, uint64): `row_checksum` [N] of each row of `feature`, `block_checksum` of each block of `block_rows` rows, and
 `column_checksum` [1] of the header and all other datasets.
 
-Header and columns are verified when the file is opened, features when they are first read. Rows that are selected by
-position are verified one by one; consecutive rows are verified in blocks, which is ten times as fast.
+Header and columns are verified when the file is opened. Rows that are selected by position are verified one by one
+whenever they are read; consecutive rows are verified in blocks when they are first read, which is ten times as fast.
 
 A row is skipped if its loss, gradient or squared norm is NaN or infinite. Its stored loss is not finite; its features
 and squared norm are zero.
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast, get_args
 
@@ -43,6 +44,7 @@ _STORED_DTYPE = {"float16": "<f2", "float32": "<f4"}
 _NOT_IN_NAMES = frozenset("/\\\0")
 _LONGEST_NAME = 100
 _LONGEST_ATTRIBUTE = 1000
+_ROW_INFO = np.dtype([("checksum", "<u8"), ("exponent", "<i2")])
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,19 +146,22 @@ class FeatureFile:
     """An open feature file: features memory-mapped, the small columns in memory.
 
     Rows are addressed by their position in the file: position 0 is row `header.start`. The map uses one file
-    descriptor. `checked_N` marks the rows whose features have been verified since the file was opened.
+    descriptor.
+
+    Attributes:
+        stored_ND: the stored features.
+        row_info_N: checksum and exponent of each row, in one array of records: both are needed for every row taken.
+        checked_N: which rows have been verified in blocks since the file was opened.
     """
 
     path: Path
     header: FileHeader
     stored_ND: Stored
-    exponent_N: Int16
-    ids_N: Int64
+    row_info_N: npt.NDArray[np.void]
+    checked_N: npt.NDArray[np.bool_]
     sqnorm_N: Float64
     loss_N: Float32
     block_checksum: Checksums
-    row_checksum: Checksums
-    checked_N: npt.NDArray[np.bool_]
 
     @classmethod
     def open(cls, path: Path, expected: FileHeader | None = None) -> FeatureFile:
@@ -182,6 +187,21 @@ class FeatureFile:
         return opened
 
     @property
+    def exponent_N(self) -> Int16:
+        """Return the exponents of the rows."""
+        return self.row_info_N["exponent"]
+
+    @property
+    def row_checksum(self) -> Checksums:
+        """Return the checksums of the rows."""
+        return self.row_info_N["checksum"]
+
+    @cached_property
+    def _buffers(self) -> tuple[memoryview, memoryview]:
+        """Return the bytes of the stored features and of `row_info_N`; slices of them are cheaper than of arrays."""
+        return _view_bytes(self.stored_ND), _view_bytes(self.row_info_N)
+
+    @property
     def skipped_K(self) -> Int64:
         """Return the positions of the skipped rows [K], ascending."""
         return np.flatnonzero(~np.isfinite(self.loss_N))
@@ -201,38 +221,32 @@ class FeatureFile:
             feature_shape, feature_dtype = (n_rows, header.dim), _STORED_DTYPE[header.dtype]
             offset = dataset("feature", feature_shape, feature_dtype).id.get_offset()
             stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", offset, feature_shape))
-            opened_file = cls(
-                path=path,
-                header=header,
-                stored_ND=stored_ND,
-                exponent_N=dataset("exponent", (n_rows,), "<i2")[...],
-                ids_N=dataset("id", (n_rows,), "<i8")[...],
-                sqnorm_N=dataset("sqnorm", (n_rows,), "<f8")[...],
-                loss_N=dataset("loss", (n_rows,), "<f4")[...],
-                block_checksum=dataset("block_checksum", (n_blocks,), "<u8")[...],
-                row_checksum=dataset("row_checksum", (n_rows,), "<u8")[...],
-                checked_N=np.zeros(n_rows, dtype=bool),
-            )
+            columns = {
+                name: dataset(name, shape, dtype)[...]
+                for name, (shape, dtype) in {
+                    "exponent": ((n_rows,), "<i2"),
+                    "id": ((n_rows,), "<i8"),
+                    "sqnorm": ((n_rows,), "<f8"),
+                    "loss": ((n_rows,), "<f4"),
+                    "block_checksum": ((n_blocks,), "<u8"),
+                    "row_checksum": ((n_rows,), "<u8"),
+                }.items()
+            }
             written = int(dataset("column_checksum", (1,), "<u8")[0])
-        opened_file._check_columns(written)
-        return opened_file
-
-    def _check_columns(self, written: int) -> None:
-        """Check header and columns against the stored checksum, and that they are consistent.
-
-        Raises:
-            ValueError: they do not match.
-        """
-        skipped_K = self.skipped_K
-        if not np.isfinite(self.sqnorm_N).all() or any(
-            column[skipped_K].any() for column in (self.sqnorm_N, self.exponent_N, self.stored_ND)
-        ):
-            raise ValueError("rows that are neither finite nor skipped")
-        rest = self.exponent_N, self.ids_N, self.sqnorm_N, self.loss_N, self.block_checksum, self.row_checksum
-        if column_checksum(self.header.salt, rest) != written:
-            raise ValueError("header or columns are altered")
-        if not np.array_equal(self.ids_N, np.arange(self.header.start, self.header.stop)):
-            raise ValueError("the ids are those of other rows")
+        _check_columns(header, columns, stored_ND, written)
+        row_info_N = np.zeros(n_rows, dtype=_ROW_INFO)
+        row_info_N["exponent"], row_info_N["checksum"] = columns["exponent"], columns["row_checksum"]
+        checked_N = np.zeros(n_rows, dtype=bool)
+        return cls(
+            path,
+            header,
+            stored_ND,
+            row_info_N,
+            checked_N,
+            columns["sqnorm"],
+            columns["loss"],
+            columns["block_checksum"],
+        )
 
     def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
         """Return float32 rows start..stop-1 [stop - start, D]; with `unit`, divided by their norms (zero stays zero).
@@ -247,6 +261,17 @@ class FeatureFile:
             raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
         self._check_blocks(start, stop)
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
+
+    def read_stored(self, start: int, stop: int) -> tuple[Stored, Int16]:
+        """Return rows start..stop-1 as they are stored [stop - start, D], memory-mapped, and their exponents.
+
+        Raises:
+            DamagedIndexError: a row is altered.
+        """
+        if not 0 <= start <= stop <= self.header.n_rows:
+            raise IndexError(f"rows {start}:{stop} of {self.header.n_rows}")
+        self._check_blocks(start, stop)
+        return self.stored_ND[start:stop], self.exponent_N[start:stop]
 
     def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
         if out_ND is None:
@@ -293,48 +318,119 @@ class FeatureFile:
         return DamagedIndexError(problem(f"{self.path}: {which} altered", got=got, expected=expected, remedy=_REPAIR))
 
 
-def take_rows(parts: Sequence[tuple[FeatureFile, Int64]], *, unit: bool = False) -> Float32:
-    """Return rows of several files as float32 [K, D], part after part.
+def _check_columns(
+    header: FileHeader, columns: Mapping[str, npt.NDArray[Any]], stored_ND: Stored, written: int
+) -> None:
+    """Check header and columns against the stored checksum, and that they are consistent.
 
-    All rows are verified and decoded together, which costs less than file by file when each part has few rows.
+    Raises:
+        ValueError: they do not match.
+    """
+    skipped_K = np.flatnonzero(~np.isfinite(columns["loss"]))
+    if not np.isfinite(columns["sqnorm"]).all() or any(
+        column[skipped_K].any() for column in (columns["sqnorm"], columns["exponent"], stored_ND)
+    ):
+        raise ValueError("rows that are neither finite nor skipped")
+    if column_checksum(header.salt, columns.values()) != written:
+        raise ValueError("header or columns are altered")
+    if not np.array_equal(columns["id"], np.arange(header.start, header.stop)):
+        raise ValueError("the ids are those of other rows")
+
+
+def _view_bytes(array: npt.NDArray[Any]) -> memoryview:
+    return array.view(np.uint8).reshape(-1).data
+
+
+def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], *, unit: bool = False) -> Float32:
+    """Return rows as float32 [K, C·D], whose C parts are in files of several checkpoints.
+
+    All parts are copied, verified and decoded together: NumPy calls for each file would cost more than the copies.
 
     Args:
-        parts: a file, and positions of its rows; the files have the same dimension and dtype.
+        files: the C files of each row; all have the same dimension and dtype.
+        positions: the position of each row in its files.
+        unit: divide each part by its norm; a zero part remains zero.
+
+    Raises:
+        DamagedIndexError: rows are altered; the message names the first such file and its rows.
+        IndexError: a position is outside a file.
+    """
+    header, info_bytes = files[0][0].header, _ROW_INFO.itemsize
+    row_bytes = header.dim * np.dtype(_STORED_DTYPE[header.dtype]).itemsize
+    features: list[memoryview] = []
+    infos: list[memoryview] = []
+    for parts, position in zip(files, positions, strict=True):
+        place = slice(position * row_bytes, (position + 1) * row_bytes)
+        info_place = slice(position * info_bytes, (position + 1) * info_bytes)
+        for file in parts:
+            stored, info = file._buffers
+            features.append(stored[place])
+            infos.append(info[info_place])
+    content = bytearray().join(features)
+    if min(positions) < 0 or len(content) != len(features) * row_bytes:
+        n_rows = min(file.header.n_rows for parts in files for file in parts)
+        raise IndexError(f"position {min(positions)} or {max(positions)} of {n_rows} rows")
+    stored_KD = np.frombuffer(content, dtype=_STORED_DTYPE[header.dtype]).reshape(-1, header.dim)
+    info_K = np.frombuffer(b"".join(infos), dtype=_ROW_INFO)
+
+    def find_place(part: int) -> tuple[FeatureFile, int]:
+        row, checkpoint = divmod(part, len(files[0]))
+        return files[row][checkpoint], positions[row]
+
+    _check_rows(stored_KD, info_K, find_place)
+    row_KD = np.empty(stored_KD.shape, dtype=np.float32)
+    decode_rows(stored_KD, info_K["exponent"], row_KD, unit=unit)
+    return row_KD.reshape(len(positions), -1)
+
+
+def take_grouped_rows(groups: Sequence[tuple[FeatureFile, Int64]], out_KD: Float32, *, unit: bool = False) -> None:
+    """Write rows of several files of one checkpoint into `out_KD`, group after group.
+
+    This is faster than `take_rows` if the groups have many rows.
+
+    Args:
+        groups: a file, and positions of its rows.
+        out_KD: its rows must be contiguous; it may be a part of the columns of a wider array.
         unit: divide each row by its norm; a zero row remains zero.
 
     Raises:
         DamagedIndexError: rows are altered; the message names the first such file and its rows.
-        IndexError: a position is outside the file.
     """
-    header = parts[0][0].header
-    position_K, lengths = np.concatenate([positions for _, positions in parts]), [len(p) for _, p in parts]
-    outside_K = (position_K < 0) | (position_K >= np.repeat([file.header.n_rows for file, _ in parts], lengths))
-    if outside_K.any():
-        raise IndexError(f"position {position_K[outside_K][0]} of {header.n_rows} rows")
-    n_rows = len(position_K)
-    stored_KD = np.empty((n_rows, header.dim), dtype=_STORED_DTYPE[header.dtype])
-    exponent_K, expected_K = np.empty(n_rows, dtype="<i2"), np.empty(n_rows, dtype="<u8")
-    checked_K = np.empty(n_rows, dtype=bool)
-    start = 0
-    for file, positions in parts:
-        part = slice(start, start := start + len(positions))
+    stored_KD = np.empty(out_KD.shape, dtype=_STORED_DTYPE[groups[0][0].header.dtype])
+    info_K = np.empty(len(out_KD), dtype=_ROW_INFO)
+    starts = np.cumsum([0, *(len(positions) for _, positions in groups)])
+    for (file, positions), start, stop in zip(groups, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         # With `clip`, NumPy writes into `out` without a buffer.
-        file.stored_ND.take(positions, axis=0, out=stored_KD[part], mode="clip")
-        file.exponent_N.take(positions, out=exponent_K[part], mode="clip")
-        file.row_checksum.take(positions, out=expected_K[part], mode="clip")
-        file.checked_N.take(positions, out=checked_K[part], mode="clip")
-    if not checked_K.all():
-        altered_K = np.zeros(n_rows, dtype=bool)
-        altered_K[~checked_K] = row_checksums(stored_KD[~checked_K]) != expected_K[~checked_K]
-        start = 0
-        for file, positions in parts:
-            altered = altered_K[start : (start := start + len(positions))]
-            if altered.any():
-                raise file.alteration_error(np.unique(positions[altered]))
-            file.checked_N[positions] = True
-    row_KD = np.empty(stored_KD.shape, dtype=np.float32)
-    decode_rows(stored_KD, exponent_K, row_KD, unit=unit)
-    return row_KD
+        file.stored_ND.take(positions, axis=0, out=stored_KD[start:stop], mode="clip")
+        file.row_info_N.take(positions, out=info_K[start:stop], mode="clip")
+
+    def find_place(part: int) -> tuple[FeatureFile, int]:
+        group = int(np.searchsorted(starts, part, side="right")) - 1
+        file, positions = groups[group]
+        return file, int(positions[part - starts[group]])
+
+    _check_rows(stored_KD, info_K, find_place)
+    decode_rows(stored_KD, info_K["exponent"], out_KD, unit=unit)
+
+
+def _check_rows(
+    stored_KD: Stored, info_K: npt.NDArray[np.void], find_place: Callable[[int], tuple[FeatureFile, int]]
+) -> None:
+    """Compare rows with their checksums.
+
+    Args:
+        stored_KD: the stored rows.
+        info_K: their checksums and exponents.
+        find_place: returns file and position of one of them.
+
+    Raises:
+        DamagedIndexError: rows are altered; the message names the first such file and its rows.
+    """
+    altered_K = row_checksums(stored_KD) != info_K["checksum"]
+    if altered_K.any():
+        altered = [find_place(part) for part in np.flatnonzero(altered_K).tolist()]
+        first = altered[0][0]
+        raise first.alteration_error(np.unique([position for file, position in altered if file is first]))
 
 
 def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -> FileRecord:

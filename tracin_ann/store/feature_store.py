@@ -6,6 +6,7 @@ Shapes: N rows, C checkpoints, D sketch dimension of a checkpoint, F = (checkpoi
 from __future__ import annotations
 
 import re
+import resource
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +26,21 @@ from tracin_ann.store.feature_file import (
     FeatureFile,
     FileHeader,
     FileRecord,
+    take_grouped_rows,
     take_rows,
     write_feature_file,
 )
-from tracin_ann.types import Float32, Float64, Int64
+from tracin_ann.types import Float32, Float64, Int64, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
-# Each open map uses a file descriptor; 1024 for each process is a common limit.
-_OPEN_FILES = 256
-_NUMBERS_AT_ONCE = 1 << 22
-"""Numbers that `take` decodes together."""
+# Each open map uses a file descriptor and 23 bytes of memory per row.
+_OPEN_FILES = 2048
+_DESCRIPTOR_SHARE = 0.5
+"""Largest share of the process's file descriptors, of which 1,024 are a common limit."""
+_FEW_ROWS = 512
+"""Up to this many rows, `take` copies each row by itself; more are grouped by file."""
+_ROWS_AT_ONCE = 4096
+"""Rows that `take` decodes together."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
 
 
@@ -116,6 +122,8 @@ class FeatureStore:
         self.layout = layout
         self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
         self._lock = Lock()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = _OPEN_FILES if limit == resource.RLIM_INFINITY else int(_DESCRIPTOR_SHARE * limit)
 
     def path(self, partition: int, checkpoint: int) -> Path:
         """Return the path of a file, which need not exist."""
@@ -201,15 +209,26 @@ class FeatureStore:
         Raises:
             DamagedIndexError: the file is missing, unreadable or has another header.
         """
-        key = (partition, checkpoint)
+        return self.files([(partition, checkpoint)])[0]
+
+    def files(self, keys: Sequence[tuple[int, int]]) -> list[FeatureFile]:
+        """Return the open files of pairs (partition, checkpoint); the most recently used files remain open.
+
+        Raises:
+            DamagedIndexError: a file is missing, unreadable or has another header.
+        """
+        found = []
         with self._lock:
-            opened = self._open.pop(key, None)
-            if opened is None:
-                opened = FeatureFile.open(self.path(*key), self.layout.header(*key))
-            self._open[key] = opened
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        return opened
+            for key in keys:
+                opened = self._open.get(key)
+                if opened is None:
+                    opened = self._open[key] = FeatureFile.open(self.path(*key), self.layout.header(*key))
+                    if len(self._open) > min(_OPEN_FILES, self._most_files):
+                        self._open.popitem(last=False)
+                else:
+                    self._open.move_to_end(key)
+                found.append(opened)
+        return found
 
     def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
@@ -269,6 +288,28 @@ class FeatureView:
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
 
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart]]]:
+        """Yield (ids [n], one part for each checkpoint), n ≤ block_rows; no block spans two partitions.
+
+        Raises:
+            DamagedIndexError: a row is altered.
+        """
+        if block_rows < 1:
+            raise ValueError(f"block_rows is {block_rows}")
+        for partition, (first, last) in enumerate(self.store.partitions()):
+            files = [self.store.file(partition, checkpoint) for checkpoint in self.checkpoints]
+            for at in range(first, last, block_rows):
+                stop = min(at + block_rows, last)
+                parts = [self._stored_part(file, at - first, stop - first) for file in files]
+                yield np.arange(at, stop, dtype=np.int64), parts
+
+    def _stored_part(self, file: FeatureFile, start: int, stop: int) -> StoredPart:
+        """Return rows start..stop-1 of a file."""
+        if self.cosine and file.header.dtype == "float32":
+            # Squares of stored float32 numbers can overflow or underflow; `read` scales them first.
+            return StoredPart(file.read(start, stop, unit=True), np.zeros(stop - start, np.int16))
+        return StoredPart(*file.read_stored(start, stop), unit=self.cosine)
+
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return float32 rows [K, F] in the order of `ids`.
 
@@ -279,29 +320,34 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
-        row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
-        # In ascending order, so that files are read forwards, and in groups that bound the memory.
-        order_K = np.argsort(id_K, kind="stable")
-        step = max(1, _NUMBERS_AT_ONCE // self.dim)
-        for start in range(0, len(id_K), step):
-            group = order_K[start : start + step]
-            row_KF[group] = self._take_ascending(id_K[group])
-        return row_KF
-
-    def _take_ascending(self, id_K: Int64) -> Float32:
-        """Return the rows [K, F] of ascending ids; each row is read once."""
+        if len(id_K) <= _FEW_ROWS:
+            return self._take_few(id_K)
+        # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
         row_N, place_K = np.unique(id_K, return_inverse=True)
-        layout = self.store.layout
-        partition_N = row_N // layout.partition_rows
-        groups = np.split(row_N, np.flatnonzero(np.diff(partition_N)) + 1)
-        parts = [
-            (self.store.file(partition, checkpoint), group - partition * layout.partition_rows)
-            for checkpoint in self.checkpoints
-            for group in groups
-            for partition in (int(group[0]) // layout.partition_rows,)
-        ]
-        row_CND = take_rows(parts, unit=self.cosine).reshape(len(self.checkpoints), len(row_N), layout.dim)
-        return row_CND.transpose(1, 0, 2)[place_K].reshape(len(id_K), self.dim)
+        row_NF = np.empty((len(row_N), self.dim), dtype=np.float32)
+        for start in range(0, len(row_N), _ROWS_AT_ONCE):
+            self._take_many(row_N[start : start + _ROWS_AT_ONCE], row_NF[start : start + _ROWS_AT_ONCE])
+        return row_NF if np.array_equal(row_N, id_K) else row_NF[place_K]
+
+    def _take_few(self, id_K: Int64) -> Float32:
+        if not len(id_K):
+            return np.empty((0, self.dim), dtype=np.float32)
+        partition_K, position_K = (part.tolist() for part in np.divmod(id_K, self.store.layout.partition_rows))
+        keys = [(partition, checkpoint) for partition in set(partition_K) for checkpoint in self.checkpoints]
+        opened, n_parts = self.store.files(keys), len(self.checkpoints)
+        files = {keys[start][0]: opened[start : start + n_parts] for start in range(0, len(keys), n_parts)}
+        return take_rows([files[partition] for partition in partition_K], position_K, unit=self.cosine)
+
+    def _take_many(self, row_N: Int64, out_NF: Float32) -> None:
+        """Write the rows with these ids, ascending, into `out_NF`."""
+        partition_N, position_N = np.divmod(row_N, self.store.layout.partition_rows)
+        starts = np.flatnonzero(np.diff(partition_N, prepend=-1))
+        positions = np.split(position_N, starts[1:])
+        dim = self.store.layout.dim
+        for i, checkpoint in enumerate(self.checkpoints):
+            files = self.store.files([(partition, checkpoint) for partition in partition_N[starts].tolist()])
+            groups = list(zip(files, positions, strict=True))
+            take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
 
     def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
         """Yield each checkpoint's file of a partition and its columns of the rows."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class BuildRecord:
     channels_last: bool = False
     on_nonfinite: OnNonfinite = "error"
 
-    @property
+    @cached_property
     def layout(self) -> StoreLayout:
         """Return the layout of the feature store."""
         return StoreLayout(

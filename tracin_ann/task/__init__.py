@@ -14,11 +14,12 @@ from tracin_ann.task.batches import (
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
 from tracin_ann.task.content import encode_content
 from tracin_ann.task.data import materialise, open_data
-from tracin_ann.task.model import borrow_model, preserve_globals, preserve_registry
+from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
 from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
 from tracin_ann.task.trust import load_named_task
+from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
 
 __all__ = [
     "BatchOptions",
@@ -28,25 +29,30 @@ __all__ = [
     "CollatedBatch",
     "Description",
     "EXAMPLES",
+    "FileIdentity",
     "LossFunction",
+    "OriginalModel",
     "Task",
     "TaskReference",
+    "WeightCache",
     "WindowReader",
     "absolute_reference",
     "batched_tensors",
-    "borrow_model",
     "checkpoint_digest",
     "differ_in_length",
     "encode_content",
+    "identify_checkpoint",
     "leaves",
     "load_named_task",
     "load_task",
     "make_batches",
+    "make_model",
     "map_leaves",
     "materialise",
     "open_data",
     "pickle_reader",
     "preserve_globals",
+    "preserve_model",
     "preserve_registry",
     "rebuild",
     "tensors_within",
