@@ -24,8 +24,8 @@ TARGETS = ("0.95", "0.98")
 _WIDTH = 120
 """Columns of a page."""
 DEFAULT_PARTITION_ROWS = 8192
-# For result files that do not record it: benchmarks.retrieval.rows wrote all of them with this size.
-RETRIEVAL_PARTITION_ROWS = 65_536
+# Of the retrieval result files that do not record it.
+EARLIER_PARTITION_ROWS = 65_536
 
 
 def format_table(*rows: Row) -> str:
@@ -171,8 +171,8 @@ def recall() -> str:
         stored, exact = ([mean(s[kind][side] for s in seeds) for side in SIDES] for kind in ("stored", "exact"))
         rows.append((name, *(f"{x:.3f}" for x in stored), format_sides(exact)))
     scope = (
-        f"complete builds by `tracin_ann.build` and queries by `InfluenceIndex.query`, D = {settings['dim']:,}; other "
-        "settings are the defaults. Recall@10 of true TracInCP, "
+        f"complete builds by `tracin_ann.build` and whole queries by `InfluenceIndex.query`, D = {settings['dim']:,}; "
+        "other settings are the defaults. Recall@10 of true TracInCP, "
         f"{settings['rows']:,} rows, {settings['queries']} queries, mean of {settings['seeds']} seeds."
     )
     return compose(scope, format_table(*rows), format_environment(content))
@@ -212,15 +212,14 @@ _COST: Row = ("index", "queries/s in a batch", "queries/s one by one", "bytes/ro
 
 
 def _describe_search(content: dict[str, Any]) -> str:
-    settings = content["settings"]
-    partition_rows = settings.get("partition_rows", RETRIEVAL_PARTITION_ROWS)
+    partition_rows = content["settings"].get("partition_rows", EARLIER_PARTITION_ROWS)
     times = partition_rows / DEFAULT_PARTITION_ROWS
+    size = "the default size" if times == 1 else f"{times:g} times the default; single queries depend on this size"
     return (
-        "the search index alone, on features that are already computed; query features and exact re-scoring are not "
-        f"included. The feature files have partitions of {partition_rows:,} rows, {times:g} times the default; the "
-        "rates of queries one by one hold for this size. Lists use the settings that reach the target recall on these "
-        "queries with the fewest scored rows; if no setting reaches it, the one with the highest recall. "
-        "Cells with two figures are proponents / opponents."
+        "search kernel alone, on features that are already computed; query features and re-scoring of the results are "
+        f"not included. The feature files have partitions of {partition_rows:,} rows, {size}. Lists use the settings "
+        "that reach the target recall on these queries with the fewest scored rows; if no setting reaches it, the one "
+        "with the highest recall. Cells with two figures are proponents / opponents."
     )
 
 
@@ -269,15 +268,168 @@ def retrieval() -> str:
 
 
 def retrieval_summary() -> str:
-    """Return recall, scored rows and batch speed of lists and of the exact scan with one million rows."""
+    """Return recall and speed of the search kernel with one million rows, and of whole queries of default indexes."""
     result = read_results("retrieval_compact")["results"][0]
-    rows: list[Row] = [("index", "recall@10", "scored rows", "queries/s in a batch", "bytes/row")]
-    for target in TARGETS:
-        quality, cost = _format_lists("lists", result["sq8"], result["rows"], target)
-        rows.append((quality[0], quality[1], quality[3], cost[1], cost[3]))
-    rate = f"{2 / result['sq8']['times']['scan']['batch']:,.1f}"
-    rows.append(("exact scan, float32 in memory", "1.000", "100%", rate, "–"))
+    rows: list[Row] = [("measured", "recall@10", "scored rows", "one query, ms", "queries/s in a batch")]
+    quality, cost = _format_lists("lists", result["sq8"], result["rows"], TARGETS[0])
+    times = result["sq8"]["times"]
+    singles = format_sides((1e3 * times[f"{side} {TARGETS[0]}"]["single"] for side in SIDES), ".1f")
+    rows.append((f"search kernel alone: {quality[0]}", quality[1], quality[3], singles, cost[1]))
+    scan = times["scan"]
+    figures = (f"{1e3 * scan['single'] / 2:.0f}", f"{2 / scan['batch']:,.0f}")
+    rows.append(("search kernel alone: exact scan, float32 in memory", "1.000", "100%", *figures))
+    largest = {case["model"]: case for case in read_results("latency")["results"]}
+    for case in largest.values():
+        one, many = (_find_batch(case, count) for count in (1, 100))
+        name = f"whole query: {_MODELS[case['model']]}, {case['rows']:,} rows"
+        recall_cell = format_sides([1.0, 1.0] if one["found_by"] == "scan" else case["recall"])
+        rate = f"{100 / many['times'][_WHOLE]['median']:,.0f}"
+        rows.append((name, recall_cell, f"{one['scored']:.2%}", f"{1e3 * one['times'][_WHOLE]['median']:.1f}", rate))
     return format_table(*rows)
+
+
+# Latency of whole queries
+
+_MODELS = {"MLP": "MLP 32-64-10", "CNN": "MNIST-like CNN", "GPT": "GPT 4x128"}
+_WHOLE = "whole auto stored"
+_WAYS = ("lists", "scan")
+
+
+def _find_batch(case: dict[str, Any], queries: int) -> dict[str, Any]:
+    """Return the figures of one number of queries in a call."""
+    return next(batch for batch in case["batches"] if batch["queries"] == queries)
+
+
+def _format_ms(figures: dict[str, float] | None, key: str = "median", share: int = 1) -> str:
+    """Return a time in ms, divided by the number of queries; a dash if it was not measured."""
+    if figures is None:
+        return "–"
+    milliseconds = 1e3 * figures[key] / share
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _list_ways(batch: dict[str, Any]) -> list[str]:
+    return [way for way in _WAYS if f"whole {way} stored" in batch["times"]]
+
+
+def _format_whole(case: dict[str, Any], queries: int) -> Iterable[Row]:
+    """Yield the rows of whole queries, by lists and by scan, with their ratios."""
+    batch = _find_batch(case, queries)
+    times = batch["times"]
+    for way in _list_ways(batch):
+        whole, derived = times[f"whole {way} stored"], batch["derived"][way]
+        cells = [_format_ms(whole, key, queries) for key in ("median", "p90")]
+        cells += [_format_ms(times.get(f"whole {way} exact"), share=queries)]
+        cells += [_format_ms(times["features"], share=queries)]
+        if queries == 1:
+            cells += [f"{derived['whole/features']:.2f}", f"{1e3 * derived['whole - 1.5 features']:,.1f}"]
+        else:
+            cells += [_format_ms(times[f"kernel {way}"], share=queries), f"{derived['whole/needed']:.2f}"]
+        default = ", default" if batch["found_by"] == way and len(_list_ways(batch)) > 1 else ""
+        yield (case["model"], f"{case['rows']:,}", f"{way}{default}", *cells)
+
+
+def latency() -> str:
+    """Return times of whole queries and of their stages on default indexes, estimates, and costs of a process."""
+    content = read_results("latency")
+    cases = content["results"]
+    who: Row = ("model", "rows", "search")
+    whole: Row = ("whole query", "90th percentile", "exact", "features")
+    one = [(*who, *whole, "whole/features", "whole − 1.5 features")]
+    many = [(*who, *whole, "search kernel", "whole/needed")]
+    parts: list[Row] = [
+        (*who, "features", "search kernel", "reading candidates", "scores", "all stages", "whole query")
+    ]
+    for case in cases:
+        one += _format_whole(case, 1)
+        many += _format_whole(case, 100)
+        batch = _find_batch(case, 1)
+        for way in _list_ways(batch):
+            names = ("features", *(f"{stage} {way}" for stage in ("kernel", "take", "scores")))
+            stages = [batch["times"][name] for name in names]
+            total = {"median": sum(stage["median"] for stage in stages)}
+            shown = (*stages, total, batch["times"][f"whole {way} stored"])
+            parts.append((case["model"], f"{case['rows']:,}", way, *map(_format_ms, shown)))
+    settings = content["settings"]
+    scope = (
+        "whole queries by `InfluenceIndex.query` with the default options, except `search` and `rerank` where a table "
+        f"names them; default builds with D = {cases[0]['dim']} and {cases[0]['n_checkpoints']} checkpoints, and "
+        f"partitions of {cases[0]['partition_rows']:,} rows. Medians in ms, per query."
+    )
+    places = dict.fromkeys(format_environment(case) for case in cases)
+    return compose(
+        scope,
+        f"One query; *exact* is the whole query with `--rerank exact`:\n\n{format_table(*one)}",
+        f"100 queries in one call, times per query:\n\n{format_table(*many)}",
+        f"Stages of one query:\n\n{format_table(*parts)}",
+        *_compose_latency_details(cases, settings["many"]),
+        *places,
+    )
+
+
+def _compose_latency_details(cases: Results, many: int) -> list[str]:
+    """Return the tables of estimates, of access to an index, and of a process."""
+    estimates: list[Row] = [("model", "rows", "queries", "estimated", "search kernel", "whole query", "default")]
+    access: list[Row] = [("model", "rows", *(f"`take` of {n} rows" for n in (40, 200)), "scan", "read of memory")]
+    process: list[Row] = [
+        ("model", "rows", "opening", "first query", "`query.py`, s", "`import torch`, s", "memory, MB", "growth, MB")
+        + ("threads",)
+    ]
+    for case in cases:
+        name = (case["model"], f"{case['rows']:,}")
+        for batch in case["batches"]:
+            if len(_list_ways(batch)) > 1 and batch["estimates"]:
+                measured = (
+                    [batch["times"].get(form.format(way)) for way in _WAYS] for form in ("kernel {}", "whole {} stored")
+                )
+                pairs = [[{"median": batch["estimates"][way]} for way in _WAYS], *measured]
+                cells = (" / ".join(map(_format_ms, pair)) for pair in pairs)
+                estimates.append((*name, f"{batch['queries']:,}", *cells, batch["found_by"]))
+        scan = _find_batch(case, 1)["times"]["kernel scan"]
+        takes = (_format_ms(case["takes"][n]) for n in ("40", "200"))
+        access.append((*name, *takes, _format_ms(scan), _format_ms({"median": case["memory_read_s"]})))
+        first, run, commands = case["first"], case["process"], case["commands"]
+        starts = (_format_ms({"median": first[key]}) for key in ("open", "first query"))
+        seconds = (f"{commands[key]['median']:.2f}" for key in ("query.py", "import torch"))
+        private = [run[when]["private_mb"] for when in ("before", "after")]
+        memory_cells = (f"{private[1]:,.0f}", f"{private[1] - private[0]:,.1f}", str(run["peak_threads"]))
+        process.append((*name, *starts, *seconds, *memory_cells))
+    heads = {
+        "Estimated and measured times of one call in ms, by lists / by scan. `auto` compares the estimates:": estimates,
+        "Random rows, and one scan compared with a read of as many bytes of memory, in ms:": access,
+        f"A process: private memory after {many:,} single queries, and its growth during them:": process,
+    }
+    return [f"{head}\n\n{format_table(*rows)}" for head, rows in heads.items() if len(rows) > 1]
+
+
+def partitions() -> str:
+    """Return the cost of a store by the number of rows of a partition."""
+    content = read_results("partitions")
+    settings = content["settings"]
+    reading: list[Row] = [
+        ("rows of a partition", "files", "opening all files", "`take` of 40", "of 200", "scan", "memory, MB")
+    ]
+    writing: list[Row] = [
+        (
+            "rows of a partition",
+            "writing, µs/row",
+            "fsyncs per 1,000 rows",
+            "repeated at 50 µs/row, s",
+            "at 5 ms/row, s",
+        )
+    ]
+    for row in content["results"]:
+        name = f"{row['partition_rows']:,}"
+        times = (_format_ms(row[key]) for key in ("open", "take_40", "take_200", "scan"))
+        reading.append((name, f"{row['files']:,}", *times, f"{row['open_store_mb']:.1f}"))
+        repeated = (f"{seconds:,.1f}" for seconds in row["repeated_s"])
+        writing.append((name, f"{row['write_us_a_row']:.1f}", f"{1000 * row['fsyncs_a_row']:.2f}", *repeated))
+    shape = f"{settings['rows']:,} synthetic rows of {settings['checkpoints']} × {settings['dim']} dimensions"
+    scope = (
+        f"the feature store alone, {shape}. Times are medians in ms, a scan for one query. Repeated: the work of "
+        "one partition at one checkpoint; a kill repeats at most two of them."
+    )
+    return compose(scope, format_table(*reading), format_table(*writing), format_environment(content))
 
 
 def rivals() -> str:
@@ -379,7 +531,7 @@ def calibration() -> str:
         rows.append((side, *(f"{x:.3f}" for x in figures), f"{least:+.3f}", violated))
     flagged = ", ".join(f"{name}: {n} of {len(cases)}" for name, n in summary["flagged"].items())
     note = f"Shifted sets that were flagged: {flagged}. Unshifted sets that were flagged: {summary['falsely_flagged']}."
-    scope = f"the search index alone, {content['settings']['rows']:,} rows per case, calibrated on 400 queries."
+    scope = f"search kernel alone, {content['settings']['rows']:,} rows per case, calibrated on 400 queries."
     return compose(scope, format_table(*rows), note, format_environment(content))
 
 
@@ -422,7 +574,7 @@ def end_to_end() -> str:
         steps = (f"{row[key]:.2f}" for key in ("steps_a_row", "more_steps_a_row"))
         cost.append((name, *shares, *steps))
     scope = (
-        "a build by `tracin_ann.build` and queries by `InfluenceIndex.query` with exact re-scoring, "
+        "a build by `tracin_ann.build` and whole queries by `InfluenceIndex.query` with exact re-scoring, "
         f"{settings['rows']:,} rows, {n_queries} queries. Not the defaults: D = {settings['dim']:,}, "
         '`index="ivf"` and queries of the lists with a recall of 0.98. '
         "Rows and time are shares of an exact scan; the time is that of all queries in a batch."
@@ -434,7 +586,7 @@ def end_to_end_summary() -> str:
     """Return recall of true TracInCP after exact re-scoring, and the rows that one query runs."""
     _, *found = read_results("end_to_end")["results"]
     rows: list[Row] = [("candidates per direction", "recall@10 of true TracIn", "rows run for one query")]
-    for row in found:
+    for row in found[:2]:
         recall = format_sides(row[side] for side in SIDES)
         rows.append((str(row["candidates"]), recall, f"{row['share_alone']:.2%}"))
     return format_table(*rows)
@@ -605,6 +757,7 @@ def _format_memory(megabytes: float | str) -> str:
 _TABLES = (
     *(features, budget, memory, precision, attribution, proofs),
     *(recall, fidelity),
+    *(latency, partitions),
     *(retrieval, scan, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),
     *(digits, mislabelled),

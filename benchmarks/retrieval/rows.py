@@ -24,7 +24,6 @@ from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
 OUTPUT = "the folder of --folder"
 ORIGINAL = 60_000
 LANGUAGE_TRAINING_ROWS = 16_000
-PARTITION_ROWS = 65_536
 _BLOCK = 10_000
 
 
@@ -102,9 +101,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS[options.model](options.data, options.folder, options.rows)
     start_s = time.perf_counter()
-    config = BuildConfig(
-        dim=options.dim, index="flat", partition_rows=PARTITION_ROWS, allow_random_data=True, yardstick=False
-    )
+    config = BuildConfig(dim=options.dim, index="flat", allow_random_data=True, yardstick=False)
     report = build(task, folder / f"index-{options.rows}", config)
     seconds = time.perf_counter() - start_s
     index = InfluenceIndex.open(folder / f"index-{options.rows}", task)
