@@ -10,8 +10,11 @@ Shapes: Q queries, M rows of the pool, C checkpoints, D sketch dimension, F = CÂ
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 
@@ -19,7 +22,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import exact_scores
-from tracin_ann.search import Calibration, FlatIndex, IVFIndex, calibrate, scale_to_unit
+from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, IVFIndex, calibrate, scale_to_unit
 from tracin_ann.store import FeatureStore, Fidelity
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
@@ -38,6 +41,9 @@ _GRADIENT_ENTRIES = 2**28
 CALIBRATION_QUERIES = 400
 FEWEST_QUERIES = 100
 """If query_data has fewer rows, training rows complete the calibration queries."""
+_TIMED_FILES = 8
+_TIMED_BYTES = 2**24
+"""Bytes of a file whose verification is timed."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,10 @@ class QualityMeasurement:
         queries_QF = np.concatenate([query_data_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
         exact = FlatIndex(lists.source, self.runner.options.device)
-        return calibrate(
+        calibration = calibrate(
             lists, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
         )
+        return replace(calibration, first_use=measure_first_use(self.store))
 
     def fidelity(self) -> Fidelity:
         """Return the fidelity of the sketch for a few queries.
@@ -126,6 +133,27 @@ class QualityMeasurement:
                 extracted.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
         finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
         return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
+
+
+def measure_first_use(store: FeatureStore) -> FirstUseCost:
+    """Return the times of opening a file and of verifying a byte: medians of a few files of a finished store.
+
+    The build has just read these files, so the system has them in its page cache. A first use that reads from a disk
+    takes longer.
+    """
+    layout, fresh = store.layout, FeatureStore(store.directory, store.layout)
+    row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
+    keys = itertools.product(range(layout.n_partitions), range(layout.n_checkpoints))
+    per_file, per_byte = [], []
+    for partition, checkpoint in itertools.islice(keys, _TIMED_FILES):
+        began = time.perf_counter()
+        file = fresh.file(partition, checkpoint)
+        opened = time.perf_counter()
+        n_rows = min(file.header.n_rows, max(1, _TIMED_BYTES // row_bytes))
+        file.read_stored(0, n_rows)
+        per_file.append(max(0.0, opened - began))
+        per_byte.append(max(0.0, time.perf_counter() - opened) / (n_rows * row_bytes))
+    return FirstUseCost(median(per_file), median(per_byte))
 
 
 def sample_rows(norm_N: Float64, seed: int) -> Int64:

@@ -149,9 +149,7 @@ class Ranker:
             counts = np.full(n_queries, 2 * len(rows))
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
-            k = request.options.k
-            if request.options.rerank == "exact":
-                k = max(k, request.options.candidates)
+            k = request.options.n_candidates
             strategy = self._choose_strategy(request, weighted_QF)
             if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)

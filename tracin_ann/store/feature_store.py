@@ -30,7 +30,7 @@ from tracin_ann.store.feature_file import (
     take_rows,
     write_feature_file,
 )
-from tracin_ann.types import Float32, Float64, Int64, StoredPart
+from tracin_ann.types import Float32, Float64, Int64, PendingReads, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
 # Each open map uses a file descriptor and 23 bytes of memory per row.
@@ -230,6 +230,21 @@ class FeatureStore:
                 found.append(opened)
         return found
 
+    def pending_reads(self, checkpoints: Sequence[int]) -> PendingReads:
+        """Return what a scan of all rows at these checkpoints has to do, and later scans do not.
+
+        Nothing, if the files cannot all remain open: every scan opens and verifies them again.
+        """
+        chosen, layout = set(checkpoints), self.layout
+        n_files = layout.n_partitions * len(chosen)
+        if n_files > min(_OPEN_FILES, self._most_files):
+            return PendingReads(files_per_row=len(chosen))
+        with self._lock:
+            opened = [file for (_, checkpoint), file in self._open.items() if checkpoint in chosen]
+        n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
+        row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
+        return PendingReads(n_files - len(opened), n_unverified * row_bytes, len(chosen))
+
     def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
         try:
@@ -259,6 +274,12 @@ class FeatureStore:
         return value_NC
 
 
+def _count_verified_rows(file: FeatureFile) -> int:
+    """Return the number of rows of a file that have been verified in blocks, from one row of each block."""
+    block_rows = file.header.block_rows
+    return min(file.header.n_rows, block_rows * int(np.count_nonzero(file.checked_N[::block_rows])))
+
+
 @dataclass(frozen=True)
 class FeatureView:
     """The rows [N, F] of a store at some of its checkpoints, as a RowSource with ids 0..N-1."""
@@ -275,6 +296,10 @@ class FeatureView:
     def __len__(self) -> int:
         """Return N."""
         return self.store.layout.n_rows
+
+    def pending_reads(self) -> PendingReads:
+        """Return what a scan of all rows has to do, and later scans do not."""
+        return self.store.pending_reads(self.checkpoints)
 
     def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
         """Yield (ids [n], rows [n, F]) from row `start` on, n ≤ block_rows; no block spans two partitions."""
