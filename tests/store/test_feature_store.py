@@ -18,7 +18,7 @@ from blocks import DIM, DTYPES, LAYOUT, make_block
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.store import Dtype, FeatureStore, FileRecord, StoreLayout, WriteBehind
 from tracin_ann.store import feature_store as feature_store_module
-from tracin_ann.types import Float32, RowSource
+from tracin_ann.types import Float32, PendingReads, RowSource
 
 
 def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
@@ -193,6 +193,26 @@ def test_the_number_of_open_files_is_bounded(
     assert np.array_equal(np.concatenate([rows for _, rows in store.view().blocks(4)]), row_NF)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert store.file(0, 0) is store.file(0, 0)
+
+
+def test_pending_reads_are_the_files_to_open_and_the_bytes_to_verify(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, _ = filled
+    view, row_bytes = store.view(), 4 * DIM
+    assert view.pending_reads() == PendingReads(9, 3 * 23 * row_bytes, 3)
+    assert store.view([1]).pending_reads() == PendingReads(3, 23 * row_bytes, 1)
+    view.take([0])  # rows that are read by id are verified one by one, at every read
+    assert view.pending_reads() == PendingReads(6, 3 * 23 * row_bytes, 3)
+    store.file(2, 1).read_stored(0, 1)
+    assert view.pending_reads() == PendingReads(5, (3 * 23 - 7) * row_bytes, 3)
+    assert store.view([0, 2]).pending_reads() == PendingReads(4, 2 * 23 * row_bytes, 2)
+    for _ in view.stored_blocks(8):
+        pass
+    assert view.pending_reads() == PendingReads(0, 0, 3)
+    monkeypatch.setattr(feature_store_module, "_OPEN_FILES", 8)
+    fresh = FeatureStore(store.directory, store.layout).view()
+    assert fresh.pending_reads() == PendingReads(0, 0, 3), "every scan opens the files again"
 
 
 def test_impossible_layouts_are_rejected() -> None:
