@@ -77,7 +77,7 @@ def choose(
     return choose_strategy(record, LISTS, scan, np.ones((n_queries, DIM), np.float32), options or QueryOptions())
 
 
-def test_the_way_of_lower_cost_is_chosen() -> None:
+def test_the_search_with_the_lower_cost_is_chosen() -> None:
     slow, fast = Cost(0.5, 0.1), Cost(0.0, 0.001)
     assert choose(calibrated(fast, slow)).index.kind == "flat"
     assert choose(calibrated(slow, fast)).index.kind == "ivf"

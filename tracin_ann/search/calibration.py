@@ -39,7 +39,7 @@ _NORMAL_95 = 1.645
 _TIMED_QUERIES = 5
 """Searches for one query whose median time is the cost of one query."""
 _BATCH = 100
-"""Queries of a timed scan; its time is linear in their number from about this number on."""
+"""Queries of a timed scan. From about this number on, the time of a scan is linear in the number of queries."""
 _TIMED_BATCHES = 3
 """Searches of the lists for all queries whose median time is the cost of a batch."""
 
@@ -223,7 +223,7 @@ def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]
 
 
 def _time_lists(index: IVFIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
-    """Return the calibration with the cost of the lists: of what a query does in addition to one that is a scan."""
+    """Return the calibration with the cost of the lists: the search in both directions and the comparison of queries."""
     points = calibration.usual_point("proponents"), calibration.usual_point("opponents")
     chosen = index.with_settings(*(point.setting for point in points))
 
