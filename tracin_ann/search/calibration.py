@@ -223,7 +223,7 @@ def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]
 
 
 def _time_lists(index: IVFIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
-    """Return the calibration with the cost of the lists: the search in both directions and the comparison of queries."""
+    """Return the calibration with the cost of the lists: both directions and the comparison of queries."""
     points = calibration.usual_point("proponents"), calibration.usual_point("opponents")
     chosen = index.with_settings(*(point.setting for point in points))
 
