@@ -267,9 +267,10 @@ class Ranker:
         """Return the candidates of each query with scores from the stored features; each row is read once."""
         view = self.store.view(request.checkpoints, cosine=request.options.cosine)
         scored: list[ScoredRows] = []
+        n_checkpoints = len(request.checkpoints)
         for queries in _split_queries(candidates, _NUMBERS_AT_ONCE // view.dim):
             union, places = np.unique(np.concatenate([candidates[q].rows_N for q in queries]), return_inverse=True)
-            row_MCD = view.take(union).astype(np.float64).reshape(len(union), len(request.checkpoints), -1)
+            row_MCD = view.take(union).astype(np.float64).reshape(len(union), n_checkpoints, view.dim // n_checkpoints)
             square_MC, done = np.einsum("mcd,mcd->mc", row_MCD, row_MCD), 0
             for q in queries:
                 rows_N = candidates[q].rows_N

@@ -246,7 +246,7 @@ class FeatureStore:
         """Return rows if all of them were taken from this view in the block of `remember_taken`."""
         for own, row_N, row_NF in getattr(self._taken, "rows", ()):
             place_K = np.searchsorted(row_N, id_K)
-            if own == view and len(row_N) and (row_N.take(place_K, mode="clip") == id_K).all():
+            if own == view and (row_N.take(place_K, mode="clip") == id_K).all():
                 return row_NF[place_K]  # type: ignore[no-any-return]
         return None
 
