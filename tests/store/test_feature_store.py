@@ -274,3 +274,33 @@ def test_a_store_returns_the_rows_skipped_at_any_checkpoint_and_the_first_of_the
     assert (rows.tolist(), first.tolist()) == ([0, 7, 8, 22], [0, 2, 1, 0])
     assert {tuple(place) for place in np.argwhere(np.isnan(store.losses())).tolist()} == skipped
     assert rows.dtype == first.dtype == np.int64
+
+
+def test_taken_rows_are_remembered_in_a_block(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, row_NF = filled
+    view, ids = store.view(), np.array([0, 3, 7, 20], dtype=np.int64)
+    reads: list[int] = []
+    read = feature_store_module.take_rows
+    monkeypatch.setattr(
+        feature_store_module,
+        "take_rows",
+        lambda files, *rest, **options: reads.append(len(files)) or read(files, *rest, **options),
+    )
+    with store.remember_taken():
+        assert np.array_equal(view.take(ids), row_NF[ids])
+        assert np.array_equal(store.view().take(np.array([20, 0, 20])), row_NF[[20, 0, 20]])
+        assert reads == [4]
+        # Other rows, other checkpoints and cosine are read.
+        assert np.array_equal(view.take(np.array([3, 4])), row_NF[[3, 4]])
+        assert np.array_equal(store.view([1]).take(ids), row_NF[ids, DIM : 2 * DIM])
+        store.view(cosine=True).take(ids)
+        assert reads == [4, 2, 4, 4]
+        with monkeypatch.context() as patched:
+            patched.setattr(feature_store_module, "_TAKEN_BYTES", 0)
+            view.take(np.array([5, 6]))
+            view.take(np.array([5, 6]))
+            assert reads[4:] == [2, 2]
+    view.take(ids)
+    assert reads[6:] == [4]

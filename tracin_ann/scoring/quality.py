@@ -190,7 +190,8 @@ def measure_fidelity(
     exact_QM = exact_scores(runner, queries, rows.tolist(), checkpoints)
     row_MF = view.take(rows)
     sketch_QM = query_QF.astype(np.float64) @ row_MF.T.astype(np.float64)
-    deviation_QM = sketch_deviations(query_QF, row_MF, len(checkpoints))
+    query_QC, row_MC = (_square_norms(features, len(checkpoints)) for features in (query_QF, row_MF))
+    deviation_QM = sketch_deviations(query_QC, row_MC, query_QF.shape[1] // len(checkpoints))
     is_positive = deviation_QM > 0
     error = (sketch_QM - exact_QM)[is_positive] / deviation_QM[is_positive]
     sampled = np.searchsorted(rows, sample)
@@ -211,14 +212,22 @@ def count_queries(entries: int, available: int) -> int:
     return max(1, min(QUERIES, available, _GRADIENT_ENTRIES // max(1, entries)))
 
 
-def sketch_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
-    """Return the sketch's standard deviation of each score, [Q, M]: √(Σ_c ‖z_c‖²‖q_c‖² / D)."""
-    dim = query_QF.shape[1] // n_checkpoints
-    query_QC, row_MC = (
-        np.square(f.astype(np.float64)).reshape(len(f), n_checkpoints, dim).sum(axis=2) for f in (query_QF, row_MF)
-    )
-    deviation_QM: Float64 = np.sqrt(query_QC @ row_MC.T / dim)
+def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
+    """Return the sketch's standard deviation of each score, [Q, M]: √(Σ_c ‖z_c‖²‖q_c‖² / D).
+
+    Args:
+        query_QC: squared norms of the queries' features at each checkpoint.
+        row_MC: squared norms of the rows' features at each checkpoint.
+        dim: D.
+    """
+    deviation_QM: Float64 = np.sqrt(np.einsum("qc,mc->qm", query_QC, row_MC) / dim)
     return deviation_QM
+
+
+def _square_norms(feature_NF: Float32, n_checkpoints: int) -> Float64:
+    """Return squared norms of feature rows at each checkpoint, [N, C]."""
+    squares = np.square(feature_NF.astype(np.float64)).reshape(len(feature_NF), n_checkpoints, -1)
+    return squares.sum(axis=2)  # type: ignore[no-any-return]
 
 
 def _mean_recall(exact_QM: Float64, sketch_QM: Float64, depth: int) -> float:

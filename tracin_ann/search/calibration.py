@@ -210,6 +210,8 @@ def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]
         """Return the results for a batch and the seconds."""
         began = time.perf_counter()
         found = search_both(exact.without_resident_rows(), queries_BF, RECALL_AT)
+        # A query reads the results of a scan to compute their scores. A search in lists has already read its results.
+        exact.source.take(np.unique(np.concatenate([ids for top in found for ids in top.ids])))
         return found, time.perf_counter() - began
 
     # The time of the first scan is not used: it opens files and verifies rows.

@@ -60,6 +60,11 @@ class FlatIndex:
         self._resident: list[tuple[Int64, Tensor]] | None = None
 
     @property
+    def source(self) -> RowSource:
+        """Return the rows."""
+        return self._source
+
+    @property
     def dim(self) -> int:
         """Return F, the length of a row."""
         return self._source.dim

@@ -26,7 +26,7 @@ from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
-from tracin_ann.search.flat import FlatIndex, Sign, check_finite
+from tracin_ann.search.flat import FlatIndex, Sign, as_tensor, check_finite
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
@@ -256,9 +256,9 @@ class IVFIndex:
     def nearness(self, queries_QF: Float32) -> Float64:
         """Return the largest |cosine| of each query with the center of a group, [Q]; 0 for a zero query."""
         reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
-        nearness_Q: Float64 = (
-            np.abs(reduced_QR @ self._parts.unit_group_GR.T).max(axis=1, initial=0.0).astype(np.float64)
-        )
+        # Not NumPy's product: after it, its threads spin and delay the next operations of PyTorch and FAISS.
+        cosine_QG = as_tensor(reduced_QR) @ as_tensor(self._parts.unit_group_GR).T
+        nearness_Q: Float64 = cosine_QG.abs().amax(dim=1).double().numpy()
         return nearness_Q
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:

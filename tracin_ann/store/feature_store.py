@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import resource
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from threading import Lock
 from typing import TypeVar, get_args
 
 import numpy as np
@@ -39,6 +40,7 @@ _DESCRIPTOR_SHARE = 0.5
 """Largest share of the process's file descriptors, of which 1,024 are a common limit."""
 _FEW_ROWS = 512
 """Up to this many rows, `take` copies each row by itself; more are grouped by file."""
+_TAKEN_BYTES = 1 << 26
 _ROWS_AT_ONCE = 4096
 """Rows that `take` decodes together."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
@@ -121,7 +123,8 @@ class FeatureStore:
         self.directory = directory
         self.layout = layout
         self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
-        self._lock = Lock()
+        self._lock = threading.Lock()
+        self._taken = threading.local()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_files = _OPEN_FILES if limit == resource.RLIM_INFINITY else int(_DESCRIPTOR_SHARE * limit)
 
@@ -245,6 +248,31 @@ class FeatureStore:
         row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
         return PendingReads(n_files - len(opened), n_unverified * row_bytes, len(chosen))
 
+    @contextmanager
+    def remember_taken(self) -> Iterator[None]:
+        """Keep the rows that this thread takes in the block, up to 64 MB: a search and the scores take the same."""
+        self._taken.rows = []
+        try:
+            yield
+        finally:
+            del self._taken.rows
+
+    def recall(self, view: FeatureView, id_K: Int64) -> Float32 | None:
+        """Return rows if all of them were taken from this view in the block of `remember_taken`."""
+        for own, row_N, row_NF in getattr(self._taken, "rows", ()):
+            place_K = np.searchsorted(row_N, id_K)
+            if own == view and (row_N.take(place_K, mode="clip") == id_K).all():
+                return row_NF[place_K]  # type: ignore[no-any-return]
+        return None
+
+    def remember(self, view: FeatureView, id_K: Int64, row_KF: Float32) -> None:
+        """Keep rows with ascending ids in the block of `remember_taken`."""
+        taken = getattr(self._taken, "rows", None)
+        if taken is None or not len(id_K) or (np.diff(id_K) <= 0).any():
+            return
+        if row_KF.nbytes + sum(kept.nbytes for *_, kept in taken) <= _TAKEN_BYTES:
+            taken.append((view, id_K, row_KF))
+
     def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
         try:
@@ -345,6 +373,13 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
+        row_KF = self.store.recall(self, id_K)
+        if row_KF is None:
+            row_KF = self._read_rows(id_K)
+            self.store.remember(self, id_K, row_KF)
+        return row_KF
+
+    def _read_rows(self, id_K: Int64) -> Float32:
         if len(id_K) <= _FEW_ROWS:
             return self._take_few(id_K)
         # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
