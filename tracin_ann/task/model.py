@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,21 +56,49 @@ def _reject_lazy_layers(model: nn.Module) -> None:
 def preserve_globals() -> Iterator[None]:
     """Restore random states, grad mode, default dtype and the fused-attention setting when the block ends."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    dtype, fused = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
+    dtype = torch.get_default_dtype()
     try:
-        with (
-            preserve_rng(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            disable_tf32(),
-            _disable_reentrant_checkpointing(),
-        ):
-            torch.backends.mha.set_fastpath_enabled(False)
+        with _change_settings_once(), preserve_rng(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_default_dtype(dtype)
+
+
+_settings_lock = threading.Lock()
+_n_blocks = 0
+_settings = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _change_settings_once() -> Iterator[None]:
+    """Change settings of the process when the first thread enters such a block, and restore them when the last leaves.
+
+    If each thread restored them, one would restore what another has set.
+    """
+    global _n_blocks  # noqa: PLW0603 - the settings are those of the process
+    with _settings_lock:
+        if _n_blocks == 0:
+            _settings.enter_context(_change_settings())
+        _n_blocks += 1
+    try:
+        yield
+    finally:
+        with _settings_lock:
+            _n_blocks -= 1
+            if _n_blocks == 0:
+                _settings.close()
+
+
+@contextlib.contextmanager
+def _change_settings() -> Iterator[None]:
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        with disable_tf32(), _disable_reentrant_checkpointing():
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
@@ -102,24 +130,28 @@ class _NonReentrantCheckpoint:
 @contextlib.contextmanager
 def preserve_registry(model: nn.Module) -> Iterator[None]:
     """Restore the parameters and buffers registered in every module when the block ends."""
-    saved = [(registry, dict(registry.items())) for registry in find_registries(model)]
+    saved = _list_registered(model.modules())
     try:
         yield
     finally:
         _restore_registries(saved)
 
 
-def find_registries(model: nn.Module) -> list[Any]:
-    """Return the dicts in which the modules of a model hold their parameters and buffers."""
+def find_registries(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return the dicts in which modules hold their parameters and buffers."""
     # TorchScript modules store these in objects that have only `items` and item access of a dict.
-    return [owned for module in model.modules() for owned in (module._parameters, module._buffers)]
+    return [owned for module in modules for owned in (module._parameters, module._buffers)]
 
 
-def _restore_registries(saved: Sequence[tuple[Any, dict[str, Any]]]) -> None:
-    for registry, tensors in saved:
-        for name, tensor in tensors.items():
-            if name not in registry or registry[name] is not tensor:
-                registry[name] = tensor
+def _list_registered(modules: Iterable[nn.Module]) -> list[tuple[Any, str, Tensor | None]]:
+    """Return the dict, name and value of every registered parameter and buffer."""
+    return [(registry, name, tensor) for registry in find_registries(modules) for name, tensor in registry.items()]
+
+
+def _restore_registries(saved: Sequence[tuple[Any, str, Tensor | None]]) -> None:
+    for registry, name, tensor in saved:
+        if name not in registry or registry[name] is not tensor:
+            registry[name] = tensor
 
 
 class OriginalModel:
@@ -129,10 +161,11 @@ class OriginalModel:
     called before something writes into their memory, because a state_dict that the user took shares it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._model = model
-        self._registries = [(registry, dict(registry.items())) for registry in find_registries(model)]
-        self._memory = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+        self._registered = _list_registered(modules)
+        tensors = {id(tensor): tensor for *_, tensor in self._registered if tensor is not None}
+        self._memory = [(tensor, tensor.data) for tensor in tensors.values()]
         self._values: list[Tensor] | None = None
 
     def prepare_overwrite(self, device: torch.device) -> None:
@@ -145,13 +178,13 @@ class OriginalModel:
 
     def attach(self) -> None:
         """Put the original tensors with their own memory into the model."""
-        _restore_registries(self._registries)
+        _restore_registries(self._registered)
         for tensor, memory in self._memory:
             tensor.data = memory
 
     def restore(self) -> None:
         """Put the original tensors with their original values into the model."""
-        _restore_registries(self._registries)
+        _restore_registries(self._registered)
         with torch.no_grad():
             for place, (tensor, memory) in enumerate(self._memory):
                 # The same memory is filled again, because a state_dict that the user took shares it.
@@ -165,24 +198,28 @@ def preserve_model(model: nn.Module) -> Iterator[OriginalModel]:
     Restored are weights, buffers, grads, modes, requires_grad flags and device: the user's function may return an
     object that the user still uses.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    hooks = [(module, copy.copy(module._forward_hooks)) for module in model.modules()]
-    original = OriginalModel(model)
+    # Modules are listed once, and states without a tuple each: both take long in models of many layers.
+    modules = list(model.modules())
+    parameters = list({id(p): p for module in modules for _, p in module._parameters.items() if p is not None}.values())
+    modes = [module.training for module in modules]
+    hooks = [tuple(module._forward_hooks) for module in modules]
+    flags = [parameter.requires_grad for parameter in parameters]
+    grads = [parameter.grad for parameter in parameters]
+    original = OriginalModel(model, modules)
     try:
-        for parameter, grad in grads:
+        for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
                 parameter.grad = None
         model.eval()
         yield original
     finally:
         original.restore()
-        for parameter, grad in grads:
-            parameter.grad = grad
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, registered in hooks:
-            assert list(module._forward_hooks) == list(registered)
+        for parameter, grad, flag in zip(parameters, grads, flags, strict=True):
+            if parameter.grad is not grad:
+                parameter.grad = grad
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+        for module, training, registered in zip(modules, modes, hooks, strict=True):
+            if module.training is not training:
+                module.training = training
+            assert tuple(module._forward_hooks) == registered

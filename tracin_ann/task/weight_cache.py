@@ -82,7 +82,7 @@ class WeightCache:
         self.remove(checkpoint)
         registered = [
             (registry, name, tensor)
-            for registry in find_registries(self._model)
+            for registry in find_registries(self._model.modules())
             for name, tensor in registry.items()
             if tensor is not None
         ]
