@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import threading
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +20,7 @@ from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task, save
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.errors import IndexMismatchError
 from tracin_ann.gradients import GradientEngine
-from tracin_ann.task import CheckpointLoader
+from tracin_ann.task import CheckpointLoader, OriginalModel, preserve_globals
 
 N = 31
 EXACT = QueryOptions(rerank="exact")
@@ -332,3 +337,169 @@ def test_training_goes_on_between_queries(built, tmp_path):
         assert read_hits(index, query) == expected
         optimizer.step()
         assert float(nn.functional.cross_entropy(model(x), y).detach()) < float(before.detach())
+
+
+def faint(model, batch):
+    return 1e-7 * tempered(model, batch)
+
+
+def share_parameters(layer: nn.Linear) -> nn.Linear:
+    other = nn.Linear(layer.in_features, layer.out_features)
+    other.weight, other.bias = layer.weight, layer.bias
+    return other
+
+
+def count_loads(monkeypatch) -> list[int]:
+    """Return a list to which every load of a file adds its checkpoint."""
+    loads, load = [], CheckpointLoader.load
+    monkeypatch.setattr(CheckpointLoader, "load", lambda self, *args: (loads.append(args[1]), load(self, *args)))
+    return loads
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, faint], ids=["usual losses", "small losses"])
+@pytest.mark.parametrize("make", [make_live, lambda folder, model, **c: make_fresh(folder, type(model), **c)])
+def test_an_attribute_set_by_the_loader_is_that_of_the_checkpoint_in_any_order(make, loss, built, tmp_path):
+    task = make(tmp_path, Scaled(), load=load_scaled, loss=loss)
+    index = built(task)
+    for chosen in [(0, 1), (0,), (0,), (0,), (0, 1), (0, 1), (0, 1), (1,), (1,), (1,), (0, 1), (0, 1), (0,), (1,)]:
+        expected = open_index(tmp_path, task).features("query", [0], chosen)
+        assert np.allclose(index.features("query", [0], chosen), expected, rtol=1e-4, atol=0)
+
+
+def test_a_changed_attribute_is_set_again_by_the_loader(built, tmp_path):
+    model = Scaled()
+    task = make_live(tmp_path, model, load=load_scaled, checkpoints=save_checkpoints(model, tmp_path)[:1])
+    index = built(task)
+    expected = [read_hits(index, query) for query in (0, 1, 2)]
+    model.scale = 7.0
+    assert [read_hits(index, query) for query in (0, 1, 2)] == expected
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 2, 3])
+@pytest.mark.parametrize("change", [copy.deepcopy, share_parameters])
+def test_a_layer_that_the_user_replaces_is_used_by_the_next_query(change, n_before, built, tmp_path):
+    model = Toy()
+    index = built(make_live(tmp_path, model))
+    expected = [read_hits(index, query) for query in (0, 1, 2)]
+    for _ in range(n_before):
+        read_hits(index, 0)
+    model.first = change(model.first)
+    assert [read_hits(index, query) for query in (0, 1, 2)] == expected
+    model.first.weight = nn.Parameter(torch.zeros(6, 5))
+    assert [read_hits(index, query) for query in (0, 1, 2)] == expected
+    assert not model.first.weight.any()
+
+
+def test_small_losses_are_compared(built, tmp_path, monkeypatch):
+    index = built(make_live(tmp_path, Toy(), loss=faint))
+    for query in (0, 1, 2):
+        read_hits(index, query)
+    monkeypatch.setattr(Temperature, "value", 1.5)
+    with pytest.raises(IndexMismatchError, match="has changed since index"):
+        index.query([0])
+
+
+def test_weights_are_stored_for_features_in_bf16_and_exact_scores_in_fp32(tmp_path, monkeypatch):
+    task = make_live(tmp_path, Toy())
+    build(task, tmp_path / "out", replace(CONFIG, precision="bf16"))
+    index = open_index(tmp_path, task)
+    for query in (0, 1, 2):
+        read_hits(index, query, EXACT)
+    loads = count_loads(monkeypatch)
+    read_hits(index, 0, EXACT)
+    assert not loads
+
+
+def test_a_file_that_is_written_again_is_read_twice(built, tmp_path, monkeypatch):
+    task = make_live(tmp_path, Toy())
+    index = built(task)
+    for query in (0, 1, 2):
+        read_hits(index, query)
+    path = task.checkpoints[0].path
+    content = path.read_bytes()
+    os.unlink(path)
+    path.write_bytes(content)
+    loads = count_loads(monkeypatch)
+    for query in (0, 1, 2, 3):
+        read_hits(index, query)
+    assert loads == [0, 0]
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 3])
+def test_a_query_inside_a_block_leaves_the_checkpoint_of_the_block(n_before, built, tmp_path):
+    index = built(make_live(tmp_path, Toy()))
+    for query in range(n_before):
+        read_hits(index, query)
+    with index.runner.model() as model:
+        model.load(0)
+        weights = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+        index.features("query", [0])
+        assert model.checkpoint == 0
+        assert all(torch.equal(parameter, weights[name]) for name, parameter in model.parameters.items())
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1])
+def test_weights_that_are_not_stored_are_released(memory_bytes, built, tmp_path, monkeypatch):
+    task = TASKS["a model on the meta device"](tmp_path)
+    built(task)
+    index = InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=4, memory_bytes=memory_bytes)
+    loaded, load = [], CheckpointLoader.load
+
+    def load_and_note(self, model, *args):
+        load(self, model, *args)
+        loaded.extend(weakref.ref(parameter) for parameter in model.parameters())
+
+    monkeypatch.setattr(CheckpointLoader, "load", load_and_note)
+    for query in (0, 1, 2):
+        read_hits(index, query, EXACT)
+    gc.collect()
+    assert loaded
+    assert not any(parameter() is not None for parameter in loaded)
+
+
+def test_a_use_that_fails_at_its_start_does_not_affect_the_next_one(built, tmp_path, monkeypatch):
+    model = Toy()
+    task = make_live(tmp_path, model)
+    expected = read_hits(built(task), 0)
+    index = InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=4, memory_bytes=0)
+    before = copy.deepcopy(model.state_dict())
+    read_hits(index, 0)
+
+    def fail(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OriginalModel, "prepare_overwrite", fail)
+        with pytest.raises(MemoryError):
+            index.query([0])
+    assert read_hits(index, 0) == expected
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_settings_of_the_process_are_restored_when_the_last_thread_leaves():
+    fused, reentrant = torch.backends.mha.get_fastpath_enabled(), torch.utils.checkpoint.CheckpointFunction
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with preserve_globals():
+            first_is_in.set()
+            second_is_in.wait()
+        first_is_out.set()
+
+    def second():
+        first_is_in.wait()
+        with preserve_globals():
+            second_is_in.set()
+            first_is_out.wait()
+            inside.append(torch.backends.mha.get_fastpath_enabled())
+
+    inside: list[bool] = []
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == [False]
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+    assert torch.utils.checkpoint.CheckpointFunction is reentrant

@@ -7,6 +7,7 @@ built with ..." (IndexMismatchError). Features of queries are computed after the
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +33,8 @@ _KEPT_SHARE = 0.25
 """Largest share of the free memory for weights that remain in memory between queries."""
 _LOSS_TOLERANCE = 1e-3
 """Relative difference of a canary's loss, above which its gradient is compared again."""
+_LOSS_ROUNDING = 1e-6
+"""Difference of losses that rounding explains, relative to the largest loss of a canary."""
 
 
 class IndexTask:
@@ -57,23 +60,35 @@ class IndexTask:
         self._memory_bytes = memory_bytes
         self._checked: dict[int, _CheckedCheckpoint] = {}
         self._n_calls = 0
+        self._lock = threading.RLock()
 
-    @cached_property
+    @property
     def task(self) -> Task:
         """Return the task; the first access may import it by the name that the build recorded.
 
         Raises:
             UsageError: the task cannot be found.
         """
-        return self._find_task()
+        # From Python 3.12 on, `cached_property` has no lock: threads would each have a task, and a model.
+        with self._lock:
+            return self._found_task
 
     @cached_property
+    def _found_task(self) -> Task:
+        return self._find_task()
+
+    @property
     def runner(self) -> TaskRunner:
         """Return the runner of the task, after a comparison of every field of its spec with the index.
 
         Raises:
             IndexMismatchError: a field differs.
         """
+        with self._lock:
+            return self._checked_runner
+
+    @cached_property
+    def _checked_runner(self) -> TaskRunner:
         runner = TaskRunner(self.task, self.options)
         free_bytes = free_memory_bytes(self.options.device)
         runner.keep_model(int(free_bytes * _KEPT_SHARE) if self._memory_bytes is None else self._memory_bytes)
@@ -155,8 +170,11 @@ class IndexTask:
             self._check_digest(model.runner.task, checkpoint)
         model.load(checkpoint)
         is_known = checked is not None and checked.identity == identity and checked.model is model
-        if checked is not None and is_known and self._has_same_losses(model, checked, rows):
-            return checked.extractor
+        if checked is not None and is_known:
+            if self._has_same_losses(model, checked, rows):
+                return checked.extractor
+            # The file also restores what the user changed in the model and `Task.load` sets.
+            model.reload(checkpoint)
         extractor = FeatureExtractor(model, self._features)
         self._check_canaries_at(extractor, checkpoint)
         losses = {} if self._manifest.build.random_data else _compute_losses(model, _list_rows(self._canaries))
@@ -195,7 +213,8 @@ class IndexTask:
             now = list(_compute_losses(model, rows).values())
         except Exception:  # noqa: BLE001 - the complete check that follows reports the cause
             return False
-        return len(known) == len(now) and np.allclose(now, known, rtol=_LOSS_TOLERANCE, atol=1e-6, equal_nan=True)
+        rounding = _LOSS_ROUNDING * max((abs(loss) for loss in checked.losses.values() if np.isfinite(loss)), default=0)
+        return len(known) == len(now) and np.allclose(now, known, rtol=_LOSS_TOLERANCE, atol=rounding, equal_nan=True)
 
     def _check_canaries_at(self, extractor: FeatureExtractor, checkpoint: int) -> None:
         if self._manifest.build.random_data:

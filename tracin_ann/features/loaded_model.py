@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _MOST_BATCHES_WITHOUT_GRADIENT = 16
 """Batches of rows, spread over the data, that are tried before an error says that no loss reaches a parameter."""
 _PROBE_TOLERANCE = 1e-5
-"""Largest difference of losses by stored weights and by loaded ones."""
+"""Largest difference of losses by stored weights and by loaded ones, relative to the largest of them."""
 
 
 class LoadedModel:
@@ -78,32 +78,63 @@ class LoadedModel:
         self._original: OriginalModel | None = None
         self._cache = WeightCache(model, memory_bytes) if memory_bytes else None
         self._loads: dict[int, _Load] = {}
+        self._last_read = -1
+        self._parts = _list_parts(model)
+
+    @property
+    def has_new_parts(self) -> bool:
+        """Return whether the user has replaced, added or removed modules or parameters since the last use."""
+        return self._original is None and not _are_same_objects(self._parts, _list_parts(self.module))
 
     @contextlib.contextmanager
     def use(self, precision: Precision) -> Iterator[None]:
-        """Borrow the user's model in the block; a block inside another one only changes the precision."""
+        """Borrow the user's model in the block.
+
+        A block inside another one changes the precision, and loads the checkpoint of the outer block again at its end.
+        """
         outer, self.precision = self.precision, precision
         try:
-            with self._borrow() if self._original is None else contextlib.nullcontext():
+            with self._borrow() if self._original is None else self._preserve_checkpoint():
                 yield
         finally:
             self.precision = outer
 
     @contextlib.contextmanager
+    def _preserve_checkpoint(self) -> Iterator[None]:
+        checkpoint = self.checkpoint
+        try:
+            yield
+        finally:
+            if checkpoint not in (-1, self.checkpoint):
+                self.load(checkpoint)
+
+    @contextlib.contextmanager
     def _borrow(self) -> Iterator[None]:
-        with preserve_model(self.module) as original:
-            self._original, self.checkpoint, self.parameters = original, -1, self._unloaded
-            if self._cache is None:
-                original.prepare_overwrite(self.runner.options.device)
-                self.set_memory_format(channels_last=self.channels_last)
-            else:
-                self._cache.start_use()
-            try:
+        try:
+            with preserve_model(self.module) as self._original:
+                if self._cache is None:
+                    self._original.prepare_overwrite(self.runner.options.device)
+                    self.set_memory_format(channels_last=self.channels_last)
+                else:
+                    self._cache.start_use()
                 yield
-            finally:
-                self._original = None
-                if self._cache is not None:
-                    self._cache.detach()
+        finally:
+            self._original, self.checkpoint, self.parameters = None, -1, self._unloaded
+            if self._cache is not None:
+                self._cache.detach()
+            self._release_parameters()
+            # A loader or a forward pass may add modules.
+            self._parts = _list_parts(self.module)
+
+    def _release_parameters(self) -> None:
+        """Drop the engines of parameter objects that a loader created and that are not stored."""
+        stored = [load.parameters for load in self._loads.values()]
+        known = {id(parameter) for each in (self._unloaded, *stored) for parameter in each.values()}
+        self._engines = {
+            key: engine
+            for key, engine in self._engines.items()
+            if known.issuperset(map(id, engine.parameters.values()))
+        }
 
     @property
     def has_checkpoint(self) -> bool:
@@ -125,6 +156,17 @@ class LoadedModel:
         elif not self._attach_stored(checkpoint):
             self._load_and_store(checkpoint)
 
+    def reload(self, checkpoint: int) -> None:
+        """Load a checkpoint from its file, whether its weights are stored or not, with new gradient engines.
+
+        Raises:
+            CheckpointError: the file is missing, unreadable or does not match the model.
+            TaskError: loading changed the names, shapes or dtypes of the selected parameters.
+        """
+        self._loads.pop(checkpoint, None)
+        self._engines = {key: engine for key, engine in self._engines.items() if key[0] != checkpoint}
+        self.load(checkpoint)
+
     def _attach_stored(self, checkpoint: int) -> bool:
         """Attach the stored weights of a checkpoint; return False if they are not stored, or not valid."""
         cache, last = self._cache, self._loads.get(checkpoint)
@@ -137,15 +179,25 @@ class LoadedModel:
         self.parameters = last.parameters
         self._forbid_gradients()
         self.checkpoint = checkpoint
-        if last.is_confirmed:
+        if self._is_confirmed(checkpoint):
             return True
-        last.is_confirmed = last.losses_B is not None and torch.allclose(
-            self._compute_probe_losses(), last.losses_B, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE, equal_nan=True
-        )
-        if not last.is_confirmed:
+        last.is_excluded = not _are_close(self._compute_probe_losses(), last.losses_B)
+        if last.is_excluded:
             logger.info("checkpoint %d is read again for every query: stored weights give other losses", checkpoint)
-            last.is_excluded = True
-        return last.is_confirmed
+        elif self._last_read not in (-1, checkpoint):
+            last.confirmed.add(self._last_read)
+        return not last.is_excluded
+
+    def _is_confirmed(self, checkpoint: int) -> bool:
+        """Return whether stored weights gave the losses of loaded ones after the file that was read last.
+
+        Reading the checkpoint's own file proves nothing: its state that is not a tensor is still in the model. It is
+        sufficient that the weights of another checkpoint were confirmed with that state.
+        """
+        if self._last_read == checkpoint:
+            is_only = len(self.runner.task.checkpoints) == 1
+            return is_only or any(checkpoint in load.confirmed for load in self._loads.values())
+        return self._last_read in self._loads[checkpoint].confirmed
 
     def _load_and_store(self, checkpoint: int) -> None:
         """Load a checkpoint from its file, and store its weights if it was loaded before."""
@@ -157,20 +209,21 @@ class LoadedModel:
             self._original.attach()
         if not is_same:
             self._engines = {key: engine for key, engine in self._engines.items() if key[0] != checkpoint}
+        self._cache.remove(checkpoint)
         self._original.prepare_overwrite(self.runner.options.device)
         self.set_memory_format(channels_last=self.channels_last)
         self._load_file(checkpoint)
-        self._loads[checkpoint] = loaded = _Load(identity, self.parameters)
+        self._loads[checkpoint] = loaded = _Load(identity)
         if is_same and last is not None:
             loaded.is_excluded = last.is_excluded
             if not last.is_excluded and self._cache.store(checkpoint):
-                loaded.losses_B = self._compute_probe_losses()
+                loaded.parameters, loaded.losses_B = self.parameters, self._compute_probe_losses()
 
     def _compute_probe_losses(self) -> Tensor:
-        """Return the losses of the first and the last training row."""
-        data, engine = self.runner.data("train"), self.engine("train")
-        ids = sorted({0, len(data) - 1})
-        return engine.loss_values(engine.batch(ids, [data[i] for i in ids])).cpu()
+        """Return the losses of the first and the last training row, in the model's own precision."""
+        with self.use("fp32"):
+            batches = self.batches("train", sorted({0, self.runner.n_rows("train") - 1}))
+            return torch.cat([self.engine("train").loss_values(batch).cpu() for batch in batches])
 
     def _load_file(self, checkpoint: int) -> None:
         for name, parameter in self.module.named_parameters():
@@ -178,7 +231,7 @@ class LoadedModel:
         task = self.runner.task
         logger.debug("loading checkpoint %d, %s", checkpoint, task.checkpoints[checkpoint].path)
         # A load that fails leaves the model partly loaded.
-        self.checkpoint = -1
+        self.checkpoint = self._last_read = -1
         self._loader.load(self.module, checkpoint, self.runner.options.device)
         before = self.parameters
         self.parameters = task.select_parameters(self.module)
@@ -198,7 +251,7 @@ class LoadedModel:
         if any(after is not before[name] for name, after in self.parameters.items()):
             # New parameter objects have the memory format of the checkpoint.
             self.set_memory_format(channels_last=self.channels_last)
-        self.checkpoint = checkpoint
+        self.checkpoint = self._last_read = checkpoint
 
     def _forbid_gradients(self) -> None:
         for parameter in self.module.parameters():
@@ -332,17 +385,36 @@ class _Load:
 
     Attributes:
         identity: of the file.
-        parameters: the selected parameters after the load.
-        losses_B: losses of two rows, by which stored weights are compared with loaded ones; None: nothing is stored.
-        is_confirmed: stored weights gave these losses.
-        is_excluded: stored weights gave other losses: the loader or the model has other state than tensors.
+        parameters: the selected parameters after the load; empty: no weights are stored.
+        losses_B: the losses of two rows after the load; they are compared with those of the stored weights.
+        confirmed: stored weights gave these losses after these checkpoints had been read from their files. Reading a
+            file may change state that is not a tensor.
+        is_excluded: stored weights gave other losses: the loader or the model has state that is not a tensor.
     """
 
     identity: FileIdentity
-    parameters: dict[str, nn.Parameter]
-    losses_B: Tensor | None = None
-    is_confirmed: bool = False
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    losses_B: Tensor = field(default_factory=lambda: torch.zeros(0))
+    confirmed: set[int] = field(default_factory=set)
     is_excluded: bool = False
+
+
+def _are_close(losses_B: Tensor, expected_B: Tensor) -> bool:
+    """Return whether losses agree up to rounding, which is relative to the largest finite loss."""
+    finite = expected_B[torch.isfinite(expected_B)].abs()
+    largest = float(finite.max()) if len(finite) else 0.0
+    return losses_B.shape == expected_B.shape and torch.allclose(
+        losses_B, expected_B, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE * largest, equal_nan=True
+    )
+
+
+def _list_parts(model: nn.Module) -> list[object]:
+    """Return the modules of a model, each followed by its parameters."""
+    return [part for module in model.modules() for part in (module, *module._parameters.values())]
+
+
+def _are_same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 class _Examples(Sequence[Any]):

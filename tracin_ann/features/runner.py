@@ -50,7 +50,7 @@ class TaskRunner(TaskData):
         kept = self._kept
         with kept.lock if kept is not None else contextlib.nullcontext(), preserve_globals():
             model = kept.model if kept is not None else None
-            if model is None:
+            if model is None or model.has_new_parts:
                 model = LoadedModel(self, self.loader, make_model(self.task), 0 if kept is None else kept.memory_bytes)
             if kept is not None:
                 kept.model = model
