@@ -88,9 +88,7 @@ def open_own_group(parent: h5py.h5g.GroupID, name: str) -> h5py.h5g.GroupID:
 
 
 def open_own_dataset(parent: h5py.h5g.GroupID, name: str) -> h5py.h5d.DatasetID:
-    """Return a contiguous dataset that is stored in the file itself.
-
-    Links, external and virtual storage are rejected. So are chunks, because HDF5 would run filters on them.
+    """Return a dataset that is stored in the file itself; links are not followed.
 
     Raises:
         ValueError: there is no such dataset.
@@ -98,12 +96,6 @@ def open_own_dataset(parent: h5py.h5g.GroupID, name: str) -> h5py.h5d.DatasetID:
     found = _open_own_object(parent, name)
     if not isinstance(found, h5py.h5d.DatasetID):
         raise ValueError(f"{name} is not a dataset of this file")
-    properties = found.get_create_plist()
-    layout = properties.get_layout()
-    if layout == h5py.h5d.VIRTUAL or properties.get_external_count():
-        raise ValueError(f"{name} is not a dataset of this file")
-    if layout != h5py.h5d.CONTIGUOUS:
-        raise ValueError(f"dataset {name} is not contiguous")
     return found
 
 
@@ -121,17 +113,22 @@ def _open_own_object(parent: h5py.h5g.GroupID, name: str) -> Any:
 def locate_own_dataset(
     parent: h5py.h5g.GroupID, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], n_bytes: int
 ) -> int:
-    """Return the offset of a dataset as by `open_own_dataset`, of this shape and dtype, in a file of `n_bytes` bytes.
+    """Return the offset of a dataset of this shape and dtype that is stored contiguously in a file of `n_bytes` bytes.
+
+    Links, external and virtual storage are rejected. So are chunks, because HDF5 would run filters on them.
 
     Raises:
         ValueError: there is no such dataset.
     """
     dataset = open_own_dataset(parent, name)
+    offset: int | None = dataset.get_offset()
+    if offset is None:
+        # The dataset has chunks, external, virtual or compact storage, or no storage at all.
+        raise ValueError(f"{name} is not a dataset of this file with contiguous data")
     if dataset.shape != shape or not dataset.get_type().equal(_stored_type(dtype)):
         raise ValueError(f"dataset {name} is {dataset.dtype} {dataset.shape}, expected {dtype} {shape}")
     # Touching a mapped page past the end of the file would kill the process (SIGBUS).
-    offset: int | None = dataset.get_offset()
-    if offset is None or offset + math.prod(shape) * dtype.itemsize > n_bytes:
+    if offset + math.prod(shape) * dtype.itemsize > n_bytes:
         raise ValueError(f"dataset {name} reaches past the end of the file")
     return offset
 
@@ -161,14 +158,15 @@ def read_attribute(parent: h5py.h5g.GroupID, name: str, most_bytes: int) -> byte
     Raises:
         ValueError: the attribute is missing or has another type or shape.
     """
-    key = name.encode()
-    attribute = h5py.h5a.open(parent, key) if h5py.h5a.exists(parent, key) else None
+    try:
+        attribute = h5py.h5a.open(parent, name.encode())
+    except KeyError:
+        attribute = None
     if attribute is not None and attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR:
         kind = attribute.get_type()
         is_text = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
         if kind.get_size() <= most_bytes and (is_text or kind.equal(_stored_type(_INT64))):
             value = np.zeros((), dtype=np.dtype((np.bytes_, kind.get_size())) if is_text else _INT64)
             attribute.read(value, mtype=kind)
-            found: bytes | int = value.item()
-            return found
+            return bytes(value.item()) if is_text else int(value)
     raise ValueError(f"attribute {name} is missing or has another type")

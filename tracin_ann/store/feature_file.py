@@ -49,8 +49,8 @@ VERSION = 3
 _ALIGNMENT = 4096
 _REWRITE = "run the build again: it rewrites files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
-_STORED_DTYPE = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-_COLUMNS = {
+_STORED_DTYPE: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+_COLUMNS: dict[str, np.dtype[Any]] = {
     "exponent": np.dtype("<i2"),
     "id": np.dtype("<i8"),
     "sqnorm": np.dtype("<f8"),
@@ -58,7 +58,7 @@ _COLUMNS = {
     "block_checksum": np.dtype("<u8"),
     "row_checksum": np.dtype("<u8"),
 }
-_COLUMN_CHECKSUM = np.dtype("<u8")
+_COLUMN_CHECKSUM: np.dtype[Any] = np.dtype("<u8")
 _NOT_IN_NAMES = frozenset("/\\\0")
 _LONGEST_NAME = 100
 _LONGEST_ATTRIBUTE = 1000
