@@ -41,7 +41,25 @@ _FEW_ROWS = 512
 """Up to this many rows, `take` copies each row by itself; more are grouped by file."""
 _ROWS_AT_ONCE = 4096
 """Rows that `take` decodes together."""
+_SMALLEST_PARTITION = 8192
+_LARGEST_PARTITION = 65_536
+_MOST_PARTITIONS = 32
+"""Number of partitions above which a new index has larger ones."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
+
+
+def choose_partition_rows(n_rows: int) -> int:
+    """Return the number of rows of a partition for a new index of `n_rows` rows.
+
+    Each file takes time to open, a file descriptor and an fsync, and the candidates of a query lie in most partitions.
+    A killed build, on the other hand, repeats at most two partitions of one checkpoint. The size is therefore 8,192
+    rows for up to 262,144 rows, and then doubles so that there are at most 32 partitions: each has at most a 16th of
+    the rows. The largest size is 65,536 rows, because a build has the rows of two partitions in memory.
+    """
+    size = _SMALLEST_PARTITION
+    while size < _LARGEST_PARTITION and n_rows > _MOST_PARTITIONS * size:
+        size *= 2
+    return size
 
 
 @dataclass(frozen=True)
