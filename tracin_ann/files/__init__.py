@@ -21,6 +21,7 @@ from tracin_ann.files.hdf5 import (
     write_hdf5,
 )
 from tracin_ann.files.json_records import read_json, read_record, write_json_atomic
+from tracin_ann.files.mapping import map_file
 from tracin_ann.files.opening import (
     NotRegularFileError,
     open_descriptor,
@@ -41,6 +42,7 @@ __all__ = [
     "locate_own_dataset",
     "make_directory",
     "map_array",
+    "map_file",
     "open_descriptor",
     "open_directory",
     "open_output",

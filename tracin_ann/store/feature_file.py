@@ -33,6 +33,7 @@ from tracin_ann.files import (
     atomic_path,
     file_digest,
     locate_own_dataset,
+    map_file,
     open_regular,
     read_attribute,
     read_dataset,
@@ -163,8 +164,8 @@ class FileRecord:
 class FeatureFile:
     """An open feature file: features memory-mapped, the small columns in memory.
 
-    Rows are addressed by their position in the file: position 0 is row `header.start`. The map uses one file
-    descriptor.
+    Rows are addressed by their position in the file: position 0 is row `header.start`. An open file uses 23 bytes of
+    memory per row, and no file descriptor.
 
     Attributes:
         stored_ND: the stored features.
@@ -240,7 +241,7 @@ class FeatureFile:
                 for shape in [(n_blocks if name == "block_checksum" else n_rows,)]
             }
             checksum_offset = locate_own_dataset(root, "column_checksum", (1,), _COLUMN_CHECKSUM, size)
-        stored_ND = np.asarray(np.memmap(opened, feature_dtype, "r", feature_offset, feature_shape))
+        stored_ND = map_file(opened, feature_offset, feature_shape, feature_dtype)
         # Reading through HDF5 would take several times as long.
         columns = {name: read_dataset(opened, *place) for name, place in places.items()}
         written = int(read_dataset(opened, checksum_offset, (1,), _COLUMN_CHECKSUM)[0])
