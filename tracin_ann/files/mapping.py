@@ -32,6 +32,19 @@ def _load_libc() -> ctypes.CDLL:
     return libc
 
 
+def map_pages(descriptor: int, size: int, offset: int) -> int:
+    """Map bytes of a file read-only, from the beginning of a page on, and return their address.
+
+    Raises:
+        OSError: the system cannot map them.
+    """
+    address: int = _load_libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    if address == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return address
+
+
 def map_file(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Return the numbers of a file from `offset` on, memory-mapped read-only; the file may be closed afterwards.
 
@@ -44,14 +57,10 @@ def map_file(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
     count = math.prod(shape)
     before = offset % mmap.ALLOCATIONGRANULARITY
     size = before + count * dtype.itemsize
-    libc = _load_libc()
-    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), offset - before)
-    if address == _FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    address = map_pages(file.fileno(), size, offset - before)
     content = (ctypes.c_char * size).from_address(address)
     # At exit the system removes the map; another thread may still read it.
-    weakref.finalize(content, libc.munmap, address, size).atexit = False
+    weakref.finalize(content, _load_libc().munmap, address, size).atexit = False
     # Of a writable buffer, NumPy could make a writable array; writing to the map would kill the process.
     readonly = memoryview(content).cast("B").toreadonly()
     return np.frombuffer(readonly, dtype, count, before).reshape(shape)
