@@ -102,8 +102,12 @@ class FlatIndex:
             chunk_QF = queries[at : at + at_once]
             best = [_RunningBest(len(chunk_QF), k, self._device) for _ in signs]
             for ids_S, scores_QS in self._iter_scores(chunk_QF):
+                sign_now: Sign = 1
                 for side, sign in zip(best, signs, strict=True):
-                    side.add(ids_S, scores_QS if sign > 0 else -scores_QS)
+                    if sign != sign_now:
+                        scores_QS.neg_()
+                    sign_now = sign
+                    side.add(ids_S, scores_QS)
             for chunks, side in zip(found, best, strict=True):
                 chunks.append(side)
         return [self._collect(side, k) for side in found]

@@ -228,7 +228,7 @@ def _scale(query_QD: Tensor) -> _PartQueries:
 def _invert_norms(rows_BD: Tensor) -> list[Tensor]:
     """Return the factor that divides an inner product by the norm of its row; 0 for a zero row."""
     few = max(1, _SERIAL_NUMBERS // rows_BD.shape[1])
-    norm_B = torch.cat([torch.linalg.vector_norm(some_BD, dim=1) for some_BD in rows_BD.split(few)])
+    norm_B = torch.cat([torch.linalg.vector_norm(some_BD, dim=1) for some_BD in torch.split(rows_BD, few)])
     return [norm_B.reciprocal().masked_fill_(norm_B == 0, 0.0)]
 
 
