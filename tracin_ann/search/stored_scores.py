@@ -4,9 +4,9 @@ float16 rows are converted to float32 in registers, for up to eight queries, or 
 cache. Their exponents, or norms, multiply the inner products instead of the rows, so a scan for few queries reads the
 stored rows once and writes only scores.
 
-Several threads score blocks of rows at the same time. No operation of a block starts threads of
-OpenMP: a block has several operations, the threads of OpenMP wait for each other at the end of each, and each wait
-takes milliseconds if another process uses one of the cores. PyTorch starts none for up to `_SERIAL_NUMBERS` numbers.
+Several threads score blocks of rows at the same time, and each operation runs in the thread that calls it. Threads of
+OpenMP wait for each other at the end of each operation, for milliseconds if another process uses one of the cores, and
+a scan has several operations per block. PyTorch uses one thread for up to `_SERIAL_NUMBERS` numbers.
 
 Shapes: Q queries, B rows of a block, F feature dimension, D columns of a part.
 """
@@ -227,7 +227,8 @@ def _scale(query_QD: Tensor) -> _PartQueries:
 
 def _invert_norms(rows_BD: Tensor) -> list[Tensor]:
     """Return the factor that divides an inner product by the norm of its row; 0 for a zero row."""
-    few = max(1, _SERIAL_NUMBERS // rows_BD.shape[1])
+    # Less than the limit, at which PyTorch uses several threads for a reduction.
+    few = max(1, (_SERIAL_NUMBERS - 1) // rows_BD.shape[1])
     norm_B = torch.cat([torch.linalg.vector_norm(some_BD, dim=1) for some_BD in torch.split(rows_BD, few)])
     return [norm_B.reciprocal().masked_fill_(norm_B == 0, 0.0)]
 
