@@ -94,6 +94,29 @@ class StoredRows(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class PendingReads:
+    """What a scan of all rows has to do once, because no search of the open index has done it yet.
+
+    Attributes:
+        files: number of files that are not open.
+        n_bytes: bytes of rows that are not verified.
+        files_per_row: number of files that contain a part of one row.
+    """
+
+    files: int = 0
+    n_bytes: int = 0
+    files_per_row: int = 1
+
+
+@runtime_checkable
+class LazyRows(Protocol):
+    """Rows whose files are opened, and whose checksums are verified, when they are first read."""
+
+    def pending_reads(self) -> PendingReads:
+        """Return what a scan of all rows has to do once."""
+
+
 class ProgressCallback(Protocol):
     """A function that is called with the progress of a long operation."""
 

@@ -75,7 +75,8 @@ def strip_times(manifest: bytes) -> bytes:
     del content["digest"]
     calibration = content["index"]["calibration"]
     if calibration is not None:
-        del calibration["scan"], calibration["index_fixed"]
+        for name in ("scan", "index_fixed", "both_ratio", "first_use"):
+            calibration.pop(name, None)
         for point in (*calibration["proponents"], *calibration["opponents"]):
             del point["seconds"]
     return json.dumps(content, sort_keys=True).encode()

@@ -120,11 +120,7 @@ def read_expected_recall(index: InfluenceIndex) -> list[float]:
     calibration = index.manifest.index.calibration
     if calibration is None:
         return [1.0, 1.0]
-    points = [
-        calibration.fastest_point(side, calibration.target) or calibration.best(side)
-        for side in ("proponents", "opponents")
-    ]
-    return [point.recall for point in points]
+    return [calibration.usual_point("proponents").recall, calibration.usual_point("opponents").recall]
 
 
 def set_faiss_threads(threads: int) -> None:

@@ -19,8 +19,13 @@ from tracin_ann.cli.info import main as info
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.scoring import ranking, strategy
 from tracin_ann.scoring.exact import ExactScorer
+from tracin_ann.scoring.quality import measure_first_use
+from tracin_ann.search import FirstUseCost
 from tracin_ann.search.calibration import Cost
+from tracin_ann.store import FeatureStore
 from tracin_ann.store.columns import RowFilter
+from tracin_ann.store.manifest import FEATURES
+from tracin_ann.types import PendingReads
 
 N, QUERIES = 1200, 130
 CONFIG = BuildConfig(dim=128, batch_size=100, device="cpu", index="ivf", target_recall=0.8)
@@ -163,11 +168,23 @@ def test_the_faster_strategy_is_chosen(index: InfluenceIndex) -> None:
     queries = index.features("query", range(3))
     scan = index.search_index
     for cost, kind in ((Cost(0.0, 1e-9), "flat"), (Cost(9.0, 9.0), "ivf")):
-        changed = replace(record, calibration=replace(record.calibration, scan=cost))
+        changed = replace(record, calibration=replace(record.calibration, scan=cost, first_use=FirstUseCost()))
         flat = strategy.FlatIndex(index.view(), torch.device("cpu"))
         chosen = strategy.choose_strategy(changed, scan, flat, queries, QueryOptions())
         assert chosen.index.kind == kind
         assert "estimated to be faster for 3 queries (inverted lists " in chosen.how and ", exact scan " in chosen.how
+
+
+def test_the_first_use_of_a_store_is_measured_with_files_of_its_own(index: InfluenceIndex, folder: Path) -> None:
+    calibration = index.manifest.index.calibration
+    assert calibration is not None
+    assert calibration.first_use.per_file > 0 and calibration.first_use.per_byte > 0
+    store = FeatureStore(folder / "index" / FEATURES, index.manifest.build.layout)
+    before = store.view().pending_reads()
+    assert before == PendingReads(2, N * 2 * 128 * 2, 2)
+    measured = measure_first_use(store)
+    assert measured.per_file > 0 and measured.per_byte > 0
+    assert store.view().pending_reads() == before
 
 
 def test_queries_unlike_the_calibration_queries_are_marked(index: InfluenceIndex) -> None:

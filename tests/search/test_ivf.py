@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, orac
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.files.json_records import read_record
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, coarse_quantizer, search_both
-from tracin_ann.search.calibration import Calibration, calibrate, compute_recalls, recall_lower_bound
+from tracin_ann.search import calibration as calibration_module
+from tracin_ann.search.calibration import Calibration, Cost, calibrate, compute_recalls, recall_lower_bound
 from tracin_ann.search.clustering import survey
 from tracin_ann.search.coarse_quantizer import train_assigner
+from tracin_ann.search.query_distribution import Comparison, QueryDistribution
 from tracin_ann.search.reduction import fit_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import negate
@@ -452,6 +454,44 @@ def test_queries_of_another_distribution_are_detected(calibration: Calibration, 
 
 def test_a_calibration_is_read_back_from_json_unchanged(calibration: Calibration) -> None:
     assert read_record(Calibration, json.loads(json.dumps(asdict(calibration)))) == calibration
+
+
+class SlowFirstPass(Rows):
+    """Rows whose first pass takes 1,000 seconds of a clock, and each later pass 1 second."""
+
+    seconds, is_read = 0.0, False
+
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        self.seconds += 1 if self.is_read else 1000
+        self.is_read = True
+        return super().blocks(block_rows, start)
+
+
+def test_the_costs_of_a_calibration_are_those_of_later_queries(
+    index: IVFIndex, source: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scan does not count, and the comparison with the calibration queries counts for the lists."""
+    rows, compare = SlowFirstPass(source.rows), QueryDistribution.compare
+
+    def slow_compare(distribution: QueryDistribution, lists: IVFIndex, queries: Float32) -> Comparison:
+        rows.seconds += 5 + 2 * len(queries)
+        return compare(distribution, lists, queries)
+
+    monkeypatch.setattr(QueryDistribution, "compare", slow_compare)
+    monkeypatch.setattr("time.perf_counter", lambda: rows.seconds)
+    measure = calibration_module._measure_setting
+    monkeypatch.setattr(calibration_module, "_measure_setting", lambda *given: replace(measure(*given), seconds=4.0))
+    found = calibrate(index, FlatIndex(rows, CPU), normal(130, 29), 0.9)
+    assert found.scan == Cost(1.0, 0.0)
+    cost = found.index_cost(found.usual_point("proponents"), found.usual_point("opponents"))
+    assert (cost.fixed, cost.each) == pytest.approx((5.0, 2.0))
+    assert found.both_ratio == pytest.approx(2.0 / 8.0)
+
+
+def test_one_query_is_enough_for_a_calibration(index: IVFIndex, source: Rows) -> None:
+    found = calibrate(index, FlatIndex(source, CPU), normal(1, 30), 0.9)
+    assert found.queries == 1
+    assert found.scan.fixed == 0 and found.scan.each > 0
 
 
 def test_the_tail_index_is_estimated() -> None:

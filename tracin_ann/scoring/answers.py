@@ -41,6 +41,11 @@ class QueryOptions:
     recall: float | None = None
     rows: RowFilter = field(default_factory=RowFilter)
 
+    @property
+    def n_candidates(self) -> int:
+        """Return how many candidates the search finds in each direction."""
+        return max(self.k, self.candidates) if self.rerank == "exact" else self.k
+
     def __post_init__(self) -> None:
         """Reject values out of range and options that exclude each other.
 

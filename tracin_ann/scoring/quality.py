@@ -10,8 +10,11 @@ Shapes: Q queries, M rows of the pool, C checkpoints, D sketch dimension, F = C�
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 
@@ -19,7 +22,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import exact_scores
-from tracin_ann.search import Calibration, FlatIndex, IVFIndex, calibrate, scale_to_unit
+from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, IVFIndex, calibrate, scale_to_unit
 from tracin_ann.store import FeatureStore, Fidelity
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
@@ -38,6 +41,9 @@ _GRADIENT_ENTRIES = 2**28
 CALIBRATION_QUERIES = 400
 FEWEST_QUERIES = 100
 """If query_data has fewer rows, training rows complete the calibration queries."""
+_TIMED_FILES = 8
+_TIMED_BYTES = 2**24
+"""Bytes of a file whose verification is timed."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,10 @@ class QualityMeasurement:
         queries_QF = np.concatenate([query_data_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
         exact = FlatIndex(lists.source, self.runner.options.device)
-        return calibrate(
+        calibration = calibrate(
             lists, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
         )
+        return replace(calibration, first_use=measure_first_use(self.store))
 
     def fidelity(self) -> Fidelity:
         """Return the fidelity of the sketch for a few queries.
@@ -128,6 +135,27 @@ class QualityMeasurement:
         return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
 
 
+def measure_first_use(store: FeatureStore) -> FirstUseCost:
+    """Return the times of opening a file and of verifying a byte: medians of a few files of a finished store.
+
+    The build has just read these files, so the system has them in its page cache. A first use that reads from a disk
+    takes longer.
+    """
+    layout, fresh = store.layout, FeatureStore(store.directory, store.layout)
+    row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
+    keys = itertools.product(range(layout.n_partitions), range(layout.n_checkpoints))
+    per_file, per_byte = [], []
+    for partition, checkpoint in itertools.islice(keys, _TIMED_FILES):
+        began = time.perf_counter()
+        file = fresh.file(partition, checkpoint)
+        opened = time.perf_counter()
+        n_rows = min(file.header.n_rows, max(1, _TIMED_BYTES // row_bytes))
+        file.read_stored(0, n_rows)
+        per_file.append(max(0.0, opened - began))
+        per_byte.append(max(0.0, time.perf_counter() - opened) / (n_rows * row_bytes))
+    return FirstUseCost(median(per_file), median(per_byte))
+
+
 def sample_rows(norm_N: Float64, seed: int) -> Int64:
     """Return ascending positions: one row from each of 200 equal strata of the norms."""
     n_rows = len(norm_N)
@@ -162,7 +190,8 @@ def measure_fidelity(
     exact_QM = exact_scores(runner, queries, rows.tolist(), checkpoints)
     row_MF = view.take(rows)
     sketch_QM = query_QF.astype(np.float64) @ row_MF.T.astype(np.float64)
-    deviation_QM = sketch_deviations(query_QF, row_MF, len(checkpoints))
+    query_QC, row_MC = (_square_norms(features, len(checkpoints)) for features in (query_QF, row_MF))
+    deviation_QM = sketch_deviations(query_QC, row_MC, query_QF.shape[1] // len(checkpoints))
     is_positive = deviation_QM > 0
     error = (sketch_QM - exact_QM)[is_positive] / deviation_QM[is_positive]
     sampled = np.searchsorted(rows, sample)
@@ -183,14 +212,22 @@ def count_queries(entries: int, available: int) -> int:
     return max(1, min(QUERIES, available, _GRADIENT_ENTRIES // max(1, entries)))
 
 
-def sketch_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
-    """Return the sketch's standard deviation of each score, [Q, M]: √(Σ_c ‖z_c‖²‖q_c‖² / D)."""
-    dim = query_QF.shape[1] // n_checkpoints
-    query_QC, row_MC = (
-        np.square(f.astype(np.float64)).reshape(len(f), n_checkpoints, dim).sum(axis=2) for f in (query_QF, row_MF)
-    )
-    deviation_QM: Float64 = np.sqrt(query_QC @ row_MC.T / dim)
+def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
+    """Return the sketch's standard deviation of each score, [Q, M]: √(Σ_c ‖z_c‖²‖q_c‖² / D).
+
+    Args:
+        query_QC: squared norms of the queries' features at each checkpoint.
+        row_MC: squared norms of the rows' features at each checkpoint.
+        dim: D.
+    """
+    deviation_QM: Float64 = np.sqrt(np.einsum("qc,mc->qm", query_QC, row_MC) / dim)
     return deviation_QM
+
+
+def _square_norms(feature_NF: Float32, n_checkpoints: int) -> Float64:
+    """Return squared norms of feature rows at each checkpoint, [N, C]."""
+    squares = np.square(feature_NF.astype(np.float64)).reshape(len(feature_NF), n_checkpoints, -1)
+    return squares.sum(axis=2)  # type: ignore[no-any-return]
 
 
 def _mean_recall(exact_QM: Float64, sketch_QM: Float64, depth: int) -> float:

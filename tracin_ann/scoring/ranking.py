@@ -27,8 +27,8 @@ from tracin_ann.types import Float32, Float64, Int64, TopK
 
 _FIRST = 3
 """Candidates a side that the first round of exact scores covers, in multiples of k."""
-_ROWS_AT_ONCE = 8192
-"""Candidates of several queries whose stored features are in memory at a time."""
+_NUMBERS_AT_ONCE = 1 << 23
+"""Numbers of the stored features of candidates that are in memory at a time, in float64: 64 MiB."""
 _ERROR_BARS = 4.0
 """A candidate's exact score is assumed to lie within this many error bars of its stored score."""
 
@@ -138,6 +138,10 @@ class Ranker:
 
     def answers(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
+        with self.store.remember_taken():
+            return self._answer(request, queries_QF)
+
+    def _answer(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
         each_QF = self._weight_checkpoints(request, queries_QF)
         weighted_QF = _mix(request.mixture_GQ, each_QF)
         n_queries = len(request.members)
@@ -149,9 +153,7 @@ class Ranker:
             counts = np.full(n_queries, 2 * len(rows))
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
-            k = request.options.k
-            if request.options.rerank == "exact":
-                k = max(k, request.options.candidates)
+            k = request.options.n_candidates
             strategy = self._choose_strategy(request, weighted_QF)
             if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
@@ -193,16 +195,19 @@ class Ranker:
         best = scored[order[sign * scored.score_N[order] > 0]]
         if request.options.rerank != "none" or request.options.exact:
             best = self._complete_parts(request, query_F, best)
-        means_GN = self._score_sets(request, each_QF, best.rows_N)
-        columns = (
-            best.rows_N.tolist(),
-            best.score_N.tolist(),
-            itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
-            itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
-            itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, means_GN.T.tolist()),
+        rows = best.rows_N.tolist()
+        return tuple(
+            map(
+                Hit,
+                (self.id_of("train", row) for row in rows),
+                rows,
+                best.score_N.tolist(),
+                itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
+                itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
+                itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
+                map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
+            )
         )
-        return tuple(Hit(self.id_of("train", row), row, *rest) for row, *rest in zip(*columns, strict=False))
 
     def _complete_parts(self, request: QueryRequest, query_F: Float32, best: ScoredRows) -> ScoredRows:
         """Return rows with the parts of their scores from the stored features, and with these scores."""
@@ -261,18 +266,21 @@ class Ranker:
     ) -> list[ScoredRows]:
         """Return the candidates of each query with scores from the stored features; each row is read once."""
         view = self.store.view(request.checkpoints, cosine=request.options.cosine)
-        has_error = self.error_scale is not None and not request.options.cosine
         scored: list[ScoredRows] = []
-        for queries in _split_queries(candidates, _ROWS_AT_ONCE):
+        n_checkpoints = len(request.checkpoints)
+        for queries in _split_queries(candidates, _NUMBERS_AT_ONCE // view.dim):
             union, places = np.unique(np.concatenate([candidates[q].rows_N for q in queries]), return_inverse=True)
-            row_MF, done = view.take(union), 0
+            row_MCD = view.take(union).astype(np.float64).reshape(len(union), n_checkpoints, view.dim // n_checkpoints)
+            square_MC, done = np.einsum("mcd,mcd->mc", row_MCD, row_MCD), 0
             for q in queries:
                 rows_N = candidates[q].rows_N
-                row_NF = row_MF[places[done : (done := done + len(rows_N))]]
-                part_NC = _score_by_checkpoint(row_NF, weighted_QF[q], len(request.checkpoints))
+                places_N = places[done : (done := done + len(rows_N))]
+                query_CD = weighted_QF[q].reshape(row_MCD.shape[1:]).astype(np.float64)
+                part_NC = np.einsum("ncd,cd->nc", row_MCD[places_N], query_CD)
                 error_N = None
-                if has_error:
-                    deviation_N = sketch_deviations(weighted_QF[q : q + 1], row_NF, len(request.checkpoints))[0]
+                if self.error_scale is not None and not request.options.cosine:
+                    square_1C = np.einsum("cd,cd->c", query_CD, query_CD)[None]
+                    deviation_N = sketch_deviations(square_1C, square_MC[places_N], query_CD.shape[1])[0]
                     error_N = self.error_scale * deviation_N
                 scored.append(ScoredRows(rows_N, part_NC.sum(axis=1), None, error_N, part_NC))
         return scored

@@ -1,6 +1,7 @@
 """The choice between inverted lists (IVF) and an exact scan for a query, with the reason and the expected recall.
 
-The choice uses the times and the recall that the build measured (`search.calibration`).
+The choice uses the times and the recall that the build measured (`search.calibration`). The times of the first searches
+of an open index include the files to open and, for a scan, the rows to verify.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ def choose_strategy(
     target = options.recall if options.recall is not None else calibration.target
     (proponents, opponents), is_reached = _choose_points(calibration, target, explicit=options.recall is not None)
     n_queries = len(queries_QF)
+    pending, n_rows = scan.pending_reads(), index.most_rows_read(n_queries, options.n_candidates)
     lists_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
-    scan_s = calibration.scan.seconds(n_queries)
+    lists_s += calibration.first_use.take_seconds(pending, n_rows)
+    scan_s = calibration.scan.seconds(n_queries) + calibration.first_use.scan_seconds(pending)
     times = f"inverted lists {_format_time(lists_s)}, exact scan {_format_time(scan_s)}"
     reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
     if options.search == "auto" and scan_s <= lists_s:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tracin_ann.device import import_faiss
 from tracin_ann.search.backend import choose_index
 from tracin_ann.search.base import SearchIndex, scale_to_unit, search_both
-from tracin_ann.search.calibration import Calibration, Point, calibrate
+from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
@@ -16,6 +16,7 @@ __all__ = [
     "CODES",
     "Calibration",
     "Codes",
+    "FirstUseCost",
     "FlatIndex",
     "IVFIndex",
     "IVFParams",

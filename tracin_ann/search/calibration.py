@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
 import numpy as np
 
-from tracin_ann.search.base import SearchIndex, scale_to_unit, search_both
+from tracin_ann.search.base import scale_to_unit, search_both
 from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.search.query_distribution import QueryDistribution, measure_queries
 from tracin_ann.search.settings import Setting, choose_default_setting
-from tracin_ann.types import Float32, Float64, TopK
+from tracin_ann.search.topk import concatenate
+from tracin_ann.types import Float32, Float64, PendingReads, TopK
 
 Direction = Literal["proponents", "opponents"]
 RECALL_AT = 10
@@ -35,7 +36,12 @@ _SMALLEST_BUDGET = 128
 _FULL_RECALL = 0.9995
 _LARGEST_SHARE = 0.25
 _NORMAL_95 = 1.645
-_TIMED_QUERIES = 3
+_TIMED_QUERIES = 5
+"""Searches for one query whose median time is the cost of one query."""
+_BATCH = 100
+"""Queries of a timed scan. From about this number on, the time of a scan is linear in the number of queries."""
+_TIMED_BATCHES = 3
+"""Searches of the lists for all queries whose median time is the cost of a batch."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,34 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class FirstUseCost:
+    """Cost of the first use of stored rows by an open index.
+
+    Attributes:
+        per_file: seconds to open a file.
+        per_byte: seconds to verify a byte of rows.
+    """
+
+    per_file: float = 0.0
+    per_byte: float = 0.0
+
+    def scan_seconds(self, pending: PendingReads) -> float:
+        """Return the seconds for a scan, which opens all files and verifies all rows."""
+        return self.per_file * pending.files + self.per_byte * pending.n_bytes
+
+    def take_seconds(self, pending: PendingReads, n_rows: int) -> float:
+        """Return the seconds for at most n_rows rows read by id, which may be in as many files.
+
+        Rows that are read by id are verified at every read, so the measured cost of the lists includes this.
+        """
+        return self.per_file * min(pending.files, pending.files_per_row * n_rows)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The recall and cost of an index, measured when it is built.
+
+    The costs are those of an open index whose files are open and verified. `first_use` has the rest.
 
     Attributes:
         target: target recall.
@@ -91,6 +123,10 @@ class Calibration:
         scan: cost of an exact scan.
         index_fixed: seconds per batch in addition to those of its queries.
         looks: distribution of the queries (named as in the manifest).
+        both_ratio: time per query of a search in both directions, including the comparison with `looks`, divided by
+            the sum of the times of the two points. Measured with the points of the target recall. 1 in the manifests of
+            earlier versions.
+        first_use: cost of the first use. Zero in the manifests of earlier versions, whose `scan` includes it.
     """
 
     target: float
@@ -101,6 +137,8 @@ class Calibration:
     scan: Cost
     index_fixed: float
     looks: QueryDistribution
+    both_ratio: float = 1.0
+    first_use: FirstUseCost = FirstUseCost()
 
     def __post_init__(self) -> None:
         """Check that both directions have valid settings.
@@ -123,9 +161,13 @@ class Calibration:
         points: tuple[Point, ...] = getattr(self, direction)
         return max(points, key=lambda point: point.lower)
 
+    def usual_point(self, direction: Direction) -> Point:
+        """Return the point for the target recall; if none reaches it, the one with the highest lower bound."""
+        return self.fastest_point(direction, self.target) or self.best(direction)
+
     def index_cost(self, proponents: Point, opponents: Point) -> Cost:
         """Return the cost of both directions with these settings."""
-        return Cost(self.index_fixed, proponents.seconds + opponents.seconds)
+        return Cost(self.index_fixed, self.both_ratio * (proponents.seconds + opponents.seconds))
 
 
 def calibrate(
@@ -136,7 +178,7 @@ def calibrate(
     train_queries: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Measure recall and cost of an index.
+    """Measure recall and cost of an index, without the cost of its first use.
 
     Args:
         index: the inverted lists.
@@ -148,11 +190,7 @@ def calibrate(
     """
     distribution = measure_queries(index, queries_QF)
     queries_QF, _ = scale_to_unit(queries_QF)
-    began = time.perf_counter()
-    truth = dict(zip(("proponents", "opponents"), search_both(exact, queries_QF, RECALL_AT), strict=True))
-    batch_seconds = time.perf_counter() - began
-    single = _time_single_queries(exact, queries_QF)
-    each = max(0.0, (batch_seconds - single) / max(1, len(queries_QF) - 1))
+    truth, scan = _scan(exact, queries_QF)
     points: dict[str, tuple[Point, ...]] = {}
     for done, (direction, sign) in enumerate((("proponents", 1.0), ("opponents", -1.0))):
         signed = np.ascontiguousarray(queries_QF * np.float32(sign))
@@ -160,31 +198,54 @@ def calibrate(
         points[direction] = _measure_settings(index, signed, truth[direction], best_scores)
         if progress is not None:
             progress(done + 1, 2)
-    usual = choose_default_setting(len(index))
-    index_single = _time_single_queries(index.with_settings(usual), queries_QF)
-    began = time.perf_counter()
-    search_both(index.with_settings(usual), queries_QF, RECALL_AT)
-    index_each = (time.perf_counter() - began) / max(1, len(queries_QF))
-    return Calibration(
-        target,
-        len(queries_QF),
-        train_queries,
-        points["proponents"],
-        points["opponents"],
-        Cost(max(0.0, single - each), each),
-        max(0.0, index_single - index_each),
-        distribution,
-    )
+    n_queries, both = len(queries_QF), (points["proponents"], points["opponents"])
+    calibration = Calibration(target, n_queries, train_queries, *both, scan, 0.0, distribution)
+    return _time_lists(index, calibration, queries_QF)
 
 
-def _time_single_queries(index: SearchIndex, queries_QF: Float32) -> float:
-    """Return the median seconds of searches for one query."""
-    times = []
-    for at in range(min(_TIMED_QUERIES, len(queries_QF))):
+def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]:
+    """Return the true results of both directions, and the cost of a scan."""
+
+    def scan(queries_BF: Float32) -> tuple[tuple[TopK, TopK], float]:
+        """Return the results for a batch and the seconds."""
         began = time.perf_counter()
-        search_both(index, queries_QF[at : at + 1], RECALL_AT)
-        times.append(time.perf_counter() - began)
-    return median(times) if times else 0.0
+        found = search_both(exact.without_resident_rows(), queries_BF, RECALL_AT)
+        # A query reads the results of a scan to compute their scores. A search in lists has already read its results.
+        exact.source.take(np.unique(np.concatenate([ids for top in found for ids in top.ids])))
+        return found, time.perf_counter() - began
+
+    # The time of the first scan is not used: it opens files and verifies rows.
+    scan(queries_QF[:1])
+    single = median(scan(query_F[None])[1] for query_F in queries_QF[:_TIMED_QUERIES])
+    batches = np.array_split(queries_QF, -(-len(queries_QF) // _BATCH))
+    found, seconds = zip(*map(scan, batches), strict=True)
+    truth = [concatenate(side) for side in zip(*found, strict=True)]
+    cost = _fit_cost(single, list(zip(map(len, batches), seconds, strict=True)))
+    return dict(zip(("proponents", "opponents"), truth, strict=True)), cost
+
+
+def _time_lists(index: IVFIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
+    """Return the calibration with the cost of the lists: both directions and the comparison of queries."""
+    points = calibration.usual_point("proponents"), calibration.usual_point("opponents")
+    chosen = index.with_settings(*(point.setting for point in points))
+
+    def search(queries_BF: Float32) -> float:
+        """Return the seconds for a batch."""
+        began = time.perf_counter()
+        calibration.looks.compare(index, queries_BF)
+        search_both(chosen, queries_BF, RECALL_AT)
+        return time.perf_counter() - began
+
+    single = median(search(query_F[None]) for query_F in queries_QF[:_TIMED_QUERIES])
+    cost = _fit_cost(single, [(len(queries_QF), search(queries_QF)) for _ in range(_TIMED_BATCHES)])
+    apart = sum(point.seconds for point in points)
+    return replace(calibration, index_fixed=cost.fixed, both_ratio=cost.each / apart if apart > 0 else 1.0)
+
+
+def _fit_cost(single: float, batches: Sequence[tuple[int, float]]) -> Cost:
+    """Return the cost by the seconds for one query and for batches (number of queries, seconds)."""
+    each = median(max(0.0, (seconds - single) / (n - 1)) if n > 1 else single for n, seconds in batches)
+    return Cost(max(0.0, single - each), each)
 
 
 def _measure_settings(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:

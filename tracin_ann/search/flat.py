@@ -22,7 +22,7 @@ from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.stored_scores import StoredScorer
 from tracin_ann.search.topk import best_positions, from_padded, negate
-from tracin_ann.types import Float32, Int64, RowSource, StoredRows, TopK
+from tracin_ann.types import Float32, Int64, LazyRows, PendingReads, RowSource, StoredRows, TopK
 
 Sign = Literal[1, -1]
 Block = tuple[Int64, Callable[[Tensor], None]]
@@ -60,6 +60,11 @@ class FlatIndex:
         self._resident: list[tuple[Int64, Tensor]] | None = None
 
     @property
+    def source(self) -> RowSource:
+        """Return the rows."""
+        return self._source
+
+    @property
     def dim(self) -> int:
         """Return F, the length of a row."""
         return self._source.dim
@@ -67,6 +72,14 @@ class FlatIndex:
     def __len__(self) -> int:
         """Return N, the number of rows."""
         return len(self._source)
+
+    def pending_reads(self) -> PendingReads:
+        """Return what the next scan has to do once: files to open and bytes to verify."""
+        return self._source.pending_reads() if isinstance(self._source, LazyRows) else PendingReads()
+
+    def without_resident_rows(self) -> FlatIndex:
+        """Return the scan of the same rows, none of which is in an accelerator's memory, as a query creates it."""
+        return FlatIndex(self._source, self._device, self._block_rows)
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
         """Return the k rows of largest inner product with each query.

@@ -283,6 +283,10 @@ class IVFIndex:
         n_rows = len(self) if allowed is None else len(allowed)
         return all(self._is_scanned(k, self._adapt(setting, k, n_rows), n_rows) for setting in self.settings)
 
+    def most_rows_read(self, n_queries: int, k: int) -> int:
+        """Return the largest number of stored rows that a search in both directions reads: candidates and outliers."""
+        return 2 * _count_candidates(k) * n_queries + len(self._parts.outliers)
+
     def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
         """Return the setting for k results among n_rows allowed rows."""
         setting = setting.scale_for_results(k)

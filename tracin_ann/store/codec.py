@@ -4,8 +4,9 @@ Shapes: N rows, D sketch dimension of a checkpoint.
 
 A float16 row is scaled by a power of two so that its largest |x| lies in [2^14, 2^15). The stored x̂ satisfies
 x = x̂ · 2^exponent with |x − x̂·2^exponent| ≤ 2^-11 · max|x|, for rows of any magnitude. NumPy 2.4 converts float16 to
-float32 one number at a time; this module shifts the bits of whole arrays, in groups of rows that fit into the cache,
-which is 2 to 3 times as fast.
+float32 one number at a time. Rows in memory are converted by PyTorch, which is 7 times as fast. Rows in a read-only
+map, which PyTorch does not accept, and rows with extreme exponents are converted by shifting the bits of whole arrays,
+in groups of rows that fit into the cache, which is 2 to 3 times as fast.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tracin_ann.types import Float32
 
@@ -24,6 +26,8 @@ Int16 = npt.NDArray[np.int16]
 
 _PEAK_BITS = 15
 _CACHED_NUMBERS = 1 << 16
+_NUMBERS_OF_ONE_THREAD = (1 << 15) - 1
+"""PyTorch uses several threads for more numbers; waiting for each other costs more than they save here."""
 _EXPONENT_LIMITS = (-126, 127)
 # The bits of a float16, shifted left by 13, are a float32 that is 2^112 too small: the exponent biases are 15 and 127.
 _BIAS = 112
@@ -52,6 +56,12 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, *, unit: 
     With `unit`, each row is divided by its norm; a zero row remains zero.
     """
     exponent_wide_N = exponent_N.astype(np.int32)
+    if stored_ND.dtype == np.float16 and stored_ND.flags.writeable and _are_normal(exponent_wide_N):
+        _multiply_rows(stored_ND, np.ldexp(np.float32(1), exponent_wide_N), out_ND)
+        if unit:
+            for part in _row_slices(*stored_ND.shape):
+                _normalize_rows(out_ND[part])
+        return
     for part in _row_slices(*stored_ND.shape):
         out = out_ND[part]
         if stored_ND.dtype == np.float32:
@@ -64,6 +74,21 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, *, unit: 
             _scale_rows(out, exponent_wide_N[part] + _BIAS)
         if unit:
             _normalize_rows(out)
+
+
+def _are_normal(exponent_N: npt.NDArray[np.int32]) -> bool:
+    """Return whether two to the power of each exponent is a normal float32."""
+    low, high = _EXPONENT_LIMITS
+    return not len(exponent_N) or bool(low <= exponent_N.min() and exponent_N.max() <= high)
+
+
+def _multiply_rows(stored_ND: Stored, factor_N: Float32, out_ND: Float32) -> None:
+    """Write float16 rows times float32 factors; PyTorch converts and multiplies in one pass, which NumPy does not."""
+    stored, factor, out = torch.from_numpy(stored_ND), torch.from_numpy(factor_N)[:, None], torch.from_numpy(out_ND)
+    step = max(1, _NUMBERS_OF_ONE_THREAD // max(1, stored_ND.shape[1]))
+    for start in range(0, len(stored), step):
+        rows = slice(start, start + step)
+        torch.mul(stored[rows], factor[rows], out=out[rows])
 
 
 def row_peaks(feature_ND: Float32) -> Float32:

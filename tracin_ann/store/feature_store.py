@@ -6,13 +6,12 @@ Shapes: N rows, C checkpoints, D sketch dimension of a checkpoint, F = (checkpoi
 from __future__ import annotations
 
 import re
-import resource
-from collections import OrderedDict
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from threading import Lock
 from typing import TypeVar, get_args
 
 import numpy as np
@@ -30,18 +29,37 @@ from tracin_ann.store.feature_file import (
     take_rows,
     write_feature_file,
 )
-from tracin_ann.types import Float32, Float64, Int64, StoredPart
+from tracin_ann.types import Float32, Float64, Int64, PendingReads, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
-# Each open map uses a file descriptor and 23 bytes of memory per row.
-_OPEN_FILES = 2048
-_DESCRIPTOR_SHARE = 0.5
-"""Largest share of the process's file descriptors, of which 1,024 are a common limit."""
+_MOST_OPEN_FILES = 8192
+"""Each is one memory map, of which a process may have 65,530 on Linux."""
+_MOST_OPEN_ROWS = 2**27
+"""Rows of all open files, 23 bytes each: at most 3.1 GB."""
 _FEW_ROWS = 512
 """Up to this many rows, `take` copies each row by itself; more are grouped by file."""
+_TAKEN_BYTES = 1 << 26
 _ROWS_AT_ONCE = 4096
 """Rows that `take` decodes together."""
+_SMALLEST_PARTITION = 8192
+_LARGEST_PARTITION = 65_536
+_MOST_PARTITIONS = 32
+"""Number of partitions above which a new index has larger ones."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
+
+
+def choose_partition_rows(n_rows: int) -> int:
+    """Return the number of rows of a partition for a new index of `n_rows` rows.
+
+    Each file takes time to open, a memory map and an fsync, and the candidates of a query lie in most partitions.
+    A killed build, on the other hand, repeats at most two partitions of one checkpoint. The size is therefore 8,192
+    rows for up to 262,144 rows, and then doubles so that there are at most 32 partitions: each has at most a 16th of
+    the rows. The largest size is 65,536 rows, because a build has the rows of two partitions in memory.
+    """
+    size = _SMALLEST_PARTITION
+    while size < _LARGEST_PARTITION and n_rows > _MOST_PARTITIONS * size:
+        size *= 2
+    return size
 
 
 @dataclass(frozen=True)
@@ -120,10 +138,10 @@ class FeatureStore:
         """Set the directory and its layout; nothing is read or written."""
         self.directory = directory
         self.layout = layout
-        self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
-        self._lock = Lock()
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_files = _OPEN_FILES if limit == resource.RLIM_INFINITY else int(_DESCRIPTOR_SHARE * limit)
+        self._open: dict[tuple[int, int], FeatureFile] = {}
+        self._lock = threading.Lock()
+        self._taken = threading.local()
+        self._most_open = min(_MOST_OPEN_FILES, _MOST_OPEN_ROWS // min(layout.partition_rows, layout.n_rows))
 
     def path(self, partition: int, checkpoint: int) -> Path:
         """Return the path of a file, which need not exist."""
@@ -204,7 +222,7 @@ class FeatureStore:
         return FeatureView(self, self._choose_checkpoints(checkpoints), cosine)
 
     def file(self, partition: int, checkpoint: int) -> FeatureFile:
-        """Return the open file; the most recently used files remain open.
+        """Return a file as by `files`.
 
         Raises:
             DamagedIndexError: the file is missing, unreadable or has another header.
@@ -212,7 +230,11 @@ class FeatureStore:
         return self.files([(partition, checkpoint)])[0]
 
     def files(self, keys: Sequence[tuple[int, int]]) -> list[FeatureFile]:
-        """Return the open files of pairs (partition, checkpoint); the most recently used files remain open.
+        """Return the open files of pairs (partition, checkpoint).
+
+        A file remains open, with the rows that were verified, until the store has the largest number of open files. A
+        further file is open only while the caller uses it: with the usual rule, which closes the file whose last use is
+        longest ago, a scan of more files than the limit would open every file again.
 
         Raises:
             DamagedIndexError: a file is missing, unreadable or has another header.
@@ -222,13 +244,51 @@ class FeatureStore:
             for key in keys:
                 opened = self._open.get(key)
                 if opened is None:
-                    opened = self._open[key] = FeatureFile.open(self.path(*key), self.layout.header(*key))
-                    if len(self._open) > min(_OPEN_FILES, self._most_files):
-                        self._open.popitem(last=False)
-                else:
-                    self._open.move_to_end(key)
+                    opened = FeatureFile.open(self.path(*key), self.layout.header(*key))
+                    if len(self._open) < self._most_open:
+                        self._open[key] = opened
                 found.append(opened)
         return found
+
+    def pending_reads(self, checkpoints: Sequence[int]) -> PendingReads:
+        """Return what a scan of all rows at these checkpoints has to do, and later scans do not.
+
+        Nothing, if the files cannot all remain open: every scan opens and verifies them again.
+        """
+        chosen, layout = set(checkpoints), self.layout
+        n_files = layout.n_partitions * len(chosen)
+        if n_files > self._most_open:
+            return PendingReads(files_per_row=len(chosen))
+        with self._lock:
+            opened = [file for (_, checkpoint), file in self._open.items() if checkpoint in chosen]
+        n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
+        row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
+        return PendingReads(n_files - len(opened), n_unverified * row_bytes, len(chosen))
+
+    @contextmanager
+    def remember_taken(self) -> Iterator[None]:
+        """Keep the rows that this thread takes in the block, up to 64 MB: a search and the scores take the same."""
+        self._taken.rows = []
+        try:
+            yield
+        finally:
+            del self._taken.rows
+
+    def recall(self, view: FeatureView, id_K: Int64) -> Float32 | None:
+        """Return rows if all of them were taken from this view in the block of `remember_taken`."""
+        for own, row_N, row_NF in getattr(self._taken, "rows", ()):
+            place_K = np.searchsorted(row_N, id_K)
+            if own == view and (row_N.take(place_K, mode="clip") == id_K).all():
+                return row_NF[place_K]  # type: ignore[no-any-return]
+        return None
+
+    def remember(self, view: FeatureView, id_K: Int64, row_KF: Float32) -> None:
+        """Keep rows with ascending ids in the block of `remember_taken`."""
+        taken = getattr(self._taken, "rows", None)
+        if taken is None or not len(id_K) or (np.diff(id_K) <= 0).any():
+            return
+        if row_KF.nbytes + sum(kept.nbytes for *_, kept in taken) <= _TAKEN_BYTES:
+            taken.append((view, id_K, row_KF))
 
     def _is_intact(self, partition: int, checkpoint: int, sizes: Mapping[str, int]) -> bool:
         path = self.path(partition, checkpoint)
@@ -259,6 +319,12 @@ class FeatureStore:
         return value_NC
 
 
+def _count_verified_rows(file: FeatureFile) -> int:
+    """Return the number of rows of a file that have been verified in blocks, from one row of each block."""
+    block_rows = file.header.block_rows
+    return min(file.header.n_rows, block_rows * int(np.count_nonzero(file.checked_N[::block_rows])))
+
+
 @dataclass(frozen=True)
 class FeatureView:
     """The rows [N, F] of a store at some of its checkpoints, as a RowSource with ids 0..N-1."""
@@ -276,15 +342,24 @@ class FeatureView:
         """Return N."""
         return self.store.layout.n_rows
 
+    def pending_reads(self) -> PendingReads:
+        """Return what a scan of all rows has to do, and later scans do not."""
+        return self.store.pending_reads(self.checkpoints)
+
     def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
         """Yield (ids [n], rows [n, F]) from row `start` on, n ≤ block_rows; no block spans two partitions."""
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
+        dim = self.store.layout.dim
         for partition, (first, last) in enumerate(self.store.partitions()):
+            if last <= start:
+                continue
+            files = self._open_partition(partition)
             for at in range(max(first, start), last, block_rows):
                 stop = min(at + block_rows, last)
                 row_NF = np.empty((stop - at, self.dim), dtype=np.float32)
-                for file, out_ND in self._iter_parts(partition, row_NF):
+                for i, file in enumerate(files):
+                    out_ND = row_NF[:, i * dim : (i + 1) * dim]
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
 
@@ -297,7 +372,7 @@ class FeatureView:
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
         for partition, (first, last) in enumerate(self.store.partitions()):
-            files = [self.store.file(partition, checkpoint) for checkpoint in self.checkpoints]
+            files = self._open_partition(partition)
             for at in range(first, last, block_rows):
                 stop = min(at + block_rows, last)
                 parts = [self._stored_part(file, at - first, stop - first) for file in files]
@@ -320,6 +395,13 @@ class FeatureView:
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
+        row_KF = self.store.recall(self, id_K)
+        if row_KF is None:
+            row_KF = self._read_rows(id_K)
+            self.store.remember(self, id_K, row_KF)
+        return row_KF
+
+    def _read_rows(self, id_K: Int64) -> Float32:
         if len(id_K) <= _FEW_ROWS:
             return self._take_few(id_K)
         # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
@@ -349,8 +431,6 @@ class FeatureView:
             groups = list(zip(files, positions, strict=True))
             take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
 
-    def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
-        """Yield each checkpoint's file of a partition and its columns of the rows."""
-        dim = self.store.layout.dim
-        for i, checkpoint in enumerate(self.checkpoints):
-            yield self.store.file(partition, checkpoint), row_NF[:, i * dim : (i + 1) * dim]
+    def _open_partition(self, partition: int) -> list[FeatureFile]:
+        """Return the files of a partition, one for each checkpoint."""
+        return self.store.files([(partition, checkpoint) for checkpoint in self.checkpoints])

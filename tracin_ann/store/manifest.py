@@ -200,11 +200,7 @@ class Manifest:
             return f"recall was not measured{why}"
         lists = (1.0, 1.0)
         if calibration is not None:
-            points = [
-                calibration.fastest_point(side, calibration.target) or calibration.best(side)
-                for side in ("proponents", "opponents")
-            ]
-            lists = points[0].recall, points[1].recall
+            lists = calibration.usual_point("proponents").recall, calibration.usual_point("opponents").recall
         stored = fidelity.proponents * lists[0], fidelity.opponents * lists[1]
         exact = fidelity.deep_proponents * lists[0], fidelity.deep_opponents * lists[1]
         return (
