@@ -108,6 +108,11 @@ class FlatIndex:
 
     def _scan(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         """Return the best k of sign × inner product for each sign."""
+        # Threads of the scan are in PyTorch's default mode, in which tensors of the inference mode cannot be written.
+        with torch.inference_mode(False):
+            return self._scan_in_default_mode(queries_QF, k, signs)
+
+    def _scan_in_default_mode(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
         found: list[list[_RunningBest]] = [[] for _ in signs]
@@ -142,7 +147,7 @@ class FlatIndex:
     ) -> Iterator[tuple[Int64, Tensor]]:
         """Yield (ids [S], scores [Q, S]) of blocks; `finish` waits until the scores are written."""
         width = max(self._block_rows, _SCORES_AT_ONCE // n_queries)
-        scores = torch.empty((n_queries, min(width, len(self))), device=self._device)
+        scores = torch.empty((n_queries, min(width, len(self))), dtype=torch.float32, device=self._device)
         ids: list[Int64] = []
         filled = 0
         for ids_B, write_scores in blocks:

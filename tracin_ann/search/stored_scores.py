@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +42,7 @@ _PENDING = 3
 """Blocks for each thread that are started before one must be finished."""
 _SAFE_EXPONENT = 64
 _EXPONENT_BIAS, _LARGEST_BIASED, _FRACTION_BITS = 127, 254, 23
-_ONE = torch.ones(1)
+_ONE = torch.ones(1, dtype=torch.float32)
 
 
 class StoredScorer:
@@ -64,7 +63,7 @@ class StoredScorer:
         self._threads = ThreadPoolExecutor(self._n_threads, "tracin-scan", use_one_thread)
         self._pending: deque[Future[None]] = deque()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StoredScorer:
         """Return the scorer."""
         return self
 
@@ -119,7 +118,7 @@ class StoredScorer:
 
     def _score_some(self, parts: Sequence[StoredPart], rows: slice, where_A: Int64, out_QA: Tensor) -> None:
         """Write the inner products of the queries and the rows at these positions of some rows of the parts."""
-        scores_QB = torch.empty(len(out_QA), len(parts[0].exponent_B[rows]))
+        scores_QB = torch.empty(len(out_QA), len(parts[0].exponent_B[rows]), dtype=torch.float32)
         self._score(parts, rows, scores_QB)
         np.take(scores_QB.numpy(), where_A, axis=1, out=out_QA.numpy(), mode="clip")
 
@@ -150,7 +149,7 @@ class _Product(threading.local):
     def __init__(self) -> None:
         self._transform = import_faiss().LinearTransform(0, 0, False)
         self._transform.is_trained = True
-        self.rows_BD = torch.empty(0, 0)
+        self.rows_BD = torch.empty(0, 0, dtype=torch.float32)
 
     def convert(self, stored_BD: Tensor) -> None:
         """Convert the rows, which replace the last ones."""
@@ -166,7 +165,7 @@ class _Product(threading.local):
 
     def multiply(self, query_QD: Tensor) -> Tensor:
         """Return the inner products of queries and the rows, [Q, B]."""
-        product_QB = torch.empty(len(query_QD), len(self.rows_BD))
+        product_QB = torch.empty(len(query_QD), len(self.rows_BD), dtype=torch.float32)
         pointers = [import_faiss().swig_ptr(tensor.numpy()) for tensor in (query_QD, product_QB)]
         self._transform.apply_noalloc(len(query_QD), *pointers)
         return product_QB
