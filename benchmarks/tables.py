@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.results import read_results
+from tracin_ann.store import choose_partition_rows
 
 OUTPUT = "the documents that are named"
 Row = tuple[str, ...]
@@ -23,7 +24,6 @@ SIDES = ("proponents", "opponents")
 TARGETS = ("0.95", "0.98")
 _WIDTH = 120
 """Columns of a page."""
-DEFAULT_PARTITION_ROWS = 8192
 # Of the retrieval result files that do not record it.
 EARLIER_PARTITION_ROWS = 65_536
 
@@ -211,10 +211,11 @@ _QUALITY: Row = ("index", "recall@10", "10th percentile of recall", "scored rows
 _COST: Row = ("index", "queries/s in a batch", "queries/s one by one", "bytes/row", "build, s")
 
 
-def _describe_search(content: dict[str, Any]) -> str:
+def _describe_search(content: dict[str, Any], results: Results) -> str:
     partition_rows = content["settings"].get("partition_rows", EARLIER_PARTITION_ROWS)
-    times = partition_rows / DEFAULT_PARTITION_ROWS
-    size = "the default size" if times == 1 else f"{times:g} times the default; single queries depend on this size"
+    defaults = sorted({choose_partition_rows(result["rows"]) for result in results})
+    shown = " to ".join(f"{size:,}" for size in sorted({defaults[0], defaults[-1]}))
+    size = "the default size" if defaults == [partition_rows] else f"{shown} by default; single queries depend on this"
     return (
         "search kernel alone, on features that are already computed; query features and re-scoring of the results are "
         f"not included. The feature files have partitions of {partition_rows:,} rows, {size}. Lists use the settings "
@@ -263,7 +264,7 @@ def retrieval() -> str:
         rates = (f"{2 / result['sq8']['times'][name][kind]:,.1f}" for kind in ("batch", "single"))
         pairs.append(((shown, "1.000", "1.00", "100%"), (shown, *rates, "–", "–")))
     quality, cost = zip(*pairs, strict=True)
-    scope = f"{_describe_search(content)} {n_rows:,} rows; a scan of both directions counts as two queries."
+    scope = f"{_describe_search(content, [result])} {n_rows:,} rows; a scan of both directions counts as two queries."
     return compose(scope, format_table(_QUALITY, *quality), format_table(_COST, *cost), format_environment(content))
 
 
@@ -351,10 +352,11 @@ def latency() -> str:
             shown = (*stages, total, batch["times"][f"whole {way} stored"])
             parts.append((case["model"], f"{case['rows']:,}", way, *map(_format_ms, shown)))
     settings = content["settings"]
+    sizes = " or ".join(f"{size:,}" for size in sorted({case["partition_rows"] for case in cases}))
     scope = (
         "whole queries by `InfluenceIndex.query` with the default options, except `search` and `rerank` where a table "
         f"names them; default builds with D = {cases[0]['dim']} and {cases[0]['n_checkpoints']} checkpoints, and "
-        f"partitions of {cases[0]['partition_rows']:,} rows. Medians in ms, per query."
+        f"partitions of {sizes} rows. Medians in ms, per query."
     )
     places = dict.fromkeys(format_environment(case) for case in cases)
     return compose(
@@ -444,7 +446,7 @@ def rivals() -> str:
         cost = (name, rate, "–", f"{rival['bytes_a_row']:,}", f"{rival['build_seconds']:.0f}")
         pairs.append((_format_quality(name, sides, n_rows), cost))
     quality, cost_rows = zip(*pairs, strict=True)
-    scope = f"{_describe_search(content)} {n_rows:,} rows."
+    scope = f"{_describe_search(content, [result])} {n_rows:,} rows."
     tables = (format_table(_QUALITY, *quality), format_table(_COST, *cost_rows))
     return compose(scope, *tables, format_environment(content))
 
@@ -487,7 +489,7 @@ def language() -> str:
         for name, sides, times in found:
             _, recall_cell, _, scored = _format_quality(name, sides, n_rows)
             rows.append((f"{n_rows:,}", name, recall_cell, scored, format_sides((1 / t for t in times), ",.0f")))
-    return compose(_describe_search(content), format_table(*rows), format_environment(content))
+    return compose(_describe_search(content, content["results"]), format_table(*rows), format_environment(content))
 
 
 def growth() -> str:
@@ -513,7 +515,7 @@ def growth() -> str:
     sizes = np.log([result["rows"] for result in results])
     slopes = (f"N^{np.polyfit(sizes, np.log(values), 1)[0]:.2f}" for values in series.values())
     rows.append(("fitted growth", "", *slopes, "", ""))
-    scope = f"{_describe_search(content)} Times are ms per query in a batch, at a recall@10 of 0.95 and 0.98."
+    scope = f"{_describe_search(content, results)} Times are ms per query in a batch, at a recall@10 of 0.95 and 0.98."
     return compose(scope, format_table(*rows), format_environment(content))
 
 

@@ -233,8 +233,8 @@ class BuildJob:
         if last_build is None:
             rank_one = self.examine(model)
             warn_of_slower_bf16(model, self.config.features(rank_one))
-            return BuildStart(self._record(model, rank_one), None, None)
-        record = self._record(model, last_build.spec.rank_one)
+            return BuildStart(self._record(model, rank_one, None), None, None)
+        record = self._record(model, last_build.spec.rank_one, last_build.partition_rows)
         self._check_same_build(last_build, record, manifest)
         return BuildStart(
             replace(record, batch_size=last_build.batch_size, channels_last=last_build.channels_last),
@@ -256,7 +256,8 @@ class BuildJob:
         model.probe("query")
         return model.engine("train").plan.rank_one
 
-    def _record(self, model: LoadedModel, rank_one: frozenset[str]) -> BuildRecord:
+    def _record(self, model: LoadedModel, rank_one: frozenset[str], partition_rows: int | None) -> BuildRecord:
+        """Return what this build produces, given the parameters and the partitions of the existing index, if any."""
         train = self.runner.data("train")
         spec = FeatureSpec(
             model=model_digest(model.module),
@@ -273,7 +274,7 @@ class BuildJob:
         return BuildRecord(
             spec,
             self.reference,
-            self.config.partition_rows,
+            self.config.agree_on_partitions(partition_rows, len(train)),
             self.config.allow_random_data,
             on_nonfinite=self.runner.options.on_nonfinite,
         )

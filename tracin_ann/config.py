@@ -19,7 +19,7 @@ from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureOptions
 from tracin_ann.search import CODES, Codes
 from tracin_ann.sketch import make_sketch
-from tracin_ann.store import BuildRecord, Dtype
+from tracin_ann.store import BuildRecord, Dtype, choose_partition_rows
 
 _DTYPES = ("float16", "float32")
 
@@ -46,7 +46,8 @@ class BuildConfig:
         device: `auto` or a device's name, see `resolve_device`.
         dtype: of stored features: `float16` (with one exponent per row) or `float32`.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
-        partition_rows: rows per feature file; an interrupted build repeats at most that many, for one checkpoint.
+        partition_rows: rows per feature file; an interrupted build repeats at most two files. None: those of the
+            existing index; for a new one, 8,192 for up to 262,144 rows, and more for larger indexes.
         on_nonfinite: `error`: a training row whose loss, gradient or squared norm is NaN or infinite at any checkpoint
             stops the build; `skip`: no answer contains it. None: as the existing index; for a new one, `error`.
         allow_random_data: accept rows that differ when they are read twice.
@@ -70,7 +71,7 @@ class BuildConfig:
     device: str = "auto"
     dtype: Dtype = "float16"
     norms: Norms = "sketch"
-    partition_rows: int = 8192
+    partition_rows: int | None = None
     on_nonfinite: OnNonfinite | None = None
     allow_random_data: bool = False
     append: bool = False
@@ -119,6 +120,13 @@ class BuildConfig:
                 "leave the option out, or build a new index"
             )
         return self.on_nonfinite or existing or "error"
+
+    def agree_on_partitions(self, existing: int | None, n_rows: int) -> int:
+        """Return the number of rows of a partition, given that of the existing index, if any.
+
+        An index keeps its size when it grows, so that its files remain valid.
+        """
+        return self.partition_rows or existing or choose_partition_rows(n_rows)
 
     def agree_on_batches(self, record: BuildRecord, n_missing: int, where: str) -> BuildRecord:
         """Return the build record with the batch size and memory format of the feature files that are reused, if any.

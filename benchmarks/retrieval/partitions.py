@@ -25,6 +25,7 @@ from tracin_ann.search import FlatIndex, search_both
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
 
 RESULT = "partitions"
+SIZES = (4096, 8192, 16_384, 32_768, 65_536)
 TAKES = (40, 200)
 ROW_SECONDS = (50e-6, 5e-3)
 """Times of one row at one checkpoint, for which the work that a kill repeats is given."""
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows")
     parser.add_argument("--checkpoints", type=int, default=3, help="number of checkpoints")
     parser.add_argument("--dim", type=int, default=256, help="sketch dimensions per checkpoint")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 8192, 16_384, 65_536], help="partition sizes")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="partition sizes")
     parser.add_argument("--rounds", type=int, default=60, help="number of calls of `take`")
     parser.add_argument("--scans", type=int, default=5, help="number of scans")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")

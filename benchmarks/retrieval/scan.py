@@ -22,7 +22,7 @@ import torch
 from benchmarks.common.results import report_results
 from tracin_ann.search import FlatIndex
 from tracin_ann.search.half_scanner import share_memory
-from tracin_ann.store import FeatureStore, FeatureView, StoreLayout
+from tracin_ann.store import FeatureStore, FeatureView, StoreLayout, choose_partition_rows
 from tracin_ann.store.feature_file import FeatureBlock
 from tracin_ann.types import Float32, Int64
 
@@ -108,10 +108,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400_000, help="number of rows")
     parser.add_argument("--checkpoints", type=int, default=3, help="number of checkpoints")
     parser.add_argument("--dim", type=int, default=256, help="sketch dimensions per checkpoint")
-    parser.add_argument("--partition-rows", type=int, default=8192, help="rows of a feature file")
+    parser.add_argument("--partition-rows", type=int, help="rows of a feature file; default: that of a build")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 10, 100], help="numbers of queries")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of interleaved measurements")
     options = parser.parse_args()
+    options.partition_rows = options.partition_rows or choose_partition_rows(options.rows)
     with tempfile.TemporaryDirectory() as folder:
         view = write_rows(Path(folder), options)
         results = (measure(view, n_queries, options.rounds) for n_queries in options.queries)

@@ -117,9 +117,29 @@ def replace_data_set(path: Path, name: str, kind: str) -> None:
             file[name] = h5py.SoftLink("/away")
         elif kind == "a group":
             file.create_group(name)
+        elif kind == "compact":
+            write_low_level(file, name, held, h5py.h5t.py_create(held.dtype), h5py.h5d.COMPACT)
+        elif kind == "numbers of fewer bits":
+            stored = h5py.h5t.py_create(held.dtype).copy()
+            if held.dtype.kind == "f":
+                stored.set_ebias(stored.get_ebias() - 1)
+            else:
+                stored.set_precision(stored.get_precision() - 1)
+            write_low_level(file, name, held, stored, h5py.h5d.CONTIGUOUS)
 
 
-KINDS = [*ALTERED, "gone", "compressed", "never written", "huge", "a link", "a group"]
+def write_low_level(file: h5py.File, name: str, held: np.ndarray, stored: h5py.h5t.TypeID, layout: int) -> None:
+    """Write a data set with a storage layout or a type that h5py's high-level functions do not offer."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(layout)
+    data = h5py.h5d.create(file.id, name.encode(), stored, h5py.h5s.create_simple(held.shape), properties)
+    data.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(held), mtype=stored)
+
+
+KINDS = [
+    *ALTERED,
+    *("gone", "compressed", "never written", "huge", "a link", "a group", "compact", "numbers of fewer bits"),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from descriptors import limit_descriptors
 from paths import ROOT
 from tasks.toy import CONFIG, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, Task, build
@@ -31,6 +29,7 @@ from tracin_ann.files import arrays, json_records
 from tracin_ann.files.opening import find_system_error, report_damage
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
+from tracin_ann.store import feature_file
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
 from trees import read_contents
@@ -52,19 +51,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
 def index(original: tuple[Path, Task], tmp_path: Path) -> Path:
     shutil.copytree(original[0], tmp_path / "index")
     return tmp_path / "index"
-
-
-@contextmanager
-def limit_descriptors(n: int) -> Iterator[None]:
-    """Limit the process to n more file descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.open("/", os.O_RDONLY)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + n, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_without_file_descriptors_no_file_is_damaged(index: Path, original: tuple[Path, Task]) -> None:
@@ -125,7 +111,7 @@ LACK = [
 
 
 @pytest.mark.parametrize("error", LACK, ids=lambda error: type(error).__name__ + str(error)[:12])
-@pytest.mark.parametrize("place", ["h5py", "numpy's map", "arrays", "faiss", "JSON"])
+@pytest.mark.parametrize("place", ["h5py", "a map", "arrays", "faiss", "JSON"])
 def test_a_lack_of_resources_is_detected_in_the_errors_of_any_library(
     index: Path, original: tuple[Path, Task], monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
@@ -135,7 +121,7 @@ def test_a_lack_of_resources_is_detected_in_the_errors_of_any_library(
     before, faiss = read_contents(index), import_faiss()
     owner, name = {
         "h5py": (h5py, "File"),
-        "numpy's map": (np, "memmap"),
+        "a map": (feature_file, "map_file"),
         "arrays": (arrays, "read_array"),
         "faiss": (faiss, "read_index"),
         "JSON": (json_records, "open_regular"),

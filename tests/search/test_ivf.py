@@ -14,7 +14,7 @@ from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, orac
 
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.files.json_records import read_record
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, coarse_quantizer, search_both
 from tracin_ann.search import calibration as calibration_module
 from tracin_ann.search.calibration import Calibration, Cost, calibrate, compute_recalls, recall_lower_bound
 from tracin_ann.search.clustering import survey
@@ -98,6 +98,16 @@ def test_the_count_equals_the_number_of_scored_rows(index: IVFIndex, source: Row
     assert spoilt.with_settings(setting).search(queries, 10).rows_scored.tolist() == count_scored(
         spoilt, setting, queries, aside=5
     )
+
+
+def test_groups_are_found_for_each_query_as_for_all_together(index: IVFIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = normal(16, 41)
+    found = index.tree.probe(queries, 0.2, 5, 20)
+    assert index.tree.probe(queries[:0], 0.2, 5, 20).list_QW.shape == (0, 20)
+    monkeypatch.setattr(coarse_quantizer, "_FEW_QUERIES", 0)
+    together = index.tree.probe(queries, 0.2, 5, 20)
+    assert np.array_equal(found.list_QW, together.list_QW)
+    assert np.array_equal(found.scored_Q, together.scored_Q)
 
 
 def test_a_tree_stores_the_extents_of_its_lists() -> None:

@@ -99,7 +99,9 @@ def test_rows_of_a_part_are_converted_in_groups_that_fit_the_buffer(monkeypatch:
     queries = np.random.default_rng(4).standard_normal((20, DIM)).astype(np.float32)
     expected = all_scores(source, queries)
     monkeypatch.setattr(module, "_BUFFER_NUMBERS", 11)
+    monkeypatch.setattr(module, "_SERIAL_NUMBERS", 4)
     monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 13)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 3)
     assert (np.abs(all_scores(source, queries) - expected) <= error_bounds(source.parts, queries)).all()
 
 
@@ -201,7 +203,10 @@ def test_a_cosine_view_gives_the_scores_of_its_decoded_rows(tmp_path: Path, dtyp
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.7, 1.0])
 @pytest.mark.parametrize("n_queries", [1, 3, 70])
-def test_only_allowed_rows_are_found(tmp_path: Path, share: float, n_queries: int) -> None:
+def test_only_allowed_rows_are_found(
+    tmp_path: Path, share: float, n_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 16)
     rows, queries = heavy_tailed(300, 10), integers(n_queries, 11)
     view = write_store(tmp_path, rows, "float16").view()
     allowed = np.flatnonzero(np.random.default_rng(12).random(300) < share)

@@ -21,7 +21,7 @@ from blocks import DIM, DTYPES, make_block, make_header
 from paths import ROOT, SUPPORT
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
 from tracin_ann.files import file_digest
-from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord
+from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord, feature_file
 from tracin_ann.store.feature_file import FileHeader, take_grouped_rows, write_feature_file
 from tracin_ann.store.feature_file import take_rows as take_rows_of_files
 
@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_mapped_is_not_reported_as_damaged(
     def refused(*given: object) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(np, "memmap", refused)
+    monkeypatch.setattr(feature_file, "map_file", refused)
     with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)) as found:
         FeatureFile.open(path, header)
     assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(path))

@@ -5,7 +5,7 @@ Shapes: N rows, C checkpoints, D sketch dimension per checkpoint, F = C·D.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -15,8 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocks import DIM, DTYPES, LAYOUT, make_block
+from descriptors import limit_descriptors
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
-from tracin_ann.store import Dtype, FeatureStore, FileRecord, StoreLayout, WriteBehind
+from tracin_ann.store import (
+    Dtype,
+    FeatureFile,
+    FeatureStore,
+    FileRecord,
+    StoreLayout,
+    WriteBehind,
+    choose_partition_rows,
+    feature_file,
+)
 from tracin_ann.store import feature_store as feature_store_module
 from tracin_ann.types import Float32, PendingReads, RowSource
 
@@ -187,12 +197,65 @@ def test_unknown_checkpoints_are_rejected(tmp_path: Path, checkpoints: list[int]
 def test_the_number_of_open_files_is_bounded(
     filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, _, row_NF = filled
-    monkeypatch.setattr(feature_store_module, "_OPEN_FILES", 2)
-    before = len(os.listdir("/proc/self/fd"))
+    row_NF = filled[2]
+    monkeypatch.setattr(feature_store_module, "_MOST_OPEN_ROWS", 2 * LAYOUT.partition_rows + 1)
+    store = FeatureStore(filled[0].directory, LAYOUT)
+    before = count_maps(store)
     assert np.array_equal(np.concatenate([rows for _, rows in store.view().blocks(4)]), row_NF)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert count_maps(store) == before + 2
     assert store.file(0, 0) is store.file(0, 0)
+    assert store.file(2, 2) is not store.file(2, 2)
+
+
+@pytest.mark.parametrize(("n_rows", "n_checkpoints", "n_files"), [(10**6, 3, 93), (10**7, 10, 1530)])
+def test_all_files_of_a_large_index_remain_open(n_rows: int, n_checkpoints: int, n_files: int) -> None:
+    layout = StoreLayout(n_rows, choose_partition_rows(n_rows), DIM, "float16", ("spec",) * n_checkpoints)
+    assert layout.n_partitions * n_checkpoints == n_files
+    assert FeatureStore(Path("nowhere"), layout)._most_open >= n_files
+
+
+def count_maps(store: FeatureStore) -> int:
+    """Return how many feature files are mapped."""
+    return Path("/proc/self/maps").read_text().count(f"{store.directory}/")
+
+
+@pytest.mark.parametrize("most", [9, 8, 4, 1, 0])
+def test_files_within_the_limit_are_opened_and_verified_once(
+    filled: tuple[FeatureStore, list[FileRecord], Float32], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Every scan of n files opens only those above the limit, once for all blocks of a partition."""
+    monkeypatch.setattr(feature_store_module, "_MOST_OPEN_FILES", most)
+    store, opened, verified = FeatureStore(filled[0].directory, LAYOUT), [], []
+    original, check = FeatureFile.open, feature_file.checksum
+    monkeypatch.setattr(FeatureFile, "open", lambda *given: opened.append(given) or original(*given))
+    monkeypatch.setattr(feature_file, "checksum", lambda rows: verified.append(len(rows)) or check(rows))
+    view = store.view()
+    reads: list[Callable[[], object]] = [
+        lambda: list(view.blocks(3)),
+        lambda: list(view.stored_blocks(3)),
+        lambda: view.take(np.arange(23)),
+        store.losses,
+    ]
+    for expected, read in zip((9, *[9 - most] * 3), reads, strict=True):
+        opened.clear()
+        read()
+        assert len(opened) == expected
+    # Three checkpoints of 23 rows, in two blocks of four rows or three rows a partition.
+    assert sum(verified) == 3 * 23 + sum(_count_rows(store, key) for key in range(most, 9))
+
+
+def _count_rows(store: FeatureStore, position: int) -> int:
+    start, stop = store.layout.rows(position // store.layout.n_checkpoints)
+    return stop - start
+
+
+def test_a_store_may_have_more_files_than_the_process_has_descriptors(tmp_path: Path) -> None:
+    layout = StoreLayout(n_rows=60, partition_rows=1, dim=DIM, dtype="float16", digests=("spec",) * 2)
+    fill(FeatureStore(tmp_path, layout))
+    store = FeatureStore(tmp_path, layout)
+    with limit_descriptors(3):
+        row_NF = np.concatenate([rows for _, rows in store.view().blocks(7)])
+        assert np.array_equal(store.view().take(np.arange(60)), row_NF)
 
 
 def test_pending_reads_are_the_files_to_open_and_the_bytes_to_verify(
@@ -210,7 +273,7 @@ def test_pending_reads_are_the_files_to_open_and_the_bytes_to_verify(
     for _ in view.stored_blocks(8):
         pass
     assert view.pending_reads() == PendingReads(0, 0, 3)
-    monkeypatch.setattr(feature_store_module, "_OPEN_FILES", 8)
+    monkeypatch.setattr(feature_store_module, "_MOST_OPEN_FILES", 8)
     fresh = FeatureStore(store.directory, store.layout).view()
     assert fresh.pending_reads() == PendingReads(0, 0, 3), "every scan opens the files again"
 

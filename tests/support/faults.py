@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 from disk import Disk, File, Folder
+from tracin_ann.files import mapping
 
 R = TypeVar("R")
 
@@ -31,7 +32,7 @@ _NAMING = frozenset({"open", "replace", "link", "unlink", "mkdir", "rmdir"})
 # Calls that need space: they fail, and continue to fail, on a full disk.
 FILLING = frozenset({"open", "write", "mkdir", "link"})
 _OPEN, _FD_OPEN, _CLOSE = builtins.open, os.open, os.close
-_FTRUNCATE, _PWRITE, _FSYNC, _MAP = os.ftruncate, os.pwrite, os.fsync, mmap.mmap
+_FTRUNCATE, _PWRITE, _FSYNC = os.ftruncate, os.pwrite, os.fsync
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -115,7 +116,8 @@ class Watch:
             (os, "unlink"): self._wrap_one_path("unlink", os.unlink, self._record_removal),
             (os, "remove"): self._wrap_one_path("unlink", os.unlink, self._record_removal),
             (os, "rmdir"): self._wrap_one_path("rmdir", os.rmdir, self._record_removal),
-            (mmap, "mmap"): self._map,
+            (mmap, "mmap"): self._wrap_map(mmap.mmap),
+            (mapping, "map_pages"): self._wrap_map(mapping.map_pages),
             (os, "mkdir"): self._wrap_one_path("mkdir", os.mkdir, self._record_directory),
             # These would bypass the patched names.
             (shutil, "_use_fd_functions"): False,
@@ -227,11 +229,14 @@ class Watch:
         path, node = self._open[number]
         return self.call("fsync", path, lambda: None, node.sync)
 
-    def _map(self, number: int, *rest: Any, **more: Any) -> mmap.mmap:
-        named = Path(f"/proc/self/fd/{number}")
-        path = self.relative_path(os.readlink(named)) if named.is_symlink() else None
-        act = lambda: _MAP(number, *rest, **more)  # noqa: E731
-        return act() if path is None else self.call("map", path, act, lambda: None)
+    def _wrap_map(self, function: Callable[..., R]) -> Callable[..., R]:
+        def called(number: int, *rest: Any, **more: Any) -> R:
+            named = Path(f"/proc/self/fd/{number}")
+            path = self.relative_path(os.readlink(named)) if named.is_symlink() else None
+            act = lambda: function(number, *rest, **more)  # noqa: E731
+            return act() if path is None else self.call("map", path, act, lambda: None)
+
+        return called
 
     def _wrap_one_path(
         self, kind: str, function: Callable[..., None], change: Callable[[str], None]

@@ -5,6 +5,7 @@ Shapes: n canaries of one side, C checkpoints, D sketch dimension.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.files import (
     atomic_path,
+    locate_own_dataset,
+    open_own_dataset,
+    open_own_group,
     open_regular,
+    read_dataset,
     report_damage,
-    require_own_dataset,
-    require_own_object,
     write_hdf5,
 )
 from tracin_ann.store import Manifest, check_file, generation_folder
@@ -34,6 +37,7 @@ N_CANARIES = 4
 """Largest number of canaries of each side."""
 TOLERANCE = 1e-2
 """Largest difference of a recomputed canary, relative to its norm, that rounding explains."""
+_ID, _FEATURE = np.dtype("<i8"), np.dtype("<f4")
 _SIDES: tuple[SideName, ...] = ("train", "query")
 
 
@@ -134,12 +138,15 @@ def read_canaries(path: Path, n_rows: int, n_checkpoints: int, dim: int) -> tupl
 def _read_side(side: SideName, opened: BinaryIO, shape: tuple[int, int]) -> Canaries:
     size = os.fstat(opened.fileno()).st_size
     with h5py.File(opened, "r") as file:
-        group = require_own_object(file, side, h5py.Group)
-        n_ids = require_own_object(group, "id", h5py.Dataset).size
+        group = open_own_group(file.id, side)
+        n_ids = math.prod(open_own_dataset(group, "id").shape or ())
         if not 0 < n_ids <= N_CANARIES:
             raise ValueError(f"{n_ids} canaries of {side}_data")
-        ids_N: Int64 = require_own_dataset(group, "id", (n_ids,), "<i8", size)[()]
-        feature_CND: Float32 = require_own_dataset(group, "feature", (shape[0], n_ids, shape[1]), "<f4", size)[()]
+        id_shape, feature_shape = (n_ids,), (shape[0], n_ids, shape[1])
+        id_offset = locate_own_dataset(group, "id", id_shape, _ID, size)
+        feature_offset = locate_own_dataset(group, "feature", feature_shape, _FEATURE, size)
+    ids_N: Int64 = read_dataset(opened, id_offset, id_shape, _ID)
+    feature_CND: Float32 = read_dataset(opened, feature_offset, feature_shape, _FEATURE)
     if (np.diff(ids_N, prepend=-1) <= 0).any() or not np.isfinite(feature_CND).all():
         raise ValueError(f"canaries of {side}_data with unsorted or negative row ids, or with non-finite features")
     return Canaries(side, ids_N, feature_CND)

@@ -12,8 +12,16 @@ from tracin_ann.files.durable import (
     remove_temporaries,
     sync_directory,
 )
-from tracin_ann.files.hdf5 import require_own_dataset, require_own_object, write_hdf5
+from tracin_ann.files.hdf5 import (
+    locate_own_dataset,
+    open_own_dataset,
+    open_own_group,
+    read_attribute,
+    read_dataset,
+    write_hdf5,
+)
 from tracin_ann.files.json_records import read_json, read_record, write_json_atomic
+from tracin_ann.files.mapping import map_file
 from tracin_ann.files.opening import (
     NotRegularFileError,
     open_descriptor,
@@ -31,21 +39,25 @@ __all__ = [
     "describe_difference",
     "file_digest",
     "is_temporary",
+    "locate_own_dataset",
     "make_directory",
     "map_array",
+    "map_file",
     "open_descriptor",
     "open_directory",
     "open_output",
+    "open_own_dataset",
+    "open_own_group",
     "open_regular",
     "read_array",
+    "read_attribute",
+    "read_dataset",
     "read_json",
     "read_npz",
     "read_record",
     "read_user_text",
     "remove_temporaries",
     "report_damage",
-    "require_own_dataset",
-    "require_own_object",
     "require_regular",
     "save_array",
     "sync_directory",

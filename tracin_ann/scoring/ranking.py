@@ -225,7 +225,9 @@ class Ranker:
             with make_exact_scorer(self.runner, request.queries(sets_apart=True), request.checkpoints) as scorer:
                 return scorer.scores(rows_N.tolist())
         row_NF = self.store.view(request.checkpoints, cosine=request.options.cosine).take(rows_N)
-        means_GN: Float64 = request.means_GQ @ each_QF.astype(np.float64) @ row_NF.T.astype(np.float64)
+        # Not matrix products, after which NumPy's threads delay the next operations.
+        means_GF = np.einsum("gq,qf->gf", request.means_GQ, each_QF.astype(np.float64))
+        means_GN: Float64 = np.einsum("gf,nf->gn", means_GF, row_NF.astype(np.float64))
         return means_GN
 
     def _weight_checkpoints(self, request: QueryRequest, queries_QF: Float32) -> Float32:
@@ -385,5 +387,5 @@ def _mix(mixture_GQ: Float64 | None, each_QF: Float32) -> Float32:
     """Return the features of weighted sums of queries: features are linear in the gradients."""
     if mixture_GQ is None:
         return each_QF
-    mixed_GF: Float32 = (mixture_GQ @ each_QF.astype(np.float64)).astype(np.float32)
+    mixed_GF: Float32 = np.einsum("gq,qf->gf", mixture_GQ, each_QF.astype(np.float64)).astype(np.float32)
     return mixed_GF

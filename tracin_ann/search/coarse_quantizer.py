@@ -31,6 +31,7 @@ _GROUPS_PER_ROW = 3
 _ROWS_PER_CENTROID = 4
 _GROUPS_PER_ROOT = 4
 """L lists have this many times √L groups. With 1, a search scores twice as many centroids for the same recall."""
+_FEW_QUERIES = 16
 _MULTIPLE = 8
 """FAISS computes inner products fastest if the number of coordinates is a multiple of this."""
 
@@ -113,7 +114,10 @@ class ListTree:
         with_radius = _append_coordinate(queries_QR, alpha * norm_Q1)
         n_groups = min(n_groups, len(self.group_GR))
         groups, lists = self._faiss_indexes
-        _, group_QG = groups.search(with_radius, n_groups)
+        # For one query, FAISS uses one thread; several wait for each other, for milliseconds if a core is in use.
+        step = 1 if len(with_radius) <= _FEW_QUERIES else len(with_radius)
+        found = [groups.search(with_radius[at : at + step], n_groups)[1] for at in range(0, len(with_radius), step)]
+        group_QG = np.concatenate([np.empty((0, n_groups), np.int64), *found])
         list_QW, _ = search_lists(lists, with_radius, min(n_lists, self.n_lists), group_QG)
         return Probes(list_QW, self._group_sizes[group_QG].sum(axis=1) + len(self.group_GR))
 

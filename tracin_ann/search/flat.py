@@ -22,11 +22,11 @@ from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.stored_scores import StoredScorer
 from tracin_ann.search.topk import best_positions, from_padded, negate
-from tracin_ann.types import Float32, Int64, LazyRows, PendingReads, RowSource, StoredPart, StoredRows, TopK
+from tracin_ann.types import Float32, Int64, LazyRows, PendingReads, RowSource, StoredRows, TopK
 
 Sign = Literal[1, -1]
 Block = tuple[Int64, Callable[[Tensor], None]]
-"""The ids [B] of a block, and a function that writes the scores [Q, B] of its rows into a tensor."""
+"""The ids [B] of a block, and a function that writes the scores [Q, B] of its rows into a tensor, or starts to."""
 
 _SCORES_AT_ONCE = 2**24
 """Entries of the Q × S scores that are in memory at a time: 64 MiB."""
@@ -108,6 +108,11 @@ class FlatIndex:
 
     def _scan(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         """Return the best k of sign × inner product for each sign."""
+        # Threads of the scan are in PyTorch's default mode, in which tensors of the inference mode cannot be written.
+        with torch.inference_mode(False):
+            return self._scan_in_default_mode(queries_QF, k, signs)
+
+    def _scan_in_default_mode(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
         found: list[list[_RunningBest]] = [[] for _ in signs]
@@ -115,45 +120,55 @@ class FlatIndex:
             chunk_QF = queries[at : at + at_once]
             best = [_RunningBest(len(chunk_QF), k, self._device) for _ in signs]
             for ids_S, scores_QS in self._iter_scores(chunk_QF):
+                sign_now: Sign = 1
                 for side, sign in zip(best, signs, strict=True):
-                    side.add(ids_S, scores_QS if sign > 0 else -scores_QS)
+                    if sign != sign_now:
+                        scores_QS.neg_()
+                    sign_now = sign
+                    side.add(ids_S, scores_QS)
             for chunks, side in zip(found, best, strict=True):
                 chunks.append(side)
         return [self._collect(side, k) for side in found]
 
     def _iter_scores(self, queries_QF: Tensor) -> Iterator[tuple[Int64, Tensor]]:
         """Yield (ids [S], scores [Q, S]) by increasing id; the next scores overwrite the memory of the last."""
-        width = max(self._block_rows, _SCORES_AT_ONCE // len(queries_QF))
-        scores = torch.empty((len(queries_QF), min(width, len(self))), device=self._device)
+        source, ids = _find_stored_rows(self._source)
+        share = _TAKEN_SHARES[len(queries_QF) >= _MANY_QUERIES]
+        few = ids is not None and source is not None and len(ids) < share * len(source)
+        if source is None or few or self._device.type != "cpu":
+            blocks = ((ids_B, partial(_multiply, queries_QF, rows_BF)) for ids_B, rows_BF in self._blocks())
+            yield from self._fill(len(queries_QF), blocks, lambda: None)
+            return
+        with StoredScorer(queries_QF) as scorer:
+            yield from self._fill(len(queries_QF), self._iter_stored_blocks(source, ids, scorer), scorer.finish)
+
+    def _fill(
+        self, n_queries: int, blocks: Iterator[Block], finish: Callable[[], None]
+    ) -> Iterator[tuple[Int64, Tensor]]:
+        """Yield (ids [S], scores [Q, S]) of blocks; `finish` waits until the scores are written."""
+        width = max(self._block_rows, _SCORES_AT_ONCE // n_queries)
+        scores = torch.empty((n_queries, min(width, len(self))), dtype=torch.float32, device=self._device)
         ids: list[Int64] = []
         filled = 0
-        for ids_B, write_scores in self._iter_blocks(queries_QF):
+        for ids_B, write_scores in blocks:
             if filled + len(ids_B) > scores.shape[1]:
+                finish()
                 yield np.concatenate(ids), scores[:, :filled]
                 ids, filled = [], 0
             write_scores(scores[:, filled : filled + len(ids_B)])
             ids.append(ids_B)
             filled += len(ids_B)
+        finish()
         if filled:
             yield np.concatenate(ids), scores[:, :filled]
 
-    def _iter_blocks(self, queries_QF: Tensor) -> Iterator[Block]:
-        """Yield all blocks by increasing id."""
-        source, ids = _find_stored_rows(self._source)
-        share = _TAKEN_SHARES[len(queries_QF) >= _MANY_QUERIES]
-        few = ids is not None and source is not None and len(ids) < share * len(source)
-        if source is None or few or self._device.type != "cpu":
-            for ids_B, rows_BF in self._blocks():
-                yield ids_B, partial(_multiply, queries_QF, rows_BF)
-            return
-        scorer = StoredScorer(queries_QF)
+    def _iter_stored_blocks(self, source: StoredRows, ids: Int64 | None, scorer: StoredScorer) -> Iterator[Block]:
+        """Yield the blocks of stored rows with these ids (None: all)."""
         for ids_B, parts in source.stored_blocks(self._block_rows):
             chosen = ids_B if ids is None else ids[slice(*np.searchsorted(ids, [ids_B[0], ids_B[-1] + 1]))]
-            if len(chosen) == len(ids_B):
-                yield ids_B, partial(scorer.score, parts)
-            elif len(chosen):
-                where_A = torch.from_numpy(np.searchsorted(ids_B, chosen))
-                yield chosen, partial(_score_some, scorer, parts, len(ids_B), where_A)
+            where_A = None if len(chosen) == len(ids_B) else np.searchsorted(ids_B, chosen)
+            if len(chosen):
+                yield chosen, partial(scorer.start, parts, where_A)
 
     def _collect(self, chunks: list[_RunningBest], k: int) -> TopK:
         """Return the results of all chunks of queries."""
@@ -231,15 +246,6 @@ def _find_stored_rows(source: RowSource) -> tuple[StoredRows | None, Int64 | Non
 def _multiply(queries_QF: Tensor, rows_BF: Tensor, out_QB: Tensor) -> None:
     """Write the inner products of queries and rows."""
     torch.mm(queries_QF, rows_BF.T, out=out_QB)
-
-
-def _score_some(
-    scorer: StoredScorer, parts: Sequence[StoredPart], n_rows: int, where_A: Tensor, out_QA: Tensor
-) -> None:
-    """Write the scores of the rows at these positions of a block."""
-    scores_QB = torch.empty((len(out_QA), n_rows))
-    scorer.score(parts, scores_QB)
-    torch.index_select(scores_QB, 1, where_A, out=out_QA)
 
 
 class _RunningBest:

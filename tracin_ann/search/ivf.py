@@ -26,9 +26,9 @@ from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
-from tracin_ann.search.flat import FlatIndex, Sign, as_tensor, check_finite
+from tracin_ann.search.flat import FlatIndex, Sign, check_finite
 from tracin_ann.search.inverted_lists import InvertedLists
-from tracin_ann.search.reduction import Reduction
+from tracin_ann.search.reduction import Reduction, multiply_rows
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
 from tracin_ann.search.topk import concatenate, from_padded, merge, negate
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
@@ -74,9 +74,9 @@ class _Parts:
     outliers: Int64
 
     @cached_property
-    def unit_group_GR(self) -> Float32:
-        """Return the centers of the groups, scaled to norm 1."""
-        return _normalize(self.tree.group_GR)
+    def unit_group_RG(self) -> Float32:
+        """Return the centers of the groups, scaled to norm 1, as columns."""
+        return np.ascontiguousarray(_normalize(self.tree.group_GR).T)
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,8 @@ class IVFIndex:
     def nearness(self, queries_QF: Float32) -> Float64:
         """Return the largest |cosine| of each query with the center of a group, [Q]; 0 for a zero query."""
         reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
-        # Not NumPy's product: after it, its threads spin and delay the next operations of PyTorch and FAISS.
-        cosine_QG = as_tensor(reduced_QR) @ as_tensor(self._parts.unit_group_GR).T
-        nearness_Q: Float64 = cosine_QG.abs().amax(dim=1).double().numpy()
+        cosine_QG = multiply_rows(reduced_QR, self._parts.unit_group_RG)
+        nearness_Q: Float64 = np.abs(cosine_QG).max(axis=1).astype(np.float64)
         return nearness_Q
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:

@@ -20,6 +20,7 @@ from tracin_ann.types import Float32
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _SMALL_DIM = 2048
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,19 @@ class Reduction:
         """Return the reduced rows, float32 [B, R]."""
         if self.basis_FR is None:
             return np.ascontiguousarray(rows_BF, dtype=np.float32)
-        reduced: Float32 = (as_tensor(rows_BF) @ as_tensor(self.basis_FR)).numpy()
-        return reduced
+        return multiply_rows(rows_BF, self.basis_FR)
+
+
+def multiply_rows(rows_BF: Float32, matrix_FR: Float32) -> Float32:
+    """Return the product of rows and a matrix, float32 [B, R]; few rows are multiplied one by one, by one thread.
+
+    PyTorch multiplies several rows by several threads. If another process uses one of the cores, they wait for each
+    other for milliseconds; after a product by NumPy, its threads delay the next operations.
+    """
+    rows, matrix = as_tensor(rows_BF), as_tensor(matrix_FR)
+    groups = rows.split(1 if len(rows) <= _FEW_ROWS else len(rows))  # type: ignore[no-untyped-call]
+    product: Float32 = torch.cat([group @ matrix for group in groups]).numpy()
+    return product
 
 
 def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:

@@ -1,96 +1,183 @@
 """Inner products of queries with rows in their stored format, in float32, without a decoded copy of the rows.
 
-float16 rows are converted to float32 in registers, for up to four queries, or else in a buffer that stays in the
+float16 rows are converted to float32 in registers, for up to eight queries, or else in a buffer that stays in the
 cache. Their exponents, or norms, multiply the inner products instead of the rows, so a scan for few queries reads the
 stored rows once and writes only scores.
+
+Several threads score blocks of rows at the same time, and each operation runs in the thread that calls it. Threads of
+OpenMP wait for each other at the end of each operation, for milliseconds if another process uses one of the cores, and
+a scan has several operations per block. PyTorch uses one thread for up to `_SERIAL_NUMBERS` numbers.
 
 Shapes: Q queries, B rows of a block, F feature dimension, D columns of a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tracin_ann.device import import_faiss
 from tracin_ann.search.half_scanner import HalfScanner, share_memory
-from tracin_ann.types import StoredPart
+from tracin_ann.types import Int64, StoredPart
 
-_BUFFER_NUMBERS = 1 << 21
-"""float32 numbers of the buffer of converted rows: 8 MiB."""
-_QUERIES_AT_ONCE = 128
-_SCANNED_QUERIES = 4
+_BUFFER_NUMBERS = 1 << 18
+"""float32 numbers of the buffer of converted rows of a thread: 1 MiB."""
+_SERIAL_NUMBERS = 1 << 15
+"""PyTorch uses one thread for an elementwise operation of up to this number of elements."""
+_QUERIES_AT_ONCE = 64
+_SCANNED_QUERIES = 8
 """Up to this number, `HalfScanner` is faster than a conversion and a matrix product."""
-_FEW_QUERIES = 8
-"""Up to this number, a product of rows and queries is faster than one of queries and rows."""
+_ROWS_AT_ONCE = 2048
+"""Rows of a block that a thread multiplies at a time; it scans complete blocks."""
+_PENDING = 3
+"""Blocks for each thread that are started before one must be finished."""
 _SAFE_EXPONENT = 64
 _EXPONENT_BIAS, _LARGEST_BIASED, _FRACTION_BITS = 127, 254, 23
-_ONE = torch.ones(1)
+_ONE = torch.ones(1, dtype=torch.float32)
 
 
 class StoredScorer:
-    """Inner products of some queries with blocks of stored rows; one thread uses it at a time."""
+    """Inner products of some queries with blocks of stored rows, by as many threads as PyTorch uses.
+
+    A context manager, which ends the threads.
+    """
 
     def __init__(self, queries_QF: Tensor) -> None:
         """Store the float32 queries [Q, F], on the CPU."""
         self._queries_QF = queries_QF
         self._scaled: dict[int, _PartQueries] = {}
-        self._row_buffer = torch.empty(0)
-        self._product_buffer = torch.empty(0)
+        self._product = _Product()
+        self._is_scan = len(queries_QF) <= _SCANNED_QUERIES
+        self._n_threads = torch.get_num_threads()
+        # As in OpenMP, this number of FAISS is that of the calling thread only.
+        use_one_thread = partial(import_faiss().omp_set_num_threads, 1)
+        self._threads = ThreadPoolExecutor(self._n_threads, "tracin-scan", use_one_thread)
+        self._pending: deque[Future[None]] = deque()
 
-    def score(self, parts: Sequence[StoredPart], out_QB: Tensor) -> None:
-        """Write the inner products of the queries and the rows that the parts form together to `out_QB`."""
+    def __enter__(self) -> StoredScorer:
+        """Return the scorer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def start(self, parts: Sequence[StoredPart], where_A: Int64 | None, out_QA: Tensor) -> None:
+        """Start to write the inner products of the queries and rows that the parts form together.
+
+        Args:
+            parts: the columns of the rows.
+            where_A: the positions of some rows, increasing; None: all rows.
+            out_QA: the inner products with these rows.
+        """
+        n_rows = len(parts[0].exponent_B)
+        step = n_rows if self._is_scan else _ROWS_AT_ONCE
+        for at in range(0, n_rows, step):
+            rows = slice(at, at + step)
+            if where_A is None:
+                self._submit(self._score, parts, rows, out_QA[:, rows])
+                continue
+            first, last = np.searchsorted(where_A, [at, at + step])
+            if first < last:
+                self._submit(self._score_some, parts, rows, where_A[first:last] - at, out_QA[:, first:last])
+
+    def _submit(self, function: Callable[..., None], *args: object) -> None:
+        # A limit, because parts can be decoded copies of rows.
+        if len(self._pending) >= _PENDING * self._n_threads:
+            self._pending.popleft().result()
+        self._pending.append(self._threads.submit(function, *args))
+
+    def finish(self) -> None:
+        """Wait until all inner products are written."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _score(self, parts: Sequence[StoredPart], rows: slice, out_QB: Tensor) -> None:
+        """Write the inner products of the queries and some rows of the parts."""
         start = 0
-        for part in parts:
+        for whole in parts:
+            part = StoredPart(whole.stored_BD[rows], whole.exponent_B[rows], whole.unit)
             stop = start + part.stored_BD.shape[1]
             if start not in self._scaled:
                 self._scaled[start] = _scale(self._queries_QF[:, start:stop])
-            self._add_part(part, self._scaled[start], out_QB, is_first=start == 0)
+            queries = self._scaled[start]
+            if self._is_scan and part.stored_BD.dtype == np.float16 and not part.unit:
+                _scan_part(part, queries, out_QB, is_first=start == 0)
+            else:
+                self._multiply_part(part, queries, out_QB, is_first=start == 0)
             start = stop
 
-    def _add_part(self, part: StoredPart, queries: _PartQueries, out_QB: Tensor, *, is_first: bool) -> None:
+    def _score_some(self, parts: Sequence[StoredPart], rows: slice, where_A: Int64, out_QA: Tensor) -> None:
+        """Write the inner products of the queries and the rows at these positions of some rows of the parts."""
+        scores_QB = torch.empty(len(out_QA), len(parts[0].exponent_B[rows]), dtype=torch.float32)
+        self._score(parts, rows, scores_QB)
+        np.take(scores_QB.numpy(), where_A, axis=1, out=out_QA.numpy(), mode="clip")
+
+    def _multiply_part(self, part: StoredPart, queries: _PartQueries, out_QB: Tensor, *, is_first: bool) -> None:
         """Add the inner products with one part to `out_QB`, or write them there for the first part."""
-        power_Q1 = queries.power_Q1
-        if len(queries.query_QD) <= _SCANNED_QUERIES and part.stored_BD.dtype == np.float16 and not part.unit:
-            product_QB = np.stack([scanner.multiply(part.stored_BD) for scanner in queries.scanners])
-            factors = _compute_powers(part.exponent_B)
-            _accumulate(torch.from_numpy(product_QB), power_Q1, factors, out_QB, is_first=is_first)
-            return
         n_rows, dim = part.stored_BD.shape
         stored_BD = torch.from_numpy(share_memory(part.stored_BD))
-        step = max(1, _BUFFER_NUMBERS // dim)
+        powers = [] if part.unit else _compute_powers(part.exponent_B)
+        n_queries = min(len(out_QB), _QUERIES_AT_ONCE)
+        step = max(1, min(_BUFFER_NUMBERS // dim, _SERIAL_NUMBERS // n_queries))
         for start in range(0, n_rows, step):
-            rows = slice(start, min(start + step, n_rows))
-            rows_BD = self._convert(stored_BD[rows])
-            factors = _invert_norms(rows_BD) if part.unit else _compute_powers(part.exponent_B[rows])
-            for first in range(0, len(queries.query_QD), _QUERIES_AT_ONCE):
+            rows = slice(start, start + step)
+            self._product.convert(stored_BD[rows])
+            factors = _invert_norms(self._product.rows_BD) if part.unit else [power_B[rows] for power_B in powers]
+            for first in range(0, len(out_QB), _QUERIES_AT_ONCE):
                 some = slice(first, first + _QUERIES_AT_ONCE)
-                some_QB = self._multiply(queries.query_QD[some], rows_BD)
-                some_power_Q1 = None if power_Q1 is None else power_Q1[some]
-                _accumulate(some_QB, some_power_Q1, factors, out_QB[some, rows], is_first=is_first)
+                power_Q1 = None if queries.power_Q1 is None else queries.power_Q1[some]
+                some_QB = self._product.multiply(queries.query_QD[some])
+                _accumulate(some_QB, power_Q1, factors, out_QB[some, rows], is_first=is_first)
 
-    def _convert(self, stored_BD: Tensor) -> Tensor:
-        """Return the rows as float32: in the buffer, or without a copy if they are stored as float32."""
-        if stored_BD.dtype == torch.float32:
-            return stored_BD
-        if len(self._row_buffer) < stored_BD.numel():
-            self._row_buffer = torch.empty(stored_BD.numel())
-        return self._row_buffer[: stored_BD.numel()].view(stored_BD.shape).copy_(stored_BD)
 
-    def _multiply(self, queries_QD: Tensor, rows_BD: Tensor) -> Tensor:
-        """Return the inner products [Q, B], in a buffer."""
-        n_products = len(queries_QD) * len(rows_BD)
-        if len(self._product_buffer) < n_products:
-            self._product_buffer = torch.empty(n_products)
-        buffer = self._product_buffer[:n_products]
-        if len(queries_QD) <= _FEW_QUERIES:
-            return torch.mm(rows_BD, queries_QD.T, out=buffer.view(len(rows_BD), len(queries_QD))).T
-        return torch.mm(queries_QD, rows_BD.T, out=buffer.view(len(queries_QD), len(rows_BD)))
+class _Product(threading.local):
+    """Rows converted to float32, and their inner products by FAISS's `LinearTransform`; own memory in each thread.
+
+    Unlike products by PyTorch and NumPy, those by FAISS can be restricted to the calling thread.
+    """
+
+    def __init__(self) -> None:
+        self._transform = import_faiss().LinearTransform(0, 0, False)
+        self._transform.is_trained = True
+        self.rows_BD = torch.empty(0, 0, dtype=torch.float32)
+
+    def convert(self, stored_BD: Tensor) -> None:
+        """Convert the rows, which replace the last ones."""
+        if stored_BD.shape != self.rows_BD.shape:
+            transform = self._transform
+            transform.d_out, transform.d_in = stored_BD.shape
+            transform.A.resize(stored_BD.numel())
+            matrix = import_faiss().rev_swig_ptr(transform.A.data(), stored_BD.numel())
+            self.rows_BD = torch.from_numpy(matrix).view(stored_BD.shape)
+        own_N, stored_N = self.rows_BD.view(-1), stored_BD.reshape(-1)
+        for at in range(0, len(own_N), _SERIAL_NUMBERS):
+            own_N[at : at + _SERIAL_NUMBERS].copy_(stored_N[at : at + _SERIAL_NUMBERS])
+
+    def multiply(self, query_QD: Tensor) -> Tensor:
+        """Return the inner products of queries and the rows, [Q, B]."""
+        product_QB = torch.empty(len(query_QD), len(self.rows_BD), dtype=torch.float32)
+        pointers = [import_faiss().swig_ptr(tensor.numpy()) for tensor in (query_QD, product_QB)]
+        self._transform.apply_noalloc(len(query_QD), *pointers)
+        return product_QB
+
+
+def _scan_part(part: StoredPart, queries: _PartQueries, out_QB: Tensor, *, is_first: bool) -> None:
+    """Add the inner products with one part to `out_QB`, or write them there for the first part."""
+    factors = _compute_powers(part.exponent_B)
+    for q, scanner in enumerate(queries.scanners):
+        product_1B = torch.from_numpy(scanner.multiply(part.stored_BD))[None]
+        power_11 = None if queries.power_Q1 is None else queries.power_Q1[q : q + 1]
+        _accumulate(product_1B, power_11, factors, out_QB[q : q + 1], is_first=is_first)
 
 
 @dataclass(frozen=True)
@@ -128,18 +215,20 @@ def _scale(query_QD: Tensor) -> _PartQueries:
     The inner product of such a query and a stored row, which has numbers up to 2^15, can leave the range of float32
     although their score is in it.
     """
-    norm_Q1 = torch.linalg.vector_norm(query_QD.double(), dim=1, keepdim=True).numpy()
+    norm_Q1 = np.linalg.norm(query_QD.numpy().astype(np.float64), axis=1, keepdims=True)
     exponent_Q1 = np.frexp(norm_Q1)[1]
     exponent_Q1[np.abs(exponent_Q1) <= _SAFE_EXPONENT] = 0
     if not exponent_Q1.any():
-        return _PartQueries(query_QD.contiguous(), None)
+        return _PartQueries(torch.from_numpy(np.ascontiguousarray(query_QD.numpy())), None)
     scaled_QD = np.ldexp(query_QD.numpy(), -exponent_Q1)
     return _PartQueries(torch.from_numpy(scaled_QD), torch.from_numpy(np.ldexp(1.0, exponent_Q1)))
 
 
 def _invert_norms(rows_BD: Tensor) -> list[Tensor]:
     """Return the factor that divides an inner product by the norm of its row; 0 for a zero row."""
-    norm_B = torch.linalg.vector_norm(rows_BD, dim=1)
+    # Less than the limit, at which PyTorch uses several threads for a reduction.
+    few = max(1, (_SERIAL_NUMBERS - 1) // rows_BD.shape[1])
+    norm_B = torch.cat([torch.linalg.vector_norm(some_BD, dim=1) for some_BD in torch.split(rows_BD, few)])
     return [norm_B.reciprocal().masked_fill_(norm_B == 0, 0.0)]
 
 

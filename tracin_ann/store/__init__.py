@@ -18,7 +18,7 @@ from tracin_ann.store.exclusions import (
     write_unlisted,
 )
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord
-from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout
+from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout, choose_partition_rows
 from tracin_ann.store.generations import (
     BuildStart,
     check_generation,
@@ -90,6 +90,7 @@ __all__ = [
     "check_file",
     "check_generation",
     "check_manifest_copy",
+    "choose_partition_rows",
     "claim_directory",
     "clean_up",
     "collect_columns",

@@ -6,9 +6,7 @@ Shapes: N rows, C checkpoints, D sketch dimension of a checkpoint, F = (checkpoi
 from __future__ import annotations
 
 import re
-import resource
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,16 +32,34 @@ from tracin_ann.store.feature_file import (
 from tracin_ann.types import Float32, Float64, Int64, PendingReads, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
-# Each open map uses a file descriptor and 23 bytes of memory per row.
-_OPEN_FILES = 2048
-_DESCRIPTOR_SHARE = 0.5
-"""Largest share of the process's file descriptors, of which 1,024 are a common limit."""
+_MOST_OPEN_FILES = 8192
+"""Each is one memory map, of which a process may have 65,530 on Linux."""
+_MOST_OPEN_ROWS = 2**27
+"""Rows of all open files, 23 bytes each: at most 3.1 GB."""
 _FEW_ROWS = 512
 """Up to this many rows, `take` copies each row by itself; more are grouped by file."""
 _TAKEN_BYTES = 1 << 26
 _ROWS_AT_ONCE = 4096
 """Rows that `take` decodes together."""
+_SMALLEST_PARTITION = 8192
+_LARGEST_PARTITION = 65_536
+_MOST_PARTITIONS = 32
+"""Number of partitions above which a new index has larger ones."""
 _FILE_NAME = re.compile(r"features-[0-9]{6,}-[0-9]{4,}(-[0-9]+)?\.h5")
+
+
+def choose_partition_rows(n_rows: int) -> int:
+    """Return the number of rows of a partition for a new index of `n_rows` rows.
+
+    Each file takes time to open, a memory map and an fsync, and the candidates of a query lie in most partitions.
+    A killed build, on the other hand, repeats at most two partitions of one checkpoint. The size is therefore 8,192
+    rows for up to 262,144 rows, and then doubles so that there are at most 32 partitions: each has at most a 16th of
+    the rows. The largest size is 65,536 rows, because a build has the rows of two partitions in memory.
+    """
+    size = _SMALLEST_PARTITION
+    while size < _LARGEST_PARTITION and n_rows > _MOST_PARTITIONS * size:
+        size *= 2
+    return size
 
 
 @dataclass(frozen=True)
@@ -122,11 +138,10 @@ class FeatureStore:
         """Set the directory and its layout; nothing is read or written."""
         self.directory = directory
         self.layout = layout
-        self._open: OrderedDict[tuple[int, int], FeatureFile] = OrderedDict()
+        self._open: dict[tuple[int, int], FeatureFile] = {}
         self._lock = threading.Lock()
         self._taken = threading.local()
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_files = _OPEN_FILES if limit == resource.RLIM_INFINITY else int(_DESCRIPTOR_SHARE * limit)
+        self._most_open = min(_MOST_OPEN_FILES, _MOST_OPEN_ROWS // min(layout.partition_rows, layout.n_rows))
 
     def path(self, partition: int, checkpoint: int) -> Path:
         """Return the path of a file, which need not exist."""
@@ -207,7 +222,7 @@ class FeatureStore:
         return FeatureView(self, self._choose_checkpoints(checkpoints), cosine)
 
     def file(self, partition: int, checkpoint: int) -> FeatureFile:
-        """Return the open file; the most recently used files remain open.
+        """Return a file as by `files`.
 
         Raises:
             DamagedIndexError: the file is missing, unreadable or has another header.
@@ -215,7 +230,11 @@ class FeatureStore:
         return self.files([(partition, checkpoint)])[0]
 
     def files(self, keys: Sequence[tuple[int, int]]) -> list[FeatureFile]:
-        """Return the open files of pairs (partition, checkpoint); the most recently used files remain open.
+        """Return the open files of pairs (partition, checkpoint).
+
+        A file remains open, with the rows that were verified, until the store has the largest number of open files. A
+        further file is open only while the caller uses it: with the usual rule, which closes the file whose last use is
+        longest ago, a scan of more files than the limit would open every file again.
 
         Raises:
             DamagedIndexError: a file is missing, unreadable or has another header.
@@ -225,11 +244,9 @@ class FeatureStore:
             for key in keys:
                 opened = self._open.get(key)
                 if opened is None:
-                    opened = self._open[key] = FeatureFile.open(self.path(*key), self.layout.header(*key))
-                    if len(self._open) > min(_OPEN_FILES, self._most_files):
-                        self._open.popitem(last=False)
-                else:
-                    self._open.move_to_end(key)
+                    opened = FeatureFile.open(self.path(*key), self.layout.header(*key))
+                    if len(self._open) < self._most_open:
+                        self._open[key] = opened
                 found.append(opened)
         return found
 
@@ -240,7 +257,7 @@ class FeatureStore:
         """
         chosen, layout = set(checkpoints), self.layout
         n_files = layout.n_partitions * len(chosen)
-        if n_files > min(_OPEN_FILES, self._most_files):
+        if n_files > self._most_open:
             return PendingReads(files_per_row=len(chosen))
         with self._lock:
             opened = [file for (_, checkpoint), file in self._open.items() if checkpoint in chosen]
@@ -333,11 +350,16 @@ class FeatureView:
         """Yield (ids [n], rows [n, F]) from row `start` on, n ≤ block_rows; no block spans two partitions."""
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
+        dim = self.store.layout.dim
         for partition, (first, last) in enumerate(self.store.partitions()):
+            if last <= start:
+                continue
+            files = self._open_partition(partition)
             for at in range(max(first, start), last, block_rows):
                 stop = min(at + block_rows, last)
                 row_NF = np.empty((stop - at, self.dim), dtype=np.float32)
-                for file, out_ND in self._iter_parts(partition, row_NF):
+                for i, file in enumerate(files):
+                    out_ND = row_NF[:, i * dim : (i + 1) * dim]
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
 
@@ -350,7 +372,7 @@ class FeatureView:
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
         for partition, (first, last) in enumerate(self.store.partitions()):
-            files = [self.store.file(partition, checkpoint) for checkpoint in self.checkpoints]
+            files = self._open_partition(partition)
             for at in range(first, last, block_rows):
                 stop = min(at + block_rows, last)
                 parts = [self._stored_part(file, at - first, stop - first) for file in files]
@@ -409,8 +431,6 @@ class FeatureView:
             groups = list(zip(files, positions, strict=True))
             take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
 
-    def _iter_parts(self, partition: int, row_NF: Float32) -> Iterator[tuple[FeatureFile, Float32]]:
-        """Yield each checkpoint's file of a partition and its columns of the rows."""
-        dim = self.store.layout.dim
-        for i, checkpoint in enumerate(self.checkpoints):
-            yield self.store.file(partition, checkpoint), row_NF[:, i * dim : (i + 1) * dim]
+    def _open_partition(self, partition: int) -> list[FeatureFile]:
+        """Return the files of a partition, one for each checkpoint."""
+        return self.store.files([(partition, checkpoint) for checkpoint in self.checkpoints])
