@@ -390,6 +390,28 @@ def test_a_layer_that_the_user_replaces_is_used_by_the_next_query(change, n_befo
     assert not model.first.weight.any()
 
 
+@pytest.mark.parametrize("n_before", [2, 3])
+def test_a_change_at_one_checkpoint_is_rejected_whatever_checkpoints_other_queries_have(
+    n_before, built, tmp_path, monkeypatch
+):
+    task = make_live(tmp_path, Toy())
+    index, bias = built(task), torch.load(task.checkpoints[0].path, weights_only=True)["second.bias"]
+    for query in range(n_before):
+        read_hits(index, query)
+    forward = Toy.forward
+    monkeypatch.setattr(
+        Toy, "forward", lambda self, x: forward(self, x) * (2 if torch.equal(self.second.bias, bias) else 1)
+    )
+
+    def ask_all():
+        for _ in range(4):
+            index.query([0])
+            index.query([0], options=QueryOptions(checkpoints=(1,)))
+
+    with pytest.raises(IndexMismatchError, match="has changed since index"):
+        ask_all()
+
+
 def test_small_losses_are_compared(built, tmp_path, monkeypatch):
     index = built(make_live(tmp_path, Toy(), loss=faint))
     for query in (0, 1, 2):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,7 +60,7 @@ class IndexTask:
         self._directory, self._manifest, self._find_task, self.options = directory, manifest, find_task, options
         self._memory_bytes = memory_bytes
         self._checked: dict[int, _CheckedCheckpoint] = {}
-        self._n_calls = 0
+        self._n_comparisons: Counter[int] = Counter()
         self._lock = threading.RLock()
 
     @property
@@ -121,7 +122,7 @@ class IndexTask:
         """Compute and return the features [Q, F] of examples, after a check of the canaries at these checkpoints.
 
         Each checkpoint is checked once, and again when its file changes. Afterwards every call compares the loss of one
-        canary at one of the checkpoints with the loss at the check.
+        canary with the loss at the check, at the checkpoint that had the fewest such comparisons.
 
         Raises:
             IndexMismatchError: a canary or a checkpoint differs: the task has changed since the build.
@@ -129,12 +130,11 @@ class IndexTask:
         """
         blocks = []
         with self.runner.model() as model:
-            self._n_calls += 1
-            for place, checkpoint in enumerate(checkpoints):
-                is_turn = place == self._n_calls % len(checkpoints)
-                extractor = self._load_checked(
-                    model, checkpoint, self._choose_canaries(len(checkpoints)) if is_turn else ()
-                )
+            compared = min(checkpoints, key=lambda checkpoint: self._n_comparisons[checkpoint])
+            rows = self._choose_canaries(self._n_comparisons[compared])
+            self._n_comparisons[compared] += 1
+            for checkpoint in checkpoints:
+                extractor = self._load_checked(model, checkpoint, rows if checkpoint == compared else ())
                 try:
                     blocks.append(extractor.rows(side, ids).feature_ND)
                 except NonFiniteError as error:
@@ -192,15 +192,15 @@ class IndexTask:
         now[checkpoint] = replace(now[checkpoint], digest=checkpoint_digest(task.checkpoints[checkpoint]))
         check_spec(built, replace(built, checkpoints=tuple(now)), str(self._directory))
 
-    def _choose_canaries(self, n_checkpoints: int) -> list[tuple[SideName, int]]:
-        """Return the canary whose loss this call compares: all in turn; one of each side if their losses differ."""
+    def _choose_canaries(self, turn: int) -> list[tuple[SideName, int]]:
+        """Return the canary whose loss is compared at this turn; one of each side if they have different losses."""
         if self._manifest.build.random_data:
             return []
         rows = _list_rows(self._canaries)
         groups = [rows]
         if self.task.query_loss is not None:
             groups = [[row for row in rows if row[0] == side] for side in ("train", "query")]
-        return [group[self._n_calls // n_checkpoints % len(group)] for group in groups]
+        return [group[turn % len(group)] for group in groups]
 
     def _has_same_losses(
         self, model: LoadedModel, checked: _CheckedCheckpoint, rows: Sequence[tuple[SideName, int]]
