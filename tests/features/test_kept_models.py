@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -497,6 +498,34 @@ def test_a_use_that_fails_at_its_start_does_not_affect_the_next_one(built, tmp_p
     assert read_hits(index, 0) == expected
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(GradientEngine, "loss_values"), (torch.Tensor, "clone"), (nn.Module, "load_state_dict")]
+)
+def test_an_interrupted_query_does_not_affect_the_next_one(owner, name, built, tmp_path, monkeypatch):
+    model = Toy()
+    task = make_live(tmp_path, model)
+    expected = [read_hits(built(task), query) for query in (0, 1, 2)]
+    before = copy.deepcopy(model.state_dict())
+    original = getattr(owner, name)
+    for n_before in range(12):
+        index, calls = open_index(tmp_path, task), []
+        read_hits(index, 0)
+
+        def fail(*args, calls=calls, n_before=n_before, **kwargs):
+            calls.append(name)
+            if len(calls) > n_before:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(owner, name, fail)
+            for query in (0, 1, 2):
+                read_hits(index, query)
+        assert model.training
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert [read_hits(index, query) for query in (0, 1, 2)] == expected
 
 
 def test_settings_of_the_process_are_restored_when_the_last_thread_leaves():

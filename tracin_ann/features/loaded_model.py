@@ -170,7 +170,8 @@ class LoadedModel:
     def _attach_stored(self, checkpoint: int) -> bool:
         """Attach the stored weights of a checkpoint; return False if they are not stored, or not valid."""
         cache, last = self._cache, self._loads.get(checkpoint)
-        if cache is None or last is None or checkpoint not in cache:
+        # Without parameters, the computation of the losses was interrupted.
+        if cache is None or last is None or not last.parameters or checkpoint not in cache:
             return False
         if identify_checkpoint(self.runner.task.checkpoints[checkpoint]) != last.identity or not last.identity:
             return False
