@@ -256,6 +256,20 @@ def test_a_changed_forward_is_rejected(n_before, built, tmp_path, monkeypatch):
         index.query([0])
 
 
+def test_a_forward_that_changes_gradients_but_not_losses_is_rejected_within_some_queries(built, tmp_path, monkeypatch):
+    index = built(make_live(tmp_path, Toy()))
+    for query in (0, 1, 2):
+        read_hits(index, query)
+    monkeypatch.setattr(Toy, "forward", lambda self, x: self.second(self.activation(self.first(x)).detach()))
+
+    def ask_all():
+        for _ in range(8 * len(index.task.checkpoints)):
+            index.query([0])
+
+    with pytest.raises(IndexMismatchError, match="has changed since index"):
+        ask_all()
+
+
 @pytest.mark.parametrize("side", ["train", "query"])
 def test_changed_data_is_rejected_by_open_and_new_indexes(side, built, tmp_path):
     rows = {"train": make_rows(N), "query": make_rows(5, seed=2)}

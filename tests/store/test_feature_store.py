@@ -355,6 +355,11 @@ def test_taken_rows_are_remembered_in_a_block(
         assert np.array_equal(view.take(ids), row_NF[ids])
         assert np.array_equal(store.view().take(np.array([20, 0, 20])), row_NF[[20, 0, 20]])
         assert reads == [4]
+        with store.remember_taken():
+            assert np.array_equal(view.take(ids[1:]), row_NF[ids[1:]])
+        assert np.array_equal(view.take(ids[2:]), row_NF[ids[2:]])
+        assert reads == [4, 3]
+        reads.pop()
         # Other rows, other checkpoints and cosine are read.
         assert np.array_equal(view.take(np.array([3, 4])), row_NF[[3, 4]])
         assert np.array_equal(store.view([1]).take(ids), row_NF[ids, DIM : 2 * DIM])

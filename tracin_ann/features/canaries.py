@@ -55,23 +55,34 @@ class Canaries:
     ids_N: Int64
     feature_CND: Float32
 
-    def check(self, extractor: FeatureExtractor, checkpoint: int, where: str) -> None:
+    def check(
+        self,
+        extractor: FeatureExtractor,
+        checkpoint: int,
+        where: str,
+        rows: Sequence[tuple[SideName, int]] | None = None,
+    ) -> None:
         """Recompute the canaries at a checkpoint and compare them with the stored ones.
 
         Args:
             extractor: the extractor of the task at the checkpoint.
             checkpoint: the position of the checkpoint.
             where: the directory of the index, for the message.
+            rows: side and row of those that are compared; None: all.
 
         Raises:
             IndexMismatchError: a canary differs by more than rounding.
         """
-        task_ND = extractor.rows(self.side, self.ids_N.tolist()).feature_ND
+        chosen = [i for i, row in enumerate(self.ids_N.tolist()) if rows is None or (self.side, row) in rows]
+        if not chosen:
+            return
+        task_ND = extractor.rows(self.side, self.ids_N[chosen].tolist()).feature_ND
         built_ND = self.feature_CND[checkpoint]
         norms = np.linalg.norm(built_ND.astype(np.float64), axis=1)
         floor = 1e-3 * float(norms.max())
-        for i, (built_D, task_D, norm) in enumerate(zip(built_ND, task_ND, norms, strict=True)):
-            difference = float(np.linalg.norm(built_D.astype(np.float64) - task_D)) / max(float(norm), floor, 1e-30)
+        for i, task_D in zip(chosen, task_ND, strict=True):
+            change = float(np.linalg.norm(built_ND[i].astype(np.float64) - task_D))
+            difference = change / max(float(norms[i]), floor, 1e-30)
             if difference > TOLERANCE:
                 raise IndexMismatchError(
                     problem(

@@ -34,6 +34,8 @@ _KEPT_SHARE = 0.25
 """Largest share of the free memory for weights that remain in memory between queries."""
 _LOSS_TOLERANCE = 1e-3
 """Relative difference of a canary's loss, above which its gradient is compared again."""
+_GRADIENTS_EVERY = 8
+"""Of so many comparisons of losses at a checkpoint, one also compares the gradients."""
 _LOSS_ROUNDING = 1e-6
 """Difference of losses that rounding explains, relative to the largest loss of a canary."""
 
@@ -122,7 +124,8 @@ class IndexTask:
         """Compute and return the features [Q, F] of examples, after a check of the canaries at these checkpoints.
 
         Each checkpoint is checked once, and again when its file changes. Afterwards every call compares the loss of one
-        canary with the loss at the check, at the checkpoint that had the fewest such comparisons.
+        canary with the loss at the check, at the checkpoint that had the fewest such comparisons. One of eight such
+        comparisons also computes the gradient.
 
         Raises:
             IndexMismatchError: a canary or a checkpoint differs: the task has changed since the build.
@@ -172,6 +175,9 @@ class IndexTask:
         is_known = checked is not None and checked.identity == identity and checked.model is model
         if checked is not None and is_known:
             if self._has_same_losses(model, checked, rows):
+                if rows and self._n_comparisons[checkpoint] % _GRADIENTS_EVERY == 0:
+                    for canaries in self._canaries:
+                        canaries.check(checked.extractor, checkpoint, str(self._directory), rows)
                 return checked.extractor
             # The file also restores what the user changed in the model and `Task.load` sets.
             model.reload(checkpoint)

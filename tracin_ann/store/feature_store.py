@@ -268,15 +268,16 @@ class FeatureStore:
     @contextmanager
     def remember_taken(self) -> Iterator[None]:
         """Keep the rows that this thread takes in the block, up to 64 MB: a search and the scores take the same."""
+        outer = getattr(self._taken, "rows", None)
         self._taken.rows = []
         try:
             yield
         finally:
-            del self._taken.rows
+            self._taken.rows = outer
 
     def recall(self, view: FeatureView, id_K: Int64) -> Float32 | None:
         """Return rows if all of them were taken from this view in the block of `remember_taken`."""
-        for own, row_N, row_NF in getattr(self._taken, "rows", ()):
+        for own, row_N, row_NF in getattr(self._taken, "rows", None) or ():
             place_K = np.searchsorted(row_N, id_K)
             if own == view and (row_N.take(place_K, mode="clip") == id_K).all():
                 return row_NF[place_K]  # type: ignore[no-any-return]
