@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tracin_ann.choices import SideName
@@ -170,6 +171,12 @@ class InfluenceIndex:
         own = self.runner.id_of(side, row)
         return row if own is None else own
 
+    def ids_of(self, side: SideName, rows: npt.ArrayLike) -> list[Id]:
+        """Return the ids of rows, each as from `id_of`."""
+        if side == "train":
+            return self.rows.ids_at(rows)
+        return [self.id_of(side, row) for row in np.asarray(rows).tolist()]
+
     def positions(self, side: SideName, ids: Sequence[Id]) -> tuple[int, ...]:
         """Return the positions of the rows with these ids of the task; for queries, this reads all of query_data.
 
@@ -307,7 +314,7 @@ class InfluenceIndex:
                 error_scale=None if fidelity is None else fidelity.error_scale,
                 rates=rates,
                 runner=self.runner,
-                id_of=self.id_of,
+                ids_of=self.ids_of,
                 progress=_count_rows(progress, self._count_exact_units(request)),
             )
             queries_QF = self.features(request.side, request.ids, request.checkpoints)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_search_contract import DIM, Rows, assert_exact, heavy_tailed, integers, oracle
 
+from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
 from tracin_ann.search import FlatIndex, Subset, search_both
 from tracin_ann.search import stored_scores as module
@@ -257,3 +259,15 @@ def test_scores_of_many_queries_are_computed_in_groups(tmp_path: Path) -> None:
     rows = heavy_tailed(80, 19)
     view = write_store(tmp_path, rows, "float16").view()
     assert_exact(FlatIndex(view, CPU, block_rows=2**14), Rows(rows), integers(2100, 20), 3)
+
+
+def test_openmp_threads_of_a_scan_do_not_start_threads() -> None:
+    # FAISS's and PyTorch's OpenMP can be one library, and PyTorch's first operation in a thread sets its number.
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1, initializer=module._use_one_thread) as threads:
+            threads.submit(torch.get_num_threads).result()
+            assert threads.submit(import_faiss().omp_get_max_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tracin_ann.choices import SEARCHES, Search, SideName
 from tracin_ann.errors import UsageError, problem
@@ -79,8 +79,7 @@ class QueryOptions:
             )
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """A training row in an answer.
 
     Attributes:

@@ -224,6 +224,15 @@ def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
     return deviation_QM
 
 
+def pair_deviations(query_NC: Float64, row_NC: Float64, dim: int) -> Float64:
+    """Return the sketch's standard deviation of the score of each pair of a query and a row, [N].
+
+    Args as of `sketch_deviations`, for the query and the row of each pair.
+    """
+    deviation_N: Float64 = np.sqrt(np.einsum("nc,nc->n", query_NC, row_NC) / dim)
+    return deviation_N
+
+
 def _square_norms(feature_NF: Float32, n_checkpoints: int) -> Float64:
     """Return squared norms of feature rows at each checkpoint, [N, C]."""
     squares = np.square(feature_NF.astype(np.float64)).reshape(len(feature_NF), n_checkpoints, -1)

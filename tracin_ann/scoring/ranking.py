@@ -19,7 +19,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
-from tracin_ann.scoring.quality import sketch_deviations
+from tracin_ann.scoring.quality import pair_deviations
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.store import FeatureStore, IndexRecord
@@ -106,8 +106,8 @@ class ScoredRows:
     error_N: Float64 | None = None
     part_NC: Float64 | None = None
 
-    def __getitem__(self, chosen: npt.NDArray[Any]) -> ScoredRows:
-        """Return the rows at these positions, or of this mask."""
+    def __getitem__(self, chosen: npt.NDArray[Any] | slice) -> ScoredRows:
+        """Return the rows at these positions, of this mask or of this slice."""
         return ScoredRows(*(None if values is None else values[chosen] for values in vars(self).values()))  # type: ignore[arg-type]
 
 
@@ -123,7 +123,7 @@ class Ranker:
             not measured.
         rates: η_c of all checkpoints.
         runner: the task's data and model, for exact scores.
-        id_of: returns an example's id for a side and a position.
+        ids_of: returns the ids of examples for a side and their positions.
         progress: called with the number of finished rows while exact scores are computed.
     """
 
@@ -133,7 +133,7 @@ class Ranker:
     error_scale: float | None
     rates: Sequence[float]
     runner: TaskRunner
-    id_of: Callable[[SideName, int], Id]
+    ids_of: Callable[[SideName, npt.ArrayLike], list[Id]]
     progress: Callable[[int], None] | None = None
 
     def answers(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
@@ -165,57 +165,60 @@ class Ranker:
             ranked = self._rescore(request, weighted_QF, _pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
-        each = zip(request.members, ranked, weighted_QF, counts, unlike_Q, strict=True)
+        hits = self._select_hits(request, each_QF, weighted_QF, ranked)
         return [
             Answer(
                 query=self._name_query(request, members),
                 side=request.side,
                 members=members,
-                proponents=self._select_hits(request, each_QF, query_F, scored, 1),
-                opponents=self._select_hits(request, each_QF, query_F, scored, -1),
-                rows_scored=int(count),
+                proponents=best,
+                opponents=worst,
+                rows_scored=count,
                 how=strategy.how,
-                strange=bool(is_unlike),
+                strange=is_unlike,
                 against=request.against,
             )
-            for members, scored, query_F, count, is_unlike in each
+            for members, (best, worst), count, is_unlike in zip(
+                request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
+            )
         ]
 
     def _name_query(self, request: QueryRequest, members: tuple[int, ...]) -> Id:
         if not request.together:
-            return self.id_of(request.side, members[0])
+            return self.ids_of(request.side, members)[0]
         against = f" against {len(request.against)}" if request.against else ""
         return f"mean of {len(members)}{against}"
 
     def _select_hits(
-        self, request: QueryRequest, each_QF: Float32, query_F: Float32, scored: ScoredRows, sign: int
-    ) -> tuple[Hit, ...]:
-        """Return the k best rows of a direction, 1 or -1, with their scores by checkpoint and by set."""
-        order = np.lexsort((scored.rows_N, -sign * scored.score_N))[: request.options.k]
-        best = scored[order[sign * scored.score_N[order] > 0]]
-        if request.options.rerank != "none" or request.options.exact:
-            best = self._complete_parts(request, query_F, best)
-        rows = best.rows_N.tolist()
-        return tuple(
-            map(
-                Hit,
-                (self.id_of("train", row) for row in rows),
-                rows,
-                best.score_N.tolist(),
-                itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
-                itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
-                itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-                map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
-            )
+        self, request: QueryRequest, each_QF: Float32, weighted_QF: Float32, ranked: Sequence[ScoredRows]
+    ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
+        """Return the k best rows of both directions of each query, with their scores by checkpoint and by set."""
+        best, starts = _select_best(ranked, request.options.k)
+        if best.part_NC is None and (request.options.rerank != "none" or request.options.exact):
+            best = self._complete_parts(request, weighted_QF, best, starts[::2])
+        columns = (
+            self.ids_of("train", best.rows_N),
+            best.rows_N.tolist(),
+            best.score_N.tolist(),
+            itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
+            itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
+            itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
+            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
         )
+        hits = tuple(map(Hit._make, zip(*columns, strict=False)))
+        lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
+        return list(zip(lists[::2], lists[1::2], strict=True))
 
-    def _complete_parts(self, request: QueryRequest, query_F: Float32, best: ScoredRows) -> ScoredRows:
-        """Return rows with the parts of their scores from the stored features, and with these scores."""
-        if best.part_NC is not None:
-            return best
-        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
-        part_NC = _score_by_checkpoint(view.take(best.rows_N), query_F, len(request.checkpoints))
-        return replace(best, part_NC=part_NC, stored_N=part_NC.sum(axis=1))
+    def _complete_parts(
+        self, request: QueryRequest, weighted_QF: Float32, best: ScoredRows, starts: Sequence[int]
+    ) -> ScoredRows:
+        """Return rows with the parts of their scores from the stored features, and with these scores.
+
+        `starts` are the places where the rows of each query begin, and the number of all.
+        """
+        each = [best[start:end] for start, end in itertools.pairwise(starts)]
+        stored = _concatenate(self._score_stored(request, weighted_QF, each))
+        return replace(best, part_NC=stored.part_NC, stored_N=stored.score_N)
 
     def _score_sets(self, request: QueryRequest, each_QF: Float32, rows_N: Int64) -> Float64:
         """Return a contrast's scores [2, N] for the mean of each set, exact if the answer's are; else [0, N]."""
@@ -267,22 +270,17 @@ class Ranker:
         """Return the candidates of each query with scores from the stored features; each row is read once."""
         view = self.store.view(request.checkpoints, cosine=request.options.cosine)
         scored: list[ScoredRows] = []
-        n_checkpoints = len(request.checkpoints)
         for queries in _split_queries(candidates, _NUMBERS_AT_ONCE // view.dim):
-            union, places = np.unique(np.concatenate([candidates[q].rows_N for q in queries]), return_inverse=True)
-            row_MCD = view.take(union).astype(np.float64).reshape(len(union), n_checkpoints, view.dim // n_checkpoints)
-            square_MC, done = np.einsum("mcd,mcd->mc", row_MCD, row_MCD), 0
-            for q in queries:
-                rows_N = candidates[q].rows_N
-                places_N = places[done : (done := done + len(rows_N))]
-                query_CD = weighted_QF[q].reshape(row_MCD.shape[1:]).astype(np.float64)
-                part_NC = np.einsum("ncd,cd->nc", row_MCD[places_N], query_CD)
-                error_N = None
-                if self.error_scale is not None and not request.options.cosine:
-                    square_1C = np.einsum("cd,cd->c", query_CD, query_CD)[None]
-                    deviation_N = sketch_deviations(square_1C, square_MC[places_N], query_CD.shape[1])[0]
-                    error_N = self.error_scale * deviation_N
-                scored.append(ScoredRows(rows_N, part_NC.sum(axis=1), None, error_N, part_NC))
+            each = [candidates[q].rows_N for q in queries]
+            row_MF, place_N = view.locate(np.concatenate(each))
+            ends = np.cumsum([len(rows) for rows in each])
+            part_NC, deviation_N = _score_row_parts(
+                row_MF, np.split(place_N, ends[:-1]), weighted_QF[queries], len(request.checkpoints)
+            )
+            has_error = self.error_scale is not None and not request.options.cosine
+            error_N = (self.error_scale or 0) * deviation_N if has_error else None
+            rows = ScoredRows(np.concatenate(each), part_NC.sum(axis=1), None, error_N, part_NC)
+            scored += [rows[slice(end - len(own), end)] for own, end in zip(each, ends.tolist(), strict=True)]
         return scored
 
     def _score_in_rounds(
@@ -366,21 +364,69 @@ def _split_queries(candidates: Sequence[ScoredRows], n_rows: int) -> Iterator[ra
         yield range(start, len(candidates))
 
 
-def _score_by_checkpoint(row_NF: Float32, query_F: Float32, n_checkpoints: int) -> Float64:
-    """Return the inner products of rows with a query at each checkpoint, [N, C], in float64."""
-    query_CD = query_F.reshape(n_checkpoints, -1).astype(np.float64)
-    part_NC: Float64 = np.einsum("ncd,cd->nc", row_NF.reshape(-1, *query_CD.shape).astype(np.float64), query_CD)
-    return part_NC
+def _score_row_parts(
+    row_MF: Float32, places: Sequence[Int64], queries_QF: Float32, n_checkpoints: int
+) -> tuple[Float64, Float64]:
+    """Return scores by checkpoint, and the sketch's standard deviations of their sums.
+
+    Args:
+        row_MF: rows.
+        places: where in `row_MF` the rows of each query are.
+        queries_QF: the queries.
+        n_checkpoints: C.
+
+    Returns:
+        The parts of the scores [N, C] of the rows of all queries, one query after the other; the deviations [N].
+    """
+    query_QCD = queries_QF.reshape(len(queries_QF), n_checkpoints, -1).astype(np.float64)
+    counts = [len(place) for place in places]
+    part_NC = np.empty((sum(counts), n_checkpoints))
+    square_NC = np.empty_like(part_NC)
+    end = 0
+    for place, query_CD in zip(places, query_QCD, strict=True):
+        part = slice(end, end := end + len(place))
+        row_NCD = row_MF[place].reshape(-1, *query_CD.shape).astype(np.float64)
+        np.einsum("ncd,cd->nc", row_NCD, query_CD, out=part_NC[part])
+        np.einsum("ncd,ncd->nc", row_NCD, row_NCD, out=square_NC[part])
+    square_QC = np.einsum("qcd,qcd->qc", query_QCD, query_QCD)
+    return part_NC, pair_deviations(np.repeat(square_QC, counts, axis=0), square_NC, query_QCD.shape[2])
 
 
 def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:
     """Return both sides' candidates of each query, each row once, scores times two to the power of the exponent."""
     pools = []
     for at, exponent in enumerate(exponent_Q):
-        rows, first = np.unique(np.concatenate([proponents.ids[at], opponents.ids[at]]), return_index=True)
-        scores = np.concatenate([proponents.scores[at], opponents.scores[at]])[first]
-        pools.append(ScoredRows(rows, np.ldexp(scores.astype(np.float64), exponent)))
+        rows_M = np.concatenate([proponents.ids[at], opponents.ids[at]])
+        score_M = np.concatenate([proponents.scores[at], opponents.scores[at]])
+        order = rows_M.argsort(kind="stable")
+        rows_M = rows_M[order]
+        first_M = np.ones(len(rows_M), dtype=bool)
+        np.not_equal(rows_M[1:], rows_M[:-1], out=first_M[1:])
+        pools.append(ScoredRows(rows_M[first_M], np.ldexp(score_M[order[first_M]].astype(np.float64), exponent)))
     return pools
+
+
+def _select_best(ranked: Sequence[ScoredRows], k: int) -> tuple[ScoredRows, list[int]]:
+    """Return the k best proponents, then the k best opponents of each query, one query after the other.
+
+    Also returns where the rows of each of these 2 Q lists begin, and the number of all: 2 Q + 1 positions.
+    """
+    rows = _concatenate(ranked)
+    query_N = np.repeat(np.arange(len(ranked)), [len(scored.rows_N) for scored in ranked])
+    list_N = 2 * query_N + (rows.score_N < 0)
+    order = np.lexsort((rows.rows_N, -np.abs(rows.score_N), list_N))
+    order = order[rows.score_N[order] != 0]
+    list_N = list_N[order]
+    is_best_N = np.arange(len(order)) - np.searchsorted(list_N, list_N) < k
+    starts = np.searchsorted(list_N[is_best_N], np.arange(2 * len(ranked) + 1))
+    return rows[order[is_best_N]], starts.tolist()
+
+
+def _concatenate(ranked: Sequence[ScoredRows]) -> ScoredRows:
+    """Return the rows of all queries, one query after the other."""
+    columns = zip(*(vars(scored).values() for scored in ranked), strict=True)
+    joined: list[Any] = [None if any(v is None for v in values) else np.concatenate(values) for values in columns]
+    return ScoredRows(*joined)
 
 
 def _mix(mixture_GQ: Float64 | None, each_QF: Float32) -> Float32:

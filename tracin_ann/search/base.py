@@ -13,6 +13,9 @@ from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.search.topk import negate, split
 from tracin_ann.types import Float32, Int64, TopK
 
+_FLOAT32_POWERS = 125
+"""Powers of two with exponents from −125 to 125 are exact in float32, and so are their products with rows in range."""
+
 
 class SearchIndex(Protocol):
     """Rows with ids, searched for the largest inner products with queries."""
@@ -63,6 +66,9 @@ def scale_to_unit(queries_QF: Float32) -> tuple[Float32, Int64]:
     """
     norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
     exponent_Q = np.where(np.isfinite(norm_Q), np.frexp(norm_Q)[1], 0).astype(np.int64)
+    if (np.abs(exponent_Q) <= _FLOAT32_POWERS).all():
+        # A product takes a tenth of the time of `ldexp`.
+        return queries_QF * np.ldexp(np.float32(1), -exponent_Q)[:, None], exponent_Q
     scaled_QF: Float32 = np.ldexp(queries_QF, -exponent_Q[:, None])
     return scaled_QF, exponent_Q
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -58,9 +58,7 @@ class StoredScorer:
         self._product = _Product()
         self._is_scan = len(queries_QF) <= _SCANNED_QUERIES
         self._n_threads = torch.get_num_threads()
-        # As in OpenMP, this number of FAISS is that of the calling thread only.
-        use_one_thread = partial(import_faiss().omp_set_num_threads, 1)
-        self._threads = ThreadPoolExecutor(self._n_threads, "tracin-scan", use_one_thread)
+        self._threads = ThreadPoolExecutor(self._n_threads, "tracin-scan", _use_one_thread)
         self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> StoredScorer:
@@ -138,6 +136,16 @@ class StoredScorer:
                 power_Q1 = None if queries.power_Q1 is None else queries.power_Q1[some]
                 some_QB = self._product.multiply(queries.query_QD[some])
                 _accumulate(some_QB, power_Q1, factors, out_QB[some, rows], is_first=is_first)
+
+
+def _use_one_thread() -> None:
+    """Set the number of OpenMP threads to 1, for parallel regions that the calling thread starts.
+
+    FAISS and PyTorch can share one OpenMP library. PyTorch's first operation in a thread sets the number to that of
+    `torch.set_num_threads`, if it was called; so it is made to do this before.
+    """
+    torch.get_num_threads()
+    import_faiss().omp_set_num_threads(1)
 
 
 class _Product(threading.local):

@@ -135,6 +135,12 @@ class RowTable:
         own = self.ids[row]
         return own if isinstance(own, str) else int(own)
 
+    def ids_at(self, rows_N: npt.ArrayLike) -> list[int | str]:
+        """Return the ids of the rows at these positions."""
+        at_N = np.asarray(rows_N)
+        ids: list[int | str] = (at_N if self.ids is None else self.ids[at_N]).tolist()
+        return ids
+
 
 def collect_columns(
     rows: Any,

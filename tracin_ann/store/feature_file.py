@@ -170,14 +170,14 @@ class FeatureFile:
     Attributes:
         stored_ND: the stored features.
         row_info_N: checksum and exponent of each row, in one array of records: both are needed for every row taken.
-        checked_N: which rows have been verified in blocks since the file was opened.
+        verified_blocks: which blocks have been verified since the file was opened, bool [ceil(N / block_rows)].
     """
 
     path: Path
     header: FileHeader
     stored_ND: Stored
     row_info_N: npt.NDArray[np.void]
-    checked_N: npt.NDArray[np.bool_]
+    verified_blocks: npt.NDArray[np.bool_]
     sqnorm_N: Float64
     loss_N: Float32
     block_checksum: Checksums
@@ -248,13 +248,13 @@ class FeatureFile:
         _check_columns(header, columns, stored_ND, written)
         row_info_N = np.zeros(n_rows, dtype=_ROW_INFO)
         row_info_N["exponent"], row_info_N["checksum"] = columns["exponent"], columns["row_checksum"]
-        checked_N = np.zeros(n_rows, dtype=bool)
+        verified_blocks = np.zeros(-(-n_rows // header.block_rows), dtype=bool)
         return cls(
             path,
             header,
             stored_ND,
             row_info_N,
-            checked_N,
+            verified_blocks,
             columns["sqnorm"],
             columns["loss"],
             columns["block_checksum"],
@@ -304,16 +304,13 @@ class FeatureFile:
 
     def _check_blocks(self, start: int, stop: int) -> None:
         """Verify the blocks that contain rows start..stop-1, unless they have been verified."""
-        if self.checked_N[start:stop].all():
-            return
         size = self.header.block_rows
         first, last = start // size, -(-stop // size)
-        for block in range(first, last):
+        for block in (first + np.flatnonzero(~self.verified_blocks[first:last])).tolist():
             rows = slice(block * size, min((block + 1) * size, self.header.n_rows))
-            if not self.checked_N[rows].all():
-                if checksum(self.stored_ND[rows]) != self.block_checksum[block]:
-                    raise self.alteration_error(self._find_altered_rows(block))
-                self.checked_N[rows] = True
+            if checksum(self.stored_ND[rows]) != self.block_checksum[block]:
+                raise self.alteration_error(self._find_altered_rows(block))
+            self.verified_blocks[block] = True
 
     def _find_altered_rows(self, block: int) -> Int64:
         """Return the positions of the altered rows of a damaged block; all its rows if their checksums all agree."""

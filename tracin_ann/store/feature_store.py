@@ -275,12 +275,15 @@ class FeatureStore:
         finally:
             self._taken.rows = outer
 
-    def recall(self, view: FeatureView, id_K: Int64) -> Float32 | None:
-        """Return rows if all of them were taken from this view in the block of `remember_taken`."""
+    def recall(self, view: FeatureView, id_K: Int64) -> tuple[Float32, Int64] | None:
+        """Return rows and the places of those with these ids among them; None if not all were taken from this view.
+
+        Only rows that were taken in the block of `remember_taken` are found.
+        """
         for own, row_N, row_NF in getattr(self._taken, "rows", None) or ():
             place_K = np.searchsorted(row_N, id_K)
             if own == view and (row_N.take(place_K, mode="clip") == id_K).all():
-                return row_NF[place_K]  # type: ignore[no-any-return]
+                return row_NF, place_K
         return None
 
     def remember(self, view: FeatureView, id_K: Int64, row_KF: Float32) -> None:
@@ -321,9 +324,8 @@ class FeatureStore:
 
 
 def _count_verified_rows(file: FeatureFile) -> int:
-    """Return the number of rows of a file that have been verified in blocks, from one row of each block."""
-    block_rows = file.header.block_rows
-    return min(file.header.n_rows, block_rows * int(np.count_nonzero(file.checked_N[::block_rows])))
+    """Return the number of rows of a file that have been verified in blocks; the last block may have fewer rows."""
+    return min(file.header.n_rows, file.header.block_rows * int(np.count_nonzero(file.verified_blocks)))
 
 
 @dataclass(frozen=True)
@@ -392,19 +394,38 @@ class FeatureView:
         Raises:
             KeyError: an id is outside 0..N-1.
         """
+        id_K = self._check_ids(ids)
+        taken = self.store.recall(self, id_K)
+        return self._read_rows(id_K) if taken is None else taken[0][taken[1]]
+
+    def locate(self, ids: Sequence[int] | Int64) -> tuple[Float32, Int64]:
+        """Return float32 rows [N, F], and the places [K] of the rows with these ids among them.
+
+        The rows are not to be written to: they can be those of an earlier call, in the block of `remember_taken`.
+
+        Raises:
+            KeyError: an id is outside 0..N-1.
+        """
+        id_K = self._check_ids(ids)
+        taken = self.store.recall(self, id_K)
+        if taken is None:
+            row_N, place_K = np.unique(id_K, return_inverse=True)
+            taken = self._read_rows(row_N), place_K
+        return taken
+
+    def _check_ids(self, ids: Sequence[int] | Int64) -> Int64:
         id_K = np.asarray(ids, dtype=np.int64)
         unknown_K = (id_K < 0) | (id_K >= len(self))
         if unknown_K.any():
             raise KeyError(int(id_K[unknown_K][0]))
-        row_KF = self.store.recall(self, id_K)
-        if row_KF is None:
-            row_KF = self._read_rows(id_K)
-            self.store.remember(self, id_K, row_KF)
-        return row_KF
+        return id_K
 
     def _read_rows(self, id_K: Int64) -> Float32:
-        if len(id_K) <= _FEW_ROWS:
-            return self._take_few(id_K)
+        row_KF = self._take_few(id_K) if len(id_K) <= _FEW_ROWS else self._take_sorted(id_K)
+        self.store.remember(self, id_K, row_KF)
+        return row_KF
+
+    def _take_sorted(self, id_K: Int64) -> Float32:
         # In ascending order, so that files are read forwards, each row once, and in groups that bound the memory.
         row_N, place_K = np.unique(id_K, return_inverse=True)
         row_NF = np.empty((len(row_N), self.dim), dtype=np.float32)
