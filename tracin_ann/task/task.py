@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from tracin_ann.choices import SideName
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.nested import default_batch
 
@@ -25,6 +26,8 @@ EXAMPLES = {
     "describe": 'describe=lambda row: f"a {row[1]}"',
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
+    "token_losses": "token_losses=lambda model, batch: ...",
+    "query_token_losses": "query_token_losses=lambda model, batch: ...",
 }
 LossFunction = Callable[[nn.Module, Any], Tensor]
 ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -49,6 +52,10 @@ class Task:
         ids: example of either side -> its id, an int or str, which answers name; None: its position.
         load: `load(model, path)` for checkpoints that are not a plain state_dict: fills the model, or returns a module
             of the same layers, whose parameters and buffers are then copied into the model.
+        token_losses: `token_losses(model, batch) -> Tensor[B, T]`, the terms of `loss` by target position: their sum
+            over T is the loss of each example, and positions without a loss are 0. Position t belongs to token t of
+            `Description.tokens`. It splits scores by token; None: they are not split.
+        query_token_losses: the same for `query_loss`; without `query_loss`, `token_losses` applies to queries too.
     """
 
     model: Callable[[], nn.Module]
@@ -63,6 +70,8 @@ class Task:
     load: Callable[[nn.Module, str], object] | None = None
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
+    token_losses: LossFunction | None = None
+    query_token_losses: LossFunction | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
@@ -72,6 +81,7 @@ class Task:
         """
         required = ("model", "loss", "train_data", "query_data")
         optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
+        optional += ("token_losses", "query_token_losses")
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
@@ -172,6 +182,12 @@ class Task:
                 )
             )
         return plain
+
+    def find_token_losses(self, side: SideName) -> LossFunction | None:
+        """Return the function that splits the loss of a side's examples by position, or None if there is none."""
+        if side == "train" or (self.query_loss is None and self.query_token_losses is None):
+            return self.token_losses
+        return self.query_token_losses
 
     def describe_example(self, example: Any) -> Description | None:
         """Return the description of an example, or None without `describe`."""
