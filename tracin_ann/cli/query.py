@@ -39,7 +39,7 @@ _LOT = 512
 _EXCLUSIVE = {
     "self_influence": (
         "ranks all training rows",
-        ("ids", "train_ids", "together", "against", "cosine", "rerank", "candidates", "search", "recall"),
+        ("ids", "train_ids", "together", "against", "cosine", "rerank", "candidates", "search", "recall", "tokens"),
     ),
     "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
     "against": ("compares two sets of rows of query_data", ("train_ids", "together")),
@@ -99,6 +99,7 @@ _EXCLUSIVE = {
 @filter_options
 @checkpoints_option
 @click.option("--cosine", is_flag=True, help="Use cosine at each checkpoint, weighted by the learning rate.")
+@click.option("--tokens", is_flag=True, help="Split the exact scores of the hits over their tokens.")
 @own_ids_option
 @output_options
 @html_option
@@ -137,14 +138,14 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     """Answer the queries, write the answers and print a summary."""
-    from tracin_ann.scoring import HITS, Answers, QueryOptions
+    from tracin_ann.scoring import HITS, HITS_BY_TOKEN, Answers, QueryOptions
 
     sides: dict[str, SideName] = {"ids": "query", "train_ids": "train", "against": "query"}
     rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]
-    names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
+    names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall", "tokens")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
     summary, reported = _Summary(len(index)), Answers((), index.describe)
-    with sink.open(HITS) as write, show_progress("rows") as progress:
+    with sink.open(HITS_BY_TOKEN if chosen.tokens else HITS) as write, show_progress("rows") as progress:
         for answers in _answer_in_batches(index, rows, chosen, bool(options["together"]), progress):
             write(answers)
             summary.add(answers)

@@ -73,4 +73,5 @@ class LossModule(nn.Module):
         self._losses = losses
 
     def forward(self, batch: Any) -> Tensor:
+        """Return the losses of a batch."""
         return self._losses(self.model, batch)

@@ -81,8 +81,7 @@ class Task:
             TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
-        optional += ("token_losses", "query_token_losses")
+        optional = ("query_loss", "collate", "describe", "load", "columns", "ids", "token_losses", "query_token_losses")
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
