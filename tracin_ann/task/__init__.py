@@ -14,6 +14,9 @@ from tracin_ann.task.batches import (
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
 from tracin_ann.task.content import encode_content
 from tracin_ann.task.data import materialise, open_data
+from tracin_ann.task.integrations.callback import TracInCallback
+from tracin_ann.task.integrations.recorder import LossFall, RunRecorder
+from tracin_ann.task.integrations.run_record import RunRecord, has_run_record, read_order, read_run_record
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
@@ -30,10 +33,14 @@ __all__ = [
     "Description",
     "EXAMPLES",
     "FileIdentity",
+    "LossFall",
     "LossFunction",
     "OriginalModel",
+    "RunRecord",
+    "RunRecorder",
     "Task",
     "TaskReference",
+    "TracInCallback",
     "WeightCache",
     "WindowReader",
     "absolute_reference",
@@ -41,6 +48,7 @@ __all__ = [
     "checkpoint_digest",
     "differ_in_length",
     "encode_content",
+    "has_run_record",
     "identify_checkpoint",
     "leaves",
     "load_named_task",
@@ -54,6 +62,8 @@ __all__ = [
     "preserve_globals",
     "preserve_model",
     "preserve_registry",
+    "read_order",
+    "read_run_record",
     "rebuild",
     "tensors_within",
     "to_device",
