@@ -304,7 +304,7 @@ def _check_build_record(record: BuildRecord) -> None:
         raise ValueError(f"batches of {record.batch_size}")
     for checkpoint in spec.checkpoints:
         rates = checkpoint.rates or {}
-        if min(checkpoint.learning_rate, *rates.values()) < 0:
+        if min([checkpoint.learning_rate, *rates.values()]) < 0:
             raise ValueError("a negative learning rate")
         if checkpoint.rates is not None and set(rates) != {parameter.name for parameter in spec.parameters}:
             raise ValueError("learning rates of other parameters")
