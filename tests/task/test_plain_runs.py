@@ -42,7 +42,7 @@ def train(folder: Path, *, named: bool = False, record: bool = False, epochs: in
     if not named:
         groups = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * epochs)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 * epochs)
     recorder = RunRecorder(folder, model, optimizer) if record else None
     for epoch in range(epochs):
         for batch in batches(ROWS, 6):
@@ -170,7 +170,7 @@ def test_names_that_do_not_match_are_rejected_in_one_line(tmp_path: Path) -> Non
     assert "7 names, 6 of them" in read_error(path, "net", parameter_names=[*run.names[:6], run.names[0]])
     # The model's own order is not that of the groups; Adam's state has other shapes.
     wrong = read_error(path, "net", parameter_names=[name for name, _ in Small().named_parameters()])
-    assert "got scale of shape [1] for parameter 0, expected shape [3, 64]" in wrong
+    assert "got body.0.weight of shape [4, 1, 3, 3] for parameter 1, expected shape [3, 64]" in wrong
     unknown = read_error(path, "net", parameter_names=[*run.names[:6], "other"])
     assert "got other of shape None for parameter 6, expected a parameter of the model" in unknown
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ STATE_DICT = "state_dict"
 _HYPER_PARAMETERS, _HYPER_PARAMETERS_NAME = "hyper_parameters", "hparams_name"
 _METRICS, _RATE = "metrics.csv", "lr-"
 _REMEDY = "pass learning_rates=[...], one for each checkpoint"
+
+# What configure_optimizers often reads of its trainer.
+_TRAINER = SimpleNamespace(
+    estimated_stepping_batches=1000,
+    max_steps=1000,
+    max_epochs=10,
+    num_training_batches=100,
+    accumulate_grad_batches=1,
+    world_size=1,
+)
 
 Module = type[nn.Module] | nn.Module | Callable[[], nn.Module]
 
@@ -267,13 +278,14 @@ class _RateReader:
     @functools.cached_property
     def _configured(self) -> list[SavedOptimizer] | str:
         """Return the groups of the optimizers that the module configures, with names, or why they are unknown."""
-        # A copy, whose trainer is not that of the user's module.
         try:
             module = copy.deepcopy(self._module)
+            # Schedules depend on the trainer; only the groups are used here.
+            vars(module)["_trainer"] = _TRAINER
             made = list(_list_optimizers(module.configure_optimizers()))  # type: ignore[operator]
-        # Code of the user, which may need a trainer.
+        # Code of the user, which may need other attributes of a trainer.
         except Exception as error:
-            return f"configure_optimizers() fails with {first_line(error)}"
+            return f"{first_line(error)} in configure_optimizers()"
         name_of = {id(parameter): name for name, parameter in module.named_parameters()}
         optimizers = []
         for optimizer in made:
