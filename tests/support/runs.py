@@ -80,8 +80,8 @@ def brute_force_scores(
         rows: the training rows.
     """
     total = np.zeros((len(queries), len(rows)))
-    for model, rate_of in zip(models, rates, strict=True):
-        model = copy.deepcopy(model)
+    for trained, rate_of in zip(models, rates, strict=True):
+        model = copy.deepcopy(trained)
         rate_P = torch.cat(
             [torch.full((p.numel(),), rate_of[name]) for name, p in model.named_parameters() if p.requires_grad]
         )

@@ -295,7 +295,9 @@ def test_files_that_cannot_be_used_are_rejected_in_one_line(run: tuple[Path, Rat
 
 def test_a_file_that_would_run_code_is_rejected(tmp_path: Path) -> None:
     net = Net()
-    torch.save({"state_dict": net.state_dict(), "global_step": 1, "hyper_parameters": {"width": Path}}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": net.state_dict(), "global_step": 1, "hyper_parameters": {"width": Path}}, tmp_path / "a.ckpt"
+    )
     assert "which weights_only=True rejects" in read_error(CheckpointError, tmp_path)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from runs import CONFIG, Small, assert_close, batches, brute_force_scores, cross_entropy, exact_scores, make_images
-from tracin_ann import Checkpoint, RunRecorder, Task, build
-from tracin_ann.errors import CheckpointError, TaskError
+from tracin_ann import Checkpoint, InfluenceIndex, RunRecorder, Task, build
+from tracin_ann.errors import CheckpointError, IndexMismatchError, TaskError
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
 
 ROWS, QUERIES = make_images(12), make_images(4, seed=2)
@@ -152,7 +152,9 @@ def test_files_without_weights_or_rates_are_rejected_in_one_line(tmp_path: Path)
         f"checkpoint {path} has no state_dict under 'model': got a dict with net, first, second, expected a dict of "
         "tensors by name under 'model'; pass the key under which the training loop saved model.state_dict()"
     )
-    assert "got 'first', 'second' with the state dict of an optimizer, expected one under 'opt" in read_error(path, "net")
+    assert "got 'first', 'second' with the state dict of an optimizer, expected one under 'opt" in read_error(
+        path, "net"
+    )
     assert "expected one under 'third'" in read_error(path, "net", optimizer_key="third")
     bare = save(tmp_path, model=model.state_dict())
     assert "has no learning rate: got no entry with" in read_error(bare)
@@ -182,9 +184,6 @@ def test_a_task_rejects_a_key_beside_its_own_load(tmp_path: Path) -> None:
 
 
 def test_an_index_rejects_a_task_that_reads_another_entry(tmp_path: Path) -> None:
-    from tracin_ann import InfluenceIndex
-    from tracin_ann.errors import IndexMismatchError
-
     path = save(tmp_path, model=Small().state_dict(), ema=Small().state_dict())
     build(make_task([Checkpoint.from_file(path, "model", 0.5)]), tmp_path / "index", CONFIG)
     index = InfluenceIndex.open(tmp_path / "index", make_task([Checkpoint.from_file(path, "ema", 0.5)]), device="cpu")

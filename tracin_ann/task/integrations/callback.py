@@ -1,6 +1,6 @@
 """TracInCallback: records a training run of the Hugging Face Trainer or of Lightning.
 
-Neither library is imported here. The callback derives from the callback classes of those that the program has imported.
+Neither library is imported here. The callback derives from the callback classes of those that the program imports.
 """
 
 from __future__ import annotations
@@ -21,12 +21,8 @@ from tracin_ann.task.integrations.recorder import LossFall, RunRecorder, Weights
 
 logger = logging.getLogger(__name__)
 
-# Modules that define the base class of callbacks of a trainer, with the name of the class.
-_BASES = {
-    "transformers.trainer_callback": "TrainerCallback",
-    "lightning.pytorch.callbacks.callback": "Callback",
-    "pytorch_lightning.callbacks.callback": "Callback",
-}
+# Modules that have the base class of a trainer's callbacks, with the name of the class.
+_BASES = {"transformers": "TrainerCallback", "lightning.pytorch": "Callback", "pytorch_lightning": "Callback"}
 # Strategies of Lightning that shard weights over processes.
 _SHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 IdsOf = str | Callable[[Any], Iterable[int | str] | Tensor]
@@ -56,6 +52,14 @@ class TracInCallback:
     def __new__(cls, **options: Any) -> Any:
         """Return an object that is also a callback of the libraries in use."""
         return object.__new__(_derive(tuple(_loaded_bases())))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of a library's class that the program imported after the construction."""
+        derived = _derive(tuple(_loaded_bases()))
+        if name.startswith("_") or type(self) is derived:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__class__ = derived
+        return getattr(self, name)
 
     def __init__(
         self,
@@ -202,8 +206,9 @@ class TracInCallback:
 def _loaded_bases() -> Iterable[type]:
     """Yield the callback classes of the libraries that the program has imported."""
     for module, name in _BASES.items():
-        if module in sys.modules:
-            yield getattr(sys.modules[module], name)
+        base = getattr(sys.modules.get(module), name, None)
+        if isinstance(base, type):
+            yield base
 
 
 @lru_cache
