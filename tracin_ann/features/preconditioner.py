@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from tracin_ann.choices import Preconditioner
-from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.features.rates import ParameterRates
 from tracin_ann.gradients import GradientScales, form_dtype
 from tracin_ann.task import SecondMoment
@@ -35,9 +33,6 @@ def compute_scales(
         rates: the learning rates.
         moments: the second moments of all parameters whose learning rate is not 0.
         parameters: the selected parameters.
-
-    Raises:
-        CheckpointError: a weight is not finite: a moment is negative or NaN, or zero with ε = 0.
     """
     dtype = form_dtype(parameters.values())
     factors: dict[str, float | Tensor] = {}
@@ -47,15 +42,6 @@ def compute_scales(
             continue
         denominator_P = moments[name].denominator(dtype, parameter.device)
         weight_P = denominator_P.rsqrt_() if kind == "adam" else denominator_P.reciprocal_()
-        if not bool(torch.isfinite(weight_P).all()):
-            raise CheckpointError(
-                problem(
-                    f"the second moments of parameter {name} cannot be used",
-                    got="a weight that is NaN or infinite",
-                    expected="moments of 0 or more, and ε above 0",
-                    remedy="build without --preconditioner, or exclude the parameter with Task.parameters",
-                )
-            )
         factors[name] = weight_P.mul_((rates.by_parameter[name] / rates.rate) ** 0.5)
     return GradientScales(factors)
 

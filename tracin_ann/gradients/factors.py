@@ -128,7 +128,7 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
     A block has about `elements` numbers, and complete rows of the parameter.
     """
     if isinstance(form, Scaled):
-        for start, block in column_blocks(form.form, elements):
+        for start, block in column_blocks(form.form, elements=elements):
             yield start, block * form.weight_P[start : start + block.shape[1]]
         return
     n_rows, n_columns = form.shape

@@ -55,7 +55,7 @@ class SecondMoment:
     def denominator(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return √v̂ + ε, [P]."""
         value_P = self.value.detach().flatten().to(device, dtype)
-        return (value_P / self.correction).sqrt_().add_(self.eps)
+        return (value_P / max(self.correction, 1e-300)).sqrt_().add_(self.eps)
 
 
 def read_second_moments(
@@ -108,8 +108,23 @@ def read_second_moments(
                     remedy="exclude it with Task.parameters, or give it learning rate 0",
                 )
             )
+        if not _is_usable(found):
+            raise CheckpointError(
+                problem(
+                    f"the second moment of parameter {name} cannot be used",
+                    got=f"entries from {float(found.value.min()):g} to {float(found.value.max()):g}, ε = {found.eps:g}",
+                    expected="finite entries of 0 or more after at least one step, and ε above 0",
+                    remedy=f"correct {where}, or exclude the parameter with Task.parameters",
+                )
+            )
         moments[name] = found
     return moments
+
+
+def _is_usable(moment: SecondMoment) -> bool:
+    """Return whether √v̂ + ε is finite and positive in every entry."""
+    denominator_P = moment.denominator(torch.float32, moment.value.device)
+    return moment.correction > 0 and bool((torch.isfinite(denominator_P) & (denominator_P > 0)).all())
 
 
 def second_moments_digest(moments: Mapping[str, SecondMoment]) -> str:
@@ -167,7 +182,9 @@ def _find_entry(content: Any, where: str) -> Mapping[str, Any]:
             return content
         got = f"a mapping with {', '.join(map(str, list(content)[:4]))}"
     else:
-        got = f"{len(content)} states" if isinstance(content, list) else type(content).__name__
+        got = (
+            f"{type(content).__name__} of {len(content)} entries" if isinstance(content, Mapping | Sequence) else repr(content)[:80]
+        )
     raise CheckpointError(
         problem(
             f"{where} has no second moments",
