@@ -343,3 +343,40 @@ def test_an_unknown_preconditioner_is_rejected():
         UsageError, match="^bad --preconditioner: got 'sgd', expected none or adam or trackstar; change"
     ):
         BuildConfig(preconditioner="sgd")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+def test_the_moments_of_a_trainer_run_have_the_names_of_their_parameters(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    small = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"intermediate_size": 24, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = {
+        "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**small)),
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, tie_word_embeddings=True)),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+        ),
+    }[kind]()
+    ids = torch.randint(1, 20, (12, 6), generator=torch.Generator().manual_seed(1))
+    labels = [int(row[0]) % 2 for row in ids] if kind == "bert" else list(ids)
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        save_steps=4,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    moments = {name: trainer.optimizer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    given = Checkpoint(tmp_path, 0.1, tmp_path / "checkpoint-4" / "optimizer.pt")
+    found = read_second_moments(given, model, list(moments), list(moments))
+    assert all(torch.equal(found[name].value, moment) for name, moment in moments.items())
+    assert {moment.correction for moment in found.values()} == {1 - 0.999**4}
+    assert {moment.eps for moment in found.values()} == {1e-8}

@@ -183,7 +183,9 @@ def _find_entry(content: Any, where: str) -> Mapping[str, Any]:
         got = f"a mapping with {', '.join(map(str, list(content)[:4]))}"
     else:
         got = (
-            f"{type(content).__name__} of {len(content)} entries" if isinstance(content, Mapping | Sequence) else repr(content)[:80]
+            f"{type(content).__name__} of {len(content)} entries"
+            if isinstance(content, Mapping | Sequence)
+            else repr(content)[:80]
         )
     raise CheckpointError(
         problem(
