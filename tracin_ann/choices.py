@@ -10,6 +10,7 @@ from typing import Literal
 SideName = Literal["train", "query"]
 Precision = Literal["fp32", "bf16"]
 Norms = Literal["sketch", "exact"]
+Preconditioner = Literal["none", "adam", "trackstar"]
 Search = Literal["auto", "lists", "scan"]
 OnNonfinite = Literal["error", "skip"]
 Format = Literal["jsonl", "csv", "parquet"]
@@ -17,6 +18,7 @@ MemoryFormat = Literal["auto", "contiguous", "channels-last"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 NORMS: tuple[Norms, ...] = ("sketch", "exact")
+PRECONDITIONERS: tuple[Preconditioner, ...] = ("none", "adam", "trackstar")
 SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")

@@ -180,7 +180,9 @@ class Task:
             loss=loss,
             train_data=open_train,
             query_data=open_train if query_data is None else open_query,
-            checkpoints=[Checkpoint(path, rate, STATE_DICT) for path, rate in run.checkpoints],
+            checkpoints=[
+                Checkpoint(saved.path, saved.rates, saved.second_moments, STATE_DICT) for saved in run.checkpoints
+            ],
             **fields,
         )
 
@@ -273,12 +275,16 @@ class Checkpoint:
             number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
             An optimizer with parameter groups has one rate per group: a mapping from globs of parameter names to
             rates, `{"head.*": 1e-3, "body.*": 1e-4}`. Exactly one glob has to match each selected parameter.
+        second_moments: where a build with a preconditioner reads Adam's second moments: a file with the state of the
+            optimizer (`optimizer.pt`) or with moments by parameter name (safetensors), or a function that returns such
+            a state, or {parameter name: v̂}.
         key: the entry of the file that contains the state dict; None: the file is the state dict, or contains it under
             `model`, `state_dict` or `model_state_dict`.
     """
 
     path: str | os.PathLike[str]
     learning_rate: float | Mapping[str, float] = field(hash=False)
+    second_moments: str | os.PathLike[str] | Callable[[], Mapping[str, Any]] | None = None
     key: str | None = None
 
     def __post_init__(self) -> None:
@@ -389,9 +395,9 @@ class Checkpoint:
         )
 
         if learning_rate is None:
-            return cls(path, read_saved_rates(path, key, optimizer_key, parameter_names), key)
+            return cls(path, read_saved_rates(path, key, optimizer_key, parameter_names), path, key)
         check_entry(path, key)
-        return cls(path, learning_rate, key)
+        return cls(path, learning_rate, key=key)
 
     @classmethod
     def from_run(cls, folder: str | os.PathLike[str], *, summed: bool = False) -> list[Checkpoint]:
@@ -412,7 +418,7 @@ class Checkpoint:
 
         record = read_run_record(folder)
         return [
-            cls(record.folder / checkpoint.path, rates)
+            cls(record.folder / checkpoint.path, rates, checkpoint.optimizer and record.folder / checkpoint.optimizer)
             for checkpoint, rates in zip(record.checkpoints, select_rates(record, summed=summed), strict=True)
         ]
 
