@@ -63,6 +63,18 @@ def test_the_table_example_prints_answers_and_writes_a_report(
     read_answer(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+def test_the_lightning_example_prints_answers_and_writes_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightning")
+    importlib.import_module("examples.lightning_run").main(["--out", str(tmp_path / "run")])
+    read_answer(
+        capsys.readouterr().out, r" checkpoints: step-1, .*\n\ntest digit \d+, a \d\n +\+\d+\.\d{3}  \d+, a \d\n"
+    )
+
+
 def read_answer(printed: str, said: str) -> None:
     assert re.search(said, printed), printed
     report = re.search(r"(\S+/report\.html)$", printed, re.M)

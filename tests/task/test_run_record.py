@@ -96,7 +96,7 @@ def test_the_record_has_rates_sums_and_losses(tmp_path: Path) -> None:
         summed = sum(0.5**halving for halving in halvings)
         assert checkpoint.summed_learning_rates == {n: pytest.approx(r * summed) for n, r in names.items()}
     assert [checkpoint.loss for checkpoint in record.checkpoints] == [4.0, 3.0, 2.0, 2.0]
-    sums = [checkpoint.learning_rate for checkpoint in Checkpoint.from_run(tmp_path, summed=True)]
+    sums = [checkpoint.learning_rate for checkpoint in Checkpoint.from_run(tmp_path, rates="sum")]
     assert sums == [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
     content = json.loads((tmp_path / "tracin.json").read_text())
     assert (content["format"], content["version"], content["order"]) == ("tracin-run", 1, None)
@@ -213,7 +213,9 @@ def test_a_resumed_run_continues_the_record_and_the_rule(tmp_path: Path) -> None
     train(tmp_path, [2.9, 2.5, 2.0, 2.0], rule=rule, start_step=4)[0].close()
     assert steps_of(tmp_path) == [1, 3, 7, 8]
     with pytest.raises(CheckpointError, match="has no sum of learning rates at step 7"):
-        Checkpoint.from_run(tmp_path, summed=True)
+        Checkpoint.from_run(tmp_path, rates="sum")
+    with pytest.raises(UsageError, match="^bad rates: got 'mean', expected 'at' or 'sum'"):
+        Checkpoint.from_run(tmp_path, rates="mean")  # type: ignore[arg-type]
     train(tmp_path, [1.0], rule=rule, start_step=0)[0].close()
     assert steps_of(tmp_path) == [1]
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -400,16 +400,18 @@ class Checkpoint:
         return cls(path, learning_rate, key=key)
 
     @classmethod
-    def from_run(cls, folder: str | os.PathLike[str], *, summed: bool = False) -> list[Checkpoint]:
+    def from_run(cls, folder: str | os.PathLike[str], *, rates: Literal["at", "sum"] = "at") -> list[Checkpoint]:
         """Return the checkpoints of a run that `RunRecorder` recorded, in training order, with their learning rates.
 
         Args:
             folder: the folder that contains `tracin.json`.
-            summed: use the sum of the rates of the steps since the checkpoint before, instead of the rate of the last
-                step: η_i for all steps that a checkpoint represents (Pruthi et al. 2020, section 3.3).
+            rates: "at": the learning rates of the last step before the checkpoint; "sum": the sums of the rates of the
+                steps since the checkpoint before, which are η_i of all steps that the checkpoint represents (Pruthi et
+                al. 2020, section 3.3).
 
         Raises:
             CheckpointError: there is no record, it is damaged, one of its files is missing, or it has no sums.
+            UsageError: `rates` has another value.
         """
         from tracin_ann.task.integrations.run_record import (  # noqa: PLC0415 - only for such runs
             read_run_record,
@@ -418,8 +420,8 @@ class Checkpoint:
 
         record = read_run_record(folder)
         return [
-            cls(record.folder / checkpoint.path, rates, checkpoint.optimizer and record.folder / checkpoint.optimizer)
-            for checkpoint, rates in zip(record.checkpoints, select_rates(record, summed=summed), strict=True)
+            cls(record.folder / checkpoint.path, rate, checkpoint.optimizer and record.folder / checkpoint.optimizer)
+            for checkpoint, rate in zip(record.checkpoints, select_rates(record, rates), strict=True)
         ]
 
 

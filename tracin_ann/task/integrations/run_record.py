@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tracin_ann.errors import CheckpointError, DamagedIndexError, problem
+from tracin_ann.errors import CheckpointError, DamagedIndexError, UsageError, problem
 from tracin_ann.files import read_json, write_json_atomic
 from tracin_ann.task.integrations.param_groups import Rates, read_rate
 
@@ -107,24 +107,31 @@ def read_run_record(folder: str | os.PathLike[str]) -> RunRecord:
         raise CheckpointError(message) from error
 
 
-def select_rates(record: RunRecord, *, summed: bool = False) -> list[Rates]:
+def select_rates(record: RunRecord, rates: str = "at") -> list[Rates]:
     """Return the learning rates of each checkpoint, of its last step or summed since the checkpoint before.
+
+    Args:
+        record: the record of a run.
+        rates: "at" or "sum".
 
     Raises:
         CheckpointError: sums are not recorded at a checkpoint.
+        UsageError: `rates` has another value.
     """
-    if not summed:
+    if rates not in ("at", "sum"):
+        raise UsageError(problem("bad rates", got=repr(rates), expected="'at' or 'sum'", remedy="change rates"))
+    if rates == "at":
         return [checkpoint.learning_rates for checkpoint in record.checkpoints]
-    rates = [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
-    known = [each for each in rates if each is not None]
-    if len(known) < len(rates):
-        step = record.checkpoints[rates.index(None)].step
+    sums = [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
+    known = [each for each in sums if each is not None]
+    if len(known) < len(sums):
+        step = record.checkpoints[sums.index(None)].step
         raise CheckpointError(
             problem(
                 f"{record.folder / RECORD} has no sum of learning rates at step {step}",
                 got="steps that were not recorded, for example before the run was resumed",
                 expected="the sum of the rates since the checkpoint before",
-                remedy="use the rates of the last steps (summed=False)",
+                remedy="use the rates of the last steps (rates='at')",
             )
         )
     return known
