@@ -200,7 +200,7 @@ class CheckpointLoader:
     def _files_differ(self, one: int, other: int) -> bool:
         """Return whether the files of two checkpoints differ, and neither learning rate is 0."""
         pair = [self._task.checkpoints[place] for place in (one, other)]
-        return all(c.learning_rate for c in pair) and checkpoint_digest(pair[0]) != checkpoint_digest(pair[1])
+        return all(c.largest_rate for c in pair) and checkpoint_digest(pair[0]) != checkpoint_digest(pair[1])
 
     def _path(self, checkpoint: int) -> str:
         return os.fspath(self._task.checkpoints[checkpoint].path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -26,6 +26,7 @@ EXAMPLES = {
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
 }
+_MAX_SHOWN = 6
 LossFunction = Callable[[nn.Module, Any], Tensor]
 ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
@@ -103,7 +104,7 @@ class Task:
                     remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
                 )
             )
-        if not any(checkpoint.learning_rate for checkpoint in self.checkpoints):
+        if not any(checkpoint.largest_rate for checkpoint in self.checkpoints):
             raise TaskError(
                 problem(
                     "every checkpoint has learning rate 0",
@@ -182,7 +183,7 @@ class Task:
 
 
 def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
-    names = ", ".join(list(named)[:6]) + (", ..." if len(named) > 6 else "")  # noqa: PLR2004
+    names = ", ".join(list(named)[:_MAX_SHOWN]) + (", ..." if len(named) > _MAX_SHOWN else "")
     return problem(
         what,
         got="no match",
@@ -193,36 +194,93 @@ def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved state of the model and the learning rate at which training saved it.
+    """A saved state of the model and the learning rate, or rates, at which training saved it.
 
     Attributes:
         path: a file that `torch.load(weights_only=True)` or safetensors reads, or a file or directory that
             `Task.load` reads.
         learning_rate: η_c of TracInCP (Pruthi et al. 2020, section 3.3), a finite number or a tensor or array with one
             number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
+            An optimizer with parameter groups has one rate per group: a mapping from globs of parameter names to
+            rates, `{"head.*": 1e-3, "body.*": 1e-4}`. Exactly one glob has to match each selected parameter.
     """
 
     path: str | os.PathLike[str]
-    learning_rate: float
+    learning_rate: float | Mapping[str, float] = field(hash=False)
 
     def __post_init__(self) -> None:
-        """Convert the learning rate to a float.
+        """Convert the learning rates to floats.
 
         Raises:
-            TaskError: the learning rate is negative, NaN, infinite or not a number.
+            TaskError: a learning rate is negative, NaN, infinite or not a number, or a mapping is empty or has a key
+                that is not a str.
         """
-        rate = _as_float(self.learning_rate)
+        given: object = self.learning_rate
+        if not isinstance(given, Mapping):
+            object.__setattr__(self, "learning_rate", self._convert_rate(given))
+            return
+        if not given or not all(isinstance(pattern, str) for pattern in given):
+            raise TaskError(
+                problem(
+                    f"checkpoint {os.fspath(self.path)} has bad learning rates",
+                    got=" ".join(repr(given).split())[:160],
+                    expected="a learning rate for each glob of parameter names",
+                    remedy='pass, for example, learning_rate={"head.*": 1e-3, "body.*": 1e-4}',
+                )
+            )
+        rates = {pattern: self._convert_rate(rate, f" for {pattern!r}") for pattern, rate in given.items()}
+        object.__setattr__(self, "learning_rate", rates)
+
+    def _convert_rate(self, given: object, where: str = "") -> float:
+        rate = _as_float(given)
         if rate is None or not 0 <= rate < math.inf:
             raise TaskError(
                 problem(
-                    f"checkpoint {os.fspath(self.path)} has a bad learning rate",
-                    got=" ".join(repr(self.learning_rate).split())[:160],
+                    f"checkpoint {os.fspath(self.path)} has a bad learning rate{where}",
+                    got=" ".join(repr(given).split())[:160],
                     expected="a finite number, 0 or more",
                     remedy="give the learning rate that training used at this checkpoint",
                 )
             )
         # abs() removes the sign of -0.0, which would be written to the manifest.
-        object.__setattr__(self, "learning_rate", abs(rate))
+        return abs(rate)
+
+    @property
+    def largest_rate(self) -> float:
+        """Return the learning rate, or the largest one of a mapping."""
+        return max(self.learning_rate.values()) if isinstance(self.learning_rate, Mapping) else self.learning_rate
+
+    def rates_of(self, parameter_names: Iterable[str]) -> dict[str, float]:
+        """Return the learning rate of each of these parameters, by name.
+
+        A key of the mapping matches the parameter of exactly that name, or as a glob.
+
+        Raises:
+            TaskError: a parameter matches none or several of the mapping's globs.
+        """
+        if not isinstance(self.learning_rate, Mapping):
+            return dict.fromkeys(parameter_names, self.learning_rate)
+        globs = [pattern for pattern in self.learning_rate if any(character in pattern for character in "*?[")]
+        rates: dict[str, float] = {}
+        for name in parameter_names:
+            found = [pattern for pattern in globs if fnmatch.fnmatchcase(name, pattern) and pattern != name]
+            found += [name] * (name in self.learning_rate)
+            if len(found) != 1:
+                raise TaskError(self._describe_ambiguity(name, found))
+            rates[name] = self.learning_rate[found[0]]
+        return rates
+
+    def _describe_ambiguity(self, name: str, found: Sequence[str]) -> str:
+        """Return the message for a parameter that matches none or several globs."""
+        assert isinstance(self.learning_rate, Mapping)
+        shown = [repr(pattern) for pattern in found or self.learning_rate][:_MAX_SHOWN]
+        more = ", ..." if len(found or self.learning_rate) > _MAX_SHOWN else ""
+        return problem(
+            f"checkpoint {os.fspath(self.path)} has {'several' if found else 'no'} learning rates for parameter {name}",
+            got=f"{'matches' if found else 'no match'} of {', '.join(shown)}{more}",
+            expected="exactly one glob of Checkpoint.learning_rate that matches it",
+            remedy="change the globs" if found else "add a glob for it, or exclude it with Task.parameters",
+        )
 
 
 def _as_float(number: object) -> float | None:
