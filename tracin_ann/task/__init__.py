@@ -13,7 +13,7 @@ from tracin_ann.task.batches import (
 )
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
 from tracin_ann.task.content import encode_content
-from tracin_ann.task.data import materialise, open_data
+from tracin_ann.task.data import materialise, open_data, open_examples
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
@@ -50,6 +50,7 @@ __all__ = [
     "map_leaves",
     "materialise",
     "open_data",
+    "open_examples",
     "pickle_reader",
     "preserve_globals",
     "preserve_model",

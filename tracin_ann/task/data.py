@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from tracin_ann.errors import TaskError, TracinAnnError, problem
+from tracin_ann.choices import SIDE_NAMES, SideName
+from tracin_ann.errors import TaskError, TracinAnnError, UsageError, problem
 from tracin_ann.task.content import encode_content
 from tracin_ann.task.task import Task
 
@@ -22,7 +23,7 @@ _MAX_CHARS = 300
 class DataSet:
     """The rows of one side, by position; their number is fixed when the data set is opened."""
 
-    side: str
+    side: SideName
     data: Any
     n_rows: int
 
@@ -43,7 +44,7 @@ class DataSet:
         except Exception as error:
             raise TaskError(
                 problem(
-                    f"row {i} of {self.side}_data cannot be read",
+                    f"row {i} of {SIDE_NAMES[self.side]} cannot be read",
                     got=_describe_error(error),
                     expected=f"an example for each of the {self.n_rows} rows that its len() counts",
                     remedy="correct the data set's __getitem__, or its __len__ if there are fewer rows",
@@ -51,8 +52,8 @@ class DataSet:
             ) from error
 
 
-def open_data(task: Task, side: str) -> DataSet:
-    """Return the data set of a side, after a check that it is map-style and not empty.
+def open_data(task: Task, side: SideName) -> DataSet:
+    """Return the data set of a task, `train` or `query`, after a check that it is map-style and not empty.
 
     Raises:
         TaskError: it has no length or no rows, or does not support indexing.
@@ -74,6 +75,30 @@ def open_data(task: Task, side: str) -> DataSet:
     if n_rows == 0:
         raise TaskError(_unusable_message(side, "no rows"))
     return DataSet(side, data, n_rows)
+
+
+def open_examples(examples: Any) -> DataSet:
+    """Return the data set of examples that a caller gives, after a check that it is map-style and not empty.
+
+    Raises:
+        UsageError: it has no length or no rows, does not support indexing, or is a batch.
+    """
+    if isinstance(examples, DataSet):
+        return examples
+    name = type(examples).__name__
+    is_batch = isinstance(examples, Mapping | str | bytes)
+    if is_batch or not (hasattr(type(examples), "__len__") and hasattr(examples, "__getitem__")):
+        raise UsageError(
+            problem(
+                "these are not examples",
+                got=f"a {name}",
+                expected="a list or a map-style data set of examples, each as query_data[i] returns it, not collated",
+                remedy="pass [example, ...]",
+            )
+        )
+    if not len(examples):
+        raise UsageError(problem("no query", got="no examples", expected="at least one", remedy="pass an example"))
+    return DataSet("input", examples, len(examples))
 
 
 def _unusable_message(side: str, got: str, data: Any = None) -> str:
