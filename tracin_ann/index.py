@@ -260,9 +260,8 @@ class InfluenceIndex:
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
         if not ids and not train_ids:
-            raise UsageError(
-                problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
-            )
+            expected = "--ids, --train-ids, --input or --text"
+            raise UsageError(problem("no query", got="no ids", expected=expected, remedy="name at least one row"))
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
         plain = self._make_request(options)
         requests = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]

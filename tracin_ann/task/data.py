@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.utils.data import IterableDataset
@@ -14,7 +16,10 @@ from torch.utils.data import IterableDataset
 from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import TaskError, TracinAnnError, UsageError, problem
 from tracin_ann.task.content import encode_content
+from tracin_ann.task.integrations.records import as_map_style
+from tracin_ann.task.integrations.stored_rows import StoredRows, has_rows, write_rows
 from tracin_ann.task.task import Task
+from tracin_ann.types import ProgressCallback
 
 _MAX_CHARS = 300
 
@@ -58,7 +63,7 @@ def open_data(task: Task, side: SideName) -> DataSet:
     Raises:
         TaskError: it has no length or no rows, or does not support indexing.
     """
-    data = task.train_data() if side == "train" else task.query_data()
+    data = as_map_style(task.train_data() if side == "train" else task.query_data())
     name = type(data).__name__
     if isinstance(data, IterableDataset):
         raise TaskError(_unusable_message(side, f"{name}, an IterableDataset", data))
@@ -74,6 +79,16 @@ def open_data(task: Task, side: SideName) -> DataSet:
         ) from error
     if n_rows == 0:
         raise TaskError(_unusable_message(side, "no rows"))
+    if isinstance(data, Mapping) and all(isinstance(key, str) for key in data):
+        names = ", ".join(list(data)[:4])
+        raise TaskError(
+            problem(
+                f"Task.{side}_data cannot be used",
+                got=f"a {name} with the keys {names}",
+                expected="one map-style data set (len(data), data[i])",
+                remedy="return one of its values if they are data sets, such as the splits of a DatasetDict",
+            )
+        )
     return DataSet(side, data, n_rows)
 
 
@@ -85,6 +100,7 @@ def open_examples(examples: Any) -> DataSet:
     """
     if isinstance(examples, DataSet):
         return examples
+    examples = as_map_style(examples)
     name = type(examples).__name__
     is_batch = isinstance(examples, Mapping | str | bytes)
     if is_batch or not (hasattr(type(examples), "__len__") and hasattr(examples, "__getitem__")):
@@ -121,37 +137,44 @@ def _describe_error(error: Exception) -> str:
     return type(error).__name__ + (f": {message}" if message else "") + place
 
 
-def materialise(stream: Iterable[Any]) -> list[Any]:
-    """Return the rows of a stream, such as an `IterableDataset`, as a list: a map-style data set.
+@overload
+def materialise(stream: Iterable[Any]) -> list[Any]: ...
+@overload
+def materialise(
+    stream: Iterable[Any], folder: str | os.PathLike[str], progress: ProgressCallback | None = None
+) -> Sequence[Any]: ...
+def materialise(
+    stream: Iterable[Any], folder: str | os.PathLike[str] | None = None, progress: ProgressCallback | None = None
+) -> Sequence[Any]:
+    """Return the rows of a stream, such as an `IterableDataset`, as a map-style data set: a list, or files.
 
-    The stream is read once, to its end, and all its rows are stored in memory. It must yield the same rows in the same
-    order each time it is read, because an index identifies rows by their position.
+    The stream is read once, to its end. Without a folder, all its rows are stored in memory. It must then yield the
+    same rows in the same order each time it is read, because an index identifies rows by their position.
+
+    With a folder, the rows are written to files, and each row is read from them when it is accessed. If the folder
+    already contains such files, the stream is not read: to read it again, delete the folder. The folder appears when
+    all rows are written; an interrupted call leaves none, and starts again. Rows may consist of tensors, NumPy arrays,
+    numbers, text, bytes and images of Pillow, in dicts, lists and tuples. Other mappings become dicts, and tensors are
+    on the CPU. Files are read without pickle.
 
     Args:
-        stream: yields the examples, each a new object.
+        stream: yields the examples; without a folder, each a new object.
+        folder: for the rows; None: they stay in memory.
+        progress: called with ("rows", rows written, rows in total, or rows written if the stream has no length).
 
     Raises:
-        TaskError: a row cannot be read, or the stream yields the same object repeatedly with changed content.
+        TaskError: a row cannot be read or stored, the stream yields the same object repeatedly with changed content, or
+            the folder contains something else.
     """
+    if folder is not None:
+        path = Path(folder)
+        if not has_rows(path):
+            n_rows = len(stream) if isinstance(stream, Sized) else None
+            write_rows(_read_stream(stream), path, n_rows, progress)
+        return StoredRows(path)
     rows: list[Any] = []
     first = None
-    reading = iter(stream)
-    while True:
-        try:
-            row = next(reading)
-        except StopIteration:
-            break
-        except (TracinAnnError, MemoryError):
-            raise
-        except Exception as error:
-            raise TaskError(
-                problem(
-                    f"row {len(rows)} of the stream cannot be read",
-                    got=_describe_error(error),
-                    expected="one example after another",
-                    remedy=f"correct the __iter__ of {type(stream).__name__}",
-                )
-            ) from error
+    for row in _read_stream(stream):
         first = first or encode_content(row)
         rows.append(row)
     if rows and encode_content(rows[0]) != first:
@@ -164,3 +187,29 @@ def materialise(stream: Iterable[Any]) -> list[Any]:
             )
         )
     return rows
+
+
+def _read_stream(stream: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows of a stream.
+
+    Raises:
+        TaskError: a row cannot be read; the message has its number.
+    """
+    reading = iter(stream)
+    for number in itertools.count():
+        try:
+            row = next(reading)
+        except StopIteration:
+            return
+        except (TracinAnnError, MemoryError):
+            raise
+        except Exception as error:
+            raise TaskError(
+                problem(
+                    f"row {number} of the stream cannot be read",
+                    got=_describe_error(error),
+                    expected="one example after another",
+                    remedy=f"correct the __iter__ of {type(stream).__name__}",
+                )
+            ) from error
+        yield row

@@ -19,12 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from tracin_ann.errors import TaskError, TracinAnnError, first_line, problem
 from tracin_ann.files import NotRegularFileError, require_regular
 from tracin_ann.packages import import_pyarrow
+from tracin_ann.task.nested import is_instance_of
 
 Record = dict[str, Any]
 Transform = Callable[[Any], Any]
+Identity = tuple[int, int]
+"""The size of a file and the time of its last change, in nanoseconds."""
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
@@ -165,7 +170,7 @@ class ParquetRecords(Rows):
 
     def __init__(self, path: Path, transform: Transform | None = None) -> None:
         super().__init__(transform)
-        self._path, self._identity = path, _identify(path)
+        self._path, self._identity = path, identify(path)
         self._open()
         if not len(self):
             raise TaskError(_empty_message(path))
@@ -187,7 +192,7 @@ class ParquetRecords(Rows):
     def __setstate__(self, state: Record) -> None:
         """Open the file again."""
         vars(self).update(state)
-        _check_identity(self._path, self._identity)
+        check_identity(self._path, self._identity)
         self._open()
 
     def __len__(self) -> int:
@@ -218,6 +223,40 @@ class ParquetRecords(Rows):
             while len(self._groups) > 1 and sum(table.nbytes for table in self._groups.values()) > _CACHED_BYTES:
                 self._groups.popitem(last=False)
             return self._groups[group]
+
+
+class FrameRows(Rows):
+    """The rows of a pandas DataFrame as dicts of Python values; the frame is not copied."""
+
+    def __init__(self, frame: Any) -> None:
+        super().__init__()
+        names = list(frame.columns)
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise TaskError(
+                problem(
+                    "the rows of a DataFrame are dicts by column",
+                    got=f"the column {twice[0]!r} twice",
+                    expected="columns of distinct names",
+                    remedy="rename one of them",
+                )
+            )
+        self._n_rows = len(frame)
+        self._columns = [(name, frame.iloc[:, place]) for place, name in enumerate(names)]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._n_rows
+
+    def read(self, row: int) -> Record:
+        """Return a row."""
+        values = ((name, column.iat[row]) for name, column in self._columns)
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in values}
+
+
+def as_map_style(data: Any) -> Any:
+    """Return the rows of a pandas DataFrame as a map-style data set of dicts; any other data set unchanged."""
+    return FrameRows(data) if is_instance_of(data, "pandas", "DataFrame") else data
 
 
 class FileReader:
@@ -278,7 +317,7 @@ class _Lines:
     """
 
     def __init__(self, path: Path, starts: array[int]) -> None:
-        self.path, self._starts, self._identity = path, starts, _identify(path)
+        self.path, self._starts, self._identity = path, starts, identify(path)
         self._reader = FileReader()
         if not starts:
             raise TaskError(_empty_message(path))
@@ -286,7 +325,7 @@ class _Lines:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Check that the file is the one that was indexed."""
         vars(self).update(state)
-        _check_identity(self.path, self._identity)
+        check_identity(self.path, self._identity)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -452,20 +491,20 @@ def unreadable_message(path: Path, got: object) -> str:
     return problem(f"{path} cannot be read", got=got, expected="a file", remedy="correct the path")
 
 
-def _identify(path: Path) -> tuple[int, int]:
+def identify(path: Path) -> Identity:
     """Return the size and the time of the last change of a file."""
     with _report_unreadable(path):
         status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def _check_identity(path: Path, identity: tuple[int, int]) -> None:
+def check_identity(path: Path, identity: Identity) -> None:
     """Check that a file is unchanged.
 
     Raises:
         TaskError: it has changed, or is missing.
     """
-    if _identify(path) != identity:
+    if identify(path) != identity:
         raise TaskError(_changed_message(path, "another size or time"))
 
 
