@@ -106,8 +106,6 @@ def make_loss(
     if kind in TOKEN_KINDS:
         token_losses = TokenLosses(kind, reduction)
         return SumOverTokens(token_losses), token_losses
-    if kind == "image-classification":
-        return ClassLoss(getattr(config, "problem_type", None)), None
     return ClassLoss(getattr(config, "problem_type", None)), None
 
 

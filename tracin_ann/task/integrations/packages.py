@@ -21,6 +21,16 @@ def import_transformers() -> Any:
     return transformers
 
 
+def import_transformers_module(name: str) -> Any:
+    """Return a module of `transformers`, such as "models.auto.modeling_auto".
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    import_transformers()
+    return import_module(f"transformers.{name}")
+
+
 def import_datasets() -> Any:
     """Return the package `datasets`.
 
