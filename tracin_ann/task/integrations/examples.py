@@ -334,7 +334,7 @@ class LabelColumn:
 
 
 def choose_max_length(tokenizer: Any, config: Any) -> int | None:
-    """Return the largest number of tokens: that of the tokenizer, or else of the config's positions, if there is one."""
+    """Return the largest number of tokens: that of the tokenizer, or else of the config, if there is one."""
     limit = getattr(tokenizer, "model_max_length", None)
     if limit is None or limit > _UNLIMITED:
         limit = getattr(config, "max_position_embeddings", None)

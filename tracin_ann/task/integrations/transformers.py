@@ -1,4 +1,4 @@
-"""Tasks from run folders of the Hugging Face Trainer: `Task.from_transformers` and `tracin-build --from-transformers`."""
+"""Tasks from run folders of the Trainer: `Task.from_transformers` and `tracin-build --from-transformers`."""
 
 from __future__ import annotations
 
