@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = [f"w{i}" for i in range(30)]
 ROWS, UPDATES, SAVE_EVERY = 12, 6, 2
@@ -35,9 +37,6 @@ class Run:
 
 
 def make_tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -45,7 +44,7 @@ def make_tokenizer(folder: Path) -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    fast = PreTrainedTokenizerFast(
+    fast = tf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -69,8 +68,6 @@ def _size(**changes: int) -> dict[str, int]:
 
 
 def make_model(name: str) -> Any:
-    import transformers as tf
-
     vocabulary = len(WORDS) + 5
     torch.manual_seed(0)
     if name == "bert":
@@ -144,8 +141,6 @@ def train(name: str, folder: Path, change: Callable[[Any], None] | None = None, 
         change: changes the model before training.
         options: of TrainingArguments.
     """
-    import transformers as tf
-
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = None if name == "vit" else make_tokenizer(folder)
     records, encoded = make_rows(name, tokenizer)

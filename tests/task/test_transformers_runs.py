@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import trainer_runs
@@ -33,8 +33,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 def brute_force(run: Run, rates: list[float]) -> np.ndarray[Any, Any]:
     """Return the TracInCP scores of all pairs of rows: autograd in float64, a batch of one, the model's own loss."""
-    import transformers
-
     total = np.zeros((ROWS, ROWS))
     folders = [run.folder / f"checkpoint-{step}" for step in range(SAVE_EVERY, UPDATES + 1, SAVE_EVERY)]
     for folder, rate in zip(folders, rates, strict=True):

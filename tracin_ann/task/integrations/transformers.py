@@ -40,7 +40,6 @@ from tracin_ann.task.integrations.records import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
 
-REFERENCE = "tracin_ann.task.integrations.transformers:task"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -85,12 +84,10 @@ class RunOptions:
         Raises:
             UsageError: an option has a value that it cannot have.
         """
-        if isinstance(self.dtype, str) and self.dtype.removeprefix("torch.") in _DTYPES:
-            object.__setattr__(self, "dtype", _DTYPES[self.dtype.removeprefix("torch.")])
         choices: dict[str, tuple[Any, ...]] = {
             "kind": (None, *KINDS),
             "loss": get_args(Reduction),
-            "dtype": (None, *_DTYPES.values()),
+            "dtype": (None, *_DTYPES, *_DTYPES.values()),
             "attention": ("sdpa", "eager"),
         }
         if isinstance(self.rates, str):
@@ -105,6 +102,11 @@ class RunOptions:
                         remedy=f"correct {name}",
                     )
                 )
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """Return `dtype` as a torch dtype."""
+        return _DTYPES[self.dtype] if isinstance(self.dtype, str) else self.dtype
 
     @property
     def columns(self) -> Columns:
@@ -132,7 +134,9 @@ def make_task(run: str | os.PathLike[str], data: Any, query_data: Any = None, **
     ]
     _check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
-    model = partial(make_model_from_config, encoder.config, chosen.dtype, kind=encoder.kind, attention=chosen.attention)
+    model = partial(
+        make_model_from_config, encoder.config, chosen.weight_dtype, kind=encoder.kind, attention=chosen.attention
+    )
     return assemble_task(encoder, chosen, (data, query_data), model=model, load=load_weights, checkpoints=found)
 
 
