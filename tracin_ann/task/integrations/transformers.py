@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.packages import import_transformers
 from tracin_ann.task.integrations.architectures import (
     ATTENTION,
     CONFIG,
@@ -34,9 +35,8 @@ from tracin_ann.task.integrations.examples import (
     choose_max_length,
 )
 from tracin_ann.task.integrations.losses import Reduction, make_loss
-from tracin_ann.task.integrations.packages import import_transformers
 from tracin_ann.task.integrations.rates import Rate, Rates, list_trainer_checkpoints, read_trainer_rates
-from tracin_ann.task.integrations.records import open_records
+from tracin_ann.task.integrations.sources import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
 
@@ -84,10 +84,12 @@ class RunOptions:
         Raises:
             UsageError: an option has a value that it cannot have.
         """
+        if isinstance(self.dtype, str) and self.dtype.removeprefix("torch.") in _DTYPES:
+            object.__setattr__(self, "dtype", _DTYPES[self.dtype.removeprefix("torch.")])
         choices: dict[str, tuple[Any, ...]] = {
             "kind": (None, *KINDS),
             "loss": get_args(Reduction),
-            "dtype": (None, *_DTYPES, *_DTYPES.values()),
+            "dtype": (None, *_DTYPES.values()),
             "attention": ("sdpa", "eager"),
         }
         if isinstance(self.rates, str):
@@ -102,11 +104,6 @@ class RunOptions:
                         remedy=f"correct {name}",
                     )
                 )
-
-    @property
-    def weight_dtype(self) -> torch.dtype | None:
-        """Return `dtype` as a torch dtype."""
-        return _DTYPES[self.dtype] if isinstance(self.dtype, str) else self.dtype
 
     @property
     def columns(self) -> Columns:
@@ -134,9 +131,8 @@ def make_task(run: str | os.PathLike[str], data: Any, query_data: Any = None, **
     ]
     _check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
-    model = partial(
-        make_model_from_config, encoder.config, chosen.weight_dtype, kind=encoder.kind, attention=chosen.attention
-    )
+    assert not isinstance(chosen.dtype, str)
+    model = partial(make_model_from_config, encoder.config, chosen.dtype, kind=encoder.kind, attention=chosen.attention)
     return assemble_task(encoder, chosen, (data, query_data), model=model, load=load_weights, checkpoints=found)
 
 
@@ -179,6 +175,7 @@ def assemble_task(
         describe=describer,
         columns=LabelColumn(describer) if describer.name_label(train[0]) is not None else None,
         load=load,
+        read_query=encoder,
     )
 
 
