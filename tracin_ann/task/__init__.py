@@ -21,7 +21,7 @@ from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, p
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
 from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
-from tracin_ann.task.trust import load_named_task
+from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "ImageFolder",
     "LossFunction",
     "OriginalModel",
+    "TRANSFORMERS_TASK",
     "TarShards",
     "Task",
     "TaskReference",
