@@ -237,10 +237,14 @@ class Checkpoint:
             number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
             An optimizer with parameter groups has one rate per group: a mapping from globs of parameter names to
             rates, `{"head.*": 1e-3, "body.*": 1e-4}`. Exactly one glob has to match each selected parameter.
+        second_moments: where a build with a preconditioner reads Adam's second moments: a file with the state of the
+            optimizer (`optimizer.pt`) or with moments by parameter name (safetensors), or a function that returns such
+            a state, or {parameter name: v̂}.
     """
 
     path: str | os.PathLike[str]
     learning_rate: float | Mapping[str, float] = field(hash=False)
+    second_moments: str | os.PathLike[str] | Callable[[], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         """Convert the learning rates to floats.
