@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
-from tracin_ann.gradients.autograd import HALF, other_leaves, weighted_sum
+from tracin_ann.gradients.autograd import HALF, nodes, other_leaves, weighted_sum
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
 from tracin_ann.gradients.layers.registry import find_rule
@@ -99,6 +100,8 @@ class LayerCapture:
         self._arrangements: dict[int, Arrangement] = {}
         self._anchor: Tensor | None = None
         self._code: WeightCode | None = None
+        # The graph nodes of the outputs of calls on rows whose examples have to be determined.
+        self._row_nodes: list[Any] = []
 
     def run(
         self,
@@ -124,10 +127,7 @@ class LayerCapture:
             checking: also determine the examples of inputs that are treated as batch first; a layer with other
                 examples fails.
         """
-        handles = [
-            module.register_forward_hook(self._make_hook(path, attributes), with_kwargs=True)
-            for module, path, attributes in self._layers
-        ]
+        handles = [self._register(module, path, attributes) for module, path, attributes in self._layers]
         self._clear()
         self._sink, self._batch, self._is_checking = sink, batch, checking and batch > 1
         indexing = None if verifying is None else detect_row_indexing(verifying)
@@ -148,7 +148,7 @@ class LayerCapture:
             for parameter in watched:
                 parameter.requires_grad_(False)
             self._sink = self._anchor = self._code = None
-            self._arrangements = {}
+            self._arrangements, self._row_nodes = {}, []
         return CaptureResult(values.detach(), reached)
 
     def _backward(
@@ -160,7 +160,7 @@ class LayerCapture:
         inputs = [*leaves.values(), *watched]
         # The anchor and other leaves: layers after an input that requires a gradient depend on that input only.
         inputs = [*other_leaves(values, inputs), *inputs]
-        if self.reader.has_rows or self._is_checking:
+        if self._is_checking or self._has_rows(values):
             self._run_weighted_backward(values, inputs)
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
         own = grads[len(inputs) - len(watched) - len(leaves) :]
@@ -169,6 +169,13 @@ class LayerCapture:
             if grad is not None:
                 self._sink(name, Dense(widen(grad.flatten(1))), slice(0, self._batch))
         return tuple(grad is not None for grad in own[len(leaves) :])
+
+    def _has_rows(self, values: Tensor) -> bool:
+        """Return whether the losses depend on the output of a call on rows whose examples have to be determined.
+
+        DoRA calls the matrices of LoRA on the identity, for a norm that it detaches: no gradient reaches that call.
+        """
+        return bool(self._row_nodes) and not set(self._row_nodes).isdisjoint(nodes(values))
 
     def _run_weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
         """Run backward from the weighted losses; the hooks collect output gradients, to determine their examples."""
@@ -208,6 +215,17 @@ class LayerCapture:
             for module, attribute, parameter in originals:
                 module._parameters[attribute] = parameter
 
+    def _register(self, module: nn.Module, path: str, attributes: Mapping[str, str]) -> RemovableHandle:
+        hook, rule = self._make_hook(path, attributes), find_rule(module)
+        if rule is None or rule.scaled_input is None:
+            return module.register_forward_hook(hook, with_kwargs=True)
+
+        def before_forward(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            replaced = hook(module, args[:1], {}, args[0]) if args else None
+            return None if replaced is None else (replaced, *args[1:])
+
+        return rule.scaled_input(module).register_forward_pre_hook(before_forward)
+
     def _make_hook(self, path: str, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
@@ -241,6 +259,8 @@ class LayerCapture:
             stored = output.detach() if rule.needs_output(module) else None
             stored_version = output._version
             n_rows = self._count_rows(rule, module, x, output, layout)
+            if n_rows and layout == "rows":
+                self._row_nodes.append(output.grad_fn)
             weighted: list[Tensor] = []
 
             def on_gradient(grad: Tensor) -> None:
@@ -249,6 +269,8 @@ class LayerCapture:
                     if torch.is_grad_enabled():
                         self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
                     return
+                if layout == "rows":
+                    self.reader.keep_rows(module)
                 if self._is_weighting:
                     if n_rows:
                         weighted.append(project(widen(grad.detach()), n_rows))
@@ -345,8 +367,8 @@ def find_covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> 
             continue
         attributes = {
             attribute: by_identity[id(parameter)]
-            for attribute, parameter in module._parameters.items()
-            if attribute in rule.parameters and id(parameter) in by_identity
+            for attribute, parameter in rule.find_parameters(module).items()
+            if id(parameter) in by_identity
         }
         if attributes:
             layers[path] = attributes

@@ -1,0 +1,1 @@
+"""Runs of other libraries as tasks: Transformers, PEFT, Lightning."""
