@@ -1,1 +1,5 @@
-"""Runs of other libraries as tasks: Transformers, PEFT, Lightning."""
+"""Integrations: tasks made from the training runs of other libraries, such as a run folder of the Trainer.
+
+Nothing is imported here: each module imports its library when it is used, and `Task.from_transformers` and similar
+methods import the module.
+"""
