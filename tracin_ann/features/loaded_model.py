@@ -34,6 +34,7 @@ from tracin_ann.task import (
     CollatedBatch,
     FileIdentity,
     OriginalModel,
+    PartialLoad,
     WeightCache,
     identify_checkpoint,
     leaves,
@@ -76,7 +77,8 @@ class LoadedModel:
         self._unloaded = self.parameters = runner.task.select_parameters(model)
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self._original: OriginalModel | None = None
-        self._cache = WeightCache(model, memory_bytes) if memory_bytes else None
+        self._written = PartialLoad.list_written(runner.task, model)
+        self._cache = WeightCache(model, memory_bytes, self._written) if memory_bytes else None
         self._loads: dict[int, _Load] = {}
         self._last_read = -1
         self._parts = _list_parts(model)
@@ -111,7 +113,7 @@ class LoadedModel:
     @contextlib.contextmanager
     def _borrow(self) -> Iterator[None]:
         try:
-            with preserve_model(self.module) as self._original:
+            with preserve_model(self.module, self._written) as self._original:
                 if self._cache is None:
                     self._original.prepare_overwrite(self.runner.options.device)
                     self.set_memory_format(channels_last=self.channels_last)

@@ -17,7 +17,7 @@ from tracin_ann.task.data import materialise, open_data
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
-from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
+from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
 from tracin_ann.task.trust import load_named_task
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
 
@@ -32,6 +32,7 @@ __all__ = [
     "FileIdentity",
     "LossFunction",
     "OriginalModel",
+    "PartialLoad",
     "Task",
     "TaskReference",
     "WeightCache",

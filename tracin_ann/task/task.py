@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -179,6 +179,30 @@ class Task:
             return None
         shown = self.describe(example)
         return shown if isinstance(shown, Description) else Description(text=str(shown))
+
+
+@dataclass(frozen=True)
+class PartialLoad:
+    """A `Task.load` that sets a part of the model, such as an adapter; other tensors keep their values of `Task.model`.
+
+    When a checkpoint is loaded, only the tensors of this part are copied and compared.
+
+    Attributes:
+        load: `load(model, path)`.
+        find_written: a model of `Task.model` -> the names of the parameters and buffers that `load` sets.
+    """
+
+    load: Callable[[nn.Module, str], object]
+    find_written: Callable[[nn.Module], Collection[str]]
+
+    def __call__(self, model: nn.Module, path: str) -> object:
+        """Load a checkpoint."""
+        return self.load(model, path)
+
+    @staticmethod
+    def list_written(task: Task, model: nn.Module) -> Collection[str] | None:
+        """Return the names of the tensors that a task's checkpoints set, or None for all."""
+        return task.load.find_written(model) if isinstance(task.load, PartialLoad) else None
 
 
 def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:

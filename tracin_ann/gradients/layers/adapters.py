@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,8 +36,8 @@ from tracin_ann.gradients.layers.base import (
 _PACKAGE = "peft."
 _DORA_MODULE = "peft.tuners.lora.dora"
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-# The factors that contain no zero, each with its version.
-_without_zeros: WeakKeyDictionary[nn.Parameter, int] = WeakKeyDictionary()
+# By layer and adapter: the version of a factor that contains no zero.
+_without_zeros: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int]]] = WeakKeyDictionary()
 
 
 def is_adapter(module: nn.Module) -> bool:
@@ -69,9 +68,8 @@ def _ia3_vectors(module: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def _ia3(call: Call, requested: frozenset[str]) -> dict[str, Form]:
-    vectors = _ia3_vectors(call.module)
     # Several adapters scale the same output, one after another; the rule holds for each of them.
-    return {name: Dense(_divide(_output_product(call), vectors[name])) for name in requested}
+    return _divide_by_factors(call, requested, _ia3_vectors(call.module), _output_product(call))
 
 
 def _dora_magnitudes(module: nn.Module) -> Mapping[str, nn.Parameter]:
@@ -85,8 +83,7 @@ def _dora_magnitudes(module: nn.Module) -> Mapping[str, nn.Parameter]:
 def _dora(call: Call, requested: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
     bias: Tensor | None = getattr(module.get_base_layer(), "bias", None)
-    magnitudes = _dora_magnitudes(module)
-    return {name: Dense(_divide(_output_product(call, bias), magnitudes[name])) for name in requested}
+    return _divide_by_factors(call, requested, _dora_magnitudes(module), _output_product(call, bias))
 
 
 def _output_product(call: Call, bias: Tensor | None = None) -> Tensor:
@@ -99,20 +96,27 @@ def _output_product(call: Call, bias: Tensor | None = None) -> Tensor:
     return product if bias is None else product - delta.sum(1) * widen(bias.detach())
 
 
-def _divide(product_BC: Tensor, factor: nn.Parameter) -> Tensor:
-    """Return the product divided by the factor, [B, C].
+def _divide_by_factors(
+    call: Call, requested: frozenset[str], factors: Mapping[str, nn.Parameter], product_BC: Tensor
+) -> dict[str, Form]:
+    """Return the product divided by the factor of each adapter.
 
     Raises:
-        LayoutError: the factor contains a zero, or its size differs.
+        LayoutError: a factor contains a zero, or its size differs.
     """
-    factor_C = widen(factor.detach()).flatten()
-    if product_BC.shape[1] != len(factor_C):
-        raise LayoutError(f"a vector of {len(factor_C)} numbers over an output of {product_BC.shape[1]}")
-    if _without_zeros.get(factor) != factor._version:
-        if not bool(factor_C.all()):
-            raise LayoutError("a factor of the adapter is zero")
-        _without_zeros[factor] = factor._version
-    return product_BC / factor_C
+    forms: dict[str, Form] = {}
+    checked = _without_zeros.setdefault(call.module, {})
+    for name in requested:
+        factor_C = widen(factors[name].detach()).flatten()
+        if product_BC.shape[1] != len(factor_C):
+            raise LayoutError(f"a vector of {len(factor_C)} numbers over an output of {product_BC.shape[1]}")
+        version = id(factors[name]), factors[name]._version
+        if checked.get(name) != version:
+            if not bool(factor_C.all()):
+                raise LayoutError("a factor of the adapter is zero")
+            checked[name] = version
+        forms[name] = Dense(product_BC / factor_C)
+    return forms
 
 
 def _embedding_factors(module: nn.Module) -> Mapping[str, nn.Parameter]:
