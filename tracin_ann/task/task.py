@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -151,6 +151,24 @@ class Task:
             TaskError: PyTorch's default collate fails on them.
         """
         return (self.collate or default_batch)(examples)
+
+    def with_adapters(self, *, precision: Literal["fp32", "bf16", "fp16", "int8"] | None = None) -> Task:
+        """Return the task of PEFT adapters over this task's model.
+
+        The model of this task is the base model with its weights, and its checkpoints are adapter folders. Gradients
+        are those of the adapter's parameters.
+
+        Args:
+            precision: precision of the base model: a dtype, or `int8`: weights in int8 by torchao; None: as
+                `Task.model` returns it.
+
+        Raises:
+            CheckpointError: a folder has no configuration, or the configurations differ.
+            MissingPackageError: peft, or for `int8` torchao, is not installed.
+        """
+        from tracin_ann.task.integrations.peft import make_adapter_task  # noqa: PLC0415 - it imports this module
+
+        return make_adapter_task(self, precision=precision)
 
     def id_of(self, example: Any) -> int | str | None:
         """Return the id that `ids` gives to the example, or None without `ids`.

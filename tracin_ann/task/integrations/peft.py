@@ -7,6 +7,7 @@ its adapter only.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, first_line, problem
-from tracin_ann.task.state_dicts import error_lines, join_complaints, read_content
+from tracin_ann.task.state_dicts import error_lines, join_complaints, named_tensors, read_content
 from tracin_ann.task.task import PartialLoad, Task
 
 BasePrecision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -212,6 +213,9 @@ def _sort_names(value: Any) -> Any:
 class _Adapters:
     """The base model with the layers of an adapter, and the loader of adapter folders.
 
+    The base model is created once. Models that `make_model` returns share the memory of its parameters, unless an
+    adapter sets some of them (biases, or embeddings of a larger vocabulary).
+
     Attributes:
         base: returns the base model with its weights.
         folder: the first adapter folder, whose configuration and dtypes the model has.
@@ -223,6 +227,7 @@ class _Adapters:
     folder: str
     precision: BasePrecision | None
     written: frozenset[str] = field(default=frozenset(), init=False)
+    _kept: nn.Module | None = field(default=None, init=False, repr=False)
 
     def make_model(self) -> nn.Module:
         """Return the base model with the layers of the adapter, which hold the weights of the first folder.
@@ -233,9 +238,8 @@ class _Adapters:
         """
         peft, content = _import_peft(), read_adapter_config(self.folder)
         config = self._make_config(peft, content)
-        base = self.base()
-        if self.precision is not None:
-            base = convert_base(base, self.precision)
+        kept = self._kept or self._make_base()
+        base = _share_parameters(kept)
         try:
             with warnings.catch_warnings():
                 # Advice for merging an adapter into an int8 model, and for layers that PEFT knows under other names.
@@ -245,8 +249,17 @@ class _Adapters:
             raise CheckpointError(self._describe_mismatch(base, content, _explain(error))) from error
         state = read_weights(self.folder)
         self.written = self._fill(model, state, self.folder)
+        named, own = named_tensors(model), {tensor.data_ptr() for tensor in kept.parameters()}
+        is_kept = all(named[name].data_ptr() not in own for name in self.written)
+        # Other values are initialisations that change the base model.
+        self._kept = kept if is_kept and content.get("init_lora_weights", True) in (True, False, "gaussian") else None
         _set_dtypes(model, state)
         return model
+
+    def _make_base(self) -> nn.Module:
+        base = self.base()
+        # The user may still use the model.
+        return base if self.precision is None else convert_base(_share_parameters(base), self.precision)
 
     def _make_config(self, peft: Any, content: Mapping[str, Any]) -> Any:
         try:
@@ -325,6 +338,12 @@ class _Adapters:
         )
 
 
+def _share_parameters(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with parameters of their own that share the memory of the model's."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict(shared))
+
+
 def _explain(error: Exception) -> str:
     text = first_line(error)
     return text.partition(": ")[2] if _NO_TARGETS.search(text) else text
@@ -372,7 +391,7 @@ def _set_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def convert_base(model: nn.Module, precision: BasePrecision) -> nn.Module:
     """Return a base model in another precision, changed in place.
 
-    `int8` stores the weights of linear layers in int8 with one scale per output channel (torchao's weight-only
+    Buffers that are not saved, such as the frequencies of rotary positions, keep their dtype. `int8` stores the weights of linear layers in int8 with one scale per output channel (torchao's weight-only
     quantisation); the output layer is not changed.
 
     Raises:
@@ -380,7 +399,10 @@ def convert_base(model: nn.Module, precision: BasePrecision) -> nn.Module:
         TaskError: the precision is not one of those.
     """
     if precision in _DTYPES:
-        return model.to(_DTYPES[precision])
+        for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(_DTYPES[precision])
+        return model
     if precision != "int8":
         raise TaskError(
             problem(
