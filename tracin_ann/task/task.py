@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from numbers import Real
 from typing import Any, Literal
 
@@ -112,6 +113,34 @@ class Task:
                     remedy="add a checkpoint that training saved with a learning rate above 0",
                 )
             )
+
+    @classmethod
+    def from_transformers(cls, run: str | os.PathLike[str], data: Any, query_data: Any = None, **options: Any) -> Task:
+        """Return the task of a run folder of the Hugging Face Trainer.
+
+        The model, its loss, the checkpoints `checkpoint-STEP` with their learning rates, the tokenizer and the padding
+        come from the folder. Only local files are read, and no code of the folder is run. A row is encoded when it is
+        read: `datasets` stay on disk.
+
+        Args:
+            run: the `output_dir` of the Trainer, or one of its checkpoints.
+            data: the training data: a `datasets.Dataset`, a folder of `save_to_disk`, a JSONL, Parquet or CSV file, a
+                list of dicts, or a function that returns one of these. Its rows have `input_ids` or `pixel_values`, or
+                are encoded here from the columns `text` and `label`, or those that are named in the options.
+            query_data: the same for queries; None: the training data.
+            options: see `tracin_ann.task.integrations.transformers.RunOptions`: kind, rates, loss, tokenizer, dtype,
+                parameters, attention, max_length, seed, and the names of columns.
+
+        Raises:
+            UsageError: an option has a value that it cannot have.
+            TaskError: the run, its architecture, its learning rates or the data cannot be used.
+            CheckpointError: weights are missing.
+            MissingPackageError: transformers is not installed.
+        """
+        made: Task = import_module("tracin_ann.task.integrations.transformers").make_task(
+            run, data, query_data, **options
+        )
+        return made
 
     def select_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the selected parameters by name, in the model's order; a tied parameter appears once.

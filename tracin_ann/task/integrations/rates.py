@@ -1,4 +1,4 @@
-"""Learning rates of training runs: those that the Trainer's scheduler had at checkpoints, or their sums between them."""
+"""Learning rates of training runs: those of the Trainer's scheduler at checkpoints, or their sums between them."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ def _open_file(path: Path) -> Any:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if suffix in (".csv", ".tsv"):
             reader = csv.DictReader(
-                file, delimiter="\t" if suffix == ".tsv" else ",", quoting=csv.QUOTE_NONE if suffix == ".tsv" else 0
+                file,
+                delimiter="\t" if suffix == ".tsv" else ",",
+                quoting=csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL,
             )
             return [dict(row) for row in reader]
         return _parse_json(path, file.read())
@@ -123,7 +125,7 @@ def _parse_json(path: Path, text: str) -> list[Any]:
     if text.lstrip().startswith("["):
         lines: list[tuple[int, str]] = [(1, text)]
     else:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, line in lines:
         try:
             value = json.loads(line)
