@@ -17,8 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.results import report_results
 from tracin_ann import BuildConfig, Checkpoint, Task, build
@@ -36,8 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 def make_base() -> nn.Module:
     """Return a Llama with 12 layers of width 288, 12 million parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 768, "num_hidden_layers": LAYERS, "num_attention_heads": 9}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, use_cache=False, num_key_value_heads=9, **sizes))
@@ -45,8 +45,6 @@ def make_base() -> nn.Module:
 
 def make_adapted(name: str) -> nn.Module:
     """Return the base with an adapter whose weights are random, so that all its gradients differ from zero."""
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM", **CASES[name])
     model = get_peft_model(make_base(), config)
     for parameter_name, parameter in model.named_parameters():

@@ -167,9 +167,7 @@ class OriginalModel:
         written: names of the tensors into whose memory something may write; None: all.
     """
 
-    def __init__(
-        self, model: nn.Module, modules: Sequence[nn.Module], written: Collection[str] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], written: Collection[str] | None = None) -> None:
         self._model = model
         self._registered = _list_registered(modules)
         tensors = {id(tensor): tensor for *_, tensor in self._registered if tensor is not None}

@@ -2,10 +2,10 @@
 
 The matrices of LoRA are ordinary linear layers. With δ the gradient of a layer's output y:
 
-- IA3 (Liu et al. 2022, section 3.3) computes y = l · f(x), with f the frozen layer, or y = f(l · x). The gradient of l is
-  Σ_t δ_t · y_t / l. In the second form, δ and y are those of the input of the frozen layer.
-- DoRA (Liu et al. 2024, eq. 5, with the norm as a constant, section 4.3) computes y = m · v(x) + b, with m the magnitudes
-  and b the frozen bias. The gradient of m is Σ_t δ_t · (y_t - b) / m.
+- IA3 (Liu et al. 2022, section 3.3) computes y = l · f(x), with f the frozen layer, or y = f(l · x). The gradient of l
+  is Σ_t δ_t · y_t / l. In the second form, δ and y are those of the input of the frozen layer.
+- DoRA (Liu et al. 2024, eq. 5, with the norm as a constant, section 4.3) computes y = m · v(x) + b, with m the
+  magnitudes and b the frozen bias. The gradient of m is Σ_t δ_t · (y_t - b) / m.
 - LoRA of an embedding computes y = f(i) + s · B A_i, with A_i the column of index i. The gradient of B is
   Σ_t s δ_t ⊗ A_i(t), and that of A is Σ_t s Bᵀδ_t ⊗ e_i(t).
 
@@ -77,7 +77,8 @@ def _dora_magnitudes(module: nn.Module) -> Mapping[str, nn.Parameter]:
     layers: Any = module._modules.get("lora_magnitude_vector")
     if not isinstance(layers, nn.ModuleDict) or len(layers) != 1:
         return {}
-    return {name: layer.weight for name, layer in layers.items() if type(layer).__name__ == "DoraLinearLayer"}
+    found: dict[str, Any] = dict(layers.items())
+    return {name: layer.weight for name, layer in found.items() if type(layer).__name__ == "DoraLinearLayer"}
 
 
 def _dora(call: Call, requested: frozenset[str]) -> dict[str, Form]:
@@ -120,11 +121,12 @@ def _divide_by_factors(
 
 
 def _embedding_factors(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return the matrices A [r, rows] and B [columns, r] of LoRA of an embedding; nothing for DoRA or several adapters."""
+    """Return the matrices A [r, rows] and B [columns, r] of LoRA of an embedding; nothing for DoRA or two adapters."""
     factors = [module._modules.get(name) for name in _EMBEDDING]
     if not all(isinstance(each, nn.ParameterDict) and len(each) == 1 for each in factors):
         return {}
-    if len(module._modules.get("lora_magnitude_vector") or ()):
+    magnitudes: Any = module._modules.get("lora_magnitude_vector")
+    if magnitudes is not None and len(magnitudes):
         return {}
     found: Any = factors
     return {name: next(iter(each.values())) for name, each in zip(_EMBEDDING, found, strict=True)}

@@ -53,8 +53,8 @@ class LayerRule:
         n_leading: (layer, input) -> number of leading dimensions of the input whose entries the layer treats alike.
         is_lookup: whether the layer computes the indices of its lookup itself: input and output of a call are those of
             the lookup inside its forward (`lookups.py`).
-        find: layer -> its parameters by attribute, if they belong to submodules; None: `parameters` of the layer itself.
-        scaled_input: layer -> the submodule whose input is used as the layer's input and output; None: the layer's own.
+        find: layer -> its parameters by attribute, if they belong to submodules; None: `parameters` of the layer.
+        scaled_input: layer -> the submodule whose input is used as the layer's input and output; None: the layer's.
     """
 
     parameters: tuple[str, ...]
@@ -70,9 +70,7 @@ class LayerRule:
         """Return the parameters of a layer that the rule covers, by attribute."""
         if self.find is not None:
             return dict(self.find(module))
-        return {
-            name: p for name, p in module._parameters.items() if name in self.parameters and p is not None
-        }
+        return {name: p for name, p in module._parameters.items() if name in self.parameters and p is not None}
 
 
 def group_by_example(tensor: Tensor, batch: int) -> Tensor:

@@ -21,18 +21,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, first_line, problem
+from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError, first_line, problem
+from tracin_ann.task.integrations.architectures import Kind, find_class, find_kind, load_config, make_model_from_config
+from tracin_ann.task.integrations.rates import ADAPTER_CONFIG, Rate, TrainerCheckpoint, read_trainer_rates
+from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, make_encoder, read_rates
+from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.state_dicts import error_lines, join_complaints, named_tensors, read_content
-from tracin_ann.task.task import PartialLoad, Task
+from tracin_ann.task.task import Checkpoint, PartialLoad, Task
 
-BasePrecision = Literal["fp32", "bf16", "fp16", "int8"]
-
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER = "default"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The kind of task of PEFT's task types; others have that of the base model.
+_KINDS: dict[str, Kind] = {
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq",
+}
 # Fields of a configuration that do not change what an adapter computes.
 _IRRELEVANT = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout")
+# Names of the last matrix of a classification head.
+_HEAD = re.compile(r"(score|classifier|out_proj)\.(\w+\.)?weight$")
 _NO_TARGETS = re.compile(r"[Tt]arget modules? .* not found in the base model")
 logger = logging.getLogger(__name__)
 
@@ -86,7 +96,8 @@ def find_base(folders: Sequence[str | os.PathLike[str]], base: str | os.PathLike
             got = " and ".join(repr(name) for name in names)
             raise CheckpointError(
                 problem(
-                    "the base model of the adapter is not on this machine" if len(names) == 1
+                    "the base model of the adapter is not on this machine"
+                    if len(names) == 1
                     else "the adapters have different base models",
                     got=f"base_model_name_or_path {got}",
                     expected="one folder with the config.json and the weights of the base model",
@@ -144,30 +155,35 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
     }
 
 
-def make_adapter_task(task: Task, *, precision: BasePrecision | None = None) -> Task:
+def make_adapter_task(task: Task, *, quantization: Literal["int8"] | None = None) -> Task:
     """Return the task of adapters over a base model.
 
     Gradients are those of the adapter's parameters: all that the configuration makes trainable, or those of them that
     `task.parameters` selects. The dtypes of these parameters are those of the files.
 
     Args:
-        task: its model is the base model with weights; its checkpoints are adapter folders with learning rates.
-        precision: precision of the base model: a dtype, or `int8`: weights in int8 by torchao; None: as `task.model`
-            returns it.
+        task: its model is the base model with weights; its checkpoints are adapter folders, or their files of weights,
+            with learning rates.
+        quantization: `int8`: see `quantize_base`; None: the base model is used as `task.model` returns it.
 
     Raises:
         CheckpointError: a folder has no configuration, or the configurations differ.
         TaskError: the adapter's method is not supported.
         MissingPackageError: peft, or for `int8` torchao, is not installed.
     """
-    folders = [os.fspath(checkpoint.path) for checkpoint in task.checkpoints]
+    folders = [_find_folder(checkpoint.path) for checkpoint in task.checkpoints]
     configs = [read_adapter_config(folder) for folder in folders]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         _check_same_config(folders[0], configs[0], folder, config)
     _import_peft()
-    adapters = _Adapters(task.model, folders[0], precision)
+    adapters = _Adapters(task.model, folders[0], quantization)
     load = PartialLoad(adapters.load, adapters.find_written)
     return replace(task, model=adapters.make_model, load=load)
+
+
+def _find_folder(path: str | os.PathLike[str]) -> str:
+    """Return the folder of an adapter, given by itself or by its file of weights."""
+    return os.path.dirname(path) or "." if os.path.basename(path) in _WEIGHTS else os.fspath(path)
 
 
 def _import_peft() -> Any:
@@ -219,13 +235,13 @@ class _Adapters:
     Attributes:
         base: returns the base model with its weights.
         folder: the first adapter folder, whose configuration and dtypes the model has.
-        precision: precision of the base model.
+        quantization: of the base model.
         written: names of the tensors that an adapter folder sets, known when a model is made.
     """
 
     base: Callable[[], nn.Module]
     folder: str
-    precision: BasePrecision | None
+    quantization: Literal["int8"] | None
     written: frozenset[str] = field(default=frozenset(), init=False)
     _kept: nn.Module | None = field(default=None, init=False, repr=False)
 
@@ -259,7 +275,7 @@ class _Adapters:
     def _make_base(self) -> nn.Module:
         base = self.base()
         # The user may still use the model.
-        return base if self.precision is None else convert_base(_share_parameters(base), self.precision)
+        return base if self.quantization is None else quantize_base(_share_parameters(base))
 
     def _make_config(self, peft: Any, content: Mapping[str, Any]) -> Any:
         try:
@@ -287,6 +303,7 @@ class _Adapters:
         Raises:
             CheckpointError: a file is missing or unreadable, or does not fit the model.
         """
+        path = _find_folder(path)
         if path != self.folder:
             _check_same_config(self.folder, read_adapter_config(self.folder), path, read_adapter_config(path))
         self._fill(model, read_weights(path), path)
@@ -301,13 +318,11 @@ class _Adapters:
         Raises:
             CheckpointError: a tensor is missing, unexpected, or has another shape.
         """
-        from peft import set_peft_model_state_dict  # noqa: PLC0415 - only for adapters
-
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-                result = set_peft_model_state_dict(model, dict(state), adapter_name=_ADAPTER)
+                result = _import_peft().set_peft_model_state_dict(model, dict(state), adapter_name=_ADAPTER)
         except KeyError as error:
             # Of modules that are saved whole.
             complaints = [f"missing {error.args[0]}"]
@@ -350,7 +365,8 @@ def _explain(error: Exception) -> str:
 
 
 def _describe_base(model: nn.Module) -> str:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base: Callable[[], nn.Module] = getattr(model, "get_base_model", lambda: model)
+    base = get_base()
     return type(base).__name__
 
 
@@ -365,10 +381,19 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or cannot be read.
     """
+    content = read_content(find_adapter_weights(folder))
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def find_adapter_weights(folder: str | os.PathLike[str]) -> Path:
+    """Return the file of weights of an adapter folder.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
     for name in _WEIGHTS:
         if (Path(folder) / name).is_file():
-            content = read_content(Path(folder) / name)
-            return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            return Path(folder) / name
     raise CheckpointError(
         problem(
             f"adapter {folder} has no weights",
@@ -388,30 +413,14 @@ def _set_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def convert_base(model: nn.Module, precision: BasePrecision) -> nn.Module:
-    """Return a base model in another precision, changed in place.
+def quantize_base(model: nn.Module) -> nn.Module:
+    """Return a base model whose linear layers have weights in int8, changed in place.
 
-    Buffers that are not saved, such as the frequencies of rotary positions, keep their dtype. `int8` stores the weights of linear layers in int8 with one scale per output channel (torchao's weight-only
-    quantisation); the output layer is not changed.
+    Each output channel has one scale (torchao's weight-only quantisation). The output layer is not changed.
 
     Raises:
         MissingPackageError: torchao is not installed.
-        TaskError: the precision is not one of those.
     """
-    if precision in _DTYPES:
-        for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                tensor.data = tensor.data.to(_DTYPES[precision])
-        return model
-    if precision != "int8":
-        raise TaskError(
-            problem(
-                "the precision of the base model is unknown",
-                got=repr(precision),
-                expected="fp32, bf16, fp16 or int8",
-                remedy="for int4, save the base model with a quantization_config that transformers can load",
-            )
-        )
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: PLC0415 - only for int8
     except ImportError as error:
@@ -420,10 +429,168 @@ def convert_base(model: nn.Module, precision: BasePrecision) -> nn.Module:
                 "the base model cannot be converted to int8",
                 got=f"no package torchao ({error})",
                 expected="an installed torchao",
-                remedy="install torchao, or use bf16",
+                remedy="install torchao, or use a base model in bfloat16",
             )
         ) from error
-    get_output = getattr(model, "get_output_embeddings", lambda: None)
+    get_output: Callable[[], object] = getattr(model, "get_output_embeddings", lambda: None)
     output = get_output()
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and m is not output)
+    quantize_(
+        model, Int8WeightOnlyConfig(), filter_fn=lambda layer, _: isinstance(layer, nn.Linear) and layer is not output
+    )
     return model
+
+
+def make_run_task(
+    runs: Sequence[str | os.PathLike[str]],
+    checkpoints: Sequence[TrainerCheckpoint],
+    data: tuple[Any, Any],
+    options: RunOptions,
+) -> Task:
+    """Return the task of a run of the Trainer that trained an adapter, or of a list of adapter folders.
+
+    Args:
+        runs: the run, or the adapter folders.
+        checkpoints: the adapters.
+        data: the training data and the query data, as for `Task.from_transformers`.
+        options: of the task.
+
+    Raises:
+        UsageError: an option has a value that it cannot have.
+        TaskError: the base model, the learning rates or the data cannot be used.
+        CheckpointError: the base model or an adapter is missing, or they do not fit each other.
+        MissingPackageError: peft or transformers is not installed.
+    """
+    folders = [checkpoint.path for checkpoint in checkpoints]
+    base = find_base(folders, options.base)
+    content = read_adapter_config(folders[-1])
+    kind = options.kind or _KINDS.get(str(content.get("task_type")))
+    config = _adapt_config(load_config(base), kind, folders[-1])
+    rates = _read_rates(runs, checkpoints, options)
+    found = [Checkpoint(find_adapter_weights(folder), rate) for folder, rate in zip(folders, rates, strict=True)]  # type: ignore[arg-type]
+    encoder = make_encoder(config, [Path(runs[0]), *reversed(folders), base], replace(options, kind=kind))
+    model = _BaseModel(encoder.config, encoder.kind, base, options, tuple(content.get("modules_to_save") or ()))
+    task = assemble_task(encoder, options, data, model=model, load=_load_nothing, checkpoints=found)
+    return make_adapter_task(task, quantization=options.quantization)
+
+
+def _load_nothing(model: nn.Module, path: str) -> None:
+    """Stand in for the loader that `make_adapter_task` sets."""
+
+
+def _read_rates(
+    runs: Sequence[str | os.PathLike[str]], checkpoints: Sequence[TrainerCheckpoint], options: RunOptions
+) -> list[Rate]:
+    """Return the learning rate of each adapter.
+
+    Raises:
+        UsageError: the number of given rates is not that of the adapters, or sums are requested for a list of folders.
+        TaskError: the rates are unknown.
+    """
+    if len(runs) == 1 or not isinstance(options.rates, str):
+        rates = read_rates(runs[0], options.rates, len(checkpoints))
+    elif options.rates == "at":
+        rates = [rate for run in runs for rate in read_trainer_rates(run)]
+    else:
+        raise UsageError(
+            problem(
+                "the rates between the checkpoints are unknown",
+                got=f"rates={options.rates!r} for a list of adapter folders",
+                expected="rates='at', or one rate for each folder",
+                remedy="name the output_dir of the run, or pass rates=[...]",
+            )
+        )
+    return rates
+
+
+def _adapt_config(config: Any, kind: Kind | None, adapter: Path) -> Any:
+    """Return the config of the base model for a kind of task: with another head if the base model has none for it."""
+    try:
+        if kind is None or find_kind(config) == kind:
+            return config
+    except TaskError:
+        # The architecture of the base model has no kind, as that of a body without a head.
+        logger.debug("the base model of %s has no head for %s", adapter, kind)
+    config = copy.deepcopy(config)
+    config.architectures = None
+    n_labels = _count_labels(adapter)
+    if n_labels:
+        config.num_labels = n_labels
+    return config
+
+
+def _count_labels(adapter: Path) -> int:
+    """Return the number of outputs of a classification head in an adapter's weights, 0 if there is none."""
+    heads = [
+        tensor.shape[0]
+        for name, tensor in read_weights(os.fspath(adapter)).items()
+        if _HEAD.search(name) and tensor.dim() == 2  # noqa: PLR2004
+    ]
+    return heads[-1] if heads else 0
+
+
+@dataclass(frozen=True)
+class _BaseModel:
+    """Makes the base model with its weights.
+
+    Attributes:
+        config: of the model.
+        kind: of the task.
+        folder: of the base model.
+        options: of the task.
+        saved: names of modules that the adapter saves as a whole: the base model may not have them.
+    """
+
+    config: Any
+    kind: Kind
+    folder: Path
+    options: RunOptions
+    saved: tuple[str, ...]
+
+    def __call__(self) -> nn.Module:
+        """Return the model in eval mode.
+
+        Raises:
+            CheckpointError: the weights are missing or do not match the architecture.
+        """
+        config = self.config
+        # Quantised weights, and weights of another architecture with the same body, are loaded by transformers.
+        if config.architectures is None or getattr(config, "quantization_config", None) is not None:
+            return self._load_by_transformers().eval()
+        dtype: Any = self.options.dtype
+        model = make_model_from_config(config, dtype, kind=self.kind, attention=self.options.attention)
+        load_weights(model, find_weights(self.folder))
+        return model
+
+    def _load_by_transformers(self) -> nn.Module:
+        cls, dtype = find_class(self.config, self.kind), self.options.dtype or "auto"
+        try:
+            model: nn.Module
+            model, report = cls.from_pretrained(
+                self.folder,
+                config=copy.deepcopy(self.config),
+                dtype=dtype,
+                attn_implementation=self.options.attention,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        # transformers raises errors of several types for damaged files.
+        except Exception as error:
+            raise CheckpointError(
+                problem(
+                    f"the base model {self.folder} cannot be loaded",
+                    got=first_line(error),
+                    expected=f"the weights of a {cls.__name__}",
+                    remedy="correct base=",
+                )
+            ) from error
+        missing = [name for name in sorted(report["missing_keys"]) if not set(name.split(".")) & set(self.saved)]
+        if missing or report["mismatched_keys"]:
+            raise CheckpointError(
+                problem(
+                    f"the base model {self.folder} does not match the adapter's task",
+                    got=join_complaints([f"missing {name}" for name in missing] or ["other shapes"]),
+                    expected=f"the weights of a {cls.__name__}, except those that the adapter saves",
+                    remedy="pass base= with the model on which the adapter was trained",
+                )
+            )
+        return model
