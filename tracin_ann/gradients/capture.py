@@ -368,7 +368,7 @@ class LayerCapture:
                 if isinstance(error, _MisplacedError):
                     self.misplaced = why
 
-        output.register_hook(on_gradient)
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
         return output
 
     def _apply_rule(

@@ -26,6 +26,7 @@ EXAMPLES = {
     "describe": 'describe=lambda row: f"a {row[1]}"',
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
+    "read_query": 'read_query=lambda record: encode(record["text"])',
 }
 LossFunction = Callable[[nn.Module, Any], Tensor]
 ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -50,6 +51,9 @@ class Task:
         ids: example of either side -> its id, an int or str, which answers name; None: its position.
         load: `load(model, path)` for checkpoints that are not a plain state_dict: fills the model, or returns a module
             of the same layers, whose parameters and buffers are then copied into the model.
+        read_query: record -> example as in query_data, for queries that are not in query_data: `tracin-query --input`
+            and `--text`. A record is a dict: of a line of JSON Lines, a row of CSV or Parquet, `{"text": str}` or
+            `{"image": PIL.Image.Image}`.
     """
 
     model: Callable[[], nn.Module]
@@ -64,6 +68,7 @@ class Task:
     load: Callable[[nn.Module, str], object] | None = None
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
+    read_query: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
@@ -72,7 +77,7 @@ class Task:
             TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
+        optional = ("query_loss", "collate", "describe", "load", "columns", "ids", "read_query")
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):

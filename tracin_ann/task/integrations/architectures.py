@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tracin_ann.errors import TaskError, problem
-from tracin_ann.task.integrations.packages import import_transformers, import_transformers_module
+from tracin_ann.packages import import_transformers
 
 Kind = Literal[
     "sequence-classification", "token-classification", "causal-lm", "seq2seq", "image-classification", "masked-lm"
@@ -125,7 +125,7 @@ def make_model_from_config(
     # Keys and values of earlier positions are for generation; a cache in training costs memory.
     config.use_cache = False
     chosen = dtype or getattr(config, "dtype", None) or torch.float32
-    with import_transformers_module("initialization").no_init_weights():
+    with import_transformers("initialization").no_init_weights():
         try:
             model: nn.Module = cls._from_config(config, dtype=chosen, attn_implementation=attention)
         except ValueError:
@@ -143,7 +143,7 @@ def _architecture(config: Any) -> str | None:
 
 
 def _mapping(kind: Kind) -> Any:
-    return getattr(import_transformers_module("models.auto.modeling_auto"), _MAPPINGS[kind])
+    return getattr(import_transformers("models.auto.modeling_auto"), _MAPPINGS[kind])
 
 
 def _class_names(kind: Kind) -> set[str]:

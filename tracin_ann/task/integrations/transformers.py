@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.packages import import_transformers
 from tracin_ann.task.integrations.architectures import (
     ATTENTION,
     CONFIG,
@@ -34,7 +35,6 @@ from tracin_ann.task.integrations.examples import (
     choose_max_length,
 )
 from tracin_ann.task.integrations.losses import Reduction, make_loss
-from tracin_ann.task.integrations.packages import import_transformers
 from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
     Rate,
@@ -42,11 +42,10 @@ from tracin_ann.task.integrations.rates import (
     list_trainer_checkpoints,
     read_trainer_rates,
 )
-from tracin_ann.task.integrations.records import open_records
+from tracin_ann.task.integrations.sources import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
 
-REFERENCE = "tracin_ann.task.integrations.transformers:task"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -160,6 +159,7 @@ def make_task(
     ]
     _check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
+    assert not isinstance(chosen.dtype, str)
     model = partial(make_model_from_config, encoder.config, chosen.dtype, kind=encoder.kind, attention=chosen.attention)
     return assemble_task(encoder, chosen, (data, query_data), model=model, load=load_weights, checkpoints=found)
 
@@ -203,6 +203,7 @@ def assemble_task(
         describe=describer,
         columns=LabelColumn(describer) if describer.name_label(train[0]) is not None else None,
         load=load,
+        read_query=encoder,
     )
 
 
