@@ -20,13 +20,8 @@ from tracin_ann.task.integrations.shards import TarShards
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
-<<<<<<< HEAD
 from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
-from tracin_ann.task.trust import load_named_task
-=======
-from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
 from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
->>>>>>> wt-hf
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
 
 __all__ = [
@@ -41,12 +36,9 @@ __all__ = [
     "ImageFolder",
     "LossFunction",
     "OriginalModel",
-<<<<<<< HEAD
     "PartialLoad",
-=======
     "TRANSFORMERS_TASK",
     "TarShards",
->>>>>>> wt-hf
     "Task",
     "TaskReference",
     "WeightCache",
