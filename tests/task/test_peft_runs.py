@@ -6,25 +6,29 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError
+from tracin_ann.gradients import GradientEngine, materialise, require_grad
+from tracin_ann.gradients.capture import LayerCapture
+from tracin_ann.task import PartialLoad, WeightCache, make_model
+
+if TYPE_CHECKING:
+    from trainer_runs import Run
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-import trainer_runs
-from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError
-from tracin_ann.gradients import GradientEngine, require_grad
-from tracin_ann.gradients.capture import LayerCapture
-from tracin_ann.task import PartialLoad, WeightCache, make_model
-from trainer_runs import ROWS, SAVE_EVERY, UPDATES, Run
+trainer_runs: Any = import_module("trainer_runs")
+ROWS, SAVE_EVERY, UPDATES = trainer_runs.ROWS, trainer_runs.SAVE_EVERY, trainer_runs.UPDATES
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*torchao.*:UserWarning"
@@ -240,6 +244,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradients_of_other_adapters_equal_autograd(name, tmp_path):
     options, others = OTHERS[name]
@@ -259,9 +264,9 @@ def test_gradients_of_other_adapters_equal_autograd(name, tmp_path):
         return lambda name, form, part: collect(found, parameters, name, form, part)
 
     engine.run(batch, start)
-    for name, method in engine.plan.steps.items():
-        expected = [method for part, method in others.items() if part in name] or ["layer rule"]
-        assert method.name == expected[0], name
+    for parameter, method in engine.plan.steps.items():
+        expected = [other for part, other in others.items() if part in parameter] or ["layer rule"]
+        assert method.name == expected[0], parameter
     for i in range(5):
         _, truth = engine.compute_alone(batch, i)
         mine = torch.cat([found[name][i] for name in parameters])
@@ -269,8 +274,6 @@ def test_gradients_of_other_adapters_equal_autograd(name, tmp_path):
 
 
 def collect(found: Any, parameters: Any, name: str, form: Any, part: slice) -> None:
-    from tracin_ann.gradients import materialise
-
     total = found.setdefault(name, torch.zeros(5, parameters[name].numel()))
     total[part] += materialise(form)
 
@@ -295,14 +298,16 @@ def make_task(base: Any, *folders: Path, quantization: Any = None) -> Task:
 
 def test_a_list_of_folders_and_one_folder_are_runs(runs):
     adapter = runs["lora"]
-    task = Task.from_transformers(adapter.folders, adapter.run.records)
+    task = Task.from_transformers(adapter.folders, adapter.run.records, tokenizer=adapter.run.folder)
     assert [c.learning_rate for c in task.checkpoints] == [adapter.run.at_save[step] for step in STEPS]
-    given = Task.from_transformers(adapter.folders, adapter.run.records, rates=[1.0, 2.0, 3.0])
+    given = Task.from_transformers(
+        adapter.folders, adapter.run.records, tokenizer=adapter.run.folder, rates=[1.0, 2.0, 3.0]
+    )
     assert [c.learning_rate for c in given.checkpoints] == [1.0, 2.0, 3.0]
-    single = Task.from_transformers(adapter.folders[1], adapter.run.records)
+    single = Task.from_transformers(adapter.folders[1], adapter.run.records, tokenizer=adapter.run.folder)
     assert [c.learning_rate for c in single.checkpoints] == [adapter.run.at_save[4]]
     with pytest.raises(UsageError, match="rates='sum'"):
-        Task.from_transformers(adapter.folders, adapter.run.records, rates="sum")
+        Task.from_transformers(adapter.folders, adapter.run.records, tokenizer=adapter.run.folder, rates="sum")
 
 
 def test_a_classifier_over_a_language_model(tmp_path):
