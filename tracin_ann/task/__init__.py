@@ -21,7 +21,7 @@ from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, p
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
 from tracin_ann.task.second_moments import SecondMoment, read_second_moments, second_moments_digest
-from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
+from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
 from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
 
@@ -37,6 +37,7 @@ __all__ = [
     "ImageFolder",
     "LossFunction",
     "OriginalModel",
+    "PartialLoad",
     "TRANSFORMERS_TASK",
     "TarShards",
     "SecondMoment",
