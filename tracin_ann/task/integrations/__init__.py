@@ -1,3 +1,1 @@
-"""Training runs of other libraries and of plain loops: their checkpoints, learning rates and records."""
-
-from __future__ import annotations
+"""Integrations: tasks from runs of training libraries, records of runs, and data sets in common formats."""
