@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from tracin_ann.errors import TaskError, problem
+from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.nested import default_batch
 
 # Examples of the functions of a Task, for error messages.
@@ -500,10 +500,12 @@ class Checkpoint:
             select_rates,
         )
 
+        if rates not in ("at", "sum"):
+            raise UsageError(problem("bad rates", got=repr(rates), expected="'at' or 'sum'", remedy="change rates"))
         record = read_run_record(folder)
         return [
             cls(record.folder / checkpoint.path, rate, checkpoint.optimizer and record.folder / checkpoint.optimizer)
-            for checkpoint, rate in zip(record.checkpoints, select_rates(record, rates), strict=True)
+            for checkpoint, rate in zip(record.checkpoints, select_rates(record, summed=rates == "sum"), strict=True)
         ]
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tracin_ann.errors import CheckpointError, DamagedIndexError, UsageError, problem
+from tracin_ann.errors import CheckpointError, DamagedIndexError, problem
 from tracin_ann.files import read_json, write_json_atomic
 from tracin_ann.task.integrations.param_groups import Rates, read_rate
 
@@ -107,20 +107,13 @@ def read_run_record(folder: str | os.PathLike[str]) -> RunRecord:
         raise CheckpointError(message) from error
 
 
-def select_rates(record: RunRecord, rates: str = "at") -> list[Rates]:
+def select_rates(record: RunRecord, *, summed: bool = False) -> list[Rates]:
     """Return the learning rates of each checkpoint, of its last step or summed since the checkpoint before.
-
-    Args:
-        record: the record of a run.
-        rates: "at" or "sum".
 
     Raises:
         CheckpointError: sums are not recorded at a checkpoint.
-        UsageError: `rates` has another value.
     """
-    if rates not in ("at", "sum"):
-        raise UsageError(problem("bad rates", got=repr(rates), expected="'at' or 'sum'", remedy="change rates"))
-    if rates == "at":
+    if not summed:
         return [checkpoint.learning_rates for checkpoint in record.checkpoints]
     sums = [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
     known = [each for each in sums if each is not None]
