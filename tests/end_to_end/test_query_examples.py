@@ -162,6 +162,9 @@ def test_ids_of_the_task_name_the_examples(tmp_path):
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=4)
     found = index.query_examples([rows[4], ROWS[4]])
     assert [answer.query for answer in found] == ["row 4", 1]
+    for examples in (rows[:3], rows[3:5]):
+        with index.lend(examples):
+            assert index.positions("input", [examples[1][2]]) == (1,)
     assert [hit.row for hit in found[0].hits] == [hit.row for hit in found[1].hits] != []
 
 
