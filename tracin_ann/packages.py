@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from tracin_ann.errors import MissingPackageError, problem
@@ -57,3 +58,29 @@ def missing_package(package: str, module: str, purpose: str, extra: str) -> Miss
             remedy=f"pip install 'tracin-ann[{extra}]'",
         )
     )
+
+
+def import_transformers(module: str = "") -> Any:
+    """Return the package `transformers`, or a module of it such as "models.auto.modeling_auto".
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import transformers  # noqa: PLC0415
+    except ImportError as error:
+        raise missing_package("transformers", "transformers", "runs of the Trainer", "transformers") from error
+    return import_module(f"transformers.{module}") if module else transformers
+
+
+def import_datasets() -> Any:
+    """Return the package `datasets`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import datasets  # noqa: PLC0415
+    except ImportError as error:
+        raise missing_package("datasets", "datasets", "folders of save_to_disk", "datasets") from error
+    return datasets
