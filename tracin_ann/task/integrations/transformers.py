@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -137,9 +138,10 @@ def make_task(
     runs = [run] if isinstance(run, str | os.PathLike) else list(run)
     checkpoints = [checkpoint for each in runs for checkpoint in list_trainer_checkpoints(each)]
     if all((checkpoint.path / ADAPTER_CONFIG).is_file() for checkpoint in checkpoints):
-        from tracin_ann.task.integrations.peft import make_run_task  # noqa: PLC0415 - it imports this module
-
-        return make_run_task(runs, checkpoints, (data, query_data), chosen)
+        made: Task = import_module("tracin_ann.task.integrations.peft").make_run_task(
+            runs, checkpoints, (data, query_data), chosen
+        )
+        return made
     if len(runs) > 1:
         raise UsageError(
             problem(
@@ -157,7 +159,7 @@ def make_task(
         Checkpoint(find_weights(each.path), rate)  # type: ignore[arg-type]
         for each, rate in zip(checkpoints, rates, strict=True)
     ]
-    _check_rates(run, chosen.rates, found)
+    check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
     assert not isinstance(chosen.dtype, str)
     model = partial(make_model_from_config, encoder.config, chosen.dtype, kind=encoder.kind, attention=chosen.attention)
@@ -229,7 +231,7 @@ def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_ch
     return given
 
 
-def _check_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], checkpoints: list[Checkpoint]) -> None:
+def check_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], checkpoints: list[Checkpoint]) -> None:
     """Check that the schedule had not decayed to 0 at every checkpoint.
 
     Raises:
