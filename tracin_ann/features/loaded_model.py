@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from tracin_ann.choices import Precision, SideName
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
+from tracin_ann.features.preconditioner import ScalesCache, compute_scales
+from tracin_ann.features.rates import ParameterRates, compute_rates
 from tracin_ann.features.task_data import TaskData
 from tracin_ann.gradients import (
     Batch,
     GradientEngine,
+    GradientScales,
     describe_no_gradient,
     detach_graph,
     probe_description,
@@ -35,12 +38,15 @@ from tracin_ann.task import (
     FileIdentity,
     OriginalModel,
     PartialLoad,
+    SecondMoment,
     WeightCache,
     identify_checkpoint,
     leaves,
     map_leaves,
     preserve_globals,
     preserve_model,
+    read_second_moments,
+    second_moments_digest,
     to_device,
 )
 
@@ -60,11 +66,13 @@ class LoadedModel:
         runner: the data of the task, and the options of the run.
         loader: loads the checkpoints of the task.
         model: the user's model.
-        memory_bytes: memory for weights that are stored when they are first loaded, and attached afterwards.
+        memory_bytes: memory for weights that are stored when they are first loaded, and attached afterwards; a
+            preconditioner keeps its weights in as much memory again.
 
     Attributes:
         checkpoint: the position of the loaded checkpoint; -1 if none is loaded.
         parameters: the parameters that the task selects, by name.
+        rates: the learning rates of these parameters at each checkpoint.
         channels_last: the memory format of images and convolution weights.
         precision: precision of forward and backward.
     """
@@ -75,12 +83,15 @@ class LoadedModel:
         self.channels_last = runner.options.channels_last
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._unloaded = self.parameters = runner.task.select_parameters(model)
+        self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self._original: OriginalModel | None = None
         self._written = PartialLoad.list_written(runner.task, model)
         self._cache = WeightCache(model, memory_bytes, self._written) if memory_bytes else None
         self._loads: dict[int, _Load] = {}
         self._last_read = -1
+        self._scales = ScalesCache(memory_bytes)
+        self._loaded_scales: GradientScales | None = None
         self._parts = _list_parts(model)
 
     @property
@@ -143,6 +154,11 @@ class LoadedModel:
         """Return whether a checkpoint is loaded."""
         return self.checkpoint >= 0
 
+    @property
+    def rate(self) -> float:
+        """Return η_c of the loaded checkpoint: the largest learning rate of the selected parameters."""
+        return self.rates[self.checkpoint].rate
+
     def load(self, checkpoint: int) -> None:
         """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
 
@@ -153,6 +169,8 @@ class LoadedModel:
             CheckpointError: the file is missing, unreadable or does not match the model.
             TaskError: loading changed the names, shapes or dtypes of the selected parameters.
         """
+        # The weights of a preconditioner take as much memory as the model: release those of the last checkpoint.
+        self._loaded_scales = None
         if self._cache is None:
             self._load_file(checkpoint)
         elif not self._attach_stored(checkpoint):
@@ -283,7 +301,42 @@ class LoadedModel:
             engine = self._engines[key] = GradientEngine(
                 self.module, self.parameters, loss, self._collate, self.checkpoint, self.precision
             )
+            engine.find_scales = self._find_scales
         return engine
+
+    def _find_scales(self) -> GradientScales | None:
+        """Return the scales of gradients at the loaded checkpoint.
+
+        Raises:
+            CheckpointError: the second moments are missing or cannot be used.
+        """
+        checkpoint, kind = self.checkpoint, self.runner.options.preconditioner
+        rates = self.rates[checkpoint]
+        if kind == "none":
+            return rates.scales
+        if self._loaded_scales is None:
+            key = checkpoint, identify_checkpoint(self.runner.task.checkpoints[checkpoint])
+            self._loaded_scales = self._scales.find(
+                key, lambda: compute_scales(kind, rates, self._read_moments(checkpoint), self.parameters)
+            )
+        return self._loaded_scales
+
+    def _read_moments(self, checkpoint: int) -> dict[str, SecondMoment]:
+        """Return the second moments of the parameters whose learning rate is not 0."""
+        rates = self.rates[checkpoint].by_parameter
+        names = [name for name, parameter in self.parameters.items() if rates[name] and parameter.numel()]
+        given = self.runner.task.checkpoints[checkpoint]
+        return read_second_moments(given, self.module, names, sorted(self._trainable))
+
+    def digest_moments(self, checkpoint: int) -> str | None:
+        """Return a digest of the second moments that a preconditioner uses at a checkpoint; None without one.
+
+        Raises:
+            CheckpointError: the second moments are missing or cannot be used.
+        """
+        if self.runner.options.preconditioner == "none":
+            return None
+        return second_moments_digest(self._read_moments(checkpoint))
 
     def _collate(self, examples: list[Any]) -> Any:
         return self._move_to_device(self.runner.task.collate_rows(examples))

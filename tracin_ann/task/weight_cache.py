@@ -26,12 +26,16 @@ FileIdentity = tuple[tuple[str, int, int, int, int, int], ...]
 def identify_checkpoint(checkpoint: Checkpoint) -> FileIdentity:
     """Return path, device, inode, size and times of the checkpoint's file, or of all files of a directory.
 
+    The file of second moments is included.
+
     The result is empty if the path cannot be read. Equal identities mean that the files have not been replaced or
     written since.
     """
     path = Path(checkpoint.path)
     try:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if checkpoint.second_moments is not None and not callable(checkpoint.second_moments):
+            files.append(Path(checkpoint.second_moments))
         found = [(os.fspath(file), file.stat()) for file in files]
     except OSError:
         return ()
