@@ -113,9 +113,15 @@ class LayoutReader:
             self.layouts = replace(self.layouts, verified=self.layouts.verified | {signature}, by_rows=by_rows)
         return signature in self.layouts.verified
 
-    def repeat(self, tensor: Tensor) -> Tensor:
-        """Return a shared tensor `[1, ...]` or `[T, ...]` as `[B, ...]` or `[B, T, ...]`."""
-        return tensor.expand(self._batch, *tensor.shape[tensor.shape[0] == 1 :])
+    def repeat(self, x: Tensor, tensor: Tensor) -> Tensor:
+        """Return the input or output of a shared call for each example.
+
+        Args:
+            x: the input: indices `[T]`, whose tensors `[T, ...]` become `[B, T, ...]`, or one row `[1, ...]`, whose
+                tensors become `[B, ...]`.
+            tensor: the input or the output.
+        """
+        return tensor.expand(self._batch, *tensor.shape[x.dim() > 1 :])
 
     def _is_shared(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         if x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self.layouts.repeated:

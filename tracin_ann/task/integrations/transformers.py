@@ -123,6 +123,8 @@ def make_task(run: str | os.PathLike[str], data: Any, query_data: Any = None, **
     chosen = RunOptions(**options)
     checkpoints = list_trainer_checkpoints(run)
     folders = [Path(run), *(checkpoint.path for checkpoint in reversed(checkpoints))]
+    # The tokenizer may be in the run only, and the run may be given as one of its checkpoints.
+    folders += [Path(run).resolve().parent] if checkpoints[0].path == Path(run) else []
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
     found = [
