@@ -2,7 +2,7 @@
 
 `python examples/trainer_run.py --data DIR` takes a minute; DIR holds sst2_train.tsv and sst2_dev.tsv, or the train.tsv
 and dev.tsv of the GLUE download (`sentence<TAB>label` per line). Needs the extra `transformers` and accelerate. To
-query the index afterwards: `tracin-query runs/trainer/2000-rows/index --ids 0-4`.
+query the index afterwards: `tracin-query runs/trainer/4000-rows/index --ids 0-4`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.report import write_report
 
-ROWS, EPOCHS, NAMES = 2000, 3, ("negative", "positive")
+ROWS, EPOCHS, NAMES = 4000, 4, ("negative", "positive")
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 
@@ -71,14 +71,15 @@ def train(data: str, out: str, rows: int) -> float:
         num_attention_heads=2,
         intermediate_size=128,
         max_position_embeddings=64,
+        initializer_range=0.1,
         id2label=dict(enumerate(NAMES)),
         label2id={name: i for i, name in enumerate(NAMES)},
     )
     arguments = tf.TrainingArguments(
         f"{out}/run",
         num_train_epochs=EPOCHS,
-        per_device_train_batch_size=16,
-        learning_rate=2e-3,
+        per_device_train_batch_size=32,
+        learning_rate=5e-4,
         lr_scheduler_type="cosine",
         warmup_steps=20,
         save_strategy="epoch",
