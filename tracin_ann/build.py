@@ -264,7 +264,7 @@ class BuildJob:
             train_rows=len(train),
             train_data="random" if self.config.allow_random_data else self.runner.data_digest(len(train)),
             parameters=parameter_specs(model.parameters, rank_one),
-            checkpoints=checkpoint_specs(self.runner.task),
+            checkpoints=checkpoint_specs(self.runner.task, model.rates),
             sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
             dtype=self.config.dtype,
             norms=self.config.norms,

@@ -179,7 +179,7 @@ def explain(
         layers = find_layers(model.module)
         for done, checkpoint in enumerate(view.checkpoints):
             model.load(checkpoint)
-            rate = runner.task.checkpoints[checkpoint].learning_rate
+            rate = model.rate
             query_grads, train_grads = _gradient(model, side, query_id), _gradient(model, "train", train_id)
             for name, grad in query_grads.items():
                 product = rate * float(grad.flatten().double() @ train_grads[name].flatten().double())

@@ -241,7 +241,7 @@ class Auditor:
 
         A norm is the larger one of the feature's norm and the gradient's norm, both scaled by √η.
         """
-        rate = self._runner.task.checkpoints[self._model.checkpoint].learning_rate
+        rate = self._model.rate
         step = max(1, _ENTRIES // sum(p.numel() for p in self._model.parameters.values()))
         for start in range(0, len(rows), step):
             grad_BP = torch.stack([self._compute_gradient(row) for row in rows[start : start + step]])
@@ -250,8 +250,8 @@ class Auditor:
             yield feature_BD, np.maximum(norm_B, np.linalg.norm(feature_BD, axis=1))
 
     def _compute_gradient(self, row: int) -> Tensor:
-        """Return the gradient [P] of one example, computed alone by plain autograd."""
-        return self._engine.compute_alone(Batch((row,), [self._data[row]], None), 0)[1]
+        """Return the scaled gradient [P] of one example, computed alone by plain autograd."""
+        return self._engine.scale(self._engine.compute_alone(Batch((row,), [self._data[row]], None), 0)[1])
 
     def _tolerance(self, row: int) -> float:
         """Return the relative difference that rounding explains: of computation and of storage."""
@@ -267,7 +267,7 @@ class Auditor:
         The batch uses the kernels of a batch, but has no other example that could affect the row.
         """
         copies = self._engine.batch((row,) * _COPIES, [self._data[row]] * _COPIES)
-        together_P = self._engine.compute_in_batch(copies, _COPIES - 1)[1]
+        together_P = self._engine.scale(self._engine.compute_in_batch(copies, _COPIES - 1)[1])
         return float(np.linalg.norm(extractor.sketch_gradients(together_P[None])[0] - expected_D))
 
     def _describe_origin(self, row: int) -> str:

@@ -117,7 +117,7 @@ class IndexTask:
             train_rows=runner.n_rows("train"),
             train_data=built.spec.train_data if built.random_data else runner.data_digest(runner.n_rows("train")),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
-            checkpoints=checkpoint_specs(runner.task),
+            checkpoints=checkpoint_specs(runner.task, model.rates),
             sketch=replace(built.spec.sketch, version=self._features.sketch.version),
         )
 
@@ -401,12 +401,23 @@ def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: Checkpo
             f"the task's {other.name} has {other.digest[:12]}",
             "restore that file",
         )
-    if built.learning_rate != other.learning_rate:
-        yield _describe_difference(
-            f"learning rate {built.learning_rate:g} at checkpoint {i}",
-            f"the task has {other.learning_rate:g}",
-            "restore Task.checkpoints",
-        )
+    yield from _rate_differences(i, built, other)
+
+
+def _rate_differences(i: int, built: CheckpointSpec, other: CheckpointSpec) -> Iterator[str]:
+    remedy = "restore Task.checkpoints"
+    if built.rates is None and other.rates is None:
+        if built.learning_rate != other.learning_rate:
+            was, now = f"{built.learning_rate:g}", f"{other.learning_rate:g}"
+            yield _describe_difference(f"learning rate {was} at checkpoint {i}", f"the task has {now}", remedy)
+        return
+    names = dict.fromkeys([*(built.rates or ()), *(other.rates or ())])
+    changed = [name for name in names if built.rate_of(name) != other.rate_of(name)]
+    if changed:
+        was, now = (f"{spec.rate_of(changed[0]):g}" for spec in (built, other))
+        more = f", and other rates of {len(changed) - 1} more parameters" if len(changed) > 1 else ""
+        where = f"of parameter {changed[0]} at checkpoint {i}"
+        yield _describe_difference(f"learning rate {was} {where}", f"the task has {now}{more}", remedy)
 
 
 def _describe_difference(built: str, other: str, remedy: str) -> str:

@@ -67,7 +67,7 @@ class FeatureRows:
     Attributes:
         ids_N: row ids in the data set [n].
         feature_ND: features [n, D] in float32, scaled by √η.
-        sqnorm_N: squared gradient norms [n] in float64, not scaled by η.
+        sqnorm_N: squared norms [n] in float64 of the gradients that the engine passes on, not scaled by η.
         loss_N: losses [n] in float32.
     """
 
@@ -87,7 +87,7 @@ class FeatureExtractor:
 
     def __init__(self, model: LoadedModel, options: FeatureOptions) -> None:
         self._model, self._options = model, options
-        self._rate = model.runner.task.checkpoints[model.checkpoint].learning_rate
+        self._rate = model.rate
         self._sketches: dict[str, ParameterSketch] = {}
         self._scratch = Scratch()
         self._dtype = form_dtype(model.parameters.values())
@@ -117,7 +117,7 @@ class FeatureExtractor:
             yield self._fetch(launched.popleft())
 
     def sketch_gradients(self, grad_BP: Tensor) -> Float64:
-        """Return the features [B, D] of gradients [B, P] of all parameters, flattened in the model's order."""
+        """Return the features [B, D] of scaled gradients [B, P] of all parameters, flattened in the model's order."""
         parameters = self._model.parameters
         sketch_BD = torch.zeros(len(grad_BP), self._options.sketch.dim, dtype=self._dtype, device=grad_BP.device)
         parts = torch.split(grad_BP.to(self._dtype), [p.numel() for p in parameters.values()], dim=1)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tracin_ann.features.rates import ParameterRates
 from tracin_ann.store import CheckpointSpec, ParameterSpec
 from tracin_ann.task import Task, checkpoint_digest, encode_content
 
@@ -54,12 +55,16 @@ def parameter_specs(parameters: Mapping[str, nn.Parameter], rank_one: frozenset[
     return tuple(ParameterSpec(name, tuple(p.shape), str(p.dtype), name in rank_one) for name, p in parameters.items())
 
 
-def checkpoint_specs(task: Task) -> tuple[CheckpointSpec, ...]:
-    """Return the specs of a task's checkpoints; reads the complete files."""
-    names: Sequence[str] = [os.path.basename(os.fspath(c.path)) for c in task.checkpoints]
+def checkpoint_specs(task: Task, rates: Sequence[ParameterRates]) -> tuple[CheckpointSpec, ...]:
+    """Return the specs of a task's checkpoints, with these rates of their parameters; reads the complete files."""
     return tuple(
-        CheckpointSpec(name, checkpoint_digest(c), float(c.learning_rate))
-        for name, c in zip(names, task.checkpoints, strict=True)
+        CheckpointSpec(
+            os.path.basename(os.fspath(checkpoint.path)),
+            checkpoint_digest(checkpoint),
+            own.rate,
+            dict(own.by_parameter) if own.differ else None,
+        )
+        for checkpoint, own in zip(task.checkpoints, rates, strict=True)
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tracin_ann.choices import Precision, SideName
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
+from tracin_ann.features.rates import ParameterRates, compute_rates
 from tracin_ann.features.task_data import TaskData
 from tracin_ann.gradients import (
     Batch,
@@ -64,6 +65,7 @@ class LoadedModel:
     Attributes:
         checkpoint: the position of the loaded checkpoint; -1 if none is loaded.
         parameters: the parameters that the task selects, by name.
+        rates: the learning rates of these parameters at each checkpoint.
         channels_last: the memory format of images and convolution weights.
         precision: precision of forward and backward.
     """
@@ -74,6 +76,7 @@ class LoadedModel:
         self.channels_last = runner.options.channels_last
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._unloaded = self.parameters = runner.task.select_parameters(model)
+        self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self._original: OriginalModel | None = None
         self._cache = WeightCache(model, memory_bytes) if memory_bytes else None
@@ -140,6 +143,11 @@ class LoadedModel:
     def has_checkpoint(self) -> bool:
         """Return whether a checkpoint is loaded."""
         return self.checkpoint >= 0
+
+    @property
+    def rate(self) -> float:
+        """Return η_c of the loaded checkpoint: the largest learning rate of the selected parameters."""
+        return self.rates[self.checkpoint].rate
 
     def load(self, checkpoint: int) -> None:
         """Load a checkpoint into the model. Its gradient engines are reused when it is loaded again.
@@ -281,6 +289,7 @@ class LoadedModel:
             engine = self._engines[key] = GradientEngine(
                 self.module, self.parameters, loss, self._collate, self.checkpoint, self.precision
             )
+            engine.scales = self.rates[self.checkpoint].scales
         return engine
 
     def _collate(self, examples: list[Any]) -> Any:

@@ -31,6 +31,7 @@ from tracin_ann.gradients.probes import (
     replace_nonfinite,
 )
 from tracin_ann.gradients.proof import describe_no_gradient, describe_nonfinite
+from tracin_ann.gradients.scales import GradientScales
 
 __all__ = [
     "Allocator",
@@ -39,6 +40,7 @@ __all__ = [
     "Dense",
     "Form",
     "GradientEngine",
+    "GradientScales",
     "METHODS",
     "NONE",
     "Outer",

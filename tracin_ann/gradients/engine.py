@@ -37,6 +37,7 @@ from tracin_ann.gradients.proof import (
     describe_unverified,
     proof_weights,
 )
+from tracin_ann.gradients.scales import GradientScales
 from tracin_ann.task import LossFunction, batched_tensors, tensors_within
 
 # Some parameters use forward mode before vmap(grad), others if vmap(grad) fails.
@@ -80,6 +81,9 @@ class GradientEngine:
         inputs: examples -> the batch that the loss takes, on the device.
         checkpoint: the checkpoint's position, for messages.
         precision: `fp32`: the model's own precision; `bf16`: forward with autocast, factors converted to float32.
+
+    Attributes:
+        scales: `run` multiplies the gradients by them; None, as after construction: the gradients are not scaled.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class GradientEngine:
         checkpoint: int = 0,
         precision: Precision = "fp32",
     ) -> None:
+        self.scales: GradientScales | None = None
         self.parameters = dict(parameters)
         self.checkpoint = checkpoint
         self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
@@ -158,7 +163,7 @@ class GradientEngine:
         return Batch(tuple(ids), examples, self._inputs(list(examples)))
 
     def run(self, batch: Batch, start: Callable[[], Sink]) -> Tensor:
-        """Pass the gradient forms of every parameter to a sink, and return the losses [B].
+        """Pass the scaled gradient forms of every parameter to a sink, and return the losses [B].
 
         Args:
             batch: the examples.
@@ -174,7 +179,7 @@ class GradientEngine:
             self.choose_methods(batch)
         for attempt in range(_ATTEMPTS):
             try:
-                return self._run(batch, self._convert_forms(start()))
+                return self._run(batch, self._convert_forms(self._scale_forms(start())))
             except _PlanChangedError as change:
                 if attempt + 1 == _ATTEMPTS:
                     raise GradientProofError(describe_unstable(str(change), batch.ids)) from change
@@ -184,6 +189,15 @@ class GradientEngine:
     def _convert_forms(self, sink: Sink) -> Sink:
         """Return a sink that converts all forms to one dtype, float32 or wider."""
         return lambda name, form, rows: sink(name, convert(form, self._form_dtype), rows)
+
+    def _scale_forms(self, sink: Sink) -> Sink:
+        return sink if self.scales is None else self.scales.wrap(sink)
+
+    def scale(self, grad_P: Tensor) -> Tensor:
+        """Return a gradient [P] of all parameters, as by `compute_alone`, scaled like those that `run` passes on."""
+        if self.scales is None:
+            return grad_P
+        return self.scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan
@@ -244,13 +258,13 @@ class GradientEngine:
                 sink(name, Dense(torch.stack([g[j].flatten() for g in grads])), rows)
 
     def compute_alone(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """Return the loss and the gradient [P] of one example by autograd, in a batch of one."""
+        """Return the loss and the gradient [P] of one example by autograd, in a batch of one; it is not scaled."""
         single = self.batch(batch.ids[i : i + 1], batch.examples[i : i + 1])
         grads = self._compute_single(single, tuple(self.parameters))
         return self.losses(single)[0].detach(), torch.cat([g.flatten() for g in grads])
 
     def compute_in_batch(self, batch: Batch, i: int) -> tuple[Tensor, Tensor]:
-        """Return the loss and the gradient [P] of one example by autograd, in its batch."""
+        """Return the loss and the gradient [P] of one example by autograd, in its batch; it is not scaled."""
         grads = plain_gradients(lambda: self.losses(batch)[i], list(self.parameters.values())).gradients
         return self.losses(batch)[i].detach(), torch.cat([g.flatten() for g in grads])
 

@@ -240,6 +240,20 @@ def convert(form: Form, dtype: torch.dtype) -> Form:
     return replace(form, **{k: v.to(dtype) for k, v in floating.items()})  # type: ignore[arg-type]
 
 
+def scale(form: Form, factor: float) -> Form:
+    """Return the form of the gradients multiplied by a number; one factor of a product is multiplied."""
+    if isinstance(form, Outer):
+        left_BTR, right_BTC = form.left_BTR, form.right_BTC
+        if left_BTR.numel() <= right_BTC.numel():
+            return Outer(left_BTR * factor, right_BTC)
+        return Outer(left_BTR, right_BTC * factor)
+    if isinstance(form, Convolution):
+        return replace(form, delta_BO=form.delta_BO * factor)
+    if isinstance(form, Rows):
+        return replace(form, value_BTC=form.value_BTC * factor)
+    return Dense(form.grad_BP * factor)
+
+
 def _merge(forms: Sequence[Form]) -> list[Form]:
     """Join the forms of each kind: the positions of several calls are concatenated."""
     outer = [f for f in forms if isinstance(f, Outer)]

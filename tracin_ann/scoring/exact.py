@@ -124,7 +124,7 @@ class ExactScorer:
         for checkpoint in self._checkpoints:
             if self._model.checkpoint != checkpoint:
                 self._model.load(checkpoint)
-            rate = self._model.runner.task.checkpoints[checkpoint].learning_rate
+            rate = self._model.rate
             for first in range(0, n_queries, self._block_queries):
                 block = slice(first, first + self._block_queries)
                 chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
@@ -298,7 +298,7 @@ def exact_self_influence(
     with runner.model("fp32") as model:
         for checkpoint in checkpoints:
             model.load(checkpoint)
-            rate = runner.task.checkpoints[checkpoint].learning_rate
+            rate = model.rate
             done = 0
             for batch in model.batches("train", rows):
                 forms: dict[tuple[str, int, int], list[Form]] = {}

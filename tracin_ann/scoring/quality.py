@@ -92,6 +92,7 @@ class QualityMeasurement:
         n_queries = self.runner.n_rows("query")
         with self.runner.model() as model:
             entries = sum(p.numel() for p in model.parameters.values())
+            rate_C = np.array([rates.rate for rates in model.rates])
         random = np.random.default_rng(self.seed + 1)
         order, n_measured = random.permutation(n_queries), count_queries(entries, n_queries)
         ids, query_QF = self._extract_queries(np.sort(order[:n_measured]))
@@ -108,7 +109,7 @@ class QualityMeasurement:
                 )
             )
         rows_N = self._list_rows()
-        norm_N = np.sqrt(self.store.sqnorms() @ self._learning_rates())[rows_N]
+        norm_N = np.sqrt(self.store.sqnorms() @ rate_C)[rows_N]
         sample = rows_N[sample_rows(norm_N, self.seed)]
         side: SideName = "query"
         allowed = rows_N if len(self.skipped) else None
@@ -120,9 +121,6 @@ class QualityMeasurement:
     def _list_rows(self) -> Int64:
         """Return the ids of the training rows that were not skipped, ascending."""
         return np.setdiff1d(np.arange(self.store.layout.n_rows, dtype=np.int64), self.skipped, assume_unique=True)
-
-    def _learning_rates(self) -> Float64:
-        return np.array([c.learning_rate for c in self.runner.task.checkpoints])
 
     def _extract_queries(self, ids: Int64, at_most: int | None = None) -> tuple[Int64, Float32]:
         """Return the ids and features of the finite rows among these rows of query_data, at most so many."""

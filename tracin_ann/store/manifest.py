@@ -55,6 +55,10 @@ class BuildRecord:
     channels_last: bool = False
     on_nonfinite: OnNonfinite = "error"
 
+    def content(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without those that earlier versions did not have and that are not set."""
+        return {**asdict(self), "spec": self.spec.content()}
+
     @cached_property
     def layout(self) -> StoreLayout:
         """Return the layout of the feature store."""
@@ -217,7 +221,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably."""
-        _write_checked(directory / MANIFEST, asdict(self))
+        _write_checked(directory / MANIFEST, {**asdict(self), "build": self.build.content()})
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -239,7 +243,7 @@ class Manifest:
 
 def write_build_record(directory: Path, record: BuildRecord) -> None:
     """Write the record of a build, durably."""
-    _write_checked(directory / BUILD_RECORD, asdict(record))
+    _write_checked(directory / BUILD_RECORD, record.content())
 
 
 def read_build_record(directory: Path) -> BuildRecord:
@@ -298,8 +302,12 @@ def _check_build_record(record: BuildRecord) -> None:
         raise ValueError(f"precision {spec.precision!r}, norms {spec.norms!r}")
     if record.batch_size is not None and record.batch_size < 1:
         raise ValueError(f"batches of {record.batch_size}")
-    if any(checkpoint.learning_rate < 0 for checkpoint in spec.checkpoints):
-        raise ValueError("a negative learning rate")
+    for checkpoint in spec.checkpoints:
+        rates = checkpoint.rates or {}
+        if min([checkpoint.learning_rate, *rates.values()]) < 0:
+            raise ValueError("a negative learning rate")
+        if checkpoint.rates is not None and set(rates) != {parameter.name for parameter in spec.parameters}:
+            raise ValueError("learning rates of other parameters")
 
 
 def _check_consistency(manifest: Manifest) -> None:

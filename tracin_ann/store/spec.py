@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,25 @@ class CheckpointSpec:
     Attributes:
         name: name of its file, for messages.
         digest: digest of its bytes.
-        learning_rate: η_c.
+        learning_rate: η_c, the largest learning rate of the parameters whose gradients are used.
+        rates: learning rates by parameter name; None: all are η_c.
     """
 
     name: str
     digest: str
     learning_rate: float
+    rates: Mapping[str, float] | None = None
+
+    def rate_of(self, parameter: str) -> float:
+        """Return the learning rate of a parameter."""
+        return self.learning_rate if self.rates is None else self.rates.get(parameter, self.learning_rate)
+
+    def content(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without those that earlier versions did not have and that are not set."""
+        content = asdict(self)
+        if self.rates is None:
+            del content["rates"]
+        return content
 
 
 @dataclass(frozen=True)
@@ -90,16 +104,20 @@ class FeatureSpec:
         """Return the names of the parameters whose gradients are outer products."""
         return frozenset(p.name for p in self.parameters if p.rank_one)
 
+    def content(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without those that earlier versions did not have and that are not set."""
+        return {**asdict(self), "checkpoints": [checkpoint.content() for checkpoint in self.checkpoints]}
+
     def digest(self) -> str:
         """Return a digest of all fields except the versions."""
-        content = asdict(self)
+        content = self.content()
         del content["versions"]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def row_digest(self, checkpoint: int) -> str:
         """Return a digest of everything that determines a row's features at a checkpoint, without N and other rows."""
-        content = asdict(self)
+        content = self.content()
         for name in ("versions", "train_rows", "train_data"):
             del content[name]
-        content["checkpoints"] = asdict(self.checkpoints[checkpoint])
+        content["checkpoints"] = self.checkpoints[checkpoint].content()
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """Return a digest of the checkpoint's bytes: of the file, or of all files in the directory.
+    """Return a digest of the checkpoint: of its file and the key of its entry, or of all files in the directory.
 
     Raises:
         CheckpointError: it is missing.
     """
     path = Path(checkpoint.path)
     if path.is_file():
-        return file_digest(path)
+        return file_digest(path) + ("" if checkpoint.key is None else f"+{checkpoint.key}")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return "+".join(f"{p.relative_to(path)}:{file_digest(p)}" for p in files)
@@ -138,7 +138,7 @@ class CheckpointLoader:
 
     def _load_state(self, model: nn.Module, checkpoint: int) -> None:
         path = self._path(checkpoint)
-        read = fill_model(model, read_content(Path(path)), path)
+        read = fill_model(model, read_content(Path(path)), path, self._task.checkpoints[checkpoint].key)
         if read and checkpoint not in self._read:
             self._read[checkpoint] = read
             logger.info("checkpoint %s: weights read %s", path, read)
@@ -200,7 +200,7 @@ class CheckpointLoader:
     def _files_differ(self, one: int, other: int) -> bool:
         """Return whether the files of two checkpoints differ, and neither learning rate is 0."""
         pair = [self._task.checkpoints[place] for place in (one, other)]
-        return all(c.learning_rate for c in pair) and checkpoint_digest(pair[0]) != checkpoint_digest(pair[1])
+        return all(c.largest_rate for c in pair) and checkpoint_digest(pair[0]) != checkpoint_digest(pair[1])
 
     def _path(self, checkpoint: int) -> str:
         return os.fspath(self._task.checkpoints[checkpoint].path)

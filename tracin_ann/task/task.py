@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -28,6 +28,7 @@ EXAMPLES = {
     "ids": "ids=lambda row: row[2]",
     "read_query": 'read_query=lambda record: encode(record["text"])',
 }
+_MAX_SHOWN = 6
 LossFunction = Callable[[nn.Module, Any], Tensor]
 ParameterFilter = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
@@ -109,7 +110,17 @@ class Task:
                     remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
                 )
             )
-        if not any(checkpoint.learning_rate for checkpoint in self.checkpoints):
+        keyed = next((c for c in self.checkpoints if c.key is not None), None)
+        if self.load is not None and keyed is not None:
+            raise TaskError(
+                problem(
+                    "Task.load and Checkpoint.key exclude each other",
+                    got=f"key={keyed.key!r} of {os.fspath(keyed.path)}",
+                    expected="checkpoints without a key, whose files Task.load reads",
+                    remedy="remove Task.load or the key",
+                )
+            )
+        if not any(checkpoint.largest_rate for checkpoint in self.checkpoints):
             raise TaskError(
                 problem(
                     "every checkpoint has learning rate 0",
@@ -146,6 +157,66 @@ class Task:
             run, data, query_data, **options
         )
         return made
+
+    @classmethod
+    def from_lightning(
+        cls,
+        module: Any,
+        checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        train_data: Any,
+        query_data: Any = None,
+        *,
+        loss: LossFunction | None = None,
+        learning_rates: Sequence[float | Mapping[str, float]] | None = None,
+        **fields: Any,
+    ) -> Task:
+        """Return the task of a run of Lightning.
+
+        The learning rates are those in the record of the run (`TracInCallback`), else those of the optimizers' states
+        in the files, else those that LearningRateMonitor logged in `metrics.csv`. If the rates of parameter groups
+        differ, their parameters are found by the names in the file, or by `configure_optimizers`.
+
+        Args:
+            module: the class of the LightningModule, which the saved hyper-parameters make; `functools.partial(Class,
+                name=value)` replaces some of them. Also a module, or a function that returns one.
+            checkpoints: `.ckpt` files, or a folder that contains them or `tracin.json`; they are sorted by step.
+            train_data: the map-style training set, or a function that returns it.
+            query_data: the same for queries; None: the training set.
+            loss: `loss(module, batch) -> Tensor[B]`, one loss per example.
+            learning_rates: one rate for each checkpoint, or one mapping of parameter names to rates.
+            **fields: other fields of the task.
+
+        Raises:
+            TaskError: there is no loss, or the module cannot be made.
+            CheckpointError: a file is missing or unreadable, or its learning rates are not found.
+        """
+        from tracin_ann.task.integrations.lightning import (  # noqa: PLC0415 - only for such runs
+            STATE_DICT,
+            read_lightning_run,
+        )
+
+        if loss is None:
+            raise TaskError(
+                problem(
+                    "Task.from_lightning needs a loss per example",
+                    got="no loss; training_step returns one number for a batch",
+                    expected="a function loss(module, batch) -> Tensor[B]",
+                    remedy="pass loss=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], "
+                    'reduction="none"), or the loss of your training_step without its mean',
+                )
+            )
+        run = read_lightning_run(module, checkpoints, learning_rates, all_parameters=fields.get("parameters") is None)
+        open_train, open_query = (
+            data if callable(data) else lambda data=data: data for data in (train_data, query_data)
+        )
+        return cls(
+            model=run.model,
+            loss=loss,
+            train_data=open_train,
+            query_data=open_train if query_data is None else open_query,
+            checkpoints=[Checkpoint(path, rate, STATE_DICT) for path, rate in run.checkpoints],
+            **fields,
+        )
 
     def select_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the selected parameters by name, in the model's order; a tied parameter appears once.
@@ -216,7 +287,7 @@ class Task:
 
 
 def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
-    names = ", ".join(list(named)[:6]) + (", ..." if len(named) > 6 else "")  # noqa: PLR2004
+    names = ", ".join(list(named)[:_MAX_SHOWN]) + (", ..." if len(named) > _MAX_SHOWN else "")
     return problem(
         what,
         got="no match",
@@ -227,36 +298,157 @@ def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved state of the model and the learning rate at which training saved it.
+    """A saved state of the model and the learning rate, or rates, at which training saved it.
 
     Attributes:
         path: a file that `torch.load(weights_only=True)` or safetensors reads, or a file or directory that
             `Task.load` reads.
         learning_rate: η_c of TracInCP (Pruthi et al. 2020, section 3.3), a finite number or a tensor or array with one
             number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
+            An optimizer with parameter groups has one rate per group: a mapping from globs of parameter names to
+            rates, `{"head.*": 1e-3, "body.*": 1e-4}`. Exactly one glob has to match each selected parameter.
+        key: the entry of the file that contains the state dict; None: the file is the state dict, or contains it under
+            `model`, `state_dict` or `model_state_dict`.
     """
 
     path: str | os.PathLike[str]
-    learning_rate: float
+    learning_rate: float | Mapping[str, float] = field(hash=False)
+    key: str | None = None
 
     def __post_init__(self) -> None:
-        """Convert the learning rate to a float.
+        """Convert the learning rates to floats.
 
         Raises:
-            TaskError: the learning rate is negative, NaN, infinite or not a number.
+            TaskError: a learning rate is negative, NaN, infinite or not a number, or a mapping is empty or has a key
+                that is not a str.
         """
-        rate = _as_float(self.learning_rate)
+        given: object = self.learning_rate
+        if not isinstance(given, Mapping):
+            object.__setattr__(self, "learning_rate", self._convert_rate(given))
+            return
+        if not given or not all(isinstance(pattern, str) for pattern in given):
+            raise TaskError(
+                problem(
+                    f"checkpoint {os.fspath(self.path)} has bad learning rates",
+                    got=" ".join(repr(given).split())[:160],
+                    expected="a learning rate for each glob of parameter names",
+                    remedy='pass, for example, learning_rate={"head.*": 1e-3, "body.*": 1e-4}',
+                )
+            )
+        rates = {pattern: self._convert_rate(rate, f" for {pattern!r}") for pattern, rate in given.items()}
+        object.__setattr__(self, "learning_rate", rates)
+
+    def _convert_rate(self, given: object, where: str = "") -> float:
+        rate = _as_float(given)
         if rate is None or not 0 <= rate < math.inf:
             raise TaskError(
                 problem(
-                    f"checkpoint {os.fspath(self.path)} has a bad learning rate",
-                    got=" ".join(repr(self.learning_rate).split())[:160],
+                    f"checkpoint {os.fspath(self.path)} has a bad learning rate{where}",
+                    got=" ".join(repr(given).split())[:160],
                     expected="a finite number, 0 or more",
                     remedy="give the learning rate that training used at this checkpoint",
                 )
             )
         # abs() removes the sign of -0.0, which would be written to the manifest.
-        object.__setattr__(self, "learning_rate", abs(rate))
+        return abs(rate)
+
+    @property
+    def largest_rate(self) -> float:
+        """Return the learning rate, or the largest one of a mapping."""
+        return max(self.learning_rate.values()) if isinstance(self.learning_rate, Mapping) else self.learning_rate
+
+    def rates_of(self, parameter_names: Iterable[str]) -> dict[str, float]:
+        """Return the learning rate of each of these parameters, by name.
+
+        A key of the mapping matches the parameter of exactly that name, or as a glob.
+
+        Raises:
+            TaskError: a parameter matches none or several of the mapping's globs.
+        """
+        if not isinstance(self.learning_rate, Mapping):
+            return dict.fromkeys(parameter_names, self.learning_rate)
+        globs = [pattern for pattern in self.learning_rate if any(character in pattern for character in "*?[")]
+        rates: dict[str, float] = {}
+        for name in parameter_names:
+            found = [pattern for pattern in globs if fnmatch.fnmatchcase(name, pattern) and pattern != name]
+            found += [name] * (name in self.learning_rate)
+            if len(found) != 1:
+                raise TaskError(self._describe_ambiguity(name, found))
+            rates[name] = self.learning_rate[found[0]]
+        return rates
+
+    def _describe_ambiguity(self, name: str, found: Sequence[str]) -> str:
+        """Return the message for a parameter that matches none or several globs."""
+        assert isinstance(self.learning_rate, Mapping)
+        shown = [repr(pattern) for pattern in found or self.learning_rate][:_MAX_SHOWN]
+        more = ", ..." if len(found or self.learning_rate) > _MAX_SHOWN else ""
+        return problem(
+            f"checkpoint {os.fspath(self.path)} has {'several' if found else 'no'} learning rates for parameter {name}",
+            got=f"{'matches' if found else 'no match'} of {', '.join(shown)}{more}",
+            expected="exactly one glob of Checkpoint.learning_rate that matches it",
+            remedy="change the globs" if found else "add a glob for it, or exclude it with Task.parameters",
+        )
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        key: str = "model",
+        learning_rate: float | Mapping[str, float] | None = None,
+        *,
+        optimizer_key: str | None = None,
+        parameter_names: Sequence[str] | None = None,
+    ) -> Checkpoint:
+        """Return a checkpoint whose weights, and by default whose learning rate, are in a dictionary of `torch.save`.
+
+        The rate is that of the optimizer's state dict in the file. If the rates of parameter groups differ, the names
+        of their parameters are those in the state dict (of an optimizer that was made from `model.named_parameters()`),
+        or `parameter_names`.
+
+        Args:
+            path: the file.
+            key: the entry that contains `model.state_dict()`.
+            learning_rate: the rate, or rates by parameter name; None: from the optimizer's state dict.
+            optimizer_key: the entry that contains `optimizer.state_dict()`; None: `optimizer`, or the only such entry.
+            parameter_names: the names of the optimizer's parameters, in the order of its groups.
+
+        Raises:
+            CheckpointError: the file is missing or unreadable, it has no such entries, or the names of parameters are
+                unknown or do not match.
+            TaskError: the learning rate cannot be used.
+        """
+        from tracin_ann.task.integrations.saved_rates import (  # noqa: PLC0415 - only for such files
+            check_entry,
+            read_saved_rates,
+        )
+
+        if learning_rate is None:
+            return cls(path, read_saved_rates(path, key, optimizer_key, parameter_names), key)
+        check_entry(path, key)
+        return cls(path, learning_rate, key)
+
+    @classmethod
+    def from_run(cls, folder: str | os.PathLike[str], *, summed: bool = False) -> list[Checkpoint]:
+        """Return the checkpoints of a run that `RunRecorder` recorded, in training order, with their learning rates.
+
+        Args:
+            folder: the folder that contains `tracin.json`.
+            summed: use the sum of the rates of the steps since the checkpoint before, instead of the rate of the last
+                step: η_i for all steps that a checkpoint represents (Pruthi et al. 2020, section 3.3).
+
+        Raises:
+            CheckpointError: there is no record, it is damaged, one of its files is missing, or it has no sums.
+        """
+        from tracin_ann.task.integrations.run_record import (  # noqa: PLC0415 - only for such runs
+            read_run_record,
+            select_rates,
+        )
+
+        record = read_run_record(folder)
+        return [
+            cls(record.folder / checkpoint.path, rates)
+            for checkpoint, rates in zip(record.checkpoints, select_rates(record, summed=summed), strict=True)
+        ]
 
 
 def _as_float(number: object) -> float | None:

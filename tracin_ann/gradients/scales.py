@@ -1,0 +1,55 @@
+"""Scales of gradients: a factor for each parameter, by which an engine multiplies gradients before it passes them on.
+
+With learning rates per parameter, TracInCP is Σ_c Σ_p η_cp ⟨g_p, g'_p⟩ = Σ_c η_c Σ_p ⟨s_p g_p, s_p g'_p⟩ with the
+largest rate η_c and s_p = √(η_cp / η_c). Both sides have the same scales, so every formula with η_c stays valid.
+
+Shapes: B batch, P entries of all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tracin_ann.gradients.factors import Form, Sink, scale
+
+
+@dataclass(frozen=True)
+class GradientScales:
+    """The factors of some parameters; the gradients of all others stay unchanged.
+
+    Attributes:
+        factors: by parameter name. The gradients of a parameter with factor 0 are not passed on.
+    """
+
+    factors: Mapping[str, float]
+
+    def wrap(self, sink: Sink) -> Sink:
+        """Return a sink that scales forms and passes them to `sink`."""
+
+        def scaled(name: str, form: Form, rows: slice) -> None:
+            factor = self.factors.get(name, 1.0)
+            if factor:
+                sink(name, form if factor == 1 else scale(form, factor), rows)
+
+        return scaled
+
+    def apply(self, name: str, grad: Tensor) -> Tensor:
+        """Return gradients of one parameter, of any shape, scaled; zeros for factor 0, whatever their values."""
+        factor = self.factors.get(name, 1.0)
+        if factor == 1:
+            return grad
+        return grad * factor if factor else torch.zeros_like(grad)
+
+    def apply_flat(self, grad_BP: Tensor, sizes: Mapping[str, int]) -> Tensor:
+        """Return gradients of all parameters [B, P], or of one example [P], scaled.
+
+        Args:
+            grad_BP: flattened in the order of `sizes`.
+            sizes: number of entries by parameter name.
+        """
+        parts = torch.split(grad_BP, list(sizes.values()), dim=-1)
+        return torch.cat([self.apply(name, part) for name, part in zip(sizes, parts, strict=True)], dim=-1)
