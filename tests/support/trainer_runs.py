@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,13 @@ def pad_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def train(name: str, folder: Path, change: Callable[[Any], None] | None = None, **options: Any) -> Run:
+def train(name: str, folder: Path, callbacks: Sequence[Any] = (), **options: Any) -> Run:
     """Train a model of a kind by the Trainer, and record the rates of its scheduler and optimizer.
 
     Args:
         name: bert, gpt2, llama, t5 or vit.
         folder: the output_dir.
-        change: changes the model before training.
+        callbacks: of the Trainer.
         options: of TrainingArguments.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,8 +154,6 @@ def train(name: str, folder: Path, change: Callable[[Any], None] | None = None, 
             run.used.append(kwargs["optimizer"].param_groups[0]["lr"])
 
     model = make_model(name)
-    if change is not None:
-        change(model)
     settings = {
         "max_steps": UPDATES,
         "save_steps": SAVE_EVERY,
@@ -180,7 +178,7 @@ def train(name: str, folder: Path, change: Callable[[Any], None] | None = None, 
         args=arguments,
         train_dataset=[{key: value[0] for key, value in each.items()} for each in encoded],
         data_collator=pad_rows,
-        callbacks=[Recorder()],
+        callbacks=[Recorder(), *callbacks],
     )
     # The progress of the Trainer is printed to stdout.
     trainer.remove_callback(tf.PrinterCallback)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, TracInCallback, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import CheckpointError, TaskError, TracinAnnError, UsageError
@@ -267,6 +267,19 @@ def test_a_checkpoint_folder_is_a_run_of_one_checkpoint(trained):
     task = Task.from_transformers(step_folders(run)[1], run.records)
     weights = find_weights(step_folders(run)[1])
     assert task.checkpoints == (Checkpoint(weights, run.at_save[2 * SAVE_EVERY]),)
+
+
+def test_the_record_of_a_run_has_precedence(tmp_path):
+    run = trainer_runs.train("bert", tmp_path / "run", [TracInCallback()], save_strategy="no", logging_steps=1)
+    record = json.loads((run.folder / "tracin.json").read_text())["checkpoints"]
+    task = Task.from_transformers(run.folder, run.records)
+    assert [find_weights(run.folder / each["path"]) for each in record] == [c.path for c in task.checkpoints]
+    assert [c.largest_rate for c in task.checkpoints] == [run.used[each["step"] - 1] for each in record]
+    summed = Task.from_transformers(run.folder, run.records, rates="sum")
+    steps = [0, *(each["step"] for each in record)]
+    expected = [sum(run.used[start:stop]) for start, stop in zip(steps, steps[1:], strict=False)]
+    assert [c.largest_rate for c in summed.checkpoints] == pytest.approx(expected, rel=1e-6)
+    load_into_model(task, 0)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "dataset", "save_to_disk", "callable"])
