@@ -388,3 +388,16 @@ def test_only_the_exact_reference_of_the_built_in_task_is_trusted(tmp_path, suff
     reference = f"tracin_ann.task.integrations.transformers:{'' if not suffix else 'task'}{suffix}"
     with pytest.raises(UsageError, match="is not imported"):
         load_named_task(reference, {"run": "run", "data": "data"}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run", "data"])
+def test_files_of_the_run_inside_the_index_are_refused(trained, tmp_path, name):
+    run = trained("bert")
+    data = trainer_runs.write_jsonl(tmp_path / "rows.jsonl", run.records)
+    paths = {"run": run.folder, "data": data}
+    shutil.copytree(run.folder, tmp_path / "index" / "run")
+    shutil.copy(data, tmp_path / "index" / "data")
+    arguments = {key: str(value) for key, value in paths.items()}
+    load_named_task(TRANSFORMERS_TASK, arguments, tmp_path / "index")
+    with pytest.raises(UsageError, match=f"{name} inside the index"):
+        load_named_task(TRANSFORMERS_TASK, {**arguments, name: str(tmp_path / "index" / name)}, tmp_path / "index")
