@@ -65,7 +65,7 @@ def train_adapter(folder: Path, config: Any, model: str = "llama") -> AdapterRun
         plain.save_pretrained(base)
         return peft.get_peft_model(type(plain).from_pretrained(base), config)
 
-    return AdapterRun(trainer_runs.train(model, folder / "run", add_adapter, learning_rate=0.05), base)
+    return AdapterRun(trainer_runs.train(model, folder / "run", change=add_adapter, learning_rate=0.05), base)
 
 
 @pytest.fixture(scope="module")
@@ -366,16 +366,14 @@ def test_adapters_of_convolutions_in_a_model_of_the_user(name, tmp_path):
 
 def test_a_list_of_folders_and_one_folder_are_runs(runs):
     adapter = runs["lora"]
-    task = Task.from_transformers(adapter.folders, adapter.run.records, tokenizer=adapter.run.folder)
+    task = Task.from_transformers(adapter.folders, adapter.run.records)
     assert [c.learning_rate for c in task.checkpoints] == [adapter.run.at_save[step] for step in STEPS]
-    given = Task.from_transformers(
-        adapter.folders, adapter.run.records, tokenizer=adapter.run.folder, rates=[1.0, 2.0, 3.0]
-    )
+    given = Task.from_transformers(adapter.folders, adapter.run.records, rates=[1.0, 2.0, 3.0])
     assert [c.learning_rate for c in given.checkpoints] == [1.0, 2.0, 3.0]
-    single = Task.from_transformers(adapter.folders[1], adapter.run.records, tokenizer=adapter.run.folder)
+    single = Task.from_transformers(adapter.folders[1], adapter.run.records)
     assert [c.learning_rate for c in single.checkpoints] == [adapter.run.at_save[4]]
     with pytest.raises(UsageError, match="rates='sum'"):
-        Task.from_transformers(adapter.folders, adapter.run.records, tokenizer=adapter.run.folder, rates="sum")
+        Task.from_transformers(adapter.folders, adapter.run.records, rates="sum")
 
 
 def test_a_classifier_over_a_language_model(tmp_path):

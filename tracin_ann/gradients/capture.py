@@ -329,7 +329,7 @@ class LayerCapture:
         version = x._version
         if layout == "shared":
             # A copy, so that in-place layers may follow.
-            x, output = self.reader.repeat(x), self.reader.repeat(output).contiguous()
+            x, output = self.reader.repeat(x, x), self.reader.repeat(x, output).contiguous()
         if output._is_view():
             # In-place operations on a view drop the hooks of its grad_fn; this alias is not a view.
             output = torch.ops.aten._unsafe_view(output, output.shape)

@@ -473,9 +473,11 @@ def make_run_task(
     kind = options.kind or _KINDS.get(str(content.get("task_type")))
     config = _adapt_config(load_config(base), kind, folders[-1])
     rates = _read_rates(runs, checkpoints, options)
-    found = [Checkpoint(find_adapter_weights(folder), rate) for folder, rate in zip(folders, rates, strict=True)]  # type: ignore[arg-type]
+    found = [Checkpoint(find_adapter_weights(folder), rate) for folder, rate in zip(folders, rates, strict=True)]
     check_rates(runs[0], options.rates, found)
-    encoder = make_encoder(config, [Path(runs[0]), *reversed(folders), base], replace(options, kind=kind))
+    # The tokenizer may be in the folder of the run only.
+    places = [Path(runs[0]), *reversed(folders), folders[-1].resolve().parent, base]
+    encoder = make_encoder(config, places, replace(options, kind=kind))
     model = _BaseModel(encoder.config, encoder.kind, base, options, tuple(content.get("modules_to_save") or ()))
     task = assemble_task(encoder, options, data, model=model, load=_load_nothing, checkpoints=found)
     return make_adapter_task(task, quantization=options.quantization)
