@@ -83,6 +83,8 @@ def run_trainer(model: Any, rows: list[Row], folder: str, epochs: int) -> Traine
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        dataloader_pin_memory=False,
+        log_level="error",
         seed=0,
     )
     trainer = Trainer(model=model, args=settings, train_dataset=encoded, processing_class=tokenizer)

@@ -75,6 +75,18 @@ def test_the_lightning_example_prints_answers_and_writes_a_report(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_example_of_an_adapter_prints_answers_and_writes_a_report(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("peft", "transformers", "accelerate"):
+        pytest.importorskip(package)
+    options = ["--data", str(data_dir), "--out", str(tmp_path), "--rows=60"]
+    importlib.import_module("examples.lora_run").main(options)
+    read_answer(capsys.readouterr().out, r"adapter of 30,720 parameters on 60 (.|\n)+\n0: .+\n +\+\d+\.\d{4} +\d+: ")
+
+
 def read_answer(printed: str, said: str) -> None:
     assert re.search(said, printed), printed
     report = re.search(r"(\S+/report\.html)$", printed, re.M)
@@ -82,7 +94,7 @@ def read_answer(printed: str, said: str) -> None:
     assert "<!doctype html" in Path(report[1]).read_text(encoding="utf-8").lower()
 
 
-@pytest.mark.parametrize("name", ["digits", "tabular", *(name for name, *_ in SMALL)])
+@pytest.mark.parametrize("name", ["digits", "tabular", "lora_run", *(name for name, *_ in SMALL)])
 def test_the_tasks_are_short(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     found = re.search(r"^# The task: .*\n(?P<task>(.*\n)*?)(?=# Its data|# Training)", text, re.M)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,19 @@ def pad_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def train(name: str, folder: Path, change: Callable[[Any], Any] | None = None, **options: Any) -> Run:
+def train(
+    name: str,
+    folder: Path,
+    callbacks: Sequence[Any] = (),
+    change: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Run:
     """Train a model of a kind by the Trainer, and record the rates of its scheduler and optimizer.
 
     Args:
         name: bert, gpt2, llama, t5 or vit.
         folder: the output_dir.
+        callbacks: of the Trainer.
         change: changes the model before training; may return another one.
         options: of TrainingArguments.
     """
@@ -180,7 +187,7 @@ def train(name: str, folder: Path, change: Callable[[Any], Any] | None = None, *
         args=arguments,
         train_dataset=[{key: value[0] for key, value in each.items()} for each in encoded],
         data_collator=pad_rows,
-        callbacks=[Recorder()],
+        callbacks=[Recorder(), *callbacks],
     )
     # The progress of the Trainer is printed to stdout.
     trainer.remove_callback(tf.PrinterCallback)

@@ -65,7 +65,7 @@ def train_adapter(folder: Path, config: Any, model: str = "llama") -> AdapterRun
         plain.save_pretrained(base)
         return peft.get_peft_model(type(plain).from_pretrained(base), config)
 
-    return AdapterRun(trainer_runs.train(model, folder / "run", add_adapter, learning_rate=0.05), base)
+    return AdapterRun(trainer_runs.train(model, folder / "run", change=add_adapter, learning_rate=0.05), base)
 
 
 @pytest.fixture(scope="module")
@@ -233,23 +233,51 @@ def make_adapter(folder: Path, config: Any, base: str = "llama") -> tuple[Any, P
     return plain, folder
 
 
-OTHERS = {
-    "embedding": ({"target_modules": ["embed_tokens", "v_proj"]}, {}),
+def make_lora(**options: Any) -> Any:
+    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+
+
+def make_ia3(**options: Any) -> Any:
+    return peft.IA3Config(task_type="CAUSAL_LM", **options)
+
+
+# By name: the base model, the adapter, and the methods that are not layer rules by a part of the parameter's name.
+VMAP = "vmap(grad)"
+OTHERS: dict[str, Any] = {
+    "embedding": ("llama", lambda: make_lora(target_modules=["embed_tokens", "v_proj"]), {}),
     "dora of an embedding": (
-        {"target_modules": ["embed_tokens"], "use_dora": True},
-        {"lora_embedding_A": "vmap(grad)", "lora_embedding_B": "vmap(grad)", "lora_magnitude": "vmap(grad)"},
+        "llama",
+        lambda: make_lora(target_modules=["embed_tokens"], use_dora=True),
+        {"lora_embedding_": VMAP, "lora_magnitude": VMAP},
     ),
-    "whole modules": ({"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}, {}),
-    "rank-stabilised": ({"target_modules": "all-linear", "use_rslora": True}, {}),
+    "whole modules": ("llama", lambda: make_lora(target_modules=["v_proj"], modules_to_save=["lm_head"]), {}),
+    "all linear layers": ("llama", lambda: make_lora(target_modules="all-linear", use_rslora=True), {}),
+    "lora of gpt2": ("gpt2", lambda: make_lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), {}),
+    "dora of gpt2": ("gpt2", lambda: make_lora(target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True), {}),
+    "ia3 of gpt2": (
+        "gpt2",
+        lambda: make_ia3(
+            target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
+        ),
+        {},
+    ),
+    "trained biases": ("gpt2", lambda: make_lora(target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True), {}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradients_of_other_adapters_equal_autograd(name, tmp_path):
-    options, others = OTHERS[name]
-    base, folder = make_adapter(tmp_path, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
-    task = make_task(base, folder)
+    kind, make_config, others = OTHERS[name]
+    base, folder = make_adapter(tmp_path, make_config(), kind)
+    before = [p.detach().clone() for p in base.parameters()]
+    check_gradients(make_task(base, folder), others)
+    # The user's model keeps its values, also if the adapter contains tensors of the base model.
+    assert all(torch.equal(p, value) for p, value in zip(base.parameters(), before, strict=True))
+
+
+def check_gradients(task: Task, others: dict[str, str]) -> None:
+    """Compare the gradients of five rows with autograd, and the methods with the expected ones."""
     model = make_model(task).eval()
     parameters = task.select_parameters(model)
     for parameter in model.parameters():
@@ -266,7 +294,7 @@ def test_gradients_of_other_adapters_equal_autograd(name, tmp_path):
     engine.run(batch, start)
     for parameter, method in engine.plan.steps.items():
         expected = [other for part, other in others.items() if part in parameter] or ["layer rule"]
-        assert method.name == expected[0], parameter
+        assert method.name == expected[0], f"{parameter}: {method.reason}"
     for i in range(5):
         _, truth = engine.compute_alone(batch, i)
         mine = torch.cat([found[name][i] for name in parameters])
@@ -296,18 +324,56 @@ def make_task(base: Any, *folders: Path, quantization: Any = None) -> Task:
     ).with_adapters(quantization=quantization)
 
 
+class Pictures(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.out = torch.nn.Conv2d(2, 6, 3), torch.nn.Conv2d(6, 4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.narrow(torch.relu(self.wide(x)))).mean((2, 3)))
+
+
+CONVOLUTIONS: dict[str, Any] = {
+    "lora": (lambda: peft.LoraConfig(r=2, target_modules=["wide", "narrow"]), {}),
+    "dora": (lambda: peft.LoraConfig(r=2, target_modules=["wide", "narrow"], use_dora=True), {}),
+    "ia3": (
+        lambda: peft.IA3Config(target_modules=["narrow", "out"], feedforward_modules=["out"]),
+        {"narrow.ia3_l": VMAP},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_adapters_of_convolutions_in_a_model_of_the_user(name, tmp_path):
+    make_config, others = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    base = Pictures()
+    model = peft.get_peft_model(Pictures(), make_config())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path)
+    rows = [(torch.randn(2, 8, 8), i % 3) for i in range(ROWS)]
+    task = Task(
+        model=lambda: base,
+        loss=lambda net, batch: torch.nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none"),
+        train_data=lambda: rows,
+        query_data=lambda: rows,
+        checkpoints=[Checkpoint(tmp_path, 0.5)],
+    )
+    check_gradients(task.with_adapters(), others)
+
+
 def test_a_list_of_folders_and_one_folder_are_runs(runs):
     adapter = runs["lora"]
-    task = Task.from_transformers(adapter.folders, adapter.run.records, tokenizer=adapter.run.folder)
+    task = Task.from_transformers(adapter.folders, adapter.run.records)
     assert [c.learning_rate for c in task.checkpoints] == [adapter.run.at_save[step] for step in STEPS]
-    given = Task.from_transformers(
-        adapter.folders, adapter.run.records, tokenizer=adapter.run.folder, rates=[1.0, 2.0, 3.0]
-    )
+    given = Task.from_transformers(adapter.folders, adapter.run.records, rates=[1.0, 2.0, 3.0])
     assert [c.learning_rate for c in given.checkpoints] == [1.0, 2.0, 3.0]
-    single = Task.from_transformers(adapter.folders[1], adapter.run.records, tokenizer=adapter.run.folder)
+    single = Task.from_transformers(adapter.folders[1], adapter.run.records)
     assert [c.learning_rate for c in single.checkpoints] == [adapter.run.at_save[4]]
     with pytest.raises(UsageError, match="rates='sum'"):
-        Task.from_transformers(adapter.folders, adapter.run.records, tokenizer=adapter.run.folder, rates="sum")
+        Task.from_transformers(adapter.folders, adapter.run.records, rates="sum")
 
 
 def test_a_classifier_over_a_language_model(tmp_path):

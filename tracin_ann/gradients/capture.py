@@ -281,7 +281,9 @@ class LayerCapture:
             if not args or not isinstance(args[0], Tensor):
                 self._fail(layer.attributes, "the input of the layer's submodule is not a tensor")
                 return None
-            return (self._follow(layer, rule, None, args[0], args[0]), *args[1:])
+            # An alias that is not a view: what changes it does not count as a change of the input.
+            output = torch.ops.aten._unsafe_view(args[0], args[0].shape)
+            return (self._follow(layer, rule, None, args[0], output), *args[1:])
 
         return before_forward
 
@@ -327,7 +329,7 @@ class LayerCapture:
         version = x._version
         if layout == "shared":
             # A copy, so that in-place layers may follow.
-            x, output = self.reader.repeat(x), self.reader.repeat(output).contiguous()
+            x, output = self.reader.repeat(x, x), self.reader.repeat(x, output).contiguous()
         if output._is_view():
             # In-place operations on a view drop the hooks of its grad_fn; this alias is not a view.
             output = torch.ops.aten._unsafe_view(output, output.shape)

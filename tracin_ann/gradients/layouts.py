@@ -117,9 +117,15 @@ class LayoutReader:
         if self._indexing is not None and id(module) not in self.layouts.by_rows:
             self.layouts = replace(self.layouts, by_rows=self.layouts.by_rows | {id(module)})
 
-    def repeat(self, tensor: Tensor) -> Tensor:
-        """Return a shared tensor `[1, ...]` or `[T, ...]` as `[B, ...]` or `[B, T, ...]`."""
-        return tensor.expand(self._batch, *tensor.shape[tensor.shape[0] == 1 :])
+    def repeat(self, x: Tensor, tensor: Tensor) -> Tensor:
+        """Return the input or output of a shared call for each example.
+
+        Args:
+            x: the input: indices `[T]`, whose tensors `[T, ...]` become `[B, T, ...]`, or one row `[1, ...]`, whose
+                tensors become `[B, ...]`.
+            tensor: the input or the output.
+        """
+        return tensor.expand(self._batch, *tensor.shape[x.dim() > 1 :])
 
     def _is_shared(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         if x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self.layouts.repeated:

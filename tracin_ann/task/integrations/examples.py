@@ -208,18 +208,18 @@ class Encoder:
         """Return the number of a label that is a name, or a number as text."""
         if not isinstance(label, str):
             return int(label) if not isinstance(label, float) else label
-        known: Mapping[str, int] = getattr(self.config, "label2id", None) or {}
+        names: Mapping[Any, str] = getattr(self.config, "id2label", None) or {}
+        known = {name: int(number) for number, name in names.items()} | (getattr(self.config, "label2id", None) or {})
         if label in known:
-            return known[label]
+            return int(known[label])
         try:
             return int(label) if label.strip().lstrip("+-").isdecimal() else float(label)
         except ValueError as error:
-            names = ", ".join(list(known)[:6])
             raise TaskError(
                 problem(
                     "a label is unknown",
                     got=repr(label)[:160],
-                    expected=f"a number, or a name in label2id of config.json ({names})",
+                    expected=f"a number, or a name in label2id of config.json ({', '.join(list(known)[:6])})",
                     remedy="correct the label, or the config",
                 )
             ) from error

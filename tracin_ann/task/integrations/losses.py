@@ -72,6 +72,8 @@ class SumOverTokens:
 class ClassLoss:
     """The loss of a classification or regression of whole examples, [B].
 
+    For a single label of -100, as for a query without a label, the class is the one that the model predicts.
+
     Attributes:
         problem_type: of the config: "single_label_classification" (cross-entropy), "multi_label_classification" (mean
             binary cross-entropy of the labels), "regression" (mean squared error of the outputs), or None: regression
@@ -86,7 +88,9 @@ class ClassLoss:
         logits_BV = widen(model(**inputs).logits)
         problem_type = self.problem_type or _guess_problem_type(logits_BV, labels)
         if problem_type == "single_label_classification":
-            return F.cross_entropy(logits_BV, labels.long().view(-1), reduction="none")
+            labels_B = labels.long().view(-1)
+            labels_B = torch.where(labels_B == IGNORED, logits_BV.detach().argmax(1), labels_B)
+            return F.cross_entropy(logits_BV, labels_B, reduction="none")
         target_BV = labels.to(logits_BV.dtype).reshape(logits_BV.shape)
         if problem_type == "regression":
             return (logits_BV - target_BV).square().mean(1)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError, first_line, problem
 from tracin_ann.task.integrations.architectures import Kind, find_class, find_kind, load_config, make_model_from_config
 from tracin_ann.task.integrations.rates import ADAPTER_CONFIG, Rate, TrainerCheckpoint, read_trainer_rates
-from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, make_encoder, read_rates
+from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, check_rates, make_encoder, read_rates
 from tracin_ann.task.integrations.weights import find_weights, load_weights
-from tracin_ann.task.state_dicts import error_lines, join_complaints, named_tensors, read_content
+from tracin_ann.task.state_dicts import error_lines, join_complaints, read_content
 from tracin_ann.task.task import Checkpoint, PartialLoad, Task
 
 CONFIG = ADAPTER_CONFIG
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER = "default"
+_PREFIX = "base_model.model."
 # The kind of task of PEFT's task types; others have that of the base model.
 _KINDS: dict[str, Kind] = {
     "SEQ_CLS": "sequence-classification",
@@ -229,8 +230,8 @@ def _sort_names(value: Any) -> Any:
 class _Adapters:
     """The base model with the layers of an adapter, and the loader of adapter folders.
 
-    The base model is created once. Models that `make_model` returns share the memory of its parameters, unless an
-    adapter sets some of them (biases, or embeddings of a larger vocabulary).
+    The base model is created once. Models that `make_model` returns share the memory of its parameters, except those
+    that an adapter sets (biases, or embeddings of a larger vocabulary).
 
     Attributes:
         base: returns the base model with its weights.
@@ -254,8 +255,11 @@ class _Adapters:
         """
         peft, content = _import_peft(), read_adapter_config(self.folder)
         config = self._make_config(peft, content)
-        kept = self._kept or self._make_base()
-        base = _share_parameters(kept)
+        kept, state = self._kept or self._make_base(), read_weights(self.folder)
+        # Other values are initialisations that may change the base model.
+        is_plain = content.get("init_lora_weights", True) in (True, False, "gaussian")
+        self._kept = kept if is_plain else None
+        base = _share_parameters(kept, {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in state})
         try:
             with warnings.catch_warnings():
                 # Advice for merging an adapter into an int8 model, and for layers that PEFT knows under other names.
@@ -263,12 +267,7 @@ class _Adapters:
                 model: nn.Module = peft.get_peft_model(base, config, adapter_name=_ADAPTER)
         except Exception as error:
             raise CheckpointError(self._describe_mismatch(base, content, _explain(error))) from error
-        state = read_weights(self.folder)
         self.written = self._fill(model, state, self.folder)
-        named, own = named_tensors(model), {tensor.data_ptr() for tensor in kept.parameters()}
-        is_kept = all(named[name].data_ptr() not in own for name in self.written)
-        # Other values are initialisations that change the base model.
-        self._kept = kept if is_kept and content.get("init_lora_weights", True) in (True, False, "gaussian") else None
         _set_dtypes(model, state)
         return model
 
@@ -353,9 +352,17 @@ class _Adapters:
         )
 
 
-def _share_parameters(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with parameters of their own that share the memory of the model's."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+def _share_parameters(model: nn.Module, copied: Collection[str] = ()) -> nn.Module:
+    """Return a copy of a model with parameters of their own that share the memory of the model's.
+
+    Args:
+        model: the model.
+        copied: names of parameters whose memory is copied.
+    """
+    shared = {
+        id(p): nn.Parameter(p.detach().clone() if name in copied else p.detach(), requires_grad=p.requires_grad)
+        for name, p in model.named_parameters()
+    }
     return copy.deepcopy(model, dict(shared))
 
 
@@ -466,8 +473,11 @@ def make_run_task(
     kind = options.kind or _KINDS.get(str(content.get("task_type")))
     config = _adapt_config(load_config(base), kind, folders[-1])
     rates = _read_rates(runs, checkpoints, options)
-    found = [Checkpoint(find_adapter_weights(folder), rate) for folder, rate in zip(folders, rates, strict=True)]  # type: ignore[arg-type]
-    encoder = make_encoder(config, [Path(runs[0]), *reversed(folders), base], replace(options, kind=kind))
+    found = [Checkpoint(find_adapter_weights(folder), rate) for folder, rate in zip(folders, rates, strict=True)]
+    check_rates(runs[0], options.rates, found)
+    # The tokenizer may be in the folder of the run only.
+    places = [Path(runs[0]), *reversed(folders), folders[-1].resolve().parent, base]
+    encoder = make_encoder(config, places, replace(options, kind=kind))
     model = _BaseModel(encoder.config, encoder.kind, base, options, tuple(content.get("modules_to_save") or ()))
     task = assemble_task(encoder, options, data, model=model, load=_load_nothing, checkpoints=found)
     return make_adapter_task(task, quantization=options.quantization)

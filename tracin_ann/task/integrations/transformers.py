@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,9 +40,11 @@ from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
     Rate,
     Rates,
+    TrainerCheckpoint,
     list_trainer_checkpoints,
     read_trainer_rates,
 )
+from tracin_ann.task.integrations.run_record import has_run_record, read_run_record, select_rates
 from tracin_ann.task.integrations.sources import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
@@ -58,7 +61,8 @@ class RunOptions:
     Attributes:
         kind: the kind of task, one of `KINDS`; None: that of the class in `architectures` of config.json.
         rates: "at": the learning rate that the scheduler had when a checkpoint was saved; "sum": the sum of the rates
-            since the checkpoint before (see `read_trainer_rates`); or a list of numbers, one for each checkpoint.
+            since the checkpoint before (see `read_trainer_rates`); or a list of numbers, one for each checkpoint. In a
+            run with a record (`TracInCallback`), "at" is the rate of the last update before the checkpoint.
         loss: how the losses of an example's tokens are combined: "sum" or "mean".
         tokenizer: a tokenizer, or the folder of one; None: that of the run, if there is one.
         dtype: of the weights, such as "float32"; None: that of config.json, in which they were saved.
@@ -135,11 +139,12 @@ def make_task(
     """
     chosen = RunOptions(**options)
     runs = [run] if isinstance(run, str | os.PathLike) else list(run)
-    checkpoints = [checkpoint for each in runs for checkpoint in list_trainer_checkpoints(each)]
+    checkpoints = [checkpoint for each in runs for checkpoint in list_checkpoints(each)]
     if all((checkpoint.path / ADAPTER_CONFIG).is_file() for checkpoint in checkpoints):
-        from tracin_ann.task.integrations.peft import make_run_task  # noqa: PLC0415 - it imports this module
-
-        return make_run_task(runs, checkpoints, (data, query_data), chosen)
+        made: Task = import_module("tracin_ann.task.integrations.peft").make_run_task(
+            runs, checkpoints, (data, query_data), chosen
+        )
+        return made
     if len(runs) > 1:
         raise UsageError(
             problem(
@@ -151,13 +156,12 @@ def make_task(
         )
     run = runs[0]
     folders = [Path(run), *(checkpoint.path for checkpoint in reversed(checkpoints))]
+    # The tokenizer may be in the run only, and the run may be given as one of its checkpoints.
+    folders += [Path(run).resolve().parent] if checkpoints[0].path == Path(run) else []
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
-    found = [
-        Checkpoint(find_weights(each.path), rate)  # type: ignore[arg-type]
-        for each, rate in zip(checkpoints, rates, strict=True)
-    ]
-    _check_rates(run, chosen.rates, found)
+    found = [Checkpoint(find_weights(each.path), rate) for each, rate in zip(checkpoints, rates, strict=True)]
+    check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
     assert not isinstance(chosen.dtype, str)
     model = partial(make_model_from_config, encoder.config, chosen.dtype, kind=encoder.kind, attention=chosen.attention)
@@ -187,10 +191,12 @@ def assemble_task(
         TaskError: the data cannot be used.
         UsageError: the kind of the run has no loss.
     """
-    loss, _ = make_loss(encoder.kind, encoder.config, options.loss)
+    loss, token_losses = make_loss(encoder.kind, encoder.config, options.loss)
     train = EncodedRows(open_records(data[0]), encoder)
     query = train if data[1] is None else EncodedRows(open_records(data[1]), encoder)
     describer = Describer(encoder)
+    # `Task.token_losses` splits scores by token.
+    more = {"token_losses": token_losses} if "token_losses" in Task.__dataclass_fields__ else {}
     train[0], query[0]  # noqa: B018 - the first rows show whether the data have the columns that are needed
     return Task(
         model=model,
@@ -204,7 +210,21 @@ def assemble_task(
         columns=LabelColumn(describer) if describer.name_label(train[0]) is not None else None,
         load=load,
         read_query=encoder,
+        **more,
     )
+
+
+def list_checkpoints(run: str | os.PathLike[str]) -> list[TrainerCheckpoint]:
+    """Return the checkpoints of a run: those of its record, if it has one (`TracInCallback`), or `checkpoint-STEP`.
+
+    Raises:
+        TaskError: there are none.
+        CheckpointError: the record is damaged, or a checkpoint is missing.
+    """
+    if not has_run_record(run):
+        return list_trainer_checkpoints(run)
+    record = read_run_record(run)
+    return [TrainerCheckpoint(record.folder / each.path, each.step) for each in record.checkpoints]
 
 
 def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_checkpoints: int) -> list[Rate]:
@@ -215,6 +235,8 @@ def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_ch
         TaskError: the rates of the run are unknown.
     """
     if rates in get_args(Rates):
+        if has_run_record(run):
+            return list(select_rates(read_run_record(run), summed=rates == "sum"))
         return read_trainer_rates(run, rates)  # type: ignore[arg-type]
     given: list[Rate] = list(rates)  # type: ignore[arg-type]
     if len(given) != n_checkpoints:
@@ -229,13 +251,13 @@ def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_ch
     return given
 
 
-def _check_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], checkpoints: list[Checkpoint]) -> None:
+def check_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], checkpoints: list[Checkpoint]) -> None:
     """Check that the schedule had not decayed to 0 at every checkpoint.
 
     Raises:
         TaskError: every rate is 0.
     """
-    if rates == "at" and not any(checkpoint.learning_rate for checkpoint in checkpoints):
+    if rates == "at" and not any(checkpoint.largest_rate for checkpoint in checkpoints):
         raise TaskError(
             problem(
                 f"the learning rate is 0 at every checkpoint of {Path(run)}",
