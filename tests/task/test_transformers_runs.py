@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -280,6 +281,18 @@ def test_the_record_of_a_run_has_precedence(tmp_path):
     expected = [sum(run.used[start:stop]) for start, stop in zip(steps, steps[1:], strict=False)]
     assert [c.largest_rate for c in summed.checkpoints] == pytest.approx(expected, rel=1e-6)
     load_into_model(task, 0)
+
+
+def test_a_task_can_be_sent_to_workers(trained, tmp_path):
+    run = trained("gpt2")
+    data = trainer_runs.write_jsonl(tmp_path / "rows.jsonl", run.records)
+    task = Task.from_transformers(run.folder, data)
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.checkpoints == task.checkpoints
+    assert torch.equal(sent.train_data()[3]["input_ids"], task.train_data()[3]["input_ids"])
+    assert {name: p.shape for name, p in sent.model().named_parameters()} == {
+        name: p.shape for name, p in task.model().named_parameters()
+    }
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "dataset", "save_to_disk", "callable"])
