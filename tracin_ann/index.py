@@ -102,6 +102,7 @@ class InfluenceIndex:
             manifest.build.random_data,
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
             channels_last=manifest.build.channels_last,
+            preconditioner=manifest.build.spec.preconditioner,  # type: ignore[arg-type]
         )
         find_task = partial(load_index_task, task, arguments, manifest, path)
         index = cls(path, manifest, IndexTask(path, manifest, find_task, options, memory_bytes))

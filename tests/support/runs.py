@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def batches(rows: Sequence[tuple[Tensor, int]], size: int) -> list[tuple[Tensor,
     ]
 
 
-def exact_scores(task: Task, out: Path) -> np.ndarray:
-    """Return the exact scores [Q, N] of an index of the task."""
-    build(task, out, CONFIG)
+def exact_scores(task: Task, out: Path, **options: Any) -> np.ndarray:
+    """Return the exact scores [Q, N] of an index of the task, built with these options."""
+    build(task, out, replace(CONFIG, **options))
     n_train, n_queries = len(task.train_data()), len(task.query_data())
     options = QueryOptions(k=n_train, exact=True)
     scores = np.full((n_queries, n_train), np.nan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,19 @@ def pad_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def train(name: str, folder: Path, callbacks: Sequence[Any] = (), **options: Any) -> Run:
+def train(
+    name: str,
+    folder: Path,
+    change: Callable[[Any], Any] | None = None,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> Run:
     """Train a model of a kind by the Trainer, and record the rates of its scheduler and optimizer.
 
     Args:
         name: bert, gpt2, llama, t5 or vit.
         folder: the output_dir.
+        change: changes the model before training; may return another one.
         callbacks: of the Trainer.
         options: of TrainingArguments.
     """
@@ -154,6 +161,8 @@ def train(name: str, folder: Path, callbacks: Sequence[Any] = (), **options: Any
             run.used.append(kwargs["optimizer"].param_groups[0]["lr"])
 
     model = make_model(name)
+    if change is not None:
+        model = change(model) or model
     settings = {
         "max_steps": UPDATES,
         "save_steps": SAVE_EVERY,

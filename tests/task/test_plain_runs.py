@@ -115,11 +115,31 @@ def test_a_recorded_loop_gives_brute_force_scores_with_the_rates_of_its_last_ste
     assert_close(exact_scores(make_task(checkpoints), tmp_path / "index"), expected)
 
 
+def test_second_moments_of_a_record_equal_those_of_a_file(tmp_path: Path) -> None:
+    model = Small()
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [(n, p) for n, p in parameters.items()]}], lr=0.05)
+    with RunRecorder(tmp_path, model, optimizer, save_moments=True) as recorder:
+        for batch in batches(ROWS, 4):
+            loss = cross_entropy(model, batch).mean()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+    path = save(tmp_path, model=model.state_dict(), optimizer=optimizer.state_dict())
+    recorded, saved = Checkpoint.from_run(tmp_path)[-1], Checkpoint.from_file(path)
+    weighted, same, plain = (
+        exact_scores(make_task([checkpoint]), tmp_path / f"index{i}", preconditioner=preconditioner)
+        for i, (checkpoint, preconditioner) in enumerate([(recorded, "adam"), (saved, "adam"), (saved, "none")])
+    )
+    assert_close(weighted, same, 1e-6)
+    assert abs(weighted - plain).max() > 0.1 * abs(plain).max()
+
+
 def test_groups_with_one_rate_need_no_names(tmp_path: Path) -> None:
     model = Small()
     optimizer = torch.optim.SGD([{"params": model.head.parameters()}, {"params": model.body.parameters()}], lr=0.25)
     path = save(tmp_path, model=model.state_dict(), optimizer=optimizer.state_dict())
-    assert Checkpoint.from_file(path) == Checkpoint(path, 0.25, "model")
+    assert Checkpoint.from_file(path) == Checkpoint(path, 0.25, path, "model")
 
 
 def test_a_rate_may_be_a_tensor_and_the_optimizer_is_found_under_its_usual_key(tmp_path: Path) -> None:

@@ -271,7 +271,9 @@ def test_a_checkpoint_folder_is_a_run_of_one_checkpoint(trained):
 
 
 def test_the_record_of_a_run_has_precedence(tmp_path):
-    run = trainer_runs.train("bert", tmp_path / "run", [TracInCallback()], save_strategy="no", logging_steps=1)
+    run = trainer_runs.train(
+        "bert", tmp_path / "run", callbacks=[TracInCallback()], save_strategy="no", logging_steps=1
+    )
     record = json.loads((run.folder / "tracin.json").read_text())["checkpoints"]
     task = Task.from_transformers(run.folder, run.records)
     assert [find_weights(run.folder / each["path"]) for each in record] == [c.path for c in task.checkpoints]

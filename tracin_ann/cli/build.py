@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES
+from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
 from tracin_ann.cli.command import command, complete_directories, complete_files, device_option
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
@@ -134,6 +134,13 @@ _MAX_SHOWN = 12
     show_default=True,
     type=click.Choice(["fp32", "bf16"]),
     help="Precision of the forward and backward passes.",
+)
+@click.option(
+    "--preconditioner",
+    default="none",
+    show_default=True,
+    type=click.Choice(PRECONDITIONERS),
+    help="Weights of gradients from Adam's second moments.",
 )
 @device_option
 @click.option(

@@ -64,6 +64,7 @@ def _describe_content(manifest: Manifest) -> list[tuple[str, str]]:
         ("rows", f"{spec.train_rows:,}, {checkpoints}, {format_size(feature_bytes)}"),
         ("sketch", f"{spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, {_NORMS[spec.norms]} norms"),
         *_describe_rates(spec.checkpoints),
+        *([] if spec.preconditioner == "none" else [("weights", f"preconditioner {spec.preconditioner}")]),
         ("index", f"{index.kind}{f', {format_size(index_bytes)}' if index_bytes else ''}, {index.reason}"),
     ]
 

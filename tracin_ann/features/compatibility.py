@@ -117,7 +117,7 @@ class IndexTask:
             train_rows=runner.n_rows("train"),
             train_data=built.spec.train_data if built.random_data else runner.data_digest(runner.n_rows("train")),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
-            checkpoints=checkpoint_specs(runner.task, model.rates),
+            checkpoints=checkpoint_specs(runner.task, model.rates, model.digest_moments),
             sketch=replace(built.spec.sketch, version=self._features.sketch.version),
         )
 
@@ -178,7 +178,7 @@ class IndexTask:
         identity = identify_checkpoint(model.runner.task.checkpoints[checkpoint])
         checked = self._checked.get(checkpoint)
         if checked is not None and checked.identity != identity:
-            self._check_digest(model.runner.task, checkpoint)
+            self._check_digest(model, checkpoint)
         model.load(checkpoint)
         is_known = checked is not None and checked.identity == identity and checked.model is model
         if checked is not None and is_known:
@@ -195,7 +195,7 @@ class IndexTask:
         self._checked[checkpoint] = _CheckedCheckpoint(identity, model, extractor, losses)
         return extractor
 
-    def _check_digest(self, task: Task, checkpoint: int) -> None:
+    def _check_digest(self, model: LoadedModel, checkpoint: int) -> None:
         """Compare a checkpoint whose file changed with the index.
 
         Raises:
@@ -203,7 +203,11 @@ class IndexTask:
         """
         built = self._manifest.build.spec
         now = list(built.checkpoints)
-        now[checkpoint] = replace(now[checkpoint], digest=checkpoint_digest(task.checkpoints[checkpoint]))
+        now[checkpoint] = replace(
+            now[checkpoint],
+            digest=checkpoint_digest(model.runner.task.checkpoints[checkpoint]),
+            second_moments=model.digest_moments(checkpoint),
+        )
         check_spec(built, replace(built, checkpoints=tuple(now)), str(self._directory))
 
     def _choose_canaries(self, turn: int) -> list[tuple[SideName, int]]:
@@ -376,6 +380,7 @@ def _scalar_differences(built: FeatureSpec, other: FeatureSpec) -> Iterator[str]
         ("dtype", "feature type {}", "pass --dtype {}"),
         ("norms", "norms {}", "pass --norms {}"),
         ("precision", "precision {}", "pass --precision {}"),
+        ("preconditioner", "preconditioner {}", "pass --preconditioner {}"),
         ("model", "a model with layers of digest {}", "restore the model's code"),
         ("train_rows", "{} training rows", "restore train_data"),
         ("train_data", "training data of digest {}", "restore train_data"),
@@ -402,6 +407,11 @@ def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: Checkpo
             "restore that file",
         )
     yield from _rate_differences(i, built, other)
+    if built.second_moments != other.second_moments:
+        was, now = (f"{(spec.second_moments or 'none')[:12]}" for spec in (built, other))
+        yield _describe_difference(
+            f"second moments of digest {was} at checkpoint {i}", f"the task has {now}", "restore their file"
+        )
 
 
 def _rate_differences(i: int, built: CheckpointSpec, other: CheckpointSpec) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tracin_ann.choices import SIDE_NAMES, OnNonfinite, Precision, SideName
+from tracin_ann.choices import SIDE_NAMES, OnNonfinite, Precision, Preconditioner, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features.fingerprint import data_digest
 from tracin_ann.task import (
@@ -42,6 +42,7 @@ class RunOptions:
         precision: precision of forward and backward: `fp32`, or `bf16` by autocast.
         channels_last: the initial memory format of images and convolution weights.
         on_nonfinite: what to do with rows whose loss or gradient is NaN or infinite: raise an `error`, or `skip` them.
+        preconditioner: the weights of the entries of gradients, from Adam's second moments; see preconditioner.py.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class RunOptions:
     precision: Precision = "fp32"
     channels_last: bool = False
     on_nonfinite: OnNonfinite = "error"
+    preconditioner: Preconditioner = "none"
 
     def __post_init__(self) -> None:
         """Check the batch size and the number of workers.

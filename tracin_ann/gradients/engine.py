@@ -83,7 +83,8 @@ class GradientEngine:
         precision: `fp32`: the model's own precision; `bf16`: forward with autocast, factors converted to float32.
 
     Attributes:
-        scales: `run` multiplies the gradients by them; None, as after construction: the gradients are not scaled.
+        find_scales: returns the scales by which `run` multiplies gradients, or None, as after construction: gradients
+            are not scaled.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class GradientEngine:
         checkpoint: int = 0,
         precision: Precision = "fp32",
     ) -> None:
-        self.scales: GradientScales | None = None
+        self.find_scales: Callable[[], GradientScales | None] = _find_none
         self.parameters = dict(parameters)
         self.checkpoint = checkpoint
         self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
@@ -191,13 +192,15 @@ class GradientEngine:
         return lambda name, form, rows: sink(name, convert(form, self._form_dtype), rows)
 
     def _scale_forms(self, sink: Sink) -> Sink:
-        return sink if self.scales is None else self.scales.wrap(sink)
+        scales = self.find_scales()
+        return sink if scales is None else scales.wrap(sink)
 
     def scale(self, grad_P: Tensor) -> Tensor:
         """Return a gradient [P] of all parameters, as by `compute_alone`, scaled like those that `run` passes on."""
-        if self.scales is None:
+        scales = self.find_scales()
+        if scales is None:
             return grad_P
-        return self.scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
+        return scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan
@@ -451,6 +454,10 @@ class _Attempt:
     def failed_layers(self, by_parameter: Mapping[str, frozenset[int]]) -> frozenset[int]:
         """Return those of some layers, by parameter, whose parameters fail."""
         return frozenset(layer for name, layers in by_parameter.items() if name in self.failed for layer in layers)
+
+
+def _find_none() -> None:
+    """Return no scales."""
 
 
 def _is_check_due(n_batches: int) -> bool:

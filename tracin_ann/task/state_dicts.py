@@ -70,7 +70,7 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
         ) from error
     except Exception as error:
         rejected = _REJECTED_CLASS.search(str(error))
-        cause = f"an object of {rejected[1]}, which weights_only=True rejects" if rejected else _error_lines(error)[0]
+        cause = f"an object of {rejected[1]}, which weights_only=True rejects" if rejected else error_lines(error)[0]
         raise CheckpointError(
             problem(
                 f"checkpoint {path} cannot be read",
@@ -144,7 +144,7 @@ def load_strictly(model: nn.Module, state: State) -> list[str]:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, **options)
     except Exception:
-        return _error_lines(strict)
+        return error_lines(strict)
     present = {_storage_key(own[name]) for name in state if name in own}
     missing = [name for name in missing if name not in own or _storage_key(own[name]) not in present]
     return [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unexpected]
@@ -239,7 +239,7 @@ def _storage_key(tensor: Tensor) -> Hashable:
     return id(tensor)
 
 
-def _error_lines(error: Exception) -> list[str]:
+def error_lines(error: Exception) -> list[str]:
     """Return the lines of an error's message; for load_state_dict, without the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):

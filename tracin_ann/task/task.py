@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -131,21 +131,28 @@ class Task:
             )
 
     @classmethod
-    def from_transformers(cls, run: str | os.PathLike[str], data: Any, query_data: Any = None, **options: Any) -> Task:
+    def from_transformers(
+        cls,
+        run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data: Any,
+        query_data: Any = None,
+        **options: Any,
+    ) -> Task:
         """Return the task of a run folder of the Hugging Face Trainer.
 
         The model, its loss, the checkpoints `checkpoint-STEP` with their learning rates, the tokenizer and the padding
-        come from the folder. Only local files are read, and no code of the folder is run. A row is encoded when it is
-        read: `datasets` stay on disk.
+        come from the folder. The checkpoints may be adapters of PEFT: gradients are then those of their parameters.
+        Only local files are read, and no code of the folder is run. A row is encoded when it is read: `datasets` stay
+        on disk.
 
         Args:
-            run: the `output_dir` of the Trainer, or one of its checkpoints.
+            run: the `output_dir` of the Trainer, or one of its checkpoints; or a list of adapter folders.
             data: the training data: a `datasets.Dataset`, a folder of `save_to_disk`, a JSONL, Parquet or CSV file, a
                 list of dicts, or a function that returns one of these. Its rows have `input_ids` or `pixel_values`, or
                 are encoded here from the columns `text` and `label`, or those that are named in the options.
             query_data: the same for queries; None: the training data.
             options: see `tracin_ann.task.integrations.transformers.RunOptions`: kind, rates, loss, tokenizer, dtype,
-                parameters, attention, max_length, seed, and the names of columns.
+                parameters, attention, max_length, seed, base, quantization, and the names of columns.
 
         Raises:
             UsageError: an option has a value that it cannot have.
@@ -214,7 +221,9 @@ class Task:
             loss=loss,
             train_data=open_train,
             query_data=open_train if query_data is None else open_query,
-            checkpoints=[Checkpoint(path, rate, STATE_DICT) for path, rate in run.checkpoints],
+            checkpoints=[
+                Checkpoint(saved.path, saved.rates, saved.second_moments, STATE_DICT) for saved in run.checkpoints
+            ],
             **fields,
         )
 
@@ -257,6 +266,23 @@ class Task:
         """
         return (self.collate or default_batch)(examples)
 
+    def with_adapters(self, *, quantization: Literal["int8"] | None = None) -> Task:
+        """Return the task of PEFT adapters over this task's model.
+
+        The model of this task is the base model with its weights, and its checkpoints are adapter folders. Gradients
+        are those of the adapter's parameters.
+
+        Args:
+            quantization: `int8`: weights of linear layers of the base model in int8 (by torchao).
+
+        Raises:
+            CheckpointError: a folder has no configuration, or the configurations differ.
+            MissingPackageError: peft, or for `int8` torchao, is not installed.
+        """
+        from tracin_ann.task.integrations.peft import make_adapter_task  # noqa: PLC0415 - it imports this module
+
+        return make_adapter_task(self, quantization=quantization)
+
     def id_of(self, example: Any) -> int | str | None:
         """Return the id that `ids` gives to the example, or None without `ids`.
 
@@ -286,6 +312,30 @@ class Task:
         return shown if isinstance(shown, Description) else Description(text=str(shown))
 
 
+@dataclass(frozen=True)
+class PartialLoad:
+    """A `Task.load` that sets a part of the model, such as an adapter; other tensors keep their values of `Task.model`.
+
+    When a checkpoint is loaded, only the tensors of this part are copied and compared.
+
+    Attributes:
+        load: `load(model, path)`.
+        find_written: a model of `Task.model` -> the names of the parameters and buffers that `load` sets.
+    """
+
+    load: Callable[[nn.Module, str], object]
+    find_written: Callable[[nn.Module], Collection[str]]
+
+    def __call__(self, model: nn.Module, path: str) -> object:
+        """Load a checkpoint."""
+        return self.load(model, path)
+
+    @staticmethod
+    def list_written(task: Task, model: nn.Module) -> Collection[str] | None:
+        """Return the names of the tensors that a task's checkpoints set, or None for all."""
+        return task.load.find_written(model) if isinstance(task.load, PartialLoad) else None
+
+
 def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
     names = ", ".join(list(named)[:_MAX_SHOWN]) + (", ..." if len(named) > _MAX_SHOWN else "")
     return problem(
@@ -307,12 +357,16 @@ class Checkpoint:
             number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
             An optimizer with parameter groups has one rate per group: a mapping from globs of parameter names to
             rates, `{"head.*": 1e-3, "body.*": 1e-4}`. Exactly one glob has to match each selected parameter.
+        second_moments: where a build with a preconditioner reads Adam's second moments: a file with the state of the
+            optimizer (`optimizer.pt`) or with moments by parameter name (safetensors), or a function that returns such
+            a state, or {parameter name: v̂}.
         key: the entry of the file that contains the state dict; None: the file is the state dict, or contains it under
             `model`, `state_dict` or `model_state_dict`.
     """
 
     path: str | os.PathLike[str]
     learning_rate: float | Mapping[str, float] = field(hash=False)
+    second_moments: str | os.PathLike[str] | Callable[[], Mapping[str, Any]] | None = None
     key: str | None = None
 
     def __post_init__(self) -> None:
@@ -423,9 +477,9 @@ class Checkpoint:
         )
 
         if learning_rate is None:
-            return cls(path, read_saved_rates(path, key, optimizer_key, parameter_names), key)
+            return cls(path, read_saved_rates(path, key, optimizer_key, parameter_names), path, key)
         check_entry(path, key)
-        return cls(path, learning_rate, key)
+        return cls(path, learning_rate, key=key)
 
     @classmethod
     def from_run(cls, folder: str | os.PathLike[str], *, summed: bool = False) -> list[Checkpoint]:
@@ -446,7 +500,7 @@ class Checkpoint:
 
         record = read_run_record(folder)
         return [
-            cls(record.folder / checkpoint.path, rates)
+            cls(record.folder / checkpoint.path, rates, checkpoint.optimizer and record.folder / checkpoint.optimizer)
             for checkpoint, rates in zip(record.checkpoints, select_rates(record, summed=summed), strict=True)
         ]
 

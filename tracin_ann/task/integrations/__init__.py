@@ -1,3 +1,1 @@
-"""Integrations: tasks from the runs of training libraries and plain loops, and data sets in common formats."""
-
-from __future__ import annotations
+"""Integrations: tasks from runs of training libraries, records of runs, and data sets in common formats."""

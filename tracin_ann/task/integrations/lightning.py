@@ -56,10 +56,19 @@ Module = type[nn.Module] | nn.Module | Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class LightningRun:
-    """A run of Lightning: a function that returns the module, and each checkpoint's file and learning rates."""
+    """A run of Lightning: a function that returns the module, and its checkpoints in training order."""
 
     model: Callable[[], nn.Module]
-    checkpoints: tuple[tuple[Path, Rates | Mapping[str, float]], ...]
+    checkpoints: tuple[LightningCheckpoint, ...]
+
+
+@dataclass(frozen=True)
+class LightningCheckpoint:
+    """A `.ckpt` file, its learning rates, and the file of Adam's second moments, if they were saved."""
+
+    path: Path
+    rates: Rates | Mapping[str, float]
+    second_moments: Path | None
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,24 @@ class _Saved:
         content: its entries; their tensors are mapped.
         step: number of optimizer steps.
         rates: its learning rates, from the record of the run; None: not recorded.
+        moments: the file of Adam's second moments, from the record of the run; None: not recorded.
     """
 
     path: Path
     content: Mapping[str, Any]
     step: int
     rates: Rates | None = None
+    moments: Path | None = None
+
+    @property
+    def states(self) -> list[Mapping[str, Any]]:
+        """Return the states of optimizers; empty if the file was saved without them."""
+        states = self.content.get("optimizer_states")
+        return states if isinstance(states, list) and all(map(is_optimizer_state, states)) else []
+
+    def with_rates(self, rates: Rates | Mapping[str, float]) -> LightningCheckpoint:
+        """Return the checkpoint with these learning rates."""
+        return LightningCheckpoint(self.path, rates, self.moments or (self.path if self.states else None))
 
 
 def read_lightning_run(
@@ -111,9 +132,11 @@ def read_lightning_run(
                     remedy="pass one rate, or one mapping of parameter names to rates, for each checkpoint",
                 )
             )
-        return LightningRun(model, tuple((s.path, rate) for s, rate in zip(saved, learning_rates, strict=True)))
-    reader = _RateReader(model, all_parameters)
-    return LightningRun(model, tuple((s.path, reader.read(s) if s.rates is None else s.rates) for s in saved))
+        rates = list(learning_rates)
+    else:
+        reader = _RateReader(model, all_parameters)
+        rates = [reader.read(each) if each.rates is None else each.rates for each in saved]
+    return LightningRun(model, tuple(each.with_rates(rate) for each, rate in zip(saved, rates, strict=True)))
 
 
 def _find_checkpoints(given: object) -> list[_Saved]:
@@ -121,7 +144,12 @@ def _find_checkpoints(given: object) -> list[_Saved]:
     if isinstance(given, str | os.PathLike):
         path = Path(given)
         if path.is_dir() and has_run_record(path):
-            return [_open(path / entry.path, entry.learning_rates) for entry in read_run_record(path).checkpoints]
+            return [
+                _open(
+                    path / entry.path, entry.learning_rates, None if entry.optimizer is None else path / entry.optimizer
+                )
+                for entry in read_run_record(path).checkpoints
+            ]
         paths = _list_folder(path) if path.is_dir() else [path]
     elif isinstance(given, Sequence) and given and all(isinstance(path, str | os.PathLike) for path in given):
         paths = [Path(path) for path in given]
@@ -152,7 +180,7 @@ def _list_folder(folder: Path) -> list[Path]:
     )
 
 
-def _open(path: Path, rates: Rates | None = None) -> _Saved:
+def _open(path: Path, rates: Rates | None = None, moments: Path | None = None) -> _Saved:
     content = read_content(path, mapped=True)
     select_entry(content, STATE_DICT, os.fspath(path))
     step = content.get("global_step")
@@ -165,7 +193,7 @@ def _open(path: Path, rates: Rates | None = None) -> _Saved:
                 remedy="use Checkpoint.from_file for files of another training loop",
             )
         )
-    return _Saved(path, content, step, rates)
+    return _Saved(path, content, step, rates, moments)
 
 
 def _drop_copies(saved: Sequence[_Saved]) -> list[_Saved]:
@@ -302,11 +330,10 @@ class _RateReader:
         Raises:
             CheckpointError: the file and the logged metrics contain none, or the parameters of its groups are unknown.
         """
-        states = saved.content.get("optimizer_states")
-        if not isinstance(states, list) or not states or not all(map(is_optimizer_state, states)):
+        if not saved.states:
             return self._read_logged(saved)
         optimizers = [
-            read_optimizer_state(state, f"optimizer state {i} of {saved.path}") for i, state in enumerate(states)
+            read_optimizer_state(state, f"optimizer state {i} of {saved.path}") for i, state in enumerate(saved.states)
         ]
         rate = common_rate(optimizers)
         if rate is not None and (not self._all_parameters or self._covers(optimizers)):
