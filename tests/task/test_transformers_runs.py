@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, TracInCallback, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
-from tracin_ann.errors import CheckpointError, TaskError, TracinAnnError, UsageError
+from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, TracinAnnError, UsageError
 from tracin_ann.task import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.integrations.weights import find_weights
 
@@ -236,6 +237,12 @@ def test_an_error_is_one_line_with_a_remedy(copied, fault):
         Task.from_transformers(run.folder, run.records)
     assert "\n" not in str(raised.value)
     assert "; " in str(raised.value)
+
+
+def test_without_transformers_the_error_names_the_extra(copied, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingPackageError, match=r"transformers is not installed.*'tracin-ann\[transformers\]'"):
+        Task.from_transformers(copied.folder, copied.records)
 
 
 def test_a_damaged_file_of_weights_is_reported(copied):
