@@ -46,7 +46,7 @@ def train(case, folder):
             optimizer.step()
         torch.save(model.state_dict(), folder / f"{c}.pt")
         torch.save(optimizer.state_dict(), folder / f"{c}.optimizer.pt")
-        checkpoints.append(Checkpoint(folder / f"{c}.pt", rate, folder / f"{c}.optimizer.pt"))
+        checkpoints.append(Checkpoint(folder / f"{c}.pt", rate, second_moments=folder / f"{c}.optimizer.pt"))
         other = models.make_case(case, 0, 12)[0]
         other.load_state_dict(model.state_dict())
         models_of.append(other)
@@ -147,13 +147,15 @@ def trained(tmp_path):
 
 
 def toy_task(folder, second_moments, rate=0.1, **changes):
-    return make_toy_task(folder, Toy(), checkpoints=[Checkpoint(folder / "last.pt", rate, second_moments)], **changes)
+    return make_toy_task(
+        folder, Toy(), checkpoints=[Checkpoint(folder / "last.pt", rate, second_moments=second_moments)], **changes
+    )
 
 
 def denominators(folder, second_moments):
     """Return √v̂ + ε of all parameters as the library reads them."""
     model, names = Toy(), [name for name, _ in Toy().named_parameters()]
-    given = Checkpoint(folder / "last.pt", 0.1, second_moments)
+    given = Checkpoint(folder / "last.pt", 0.1, second_moments=second_moments)
     found = read_second_moments(given, model, names, names)
     return torch.cat([moment.denominator(torch.float64, torch.device("cpu")) for moment in found.values()])
 
@@ -211,7 +213,7 @@ def test_the_groups_of_the_trainer_are_recognised():
     )
     state = optimizer.state_dict()
     state["state"] = {i: {"step": 1, "exp_avg_sq": torch.full_like(named[n], i)} for i, n in enumerate(order)}
-    found = read_second_moments(Checkpoint("x.pt", 0.1, lambda: state), model, list(named), list(named))
+    found = read_second_moments(Checkpoint("x.pt", 0.1, second_moments=lambda: state), model, list(named), list(named))
     assert {name: moment.value.flatten()[0].item() for name, moment in found.items()} == {
         name: order.index(name) for name in named
     }
@@ -375,7 +377,7 @@ def test_the_moments_of_a_trainer_run_have_the_names_of_their_parameters(kind, t
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     moments = {name: trainer.optimizer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
-    given = Checkpoint(tmp_path, 0.1, tmp_path / "checkpoint-4" / "optimizer.pt")
+    given = Checkpoint(tmp_path, 0.1, second_moments=tmp_path / "checkpoint-4" / "optimizer.pt")
     found = read_second_moments(given, model, list(moments), list(moments))
     assert all(torch.equal(found[name].value, moment) for name, moment in moments.items())
     assert {moment.correction for moment in found.values()} == {1 - 0.999**4}

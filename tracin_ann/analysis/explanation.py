@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
@@ -158,7 +158,7 @@ def explain(
         index: an open index.
         train_id: position of the training row.
         query_id: position of the query.
-        side: data set of the query, `query` or `train`.
+        side: data set of the query, `query` or `train`, or `input` for an example that `index.lend` lends.
         progress: called with ("gradients", checkpoints done, checkpoints).
         checkpoints: positions of the checkpoints to sum over; None: all.
 
@@ -211,12 +211,12 @@ def _gradient(model: LoadedModel, side: SideName, row: int) -> Directions:
     try:
         gradient = compute_full_gradients(model, side, [row])
     except NonFiniteError as error:
-        raise NonFiniteError(f"this row of {side}_data cannot be explained: {error}") from error
+        raise NonFiniteError(f"this row of {SIDE_NAMES[side]} cannot be explained: {error}") from error
     for name, grad in gradient.items():
         if not bool(torch.isfinite(grad).all()):
             raise NonFiniteError(
                 problem(
-                    f"the gradient of row {row} of {side}_data at checkpoint {model.checkpoint} is not finite",
+                    f"the gradient of row {row} of {SIDE_NAMES[side]} at checkpoint {model.checkpoint} is not finite",
                     got=f"NaN or infinity in {name}",
                     expected="finite numbers",
                     remedy="inspect this row and the weights of this checkpoint",

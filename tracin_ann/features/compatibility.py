@@ -10,15 +10,25 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.device import free_memory_bytes
-from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
+from tracin_ann.errors import (
+    IndexMismatchError,
+    NonFiniteError,
+    TaskError,
+    TracinAnnError,
+    UsageError,
+    first_line,
+    problem,
+)
 from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
@@ -138,10 +148,8 @@ class IndexTask:
             self._n_comparisons[compared] += 1
             for checkpoint in checkpoints:
                 extractor = self._load_checked(model, checkpoint, rows if checkpoint == compared else ())
-                try:
+                with _report_unusable(side):
                     blocks.append(extractor.rows(side, ids).feature_ND)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"cannot query with this row of {side}_data: {error}") from error
         return np.concatenate(blocks, axis=1)
 
     def check_canaries(self, checkpoints: Sequence[int]) -> None:
@@ -240,6 +248,32 @@ class IndexTask:
                     )
                 )
             canaries.check(extractor, checkpoint, str(self._directory))
+
+
+@contextmanager
+def _report_unusable(side: SideName) -> Iterator[None]:
+    """Name the side of queries in errors that their rows cause.
+
+    Errors of a task's own data set are those of its code and keep their type. Examples that a caller gives may be of
+    another form than the task's, and any function of the task may fail on them.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"cannot query with this row of {SIDE_NAMES[side]}: {error}") from error
+    except (TracinAnnError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if side != "input":
+            raise
+        raise TaskError(
+            problem(
+                "the given examples cannot be used",
+                got=first_line(error),
+                expected="examples of the form of query_data's",
+                remedy="pass what query_data[i] would return for them",
+            )
+        ) from error
 
 
 @dataclass(frozen=True)

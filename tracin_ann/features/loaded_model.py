@@ -286,7 +286,11 @@ class LoadedModel:
                 parameter.data = parameter.data.contiguous(memory_format=form)
 
     def engine(self, side: SideName) -> GradientEngine:
-        """Return the engine for the gradients of a side's loss at the loaded checkpoint."""
+        """Return the engine for the gradients of a side's loss at the loaded checkpoint.
+
+        The sides `query` and `input` have the same loss, and share an engine.
+        """
+        side = "query" if side == "input" else side
         task, key = self.runner.task, (self.checkpoint, side, self.channels_last, self.precision)
         engine = self._engines.get(key)
         # A loader may replace the parameters by other objects.

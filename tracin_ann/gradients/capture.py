@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -22,8 +23,10 @@ from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
 from tracin_ann.gradients.autograd import HALF, other_leaves, weighted_sum
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
+from tracin_ann.gradients.layers.embedding import RELATIVE_BIAS
 from tracin_ann.gradients.layers.registry import find_rule
-from tracin_ann.gradients.layouts import PARAMETERS, Layout, LayoutReader
+from tracin_ann.gradients.layouts import OUTPUTS, PARAMETERS, Layout, LayoutReader
+from tracin_ann.gradients.lookups import find_bias_owner, follow_bias, follow_lookups
 from tracin_ann.gradients.row_indexing import detect_row_indexing
 
 Holder = tuple[nn.Module, str]
@@ -41,6 +44,38 @@ class CaptureResult:
 
     losses_B: Tensor
     watched_reached: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose calls are followed.
+
+    Attributes:
+        module: the layer.
+        path: in the model.
+        attributes: the parameters to capture, by attribute.
+        bias_owner: the module that computes a relative position bias from the layer, or None.
+    """
+
+    module: nn.Module
+    path: str
+    attributes: Mapping[str, str]
+    bias_owner: nn.Module | None = None
+
+
+@contextmanager
+def _replace_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of one module in the block."""
+    own = vars(module)
+    before = own.get(name)
+    own[name] = method
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[name]
+        else:
+            own[name] = before
 
 
 class _MisplacedError(LayoutError):
@@ -84,7 +119,10 @@ class LayerCapture:
         reader: LayoutReader,
     ) -> None:
         self._broadcast = broadcast
-        self._layers = [(model.get_submodule(path), path, dict(attributes)) for path, attributes in layers.items()]
+        self._layers = [
+            _Layer(model.get_submodule(path), path, dict(attributes), find_bias_owner(model, path))
+            for path, attributes in layers.items()
+        ]
         self.reader = reader
         self._sink: Sink | None = None
         self._batch = 0
@@ -124,10 +162,6 @@ class LayerCapture:
             checking: also determine the examples of inputs that are treated as batch first; a layer with other
                 examples fails.
         """
-        handles = [
-            module.register_forward_hook(self._make_hook(path, attributes), with_kwargs=True)
-            for module, path, attributes in self._layers
-        ]
         self._clear()
         self._sink, self._batch, self._is_checking = sink, batch, checking and batch > 1
         indexing = None if verifying is None else detect_row_indexing(verifying)
@@ -137,14 +171,13 @@ class LayerCapture:
             for parameter in watched:
                 parameter.requires_grad_(True)
             with self._repeat_broadcast_parameters() as leaves:
-                with indexing or nullcontext():
-                    self._is_in_loss = True
-                    values = losses()
-                    self._is_in_loss = False
-                reached = self._backward(values, watched, leaves)
+                with self._follow_layers():
+                    with indexing or nullcontext():
+                        self._is_in_loss = True
+                        values = losses()
+                        self._is_in_loss = False
+                    reached = self._backward(values, watched, leaves)
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter in watched:
                 parameter.requires_grad_(False)
             self._sink = self._anchor = self._code = None
@@ -208,68 +241,108 @@ class LayerCapture:
             for module, attribute, parameter in originals:
                 module._parameters[attribute] = parameter
 
-    def _make_hook(self, path: str, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
+    @contextmanager
+    def _follow_layers(self) -> Iterator[None]:
+        """Follow the calls of all layers in the block: by hooks, or by lookups inside other functions."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                rule = find_rule(layer.module)
+                assert rule is not None
+                if layer.bias_owner is not None and OUTPUTS in self.reader.layouts.repeated:
+                    follow = partial(self._follow, layer, RELATIVE_BIAS, "shared")
+                    stack.enter_context(
+                        _replace_method(layer.bias_owner, *follow_bias(layer.bias_owner, layer.module, follow))
+                    )
+                elif rule.is_lookup:
+                    follow = partial(self._follow, layer, rule, None)
+                    stack.enter_context(_replace_method(layer.module, "forward", follow_lookups(layer.module, follow)))
+                else:
+                    hook = self._make_hook(layer, rule)
+                    handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def _make_hook(self, layer: _Layer, rule: LayerRule) -> Callable[..., Tensor | None]:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
                 return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, Tensor):
-                self._fail(attributes, "the layer's input is not a tensor")
+                self._fail(layer.attributes, "the layer's input is not a tensor")
                 return None
-            if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, output)):
-                self._fail(attributes, "a transform of torch.func is applied to the layer")
-                return None
-            layout = self.reader.read(module, x, output, attributes)
-            if not self.reader.is_verified(module, x, layout):
-                self._fail(attributes, "the layer's input has a layout that was in no verified batch")
-                return None
-            x = x.detach()
-            version = x._version
-            if layout == "shared":
-                # A copy, so that in-place layers may follow.
-                x, output = self.reader.repeat(x), self.reader.repeat(output).contiguous()
-            if output._is_view():
-                # In-place operations on a view drop the hooks of its grad_fn; this alias is not a view.
-                output = torch.ops.aten._unsafe_view(output, output.shape)
-            if not output.requires_grad:
-                if self._anchor is None:
-                    self._anchor = torch.zeros((), device=output.device, requires_grad=True)
-                output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-            self._has_half |= output.dtype in HALF
-            rule = find_rule(module)
-            assert rule is not None
-            stored = output.detach() if rule.needs_output(module) else None
-            stored_version = output._version
-            n_rows = self._count_rows(rule, module, x, output, layout)
-            weighted: list[Tensor] = []
-
-            def on_gradient(grad: Tensor) -> None:
-                if self._is_in_loss:
-                    # A gradient that the loss itself computes. With a graph, the loss differentiates it.
-                    if torch.is_grad_enabled():
-                        self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
-                    return
-                if self._is_weighting:
-                    if n_rows:
-                        weighted.append(project(widen(grad.detach()), n_rows))
-                    return
-                if x._version != version or (stored is not None and stored._version != stored_version):
-                    self._fail(attributes, "the layer's input or output is changed in place after its forward")
-                    return
-                call = Call(module, widen(x), widen(grad.detach()), self._batch, stored)
-                try:
-                    with torch.no_grad():
-                        self._apply_rule(rule, call, attributes, layout, weighted)
-                except LayoutError as error:
-                    why = f"layer {path or type(module).__name__}: {error}"
-                    self._fail(attributes, why)
-                    if isinstance(error, _MisplacedError):
-                        self.misplaced = why
-
-            output.register_hook(on_gradient)
-            return output
+            return self._follow(layer, rule, None, x, output)
 
         return after_forward
+
+    def _follow(self, layer: _Layer, rule: LayerRule, layout: Layout | None, x: Tensor, output: Tensor) -> Tensor:
+        """Follow a call of a layer: pass the forms of its parameters to the sink when backward reaches its output.
+
+        Args:
+            layer: the layer.
+            rule: its rule.
+            layout: of the input; None: it is determined.
+            x: its input.
+            output: its output.
+
+        Returns:
+            The output that the model continues with.
+        """
+        module, attributes = layer.module, layer.attributes
+        if not torch.is_grad_enabled():
+            return output
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, output)):
+            self._fail(attributes, "a transform of torch.func is applied to the layer")
+            return output
+        if layout is None:
+            layout = self.reader.read(module, x, output, attributes)
+        else:
+            self.reader.repeated |= {OUTPUTS}
+        if not self.reader.is_verified(module, x, layout):
+            self._fail(attributes, "the layer's input has a layout that was in no verified batch")
+            return output
+        x = x.detach()
+        version = x._version
+        if layout == "shared":
+            # A copy, so that in-place layers may follow.
+            x, output = self.reader.repeat(x), self.reader.repeat(output).contiguous()
+        if output._is_view():
+            # In-place operations on a view drop the hooks of its grad_fn; this alias is not a view.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        if not output.requires_grad:
+            if self._anchor is None:
+                self._anchor = torch.zeros((), device=output.device, requires_grad=True)
+            output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+        self._has_half |= output.dtype in HALF
+        stored = output.detach() if rule.needs_output(module) else None
+        stored_version = output._version
+        n_rows = self._count_rows(rule, module, x, output, layout)
+        weighted: list[Tensor] = []
+
+        def on_gradient(grad: Tensor) -> None:
+            if self._is_in_loss:
+                # A gradient that the loss itself computes. With a graph, the loss differentiates it.
+                if torch.is_grad_enabled():
+                    self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
+                return
+            if self._is_weighting:
+                if n_rows:
+                    weighted.append(project(widen(grad.detach()), n_rows))
+                return
+            if x._version != version or (stored is not None and stored._version != stored_version):
+                self._fail(attributes, "the layer's input or output is changed in place after its forward")
+                return
+            call = Call(module, widen(x), widen(grad.detach()), self._batch, stored)
+            try:
+                with torch.no_grad():
+                    self._apply_rule(rule, call, attributes, layout, weighted)
+            except LayoutError as error:
+                why = f"layer {layer.path or type(module).__name__}: {error}"
+                self._fail(attributes, why)
+                if isinstance(error, _MisplacedError):
+                    self.misplaced = why
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        return output
 
     def _apply_rule(
         self, rule: LayerRule, call: Call, attributes: Mapping[str, str], layout: Layout, weighted: Sequence[Tensor]

@@ -203,7 +203,9 @@ class Ranker:
             itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
             itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
             itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
+            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist())
+            if request.n_against
+            else itertools.repeat(()),
         )
         hits = tuple(map(Hit._make, zip(*columns, strict=False)))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]

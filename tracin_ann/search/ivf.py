@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -72,6 +73,21 @@ class _Parts:
     tree: ListTree
     reduction: Reduction
     outliers: Int64
+    _last: threading.local = field(default_factory=threading.local, compare=False, repr=False)
+
+    def reduce(self, queries_QF: Float32) -> Float32:
+        """Return the queries, scaled to norm 1, in R dimensions.
+
+        Those of the last call of a thread are stored: queries are compared with the calibration queries, then searched.
+        """
+        unit_QF = _normalize(queries_QF)
+        last: tuple[Float32, Float32] | None = getattr(self._last, "queries", None)
+        if last is not None and np.array_equal(last[0], unit_QF):
+            return last[1]
+        reduced_QR = self.reduction.apply(unit_QF)
+        if len(unit_QF) <= _QUERIES_AT_ONCE:
+            self._last.queries = unit_QF, reduced_QR
+        return reduced_QR
 
     @cached_property
     def unit_group_RG(self) -> Float32:
@@ -255,7 +271,7 @@ class IVFIndex:
 
     def nearness(self, queries_QF: Float32) -> Float64:
         """Return the largest |cosine| of each query with the center of a group, [Q]; 0 for a zero query."""
-        reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
+        reduced_QR = self._parts.reduce(queries_QF)
         cosine_QG = multiply_rows(reduced_QR, self._parts.unit_group_RG)
         nearness_Q: Float64 = np.abs(cosine_QG).max(axis=1).astype(np.float64)
         return nearness_Q
@@ -340,7 +356,7 @@ class IVFIndex:
         self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
     ) -> dict[Sign, TopK]:
         """Return the best k of the lists' candidates by their exact scores, by sign of the direction."""
-        reduced_QR = self._parts.reduction.apply(_normalize(queries_QF))
+        reduced_QR = self._parts.reduce(queries_QF)
         candidates = [self._find_candidates(d.sign * reduced_QR, k, d.setting, allowed) for d in directions]
         scores = self._rescore(queries_QF, [ids_QM for ids_QM, _ in candidates])
         found: dict[Sign, TopK] = {}

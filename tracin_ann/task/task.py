@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from numbers import Real
 from typing import Any
 
@@ -25,6 +26,7 @@ EXAMPLES = {
     "describe": 'describe=lambda row: f"a {row[1]}"',
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
+    "read_query": 'read_query=lambda record: encode(record["text"])',
 }
 _MAX_SHOWN = 6
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -50,6 +52,9 @@ class Task:
         ids: example of either side -> its id, an int or str, which answers name; None: its position.
         load: `load(model, path)` for checkpoints that are not a plain state_dict: fills the model, or returns a module
             of the same layers, whose parameters and buffers are then copied into the model.
+        read_query: record -> example as in query_data, for queries that are not in query_data: `tracin-query --input`
+            and `--text`. A record is a dict: of a line of JSON Lines, a row of CSV or Parquet, `{"text": str}` or
+            `{"image": PIL.Image.Image}`.
     """
 
     model: Callable[[], nn.Module]
@@ -64,6 +69,7 @@ class Task:
     load: Callable[[nn.Module, str], object] | None = None
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
+    read_query: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
@@ -72,7 +78,7 @@ class Task:
             TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns", "ids")
+        optional = ("query_loss", "collate", "describe", "load", "columns", "ids", "read_query")
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
@@ -113,6 +119,34 @@ class Task:
                     remedy="add a checkpoint that training saved with a learning rate above 0",
                 )
             )
+
+    @classmethod
+    def from_transformers(cls, run: str | os.PathLike[str], data: Any, query_data: Any = None, **options: Any) -> Task:
+        """Return the task of a run folder of the Hugging Face Trainer.
+
+        The model, its loss, the checkpoints `checkpoint-STEP` with their learning rates, the tokenizer and the padding
+        come from the folder. Only local files are read, and no code of the folder is run. A row is encoded when it is
+        read: `datasets` stay on disk.
+
+        Args:
+            run: the `output_dir` of the Trainer, or one of its checkpoints.
+            data: the training data: a `datasets.Dataset`, a folder of `save_to_disk`, a JSONL, Parquet or CSV file, a
+                list of dicts, or a function that returns one of these. Its rows have `input_ids` or `pixel_values`, or
+                are encoded here from the columns `text` and `label`, or those that are named in the options.
+            query_data: the same for queries; None: the training data.
+            options: see `tracin_ann.task.integrations.transformers.RunOptions`: kind, rates, loss, tokenizer, dtype,
+                parameters, attention, max_length, seed, and the names of columns.
+
+        Raises:
+            UsageError: an option has a value that it cannot have.
+            TaskError: the run, its architecture, its learning rates or the data cannot be used.
+            CheckpointError: weights are missing.
+            MissingPackageError: transformers is not installed.
+        """
+        made: Task = import_module("tracin_ann.task.integrations.transformers").make_task(
+            run, data, query_data, **options
+        )
+        return made
 
     def select_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the selected parameters by name, in the model's order; a tied parameter appears once.

@@ -51,6 +51,8 @@ class LayerRule:
         applies: whether the rule supports this layer with its settings.
         needs_output: whether calls of this layer have to store the output.
         n_leading: (layer, input) -> number of leading dimensions of the input whose entries the layer treats alike.
+        is_lookup: whether the layer computes the indices of its lookup itself: input and output of a call are those of
+            the lookup inside its forward (`lookups.py`).
     """
 
     parameters: tuple[str, ...]
@@ -58,6 +60,7 @@ class LayerRule:
     applies: Callable[[Any], bool] = lambda module: True
     needs_output: Callable[[nn.Module], bool] = lambda module: False
     n_leading: Callable[[Any, Tensor], int] = lambda module, x: x.dim() - 1
+    is_lookup: bool = False
 
 
 def group_by_example(tensor: Tensor, batch: int) -> Tensor:

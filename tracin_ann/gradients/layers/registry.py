@@ -9,7 +9,7 @@ from torch import nn
 
 from tracin_ann.gradients.layers.base import LayerRule
 from tracin_ann.gradients.layers.convolution import CONVOLUTION
-from tracin_ann.gradients.layers.embedding import EMBEDDING
+from tracin_ann.gradients.layers.embedding import EMBEDDING, LOOKUP
 from tracin_ann.gradients.layers.linear import CUSTOM_LINEAR, LINEAR, is_linear
 from tracin_ann.gradients.layers.norm import BATCH_NORM, CUSTOM_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM, is_norm
 
@@ -32,7 +32,8 @@ if hasattr(torch.nn, "RMSNorm"):
 def find_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule that applies to a layer, or None.
 
-    A subclass uses the rule of its parent if it keeps the parent's `forward`. A layer that is not a PyTorch layer is
+    A subclass uses the rule of its parent if it keeps the parent's `forward`; an embedding with a forward of its own
+    uses the rule of the lookup inside it. A layer that is not a PyTorch layer is
     recognised by its parameters: one vector (LlamaRMSNorm and similar layers) or one matrix (Hugging Face's Conv1D).
     As for every layer, the gradients are verified on the first batch.
     """
@@ -40,7 +41,8 @@ def find_rule(module: nn.Module) -> LayerRule | None:
         rule = RULES.get(kind)
         if rule is not None:
             inherited: Any = kind
-            return rule if type(module).forward is inherited.forward and rule.applies(module) else None
+            own = rule if type(module).forward is inherited.forward else LOOKUP if rule is EMBEDDING else None
+            return own if own is not None and own.applies(module) else None
     if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.nn."):
         # TorchScript calls its layers without their hooks.
         return None

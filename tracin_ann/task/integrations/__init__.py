@@ -1,0 +1,1 @@
+"""Integrations: tasks from the runs of training libraries, and data sets in common formats."""
