@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from tracin_ann.progress import progress_bar
     from tracin_ann.report import write_report
     from tracin_ann.scoring import Answer, Hit, QueryOptions, SelfInfluence
-    from tracin_ann.task import Checkpoint, Description, ImageFolder, TarShards, Task, materialise, read_records
+    from tracin_ann.task import (
+        Checkpoint,
+        Description,
+        ImageFolder,
+        LossFall,
+        RunRecorder,
+        TarShards,
+        Task,
+        TracInCallback,
+        materialise,
+        read_records,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,10 +43,13 @@ __all__ = [
     "Hit",
     "ImageFolder",
     "InfluenceIndex",
+    "LossFall",
     "QueryOptions",
+    "RunRecorder",
     "SelfInfluence",
     "TarShards",
     "Task",
+    "TracInCallback",
     "TracinAnnError",
     "build",
     "materialise",
@@ -55,7 +69,18 @@ _HOMES = {
     "progress": ("progress_bar",),
     "report": ("write_report",),
     "scoring": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
-    "task": ("Checkpoint", "Description", "ImageFolder", "TarShards", "Task", "materialise", "read_records"),
+    "task": (
+        "Checkpoint",
+        "Description",
+        "ImageFolder",
+        "LossFall",
+        "RunRecorder",
+        "TarShards",
+        "Task",
+        "TracInCallback",
+        "materialise",
+        "read_records",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

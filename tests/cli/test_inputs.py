@@ -112,8 +112,12 @@ def test_a_report_shows_inputs(index, tmp_path):
 
 
 def test_inputs_and_rows_are_asked_together(index):
-    found = ask(index, "--text", "green", "--ids", 0, "--train-ids", 3, "--together")
-    assert [(line["side"], line["query"]) for line in found] == [("input", 0), ("query", 0), ("train", 3)]
+    found = ask(index, "--text", "green", "--text", "red", "--ids", "0-1", "--train-ids", "3-4", "--together")
+    assert [(line["side"], line["query"]) for line in found] == [
+        ("input", "mean of 2"),
+        ("query", "mean of 2"),
+        ("train", "mean of 2"),
+    ]
 
 
 def test_a_text_is_explained(index):

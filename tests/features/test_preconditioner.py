@@ -382,3 +382,29 @@ def test_the_moments_of_a_trainer_run_have_the_names_of_their_parameters(kind, t
     assert all(torch.equal(found[name].value, moment) for name, moment in moments.items())
     assert {moment.correction for moment in found.values()} == {1 - 0.999**4}
     assert {moment.eps for moment in found.values()} == {1e-8}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_task_of_a_trainer_run_has_its_second_moments(tmp_path):
+    pytest.importorskip("transformers")
+    trainer_runs = pytest.importorskip("trainer_runs")
+    records = trainer_runs.train("gpt2", tmp_path / "run").records
+    task = Task.from_transformers(tmp_path / "run", records)
+    build(task, tmp_path / "out", replace(ADAM, dim=64))
+    scores = np.zeros((2, len(records)))
+    for answer in InfluenceIndex.open(tmp_path / "out", task, device="cpu").query(range(2), options=EVERY):
+        for hit in (*answer.proponents, *answer.opponents):
+            scores[answer.query, hit.row] = hit.score
+    expected = np.zeros_like(scores)
+    for checkpoint in task.checkpoints:
+        model = task.model()
+        task.load(model, str(checkpoint.path))
+        named = dict(model.named_parameters())
+        moments = read_second_moments(checkpoint, model, list(named), list(named)).values()
+        weight_P = torch.cat([m.denominator(torch.float64, torch.device("cpu")).rsqrt() for m in moments])
+        data = task.train_data()
+        rows = [data[i] for i in range(len(data))]
+        weighted = oracle.gradients(model, task.loss, rows, list(named), task.collate) * weight_P
+        expected += checkpoint.learning_rate * (weighted[:2] @ weighted.T).numpy()
+    assert_close(scores, expected, 1e-4)

@@ -132,13 +132,13 @@ def pad_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def train(name: str, folder: Path, change: Callable[[Any], None] | None = None, **options: Any) -> Run:
+def train(name: str, folder: Path, change: Callable[[Any], Any] | None = None, **options: Any) -> Run:
     """Train a model of a kind by the Trainer, and record the rates of its scheduler and optimizer.
 
     Args:
         name: bert, gpt2, llama, t5 or vit.
         folder: the output_dir.
-        change: changes the model before training.
+        change: changes the model before training; may return another one.
         options: of TrainingArguments.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def train(name: str, folder: Path, change: Callable[[Any], None] | None = None, 
 
     model = make_model(name)
     if change is not None:
-        change(model)
+        model = change(model) or model
     settings = {
         "max_steps": UPDATES,
         "save_steps": SAVE_EVERY,

@@ -37,6 +37,7 @@ from tracin_ann.task import (
     CollatedBatch,
     FileIdentity,
     OriginalModel,
+    PartialLoad,
     SecondMoment,
     WeightCache,
     identify_checkpoint,
@@ -85,7 +86,8 @@ class LoadedModel:
         self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self._original: OriginalModel | None = None
-        self._cache = WeightCache(model, memory_bytes) if memory_bytes else None
+        self._written = PartialLoad.list_written(runner.task, model)
+        self._cache = WeightCache(model, memory_bytes, self._written) if memory_bytes else None
         self._loads: dict[int, _Load] = {}
         self._last_read = -1
         self._scales = ScalesCache(memory_bytes)
@@ -122,7 +124,7 @@ class LoadedModel:
     @contextlib.contextmanager
     def _borrow(self) -> Iterator[None]:
         try:
-            with preserve_model(self.module) as self._original:
+            with preserve_model(self.module, self._written) as self._original:
                 if self._cache is None:
                     self._original.prepare_overwrite(self.runner.options.device)
                     self.set_memory_format(channels_last=self.channels_last)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
-from tracin_ann.gradients.autograd import HALF, other_leaves, weighted_sum
+from tracin_ann.gradients.autograd import HALF, nodes, other_leaves, weighted_sum
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
 from tracin_ann.gradients.layers.embedding import RELATIVE_BIAS
@@ -137,6 +137,8 @@ class LayerCapture:
         self._arrangements: dict[int, Arrangement] = {}
         self._anchor: Tensor | None = None
         self._code: WeightCode | None = None
+        # The graph nodes of the outputs of calls on rows whose examples have to be determined.
+        self._row_nodes: list[Any] = []
 
     def run(
         self,
@@ -181,7 +183,7 @@ class LayerCapture:
             for parameter in watched:
                 parameter.requires_grad_(False)
             self._sink = self._anchor = self._code = None
-            self._arrangements = {}
+            self._arrangements, self._row_nodes = {}, []
         return CaptureResult(values.detach(), reached)
 
     def _backward(
@@ -193,7 +195,7 @@ class LayerCapture:
         inputs = [*leaves.values(), *watched]
         # The anchor and other leaves: layers after an input that requires a gradient depend on that input only.
         inputs = [*other_leaves(values, inputs), *inputs]
-        if self.reader.has_rows or self._is_checking:
+        if self._is_checking or self._has_rows(values):
             self._run_weighted_backward(values, inputs)
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
         own = grads[len(inputs) - len(watched) - len(leaves) :]
@@ -202,6 +204,13 @@ class LayerCapture:
             if grad is not None:
                 self._sink(name, Dense(widen(grad.flatten(1))), slice(0, self._batch))
         return tuple(grad is not None for grad in own[len(leaves) :])
+
+    def _has_rows(self, values: Tensor) -> bool:
+        """Return whether the losses depend on the output of a call on rows whose examples have to be determined.
+
+        DoRA calls the matrices of LoRA on the identity, for a norm that it detaches: no gradient reaches that call.
+        """
+        return bool(self._row_nodes) and not set(self._row_nodes).isdisjoint(nodes(values))
 
     def _run_weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
         """Run backward from the weighted losses; the hooks collect output gradients, to determine their examples."""
@@ -256,11 +265,25 @@ class LayerCapture:
                 elif rule.is_lookup:
                     follow = partial(self._follow, layer, rule, None)
                     stack.enter_context(_replace_method(layer.module, "forward", follow_lookups(layer.module, follow)))
+                elif rule.scaled_input is not None:
+                    before = self._make_input_hook(layer, rule)
+                    stack.callback(rule.scaled_input(layer.module).register_forward_pre_hook(before).remove)
                 else:
                     hook = self._make_hook(layer, rule)
                     handle = layer.module.register_forward_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
             yield
+
+    def _make_input_hook(self, layer: _Layer, rule: LayerRule) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        """Return a hook of the submodule whose input is followed as the layer's output."""
+
+        def before_forward(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            if not args or not isinstance(args[0], Tensor):
+                self._fail(layer.attributes, "the input of the layer's submodule is not a tensor")
+                return None
+            return (self._follow(layer, rule, None, args[0], args[0]), *args[1:])
+
+        return before_forward
 
     def _make_hook(self, layer: _Layer, rule: LayerRule) -> Callable[..., Tensor | None]:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -316,6 +339,8 @@ class LayerCapture:
         stored = output.detach() if rule.needs_output(module) else None
         stored_version = output._version
         n_rows = self._count_rows(rule, module, x, output, layout)
+        if n_rows and layout == "rows":
+            self._row_nodes.append(output.grad_fn)
         weighted: list[Tensor] = []
 
         def on_gradient(grad: Tensor) -> None:
@@ -324,6 +349,8 @@ class LayerCapture:
                 if torch.is_grad_enabled():
                     self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
                 return
+            if layout == "rows":
+                self.reader.keep_rows(module)
             if self._is_weighting:
                 if n_rows:
                     weighted.append(project(widen(grad.detach()), n_rows))
@@ -418,8 +445,8 @@ def find_covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> 
             continue
         attributes = {
             attribute: by_identity[id(parameter)]
-            for attribute, parameter in module._parameters.items()
-            if attribute in rule.parameters and id(parameter) in by_identity
+            for attribute, parameter in rule.find_parameters(module).items()
+            if id(parameter) in by_identity
         }
         if attributes:
             layers[path] = attributes

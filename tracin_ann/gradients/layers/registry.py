@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tracin_ann.gradients.layers.adapters import find_adapter_rule, is_adapter, is_part_of_adapter
 from tracin_ann.gradients.layers.base import LayerRule
 from tracin_ann.gradients.layers.convolution import CONVOLUTION
 from tracin_ann.gradients.layers.embedding import EMBEDDING, LOOKUP
@@ -35,8 +36,14 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     A subclass uses the rule of its parent if it keeps the parent's `forward`; an embedding with a forward of its own
     uses the rule of the lookup inside it. A layer that is not a PyTorch layer is
     recognised by its parameters: one vector (LlamaRMSNorm and similar layers) or one matrix (Hugging Face's Conv1D).
+    Adapter layers of PEFT have rules of their own.
     As for every layer, the gradients are verified on the first batch.
     """
+    if is_adapter(module):
+        if is_part_of_adapter(module):
+            return None
+        if (adapter := find_adapter_rule(module)) is not None:
+            return adapter
     for kind in type(module).__mro__:
         rule = RULES.get(kind)
         if rule is not None:

@@ -1,1 +1,1 @@
-"""Integrations: tasks from the runs of training libraries, and data sets in common formats."""
+"""Integrations: tasks from runs of training libraries, records of runs, and data sets in common formats."""

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 Rates = Literal["at", "sum"]
 Rate = float | Mapping[str, float]
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+ADAPTER_CONFIG = "adapter_config.json"
 _STATE, _SCHEDULER, _OPTIMIZER = "trainer_state.json", "scheduler.pt", "optimizer.pt"
 
 
@@ -48,7 +49,7 @@ def list_trainer_checkpoints(run: str | os.PathLike[str]) -> list[TrainerCheckpo
         for folder in (path.iterdir() if path.is_dir() else ())
         if folder.is_dir() and (match := _FOLDER.fullmatch(folder.name))
     ]
-    if not found and (path / "config.json").is_file():
+    if not found and any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         match = _FOLDER.fullmatch(path.resolve().name)
         found = [TrainerCheckpoint(path, int(match.group(1)) if match else _read_state(path).get("global_step", 0))]
     if not found:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -35,7 +35,14 @@ from tracin_ann.task.integrations.examples import (
     choose_max_length,
 )
 from tracin_ann.task.integrations.losses import Reduction, make_loss
-from tracin_ann.task.integrations.rates import Rate, Rates, find_optimizer, list_trainer_checkpoints, read_trainer_rates
+from tracin_ann.task.integrations.rates import (
+    ADAPTER_CONFIG,
+    Rate,
+    Rates,
+    find_optimizer,
+    list_trainer_checkpoints,
+    read_trainer_rates,
+)
 from tracin_ann.task.integrations.sources import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
@@ -60,6 +67,8 @@ class RunOptions:
         attention: the implementation of attention: "sdpa" or "eager".
         max_length: the largest number of tokens of a text; None: that of the tokenizer or the model.
         seed: of the masks of a masked language model.
+        base: the folder of the base model of adapters; None: that which the adapters name.
+        quantization: "int8": weights of linear layers of the base model in int8 (by torchao).
         text, text_pair, label, target, image: names of columns of records that are not encoded; see `Columns`.
     """
 
@@ -72,6 +81,8 @@ class RunOptions:
     attention: str = ATTENTION
     max_length: int | None = None
     seed: int = 0
+    base: str | os.PathLike[str] | None = None
+    quantization: Literal["int8"] | None = None
     text: str = Columns.text
     text_pair: str = Columns.text_pair
     label: str = Columns.label
@@ -91,6 +102,7 @@ class RunOptions:
             "loss": get_args(Reduction),
             "dtype": (None, *_DTYPES.values()),
             "attention": ("sdpa", "eager"),
+            "quantization": (None, "int8"),
         }
         if isinstance(self.rates, str):
             choices["rates"] = get_args(Rates)
@@ -111,7 +123,9 @@ class RunOptions:
         return Columns(**{each.name: getattr(self, each.name) for each in fields(Columns)})
 
 
-def make_task(run: str | os.PathLike[str], data: Any, query_data: Any = None, **options: Any) -> Task:
+def make_task(
+    run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], data: Any, query_data: Any = None, **options: Any
+) -> Task:
     """Return the task of a run folder of the Trainer; see `Task.from_transformers`.
 
     Raises:
@@ -121,7 +135,22 @@ def make_task(run: str | os.PathLike[str], data: Any, query_data: Any = None, **
         MissingPackageError: transformers is not installed.
     """
     chosen = RunOptions(**options)
-    checkpoints = list_trainer_checkpoints(run)
+    runs = [run] if isinstance(run, str | os.PathLike) else list(run)
+    checkpoints = [checkpoint for each in runs for checkpoint in list_trainer_checkpoints(each)]
+    if all((checkpoint.path / ADAPTER_CONFIG).is_file() for checkpoint in checkpoints):
+        from tracin_ann.task.integrations.peft import make_run_task  # noqa: PLC0415 - it imports this module
+
+        return make_run_task(runs, checkpoints, (data, query_data), chosen)
+    if len(runs) > 1:
+        raise UsageError(
+            problem(
+                "several runs are given",
+                got=", ".join(str(each) for each in runs[:3]),
+                expected="one run, or a list of adapter folders",
+                remedy="name the output_dir of one run",
+            )
+        )
+    run = runs[0]
     folders = [Path(run), *(checkpoint.path for checkpoint in reversed(checkpoints))]
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
