@@ -24,6 +24,7 @@ from tracin_ann.gradients import GradientEngine
 from tracin_ann.operations.verification import AuditSample, audit, repair, verify
 from tracin_ann.store.manifest import FEATURES, MANIFEST, Manifest
 from tracin_ann.task import read_second_moments
+from tracin_ann.task.integrations.param_groups import RateMeter
 
 # Layer rules of linear, norm, embedding and convolution layers, tied weights, vmap(grad) and a loop.
 CASES = [
@@ -176,6 +177,28 @@ def test_every_source_of_second_moments_gives_the_same_weights(trained):
     ]
     for source in sources:
         torch.testing.assert_close(denominators(folder, source), truth, rtol=1e-6, atol=0)
+
+
+def test_the_moments_that_a_recorder_saves_are_read(tmp_path):
+    """Two parameter groups with other β₂ and ε; the recorder writes the moments and their constants by name."""
+    torch.manual_seed(0)
+    model = Toy()
+    first, second = list(model.first.parameters()), list(model.second.parameters())
+    optimizer = torch.optim.AdamW([{"params": second, "betas": (0.9, 0.95)}, {"params": first, "eps": 1e-3}])
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model, torch.utils.data.default_collate(make_rows(10))).mean().backward()
+        optimizer.step()
+    moments, metadata = RateMeter(model, [optimizer]).read_moments()
+    save_file(moments, tmp_path / "moments.safetensors", metadata)
+    corrections = [*((0.999, 1e-3) for _ in first), *((0.95, 1e-8) for _ in second)]
+    truth = [
+        (optimizer.state[p]["exp_avg_sq"].double() / (1 - beta2**2)).sqrt().add(eps).flatten()
+        for p, (beta2, eps) in zip([*first, *second], corrections, strict=True)
+    ]
+    torch.testing.assert_close(
+        denominators(tmp_path, tmp_path / "moments.safetensors"), torch.cat(truth), rtol=1e-6, atol=0
+    )
 
 
 def test_amsgrad_divides_by_the_largest_moment(trained):
