@@ -455,3 +455,41 @@ def test_a_task_of_a_trainer_run_has_its_second_moments(tmp_path):
         weighted = oracle.gradients(model, task.loss, rows, list(named), task.collate) * weight_P
         expected += checkpoint.learning_rate * (weighted[:2] @ weighted.T).numpy()
     assert_close(scores, expected, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_adapter_of_a_trainer_run_has_its_second_moments(tmp_path):
+    """The optimizer of a Trainer has the adapter's parameters in the order of the model that PEFT makes."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    trainer_runs = pytest.importorskip("trainer_runs")
+    base = tmp_path / "base"
+
+    def add_adapter(plain):
+        plain.save_pretrained(base)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(type(plain).from_pretrained(base), config)
+
+    trained = trainer_runs.train("llama", tmp_path / "run", add_adapter, learning_rate=0.05)
+    task = Task.from_transformers(trained.folder, trained.records)
+    build(task, tmp_path / "out", replace(ADAM, dim=64))
+    scores = np.zeros((2, len(trained.records)))
+    for answer in InfluenceIndex.open(tmp_path / "out", task, device="cpu").query(range(2), options=EVERY):
+        for hit in (*answer.proponents, *answer.opponents):
+            scores[answer.query, hit.row] = hit.score
+    expected = np.zeros_like(scores)
+    for checkpoint, folder in zip(task.checkpoints, sorted(trained.folder.glob("checkpoint-*")), strict=True):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+        model = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True, autocast_adapter_dtype=False).double()
+        parameters = [p for p in model.eval().parameters() if p.requires_grad]
+        state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+        kept = [state[i] for i in range(len(parameters))]
+        moments = [own["exp_avg_sq"].double() / (1 - 0.999 ** float(own["step"])) for own in kept]
+        weight_P = torch.cat([moment.sqrt().add(1e-8).rsqrt().flatten() for moment in moments])
+        rows = []
+        for row in trained.encoded:
+            loss = model(**row).loss * (row["labels"].numel() - 1)
+            rows.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]))
+        weighted = torch.stack(rows) * weight_P
+        expected += checkpoint.learning_rate * (weighted[:2] @ weighted.T).numpy()
+    assert_close(scores, expected, 1e-4)
