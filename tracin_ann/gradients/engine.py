@@ -83,8 +83,7 @@ class GradientEngine:
         precision: `fp32`: the model's own precision; `bf16`: forward with autocast, factors converted to float32.
 
     Attributes:
-        find_scales: returns the scales by which `run` multiplies gradients, or None, as after construction: gradients
-            are not scaled.
+        find_scales: returns `scales`; after construction, None.
     """
 
     def __init__(
@@ -111,6 +110,11 @@ class GradientEngine:
         self._n_batches = 0
         self._layouts = Layouts()
         self._capture = LayerCapture(model, {}, {}, LayoutReader(self._layouts))
+
+    @property
+    def scales(self) -> GradientScales | None:
+        """Return the scales by which `run` multiplies gradients; None: gradients are not scaled."""
+        return self.find_scales()
 
     @property
     def plan(self) -> Plan:
@@ -192,15 +196,13 @@ class GradientEngine:
         return lambda name, form, rows: sink(name, convert(form, self._form_dtype), rows)
 
     def _scale_forms(self, sink: Sink) -> Sink:
-        scales = self.find_scales()
-        return sink if scales is None else scales.wrap(sink)
+        return sink if self.scales is None else self.scales.wrap(sink)
 
     def scale(self, grad_P: Tensor) -> Tensor:
         """Return a gradient [P] of all parameters, as by `compute_alone`, scaled like those that `run` passes on."""
-        scales = self.find_scales()
-        if scales is None:
+        if self.scales is None:
             return grad_P
-        return scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
+        return self.scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan

@@ -41,6 +41,7 @@ from tracin_ann.task.integrations.rates import (
     Rate,
     Rates,
     TrainerCheckpoint,
+    find_optimizer,
     list_trainer_checkpoints,
     read_trainer_rates,
 )
@@ -160,7 +161,10 @@ def make_task(
     folders += [Path(run).resolve().parent] if checkpoints[0].path == Path(run) else []
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
-    found = [Checkpoint(find_weights(each.path), rate) for each, rate in zip(checkpoints, rates, strict=True)]
+    found = [
+        Checkpoint(find_weights(each.path), rate, second_moments=find_optimizer(each.path))
+        for each, rate in zip(checkpoints, rates, strict=True)
+    ]
     check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
     assert not isinstance(chosen.dtype, str)
