@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, TracInCallback, build
+from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, TracInCallback, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, TracinAnnError, UsageError
@@ -274,7 +274,7 @@ def test_a_checkpoint_folder_is_a_run_of_one_checkpoint(trained):
     run = trained("bert")
     task = Task.from_transformers(step_folders(run)[1], run.records)
     weights = find_weights(step_folders(run)[1])
-    assert task.checkpoints == (Checkpoint(weights, run.at_save[2 * SAVE_EVERY]),)
+    assert [(c.path, c.learning_rate) for c in task.checkpoints] == [(weights, run.at_save[2 * SAVE_EVERY])]
 
 
 def test_the_record_of_a_run_has_precedence(tmp_path):
