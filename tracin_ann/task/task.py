@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from tracin_ann.choices import SideName
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.nested import default_batch
 
@@ -27,6 +28,8 @@ EXAMPLES = {
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
     "read_query": 'read_query=lambda record: encode(record["text"])',
+    "token_losses": "token_losses=lambda model, batch: ...",
+    "query_token_losses": "query_token_losses=lambda model, batch: ...",
 }
 _MAX_SHOWN = 6
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -55,6 +58,10 @@ class Task:
         read_query: record -> example as in query_data, for queries that are not in query_data: `tracin-query --input`
             and `--text`. A record is a dict: of a line of JSON Lines, a row of CSV or Parquet, `{"text": str}` or
             `{"image": PIL.Image.Image}`.
+        token_losses: `token_losses(model, batch) -> Tensor[B, T]`, the terms of `loss` by target position: their sum
+            over T is the loss of each example, and positions without a loss are 0. Position t belongs to token t of
+            `Description.tokens`. It splits scores by token; None: they are not split.
+        query_token_losses: the same for `query_loss`; without `query_loss`, `token_losses` applies to queries too.
     """
 
     model: Callable[[], nn.Module]
@@ -70,6 +77,8 @@ class Task:
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
     read_query: Callable[[Any], Any] | None = None
+    token_losses: LossFunction | None = None
+    query_token_losses: LossFunction | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
@@ -78,7 +87,10 @@ class Task:
             TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns", "ids", "read_query")
+        optional = (
+            *("query_loss", "collate", "describe", "load", "columns", "ids", "read_query"),
+            *("token_losses", "query_token_losses"),
+        )
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
@@ -304,6 +316,12 @@ class Task:
                 )
             )
         return plain
+
+    def find_token_losses(self, side: SideName) -> LossFunction | None:
+        """Return the function that splits the loss of a side's examples by position, or None if there is none."""
+        if side == "train" or (self.query_loss is None and self.query_token_losses is None):
+            return self.token_losses
+        return self.query_token_losses
 
     def describe_example(self, example: Any) -> Description | None:
         """Return the description of an example, or None without `describe`."""

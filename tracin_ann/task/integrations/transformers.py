@@ -199,8 +199,6 @@ def assemble_task(
     train = EncodedRows(open_records(data[0]), encoder)
     query = train if data[1] is None else EncodedRows(open_records(data[1]), encoder)
     describer = Describer(encoder)
-    # `Task.token_losses` splits scores by token.
-    more: dict[str, Any] = {"token_losses": token_losses} if "token_losses" in Task.__dataclass_fields__ else {}
     train[0], query[0]  # noqa: B018 - the first rows show whether the data have the columns that are needed
     return Task(
         model=model,
@@ -214,7 +212,7 @@ def assemble_task(
         columns=LabelColumn(describer) if describer.name_label(train[0]) is not None else None,
         load=load,
         read_query=encoder,
-        **more,
+        token_losses=token_losses,
     )
 
 
