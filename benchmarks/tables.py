@@ -144,6 +144,38 @@ def attribution() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def adapters() -> str:
+    """Return the time per row of a build for adapters, and that of a training step."""
+    content = read_results("adapters")
+    rows: list[Row] = [("adapter", "trained parameters", "training step, µs/row", "build, µs/row", "step/build")]
+    for row in content["results"]:
+        costs = (f"{row[key]:,.0f}" for key in ("parameters", "plain_us", "row_us"))
+        rows.append((row["adapter"], *costs, f"{row['ratio']:.2f}"))
+    settings, result = content["settings"], content["results"][0]
+    scope = (
+        f"complete builds by `tracin_ann.build`, D = {settings['dim']:,}, {settings['batch_size']} rows per batch; "
+        "other settings are the defaults. The base is a Llama with 12 layers and "
+        f"{result['base_parameters'] / 1e6:.1f} M frozen parameters; 64 tokens per row, rank {result['rank']}. The "
+        "training step is forward and backward of the adapter."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def adapter_precision() -> str:
+    """Return the error of exact scores over a base model in bfloat16 and int8."""
+    content = read_results("adapter_precision")
+    rows: list[Row] = [("base model", "score error", "largest error/largest score", "same first 10")]
+    for row in content["results"]:
+        shown = format_sides(row[side] for side in SIDES)
+        rows.append((row["base"], f"{row['score_error']:.2%}", f"{row['largest_error']:.2%}", shown))
+    scope = (
+        f"exact scores alone, without a sketch, of {content['settings']['rows']:,} training rows; no index is built. "
+        "The error is a relative root mean square. The last column is the share of the first ten proponents / "
+        "opponents that are those of a base model in float32."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
 def proofs() -> str:
     content = read_results("proofs")
     rows: list[Row] = [("rows × checkpoints", "build, CPU s", "proofs", "batch checks", "audit", "total")]
@@ -174,6 +206,23 @@ def recall() -> str:
         f"complete builds by `tracin_ann.build` and whole queries by `InfluenceIndex.query`, D = {settings['dim']:,}; "
         "other settings are the defaults. Recall@10 of true TracInCP, "
         f"{settings['rows']:,} rows, {settings['queries']} queries, mean of {settings['seeds']} seeds."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def preconditioners() -> str:
+    """Return the linear datamodeling score with each preconditioner."""
+    content = read_results("preconditioners")
+    kinds = ("none", "adam", "trackstar")
+    rows: list[Row] = [("model", "none", *(f"{kind} (gain ± standard error)" for kind in kinds[1:]))]
+    for row in content["results"]:
+        gains = (f"{row[k]:.3f} ({row[k] - row['none']:+.3f} ± {row[f'{k}_gain_error']:.3f})" for k in kinds[1:])
+        rows.append((row["model"], f"{row['none']:.3f}", *gains))
+    settings = content["settings"]
+    scope = (
+        f"exact scores of complete indexes, {settings['seeds']} training runs; {settings['subsets']} random halves of "
+        "800 training rows, 100 queries. The linear datamodeling score is the rank correlation of a query's true loss "
+        "with the sum of its scores over the rows of a half, mean over queries."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
@@ -757,8 +806,8 @@ def _format_memory(megabytes: float | str) -> str:
 
 
 _TABLES = (
-    *(features, budget, memory, precision, attribution, proofs),
-    *(recall, fidelity),
+    *(features, budget, memory, precision, attribution, proofs, adapters, adapter_precision),
+    *(recall, fidelity, preconditioners),
     *(latency, partitions),
     *(retrieval, scan, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),

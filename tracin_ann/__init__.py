@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from tracin_ann.progress import progress_bar
     from tracin_ann.report import write_report
     from tracin_ann.scoring import Answer, Hit, QueryOptions, SelfInfluence
-    from tracin_ann.task import Checkpoint, Description, Task, materialise
+    from tracin_ann.task import (
+        Checkpoint,
+        Description,
+        ImageFolder,
+        LossFall,
+        RunRecorder,
+        TarShards,
+        Task,
+        TracInCallback,
+        materialise,
+        read_records,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,15 +41,21 @@ __all__ = [
     "Checkpoint",
     "Description",
     "Hit",
+    "ImageFolder",
     "InfluenceIndex",
+    "LossFall",
     "QueryOptions",
+    "RunRecorder",
     "SelfInfluence",
+    "TarShards",
     "Task",
+    "TracInCallback",
     "TracinAnnError",
     "build",
     "materialise",
     "plan",
     "progress_bar",
+    "read_records",
     "write_report",
 ]
 
@@ -52,7 +69,18 @@ _HOMES = {
     "progress": ("progress_bar",),
     "report": ("write_report",),
     "scoring": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
-    "task": ("Checkpoint", "Description", "Task", "materialise"),
+    "task": (
+        "Checkpoint",
+        "Description",
+        "ImageFolder",
+        "LossFall",
+        "RunRecorder",
+        "TarShards",
+        "Task",
+        "TracInCallback",
+        "materialise",
+        "read_records",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

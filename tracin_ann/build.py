@@ -210,6 +210,7 @@ class BuildJob:
             config.allow_random_data,
             config.workers,
             config.precision,
+            preconditioner=config.preconditioner,
         )
         self.runner = TaskRunner(task, options, reference)
         self._load_seconds = 0.0
@@ -254,7 +255,8 @@ class BuildJob:
         self._load_seconds = (perf_counter() - began_s) / len(checkpoints)
         model.probe("train")
         model.probe("query")
-        return model.engine("train").plan.rank_one
+        # The product of a weight and an outer product is not an outer product.
+        return model.engine("train").plan.rank_one if self.config.preconditioner == "none" else frozenset()
 
     def _record(self, model: LoadedModel, rank_one: frozenset[str], partition_rows: int | None) -> BuildRecord:
         """Return what this build produces, given the parameters and the partitions of the existing index, if any."""
@@ -264,11 +266,12 @@ class BuildJob:
             train_rows=len(train),
             train_data="random" if self.config.allow_random_data else self.runner.data_digest(len(train)),
             parameters=parameter_specs(model.parameters, rank_one),
-            checkpoints=checkpoint_specs(self.runner.task, model.rates),
+            checkpoints=checkpoint_specs(self.runner.task, model.rates, model.digest_moments),
             sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
             dtype=self.config.dtype,
             norms=self.config.norms,
             precision=self.config.precision,
+            preconditioner=self.config.preconditioner,
             versions=library_versions(),
         )
         return BuildRecord(

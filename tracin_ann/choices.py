@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-SideName = Literal["train", "query"]
+SideName = Literal["train", "query", "input"]
+"""Where an example is from: train_data, query_data, or the examples that a caller gives, which are not in the index."""
 Precision = Literal["fp32", "bf16"]
 Norms = Literal["sketch", "exact"]
+Preconditioner = Literal["none", "adam", "trackstar"]
 Search = Literal["auto", "lists", "scan"]
 OnNonfinite = Literal["error", "skip"]
 Format = Literal["jsonl", "csv", "parquet"]
 MemoryFormat = Literal["auto", "contiguous", "channels-last"]
 
+SIDE_NAMES: dict[SideName, str] = {"train": "train_data", "query": "query_data", "input": "the given examples"}
+"""Names of the sides for messages."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 NORMS: tuple[Norms, ...] = ("sketch", "exact")
+PRECONDITIONERS: tuple[Preconditioner, ...] = ("none", "adam", "trackstar")
 SEARCHES: tuple[Search, ...] = ("auto", "lists", "scan")
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")

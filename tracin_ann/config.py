@@ -10,10 +10,12 @@ from tracin_ann.choices import (
     NORMS,
     ON_NONFINITE,
     PRECISIONS,
+    PRECONDITIONERS,
     MemoryFormat,
     Norms,
     OnNonfinite,
     Precision,
+    Preconditioner,
 )
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureOptions
@@ -39,6 +41,8 @@ class BuildConfig:
             own limit, and half of the free memory.
         workers: processes that read and collate rows ahead.
         precision: of forward and backward, `fp32` or `bf16`; sketches are summed in float32.
+        preconditioner: weights of the entries of gradients from Adam's second moments (`Checkpoint.second_moments`):
+            `adam` divides inner products by √v̂ + ε, `trackstar` divides the gradients of both sides by it.
         target_recall: recall@10, relative to an exact scan of the stored rows, that inverted lists are calibrated to.
         codes: how inverted lists store rows: `sq8`, `sq4` (half the memory) or `fp16`.
         yardstick: measure on a few queries how well the sketch ranks rows by exact scores; this runs some 2,500 rows
@@ -65,6 +69,7 @@ class BuildConfig:
     memory_bytes: int | None = None
     workers: int = 0
     precision: Precision = "fp32"
+    preconditioner: Preconditioner = "none"
     target_recall: float = 0.95
     codes: Codes = "sq8"
     yardstick: bool = True
@@ -88,6 +93,7 @@ class BuildConfig:
             ("--dtype", self.dtype, _DTYPES),
             ("--norms", self.norms, NORMS),
             ("--precision", self.precision, PRECISIONS),
+            ("--preconditioner", self.preconditioner, PRECONDITIONERS),
             ("--index", self.index, ("auto", "flat", "ivf")),
             ("--codes", self.codes, CODES),
             ("--memory-format", self.memory_format, MEMORY_FORMATS),

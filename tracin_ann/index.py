@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
@@ -50,7 +52,7 @@ from tracin_ann.store import (
     select_listed_rows,
     take_lease,
 )
-from tracin_ann.task import Description, Task
+from tracin_ann.task import Description, Task, open_examples
 from tracin_ann.types import Float32, Int64, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class InfluenceIndex:
             manifest.build.random_data,
             precision="bf16" if manifest.build.spec.precision == "bf16" else "fp32",
             channels_last=manifest.build.channels_last,
+            preconditioner=manifest.build.spec.preconditioner,  # type: ignore[arg-type]
         )
         find_task = partial(load_index_task, task, arguments, manifest, path)
         index = cls(path, manifest, IndexTask(path, manifest, find_task, options, memory_bytes))
@@ -194,7 +197,7 @@ class InfluenceIndex:
         if unknown:
             raise UsageError(
                 problem(
-                    f"no such id in {side}_data",
+                    f"no such id in {SIDE_NAMES[side]}",
                     got=repr(unknown[0]),
                     expected=f"one of {len(own):,} ids, such as {own[0]!r}" if own else "a task with ids",
                     remedy="change the ids" if own else "name rows by their positions, or define Task.ids",
@@ -259,13 +262,61 @@ class InfluenceIndex:
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
         if not ids and not train_ids:
-            raise UsageError(
-                problem("no query", got="no ids", expected="--ids or --train-ids", remedy="name at least one row")
-            )
+            expected = "--ids, --train-ids, --input or --text"
+            raise UsageError(problem("no query", got="no ids", expected=expected, remedy="name at least one row"))
         sides: list[tuple[SideName, tuple[int, ...]]] = [("query", tuple(ids)), ("train", tuple(train_ids))]
         plain = self._make_request(options)
         requests = [replace(plain, side=side, ids=chosen, together=together) for side, chosen in sides if chosen]
         return self._answer(requests, progress)
+
+    def query_examples(
+        self,
+        examples: Any,
+        options: QueryOptions | None = None,
+        progress: ProgressCallback | None = None,
+        *,
+        ids: Sequence[int] | None = None,
+        together: bool = False,
+    ) -> Answers:
+        """Return the proponents and opponents of examples that are not in the index.
+
+        An example gets the answer that it would get as a row of `query_data`, to the bit. It is named by its id from
+        `Task.ids`, or else by its position; its side is `input`. The answers keep the examples, to describe them.
+
+        Args:
+            examples: a list or a map-style data set of examples as `query_data` has them, each as before `collate`.
+            options: see QueryOptions.
+            progress: called with (stage, done, total).
+            ids: positions of the examples to ask about; None: all.
+            together: one answer, to the mean of the gradients of the examples.
+
+        Raises:
+            IndexMismatchError: the task does not fit the index, by a field or by a canary.
+            UsageError: there are no examples, or an id or an option is out of range.
+            TaskError: the task's collate or loss fails on the examples.
+            NonFiniteError: the loss or gradient of an example is NaN or infinite.
+        """
+        data = open_examples(examples)
+        chosen = tuple(range(len(data)) if ids is None else ids)
+        if not chosen:
+            raise UsageError(problem("no query", got="no ids", expected="at least one", remedy="name an example"))
+        request = replace(self._make_request(options), side="input", ids=chosen, together=together)
+        with self.lend(data):
+            answers = self._answer([request], progress)
+        return Answers(answers, partial(self.describe, examples=data), data)
+
+    @contextmanager
+    def lend(self, examples: Any) -> Iterator[None]:
+        """Let `examples` be the rows of the side `input`, for calls of this thread inside the block.
+
+        For `contrast`, `features`, `describe` and `analysis.explain`, which take a side; `query_examples` does this
+        itself.
+
+        Raises:
+            UsageError: they are not a list or a map-style data set, or there are none.
+        """
+        with self.runner.lend(examples):
+            yield
 
     def contrast(
         self,
@@ -380,9 +431,18 @@ class InfluenceIndex:
             self.describe,
         )
 
-    def describe(self, side: SideName, row: int) -> Description | None:
-        """Return the task's description of a row, or None if it defines none or cannot be found."""
-        return self.runner.describe(side, row) if self._has_descriptions else None
+    def describe(self, side: SideName, row: int, examples: Any = None) -> Description | None:
+        """Return the task's description of a row, or None if it defines none or cannot be found.
+
+        Args:
+            side: the row's data set.
+            row: its position.
+            examples: the rows of the side `input`; None: those that are lent.
+        """
+        if not self._has_descriptions:
+            return None
+        with nullcontext() if examples is None else self.lend(examples):
+            return self.runner.describe(side, row)
 
     described = describe
     """The name of `describe` in earlier versions."""

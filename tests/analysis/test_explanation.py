@@ -226,8 +226,8 @@ def test_the_command_returns_the_result_of_the_function(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--train-id", 3), "neither of --id and --query-train-id"),
-        (("--train-id", 3, "--id", 0, "--query-train-id", 0), "two queries"),
+        (("--train-id", 3), "none of --id, --query-train-id, --input and --text"),
+        (("--train-id", 3, "--id", 0, "--query-train-id", 0), "2 queries: got --id and --query-train-id"),
         (("--train-id", "3-4", "--id", 0), "--train-id takes one row: got 2 rows"),
         (("--train-id", 3, "--id", 99), "no such row in query_data: got 99"),
         (("--train-id", "rows", "--id", "row-1", "--own-ids"), "no such id in train_data"),

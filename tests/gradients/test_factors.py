@@ -18,6 +18,7 @@ from tracin_ann.gradients.factors import (
     inner,
     inner_where,
     materialise,
+    scale,
     squared_norm,
     weighted_sums,
 )
@@ -52,6 +53,12 @@ FORMS = {
     "rows of one column": lambda: forms.rows((6, 1), 9),
     "dense": lambda: forms.dense(30),
     "dense scalar": lambda: forms.dense(1),
+    "scaled outer of rank one": lambda: forms.scaled(forms.outer((5, 7), 1)),
+    "scaled outer": lambda: forms.scaled(forms.outer((9, 8), 2)),
+    "scaled convolution": lambda: forms.scaled(forms.convolution((6, 5, 3, 2), (7, 6))),
+    "scaled convolution in 2 groups": lambda: forms.scaled(forms.convolution((6, 5, 3, 3), (5, 6), groups=2)),
+    "scaled rows": lambda: forms.scaled(forms.rows((6, 4), 9)),
+    "scaled dense": lambda: forms.scaled(forms.dense(30)),
 }
 
 SEVERAL = {
@@ -70,6 +77,12 @@ SEVERAL = {
         forms.convolution((6, 5, 3), (7,)),
     ],
     "grouped and dense": lambda: [forms.convolution((6, 3, 1), (4,), groups=2), forms.dense(18, seed=1)],
+    "scaled": lambda: [
+        forms.scaled(form) for form in (forms.rows((6, 4), 5), forms.outer((6, 4), 5, seed=1), forms.outer((6, 4), 1))
+    ],
+    "scaled outer in two calls": lambda: [
+        forms.scaled(form) for form in (forms.outer((6, 4), 5), forms.outer((6, 4), 2, seed=1))
+    ],
     "all three": lambda: [forms.rows((6, 4), 5), forms.outer((6, 4), 5, seed=1), forms.dense(24, seed=2)],
 }
 
@@ -125,6 +138,14 @@ def test_requested_inner_products_agree_with_the_definition(form, queries, share
     assert found.shape == wanted.shape
     # Entries that were not requested are replaced by zeros, which keeps the scale of the others.
     assert_near(torch.where(wanted.to(found.device), found, 0), torch.where(wanted, truth @ direction.T, 0))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if not name.startswith("scaled")])
+def test_a_form_times_a_number_is_the_form_of_the_scaled_gradients(name):
+    form = FORMS[name]()
+    scaled = scale(form, 0.3)
+    assert type(scaled) is type(form) and scaled.shape == form.shape
+    torch.testing.assert_close(forms.compute_gradient(scaled), 0.3 * forms.compute_gradient(form))
 
 
 def test_the_squared_norm_agrees_with_the_definition(form):
@@ -218,6 +239,8 @@ def scale_form(form, scale):
     def times(values):
         return values * scale.view(-1, *[1] * (values.dim() - 1))
 
+    if isinstance(form, factors.Scaled):
+        return factors.Scaled(scale_form(form.form, scale), form.weight_P)
     if isinstance(form, factors.Outer):
         return factors.Outer(times(form.left_BTR), form.right_BTC)
     if isinstance(form, factors.Convolution):

@@ -32,7 +32,7 @@ def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
     assert digits.find_share(ranking, digits.data(seed)[2], 0.2) >= 0.95
 
 
-SLOW = ("cifar10", "shakespeare")
+SLOW = ("cifar10", "shakespeare", "trainer_run")
 SMALL = [
     ("cifar10", "--rows=30", r"test image \d+: \w+, classified as \w+\n  proponents: \d+ \w+ \+"),
     ("mnist", "--rows=100", r"test digit 0, labelled \d\n  proponents: \d+ \(\d\), "),
@@ -42,6 +42,7 @@ SMALL = [
         "--rows=300",
         r"\ndev-1, \w+: .+\n +\+\d+\.\d{3}  train-\d+, \w+: (.|\n)+ most suspicious labels, \d+% are",
     ),
+    ("trainer_run", "--rows=64", r"\ndev sentence 0, \w+: .+\n +\+\d+\.\d{4}  \w+: "),
 ]
 
 
@@ -52,6 +53,8 @@ SMALL = [
 def test_the_examples_print_answers_and_write_reports(
     name: str, rows: str, message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "trainer_run":
+        pytest.importorskip("accelerate")
     importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
     read_answer(capsys.readouterr().out, message)
 
@@ -63,6 +66,30 @@ def test_the_table_example_prints_answers_and_writes_a_report(
     read_answer(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+def test_the_lightning_example_prints_answers_and_writes_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightning")
+    importlib.import_module("examples.lightning_run").main(["--out", str(tmp_path / "run")])
+    read_answer(
+        capsys.readouterr().out, r" checkpoints: step-1, .*\n\ntest digit \d+, a \d\n +\+\d+\.\d{3}  \d+, a \d\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_example_of_an_adapter_prints_answers_and_writes_a_report(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("peft", "transformers", "accelerate"):
+        pytest.importorskip(package)
+    options = ["--data", str(data_dir), "--out", str(tmp_path), "--rows=60"]
+    importlib.import_module("examples.lora_run").main(options)
+    read_answer(capsys.readouterr().out, r"adapter of 30,720 parameters on 60 (.|\n)+\n0: .+\n +\+\d+\.\d{4} +\d+: ")
+
+
 def read_answer(printed: str, said: str) -> None:
     assert re.search(said, printed), printed
     report = re.search(r"(\S+/report\.html)$", printed, re.M)
@@ -70,7 +97,7 @@ def read_answer(printed: str, said: str) -> None:
     assert "<!doctype html" in Path(report[1]).read_text(encoding="utf-8").lower()
 
 
-@pytest.mark.parametrize("name", ["digits", "tabular", *(name for name, *_ in SMALL)])
+@pytest.mark.parametrize("name", ["digits", "tabular", "lora_run", *(name for name, *_ in SMALL)])
 def test_the_tasks_are_short(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     found = re.search(r"^# The task: .*\n(?P<task>(.*\n)*?)(?=# Its data|# Training)", text, re.M)

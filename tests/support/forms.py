@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tracin_ann.gradients.convolution_factor import Convolution, Geometry
-from tracin_ann.gradients.factors import Dense, Form, Outer, Rows
+from tracin_ann.gradients.factors import Dense, Form, Outer, Rows, Scaled
 
 
 def outer(shape: tuple[int, int], positions: int, *, batch: int = 3, seed: int = 0) -> Outer:
@@ -59,8 +59,19 @@ def dense(size: int, *, batch: int = 3, seed: int = 0) -> Dense:
     return Dense(torch.randn(batch, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
+def scaled(form: Form) -> Scaled:
+    """Return the form with a random positive weight for each entry, the same for parameters of one size."""
+    assert not isinstance(form, Scaled)
+    size = form.shape[0] * form.shape[1]
+    return Scaled(form, torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64) + 0.1)
+
+
 def move(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
     """Return the form on a device, with a floating-point dtype."""
+    if isinstance(form, Scaled):
+        moved = move(form.form, device, dtype)
+        assert not isinstance(moved, Scaled)
+        return Scaled(moved, form.weight_P.to(device, dtype))
     if isinstance(form, Outer):
         return Outer(form.left_BTR.to(device, dtype), form.right_BTC.to(device, dtype))
     if isinstance(form, Convolution):
@@ -72,6 +83,8 @@ def move(form: Form, device: torch.device, dtype: torch.dtype) -> Form:
 
 def compute_gradient(form: Form) -> Tensor:
     """Return the gradients [B, P] in float64 from the definition of the form."""
+    if isinstance(form, Scaled):
+        return compute_gradient(form.form) * form.weight_P.double().cpu()
     if isinstance(form, Dense):
         return form.grad_BP.double().cpu()
     if isinstance(form, Rows):

@@ -175,7 +175,7 @@ def explain(  # noqa: PLR0913
         index: an open index.
         train_id: position of the training row.
         query_id: position of the query.
-        side: data set of the query, `query` or `train`.
+        side: data set of the query, `query` or `train`, or `input` for an example that `index.lend` lends.
         progress: called with ("gradients", checkpoints done, checkpoints).
         checkpoints: positions of the checkpoints to sum over; None: all.
         by: `layer`: an Explanation, one part per parameter and checkpoint, with sums by layer. `token`: a

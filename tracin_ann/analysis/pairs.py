@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
@@ -73,12 +73,12 @@ def compute_gradient(model: LoadedModel, side: SideName, row: int) -> Directions
     try:
         gradient = compute_full_gradients(model, side, [row])
     except NonFiniteError as error:
-        raise NonFiniteError(f"this row of {side}_data cannot be explained: {error}") from error
+        raise NonFiniteError(f"this row of {SIDE_NAMES[side]} cannot be explained: {error}") from error
     for name, grad in gradient.items():
         if not bool(torch.isfinite(grad).all()):
             raise NonFiniteError(
                 problem(
-                    f"the gradient of row {row} of {side}_data at checkpoint {model.checkpoint} is not finite",
+                    f"the gradient of row {row} of {SIDE_NAMES[side]} at checkpoint {model.checkpoint} is not finite",
                     got=f"NaN or infinity in {name}",
                     expected="finite numbers",
                     remedy="inspect this row and the weights of this checkpoint",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, SKETCH_NAMES
+from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
 from tracin_ann.cli.command import command, complete_directories, complete_files, device_option
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
@@ -26,20 +27,43 @@ _MAX_SHOWN = 12
 @command(
     "tracin-build --task my_task.py:task --task-arg folder=checkpoints --out runs/mine",
     "tracin-build --task my_task.py:task --out runs/mine --dry-run",
+    "tracin-build --from-transformers output_dir --data train.jsonl --out runs/mine",
     "tracin-build --config build.toml --dim 2048",
 )
 @click.option(
     "--task",
-    required=True,
     metavar="FILE.py:NAME",
     shell_complete=complete_files,
     help="The Task, or a function that returns a Task.",
 )
 @click.option(
+    "--from-transformers",
+    "run",
+    type=click.Path(),
+    shell_complete=complete_directories,
+    help="Run folder of the Hugging Face Trainer, instead of --task.",
+)
+@click.option(
+    "--data",
+    type=click.Path(),
+    shell_complete=complete_files,
+    help="Training data of the run: a JSONL, Parquet or CSV file, or a folder of save_to_disk.",
+)
+@click.option(
+    "--query-data",
+    type=click.Path(),
+    shell_complete=complete_files,
+    help="Query data of the run.  [default: the training data]",
+)
+@click.option(
     "--out", required=True, type=click.Path(), shell_complete=complete_directories, help="Directory of the index."
 )
 @click.option(
-    "--task-arg", "task_args", multiple=True, metavar="KEY=VALUE", help="Argument of the task function; repeatable."
+    "--task-arg",
+    "task_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Argument of the task function, or option of the run such as rates=sum or text=sentence; repeatable.",
 )
 @click.option("--dim", default=1024, show_default=True, type=click.IntRange(1), help="Sketch dimension per checkpoint.")
 @click.option(
@@ -111,6 +135,13 @@ _MAX_SHOWN = 12
     type=click.Choice(["fp32", "bf16"]),
     help="Precision of the forward and backward passes.",
 )
+@click.option(
+    "--preconditioner",
+    default="none",
+    show_default=True,
+    type=click.Choice(PRECONDITIONERS),
+    help="Weights of gradients from Adam's second moments.",
+)
 @device_option
 @click.option(
     "--dtype",
@@ -138,7 +169,7 @@ _MAX_SHOWN = 12
 )
 @click.option("--rebuild-index", is_flag=True, help="Rebuild the inverted lists, without removed rows.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of the build; write nothing.")
-def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **options: object) -> None:
+def main(out: str, task_args: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Build an index of a task's training rows in a directory.
 
     To resume an interrupted build, run the same command again.
@@ -149,8 +180,9 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
         from tracin_ann.device import device_name, resolve_device
         from tracin_ann.operations import plan
 
-    arguments = parse_arguments(task_args)
-    config = BuildConfig(**options)  # type: ignore[arg-type]
+    sources = {name: options.pop(name) for name in ("task", "run", "data", "query_data")}
+    task, arguments = _choose_task(**sources, arguments=parse_arguments(task_args))
+    config = BuildConfig(**options)
     if dry_run:
         _print_plan(plan(task, out, config, arguments=arguments), config)
         return
@@ -159,6 +191,31 @@ def main(task: str, out: str, task_args: tuple[str, ...], dry_run: bool, **optio
         report = build(task, out, config, arguments=arguments, progress=progress)
     if not is_quiet():
         _print_report(report, out)
+
+
+def _choose_task(
+    task: str | None, run: str | None, data: str | None, query_data: str | None, arguments: dict[str, str]
+) -> tuple[str, dict[str, str]]:
+    """Return the reference of the task and its arguments: those of --task, or of the built-in task of a run.
+
+    Raises:
+        click.UsageError: neither or both are given, or the run is given without data.
+    """
+    from tracin_ann.task import TRANSFORMERS_TASK
+
+    if run is None:
+        if task is None:
+            raise click.UsageError("Missing option '--task' or '--from-transformers'.")
+        if data is not None or query_data is not None:
+            raise click.UsageError("'--data' and '--query-data' need '--from-transformers'.")
+        return task, arguments
+    if task is not None:
+        raise click.UsageError("'--task' and '--from-transformers' exclude each other.")
+    if data is None:
+        raise click.UsageError("'--from-transformers' needs '--data'.")
+    # Absolute, so that the index can be queried from any directory.
+    paths = {"run": run, "data": data} | ({"query_data": query_data} if query_data is not None else {})
+    return TRANSFORMERS_TASK, {**{name: os.path.abspath(path) for name, path in paths.items()}, **arguments}
 
 
 def _print_plan(plan: BuildPlan, config: BuildConfig) -> None:

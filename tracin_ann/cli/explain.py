@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +17,7 @@ from tracin_ann.cli.index_options import (
     own_ids_option,
     resolve_one_position,
 )
+from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import print_field_notes, show_progress
 from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
 from tracin_ann.cli.parameters import IdRanges
@@ -24,6 +27,7 @@ from tracin_ann.text import escape_control
 if TYPE_CHECKING:
     from tracin_ann.analysis import Explanation, TokenExplanation
     from tracin_ann.choices import SideName
+    from tracin_ann.index import InfluenceIndex
 
 _MAX_COLUMNS, _MAX_TOKENS = 6, 40
 
@@ -32,12 +36,14 @@ _MAX_COLUMNS, _MAX_TOKENS = 6, 40
     "tracin-explain runs/mnist --train-id 17 --id 3",
     "tracin-explain runs/mnist --train-id 17 --query-train-id 40 --by parameter",
     "tracin-explain runs/mnist --train-id 17 --id 3 --output parts.csv",
+    "tracin-explain runs/reviews --train-id 17 --text 'a slow start, then a fine film'",
     "tracin-explain runs/text --train-id 17 --id 3 --by token --html tokens.html",
 )
 @directory_argument
 @click.option("--train-id", type=IdRanges(), required=True, help="The training row.")
 @click.option("--id", type=IdRanges(), help="The query, a row of query_data.")
 @click.option("--query-train-id", type=IdRanges(), help="The query, a row of train_data, instead of --id.")
+@input_options
 @click.option(
     "--by",
     default="layer",
@@ -65,8 +71,9 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     check_report_path(html)
     index = open_index(directory, options)
     row = resolve_one_position(index, "train", "train_id", options)
-    query = resolve_one_position(index, side, name, options)
-    with show_progress("checkpoints") as progress:
+    examples = _open_single_input(index, options) if side == "input" else None
+    query = 0 if side == "input" else resolve_one_position(index, side, name, options)
+    with show_progress("checkpoints") as progress, nullcontext() if examples is None else index.lend(examples):
         explanation = explain(  # type: ignore[call-overload]
             index,
             row,
@@ -105,17 +112,33 @@ def _query_option(options: dict[str, object]) -> tuple[SideName, str]:
     Raises:
         UsageError: no query was given, or two.
     """
-    given = [name for name in ("id", "query_train_id") if options[name]]
+    sides: dict[str, SideName] = {"id": "query", "query_train_id": "train", "input": "input", "text": "input"}
+    given = [name for name in sides if options[name]]
     if len(given) != 1:
+        *first, last = [f"--{name.replace('_', '-')}" for name in given or sides]
+        listed = f"{', '.join(first)} and {last}"
         raise UsageError(
             problem(
-                "no query" if not given else "two queries",
-                got="neither of --id and --query-train-id" if not given else "--id and --query-train-id",
-                expected="one of the two",
-                remedy="name one row with one of them",
+                f"{len(given)} queries" if given else "no query",
+                got=listed if given else f"none of {listed}",
+                expected="one of them",
+                remedy="name one query with one of them",
             )
         )
-    return ("query" if given == ["id"] else "train"), given[0]
+    return sides[given[0]], given[0]
+
+
+def _open_single_input(index: InfluenceIndex, options: dict[str, object]) -> Sequence[Any]:
+    """Return the example of `--input` or `--text` as a data set of one.
+
+    Raises:
+        UsageError: there are several.
+    """
+    examples = open_inputs(index, options) or ()
+    if len(examples) != 1:
+        flag, got = "--input" if options["input"] else "--text", f"{len(examples):,} examples"
+        raise UsageError(problem(f"{flag} takes one example", got=got, expected="one", remedy=f"change {flag}"))
+    return examples
 
 
 def _print_table(explanation: Explanation, by: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +16,10 @@ from tracin_ann.text import format_duration, format_size
 
 if TYPE_CHECKING:
     from tracin_ann.search import Calibration
-    from tracin_ann.store import Fidelity, Manifest
+    from tracin_ann.store import CheckpointSpec, Fidelity, Manifest
 
 _MAX_POINTS = 12
+_MAX_RATES = 6
 
 
 @command("tracin-info runs/mnist")
@@ -60,8 +63,22 @@ def _describe_content(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("rows", f"{spec.train_rows:,}, {checkpoints}, {format_size(feature_bytes)}"),
         ("sketch", f"{spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, {_NORMS[spec.norms]} norms"),
+        *_describe_rates(spec.checkpoints),
+        *([] if spec.preconditioner == "none" else [("weights", f"preconditioner {spec.preconditioner}")]),
         ("index", f"{index.kind}{f', {format_size(index_bytes)}' if index_bytes else ''}, {index.reason}"),
     ]
+
+
+def _describe_rates(checkpoints: Sequence[CheckpointSpec]) -> list[tuple[str, str]]:
+    """Return a field for each checkpoint whose parameters have different learning rates."""
+    fields: list[tuple[str, str]] = []
+    for i, checkpoint in enumerate(checkpoints):
+        if checkpoint.rates is not None:
+            counts = sorted(Counter(checkpoint.rates.values()).items(), reverse=True)
+            parts = [f"{rate:g} for {format_count(count, 'parameter')}" for rate, count in counts[:_MAX_RATES]]
+            more = f", and {len(counts) - _MAX_RATES} more rates" if len(counts) > _MAX_RATES else ""
+            fields.append(("" if fields else "rates", f"checkpoint {i}: {', '.join(parts)}{more}"))
+    return fields
 
 
 _NORMS = {"sketch": "estimated", "exact": "exact"}

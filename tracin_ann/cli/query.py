@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +22,7 @@ from tracin_ann.cli.index_options import (
     own_ids_option,
     resolve_positions,
 )
+from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import format_count, print_field_notes, show_progress
 from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
 from tracin_ann.cli.parameters import IdRanges
@@ -39,10 +41,13 @@ _LOT = 512
 _EXCLUSIVE = {
     "self_influence": (
         "ranks all training rows",
-        ("ids", "train_ids", "together", "against", "cosine", "rerank", "candidates", "search", "recall", "tokens"),
+        (
+            *("ids", "train_ids", "input", "text", "together", "against"),
+            *("cosine", "rerank", "candidates", "search", "recall", "tokens"),
+        ),
     ),
     "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
-    "against": ("compares two sets of rows of query_data", ("train_ids", "together")),
+    "against": ("compares two sets of rows of query_data", ("train_ids", "input", "text", "together")),
 }
 """By option: its effect, and the options that have no effect together with it."""
 
@@ -50,12 +55,14 @@ _EXCLUSIVE = {
 @command(
     "tracin-query runs/mnist --ids 0-9 -k 5 --rerank exact",
     "tracin-query runs/mnist --ids 0-999 --where 'label=3' --output hits.parquet",
+    "tracin-query runs/reviews --text 'a slow start, then a fine film' -k 3",
     "tracin-query runs/mnist --self-influence -k 100 --format jsonl",
     "tracin-query runs/mnist --ids 0-99 --html report.html",
 )
 @directory_argument
 @click.option("--ids", type=IdRanges(), default=(), help="Queries: rows of query_data, such as 0-9,17.")
 @click.option("--train-ids", type=IdRanges(), default=(), help="Queries: rows of train_data.")
+@input_options
 @click.option("--together", is_flag=True, help="Use the mean gradient of all rows as a single query.")
 @click.option(
     "--against",
@@ -144,9 +151,11 @@ def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: S
     rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]
     names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall", "tokens")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
-    summary, reported = _Summary(len(index)), Answers((), index.describe)
+    inputs, together = open_inputs(index, options), bool(options["together"])
+    summary = _Summary(len(index))
+    reported = Answers((), partial(index.describe, examples=inputs), inputs)
     with sink.open(HITS_BY_TOKEN if chosen.tokens else HITS) as write, show_progress("rows") as progress:
-        for answers in _answer_in_batches(index, rows, chosen, bool(options["together"]), progress):
+        for answers in _answer_in_batches(index, rows, inputs, chosen, together, progress):
             write(answers)
             summary.add(answers)
             if html is not None:
@@ -158,12 +167,17 @@ def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: S
 def _answer_in_batches(
     index: InfluenceIndex,
     rows: Mapping[str, tuple[int, ...]],
+    inputs: Sequence[Any] | None,
     chosen: QueryOptions,
     together: bool,
     progress: ProgressCallback,
 ) -> Iterator[Answers]:
     """Yield the answers in batches, so that memory does not grow with the number of queries."""
     ids, train_ids = rows["ids"], rows["train_ids"]
+    if inputs is not None:
+        yield from _answer_inputs(index, inputs, chosen, together, progress)
+        if not (ids or train_ids):
+            return
     if rows["against"]:
         yield index.contrast(ids, rows["against"], options=chosen, progress=progress)
     elif together or not (ids or train_ids):
@@ -173,6 +187,20 @@ def _answer_in_batches(
             yield index.query(ids[start : start + _LOT], (), chosen, progress)
         for start in range(0, len(train_ids), _LOT):
             yield index.query((), train_ids[start : start + _LOT], chosen, progress)
+
+
+def _answer_inputs(
+    index: InfluenceIndex,
+    inputs: Sequence[Any],
+    chosen: QueryOptions,
+    together: bool,
+    progress: ProgressCallback,
+) -> Iterator[Answers]:
+    """Yield the answers to the examples of `--input` and `--text` in batches."""
+    lot = len(inputs) if together else _LOT
+    for start in range(0, len(inputs), lot):
+        ids = range(start, min(start + lot, len(inputs)))
+        yield index.query_examples(inputs, chosen, progress, ids=ids, together=together)
 
 
 @dataclass

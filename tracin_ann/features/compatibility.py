@@ -10,15 +10,25 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.device import free_memory_bytes
-from tracin_ann.errors import IndexMismatchError, NonFiniteError, UsageError, problem
+from tracin_ann.errors import (
+    IndexMismatchError,
+    NonFiniteError,
+    TaskError,
+    TracinAnnError,
+    UsageError,
+    first_line,
+    problem,
+)
 from tracin_ann.features.canaries import Canaries, read_generation_canaries
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.fingerprint import checkpoint_specs, model_digest, parameter_specs
@@ -107,7 +117,7 @@ class IndexTask:
             train_rows=runner.n_rows("train"),
             train_data=built.spec.train_data if built.random_data else runner.data_digest(runner.n_rows("train")),
             parameters=parameter_specs(model.parameters, built.spec.rank_one),
-            checkpoints=checkpoint_specs(runner.task, model.rates),
+            checkpoints=checkpoint_specs(runner.task, model.rates, model.digest_moments),
             sketch=replace(built.spec.sketch, version=self._features.sketch.version),
         )
 
@@ -138,10 +148,8 @@ class IndexTask:
             self._n_comparisons[compared] += 1
             for checkpoint in checkpoints:
                 extractor = self._load_checked(model, checkpoint, rows if checkpoint == compared else ())
-                try:
+                with _report_unusable(side):
                     blocks.append(extractor.rows(side, ids).feature_ND)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"cannot query with this row of {side}_data: {error}") from error
         return np.concatenate(blocks, axis=1)
 
     def check_canaries(self, checkpoints: Sequence[int]) -> None:
@@ -170,7 +178,7 @@ class IndexTask:
         identity = identify_checkpoint(model.runner.task.checkpoints[checkpoint])
         checked = self._checked.get(checkpoint)
         if checked is not None and checked.identity != identity:
-            self._check_digest(model.runner.task, checkpoint)
+            self._check_digest(model, checkpoint)
         model.load(checkpoint)
         is_known = checked is not None and checked.identity == identity and checked.model is model
         if checked is not None and is_known:
@@ -187,7 +195,7 @@ class IndexTask:
         self._checked[checkpoint] = _CheckedCheckpoint(identity, model, extractor, losses)
         return extractor
 
-    def _check_digest(self, task: Task, checkpoint: int) -> None:
+    def _check_digest(self, model: LoadedModel, checkpoint: int) -> None:
         """Compare a checkpoint whose file changed with the index.
 
         Raises:
@@ -195,7 +203,11 @@ class IndexTask:
         """
         built = self._manifest.build.spec
         now = list(built.checkpoints)
-        now[checkpoint] = replace(now[checkpoint], digest=checkpoint_digest(task.checkpoints[checkpoint]))
+        now[checkpoint] = replace(
+            now[checkpoint],
+            digest=checkpoint_digest(model.runner.task.checkpoints[checkpoint]),
+            second_moments=model.digest_moments(checkpoint),
+        )
         check_spec(built, replace(built, checkpoints=tuple(now)), str(self._directory))
 
     def _choose_canaries(self, turn: int) -> list[tuple[SideName, int]]:
@@ -236,6 +248,32 @@ class IndexTask:
                     )
                 )
             canaries.check(extractor, checkpoint, str(self._directory))
+
+
+@contextmanager
+def _report_unusable(side: SideName) -> Iterator[None]:
+    """Name the side of queries in errors that their rows cause.
+
+    Errors of a task's own data set are those of its code and keep their type. Examples that a caller gives may be of
+    another form than the task's, and any function of the task may fail on them.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"cannot query with this row of {SIDE_NAMES[side]}: {error}") from error
+    except (TracinAnnError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if side != "input":
+            raise
+        raise TaskError(
+            problem(
+                "the given examples cannot be used",
+                got=first_line(error),
+                expected="examples of the form of query_data's",
+                remedy="pass what query_data[i] would return for them",
+            )
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -342,6 +380,7 @@ def _scalar_differences(built: FeatureSpec, other: FeatureSpec) -> Iterator[str]
         ("dtype", "feature type {}", "pass --dtype {}"),
         ("norms", "norms {}", "pass --norms {}"),
         ("precision", "precision {}", "pass --precision {}"),
+        ("preconditioner", "preconditioner {}", "pass --preconditioner {}"),
         ("model", "a model with layers of digest {}", "restore the model's code"),
         ("train_rows", "{} training rows", "restore train_data"),
         ("train_data", "training data of digest {}", "restore train_data"),
@@ -368,6 +407,11 @@ def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: Checkpo
             "restore that file",
         )
     yield from _rate_differences(i, built, other)
+    if built.second_moments != other.second_moments:
+        was, now = (f"{(spec.second_moments or 'none')[:12]}" for spec in (built, other))
+        yield _describe_difference(
+            f"second moments of digest {was} at checkpoint {i}", f"the task has {now}", "restore their file"
+        )
 
 
 def _rate_differences(i: int, built: CheckpointSpec, other: CheckpointSpec) -> Iterator[str]:

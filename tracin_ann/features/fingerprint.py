@@ -55,16 +55,25 @@ def parameter_specs(parameters: Mapping[str, nn.Parameter], rank_one: frozenset[
     return tuple(ParameterSpec(name, tuple(p.shape), str(p.dtype), name in rank_one) for name, p in parameters.items())
 
 
-def checkpoint_specs(task: Task, rates: Sequence[ParameterRates]) -> tuple[CheckpointSpec, ...]:
-    """Return the specs of a task's checkpoints, with these rates of their parameters; reads the complete files."""
+def checkpoint_specs(
+    task: Task, rates: Sequence[ParameterRates], digest_moments: Callable[[int], str | None]
+) -> tuple[CheckpointSpec, ...]:
+    """Return the specs of a task's checkpoints; reads the complete files.
+
+    Args:
+        task: the task.
+        rates: the learning rates of the selected parameters.
+        digest_moments: position of a checkpoint -> digest of its second moments; None if they are not used.
+    """
     return tuple(
         CheckpointSpec(
             os.path.basename(os.fspath(checkpoint.path)),
             checkpoint_digest(checkpoint),
             own.rate,
             dict(own.by_parameter) if own.differ else None,
+            digest_moments(i),
         )
-        for checkpoint, own in zip(task.checkpoints, rates, strict=True)
+        for i, (checkpoint, own) in enumerate(zip(task.checkpoints, rates, strict=True))
     )
 
 

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from tracin_ann.choices import Precision, SideName
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
+from tracin_ann.features.preconditioner import ScalesCache, compute_scales
 from tracin_ann.features.rates import ParameterRates, compute_rates
 from tracin_ann.features.task_data import TaskData
 from tracin_ann.gradients import (
     Batch,
     GradientEngine,
+    GradientScales,
     describe_no_gradient,
     detach_graph,
     probe_description,
@@ -36,12 +38,16 @@ from tracin_ann.task import (
     CollatedBatch,
     FileIdentity,
     OriginalModel,
+    PartialLoad,
+    SecondMoment,
     WeightCache,
     identify_checkpoint,
     leaves,
     map_leaves,
     preserve_globals,
     preserve_model,
+    read_second_moments,
+    second_moments_digest,
     to_device,
 )
 
@@ -61,7 +67,8 @@ class LoadedModel:
         runner: the data of the task, and the options of the run.
         loader: loads the checkpoints of the task.
         model: the user's model.
-        memory_bytes: memory for weights that are stored when they are first loaded, and attached afterwards.
+        memory_bytes: memory for weights that are stored when they are first loaded, and attached afterwards; a
+            preconditioner keeps its weights in as much memory again.
 
     Attributes:
         checkpoint: the position of the loaded checkpoint; -1 if none is loaded.
@@ -80,9 +87,12 @@ class LoadedModel:
         self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
         self._engines: dict[tuple[int, SideName, bool, Precision], GradientEngine] = {}
         self._original: OriginalModel | None = None
-        self._cache = WeightCache(model, memory_bytes) if memory_bytes else None
+        self._written = PartialLoad.list_written(runner.task, model)
+        self._cache = WeightCache(model, memory_bytes, self._written) if memory_bytes else None
         self._loads: dict[int, _Load] = {}
         self._last_read = -1
+        self._scales = ScalesCache(memory_bytes)
+        self._loaded_scales: GradientScales | None = None
         self._parts = _list_parts(model)
 
     @property
@@ -115,7 +125,7 @@ class LoadedModel:
     @contextlib.contextmanager
     def _borrow(self) -> Iterator[None]:
         try:
-            with preserve_model(self.module) as self._original:
+            with preserve_model(self.module, self._written) as self._original:
                 if self._cache is None:
                     self._original.prepare_overwrite(self.runner.options.device)
                     self.set_memory_format(channels_last=self.channels_last)
@@ -160,6 +170,8 @@ class LoadedModel:
             CheckpointError: the file is missing, unreadable or does not match the model.
             TaskError: loading changed the names, shapes or dtypes of the selected parameters.
         """
+        # The weights of a preconditioner take as much memory as the model: release those of the last checkpoint.
+        self._loaded_scales = None
         if self._cache is None:
             self._load_file(checkpoint)
         elif not self._attach_stored(checkpoint):
@@ -277,7 +289,11 @@ class LoadedModel:
                 parameter.data = parameter.data.contiguous(memory_format=form)
 
     def engine(self, side: SideName) -> GradientEngine:
-        """Return the engine for the gradients of a side's loss at the loaded checkpoint."""
+        """Return the engine for the gradients of a side's loss at the loaded checkpoint.
+
+        The sides `query` and `input` have the same loss, and share an engine.
+        """
+        side = "query" if side == "input" else side
         task, key = self.runner.task, (self.checkpoint, side, self.channels_last, self.precision)
         engine = self._engines.get(key)
         # A loader may replace the parameters by other objects.
@@ -286,8 +302,42 @@ class LoadedModel:
             engine = self._engines[key] = GradientEngine(
                 self.module, self.parameters, loss, self._collate, self.checkpoint, self.precision
             )
-            engine.scales = self.rates[self.checkpoint].scales
+            engine.find_scales = self._find_scales
         return engine
+
+    def _find_scales(self) -> GradientScales | None:
+        """Return the scales of gradients at the loaded checkpoint.
+
+        Raises:
+            CheckpointError: the second moments are missing or cannot be used.
+        """
+        checkpoint, kind = self.checkpoint, self.runner.options.preconditioner
+        rates = self.rates[checkpoint]
+        if kind == "none":
+            return rates.scales
+        if self._loaded_scales is None:
+            key = checkpoint, identify_checkpoint(self.runner.task.checkpoints[checkpoint])
+            self._loaded_scales = self._scales.find(
+                key, lambda: compute_scales(kind, rates, self._read_moments(checkpoint), self.parameters)
+            )
+        return self._loaded_scales
+
+    def _read_moments(self, checkpoint: int) -> dict[str, SecondMoment]:
+        """Return the second moments of the parameters whose learning rate is not 0."""
+        rates = self.rates[checkpoint].by_parameter
+        names = [name for name, parameter in self.parameters.items() if rates[name] and parameter.numel()]
+        given = self.runner.task.checkpoints[checkpoint]
+        return read_second_moments(given, self.module, names, sorted(self._trainable))
+
+    def digest_moments(self, checkpoint: int) -> str | None:
+        """Return a digest of the second moments that a preconditioner uses at a checkpoint; None without one.
+
+        Raises:
+            CheckpointError: the second moments are missing or cannot be used.
+        """
+        if self.runner.options.preconditioner == "none":
+            return None
+        return second_moments_digest(self._read_moments(checkpoint))
 
     def _collate(self, examples: list[Any]) -> Any:
         return self._move_to_device(self.runner.task.collate_rows(examples))

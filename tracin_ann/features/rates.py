@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.gradients import GradientScales
@@ -20,17 +21,17 @@ class ParameterRates:
 
     by_parameter: Mapping[str, float]
 
-    @property
+    @cached_property
     def rate(self) -> float:
         """Return η_c, the largest of the rates."""
         return max(self.by_parameter.values())
 
-    @property
+    @cached_property
     def differ(self) -> bool:
         """Return whether two parameters have different rates."""
         return min(self.by_parameter.values()) < self.rate
 
-    @property
+    @cached_property
     def scales(self) -> GradientScales | None:
         """Return √(η_cp / η_c) of each parameter; None if all parameters have the same rate."""
         rate = self.rate

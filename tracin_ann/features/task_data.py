@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tracin_ann.choices import OnNonfinite, Precision, SideName
+from tracin_ann.choices import SIDE_NAMES, OnNonfinite, Precision, Preconditioner, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features.fingerprint import data_digest
 from tracin_ann.task import (
@@ -22,6 +24,7 @@ from tracin_ann.task import (
     differ_in_length,
     make_batches,
     open_data,
+    open_examples,
     pickle_reader,
     preserve_globals,
 )
@@ -39,6 +42,7 @@ class RunOptions:
         precision: precision of forward and backward: `fp32`, or `bf16` by autocast.
         channels_last: the initial memory format of images and convolution weights.
         on_nonfinite: what to do with rows whose loss or gradient is NaN or infinite: raise an `error`, or `skip` them.
+        preconditioner: the weights of the entries of gradients, from Adam's second moments; see preconditioner.py.
     """
 
     device: torch.device
@@ -48,6 +52,7 @@ class RunOptions:
     precision: Precision = "fp32"
     channels_last: bool = False
     on_nonfinite: OnNonfinite = "error"
+    preconditioner: Preconditioner = "none"
 
     def __post_init__(self) -> None:
         """Check the batch size and the number of workers.
@@ -76,6 +81,7 @@ class TaskData:
         self._data: dict[SideName, Any] = {}
         self._by_length: dict[SideName, bool] = {}
         self._own_ids: dict[SideName, list[int | str]] = {}
+        self._lent = threading.local()
 
     def data(self, side: SideName) -> Any:
         """Return the map-style data set of a side; it is opened by the first call.
@@ -83,10 +89,39 @@ class TaskData:
         Raises:
             TaskError: it has no length, has no rows, or cannot be indexed.
         """
+        if side == "input":
+            return self._find_lent()
         if side not in self._data:
             with preserve_globals():
                 self._data[side] = open_data(self.task, side)
         return self._data[side]
+
+    @contextmanager
+    def lend(self, examples: Any) -> Iterator[None]:
+        """Let `examples` be the data set of the side `input` in this thread, until the block ends.
+
+        Raises:
+            UsageError: they are not a list or a map-style data set, or there are none.
+        """
+        opened, before = open_examples(examples), getattr(self._lent, "data", None)
+        self._lent.data = opened
+        try:
+            yield
+        finally:
+            self._lent.data = before
+
+    def _find_lent(self) -> Any:
+        data = getattr(self._lent, "data", None)
+        if data is None:
+            raise UsageError(
+                problem(
+                    "no examples are given in this thread",
+                    got='side "input"',
+                    expected="a call inside `with index.lend(examples)`",
+                    remedy="use query_examples, or lend the examples",
+                )
+            )
+        return data
 
     def data_digest(self, n_rows: int) -> str:
         """Return a digest of the first n_rows training examples."""
@@ -147,22 +182,35 @@ class TaskData:
             return self.task.describe_example(self.data(side)[row])
 
     def id_of(self, side: SideName, row: int) -> int | str | None:
-        """Return the id that the task assigns to a row; None if it assigns none."""
+        """Return the id that the task assigns to a row; None if it assigns none.
+
+        For the side `input`, an error of `Task.ids` counts as none.
+        """
         if self.task.ids is None:
             return None
         with preserve_globals():
-            return self.task.id_of(self.data(side)[row])
+            example = self.data(side)[row]
+            try:
+                return self.task.id_of(example)
+            except Exception:
+                # An example that is not in the task's data, such as a typed text, may have no id.
+                if side == "input":
+                    return None
+                raise
 
     def read_ids(self, side: SideName) -> list[int | str]:
         """Return the ids that the task assigns to the rows of a side; the first call reads all rows."""
         if self.task.ids is None:
             return []
-        if side not in self._own_ids:
-            with preserve_globals():
-                data = self.data(side)
-                found = [self.task.id_of(data[i]) for i in range(len(data))]
-            self._own_ids[side] = [own for own in found if own is not None]
-        return self._own_ids[side]
+        if side in self._own_ids:
+            return self._own_ids[side]
+        with preserve_globals():
+            data = self.data(side)
+            found = [self.task.id_of(data[i]) for i in range(len(data))]
+        ids = [own for own in found if own is not None]
+        if side != "input":
+            self._own_ids[side] = ids
+        return ids
 
     def check_ids(self, side: SideName, ids: Sequence[int]) -> None:
         """Check that the data set of a side has rows with these ids.
@@ -174,7 +222,7 @@ class TaskData:
         if wrong:
             raise UsageError(
                 problem(
-                    f"no such row in {side}_data",
+                    f"no such row in {SIDE_NAMES[side]}",
                     got=wrong[0],
                     expected=f"0 to {self.n_rows(side) - 1}",
                     remedy="change the ids",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.gradients.attribution import Arrangement, WeightCode, project
-from tracin_ann.gradients.autograd import HALF, other_leaves, weighted_sum
+from tracin_ann.gradients.autograd import HALF, nodes, other_leaves, weighted_sum
 from tracin_ann.gradients.factors import Dense, Sink
 from tracin_ann.gradients.layers.base import Call, LayerRule, LayoutError, widen
+from tracin_ann.gradients.layers.embedding import RELATIVE_BIAS
 from tracin_ann.gradients.layers.registry import find_rule
-from tracin_ann.gradients.layouts import PARAMETERS, Layout, LayoutReader
+from tracin_ann.gradients.layouts import OUTPUTS, PARAMETERS, Layout, LayoutReader
+from tracin_ann.gradients.lookups import find_bias_owner, follow_bias, follow_lookups
 from tracin_ann.gradients.row_indexing import detect_row_indexing
 
 Holder = tuple[nn.Module, str]
@@ -41,6 +44,38 @@ class CaptureResult:
 
     losses_B: Tensor
     watched_reached: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose calls are followed.
+
+    Attributes:
+        module: the layer.
+        path: in the model.
+        attributes: the parameters to capture, by attribute.
+        bias_owner: the module that computes a relative position bias from the layer, or None.
+    """
+
+    module: nn.Module
+    path: str
+    attributes: Mapping[str, str]
+    bias_owner: nn.Module | None = None
+
+
+@contextmanager
+def _replace_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of one module in the block."""
+    own = vars(module)
+    before = own.get(name)
+    own[name] = method
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[name]
+        else:
+            own[name] = before
 
 
 class _MisplacedError(LayoutError):
@@ -84,7 +119,10 @@ class LayerCapture:
         reader: LayoutReader,
     ) -> None:
         self._broadcast = broadcast
-        self._layers = [(model.get_submodule(path), path, dict(attributes)) for path, attributes in layers.items()]
+        self._layers = [
+            _Layer(model.get_submodule(path), path, dict(attributes), find_bias_owner(model, path))
+            for path, attributes in layers.items()
+        ]
         self.reader = reader
         self._sink: Sink | None = None
         self._batch = 0
@@ -99,6 +137,8 @@ class LayerCapture:
         self._arrangements: dict[int, Arrangement] = {}
         self._anchor: Tensor | None = None
         self._code: WeightCode | None = None
+        # The graph nodes of the outputs of calls on rows whose examples have to be determined.
+        self._row_nodes: list[Any] = []
 
     def run(
         self,
@@ -124,10 +164,6 @@ class LayerCapture:
             checking: also determine the examples of inputs that are treated as batch first; a layer with other
                 examples fails.
         """
-        handles = [
-            module.register_forward_hook(self._make_hook(path, attributes), with_kwargs=True)
-            for module, path, attributes in self._layers
-        ]
         self._clear()
         self._sink, self._batch, self._is_checking = sink, batch, checking and batch > 1
         indexing = None if verifying is None else detect_row_indexing(verifying)
@@ -137,18 +173,17 @@ class LayerCapture:
             for parameter in watched:
                 parameter.requires_grad_(True)
             with self._repeat_broadcast_parameters() as leaves:
-                with indexing or nullcontext():
-                    self._is_in_loss = True
-                    values = losses()
-                    self._is_in_loss = False
-                reached = self._backward(values, watched, leaves)
+                with self._follow_layers():
+                    with indexing or nullcontext():
+                        self._is_in_loss = True
+                        values = losses()
+                        self._is_in_loss = False
+                    reached = self._backward(values, watched, leaves)
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter in watched:
                 parameter.requires_grad_(False)
             self._sink = self._anchor = self._code = None
-            self._arrangements = {}
+            self._arrangements, self._row_nodes = {}, []
         return CaptureResult(values.detach(), reached)
 
     def _backward(
@@ -160,7 +195,7 @@ class LayerCapture:
         inputs = [*leaves.values(), *watched]
         # The anchor and other leaves: layers after an input that requires a gradient depend on that input only.
         inputs = [*other_leaves(values, inputs), *inputs]
-        if self.reader.has_rows or self._is_checking:
+        if self._is_checking or self._has_rows(values):
             self._run_weighted_backward(values, inputs)
         grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
         own = grads[len(inputs) - len(watched) - len(leaves) :]
@@ -169,6 +204,13 @@ class LayerCapture:
             if grad is not None:
                 self._sink(name, Dense(widen(grad.flatten(1))), slice(0, self._batch))
         return tuple(grad is not None for grad in own[len(leaves) :])
+
+    def _has_rows(self, values: Tensor) -> bool:
+        """Return whether the losses depend on the output of a call on rows whose examples have to be determined.
+
+        DoRA calls the matrices of LoRA on the identity, for a norm that it detaches: no gradient reaches that call.
+        """
+        return bool(self._row_nodes) and not set(self._row_nodes).isdisjoint(nodes(values))
 
     def _run_weighted_backward(self, values: Tensor, inputs: Sequence[Tensor]) -> None:
         """Run backward from the weighted losses; the hooks collect output gradients, to determine their examples."""
@@ -208,68 +250,128 @@ class LayerCapture:
             for module, attribute, parameter in originals:
                 module._parameters[attribute] = parameter
 
-    def _make_hook(self, path: str, attributes: Mapping[str, str]) -> Callable[..., Tensor | None]:
+    @contextmanager
+    def _follow_layers(self) -> Iterator[None]:
+        """Follow the calls of all layers in the block: by hooks, or by lookups inside other functions."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                rule = find_rule(layer.module)
+                assert rule is not None
+                if layer.bias_owner is not None and OUTPUTS in self.reader.layouts.repeated:
+                    follow = partial(self._follow, layer, RELATIVE_BIAS, "shared")
+                    stack.enter_context(
+                        _replace_method(layer.bias_owner, *follow_bias(layer.bias_owner, layer.module, follow))
+                    )
+                elif rule.is_lookup:
+                    follow = partial(self._follow, layer, rule, None)
+                    stack.enter_context(_replace_method(layer.module, "forward", follow_lookups(layer.module, follow)))
+                elif rule.scaled_input is not None:
+                    before = self._make_input_hook(layer, rule)
+                    stack.callback(rule.scaled_input(layer.module).register_forward_pre_hook(before).remove)
+                else:
+                    hook = self._make_hook(layer, rule)
+                    handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def _make_input_hook(self, layer: _Layer, rule: LayerRule) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        """Return a hook of the submodule whose input is followed as the layer's output."""
+
+        def before_forward(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            if not args or not isinstance(args[0], Tensor):
+                self._fail(layer.attributes, "the input of the layer's submodule is not a tensor")
+                return None
+            # An alias that is not a view: what changes it does not count as a change of the input.
+            output = torch.ops.aten._unsafe_view(args[0], args[0].shape)
+            return (self._follow(layer, rule, None, args[0], output), *args[1:])
+
+        return before_forward
+
+    def _make_hook(self, layer: _Layer, rule: LayerRule) -> Callable[..., Tensor | None]:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
                 return None
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(x, Tensor):
-                self._fail(attributes, "the layer's input is not a tensor")
+                self._fail(layer.attributes, "the layer's input is not a tensor")
                 return None
-            if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, output)):
-                self._fail(attributes, "a transform of torch.func is applied to the layer")
-                return None
-            layout = self.reader.read(module, x, output, attributes)
-            if not self.reader.is_verified(module, x, layout):
-                self._fail(attributes, "the layer's input has a layout that was in no verified batch")
-                return None
-            x = x.detach()
-            version = x._version
-            if layout == "shared":
-                # A copy, so that in-place layers may follow.
-                x, output = self.reader.repeat(x), self.reader.repeat(output).contiguous()
-            if output._is_view():
-                # In-place operations on a view drop the hooks of its grad_fn; this alias is not a view.
-                output = torch.ops.aten._unsafe_view(output, output.shape)
-            if not output.requires_grad:
-                if self._anchor is None:
-                    self._anchor = torch.zeros((), device=output.device, requires_grad=True)
-                output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-            self._has_half |= output.dtype in HALF
-            rule = find_rule(module)
-            assert rule is not None
-            stored = output.detach() if rule.needs_output(module) else None
-            stored_version = output._version
-            n_rows = self._count_rows(rule, module, x, output, layout)
-            weighted: list[Tensor] = []
-
-            def on_gradient(grad: Tensor) -> None:
-                if self._is_in_loss:
-                    # A gradient that the loss itself computes. With a graph, the loss differentiates it.
-                    if torch.is_grad_enabled():
-                        self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
-                    return
-                if self._is_weighting:
-                    if n_rows:
-                        weighted.append(project(widen(grad.detach()), n_rows))
-                    return
-                if x._version != version or (stored is not None and stored._version != stored_version):
-                    self._fail(attributes, "the layer's input or output is changed in place after its forward")
-                    return
-                call = Call(module, widen(x), widen(grad.detach()), self._batch, stored)
-                try:
-                    with torch.no_grad():
-                        self._apply_rule(rule, call, attributes, layout, weighted)
-                except LayoutError as error:
-                    why = f"layer {path or type(module).__name__}: {error}"
-                    self._fail(attributes, why)
-                    if isinstance(error, _MisplacedError):
-                        self.misplaced = why
-
-            output.register_hook(on_gradient)
-            return output
+            return self._follow(layer, rule, None, x, output)
 
         return after_forward
+
+    def _follow(self, layer: _Layer, rule: LayerRule, layout: Layout | None, x: Tensor, output: Tensor) -> Tensor:
+        """Follow a call of a layer: pass the forms of its parameters to the sink when backward reaches its output.
+
+        Args:
+            layer: the layer.
+            rule: its rule.
+            layout: of the input; None: it is determined.
+            x: its input.
+            output: its output.
+
+        Returns:
+            The output that the model continues with.
+        """
+        module, attributes = layer.module, layer.attributes
+        if not torch.is_grad_enabled():
+            return output
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, output)):
+            self._fail(attributes, "a transform of torch.func is applied to the layer")
+            return output
+        if layout is None:
+            layout = self.reader.read(module, x, output, attributes)
+        else:
+            self.reader.repeated |= {OUTPUTS}
+        if not self.reader.is_verified(module, x, layout):
+            self._fail(attributes, "the layer's input has a layout that was in no verified batch")
+            return output
+        x = x.detach()
+        version = x._version
+        if layout == "shared":
+            # A copy, so that in-place layers may follow.
+            x, output = self.reader.repeat(x, x), self.reader.repeat(x, output).contiguous()
+        if output._is_view():
+            # In-place operations on a view drop the hooks of its grad_fn; this alias is not a view.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        if not output.requires_grad:
+            if self._anchor is None:
+                self._anchor = torch.zeros((), device=output.device, requires_grad=True)
+            output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+        self._has_half |= output.dtype in HALF
+        stored = output.detach() if rule.needs_output(module) else None
+        stored_version = output._version
+        n_rows = self._count_rows(rule, module, x, output, layout)
+        if n_rows and layout == "rows":
+            self._row_nodes.append(output.grad_fn)
+        weighted: list[Tensor] = []
+
+        def on_gradient(grad: Tensor) -> None:
+            if self._is_in_loss:
+                # A gradient that the loss itself computes. With a graph, the loss differentiates it.
+                if torch.is_grad_enabled():
+                    self._fail(attributes, "the loss differentiates a gradient that it computes through the layer")
+                return
+            if layout == "rows":
+                self.reader.keep_rows(module)
+            if self._is_weighting:
+                if n_rows:
+                    weighted.append(project(widen(grad.detach()), n_rows))
+                return
+            if x._version != version or (stored is not None and stored._version != stored_version):
+                self._fail(attributes, "the layer's input or output is changed in place after its forward")
+                return
+            call = Call(module, widen(x), widen(grad.detach()), self._batch, stored)
+            try:
+                with torch.no_grad():
+                    self._apply_rule(rule, call, attributes, layout, weighted)
+            except LayoutError as error:
+                why = f"layer {layer.path or type(module).__name__}: {error}"
+                self._fail(attributes, why)
+                if isinstance(error, _MisplacedError):
+                    self.misplaced = why
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        return output
 
     def _apply_rule(
         self, rule: LayerRule, call: Call, attributes: Mapping[str, str], layout: Layout, weighted: Sequence[Tensor]
@@ -345,8 +447,8 @@ def find_covered_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> 
             continue
         attributes = {
             attribute: by_identity[id(parameter)]
-            for attribute, parameter in module._parameters.items()
-            if attribute in rule.parameters and id(parameter) in by_identity
+            for attribute, parameter in rule.find_parameters(module).items()
+            if id(parameter) in by_identity
         }
         if attributes:
             layers[path] = attributes

@@ -84,7 +84,7 @@ class GradientEngine:
         precision: `fp32`: the model's own precision; `bf16`: forward with autocast, factors converted to float32.
 
     Attributes:
-        scales: `run` multiplies the gradients by them; None, as after construction: the gradients are not scaled.
+        find_scales: returns `scales`; after construction, None.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class GradientEngine:
         checkpoint: int = 0,
         precision: Precision = "fp32",
     ) -> None:
-        self.scales: GradientScales | None = None
+        self.find_scales: Callable[[], GradientScales | None] = _find_none
         self.parameters = dict(parameters)
         self.checkpoint = checkpoint
         self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
@@ -111,6 +111,11 @@ class GradientEngine:
         self._n_batches = 0
         self._layouts = Layouts()
         self._capture = LayerCapture(model, {}, {}, LayoutReader(self._layouts))
+
+    @property
+    def scales(self) -> GradientScales | None:
+        """Return the scales by which `run` multiplies gradients; None: gradients are not scaled."""
+        return self.find_scales()
 
     @property
     def plan(self) -> Plan:
@@ -474,6 +479,10 @@ class _Attempt:
     def failed_layers(self, by_parameter: Mapping[str, frozenset[int]]) -> frozenset[int]:
         """Return those of some layers, by parameter, whose parameters fail."""
         return frozenset(layer for name, layers in by_parameter.items() if name in self.failed for layer in layers)
+
+
+def _find_none() -> None:
+    """Return no scales."""
 
 
 def _is_check_due(n_batches: int) -> bool:

@@ -2,9 +2,9 @@
 
 There are four forms: `Outer` (a matrix that is a sum of outer products over positions: linear layers), `Convolution`
 (see convolution_factor.py), `Rows` (scattered rows: embeddings) and `Dense` (the gradient itself: biases, norm layers,
-and all parameters without a layer rule). A parameter of shape (R, c1, c2, ...) is treated as a matrix [R, C] with
-C = c1·c2·…; P = R·C. Sketches, inner products and norms are computed from the form. A per-example gradient is
-materialised only where that costs less, and then in blocks.
+and all parameters without a layer rule). `Scaled` multiplies one of them by a weight for each entry. A parameter of
+shape (R, c1, c2, ...) is treated as a matrix [R, C] with C = c1·c2·…; P = R·C. Sketches, inner products and norms are
+computed from the form. A per-example gradient is materialised only where that costs less, and then in blocks.
 
 Shapes: B batch, T positions, R rows and C columns of the parameter, P = R·C, Q queries.
 """
@@ -82,7 +82,30 @@ class Dense:
         return Dense(self.grad_BP[rows])
 
 
-Form = Outer | Convolution | Rows | Dense
+Unscaled = Outer | Convolution | Rows | Dense
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """grad_b = weight ⊙ form_b, entry by entry.
+
+    The product of a weight and a factored gradient has no factors: it is materialised in blocks where it is used.
+    """
+
+    form: Unscaled
+    weight_P: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (R, C) of the parameter read as a matrix."""
+        return self.form.shape
+
+    def __getitem__(self, rows: slice | Tensor) -> Scaled:
+        """Return the form of some of the examples."""
+        return Scaled(self.form[rows], self.weight_P)
+
+
+Form = Unscaled | Scaled
 
 Sink = Callable[[str, Form, slice], None]
 """A consumer of gradient forms, called with (parameter name, form, rows of the batch)."""
@@ -90,6 +113,8 @@ Sink = Callable[[str, Form, slice], None]
 
 def batch_size(form: Form) -> int:
     """Return B."""
+    if isinstance(form, Scaled):
+        return batch_size(form.form)
     if isinstance(form, Outer):
         return form.left_BTR.shape[0]
     if isinstance(form, Convolution):
@@ -102,6 +127,10 @@ def column_blocks(form: Form, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple
 
     A block has about `elements` numbers, and complete rows of the parameter.
     """
+    if isinstance(form, Scaled):
+        for start, block in column_blocks(form.form, elements=elements):
+            yield start, block * form.weight_P[start : start + block.shape[1]]
+        return
     n_rows, n_columns = form.shape
     step = max(1, elements // max(1, batch_size(form) * n_columns))
     grouped = form.as_weight() if isinstance(form, Convolution) and form.geometry.groups > 1 else None
@@ -137,6 +166,8 @@ def materialise(form: Form) -> Tensor:
 
 def weighted_sums(form: Form, weights_KB: Tensor) -> Tensor:
     """Return weighted sums of the per-example gradients, [K, P]; large gradients are not materialised per example."""
+    if isinstance(form, Scaled):
+        return weighted_sums(form.form, weights_KB) * form.weight_P
     if isinstance(form, Dense):
         return weights_KB.to(form.grad_BP) @ form.grad_BP
     if isinstance(form, Convolution):
@@ -157,6 +188,9 @@ def _weighted_sum(form: Outer | Rows, weights_B11: Tensor) -> Tensor:
 
 def inner(form: Form, direction_QP: Tensor) -> Tensor:
     """Return the per-example inner products [B, Q] with Q flattened directions [Q, P]."""
+    if isinstance(form, Scaled):
+        # ⟨weight ⊙ grad, direction⟩ = ⟨grad, weight ⊙ direction⟩, without a gradient per example.
+        return inner(form.form, direction_QP * form.weight_P)
     if isinstance(form, Rows):
         return _rows_inner(form, direction_QP)
     if isinstance(form, Outer) and form.left_BTR.shape[1] == 1:
@@ -233,6 +267,10 @@ def form_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
 
 def convert(form: Form, dtype: torch.dtype) -> Form:
     """Return the form in another floating-point dtype, or the form itself if it has that dtype."""
+    if isinstance(form, Scaled):
+        converted = convert(form.form, dtype)
+        assert not isinstance(converted, Scaled)
+        return form if converted is form.form else Scaled(converted, form.weight_P.to(dtype))
     values = {field.name: getattr(form, field.name) for field in fields(form)}
     floating = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if all(v.dtype == dtype for v in floating.values()):
@@ -240,7 +278,7 @@ def convert(form: Form, dtype: torch.dtype) -> Form:
     return replace(form, **{k: v.to(dtype) for k, v in floating.items()})  # type: ignore[arg-type]
 
 
-def scale(form: Form, factor: float) -> Form:
+def scale(form: Unscaled, factor: float) -> Unscaled:
     """Return the form of the gradients multiplied by a number; one factor of a product is multiplied."""
     if isinstance(form, Outer):
         left_BTR, right_BTC = form.left_BTR, form.right_BTC
@@ -255,7 +293,15 @@ def scale(form: Form, factor: float) -> Form:
 
 
 def _merge(forms: Sequence[Form]) -> list[Form]:
-    """Join the forms of each kind: the positions of several calls are concatenated."""
+    """Join the forms of each kind: the positions of several calls are concatenated.
+
+    All forms of one parameter have the same weight, if any.
+    """
+    weights = [f.weight_P for f in forms if isinstance(f, Scaled)]
+    if weights:
+        assert len(weights) == len(forms)
+        plain = _merge([f.form for f in forms if isinstance(f, Scaled)])
+        return [Scaled(f, weights[0]) for f in plain if not isinstance(f, Scaled)]
     outer = [f for f in forms if isinstance(f, Outer)]
     rows = [f for f in forms if isinstance(f, Rows)]
     dense = [f for f in forms if isinstance(f, Dense)]

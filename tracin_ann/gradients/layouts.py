@@ -56,7 +56,6 @@ class LayoutReader:
         repeated: what was repeated for each example in the last forward.
         ambiguous: by parameter, the embeddings whose indices `[T]` were treated as batch first and may be shared.
         batch_first: by parameter, the layers whose first input dimension was treated as the batch.
-        has_rows: whether the last forward called a layer on rows whose examples have to be determined.
     """
 
     def __init__(self, layouts: Layouts) -> None:
@@ -74,7 +73,6 @@ class LayoutReader:
         self.repeated: frozenset[str] = frozenset()
         self.ambiguous: dict[str, frozenset[int]] = {}
         self.batch_first: dict[str, frozenset[int]] = {}
-        self.has_rows = False
 
     def read(self, module: nn.Module, x: Tensor, output: Tensor, names: Mapping[str, str]) -> Layout:
         """Return the layout of a call's input.
@@ -94,7 +92,6 @@ class LayoutReader:
             return "shared"
         is_selected = self._indexing is not None and self._indexing.seen
         if is_selected or id(module) in self.layouts.by_rows or x.shape[:1] != (self._batch,):
-            self.has_rows = True
             return "rows"
         _add_layer(self.batch_first, names, module)
         return "batch first"
@@ -109,13 +106,26 @@ class LayoutReader:
         is_outermost = x.dim() == 0 or x.layout != torch.strided or x.stride(0) == max(x.stride())
         signature = (id(module), x.dim(), is_outermost, layout)
         if self._indexing is not None:
-            by_rows = self.layouts.by_rows | {id(module)} if layout == "rows" else self.layouts.by_rows
-            self.layouts = replace(self.layouts, verified=self.layouts.verified | {signature}, by_rows=by_rows)
+            self.layouts = replace(self.layouts, verified=self.layouts.verified | {signature})
         return signature in self.layouts.verified
 
-    def repeat(self, tensor: Tensor) -> Tensor:
-        """Return a shared tensor `[1, ...]` or `[T, ...]` as `[B, ...]` or `[B, T, ...]`."""
-        return tensor.expand(self._batch, *tensor.shape[tensor.shape[0] == 1 :])
+    def keep_rows(self, module: nn.Module) -> None:
+        """Match the rows of a layer with examples from now on; called when a gradient reaches such rows.
+
+        In a batch that is not being verified, nothing changes.
+        """
+        if self._indexing is not None and id(module) not in self.layouts.by_rows:
+            self.layouts = replace(self.layouts, by_rows=self.layouts.by_rows | {id(module)})
+
+    def repeat(self, x: Tensor, tensor: Tensor) -> Tensor:
+        """Return the input or output of a shared call for each example.
+
+        Args:
+            x: the input: indices `[T]`, whose tensors `[T, ...]` become `[B, T, ...]`, or one row `[1, ...]`, whose
+                tensors become `[B, ...]`.
+            tensor: the input or the output.
+        """
+        return tensor.expand(self._batch, *tensor.shape[x.dim() > 1 :])
 
     def _is_shared(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
         if x.dim() == 0 or output.shape[:1] != x.shape[:1] or OUTPUTS not in self.layouts.repeated:

@@ -214,6 +214,7 @@ def audit(
         precision=config.precision,
         channels_last=built.channels_last,
         on_nonfinite=built.on_nonfinite,
+        preconditioner=config.preconditioner,
     )
     index_task = IndexTask(out, manifest, lambda: load_index_task(task, arguments, manifest, out), options)
     store = FeatureStore(out / FEATURES, built.layout)
@@ -272,6 +273,7 @@ def restore_config(manifest: Manifest, device: str = "auto") -> BuildConfig:
         batch_size=built.batch_size,
         memory_format="channels-last" if built.channels_last else "contiguous",
         precision=spec.precision,  # type: ignore[arg-type]
+        preconditioner=spec.preconditioner,  # type: ignore[arg-type]
         target_recall=defaults.target_recall if index.calibration is None else index.calibration.target,
         codes=index.codes or defaults.codes,  # type: ignore[arg-type]
         yardstick=manifest.fidelity is not None,

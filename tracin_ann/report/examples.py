@@ -115,12 +115,12 @@ class Examples:
         return replace(view, positions=tokens)
 
     def _read(self, side: SideName, row: int) -> ExampleView:
-        label = "" if side == "query" or self._labels is None else format_value(self._labels[row])
+        label = "" if side != "train" or self._labels is None else format_value(self._labels[row])
         if self.runner is None:
             return ExampleView(label=label)
         example = self.runner.data(side)[row]
         description = self.runner.task.describe_example(example)
-        if side == "query" and self._labels is not None:
+        if side != "train" and self._labels is not None:
             label = self._read_query_label(self.runner, example)
         return self._make_view(description or infer_description(example), label)
 

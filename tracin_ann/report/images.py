@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.errors import MissingPackageError, problem
+from tracin_ann.packages import import_pillow
 
 EDGE = 160
 """Pixels of an image's longer edge; larger images are scaled down."""
@@ -117,11 +117,11 @@ def _to_array(image: Any) -> npt.NDArray[Any]:
 
 
 def _encode_pixels(pixels: Pixels, edge: int) -> bytes:
-    return _encode(_import_pillow().fromarray(pixels), edge)
+    return _encode(import_pillow("images in reports").fromarray(pixels), edge)
 
 
 def _shrink(png: bytes, edge: int) -> bytes:
-    return _encode(_import_pillow().open(io.BytesIO(png)), edge)
+    return _encode(import_pillow("images in reports").open(io.BytesIO(png)), edge)
 
 
 def _encode(image: Any, edge: int) -> bytes:
@@ -130,18 +130,3 @@ def _encode(image: Any, edge: int) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
-
-
-def _import_pillow() -> Any:
-    try:
-        from PIL import Image  # noqa: PLC0415 - optional package, imported only here
-    except ImportError as error:
-        raise MissingPackageError(
-            problem(
-                "Pillow is not installed",
-                got="no module PIL",
-                expected="Pillow, which images in reports need",
-                remedy="pip install 'tracin-ann[report]'",
-            )
-        ) from error
-    return Image

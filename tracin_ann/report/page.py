@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
@@ -130,7 +131,8 @@ def write_report(
     with preserve_globals():
         renderer = _PageRenderer(index, _load_templates(), checkpoints)
         if isinstance(results, Answers):
-            page = renderer.render_answers(results, title)
+            with nullcontext() if results.examples is None else index.lend(results.examples):
+                page = renderer.render_answers(results, title)
         else:
             page = renderer.render_list(results, title)
     with open_output(out) as file:
@@ -172,7 +174,7 @@ class _PageRenderer:
         n_parts = max((len(hit.by_checkpoint) for answer in answers for hit in answer.hits), default=0)
         checkpoints = ScoredCheckpoints.infer(self.index, n_parts, self._checkpoints)
         builder = ViewBuilder(self.index, self._examples, checkpoints)
-        rows: dict[SideName, list[int]] = {"query": [], "train": []}
+        rows: dict[SideName, list[int]] = {"query": [], "input": [], "train": []}
         for answer in answers:
             rows[answer.side] += answer.members
         losses = builder.collect_losses({side: list(dict.fromkeys(of_side)) for side, of_side in rows.items()})

@@ -24,6 +24,7 @@ MOST_MEMBERS = 12
 """Rows of a group that are displayed; the others are counted."""
 _BARS_WIDTH, _BARS_HEIGHT = 60, 16
 _WIDEST_BAR = 8
+_SIDES: dict[SideName, str] = {"train": "training row", "query": "query", "input": "input"}
 _EXACT = "; scores are exact: over all parameters, without projection"
 
 
@@ -125,7 +126,7 @@ class ViewBuilder:
         losses_MC = [losses[answer.side, row] for row in answer.members if (answer.side, row) in losses]
         return QueryView(
             anchor=f"q{number}",
-            name=f"{'training row' if answer.side == 'train' else 'query'} {answer.query}",
+            name=f"{_SIDES[answer.side]} {answer.query}",
             label=label,
             members=members,
             n_members=len(answer.members),
@@ -195,20 +196,24 @@ class ViewBuilder:
             store = FeatureStore(self._index.directory / FEATURES, self._index.manifest.build.layout)
             loss_NC = store.losses(positions).astype(np.float64)
             losses |= {("train", row): loss_NC[row] for row in rows["train"]}
-        if positions is not None and rows.get("query") and self._examples.runner is not None:
-            loss_QC = compute_query_losses(self._examples.runner, rows["query"], positions)
-            losses |= {("query", row): loss_C for row, loss_C in zip(rows["query"], loss_QC, strict=True)}
+        sides: tuple[SideName, ...] = ("query", "input")
+        for side in sides:
+            if positions is not None and rows.get(side) and self._examples.runner is not None:
+                loss_QC = compute_query_losses(self._examples.runner, side, rows[side], positions)
+                losses |= {(side, row): loss_C for row, loss_C in zip(rows[side], loss_QC, strict=True)}
         return losses
 
 
-def compute_query_losses(runner: TaskRunner, rows: Sequence[int], checkpoints: Sequence[int]) -> Float64:
-    """Return the losses [Q, C] of rows of query_data at checkpoints."""
+def compute_query_losses(
+    runner: TaskRunner, side: SideName, rows: Sequence[int], checkpoints: Sequence[int]
+) -> Float64:
+    """Return the losses [Q, C] of rows of query_data, or of given examples, at checkpoints."""
     loss_QC = np.empty((len(rows), len(checkpoints)))
     with runner.model() as model:
         for place, checkpoint in enumerate(checkpoints):
             model.load(checkpoint)
-            engine, done = model.engine("query"), 0
-            for batch in model.batches("query", rows):
+            engine, done = model.engine(side), 0
+            for batch in model.batches(side, rows):
                 loss_QC[done : done + len(batch), place] = engine.losses(batch).detach().double().cpu().numpy()
                 done += len(batch)
     return loss_QC

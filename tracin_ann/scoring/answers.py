@@ -124,7 +124,7 @@ class Answer:
 
     Attributes:
         query: the query's id from the task (`Task.ids`), else its position; for several rows together, a caption.
-        side: the data set of the query, `query` or `train`.
+        side: the data set of the query, `query` or `train`, or `input` for an example that is in neither.
         members: positions of its rows in that data set; for a contrast, those of the first set.
         proponents: training rows that reduced the query's loss.
         opponents: training rows that increased it.

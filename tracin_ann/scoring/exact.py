@@ -33,7 +33,7 @@ class Queries:
     """The examples that rows are scored against: each example, or weighted sums of them.
 
     Attributes:
-        side: `query`, or `train` for training rows as queries.
+        side: `query`, `train` for training rows as queries, or `input` for examples that are lent to the runner.
         ids: their Q positions.
         mixture_GQ: weights of the examples' gradients in G sums, which are the directions; None: each example's
             gradient is a direction.

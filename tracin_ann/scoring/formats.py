@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 from tracin_ann.choices import Format, SideName
-from tracin_ann.errors import MissingPackageError, UsageError, problem
+from tracin_ann.errors import UsageError, problem
 from tracin_ann.files import open_output
+from tracin_ann.packages import import_pyarrow, missing_package
 from tracin_ann.scoring.answers import Answer, Hit
 from tracin_ann.text import escape_control, escape_json, escape_surrogates
 
@@ -210,7 +211,7 @@ def guard_formula(text: str) -> str:
 
 
 def _open_parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence[Record]], None]]:
-    pa, pq = _import_pyarrow()
+    pa, pq = import_pyarrow()
     kinds = {
         "int": pa.int64(),
         "float": pa.float64(),
@@ -264,7 +265,7 @@ def to_frame(records: Sequence[Record], fields: Fields) -> Any:
     try:
         import pandas as pd  # noqa: PLC0415
     except ImportError as error:
-        raise _missing_package("pandas") from error
+        raise missing_package("pandas", "pandas", "frames and Parquet", "tables") from error
     # Strings of pandas are UTF-8 as well.
     plain = [{n: escape_surrogates(v) if isinstance(v, str) else v for n, v in record.items()} for record in records]
     frame = pd.DataFrame.from_records(plain, columns=fields.names)
@@ -272,23 +273,3 @@ def to_frame(records: Sequence[Record], fields: Fields) -> Any:
     frame = frame.astype({name: kinds[kind] for name, kind in fields.kinds if kind in kinds})
     frame.attrs["tracin_ann.schema"] = SCHEMA
     return frame
-
-
-def _import_pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow  # noqa: PLC0415
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise _missing_package("pyarrow") from error
-    return pyarrow, parquet
-
-
-def _missing_package(package: str) -> MissingPackageError:
-    return MissingPackageError(
-        problem(
-            f"{package} is not installed",
-            got=f"no module {package}",
-            expected=f"{package}, which frames and Parquet need",
-            remedy="pip install 'tracin-ann[tables]'",
-        )
-    )

@@ -33,11 +33,17 @@ _SHOWN = 20
 
 
 class Answers(list[Answer]):
-    """Answers in the order of the queries."""
+    """Answers in the order of the queries.
 
-    def __init__(self, answers: Iterable[Answer], describe: Describe) -> None:
+    Args:
+        answers: the answers.
+        describe: returns the description of a row of a side.
+        examples: the map-style data set of the queries of the side `input`, for reports; None: there are none.
+    """
+
+    def __init__(self, answers: Iterable[Answer], describe: Describe, examples: Any = None) -> None:
         super().__init__(answers)
-        self.texts = _make_texts(describe)
+        self.texts, self.examples = _make_texts(describe), examples
         self.tokens = make_token_texts(describe)
 
     @property

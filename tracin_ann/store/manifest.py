@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from tracin_ann.choices import NORMS, PRECISIONS, OnNonfinite
+from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, OnNonfinite
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, file_digest, read_json, read_record, write_json_atomic
 from tracin_ann.search import CODES, Calibration, IVFIndex
@@ -300,6 +300,8 @@ def _check_build_record(record: BuildRecord) -> None:
     _ = record.layout
     if spec.precision not in PRECISIONS or spec.norms not in NORMS:
         raise ValueError(f"precision {spec.precision!r}, norms {spec.norms!r}")
+    if spec.preconditioner not in PRECONDITIONERS:
+        raise ValueError(f"preconditioner {spec.preconditioner!r}")
     if record.batch_size is not None and record.batch_size < 1:
         raise ValueError(f"batches of {record.batch_size}")
     for checkpoint in spec.checkpoints:

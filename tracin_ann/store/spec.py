@@ -35,12 +35,14 @@ class CheckpointSpec:
         digest: digest of its bytes.
         learning_rate: η_c, the largest learning rate of the parameters whose gradients are used.
         rates: learning rates by parameter name; None: all are η_c.
+        second_moments: digest of the second moments that the preconditioner uses; None without one.
     """
 
     name: str
     digest: str
     learning_rate: float
     rates: Mapping[str, float] | None = None
+    second_moments: str | None = None
 
     def rate_of(self, parameter: str) -> float:
         """Return the learning rate of a parameter."""
@@ -49,9 +51,7 @@ class CheckpointSpec:
     def content(self) -> dict[str, Any]:
         """Return the fields as JSON values, without those that earlier versions did not have and that are not set."""
         content = asdict(self)
-        if self.rates is None:
-            del content["rates"]
-        return content
+        return {name: value for name, value in content.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class FeatureSpec:
         norms: how self-influence is computed: from the sketch, or exact.
         precision: precision of the gradients.
         versions: versions of libraries, recorded but not compared: canary rows reveal versions that change features.
+        preconditioner: the weights of the entries of gradients, from Adam's second moments; `none`: no weights.
     """
 
     model: str
@@ -98,6 +99,7 @@ class FeatureSpec:
     norms: str
     precision: str = "fp32"
     versions: Mapping[str, str] = field(default_factory=dict)
+    preconditioner: str = "none"
 
     @property
     def rank_one(self) -> frozenset[str]:
@@ -106,7 +108,10 @@ class FeatureSpec:
 
     def content(self) -> dict[str, Any]:
         """Return the fields as JSON values, without those that earlier versions did not have and that are not set."""
-        return {**asdict(self), "checkpoints": [checkpoint.content() for checkpoint in self.checkpoints]}
+        content = {**asdict(self), "checkpoints": [checkpoint.content() for checkpoint in self.checkpoints]}
+        if self.preconditioner == "none":
+            del content["preconditioner"]
+        return content
 
     def digest(self) -> str:
         """Return a digest of all fields except the versions."""

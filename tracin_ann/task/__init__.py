@@ -13,12 +13,19 @@ from tracin_ann.task.batches import (
 )
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
 from tracin_ann.task.content import encode_content
-from tracin_ann.task.data import materialise, open_data
+from tracin_ann.task.data import materialise, open_data, open_examples
+from tracin_ann.task.integrations.callback import TracInCallback
+from tracin_ann.task.integrations.pictures import ImageFolder, is_image_file, read_image
+from tracin_ann.task.integrations.recorder import LossFall, RunRecorder
+from tracin_ann.task.integrations.records import read_records
+from tracin_ann.task.integrations.run_record import RunRecord, has_run_record, read_order, read_run_record
+from tracin_ann.task.integrations.shards import TarShards
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
-from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, Task
-from tracin_ann.task.trust import load_named_task
+from tracin_ann.task.second_moments import SecondMoment, read_second_moments, second_moments_digest
+from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
+from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
 
 __all__ = [
@@ -30,10 +37,19 @@ __all__ = [
     "Description",
     "EXAMPLES",
     "FileIdentity",
+    "ImageFolder",
+    "LossFall",
     "LossFunction",
     "OriginalModel",
+    "PartialLoad",
+    "RunRecord",
+    "RunRecorder",
+    "SecondMoment",
+    "TRANSFORMERS_TASK",
+    "TarShards",
     "Task",
     "TaskReference",
+    "TracInCallback",
     "WeightCache",
     "WindowReader",
     "absolute_reference",
@@ -41,7 +57,9 @@ __all__ = [
     "checkpoint_digest",
     "differ_in_length",
     "encode_content",
+    "has_run_record",
     "identify_checkpoint",
+    "is_image_file",
     "leaves",
     "load_named_task",
     "load_task",
@@ -50,11 +68,18 @@ __all__ = [
     "map_leaves",
     "materialise",
     "open_data",
+    "open_examples",
     "pickle_reader",
     "preserve_globals",
     "preserve_model",
     "preserve_registry",
+    "read_image",
+    "read_order",
+    "read_records",
+    "read_run_record",
+    "read_second_moments",
     "rebuild",
+    "second_moments_digest",
     "tensors_within",
     "to_device",
 ]

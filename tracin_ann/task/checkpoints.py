@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +25,21 @@ from tracin_ann.task.state_dicts import (
     named_tensors,
     read_content,
 )
-from tracin_ann.task.task import Checkpoint, Task
+from tracin_ann.task.task import Checkpoint, PartialLoad, Task
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """Return a digest of the checkpoint's bytes: of the file, or of all files in the directory.
+    """Return a digest of the checkpoint: of its file and the key of its entry, or of all files in the directory.
 
     Raises:
         CheckpointError: it is missing.
     """
     path = Path(checkpoint.path)
     if path.is_file():
-        return file_digest(path)
+        return file_digest(path) + ("" if checkpoint.key is None else f"+{checkpoint.key}")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return "+".join(f"{p.relative_to(path)}:{file_digest(p)}" for p in files)
@@ -125,12 +125,12 @@ class CheckpointLoader:
         """Load by `Task.load` and compare the model's weights with those before and with those of earlier loads."""
         if checkpoint in self._weights:
             self._fill(model, checkpoint)
-            self._check_repeatable(checkpoint, _digest_weights(model))
+            self._check_repeatable(checkpoint, self._digest_weights(model))
             return
         on_meta = any(tensor.is_meta for tensor in named_tensors(model).values())
-        unloaded = None if on_meta else _digest_weights(model)
+        unloaded = None if on_meta else self._digest_weights(model)
         self._fill(model, checkpoint)
-        loaded = _digest_weights(model)
+        loaded = self._digest_weights(model)
         if loaded == unloaded:
             self._check_changes_model(model, checkpoint)
         self._check_weights_differ(checkpoint, loaded)
@@ -138,7 +138,7 @@ class CheckpointLoader:
 
     def _load_state(self, model: nn.Module, checkpoint: int) -> None:
         path = self._path(checkpoint)
-        read = fill_model(model, read_content(Path(path)), path)
+        read = fill_model(model, read_content(Path(path)), path, self._task.checkpoints[checkpoint].key)
         if read and checkpoint not in self._read:
             self._read[checkpoint] = read
             logger.info("checkpoint %s: weights read %s", path, read)
@@ -149,10 +149,10 @@ class CheckpointLoader:
         Raises:
             CheckpointError: weights that are NaN remain NaN.
         """
-        with _replace_by_nan(model):
-            before = _digest_weights(model)
+        with _replace_by_nan(model, PartialLoad.list_written(self._task, model)):
+            before = self._digest_weights(model)
             self._fill(model, checkpoint)
-            changed = _digest_weights(model) != before
+            changed = self._digest_weights(model) != before
         if not changed:
             raise CheckpointError(
                 problem(
@@ -202,6 +202,14 @@ class CheckpointLoader:
         pair = [self._task.checkpoints[place] for place in (one, other)]
         return all(c.largest_rate for c in pair) and checkpoint_digest(pair[0]) != checkpoint_digest(pair[1])
 
+    def _digest_weights(self, model: nn.Module) -> _Weights:
+        names = PartialLoad.list_written(self._task, model)
+        parameters, buffers = (
+            [(name, tensor) for name, tensor in named if names is None or name in names]
+            for named in (model.named_parameters(), model.named_buffers())
+        )
+        return _Weights(tensors_digest(parameters), tensors_digest(buffers))
+
     def _path(self, checkpoint: int) -> str:
         return os.fspath(self._task.checkpoints[checkpoint].path)
 
@@ -212,10 +220,6 @@ class _Weights:
 
     parameters: str
     buffers: str
-
-
-def _digest_weights(model: nn.Module) -> _Weights:
-    return _Weights(tensors_digest(model.named_parameters()), tensors_digest(model.named_buffers()))
 
 
 def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -237,12 +241,20 @@ def _tensor_bytes(tensor: Tensor) -> memoryview | bytes:
 
 
 @contextmanager
-def _replace_by_nan(model: nn.Module) -> Iterator[None]:
-    """Set the floating-point tensors of a model to NaN in the block; restore the tensors of these names after it."""
+def _replace_by_nan(model: nn.Module, names: Collection[str] | None) -> Iterator[None]:
+    """Set floating-point tensors of a model to NaN in the block; restore the tensors of these names after it.
+
+    Args:
+        model: the model.
+        names: of the tensors; None: all.
+    """
     saved = {
         name: tensor.data
         for name, tensor in named_tensors(model).items()
-        if is_plain(tensor) and tensor.is_floating_point() and tensor.element_size() > 1
+        if (names is None or name in names)
+        and is_plain(tensor)
+        and tensor.is_floating_point()
+        and tensor.element_size() > 1
     }
     # New memory, since the loader may have assigned tensors to the model that it uses again.
     for name, tensor in named_tensors(model).items():

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.utils.data import IterableDataset
 
-from tracin_ann.errors import TaskError, TracinAnnError, problem
+from tracin_ann.choices import SIDE_NAMES, SideName
+from tracin_ann.errors import TaskError, TracinAnnError, UsageError, problem
 from tracin_ann.task.content import encode_content
+from tracin_ann.task.integrations.records import as_map_style
+from tracin_ann.task.integrations.stored_rows import StoredRows, has_rows, write_rows
 from tracin_ann.task.task import Task
+from tracin_ann.types import ProgressCallback
 
 _MAX_CHARS = 300
 
@@ -22,7 +28,7 @@ _MAX_CHARS = 300
 class DataSet:
     """The rows of one side, by position; their number is fixed when the data set is opened."""
 
-    side: str
+    side: SideName
     data: Any
     n_rows: int
 
@@ -43,7 +49,7 @@ class DataSet:
         except Exception as error:
             raise TaskError(
                 problem(
-                    f"row {i} of {self.side}_data cannot be read",
+                    f"row {i} of {SIDE_NAMES[self.side]} cannot be read",
                     got=_describe_error(error),
                     expected=f"an example for each of the {self.n_rows} rows that its len() counts",
                     remedy="correct the data set's __getitem__, or its __len__ if there are fewer rows",
@@ -51,13 +57,13 @@ class DataSet:
             ) from error
 
 
-def open_data(task: Task, side: str) -> DataSet:
-    """Return the data set of a side, after a check that it is map-style and not empty.
+def open_data(task: Task, side: SideName) -> DataSet:
+    """Return the data set of a task, `train` or `query`, after a check that it is map-style and not empty.
 
     Raises:
         TaskError: it has no length or no rows, or does not support indexing.
     """
-    data = task.train_data() if side == "train" else task.query_data()
+    data = as_map_style(task.train_data() if side == "train" else task.query_data())
     name = type(data).__name__
     if isinstance(data, IterableDataset):
         raise TaskError(_unusable_message(side, f"{name}, an IterableDataset", data))
@@ -73,7 +79,42 @@ def open_data(task: Task, side: str) -> DataSet:
         ) from error
     if n_rows == 0:
         raise TaskError(_unusable_message(side, "no rows"))
+    if isinstance(data, Mapping) and all(isinstance(key, str) for key in data):
+        names = ", ".join(list(data)[:4])
+        raise TaskError(
+            problem(
+                f"Task.{side}_data cannot be used",
+                got=f"a {name} with the keys {names}",
+                expected="one map-style data set (len(data), data[i])",
+                remedy="return one of its values if they are data sets, such as the splits of a DatasetDict",
+            )
+        )
     return DataSet(side, data, n_rows)
+
+
+def open_examples(examples: Any) -> DataSet:
+    """Return the data set of examples that a caller gives, after a check that it is map-style and not empty.
+
+    Raises:
+        UsageError: it has no length or no rows, does not support indexing, or is a batch.
+    """
+    if isinstance(examples, DataSet):
+        return examples
+    examples = as_map_style(examples)
+    name = type(examples).__name__
+    is_batch = isinstance(examples, Mapping | str | bytes)
+    if is_batch or not (hasattr(type(examples), "__len__") and hasattr(examples, "__getitem__")):
+        raise UsageError(
+            problem(
+                "these are not examples",
+                got=f"a {name}",
+                expected="a list or a map-style data set of examples, each as query_data[i] returns it, not collated",
+                remedy="pass [example, ...]",
+            )
+        )
+    if not len(examples):
+        raise UsageError(problem("no query", got="no examples", expected="at least one", remedy="pass an example"))
+    return DataSet("input", examples, len(examples))
 
 
 def _unusable_message(side: str, got: str, data: Any = None) -> str:
@@ -96,37 +137,44 @@ def _describe_error(error: Exception) -> str:
     return type(error).__name__ + (f": {message}" if message else "") + place
 
 
-def materialise(stream: Iterable[Any]) -> list[Any]:
-    """Return the rows of a stream, such as an `IterableDataset`, as a list: a map-style data set.
+@overload
+def materialise(stream: Iterable[Any]) -> list[Any]: ...
+@overload
+def materialise(
+    stream: Iterable[Any], folder: str | os.PathLike[str], progress: ProgressCallback | None = None
+) -> Sequence[Any]: ...
+def materialise(
+    stream: Iterable[Any], folder: str | os.PathLike[str] | None = None, progress: ProgressCallback | None = None
+) -> Sequence[Any]:
+    """Return the rows of a stream, such as an `IterableDataset`, as a map-style data set: a list, or files.
 
-    The stream is read once, to its end, and all its rows are stored in memory. It must yield the same rows in the same
-    order each time it is read, because an index identifies rows by their position.
+    The stream is read once, to its end. Without a folder, all its rows are stored in memory. It must then yield the
+    same rows in the same order each time it is read, because an index identifies rows by their position.
+
+    With a folder, the rows are written to files, and each row is read from them when it is accessed. If the folder
+    already contains such files, the stream is not read: to read it again, delete the folder. The folder appears when
+    all rows are written; an interrupted call leaves none, and starts again. Rows may consist of tensors, NumPy arrays,
+    numbers, text, bytes and images of Pillow, in dicts, lists and tuples. Other mappings become dicts, and tensors are
+    on the CPU. Files are read without pickle.
 
     Args:
-        stream: yields the examples, each a new object.
+        stream: yields the examples; without a folder, each a new object.
+        folder: for the rows; None: they stay in memory.
+        progress: called with ("rows", rows written, rows in total, or rows written if the stream has no length).
 
     Raises:
-        TaskError: a row cannot be read, or the stream yields the same object repeatedly with changed content.
+        TaskError: a row cannot be read or stored, the stream yields the same object repeatedly with changed content, or
+            the folder contains something else.
     """
+    if folder is not None:
+        path = Path(folder)
+        if not has_rows(path):
+            n_rows = len(stream) if isinstance(stream, Sized) else None
+            write_rows(_read_stream(stream), path, n_rows, progress)
+        return StoredRows(path)
     rows: list[Any] = []
     first = None
-    reading = iter(stream)
-    while True:
-        try:
-            row = next(reading)
-        except StopIteration:
-            break
-        except (TracinAnnError, MemoryError):
-            raise
-        except Exception as error:
-            raise TaskError(
-                problem(
-                    f"row {len(rows)} of the stream cannot be read",
-                    got=_describe_error(error),
-                    expected="one example after another",
-                    remedy=f"correct the __iter__ of {type(stream).__name__}",
-                )
-            ) from error
+    for row in _read_stream(stream):
         first = first or encode_content(row)
         rows.append(row)
     if rows and encode_content(rows[0]) != first:
@@ -139,3 +187,29 @@ def materialise(stream: Iterable[Any]) -> list[Any]:
             )
         )
     return rows
+
+
+def _read_stream(stream: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows of a stream.
+
+    Raises:
+        TaskError: a row cannot be read; the message has its number.
+    """
+    reading = iter(stream)
+    for number in itertools.count():
+        try:
+            row = next(reading)
+        except StopIteration:
+            return
+        except (TracinAnnError, MemoryError):
+            raise
+        except Exception as error:
+            raise TaskError(
+                problem(
+                    f"row {number} of the stream cannot be read",
+                    got=_describe_error(error),
+                    expected="one example after another",
+                    remedy=f"correct the __iter__ of {type(stream).__name__}",
+                )
+            ) from error
+        yield row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from tracin_ann.device import disable_tf32, preserve_rng
 from tracin_ann.errors import TaskError, problem
+from tracin_ann.task.state_dicts import named_tensors
 from tracin_ann.task.task import Task
 
 
@@ -159,19 +160,30 @@ class OriginalModel:
 
     The model's tensors may be given other memory (`tensor.data = ...`) without preparation. `prepare_overwrite` is
     called before something writes into their memory, because a state_dict that the user took shares it.
+
+    Args:
+        model: the model.
+        modules: its modules.
+        written: names of the tensors into whose memory something may write; None: all.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], written: Collection[str] | None = None) -> None:
         self._model = model
         self._registered = _list_registered(modules)
         tensors = {id(tensor): tensor for *_, tensor in self._registered if tensor is not None}
+        named = {} if written is None else named_tensors(model)
+        chosen = None if written is None else {id(named[name]) for name in written if name in named}
         self._memory = [(tensor, tensor.data) for tensor in tensors.values()]
-        self._values: list[Tensor] | None = None
+        self._is_written = [chosen is None or key in chosen for key in tensors]
+        self._values: list[Tensor | None] | None = None
 
     def prepare_overwrite(self, device: torch.device) -> None:
         """Copy the values of the original tensors, which are in the model, and move the model to the device."""
         if self._values is None:
-            self._values = [memory.detach().clone() for _, memory in self._memory]
+            self._values = [
+                memory.detach().clone() if is_written else None
+                for (_, memory), is_written in zip(self._memory, self._is_written, strict=True)
+            ]
         # Tensors on the meta device have no data to move. A checkpoint fills them, and its loader moves the model.
         if not any(memory.is_meta for _, memory in self._memory):
             self._model.to(device)
@@ -188,15 +200,20 @@ class OriginalModel:
         with torch.no_grad():
             for place, (tensor, memory) in enumerate(self._memory):
                 # The same memory is filled again, because a state_dict that the user took shares it.
-                tensor.data = memory if self._values is None else memory.copy_(self._values[place])
+                value = None if self._values is None else self._values[place]
+                tensor.data = memory if value is None else memory.copy_(value)
 
 
 @contextlib.contextmanager
-def preserve_model(model: nn.Module) -> Iterator[OriginalModel]:
+def preserve_model(model: nn.Module, written: Collection[str] | None = None) -> Iterator[OriginalModel]:
     """Put a model into eval mode, and restore it when the block ends.
 
     Restored are weights, buffers, grads, modes, requires_grad flags and device: the user's function may return an
     object that the user still uses.
+
+    Args:
+        model: the model.
+        written: names of the tensors into whose memory something may write in the block; None: all.
     """
     # Modules are listed once, and states without a tuple each: both take long in models of many layers.
     modules = list(model.modules())
@@ -205,7 +222,7 @@ def preserve_model(model: nn.Module) -> Iterator[OriginalModel]:
     hooks = [tuple(module._forward_hooks) for module in modules]
     flags = [parameter.requires_grad for parameter in parameters]
     grads = [parameter.grad for parameter in parameters]
-    original = OriginalModel(model, modules)
+    original = OriginalModel(model, modules, written)
     try:
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:

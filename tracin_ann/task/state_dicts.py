@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,12 @@ class _Candidate:
         return " ".join(parts)
 
 
-def read_content(path: Path) -> Any:
+def read_content(path: Path, *, mapped: bool = False) -> Any:
     """Return the content of a file of torch.save or safetensors; no code in the file is run.
+
+    Args:
+        path: the file.
+        mapped: map the tensors of a file of torch.save into memory, so that only those that are used are read.
 
     Raises:
         CheckpointError: it is missing or cannot be read.
@@ -57,14 +62,15 @@ def read_content(path: Path) -> Any:
             from safetensors.torch import load_file  # noqa: PLC0415 - only for such files
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Files of PyTorch before 1.6 are no archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise CheckpointError(
             problem("a checkpoint is missing", got=f"no file {path}", expected="a file", remedy="correct the path")
         ) from error
     except Exception as error:
         rejected = _REJECTED_CLASS.search(str(error))
-        cause = f"an object of {rejected[1]}, which weights_only=True rejects" if rejected else _error_lines(error)[0]
+        cause = f"an object of {rejected[1]}, which weights_only=True rejects" if rejected else error_lines(error)[0]
         raise CheckpointError(
             problem(
                 f"checkpoint {path} cannot be read",
@@ -75,18 +81,18 @@ def read_content(path: Path) -> Any:
         ) from error
 
 
-def fill_model(model: nn.Module, content: Any, path: str) -> str:
+def fill_model(model: nn.Module, content: Any, path: str, key: str | None = None) -> str:
     """Load the content of a file into the model and return in words how it was read, "" for a plain state_dict.
 
     The content itself is tried first, then its entries with a usual name, each unchanged and without the prefixes that
-    DDP and torch.compile add to names. What PyTorch loads strictly is used.
+    DDP and torch.compile add to names. What PyTorch loads strictly is used. With a key, only that entry is tried.
 
     Raises:
-        CheckpointError: none can be loaded, or more than one entry can.
+        CheckpointError: none can be loaded, more than one entry can, or there is no entry of that key.
     """
     tried: list[tuple[_Candidate, list[str]]] = []
     fitting: list[_Candidate] = []
-    for entry, state in _entries(content):
+    for entry, state in _entries(content) if key is None else [(key, select_entry(content, key, path))]:
         for candidate in _candidates(entry, state):
             tried.append((candidate, load_strictly(model, candidate.state)))
             if not tried[-1][1]:
@@ -138,7 +144,7 @@ def load_strictly(model: nn.Module, state: State) -> list[str]:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, **options)
     except Exception:
-        return _error_lines(strict)
+        return error_lines(strict)
     present = {_storage_key(own[name]) for name in state if name in own}
     missing = [name for name in missing if name not in own or _storage_key(own[name]) not in present]
     return [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unexpected]
@@ -160,6 +166,27 @@ def join_complaints(complaints: list[str]) -> str:
     """Return the first complaints in one line, with the number of the others."""
     more = f" and {len(complaints) - _MAX_SHOWN} more" if len(complaints) > _MAX_SHOWN else ""
     return "; ".join(complaints[:_MAX_SHOWN]) + more
+
+
+def select_entry(content: Any, key: str, path: str) -> State:
+    """Return the state dict under a key of a file's content.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    value = content.get(key) if isinstance(content, Mapping) else None
+    if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
+        return value
+    raise CheckpointError(
+        problem(
+            f"checkpoint {path} has no state_dict under {key!r}",
+            got=f"a dict with {', '.join(map(str, list(content)[:_MAX_SHOWN]))}"
+            if isinstance(content, Mapping)
+            else type(content),
+            expected=f"a dict of tensors by name under {key!r}",
+            remedy="pass the key under which the training loop saved model.state_dict()",
+        )
+    )
 
 
 def _entries(content: Any) -> Iterator[tuple[str, State]]:
@@ -212,7 +239,7 @@ def _storage_key(tensor: Tensor) -> Hashable:
     return id(tensor)
 
 
-def _error_lines(error: Exception) -> list[str]:
+def error_lines(error: Exception) -> list[str]:
     """Return the lines of an error's message; for load_state_dict, without the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):

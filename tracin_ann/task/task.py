@@ -5,16 +5,17 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
 from tracin_ann.choices import SideName
-from tracin_ann.errors import TaskError, problem
+from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.nested import default_batch
 
 # Examples of the functions of a Task, for error messages.
@@ -26,6 +27,7 @@ EXAMPLES = {
     "describe": 'describe=lambda row: f"a {row[1]}"',
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
+    "read_query": 'read_query=lambda record: encode(record["text"])',
     "token_losses": "token_losses=lambda model, batch: ...",
     "query_token_losses": "query_token_losses=lambda model, batch: ...",
 }
@@ -53,6 +55,9 @@ class Task:
         ids: example of either side -> its id, an int or str, which answers name; None: its position.
         load: `load(model, path)` for checkpoints that are not a plain state_dict: fills the model, or returns a module
             of the same layers, whose parameters and buffers are then copied into the model.
+        read_query: record -> example as in query_data, for queries that are not in query_data: `tracin-query --input`
+            and `--text`. A record is a dict: of a line of JSON Lines, a row of CSV or Parquet, `{"text": str}` or
+            `{"image": PIL.Image.Image}`.
         token_losses: `token_losses(model, batch) -> Tensor[B, T]`, the terms of `loss` by target position: their sum
             over T is the loss of each example, and positions without a loss are 0. Position t belongs to token t of
             `Description.tokens`. It splits scores by token; None: they are not split.
@@ -71,6 +76,7 @@ class Task:
     load: Callable[[nn.Module, str], object] | None = None
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
+    read_query: Callable[[Any], Any] | None = None
     token_losses: LossFunction | None = None
     query_token_losses: LossFunction | None = None
 
@@ -81,7 +87,10 @@ class Task:
             TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns", "ids", "token_losses", "query_token_losses")
+        optional = (
+            *("query_loss", "collate", "describe", "load", "columns", "ids", "read_query"),
+            *("token_losses", "query_token_losses"),
+        )
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
@@ -113,6 +122,16 @@ class Task:
                     remedy="pass checkpoints=[Checkpoint(path, learning_rate=...), ...]",
                 )
             )
+        keyed = next((c for c in self.checkpoints if c.key is not None), None)
+        if self.load is not None and keyed is not None:
+            raise TaskError(
+                problem(
+                    "Task.load and Checkpoint.key exclude each other",
+                    got=f"key={keyed.key!r} of {os.fspath(keyed.path)}",
+                    expected="checkpoints without a key, whose files Task.load reads",
+                    remedy="remove Task.load or the key",
+                )
+            )
         if not any(checkpoint.largest_rate for checkpoint in self.checkpoints):
             raise TaskError(
                 problem(
@@ -122,6 +141,103 @@ class Task:
                     remedy="add a checkpoint that training saved with a learning rate above 0",
                 )
             )
+
+    @classmethod
+    def from_transformers(
+        cls,
+        run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data: Any,
+        query_data: Any = None,
+        **options: Any,
+    ) -> Task:
+        """Return the task of a run folder of the Hugging Face Trainer.
+
+        The model, its loss, the checkpoints `checkpoint-STEP` with their learning rates, the tokenizer and the padding
+        come from the folder. The checkpoints may be adapters of PEFT: gradients are then those of their parameters.
+        Only local files are read, and no code of the folder is run. A row is encoded when it is read: `datasets` stay
+        on disk.
+
+        Args:
+            run: the `output_dir` of the Trainer, or one of its checkpoints; or a list of adapter folders.
+            data: the training data: a `datasets.Dataset`, a folder of `save_to_disk`, a JSONL, Parquet or CSV file, a
+                list of dicts, or a function that returns one of these. Its rows have `input_ids` or `pixel_values`, or
+                are encoded here from the columns `text` and `label`, or those that are named in the options.
+            query_data: the same for queries; None: the training data.
+            options: see `tracin_ann.task.integrations.transformers.RunOptions`: kind, rates, loss, tokenizer, dtype,
+                parameters, attention, max_length, seed, base, quantization, and the names of columns.
+
+        Raises:
+            UsageError: an option has a value that it cannot have.
+            TaskError: the run, its architecture, its learning rates or the data cannot be used.
+            CheckpointError: weights are missing.
+            MissingPackageError: transformers is not installed.
+        """
+        made: Task = import_module("tracin_ann.task.integrations.transformers").make_task(
+            run, data, query_data, **options
+        )
+        return made
+
+    @classmethod
+    def from_lightning(
+        cls,
+        module: Any,
+        checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        train_data: Any,
+        query_data: Any = None,
+        *,
+        loss: LossFunction | None = None,
+        learning_rates: Sequence[float | Mapping[str, float]] | None = None,
+        **fields: Any,
+    ) -> Task:
+        """Return the task of a run of Lightning.
+
+        The learning rates are those in the record of the run (`TracInCallback`), else those of the optimizers' states
+        in the files, else those that LearningRateMonitor logged in `metrics.csv`. If the rates of parameter groups
+        differ, their parameters are found by the names in the file, or by `configure_optimizers`.
+
+        Args:
+            module: the class of the LightningModule, which the saved hyper-parameters make; `functools.partial(Class,
+                name=value)` replaces some of them. Also a module, or a function that returns one.
+            checkpoints: `.ckpt` files, or a folder that contains them or `tracin.json`; they are sorted by step.
+            train_data: the map-style training set, or a function that returns it.
+            query_data: the same for queries; None: the training set.
+            loss: `loss(module, batch) -> Tensor[B]`, one loss per example.
+            learning_rates: one rate for each checkpoint, or one mapping of parameter names to rates.
+            **fields: other fields of the task.
+
+        Raises:
+            TaskError: there is no loss, or the module cannot be made.
+            CheckpointError: a file is missing or unreadable, or its learning rates are not found.
+        """
+        from tracin_ann.task.integrations.lightning import (  # noqa: PLC0415 - only for such runs
+            STATE_DICT,
+            read_lightning_run,
+        )
+
+        if loss is None:
+            raise TaskError(
+                problem(
+                    "Task.from_lightning needs a loss per example",
+                    got="no loss; training_step returns one number for a batch",
+                    expected="a function loss(module, batch) -> Tensor[B]",
+                    remedy="pass loss=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1], "
+                    'reduction="none"), or the loss of your training_step without its mean',
+                )
+            )
+        run = read_lightning_run(module, checkpoints, learning_rates, all_parameters=fields.get("parameters") is None)
+        open_train, open_query = (
+            data if callable(data) else lambda data=data: data for data in (train_data, query_data)
+        )
+        return cls(
+            model=run.model,
+            loss=loss,
+            train_data=open_train,
+            query_data=open_train if query_data is None else open_query,
+            checkpoints=[
+                Checkpoint(saved.path, saved.rates, saved.second_moments, STATE_DICT) for saved in run.checkpoints
+            ],
+            **fields,
+        )
 
     def select_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the selected parameters by name, in the model's order; a tied parameter appears once.
@@ -162,6 +278,24 @@ class Task:
         """
         return (self.collate or default_batch)(examples)
 
+    def with_adapters(self, *, quantization: Literal["int8"] | None = None) -> Task:
+        """Return the task of PEFT adapters over this task's model.
+
+        The model of this task is the base model with its weights, and its checkpoints are adapter folders. Gradients
+        are those of the adapter's parameters.
+
+        Args:
+            quantization: `int8`: weights of linear layers of the base model in int8 (by torchao).
+
+        Raises:
+            CheckpointError: a folder has no configuration, or the configurations differ.
+            MissingPackageError: peft, or for `int8` torchao, is not installed.
+        """
+        made: Task = import_module("tracin_ann.task.integrations.peft").make_adapter_task(
+            self, quantization=quantization
+        )
+        return made
+
     def id_of(self, example: Any) -> int | str | None:
         """Return the id that `ids` gives to the example, or None without `ids`.
 
@@ -197,6 +331,30 @@ class Task:
         return shown if isinstance(shown, Description) else Description(text=str(shown))
 
 
+@dataclass(frozen=True)
+class PartialLoad:
+    """A `Task.load` that sets a part of the model, such as an adapter; other tensors keep their values of `Task.model`.
+
+    When a checkpoint is loaded, only the tensors of this part are copied and compared.
+
+    Attributes:
+        load: `load(model, path)`.
+        find_written: a model of `Task.model` -> the names of the parameters and buffers that `load` sets.
+    """
+
+    load: Callable[[nn.Module, str], object]
+    find_written: Callable[[nn.Module], Collection[str]]
+
+    def __call__(self, model: nn.Module, path: str) -> object:
+        """Load a checkpoint."""
+        return self.load(model, path)
+
+    @staticmethod
+    def list_written(task: Task, model: nn.Module) -> Collection[str] | None:
+        """Return the names of the tensors that a task's checkpoints set, or None for all."""
+        return task.load.find_written(model) if isinstance(task.load, PartialLoad) else None
+
+
 def _no_match_message(what: str, named: Mapping[str, nn.Parameter]) -> str:
     names = ", ".join(list(named)[:_MAX_SHOWN]) + (", ..." if len(named) > _MAX_SHOWN else "")
     return problem(
@@ -218,10 +376,17 @@ class Checkpoint:
             number; stored as a float. With 0, as at the first step of a warm-up, the checkpoint adds nothing to scores.
             An optimizer with parameter groups has one rate per group: a mapping from globs of parameter names to
             rates, `{"head.*": 1e-3, "body.*": 1e-4}`. Exactly one glob has to match each selected parameter.
+        second_moments: where a build with a preconditioner reads Adam's second moments: a file with the state of the
+            optimizer (`optimizer.pt`) or with moments by parameter name (safetensors), or a function that returns such
+            a state, or {parameter name: v̂}.
+        key: the entry of the file that contains the state dict; None: the file is the state dict, or contains it under
+            `model`, `state_dict` or `model_state_dict`.
     """
 
     path: str | os.PathLike[str]
     learning_rate: float | Mapping[str, float] = field(hash=False)
+    second_moments: str | os.PathLike[str] | Callable[[], Mapping[str, Any]] | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         """Convert the learning rates to floats.
@@ -296,6 +461,71 @@ class Checkpoint:
             expected="exactly one glob of Checkpoint.learning_rate that matches it",
             remedy="change the globs" if found else "add a glob for it, or exclude it with Task.parameters",
         )
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        key: str = "model",
+        learning_rate: float | Mapping[str, float] | None = None,
+        *,
+        optimizer_key: str | None = None,
+        parameter_names: Sequence[str] | None = None,
+    ) -> Checkpoint:
+        """Return a checkpoint whose weights, and by default whose learning rate, are in a dictionary of `torch.save`.
+
+        The rate is that of the optimizer's state dict in the file. If the rates of parameter groups differ, the names
+        of their parameters are those in the state dict (of an optimizer that was made from `model.named_parameters()`),
+        or `parameter_names`.
+
+        Args:
+            path: the file.
+            key: the entry that contains `model.state_dict()`.
+            learning_rate: the rate, or rates by parameter name; None: from the optimizer's state dict.
+            optimizer_key: the entry that contains `optimizer.state_dict()`; None: `optimizer`, or the only such entry.
+            parameter_names: the names of the optimizer's parameters, in the order of its groups.
+
+        Raises:
+            CheckpointError: the file is missing or unreadable, it has no such entries, or the names of parameters are
+                unknown or do not match.
+            TaskError: the learning rate cannot be used.
+        """
+        from tracin_ann.task.integrations.saved_rates import (  # noqa: PLC0415 - only for such files
+            check_entry,
+            read_saved_rates,
+        )
+
+        if learning_rate is None:
+            return cls(path, read_saved_rates(path, key, optimizer_key, parameter_names), path, key)
+        check_entry(path, key)
+        return cls(path, learning_rate, key=key)
+
+    @classmethod
+    def from_run(cls, folder: str | os.PathLike[str], *, rates: Literal["at", "sum"] = "at") -> list[Checkpoint]:
+        """Return the checkpoints of a run that `RunRecorder` recorded, in training order, with their learning rates.
+
+        Args:
+            folder: the folder that contains `tracin.json`.
+            rates: "at": the learning rates of the last step before the checkpoint; "sum": the sums of the rates of the
+                steps since the checkpoint before, which are η_i of all steps that the checkpoint represents (Pruthi et
+                al. 2020, section 3.3).
+
+        Raises:
+            CheckpointError: there is no record, it is damaged, one of its files is missing, or it has no sums.
+            UsageError: `rates` has another value.
+        """
+        from tracin_ann.task.integrations.run_record import (  # noqa: PLC0415 - only for such runs
+            read_run_record,
+            select_rates,
+        )
+
+        if rates not in ("at", "sum"):
+            raise UsageError(problem("bad rates", got=repr(rates), expected="'at' or 'sum'", remedy="change rates"))
+        record = read_run_record(folder)
+        return [
+            cls(record.folder / checkpoint.path, rate, checkpoint.optimizer and record.folder / checkpoint.optimizer)
+            for checkpoint, rate in zip(record.checkpoints, select_rates(record, summed=rates == "sum"), strict=True)
+        ]
 
 
 def _as_float(number: object) -> float | None:

@@ -2,7 +2,8 @@
 
 An index may come from an untrusted source, and whoever writes its manifest also writes the manifest's digest. The task
 that the manifest names is imported only from a file below the current directory, and only if the source of the file
-shows that the name is a task.
+shows that the name is a task. The library's own task of a Trainer run is also allowed, with files outside the index: it
+reads local files as data and runs no code of theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.task.references import as_task, find_object
 from tracin_ann.task.task import Task
 
+TRANSFORMERS_TASK = "tracin_ann.task.integrations.transformers:task"
+"""The reference of the built-in task of a run folder of the Hugging Face Trainer."""
+_PATH_ARGUMENTS = frozenset({"run", "data", "query_data", "tokenizer", "base"})
 _MAX_CHARS = 200
 _PACKAGES = (
     Path(__file__).resolve().parents[1],
@@ -30,10 +34,10 @@ def load_named_task(reference: str, arguments: Mapping[str, str], directory: Pat
     """Return the task that an index's manifest names.
 
     The task must be a Task, or a function with the annotation `-> Task`, in a file below the current directory, outside
-    the index and outside installed packages. Nothing else is imported.
+    the index and outside installed packages, or `TRANSFORMERS_TASK`. Nothing else is imported.
 
     Args:
-        reference: from the manifest, `/path/to/file.py:name`.
+        reference: from the manifest, `/path/to/file.py:name` or `TRANSFORMERS_TASK`.
         arguments: from the manifest, for a function.
         directory: of the index.
 
@@ -41,6 +45,11 @@ def load_named_task(reference: str, arguments: Mapping[str, str], directory: Pat
         UsageError: the manifest names something else, or nothing has this name.
         TaskError: the function does not return a Task.
     """
+    if reference == TRANSFORMERS_TASK:
+        for name in _PATH_ARGUMENTS & arguments.keys():
+            if Path(arguments[name]).resolve().is_relative_to(directory.resolve()):
+                raise UsageError(_untrusted_message(reference, directory, f"{name} inside the index"))
+        return as_task(find_object(reference), reference, dict(arguments))
     place, _, name = reference.rpartition(":")
     reason = next(_rejection_reasons(place, name, directory), None)
     if reason is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.task.model import find_registries
-from tracin_ann.task.state_dicts import is_plain
+from tracin_ann.task.state_dicts import is_plain, named_tensors
 from tracin_ann.task.task import Checkpoint
 
 FileIdentity = tuple[tuple[str, int, int, int, int, int], ...]
@@ -25,12 +26,16 @@ FileIdentity = tuple[tuple[str, int, int, int, int, int], ...]
 def identify_checkpoint(checkpoint: Checkpoint) -> FileIdentity:
     """Return path, device, inode, size and times of the checkpoint's file, or of all files of a directory.
 
+    The file of second moments is included.
+
     The result is empty if the path cannot be read. Equal identities mean that the files have not been replaced or
     written since.
     """
     path = Path(checkpoint.path)
     try:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if checkpoint.second_moments is not None and not callable(checkpoint.second_moments):
+            files.append(Path(checkpoint.second_moments))
         found = [(os.fspath(file), file.stat()) for file in files]
     except OSError:
         return ()
@@ -41,12 +46,16 @@ def identify_checkpoint(checkpoint: Checkpoint) -> FileIdentity:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A parameter or buffer of a model at a checkpoint: where it is registered, the object, and its memory."""
+    """A parameter or buffer of a model at a checkpoint: where it is registered, the object, and its memory.
+
+    The memory is a copy, or that of the model if no checkpoint sets the tensor.
+    """
 
     registry: Any
     name: str
     tensor: Tensor
     memory: Tensor
+    is_copy: bool = True
 
 
 class WeightCache:
@@ -57,10 +66,11 @@ class WeightCache:
     Args:
         model: the model.
         memory_bytes: largest number of bytes of all copies.
+        written: names of the tensors that checkpoints set; None: all. Other tensors are not copied.
     """
 
-    def __init__(self, model: nn.Module, memory_bytes: int) -> None:
-        self._model, self._memory_bytes = model, memory_bytes
+    def __init__(self, model: nn.Module, memory_bytes: int, written: Collection[str] | None = None) -> None:
+        self._model, self._memory_bytes, self._written = model, memory_bytes, written
         self._stored: OrderedDict[int, list[_Slot]] = OrderedDict()
         self._recent: set[int] = set()
         self._attached: tuple[int, list[int]] | None = None
@@ -72,7 +82,8 @@ class WeightCache:
     @property
     def n_bytes(self) -> int:
         """Return the number of bytes of all copies."""
-        return sum({id(slot.memory): slot.memory.nbytes for slots in self._stored.values() for slot in slots}.values())
+        slots = [slot for slots in self._stored.values() for slot in slots if slot.is_copy]
+        return sum({id(slot.memory): slot.memory.nbytes for slot in slots}.values())
 
     def store(self, checkpoint: int) -> bool:
         """Copy the model's present parameters and buffers; return False if they are not plain or need too much memory.
@@ -86,16 +97,32 @@ class WeightCache:
             for name, tensor in registry.items()
             if tensor is not None
         ]
-        if not all(is_plain(tensor) and not tensor.is_meta and not tensor.is_inference() for *_, tensor in registered):
+        copied = self._find_written()
+        written = [tensor for *_, tensor in registered if copied is None or id(tensor) in copied]
+        if not all(is_plain(tensor) and not tensor.is_meta and not tensor.is_inference() for tensor in written):
             return False
-        distinct = {id(tensor): (place, tensor) for place, (*_, tensor) in enumerate(registered)}
+        distinct = {
+            id(tensor): (place, tensor)
+            for place, (*_, tensor) in enumerate(registered)
+            if copied is None or id(tensor) in copied
+        }
         found = {key: self._find_equal(place, tensor) for key, (place, tensor) in distinct.items()}
         if not self._make_room(sum(distinct[key][1].nbytes for key, equal in found.items() if equal is None)):
             return False
         memory = {key: distinct[key][1].detach().clone() if equal is None else equal for key, equal in found.items()}
-        self._stored[checkpoint] = [_Slot(*slot, memory[id(slot[2])]) for slot in registered]
+        self._stored[checkpoint] = [
+            _Slot(*slot, memory[id(slot[2])]) if id(slot[2]) in memory else _Slot(*slot, slot[2].data, is_copy=False)
+            for slot in registered
+        ]
         self._recent.add(checkpoint)
         return True
+
+    def _find_written(self) -> set[int] | None:
+        """Return the tensors that checkpoints set, by identity; None: all."""
+        if self._written is None:
+            return None
+        named = named_tensors(self._model)
+        return {id(named[name]) for name in self._written if name in named}
 
     def _find_equal(self, place: int, tensor: Tensor) -> Tensor | None:
         """Return a stored copy of an equal parameter in the same place; buffers have their own copies."""

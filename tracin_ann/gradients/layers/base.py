@@ -5,7 +5,7 @@ Shapes: B batch, T positions, C features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,10 @@ class LayerRule:
         applies: whether the rule supports this layer with its settings.
         needs_output: whether calls of this layer have to store the output.
         n_leading: (layer, input) -> number of leading dimensions of the input whose entries the layer treats alike.
+        is_lookup: whether the layer computes the indices of its lookup itself: input and output of a call are those of
+            the lookup inside its forward (`lookups.py`).
+        find: layer -> its parameters by attribute, if they belong to submodules; None: `parameters` of the layer.
+        scaled_input: layer -> the submodule whose input is used as the layer's input and output; None: the layer's.
     """
 
     parameters: tuple[str, ...]
@@ -58,6 +62,15 @@ class LayerRule:
     applies: Callable[[Any], bool] = lambda module: True
     needs_output: Callable[[nn.Module], bool] = lambda module: False
     n_leading: Callable[[Any, Tensor], int] = lambda module, x: x.dim() - 1
+    is_lookup: bool = False
+    find: Callable[[nn.Module], Mapping[str, nn.Parameter]] | None = None
+    scaled_input: Callable[[Any], nn.Module] | None = None
+
+    def find_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of a layer that the rule covers, by attribute."""
+        if self.find is not None:
+            return dict(self.find(module))
+        return {name: p for name, p in module._parameters.items() if name in self.parameters and p is not None}
 
 
 def group_by_example(tensor: Tensor, batch: int) -> Tensor:

@@ -1,0 +1,86 @@
+"""Optional packages that several modules use: imports with an error that names the extra to install."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from tracin_ann.errors import MissingPackageError, problem
+
+
+def import_pyarrow(purpose: str = "frames and Parquet") -> tuple[Any, Any]:
+    """Return the modules `pyarrow` and `pyarrow.parquet`.
+
+    Args:
+        purpose: what needs them, in the plural, for the message.
+
+    Raises:
+        MissingPackageError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise missing_package("pyarrow", "pyarrow", purpose, "tables") from error
+    return pyarrow, parquet
+
+
+def import_pillow(purpose: str) -> Any:
+    """Return the module `PIL.Image`.
+
+    Args:
+        purpose: what needs it, in the plural, for the message.
+
+    Raises:
+        MissingPackageError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image  # noqa: PLC0415
+    except ImportError as error:
+        raise missing_package("Pillow", "PIL", purpose, "report") from error
+    return Image
+
+
+def missing_package(package: str, module: str, purpose: str, extra: str) -> MissingPackageError:
+    """Return the error for a package that is not installed.
+
+    Args:
+        package: its name.
+        module: the module that cannot be imported.
+        purpose: what needs it, in the plural.
+        extra: the extra of tracin-ann that installs it.
+    """
+    return MissingPackageError(
+        problem(
+            f"{package} is not installed",
+            got=f"no module {module}",
+            expected=f"{package}, which {purpose} need",
+            remedy=f"pip install 'tracin-ann[{extra}]'",
+        )
+    )
+
+
+def import_transformers(module: str = "") -> Any:
+    """Return the package `transformers`, or a module of it such as "models.auto.modeling_auto".
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import transformers  # noqa: PLC0415
+    except ImportError as error:
+        raise missing_package("transformers", "transformers", "runs of the Trainer", "transformers") from error
+    return import_module(f"transformers.{module}") if module else transformers
+
+
+def import_datasets() -> Any:
+    """Return the package `datasets`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import datasets  # noqa: PLC0415
+    except ImportError as error:
+        raise missing_package("datasets", "datasets", "folders of save_to_disk", "datasets") from error
+    return datasets

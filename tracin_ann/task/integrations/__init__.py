@@ -1,0 +1,1 @@
+"""Integrations: tasks from runs of training libraries, records of runs, and data sets in common formats."""
