@@ -106,8 +106,9 @@ def differentiate_one_by_one(
     return Derivatives(loss_BT, derivative_BT)
 
 
+FORWARD_MODE = "forward mode"
 DIFFERENTIATE: dict[str, Differentiate] = {
-    "forward mode": differentiate_forward,
+    FORWARD_MODE: differentiate_forward,
     "two backward passes": differentiate_backward_twice,
     "one backward pass per position": differentiate_one_by_one,
 }

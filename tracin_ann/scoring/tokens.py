@@ -22,7 +22,7 @@ from torch import Tensor
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, TaskError, UsageError, first_line, problem
 from tracin_ann.features import LoadedModel, squared_norms
-from tracin_ann.gradients import DIFFERENTIATE, Batch, Derivatives, Form, Sink, inner_where
+from tracin_ann.gradients import DIFFERENTIATE, FORWARD_MODE, Batch, Derivatives, Form, Sink, inner_where
 from tracin_ann.scoring.exact import Directions, ExactScorer
 from tracin_ann.task import LossFunction, Task
 from tracin_ann.types import Float64
@@ -82,9 +82,8 @@ class TokenSplitter:
     def __init__(self, model: LoadedModel, side: SideName) -> None:
         self._model, self._side = model, side
         self._losses = require_token_losses(model.runner.task, side)
-        self._name = "token_losses" if side == "train" else "query_token_losses"
-        if model.runner.task.find_token_losses("train") is self._losses:
-            self._name = "token_losses"
+        is_own = side != "train" and model.runner.task.query_token_losses is not None
+        self._name = "query_token_losses" if is_own else "token_losses"
         self._methods = list(DIFFERENTIATE)
         self._tolerances: _Tolerances | None = None
 
@@ -194,7 +193,7 @@ class TokenSplitter:
     def _find_difference(self, part_BT: Tensor, product_B: Tensor, norm_B: Tensor) -> int | None:
         """Return an example whose parts do not sum to its inner product, or None."""
         assert self._tolerances is not None
-        is_forward = self._methods[0] == next(iter(DIFFERENTIATE))
+        is_forward = self._methods[0] == FORWARD_MODE
         relative, absolute = self._tolerances.forward if is_forward else self._tolerances.backward
         largest_B = relative * part_BT.abs().sum(1) + absolute * norm_B
         wrong = (~((part_BT.sum(1) - product_B).abs() <= largest_B)).nonzero().flatten()
