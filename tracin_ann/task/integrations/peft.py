@@ -27,7 +27,6 @@ from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
     Rate,
     TrainerCheckpoint,
-    find_optimizer,
     read_trainer_rates,
 )
 from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, check_rates, make_encoder, read_rates
@@ -480,8 +479,8 @@ def make_run_task(
     config = _adapt_config(load_config(base), kind, folders[-1])
     rates = _read_rates(runs, checkpoints, options)
     found = [
-        Checkpoint(find_adapter_weights(folder), rate, second_moments=find_optimizer(folder))
-        for folder, rate in zip(folders, rates, strict=True)
+        Checkpoint(find_adapter_weights(each.path), rate, second_moments=each.second_moments)
+        for each, rate in zip(checkpoints, rates, strict=True)
     ]
     check_rates(runs[0], options.rates, found)
     # The tokenizer may be in the folder of the run only.
