@@ -29,6 +29,7 @@ from tracin_ann.scoring import (
     Ranker,
     SelfInfluence,
     exact_self_influence,
+    require_token_losses,
 )
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
 from tracin_ann.store import (
@@ -257,7 +258,7 @@ class InfluenceIndex:
 
         Raises:
             IndexMismatchError: the task does not fit the index, by a field or by a canary.
-            UsageError: an id or an option is out of range, or no query is named.
+            UsageError: an id or an option is out of range, no query is named, or scores cannot be split by token.
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
         if not ids and not train_ids:
@@ -354,6 +355,8 @@ class InfluenceIndex:
     def _answer(self, requests: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
         for request in requests:
             self.runner.check_ids(request.side, request.ids)
+            if request.options.tokens:
+                require_token_losses(self.task, "train")
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
         fidelity = self.manifest.fidelity
         answers: list[Answer] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import oracle
+from tasks import texts
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, QueryOptions, build, write_report
 from tracin_ann.analysis import explain
@@ -85,6 +87,22 @@ def test_answers_of_a_new_process_are_equal(task, folder):
     assert as_queries(first.query_examples(ROWS, exact)) == list(second.query(range(N_QUERIES), (), exact))
 
 
+@pytest.mark.parametrize("changes", [{"index": "ivf"}, {"precision": "bf16"}])
+def test_padded_sequences_by_lists_and_in_half_precision(tmp_path, changes):
+    """Of different lengths: the padding depends on the batch."""
+    task = texts.task(str(tmp_path))
+    with warnings.catch_warnings():
+        # On a CPU on which bf16 is slower, a build warns.
+        warnings.simplefilter("ignore", UserWarning)
+        build(task, tmp_path / "out", replace(CONFIG, **changes))
+    # Two open indexes: the estimated times of a search depend on the files that earlier queries have opened.
+    one, other = (InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=3) for _ in range(2))
+    options = QueryOptions(k=5, rerank="exact", candidates=20)
+    found = one.query_examples(texts.query_data(), options)
+    assert as_queries(found) == list(other.query(range(4), (), options))
+    assert ("inverted lists (IVF)" in found[0].how) == ("index" in changes)
+
+
 def test_exact_scores_use_the_query_loss(index, task):
     new = make_rows(3, seed=7)
     names = [name for name, _ in Toy().named_parameters()]
@@ -144,6 +162,9 @@ def test_ids_of_the_task_name_the_examples(tmp_path):
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu", batch_size=4)
     found = index.query_examples([rows[4], ROWS[4]])
     assert [answer.query for answer in found] == ["row 4", 1]
+    for examples in (rows[:3], rows[3:5]):
+        with index.lend(examples):
+            assert index.positions("input", [examples[1][2]]) == (1,)
     assert [hit.row for hit in found[0].hits] == [hit.row for hit in found[1].hits] != []
 
 

@@ -15,7 +15,7 @@ import models
 import oracle
 from invocation import run
 from tasks.toy import CONFIG, Toy, make_toy_task, save_checkpoints
-from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, build
+from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build
 from tracin_ann.analysis.explanation import explain
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.errors import GradientProofError, IndexMismatchError, TaskError
@@ -62,7 +62,7 @@ def assert_close(found, expected, tolerance=1e-5):
 def test_scores_equal_the_sum_over_parameters_with_their_own_rates(case, tmp_path):
     cycle = (0.5, 0.03, 0.0, 0.2)
     task, train_CNP, query_CQP = make_case_task(case, tmp_path, lambda c, position: cycle[(position + c) % 4])
-    build(task, tmp_path / "out", BuildConfig(dim=64, batch_size=4, device="cpu", dtype="float32", norms="exact"))
+    build(task, tmp_path / "out", replace(CONFIG, norms="exact", yardstick=False))
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     expected_QN = torch.einsum("cqp,cnp->qn", query_CQP, train_CNP).numpy()
     for answer in index.query(range(3), options=EVERY):

@@ -21,11 +21,16 @@ from tracin_ann.analysis.explanation import explain
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.errors import CheckpointError, GradientProofError, IndexMismatchError, UsageError
 from tracin_ann.gradients import GradientEngine
-from tracin_ann.operations.verification import AuditSample, audit
-from tracin_ann.store.manifest import MANIFEST, Manifest
+from tracin_ann.operations.verification import AuditSample, audit, repair, verify
+from tracin_ann.store.manifest import FEATURES, MANIFEST, Manifest
 from tracin_ann.task import read_second_moments
+from tracin_ann.task.integrations.param_groups import RateMeter
 
-CASES = ["mlp", "gpt tied", "conv2d", "places of a row", "no linear layer", "gru", "called twice"]
+# Layer rules of linear, norm, embedding and convolution layers, tied weights, vmap(grad) and a loop.
+CASES = [
+    *((case, "adam", 0.5) for case in ("gpt tied", "conv2d", "no linear layer", "gru")),
+    ("mlp", "trackstar", 1.0),
+]
 EVERY = QueryOptions(exact=True, k=20)
 ADAM = replace(CONFIG, preconditioner="adam")
 
@@ -46,7 +51,7 @@ def train(case, folder):
             optimizer.step()
         torch.save(model.state_dict(), folder / f"{c}.pt")
         torch.save(optimizer.state_dict(), folder / f"{c}.optimizer.pt")
-        checkpoints.append(Checkpoint(folder / f"{c}.pt", rate, folder / f"{c}.optimizer.pt"))
+        checkpoints.append(Checkpoint(folder / f"{c}.pt", rate, second_moments=folder / f"{c}.optimizer.pt"))
         other = models.make_case(case, 0, 12)[0]
         other.load_state_dict(model.state_dict())
         models_of.append(other)
@@ -75,16 +80,11 @@ def assert_close(found, expected, tolerance=1e-5):
     assert np.abs(np.asarray(found) - expected).max() < tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(
-    ("case", "kind", "power"),
-    [*((case, "adam", 0.5) for case in CASES), ("gpt tied", "trackstar", 1.0), ("conv2d", "trackstar", 1.0)],
-)
+@pytest.mark.parametrize(("case", "kind", "power"), CASES)
 def test_scores_equal_the_weighted_inner_products(case, kind, power, tmp_path):
     task, gradients, weights = train(case, tmp_path)
     train_CNP, query_CQP = weigh(gradients, weights, power)
-    config = BuildConfig(
-        dim=64, batch_size=4, device="cpu", dtype="float32", norms="exact", preconditioner=kind, sketch="dense"
-    )
+    config = replace(CONFIG, norms="exact", preconditioner=kind, yardstick=False)
     build(task, tmp_path / "out", config)
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     expected_QN = torch.einsum("cqp,cnp->qn", query_CQP, train_CNP).numpy()
@@ -100,14 +100,7 @@ def test_scores_equal_the_weighted_inner_products(case, kind, power, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "sketch"),
-    [
-        ("mlp", "factored"),
-        ("gpt tied", "factored"),
-        ("conv2d", "factored"),
-        ("gpt tied", "kronecker"),
-        ("mlp", "dense"),
-    ],
+    ("case", "sketch"), [("gpt tied", "factored"), ("conv2d", "factored"), ("mlp", "kronecker"), ("mlp", "dense")]
 )
 def test_features_estimate_the_weighted_inner_products(case, sketch, tmp_path):
     """The error of the stored scores agrees with the variance of the sketch, as measured by the build."""
@@ -147,13 +140,15 @@ def trained(tmp_path):
 
 
 def toy_task(folder, second_moments, rate=0.1, **changes):
-    return make_toy_task(folder, Toy(), checkpoints=[Checkpoint(folder / "last.pt", rate, second_moments)], **changes)
+    return make_toy_task(
+        folder, Toy(), checkpoints=[Checkpoint(folder / "last.pt", rate, second_moments=second_moments)], **changes
+    )
 
 
 def denominators(folder, second_moments):
     """Return √v̂ + ε of all parameters as the library reads them."""
     model, names = Toy(), [name for name, _ in Toy().named_parameters()]
-    given = Checkpoint(folder / "last.pt", 0.1, second_moments)
+    given = Checkpoint(folder / "last.pt", 0.1, second_moments=second_moments)
     found = read_second_moments(given, model, names, names)
     return torch.cat([moment.denominator(torch.float64, torch.device("cpu")) for moment in found.values()])
 
@@ -184,6 +179,28 @@ def test_every_source_of_second_moments_gives_the_same_weights(trained):
         torch.testing.assert_close(denominators(folder, source), truth, rtol=1e-6, atol=0)
 
 
+def test_the_moments_that_a_recorder_saves_are_read(tmp_path):
+    """Two parameter groups with other β₂ and ε; the recorder writes the moments and their constants by name."""
+    torch.manual_seed(0)
+    model = Toy()
+    first, second = list(model.first.parameters()), list(model.second.parameters())
+    optimizer = torch.optim.AdamW([{"params": second, "betas": (0.9, 0.95)}, {"params": first, "eps": 1e-3}])
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model, torch.utils.data.default_collate(make_rows(10))).mean().backward()
+        optimizer.step()
+    moments, metadata = RateMeter(model, [optimizer]).read_moments()
+    save_file(moments, tmp_path / "moments.safetensors", metadata)
+    corrections = [*((0.999, 1e-3) for _ in first), *((0.95, 1e-8) for _ in second)]
+    truth = [
+        (optimizer.state[p]["exp_avg_sq"].double() / (1 - beta2**2)).sqrt().add(eps).flatten()
+        for p, (beta2, eps) in zip([*first, *second], corrections, strict=True)
+    ]
+    torch.testing.assert_close(
+        denominators(tmp_path, tmp_path / "moments.safetensors"), torch.cat(truth), rtol=1e-6, atol=0
+    )
+
+
 def test_amsgrad_divides_by_the_largest_moment(trained):
     folder, named, _ = trained
     model = Toy()
@@ -211,7 +228,7 @@ def test_the_groups_of_the_trainer_are_recognised():
     )
     state = optimizer.state_dict()
     state["state"] = {i: {"step": 1, "exp_avg_sq": torch.full_like(named[n], i)} for i, n in enumerate(order)}
-    found = read_second_moments(Checkpoint("x.pt", 0.1, lambda: state), model, list(named), list(named))
+    found = read_second_moments(Checkpoint("x.pt", 0.1, second_moments=lambda: state), model, list(named), list(named))
     assert {name: moment.value.flatten()[0].item() for name, moment in found.items()} == {
         name: order.index(name) for name in named
     }
@@ -282,6 +299,38 @@ def test_a_parameter_of_rate_0_needs_no_moments(trained):
     build(task, folder / "out", ADAM)
     index = InfluenceIndex.open(folder / "out", task, device="cpu")
     assert explain(index, 1, 1).by_parameter["second.weight"] == 0 != explain(index, 1, 1).by_parameter["first.weight"]
+
+
+def test_a_repaired_index_has_the_same_features(trained):
+    folder, *_ = trained
+    build(toy_task(folder, folder / "optimizer.pt"), folder / "out", ADAM)
+    (file,) = (folder / "out" / FEATURES).glob("*.h5")
+    before = file.read_bytes()
+    file.write_bytes(before[:-100])
+    repair(folder / "out", toy_task(folder, folder / "optimizer.pt"), device="cpu")
+    assert file.read_bytes() == before and verify(folder / "out").damage == ()
+
+
+@pytest.mark.parametrize(("memory_bytes", "n_reads"), [(1 << 20, 2), (0, 6)])
+def test_an_open_index_keeps_the_weights_that_fit_its_memory(trained, monkeypatch, memory_bytes, n_reads):
+    """The check of the task reads the moments of both checkpoints once more."""
+    folder, *_ = trained
+    torch.save({name: value + 1 for name, value in Toy().state_dict().items()}, folder / "first.pt")
+    given = {"second_moments": folder / "optimizer.pt"}
+    checkpoints = [Checkpoint(folder / f"{name}.pt", 0.1, **given) for name in ("first", "last")]
+    task = make_toy_task(folder, Toy(), checkpoints=checkpoints)
+    build(task, folder / "out", ADAM)
+    reads = []
+
+    def read(*given):
+        reads.append(given)
+        return read_second_moments(*given)
+
+    monkeypatch.setattr("tracin_ann.features.loaded_model.read_second_moments", read)
+    index = InfluenceIndex.open(folder / "out", task, device="cpu", memory_bytes=memory_bytes)
+    scores = [index.query([1])[0].proponents[0].score for _ in range(3)]
+    assert scores[1:] == pytest.approx([scores[0]] * 2, rel=1e-6)
+    assert len(reads) - 2 == n_reads
 
 
 def without(named, name):
@@ -375,8 +424,72 @@ def test_the_moments_of_a_trainer_run_have_the_names_of_their_parameters(kind, t
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     moments = {name: trainer.optimizer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
-    given = Checkpoint(tmp_path, 0.1, tmp_path / "checkpoint-4" / "optimizer.pt")
+    given = Checkpoint(tmp_path, 0.1, second_moments=tmp_path / "checkpoint-4" / "optimizer.pt")
     found = read_second_moments(given, model, list(moments), list(moments))
     assert all(torch.equal(found[name].value, moment) for name, moment in moments.items())
     assert {moment.correction for moment in found.values()} == {1 - 0.999**4}
     assert {moment.eps for moment in found.values()} == {1e-8}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_task_of_a_trainer_run_has_its_second_moments(tmp_path):
+    pytest.importorskip("transformers")
+    trainer_runs = pytest.importorskip("trainer_runs")
+    records = trainer_runs.train("gpt2", tmp_path / "run").records
+    task = Task.from_transformers(tmp_path / "run", records)
+    build(task, tmp_path / "out", replace(ADAM, dim=64))
+    scores = np.zeros((2, len(records)))
+    for answer in InfluenceIndex.open(tmp_path / "out", task, device="cpu").query(range(2), options=EVERY):
+        for hit in (*answer.proponents, *answer.opponents):
+            scores[answer.query, hit.row] = hit.score
+    expected = np.zeros_like(scores)
+    for checkpoint in task.checkpoints:
+        model = task.model()
+        task.load(model, str(checkpoint.path))
+        named = dict(model.named_parameters())
+        moments = read_second_moments(checkpoint, model, list(named), list(named)).values()
+        weight_P = torch.cat([m.denominator(torch.float64, torch.device("cpu")).rsqrt() for m in moments])
+        data = task.train_data()
+        rows = [data[i] for i in range(len(data))]
+        weighted = oracle.gradients(model, task.loss, rows, list(named), task.collate) * weight_P
+        expected += checkpoint.learning_rate * (weighted[:2] @ weighted.T).numpy()
+    assert_close(scores, expected, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_adapter_of_a_trainer_run_has_its_second_moments(tmp_path):
+    """The optimizer of a Trainer has the adapter's parameters in the order of the model that PEFT makes."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    trainer_runs = pytest.importorskip("trainer_runs")
+    base = tmp_path / "base"
+
+    def add_adapter(plain):
+        plain.save_pretrained(base)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(type(plain).from_pretrained(base), config)
+
+    trained = trainer_runs.train("llama", tmp_path / "run", add_adapter, learning_rate=0.05)
+    task = Task.from_transformers(trained.folder, trained.records)
+    build(task, tmp_path / "out", replace(ADAM, dim=64))
+    scores = np.zeros((2, len(trained.records)))
+    for answer in InfluenceIndex.open(tmp_path / "out", task, device="cpu").query(range(2), options=EVERY):
+        for hit in (*answer.proponents, *answer.opponents):
+            scores[answer.query, hit.row] = hit.score
+    expected = np.zeros_like(scores)
+    for checkpoint, folder in zip(task.checkpoints, sorted(trained.folder.glob("checkpoint-*")), strict=True):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+        model = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True, autocast_adapter_dtype=False).double()
+        parameters = [p for p in model.eval().parameters() if p.requires_grad]
+        state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+        kept = [state[i] for i in range(len(parameters))]
+        moments = [own["exp_avg_sq"].double() / (1 - 0.999 ** float(own["step"])) for own in kept]
+        weight_P = torch.cat([moment.sqrt().add(1e-8).rsqrt().flatten() for moment in moments])
+        rows = []
+        for row in trained.encoded:
+            loss = model(**row).loss * (row["labels"].numel() - 1)
+            rows.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]))
+        weighted = torch.stack(rows) * weight_P
+        expected += checkpoint.learning_rate * (weighted[:2] @ weighted.T).numpy()
+    assert_close(scores, expected, 1e-4)

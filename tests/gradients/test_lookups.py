@@ -1,4 +1,4 @@
-"""Layer rules of lookups inside other functions: embeddings with a forward of their own, relative position biases."""
+"""Layer rules of layers with a forward of their own, and of relative position biases."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ class Scaled(nn.Embedding):
 
     def forward(self, index: Tensor) -> Tensor:
         return super().forward(index) * 1.7
+
+
+class Written(nn.Linear):
+    """A linear layer that is written out, as in Falcon."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Clipped(nn.Linear):
+    """Not a linear layer of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-0.2, 0.2)
 
 
 class Positions(nn.Module):
@@ -134,6 +148,15 @@ def test_a_bias_of_another_form_uses_another_method(generator):
     methods = {name: method.name for name, method in engine.plan.steps.items()}
     assert methods.pop("attention.relative_attention_bias.weight") in (VMAP, LOOP)
     assert set(methods.values()) == {RULE}
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(Written, {RULE}), (Clipped, {VMAP, LOOP})])
+def test_a_linear_layer_with_a_forward_of_its_own_has_the_rule_if_it_is_linear(kind, expected, generator):
+    torch.manual_seed(0)
+    engine = make_engine(nn.Sequential(nn.Embedding(WORDS, WIDTH), kind(WIDTH, 3)))
+    engine.choose_methods(engine.batch(range(4), make_rows(4, LENGTH, generator)))
+    assert differ_from_autograd(engine, make_rows(3, LENGTH, generator)) < 1e-12
+    assert {engine.plan.steps[name].name for name in ("1.weight", "1.bias")} <= expected
 
 
 @pytest.mark.parametrize("model", [lambda: Positions(Offset), Biased])

@@ -146,6 +146,8 @@ def test_the_quick_start_runs(started: tuple[Path, Path]) -> None:
     assert (started[1] / "runs/mine/manifest.json").is_file()
 
 
+# Of Lightning's move of batches to a device.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_the_code_of_the_page_runs(page: str, started: tuple[Path, Path]) -> None:

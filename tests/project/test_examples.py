@@ -32,7 +32,7 @@ def test_wrong_digits_are_found_early(tmp_path: Path, seed: int) -> None:
     assert digits.find_share(ranking, digits.data(seed)[2], 0.2) >= 0.95
 
 
-SLOW = ("cifar10", "shakespeare")
+SLOW = ("cifar10", "shakespeare", "trainer_run")
 SMALL = [
     ("cifar10", "--rows=30", r"test image \d+: \w+, classified as \w+\n  proponents: \d+ \w+ \+"),
     ("mnist", "--rows=100", r"test digit 0, labelled \d\n  proponents: \d+ \(\d\), "),
@@ -42,6 +42,7 @@ SMALL = [
         "--rows=300",
         r"\ndev-1, \w+: .+\n +\+\d+\.\d{3}  train-\d+, \w+: (.|\n)+ most suspicious labels, \d+% are",
     ),
+    ("trainer_run", "--rows=64", r"\ndev sentence 0, \w+: .+\n +\+\d+\.\d{4}  \w+: "),
 ]
 
 
@@ -52,6 +53,8 @@ SMALL = [
 def test_the_examples_print_answers_and_write_reports(
     name: str, rows: str, message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "trainer_run":
+        pytest.importorskip("accelerate")
     importlib.import_module(f"examples.{name}").main(["--data", str(data_dir), "--out", str(tmp_path), rows])
     read_answer(capsys.readouterr().out, message)
 
@@ -61,6 +64,18 @@ def test_the_table_example_prints_answers_and_writes_a_report(
 ) -> None:
     tabular.main(["--out", str(tmp_path)])
     read_answer(capsys.readouterr().out, r"\ntumour-\d+, \w+: .+\n +\+\d+\.\d{3}  tumour-\d+, \w+: ")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+def test_the_lightning_example_prints_answers_and_writes_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightning")
+    importlib.import_module("examples.lightning_run").main(["--out", str(tmp_path / "run")])
+    read_answer(
+        capsys.readouterr().out, r" checkpoints: step-1, .*\n\ntest digit \d+, a \d\n +\+\d+\.\d{3}  \d+, a \d\n"
+    )
 
 
 @pytest.mark.slow

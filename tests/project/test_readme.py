@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.xdist_group("readme")
 def test_the_commands_print_the_output_in_the_readme(place: Path) -> None:
-    assert len(commands()) == 3
+    assert len(commands()) == 2
     for command in commands():
         script, *arguments = shlex.split(command.text)
         module, _, function = SCRIPTS[script].partition(":")

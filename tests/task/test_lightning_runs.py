@@ -207,7 +207,8 @@ def test_a_schedule_may_depend_on_the_trainer(run: tuple[Path, Rates]) -> None:
         def configure_optimizers(self) -> Any:
             made = super().configure_optimizers()
             n_steps = self.trainer.estimated_stepping_batches
-            return [made["optimizer"]], [torch.optim.lr_scheduler.OneCycleLR(made["optimizer"], 1.0, n_steps)]
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(made["optimizer"], 1.0, n_steps)
+            return [made["optimizer"]], [{"scheduler": scheduler, "interval": "step"}]
 
     folder, noted = run
     assert make_task(folder, Planned).checkpoints[1].learning_rate == approximate(by_name(noted.after[6]))

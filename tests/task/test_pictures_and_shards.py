@@ -53,6 +53,14 @@ def test_classes_are_sub_folders(folder):
         assert image.tobytes() == make_picture(seed).tobytes()
 
 
+def test_links_are_followed_once(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "bird").symlink_to(folder / "cat")
+    (folder / "cat" / "more" / "loop").symlink_to(folder / "cat")
+    data = ImageFolder(tmp_path / "linked")
+    assert data.classes == ["bird"] and len(data) == 3
+
+
 def test_modes_and_transforms(folder):
     assert ImageFolder(folder, mode="L")[0][0].tobytes() == make_picture(0, "L").tobytes()
     assert ImageFolder(folder, to_example)[5] == (sum(make_picture(12).tobytes()), 1)

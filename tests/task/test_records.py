@@ -15,6 +15,7 @@ import torch
 from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import InfluenceIndex, build, read_records
 from tracin_ann.errors import MissingPackageError, TaskError
+from tracin_ann.task import open_data
 from tracin_ann.task.integrations.records import as_map_style
 
 ROWS = [{"text": f"row {i}", "label": i % 3, "weight": i / 4} for i in range(10)]
@@ -248,6 +249,17 @@ def test_a_task_gives_the_answers_of_a_list(tmp_path, source):
     from_data = index.query_examples(data, ids=[0, 1])
     assert [answer.hits for answer in from_list] == [answer.hits for answer in from_data]
     assert all(answer.hits for answer in from_list)
+
+
+def test_a_data_set_on_disk_is_sent_to_workers_by_its_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"x": list(range(20_000))}).save_to_disk(str(tmp_path / "arrow"))
+    data = open_data(
+        make_toy_task(tmp_path, train_data=lambda: datasets.load_from_disk(str(tmp_path / "arrow"))), "train"
+    )
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 10_000
+    assert pickle.loads(pickled)[19_999] == {"x": 19_999}
 
 
 def test_a_frame_keeps_the_types_of_its_columns():

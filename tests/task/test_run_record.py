@@ -96,7 +96,7 @@ def test_the_record_has_rates_sums_and_losses(tmp_path: Path) -> None:
         summed = sum(0.5**halving for halving in halvings)
         assert checkpoint.summed_learning_rates == {n: pytest.approx(r * summed) for n, r in names.items()}
     assert [checkpoint.loss for checkpoint in record.checkpoints] == [4.0, 3.0, 2.0, 2.0]
-    sums = [checkpoint.learning_rate for checkpoint in Checkpoint.from_run(tmp_path, summed=True)]
+    sums = [checkpoint.learning_rate for checkpoint in Checkpoint.from_run(tmp_path, rates="sum")]
     assert sums == [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
     content = json.loads((tmp_path / "tracin.json").read_text())
     assert (content["format"], content["version"], content["order"]) == ("tracin-run", 1, None)
@@ -213,7 +213,9 @@ def test_a_resumed_run_continues_the_record_and_the_rule(tmp_path: Path) -> None
     train(tmp_path, [2.9, 2.5, 2.0, 2.0], rule=rule, start_step=4)[0].close()
     assert steps_of(tmp_path) == [1, 3, 7, 8]
     with pytest.raises(CheckpointError, match="has no sum of learning rates at step 7"):
-        Checkpoint.from_run(tmp_path, summed=True)
+        Checkpoint.from_run(tmp_path, rates="sum")
+    with pytest.raises(UsageError, match="^bad rates: got 'mean', expected 'at' or 'sum'"):
+        Checkpoint.from_run(tmp_path, rates="mean")  # type: ignore[arg-type]
     train(tmp_path, [1.0], rule=rule, start_step=0)[0].close()
     assert steps_of(tmp_path) == [1]
 
@@ -275,6 +277,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_valid_record_at_every_write(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -466,7 +469,7 @@ def test_weights_that_are_sharded_and_ids_by_a_function_are_rejected(trainer: Ca
         trainer(TracInCallback(ids=lambda batch: [])).train()
 
 
-def fit(folder: Path, callback: Any, **options: Any) -> Any:
+def fit(folder: Path, callback: Any, change: Callable[[Any], None] = lambda net: None, **options: Any) -> Any:
     lightning = pytest.importorskip("lightning")
 
     class Net(lightning.LightningModule):
@@ -494,6 +497,7 @@ def fit(folder: Path, callback: Any, **options: Any) -> Any:
         **options,
     )  # fmt: skip
     net = Net()
+    change(net)
     trainer.fit(net, torch.utils.data.DataLoader([(*row, i) for i, row in enumerate(ROWS)], 3))
     return net
 
@@ -532,6 +536,35 @@ def test_lightning_divides_the_loss_of_accumulated_batches(tmp_path: Path) -> No
     assert [c.step for c in two] == [1, 2]
     # The loss of the second batch, before any step and after one.
     assert two[0].loss == pytest.approx(one[0].loss, rel=0.5)
+
+
+@lightning_warnings
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.*:UserWarning")
+def test_batches_of_lightning_that_are_left_out_and_manual_optimization(tmp_path: Path) -> None:
+    def leave_out(net: Any) -> None:
+        step = net.training_step
+        net.training_step = lambda batch, batch_idx: step(batch, 0) if batch_idx else None
+
+    fit(tmp_path / "some", TracInCallback(rule=plain()), leave_out)
+    # Lightning counts a step without a loss.
+    assert steps_of(tmp_path / "some") == [2, 8]
+
+    def optimize_by_hand(net: Any, returns: bool) -> None:
+        step, net.automatic_optimization = net.training_step, False
+
+        def train(batch: Any, batch_idx: int) -> Any:
+            optimizer, loss = net.optimizers(), step(batch, batch_idx)
+            optimizer.zero_grad()
+            net.manual_backward(loss)
+            optimizer.step()
+            return loss if returns else None
+
+        net.training_step = train
+
+    fit(tmp_path / "own", TracInCallback(rule=plain()), lambda net: optimize_by_hand(net, True))
+    assert steps_of(tmp_path / "own") == [1, 8]
+    with pytest.raises(UsageError, match="^TracInCallback gets no loss from training_step: got manual optimization"):
+        fit(tmp_path / "none", TracInCallback(rule=plain()), lambda net: optimize_by_hand(net, False))
 
 
 @lightning_warnings

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -15,10 +17,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, TracInCallback, build
+from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, TracInCallback, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
-from tracin_ann.errors import CheckpointError, TaskError, TracinAnnError, UsageError
+from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, TracinAnnError, UsageError
 from tracin_ann.task import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.integrations.weights import find_weights
 
@@ -237,6 +239,12 @@ def test_an_error_is_one_line_with_a_remedy(copied, fault):
     assert "; " in str(raised.value)
 
 
+def test_without_transformers_the_error_names_the_extra(copied, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingPackageError, match=r"transformers is not installed.*'tracin-ann\[transformers\]'"):
+        Task.from_transformers(copied.folder, copied.records)
+
+
 def test_a_damaged_file_of_weights_is_reported(copied):
     task = Task.from_transformers(copied.folder, copied.records)
     path = Path(task.checkpoints[1].path)
@@ -266,11 +274,13 @@ def test_a_checkpoint_folder_is_a_run_of_one_checkpoint(trained):
     run = trained("bert")
     task = Task.from_transformers(step_folders(run)[1], run.records)
     weights = find_weights(step_folders(run)[1])
-    assert task.checkpoints == (Checkpoint(weights, run.at_save[2 * SAVE_EVERY]),)
+    assert [(c.path, c.learning_rate) for c in task.checkpoints] == [(weights, run.at_save[2 * SAVE_EVERY])]
 
 
 def test_the_record_of_a_run_has_precedence(tmp_path):
-    run = trainer_runs.train("bert", tmp_path / "run", [TracInCallback()], save_strategy="no", logging_steps=1)
+    run = trainer_runs.train(
+        "bert", tmp_path / "run", callbacks=[TracInCallback()], save_strategy="no", logging_steps=1
+    )
     record = json.loads((run.folder / "tracin.json").read_text())["checkpoints"]
     task = Task.from_transformers(run.folder, run.records)
     assert [find_weights(run.folder / each["path"]) for each in record] == [c.path for c in task.checkpoints]
@@ -280,6 +290,18 @@ def test_the_record_of_a_run_has_precedence(tmp_path):
     expected = [sum(run.used[start:stop]) for start, stop in zip(steps, steps[1:], strict=False)]
     assert [c.largest_rate for c in summed.checkpoints] == pytest.approx(expected, rel=1e-6)
     load_into_model(task, 0)
+
+
+def test_a_task_can_be_sent_to_workers(trained, tmp_path):
+    run = trained("gpt2")
+    data = trainer_runs.write_jsonl(tmp_path / "rows.jsonl", run.records)
+    task = Task.from_transformers(run.folder, data)
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.checkpoints == task.checkpoints
+    assert torch.equal(sent.train_data()[3]["input_ids"], task.train_data()[3]["input_ids"])
+    assert {name: p.shape for name, p in sent.model().named_parameters()} == {
+        name: p.shape for name, p in task.model().named_parameters()
+    }
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "dataset", "save_to_disk", "callable"])

@@ -7,9 +7,11 @@ from tracin_ann.analysis.explanation import Explanation, explain
 from tracin_ann.analysis.hubs import Hubs, find_hubs
 from tracin_ann.analysis.mislabelled import Suspect, Suspects, Suspicion, find_mislabelled
 from tracin_ann.analysis.subset import SelectedRow, Subset, select
+from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation, TokenPart
 
 __all__ = [
     "Duplicates",
+    "ExampleName",
     "Explanation",
     "Hubs",
     "SelectedRow",
@@ -17,6 +19,8 @@ __all__ = [
     "Suspect",
     "Suspects",
     "Suspicion",
+    "TokenExplanation",
+    "TokenPart",
     "explain",
     "find_duplicates",
     "find_hubs",

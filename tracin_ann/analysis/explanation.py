@@ -1,4 +1,4 @@
-"""Parts of one score: the exact TracInCP score of a training row for a query, by checkpoint, layer and parameter."""
+"""Parts of one score: the exact TracInCP score of a training row for a query, by checkpoint and parameter or token."""
 
 from __future__ import annotations
 
@@ -7,18 +7,27 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from torch import nn
 
-from tracin_ann.choices import SIDE_NAMES, SideName
-from tracin_ann.errors import NonFiniteError, UsageError, problem
-from tracin_ann.features import LoadedModel
+from tracin_ann.analysis.pairs import CheckedPair, Pair, check_pair, compute_gradient
+from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation
+from tracin_ann.choices import SideName
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Directions, Fields, Id, Record, RowList, compute_full_gradients, parts_figure
-from tracin_ann.types import ProgressCallback
+from tracin_ann.scoring import (
+    Describe,
+    Fields,
+    Record,
+    RowList,
+    TokenSplitter,
+    parts_figure,
+    require_token_losses,
+    scale_in_place,
+    select_direction,
+)
+from tracin_ann.types import Float64, ProgressCallback
 
 MODEL = "(model)"
 """Name of the layer for parameters that belong to the model itself."""
@@ -42,25 +51,6 @@ class Part:
     parameter: str
     contribution: float
     share: float
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The training row and the query that are explained.
-
-    Attributes:
-        id: the task's own id of the training row, else its position.
-        row: position of the training row.
-        query: the task's own id of the query, else its position.
-        query_row: position of the query.
-        side: data set of the query.
-    """
-
-    id: Id
-    row: int
-    query: Id
-    query_row: int
-    side: SideName
 
 
 class Explanation(RowList[Part]):
@@ -140,6 +130,7 @@ class Explanation(RowList[Part]):
         return parts_figure(self.by_layer, self.by_checkpoint)
 
 
+@overload
 def explain(
     index: InfluenceIndex,
     train_id: int,
@@ -148,8 +139,34 @@ def explain(
     progress: ProgressCallback | None = None,
     *,
     checkpoints: Sequence[int] | None = None,
-) -> Explanation:
-    """Return the parts of the exact score of a training row for a query, one per parameter and checkpoint.
+    by: Literal["layer"] = "layer",
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    index: InfluenceIndex,
+    train_id: int,
+    query_id: int,
+    side: SideName = "query",
+    progress: ProgressCallback | None = None,
+    *,
+    checkpoints: Sequence[int] | None = None,
+    by: Literal["token"],
+) -> TokenExplanation: ...
+
+
+def explain(  # noqa: PLR0913
+    index: InfluenceIndex,
+    train_id: int,
+    query_id: int,
+    side: SideName = "query",
+    progress: ProgressCallback | None = None,
+    *,
+    checkpoints: Sequence[int] | None = None,
+    by: Literal["layer", "token"] = "layer",
+) -> Explanation | TokenExplanation:
+    """Return the parts of the exact score of a training row for a query, by parameter or by token, and checkpoint.
 
     The gradients of both rows are computed in float32, like the exact scores of a query, and multiplied in float64:
     Σ_c Σ_p η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4).
@@ -161,35 +178,65 @@ def explain(
         side: data set of the query, `query` or `train`, or `input` for an example that `index.lend` lends.
         progress: called with ("gradients", checkpoints done, checkpoints).
         checkpoints: positions of the checkpoints to sum over; None: all.
+        by: `layer`: an Explanation, one part per parameter and checkpoint, with sums by layer. `token`: a
+            TokenExplanation, one part per target position and checkpoint, for the row and for the query; this needs
+            `Task.token_losses`.
 
     Raises:
-        UsageError: a row or checkpoint does not exist, or the training row was removed from the index.
+        UsageError: a row or checkpoint does not exist, the training row was removed from the index, or the task has no
+            `token_losses`.
+        TaskError: `token_losses` do not sum to the loss.
         IndexMismatchError: the task does not match the index, by a recorded field or by a canary row.
         NonFiniteError: a loss or gradient of one of the rows is NaN or infinite.
     """
-    view, runner = index.view(checkpoints), index.runner
-    runner.check_ids("train", [train_id])
-    runner.check_ids(side, [query_id])
-    _check_present(index, train_id)
-    # This also computes the canary rows and rejects a task that changed.
-    query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
-    stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
+    if by == "token":
+        require_token_losses(index.task, "train")
+    checked = check_pair(index, train_id, query_id, side, checkpoints)
+    split = _split_by_token if by == "token" else _split_by_parameter
+    return split(index, checked, progress)
+
+
+def _split_by_parameter(index: InfluenceIndex, checked: CheckedPair, progress: ProgressCallback | None) -> Explanation:
+    pair = checked.pair
     products: list[tuple[int, str, str, float]] = []
-    with runner.model("fp32") as model:
+    with index.runner.model("fp32") as model:
         layers = find_layers(model.module)
-        for done, checkpoint in enumerate(view.checkpoints):
+        for done, checkpoint in enumerate(checked.checkpoints):
             model.load(checkpoint)
-            rate = model.rate
-            query_grads, train_grads = _gradient(model, side, query_id), _gradient(model, "train", train_id)
+            query_grads = compute_gradient(model, pair.side, pair.query_row)
+            train_grads = compute_gradient(model, "train", pair.row)
             for name, grad in query_grads.items():
-                product = rate * float(grad.flatten().double() @ train_grads[name].flatten().double())
+                product = model.rate * float(grad.flatten().double() @ train_grads[name].flatten().double())
                 products.append((checkpoint, layers[name], name, product))
             if progress is not None:
-                progress("gradients", done + 1, len(view.checkpoints))
+                progress("gradients", done + 1, len(checked.checkpoints))
     total = math.fsum(abs(product) for *_, product in products) or 1.0
     parts = [Part(c, layer, name, product, product / total) for c, layer, name, product in products]
-    pair = Pair(index.id_of("train", train_id), train_id, index.id_of(side, query_id), query_id, side)
-    return Explanation(parts, index.describe, pair, stored_score)
+    return Explanation(parts, index.describe, pair, checked.stored_score)
+
+
+def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: ProgressCallback | None) -> TokenExplanation:
+    """Return the parts of the row's tokens along the query's gradient, and of the query's along the row's."""
+    pair, task = checked.pair, index.runner.task
+    rows: list[tuple[ExampleName, SideName, int]] = [("row", "train", pair.row)]
+    if task.find_token_losses(pair.side) is not None:
+        rows.append(("query", pair.side, pair.query_row))
+    parts: dict[ExampleName, dict[int, Float64]] = {example: {} for example, *_ in rows}
+    with index.runner.model("fp32") as model:
+        splitters = {side: TokenSplitter(model, side) for _, side, _ in rows}
+        for done, checkpoint in enumerate(checked.checkpoints):
+            model.load(checkpoint)
+            gradients = {
+                "row": compute_gradient(model, pair.side, pair.query_row),
+                "query": compute_gradient(model, "train", pair.row),
+            }
+            for example, side, row in rows:
+                (exponent,) = scale_in_place(gradients[example])
+                (part_T,) = splitters[side].split([row], select_direction(gradients[example], 0))
+                parts[example][checkpoint] = np.ldexp(model.rate * part_T, exponent)
+            if progress is not None:
+                progress("gradients", done + 1, len(checked.checkpoints))
+    return TokenExplanation(parts, index.describe, pair, checked.stored_score)
 
 
 def find_layers(model: nn.Module) -> dict[str, str]:
@@ -200,57 +247,6 @@ def find_layers(model: nn.Module) -> dict[str, str]:
         owner = _PARAMETRISED.sub("", name.rpartition(".")[0])
         owners[id(parameter)].append(owner or MODEL)
     return {name: " + ".join(dict.fromkeys(owners[id(p)])) for name, p in model.named_parameters()}
-
-
-def _gradient(model: LoadedModel, side: SideName, row: int) -> Directions:
-    """Return the gradient of one example by parameter, [1, ...] each.
-
-    Raises:
-        NonFiniteError: the loss or a gradient is NaN or infinite.
-    """
-    try:
-        gradient = compute_full_gradients(model, side, [row])
-    except NonFiniteError as error:
-        raise NonFiniteError(f"this row of {SIDE_NAMES[side]} cannot be explained: {error}") from error
-    for name, grad in gradient.items():
-        if not bool(torch.isfinite(grad).all()):
-            raise NonFiniteError(
-                problem(
-                    f"the gradient of row {row} of {SIDE_NAMES[side]} at checkpoint {model.checkpoint} is not finite",
-                    got=f"NaN or infinity in {name}",
-                    expected="finite numbers",
-                    remedy="inspect this row and the weights of this checkpoint",
-                )
-            )
-    return gradient
-
-
-def _check_present(index: InfluenceIndex, row: int) -> None:
-    """Reject a training row that was removed or skipped.
-
-    Raises:
-        UsageError: the row was removed from the index.
-        NonFiniteError: the build skipped the row.
-    """
-    if row in index.removed:
-        raise UsageError(
-            problem(
-                f"row {row} of train_data was removed from the index",
-                got=row,
-                expected="a row of the index",
-                remedy="change --train-id",
-            )
-        )
-    skipped = dict(zip(index.skipped.row_S.tolist(), index.skipped.checkpoint_S.tolist(), strict=True))
-    if row in skipped:
-        raise NonFiniteError(
-            problem(
-                f"row {row} of train_data was skipped by the build",
-                got=f"NaN or infinity at checkpoint {skipped[row]}",
-                expected="a finite loss and gradient",
-                remedy="change --train-id",
-            )
-        )
 
 
 def _sum_by_key(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:

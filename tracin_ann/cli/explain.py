@@ -1,4 +1,4 @@
-"""tracin-explain: split the exact score of a training row for a query by layer and checkpoint."""
+"""tracin-explain: split the exact score of a training row for a query by layer or token, and by checkpoint."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tracin_ann.cli.index_options import (
 )
 from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import print_field_notes, show_progress
-from tracin_ann.cli.output import Sink, output_options
+from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
 from tracin_ann.cli.parameters import IdRanges
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.text import escape_control
 
 if TYPE_CHECKING:
-    from tracin_ann.analysis import Explanation
+    from tracin_ann.analysis import Explanation, TokenExplanation
     from tracin_ann.choices import SideName
     from tracin_ann.index import InfluenceIndex
 
-_MAX_COLUMNS = 6
+_MAX_COLUMNS, _MAX_TOKENS = 6, 40
 
 
 @command(
@@ -37,6 +37,7 @@ _MAX_COLUMNS = 6
     "tracin-explain runs/mnist --train-id 17 --query-train-id 40 --by parameter",
     "tracin-explain runs/mnist --train-id 17 --id 3 --output parts.csv",
     "tracin-explain runs/reviews --train-id 17 --text 'a slow start, then a fine film'",
+    "tracin-explain runs/text --train-id 17 --id 3 --by token --html tokens.html",
 )
 @directory_argument
 @click.option("--train-id", type=IdRanges(), required=True, help="The training row.")
@@ -47,50 +48,62 @@ _MAX_COLUMNS = 6
     "--by",
     default="layer",
     show_default=True,
-    type=click.Choice(["layer", "parameter"]),
-    help="One line of the table per layer or per parameter.",
+    type=click.Choice(["layer", "parameter", "token"]),
+    help="One line of the table per layer, per parameter, or per token of both rows (needs Task.token_losses).",
 )
 @checkpoints_option
 @own_ids_option
 @output_options
+@html_option
 @index_options
-def main(directory: str, form: str | None, output: str | None, by: str, **options: object) -> None:
-    """Split the exact score of a training row for a query by layer and checkpoint.
+def main(directory: str, form: str | None, output: str | None, html: str | None, by: str, **options: object) -> None:
+    """Split the exact score of a training row for a query by layer or token, and by checkpoint.
 
     The gradients of both rows are computed over all parameters. The parts sum to the score of `tracin-query --exact`.
     A share is a part divided by the sum of the absolute values of all parts. Files have one line per parameter and
-    checkpoint.
+    checkpoint; with `--by token`, one line per token and checkpoint, for the training row and for the query.
     """
     with pause_collector():
-        from tracin_ann.analysis import Explanation, explain
+        from tracin_ann.analysis import explain
 
     side, name = _query_option(options)
-    sink = Sink.from_options(form, output)
+    sink = Sink.from_options(form, output, html)
+    check_report_path(html)
     index = open_index(directory, options)
     row = resolve_one_position(index, "train", "train_id", options)
     examples = _open_single_input(index, options) if side == "input" else None
     query = 0 if side == "input" else resolve_one_position(index, side, name, options)
     with show_progress("checkpoints") as progress, nullcontext() if examples is None else index.lend(examples):
-        explanation = explain(
+        explanation = explain(  # type: ignore[call-overload]
             index,
             row,
             query,
             side,
             progress,
-            checkpoints=options["checkpoints"],  # type: ignore[arg-type]
+            checkpoints=options["checkpoints"],
+            by="token" if by == "token" else "layer",
         )
     if sink.form == "table":
-        _print_table(explanation, by)
+        _print_token_tables(explanation) if by == "token" else _print_table(explanation, by)
     else:
-        with sink.open(Explanation.FIELDS) as write:
+        with sink.open(explanation.FIELDS) as write:
             write(explanation)
     pair = explanation.pair
     print_field_notes(
         [
             ("exact score", f"{explanation.score:+.6g} of row {pair.id} for {side} {pair.query}"),
             ("stored score", f"{explanation.stored_score:+.6g}, difference {explanation.difference:+.3g}"),
+            *_describe_unsplit(explanation, by),
         ]
     )
+    write_html(explanation, html, index, options["checkpoints"])  # type: ignore[arg-type]
+
+
+def _describe_unsplit(explanation: Explanation | TokenExplanation, by: str) -> list[tuple[str, str]]:
+    """Return a note if the query's score is not split by token."""
+    if by != "token" or "query" in explanation.examples:  # type: ignore[union-attr]
+        return []
+    return [("query", "not split by token: the task has a query_loss and no query_token_losses")]
 
 
 def _query_option(options: dict[str, object]) -> tuple[SideName, str]:
@@ -154,3 +167,35 @@ def _print_table(explanation: Explanation, by: str) -> None:
         "all", *(f"{explanation.by_checkpoint[c]:+.4g}" for c in checkpoints), f"{explanation.score:+.4g}", net_share
     )
     Console(highlight=False).print(table)
+
+
+def _print_token_tables(explanation: TokenExplanation) -> None:
+    """Print a table for the row and one for the query: a line per token, the largest ones if there are many."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tracin_ann.scoring import join_lines
+
+    console, pair = Console(highlight=False), explanation.pair
+    titles = {"row": f"row {pair.id}", "query": f"{pair.side} {pair.query}"}
+    for example in explanation.examples:
+        tokens = explanation.by_token(example)
+        total = sum(abs(part) for _, part in tokens) or 1.0
+        order = sorted(range(len(tokens)), key=lambda at: -abs(tokens[at][1]))
+        shown, rest = sorted(order[:_MAX_TOKENS]), order[_MAX_TOKENS:]
+        table = Table(title=escape(join_lines(titles[example])), title_justify="left", show_edge=False, pad_edge=False)
+        table.add_column("position", justify="right")
+        table.add_column("token", overflow="fold")
+        for heading in ("part", "share"):
+            table.add_column(heading, justify="right")
+        for at in shown:
+            text, part = tokens[at]
+            table.add_row(str(at), escape(escape_control(text)), f"{part:+.4g}", f"{part / total:+.1%}")
+        if rest:
+            left = sum(tokens[at][1] for at in rest)
+            table.add_row("", f"{len(rest):,} smaller parts", f"{left:+.4g}", f"{left / total:+.1%}")
+        table.add_section()
+        table.add_row("", "all", f"{explanation.score:+.4g}", f"{explanation.score / total:+.1%}")
+        console.print(table)
+        console.print()

@@ -43,7 +43,7 @@ _EXCLUSIVE = {
         "ranks all training rows",
         (
             *("ids", "train_ids", "input", "text", "together", "against"),
-            *("cosine", "rerank", "candidates", "search", "recall"),
+            *("cosine", "rerank", "candidates", "search", "recall", "tokens"),
         ),
     ),
     "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
@@ -106,6 +106,7 @@ _EXCLUSIVE = {
 @filter_options
 @checkpoints_option
 @click.option("--cosine", is_flag=True, help="Use cosine at each checkpoint, weighted by the learning rate.")
+@click.option("--tokens", is_flag=True, help="Split the exact scores of the hits over their tokens.")
 @own_ids_option
 @output_options
 @html_option
@@ -144,16 +145,16 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     """Answer the queries, write the answers and print a summary."""
-    from tracin_ann.scoring import HITS, Answers, QueryOptions
+    from tracin_ann.scoring import HITS, HITS_BY_TOKEN, Answers, QueryOptions
 
     sides: dict[str, SideName] = {"ids": "query", "train_ids": "train", "against": "query"}
     rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]
-    names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall")
+    names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall", "tokens")
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
     inputs, together = open_inputs(index, options), bool(options["together"])
     summary = _Summary(len(index))
     reported = Answers((), partial(index.describe, examples=inputs), inputs)
-    with sink.open(HITS) as write, show_progress("rows") as progress:
+    with sink.open(HITS_BY_TOKEN if chosen.tokens else HITS) as write, show_progress("rows") as progress:
         for answers in _answer_in_batches(index, rows, inputs, chosen, together, progress):
             write(answers)
             summary.add(answers)

@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tracin_ann.scoring import Answers, Hit, RowList, RowText, format_cells, join_lines
+from tracin_ann.scoring import Answers, Hit, RowList, RowText, TokenTexts, format_cells, join_lines, match_tokens
 
 _MAX_TEXT, _GOOD_TEXT, _MIN_TEXT, _GAP = 48, 20, 8, 3
 """Widths of a text column: maximum, the width that detail columns are dropped for, minimum; and the gap of columns."""
+
+_MOST_TOKENS = 3
+"""Tokens of a hit in a table."""
 
 
 @singledispatch
@@ -31,11 +34,12 @@ def _(answers: Answers) -> None:
         title = ": ".join(join_lines(text) for text in (f"{answer.side} {answer.query}", *query_text) if text)
         texts = answers.texts if any(answers.texts("train", hit.row) for hit in answer.hits) else None
         scores = ("score", "for", "against") if answer.against else ("score",)
-        columns = [*scores, *([] if texts is None else ["text"])]
-        heads = [(head, head == "text") for side in ("proponent", "opponent") for head in (side, *columns)]
+        tokens = answers.tokens if any(hit.tokens for hit in answer.hits) else None
+        columns = [*scores, *([] if texts is None else ["text"]), *([] if tokens is None else ["tokens"])]
+        heads = [(head, head in ("text", "tokens")) for side in ("proponent", "opponent") for head in (side, *columns)]
         lines = []
         for place in range(max(len(answer.proponents), len(answer.opponents))):
-            cells = (_cells(texts, hits, place, len(scores)) for hits in (answer.proponents, answer.opponents))
+            cells = (_cells(texts, tokens, hits, place, len(scores)) for hits in (answer.proponents, answer.opponents))
             lines.append([cell for side in cells for cell in side])
         console.print(_table(console, heads, lines, title))
         if not answer.hits:
@@ -99,10 +103,20 @@ def _preferred_text_width(heads: Sequence[tuple[str, bool]], lines: Sequence[Seq
     return max(_MIN_TEXT, min(_GOOD_TEXT, max(widths))) if widths else 0
 
 
-def _cells(texts: RowText | None, hits: Sequence[Hit], place: int, n_scores: int) -> list[str]:
+def _cells(
+    texts: RowText | None, tokens: TokenTexts | None, hits: Sequence[Hit], place: int, n_scores: int
+) -> list[str]:
     if place >= len(hits):
-        return [""] * (1 + n_scores + (texts is not None))
+        return [""] * (1 + n_scores + (texts is not None) + (tokens is not None))
     hit = hits[place]
     scores = (hit.score, *hit.of_means, *[None] * n_scores)[:n_scores]
     shown = ["" if score is None else f"{score:+.4g}" for score in scores]
-    return [join_lines(str(hit.id)), *shown, *([] if texts is None else [join_lines(texts("train", hit.row) or "")])]
+    shown += [] if texts is None else [join_lines(texts("train", hit.row) or "")]
+    shown += [] if tokens is None else [_format_tokens(tokens("train", hit.row), hit.tokens or ())]
+    return [join_lines(str(hit.id)), *shown]
+
+
+def _format_tokens(texts: Sequence[str] | None, parts: Sequence[float]) -> str:
+    """Return the tokens with the largest absolute parts, the largest first."""
+    largest = sorted(match_tokens(texts, parts), key=lambda token: -abs(token[1]))[:_MOST_TOKENS]
+    return ", ".join(f"{join_lines(text)} {part:+.2g}" for text, part in largest if part)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -357,6 +358,25 @@ class LoadedModel:
         for read in self.runner.read(side, ids):
             yield self.batch(side, read)
 
+    def batches_without_padding(self, side: SideName, ids: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """Yield batches in which every example has the positions that it has alone, and the examples' places in `ids`.
+
+        `collate` pads the examples of a batch to one length. Examples that have the same shapes when each is collated
+        alone need no padding. An example with values of other types than tensors and numbers has its own batch.
+        """
+        data, collate = self.runner.data(side), self.runner.task.collate_rows
+        by_shape: dict[Any, list[int]] = {}
+        for place, row in enumerate(ids):
+            shapes = [_find_shape(leaf) for leaf in leaves(collate([data[row]]))]
+            key = place if None in shapes else tuple(shapes)
+            by_shape.setdefault(key, []).append(place)
+        size = self.runner.options.batch_size
+        for places in by_shape.values():
+            for start in range(0, len(places), size):
+                chosen = places[start : start + size]
+                rows = [ids[place] for place in chosen]
+                yield chosen, self.engine(side).batch(rows, [data[row] for row in rows])
+
     def probe(self, side: SideName) -> None:
         """Run the checks of the first batch of a side.
 
@@ -457,6 +477,13 @@ class _Load:
     losses_B: Tensor = field(default_factory=lambda: torch.zeros(0))
     confirmed: set[int] = field(default_factory=set)
     is_excluded: bool = False
+
+
+def _find_shape(leaf: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, an array or a number; None for a value that has none."""
+    if leaf is None or isinstance(leaf, int | float):
+        return ()
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor | np.ndarray | np.generic) else None
 
 
 def _are_close(losses_B: Tensor, expected_B: Tensor) -> bool:

@@ -202,12 +202,15 @@ class TaskData:
         """Return the ids that the task assigns to the rows of a side; the first call reads all rows."""
         if self.task.ids is None:
             return []
-        if side not in self._own_ids:
-            with preserve_globals():
-                data = self.data(side)
-                found = [self.task.id_of(data[i]) for i in range(len(data))]
-            self._own_ids[side] = [own for own in found if own is not None]
-        return self._own_ids[side]
+        if side in self._own_ids:
+            return self._own_ids[side]
+        with preserve_globals():
+            data = self.data(side)
+            found = [self.task.id_of(data[i]) for i in range(len(data))]
+        ids = [own for own in found if own is not None]
+        if side != "input":
+            self._own_ids[side] = ids
+        return ids
 
     def check_ids(self, side: SideName, ids: Sequence[int]) -> None:
         """Check that the data set of a side has rows with these ids.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from tracin_ann.gradients.autograd import detach_graph, require_grad
 from tracin_ann.gradients.buffers import Allocator, Scratch, allocate
 from tracin_ann.gradients.convolution_factor import Convolution, channels_last
+from tracin_ann.gradients.directional import DIFFERENTIATE, Derivatives
 from tracin_ann.gradients.engine import Batch, GradientEngine
 from tracin_ann.gradients.factors import (
     Dense,
@@ -37,7 +38,9 @@ __all__ = [
     "Allocator",
     "Batch",
     "Convolution",
+    "DIFFERENTIATE",
     "Dense",
+    "Derivatives",
     "Form",
     "GradientEngine",
     "GradientScales",

@@ -21,6 +21,7 @@ from tracin_ann.choices import Precision
 from tracin_ann.errors import GradientProofError, MisplacedRowsError, NonFiniteError, TaskError, first_line
 from tracin_ann.gradients.autograd import is_half_precision, plain_gradients, require_grad
 from tracin_ann.gradients.capture import LayerCapture, find_broadcast_parameters, find_covered_layers
+from tracin_ann.gradients.directional import DIFFERENTIATE, Derivatives
 from tracin_ann.gradients.factors import Dense, Sink, convert, form_dtype
 from tracin_ann.gradients.functional import derivatives_by_forward_mode, gradients_by_vmap
 from tracin_ann.gradients.layouts import OUTPUTS, PARAMETERS, LayoutReader, Layouts
@@ -83,8 +84,7 @@ class GradientEngine:
         precision: `fp32`: the model's own precision; `bf16`: forward with autocast, factors converted to float32.
 
     Attributes:
-        find_scales: returns the scales by which `run` multiplies gradients, or None, as after construction: gradients
-            are not scaled.
+        find_scales: returns `scales`; after construction, None.
     """
 
     def __init__(
@@ -111,6 +111,11 @@ class GradientEngine:
         self._n_batches = 0
         self._layouts = Layouts()
         self._capture = LayerCapture(model, {}, {}, LayoutReader(self._layouts))
+
+    @property
+    def scales(self) -> GradientScales | None:
+        """Return the scales by which `run` multiplies gradients; None: gradients are not scaled."""
+        return self.find_scales()
 
     @property
     def plan(self) -> Plan:
@@ -145,6 +150,28 @@ class GradientEngine:
         Gradients stay enabled during the forward, because a loss may compute gradients itself.
         """
         return self.losses(batch).detach()
+
+    def differentiate(
+        self, method: str, batch: Batch, losses: LossFunction, direction: Mapping[str, Tensor]
+    ) -> Derivatives:
+        """Return losses [B, T] and their derivatives along a direction, in the model's own precision.
+
+        Args:
+            method: a key of `DIFFERENTIATE`.
+            batch: the examples.
+            losses: `(model, batch) -> Tensor[B, T]`.
+            direction: by parameter, flattened: a gradient, or a sum of gradients, as `run` passes them on.
+
+        Raises:
+            Exception: the method does not support the model; any type that PyTorch raises.
+        """
+        tangents = {}
+        for name, part in direction.items():
+            parameter = self.parameters[name]
+            # The scale of a gradient's parameter is in the direction, and here in the derivative.
+            scaled = part if self.scales is None else self.scales.apply(name, part)
+            tangents[name] = scaled.reshape(parameter.shape).to(parameter)
+        return DIFFERENTIATE[method](self._model, losses, self.parameters, tangents, batch.inputs)
 
     def is_half_precision(self, batch: Batch) -> bool:
         """Return whether the losses of a batch are computed in half precision, whatever the parameters' dtype."""
@@ -192,15 +219,13 @@ class GradientEngine:
         return lambda name, form, rows: sink(name, convert(form, self._form_dtype), rows)
 
     def _scale_forms(self, sink: Sink) -> Sink:
-        scales = self.find_scales()
-        return sink if scales is None else scales.wrap(sink)
+        return sink if self.scales is None else self.scales.wrap(sink)
 
     def scale(self, grad_P: Tensor) -> Tensor:
         """Return a gradient [P] of all parameters, as by `compute_alone`, scaled like those that `run` passes on."""
-        scales = self.find_scales()
-        if scales is None:
+        if self.scales is None:
             return grad_P
-        return scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
+        return self.scales.apply_flat(grad_P, {name: p.numel() for name, p in self.parameters.items()})
 
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         plan = self.plan

@@ -29,7 +29,7 @@ def gradients_by_vmap(
         inputs: a batch.
         tensors: replacements of the batch's tensors, in the order of a walk over the batch; B rows each.
     """
-    wrapped = _LossModule(model, losses)
+    wrapped = LossModule(model, losses)
 
     def one(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
         batch = rebuild(inputs, [t.unsqueeze(0) for t in example])
@@ -59,12 +59,12 @@ def derivatives_by_forward_mode(
         # PyTorch itself emits this warning when forward mode is first used.
         warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
         dual = forward_ad.make_dual(parameter.detach(), torch.ones_like(parameter))  # type: ignore[no-untyped-call]
-        values = functional_call(_LossModule(model, losses), {f"model.{name}": dual}, (inputs,))
+        values = functional_call(LossModule(model, losses), {f"model.{name}": dual}, (inputs,))
         tangent: Tensor | None = forward_ad.unpack_dual(values).tangent  # type: ignore[no-untyped-call]
     return None if tangent is None else tangent.detach()
 
 
-class _LossModule(nn.Module):
+class LossModule(nn.Module):
     """The user's loss as a module, so that `functional_call` replaces parameters in all of it."""
 
     def __init__(self, model: nn.Module, losses: Losses) -> None:
@@ -73,4 +73,5 @@ class _LossModule(nn.Module):
         self._losses = losses
 
     def forward(self, batch: Any) -> Tensor:
+        """Return the losses of a batch."""
         return self._losses(self.model, batch)

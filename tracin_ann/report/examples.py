@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tracin_ann.choices import SideName
@@ -13,6 +13,7 @@ from tracin_ann.errors import UsageError
 from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.images import PageImages
+from tracin_ann.scoring import match_tokens
 from tracin_ann.task import Description
 
 LABEL = "label"
@@ -51,6 +52,7 @@ class ExampleView:
         n_cut: number of characters or tokens that were cut off.
         image: the CSS class of its image; "" if there is none.
         tokens: its tokens, displayed instead of the text.
+        positions: its positions with scores, displayed after the text, if it has no tokens.
         table: names and values.
         label: its label, "" if it is not known.
         note: what cannot be displayed, and why.
@@ -60,6 +62,7 @@ class ExampleView:
     n_cut: int = 0
     image: str = ""
     tokens: tuple[Token, ...] = ()
+    positions: tuple[Token, ...] = ()
     table: tuple[tuple[str, str], ...] = ()
     label: str = ""
     note: str = ""
@@ -72,7 +75,11 @@ class ExampleView:
     @property
     def is_wide(self) -> bool:
         """Return whether it needs the full width of a line."""
-        return bool(self.tokens or self.table) or len(self.text) > _LONG_TEXT or not (self.image or self.text)
+        return (
+            bool(self.tokens or self.positions or self.table)
+            or len(self.text) > _LONG_TEXT
+            or not (self.image or self.text)
+        )
 
     @property
     def alt(self) -> str:
@@ -97,6 +104,15 @@ class Examples:
         if key not in self._views:
             self._views[key] = self._read(side, row)
         return self._views[key]
+
+    def shade(self, side: SideName, row: int, scores: Sequence[float]) -> ExampleView:
+        """Return the view of a row with scores of its tokens, or of its positions if it has no tokens."""
+        view = self.view(side, row)
+        matched = list(match_tokens([token.text for token in view.tokens], scores))
+        tokens = _shade_tokens([text for text, _ in matched], [score for _, score in matched])[:MOST_CHARACTERS]
+        if view.tokens:
+            return replace(view, tokens=tokens, n_cut=max(view.n_cut, len(matched) - MOST_CHARACTERS))
+        return replace(view, positions=tokens)
 
     def _read(self, side: SideName, row: int) -> ExampleView:
         label = "" if side != "train" or self._labels is None else format_value(self._labels[row])
@@ -174,7 +190,10 @@ def _make_tokens(description: Description) -> tuple[Token, ...]:
     tokens = [str(token) for token in description.tokens or ()]
     if description.token_scores is None:
         return tuple(Token(token) for token in tokens)
-    scores = [float(score) for score in description.token_scores]
+    return _shade_tokens(tokens, [float(score) for score in description.token_scores])
+
+
+def _shade_tokens(tokens: Sequence[str], scores: Sequence[float]) -> tuple[Token, ...]:
     largest = max(map(abs, scores), default=0.0) or 1.0
     return tuple(Token(t, round(s / largest, 3), f"{s:+.3g}") for t, s in zip(tokens, scores, strict=True))
 

@@ -15,6 +15,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from tracin_ann.analysis import ExampleName, TokenExplanation
 from tracin_ann.choices import SideName
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 from tracin_ann.files import open_output
@@ -23,7 +24,7 @@ from tracin_ann.report.examples import Examples
 from tracin_ann.report.figures import Figure, answer_figures, row_figures
 from tracin_ann.report.images import PageImages
 from tracin_ann.report.suspects import build_suspect_views, find_neighbours, has_rows, make_saved_records
-from tracin_ann.report.views import ScoredCheckpoints, ViewBuilder
+from tracin_ann.report.views import ScoredCheckpoints, ViewBuilder, format_score
 from tracin_ann.scoring import Answer, Answers, RankedRows, RowList, format_cells, score_ranks_figure
 from tracin_ann.task import preserve_globals
 from tracin_ann.text import escape_control, escape_json
@@ -41,6 +42,13 @@ _RANKED_LEAD = (
 _SUSPECTS_LEAD = (
     "Training rows to check, the most suspicious first. Check the rows, choose those with errors, and save them."
 )
+
+_TOKENS_LEAD = (
+    "The score of a training row for a query, split over the target positions of both. The part of a token is that of "
+    "the loss at its position. The parts of each example sum to the score; blue parts are positive, orange ones "
+    "negative. The tables contain the largest parts."
+)
+_MOST_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,8 @@ class _PageRenderer:
 
     def render_list(self, results: RowList[Any], title: str | None) -> Iterator[str]:
         """Return the pieces of a page of training rows, or of a table if the records are not training rows."""
+        if isinstance(results, TokenExplanation):
+            return self._render_tokens(results, title)
         records = results.records()
         if not has_rows(records):
             return self._render_table(results, title)
@@ -222,6 +232,32 @@ class _PageRenderer:
             notes=notes,
             data=_encode_script_json(data),
             has_choices=bool(views),
+        )
+
+    def _render_tokens(self, explanation: TokenExplanation, title: str | None) -> Iterator[str]:
+        """Return the pieces of a page of the tokens of a training row and of a query."""
+        pair, template, body = explanation.pair, self._templates.get_template("tokens.html"), []
+        sides: dict[ExampleName, tuple[str, SideName, int]] = {
+            "row": (f"training row {pair.id}", "train", pair.row),
+            "query": (f"{'training row' if pair.side == 'train' else 'query'} {pair.query}", pair.side, pair.query_row),
+        }
+        for example in explanation.examples:
+            name, side, row = sides[example]
+            tokens = list(enumerate(explanation.by_token(example)))
+            total = sum(abs(part) for _, (_, part) in tokens) or 1.0
+            largest = sorted(tokens, key=lambda token: -abs(token[1][1]))[:_MOST_TOKENS]
+            rows = [(str(t), text, format_score(part), f"{part / total:+.1%}") for t, (text, part) in largest if part]
+            view = self._examples.shade(side, row, explanation.by_position(example))
+            names = ("position", "token", "part", "share")
+            body.append(template.render(anchor=example, name=name, example=view, names=names, rows=rows))
+        return self._render(
+            title=title or f"Tokens of a score in {self.index.directory.resolve().name}",
+            lead=_TOKENS_LEAD,
+            items="examples",
+            heading=f"Score {format_score(explanation.score)}",
+            is_wide=True,
+            body=body,
+            is_interactive=False,
         )
 
     def _render_table(self, results: RowList[Any], title: str | None) -> Iterator[str]:

@@ -160,7 +160,10 @@ class ViewBuilder:
         )
 
     def _build_hit(self, hit: Hit, scale: tuple[float, float], label: str) -> HitView:
-        example = self._examples.view("train", hit.row)
+        if hit.tokens is None:
+            example = self._examples.view("train", hit.row)
+        else:
+            example = self._examples.shade("train", hit.row, hit.tokens)
         error = 0.0 if hit.is_exact or hit.error is None else hit.error
         return HitView(
             id=str(hit.id),

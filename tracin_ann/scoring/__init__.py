@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
-from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence
-from tracin_ann.scoring.formats import HITS, RANKED, Fields, Record, RowText, format_cells, join_lines, open_writer
+from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence, scale_in_place
+from tracin_ann.scoring.formats import (
+    HITS,
+    HITS_BY_TOKEN,
+    RANKED,
+    Fields,
+    Record,
+    RowText,
+    format_cells,
+    join_lines,
+    open_writer,
+)
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
@@ -17,8 +27,9 @@ from tracin_ann.scoring.plots import (
 )
 from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import QueryRequest, Ranker
-from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList
+from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList, TokenTexts, make_token_texts
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
+from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
 
 __all__ = [
     "Answer",
@@ -28,6 +39,7 @@ __all__ = [
     "Fields",
     "GREY",
     "HITS",
+    "HITS_BY_TOKEN",
     "Hit",
     "Id",
     "OPPONENT",
@@ -42,6 +54,8 @@ __all__ = [
     "RowText",
     "SearchIndexOptions",
     "SelfInfluence",
+    "TokenSplitter",
+    "TokenTexts",
     "build_search_index",
     "checkpoints_figure",
     "compute_full_gradients",
@@ -49,9 +63,14 @@ __all__ = [
     "exact_self_influence",
     "format_cells",
     "join_lines",
+    "make_token_texts",
+    "match_tokens",
     "norms_figure",
     "open_writer",
     "parts_figure",
     "render_svg",
+    "require_token_losses",
+    "scale_in_place",
     "score_ranks_figure",
+    "select_direction",
 ]

@@ -29,6 +29,7 @@ class QueryOptions:
         recall: recall@10 of the stored features' ranking that inverted lists have to reach; None: the build's target.
         rows: which training rows may be hits.
         cosine: cosine instead of inner product at each checkpoint, averaged with weights η_c.
+        tokens: split the exact score of each hit over its target positions (`Hit.tokens`).
     """
 
     k: int = 10
@@ -40,6 +41,7 @@ class QueryOptions:
     search: Search = "auto"
     recall: float | None = None
     rows: RowFilter = field(default_factory=RowFilter)
+    tokens: bool = False
 
     @property
     def n_candidates(self) -> int:
@@ -68,6 +70,10 @@ class QueryOptions:
                     "bad --recall", got=self.recall, expected="more than 0 and less than 1", remedy="change --recall"
                 )
             )
+        if self.cosine and self.tokens:
+            raise UsageError(
+                problem("--tokens splits inner products", got="--cosine", expected="no cosine", remedy="remove one")
+            )
         if self.cosine and (self.exact or self.rerank == "exact"):
             raise UsageError(
                 problem(
@@ -93,6 +99,8 @@ class Hit(NamedTuple):
             to that score.
         of_means: for a contrast, the scores for the mean of the first set and for that of the second; `score` is their
             difference.
+        tokens: the exact TracInCP score split over the row's target positions, if the options request it; the parts sum
+            to the exact score, whichever score `score` is.
     """
 
     id: Id
@@ -102,6 +110,7 @@ class Hit(NamedTuple):
     error: float | None = None
     by_checkpoint: tuple[float, ...] = ()
     of_means: tuple[float, ...] = ()
+    tokens: tuple[float, ...] | None = None
 
     @property
     def is_exact(self) -> bool:

@@ -103,7 +103,7 @@ class ExactScorer:
         checkpoints: Sequence[int],
         progress: Callable[[int], None] | None,
     ) -> None:
-        self._model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
+        self.model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         self._block_queries = max(1, _DIRECTION_BYTES // entries)
         self._caches = len(checkpoints) * len(queries) * entries <= _DIRECTION_BYTES
@@ -121,32 +121,42 @@ class ExactScorer:
         requested_QN = np.ones(scores_QN.shape, dtype=bool) if requested_QN is None else requested_QN
         # Rows of the same queries are adjacent, so that a batch needs the directions of few queries.
         order_N = np.lexsort((requested_QN.sum(0), requested_QN.argmax(0)))
-        for checkpoint in self._checkpoints:
-            if self._model.checkpoint != checkpoint:
-                self._model.load(checkpoint)
-            rate = self._model.rate
-            for first in range(0, n_queries, self._block_queries):
-                block = slice(first, first + self._block_queries)
-                chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
-                directions, exponent_Q = self._load_directions(checkpoint, first)
-                products_QN = _compute_inner_products(
-                    self._model,
-                    directions,
-                    [rows[i] for i in chosen_N],
-                    requested_QN[block][:, chosen_N],
-                    self._progress,
-                )
-                scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
+        for rate, block, directions, exponent_Q in self.blocks():
+            chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
+            products_QN = _compute_inner_products(
+                self.model,
+                directions,
+                [rows[i] for i in chosen_N],
+                requested_QN[block][:, chosen_N],
+                self._progress,
+            )
+            scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
         scores_QN[~requested_QN] = 0
         _check_finite(scores_QN, rows)
         return scores_QN
+
+    def blocks(self) -> Iterator[tuple[float, slice, Directions, Int64]]:
+        """Load one checkpoint after another, and yield blocks of queries at each.
+
+        Yields:
+            η_c; the place of the block; its scaled directions; the exponents [Q] that undo the scaling.
+        """
+        for checkpoint in self._checkpoints:
+            if self.model.checkpoint != checkpoint:
+                self.model.load(checkpoint)
+            for first in range(0, len(self._queries), self._block_queries):
+                yield (
+                    self.model.rate,
+                    slice(first, first + self._block_queries),
+                    *self._load_directions(checkpoint, first),
+                )
 
     def _load_directions(self, checkpoint: int, first: int) -> tuple[Directions, Int64]:
         """Return the scaled directions of a block of queries, and the exponents [Q] that undo the scaling."""
         cached = self._cache.get((checkpoint, first))
         if cached is None:
             directions = self._compute_directions(first)
-            cached = directions, _scale_in_place(directions)
+            cached = directions, scale_in_place(directions)
             if self._caches:
                 self._cache[checkpoint, first] = cached
         return cached
@@ -154,18 +164,18 @@ class ExactScorer:
     def _compute_directions(self, first: int) -> Directions:
         side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
         if mixture_GQ is None:
-            return compute_full_gradients(self._model, side, ids[first : first + self._block_queries])
+            return compute_full_gradients(self.model, side, ids[first : first + self._block_queries])
         total: Directions = {}
         for start in range(0, len(ids), self._block_queries):
             chosen = slice(start, start + self._block_queries)
             weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._block_queries, chosen]))
-            for name, direction in compute_full_gradients(self._model, side, ids[chosen]).items():
+            for name, direction in compute_full_gradients(self.model, side, ids[chosen]).items():
                 mixed = weight_GQ.to(direction) @ direction
                 total[name] = total[name] + mixed if name in total else mixed
         return total
 
 
-def _scale_in_place(directions: Directions) -> Int64:
+def scale_in_place(directions: Directions) -> Int64:
     """Scale each direction by a power of two, so that inner products neither overflow nor underflow.
 
     Returns the exponents [Q] that undo the scaling.

@@ -65,6 +65,9 @@ HITS = Fields(
         ("text", "text"),
     )
 )
+_PLACE = HITS.names.index("strange")
+HITS_BY_TOKEN = Fields((*HITS.kinds[:_PLACE], ("tokens", "floats"), *HITS.kinds[_PLACE:]))
+"""The fields of hits whose scores are split by token."""
 RANKED = Fields((("rank", "int"), ("id", "id"), ("row", "int"), ("score", "float"), ("text", "text")))
 
 
@@ -116,7 +119,7 @@ def join_lines(text: str) -> str:
 
 
 def _hit_record(hit: Hit) -> Record:
-    return {
+    record = {
         "id": hit.id,
         "row": hit.row,
         "score": hit.score,
@@ -125,6 +128,7 @@ def _hit_record(hit: Hit) -> Record:
         "by_checkpoint": list(hit.by_checkpoint) or None,
         "of_means": list(hit.of_means) or None,
     }
+    return record if hit.tokens is None else {**record, "tokens": list(hit.tokens)}
 
 
 def _drop_missing(record: Record) -> Record:

@@ -21,6 +21,7 @@ from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
 from tracin_ann.scoring.quality import pair_deviations
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
+from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.store import FeatureStore, IndexRecord
 from tracin_ann.types import Float32, Float64, Int64, TopK
@@ -166,6 +167,7 @@ class Ranker:
             counts = proponents.rows_scored + opponents.rows_scored
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
         hits = self._select_hits(request, each_QF, weighted_QF, ranked)
+        hits = self._split_hits(request, hits) if request.options.tokens else hits
         return [
             Answer(
                 query=self._name_query(request, members),
@@ -210,6 +212,18 @@ class Ranker:
         hits = tuple(map(Hit._make, zip(*columns, strict=False)))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
         return list(zip(lists[::2], lists[1::2], strict=True))
+
+    def _split_hits(
+        self, request: QueryRequest, hits: Sequence[tuple[tuple[Hit, ...], tuple[Hit, ...]]]
+    ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
+        """Return the hits with their exact scores by token."""
+        rows = [[hit.row for hit in (*best, *worst)] for best, worst in hits]
+        with make_exact_scorer(self.runner, request.queries(), request.checkpoints) as scorer:
+            parts = [iter(of_query) for of_query in split_scores(scorer, rows)]
+        return [
+            tuple(tuple(hit._replace(tokens=tuple(next(own).tolist())) for hit in side) for side in sides)  # type: ignore[misc]
+            for sides, own in zip(hits, parts, strict=True)
+        ]
 
     def _complete_parts(
         self, request: QueryRequest, weighted_QF: Float32, best: ScoredRows, starts: Sequence[int]

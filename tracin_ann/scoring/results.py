@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, ClassVar, TypeVar
 
@@ -11,6 +11,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.scoring.answers import Answer, SelfInfluence
 from tracin_ann.scoring.formats import (
     HITS,
+    HITS_BY_TOKEN,
     RANKED,
     Fields,
     Record,
@@ -27,6 +28,7 @@ from tracin_ann.text import escape_control
 
 T = TypeVar("T")
 Describe = Callable[[SideName, int], Description | None]
+TokenTexts = Callable[[SideName, int], Sequence[str] | None]
 _SHOWN = 20
 
 
@@ -42,9 +44,16 @@ class Answers(list[Answer]):
     def __init__(self, answers: Iterable[Answer], describe: Describe, examples: Any = None) -> None:
         super().__init__(answers)
         self.texts, self.examples = _make_texts(describe), examples
+        self.tokens = make_token_texts(describe)
+
+    @property
+    def fields(self) -> Fields:
+        """Return the fields of the records: `formats.HITS`, and `tokens` if scores are split by token."""
+        has_tokens = any(hit.tokens is not None for answer in self for hit in answer.hits)
+        return HITS_BY_TOKEN if has_tokens else HITS
 
     def records(self) -> list[Record]:
-        """Return a record for every hit, with the fields of `formats.HITS`."""
+        """Return a record for every hit, with the fields of `fields`."""
         return [record for answer in self for record in answer_records(answer, self.texts)]
 
     def lines(self) -> list[Record]:
@@ -52,12 +61,12 @@ class Answers(list[Answer]):
         return [answer_line(answer, self.texts) for answer in self]
 
     def to_pandas(self) -> Any:
-        """Return a DataFrame with one row per hit and the columns of `formats.HITS`.
+        """Return a DataFrame with one row per hit and the columns of `fields`.
 
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        return to_frame(self.records(), HITS)
+        return to_frame(self.records(), self.fields)
 
     def plot(self) -> Any:
         """Return a matplotlib Figure of the scores of each query.
@@ -138,6 +147,16 @@ def _make_texts(describe: Describe) -> RowText:
         return None if described is None else described.text
 
     return text
+
+
+def make_token_texts(describe: Describe) -> TokenTexts:
+    """Return a function that returns the tokens of a row, or None if it has none."""
+
+    def tokens(side: SideName, row: int) -> list[str] | None:
+        described = describe(side, row)
+        return None if described is None or not described.tokens else [str(token) for token in described.tokens]
+
+    return tokens
 
 
 def _render_answer(answer: Answer, texts: RowText) -> str:

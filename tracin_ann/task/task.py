@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from tracin_ann.errors import TaskError, problem
+from tracin_ann.choices import SideName
+from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.nested import default_batch
 
 # Examples of the functions of a Task, for error messages.
@@ -27,6 +28,8 @@ EXAMPLES = {
     "columns": 'columns=lambda row: {"label": row[1]}',
     "ids": "ids=lambda row: row[2]",
     "read_query": 'read_query=lambda record: encode(record["text"])',
+    "token_losses": "token_losses=lambda model, batch: ...",
+    "query_token_losses": "query_token_losses=lambda model, batch: ...",
 }
 _MAX_SHOWN = 6
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -55,6 +58,10 @@ class Task:
         read_query: record -> example as in query_data, for queries that are not in query_data: `tracin-query --input`
             and `--text`. A record is a dict: of a line of JSON Lines, a row of CSV or Parquet, `{"text": str}` or
             `{"image": PIL.Image.Image}`.
+        token_losses: `token_losses(model, batch) -> Tensor[B, T]`, the terms of `loss` by target position: their sum
+            over T is the loss of each example, and positions without a loss are 0. Position t belongs to token t of
+            `Description.tokens`. It splits scores by token; None: they are not split.
+        query_token_losses: the same for `query_loss`; without `query_loss`, `token_losses` applies to queries too.
     """
 
     model: Callable[[], nn.Module]
@@ -70,6 +77,8 @@ class Task:
     columns: Callable[[Any], Mapping[str, Any]] | None = None
     ids: Callable[[Any], int | str] | None = None
     read_query: Callable[[Any], Any] | None = None
+    token_losses: LossFunction | None = None
+    query_token_losses: LossFunction | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
@@ -78,7 +87,10 @@ class Task:
             TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
         """
         required = ("model", "loss", "train_data", "query_data")
-        optional = ("query_loss", "collate", "describe", "load", "columns", "ids", "read_query")
+        optional = (
+            *("query_loss", "collate", "describe", "load", "columns", "ids", "read_query"),
+            *("token_losses", "query_token_losses"),
+        )
         for name in required + optional:
             value = getattr(self, name)
             if not callable(value) and not (name in optional and value is None):
@@ -305,6 +317,12 @@ class Task:
             )
         return plain
 
+    def find_token_losses(self, side: SideName) -> LossFunction | None:
+        """Return the function that splits the loss of a side's examples by position, or None if there is none."""
+        if side == "train" or (self.query_loss is None and self.query_token_losses is None):
+            return self.token_losses
+        return self.query_token_losses
+
     def describe_example(self, example: Any) -> Description | None:
         """Return the description of an example, or None without `describe`."""
         if self.describe is None:
@@ -483,26 +501,30 @@ class Checkpoint:
         return cls(path, learning_rate, key=key)
 
     @classmethod
-    def from_run(cls, folder: str | os.PathLike[str], *, summed: bool = False) -> list[Checkpoint]:
+    def from_run(cls, folder: str | os.PathLike[str], *, rates: Literal["at", "sum"] = "at") -> list[Checkpoint]:
         """Return the checkpoints of a run that `RunRecorder` recorded, in training order, with their learning rates.
 
         Args:
             folder: the folder that contains `tracin.json`.
-            summed: use the sum of the rates of the steps since the checkpoint before, instead of the rate of the last
-                step: η_i for all steps that a checkpoint represents (Pruthi et al. 2020, section 3.3).
+            rates: "at": the learning rates of the last step before the checkpoint; "sum": the sums of the rates of the
+                steps since the checkpoint before, which are η_i of all steps that the checkpoint represents (Pruthi et
+                al. 2020, section 3.3).
 
         Raises:
             CheckpointError: there is no record, it is damaged, one of its files is missing, or it has no sums.
+            UsageError: `rates` has another value.
         """
         from tracin_ann.task.integrations.run_record import (  # noqa: PLC0415 - only for such runs
             read_run_record,
             select_rates,
         )
 
+        if rates not in ("at", "sum"):
+            raise UsageError(problem("bad rates", got=repr(rates), expected="'at' or 'sum'", remedy="change rates"))
         record = read_run_record(folder)
         return [
-            cls(record.folder / checkpoint.path, rates, checkpoint.optimizer and record.folder / checkpoint.optimizer)
-            for checkpoint, rates in zip(record.checkpoints, select_rates(record, summed=summed), strict=True)
+            cls(record.folder / checkpoint.path, rate, checkpoint.optimizer and record.folder / checkpoint.optimizer)
+            for checkpoint, rate in zip(record.checkpoints, select_rates(record, summed=rates == "sum"), strict=True)
         ]
 
 

@@ -33,11 +33,11 @@ if hasattr(torch.nn, "RMSNorm"):
 def find_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule that applies to a layer, or None.
 
-    A subclass uses the rule of its parent if it keeps the parent's `forward`; an embedding with a forward of its own
-    uses the rule of the lookup inside it. A layer that is not a PyTorch layer is
-    recognised by its parameters: one vector (LlamaRMSNorm and similar layers) or one matrix (Hugging Face's Conv1D).
-    Adapter layers of PEFT have rules of their own.
-    As for every layer, the gradients are verified on the first batch.
+    A subclass uses the rule of its parent if it keeps the parent's `forward`. With a forward of its own, an embedding
+    uses the rule of the lookup inside it, and a linear layer that of linear layers of other libraries. A layer that is
+    not a PyTorch layer is recognised by its parameters: one vector (LlamaRMSNorm and similar layers) or one matrix
+    (Hugging Face's Conv1D). Adapter layers of PEFT have rules of their own. As for every layer, the gradients are
+    verified on the first batch.
     """
     if is_adapter(module):
         if is_part_of_adapter(module):
@@ -48,9 +48,21 @@ def find_rule(module: nn.Module) -> LayerRule | None:
         rule = RULES.get(kind)
         if rule is not None:
             inherited: Any = kind
-            own = rule if type(module).forward is inherited.forward else LOOKUP if rule is EMBEDDING else None
+            own = rule if type(module).forward is inherited.forward else _find_rule_of_forward(rule, module)
             return own if own is not None and own.applies(module) else None
     if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.nn."):
         # TorchScript calls its layers without their hooks.
         return None
     return CUSTOM_NORM if is_norm(module) else CUSTOM_LINEAR if is_linear(module) else None
+
+
+def _find_rule_of_forward(rule: LayerRule, module: nn.Module) -> LayerRule | None:
+    """Return the rule of a subclass with a forward of its own, or None.
+
+    Args:
+        rule: that of the parent.
+        module: the layer.
+    """
+    if rule is LINEAR and is_linear(module):
+        return CUSTOM_LINEAR
+    return LOOKUP if rule is EMBEDDING else None

@@ -185,10 +185,14 @@ class TracInCallback:
         ids, recorder = self._options["ids"], self._recorder
         if ids is not None:
             recorder.add_ids(batch[ids] if isinstance(ids, str) else ids(batch), step=trainer.global_step)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None and module.automatic_optimization:
+            # training_step left the batch out.
+            return
         # Lightning divides the loss of each batch whose gradients it accumulates.
         scale = trainer.accumulate_grad_batches if module.automatic_optimization else 1
         epoch = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
-        if recorder.update(_find_loss(outputs) * scale, step=trainer.global_step, epoch=epoch):
+        if recorder.update(_require_loss(loss) * scale, step=trainer.global_step, epoch=epoch):
             recorder.save()
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
@@ -238,18 +242,17 @@ def _describe_sharding(what: str) -> str:
     )
 
 
-def _find_loss(outputs: Any) -> float:
+def _require_loss(loss: Any) -> float:
     """Return the loss that `training_step` of Lightning returned.
 
     Raises:
         UsageError: there is none.
     """
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if loss is None:
         raise UsageError(
             problem(
                 "TracInCallback gets no loss from training_step",
-                got=type(outputs).__name__,
+                got="manual optimization without a returned loss",
                 expected="a loss, or a dict with the key 'loss'",
                 remedy="return the loss from training_step",
             )

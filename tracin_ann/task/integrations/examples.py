@@ -92,6 +92,7 @@ class Encoder:
                     remedy="return dicts from the data set",
                 )
             )
+        record = self._name_columns(record)
         if self.kind == "image-classification":
             example = self._encode_image(record)
         elif _IDS in record:
@@ -103,6 +104,13 @@ class Encoder:
         if LABELS not in example:
             example |= self._make_labels(record, example)
         return example
+
+    def _name_columns(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a record; that of a typed text or of a picture file with this task's name of the column."""
+        for name, column in (("text", self.columns.text), ("image", self.columns.image)):
+            if column and set(record) == {name}:
+                return {column: record[name]}
+        return record
 
     def _encode_image(self, record: Mapping[str, Any]) -> Example:
         if _PIXELS in record:

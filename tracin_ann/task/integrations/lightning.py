@@ -409,7 +409,8 @@ def _list_optimizers(configured: object) -> Iterator[torch.optim.Optimizer]:
     if isinstance(configured, torch.optim.Optimizer):
         yield configured
     elif isinstance(configured, Mapping):
-        yield configured["optimizer"]
+        # Dicts of schedulers have no optimizer.
+        yield from _list_optimizers(configured.get("optimizer"))
     elif isinstance(configured, Sequence):
         for item in configured:
             yield from _list_optimizers(item)

@@ -44,7 +44,7 @@ class TokenLosses:
         """Return the losses [B, T] of a batch, a mapping with `labels` and the model's inputs."""
         inputs, labels_BT = _split(batch)
         if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = _shift_right(model, labels_BT)
+            inputs |= _make_decoder_inputs(model, labels_BT)
         logits_BTV = widen(model(**inputs).logits)
         if self.kind == "causal-lm":
             logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
@@ -137,10 +137,13 @@ def _split(batch: Any) -> tuple[dict[str, Any], Tensor]:
     return inputs, batch[LABELS]
 
 
-def _shift_right(model: Any, labels_BT: Tensor) -> Tensor:
-    """Return the decoder's inputs for labels, by the model's own function."""
-    shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels_BT)
-    return shifted
+def _make_decoder_inputs(model: Any, labels_BT: Tensor) -> dict[str, Tensor]:
+    """Return the argument from which the decoder's inputs follow: the labels shifted by the model's own function.
+
+    Without this function, the labels are passed, and the model shifts them in its forward.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return {LABELS: labels_BT} if shift is None else {"decoder_input_ids": shift(labels=labels_BT)}
 
 
 def _guess_problem_type(logits_BV: Tensor, labels: Tensor) -> str:

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError, first_line, problem
 from tracin_ann.task.integrations.architectures import Kind, find_class, find_kind, load_config, make_model_from_config
-from tracin_ann.task.integrations.rates import ADAPTER_CONFIG, Rate, TrainerCheckpoint, read_trainer_rates
+from tracin_ann.task.integrations.rates import (
+    ADAPTER_CONFIG,
+    Rate,
+    TrainerCheckpoint,
+    find_optimizer,
+    read_trainer_rates,
+)
 from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, check_rates, make_encoder, read_rates
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.state_dicts import error_lines, join_complaints, read_content
@@ -474,7 +480,10 @@ def make_run_task(
     kind = options.kind or _KINDS.get(str(content.get("task_type")))
     config = _adapt_config(load_config(base), kind, folders[-1])
     rates = _read_rates(runs, checkpoints, options)
-    found = [Checkpoint(find_adapter_weights(folder), rate) for folder, rate in zip(folders, rates, strict=True)]
+    found = [
+        Checkpoint(find_adapter_weights(folder), rate, second_moments=find_optimizer(folder))
+        for folder, rate in zip(folders, rates, strict=True)
+    ]
     check_rates(runs[0], options.rates, found)
     # The tokenizer may be in the folder of the run only.
     places = [Path(runs[0]), *reversed(folders), folders[-1].resolve().parent, base]

@@ -73,9 +73,13 @@ class ImageFolder(Rows):
 
 
 def _find_pictures(folder: Path) -> Iterator[Path]:
-    """Yield the pictures below a folder, sorted by path."""
+    """Yield the pictures below a folder, sorted by path; links are followed, except to a folder that was searched."""
+    searched: set[str] = set()
     for directory, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[:1] != ".")
+        searched.add(os.path.realpath(directory))
+        folders[:] = sorted(
+            name for name in folders if name[:1] != "." and os.path.realpath(Path(directory, name)) not in searched
+        )
         yield from (Path(directory, name) for name in sorted(files) if name[:1] != "." and is_image_file(name))
 
 

@@ -64,6 +64,12 @@ def list_trainer_checkpoints(run: str | os.PathLike[str]) -> list[TrainerCheckpo
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def find_optimizer(folder: Path) -> Path | None:
+    """Return the file of the optimizer's state in a checkpoint folder; None without one (`save_only_model`)."""
+    path = folder / _OPTIMIZER
+    return path if path.is_file() else None
+
+
 def read_trainer_rates(run: str | os.PathLike[str], rates: Rates = "at") -> list[Rate]:
     """Return the learning rate of each of a run's checkpoints, in the order of `list_trainer_checkpoints`.
 

@@ -45,7 +45,7 @@ class LossFall:
         smoothing: β, in [0, 1).
     """
 
-    fractions: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    fractions: Sequence[float] = (0.1, 0.2, 0.4, 0.6, 0.8)
     floor: float = 0.0
     smoothing: float = 0.9
 

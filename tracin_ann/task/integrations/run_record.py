@@ -115,16 +115,16 @@ def select_rates(record: RunRecord, *, summed: bool = False) -> list[Rates]:
     """
     if not summed:
         return [checkpoint.learning_rates for checkpoint in record.checkpoints]
-    rates = [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
-    known = [each for each in rates if each is not None]
-    if len(known) < len(rates):
-        step = record.checkpoints[rates.index(None)].step
+    sums = [checkpoint.summed_learning_rates for checkpoint in record.checkpoints]
+    known = [each for each in sums if each is not None]
+    if len(known) < len(sums):
+        step = record.checkpoints[sums.index(None)].step
         raise CheckpointError(
             problem(
                 f"{record.folder / RECORD} has no sum of learning rates at step {step}",
                 got="steps that were not recorded, for example before the run was resumed",
                 expected="the sum of the rates since the checkpoint before",
-                remedy="use the rates of the last steps (summed=False)",
+                remedy="use the rates of the last steps (rates='at')",
             )
         )
     return known

@@ -41,6 +41,7 @@ from tracin_ann.task.integrations.rates import (
     Rate,
     Rates,
     TrainerCheckpoint,
+    find_optimizer,
     list_trainer_checkpoints,
     read_trainer_rates,
 )
@@ -160,7 +161,10 @@ def make_task(
     folders += [Path(run).resolve().parent] if checkpoints[0].path == Path(run) else []
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
-    found = [Checkpoint(find_weights(each.path), rate) for each, rate in zip(checkpoints, rates, strict=True)]
+    found = [
+        Checkpoint(find_weights(each.path), rate, second_moments=find_optimizer(each.path))
+        for each, rate in zip(checkpoints, rates, strict=True)
+    ]
     check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
     assert not isinstance(chosen.dtype, str)
@@ -195,8 +199,6 @@ def assemble_task(
     train = EncodedRows(open_records(data[0]), encoder)
     query = train if data[1] is None else EncodedRows(open_records(data[1]), encoder)
     describer = Describer(encoder)
-    # `Task.token_losses` splits scores by token.
-    more = {"token_losses": token_losses} if "token_losses" in Task.__dataclass_fields__ else {}
     train[0], query[0]  # noqa: B018 - the first rows show whether the data have the columns that are needed
     return Task(
         model=model,
@@ -210,7 +212,7 @@ def assemble_task(
         columns=LabelColumn(describer) if describer.name_label(train[0]) is not None else None,
         load=load,
         read_query=encoder,
-        **more,
+        token_losses=token_losses,
     )
 
 
