@@ -209,7 +209,7 @@ class Ranker:
             if request.n_against
             else itertools.repeat(()),
         )
-        hits = tuple(map(Hit._make, zip(*columns, strict=False)))
+        hits = tuple(map(Hit, *columns))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
         return list(zip(lists[::2], lists[1::2], strict=True))
 
