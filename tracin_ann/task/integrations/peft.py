@@ -267,8 +267,9 @@ class _Adapters:
         base = _share_parameters(kept, {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in state})
         try:
             with warnings.catch_warnings():
-                # Advice for merging an adapter into an int8 model, and for layers that PEFT knows under other names.
+                # Advice for merging an adapter into an int8 model, and a function that transformers has renamed.
                 warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 model: nn.Module = peft.get_peft_model(base, config, adapter_name=_ADAPTER)
         except Exception as error:
             raise CheckpointError(self._describe_mismatch(base, content, _explain(error))) from error
