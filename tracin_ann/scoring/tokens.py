@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,9 +27,26 @@ from tracin_ann.scoring.exact import Directions, ExactScorer
 from tracin_ann.task import LossFunction, Task
 from tracin_ann.types import Float64
 
-# The largest difference of Σ_t ℓ_t and ℓ, relative to Σ_t |ℓ_t|; and the one of the sum of the parts and the inner
-# product, relative to the sum of the absolute parts, and to the product of the norms.
-_FULL, _HALF = (1e-4, 1e-4, 1e-5), (2e-2, 5e-2, 2e-2)
+
+@dataclass(frozen=True)
+class _Tolerances:
+    """The largest differences by rounding.
+
+    Attributes:
+        loss: of Σ_t ℓ_t and ℓ, relative to Σ_t |ℓ_t|.
+        forward: of the sum of the parts by forward mode and the inner product, relative to the sum of the absolute
+            parts, and to ‖∇ℓ‖·‖v‖. Forward mode and autograd may differ, in operations under `no_grad` or in an
+            embedding with `padding_idx`, so that it is small.
+        backward: the same by the other methods, which have the semantics of autograd.
+    """
+
+    loss: float
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+
+
+_FULL = _Tolerances(1e-4, (1e-5, 1e-6), (1e-3, 5e-4))
+_HALF = _Tolerances(2e-2, (2e-2, 5e-3), (5e-2, 0.15))
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +86,7 @@ class TokenSplitter:
         if model.runner.task.find_token_losses("train") is self._losses:
             self._name = "token_losses"
         self._methods = list(DIFFERENTIATE)
-        self._tolerances: tuple[float, float, float] | None = None
+        self._tolerances: _Tolerances | None = None
 
     def split(self, ids: Sequence[int], direction: Mapping[str, Tensor]) -> list[Float64]:
         """Return ⟨∇ℓ_t(z), v⟩ of each example and position, [T] each; T is that of the example in a batch of one.
@@ -160,7 +178,7 @@ class TokenSplitter:
         assert self._tolerances is not None
         loss_BT = found.loss_BT.double()
         size_B = torch.maximum(loss_BT.abs().sum(1), loss_B.abs())
-        wrong = (~((loss_BT.sum(1) - loss_B).abs() <= self._tolerances[0] * size_B + 1e-12)).nonzero().flatten()
+        wrong = (~((loss_BT.sum(1) - loss_B).abs() <= self._tolerances.loss * size_B + 1e-12)).nonzero().flatten()
         if len(wrong):
             first = int(wrong[0])
             what = "query_loss" if self._side != "train" and self._model.runner.task.query_loss else "loss"
@@ -176,7 +194,8 @@ class TokenSplitter:
     def _find_difference(self, part_BT: Tensor, product_B: Tensor, norm_B: Tensor) -> int | None:
         """Return an example whose parts do not sum to its inner product, or None."""
         assert self._tolerances is not None
-        _, relative, absolute = self._tolerances
+        is_forward = self._methods[0] == next(iter(DIFFERENTIATE))
+        relative, absolute = self._tolerances.forward if is_forward else self._tolerances.backward
         largest_B = relative * part_BT.abs().sum(1) + absolute * norm_B
         wrong = (~((part_BT.sum(1) - product_B).abs() <= largest_B)).nonzero().flatten()
         return int(wrong[0]) if len(wrong) else None
