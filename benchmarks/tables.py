@@ -145,16 +145,18 @@ def attribution() -> str:
 
 
 def adapters() -> str:
-    """Return the time per row of a build for adapters, and that of a training step."""
+    """Return the time per row of extraction for adapters, and that of a training step."""
     content = read_results("adapters")
-    rows: list[Row] = [("adapter", "trained parameters", "training step, µs/row", "build, µs/row", "step/build")]
+    rows: list[Row] = [
+        ("adapter", "trained parameters", "training step, µs/row", "extraction, µs/row", "step/extraction")
+    ]
     for row in content["results"]:
         costs = (f"{row[key]:,.0f}" for key in ("parameters", "plain_us", "row_us"))
         rows.append((row["adapter"], *costs, f"{row['ratio']:.2f}"))
     settings, result = content["settings"], content["results"][0]
     scope = (
-        f"complete builds by `tracin_ann.build`, D = {settings['dim']:,}, {settings['batch_size']} rows per batch; "
-        "other settings are the defaults. The base is a Llama with 12 layers and "
+        f"feature extraction alone, with reading of rows, D = {settings['dim']:,}, {settings['batch_size']} rows per "
+        "batch; CPU times on one thread. The base is a Llama with 12 layers and "
         f"{result['base_parameters'] / 1e6:.1f} M frozen parameters; 64 tokens per row, rank {result['rank']}. The "
         "training step is forward and backward of the adapter."
     )

@@ -1,9 +1,9 @@
-"""Time per row of a build for LoRA adapters of a 12-layer Llama, compared with a LoRA training step of the same rows.
+"""Time per row of feature extraction for adapters of a 12-layer Llama, compared with a training step of the same rows.
 
-The plain step is a batched forward and backward of the adapter's parameters alone, as in training without dropout. The
-time per row of a build is the difference between builds of two sizes, which excludes the fixed costs: start, the base
-model, probes and proofs. Rounds (large build, small build, plain step) are interleaved in one process; the medians are
-reported. Times are CPU times of the process: with one thread, they are those of a machine without other load.
+The training step is a batched forward and backward of the adapter's parameters alone, without dropout. Extraction reads
+and collates rows, and computes their features as in a build, without writing them. Batches of extraction and training
+steps alternate, and medians over batches are reported. Times are CPU times of the process: with one thread, they are
+those of a machine without other load. Every 64th batch of a build also has a check, with one more backward.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,12 +21,17 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.results import report_results
-from tracin_ann import BuildConfig, Checkpoint, Task, build
+from tracin_ann import Checkpoint, Task
+from tracin_ann.features import RunOptions, TaskRunner
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
+from tracin_ann.sketch import make_sketch
 
 RESULT = "adapters"
 WIDTH, LAYERS, VOCABULARY, LENGTH, RANK = 288, 12, 512, 64, 8
 ATTENTION = ["q_proj", "v_proj"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Batches before the measured ones: the first batches are verified and checked.
+EARLY = 18
 CASES: dict[str, dict[str, Any]] = {
     "LoRA of queries and values": {"target_modules": ATTENTION},
     "LoRA of all linear layers": {"target_modules": LINEAR},
@@ -66,77 +69,61 @@ def compute_loss(model: Any, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(1)
 
 
-def time_plain_step(model: nn.Module, rows: list[Tensor], size: int) -> float:
-    """Return the CPU seconds per row of batched forward and backward of the adapter, with collating."""
-    start_s = time.process_time()
-    for start in range(0, len(rows), size):
-        model.zero_grad()
-        compute_loss(model, torch.stack(rows[start : start + size])).sum().backward()
-    return (time.process_time() - start_s) / len(rows)
-
-
-def time_build(folder: str, rows: list[Tensor], size: int, dim: int) -> float:
-    """Return the CPU seconds of a complete build over the adapter in a folder."""
-    task = Task(
-        model=make_base,
-        loss=compute_loss,
-        train_data=lambda: rows,
-        query_data=lambda: rows[:4],
-        checkpoints=[Checkpoint(folder, learning_rate=0.1)],
-        collate=torch.stack,
-    ).with_adapters()
-    with tempfile.TemporaryDirectory() as out:
-        start_s = time.process_time()
-        build(task, Path(out) / "index", BuildConfig(dim=dim, batch_size=size, yardstick=False))
-        return time.process_time() - start_s
+def run_step(model: nn.Module, rows: list[Tensor]) -> None:
+    """Run forward and backward of the adapter for one batch, with collating."""
+    model.zero_grad()
+    compute_loss(model, torch.stack(rows)).sum().backward()
 
 
 def measure_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     model, size = make_adapted(name), options.batch_size
-    step = time_plain_step(model, make_rows(4 * size), size)
-    batches = max(4, round(options.seconds / step / size))
-    small, large = make_rows(size * max(1, batches // 4)), make_rows(size * (batches + max(1, batches // 4)))
-    build_s, plain_s = [], []
+    rows = make_rows(size * (EARLY + options.batches))
+    plain_s, extract_s = [], []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-
-        def time_row() -> float:
-            seconds = [time_build(folder, rows, size, options.dim) for rows in (large, small)]
-            return (seconds[0] - seconds[1]) / (len(large) - len(small))
-
-        measures: tuple[tuple[list[float], Callable[[], float]], ...] = (
-            (build_s, time_row),
-            (plain_s, lambda: time_plain_step(model, large[len(small) :], size)),
-        )
-        for round_ in range(options.rounds + 1):
-            for times, measure in measures:
-                seconds = measure()
-                if round_:  # the first round is a warm-up
-                    times.append(seconds)
+        task = Task(
+            model=make_base,
+            loss=compute_loss,
+            train_data=lambda: rows,
+            query_data=lambda: rows[:4],
+            checkpoints=[Checkpoint(folder, learning_rate=0.1)],
+            collate=torch.stack,
+        ).with_adapters()
+        runner = TaskRunner(task, RunOptions(torch.device("cpu"), size))
+        with runner.model() as loaded:
+            loaded.load(0)
+            extractor = FeatureExtractor(
+                loaded, FeatureOptions(make_sketch("factored", options.dim), 0, rank_one=frozenset())
+            )
+            features = extractor.stream("train", runner.read("train", range(len(rows))))
+            for _ in range(EARLY):
+                next(features)
+            for _ in range(options.batches):
+                start_s = time.process_time()
+                next(features)
+                middle_s = time.process_time()
+                run_step(model, rows[:size])
+                extract_s.append(middle_s - start_s)
+                plain_s.append(time.process_time() - middle_s)
+    ratios = [step / own for step, own in zip(plain_s, extract_s, strict=True)]
     return {
         "adapter": name,
         "rank": RANK,
         "base_parameters": sum(p.numel() for p in make_base().parameters()),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "row_us": median(build_s) * 1e6,
-        "plain_us": median(plain_s) * 1e6,
-        "ratio": median(p / o for p, o in zip(plain_s, build_s, strict=True)),
-        "rounds_ratio": [p / o for p, o in zip(plain_s, build_s, strict=True)],
+        "row_us": median(extract_s) / size * 1e6,
+        "plain_us": median(plain_s) / size * 1e6,
+        "ratio": median(ratios),
+        "batches_ratio": ratios,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--adapters", nargs="+", default=list(CASES), choices=list(CASES), help="adapters to measure")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows per batch")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per batch")
     parser.add_argument("--dim", type=int, default=1024, help="sketch dimensions per checkpoint")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=4.0,
-        help="seconds of plain steps that correspond to the difference between the two builds",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    parser.add_argument("--batches", type=int, default=20, help="number of measured batches")
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -470,7 +470,7 @@ def test_an_adapter_of_a_trainer_run_has_its_second_moments(tmp_path):
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
         return peft.get_peft_model(type(plain).from_pretrained(base), config)
 
-    trained = trainer_runs.train("llama", tmp_path / "run", add_adapter, learning_rate=0.05)
+    trained = trainer_runs.train("llama", tmp_path / "run", change=add_adapter, learning_rate=0.05)
     task = Task.from_transformers(trained.folder, trained.records)
     build(task, tmp_path / "out", replace(ADAM, dim=64))
     scores = np.zeros((2, len(trained.records)))

@@ -23,6 +23,7 @@ from runs import Small, batches, cross_entropy, make_images
 from tracin_ann import Checkpoint, LossFall, RunRecorder, TracInCallback
 from tracin_ann.errors import CheckpointError, UsageError
 from tracin_ann.task import has_run_record, read_order, read_run_record
+from tracin_ann.task.integrations.transformers import list_checkpoints
 
 ROWS = make_images(12)
 
@@ -407,6 +408,8 @@ def test_the_trainer_is_recorded_with_its_rates_moments_and_order(trainer: Calla
         assert checkpoint.epoch == pytest.approx(checkpoint.step / 3)
         with safe_open(record.folder / str(checkpoint.optimizer), "pt") as file:
             assert all(torch.equal(file.get_tensor(n), v) for n, v in moments[checkpoint.step].items())
+    found = list_checkpoints(record.folder)
+    assert [each.second_moments for each in found] == [record.folder / str(c.optimizer) for c in record.checkpoints]
     last = type(job.model).from_pretrained(record.folder / record.checkpoints[-1].path, local_files_only=True)
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), job.model.parameters(), strict=True))
     order = list(read_order(record.folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) 
     context.meta[DEBUG] = value
 
 
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
 class _StderrHandler(logging.Handler):
     """Writes records to the current `sys.stderr`, which a progress bar replaces while it is drawn."""
 
@@ -117,7 +121,13 @@ class _StderrHandler(logging.Handler):
 
 
 def _start_logging(context: click.Context, parameter: click.Parameter, value: int) -> None:
-    if not value or context.resilient_parsing:
+    if context.resilient_parsing:
+        return
+    if not value:
+        # transformers imports torchao if it is installed, which logs warnings that do not concern a user of commands.
+        for noisy in map(logging.getLogger, _NOISY_LOGGERS):
+            context.call_on_close(partial(noisy.setLevel, noisy.level))
+            noisy.setLevel(logging.ERROR)
         return
     logger, handler = logging.getLogger("tracin_ann"), _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))

@@ -27,7 +27,6 @@ from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
     Rate,
     TrainerCheckpoint,
-    find_optimizer,
     read_trainer_rates,
 )
 from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, check_rates, make_encoder, read_rates
@@ -268,8 +267,9 @@ class _Adapters:
         base = _share_parameters(kept, {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in state})
         try:
             with warnings.catch_warnings():
-                # Advice for merging an adapter into an int8 model, and for layers that PEFT knows under other names.
+                # Advice for merging an adapter into an int8 model, and a function that transformers has renamed.
                 warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 model: nn.Module = peft.get_peft_model(base, config, adapter_name=_ADAPTER)
         except Exception as error:
             raise CheckpointError(self._describe_mismatch(base, content, _explain(error))) from error
@@ -480,8 +480,8 @@ def make_run_task(
     config = _adapt_config(load_config(base), kind, folders[-1])
     rates = _read_rates(runs, checkpoints, options)
     found = [
-        Checkpoint(find_adapter_weights(folder), rate, second_moments=find_optimizer(folder))
-        for folder, rate in zip(folders, rates, strict=True)
+        Checkpoint(find_adapter_weights(each.path), rate, second_moments=each.second_moments)
+        for each, rate in zip(checkpoints, rates, strict=True)
     ]
     check_rates(runs[0], options.rates, found)
     # The tokenizer may be in the folder of the run only.

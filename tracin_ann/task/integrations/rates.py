@@ -31,10 +31,12 @@ class TrainerCheckpoint:
     Attributes:
         path: the folder.
         step: the number of updates of the weights before it was saved.
+        second_moments: the file of Adam's second moments: the optimizer's state, or one of a record; None without one.
     """
 
     path: Path
     step: int
+    second_moments: Path | None = None
 
 
 def list_trainer_checkpoints(run: str | os.PathLike[str]) -> list[TrainerCheckpoint]:

@@ -162,7 +162,7 @@ def make_task(
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
     found = [
-        Checkpoint(find_weights(each.path), rate, second_moments=find_optimizer(each.path))
+        Checkpoint(find_weights(each.path), rate, second_moments=each.second_moments)
         for each, rate in zip(checkpoints, rates, strict=True)
     ]
     check_rates(run, chosen.rates, found)
@@ -224,9 +224,18 @@ def list_checkpoints(run: str | os.PathLike[str]) -> list[TrainerCheckpoint]:
         CheckpointError: the record is damaged, or a checkpoint is missing.
     """
     if not has_run_record(run):
-        return list_trainer_checkpoints(run)
+        found = list_trainer_checkpoints(run)
+        return [replace(each, second_moments=find_optimizer(each.path)) for each in found]
     record = read_run_record(run)
-    return [TrainerCheckpoint(record.folder / each.path, each.step) for each in record.checkpoints]
+    paths = [record.folder / each.path for each in record.checkpoints]
+    moments = [
+        find_optimizer(path) if each.optimizer is None else record.folder / each.optimizer
+        for path, each in zip(paths, record.checkpoints, strict=True)
+    ]
+    return [
+        TrainerCheckpoint(path, each.step, own)
+        for path, each, own in zip(paths, record.checkpoints, moments, strict=True)
+    ]
 
 
 def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_checkpoints: int) -> list[Rate]:
