@@ -493,6 +493,26 @@ def test_tensors_of_an_adapter_are_loaded_strictly(runs, tmp_path, change):
     check_error(error.value, f"{change} base_model.model.model.layers.")
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("without", [0, 1])
+def test_all_adapters_set_the_same_tensors(tmp_path, without):
+    """Otherwise the embedding of one checkpoint would stay in the model for the next one."""
+    config = make_lora(target_modules=["embed_tokens", "v_proj"])
+    base, folder = make_adapter(tmp_path / "0", config)
+    folders = [folder, make_adapter(tmp_path / "1", config)[1]]
+    path = folders[without] / "adapter_model.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("embed_tokens.base_layer.weight"))
+    save_file({key: value for key, value in state.items() if key != name}, path)
+    task = make_task(base, *folders)
+    model = make_model(task)
+    task.load(model, str(folders[0]))
+    with pytest.raises(CheckpointError) as error:
+        task.load(model, str(folders[1]))
+    what = "missing" if without else "unknown"
+    check_error(error.value, "sets other tensors than", f"got {what} base_model.model.model.embed_tokens.base_layer")
+
+
 def test_adapters_with_other_scales_are_rejected(runs, tmp_path):
     folder = copy_run(runs["lora"], tmp_path / "run")
     path = folder / "checkpoint-6" / "adapter_config.json"

@@ -311,7 +311,19 @@ class _Adapters:
         path = _find_folder(path)
         if path != self.folder:
             _check_same_config(self.folder, read_adapter_config(self.folder), path, read_adapter_config(path))
-        self._fill(model, read_weights(path), path)
+        written = self._fill(model, read_weights(path), path)
+        missing = sorted(self.written - written)
+        if missing or written - self.written:
+            unknown = sorted(written - self.written)
+            complaints = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown]
+            raise CheckpointError(
+                problem(
+                    f"adapter {path} sets other tensors than {self.folder}",
+                    got=join_complaints(complaints),
+                    expected=f"the same {len(self.written)} tensors",
+                    remedy="save the embedding layers with all adapters or with none (save_embedding_layers)",
+                )
+            )
 
     def find_written(self, model: nn.Module) -> frozenset[str]:
         """Return the names of the tensors that `load` sets in a model that `make_model` returned."""
