@@ -36,7 +36,7 @@ class Columns:
         text: the text; for token classification a list of words.
         text_pair: a second text, used if the column exists.
         label: the label: an int, a name of the config's `label2id`, a float, or a list; "": `labels` or `label`.
-        target: the text that a sequence-to-sequence model has to write.
+        target: the text that a sequence-to-sequence model is trained to write.
         image: a PIL image; "": `image` or `img`.
     """
 
@@ -51,7 +51,7 @@ class Columns:
 class Encoder:
     """Turns a record into an example: tensors by the names of the model's arguments.
 
-    A record that has `input_ids` or `pixel_values` is taken as it is, without columns that the model does not take.
+    A record that has `input_ids` or `pixel_values` is used as it is, without columns that the model does not take.
     Other records are tokenised, or processed as images. Labels are those of the record, except that the labels of a
     causal language model are its tokens if there are none. Those of a masked language model are chosen by a hash of the
     tokens if there are none, so that a row always has the same masks: 15% of its tokens, at least one, of which 80% are
@@ -81,7 +81,7 @@ class Encoder:
         """Return the example of a record.
 
         Raises:
-            TaskError: the record has not the columns that the kind of task needs.
+            TaskError: the record lacks columns that the kind of task needs.
         """
         if not isinstance(record, Mapping):
             raise TaskError(
@@ -106,7 +106,7 @@ class Encoder:
         return example
 
     def _name_columns(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a record; that of a typed text or of a picture file with this task's name of the column."""
+        """Return a record. The column of a text or picture from the command line gets the name that the task uses."""
         for name, column in (("text", self.columns.text), ("image", self.columns.image)):
             if column and set(record) == {name}:
                 return {column: record[name]}
@@ -148,7 +148,7 @@ class Encoder:
         """Return the tokens of words; the label of a word is that of its first token."""
         encoded = self.tokenizer(words, is_split_into_words=True, **options)
         example = {name: torch.tensor(encoded[name]) for name in encoded if name in self.inputs}
-        given = [self._label_id(label) for label in self._read_label(record)]
+        given = [self._find_label_id(label) for label in self._read_label(record)]
         places = encoded.word_ids()
         starts = [place is not None and place not in places[:t] for t, place in enumerate(places)]
         example[LABELS] = torch.tensor(
@@ -187,24 +187,24 @@ class Encoder:
     def _encode_label(self, record: Mapping[str, Any]) -> Tensor:
         """Return the label of an example; -100 for a class if the record has none."""
         is_class = getattr(self.config, "problem_type", None) in (None, "single_label_classification")
-        if is_class and self._label_column(record) is None:
+        if is_class and self._find_label_column(record) is None:
             return torch.tensor(IGNORED)
         label = self._read_label(record)
         if isinstance(label, str | int) and not isinstance(label, bool):
-            return torch.tensor(self._label_id(label))
+            return torch.tensor(self._find_label_id(label))
         return torch.as_tensor(label)
 
-    def _label_column(self, record: Mapping[str, Any]) -> str | None:
+    def _find_label_column(self, record: Mapping[str, Any]) -> str | None:
         names = [self.columns.label] if self.columns.label else _LABEL_COLUMNS
         return next((name for name in names if record.get(name) is not None), None)
 
     def _read_label(self, record: Mapping[str, Any]) -> Any:
-        name = self._label_column(record)
+        name = self._find_label_column(record)
         if name is None:
             raise TaskError(_no_column_message(record, "label", repr(self.columns.label or _LABEL_COLUMNS[1])))
         return record[name]
 
-    def _label_id(self, label: Any) -> int | float:
+    def _find_label_id(self, label: Any) -> int | float:
         """Return the number of a label that is a name, or a number as text."""
         if not isinstance(label, str):
             return int(label) if not isinstance(label, float) else label
