@@ -70,7 +70,7 @@ def test_groups_with_one_rate_give_a_number(tmp_path):
     assert read_trainer_rates(tmp_path) == [0.1]
 
 
-def test_a_run_without_rates_is_refused(tmp_path):
+def test_a_run_without_rates_is_rejected(tmp_path):
     write_checkpoint(tmp_path, 5, {})
     with pytest.raises(TaskError, match=r"are unknown: got no scheduler.pt.*; pass rates="):
         read_trainer_rates(tmp_path)
