@@ -281,13 +281,13 @@ class InfluenceIndex:
         """Return the proponents and opponents of examples that are not in the index.
 
         An example gets the answer that it would get as a row of `query_data`, to the bit. It is named by its id from
-        `Task.ids`, or else by its position; its side is `input`. The answers keep the examples, to describe them.
+        `Task.ids`, or else by its position; its side is `input`. The answers contain the examples, to describe them.
 
         Args:
             examples: a list or a map-style data set of examples as `query_data` has them, each as before `collate`.
             options: see QueryOptions.
             progress: called with (stage, done, total).
-            ids: positions of the examples to ask about; None: all.
+            ids: positions of the examples that are queries; None: all.
             together: one answer, to the mean of the gradients of the examples.
 
         Raises:

@@ -21,7 +21,7 @@ def import_pyarrow(purpose: str = "frames and Parquet") -> tuple[Any, Any]:
         import pyarrow  # noqa: PLC0415
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
-        raise missing_package("pyarrow", "pyarrow", purpose, "tables") from error
+        raise make_missing_package_error("pyarrow", "pyarrow", purpose, "tables") from error
     return pyarrow, parquet
 
 
@@ -38,10 +38,10 @@ def import_pillow(purpose: str, module: str = "Image") -> Any:
     try:
         return import_module(f"PIL.{module}")
     except ImportError as error:
-        raise missing_package("Pillow", "PIL", purpose, "report") from error
+        raise make_missing_package_error("Pillow", "PIL", purpose, "report") from error
 
 
-def missing_package(package: str, module: str, purpose: str, extra: str) -> MissingPackageError:
+def make_missing_package_error(package: str, module: str, purpose: str, extra: str) -> MissingPackageError:
     """Return the error for a package that is not installed.
 
     Args:
@@ -69,7 +69,9 @@ def import_transformers(module: str = "") -> Any:
     try:
         import transformers  # noqa: PLC0415
     except ImportError as error:
-        raise missing_package("transformers", "transformers", "runs of the Trainer", "transformers") from error
+        raise make_missing_package_error(
+            "transformers", "transformers", "runs of the Trainer", "transformers"
+        ) from error
     return import_module(f"transformers.{module}") if module else transformers
 
 
@@ -82,5 +84,5 @@ def import_datasets() -> Any:
     try:
         import datasets  # noqa: PLC0415
     except ImportError as error:
-        raise missing_package("datasets", "datasets", "folders of save_to_disk", "datasets") from error
+        raise make_missing_package_error("datasets", "datasets", "folders of save_to_disk", "datasets") from error
     return datasets

@@ -188,7 +188,7 @@ def test_every_part_equals_a_backward_pass_of_its_position(built: tuple[Case, In
         assert sum(found.by_checkpoint().values()) == pytest.approx(found.score)
 
 
-def test_hits_have_the_parts_of_their_exact_scores_whatever_the_batch(
+def test_hits_have_the_parts_of_their_exact_scores_in_any_batch(
     built: tuple[Case, InfluenceIndex],
 ) -> None:
     case, index = built

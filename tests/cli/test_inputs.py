@@ -111,7 +111,7 @@ def test_a_report_shows_inputs(index, tmp_path):
     assert "input 3" in page and "query 1" in page and "blue white white" in page
 
 
-def test_inputs_and_rows_are_asked_together(index):
+def test_inputs_and_rows_are_queried_together(index):
     found = ask(index, "--text", "green", "--text", "red", "--ids", "0-1", "--train-ids", "3-4", "--together")
     assert [(line["side"], line["query"]) for line in found] == [
         ("input", "mean of 2"),

@@ -247,7 +247,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_an_example_that_the_task_refuses_is_one_line(index, name):
+def test_an_example_that_the_task_rejects_is_an_error_of_one_line(index, name):
     examples, kind, message = UNUSABLE[name]
     expected = list(index.query([0]))
     with pytest.raises(kind, match=message) as caught:

@@ -24,7 +24,7 @@ def make_encoder(**changes: Any) -> Encoder:
 
 
 @pytest.mark.parametrize("column", ["text", "sentence"])
-def test_a_typed_text_is_in_the_column_of_texts(column: str) -> None:
+def test_a_text_of_the_command_line_is_in_the_column_of_texts(column: str) -> None:
     encoder = make_encoder(columns=Columns(text=column))
     typed, read = encoder({"text": "a fine film"}), encoder({column: "a fine film", "label": 1})
     assert typed["input_ids"].tolist() == read["input_ids"].tolist() == [1, 4, 4]
@@ -38,6 +38,6 @@ def test_a_picture_is_in_the_column_of_images(column: str) -> None:
     assert encoder({"image": image})["pixel_values"] is image
 
 
-def test_a_row_without_the_column_is_refused_whatever_else_it_has() -> None:
+def test_a_row_without_the_column_is_rejected() -> None:
     with pytest.raises(TaskError, match="sentence"):
         make_encoder(columns=Columns(text="sentence"))({"text": "a fine film", "label": 1})

@@ -281,7 +281,9 @@ def test_files_that_cannot_be_used_are_rejected_in_one_line(run: tuple[Path, Rat
     torch.save({"model": Net().state_dict()}, tmp_path / "plain.ckpt")
     assert "has no state_dict under 'state_dict'" in read_error(CheckpointError, tmp_path / "plain.ckpt")
     torch.save({"state_dict": Net().state_dict()}, tmp_path / "plain.ckpt")
-    assert "is no checkpoint of Lightning: got global_step None" in read_error(CheckpointError, tmp_path / "plain.ckpt")
+    assert "is not a checkpoint of Lightning: got global_step None" in read_error(
+        CheckpointError, tmp_path / "plain.ckpt"
+    )
     torch.save({"state_dict": Net().state_dict(), "global_step": 8}, tmp_path / "plain.ckpt")
     assert "has no learning rate: got neither" in read_error(CheckpointError, tmp_path / "plain.ckpt")
     both = [folder / "end.ckpt", tmp_path / "plain.ckpt"]

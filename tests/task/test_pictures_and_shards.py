@@ -225,7 +225,7 @@ def test_a_truncated_shard_is_named(tmp_path):
         assert "\n" not in str(e.value)
 
 
-def test_other_shards_are_refused(tmp_path):
+def test_other_shards_are_rejected(tmp_path):
     with pytest.raises(TaskError, match=r"a.tar cannot be read: got No such file"):
         TarShards([tmp_path / "a.tar"])
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:

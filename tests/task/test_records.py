@@ -174,7 +174,7 @@ def test_the_line_of_a_record_counts_the_lines_of_records_before_it(tmp_path):
         read_records(path)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     with pytest.raises(TaskError, match=r"a.txt is in no format of records: got suffix '.txt'"):
         read_records(tmp_path / "a.txt")
     with pytest.raises(TaskError, match=r"a.csv cannot be read: got No such file or directory"):

@@ -543,7 +543,7 @@ def test_lightning_divides_the_loss_of_accumulated_batches(tmp_path: Path) -> No
 
 @lightning_warnings
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None.*:UserWarning")
-def test_batches_of_lightning_that_are_left_out_and_manual_optimization(tmp_path: Path) -> None:
+def test_skipped_batches_of_lightning_and_manual_optimization(tmp_path: Path) -> None:
     def leave_out(net: Any) -> None:
         step = net.training_step
         net.training_step = lambda batch, batch_idx: step(batch, 0) if batch_idx else None

@@ -124,7 +124,7 @@ def test_a_killed_writer_leaves_no_folder_and_is_cleaned_up(tmp_path):
     assert os.listdir(tmp_path) == ["rows"]
 
 
-def test_the_folder_of_a_living_writer_is_left(tmp_path):
+def test_the_folder_of_a_running_writer_is_kept(tmp_path):
     other = tmp_path / ".rows.partial-0"
     other.mkdir()
     with (other / "rows.bin").open("xb") as file:

@@ -334,7 +334,7 @@ def test_a_damaged_file_of_weights_is_reported(copied):
         ({"rates": [0.1]}, "number of learning rates is wrong: got 1 in rates, expected 3"),
     ],
 )
-def test_an_unknown_option_is_refused(trained, options, message):
+def test_an_unknown_option_is_rejected(trained, options, message):
     run = trained("bert")
     with pytest.raises(UsageError, match=message):
         Task.from_transformers(run.folder, run.records, **options)
@@ -403,7 +403,7 @@ def make_source(kind: str, records: list[dict[str, Any]], folder: Path) -> Any:
     return data
 
 
-def test_several_splits_are_refused(trained, tmp_path):
+def test_several_splits_are_rejected(trained, tmp_path):
     datasets = pytest.importorskip("datasets")
     run = trained("bert")
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(run.records)})
@@ -483,7 +483,7 @@ def test_only_the_exact_reference_of_the_built_in_task_is_trusted(tmp_path, suff
 
 
 @pytest.mark.parametrize("name", ["run", "data"])
-def test_files_of_the_run_inside_the_index_are_refused(trained, tmp_path, name):
+def test_files_of_the_run_inside_the_index_are_rejected(trained, tmp_path, name):
     run = trained("bert")
     data = trainer_runs.write_jsonl(tmp_path / "rows.jsonl", run.records)
     paths = {"run": run.folder, "data": data}

@@ -406,7 +406,7 @@ def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: Checkpo
             f"the task's {other.name} has {other.digest[:12]}",
             "restore that file",
         )
-    yield from _rate_differences(i, built, other)
+    yield from _describe_rate_differences(i, built, other)
     if built.second_moments != other.second_moments:
         was, now = (f"{(spec.second_moments or 'none')[:12]}" for spec in (built, other))
         yield _describe_difference(
@@ -414,7 +414,7 @@ def _checkpoint_differences(i: int, built: CheckpointSpec | None, other: Checkpo
         )
 
 
-def _rate_differences(i: int, built: CheckpointSpec, other: CheckpointSpec) -> Iterator[str]:
+def _describe_rate_differences(i: int, built: CheckpointSpec, other: CheckpointSpec) -> Iterator[str]:
     remedy = "restore Task.checkpoints"
     if built.rates is None and other.rates is None:
         if built.learning_rate != other.learning_rate:

@@ -41,13 +41,13 @@ from tracin_ann.task import (
     PartialLoad,
     SecondMoment,
     WeightCache,
+    digest_second_moments,
     identify_checkpoint,
     leaves,
     map_leaves,
     preserve_globals,
     preserve_model,
     read_second_moments,
-    second_moments_digest,
     to_device,
 )
 
@@ -337,7 +337,7 @@ class LoadedModel:
         """
         if self.runner.options.preconditioner == "none":
             return None
-        return second_moments_digest(self._read_moments(checkpoint))
+        return digest_second_moments(self._read_moments(checkpoint))
 
     def _collate(self, examples: list[Any]) -> Any:
         return self._move_to_device(self.runner.task.collate_rows(examples))
@@ -358,7 +358,7 @@ class LoadedModel:
         for read in self.runner.read(side, ids):
             yield self.batch(side, read)
 
-    def batches_without_padding(self, side: SideName, ids: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+    def iterate_without_padding(self, side: SideName, ids: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
         """Yield batches in which every example has the positions that it has alone, and the examples' places in `ids`.
 
         `collate` pads the examples of a batch to one length. Examples that have the same shapes when each is collated

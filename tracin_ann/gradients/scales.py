@@ -43,7 +43,7 @@ class GradientScales:
         return scaled
 
     def apply(self, name: str, grad: Tensor) -> Tensor:
-        """Return gradients [..., P] of one parameter, scaled; zeros for the number 0, whatever their values."""
+        """Return gradients [..., P] of one parameter, scaled; zeros for the number 0, also if they are NaN."""
         factor = self.factors.get(name, 1.0)
         if isinstance(factor, Tensor):
             return grad * factor

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, TextIO
 from tracin_ann.choices import Format, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.files import open_output
-from tracin_ann.packages import import_pyarrow, missing_package
+from tracin_ann.packages import import_pyarrow, make_missing_package_error
 from tracin_ann.scoring.answers import Answer, Hit
 from tracin_ann.text import escape_control, escape_json, escape_surrogates
 
@@ -265,7 +265,7 @@ def to_frame(records: Sequence[Record], fields: Fields) -> Any:
     try:
         import pandas as pd  # noqa: PLC0415
     except ImportError as error:
-        raise missing_package("pandas", "pandas", "frames and Parquet", "tables") from error
+        raise make_missing_package_error("pandas", "pandas", "frames and Parquet", "tables") from error
     # Strings of pandas are UTF-8 as well.
     plain = [{n: escape_surrogates(v) if isinstance(v, str) else v for n, v in record.items()} for record in records]
     frame = pd.DataFrame.from_records(plain, columns=fields.names)

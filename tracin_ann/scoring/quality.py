@@ -222,7 +222,7 @@ def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
     return deviation_QM
 
 
-def pair_deviations(query_NC: Float64, row_NC: Float64, dim: int) -> Float64:
+def compute_pair_deviations(query_NC: Float64, row_NC: Float64, dim: int) -> Float64:
     """Return the sketch's standard deviation of the score of each pair of a query and a row, [N].
 
     Args as of `sketch_deviations`, for the query and the row of each pair.

@@ -19,7 +19,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
-from tracin_ann.scoring.quality import pair_deviations
+from tracin_ann.scoring.quality import compute_pair_deviations
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, scale_to_unit, search_both
@@ -405,7 +405,7 @@ def _score_row_parts(
         np.einsum("ncd,cd->nc", row_NCD, query_CD, out=part_NC[part])
         np.einsum("ncd,ncd->nc", row_NCD, row_NCD, out=square_NC[part])
     square_QC = np.einsum("qcd,qcd->qc", query_QCD, query_QCD)
-    return part_NC, pair_deviations(np.repeat(square_QC, counts, axis=0), square_NC, query_QCD.shape[2])
+    return part_NC, compute_pair_deviations(np.repeat(square_QC, counts, axis=0), square_NC, query_QCD.shape[2])
 
 
 def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:

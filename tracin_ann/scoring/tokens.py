@@ -99,7 +99,7 @@ class TokenSplitter:
             NonFiniteError: a gradient is NaN or infinite.
         """
         part_of: dict[int, Float64] = {}
-        for places, batch in self._model.batches_without_padding(self._side, ids):
+        for places, batch in self._model.iterate_without_padding(self._side, ids):
             # Not -0.0, which a masked position may have.
             part_BT = self._split_batch(batch, direction) + 0.0
             part_of |= dict(zip(places, part_BT, strict=True))

@@ -23,7 +23,7 @@ from tracin_ann.task.integrations.shards import TarShards
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
-from tracin_ann.task.second_moments import SecondMoment, read_second_moments, second_moments_digest
+from tracin_ann.task.second_moments import SecondMoment, digest_second_moments, read_second_moments
 from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
 from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
@@ -79,7 +79,7 @@ __all__ = [
     "read_run_record",
     "read_second_moments",
     "rebuild",
-    "second_moments_digest",
+    "digest_second_moments",
     "tensors_within",
     "to_device",
 ]

@@ -127,7 +127,7 @@ def _is_usable(moment: SecondMoment) -> bool:
     return moment.correction > 0 and bool((torch.isfinite(denominator_P) & (denominator_P > 0)).all())
 
 
-def second_moments_digest(moments: Mapping[str, SecondMoment]) -> str:
+def digest_second_moments(moments: Mapping[str, SecondMoment]) -> str:
     """Return a digest of the names, values, corrections and ε of second moments."""
     digest = xxhash.xxh3_128()
     for name, moment in moments.items():
@@ -216,7 +216,7 @@ def _name_moments(
         return {name: SecondMoment(value, 1.0, _DEFAULT_EPS) for name, value in content.items()}
     try:
         return {
-            name: SecondMoment(content[name], _correction(group["beta2"], group["step"]), float(group["eps"]))
+            name: SecondMoment(content[name], _compute_correction(group["beta2"], group["step"]), float(group["eps"]))
             for group in json.loads(metadata["groups"])
             for name in group["names"]
         }
@@ -254,11 +254,11 @@ def _name_state(content: Mapping[str, Any], model: _Model, where: str) -> dict[s
                     )
                 )
             eps = float(group.get("eps", _DEFAULT_EPS))
-            moments[numbered[number]] = SecondMoment(value, _correction(group["betas"][1], kept["step"]), eps)
+            moments[numbered[number]] = SecondMoment(value, _compute_correction(group["betas"][1], kept["step"]), eps)
     return moments
 
 
-def _correction(beta2: Any, step: Any) -> float:
+def _compute_correction(beta2: Any, step: Any) -> float:
     """Return 1 − β₂ᵗ."""
     return 1.0 - math.pow(float(beta2), float(step))
 
@@ -307,11 +307,11 @@ def _list_orders(model: _Model) -> Iterator[list[list[str]]]:
     for chosen in (trainable, every):
         yield [chosen]
         for pattern in _WITHOUT_DECAY:
-            without = {name for name in chosen if _has_no_decay(model.module, name, pattern)}
+            without = {name for name in chosen if _is_without_decay(model.module, name, pattern)}
             yield [[n for n in chosen if n not in without], [n for n in chosen if n in without]]
 
 
-def _has_no_decay(model: nn.Module, name: str, pattern: str) -> bool:
+def _is_without_decay(model: nn.Module, name: str, pattern: str) -> bool:
     """Return whether the Trainer of Transformers applies no weight decay to a parameter."""
     if re.search(pattern, name.lower() if pattern != "bias" else name):
         return True

@@ -52,14 +52,14 @@ def is_part_of_adapter(module: nn.Module) -> bool:
 
 def find_adapter_rule(module: Any) -> LayerRule | None:
     """Return the rule of a layer of PEFT, or None."""
-    if _ia3_vectors(module):
+    if _find_ia3_vectors(module):
         return _IA3_OF_INPUT if module.is_feedforward else _IA3_OF_OUTPUT
-    if _dora_magnitudes(module):
+    if _find_dora_magnitudes(module):
         return _DORA
-    return _LORA_OF_EMBEDDING if _embedding_factors(module) else None
+    return _LORA_OF_EMBEDDING if _find_embedding_factors(module) else None
 
 
-def _ia3_vectors(module: nn.Module) -> Mapping[str, nn.Parameter]:
+def _find_ia3_vectors(module: nn.Module) -> Mapping[str, nn.Parameter]:
     """Return the vectors [1, in] or [out, 1] of an IA3 layer by adapter."""
     vectors = module._modules.get("ia3_l")
     if not isinstance(vectors, nn.ParameterDict) or not all(vector.dim() == 2 for vector in vectors.values()):  # noqa: PLR2004
@@ -69,10 +69,10 @@ def _ia3_vectors(module: nn.Module) -> Mapping[str, nn.Parameter]:
 
 def _ia3(call: Call, requested: frozenset[str]) -> dict[str, Form]:
     # Several adapters scale the same output, one after another; the rule holds for each of them.
-    return _divide_by_factors(call, requested, _ia3_vectors(call.module), _output_product(call))
+    return _divide_by_factors(call, requested, _find_ia3_vectors(call.module), _compute_output_product(call))
 
 
-def _dora_magnitudes(module: nn.Module) -> Mapping[str, nn.Parameter]:
+def _find_dora_magnitudes(module: nn.Module) -> Mapping[str, nn.Parameter]:
     """Return the magnitudes [out] of a linear DoRA layer by adapter; nothing for other layers or several adapters."""
     layers: Any = module._modules.get("lora_magnitude_vector")
     if not isinstance(layers, nn.ModuleDict) or len(layers) != 1:
@@ -84,10 +84,10 @@ def _dora_magnitudes(module: nn.Module) -> Mapping[str, nn.Parameter]:
 def _dora(call: Call, requested: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
     bias: Tensor | None = getattr(module.get_base_layer(), "bias", None)
-    return _divide_by_factors(call, requested, _dora_magnitudes(module), _output_product(call, bias))
+    return _divide_by_factors(call, requested, _find_dora_magnitudes(module), _compute_output_product(call, bias))
 
 
-def _output_product(call: Call, bias: Tensor | None = None) -> Tensor:
+def _compute_output_product(call: Call, bias: Tensor | None = None) -> Tensor:
     """Return Σ_t δ_t · (y_t - b), [B, C]."""
     assert call.output is not None
     output, delta = (flatten_positions(widen(tensor), call.batch) for tensor in (call.output, call.grad_output))
@@ -120,7 +120,7 @@ def _divide_by_factors(
     return forms
 
 
-def _embedding_factors(module: nn.Module) -> Mapping[str, nn.Parameter]:
+def _find_embedding_factors(module: nn.Module) -> Mapping[str, nn.Parameter]:
     """Return the matrices A [r, rows] and B [columns, r] of LoRA of an embedding; nothing for DoRA or two adapters."""
     factors = [module._modules.get(name) for name in _EMBEDDING]
     if not all(isinstance(each, nn.ParameterDict) and len(each) == 1 for each in factors):
@@ -134,7 +134,7 @@ def _embedding_factors(module: nn.Module) -> Mapping[str, nn.Parameter]:
 
 def _lora_of_embedding(call: Call, requested: frozenset[str]) -> dict[str, Form]:
     module: Any = call.module
-    factors = _embedding_factors(module)
+    factors = _find_embedding_factors(module)
     a_rN, b_Cr = (widen(factors[name].detach()) for name in _EMBEDDING)
     index_BT = group_by_example(call.input, call.batch).reshape(call.batch, -1).long()
     scale = module.scaling[next(iter(module._modules["lora_embedding_A"]))]
@@ -155,12 +155,16 @@ def _lora_of_embedding(call: Call, requested: frozenset[str]) -> dict[str, Form]
     return forms
 
 
-def _frozen_layer(module: Any) -> nn.Module:
+def _find_frozen_layer(module: Any) -> nn.Module:
     layer: nn.Module = module.base_layer
     return layer
 
 
-_IA3_OF_OUTPUT = LayerRule((), _ia3, needs_output=lambda module: True, find=_ia3_vectors)
-_IA3_OF_INPUT = LayerRule((), _ia3, needs_output=lambda module: True, find=_ia3_vectors, scaled_input=_frozen_layer)
-_DORA = LayerRule((), _dora, needs_output=lambda module: True, find=_dora_magnitudes)
-_LORA_OF_EMBEDDING = LayerRule((), _lora_of_embedding, n_leading=lambda module, x: x.dim(), find=_embedding_factors)
+_IA3_OF_OUTPUT = LayerRule((), _ia3, needs_output=lambda module: True, find=_find_ia3_vectors)
+_IA3_OF_INPUT = LayerRule(
+    (), _ia3, needs_output=lambda module: True, find=_find_ia3_vectors, scaled_input=_find_frozen_layer
+)
+_DORA = LayerRule((), _dora, needs_output=lambda module: True, find=_find_dora_magnitudes)
+_LORA_OF_EMBEDDING = LayerRule(
+    (), _lora_of_embedding, n_leading=lambda module, x: x.dim(), find=_find_embedding_factors
+)

@@ -72,7 +72,7 @@ def find_kind(config: Any) -> Kind:
     """
     name = _architecture(config)
     for kind in _MAPPINGS:
-        if name is not None and name in _class_names(kind):
+        if name is not None and name in _list_class_names(kind):
             return kind
     raise TaskError(_no_kind_message(name or "no architectures"))
 
@@ -99,7 +99,7 @@ def find_class(config: Any, kind: Kind | None = None) -> Any:
         return found
     if kind is None:
         raise TaskError(_no_kind_message("no architectures"))
-    names = _mapping(kind)
+    names = _get_mapping(kind)
     if config.model_type not in names:
         raise TaskError(_no_kind_message(f"model_type {config.model_type}, which has no class for {kind}"))
     listed = names[config.model_type]
@@ -142,13 +142,13 @@ def _architecture(config: Any) -> str | None:
     return names[0] if names else None
 
 
-def _mapping(kind: Kind) -> Any:
+def _get_mapping(kind: Kind) -> Any:
     return getattr(import_transformers("models.auto.modeling_auto"), _MAPPINGS[kind])
 
 
-def _class_names(kind: Kind) -> set[str]:
+def _list_class_names(kind: Kind) -> set[str]:
     names: set[str] = set()
-    for listed in _mapping(kind).values():
+    for listed in _get_mapping(kind).values():
         names.update([listed] if isinstance(listed, str) else listed)
     return names
 

@@ -51,11 +51,11 @@ class TracInCallback:
 
     def __new__(cls, **options: Any) -> Any:
         """Return an object that is also a callback of the libraries in use."""
-        return object.__new__(_derive(tuple(_loaded_bases())))
+        return object.__new__(_derive(tuple(_find_loaded_bases())))
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of a library's class that the program imported after the construction."""
-        derived = _derive(tuple(_loaded_bases()))
+        derived = _derive(tuple(_find_loaded_bases()))
         if name.startswith("_") or type(self) is derived:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self.__class__ = derived
@@ -132,7 +132,7 @@ class TracInCallback:
             self._hook = model.register_forward_pre_hook(self._take_ids, with_kwargs=True)
         if state.is_world_process_zero:
             recorder = self._start(args.output_dir, model, [objects["optimizer"]], state.global_step)
-            recorder.weights = _pretrained_format(model, objects.get("processing_class"), recorder.weights)
+            recorder.weights = _choose_pretrained_format(model, objects.get("processing_class"), recorder.weights)
 
     def _take_ids(self, module: nn.Module, arguments: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Remove the ids from the arguments of the model, and record those of training batches."""
@@ -187,7 +187,7 @@ class TracInCallback:
             recorder.add_ids(batch[ids] if isinstance(ids, str) else ids(batch), step=trainer.global_step)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None and module.automatic_optimization:
-            # training_step left the batch out.
+            # training_step skipped the batch.
             return
         # Lightning divides the loss of each batch whose gradients it accumulates.
         scale = trainer.accumulate_grad_batches if module.automatic_optimization else 1
@@ -207,7 +207,7 @@ class TracInCallback:
         self._finish(save_last=not loads_best)
 
 
-def _loaded_bases() -> Iterable[type]:
+def _find_loaded_bases() -> Iterable[type]:
     """Yield the callback classes of the libraries that the program has imported."""
     for module, name in _BASES.items():
         base = getattr(sys.modules.get(module), name, None)
@@ -275,7 +275,7 @@ def _make_ckpt(trainer: Any, module: Any) -> dict[str, Any]:
     return content
 
 
-def _pretrained_format(model: nn.Module, tokenizer: Any, plain: WeightsFormat) -> WeightsFormat:
+def _choose_pretrained_format(model: nn.Module, tokenizer: Any, plain: WeightsFormat) -> WeightsFormat:
     """Return the format of `save_pretrained` for models that have it, with the tokenizer beside the weights."""
     save = getattr(model, "save_pretrained", None)
     if save is None:

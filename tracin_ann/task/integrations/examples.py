@@ -40,7 +40,7 @@ class Columns:
         text: the text; for token classification a list of words.
         text_pair: a second text, used if the column exists.
         label: the label: an int, a name of the config's `label2id`, a float, or a list; "": `labels` or `label`.
-        target: the text that a sequence-to-sequence model has to write.
+        target: the text that a sequence-to-sequence model is trained to write.
         image: a PIL image, or the bytes of a picture, as they are or in `{"bytes": ...}`; "": `image` or `img`.
     """
 
@@ -55,7 +55,7 @@ class Columns:
 class Encoder:
     """Turns a record into an example: tensors by the names of the model's arguments.
 
-    A record that has `input_ids` or `pixel_values` is taken as it is, without columns that the model does not take.
+    A record that has `input_ids` or `pixel_values` is used as it is, without columns that the model does not take.
     Other records are tokenised, or processed as images. Labels are those of the record, except that the labels of a
     causal language model are its tokens if there are none. Those of a masked language model are chosen by a hash of the
     tokens if there are none, so that a row always has the same masks: 15% of its tokens, at least one, of which 80% are
@@ -85,7 +85,7 @@ class Encoder:
         """Return the example of a record.
 
         Raises:
-            TaskError: the record has not the columns that the kind of task needs.
+            TaskError: the record lacks columns that the kind of task needs.
         """
         if not isinstance(record, Mapping):
             raise TaskError(
@@ -117,7 +117,7 @@ class Encoder:
         return self.kind not in TOKEN_KINDS and label.numel() == 1 and label.item() == IGNORED
 
     def _name_columns(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a record; that of a typed text or of a picture file with this task's name of the column."""
+        """Return a record. The column of a text or picture from the command line gets the name that the task uses."""
         for name, column in (("text", self.columns.text), ("image", self.columns.image)):
             if column and set(record) == {name}:
                 return {column: record[name]}
@@ -202,7 +202,7 @@ class Encoder:
         """Return the tokens of words; the label of a word is that of its first token."""
         encoded = self.tokenizer(words, is_split_into_words=True, **options)
         example = {name: torch.tensor(encoded[name]) for name in encoded if name in self.inputs}
-        given = [self._label_id(label) for label in self._read_label(record)]
+        given = [self._find_label_id(label) for label in self._read_label(record)]
         if len(given) != len(words):
             raise TaskError(
                 problem(
@@ -232,7 +232,7 @@ class Encoder:
         if self.kind == "masked-lm":
             return self._mask_tokens(example[_IDS])
         self._read_label(record)
-        return {LABELS: self._check_classes(_as_tensor(str(self._label_column(record)), record))}
+        return {LABELS: self._check_classes(_as_tensor(str(self._find_label_column(record)), record))}
 
     def _mask_tokens(self, ids_T: Tensor) -> Example:
         if self.tokenizer is None or self.tokenizer.mask_token_id is None:
@@ -258,11 +258,11 @@ class Encoder:
         """
         n_labels, problem_type = (getattr(self.config, name, None) for name in ("num_labels", "problem_type"))
         is_class = problem_type == "single_label_classification" or (problem_type is None and n_labels != 1)
-        name = self._label_column(record)
+        name = self._find_label_column(record)
         if is_class and name is None:
             return torch.tensor(IGNORED)
         label = self._read_label(record)
-        label = torch.tensor(self._label_id(label)) if isinstance(label, str) else _as_tensor(str(name), record)
+        label = torch.tensor(self._find_label_id(label)) if isinstance(label, str) else _as_tensor(str(name), record)
         if not is_class or (problem_type is None and label.is_floating_point() and label.numel() > 1):
             if n_labels is not None and label.numel() != n_labels:
                 got, expected = f"{label.numel()} numbers", f"{n_labels}, one for each output of the model"
@@ -290,17 +290,17 @@ class Encoder:
                 raise TaskError(_label_message(f"{wrong[0].item()}", f"0 to {n_labels - 1}, or {IGNORED} for none"))
         return labels
 
-    def _label_column(self, record: Mapping[str, Any]) -> str | None:
+    def _find_label_column(self, record: Mapping[str, Any]) -> str | None:
         names = [self.columns.label] if self.columns.label else _LABEL_COLUMNS
         return next((name for name in names if not _is_missing(record.get(name))), None)
 
     def _read_label(self, record: Mapping[str, Any]) -> Any:
-        name = self._label_column(record)
+        name = self._find_label_column(record)
         if name is None:
             raise TaskError(_no_column_message(record, "label", repr(self.columns.label or _LABEL_COLUMNS[1])))
         return record[name]
 
-    def _label_id(self, label: Any) -> int | float:
+    def _find_label_id(self, label: Any) -> int | float:
         """Return the number of a label that is a name, or a number as text."""
         if not isinstance(label, str):
             return int(label) if not isinstance(label, float) else label

@@ -24,14 +24,14 @@ from tracin_ann.task.integrations.param_groups import (
     Rates,
     SavedGroup,
     SavedOptimizer,
-    common_rate,
+    collect_rates,
     compact_rates,
+    find_common_rate,
     is_optimizer_state,
-    names_in_order,
-    rates_by_name,
+    map_saved_names,
+    match_names_in_order,
     read_optimizer_state,
     read_rate,
-    saved_names,
 )
 from tracin_ann.task.integrations.run_record import has_run_record, read_run_record
 from tracin_ann.task.state_dicts import read_content, select_entry
@@ -117,7 +117,7 @@ def read_lightning_run(
         all_parameters: the optimizers' parameters have to be those of the module that require a gradient.
 
     Raises:
-        CheckpointError: a file is missing, unreadable or no checkpoint of Lightning, or learning rates are not found.
+        CheckpointError: a file is missing, unreadable or not a checkpoint of Lightning, or has no learning rates.
         TaskError: the module cannot be made.
     """
     saved = _find_checkpoints(checkpoints)
@@ -187,7 +187,7 @@ def _open(path: Path, rates: Rates | None = None, moments: Path | None = None) -
     if type(step) is not int:
         raise CheckpointError(
             problem(
-                f"checkpoint {path} is no checkpoint of Lightning",
+                f"checkpoint {path} is not a checkpoint of Lightning",
                 got=f"global_step {step!r}",
                 expected="entries state_dict and global_step",
                 remedy="use Checkpoint.from_file for files of another training loop",
@@ -206,7 +206,7 @@ def _drop_copies(saved: Sequence[_Saved]) -> list[_Saved]:
     for each in saved:
         if not kept or kept[-1].step != each.step:
             kept.append(each)
-        elif not _equal_weights(kept[-1].content[STATE_DICT], each.content[STATE_DICT]):
+        elif not _have_equal_weights(kept[-1].content[STATE_DICT], each.content[STATE_DICT]):
             raise CheckpointError(
                 problem(
                     f"two checkpoints of step {each.step} have different weights",
@@ -218,7 +218,7 @@ def _drop_copies(saved: Sequence[_Saved]) -> list[_Saved]:
     return kept
 
 
-def _equal_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _have_equal_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     tensors = [{n: v for n, v in state.items() if isinstance(v, Tensor)} for state in (one, other)]
     return tensors[0].keys() == tensors[1].keys() and all(
         value.shape == tensors[1][name].shape and torch.equal(value, tensors[1][name])
@@ -335,7 +335,7 @@ class _RateReader:
         optimizers = [
             read_optimizer_state(state, f"optimizer state {i} of {saved.path}") for i, state in enumerate(saved.states)
         ]
-        rate = common_rate(optimizers)
+        rate = find_common_rate(optimizers)
         if rate is not None and (not self._all_parameters or self._covers(optimizers)):
             return rate
         return self._name_rates(saved, optimizers)
@@ -347,7 +347,7 @@ class _RateReader:
 
     def _name_rates(self, saved: _Saved, optimizers: Sequence[SavedOptimizer]) -> Rates:
         """Return the rates by parameter name, from names in the file or from `configure_optimizers`."""
-        named = [saved_names(optimizer) for optimizer in optimizers]
+        named = [map_saved_names(optimizer) for optimizer in optimizers]
         if any(name_of is None for name_of in named):
             configured = self._configured
             if isinstance(configured, str):
@@ -361,7 +361,7 @@ class _RateReader:
                 raise CheckpointError(self._describe_unknown(saved, reason))
             shapes = {name: tuple(parameter.shape) for name, parameter in self._module.named_parameters()}
             named = [
-                names_in_order(
+                match_names_in_order(
                     optimizer,
                     [name for group in groups.groups for name in group.names or ()],
                     shapes,
@@ -371,7 +371,7 @@ class _RateReader:
             ]
         found = [name_of for name_of in named if name_of is not None]
         trained = [name for name, parameter in self._module.named_parameters() if parameter.requires_grad]
-        return compact_rates(rates_by_name(optimizers, found, trained))
+        return compact_rates(collect_rates(optimizers, found, trained))
 
     def _describe_unknown(self, saved: _Saved, reason: str) -> str:
         return problem(

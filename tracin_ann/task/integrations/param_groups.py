@@ -41,7 +41,7 @@ class SavedOptimizer:
 
     Attributes:
         groups: its parameter groups.
-        shapes: shapes of parameters by their numbers, as far as the optimizer keeps tensors of the same shape.
+        shapes: shapes of parameters by their numbers, where the optimizer keeps tensors of the same shape.
     """
 
     groups: tuple[SavedGroup, ...]
@@ -82,10 +82,10 @@ def read_optimizer_state(state: Mapping[str, Any], where: str) -> SavedOptimizer
     if not groups:
         remedy = "give the learning rates as an argument"
         raise CheckpointError(problem(f"{where} is empty", got="no parameter group", expected="one", remedy=remedy))
-    return SavedOptimizer(tuple(groups), dict(_shapes(state["state"])))
+    return SavedOptimizer(tuple(groups), dict(_list_shapes(state["state"])))
 
 
-def _shapes(state: object) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _list_shapes(state: object) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Yield the shapes of parameters by number, from the tensors that Adam and SGD keep for each parameter."""
     for index, kept in state.items() if isinstance(state, Mapping) else ():
         for key in ("exp_avg_sq", "exp_avg", "momentum_buffer"):
@@ -104,13 +104,13 @@ def read_rate(value: object) -> float | None:
     return abs(float(value)) if 0 <= value < math.inf else None
 
 
-def common_rate(optimizers: Sequence[SavedOptimizer]) -> float | None:
+def find_common_rate(optimizers: Sequence[SavedOptimizer]) -> float | None:
     """Return the learning rate of all groups that have parameters, or None if they differ."""
     rates = {group.rate for optimizer in optimizers for group in optimizer.groups if group.indices}
     return rates.pop() if len(rates) == 1 else None
 
 
-def saved_names(optimizer: SavedOptimizer) -> dict[int, str] | None:
+def map_saved_names(optimizer: SavedOptimizer) -> dict[int, str] | None:
     """Return the names of parameters by number that the state dict itself contains; None if one is missing."""
     named: dict[int, str] = {}
     for group in optimizer.groups:
@@ -120,7 +120,7 @@ def saved_names(optimizer: SavedOptimizer) -> dict[int, str] | None:
     return named
 
 
-def names_in_order(
+def match_names_in_order(
     optimizer: SavedOptimizer, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[int, str]:
     """Return the names of parameters by number; the names are given in the order of the optimizer's groups.
@@ -160,7 +160,7 @@ def names_in_order(
     return named
 
 
-def rates_by_name(
+def collect_rates(
     optimizers: Sequence[SavedOptimizer], named: Sequence[Mapping[int, str]], names: Iterable[str]
 ) -> dict[str, float]:
     """Return the learning rate of each parameter in these optimizers, and 0 for each other one of `names`."""

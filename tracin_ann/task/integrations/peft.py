@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError, first_line, problem
+from tracin_ann.packages import make_missing_package_error
 from tracin_ann.task.integrations.architectures import Kind, find_class, find_kind, load_config, make_model_from_config
 from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
@@ -68,7 +69,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = "name a folder that PeftModel.save_pretrained or the Trainer has written"
+        remedy = "name a folder that PeftModel.save_pretrained or the Trainer wrote"
         raise CheckpointError(
             problem("a checkpoint is not an adapter folder", got=f"no file {path}", expected="a file", remedy=remedy)
         ) from None
@@ -127,7 +128,7 @@ def find_base(folders: Sequence[str | os.PathLike[str]], base: str | os.PathLike
 
 
 def _check_same_base(adapter: Path, recorded: Path, base: Path) -> None:
-    """Compare the recorded base model with the given one, as far as both are on this machine; warn of another name.
+    """Compare the recorded base model with the given one, if both are on this machine; warn about another name.
 
     Raises:
         CheckpointError: the two have different architectures or sizes.
@@ -196,14 +197,7 @@ def _import_peft() -> Any:
     try:
         import peft  # noqa: PLC0415 - only for adapters
     except ImportError as error:
-        raise MissingPackageError(
-            problem(
-                "the checkpoints are adapters of PEFT",
-                got=f"no package peft ({error})",
-                expected="an installed peft",
-                remedy="install tracin-ann[peft]",
-            )
-        ) from error
+        raise make_missing_package_error("peft", "peft", "adapters", "peft") from error
     return peft
 
 
@@ -508,7 +502,7 @@ def make_run_task(
 
 
 def _load_nothing(model: nn.Module, path: str) -> None:
-    """Stand in for the loader that `make_adapter_task` sets."""
+    """Load nothing: `make_adapter_task` replaces this function."""
 
 
 def _read_rates(

@@ -113,7 +113,9 @@ def read_trainer_rates(run: str | os.PathLike[str], rates: Rates = "at") -> list
             for start, checkpoint in zip(starts, checkpoints, strict=True)
         ]
     return [
-        _rate_of_groups(checkpoint, group) if group else float(_interpolate(known, np.array([checkpoint.step + 1]))[0])
+        _choose_rate_of_groups(checkpoint, group)
+        if group
+        else float(_interpolate(known, np.array([checkpoint.step + 1]))[0])
         for checkpoint, group in zip(checkpoints, schedulers, strict=True)
     ]
 
@@ -176,7 +178,7 @@ def _read_scheduler(folder: Path) -> list[float]:
     return [rate for rate in rates if rate is not None]
 
 
-def _rate_of_groups(checkpoint: TrainerCheckpoint, rates: list[float]) -> Rate:
+def _choose_rate_of_groups(checkpoint: TrainerCheckpoint, rates: list[float]) -> Rate:
     """Return one rate if all groups have the same; otherwise by names, or that of the first group."""
     if len(set(rates)) == 1:
         return rates[0]

@@ -138,7 +138,7 @@ class RunRecorder:
             recorder.step(loss)
         recorder.close()
 
-    It may also be used in a `with` statement. Checkpoints are saved as the rule decides, and at the end of the run. A
+    It may also be used in a `with` statement. Checkpoints are saved when `rule` requires it and at the end. A
     checkpoint has the learning rates of the last step, of each parameter: of the optimizer's parameter groups directly
     before that step. `Checkpoint.from_run("runs/mine")` reads the run. If training is interrupted, the record contains
     the checkpoints that are complete. In distributed training, create one recorder, in the first process.

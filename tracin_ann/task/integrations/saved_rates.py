@@ -13,13 +13,13 @@ from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.task.integrations.param_groups import (
     Rates,
     SavedOptimizer,
-    common_rate,
+    collect_rates,
     compact_rates,
+    find_common_rate,
     is_optimizer_state,
-    names_in_order,
-    rates_by_name,
+    map_saved_names,
+    match_names_in_order,
     read_optimizer_state,
-    saved_names,
     strip_wrappers,
 )
 from tracin_ann.task.state_dicts import read_content, select_entry
@@ -56,12 +56,12 @@ def read_saved_rates(
     weights = select_entry(content, key, where)
     entry = _find_optimizer(content, optimizer_key, where)
     optimizer = read_optimizer_state(content[entry], f"entry {entry!r} of {where}")
-    rate = common_rate([optimizer])
+    rate = find_common_rate([optimizer])
     if rate is not None and names is None:
         return rate
     tensors = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
     shapes = dict(zip(strip_wrappers(list(tensors)), tensors.values(), strict=True))
-    return compact_rates(rates_by_name([optimizer], [_name(optimizer, names, shapes, entry, where)], ()))
+    return compact_rates(collect_rates([optimizer], [_name(optimizer, names, shapes, entry, where)], ()))
 
 
 def _name(
@@ -72,8 +72,8 @@ def _name(
     where: str,
 ) -> dict[int, str]:
     if names is not None:
-        return names_in_order(optimizer, list(names), shapes, f"entry {entry!r} of {where}")
-    named = saved_names(optimizer)
+        return match_names_in_order(optimizer, list(names), shapes, f"entry {entry!r} of {where}")
+    named = map_saved_names(optimizer)
     if named is None:
         rates = sorted({group.rate for group in optimizer.groups})
         raise CheckpointError(

@@ -161,7 +161,7 @@ class _Members:
         self._n_shards = 0
 
     def add_shard(self, path: Path, headers: Iterator[Header]) -> None:
-        """Add the members of a tar file; files without a key or a field are left out.
+        """Add the members of a tar file; files without a key or a field are skipped.
 
         Raises:
             TaskError: a sample has a field twice.
