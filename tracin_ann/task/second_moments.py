@@ -65,8 +65,8 @@ def read_second_moments(
 
     They are read from `Checkpoint.second_moments`: the state dict of an optimizer, alone or in an entry with a usual
     name, or moments by parameter name. A state dict numbers its parameters. Their names are those that it contains
-    (`param_names`, or names instead of numbers), or else those of the model in the order of one group, or of the two groups (with and without weight
-    decay) that the Trainer of Transformers makes; every shape has to match.
+    (`param_names`, or names instead of the numbers), or else those of the model in the order of one group, or of the
+    two groups (with and without weight decay) that the Trainer of Transformers makes; every shape has to match.
 
     Args:
         checkpoint: the checkpoint.
