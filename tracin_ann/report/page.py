@@ -318,6 +318,10 @@ def _list_facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
         ("checkpoints", f"{len(spec.checkpoints)}"),
         ("sketch", f"{spec.sketch.name}, {spec.sketch.dim} per checkpoint, seed {spec.sketch.seed}"),
     ]
+    if any(checkpoint.rates is not None for checkpoint in spec.checkpoints):
+        facts.append(("learning rates", "differ between parameters"))
+    if spec.preconditioner != "none":
+        facts.append(("preconditioner", spec.preconditioner))
     absent = (("removed", len(index.removed)), ("skipped, not finite", len(index.skipped)))
     return (*facts, *((name, f"{count:,} rows") for name, count in absent if count))
 
