@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
@@ -35,9 +36,9 @@ _COMPUTED_HALF = 5e-2
 _STORED: dict[Dtype, float] = {"float16": 2.0**-11, "float32": 2.0**-23}
 # Gradients below this share of the largest norm may consist of rounding only.
 _FLOOR = 1e-2
-# The rounding of a row is measured in a batch of 16 copies. A difference of 8 times that rounding is tolerated, up
-# to a share of the largest norm.
-_COPIES, _ROUNDING_FACTOR, _MOST_ROUNDING = 16, 8.0, 0.1
+# The rounding of a row is measured in a batch of 16 copies, and with 8 slight changes of the weights. A difference
+# of 8 times that rounding is tolerated, up to a share of the largest norm.
+_COPIES, _CHANGES, _ROUNDING_FACTOR, _MOST_ROUNDING = 16, 8, 8.0, 0.1
 # Gradients that are sketched at once have at most this many entries.
 _ENTRIES = 1 << 22
 
@@ -262,13 +263,19 @@ class Auditor:
         return computed + _STORED[self.store.layout.dtype]
 
     def _measure_rounding(self, extractor: FeatureExtractor, row: int, expected_D: Float64) -> float:
-        """Return the distance between the row's feature and that computed in a batch of copies of the example.
+        """Return the largest distance between the row's feature and features that only rounding distinguishes from it.
 
-        The batch uses the kernels of a batch, but has no other example that could affect the row.
+        One is computed in a batch of copies of the example: it uses the kernels of a batch, but has no other example
+        that could affect the row. The others are computed alone, with weights that differ in their last digits: the
+        gradient of ReLU, for example, has a jump at 0, and rounding decides the side of an input close to it.
         """
         copies = self._engine.batch((row,) * _COPIES, [self._data[row]] * _COPIES)
-        together_P = self._engine.scale(self._engine.compute_in_batch(copies, _COPIES - 1)[1])
-        return float(np.linalg.norm(extractor.sketch_gradients(together_P[None])[0] - expected_D))
+        found = [self._engine.scale(self._engine.compute_in_batch(copies, _COPIES - 1)[1])]
+        for seed in range(_CHANGES):
+            with _change_last_digits(self._model.module, seed):
+                found.append(self._compute_gradient(row))
+        feature_KD = np.concatenate([extractor.sketch_gradients(grad_P[None]) for grad_P in found])
+        return float(np.linalg.norm(feature_KD - expected_D, axis=1).max())
 
     def _describe_origin(self, row: int) -> str:
         """Run the row's batch again; describe the parameter whose gradient differs most, and its layer."""
@@ -317,6 +324,22 @@ class Auditor:
 
         self._engine.run(self._model.batch("train", read), start)
         return found
+
+
+@contextmanager
+def _change_last_digits(model: nn.Module, seed: int) -> Iterator[None]:
+    """Change the weights of a model by a few units in the last place in the block."""
+    weights = [p.data for p in model.parameters() if p.is_floating_point() and type(p.data) is Tensor]
+    saved = [weight.clone() for weight in weights]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for weight in weights:
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            weight.addcmul_(weight, noise, value=2 * torch.finfo(weight.dtype).eps)
+        yield
+    finally:
+        for weight, value in zip(weights, saved, strict=True):
+            weight.copy_(value)
 
 
 def _describe_layer(model: Any, parameter: Tensor) -> str:
