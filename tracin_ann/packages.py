@@ -25,20 +25,20 @@ def import_pyarrow(purpose: str = "frames and Parquet") -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-def import_pillow(purpose: str) -> Any:
-    """Return the module `PIL.Image`.
+def import_pillow(purpose: str, module: str = "Image") -> Any:
+    """Return the module `PIL.Image`, or another one of `PIL`.
 
     Args:
         purpose: what needs it, in the plural, for the message.
+        module: its name.
 
     Raises:
         MissingPackageError: Pillow is not installed.
     """
     try:
-        from PIL import Image  # noqa: PLC0415
+        return import_module(f"PIL.{module}")
     except ImportError as error:
         raise make_missing_package_error("Pillow", "PIL", purpose, "report") from error
-    return Image
 
 
 def make_missing_package_error(package: str, module: str, purpose: str, extra: str) -> MissingPackageError:

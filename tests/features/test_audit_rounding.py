@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ import models
 import ragged
 import zoo
 from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task
-from tracin_ann import Checkpoint, build
+from tracin_ann import Checkpoint, InfluenceIndex, build
 from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
 from tracin_ann.operations.verification import AuditSample, audit
@@ -128,6 +129,36 @@ def test_gradients_that_consist_of_rounding_only(scale, precision, tmp_path, mon
     build(task, tmp_path / "i", replace(SMALL, batch_size=64, precision=precision))
     found = audit(tmp_path / "i", AuditSample(N), task)
     assert (found.rows, found.differences) == (N, ())
+
+
+class Kink(nn.Module):
+    """Adds ReLU(x₀ − x₁ ± 10⁻⁹) / 20 to the first output; the sign, like rounding, depends on the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 1, bias=False), nn.Linear(2, 3)
+        self.first.weight.data = torch.tensor([[1.0, -1.0]])
+
+    def forward(self, x_B2: Tensor) -> Tensor:
+        gate_B1 = torch.relu(self.first(x_B2) + (-1e-9 if len(x_B2) == 5 else 1e-9))
+        return self.last(x_B2) + gate_B1 * torch.tensor([0.05, 0.0, 0.0])
+
+
+def test_rounding_that_switches_a_relu_is_not_a_difference(tmp_path):
+    data = [(torch.tensor([0.1 * i, 1.0]), i % 3) for i in range(60)]
+    data[33] = (torch.tensor([1.0, 1.0]), 0)
+    # The weights of all checkpoints have the kink at row 33.
+    torch.save(Kink().state_dict(), tmp_path / "kink.pt")
+    checkpoints = [Checkpoint(tmp_path / "kink.pt", learning_rate=0.1)]
+    task = make_toy_task(
+        tmp_path, Kink(), checkpoints=checkpoints, train_data=lambda: data, query_data=lambda: data[:5]
+    )
+    build(task, tmp_path / "i", replace(SMALL, batch_size=5))
+    found = audit(tmp_path / "i", AuditSample(60), task)
+    assert (found.rows, found.differences) == (60, ())
+    stored = InfluenceIndex.open(tmp_path / "i", task).view().take([33])
+    alone = InfluenceIndex.open(tmp_path / "i", task).features("train", [33])
+    assert np.linalg.norm(stored - alone) > 0.01 * np.linalg.norm(alone)
 
 
 class Rounded(torch.autograd.Function):

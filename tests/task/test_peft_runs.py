@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -493,6 +495,26 @@ def test_tensors_of_an_adapter_are_loaded_strictly(runs, tmp_path, change):
     check_error(error.value, f"{change} base_model.model.model.layers.")
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("without", [0, 1])
+def test_all_adapters_set_the_same_tensors(tmp_path, without):
+    """Otherwise the embedding of one checkpoint would stay in the model for the next one."""
+    config = make_lora(target_modules=["embed_tokens", "v_proj"])
+    base, folder = make_adapter(tmp_path / "0", config)
+    folders = [folder, make_adapter(tmp_path / "1", config)[1]]
+    path = folders[without] / "adapter_model.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("embed_tokens.base_layer.weight"))
+    save_file({key: value for key, value in state.items() if key != name}, path)
+    task = make_task(base, *folders)
+    model = make_model(task)
+    task.load(model, str(folders[0]))
+    with pytest.raises(CheckpointError) as error:
+        task.load(model, str(folders[1]))
+    what = "missing" if without else "unknown"
+    check_error(error.value, "sets other tensors than", f"got {what} base_model.model.model.embed_tokens.base_layer")
+
+
 def test_adapters_with_other_scales_are_rejected(runs, tmp_path):
     folder = copy_run(runs["lora"], tmp_path / "run")
     path = folder / "checkpoint-6" / "adapter_config.json"
@@ -518,6 +540,48 @@ def test_prompts_are_rejected(tmp_path):
     with pytest.raises(TaskError) as error:
         make_model(make_task(base, folder))
     check_error(error.value, "PROMPT_TUNING", "LoRA, DoRA, IA3")
+
+
+@pytest.mark.parametrize(
+    ("entries", "got"),
+    [
+        ({"peft_type": "XLORA", "hidden_size": 16, "adapters": {"0": "name/adapter"}}, "peft_type XLORA with adapters"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "peft_type LORA with megatron_config"),
+    ],
+)
+def test_configurations_that_load_other_files_or_modules_are_rejected(tmp_path, monkeypatch, entries, got):
+    base, folder = make_adapter(tmp_path / "checkpoint-1", make_lora(target_modules=["v_proj"]))
+    change_config(tmp_path, **entries)
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "evil.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a name is looked up"))
+    with pytest.raises(TaskError) as error:
+        make_task(base, folder).model()
+    check_error(error.value, "cannot be used", got)
+    assert "megatron.evil" not in sys.modules
+
+
+def test_code_in_a_file_of_weights_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    base, folder = make_adapter(tmp_path / "adapter", make_lora(target_modules=["v_proj"]))
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.x": Evil()}, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError) as error:
+        make_task(base, folder).model()
+    check_error(error.value, "adapter_model.bin cannot be read", "an object of posix.mkdir, which weights_only=True")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_another_base_of_the_same_sizes_is_a_warning(runs, tmp_path, caplog):
+    adapter = runs["lora"]
+    other = shutil.copytree(adapter.base, tmp_path / "other")
+    with caplog.at_level(logging.WARNING, "tracin_ann"):
+        adapter.task(base=other)
+    assert f"was trained on {adapter.base}; its base model is now {other}" in caplog.text
 
 
 def test_without_peft_the_extra_is_named(runs, monkeypatch):

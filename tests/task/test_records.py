@@ -287,3 +287,9 @@ def test_a_stream_of_datasets_is_named(tmp_path):
     task = make_toy_task(tmp_path, train_data=lambda: stream, collate=collate_dicts)
     with pytest.raises(TaskError, match="got IterableDataset, an IterableDataset, .*materialise"):
         build(task, tmp_path / "out", CONFIG)
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + '{"a":' * 100_000 + "\n")
+    with pytest.raises(TaskError, match="line 2 of .* is malformed: got RecursionError"):
+        read_records(tmp_path / "rows.jsonl")[1]

@@ -70,7 +70,35 @@ def test_groups_with_one_rate_give_a_number(tmp_path):
     assert read_trainer_rates(tmp_path) == [0.1]
 
 
-def test_a_run_without_rates_is_rejected(tmp_path):
+def test_names_of_groups_lose_the_prefixes_of_wrappers(tmp_path):
+    write_checkpoint(tmp_path, 5, {}, [0.1, 0.2], [["module._orig_mod.a.weight"], ["module._orig_mod.a.bias"]])
+    assert read_trainer_rates(tmp_path) == [{"a.weight": 0.1, "a.bias": 0.2}]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        None,
+        [{"learning_rate": 0.1}, {"step": 4, "learning_rate": float("nan")}, 3],
+        [{"step": 4, "learning_rate": -0.1}, {"step": "4", "learning_rate": 0.1}],
+    ],
+)
+def test_entries_of_the_log_without_a_usable_rate_are_ignored(tmp_path, history):
+    write_checkpoint(tmp_path, 5, {})
+    path = tmp_path / "checkpoint-5" / "trainer_state.json"
+    path.write_text(json.dumps({"global_step": 5, "log_history": history}))
+    with pytest.raises(TaskError, match=r"are unknown: got no scheduler.pt.*; pass rates="):
+        read_trainer_rates(tmp_path)
+
+
+@pytest.mark.parametrize("rates", [["fast"], [0.1, float("nan")], [-0.1]])
+def test_rates_of_a_scheduler_that_are_no_rates_are_refused(tmp_path, rates):
+    write_checkpoint(tmp_path, 5, {2: 0.1}, rates)
+    with pytest.raises(TaskError, match=r"scheduler.pt cannot be read: got _last_lr .*expected learning rates"):
+        read_trainer_rates(tmp_path)
+
+
+def test_a_run_without_rates_is_refused(tmp_path):
     write_checkpoint(tmp_path, 5, {})
     with pytest.raises(TaskError, match=r"are unknown: got no scheduler.pt.*; pass rates="):
         read_trainer_rates(tmp_path)

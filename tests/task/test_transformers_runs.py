@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, TracInCallback, build
 from tracin_ann.cli.build import main as build_command
@@ -187,6 +188,67 @@ def test_tied_weights_stay_tied_and_names_that_differ_are_reported(trained, tmp_
         task.load(task.model(), str(task.checkpoints[1].path))
 
 
+def test_weights_that_the_config_ties_but_that_differ_are_refused(trained, tmp_path):
+    run = trained("gpt2")
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    path = folder / f"checkpoint-{UPDATES}" / "model.safetensors"
+    state = load_file(path)
+    task = Task.from_transformers(folder, run.records)
+    save_file({**state, "lm_head.weight": state["transformer.wte.weight"].clone()}, path)
+    assert torch.equal(load_into_model(task, -1)["lm_head.weight"], state["transformer.wte.weight"])
+    save_file({**state, "lm_head.weight": state["transformer.wte.weight"] + 1}, path)
+    with pytest.raises(CheckpointError, match=r"other values of \S+ than of the weights to which config.json ties it"):
+        load_into_model(task, -1)
+
+
+MARK = "from pathlib import Path\nPath({place!r}).write_text('run')\n"
+
+
+def test_a_malicious_run_folder_executes_nothing(trained, tmp_path, monkeypatch):
+    """Code beside the weights, and pickles in every file that is read or not, leave no trace."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.write_text, (tmp_path / "executed", "run")
+
+    pickled = pickle.dumps(Evil())
+    pickle.loads(pickled)
+    assert (tmp_path / "executed").exists(), "the pickle has an effect where it is loaded"
+    (tmp_path / "executed").unlink()
+    run = trained("bert")
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    code = {"AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": "evil.Evil"}
+    for place in (folder, *folder.glob("checkpoint-*")):
+        (place / "evil.py").write_text(MARK.format(place=str(tmp_path / "executed")))
+        (place / "custom_generate").mkdir()
+        (place / "custom_generate" / "generate.py").write_text(MARK.format(place=str(tmp_path / "executed")))
+        for name, entries in (
+            ("config.json", {"auto_map": code}),
+            ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}),
+        ):
+            if (place / name).is_file():
+                (place / name).write_text(json.dumps(json.loads((place / name).read_text()) | entries))
+        for name in ("training_args.bin", "rng_state.pth"):
+            (place / name).write_bytes(pickled)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    build(Task.from_transformers(folder, run.records), tmp_path / "index", SMALL)
+    last = folder / f"checkpoint-{UPDATES}"
+    (last / "scheduler.pt").write_bytes(pickled)
+    with pytest.raises(TaskError, match="scheduler.pt cannot be read"):
+        Task.from_transformers(folder, run.records)
+    (last / "scheduler.pt").unlink()
+    (last / "model.safetensors").unlink()
+    torch.save(Evil(), last / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_into_model(Task.from_transformers(folder, run.records), -1)
+    (last / "config.json").write_text(json.dumps({"model_type": "novel", "auto_map": code}))
+    with pytest.raises(TaskError, match="is unknown"):
+        Task.from_transformers(last, run.records, rates=[0.1])
+    assert not (tmp_path / "executed").exists()
+    assert "evil" not in sys.modules
+
+
 def change_config(run: Run, **changes: Any) -> None:
     for folder in step_folders(run):
         config = json.loads((folder / "config.json").read_text())
@@ -201,6 +263,13 @@ def remove_files(run: Run, *names: str) -> None:
 
 def remove_rates(run: Run) -> None:
     remove_files(run, "scheduler.pt", "trainer_state.json")
+
+
+def damage_index(run: Run) -> None:
+    """Replace the weights of a checkpoint by an index whose files have no names."""
+    folder = step_folders(run)[0]
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 3}}))
 
 
 FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -221,6 +290,7 @@ FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda run: (step_folders(run)[0] / "trainer_state.json").write_text("{"),
         "trainer_state.json cannot be read",
     ),
+    "damaged index": (damage_index, "weights of .* are missing: got no 3"),
     "damaged scheduler": (
         lambda run: (step_folders(run)[0] / "scheduler.pt").write_bytes(b"PK"),
         "scheduler.pt cannot be read",

@@ -212,7 +212,7 @@ def _split_by_parameter(index: InfluenceIndex, checked: CheckedPair, progress: P
                 progress("gradients", done + 1, len(checked.checkpoints))
     total = math.fsum(abs(product) for *_, product in products) or 1.0
     parts = [Part(c, layer, name, product, product / total) for c, layer, name, product in products]
-    return Explanation(parts, index.describe, pair, checked.stored_score)
+    return Explanation(parts, checked.describe, pair, checked.stored_score)
 
 
 def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: ProgressCallback | None) -> TokenExplanation:
@@ -236,7 +236,7 @@ def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: Progr
                 parts[example][checkpoint] = np.ldexp(model.rate * part_T, exponent)
             if progress is not None:
                 progress("gradients", done + 1, len(checked.checkpoints))
-    return TokenExplanation(parts, index.describe, pair, checked.stored_score)
+    return TokenExplanation(parts, checked.describe, pair, checked.stored_score, checked.inputs)
 
 
 def find_layers(model: nn.Module) -> dict[str, str]:

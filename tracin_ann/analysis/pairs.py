@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Directions, Id, compute_full_gradients
+from tracin_ann.scoring import Describe, Directions, Id, compute_full_gradients
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class CheckedPair:
-    """A pair of rows that exist, the score from their stored features, and the checkpoints to sum over."""
+    """A pair of rows that exist, and what their explanation needs.
+
+    Attributes:
+        pair: the rows.
+        stored_score: the score from their stored features.
+        checkpoints: the checkpoints to sum over.
+        describe: returns the description of a row, also after the examples of the side `input` are no longer lent.
+        inputs: the examples of the side `input`, if the query is one of them.
+    """
 
     pair: Pair
     stored_score: float
     checkpoints: tuple[int, ...]
+    describe: Describe
+    inputs: Any = None
 
 
 def check_pair(
@@ -61,7 +73,9 @@ def check_pair(
     query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
     stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
     pair = Pair(index.id_of("train", train_id), train_id, index.id_of(side, query_id), query_id, side)
-    return CheckedPair(pair, stored_score, tuple(view.checkpoints))
+    inputs = runner.data(side) if side == "input" else None
+    describe = partial(index.describe, examples=inputs)
+    return CheckedPair(pair, stored_score, tuple(view.checkpoints), describe, inputs)
 
 
 def compute_gradient(model: LoadedModel, side: SideName, row: int) -> Directions:

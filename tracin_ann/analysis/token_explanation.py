@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tracin_ann.analysis.pairs import Pair
 from tracin_ann.choices import SideName
@@ -50,6 +50,7 @@ class TokenExplanation(RowList[TokenPart]):
         pair: the training row and the query.
         score: exact TracInCP, the sum of the parts of the row.
         stored_score: the score from the stored features.
+        inputs: the examples of the side `input`, if the query is one of them.
     """
 
     FIELDS = Fields(
@@ -76,6 +77,7 @@ class TokenExplanation(RowList[TokenPart]):
         describe: Describe,
         pair: Pair,
         stored_score: float,
+        inputs: Any = None,
     ) -> None:
         """Collect the parts.
 
@@ -84,6 +86,7 @@ class TokenExplanation(RowList[TokenPart]):
             describe: returns the description of a row, with its tokens.
             pair: the training row and the query.
             stored_score: the score from the stored features.
+            inputs: the examples of the side `input`, if the query is one of them.
         """
         find_texts, sides = make_token_texts(describe), _list_sides(pair)
         self._texts = {example: list(find_texts(*sides[example]) or ()) for example in parts}
@@ -91,7 +94,7 @@ class TokenExplanation(RowList[TokenPart]):
             [part for example, each in parts.items() for part in _list_parts(example, each, self._texts[example])],
             describe,
         )
-        self.pair, self.stored_score = pair, stored_score
+        self.pair, self.stored_score, self.inputs = pair, stored_score, inputs
         self.score = math.fsum(part.contribution for part in self if part.example == "row")
 
     @property

@@ -44,6 +44,7 @@ from tracin_ann.task import (
     digest_second_moments,
     identify_checkpoint,
     leaves,
+    list_memory,
     map_leaves,
     preserve_globals,
     preserve_model,
@@ -93,12 +94,18 @@ class LoadedModel:
         self._last_read = -1
         self._scales = ScalesCache(memory_bytes)
         self._loaded_scales: GradientScales | None = None
-        self._parts = _list_parts(model)
+        self._parts, self._memory = _list_parts(model), list_memory(model, self._written)
 
     @property
     def has_new_parts(self) -> bool:
-        """Return whether the user has replaced, added or removed modules or parameters since the last use."""
-        return self._original is None and not _are_same_objects(self._parts, _list_parts(self.module))
+        """Return whether the user has replaced, added or removed modules or parameters since the last use.
+
+        Other memory for a tensor that no checkpoint sets counts as replaced.
+        """
+        return self._original is None and not (
+            _are_same_objects(self._parts, _list_parts(self.module))
+            and self._memory == list_memory(self.module, self._written)
+        )
 
     @contextlib.contextmanager
     def use(self, precision: Precision) -> Iterator[None]:
@@ -138,7 +145,7 @@ class LoadedModel:
                 self._cache.detach()
             self._release_parameters()
             # A loader or a forward pass may add modules.
-            self._parts = _list_parts(self.module)
+            self._parts, self._memory = _list_parts(self.module), list_memory(self.module, self._written)
 
     def _release_parameters(self) -> None:
         """Drop the engines of parameter objects that a loader created and that are not stored."""

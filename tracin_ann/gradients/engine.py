@@ -44,6 +44,7 @@ from tracin_ann.task import LossFunction, batched_tensors, tensors_within
 # Some parameters use forward mode before vmap(grad), others if vmap(grad) fails.
 _ORDER = (RULE, FORWARD, VMAP, FORWARD, LOOP)
 _ATTEMPTS = 4
+_LARGEST_EXPONENT = 100
 _FALLBACK_ELEMENTS = 1 << 26
 _CHECKED_FIRST, _CHECK_EVERY = (1, 4, 16), 64
 _BY_ROWS = "its layer's rows are matched with examples in every batch, with one more backward pass"
@@ -154,7 +155,7 @@ class GradientEngine:
     def differentiate(
         self, method: str, batch: Batch, losses: LossFunction, direction: Mapping[str, Tensor]
     ) -> Derivatives:
-        """Return losses [B, T] and their derivatives along a direction, in the model's own precision.
+        """Return losses [B, T] in the model's own precision, and their derivatives along a direction, in float64.
 
         Args:
             method: a key of `DIFFERENTIATE`.
@@ -165,13 +166,19 @@ class GradientEngine:
         Raises:
             Exception: the method does not support the model; any type that PyTorch raises.
         """
-        tangents = {}
-        for name, part in direction.items():
-            parameter = self.parameters[name]
-            # The scale of a gradient's parameter is in the direction, and here in the derivative.
-            scaled = part if self.scales is None else self.scales.apply(name, part)
-            tangents[name] = scaled.reshape(parameter.shape).to(parameter)
-        return DIFFERENTIATE[method](self._model, losses, self.parameters, tangents, batch.inputs)
+        # The scale of a gradient's parameter is in the direction, and here in the derivative.
+        scales = self.scales
+        parts = {name: part if scales is None else scales.apply(name, part) for name, part in direction.items()}
+        # Derivatives are linear in the direction: with entries of at most 1 it fits the dtype of the parameters.
+        peak = torch.stack([torch.linalg.vector_norm(part, ord=torch.inf) for part in parts.values()]).max().double()
+        exponent = peak.frexp().exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+        factor = torch.ldexp(torch.ones_like(peak), -exponent)
+        tangents = {
+            name: (part * factor.to(part)).reshape(self.parameters[name].shape).to(self.parameters[name])
+            for name, part in parts.items()
+        }
+        found = DIFFERENTIATE[method](self._model, losses, self.parameters, tangents, batch.inputs)
+        return Derivatives(found.loss_BT, found.derivative_BT.double() / factor)
 
     def is_half_precision(self, batch: Batch) -> bool:
         """Return whether the losses of a batch are computed in half precision, whatever the parameters' dtype."""

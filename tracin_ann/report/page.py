@@ -24,7 +24,7 @@ from tracin_ann.report.examples import Examples
 from tracin_ann.report.figures import Figure, answer_figures, row_figures
 from tracin_ann.report.images import PageImages
 from tracin_ann.report.suspects import build_suspect_views, find_neighbours, has_rows, make_saved_records
-from tracin_ann.report.views import ScoredCheckpoints, ViewBuilder, format_score
+from tracin_ann.report.views import SIDES, ScoredCheckpoints, ViewBuilder, format_score
 from tracin_ann.scoring import Answer, Answers, RankedRows, RowList, format_cells, score_ranks_figure
 from tracin_ann.task import preserve_globals
 from tracin_ann.text import escape_control, escape_json
@@ -130,11 +130,12 @@ def write_report(
     # Global state is restored once, because code of the task runs for thousands of rows.
     with preserve_globals():
         renderer = _PageRenderer(index, _load_templates(), checkpoints)
-        if isinstance(results, Answers):
-            with nullcontext() if results.examples is None else index.lend(results.examples):
+        inputs = results.examples if isinstance(results, Answers) else getattr(results, "inputs", None)
+        with nullcontext() if inputs is None else index.lend(inputs):
+            if isinstance(results, Answers):
                 page = renderer.render_answers(results, title)
-        else:
-            page = renderer.render_list(results, title)
+            else:
+                page = renderer.render_list(results, title)
     with open_output(out) as file:
         for piece in page:
             file.write(piece.encode("utf-8", "backslashreplace"))
@@ -239,7 +240,7 @@ class _PageRenderer:
         pair, template, body = explanation.pair, self._templates.get_template("tokens.html"), []
         sides: dict[ExampleName, tuple[str, SideName, int]] = {
             "row": (f"training row {pair.id}", "train", pair.row),
-            "query": (f"{'training row' if pair.side == 'train' else 'query'} {pair.query}", pair.side, pair.query_row),
+            "query": (f"{SIDES[pair.side]} {pair.query}", pair.side, pair.query_row),
         }
         for example in explanation.examples:
             name, side, row = sides[example]
@@ -317,6 +318,10 @@ def _list_facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
         ("checkpoints", f"{len(spec.checkpoints)}"),
         ("sketch", f"{spec.sketch.name}, {spec.sketch.dim} per checkpoint, seed {spec.sketch.seed}"),
     ]
+    if any(checkpoint.rates is not None for checkpoint in spec.checkpoints):
+        facts.append(("learning rates", "differ between parameters"))
+    if spec.preconditioner != "none":
+        facts.append(("preconditioner", spec.preconditioner))
     absent = (("removed", len(index.removed)), ("skipped, not finite", len(index.skipped)))
     return (*facts, *((name, f"{count:,} rows") for name, count in absent if count))
 

@@ -24,7 +24,7 @@ MOST_MEMBERS = 12
 """Rows of a group that are displayed; the others are counted."""
 _BARS_WIDTH, _BARS_HEIGHT = 60, 16
 _WIDEST_BAR = 8
-_SIDES: dict[SideName, str] = {"train": "training row", "query": "query", "input": "input"}
+SIDES: dict[SideName, str] = {"train": "training row", "query": "query", "input": "input"}
 _EXACT = "; scores are exact: over all parameters, without projection"
 
 
@@ -126,7 +126,7 @@ class ViewBuilder:
         losses_MC = [losses[answer.side, row] for row in answer.members if (answer.side, row) in losses]
         return QueryView(
             anchor=f"q{number}",
-            name=f"{_SIDES[answer.side]} {answer.query}",
+            name=f"{SIDES[answer.side]} {answer.query}",
             label=label,
             members=members,
             n_members=len(answer.members),

@@ -26,7 +26,7 @@ from tracin_ann.task.references import TaskReference, absolute_reference, load_t
 from tracin_ann.task.second_moments import SecondMoment, digest_second_moments, read_second_moments
 from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
 from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
-from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint
+from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint, list_memory
 
 __all__ = [
     "BatchOptions",
@@ -62,6 +62,7 @@ __all__ = [
     "identify_checkpoint",
     "is_image_file",
     "leaves",
+    "list_memory",
     "load_named_task",
     "load_task",
     "make_batches",

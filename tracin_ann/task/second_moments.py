@@ -65,8 +65,8 @@ def read_second_moments(
 
     They are read from `Checkpoint.second_moments`: the state dict of an optimizer, alone or in an entry with a usual
     name, or moments by parameter name. A state dict numbers its parameters. Their names are those that it contains
-    (`param_names`), or else those of the model in the order of one group, or of the two groups (with and without weight
-    decay) that the Trainer of Transformers makes; every shape has to match.
+    (`param_names`, or names instead of the numbers), or else those of the model in the order of one group, or of the
+    two groups (with and without weight decay) that the Trainer of Transformers makes; every shape has to match.
 
     Args:
         checkpoint: the checkpoint.
@@ -276,6 +276,9 @@ def _name_numbers(
     if all("param_names" in group for group in groups):
         given = [_strip_wrappers(name) for group in groups for name in group["param_names"]]
         return dict(zip(numbers, given, strict=True))
+    if all(isinstance(number, str) for number in numbers):
+        # A state dict of torch.distributed.checkpoint has names instead of numbers.
+        return {name: _strip_wrappers(name) for name in numbers}
     shapes = {name: parameter.shape for name, parameter in model.module.named_parameters()}
     kept = {number: own["exp_avg_sq"].shape for number, own in state.items() if _is_tensor(own.get("exp_avg_sq"))}
     sizes = [len(group["params"]) for group in groups]

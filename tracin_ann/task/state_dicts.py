@@ -21,7 +21,7 @@ _KEYS = ("model", "state_dict", "model_state_dict")
 # Prefixes that DDP and torch.compile add to every name of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
 _MAX_SHOWN = 4
-_REJECTED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_REJECTED_CLASS = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
 _SIZES = re.compile(r"size mismatch for (\S+): .*torch\.Size\((.*)\) from .* torch\.Size\((.*)\)\.")
 
 

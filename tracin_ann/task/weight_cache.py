@@ -58,6 +58,27 @@ class _Slot:
     is_copy: bool = True
 
 
+def list_memory(model: nn.Module, written: Collection[str] | None) -> list[int]:
+    """Return the addresses of the parameters and buffers that no checkpoint sets; their order is that of the modules.
+
+    Stored weights share the memory of these tensors, and do not have the values of other memory that replaces it.
+
+    Args:
+        model: the model.
+        written: names of the tensors that checkpoints set; None: all.
+    """
+    if written is None:
+        return []
+    named = named_tensors(model)
+    chosen = {id(named[name]) for name in written if name in named}
+    return [
+        tensor.data_ptr()
+        for registry in find_registries(model.modules())
+        for tensor in registry.values()
+        if tensor is not None and id(tensor) not in chosen and is_plain(tensor) and not tensor.is_meta
+    ]
+
+
 class WeightCache:
     """Copies of a model's parameters and buffers at several checkpoints.
 

@@ -6,7 +6,9 @@ record is encoded each time it is read; nothing is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.integrations.architectures import Kind
 from tracin_ann.task.integrations.losses import IGNORED, LABELS, TOKEN_KINDS
+from tracin_ann.task.integrations.pictures import decode_image, turn_upright
+from tracin_ann.task.nested import is_instance_of
 from tracin_ann.task.task import Description
 
 Example = dict[str, Tensor]
@@ -37,7 +41,7 @@ class Columns:
         text_pair: a second text, used if the column exists.
         label: the label: an int, a name of the config's `label2id`, a float, or a list; "": `labels` or `label`.
         target: the text that a sequence-to-sequence model is trained to write.
-        image: a PIL image; "": `image` or `img`.
+        image: a PIL image, or the bytes of a picture, as they are or in `{"bytes": ...}`; "": `image` or `img`.
     """
 
     text: str = "text"
@@ -99,11 +103,18 @@ class Encoder:
             example = {name: _as_tensor(name, record) for name in record if name in self.inputs and name != LABELS}
         else:
             example = self._tokenize(record)
-        if _IDS in example and _MASK in self.inputs and _MASK not in example:
-            example[_MASK] = torch.ones_like(example[_IDS])
+        if _IDS in example:
+            self._check_ids(example[_IDS])
+            if _MASK in self.inputs and _MASK not in example:
+                example[_MASK] = torch.ones_like(example[_IDS])
         if LABELS not in example:
             example |= self._make_labels(record, example)
         return example
+
+    def is_unlabelled(self, example: Example) -> bool:
+        """Return whether an example of a classification has no label."""
+        label = example[LABELS]
+        return self.kind not in TOKEN_KINDS and label.numel() == 1 and label.item() == IGNORED
 
     def _name_columns(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a record. The column of a text or picture from the command line gets the name that the task uses."""
@@ -111,6 +122,29 @@ class Encoder:
             if column and set(record) == {name}:
                 return {column: record[name]}
         return record
+
+    def _check_ids(self, ids_T: Tensor) -> None:
+        """Check that a row has tokens, and that the model knows them.
+
+        Raises:
+            TaskError: it has none, or one of another vocabulary.
+        """
+        if not ids_T.numel():
+            raise TaskError(
+                problem(
+                    "a row has no tokens", got="none", expected="at least one", remedy="leave out rows without text"
+                )
+            )
+        size = getattr(self.config, "vocab_size", None)
+        if isinstance(size, int) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < size:
+            raise TaskError(
+                problem(
+                    "a row has a token that the model does not know",
+                    got=f"{_IDS} from {int(ids_T.min())} to {int(ids_T.max())}",
+                    expected=f"0 to {size - 1}",
+                    remedy="encode the text with the tokenizer of the run",
+                )
+            )
 
     def _encode_image(self, record: Mapping[str, Any]) -> Example:
         if _PIXELS in record:
@@ -120,7 +154,7 @@ class Encoder:
             raise TaskError(_no_column_message(record, "image", f"{_PIXELS!r} or {name!r}"))
         if self.processor is None:
             raise TaskError(_no_encoder_message("image processor", "preprocessor_config.json", _PIXELS))
-        image = record[name]
+        image = _open_image(record[name], name)
         image = image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image
         return {_PIXELS: self.processor(image, return_tensors="pt")[_PIXELS][0]}
 
@@ -131,9 +165,11 @@ class Encoder:
         if self.tokenizer is None:
             raise TaskError(_no_encoder_message("tokenizer", "tokenizer.json", _IDS))
         text, pair = record[columns.text], record.get(columns.text_pair)
+        for name in (columns.text, columns.text_pair, columns.target if self.kind == "seq2seq" else columns.text):
+            self._check_text(name, record.get(name, ""))
         options: dict[str, Any] = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
         if self.kind == "token-classification":
-            return self._tokenize_words(record, list(text), options)
+            return self._tokenize_words(record, text.split() if isinstance(text, str) else list(text), options)
         encoded = self.tokenizer(text, *([pair] if pair is not None else []), **options)
         example = {name: torch.tensor(encoded[name]) for name in encoded if name in self.inputs}
         if self.kind == "seq2seq":
@@ -144,29 +180,59 @@ class Encoder:
             example[LABELS] = torch.tensor(self.tokenizer(text_target=record[columns.target], **options)[_IDS])
         return example
 
+    def _check_text(self, name: str, value: Any) -> None:
+        """Check that the value of a column is a text; for token classification, a list of words is one too.
+
+        Raises:
+            TaskError: it is something else.
+        """
+        is_words = self.kind == "token-classification" and name == self.columns.text
+        is_text = isinstance(value, str) or (value is None and name == self.columns.text_pair)
+        if not is_text and not (is_words and _is_list_of_texts(value)):
+            raise TaskError(
+                problem(
+                    f"column {name!r} of a row is not text",
+                    got=f"{type(value).__name__} {value!r}"[:160],
+                    expected="a list of words" if is_words else "a str",
+                    remedy="correct the row, or name another column",
+                )
+            )
+
     def _tokenize_words(self, record: Mapping[str, Any], words: list[str], options: Mapping[str, Any]) -> Example:
         """Return the tokens of words; the label of a word is that of its first token."""
         encoded = self.tokenizer(words, is_split_into_words=True, **options)
         example = {name: torch.tensor(encoded[name]) for name in encoded if name in self.inputs}
         given = [self._find_label_id(label) for label in self._read_label(record)]
+        if len(given) != len(words):
+            raise TaskError(
+                problem(
+                    "the labels of a row do not match its words",
+                    got=f"{len(given)} labels for {len(words)} words",
+                    expected="one label for each word",
+                    remedy="correct the row",
+                )
+            )
         places = encoded.word_ids()
         starts = [place is not None and place not in places[:t] for t, place in enumerate(places)]
-        example[LABELS] = torch.tensor(
-            [given[place] if is_start else IGNORED for place, is_start in zip(places, starts, strict=True)]
+        example[LABELS] = self._check_classes(
+            torch.tensor(
+                [given[place] if is_start else IGNORED for place, is_start in zip(places, starts, strict=True)]
+            )
         )
         return example
 
     def _make_labels(self, record: Mapping[str, Any], example: Example) -> Example:
         if self.kind not in TOKEN_KINDS:
             return {LABELS: self._encode_label(record)}
-        if LABELS in record:
-            return {LABELS: torch.as_tensor(record[LABELS])}
+        if record.get(LABELS) is not None:
+            return {LABELS: self._check_classes(_as_tensor(LABELS, record))}
         if self.kind == "causal-lm":
             is_masked = example[_MASK] == 0 if _MASK in example else torch.zeros_like(example[_IDS], dtype=torch.bool)
             return {LABELS: example[_IDS].masked_fill(is_masked, IGNORED)}
         if self.kind == "masked-lm":
             return self._mask_tokens(example[_IDS])
-        return {LABELS: torch.as_tensor(self._read_label(record))}
+        self._read_label(record)
+        return {LABELS: self._check_classes(_as_tensor(str(self._find_label_column(record)), record))}
 
     def _mask_tokens(self, ids_T: Tensor) -> Example:
         if self.tokenizer is None or self.tokenizer.mask_token_id is None:
@@ -185,18 +251,48 @@ class Encoder:
         }
 
     def _encode_label(self, record: Mapping[str, Any]) -> Tensor:
-        """Return the label of an example; -100 for a class if the record has none."""
-        is_class = getattr(self.config, "problem_type", None) in (None, "single_label_classification")
-        if is_class and self._find_label_column(record) is None:
+        """Return the label of an example; -100 for a class if the record has none.
+
+        Raises:
+            TaskError: it is not a label of the model.
+        """
+        n_labels, problem_type = (getattr(self.config, name, None) for name in ("num_labels", "problem_type"))
+        is_class = problem_type == "single_label_classification" or (problem_type is None and n_labels != 1)
+        name = self._find_label_column(record)
+        if is_class and name is None:
             return torch.tensor(IGNORED)
         label = self._read_label(record)
-        if isinstance(label, str | int) and not isinstance(label, bool):
-            return torch.tensor(self._find_label_id(label))
-        return torch.as_tensor(label)
+        label = torch.tensor(self._find_label_id(label)) if isinstance(label, str) else _as_tensor(str(name), record)
+        if not is_class or (problem_type is None and label.is_floating_point() and label.numel() > 1):
+            if n_labels is not None and label.numel() != n_labels:
+                got, expected = f"{label.numel()} numbers", f"{n_labels}, one for each output of the model"
+                raise TaskError(_label_message(got, expected))
+            return label
+        if label.numel() != 1:
+            raise TaskError(_label_message(f"{label.numel()} numbers", "one class"))
+        if label.is_floating_point():
+            # A column of integers with gaps is one of floats in pandas.
+            if label.item() != label.round().item():
+                raise TaskError(_label_message(f"{label.item()}", "the number of a class"))
+            label = label.long()
+        return self._check_classes(label)
+
+    def _check_classes(self, labels: Tensor) -> Tensor:
+        """Return labels of a classification if each is a class of the model or -100, and others unchanged.
+
+        Raises:
+            TaskError: one is neither.
+        """
+        n_labels = getattr(self.config, "num_labels", None)
+        if n_labels is not None and self.kind not in ("causal-lm", "masked-lm", "seq2seq"):
+            wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= n_labels))]
+            if wrong.numel():
+                raise TaskError(_label_message(f"{wrong[0].item()}", f"0 to {n_labels - 1}, or {IGNORED} for none"))
+        return labels
 
     def _find_label_column(self, record: Mapping[str, Any]) -> str | None:
         names = [self.columns.label] if self.columns.label else _LABEL_COLUMNS
-        return next((name for name in names if record.get(name) is not None), None)
+        return next((name for name in names if not _is_missing(record.get(name))), None)
 
     def _read_label(self, record: Mapping[str, Any]) -> Any:
         name = self._find_label_column(record)
@@ -227,18 +323,45 @@ class Encoder:
 
 @dataclass(frozen=True)
 class EncodedRows(Sequence[Example]):
-    """A map-style data set of examples, each encoded from its record when it is read."""
+    """A map-style data set of examples, each encoded from its record when it is read.
+
+    Attributes:
+        records: the rows.
+        encoder: makes examples of them.
+        needs_label: a row without a class is an error.
+    """
 
     records: Any
     encoder: Encoder
+    needs_label: bool = False
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.records)
 
     def __getitem__(self, i: Any) -> Any:
-        """Return an example."""
-        return self.encoder(self.records[i])
+        """Return an example.
+
+        Raises:
+            TaskError: its record has not the columns that the kind of task needs.
+        """
+        record = self.records[i]
+        try:
+            example = self.encoder(record)
+            if self.needs_label and self.encoder.is_unlabelled(example):
+                columns = ", ".join(map(str, record))
+                name = self.encoder.columns.label or _LABEL_COLUMNS[1]
+                raise TaskError(
+                    problem(
+                        "a training row has no label",
+                        got=f"columns {columns}",
+                        expected=f"a class in column {name!r}",
+                        remedy="pass label= with the name of the column, or leave out rows without a label",
+                    )
+                )
+        except TaskError as error:
+            raise TaskError(f"row {i} of the data: {error}") from error
+        return example
 
 
 @dataclass(frozen=True)
@@ -255,6 +378,17 @@ class Padding:
         """Return the batch of these examples."""
         values = {_IDS: self.pad_id, "decoder_input_ids": self.pad_id, LABELS: IGNORED}
         batch = {}
+        for example in examples[1:]:
+            if example.keys() != examples[0].keys():
+                different = sorted(example.keys() ^ examples[0].keys())
+                raise TaskError(
+                    problem(
+                        "rows have different columns",
+                        got=f"{', '.join(different)} in some rows only",
+                        expected="the same inputs of the model in every row",
+                        remedy="add the columns to all rows, or remove them",
+                    )
+                )
         for name, first in examples[0].items():
             tensors = [example[name] for example in examples]
             is_sequence = first.dim() == 1
@@ -295,7 +429,7 @@ class Describer:
     def name_label(self, example: Example) -> str | int | float | None:
         """Return the label of a classified or scored example; None if there is none."""
         label = example[LABELS]
-        if self.encoder.kind in TOKEN_KINDS or label.numel() != 1 or label.item() == IGNORED:
+        if self.encoder.kind in TOKEN_KINDS or label.numel() != 1 or self.encoder.is_unlabelled(example):
             return None
         value: int | float = label.item()
         names: Mapping[Any, str] = getattr(self.encoder.config, "id2label", None) or {}
@@ -361,6 +495,46 @@ def _as_tensor(name: str, record: Mapping[str, Any]) -> Tensor:
                 remedy="tokenise each row alone, without return_tensors and without a batch dimension",
             )
         ) from error
+
+
+def _open_image(value: Any, name: str) -> Any:
+    """Return the image of a cell, upright as its EXIF data say, as `datasets` decodes images.
+
+    A cell may also contain the bytes of a picture, or `{"bytes": ...}` as in Parquet files of `datasets`.
+
+    Raises:
+        TaskError: it contains no image.
+    """
+    content = value.get("bytes") if isinstance(value, Mapping) else value
+    if isinstance(content, bytes):
+        content = decode_image(io.BytesIO(content), f"in column {name!r}")
+    if is_instance_of(content, "PIL.Image", "Image"):
+        return turn_upright(content)
+    if content is None or isinstance(content, str | os.PathLike | int | float):
+        raise TaskError(
+            problem(
+                f"column {name!r} of a row is not an image",
+                got=f"{type(value).__name__} {value!r}"[:160],
+                expected="a PIL image, or the bytes of a picture",
+                remedy="open the picture in the data set, or name another column with image=",
+            )
+        )
+    return content
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a cell is empty: None, or NaN as in pandas."""
+    return value is None or (isinstance(value, float) and value != value)  # noqa: PLR0124 - NaN alone differs
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    is_list = isinstance(value, Collection) and not isinstance(value, Mapping)
+    return is_list and all(isinstance(each, str) for each in value)
+
+
+def _label_message(got: str, expected: str) -> str:
+    remedy = "correct the label, name its column with label=, or leave out rows without one"
+    return problem("a label is not one of the model's", got=got, expected=expected, remedy=remedy)
 
 
 def _no_column_message(record: Mapping[str, Any], what: str, expected: str) -> str:

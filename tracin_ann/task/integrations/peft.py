@@ -128,14 +128,14 @@ def find_base(folders: Sequence[str | os.PathLike[str]], base: str | os.PathLike
 
 
 def _check_same_base(adapter: Path, recorded: Path, base: Path) -> None:
-    """Compare the recorded base model with the given one, if both are on this machine.
+    """Compare the recorded base model with the given one, if both are on this machine; warn about another name.
 
     Raises:
         CheckpointError: the two have different architectures or sizes.
     """
+    if recorded.name not in ("", base.name):
+        logger.warning("%s was trained on %s; its base model is now %s", adapter, recorded, base)
     if not str(recorded) or not (recorded / "config.json").is_file():
-        if recorded.name not in ("", base.name):
-            logger.warning("%s was trained on %s; its base model is now %s", adapter, recorded, base)
         return
     trained, given = (_read_architecture(each) for each in (recorded, base))
     different = [name for name in {**trained, **given} if trained.get(name) != given.get(name)]
@@ -283,11 +283,14 @@ class _Adapters:
                 config = peft.PeftConfig.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:
             raise CheckpointError(_describe_config(Path(self.folder) / CONFIG, first_line(error))) from error
-        if config.is_prompt_learning:
+        # X-LoRA loads the adapters that it names, also from a server; Megatron's layers are in a module that the
+        # configuration names.
+        entry = next((name for name in ("adapters", "megatron_config") if content.get(name)), None)
+        if config.is_prompt_learning or entry is not None:
             raise TaskError(
                 problem(
                     f"adapter {self.folder} cannot be used",
-                    got=f"peft_type {content['peft_type']}",
+                    got=f"peft_type {content['peft_type']}" + (f" with {entry}" if entry else ""),
                     expected="LoRA, DoRA, IA3 or another method whose parameters are parts of layers",
                     remedy="train such an adapter, or write Task.model and Task.load for this one",
                 )
@@ -305,7 +308,19 @@ class _Adapters:
         path = _find_folder(path)
         if path != self.folder:
             _check_same_config(self.folder, read_adapter_config(self.folder), path, read_adapter_config(path))
-        self._fill(model, read_weights(path), path)
+        written = self._fill(model, read_weights(path), path)
+        missing = sorted(self.written - written)
+        if missing or written - self.written:
+            unknown = sorted(written - self.written)
+            complaints = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown]
+            raise CheckpointError(
+                problem(
+                    f"adapter {path} sets other tensors than {self.folder}",
+                    got=join_complaints(complaints),
+                    expected=f"the same {len(self.written)} tensors",
+                    remedy="save the embedding layers with all adapters or with none (save_embedding_layers)",
+                )
+            )
 
     def find_written(self, model: nn.Module) -> frozenset[str]:
         """Return the names of the tensors that `load` sets in a model that `make_model` returned."""

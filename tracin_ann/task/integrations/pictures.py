@@ -118,3 +118,8 @@ def decode_image(source: Any, name: object, mode: str | None = None) -> Any:
                 remedy="write the file again, or leave it out",
             )
         ) from error
+
+
+def turn_upright(image: Any) -> Any:
+    """Return an image rotated and mirrored as its EXIF data say; without such data, the image itself."""
+    return import_pillow("pictures", "ImageOps").exif_transpose(image)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import TaskError, first_line, problem
+from tracin_ann.task.integrations.param_groups import read_rate, strip_wrappers
 
 logger = logging.getLogger(__name__)
 Rates = Literal["at", "sum"]
@@ -130,9 +131,11 @@ def _read_logged(run: Path, checkpoints: list[TrainerCheckpoint]) -> dict[int, f
     """Return the rates of logged updates, by number of the update from 1; later files take precedence."""
     logged: dict[int, float] = {}
     for folder in (*(checkpoint.path for checkpoint in checkpoints), run):
-        for entry in _read_state(folder).get("log_history", []):
-            if isinstance(entry, dict) and isinstance(entry.get("learning_rate"), int | float):
-                logged[int(entry["step"])] = float(entry["learning_rate"])
+        history = _read_state(folder).get("log_history")
+        for entry in history if isinstance(history, list) else []:
+            rate = read_rate(entry.get("learning_rate")) if isinstance(entry, dict) else None
+            if rate is not None and type(entry.get("step")) is int:
+                logged[entry["step"]] = rate
     return logged
 
 
@@ -161,8 +164,18 @@ def _read_scheduler(folder: Path) -> list[float]:
     path = folder / _SCHEDULER
     if not path.is_file():
         return []
-    rates = _load_state(path).get("_last_lr") or []
-    return [float(rate) for rate in rates]
+    saved = _load_state(path).get("_last_lr")
+    rates = [read_rate(rate) for rate in saved] if isinstance(saved, list) else []
+    if None in rates:
+        raise TaskError(
+            problem(
+                f"{path} cannot be read",
+                got=f"_last_lr {saved}"[:160],
+                expected="learning rates, finite and 0 or more",
+                remedy="copy the file again, or pass rates=[...]",
+            )
+        )
+    return [rate for rate in rates if rate is not None]
 
 
 def _choose_rate_of_groups(checkpoint: TrainerCheckpoint, rates: list[float]) -> Rate:
@@ -172,7 +185,8 @@ def _choose_rate_of_groups(checkpoint: TrainerCheckpoint, rates: list[float]) ->
     path = checkpoint.path / _OPTIMIZER
     groups = _load_state(path).get("param_groups", []) if path.is_file() else []
     if len(groups) == len(rates) and all(group.get("param_names") for group in groups):
-        return {name: rate for group, rate in zip(groups, rates, strict=True) for name in group["param_names"]}
+        found = {name: rate for group, rate in zip(groups, rates, strict=True) for name in group["param_names"]}
+        return dict(zip(strip_wrappers(list(found)), found.values(), strict=True))
     logger.warning(
         "%s has parameter groups with learning rates %s without names of parameters; the first is used for all",
         checkpoint.path,

@@ -126,7 +126,7 @@ class JsonRecords(Rows):
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise self._malformed(row, f"{error.msg} at column {error.colno}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._malformed(row, first_line(error)) from error
         if not isinstance(record, dict):
             is_array = text.startswith(b"[")

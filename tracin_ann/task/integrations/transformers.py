@@ -196,7 +196,8 @@ def assemble_task(
         UsageError: the kind of the run has no loss.
     """
     loss, token_losses = make_loss(encoder.kind, encoder.config, options.loss)
-    train = EncodedRows(open_records(data[0]), encoder)
+    train = EncodedRows(open_records(data[0]), encoder, needs_label=True)
+    # A query without a label has the class that the model predicts; a training row must have the one it was trained on.
     query = train if data[1] is None else EncodedRows(open_records(data[1]), encoder)
     describer = Describer(encoder)
     train[0], query[0]  # noqa: B018 - the first rows show whether the data have the columns that are needed

@@ -58,7 +58,7 @@ def list_shards(path: str | os.PathLike[str]) -> list[Path]:
     if index is None:
         return [find_weights(path)]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             problem(
@@ -102,16 +102,28 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         complaints = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown]
         _load_by_transformers(model, path, complaints)
         return
-    complaints = []
+    complaints, filled = [], set()
     with torch.no_grad():
         for shard in shards:
             for name, tensor in _read_tensors(shard):
-                if own[name].shape == tensor.shape:
-                    own[name].copy_(tensor)
-                else:
+                if own[name].shape != tensor.shape:
                     complaints.append(f"{name} of shape {list(tensor.shape)} instead of {list(own[name].shape)}")
+                elif id(own[name]) in filled and not _equal(own[name], tensor):
+                    complaints.append(_describe_untied(name))
+                else:
+                    own[name].copy_(tensor)
+                    filled.add(id(own[name]))
     if complaints:
         raise CheckpointError(_mismatch_message(path, complaints))
+
+
+def _equal(own: Tensor, tensor: Tensor) -> bool:
+    """Return whether a tensor of the model has the values of one of a file."""
+    return torch.equal(own, tensor.to(own.device, own.dtype))
+
+
+def _describe_untied(name: str) -> str:
+    return f"other values of {name} than of the weights to which config.json ties it"
 
 
 def _list_missing(model: nn.Module, own: Mapping[str, Any], names: set[str]) -> list[str]:
@@ -175,6 +187,10 @@ def _load_by_transformers(model: Any, path: Path, complaints: list[str]) -> None
     left += [f"unknown {name}" for name in sorted(report["unexpected_keys"])]
     left += [f"another shape of {entry[0]}" for entry in sorted(report["mismatched_keys"])]
     left = left or load_strictly(model, other.state_dict())
+    if not left:
+        own = named_tensors(model)
+        values = [(name, value) for name, value in other.state_dict().items() if isinstance(value, Tensor)]
+        left = [_describe_untied(name) for name, value in values if name in own and not _equal(own[name], value)]
     if left:
         raise CheckpointError(_mismatch_message(path, left))
 
