@@ -56,6 +56,7 @@ __all__ = [
     "batched_tensors",
     "checkpoint_digest",
     "differ_in_length",
+    "digest_second_moments",
     "encode_content",
     "has_run_record",
     "identify_checkpoint",
@@ -80,7 +81,6 @@ __all__ = [
     "read_run_record",
     "read_second_moments",
     "rebuild",
-    "digest_second_moments",
     "tensors_within",
     "to_device",
 ]
