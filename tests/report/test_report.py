@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,16 +330,10 @@ def test_a_report_is_complete_or_absent(
 def test_a_missing_package_names_the_extra(
     indexes: dict[str, InfluenceIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *others: Any) -> Any:
-        if name.partition(".")[0] == package:
-            raise ImportError(name)
-        return real(name, *others)
-
     index = indexes["images"]
     answers = run_query(index)
-    monkeypatch.setattr(builtins, "__import__", without)
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"pip install 'tracin-ann\[report\]'"):
         write_report(answers, tmp_path / "r.html", index)
     assert list(tmp_path.iterdir()) == []
