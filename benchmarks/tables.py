@@ -546,7 +546,7 @@ def language() -> str:
 def growth() -> str:
     """Return scored rows and time at two recalls as the rows grow, and exponents of N."""
     content = read_results("retrieval")
-    results = content["results"] + read_results("retrieval_growth")["results"]
+    results = content["results"]
     rows: list[Row] = [
         ("rows", "lists", "scored at 0.95", "scored at 0.98", "ms at 0.95", "ms at 0.98", "build, s", "bytes/row")
     ]

@@ -201,12 +201,12 @@ def measure_size(rows: First, queries: Float32, options: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", required=True, help="folder that benchmarks.retrieval.rows wrote")
-    parser.add_argument("--index", default="index-3200000", help="index in the folder")
+    parser.add_argument("--index", default="index-1000000", help="index in the folder")
     parser.add_argument(
         "--sizes",
         nargs="+",
         type=int,
-        default=[100_000, 200_000, 400_000, 1_000_000, 3_200_000],
+        default=[100_000, 200_000, 400_000, 1_000_000],
         help="numbers of rows",
     )
     parser.add_argument("--queries", type=int, default=1000, help="number of queries")

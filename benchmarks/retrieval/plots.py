@@ -60,7 +60,7 @@ def count_rows() -> int:
 
 def draw_growth(pyplot: Any) -> Any:
     """Draw scored rows and time at recall 0.95 against the number of rows, with fitted exponents."""
-    results = read_results("retrieval")["results"] + read_results("retrieval_growth")["results"]
+    results = read_results("retrieval")["results"]
     rows = np.array([result["rows"] for result in results])
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for panel, what in zip(panels, ("scored", "ms"), strict=True):
