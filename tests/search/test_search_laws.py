@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_search_contract import DIM, Rows, heavy_tailed, oracle
 
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, scale_to_unit, search_both
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import best_positions, from_padded, merge, negate
 from tracin_ann.types import Float32, TopK
@@ -138,3 +138,19 @@ def test_merge_requires_the_same_queries() -> None:
         merge([one, two], 3)
     with pytest.raises(ValueError, match="merge of parts"):
         merge(none, 3)
+
+
+@given(
+    rows=hnp.arrays(np.float32, (4, DIM), elements=st.floats(-1, 1, width=32)),
+    powers=st.lists(st.integers(-148, 126), min_size=4, max_size=4),
+)
+def test_queries_are_scaled_to_norms_from_a_half_to_1_by_powers_of_two(rows: Float32, powers: list[int]) -> None:
+    with np.errstate(under="ignore"):
+        queries = np.ldexp(rows, np.array(powers)[:, None])
+    # Together, queries of extreme norms are scaled in another way than those of usual norms alone.
+    for some in (queries, queries[np.abs(powers) < 100]):
+        scaled, exponents = scale_to_unit(some)
+        assert scaled.dtype == np.float32
+        np.testing.assert_array_equal(np.ldexp(scaled.astype(np.float64), exponents[:, None]), some)
+        norms = np.linalg.norm(scaled.astype(np.float64), axis=1)
+        assert (((norms >= 0.5) & (norms < 1)) | (norms == 0)).all()

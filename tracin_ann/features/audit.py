@@ -328,8 +328,8 @@ class Auditor:
 
 @contextmanager
 def _change_last_digits(model: nn.Module, seed: int) -> Iterator[None]:
-    """Change the weights of a model by a few units in the last place in the block."""
-    weights = [p.data for p in model.parameters() if p.is_floating_point() and type(p.data) is Tensor]
+    """Change the weights of a model by a few units in the last place in the block; not those in half precision."""
+    weights = [p.data for p in model.parameters() if p.dtype in _COMPUTED and type(p.data) is Tensor]
     saved = [weight.clone() for weight in weights]
     generator = torch.Generator().manual_seed(seed)
     try:

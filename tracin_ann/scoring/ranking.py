@@ -205,9 +205,7 @@ class Ranker:
             itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
             itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
             itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist())
-            if request.n_against
-            else itertools.repeat(()),
+            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
         )
         hits = tuple(map(Hit, *columns))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
@@ -293,8 +291,9 @@ class Ranker:
             part_NC, deviation_N = _score_row_parts(
                 row_MF, np.split(place_N, ends[:-1]), weighted_QF[queries], len(request.checkpoints)
             )
-            has_error = self.error_scale is not None and not request.options.cosine
-            error_N = (self.error_scale or 0) * deviation_N if has_error else None
+            error_N = None
+            if self.error_scale is not None and not request.options.cosine:
+                error_N = self.error_scale * deviation_N
             rows = ScoredRows(np.concatenate(each), part_NC.sum(axis=1), None, error_N, part_NC)
             scored += [rows[slice(end - len(own), end)] for own, end in zip(each, ends.tolist(), strict=True)]
         return scored

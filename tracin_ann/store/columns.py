@@ -130,10 +130,7 @@ class RowTable:
 
     def id_at(self, row: int) -> int | str:
         """Return the id of the row at a position."""
-        if self.ids is None:
-            return row
-        own = self.ids[row]
-        return own if isinstance(own, str) else int(own)
+        return self.ids_at([row])[0]
 
     def ids_at(self, rows_N: npt.ArrayLike) -> list[int | str]:
         """Return the ids of the rows at these positions."""

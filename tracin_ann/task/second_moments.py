@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.files import require_regular
+from tracin_ann.task.integrations.param_groups import is_optimizer_state, strip_wrappers
 from tracin_ann.task.task import Checkpoint
 
 _DEFAULT_EPS = 1e-8
@@ -173,12 +174,12 @@ def _find_entry(content: Any, where: str) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it contains neither, or the states of several optimizers.
     """
-    if isinstance(content, Mapping) and not _is_optimizer_state(content):
+    if isinstance(content, Mapping) and not is_optimizer_state(content):
         content = next((content[key] for key in _KEYS if key in content and not _is_tensor(content[key])), content)
     if isinstance(content, Sequence) and len(content) == 1:
         content = content[0]
     if isinstance(content, Mapping) and content:
-        if _is_optimizer_state(content) or all(map(_is_tensor, content.values())):
+        if is_optimizer_state(content) or all(map(_is_tensor, content.values())):
             return content
         got = f"a mapping with {', '.join(map(str, list(content)[:4]))}"
     else:
@@ -197,10 +198,6 @@ def _find_entry(content: Any, where: str) -> Mapping[str, Any]:
     )
 
 
-def _is_optimizer_state(content: Mapping[str, Any]) -> bool:
-    return isinstance(content.get("param_groups"), list) and isinstance(content.get("state"), Mapping)
-
-
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
@@ -209,7 +206,7 @@ def _name_moments(
     content: Mapping[str, Any], metadata: Mapping[str, str] | None, model: _Model, where: str
 ) -> dict[str, SecondMoment]:
     """Return second moments by name."""
-    if _is_optimizer_state(content):
+    if is_optimizer_state(content):
         return _name_state(content, model, where)
     if metadata is None or "groups" not in metadata:
         # Moments by name without a description are v̂.
@@ -274,11 +271,11 @@ def _name_numbers(
     groups = [group for group in groups if group["params"]]
     numbers = [number for group in groups for number in group["params"]]
     if all("param_names" in group for group in groups):
-        given = [_strip_wrappers(name) for group in groups for name in group["param_names"]]
+        given = strip_wrappers([name for group in groups for name in group["param_names"]])
         return dict(zip(numbers, given, strict=True))
     if all(isinstance(number, str) for number in numbers):
         # A state dict of torch.distributed.checkpoint has names instead of numbers.
-        return {name: _strip_wrappers(name) for name in numbers}
+        return dict(zip(numbers, strip_wrappers(numbers), strict=True))
     shapes = {name: parameter.shape for name, parameter in model.module.named_parameters()}
     kept = {number: own["exp_avg_sq"].shape for number, own in state.items() if _is_tensor(own.get("exp_avg_sq"))}
     sizes = [len(group["params"]) for group in groups]
@@ -296,11 +293,6 @@ def _name_numbers(
             remedy=_BY_NAME,
         )
     )
-
-
-def _strip_wrappers(name: str) -> str:
-    """Return a name without what DDP and torch.compile add to the names of the module that they wrap."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
 
 
 def _list_orders(model: _Model) -> Iterator[list[list[str]]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, TaskError, first_line, problem
 from tracin_ann.task.integrations.param_groups import (
-    Rates,
+    Rate,
     SavedGroup,
     SavedOptimizer,
     collect_rates,
@@ -67,7 +67,7 @@ class LightningCheckpoint:
     """A `.ckpt` file, its learning rates, and the file of Adam's second moments, if they were saved."""
 
     path: Path
-    rates: Rates | Mapping[str, float]
+    rates: Rate
     second_moments: Path | None
 
 
@@ -86,7 +86,7 @@ class _Saved:
     path: Path
     content: Mapping[str, Any]
     step: int
-    rates: Rates | None = None
+    rates: Rate | None = None
     moments: Path | None = None
 
     @property
@@ -95,7 +95,7 @@ class _Saved:
         states = self.content.get("optimizer_states")
         return states if isinstance(states, list) and all(map(is_optimizer_state, states)) else []
 
-    def with_rates(self, rates: Rates | Mapping[str, float]) -> LightningCheckpoint:
+    def with_rates(self, rates: Rate) -> LightningCheckpoint:
         """Return the checkpoint with these learning rates."""
         return LightningCheckpoint(self.path, rates, self.moments or (self.path if self.states else None))
 
@@ -180,7 +180,7 @@ def _list_folder(folder: Path) -> list[Path]:
     )
 
 
-def _open(path: Path, rates: Rates | None = None, moments: Path | None = None) -> _Saved:
+def _open(path: Path, rates: Rate | None = None, moments: Path | None = None) -> _Saved:
     content = read_content(path, mapped=True)
     select_entry(content, STATE_DICT, os.fspath(path))
     step = content.get("global_step")
@@ -324,7 +324,7 @@ class _RateReader:
             optimizers.append(SavedOptimizer(tuple(groups), {}))
         return optimizers or "configure_optimizers() returns no optimizer"
 
-    def read(self, saved: _Saved) -> Rates:
+    def read(self, saved: _Saved) -> Rate:
         """Return the learning rates of a checkpoint.
 
         Raises:
@@ -345,7 +345,7 @@ class _RateReader:
         trained = sum(p.requires_grad for p in self._module.parameters())
         return sum(len(group.indices) for optimizer in optimizers for group in optimizer.groups) == trained
 
-    def _name_rates(self, saved: _Saved, optimizers: Sequence[SavedOptimizer]) -> Rates:
+    def _name_rates(self, saved: _Saved, optimizers: Sequence[SavedOptimizer]) -> Rate:
         """Return the rates by parameter name, from names in the file or from `configure_optimizers`."""
         named = [map_saved_names(optimizer) for optimizer in optimizers]
         if any(name_of is None for name_of in named):
@@ -381,7 +381,7 @@ class _RateReader:
             remedy=f"{_REMEDY}, or make the optimizer from self.named_parameters()",
         )
 
-    def _read_logged(self, saved: _Saved) -> Rates:
+    def _read_logged(self, saved: _Saved) -> Rate:
         """Return the rates that LearningRateMonitor logged last, at the checkpoint's step or before it."""
         logged = _read_metrics(saved)
         rates = set(logged.values())

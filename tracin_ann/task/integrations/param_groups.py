@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, UsageError, problem
 
-Rates = float | dict[str, float]
+Rate = float | Mapping[str, float]
+"""The learning rate of a checkpoint, or rates by parameter name."""
 
 # Prefixes that DDP and torch.compile add to every name of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -50,7 +51,11 @@ class SavedOptimizer:
 
 def is_optimizer_state(value: object) -> bool:
     """Return whether a value has the form of an optimizer's state dict."""
-    return isinstance(value, Mapping) and isinstance(value.get("param_groups"), list) and "state" in value
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("param_groups"), list)
+        and isinstance(value.get("state"), Mapping)
+    )
 
 
 def read_optimizer_state(state: Mapping[str, Any], where: str) -> SavedOptimizer:
@@ -171,7 +176,7 @@ def collect_rates(
     return rates
 
 
-def compact_rates(rates: Mapping[str, float]) -> Rates:
+def compact_rates(rates: Mapping[str, float]) -> Rate:
     """Return one rate if all parameters have the same one, else the rates by name."""
     values = set(rates.values())
     return values.pop() if len(values) == 1 else dict(rates)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, UsageError, first_line, problem
 from tracin_ann.packages import make_missing_package_error
 from tracin_ann.task.integrations.architectures import Kind, find_class, find_kind, load_config, make_model_from_config
+from tracin_ann.task.integrations.param_groups import Rate
 from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
-    Rate,
     TrainerCheckpoint,
     read_trainer_rates,
 )

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import TaskError, first_line, problem
-from tracin_ann.task.integrations.param_groups import read_rate, strip_wrappers
+from tracin_ann.task.integrations.param_groups import Rate, read_rate, strip_wrappers
 
 logger = logging.getLogger(__name__)
-Rates = Literal["at", "sum"]
-Rate = float | Mapping[str, float]
+RateRule = Literal["at", "sum"]
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 ADAPTER_CONFIG = "adapter_config.json"
 _STATE, _SCHEDULER, _OPTIMIZER = "trainer_state.json", "scheduler.pt", "optimizer.pt"
@@ -73,7 +72,7 @@ def find_optimizer(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_trainer_rates(run: str | os.PathLike[str], rates: Rates = "at") -> list[Rate]:
+def read_trainer_rates(run: str | os.PathLike[str], rates: RateRule = "at") -> list[Rate]:
     """Return the learning rate of each of a run's checkpoints, in the order of `list_trainer_checkpoints`.
 
     "at" is the rate that the scheduler had when the checkpoint was saved, that of the next update: η_c of TracInCP

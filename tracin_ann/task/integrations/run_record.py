@@ -21,7 +21,7 @@ from typing import Any
 
 from tracin_ann.errors import CheckpointError, DamagedIndexError, problem
 from tracin_ann.files import read_json, write_json_atomic
-from tracin_ann.task.integrations.param_groups import Rates, read_rate
+from tracin_ann.task.integrations.param_groups import Rate, read_rate
 
 RECORD = "tracin.json"
 _FORMAT, _VERSION = "tracin-run", 1
@@ -46,8 +46,8 @@ class RunCheckpoint:
     step: int
     epoch: float | None
     loss: float | None
-    learning_rates: Rates
-    summed_learning_rates: Rates | None = None
+    learning_rates: Rate
+    summed_learning_rates: Rate | None = None
     optimizer: str | None = None
 
 
@@ -107,7 +107,7 @@ def read_run_record(folder: str | os.PathLike[str]) -> RunRecord:
         raise CheckpointError(message) from error
 
 
-def select_rates(record: RunRecord, *, summed: bool = False) -> list[Rates]:
+def select_rates(record: RunRecord, *, summed: bool = False) -> list[Rate]:
     """Return the learning rates of each checkpoint, of its last step or summed since the checkpoint before.
 
     Raises:
@@ -167,7 +167,7 @@ def _parse_entry(folder: Path, i: int, entry: object) -> RunCheckpoint:
     )
 
 
-def _parse_rates(value: object, where: str) -> Rates:
+def _parse_rates(value: object, where: str) -> Rate:
     if isinstance(value, Mapping):
         rates = {name: read_rate(rate) for name, rate in value.items()}
         if rates and all(rate is not None for rate in rates.values()):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.task.integrations.param_groups import (
-    Rates,
+    Rate,
     SavedOptimizer,
     collect_rates,
     compact_rates,
@@ -38,7 +38,7 @@ def check_entry(path: str | os.PathLike[str], key: str) -> None:
 
 def read_saved_rates(
     path: str | os.PathLike[str], key: str, optimizer_key: str | None, names: Sequence[str] | None
-) -> Rates:
+) -> Rate:
     """Return the learning rates in the optimizer's state dict of a checkpoint file.
 
     Args:

@@ -36,10 +36,10 @@ from tracin_ann.task.integrations.examples import (
     choose_max_length,
 )
 from tracin_ann.task.integrations.losses import Reduction, make_loss
+from tracin_ann.task.integrations.param_groups import Rate
 from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
-    Rate,
-    Rates,
+    RateRule,
     TrainerCheckpoint,
     find_optimizer,
     list_trainer_checkpoints,
@@ -77,7 +77,7 @@ class RunOptions:
     """
 
     kind: Kind | None = None
-    rates: Rates | Sequence[float] = "at"
+    rates: RateRule | Sequence[float] = "at"
     loss: Reduction = "sum"
     tokenizer: Any = None
     dtype: torch.dtype | str | None = None
@@ -109,7 +109,7 @@ class RunOptions:
             "quantization": (None, "int8"),
         }
         if isinstance(self.rates, str):
-            choices["rates"] = get_args(Rates)
+            choices["rates"] = get_args(RateRule)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(
@@ -239,16 +239,16 @@ def list_checkpoints(run: str | os.PathLike[str]) -> list[TrainerCheckpoint]:
     ]
 
 
-def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_checkpoints: int) -> list[Rate]:
+def read_rates(run: str | os.PathLike[str], rates: RateRule | Sequence[float], n_checkpoints: int) -> list[Rate]:
     """Return the learning rate of each checkpoint: those of the run, or the given ones.
 
     Raises:
         UsageError: the number of given rates is not that of the checkpoints.
         TaskError: the rates of the run are unknown.
     """
-    if rates in get_args(Rates):
+    if rates in get_args(RateRule):
         if has_run_record(run):
-            return list(select_rates(read_run_record(run), summed=rates == "sum"))
+            return select_rates(read_run_record(run), summed=rates == "sum")
         return read_trainer_rates(run, rates)  # type: ignore[arg-type]
     given: list[Rate] = list(rates)  # type: ignore[arg-type]
     if len(given) != n_checkpoints:
@@ -263,7 +263,7 @@ def read_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], n_ch
     return given
 
 
-def check_rates(run: str | os.PathLike[str], rates: Rates | Sequence[float], checkpoints: list[Checkpoint]) -> None:
+def check_rates(run: str | os.PathLike[str], rates: RateRule | Sequence[float], checkpoints: list[Checkpoint]) -> None:
     """Check that the schedule had not decayed to 0 at every checkpoint.
 
     Raises:
@@ -392,7 +392,7 @@ def _parse_option(name: str, value: str) -> Any:
     try:
         if name in ("max_length", "seed"):
             return int(value)
-        if name == "rates" and value not in get_args(Rates):
+        if name == "rates" and value not in get_args(RateRule):
             return [float(part) for part in value.split(",")]
     except ValueError as error:
         raise UsageError(
