@@ -205,7 +205,7 @@ KINDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support")
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR) tensor support")
 @pytest.mark.parametrize("kind", KINDS)
 def test_objects_are_compared_by_content(kind):
     create = KINDS[kind]
