@@ -1,26 +1,37 @@
-"""Evaluation of scores by retraining: the linear datamodeling score and the losses of retrained models."""
+"""Evaluation of scores: by retraining (LDS, removal), by single steps (tail patch, TracInIdeal), by wrong labels."""
 
 from __future__ import annotations
 
-from tracin_ann.evaluation.lds import (
-    DatamodelingScore,
-    compute_ceiling,
-    compute_lds,
-    correlate_predictions,
-    sum_scores,
-)
+from tracin_ann.evaluation.detection import DetectionCurve, compare_rankings, compute_detection
+from tracin_ann.evaluation.estimates import Estimate, correlate, estimate_mean
+from tracin_ann.evaluation.lds import compute_ceiling, compute_lds, sum_scores
+from tracin_ann.evaluation.removal import Removal, draw_random_rows, find_top_rows, measure_removal
 from tracin_ann.evaluation.retraining import Retraining, compute_query_losses
 from tracin_ann.evaluation.subsets import FRACTION, draw_leave_one_out, draw_subsets
+from tracin_ann.evaluation.tail_patch import measure_tail_patch
+from tracin_ann.evaluation.trace import Trace, TracedRun, trace
 
 __all__ = [
-    "DatamodelingScore",
+    "DetectionCurve",
+    "Estimate",
     "FRACTION",
+    "Removal",
     "Retraining",
+    "Trace",
+    "TracedRun",
+    "compare_rankings",
     "compute_ceiling",
+    "compute_detection",
     "compute_lds",
     "compute_query_losses",
-    "correlate_predictions",
+    "correlate",
     "draw_leave_one_out",
+    "draw_random_rows",
     "draw_subsets",
+    "estimate_mean",
+    "find_top_rows",
+    "measure_removal",
+    "measure_tail_patch",
     "sum_scores",
+    "trace",
 ]
