@@ -54,7 +54,7 @@ def measure_tail_patch(
         for done, row in enumerate(rows.tolist(), start=1):
             model.step(model.gradients(row), rates)
             at_q, at_k = np.nonzero(row_QK == row)
-            fall_QK[at_q, at_k] = before_Q[at_q] - model.query_losses([query_ids[q] for q in at_q])
+            fall_QK[at_q, at_k] = before_Q[at_q] - model.query_losses([query_ids[q] for q in at_q.tolist()])
             model.set_weights(weights)
             report("steps", done, len(rows))
     return fall_QK
