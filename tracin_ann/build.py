@@ -196,8 +196,9 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         audit=audits.drawn,
         score=job.score_record,
     )
-    job.keep_curvature(generation, manifest)
     generation.publish(manifest)
+    # Not a part of the generation, which is complete without it: an open index computes it at its first use.
+    job.keep_curvature(generation, manifest)
     return job.report(manifest, extracted.rows, began_s, audits.uneven)
 
 
