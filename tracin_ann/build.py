@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from tracin_ann.choices import ScoreName
+import numpy as np
+
+from tracin_ann.choices import CURVATURES, ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
@@ -45,7 +47,7 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
-from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index
+from tracin_ann.scoring import CurvatureSource, QualityMeasurement, SearchIndexOptions, build_search_index
 from tracin_ann.search import choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
@@ -195,6 +197,8 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         score=job.score_record,
     )
     generation.publish(manifest)
+    # Not a part of the generation, which is complete without it: an open index computes it at its first use.
+    job.keep_curvature(generation, manifest)
     return job.report(manifest, extracted.rows, began_s, audits.uneven)
 
 
@@ -402,6 +406,16 @@ class BuildJob:
         if all(count is not None for count in steps):
             default = "gauss-newton" if task.loss_is_nll else "fisher"
         return ScoreRecord(default, steps, tuple(checkpoint.run for checkpoint in task.checkpoints), task.loss_is_nll)
+
+    def keep_curvature(self, generation: NextGeneration, manifest: Manifest) -> None:
+        """Compute the curvature of the default score, so that the first query does not have to."""
+        record, spec = self.score_record, manifest.build.spec
+        if record.default in CURVATURES:
+            absent = [*generation.removed_R, *generation.store.skipped()[0]]
+            present_N = np.setdiff1d(np.arange(spec.train_rows), np.array(absent, dtype=np.int64))
+            rates = [checkpoint.learning_rate for checkpoint in spec.checkpoints]
+            source = CurvatureSource(generation.store, present_N, rates, record.loss_is_nll, generation.folder)
+            source.load(record.default)
 
     @property
     def search_options(self) -> SearchIndexOptions:

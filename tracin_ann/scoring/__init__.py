@@ -7,11 +7,11 @@ from tracin_ann.scoring.curvature import Curvature, CurvatureSource
 from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence, scale_in_place
 from tracin_ann.scoring.formats import (
     HITS,
-    HITS_BY_TOKEN,
     RANKED,
     Fields,
     Record,
     RowText,
+    choose_fields,
     format_cells,
     join_lines,
     open_writer,
@@ -43,7 +43,6 @@ __all__ = [
     "Fields",
     "GREY",
     "HITS",
-    "HITS_BY_TOKEN",
     "Hit",
     "Id",
     "OPPONENT",
@@ -64,6 +63,7 @@ __all__ = [
     "TokenTexts",
     "build_search_index",
     "checkpoints_figure",
+    "choose_fields",
     "compute_full_gradients",
     "counts_figure",
     "exact_self_influence",
