@@ -74,5 +74,7 @@ def test_metrics_of_quanda_accept_the_explainer(index: InfluenceIndex, folder: P
     scores = QuandaExplainer(index=index).explain(torch.stack([x for x, _ in queries]), labels)
     classes.update(scores, labels)
     top = scores.topk(5, dim=1).indices.tolist()
-    expected = [np.mean([train[row][1] == label for row in rows]) for rows, (_, label) in zip(top, queries, strict=True)]
+    expected = [
+        np.mean([train[row][1] == label for row in rows]) for rows, (_, label) in zip(top, queries, strict=True)
+    ]
     assert classes.compute()["score"] == pytest.approx(np.mean(expected))

@@ -53,6 +53,7 @@ def test_the_interval_covers_the_expectation(random: np.random.Generator) -> Non
         found = correlate(one, rho * one + np.sqrt(1 - rho**2) * other, resamples=200)
         low, high = found.interval
         covered += low <= 6 / np.pi * np.arcsin(rho / 2) <= high
+        assert found.resampled_R.mean() == pytest.approx(found.mean)
     assert covered >= 0.8 * runs
 
 
