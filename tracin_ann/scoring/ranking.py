@@ -198,16 +198,18 @@ class Ranker:
         best, starts = _select_best(ranked, request.options.k)
         if best.part_NC is None and (request.options.rerank != "none" or request.options.exact):
             best = self._complete_parts(request, weighted_QF, best, starts[::2])
+        set_GN = self._score_sets(request, each_QF, best.rows_N)
         columns = (
             self.ids_of("train", best.rows_N),
             best.rows_N.tolist(),
             best.score_N.tolist(),
             itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
             itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
-            itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
+            itertools.repeat(()) if best.part_NC is None else zip(*best.part_NC.T.tolist(), strict=True),
+            zip(*set_GN.tolist(), strict=True) if len(set_GN) else itertools.repeat(()),
+            itertools.repeat(None),
         )
-        hits = tuple(map(Hit, *columns))
+        hits = tuple(map(Hit._make, zip(*columns, strict=False)))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
         return list(zip(lists[::2], lists[1::2], strict=True))
 
@@ -230,8 +232,7 @@ class Ranker:
 
         `starts` are the places where the rows of each query begin, and the number of all.
         """
-        each = [best[start:end] for start, end in itertools.pairwise(starts)]
-        stored = _concatenate(self._score_stored(request, weighted_QF, each))
+        stored = _concatenate(self._score_stored(request, weighted_QF, _split(best, starts)))
         return replace(best, part_NC=stored.part_NC, stored_N=stored.score_N)
 
     def _score_sets(self, request: QueryRequest, each_QF: Float32, rows_N: Int64) -> Float64:
@@ -295,7 +296,7 @@ class Ranker:
             if self.error_scale is not None and not request.options.cosine:
                 error_N = self.error_scale * deviation_N
             rows = ScoredRows(np.concatenate(each), part_NC.sum(axis=1), None, error_N, part_NC)
-            scored += [rows[slice(end - len(own), end)] for own, end in zip(each, ends.tolist(), strict=True)]
+            scored += _split(rows, [0, *ends.tolist()])
         return scored
 
     def _score_in_rounds(
@@ -409,16 +410,18 @@ def _score_row_parts(
 
 def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:
     """Return both sides' candidates of each query, each row once, scores times two to the power of the exponent."""
-    pools = []
-    for at, exponent in enumerate(exponent_Q):
-        rows_M = np.concatenate([proponents.ids[at], opponents.ids[at]])
-        score_M = np.concatenate([proponents.scores[at], opponents.scores[at]])
-        order = rows_M.argsort(kind="stable")
-        rows_M = rows_M[order]
-        first_M = np.ones(len(rows_M), dtype=bool)
-        np.not_equal(rows_M[1:], rows_M[:-1], out=first_M[1:])
-        pools.append(ScoredRows(rows_M[first_M], np.ldexp(score_M[order[first_M]].astype(np.float64), exponent)))
-    return pools
+    sides = [side for of_query in zip(proponents.ids, opponents.ids, strict=True) for side in of_query]
+    scores = [side for of_query in zip(proponents.scores, opponents.scores, strict=True) for side in of_query]
+    query_M = np.repeat(np.arange(len(sides)) // 2, [len(side) for side in sides])
+    rows_M = np.concatenate(sides)
+    order = np.lexsort((rows_M, query_M))
+    rows_M = rows_M[order]
+    first_M = np.ones(len(rows_M), dtype=bool)
+    first_M[1:] = (rows_M[1:] != rows_M[:-1]) | (query_M[1:] != query_M[:-1])
+    query_N = query_M[first_M]
+    score_N = np.concatenate(scores)[order[first_M]].astype(np.float64)
+    rows = ScoredRows(rows_M[first_M], np.ldexp(score_N, exponent_Q[query_N]))
+    return _split(rows, np.searchsorted(query_N, np.arange(len(exponent_Q) + 1)).tolist())
 
 
 def _select_best(ranked: Sequence[ScoredRows], k: int) -> tuple[ScoredRows, list[int]]:
@@ -435,6 +438,13 @@ def _select_best(ranked: Sequence[ScoredRows], k: int) -> tuple[ScoredRows, list
     is_best_N = np.arange(len(order)) - np.searchsorted(list_N, list_N) < k
     starts = np.searchsorted(list_N[is_best_N], np.arange(2 * len(ranked) + 1))
     return rows[order[is_best_N]], starts.tolist()
+
+
+def _split(rows: ScoredRows, starts: Sequence[int]) -> list[ScoredRows]:
+    """Return the rows of each query, which begin at these positions; the last position is the number of all rows."""
+    parts = [slice(start, end) for start, end in itertools.pairwise(starts)]
+    columns = ([None if values is None else values[part] for part in parts] for values in vars(rows).values())
+    return list(map(ScoredRows, *columns))
 
 
 def _concatenate(ranked: Sequence[ScoredRows]) -> ScoredRows:
