@@ -170,7 +170,7 @@ class Ranker:
         hits = self._split_hits(request, hits) if request.options.tokens else hits
         return [
             Answer(
-                query=self._name_query(request, members),
+                query=name,
                 side=request.side,
                 members=members,
                 proponents=best,
@@ -180,16 +180,16 @@ class Ranker:
                 strange=is_unlike,
                 against=request.against,
             )
-            for members, (best, worst), count, is_unlike in zip(
-                request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
+            for name, members, (best, worst), count, is_unlike in zip(
+                self._name_queries(request), request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
             )
         ]
 
-    def _name_query(self, request: QueryRequest, members: tuple[int, ...]) -> Id:
+    def _name_queries(self, request: QueryRequest) -> list[Id]:
         if not request.together:
-            return self.ids_of(request.side, members)[0]
+            return self.ids_of(request.side, request.ids)
         against = f" against {len(request.against)}" if request.against else ""
-        return f"mean of {len(members)}{against}"
+        return [f"mean of {len(request.ids) - request.n_against}{against}"]
 
     def _select_hits(
         self, request: QueryRequest, each_QF: Float32, weighted_QF: Float32, ranked: Sequence[ScoredRows]
