@@ -232,7 +232,8 @@ class Ranker:
 
         `starts` are the places where the rows of each query begin, and the number of all.
         """
-        stored = _concatenate(self._score_stored(request, weighted_QF, _split(best, starts)))
+        each = [best[start:end] for start, end in itertools.pairwise(starts)]
+        stored = _concatenate(self._score_stored(request, weighted_QF, each))
         return replace(best, part_NC=stored.part_NC, stored_N=stored.score_N)
 
     def _score_sets(self, request: QueryRequest, each_QF: Float32, rows_N: Int64) -> Float64:
@@ -413,14 +414,11 @@ def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> li
     sides = [side for of_query in zip(proponents.ids, opponents.ids, strict=True) for side in of_query]
     scores = [side for of_query in zip(proponents.scores, opponents.scores, strict=True) for side in of_query]
     query_M = np.repeat(np.arange(len(sides)) // 2, [len(side) for side in sides])
-    rows_M = np.concatenate(sides)
-    order = np.lexsort((rows_M, query_M))
-    rows_M = rows_M[order]
-    first_M = np.ones(len(rows_M), dtype=bool)
-    first_M[1:] = (rows_M[1:] != rows_M[:-1]) | (query_M[1:] != query_M[:-1])
-    query_N = query_M[first_M]
-    score_N = np.concatenate(scores)[order[first_M]].astype(np.float64)
-    rows = ScoredRows(rows_M[first_M], np.ldexp(score_N, exponent_Q[query_N]))
+    rows_M, score_M = np.concatenate(sides), np.concatenate(scores).astype(np.float64)
+    # One sort of pairs of a query and a row as one number each.
+    _, first_N = np.unique(query_M * (rows_M.max(initial=0) + 1) + rows_M, return_index=True)
+    query_N = query_M[first_N]
+    rows = ScoredRows(rows_M[first_N], np.ldexp(score_M[first_N], exponent_Q[query_N]))
     return _split(rows, np.searchsorted(query_N, np.arange(len(exponent_Q) + 1)).tolist())
 
 
