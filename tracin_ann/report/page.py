@@ -37,7 +37,8 @@ _ANSWERS_LEAD = (
 )
 _DAMPED_LEAD = (
     "Training rows that influenced the predictions for these queries, by the score {score}. It estimates how a model "
-    "that is trained without a row changes: without a proponent, the loss of the query rises; without an opponent, it falls."
+    "changes that is trained without a row: without a proponent, the loss of the query rises; without an opponent, it "
+    "falls."
 )
 _RANKED_LEAD = (
     "Training rows by self-influence: by how much training on a row reduced the loss of the row itself. Memorised, "
