@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-
 from tracin_ann.choices import CURVATURES, ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
@@ -47,7 +45,7 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
-from tracin_ann.scoring import CurvatureSource, QualityMeasurement, SearchIndexOptions, build_search_index
+from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index, open_score_maker
 from tracin_ann.search import choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
@@ -198,7 +196,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     )
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
-    job.keep_curvature(generation, manifest)
+    job.keep_curvature(manifest, store)
     return job.report(manifest, extracted.rows, began_s, audits.uneven)
 
 
@@ -407,15 +405,10 @@ class BuildJob:
             default = "gauss-newton" if task.loss_is_nll else "fisher"
         return ScoreRecord(default, steps, tuple(checkpoint.run for checkpoint in task.checkpoints), task.loss_is_nll)
 
-    def keep_curvature(self, generation: NextGeneration, manifest: Manifest) -> None:
+    def keep_curvature(self, manifest: Manifest, store: FeatureStore) -> None:
         """Compute the curvature of the default score, so that the first query does not have to."""
-        record, spec = self.score_record, manifest.build.spec
-        if record.default in CURVATURES:
-            absent = [*generation.removed_R, *generation.store.skipped()[0]]
-            present_N = np.setdiff1d(np.arange(spec.train_rows), np.array(absent, dtype=np.int64))
-            rates = [checkpoint.learning_rate for checkpoint in spec.checkpoints]
-            source = CurvatureSource(generation.store, present_N, rates, record.loss_is_nll, generation.folder)
-            source.load(record.default)
+        if manifest.score is not None and manifest.score.default in CURVATURES:
+            open_score_maker(self.out, manifest, store).load(manifest.score.default)
 
     @property
     def search_options(self) -> SearchIndexOptions:

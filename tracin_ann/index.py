@@ -22,7 +22,6 @@ from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, l
 from tracin_ann.scoring import (
     Answer,
     Answers,
-    CurvatureSource,
     Id,
     QueryOptions,
     QueryRequest,
@@ -32,6 +31,7 @@ from tracin_ann.scoring import (
     ScoreMaker,
     SelfInfluence,
     exact_self_influence,
+    open_score_maker,
     require_token_losses,
 )
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
@@ -387,15 +387,7 @@ class InfluenceIndex:
     @cached_property
     def score_maker(self) -> ScoreMaker:
         """Return what makes the scores of this index."""
-        record, spec = self.manifest.score, self.manifest.build.spec
-        source = CurvatureSource(
-            self._store,
-            self.present(),
-            [checkpoint.learning_rate for checkpoint in spec.checkpoints],
-            None if record is None else record.loss_is_nll,
-            self._folder,
-        )
-        return ScoreMaker(source, [None] * len(spec.checkpoints) if record is None else record.steps)
+        return open_score_maker(self.directory, self.manifest, self._store)
 
     def score_matrix(self, side: SideName, ids: Sequence[int], options: QueryOptions | None = None) -> Float32:
         """Return the scores [Q, N] of all training rows for queries, from the stored features.

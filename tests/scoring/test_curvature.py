@@ -62,7 +62,8 @@ def score_by_oracle(name: ScoreName, index: InfluenceIndex, damping: float | Non
     total = np.zeros((QUERIES, len(index)))
     for checkpoint, rate in enumerate(RATES):
         matrix = compute_matrix("fisher" if name == "trackstar" else name, index, checkpoint)  # type: ignore[arg-type]
-        inverse = np.linalg.inv(matrix + (damping or 1 / (rate * STEPS)) * np.eye(CONFIG.dim))
+        automatic = 5e-4 * np.trace(matrix) if name == "trak" else 1 / (rate * STEPS)
+        inverse = np.linalg.inv(matrix + (damping or automatic) * np.eye(CONFIG.dim))
         queries = index.features("query", range(QUERIES), [checkpoint]).astype(np.float64) / rate**0.5
         rows = read_gradients(index, checkpoint)
         norm = np.sqrt(np.einsum("qd,de,qe->q", queries, inverse, queries))
@@ -98,7 +99,8 @@ def test_scores_are_those_of_a_dense_solve(index: InfluenceIndex, name: ScoreNam
             assert hit.score == pytest.approx(score_N[hit.row], abs=tolerance)
             assert sum(hit.by_checkpoint) == pytest.approx(hit.score, abs=tolerance)
         assert answer.score == name
-        assert answer.how.startswith(f"score {name}, damping {'0.001' if damping else '1 / (learning rate × steps)'};")
+        automatic = "5e-4 of the trace" if name == "trak" else "1 / (learning rate × steps)"
+        assert answer.how.startswith(f"score {name}, damping {damping or automatic};")
 
 
 @pytest.mark.parametrize("name", CURVATURES)

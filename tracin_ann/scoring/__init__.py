@@ -29,7 +29,7 @@ from tracin_ann.scoring.plots import (
 from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import QueryRequest, Ranker
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList, TokenTexts, make_token_texts
-from tracin_ann.scoring.scores import Score, ScoreMaker
+from tracin_ann.scoring.scores import Score, ScoreMaker, open_score_maker
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
 
@@ -72,6 +72,7 @@ __all__ = [
     "make_token_texts",
     "match_tokens",
     "norms_figure",
+    "open_score_maker",
     "open_writer",
     "parts_figure",
     "render_svg",
