@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import oracle
 from models import make_case
-from tracin_ann import Checkpoint, Task
-from tracin_ann.errors import NonFiniteError
+from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task
+from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.choices import CURVATURES
+from tracin_ann.errors import UsageError
 from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
-from tracin_ann.scoring import ekfac, gram
+from tracin_ann.operations import remove
+from tracin_ann.scoring import Answers, ekfac, exact_preconditioning, gram
 from tracin_ann.scoring.ekfac import fit_ekfac
 from tracin_ann.scoring.exact import compute_full_gradients
 from tracin_ann.scoring.gram import compute_gram
@@ -67,8 +70,8 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gram_matrix_inverts_the_curvature_of_every_layer(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(gram, "_BLOCK_BYTES", 1 << 12)
     with load_case(name, tmp_path) as (model, grad_NP, _):
+        monkeypatch.setattr(gram, "_BLOCK_BYTES", 4 * 4 * grad_NP.shape[1])
         damping = 1e-2 * float(grad_NP.square().sum(1).mean())
         rows = [0, 2, 3, 4, 5, 7]
         curvature = compute_gram(model, rows, WEIGHTS[rows])
@@ -114,3 +117,169 @@ def test_ekfac_of_a_vector_is_exact(tmp_path):
     for key, part_NP in parts.items():
         if len(shapes[key]) == 1:
             assert_close(solved[key], invert_dense(part_NP, WEIGHTS, damping, part_NP[QUERIES]))
+
+
+def weigh(name: str, loss_N: np.ndarray) -> np.ndarray:
+    p_N = np.exp(-loss_N)
+    return {"fisher": np.ones_like(p_N), "gauss-newton": p_N / (1 - p_N), "trak": (1 - p_N) ** -2}[name]
+
+
+DAMPING = 0.05
+N_TRAIN, N_QUERIES = 10, 5
+SHARES = torch.tensor([0.25, 0.75])
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """An index, and of each checkpoint the gradients of rows and of queries in float64, and the losses of rows."""
+
+    index: InfluenceIndex
+    rows: list[Tensor]
+    queries: list[Tensor]
+    losses: list[np.ndarray]
+
+
+def build_toy(folder: Path, **changes: Any) -> Indexed:
+    task = make_toy_task(folder, Toy(), **{"loss_is_nll": True, **changes})
+    build(task, folder / "index", CONFIG)
+    rows, queries = task.train_data(), task.query_data()
+    found = Indexed(InfluenceIndex.open(folder / "index", task, device="cpu"), [], [], [])
+    for checkpoint in task.checkpoints:
+        model = Toy()
+        model.load_state_dict(torch.load(checkpoint.path))
+        found.rows.append(oracle.gradients(model, cross_entropy, rows))
+        found.queries.append(oracle.gradients(model, task.query_loss or cross_entropy, queries))
+        losses = cross_entropy(model, torch.utils.data.default_collate(rows))
+        found.losses.append(losses.detach().double().numpy())
+    return found
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
+    return build_toy(tmp_path_factory.mktemp("toy"), token_losses=lambda m, b: cross_entropy(m, b)[:, None] * SHARES)
+
+
+def compute_scores(toy: Indexed, name: str, damping: float, chosen: Sequence[int]) -> np.ndarray:
+    """Return Σ_c ⟨g'_c, g_z⟩ [Q, N], with F over the chosen rows except z, by dense matrices."""
+    score_QN = np.zeros((len(toy.queries[0]), len(toy.rows[0])))
+    for grad_NP, grad_QP, loss_N in zip(toy.rows, toy.queries, toy.losses, strict=True):
+        weight_M = weigh(name, loss_N[chosen])
+        solved_QP = invert_dense(grad_NP[chosen], weight_M, damping, grad_QP)
+        norm_Q = (solved_QP * grad_QP).sum(1).sqrt().numpy()
+        for row in chosen:
+            own_QP = invert_dense(grad_NP[chosen], np.where(np.equal(chosen, row), 0, weight_M), damping, grad_QP)
+            score_QN[:, row] += (own_QP @ grad_NP[row]).numpy() / norm_Q
+    return score_QN
+
+
+def ask(toy: Indexed, **changes: Any) -> Answers:
+    options = {"k": 100, "exact": True, "score": "gauss-newton", "damping": DAMPING, **changes}
+    return toy.index.query(range(len(toy.queries[0])), options=QueryOptions(**options))
+
+
+def read_scores(answers: Answers, n: int = N_TRAIN) -> np.ndarray:
+    score_QN = np.zeros((len(answers), n))
+    for row, answer in zip(score_QN, answers, strict=True):
+        for hit in answer.hits:
+            row[hit.row] = hit.score
+    return score_QN
+
+
+def assert_scores(answers: Answers, expected_QN: np.ndarray) -> None:
+    np.testing.assert_allclose(read_scores(answers, expected_QN.shape[1]), expected_QN, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize("how", [{}, {"exact": False, "rerank": "exact"}], ids=["all rows", "candidates"])
+def test_exact_scores_equal_dense_matrices(toy, name, how):
+    answers = ask(toy, score=name, **how)
+    assert_scores(answers, compute_scores(toy, name, DAMPING, range(N_TRAIN)))
+    assert f"exact scores with the curvature of {N_TRAIN} rows" in answers[0].how
+    assert all(hit.is_exact for hit in answers[0].hits)
+
+
+def test_scores_by_token_sum_to_the_exact_score(toy):
+    for hit in ask(toy, tokens=True)[0].hits:
+        np.testing.assert_allclose(hit.tokens, hit.score * SHARES, rtol=1e-4, atol=1e-7)
+
+
+def test_the_automatic_damping_is_that_of_the_stored_scores(toy):
+    damping_C = toy.index.make_score(QueryOptions(score="fisher")).damping.damping_C
+    automatic = ask(toy, score="fisher", damping=None, checkpoints=(1,))
+    given = ask(toy, score="fisher", damping=damping_C[1], checkpoints=(1,))
+    np.testing.assert_array_equal(read_scores(automatic), read_scores(given))
+
+
+def test_a_large_damping_ranks_by_inner_products_of_gradients(toy):
+    expected_QN = sum(q @ g.T / q.norm(dim=1)[:, None] for g, q in zip(toy.rows, toy.queries, strict=True)).numpy()
+    np.testing.assert_allclose(read_scores(ask(toy, damping=1e6)) * 1e3, expected_QN, rtol=1e-3, atol=1e-4)
+
+
+def test_the_score_of_a_group_is_the_mean_of_the_scores(toy):
+    options = QueryOptions(k=N_TRAIN, exact=True, score="gauss-newton", damping=DAMPING)
+    each_QN = compute_scores(toy, "gauss-newton", DAMPING, range(N_TRAIN))
+    assert_scores(toy.index.query(range(3), options=options, together=True), each_QN[:3].mean(0, keepdims=True))
+    contrast = toy.index.contrast([0, 1], [3], options=options)
+    assert_scores(contrast, each_QN[:2].mean(0, keepdims=True) - each_QN[3])
+    for hit in contrast[0].hits:
+        means = [each_QN[:2, hit.row].mean(), each_QN[3, hit.row]]
+        np.testing.assert_allclose(hit.of_means, means, rtol=2e-3, atol=1e-4)
+
+
+def test_opponents_are_the_proponents_of_the_negative_query(toy, tmp_path):
+    negative = build_toy(tmp_path, query_loss=lambda model, batch: -cross_entropy(model, batch))
+    np.testing.assert_allclose(read_scores(ask(negative)), -read_scores(ask(toy)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_curvature_of_rank_one(tmp_path, n):
+    copies = build_toy(tmp_path, train_data=lambda: make_rows(1) * n)
+    assert_scores(ask(copies), compute_scores(copies, "gauss-newton", DAMPING, range(n)))
+
+
+def test_removed_rows_are_not_part_of_the_curvature(tmp_path):
+    toy = build_toy(tmp_path)
+    remove(tmp_path / "index", [2, 4])
+    index = InfluenceIndex.open(tmp_path / "index", toy.index.task, device="cpu")
+    assert_scores(
+        ask(replace(toy, index=index)), compute_scores(toy, "gauss-newton", DAMPING, [0, 1, 3, 5, 6, 7, 8, 9])
+    )
+
+
+def test_a_sample_of_the_rows(toy, monkeypatch):
+    monkeypatch.setattr(exact_preconditioning, "_MOST_ROWS", 4)
+    toy = replace(toy, index=InfluenceIndex.open(toy.index.directory, toy.index.task, device="cpu"))
+    sampled = compute_scores(toy, "fisher", DAMPING, [0, 3, 6, 9])
+    found = read_scores(ask(toy, score="fisher"))
+    np.testing.assert_allclose(found[:, [0, 3, 6, 9]], sampled[:, [0, 3, 6, 9]], rtol=2e-3, atol=1e-4)
+
+
+def test_curvatures_are_computed_once_for_an_open_index(toy, monkeypatch):
+    first = read_scores(ask(toy))
+    monkeypatch.setattr(exact_preconditioning, "compute_gram", None)
+    np.testing.assert_array_equal(read_scores(ask(toy)), first)
+
+
+@pytest.mark.parametrize("option", [{}, {"exact": False, "rerank": "exact"}, {"exact": False, "tokens": True}])
+def test_a_score_with_normalised_rows_has_no_exact_form(toy, option):
+    with pytest.raises(UsageError, match=r"needs a score over all parameters: got the score trackstar"):
+        ask(toy, score="trackstar", damping=None, **option)
+
+
+def test_ekfac_serves_models_whose_gram_matrix_is_too_expensive(toy, monkeypatch):
+    monkeypatch.setattr(exact_preconditioning, "_MOST_PRODUCTS", 0)
+    index = InfluenceIndex.open(toy.index.directory, toy.index.task, device="cpu")
+    answers = ask(replace(toy, index=index), score="fisher")
+    expected_QN = np.zeros((N_QUERIES, N_TRAIN))
+    shapes = [p.shape for p in Toy().parameters()]
+    for grad_NP, grad_QP in zip(toy.rows, toy.queries, strict=True):
+        solved = []
+        for shape, row_NP, query_QP in zip(
+            shapes, *(torch.split(g, [prod(s) for s in shapes], dim=1) for g in (grad_NP, grad_QP)), strict=True
+        ):
+            row_NRC, query_QRC = (part.view(len(part), shape[0], -1) for part in (row_NP, query_QP))
+            solved.append(invert_ekfac(row_NRC, np.ones(N_TRAIN), DAMPING, query_QRC, 4096))
+        solved_QP = torch.cat(solved, dim=1)
+        expected_QN += ((solved_QP @ grad_NP.T) / (solved_QP * grad_QP).sum(1).sqrt()[:, None]).numpy()
+    assert_scores(answers, expected_QN)
+    assert "exact scores with the EK-FAC curvature of 10 rows" in answers[0].how

@@ -1,12 +1,11 @@
 """EK-FAC: a Kronecker-factored approximation of the second moment of the gradients, with corrected eigenvalues.
 
 F = (1/M) Σ_z w_z g_z g_zᵀ is approximated by one block for each parameter. The gradients of a parameter of shape
-(R, c1, c2, ...) are matrices W_z [R, C], C = c1·c2·…. The eigenvectors of both marginals of the block,
-(1/M) Σ w_z W_z W_zᵀ and (1/M) Σ w_z W_zᵀ W_z, are the Kronecker factors of its eigenvectors, and the mean squares of the
-gradients in this basis are its eigenvalues (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296).
-For a layer that is called once per example, the marginals are the covariances of its inputs and of its output
-gradients, each weighted with the squared norm of the other. A vector (a bias, a norm layer) has C = 1, so that its
-block is exact.
+(R, c1, c2, ...) are matrices W_z [R, C], C = c1·c2·…. The eigenvectors of the block are Kronecker products of those of
+its marginals, (1/M) Σ w_z W_z W_zᵀ and (1/M) Σ w_z W_zᵀ W_z. Its eigenvalues are the mean squares of the gradients in
+this basis (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296). For a layer that is called once
+per example, the marginals are the covariances of its inputs and of its output gradients, each weighted with the squared
+norm of the other. A vector (a bias, a norm layer) has C = 1, so that its block is exact.
 
 Shapes: M rows of the sample, B batch, T positions, R rows and C columns of a parameter, P = R·C, Q directions.
 """
@@ -70,7 +69,7 @@ class EKFAC:
         partial = [name for name, block in self._blocks.items() if block.left_RR is None or block.right_CC is None]
         share = sum(sizes[name] for name in partial) / max(1, sum(sizes.values()))
         exception = f", diagonal on one side for {share:.1%} of the parameters" if partial else ""
-        return f"EK-FAC from {self._n_rows:,} rows{exception}"
+        return f"EK-FAC curvature of {self._n_rows:,} rows{exception}"
 
     def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
         """Return (F + λI)⁻¹ of directions, [Q, P] by parameter."""
@@ -150,7 +149,7 @@ def _add_squares(total_RC: Tensor, forms: Sequence[Form], weight_B: Tensor, basi
         if all(isinstance(form, Outer) for form in forms):
             forms = [_project_outer(form, basis) for form in forms if isinstance(form, Outer)]
             basis = (None, None)
-        for part, grad_BRC in _materialise(forms, tuple(total_RC.shape)):
+        for part, grad_BRC in _materialise(forms, (len(total_RC), total_RC.shape[1])):
             rotated_BRC = _rotate(grad_BRC, *basis)
             total_RC += torch.einsum("b,brc->rc", weight_B[part].to(rotated_BRC), rotated_BRC.square())
 

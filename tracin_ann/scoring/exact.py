@@ -52,6 +52,10 @@ class Queries:
 class DirectionMap(Protocol):
     """A linear map of gradients of queries, at each checkpoint, for a score that is not TracInCP."""
 
+    @property
+    def summary(self) -> str:
+        """Return the map in a few words for users, after it was applied."""
+
     def apply(self, model: LoadedModel, directions: Directions) -> Directions:
         """Return the directions [Q, P] by parameter for gradients of queries at the loaded checkpoint."""
 
@@ -262,14 +266,15 @@ def collect_forms(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Ite
     Yields:
         a parameter's name; places of consecutive examples in `ids`; forms that add up to their gradients.
     """
+    forms: dict[tuple[str, int, int], list[Form]] = {}
+
+    def start() -> Sink:
+        # A batch starts again when its gradients have to be verified again.
+        forms.clear()
+        return lambda name, form, rows: forms.setdefault((name, rows.start, rows.stop), []).append(form)
+
     done = 0
     for batch in model.batches(side, ids):
-        forms: dict[tuple[str, int, int], list[Form]] = {}
-
-        def start(forms: dict[tuple[str, int, int], list[Form]] = forms) -> Sink:
-            forms.clear()
-            return lambda name, form, rows: forms.setdefault((name, rows.start, rows.stop), []).append(form)
-
         model.engine(side).run(batch, start)
         for name, first, last, uses in group_by_rows(forms):
             yield name, slice(done + first, done + last), uses

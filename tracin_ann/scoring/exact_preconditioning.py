@@ -1,5 +1,4 @@
-"""Preconditioned scores without projection: gradients of queries times the inverse of a curvature matrix over all
-parameters.
+"""Preconditioned scores without projection: the inverse of a curvature matrix over all parameters.
 
 At each checkpoint, a = (F + λI)⁻¹ g_q and g' = a / √(aᵀ g_q), F = (1/M) Σ_z w_z g_z g_zᵀ over a sample of M training
 rows; the score of row z is Σ_c ⟨g'_c, g_z⟩. F is exact (`scoring.gram`) where its Gram matrix is affordable, and
@@ -79,6 +78,10 @@ class FullCurvatures:
             self._kept.pop(next(iter(self._kept)))
         return found
 
+    def summarise(self, name: CurvatureName) -> str:
+        """Return the method of the last curvature that `find` returned, in a few words for users."""
+        return next(each.summary for (own, _), each in reversed(self._kept.items()) if own == name)
+
     def _compute(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
         rows_M = self._sample()
         weight_M = self._source.weigh_rows(name, model.checkpoint, rows_M)
@@ -106,6 +109,11 @@ class ExactPreconditioner:
     name: CurvatureName
     damping_C: Sequence[float]
     curvatures: FullCurvatures
+
+    @property
+    def summary(self) -> str:
+        """Return the method in a few words for users, after directions were computed."""
+        return self.curvatures.summarise(self.name)
 
     def apply(self, model: LoadedModel, directions: Directions) -> Directions:
         """Return a / √(aᵀg) for gradients g of queries at the loaded checkpoint; zero for zero gradients.

@@ -5,8 +5,8 @@ F = (1/M) Σ_z w_z g_z g_zᵀ has rank M at most. With U [P, M], whose columns a
 computed again for each q, in one pass for Uᵀq and one for the weighted sum.
 
 A row of the sample is a term of F, and its product with (F + λI)⁻¹ q is smaller than that of an equal row outside the
-sample. F without the row's own term, F - w_z g_z g_zᵀ / M, gives the product times 1 / (1 - h_z) (Sherman and Morrison),
-with h_z = w_z g_zᵀ (F + λI)⁻¹ g_z / M, the diagonal of UᵀU (λM I + UᵀU)⁻¹.
+sample. F without the row's own term, F - w_z g_z g_zᵀ / M, gives the product times 1 / (1 - h_z) by the formula of
+Sherman and Morrison, h_z = w_z g_zᵀ (F + λI)⁻¹ g_z / M, the diagonal of UᵀU (λM I + UᵀU)⁻¹.
 
 Shapes: M rows of the sample, P parameters, Q directions.
 """
@@ -57,7 +57,7 @@ class GramCurvature:
     @property
     def summary(self) -> str:
         """Return the method in a few words for users."""
-        return f"exact for {len(self._rows):,} rows"
+        return f"curvature of {len(self._rows):,} rows"
 
     def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
         """Return (F + λI)⁻¹ of directions, [Q, P] by parameter, in two passes over the sample.
