@@ -10,6 +10,7 @@ Shapes: N training rows, M rows of the sample, P parameters, Q directions.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,8 +29,10 @@ from tracin_ann.types import Float64, Int64
 
 _MOST_ROWS = 4096
 """Rows of the sample, spread evenly over the training rows."""
-_MOST_PRODUCTS = 1 << 40
-"""The largest M²P for which F is exact."""
+_MOST_PRODUCTS = 1 << 39
+"""The largest M²P of a Gram matrix, to which the sample is reduced."""
+_FEWEST_ROWS = 1024
+"""Rows of a reduced sample, below which EK-FAC of the full sample is used."""
 _KEPT_BYTES = 1 << 31
 """Memory of the curvatures that are kept; at least the last one is."""
 
@@ -83,17 +86,17 @@ class FullCurvatures:
         return next(each.summary for (own, _), each in reversed(self._kept.items()) if own == name)
 
     def _compute(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
-        rows_M = self._sample()
+        n_rows = min(len(self._source.rows_N), _MOST_ROWS)
+        affordable = math.isqrt(_MOST_PRODUCTS // sum(p.numel() for p in model.parameters.values()))
+        has_gram = affordable >= min(n_rows, _FEWEST_ROWS)
+        rows_M = self._draw(min(n_rows, affordable) if has_gram else n_rows)
         weight_M = self._source.weigh_rows(name, model.checkpoint, rows_M)
-        n_parameters = sum(p.numel() for p in model.parameters.values())
-        is_exact = len(rows_M) ** 2 * n_parameters <= _MOST_PRODUCTS
         logger.info("curvature of checkpoint %d from %s rows", model.checkpoint, f"{len(rows_M):,}")
-        return (compute_gram if is_exact else fit_ekfac)(model, rows_M.tolist(), weight_M)
+        return (compute_gram if has_gram else fit_ekfac)(model, rows_M.tolist(), weight_M)
 
-    def _sample(self) -> Int64:
+    def _draw(self, n_rows: int) -> Int64:
         rows_N = self._source.rows_N
-        places = np.linspace(0, len(rows_N) - 1, min(len(rows_N), _MOST_ROWS))
-        return rows_N[places.round().astype(np.int64)]
+        return rows_N[np.linspace(0, len(rows_N) - 1, n_rows).round().astype(np.int64)]
 
 
 @dataclass(frozen=True)
