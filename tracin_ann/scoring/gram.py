@@ -34,6 +34,8 @@ from tracin_ann.types import Float64
 
 _BLOCK_BYTES = 1 << 29
 """Memory of the gradients of one block of rows; two blocks are in memory."""
+_STRIP = 256
+"""Rows that are multiplied with others at once."""
 
 
 class GramCurvature:
@@ -117,13 +119,23 @@ def compute_gram(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> 
         left, exponent_B = _compute_scaled(model, rows[block])
         for other in blocks[: i + 1]:
             right, other_exponent_B = (left, exponent_B) if other == block else _compute_scaled(model, rows[other])
-            product_BB = torch.zeros(len(exponent_B), len(other_exponent_B), dtype=torch.float64)
-            for name, gradient in left.items():
-                product_BB += (gradient @ right[name].T).cpu()
-            product_BB = torch.ldexp(product_BB, exponent_B[:, None] + other_exponent_B)
-            gram_MM[block, other], gram_MM[other, block] = product_BB, product_BB.T
+            product_BB = _multiply(left, right)
+            gram_MM[block, other] = torch.ldexp(product_BB, exponent_B[:, None] + other_exponent_B)
+    gram_MM = gram_MM.tril() + gram_MM.tril(-1).T
     root_M = torch.from_numpy(np.sqrt(weight_M))
     return GramCurvature(rows, weight_M, gram_MM * root_M[:, None] * root_M)
+
+
+def _multiply(left: Directions, right: Directions) -> Tensor:
+    """Return the inner products of two blocks of gradients, float64; of a block with itself, the lower triangle."""
+    n_left, n_right = (len(next(iter(block.values()))) for block in (left, right))
+    product_BB = torch.zeros(n_left, n_right, dtype=torch.float64)
+    for start in range(0, n_left, _STRIP):
+        strip = slice(start, start + _STRIP)
+        others = slice(0, start + _STRIP if left is right else n_right)
+        for name, gradient in left.items():
+            product_BB[strip, others] += (gradient[strip] @ right[name][others].T).cpu()
+    return product_BB
 
 
 def _compute_scaled(model: LoadedModel, rows: Sequence[int]) -> tuple[Directions, Tensor]:
