@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
+from tracin_ann.choices import CURVATURES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
@@ -375,13 +375,16 @@ class InfluenceIndex:
         """
         options = options or QueryOptions()
         name = self.name_score(options)
-        for option, given in (("--exact", options.exact), ("--rerank exact", options.rerank == "exact")):
-            if given and name in DAMPED_SCORES:
-                what, remedy = f"{option} computes exact TracInCP", "use --score tracin, or --rerank stored"
-                raise UsageError(problem(what, got=f"the score {name}", expected="tracin", remedy=remedy))
-        if options.tokens and name != "tracin":
-            what, remedy = "--tokens splits TracInCP scores", "use --score tracin"
-            raise UsageError(problem(what, got=f"the score {name}", expected="tracin", remedy=remedy))
+        unprojected = {
+            "--exact": options.exact,
+            "--rerank exact": options.rerank == "exact",
+            "--tokens": options.tokens,
+        }
+        for option, is_given in unprojected.items():
+            if is_given and name not in ("tracin", *CURVATURES):
+                what, expected = f"{option} needs a score over all parameters", " or ".join(("tracin", *CURVATURES))
+                remedy = f"remove {option}, or use another --score"
+                raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
         return self.score_maker.make(name, options.damping)
 
     @cached_property
