@@ -22,6 +22,7 @@ from tracin_ann.features.preconditioner import ScalesCache, compute_scales
 from tracin_ann.features.rates import ParameterRates, compute_rates
 from tracin_ann.features.task_data import TaskData
 from tracin_ann.gradients import (
+    N_VERIFIED,
     Batch,
     GradientEngine,
     GradientScales,
@@ -391,7 +392,7 @@ class LoadedModel:
             TaskError: the data or the loss break the contract; the message names the cause and a fix.
         """
         data, engine = self.runner.data(side), self.engine(side)
-        ids = range(min(self.runner.options.batch_size, len(data)))
+        ids = range(min(self.runner.options.batch_size, N_VERIFIED, len(data)))
         if not self.runner.options.allow_random_data:
             with preserve_globals():
                 probe_examples(data, side, ids, self.runner.task.collate_rows)
