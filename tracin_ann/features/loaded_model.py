@@ -22,7 +22,6 @@ from tracin_ann.features.preconditioner import ScalesCache, compute_scales
 from tracin_ann.features.rates import ParameterRates, compute_rates
 from tracin_ann.features.task_data import TaskData
 from tracin_ann.gradients import (
-    N_VERIFIED,
     Batch,
     GradientEngine,
     GradientScales,
@@ -392,7 +391,7 @@ class LoadedModel:
             TaskError: the data or the loss break the contract; the message names the cause and a fix.
         """
         data, engine = self.runner.data(side), self.engine(side)
-        ids = range(min(self.runner.options.batch_size, N_VERIFIED, len(data)))
+        ids = range(min(self.runner.options.batch_size, len(data)))
         if not self.runner.options.allow_random_data:
             with preserve_globals():
                 probe_examples(data, side, ids, self.runner.task.collate_rows)
@@ -401,15 +400,15 @@ class LoadedModel:
         batch = engine.batch(ids, [data[i] for i in ids])
         if self.runner.options.on_nonfinite == "skip":
             batch = self._replace_nonfinite(side, batch)
-        probe_losses(engine, batch, self.checkpoint)
+        chosen = probe_losses(engine, batch, self.checkpoint)
         try:
-            engine.choose_methods(batch)
+            engine.choose_methods(chosen)
             self._verify_spread_rows(side)
         except GradientProofError:
             # If the examples of a batch interact, no gradient method is right, and the probe reports that cause.
-            probe_gradients(engine, batch)
+            probe_gradients(engine, chosen)
             raise
-        probe_gradients(engine, batch)
+        probe_gradients(engine, chosen)
 
     def _verify_spread_rows(self, side: SideName) -> None:
         """Verify gradients on rows spread over a side if no loss of the first batch reaches a parameter.

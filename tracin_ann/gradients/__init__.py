@@ -9,7 +9,7 @@ from tracin_ann.gradients.autograd import detach_graph, require_grad
 from tracin_ann.gradients.buffers import Allocator, Scratch, allocate
 from tracin_ann.gradients.convolution_factor import Convolution, channels_last
 from tracin_ann.gradients.directional import DIFFERENTIATE, FORWARD_MODE, Derivatives
-from tracin_ann.gradients.engine import N_VERIFIED, Batch, GradientEngine
+from tracin_ann.gradients.engine import Batch, GradientEngine
 from tracin_ann.gradients.factors import (
     Dense,
     Form,
@@ -47,7 +47,6 @@ __all__ = [
     "GradientScales",
     "METHODS",
     "NONE",
-    "N_VERIFIED",
     "Outer",
     "Plan",
     "Rows",

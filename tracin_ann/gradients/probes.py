@@ -13,9 +13,9 @@ from tracin_ann.gradients.engine import Batch, GradientEngine
 from tracin_ann.gradients.proof import check_finite
 from tracin_ann.task import EXAMPLES, Task, encode_content
 
+_ROWS_READ_TWICE = 16
+# Rows whose losses and gradients are compared with those of each row alone.
 _ROWS_ALONE = 3
-# Rows of the batch in which gradients are compared with those of rows alone; each gradient takes one backward.
-_ROWS_TOGETHER = 4
 # Relative tolerances of one loss computed twice, and of a loss and a gradient alone and in the batch.
 _SAME_LOSS = 1e-5
 _MIXED_LOSS = 1e-3
@@ -39,7 +39,7 @@ def probe_examples(data: Any, side: str, ids: Sequence[int], collate: Callable[[
         TaskError: two readings of a row differ.
     """
     unknown: set[str] = set()
-    for i in ids:
+    for i in ids[:_ROWS_READ_TWICE]:
         # One after the other: a data set may reuse one object for all rows.
         first = encode_content(data[i], collate)
         second = encode_content(data[i], collate)
@@ -94,17 +94,22 @@ def probe_description(task: Task, example: Any, side: str) -> None:
             ) from error
 
 
-def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
+def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> Batch:
     """Check the losses: one per example, finite, deterministic, and a function of the example alone.
+
+    Returns:
+        The rows of the batch with the largest losses, to verify the gradients.
 
     Raises:
         TaskError: the loss breaks this contract.
         NonFiniteError: a loss is NaN or infinite.
     """
-    first, second = engine.loss_values(batch), engine.loss_values(batch)
-    check_finite(first, batch.ids, checkpoint)
-    scale = max(float(first.abs().mean()) + float(first.abs().max()) * 1e-3, 1e-6)
-    if not _is_within(float((first - second).abs().max()), _SAME_LOSS * scale, _HALF_LOSS, engine, batch):
+    loss_B = engine.loss_values(batch)
+    check_finite(loss_B, batch.ids, checkpoint)
+    chosen = engine.select_rows(batch, loss_B)
+    first, second = engine.loss_values(chosen), engine.loss_values(chosen)
+    scale = max(float(loss_B.abs().mean()) + float(loss_B.abs().max()) * 1e-3, 1e-6)
+    if not _is_within(float((first - second).abs().max()), _SAME_LOSS * scale, _HALF_LOSS, engine, chosen):
         raise TaskError(
             problem(
                 "the loss is random",
@@ -115,7 +120,8 @@ def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
         )
     if len(batch) > 1:
         for i in range(min(_ROWS_ALONE, len(batch))):
-            _compare_alone(engine, batch, i, float(first[i]), _MIXED_LOSS * scale)
+            _compare_alone(engine, batch, i, float(loss_B[i]), _MIXED_LOSS * scale)
+    return chosen
 
 
 def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
@@ -126,8 +132,8 @@ def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
     """
     if len(batch) < 2:  # noqa: PLR2004
         return
-    few = engine.take_rows(batch, _ROWS_TOGETHER)
-    for i in range(min(_ROWS_ALONE, len(few))):
+    few = engine.batch(batch.ids[:_ROWS_ALONE], batch.examples[:_ROWS_ALONE])
+    for i in range(len(few)):
         _, alone = engine.compute_alone(few, i)
         _, together = engine.compute_in_batch(few, i)
         error, norm = float((alone - together).norm()), float(together.norm())
