@@ -24,8 +24,8 @@ from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehin
 from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Int64, ProgressCallback
 
-FEWEST_UNEVEN, MOST_UNEVEN = 16, 64
-"""Limits of the number of rows of the most uneven batch that are recorded for the audit: half of the batch."""
+FEWEST_UNEVEN, MOST_UNEVEN = 8, 64
+"""Limits of the number of rows of the most uneven batch that are recorded for the audit: a quarter of the batch."""
 SIDES: tuple[SideName, ...] = ("train", "query")
 # A partition that stays in memory takes at most this share of the memory for rows.
 _MEMORY_SHARE = 0.5
@@ -42,8 +42,8 @@ class ExtractionResult:
         canaries: the canaries of both sides.
         plan: the gradient method of each parameter at checkpoint 0.
         rows: number of rows × checkpoints computed.
-        uneven: (row, checkpoint) pairs of the batch with the most uneven example sizes: half of its rows, but from 16
-            to 64, those furthest from its median size first. Empty if this run computed nothing; batches of earlier,
+        uneven: (row, checkpoint) pairs of the batch with the most uneven example sizes: a quarter of its rows, but from
+            8 to 64, those furthest from its median size first. Empty if this run computed nothing; batches of earlier,
             interrupted runs do not count.
     """
 
@@ -241,5 +241,5 @@ class _MostUnevenBatch:
         sizes = read.sizes or (0,) * len(read.ids)
         middle = sorted(sizes)[len(sizes) // 2]
         order = sorted(range(len(sizes)), key=lambda i: -abs(sizes[i] - middle))
-        most = min(MOST_UNEVEN, max(FEWEST_UNEVEN, len(order) // 2))
+        most = min(MOST_UNEVEN, max(FEWEST_UNEVEN, len(order) // 4))
         return tuple((read.ids[i], checkpoint) for i in order[:most])

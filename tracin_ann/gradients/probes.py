@@ -107,7 +107,8 @@ def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> Batch
     loss_B = engine.loss_values(batch)
     check_finite(loss_B, batch.ids, checkpoint)
     chosen = engine.select_rows(batch, loss_B)
-    first, second = engine.loss_values(chosen), engine.loss_values(chosen)
+    first = loss_B if chosen is batch else engine.loss_values(chosen)
+    second = engine.loss_values(chosen)
     scale = max(float(loss_B.abs().mean()) + float(loss_B.abs().max()) * 1e-3, 1e-6)
     if not _is_within(float((first - second).abs().max()), _SAME_LOSS * scale, _HALF_LOSS, engine, chosen):
         raise TaskError(
