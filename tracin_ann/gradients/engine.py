@@ -48,7 +48,7 @@ _VERIFIED = 16
 _ATTEMPTS = 4
 _LARGEST_EXPONENT = 100
 _FALLBACK_ELEMENTS = 1 << 26
-_CHECKED_FIRST, _CHECK_EVERY = (1, 8), 64
+_CHECKED_FIRST, _CHECK_EVERY = (1, 4, 16), 64
 _BY_ROWS = "its layer's rows are matched with examples in every batch, with one more backward pass"
 
 
