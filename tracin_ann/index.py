@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.choices import SIDE_NAMES, SideName
+from tracin_ann.choices import CURVATURES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
@@ -27,8 +27,11 @@ from tracin_ann.scoring import (
     QueryRequest,
     RankedRows,
     Ranker,
+    Score,
+    ScoreMaker,
     SelfInfluence,
     exact_self_influence,
+    open_score_maker,
     require_token_losses,
 )
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
@@ -53,8 +56,9 @@ from tracin_ann.store import (
     take_lease,
 )
 from tracin_ann.task import Description, Task, open_examples
-from tracin_ann.types import Float32, Int64, ProgressCallback
+from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
+_ROWS_AT_ONCE = 4096
 logger = logging.getLogger(__name__)
 
 
@@ -350,7 +354,61 @@ class InfluenceIndex:
     def _make_request(self, options: QueryOptions | None) -> QueryRequest:
         options = options or QueryOptions()
         allowed = options.rows.allowed(len(self), self.columns, self._absent)
-        return QueryRequest("query", (), self._check_checkpoints(options.checkpoints), options, allowed)
+        checkpoints = self._check_checkpoints(options.checkpoints)
+        return QueryRequest("query", (), checkpoints, options, self.make_score(options), allowed)
+
+    @property
+    def default_score(self) -> ScoreName:
+        """Return the score of queries that name none."""
+        record = self.manifest.score
+        return "tracin" if record is None else record.default  # type: ignore[return-value]
+
+    def name_score(self, options: QueryOptions) -> ScoreName:
+        """Return the name of the score that the options name, or of the index's default."""
+        return options.score or self.default_score
+
+    def make_score(self, options: QueryOptions | None = None) -> Score:
+        """Return the score that the options name, or the index's default.
+
+        Raises:
+            UsageError: the stored losses do not allow it, or other options do not.
+        """
+        options = options or QueryOptions()
+        name = self.name_score(options)
+        unprojected = {
+            "--exact": options.exact,
+            "--rerank exact": options.rerank == "exact",
+            "--tokens": options.tokens,
+        }
+        for option, is_given in unprojected.items():
+            if is_given and name not in ("tracin", *CURVATURES):
+                what, expected = f"{option} needs a score over all parameters", " or ".join(("tracin", *CURVATURES))
+                remedy = f"remove {option}, or use another --score"
+                raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
+        return self.score_maker.make(name, options.damping)
+
+    @cached_property
+    def score_maker(self) -> ScoreMaker:
+        """Return what makes the scores of this index."""
+        return open_score_maker(self.directory, self.manifest, self._store)
+
+    def score_matrix(self, side: SideName, ids: Sequence[int], options: QueryOptions | None = None) -> Float32:
+        """Return the scores [Q, N] of all training rows for queries, from the stored features.
+
+        Column i belongs to row i of train_data, also if answers do not contain it. `score`, `damping` and
+        `checkpoints` of the options are used.
+
+        Raises:
+            UsageError: an id or an option is out of range, or the stored losses do not allow the score.
+            IndexMismatchError: the task does not fit the index, by a field or by a canary.
+            NonFiniteError: a query's loss or gradient is NaN or infinite.
+        """
+        request = self._make_request(options)
+        vector_QF = request.score.weigh(self.features(side, ids, request.checkpoints), request.checkpoints).vector_QF
+        score_QN = np.zeros((len(ids), len(self)), np.float32)
+        for ids_B, row_BF in request.score.rows(request.checkpoints).blocks(_ROWS_AT_ONCE):
+            np.matmul(vector_QF, row_BF.T, out=score_QN[:, ids_B[0] : ids_B[-1] + 1])
+        return score_QN
 
     def _answer(self, requests: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
         for request in requests:
@@ -400,22 +458,27 @@ class InfluenceIndex:
         checkpoints: Sequence[int] | None = None,
         exact: bool = False,
         rows: RowFilter | None = None,
+        score: ScoreName = "tracin",
         progress: ProgressCallback | None = None,
     ) -> RankedRows:
-        """Return training rows by descending self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖²: the first k, or all.
+        """Return training rows by descending self-influence: the first k, or all.
 
-        It uses the stored squared norms (estimates from the sketch unless the index was built with `norms="exact"`), or
-        with `exact` computes them for every row, which needs the task.
+        Self-influence is the score of a row for itself: Σ_c η_c ‖∇ℓ(w_c, z)‖² for `tracin`. It uses the stored squared
+        norms (estimates from the sketch unless the index was built with `norms="exact"`), or with `exact` computes them
+        for every row, which needs the task. For a score with a curvature matrix, it is Σ_c √(φᵀ(K + λI)⁻¹φ), the sum of
+        the roots of the row's leverages.
 
         Raises:
-            UsageError: k or a checkpoint is out of range.
+            UsageError: k or a checkpoint is out of range, or the score has no self-influence.
             IndexMismatchError: with `exact`, the task does not fit the index.
         """
         if k is not None and k < 1:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
         chosen = self._check_checkpoints(checkpoints)
         ids = self.present(rows)
-        if exact:
+        if score != "tracin":
+            scores_N = self._score_rows_themselves(QueryOptions(score=score, exact=exact), chosen)[ids]
+        elif exact:
             self._task.check_canaries(chosen)
             counted = _count_rows(progress, len(ids) * len(chosen))
             scores_N = exact_self_influence(self.runner, ids.tolist(), chosen, counted)
@@ -430,6 +493,22 @@ class InfluenceIndex:
             ],
             self.describe,
         )
+
+    def _score_rows_themselves(self, options: QueryOptions, checkpoints: Sequence[int]) -> Float64:
+        """Return the score of every row for itself, [N].
+
+        Raises:
+            UsageError: the score is none with a curvature matrix, or excludes another option.
+        """
+        if options.score not in CURVATURES:
+            what, remedy = "the cosine of a row and itself is 1", "change --score"
+            expected = f"tracin or {' or '.join(CURVATURES)}"
+            raise UsageError(problem(what, got=f"--score {options.score}", expected=expected, remedy=remedy))
+        score, own_N = self.make_score(options), np.zeros(len(self))
+        for ids_B, row_BF in score.rows(checkpoints).blocks(_ROWS_AT_ONCE):
+            vector_BF = score.weigh(row_BF, checkpoints).vector_QF
+            own_N[ids_B] = np.einsum("bf,bf->b", vector_BF.astype(np.float64), row_BF)
+        return own_N
 
     def describe(self, side: SideName, row: int, examples: Any = None) -> Description | None:
         """Return the task's description of a row, or None if it defines none or cannot be found.

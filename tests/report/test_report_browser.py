@@ -125,13 +125,13 @@ def test_choices_are_set_by_keys_and_saved(chromium: Any, folder: Path) -> None:
     buttons = {name: chromium.find_element("id", name) for name in ("csv", "json")}
     assert not any(button.is_enabled() for button in buttons.values())
     press(chromium, "j", "x", "j", "j", " ", "j", "x", "x")
-    chromium.find_elements("class name", "chosen")[-1].click()
+    browser.click(chromium, chromium.find_elements("class name", "chosen")[-1])
     wanted = [record for at, record in enumerate(json.loads((folder / "suspects.json").read_text())) if at in (0, 2, 8)]
     assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
-    chromium.find_element("id", "chosen-only").click()
+    browser.click(chromium, chromium.find_element("id", "chosen-only"))
     assert list_visible(chromium) == [0, 2, 8]
     for button in buttons.values():
-        button.click()
+        browser.click(chromium, button)
     saved = [wait_for_file(folder / "saved" / f"chosen.{name}") for name in ("csv", "json")]
     with saved[0].open(newline="") as file:
         assert [(int(row["row"]), float(row["score"]), row["text"]) for row in csv.DictReader(file)] == [

@@ -60,3 +60,9 @@ def set_window(driver: Any, width: int, height: int, *, dark: bool = False) -> N
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+
+def click(driver: Any, element: Any) -> None:
+    """Click an element in the middle of the window: at its edge, a scroll that has not ended can move it away."""
+    driver.execute_script("arguments[0].scrollIntoView({behavior: 'instant', block: 'center'})", element)
+    element.click()

@@ -20,6 +20,7 @@ from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
 from tracin_ann.scoring.quality import compute_pair_deviations
+from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, scale_to_unit, search_both
@@ -45,6 +46,7 @@ class QueryRequest:
         ids: their positions.
         checkpoints: positions of the checkpoints to sum over.
         options: see QueryOptions.
+        score: the score of the stored rows.
         allowed: the training rows that may be hits; None: all.
         together: one answer for the mean of the examples' gradients, instead of one answer for each example.
         n_against: this many examples at the end form the second set of a contrast, whose mean is subtracted; needs
@@ -55,6 +57,7 @@ class QueryRequest:
     ids: tuple[int, ...]
     checkpoints: tuple[int, ...]
     options: QueryOptions
+    score: Score
     allowed: Int64 | None = None
     together: bool = False
     n_against: int = 0
@@ -91,7 +94,7 @@ class QueryRequest:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Training rows of one query.
+    """Training rows of one query, or of several, one query after the other.
 
     Attributes:
         rows_N: their positions.
@@ -143,71 +146,85 @@ class Ranker:
             return self._answer(request, queries_QF)
 
     def _answer(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
-        each_QF = self._weight_checkpoints(request, queries_QF)
-        weighted_QF = _mix(request.mixture_GQ, each_QF)
+        each = request.score.weigh(queries_QF, request.checkpoints)
+        vectors = each.mix(request.mixture_GQ)
         n_queries = len(request.members)
         if request.options.exact:
             n_rows = self.store.layout.n_rows
             rows = np.arange(n_rows, dtype=np.int64) if request.allowed is None else request.allowed
-            with self._open_scorer(request) as scorer:
-                ranked = _score_exactly(scorer, [rows] * n_queries)
+            with self._open_scorer(request, self.progress) as scorer:
+                ranked, starts = _join(_score_exactly(scorer, [rows] * n_queries))
             counts = np.full(n_queries, 2 * len(rows))
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
             k = request.options.n_candidates
-            strategy = self._choose_strategy(request, weighted_QF)
+            strategy = self._choose_strategy(request, vectors.vector_QF)
             if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
                 how = f"exact scan of {n_rows:,} rows: inverted lists would score as many"
                 strategy = replace(strategy, how=how, unlike_Q=None)
             logger.info("%d queries: %s", n_queries, strategy.how)
-            scaled_QF, exponent_Q = scale_to_unit(weighted_QF)
+            scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
-            ranked = self._rescore(request, weighted_QF, _pool_candidates(proponents, opponents, exponent_Q))
+            ranked, starts = self._rescore(request, vectors, *_pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
+        is_exact = request.options.exact or request.options.rerank == "exact"
+        direction_map = request.score.direction_map if is_exact else None
+        full = "" if direction_map is None else f"exact scores with the {direction_map.summary}"
+        how = "; ".join(text for text in (request.score.summary, strategy.how, full) if text)
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
-        hits = self._select_hits(request, each_QF, weighted_QF, ranked)
+        hits = self._make_hits(request, each, vectors, *_select_best(ranked, starts, request.options.k))
         hits = self._split_hits(request, hits) if request.options.tokens else hits
         return [
             Answer(
-                query=self._name_query(request, members),
+                query=name,
                 side=request.side,
                 members=members,
                 proponents=best,
                 opponents=worst,
                 rows_scored=count,
-                how=strategy.how,
+                how=how,
                 strange=is_unlike,
                 against=request.against,
+                score=request.score.name,
             )
-            for members, (best, worst), count, is_unlike in zip(
-                request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
+            for name, members, (best, worst), count, is_unlike in zip(
+                self._name_queries(request), request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
             )
         ]
 
-    def _name_query(self, request: QueryRequest, members: tuple[int, ...]) -> Id:
+    def _name_queries(self, request: QueryRequest) -> list[Id]:
         if not request.together:
-            return self.ids_of(request.side, members)[0]
+            return self.ids_of(request.side, request.ids)
         against = f" against {len(request.against)}" if request.against else ""
-        return f"mean of {len(members)}{against}"
+        return [f"mean of {len(request.ids) - request.n_against}{against}"]
 
-    def _select_hits(
-        self, request: QueryRequest, each_QF: Float32, weighted_QF: Float32, ranked: Sequence[ScoredRows]
+    def _make_hits(
+        self,
+        request: QueryRequest,
+        each: QueryVectors,
+        vectors: QueryVectors,
+        best: ScoredRows,
+        starts: Sequence[int],
     ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
-        """Return the k best rows of both directions of each query, with their scores by checkpoint and by set."""
-        best, starts = _select_best(ranked, request.options.k)
+        """Return the best rows of both directions of each query, with their scores by checkpoint and by set."""
         if best.part_NC is None and (request.options.rerank != "none" or request.options.exact):
-            best = self._complete_parts(request, weighted_QF, best, starts[::2])
+            best = self._complete_parts(request, vectors, best, starts[::2])
+        set_GN = self._score_sets(request, each, best.rows_N)
         columns = (
             self.ids_of("train", best.rows_N),
             best.rows_N.tolist(),
             best.score_N.tolist(),
             itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
             itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
-            itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
+            itertools.repeat(()) if best.part_NC is None else zip(*best.part_NC.T.tolist(), strict=True),
+            zip(*set_GN.tolist(), strict=True) if len(set_GN) else itertools.repeat(()),
+            itertools.repeat(None),
+            itertools.repeat(None)
+            if vectors.amount_QF is None
+            else self._estimate_amounts(request, vectors, best, starts),
         )
-        hits = tuple(map(Hit, *columns))
+        hits = tuple(map(Hit._make, zip(*columns, strict=False)))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
         return list(zip(lists[::2], lists[1::2], strict=True))
 
@@ -216,87 +233,92 @@ class Ranker:
     ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
         """Return the hits with their exact scores by token."""
         rows = [[hit.row for hit in (*best, *worst)] for best, worst in hits]
-        with make_exact_scorer(self.runner, request.queries(), request.checkpoints) as scorer:
+        with self._open_scorer(request) as scorer:
             parts = [iter(of_query) for of_query in split_scores(scorer, rows)]
         return [
             tuple(tuple(hit._replace(tokens=tuple(next(own).tolist())) for hit in side) for side in sides)  # type: ignore[misc]
             for sides, own in zip(hits, parts, strict=True)
         ]
 
+    def _estimate_amounts(
+        self, request: QueryRequest, vectors: QueryVectors, best: ScoredRows, starts: Sequence[int]
+    ) -> list[float]:
+        """Return `Hit.amount` of rows, of which those of query q are from `starts[2 q]` to `starts[2 q + 2]`."""
+        assert vectors.amount_QF is not None
+        row_MF, place_N = request.score.rows(request.checkpoints).locate(best.rows_N)
+        amounts: list[float] = []
+        for amount_F, (start, end) in zip(vectors.amount_QF, itertools.pairwise(starts[::2]), strict=True):
+            row_NF = row_MF[place_N[start:end]].astype(np.float64)
+            amounts += np.einsum("nf,f->n", row_NF, amount_F.astype(np.float64)).tolist()
+        return amounts
+
     def _complete_parts(
-        self, request: QueryRequest, weighted_QF: Float32, best: ScoredRows, starts: Sequence[int]
+        self, request: QueryRequest, vectors: QueryVectors, best: ScoredRows, starts: Sequence[int]
     ) -> ScoredRows:
         """Return rows with the parts of their scores from the stored features, and with these scores.
 
         `starts` are the places where the rows of each query begin, and the number of all.
         """
-        each = [best[start:end] for start, end in itertools.pairwise(starts)]
-        stored = _concatenate(self._score_stored(request, weighted_QF, each))
+        stored = self._score_stored(request, vectors, best.rows_N, starts)
         return replace(best, part_NC=stored.part_NC, stored_N=stored.score_N)
 
-    def _score_sets(self, request: QueryRequest, each_QF: Float32, rows_N: Int64) -> Float64:
+    def _score_sets(self, request: QueryRequest, each: QueryVectors, rows_N: Int64) -> Float64:
         """Return a contrast's scores [2, N] for the mean of each set, exact if the answer's are; else [0, N]."""
         if not request.n_against or not len(rows_N) or not (request.options.exact or request.options.rerank != "none"):
             return np.zeros((0, len(rows_N)))
         if request.options.exact or request.options.rerank == "exact":
-            with make_exact_scorer(self.runner, request.queries(sets_apart=True), request.checkpoints) as scorer:
+            with self._open_scorer(request, sets_apart=True) as scorer:
                 return scorer.scores(rows_N.tolist())
-        row_NF = self.store.view(request.checkpoints, cosine=request.options.cosine).take(rows_N)
+        row_NF = request.score.rows(request.checkpoints).take(rows_N)
         # Not matrix products, after which NumPy's threads delay the next operations.
-        means_GF = np.einsum("gq,qf->gf", request.means_GQ, each_QF.astype(np.float64))
+        means_GF = np.einsum("gq,qf->gf", request.means_GQ, each.vector_QF.astype(np.float64))
         means_GN: Float64 = np.einsum("gf,nf->gn", means_GF, row_NF.astype(np.float64))
         return means_GN
-
-    def _weight_checkpoints(self, request: QueryRequest, queries_QF: Float32) -> Float32:
-        """Return the features; for cosine, each checkpoint's part is scaled to norm η_c / Σ η."""
-        if not request.options.cosine:
-            return queries_QF
-        rates = np.array([self.rates[c] for c in request.checkpoints])
-        part_QCD = queries_QF.reshape(len(queries_QF), len(rates), -1)
-        norms = np.linalg.norm(part_QCD.astype(np.float64), axis=2, keepdims=True)
-        unit_QCD = np.divide(part_QCD, norms, out=np.zeros_like(part_QCD), where=norms > 0, casting="same_kind")
-        weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
-        return weighted_QCD.reshape(queries_QF.shape)
 
     def _choose_strategy(self, request: QueryRequest, weighted_QF: Float32) -> Strategy:
         """Return the search strategy: the index needs all checkpoints, an exact scan accepts any subset of them."""
         options = request.options
-        if options.cosine or request.checkpoints != tuple(range(len(self.rates))):
-            view = self.store.view(request.checkpoints, cosine=options.cosine)
-            unsupported = "cosine" if options.cosine else "a subset of the checkpoints"
-            scan = FlatIndex(view, self.runner.options.device)
+        score = request.score
+        if score.name != "tracin" or request.checkpoints != tuple(range(len(self.rates))):
+            unsupported = f"the score {score.name}" if score.name != "tracin" else "a subset of the checkpoints"
+            scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
         scan = FlatIndex(self.store.view(), self.runner.options.device)
         return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
-    def _rescore(self, request: QueryRequest, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
+    def _rescore(
+        self, request: QueryRequest, vectors: QueryVectors, rows: ScoredRows, starts: list[int]
+    ) -> tuple[ScoredRows, list[int]]:
+        """Return candidates with the scores that the options request; `starts` as of `_join`."""
         if request.options.rerank == "none":
-            return candidates
-        stored = self._score_stored(request, weighted_QF, candidates)
+            return rows, starts
+        stored = self._score_stored(request, vectors, rows.rows_N, starts)
         if request.options.rerank == "stored":
-            return stored
-        with self._open_scorer(request) as scorer:
-            return self._score_in_rounds(request, stored, scorer)
+            return stored, starts
+        with self._open_scorer(request, self.progress) as scorer:
+            return _join(self._score_in_rounds(request, _split(stored, starts), scorer))
 
     def _score_stored(
-        self, request: QueryRequest, weighted_QF: Float32, candidates: Sequence[ScoredRows]
-    ) -> list[ScoredRows]:
-        """Return the candidates of each query with scores from the stored features; each row is read once."""
-        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
+        self, request: QueryRequest, vectors: QueryVectors, rows_N: Int64, starts: Sequence[int]
+    ) -> ScoredRows:
+        """Return rows with their scores from the stored features; each is read once. `starts` are as of `_join`."""
+        view = request.score.rows(request.checkpoints)
         scored: list[ScoredRows] = []
-        for queries in _split_queries(candidates, _NUMBERS_AT_ONCE // view.dim):
-            each = [candidates[q].rows_N for q in queries]
-            row_MF, place_N = view.locate(np.concatenate(each))
-            ends = np.cumsum([len(rows) for rows in each])
+        for queries in _split_queries(starts, _NUMBERS_AT_ONCE // view.dim):
+            first, last = starts[queries.start], starts[queries.stop]
+            row_MF, place_N = view.locate(rows_N[first:last])
+            ends = itertools.pairwise(starts[queries.start : queries.stop + 1])
+            places = [place_N[start - first : end - first] for start, end in ends]
             part_NC, deviation_N = _score_row_parts(
-                row_MF, np.split(place_N, ends[:-1]), weighted_QF[queries], len(request.checkpoints)
+                row_MF, places, vectors.vector_QF[queries], len(request.checkpoints)
             )
             error_N = None
-            if self.error_scale is not None and not request.options.cosine:
+            if vectors.half_QF is not None:
+                error_N = _compare_halves(row_MF, places, vectors[queries])
+            elif self.error_scale is not None and request.score.name == "tracin":
                 error_N = self.error_scale * deviation_N
-            rows = ScoredRows(np.concatenate(each), part_NC.sum(axis=1), None, error_N, part_NC)
-            scored += [rows[slice(end - len(own), end)] for own, end in zip(each, ends.tolist(), strict=True)]
-        return scored
+            scored.append(ScoredRows(rows_N[first:last], part_NC.sum(axis=1), None, error_N, part_NC))
+        return _concatenate(scored)
 
     def _score_in_rounds(
         self, request: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
@@ -304,10 +326,12 @@ class Ranker:
         """Return exact scores of the candidates that could be among the hits.
 
         The first round covers the candidates of the largest stored scores. The second covers those whose stored score
-        plus its error bar reaches the k-th exact score. Without error bars, the first round covers all.
+        plus its error bar reaches the k-th exact score. Without error bars, and for scores with a curvature matrix over
+        all parameters, which differs from that of the sketches, the first round covers all.
         """
         k = request.options.k
-        first = [_select_largest(scored, _FIRST * k) for scored in stored]
+        is_same = request.score.direction_map is None
+        first = [_select_largest(scored, _FIRST * k if is_same else len(scored.rows_N)) for scored in stored]
         exact = _score_exactly(scorer, [scored.rows_N[chosen] for scored, chosen in zip(stored, first, strict=True)])
         second = [
             _select_uncertain(scored, chosen, done.score_N, k)
@@ -325,12 +349,15 @@ class Ranker:
             for scored, a, b, one, other in zip(stored, exact, rest, first, second, strict=True)
         ]
 
-    def _open_scorer(self, request: QueryRequest) -> AbstractContextManager[ExactScorer]:
-        return make_exact_scorer(self.runner, request.queries(), request.checkpoints, self.progress)
+    def _open_scorer(
+        self, request: QueryRequest, progress: Callable[[int], None] | None = None, *, sets_apart: bool = False
+    ) -> AbstractContextManager[ExactScorer]:
+        queries = request.queries(sets_apart=sets_apart)
+        return make_exact_scorer(self.runner, queries, request.checkpoints, progress, request.score.direction_map)
 
 
 def _score_exactly(scorer: ExactScorer, rows: Sequence[Int64]) -> list[ScoredRows]:
-    """Return exact TracInCP of each query's rows; a row of several queries is run once."""
+    """Return exact scores of each query's rows; a row of several queries is run once."""
     union = np.unique(np.concatenate(rows))
     places = [np.searchsorted(union, r) for r in rows]
     requested_QN = np.zeros((len(rows), len(union)), dtype=bool)
@@ -367,16 +394,14 @@ def _join_stored(stored: ScoredRows, exact: ScoredRows, chosen: npt.NDArray[Any]
     return replace(same, score_N=exact.score_N, stored_N=same.score_N)
 
 
-def _split_queries(candidates: Sequence[ScoredRows], n_rows: int) -> Iterator[range]:
-    """Yield ranges of queries that have at most n_rows candidates together, or of one query."""
-    start, total = 0, 0
-    for q, scored in enumerate(candidates):
-        if q > start and total + len(scored.rows_N) > n_rows:
-            yield range(start, q)
-            start, total = q, 0
-        total += len(scored.rows_N)
-    if candidates:
-        yield range(start, len(candidates))
+def _split_queries(starts: Sequence[int], n_rows: int) -> Iterator[range]:
+    """Yield ranges of queries that have at most n_rows rows together, or of one query; `starts` as of `_join`."""
+    first = 0
+    for query, end in enumerate(starts[1:]):
+        if query > first and end - starts[first] > n_rows:
+            yield range(first, query)
+            first = query
+    yield range(first, len(starts) - 1)
 
 
 def _score_row_parts(
@@ -407,46 +432,70 @@ def _score_row_parts(
     return part_NC, compute_pair_deviations(np.repeat(square_QC, counts, axis=0), square_NC, query_QCD.shape[2])
 
 
-def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:
-    """Return both sides' candidates of each query, each row once, scores times two to the power of the exponent."""
-    pools = []
-    for at, exponent in enumerate(exponent_Q):
-        rows_M = np.concatenate([proponents.ids[at], opponents.ids[at]])
-        score_M = np.concatenate([proponents.scores[at], opponents.scores[at]])
-        order = rows_M.argsort(kind="stable")
-        rows_M = rows_M[order]
-        first_M = np.ones(len(rows_M), dtype=bool)
-        np.not_equal(rows_M[1:], rows_M[:-1], out=first_M[1:])
-        pools.append(ScoredRows(rows_M[first_M], np.ldexp(score_M[order[first_M]].astype(np.float64), exponent)))
-    return pools
+def _compare_halves(row_MF: Float32, places: Sequence[Int64], vectors: QueryVectors) -> Float64:
+    """Return the standard errors [N] of scores, one for all rows of a query.
+
+    Each half of the numbers of a sketch gives an independent estimate of the score. Half the root mean square of their
+    difference over the rows is the standard error of their mean, from which the score by all numbers differs little.
+
+    Args:
+        row_MF: rows.
+        places: where in `row_MF` the rows of each query are.
+        vectors: of the queries, with those of both halves.
+    """
+    assert vectors.half_QF is not None
+    first_QF, second_QF = vectors.half_QF
+    errors = []
+    for place, one_F, other_F in zip(places, first_QF, second_QF, strict=True):
+        difference_N = row_MF[place].astype(np.float64) @ (one_F.astype(np.float64) - other_F)
+        errors.append(np.full(len(place), np.sqrt(np.mean(difference_N**2)) / 2 if len(place) else 0.0))
+    return np.concatenate(errors)
 
 
-def _select_best(ranked: Sequence[ScoredRows], k: int) -> tuple[ScoredRows, list[int]]:
+def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> tuple[ScoredRows, list[int]]:
+    """Return both sides' candidates of each query, each row once, and where they begin, as `_join` does.
+
+    Scores are multiplied by two to the power of the query's exponent.
+    """
+    sides = [side for of_query in zip(proponents.ids, opponents.ids, strict=True) for side in of_query]
+    scores = [side for of_query in zip(proponents.scores, opponents.scores, strict=True) for side in of_query]
+    query_M = np.repeat(np.arange(len(sides)) // 2, [len(side) for side in sides])
+    rows_M, score_M = np.concatenate(sides), np.concatenate(scores).astype(np.float64)
+    # One sort of pairs of a query and a row as one number each.
+    _, first_N = np.unique(query_M * (rows_M.max(initial=0) + 1) + rows_M, return_index=True)
+    query_N = query_M[first_N]
+    rows = ScoredRows(rows_M[first_N], np.ldexp(score_M[first_N], exponent_Q[query_N]))
+    return rows, np.searchsorted(query_N, np.arange(len(exponent_Q) + 1)).tolist()
+
+
+def _select_best(rows: ScoredRows, starts: Sequence[int], k: int) -> tuple[ScoredRows, list[int]]:
     """Return the k best proponents, then the k best opponents of each query, one query after the other.
 
-    Also returns where the rows of each of these 2 Q lists begin, and the number of all: 2 Q + 1 positions.
+    Also returns where the rows of each of these 2 Q lists begin, and the number of all: 2 Q + 1 positions. `starts` are
+    as of `_join`.
     """
-    rows = _concatenate(ranked)
-    query_N = np.repeat(np.arange(len(ranked)), [len(scored.rows_N) for scored in ranked])
+    query_N = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     list_N = 2 * query_N + (rows.score_N < 0)
     order = np.lexsort((rows.rows_N, -np.abs(rows.score_N), list_N))
     order = order[rows.score_N[order] != 0]
     list_N = list_N[order]
     is_best_N = np.arange(len(order)) - np.searchsorted(list_N, list_N) < k
-    starts = np.searchsorted(list_N[is_best_N], np.arange(2 * len(ranked) + 1))
-    return rows[order[is_best_N]], starts.tolist()
+    best_starts = np.searchsorted(list_N[is_best_N], np.arange(2 * len(starts) - 1))
+    return rows[order[is_best_N]], best_starts.tolist()
 
 
-def _concatenate(ranked: Sequence[ScoredRows]) -> ScoredRows:
-    """Return the rows of all queries, one query after the other."""
-    columns = zip(*(vars(scored).values() for scored in ranked), strict=True)
+def _join(ranked: Sequence[ScoredRows]) -> tuple[ScoredRows, list[int]]:
+    """Return the rows of all queries, one query after the other; where each query's begin; and the number of all."""
+    return _concatenate(ranked), [0, *itertools.accumulate(len(scored.rows_N) for scored in ranked)]
+
+
+def _split(rows: ScoredRows, starts: Sequence[int]) -> list[ScoredRows]:
+    """Return the rows of each query: the inverse of `_join`."""
+    return [rows[start:end] for start, end in itertools.pairwise(starts)]
+
+
+def _concatenate(parts: Sequence[ScoredRows]) -> ScoredRows:
+    """Return all rows, one part after the other."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
     joined: list[Any] = [None if any(v is None for v in values) else np.concatenate(values) for values in columns]
     return ScoredRows(*joined)
-
-
-def _mix(mixture_GQ: Float64 | None, each_QF: Float32) -> Float32:
-    """Return the features of weighted sums of queries: features are linear in the gradients."""
-    if mixture_GQ is None:
-        return each_QF
-    mixed_GF: Float32 = np.einsum("gq,qf->gf", mixture_GQ, each_QF.astype(np.float64)).astype(np.float32)
-    return mixed_GF
