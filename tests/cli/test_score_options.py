@@ -147,7 +147,7 @@ def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: Influenc
         (("--damping", "-1"), "bad --damping: got -1.0, expected a finite number above 0"),
         (("--score", "tracin", "--damping", "1"), "--damping has no effect: got the score tracin"),
         (("--score", "fisher", "--cosine"), "two scores: got --cosine and --score fisher"),
-        (("--score", "fisher", "--tokens"), "score fisher"),
+        (("--score", "trackstar", "--tokens"), "--tokens needs a score over all parameters"),
         (("--self-influence", "--damping", "1"), "--self-influence ranks all training rows: got --damping"),
     ],
 )
