@@ -224,6 +224,8 @@ def test_the_command_needs_no_folder_for_tail_patches(folder: Path) -> None:
         (["--ids", str(QUERIES)], 2, "no such row in query_data"),
         (["-k", str(N)], 2, "bad -k: got 60"),
         (["--subsets", "2"], 2, "--subsets"),
+        (["--damping", "0", "--retrained", "NEW", "--seeds", "1"], 2, "bad --damping: got 0.0"),
+        (["--checkpoints", "2", "--retrained", "NEW"], 2, "bad --checkpoints"),
         (["--fraction", "1", "--retrained", "NEW"], 2, "bad --fraction"),
         (["--retrained", "NEW", "--seeds", "1"], 1, "got a task without retrain"),
     ],
