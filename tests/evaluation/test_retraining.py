@@ -229,3 +229,10 @@ def test_invalid_queries_are_rejected(tmp_path: Path, ids: list[int], message: s
     with pytest.raises(UsageError, match=message):
         open_folder(make_task(tmp_path), tmp_path / "truth", ids)
     assert not (tmp_path / "truth").exists()
+
+
+def test_data_that_changes_when_it_is_read_is_not_compared(tmp_path: Path) -> None:
+    task = make_task(tmp_path, query_data=lambda: [(torch.rand(5), 0) for _ in range(3)])
+    runner = TaskRunner(task, RunOptions(torch.device("cpu"), allow_random_data=True))
+    for _ in range(2):
+        Retraining.open(runner, tmp_path / "truth", [0, 2])
