@@ -86,3 +86,16 @@ def import_datasets() -> Any:
     except ImportError as error:
         raise make_missing_package_error("datasets", "datasets", "folders of save_to_disk", "datasets") from error
     return datasets
+
+
+def import_scipy_stats() -> Any:
+    """Return the module `scipy.stats`.
+
+    Raises:
+        MissingPackageError: SciPy is not installed.
+    """
+    try:
+        from scipy import stats  # noqa: PLC0415
+    except ImportError as error:
+        raise make_missing_package_error("SciPy", "scipy", "rank correlations", "evaluation") from error
+    return stats

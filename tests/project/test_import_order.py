@@ -21,7 +21,7 @@ PACKAGE = "tracin_ann"
 # "__init__" is the facade, `tracin_ann` itself. A new room needs a place here.
 FLOORS: list[set[str]] = [
     {"cli", "report", "__init__"},
-    {"analysis", "operations"},
+    {"analysis", "evaluation", "operations"},
     {"build", "index", "config"},
     {"scoring"},
     {"features"},
@@ -35,6 +35,7 @@ GROUND = ["files", "progress", "device", "packages", "types", "errors", "text", 
 BESIDE: dict[str, set[str]] = {
     "cli": {"report", "__init__"},  # a command writes a page and prints the version
     "__init__": {"report"},  # the facade names write_report
+    "evaluation": {"analysis"},  # the rankings of wrong labels that are compared
     "build": {"config"},
     "sketch": {"gradients"},  # a sketch reads the factors of gradients
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search
@@ -57,6 +58,7 @@ OPTIONAL = (
     "pandas",
     "pyarrow",
     "torchvision",
+    "scipy",
     "IPython",
     "jinja2",
     "PIL",

@@ -23,7 +23,13 @@ from tracin_ann.features.canaries import (
 )
 from tracin_ann.features.compatibility import IndexTask, check_spec, load_index_task
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, find_nonfinite, squared_norms
-from tracin_ann.features.fingerprint import checkpoint_specs, library_versions, model_digest, parameter_specs
+from tracin_ann.features.fingerprint import (
+    checkpoint_specs,
+    data_digest,
+    library_versions,
+    model_digest,
+    parameter_specs,
+)
 from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.features.pipeline import Extraction, ExtractionResult, reading_costs_more
 from tracin_ann.features.runner import TaskRunner
@@ -50,6 +56,7 @@ __all__ = [
     "check_canaries",
     "check_spec",
     "checkpoint_specs",
+    "data_digest",
     "draw_places",
     "find_nonfinite",
     "library_versions",

@@ -28,11 +28,13 @@ def model_digest(model: nn.Module) -> str:
     return hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
 
 
-def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | None = None) -> str:
+def data_digest(
+    data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | None = None, name: str = "train_data"
+) -> str:
     """Return a digest of at most 16 examples spread over the first n_rows of a data set.
 
     Objects that `encode_content` cannot read, even with the help of `collate`, are excluded. The digest then ends with
-    the names of their types, and a warning is logged.
+    the names of their types, and a warning with the name of the data set is logged.
     """
     digest = hashlib.blake2b(digest_size=8)
     unknown: set[str] = set()
@@ -44,9 +46,7 @@ def data_digest(data: Any, n_rows: int, collate: Callable[[list[Any]], Any] | No
     if not unknown:
         return digest.hexdigest()
     names = ", ".join(sorted(unknown))
-    logger.warning(
-        "rows of train_data hold %s, whose content cannot be read: the digest of the data excludes it", names
-    )
+    logger.warning("rows of %s hold %s, whose content cannot be read: the digest of the data excludes it", name, names)
     return f"{digest.hexdigest()} without {names}"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ EXAMPLES = {
     "read_query": 'read_query=lambda record: encode(record["text"])',
     "token_losses": "token_losses=lambda model, batch: ...",
     "query_token_losses": "query_token_losses=lambda model, batch: ...",
+    "retrain": "retrain=lambda rows, seed, out: ...",
 }
 _MAX_SHOWN = 6
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -62,6 +64,10 @@ class Task:
             over T is the loss of each example, and positions without a loss are 0. Position t belongs to token t of
             `Description.tokens`. It splits scores by token; None: they are not split.
         query_token_losses: the same for `query_loss`; without `query_loss`, `token_losses` applies to queries too.
+        retrain: `retrain(rows, seed, out)` trains the model on these rows, positions in train_data, as the run of the
+            checkpoints did, with this random seed, and writes a checkpoint to the path `out`, a file or a folder that
+            is loaded like those of `checkpoints`. `tracin-evaluate` compares scores with its results; None: they are
+            not compared.
         loss_is_nll: whether `loss` is −log p of the one label of an example, such as cross-entropy of a classifier. The
             scores `gauss-newton` and `trak` need p. None: not known.
     """
@@ -81,6 +87,7 @@ class Task:
     read_query: Callable[[Any], Any] | None = None
     token_losses: LossFunction | None = None
     query_token_losses: LossFunction | None = None
+    retrain: Callable[[Sequence[int], int, Path], object] | None = None
     loss_is_nll: bool | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +99,7 @@ class Task:
         required = ("model", "loss", "train_data", "query_data")
         optional = (
             *("query_loss", "collate", "describe", "load", "columns", "ids", "read_query"),
-            *("token_losses", "query_token_losses"),
+            *("token_losses", "query_token_losses", "retrain"),
         )
         for name in required + optional:
             value = getattr(self, name)
