@@ -395,7 +395,8 @@ class Checkpoint:
             `model`, `state_dict` or `model_state_dict`.
         steps: the number of optimizer updates of the whole run (not only those before the checkpoint), from which the
             damping of scores with a curvature matrix follows. With a learning-rate schedule, Σ_t η_t / η_c, the
-            number of updates at this checkpoint's rate with the same sum of rates. None: not known.
+            number of updates at this checkpoint's rate with the same sum of rates; with momentum β, divided by 1 − β.
+            None: not known.
         run: the name of the training run, if the checkpoints are of several runs.
     """
 
