@@ -236,3 +236,11 @@ def test_the_index_of_a_trainer_run_has_the_score_of_its_optimizer(tmp_path: Pat
         damping = index.score_maker.damp("gauss-newton")
         assert damping.rule == "1 / (learning rate × steps)"
         assert list(damping.damping_C[:-1]) == [pytest.approx(1 / sum(run.used))] * (len(rates) - 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_steps_of_a_language_model_are_those_of_the_mean_over_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    run = import_module("trainer_runs").train("gpt2", tmp_path / "run", optim="sgd")
+    assert any(c.steps for c in Task.from_transformers(run.folder, run.records, loss="mean").checkpoints)
+    assert {c.steps for c in Task.from_transformers(run.folder, run.records).checkpoints} == {None}

@@ -35,7 +35,7 @@ from tracin_ann.task.integrations.examples import (
     Padding,
     choose_max_length,
 )
-from tracin_ann.task.integrations.losses import ClassLoss, Reduction, make_loss
+from tracin_ann.task.integrations.losses import TOKEN_KINDS, ClassLoss, Reduction, make_loss
 from tracin_ann.task.integrations.param_groups import Rate
 from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
@@ -198,6 +198,9 @@ def assemble_task(
         UsageError: the kind of the run has no loss.
     """
     loss, token_losses = make_loss(encoder.kind, encoder.config, options.loss)
+    if encoder.kind in TOKEN_KINDS and options.loss == "sum":
+        # Training minimizes the mean over tokens. The steps are those of another loss.
+        checkpoints = [replace(checkpoint, steps=None) for checkpoint in checkpoints]
     train = EncodedRows(open_records(data[0]), encoder, needs_label=True)
     # A query without a label has the class that the model predicts; a training row must have the one it was trained on.
     query = train if data[1] is None else EncodedRows(open_records(data[1]), encoder)
