@@ -169,7 +169,12 @@ def test_error_bars_are_half_the_difference_of_the_halves_of_the_sketch(index: I
 def test_the_default_score_of_a_new_index_follows_from_steps_and_loss(tmp_path: Path) -> None:
     known = make_task(tmp_path, n=12)
     unknown = replace(known, checkpoints=[replace(c, steps=None) for c in known.checkpoints])
-    for task, default in ((unknown, "tracin"), (known, "fisher"), (replace(known, loss_is_nll=True), "gauss-newton")):
+    for task, default in (
+        (unknown, "tracin"),
+        (known, "fisher"),
+        (replace(unknown, loss_is_nll=True), "gauss-newton"),
+        (replace(known, loss_is_nll=True, score="trak"), "trak"),
+    ):
         out = tmp_path / default
         build(task, out, CONFIG)
         # The build computes the matrices, so that the first query does not have to.
