@@ -26,6 +26,8 @@ import numpy.typing as npt
 
 from tracin_ann.choices import CurvatureName, ScoreName
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver
+from tracin_ann.scoring.exact import DirectionMap
+from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvatures
 from tracin_ann.store import (
     FeatureStore,
     FeatureView,
@@ -100,6 +102,10 @@ class Score(Protocol):
     def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
         """Return the vectors for queries with these features over the checkpoints."""
 
+    @property
+    def direction_map(self) -> DirectionMap | None:
+        """Return the map of unprojected gradients of queries for exact scores; None: exact scores are TracInCP."""
+
 
 @dataclass(frozen=True)
 class TracInScore:
@@ -108,6 +114,7 @@ class TracInScore:
     store: FeatureStore
     name: ScoreName = "tracin"
     summary: str = ""
+    direction_map: DirectionMap | None = None
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the stored rows."""
@@ -126,6 +133,7 @@ class CosineScore:
     rates: Sequence[float]
     name: ScoreName = "cosine"
     summary: str = ""
+    direction_map: DirectionMap | None = None
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the rows with parts of norm 1."""
@@ -169,7 +177,13 @@ class ScoreMaker:
             return CosineScore(store, rates)
         if name == "trackstar":
             return TrackStarScore(store, rates, self.damp("fisher", damping))
-        return PreconditionedScore(name, store, rates, self.damp(name, damping), len(self.source.rows_N))
+        return PreconditionedScore(
+            name, store, rates, self.damp(name, damping), len(self.source.rows_N), self._full_curvatures
+        )
+
+    @cached_property
+    def _full_curvatures(self) -> FullCurvatures:
+        return FullCurvatures(self.source)
 
     def damp(self, name: CurvatureName, damping: float | None = None) -> Damping:
         """Return the curvature of every checkpoint with its damping; arguments and errors as of `make`."""
@@ -243,6 +257,7 @@ class PreconditionedScore:
         rates: η_c of all checkpoints.
         damping: the curvature and its damping.
         n_rows: N, the training rows that answers may contain.
+        full_curvatures: for exact scores.
     """
 
     name: CurvatureName
@@ -250,11 +265,17 @@ class PreconditionedScore:
     rates: Sequence[float]
     damping: Damping
     n_rows: int
+    full_curvatures: FullCurvatures
 
     @property
     def summary(self) -> str:
         """Return the name and where the damping comes from."""
         return f"score {self.name}, damping {self.damping.rule}"
+
+    @property
+    def direction_map(self) -> ExactPreconditioner:
+        """Return the map by the inverse of the curvature over all parameters."""
+        return ExactPreconditioner(self.name, self.damping.damping_C, self.full_curvatures)
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the stored rows."""
@@ -298,6 +319,7 @@ class TrackStarScore:
     rates: Sequence[float]
     damping: Damping
     name: ScoreName = "trackstar"
+    direction_map: DirectionMap | None = None
 
     @property
     def summary(self) -> str:
