@@ -275,6 +275,22 @@ def test_zero_gradients_have_the_score_0(tmp_path: Path) -> None:
         assert opened.query([0], options=QueryOptions(score=name))[0].hits == ()  # type: ignore[arg-type]
 
 
+def test_an_open_index_factorises_each_matrix_once(index: InfluenceIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    factorised: list[tuple[float, slice]] = []
+    factorise = Curvature.factorise
+
+    def count(self: Curvature, damping: float, part: slice) -> object:
+        factorised.append((damping, part))
+        return factorise(self, damping, part)
+
+    monkeypatch.setattr(Curvature, "factorise", count)
+    opened = InfluenceIndex.open(index.directory, index.task, device="cpu")
+    whole = 3 * len(RATES)  # The matrix and both halves of the sketch.
+    for damping, expected in ((0.03, whole), (0.03, whole), (0.07, 2 * whole), (0.03, 2 * whole)):
+        opened.query([0, 1], options=QueryOptions(score="fisher", damping=damping))
+        assert len(factorised) == expected
+
+
 def test_a_matrix_that_cannot_be_inverted_is_reported() -> None:
     matrix = Curvature(-np.eye(3, dtype=np.float32), 1.0, 4, 0.0)
     with pytest.raises(NonFiniteError, match="curvature matrix cannot be inverted: got a damping of 0.5.*--damping"):
