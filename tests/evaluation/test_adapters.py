@@ -74,5 +74,6 @@ def test_metrics_of_quanda_accept_the_explainer(index: InfluenceIndex, folder: P
     scores = QuandaExplainer(index=index).explain(torch.stack([x for x, _ in queries]), labels)
     classes.update(scores, labels)
     top = scores.topk(5, dim=1).indices.tolist()
-    expected = [np.mean([train[row][1] == label for row in rows]) for rows, (_, label) in zip(top, queries, strict=True)]
+    labels_of_top = [[train[row][1] for row in rows] for rows in top]
+    expected = [np.mean(np.equal(own, label)) for own, (_, label) in zip(labels_of_top, queries, strict=True)]
     assert classes.compute()["score"] == pytest.approx(np.mean(expected))

@@ -59,6 +59,18 @@ def test_candidates_are_all_combinations(index: InfluenceIndex) -> None:
     assert list_candidates(index, ("cosine",), checkpoints=(0,)) == [Candidate("cosine", None, (0,))]
 
 
+def test_the_last_checkpoint_of_every_run_is_a_candidate(folder: Path) -> None:
+    task = make_task(folder)
+    first, second = (replace(c, run="a") for c in task.checkpoints)
+    (folder / "other.pt").write_bytes(Path(first.path).read_bytes())
+    other = replace(first, path=folder / "other.pt", run="b")
+    runs = replace(task, checkpoints=[first, second, other])
+    build(runs, folder / "runs", BuildConfig(dim=16, device="cpu", index="flat"))
+    index = InfluenceIndex.open(folder / "runs", runs, device="cpu")
+    assert list_candidates(index, ("tracin",)) == [Candidate("tracin"), Candidate("tracin", None, (1, 2))]
+    assert list_candidates(index, ("tracin",), checkpoints=(2, 1)) == [Candidate("tracin", None, (2, 1))]
+
+
 def test_lds_is_that_of_spearman_for_every_candidate(
     index: InfluenceIndex, retraining: Retraining, by_lds: Comparison
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tracin_ann.errors import (
 from tracin_ann.evaluation import Retraining, draw_subsets
 from tracin_ann.evaluation.retraining import HEADER
 from tracin_ann.features import RunOptions, TaskRunner
+from tracin_ann.files import atomic_path
 
 SUBSETS = draw_subsets(np.arange(N), 3)
 SEEDS = (0, 4)
@@ -70,7 +72,7 @@ def test_losses_are_those_of_models_trained_on_the_subsets(tmp_path: Path) -> No
     for m, rows in enumerate(SUBSETS):
         for s, seed in enumerate(SEEDS):
             np.testing.assert_allclose(found[m, s], losses_by_hand(rows.tolist(), seed, tmp_path), rtol=1e-5)
-    assert recorder.calls == [(rows.tolist(), seed) for rows in SUBSETS for seed in SEEDS]
+    assert sorted(recorder.calls) == sorted((rows.tolist(), seed) for rows in SUBSETS for seed in SEEDS)
     assert seen[-1] == ("retrained models", 6, 6)
 
 
@@ -85,6 +87,21 @@ def test_an_interrupted_run_continues_with_the_missing_models(tmp_path: Path) ->
     whole = open_folder(make_task(tmp_path), tmp_path / "whole").measure(SUBSETS, SEEDS)
     assert np.array_equal(found, whole)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json"] + [".npy"] * 6
+
+
+def test_processes_share_the_models_of_a_folder(tmp_path: Path) -> None:
+    """A second run that starts before the first one has ended trains nothing again."""
+    task, recorder, other = make_task(tmp_path), Recorder(), Recorder()
+    units = [(rows, seed) for rows in SUBSETS for seed in SEEDS]
+
+    def start_another(rows: Sequence[int], seed: int, out: Path) -> None:
+        recorder(rows, seed, out)
+        if len(recorder.calls) == 1:
+            open_folder(replace(task, retrain=other), tmp_path / "truth").measure(SUBSETS[1:], SEEDS)
+
+    found = open_folder(replace(task, retrain=start_another), tmp_path / "truth").measure(SUBSETS, SEEDS)
+    assert len(recorder.calls) + len(other.calls) <= len(units) + 1
+    assert np.array_equal(found, open_folder(task, tmp_path / "whole").measure(SUBSETS, SEEDS))
 
 
 def test_a_complete_folder_needs_no_retrain_and_serves_some_of_its_queries(tmp_path: Path) -> None:
@@ -133,7 +150,10 @@ def test_other_folders_files_and_versions_are_refused(tmp_path: Path) -> None:
     for path in (other, other / "notes.txt"):
         with pytest.raises(UsageError, match="is not a folder of retrained losses"):
             open_folder(task, path)
-    open_folder(task, tmp_path / "truth")
+    (tmp_path / "truth").mkdir()
+    with atomic_path(tmp_path / "truth" / HEADER) as temporary:  # of another process that starts now
+        open_folder(task, tmp_path / "truth")
+        temporary.write_bytes((tmp_path / "truth" / HEADER).read_bytes())
     header = json.loads((tmp_path / "truth" / HEADER).read_text())
     (tmp_path / "truth" / HEADER).write_text(json.dumps(header | {"version": 2}))
     with pytest.raises(UsageError, match="of version 2, expected tracin_ann retraining of version 1"):

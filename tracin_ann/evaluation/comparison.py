@@ -119,7 +119,7 @@ def list_candidates(
     dampings: Sequence[float | None] = (None,),
     checkpoints: tuple[int, ...] | None = None,
 ) -> list[Candidate]:
-    """Return every combination of score, damping (if the score has one), and all checkpoints or the last alone.
+    """Return every combination of score, damping (if the score has one), and all checkpoints or the last of each run.
 
     Args:
         index: an open index.
@@ -127,9 +127,13 @@ def list_candidates(
         dampings: λ; None: by the automatic rule.
         checkpoints: positions of the checkpoints to use; None: all.
     """
-    rates = [checkpoint.learning_rate for checkpoint in index.manifest.build.spec.checkpoints]
-    used = [c for c in (range(len(rates)) if checkpoints is None else checkpoints) if rates[c] > 0]
-    sets = [checkpoints, *([(max(used),)] if len(used) > 1 else [])]
+    rates, record = (
+        [checkpoint.learning_rate for checkpoint in index.manifest.build.spec.checkpoints],
+        index.manifest.score,
+    )
+    used = [c for c in sorted(range(len(rates)) if checkpoints is None else checkpoints) if rates[c] > 0]
+    last = tuple({"" if record is None else record.runs[c]: c for c in used}.values())
+    sets = [checkpoints, last] if len(last) < len(used) else [checkpoints]
     return [
         Candidate(score, damping, chosen)
         for score in dict.fromkeys(scores)
