@@ -142,7 +142,10 @@ class Indexed:
 
 
 def build_toy(folder: Path, **changes: Any) -> Indexed:
-    task = make_toy_task(folder, Toy(), **{"loss_is_nll": True, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Toy()
+    task = make_toy_task(folder, model, **{"loss_is_nll": True, **changes})
     build(task, folder / "index", CONFIG)
     rows, queries = task.train_data(), task.query_data()
     found = Indexed(InfluenceIndex.open(folder / "index", task, device="cpu"), [], [], [])
