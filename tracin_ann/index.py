@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.choices import CURVATURES, SIDE_NAMES, ScoreName, SideName
+from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
@@ -385,6 +385,9 @@ class InfluenceIndex:
                 what, expected = f"{option} needs a score over all parameters", " or ".join(("tracin", *CURVATURES))
                 remedy = f"remove {option}, or use another --score"
                 raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
+        if options.damping is not None and name not in DAMPED_SCORES:
+            what, expected = "--damping has no effect", f"--score {' or '.join(DAMPED_SCORES)}"
+            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy="remove it"))
         return self.score_maker.make(name, options.damping)
 
     @cached_property

@@ -156,7 +156,7 @@ def test_without_retraining_the_rules_are_recommended(folder: Path) -> None:
     assert found.lines == (
         (
             "recommendation",
-            "--score gauss-newton, damping 1 / (learning rate × steps), all 2 checkpoints, D = 64, "
+            "--score gauss-newton, damping 0.0667 (1 / (learning rate × steps)), all 2 checkpoints, D = 64, "
             "by rule and not by retraining",
         ),
     )
@@ -224,6 +224,8 @@ def test_the_command_needs_no_folder_for_tail_patches(folder: Path) -> None:
         (["--ids", str(QUERIES)], 2, "no such row in query_data"),
         (["-k", str(N)], 2, "bad -k: got 60"),
         (["--subsets", "2"], 2, "--subsets"),
+        (["--damping", "0", "--retrained", "NEW", "--seeds", "1"], 2, "bad --damping: got 0.0"),
+        (["--checkpoints", "2", "--retrained", "NEW"], 2, "bad --checkpoints"),
         (["--fraction", "1", "--retrained", "NEW"], 2, "bad --fraction"),
         (["--retrained", "NEW", "--seeds", "1"], 1, "got a task without retrain"),
     ],

@@ -113,6 +113,30 @@ def test_a_complete_folder_needs_no_retrain_and_serves_some_of_its_queries(tmp_p
         some.measure(SUBSETS, [9])
 
 
+def test_checkpoints_of_the_tasks_own_form_are_loaded_like_those_of_the_task(tmp_path: Path) -> None:
+    """A folder that `Task.load` reads, and an entry of a file that `Checkpoint.key` names."""
+    plain = make_task(tmp_path)
+    expected = open_folder(plain, tmp_path / "plain").measure(SUBSETS, [3])
+
+    def load(model: torch.nn.Module, path: str) -> None:
+        file = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
+        model.load_state_dict(torch.load(file, weights_only=True))
+
+    def write_folder(rows: Sequence[int], seed: int, out: Path) -> None:
+        out.mkdir()
+        train(rows, seed, out / "weights.pt")
+
+    folders = replace(plain, load=load, retrain=write_folder)
+    assert np.array_equal(open_folder(folders, tmp_path / "folders").measure(SUBSETS, [3]), expected)
+
+    def write_entry(rows: Sequence[int], seed: int, out: Path) -> None:
+        train(rows, seed, out)
+        torch.save({"ema": torch.load(out, weights_only=True)}, out)
+
+    keyed = replace(plain, checkpoints=[replace(c, key="ema") for c in plain.checkpoints], retrain=write_entry)
+    assert np.array_equal(open_folder(keyed, tmp_path / "keyed").measure(SUBSETS, [3]), expected)
+
+
 def test_rows_in_any_order_are_one_subset(tmp_path: Path) -> None:
     recorder = Recorder()
     opened = open_folder(make_task(tmp_path, retrain=recorder), tmp_path / "truth")
@@ -205,3 +229,10 @@ def test_invalid_queries_are_rejected(tmp_path: Path, ids: list[int], message: s
     with pytest.raises(UsageError, match=message):
         open_folder(make_task(tmp_path), tmp_path / "truth", ids)
     assert not (tmp_path / "truth").exists()
+
+
+def test_data_that_changes_when_it_is_read_is_not_compared(tmp_path: Path) -> None:
+    task = make_task(tmp_path, query_data=lambda: [(torch.rand(5), 0) for _ in range(3)])
+    runner = TaskRunner(task, RunOptions(torch.device("cpu"), allow_random_data=True))
+    for _ in range(2):
+        Retraining.open(runner, tmp_path / "truth", [0, 2])

@@ -51,7 +51,7 @@ class RetrainingHeader:
         format: `FORMAT`.
         version: `VERSION`.
         train_rows: number of rows of train_data.
-        train_data: digest of train_data.
+        train_data: digest of train_data; `random` if its rows change when they are read twice.
         model: digest of the model's layers.
         query_ids: positions of the queries in query_data, in the order of the losses.
         query_data: digest of these queries.
@@ -217,18 +217,22 @@ def compute_query_losses(runner: TaskRunner, checkpoint: Path, query_ids: Sequen
 
 
 def _make_header(runner: TaskRunner, query_ids: Sequence[int]) -> RetrainingHeader:
-    n_rows, queries = runner.n_rows("train"), _Queries(runner, query_ids)
+    n_rows = runner.n_rows("train")
     with runner.model() as model:
         layers = model_digest(model.module)
     return RetrainingHeader(
         FORMAT,
         VERSION,
         n_rows,
-        runner.data_digest(n_rows),
+        "random" if runner.options.allow_random_data else runner.data_digest(n_rows),
         layers,
         tuple(query_ids),
-        data_digest(queries, len(query_ids), runner.task.collate_rows, "query_data"),
+        "random" if runner.options.allow_random_data else _digest_queries(runner, query_ids),
     )
+
+
+def _digest_queries(runner: TaskRunner, query_ids: Sequence[int]) -> str:
+    return data_digest(_Queries(runner, query_ids), len(query_ids), runner.task.collate_rows, "query_data")
 
 
 class _Queries:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.choices import CurvatureName, ScoreName
-from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver, SolverCache
+from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver
 from tracin_ann.scoring.exact import DirectionMap
 from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvatures
 from tracin_ann.store import (
@@ -38,7 +38,8 @@ from tracin_ann.store import (
 )
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
-Part = npt.NDArray[np.floating]
+_DAMPINGS = 2
+"""Dampings whose factorised matrices are in memory: 12 D² bytes for each checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +187,14 @@ class ScoreMaker:
 
     def damp(self, name: CurvatureName, damping: float | None = None) -> Damping:
         """Return the curvature of every checkpoint with its damping; arguments and errors as of `make`."""
+        return self._find_damping(name, damping)
+
+    @cached_property
+    def _find_damping(self) -> Callable[[CurvatureName, float | None], Damping]:
+        """Return `_damp`, which keeps its last results: they contain the factorised matrices."""
+        return lru_cache(maxsize=_DAMPINGS)(self._damp)
+
+    def _damp(self, name: CurvatureName, damping: float | None) -> Damping:
         curvatures, rates = self.load(name), self.source.rates
         if damping is not None:
             return Damping(curvatures, [damping] * len(rates), f"{damping:g}")
@@ -229,14 +238,13 @@ class Damping:
     damping_C: Sequence[float]
     rule: str
 
-    def __post_init__(self) -> None:
-        """Make the cache of factorised matrices."""
-        object.__setattr__(self, "_solvers", SolverCache(self.curvatures))
+    @cached_property
+    def solver(self) -> Callable[[int, int, int], Solver]:
+        """Return a function that factorises the block of K_c + λ_c I of entries start..stop-1, each once."""
+        return cache(self._factorise)
 
-    def solver(self, checkpoint: int, start: int, stop: int) -> Solver:
-        """Return the solver with the block of K_c + λ_c I of entries start..stop-1."""
-        found: Solver = self._solvers.find(checkpoint, self.damping_C[checkpoint], start, stop)  # type: ignore[attr-defined]
-        return found
+    def _factorise(self, checkpoint: int, start: int, stop: int) -> Solver:
+        return self.curvatures[checkpoint].factorise(self.damping_C[checkpoint], slice(start, stop))
 
 
 @dataclass(frozen=True, eq=False)
