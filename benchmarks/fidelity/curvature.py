@@ -27,7 +27,7 @@ from tracin_ann.scoring.gram import compute_gram
 
 RESULT = "curvature"
 N_ROWS, N_QUERIES, RATE, BATCH = 2000, 100, 0.1, 64
-CANDIDATES, REMOVED, N_REMOVALS = 200, 50, 16
+CANDIDATES, REMOVED, N_REMOVALS = 200, 50, 24
 SCORES: tuple[CurvatureName, ...] = ("fisher", "gauss-newton")
 Rows = tuple[Tensor, Tensor]
 
@@ -173,6 +173,7 @@ def measure_setting(name: str, options: argparse.Namespace) -> Iterator[dict[str
         index = open_index(setting, rows, queries, Path(folder))
         tracin = {"sketch": index.score_matrix("query", range(N_QUERIES), QueryOptions(score="tracin"))}
         for score, found in {"tracin": tracin, **{score: compute_scores(index, score) for score in SCORES}}.items():
+            of_sketch_Q = np.zeros(len(chosen))
             candidate_QK = np.argsort(-found["sketch"], axis=1)[:, :CANDIDATES]
             for method, score_QN in found.items():
                 predicted_MQ = -member_MN @ score_QN.T
@@ -180,13 +181,18 @@ def measure_setting(name: str, options: argparse.Namespace) -> Iterator[dict[str
                 row = {"model": name, "score": score, "method": method, "lds": float(np.mean(lds_Q))}
                 row["lds_error"] = float(np.std(lds_Q, ddof=1) / N_QUERIES**0.5)
                 if score != "fisher" and method != "exact, half":
-                    rise, wrong = [], 0
-                    for query, removed in zip(chosen, select_best(score_QN, candidate_QK)[chosen], strict=True):
+                    rise_Q, wrong = np.zeros(len(chosen)), 0
+                    for i, (query, removed) in enumerate(
+                        zip(chosen, select_best(score_QN, candidate_QK)[chosen], strict=True)
+                    ):
                         after_Q, after_wrong_Q = retraining.measure(np.setdiff1d(np.arange(N_ROWS), removed))
-                        rise.append(after_Q[query] - loss_Q[query])
+                        rise_Q[i] = after_Q[query] - loss_Q[query]
                         wrong += after_wrong_Q[query] > 1 / 2
-                    row |= {"queries": len(chosen), "rise": float(np.mean(rise)), "wrong": int(wrong)}
-                    row["rise_error"] = float(np.std(rise, ddof=1) / len(rise) ** 0.5)
+                    of_sketch_Q = rise_Q if method == "sketch" else of_sketch_Q
+                    gain_Q = rise_Q - of_sketch_Q
+                    row |= {"queries": len(chosen), "rise": float(rise_Q.mean()), "wrong": int(wrong)}
+                    row |= {"gain": float(gain_Q.mean())}
+                    row |= {"gain_error": float(gain_Q.std(ddof=1) / len(chosen) ** 0.5)}
                 yield row
 
 
