@@ -102,7 +102,9 @@ def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
                 f"a build with --dim {_round_up(ENOUGH * largest)} would score better",
             )
         )
-    if candidate.damping is None and any(index.score_maker.steps[c] is None for c in chosen):
+    if candidate.damping is None and any(
+        index.score_maker.steps[c] is None and spec.checkpoints[c].learning_rate > 0 for c in chosen
+    ):
         lines.append(
             (
                 "warning",
