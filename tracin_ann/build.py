@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+from tracin_ann.choices import ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
@@ -57,6 +58,7 @@ from tracin_ann.store import (
     Manifest,
     NextGeneration,
     RowTable,
+    ScoreRecord,
     SketchSpec,
     SkippedRows,
     StepRecord,
@@ -190,6 +192,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         removed=generation.copy_removed(),
         skipped=generation.write_skipped(),
         audit=audits.drawn,
+        score=job.score_record,
     )
     generation.publish(manifest)
     return job.report(manifest, extracted.rows, began_s, audits.uneven)
@@ -313,6 +316,8 @@ class BuildJob:
         """Return whether a finished index of these rows has all its files and the requested kind of search index."""
         if self.config.rebuild_index:
             return False
+        if manifest.score is not None and manifest.score != self.score_record:
+            return False
         layout = manifest.build.layout
         kind = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
         try:
@@ -387,6 +392,16 @@ class BuildJob:
     def features(self, record: BuildRecord) -> FeatureOptions:
         """Return how gradients become feature rows."""
         return self.config.features(record.spec.rank_one)
+
+    @property
+    def score_record(self) -> ScoreRecord:
+        """Return the default score, and what the task says about its runs and its loss."""
+        task = self.runner.task
+        steps = tuple(checkpoint.steps for checkpoint in task.checkpoints)
+        default: ScoreName = "tracin"
+        if all(count is not None for count in steps):
+            default = "gauss-newton" if task.loss_is_nll else "fisher"
+        return ScoreRecord(default, steps, tuple(checkpoint.run for checkpoint in task.checkpoints), task.loss_is_nll)
 
     @property
     def search_options(self) -> SearchIndexOptions:

@@ -15,18 +15,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.choices import SIDE_NAMES, SideName
+from tracin_ann.choices import DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,
+    CurvatureSource,
     Id,
     QueryOptions,
     QueryRequest,
     RankedRows,
     Ranker,
+    Score,
+    ScoreMaker,
     SelfInfluence,
     exact_self_influence,
     require_token_losses,
@@ -55,6 +58,7 @@ from tracin_ann.store import (
 from tracin_ann.task import Description, Task, open_examples
 from tracin_ann.types import Float32, Int64, ProgressCallback
 
+_ROWS_AT_ONCE = 4096
 logger = logging.getLogger(__name__)
 
 
@@ -350,7 +354,62 @@ class InfluenceIndex:
     def _make_request(self, options: QueryOptions | None) -> QueryRequest:
         options = options or QueryOptions()
         allowed = options.rows.allowed(len(self), self.columns, self._absent)
-        return QueryRequest("query", (), self._check_checkpoints(options.checkpoints), options, allowed)
+        checkpoints = self._check_checkpoints(options.checkpoints)
+        return QueryRequest("query", (), checkpoints, options, self.make_score(options), allowed)
+
+    @property
+    def default_score(self) -> ScoreName:
+        """Return the score of queries that name none."""
+        record = self.manifest.score
+        return "tracin" if record is None else record.default  # type: ignore[return-value]
+
+    def make_score(self, options: QueryOptions | None = None) -> Score:
+        """Return the score that the options name, or the index's default.
+
+        Raises:
+            UsageError: the stored losses do not allow it, or other options do not.
+        """
+        options = options or QueryOptions()
+        name = options.score or self.default_score
+        for option, given in (("--exact", options.exact), ("--rerank exact", options.rerank == "exact")):
+            if given and name in DAMPED_SCORES:
+                what, remedy = f"{option} computes exact TracInCP", "use --score tracin, or --rerank stored"
+                raise UsageError(problem(what, got=f"the score {name}", expected="tracin", remedy=remedy))
+        if options.tokens and name != "tracin":
+            what, remedy = "--tokens splits TracInCP scores", "use --score tracin"
+            raise UsageError(problem(what, got=f"the score {name}", expected="tracin", remedy=remedy))
+        return self.score_maker.make(name, options.damping)
+
+    @cached_property
+    def score_maker(self) -> ScoreMaker:
+        """Return what makes the scores of this index."""
+        record, spec = self.manifest.score, self.manifest.build.spec
+        source = CurvatureSource(
+            self._store,
+            self.present(),
+            [checkpoint.learning_rate for checkpoint in spec.checkpoints],
+            None if record is None else record.loss_is_nll,
+            self._folder,
+        )
+        return ScoreMaker(source, [None] * len(spec.checkpoints) if record is None else record.steps)
+
+    def score_matrix(self, side: SideName, ids: Sequence[int], options: QueryOptions | None = None) -> Float32:
+        """Return the scores [Q, N] of all training rows for queries, from the stored features.
+
+        Column i belongs to row i of train_data, also if answers do not contain it. `score`, `damping` and
+        `checkpoints` of the options are used.
+
+        Raises:
+            UsageError: an id or an option is out of range, or the stored losses do not allow the score.
+            IndexMismatchError: the task does not fit the index, by a field or by a canary.
+            NonFiniteError: a query's loss or gradient is NaN or infinite.
+        """
+        request = self._make_request(options)
+        vector_QF = request.score.weigh(self.features(side, ids, request.checkpoints), request.checkpoints).vector_QF
+        score_QN = np.zeros((len(ids), len(self)), np.float32)
+        for ids_B, row_BF in request.score.rows(request.checkpoints).blocks(_ROWS_AT_ONCE):
+            np.matmul(vector_QF, row_BF.T, out=score_QN[:, ids_B[0] : ids_B[-1] + 1])
+        return score_QN
 
     def _answer(self, requests: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
         for request in requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
+from tracin_ann.scoring.curvature import Curvature, CurvatureSource
 from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence, scale_in_place
 from tracin_ann.scoring.formats import (
     HITS,
@@ -28,12 +29,15 @@ from tracin_ann.scoring.plots import (
 from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import QueryRequest, Ranker
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList, TokenTexts, make_token_texts
+from tracin_ann.scoring.scores import Score, ScoreMaker
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
 
 __all__ = [
     "Answer",
     "Answers",
+    "Curvature",
+    "CurvatureSource",
     "Describe",
     "Directions",
     "Fields",
@@ -52,6 +56,8 @@ __all__ = [
     "Record",
     "RowList",
     "RowText",
+    "Score",
+    "ScoreMaker",
     "SearchIndexOptions",
     "SelfInfluence",
     "TokenSplitter",

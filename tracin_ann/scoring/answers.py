@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from tracin_ann.choices import SEARCHES, Search, SideName
+from tracin_ann.choices import DAMPED_SCORES, SCORES, SEARCHES, ScoreName, Search, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.store import RowFilter
 
@@ -28,8 +29,13 @@ class QueryOptions:
             rows), or `auto` (the faster one, by the times that the build measured).
         recall: recall@10 of the stored features' ranking that inverted lists have to reach; None: the build's target.
         rows: which training rows may be hits.
-        cosine: cosine instead of inner product at each checkpoint, averaged with weights η_c.
+        cosine: the same as the score `cosine`.
         tokens: split the exact score of each hit over its target positions (`Hit.tokens`).
+        score: `tracin`; `cosine` at each checkpoint, averaged with weights η_c; `fisher`, `gauss-newton` or `trak`,
+            with the inverse of a curvature matrix; `trackstar`, the cosine in its metric (`scoring.scores`). None: the
+            index's default.
+        damping: λ of the scores with a curvature matrix, in units of squared gradients; None: 1 / (η_c · steps), or a
+            fraction of the trace (`Curvature.choose_damping`).
     """
 
     k: int = 10
@@ -42,6 +48,8 @@ class QueryOptions:
     recall: float | None = None
     rows: RowFilter = field(default_factory=RowFilter)
     tokens: bool = False
+    score: ScoreName | None = None
+    damping: float | None = None
 
     @property
     def n_candidates(self) -> int:
@@ -70,6 +78,7 @@ class QueryOptions:
                     "bad --recall", got=self.recall, expected="more than 0 and less than 1", remedy="change --recall"
                 )
             )
+        self._resolve_score()
         if self.cosine and self.tokens:
             raise UsageError(
                 problem("--tokens splits inner products", got="--cosine", expected="no cosine", remedy="remove one")
@@ -84,6 +93,33 @@ class QueryOptions:
                 )
             )
 
+    def _resolve_score(self) -> None:
+        """Make `cosine` and `score` agree, and check both and the damping.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        if self.score is not None and self.score not in SCORES:
+            expected = " or ".join(SCORES)
+            raise UsageError(problem("bad --score", got=self.score, expected=expected, remedy="change --score"))
+        if self.cosine and self.score not in (None, "cosine"):
+            raise UsageError(
+                problem("two scores", got=f"--cosine and --score {self.score}", expected="one", remedy="remove one")
+            )
+        if self.cosine or self.score == "cosine":
+            object.__setattr__(self, "score", "cosine")
+            object.__setattr__(self, "cosine", True)
+        if self.damping is None:
+            return
+        if not 0 < self.damping < math.inf:
+            expected, remedy = "a finite number above 0", "change --damping"
+            raise UsageError(problem("bad --damping", got=self.damping, expected=expected, remedy=remedy))
+        if self.score not in (None, *DAMPED_SCORES):
+            expected = f"--score {' or '.join(DAMPED_SCORES)}"
+            raise UsageError(
+                problem("--damping has no effect", got=f"--score {self.score}", expected=expected, remedy="remove it")
+            )
+
 
 class Hit(NamedTuple):
     """A training row in an answer.
@@ -93,14 +129,17 @@ class Hit(NamedTuple):
         row: its position in train_data.
         score: exact TracInCP if the options request it, else the score from the stored features.
         stored_score: the score from the stored features, if `score` is exact.
-        error: standard deviation of the stored features' score around the exact score, as the build measured it; None
-            for cosine, and if the build did not measure it.
+        error: standard deviation of the stored features' score around the exact score: as the build measured it, or
+            with a curvature matrix from two halves of the sketch; None for cosine and TrackStar, and if the build did
+            not measure it.
         by_checkpoint: each checkpoint's part of the stored features' score, in the order of the options; the parts sum
             to that score.
         of_means: for a contrast, the scores for the mean of the first set and for that of the second; `score` is their
             difference.
         tokens: the exact TracInCP score split over the row's target positions, if the options request it; the parts sum
             to the exact score, whichever score `score` is.
+        amount: for a score with a curvature matrix, the estimated change of the query's loss if the row is removed from
+            the training data and the model is trained again: (1/N) qᵀ(K + λI)⁻¹φ, mean over the checkpoints.
     """
 
     id: Id
@@ -111,6 +150,7 @@ class Hit(NamedTuple):
     by_checkpoint: tuple[float, ...] = ()
     of_means: tuple[float, ...] = ()
     tokens: tuple[float, ...] | None = None
+    amount: float | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -132,6 +172,7 @@ class Answer:
         how: the search strategy, the reason for it, and the expected recall.
         strange: whether the query is unlike the calibration queries, on which the recall was measured.
         against: for a contrast, positions of the rows of the second set.
+        score: the name of the score.
     """
 
     query: Id
@@ -143,6 +184,7 @@ class Answer:
     how: str = ""
     strange: bool = False
     against: tuple[int, ...] = ()
+    score: ScoreName = "tracin"
 
     @property
     def hits(self) -> tuple[Hit, ...]:

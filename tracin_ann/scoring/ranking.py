@@ -20,6 +20,7 @@ from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
 from tracin_ann.scoring.quality import compute_pair_deviations
+from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex, scale_to_unit, search_both
@@ -45,6 +46,7 @@ class QueryRequest:
         ids: their positions.
         checkpoints: positions of the checkpoints to sum over.
         options: see QueryOptions.
+        score: the score of the stored rows.
         allowed: the training rows that may be hits; None: all.
         together: one answer for the mean of the examples' gradients, instead of one answer for each example.
         n_against: this many examples at the end form the second set of a contrast, whose mean is subtracted; needs
@@ -55,6 +57,7 @@ class QueryRequest:
     ids: tuple[int, ...]
     checkpoints: tuple[int, ...]
     options: QueryOptions
+    score: Score
     allowed: Int64 | None = None
     together: bool = False
     n_against: int = 0
@@ -143,8 +146,8 @@ class Ranker:
             return self._answer(request, queries_QF)
 
     def _answer(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
-        each_QF = self._weight_checkpoints(request, queries_QF)
-        weighted_QF = _mix(request.mixture_GQ, each_QF)
+        each = request.score.weigh(queries_QF, request.checkpoints)
+        vectors = each.mix(request.mixture_GQ)
         n_queries = len(request.members)
         if request.options.exact:
             n_rows = self.store.layout.n_rows
@@ -155,18 +158,19 @@ class Ranker:
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
             k = request.options.n_candidates
-            strategy = self._choose_strategy(request, weighted_QF)
+            strategy = self._choose_strategy(request, vectors.vector_QF)
             if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
                 how = f"exact scan of {n_rows:,} rows: inverted lists would score as many"
                 strategy = replace(strategy, how=how, unlike_Q=None)
             logger.info("%d queries: %s", n_queries, strategy.how)
-            scaled_QF, exponent_Q = scale_to_unit(weighted_QF)
+            scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
-            ranked = self._rescore(request, weighted_QF, _pool_candidates(proponents, opponents, exponent_Q))
+            ranked = self._rescore(request, vectors, _pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
+        how = "; ".join(text for text in (request.score.summary, strategy.how) if text)
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
-        hits = self._select_hits(request, each_QF, weighted_QF, ranked)
+        hits = self._select_hits(request, each, vectors, ranked)
         hits = self._split_hits(request, hits) if request.options.tokens else hits
         return [
             Answer(
@@ -176,9 +180,10 @@ class Ranker:
                 proponents=best,
                 opponents=worst,
                 rows_scored=count,
-                how=strategy.how,
+                how=how,
                 strange=is_unlike,
                 against=request.against,
+                score=request.score.name,
             )
             for members, (best, worst), count, is_unlike in zip(
                 request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
@@ -192,12 +197,12 @@ class Ranker:
         return f"mean of {len(members)}{against}"
 
     def _select_hits(
-        self, request: QueryRequest, each_QF: Float32, weighted_QF: Float32, ranked: Sequence[ScoredRows]
+        self, request: QueryRequest, each: QueryVectors, vectors: QueryVectors, ranked: Sequence[ScoredRows]
     ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
         """Return the k best rows of both directions of each query, with their scores by checkpoint and by set."""
         best, starts = _select_best(ranked, request.options.k)
         if best.part_NC is None and (request.options.rerank != "none" or request.options.exact):
-            best = self._complete_parts(request, weighted_QF, best, starts[::2])
+            best = self._complete_parts(request, vectors, best, starts[::2])
         columns = (
             self.ids_of("train", best.rows_N),
             best.rows_N.tolist(),
@@ -205,7 +210,11 @@ class Ranker:
             itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
             itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
             itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, self._score_sets(request, each_QF, best.rows_N).T.tolist()),
+            map(tuple, self._score_sets(request, each, best.rows_N).T.tolist()),
+            itertools.repeat(None),
+            itertools.repeat(None)
+            if vectors.amount_QF is None
+            else self._estimate_amounts(request, vectors, best, starts),
         )
         hits = tuple(map(Hit, *columns))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
@@ -223,76 +232,80 @@ class Ranker:
             for sides, own in zip(hits, parts, strict=True)
         ]
 
+    def _estimate_amounts(
+        self, request: QueryRequest, vectors: QueryVectors, best: ScoredRows, starts: Sequence[int]
+    ) -> list[float]:
+        """Return `Hit.amount` of rows, of which those of query q are from `starts[2 q]` to `starts[2 q + 2]`."""
+        assert vectors.amount_QF is not None
+        row_MF, place_N = request.score.rows(request.checkpoints).locate(best.rows_N)
+        amounts: list[float] = []
+        for amount_F, (start, end) in zip(vectors.amount_QF, itertools.pairwise(starts[::2]), strict=True):
+            row_NF = row_MF[place_N[start:end]].astype(np.float64)
+            amounts += np.einsum("nf,f->n", row_NF, amount_F.astype(np.float64)).tolist()
+        return amounts
+
     def _complete_parts(
-        self, request: QueryRequest, weighted_QF: Float32, best: ScoredRows, starts: Sequence[int]
+        self, request: QueryRequest, vectors: QueryVectors, best: ScoredRows, starts: Sequence[int]
     ) -> ScoredRows:
         """Return rows with the parts of their scores from the stored features, and with these scores.
 
         `starts` are the places where the rows of each query begin, and the number of all.
         """
         each = [best[start:end] for start, end in itertools.pairwise(starts)]
-        stored = _concatenate(self._score_stored(request, weighted_QF, each))
+        stored = _concatenate(self._score_stored(request, vectors, each))
         return replace(best, part_NC=stored.part_NC, stored_N=stored.score_N)
 
-    def _score_sets(self, request: QueryRequest, each_QF: Float32, rows_N: Int64) -> Float64:
+    def _score_sets(self, request: QueryRequest, each: QueryVectors, rows_N: Int64) -> Float64:
         """Return a contrast's scores [2, N] for the mean of each set, exact if the answer's are; else [0, N]."""
         if not request.n_against or not len(rows_N) or not (request.options.exact or request.options.rerank != "none"):
             return np.zeros((0, len(rows_N)))
         if request.options.exact or request.options.rerank == "exact":
             with make_exact_scorer(self.runner, request.queries(sets_apart=True), request.checkpoints) as scorer:
                 return scorer.scores(rows_N.tolist())
-        row_NF = self.store.view(request.checkpoints, cosine=request.options.cosine).take(rows_N)
+        row_NF = request.score.rows(request.checkpoints).take(rows_N)
         # Not matrix products, after which NumPy's threads delay the next operations.
-        means_GF = np.einsum("gq,qf->gf", request.means_GQ, each_QF.astype(np.float64))
+        means_GF = np.einsum("gq,qf->gf", request.means_GQ, each.vector_QF.astype(np.float64))
         means_GN: Float64 = np.einsum("gf,nf->gn", means_GF, row_NF.astype(np.float64))
         return means_GN
-
-    def _weight_checkpoints(self, request: QueryRequest, queries_QF: Float32) -> Float32:
-        """Return the features; for cosine, each checkpoint's part is scaled to norm η_c / Σ η."""
-        if not request.options.cosine:
-            return queries_QF
-        rates = np.array([self.rates[c] for c in request.checkpoints])
-        part_QCD = queries_QF.reshape(len(queries_QF), len(rates), -1)
-        norms = np.linalg.norm(part_QCD.astype(np.float64), axis=2, keepdims=True)
-        unit_QCD = np.divide(part_QCD, norms, out=np.zeros_like(part_QCD), where=norms > 0, casting="same_kind")
-        weighted_QCD: Float32 = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
-        return weighted_QCD.reshape(queries_QF.shape)
 
     def _choose_strategy(self, request: QueryRequest, weighted_QF: Float32) -> Strategy:
         """Return the search strategy: the index needs all checkpoints, an exact scan accepts any subset of them."""
         options = request.options
-        if options.cosine or request.checkpoints != tuple(range(len(self.rates))):
-            view = self.store.view(request.checkpoints, cosine=options.cosine)
-            unsupported = "cosine" if options.cosine else "a subset of the checkpoints"
-            scan = FlatIndex(view, self.runner.options.device)
+        score = request.score
+        if score.name != "tracin" or request.checkpoints != tuple(range(len(self.rates))):
+            unsupported = f"the score {score.name}" if score.name != "tracin" else "a subset of the checkpoints"
+            scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
         scan = FlatIndex(self.store.view(), self.runner.options.device)
         return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
-    def _rescore(self, request: QueryRequest, weighted_QF: Float32, candidates: list[ScoredRows]) -> list[ScoredRows]:
+    def _rescore(self, request: QueryRequest, vectors: QueryVectors, candidates: list[ScoredRows]) -> list[ScoredRows]:
         if request.options.rerank == "none":
             return candidates
-        stored = self._score_stored(request, weighted_QF, candidates)
+        stored = self._score_stored(request, vectors, candidates)
         if request.options.rerank == "stored":
             return stored
         with self._open_scorer(request) as scorer:
             return self._score_in_rounds(request, stored, scorer)
 
     def _score_stored(
-        self, request: QueryRequest, weighted_QF: Float32, candidates: Sequence[ScoredRows]
+        self, request: QueryRequest, vectors: QueryVectors, candidates: Sequence[ScoredRows]
     ) -> list[ScoredRows]:
         """Return the candidates of each query with scores from the stored features; each row is read once."""
-        view = self.store.view(request.checkpoints, cosine=request.options.cosine)
+        view = request.score.rows(request.checkpoints)
         scored: list[ScoredRows] = []
         for queries in _split_queries(candidates, _NUMBERS_AT_ONCE // view.dim):
             each = [candidates[q].rows_N for q in queries]
             row_MF, place_N = view.locate(np.concatenate(each))
             ends = np.cumsum([len(rows) for rows in each])
+            places = np.split(place_N, ends[:-1])
             part_NC, deviation_N = _score_row_parts(
-                row_MF, np.split(place_N, ends[:-1]), weighted_QF[queries], len(request.checkpoints)
+                row_MF, places, vectors.vector_QF[queries], len(request.checkpoints)
             )
             error_N = None
-            if self.error_scale is not None and not request.options.cosine:
+            if vectors.half_QF is not None:
+                error_N = _compare_halves(row_MF, places, vectors[queries])
+            elif self.error_scale is not None and request.score.name == "tracin":
                 error_N = self.error_scale * deviation_N
             rows = ScoredRows(np.concatenate(each), part_NC.sum(axis=1), None, error_N, part_NC)
             scored += [rows[slice(end - len(own), end)] for own, end in zip(each, ends.tolist(), strict=True)]
@@ -407,6 +420,26 @@ def _score_row_parts(
     return part_NC, compute_pair_deviations(np.repeat(square_QC, counts, axis=0), square_NC, query_QCD.shape[2])
 
 
+def _compare_halves(row_MF: Float32, places: Sequence[Int64], vectors: QueryVectors) -> Float64:
+    """Return the standard errors [N] of scores, one for all rows of a query.
+
+    Each half of the numbers of a sketch gives an independent estimate of the score. Half the root mean square of their
+    difference over the rows is the standard error of their mean, from which the score by all numbers differs little.
+
+    Args:
+        row_MF: rows.
+        places: where in `row_MF` the rows of each query are.
+        vectors: of the queries, with those of both halves.
+    """
+    assert vectors.half_QF is not None
+    first_QF, second_QF = vectors.half_QF
+    errors = []
+    for place, one_F, other_F in zip(places, first_QF, second_QF, strict=True):
+        difference_N = row_MF[place].astype(np.float64) @ (one_F.astype(np.float64) - other_F)
+        errors.append(np.full(len(place), np.sqrt(np.mean(difference_N**2)) / 2 if len(place) else 0.0))
+    return np.concatenate(errors)
+
+
 def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:
     """Return both sides' candidates of each query, each row once, scores times two to the power of the exponent."""
     pools = []
@@ -442,11 +475,3 @@ def _concatenate(ranked: Sequence[ScoredRows]) -> ScoredRows:
     columns = zip(*(vars(scored).values() for scored in ranked), strict=True)
     joined: list[Any] = [None if any(v is None for v in values) else np.concatenate(values) for values in columns]
     return ScoredRows(*joined)
-
-
-def _mix(mixture_GQ: Float64 | None, each_QF: Float32) -> Float32:
-    """Return the features of weighted sums of queries: features are linear in the gradients."""
-    if mixture_GQ is None:
-        return each_QF
-    mixed_GF: Float32 = np.einsum("gq,qf->gf", mixture_GQ, each_QF.astype(np.float64)).astype(np.float32)
-    return mixed_GF

@@ -6,6 +6,7 @@ continue to use the generation that they opened. The package does not depend on 
 
 from __future__ import annotations
 
+from tracin_ann.store.arrays import make_text_array, read_arrays, write_arrays
 from tracin_ann.store.codec import Dtype
 from tracin_ann.store.columns import Columns, RowFilter, RowTable, collect_columns, read_columns
 from tracin_ann.store.exclusions import (
@@ -48,6 +49,7 @@ from tracin_ann.store.manifest import (
     Fidelity,
     IndexRecord,
     Manifest,
+    ScoreRecord,
     StepRecord,
     check_file,
     read_build_record,
@@ -82,6 +84,7 @@ __all__ = [
     "ParameterSpec",
     "RowFilter",
     "RowTable",
+    "ScoreRecord",
     "SketchSpec",
     "SkippedRows",
     "StepRecord",
@@ -101,7 +104,9 @@ __all__ = [
     "hold_writer_lock",
     "list_generations",
     "make_next_folder",
+    "make_text_array",
     "publish",
+    "read_arrays",
     "read_build_record",
     "read_columns",
     "read_current",
@@ -117,4 +122,5 @@ __all__ = [
     "write_build_record",
     "write_removed",
     "write_unlisted",
+    "write_arrays",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, OnNonfinite
+from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, file_digest, read_json, read_record, write_json_atomic
 from tracin_ann.search import CODES, Calibration, IVFIndex
@@ -157,6 +157,23 @@ class AuditRecord:
 
 
 @dataclass(frozen=True)
+class ScoreRecord:
+    """What the scores of an index need besides its features.
+
+    Attributes:
+        default: the score of queries that name none.
+        steps: optimizer updates of the run of each checkpoint, see `Checkpoint.steps`; None: not known.
+        runs: the name of the run of each checkpoint.
+        loss_is_nll: whether the training loss is −log p of one label; None: not known.
+    """
+
+    default: str
+    steps: tuple[float | None, ...]
+    runs: tuple[str, ...]
+    loss_is_nll: bool | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The description of one generation of an index; a generation is complete if its manifest exists.
 
@@ -172,6 +189,7 @@ class Manifest:
         removed: the file of removed rows, if there are any.
         skipped: the file of rows skipped because they are not finite, if there are any.
         audit: the audit of randomly drawn rows; None with random data, or if an earlier version built the index.
+        score: the default score and what scores need; None if an earlier version built the index.
     """
 
     generation: int
@@ -185,6 +203,7 @@ class Manifest:
     removed: FileRecord | None = None
     skipped: FileRecord | None = None
     audit: AuditRecord | None = None
+    score: ScoreRecord | None = None
 
     @property
     def own_files(self) -> tuple[FileRecord, ...]:
@@ -333,6 +352,13 @@ def _check_consistency(manifest: Manifest) -> None:
     expected = {"flat": ([],), "ivf": ([*IVFIndex.FILES], [*IVFIndex.FILES, UNLISTED])}.get(index.kind, ())
     if listed not in expected or index.codes not in (("",) if index.kind == "flat" else CODES):
         raise ValueError(f"an index {index.kind!r} with codes {index.codes!r} and files {listed}")
+    score = manifest.score
+    if score is not None and (
+        score.default not in SCORES
+        or not len(score.steps) == len(score.runs) == layout.n_checkpoints
+        or min((steps for steps in score.steps if steps is not None), default=1.0) <= 0
+    ):
+        raise ValueError(f"the scores {score}")
     own = [record.name for record in manifest.own_files]
     if len({*own, MANIFEST}) <= len(own):
         raise ValueError("two files with the same name")

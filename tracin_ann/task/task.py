@@ -68,6 +68,8 @@ class Task:
             checkpoints did, with this random seed, and writes a checkpoint to the path `out`, a file or a folder that
             is loaded like those of `checkpoints`. `tracin-evaluate` compares scores with its results; None: they are
             not compared.
+        loss_is_nll: whether `loss` is −log p of the one label of an example, such as cross-entropy of a classifier. The
+            scores `gauss-newton` and `trak` need p. None: not known.
     """
 
     model: Callable[[], nn.Module]
@@ -86,6 +88,7 @@ class Task:
     token_losses: LossFunction | None = None
     query_token_losses: LossFunction | None = None
     retrain: Callable[[Sequence[int], int, Path], object] | None = None
+    loss_is_nll: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
@@ -388,20 +391,28 @@ class Checkpoint:
             a state, or {parameter name: v̂}.
         key: the entry of the file that contains the state dict; None: the file is the state dict, or contains it under
             `model`, `state_dict` or `model_state_dict`.
+        steps: the number of optimizer updates of the whole run (not only those before the checkpoint), from which the
+            damping of scores with a curvature matrix follows. With a learning-rate schedule, Σ_t η_t / η_c, the
+            number of updates at this checkpoint's rate with the same sum of rates. None: not known.
+        run: the name of the training run, if the checkpoints are of several runs.
     """
 
     path: str | os.PathLike[str]
     learning_rate: float | Mapping[str, float] = field(hash=False)
     second_moments: str | os.PathLike[str] | Callable[[], Mapping[str, Any]] | None = None
     key: str | None = None
+    steps: float | None = None
+    run: str = ""
 
     def __post_init__(self) -> None:
         """Convert the learning rates to floats.
 
         Raises:
-            TaskError: a learning rate is negative, NaN, infinite or not a number, or a mapping is empty or has a key
-                that is not a str.
+            TaskError: a learning rate is negative, NaN, infinite or not a number, a mapping is empty or has a key that
+                is not a str, or `steps` is not a number above 0.
         """
+        if self.steps is not None:
+            object.__setattr__(self, "steps", self._convert_steps(self.steps))
         given: object = self.learning_rate
         if not isinstance(given, Mapping):
             object.__setattr__(self, "learning_rate", self._convert_rate(given))
@@ -431,6 +442,19 @@ class Checkpoint:
             )
         # abs() removes the sign of -0.0, which would be written to the manifest.
         return abs(rate)
+
+    def _convert_steps(self, given: object) -> float:
+        steps = _as_float(given)
+        if steps is None or not 0 < steps < math.inf:
+            raise TaskError(
+                problem(
+                    f"checkpoint {os.fspath(self.path)} has a bad number of steps",
+                    got=" ".join(repr(given).split())[:160],
+                    expected="a finite number above 0",
+                    remedy="give the number of optimizer updates of the training run",
+                )
+            )
+        return steps
 
     @property
     def largest_rate(self) -> float:
