@@ -150,7 +150,8 @@ class Setting:
                 rate, n_steps = self.training.describe_checkpoint(epoch, len(train_rows))
                 moments = folder / f"{seed}-{epoch}.optimizer.pt" if self.training.optimizer == "adamw" else None
                 path = self.find_checkpoint(folder, seed, epoch)
-                checkpoints.append(Checkpoint(path, rate, moments))
+                run = Checkpoint(path, rate, moments, steps=n_steps if steps else None, run=str(seed))
+                checkpoints.append(run)
         return Task(
             model=self.make,
             loss=self.loss,
@@ -158,6 +159,7 @@ class Setting:
             query_data=lambda: query_rows,
             checkpoints=checkpoints,
             retrain=partial(self.retrain, data),
+            loss_is_nll=self.loss_is_nll,
         )
 
 

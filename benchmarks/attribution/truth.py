@@ -1,0 +1,48 @@
+"""Losses of the queries after retraining on half of the rows, and the linear datamodeling score against them.
+
+Shapes: N training rows, M subsets, S seeds, Q queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.attribution.settings import Setting
+from tracin_ann.evaluation import Retraining, compute_lds, draw_subsets
+from tracin_ann.features import RunOptions, TaskRunner
+from tracin_ann.types import Float32, Float64, Int64
+
+N_SUBSETS = 50
+RESAMPLES = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Subsets of the training rows, and the losses [M, S, Q] of the queries after training on them."""
+
+    subsets: list[Int64]
+    loss_MSQ: Float64
+
+
+def open_retraining(setting: Setting, data: Path, work: Path) -> Retraining:
+    """Return the retrained losses in `work`, for all queries of a setting."""
+    setting.train_runs(data, work / "runs", [0])
+    runner = TaskRunner(setting.make_task(data, work / "runs", [0]), RunOptions("cpu"))
+    return Retraining.open(runner, work / "truth", range(runner.n_rows("query")))
+
+
+def measure_truth(setting: Setting, data: Path, work: Path) -> Truth:
+    """Return the losses after retraining on random halves; those that are not in `work` are computed."""
+    retraining = open_retraining(setting, data, work)
+    n_rows = len(setting.load(data)[0][0])
+    subsets = draw_subsets(np.arange(n_rows), N_SUBSETS)
+    return Truth(subsets, retraining.measure(subsets, range(setting.truth_seeds)))
+
+
+def summarise(score_QN: Float32, truth: Truth) -> tuple[float, float, float]:
+    """Return the linear datamodeling score, and the ends of its 95% interval."""
+    found = compute_lds(score_QN, truth.subsets, truth.loss_MSQ, RESAMPLES)
+    return found.mean, *found.interval
