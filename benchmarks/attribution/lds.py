@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks.attribution.settings import SETTINGS, Setting
-from benchmarks.attribution.truth import measure_truth, summarise
-from benchmarks.common.results import read_results, write_results
+from benchmarks.attribution.truth import measure_truth, merge_results, summarise
+from benchmarks.common.results import write_results
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
 from tracin_ann.choices import Preconditioner, ScoreName
 from tracin_ann.evaluation import compute_ceiling
@@ -90,16 +90,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = {
-        name: list(measure_variants(name, options.data, options.work / name, options.dim)) for name in options.settings
-    }
-    # Settings that were not measured keep their results.
-    try:
-        kept = {name: [row for row in read_results(RESULT)["results"] if row["setting"] == name] for name in SETTINGS}
-    except FileNotFoundError:
-        kept = {}
-    results = [row for name in SETTINGS for row in found.get(name) or kept.get(name, [])]
-    print(write_results(RESULT, {"dim": options.dim, "threads": options.threads}, results))
+    for name in options.settings:
+        found = list(measure_variants(name, options.data, options.work / name, options.dim))
+        results = merge_results(RESULT, found, ("setting", "dim", *Variant.__dataclass_fields__))
+        print(write_results(RESULT, {"threads": options.threads}, results))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def load_text(data: Path, n_rows: int, n_queries: int) -> tuple[Rows, Rows]:
 
 
 def make_linear() -> nn.Module:
-    return nn.Linear(784, 10)
+    return nn.Sequential(nn.Linear(784, 10))
 
 
 def make_mlp(dropout: float = 0.0) -> nn.Module:
@@ -249,8 +249,8 @@ SETTINGS = {
     "GPT": Setting(
         make_gpt,
         compute_language_loss,
-        partial(load_text, n_rows=4000, n_queries=150),
-        Training(2e-3, 64, (2, 4, 6, 8, 10), optimizer="adamw", weight_decay=0.01),
+        partial(load_text, n_rows=2000, n_queries=150),
+        Training(2e-3, 32, (2, 4, 6, 8, 10), optimizer="adamw", weight_decay=0.01),
         truth_seeds=2,
         loss_is_nll=False,
     ),

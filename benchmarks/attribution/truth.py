@@ -5,12 +5,15 @@ Shapes: N training rows, M subsets, S seeds, Q queries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.attribution.settings import Setting
+from benchmarks.attribution.settings import SETTINGS, Setting
+from benchmarks.common.results import read_results
 from tracin_ann.evaluation import Retraining, compute_lds, draw_subsets
 from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.types import Float32, Float64, Int64
@@ -46,3 +49,18 @@ def summarise(score_QN: Float32, truth: Truth) -> tuple[float, float, float]:
     """Return the linear datamodeling score, and the ends of its 95% interval."""
     found = compute_lds(score_QN, truth.subsets, truth.loss_MSQ, RESAMPLES)
     return found.mean, *found.interval
+
+
+def merge_results(name: str, found: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the results of a file with those that were found in place of those with the same values of the keys."""
+
+    def identify(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in keys)
+
+    try:
+        kept = read_results(name)["results"]
+    except FileNotFoundError:
+        kept = []
+    merged = {identify(row): row for row in (*kept, *found)}
+    order = list(SETTINGS)
+    return sorted(merged.values(), key=lambda row: order.index(row["setting"]))
