@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from tracin_ann.choices import ScoreName
+from tracin_ann.choices import CURVATURES, ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
@@ -45,7 +45,7 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
-from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index
+from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index, open_score_maker
 from tracin_ann.search import choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
@@ -195,6 +195,8 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         score=job.score_record,
     )
     generation.publish(manifest)
+    # Not a part of the generation, which is complete without it: an open index computes it at its first use.
+    job.keep_curvature(manifest, store)
     return job.report(manifest, extracted.rows, began_s, audits.uneven)
 
 
@@ -402,6 +404,11 @@ class BuildJob:
         if all(count is not None for count in steps):
             default = "gauss-newton" if task.loss_is_nll else "fisher"
         return ScoreRecord(default, steps, tuple(checkpoint.run for checkpoint in task.checkpoints), task.loss_is_nll)
+
+    def keep_curvature(self, manifest: Manifest, store: FeatureStore) -> None:
+        """Compute the curvature of the default score, so that the first query does not have to."""
+        if manifest.score is not None and manifest.score.default in CURVATURES:
+            open_score_maker(self.out, manifest, store).load(manifest.score.default)
 
     @property
     def search_options(self) -> SearchIndexOptions:

@@ -15,6 +15,7 @@ Preconditioner = Literal["none", "adam", "trackstar"]
 Search = Literal["auto", "lists", "scan"]
 CurvatureName = Literal["fisher", "gauss-newton", "trak"]
 ScoreName = Literal["tracin", "cosine", "fisher", "gauss-newton", "trak", "trackstar"]
+EvaluationProtocol = Literal["lds", "leave-one-out", "removal", "tail-patch"]
 OnNonfinite = Literal["error", "skip"]
 Format = Literal["jsonl", "csv", "parquet"]
 MemoryFormat = Literal["auto", "contiguous", "channels-last"]
@@ -29,6 +30,8 @@ CURVATURES: tuple[CurvatureName, ...] = ("fisher", "gauss-newton", "trak")
 SCORES: tuple[ScoreName, ...] = ("tracin", "cosine", *CURVATURES, "trackstar")
 DAMPED_SCORES: tuple[ScoreName, ...] = (*CURVATURES, "trackstar")
 """The scores that use the inverse of a curvature matrix."""
+RETRAINING_PROTOCOLS: tuple[EvaluationProtocol, ...] = ("lds", "leave-one-out", "removal")
+EVALUATION_PROTOCOLS: tuple[EvaluationProtocol, ...] = (*RETRAINING_PROTOCOLS, "tail-patch")
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("error", "skip")
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
 MEMORY_FORMATS: tuple[MemoryFormat, ...] = ("auto", "contiguous", "channels-last")

@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.choices import DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
+from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
     Answers,
-    CurvatureSource,
     Id,
     QueryOptions,
     QueryRequest,
@@ -32,6 +31,7 @@ from tracin_ann.scoring import (
     ScoreMaker,
     SelfInfluence,
     exact_self_influence,
+    open_score_maker,
     require_token_losses,
 )
 from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
@@ -56,7 +56,7 @@ from tracin_ann.store import (
     take_lease,
 )
 from tracin_ann.task import Description, Task, open_examples
-from tracin_ann.types import Float32, Int64, ProgressCallback
+from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
 _ROWS_AT_ONCE = 4096
 logger = logging.getLogger(__name__)
@@ -363,6 +363,10 @@ class InfluenceIndex:
         record = self.manifest.score
         return "tracin" if record is None else record.default  # type: ignore[return-value]
 
+    def name_score(self, options: QueryOptions) -> ScoreName:
+        """Return the name of the score that the options name, or of the index's default."""
+        return options.score or self.default_score
+
     def make_score(self, options: QueryOptions | None = None) -> Score:
         """Return the score that the options name, or the index's default.
 
@@ -370,7 +374,7 @@ class InfluenceIndex:
             UsageError: the stored losses do not allow it, or other options do not.
         """
         options = options or QueryOptions()
-        name = options.score or self.default_score
+        name = self.name_score(options)
         for option, given in (("--exact", options.exact), ("--rerank exact", options.rerank == "exact")):
             if given and name in DAMPED_SCORES:
                 what, remedy = f"{option} computes exact TracInCP", "use --score tracin, or --rerank stored"
@@ -383,15 +387,7 @@ class InfluenceIndex:
     @cached_property
     def score_maker(self) -> ScoreMaker:
         """Return what makes the scores of this index."""
-        record, spec = self.manifest.score, self.manifest.build.spec
-        source = CurvatureSource(
-            self._store,
-            self.present(),
-            [checkpoint.learning_rate for checkpoint in spec.checkpoints],
-            None if record is None else record.loss_is_nll,
-            self._folder,
-        )
-        return ScoreMaker(source, [None] * len(spec.checkpoints) if record is None else record.steps)
+        return open_score_maker(self.directory, self.manifest, self._store)
 
     def score_matrix(self, side: SideName, ids: Sequence[int], options: QueryOptions | None = None) -> Float32:
         """Return the scores [Q, N] of all training rows for queries, from the stored features.
@@ -459,22 +455,27 @@ class InfluenceIndex:
         checkpoints: Sequence[int] | None = None,
         exact: bool = False,
         rows: RowFilter | None = None,
+        score: ScoreName = "tracin",
         progress: ProgressCallback | None = None,
     ) -> RankedRows:
-        """Return training rows by descending self-influence Σ_c η_c ‖∇ℓ(w_c, z)‖²: the first k, or all.
+        """Return training rows by descending self-influence: the first k, or all.
 
-        It uses the stored squared norms (estimates from the sketch unless the index was built with `norms="exact"`), or
-        with `exact` computes them for every row, which needs the task.
+        Self-influence is the score of a row for itself: Σ_c η_c ‖∇ℓ(w_c, z)‖² for `tracin`. It uses the stored squared
+        norms (estimates from the sketch unless the index was built with `norms="exact"`), or with `exact` computes them
+        for every row, which needs the task. For a score with a curvature matrix, it is Σ_c √(φᵀ(K + λI)⁻¹φ), the sum of
+        the roots of the row's leverages.
 
         Raises:
-            UsageError: k or a checkpoint is out of range.
+            UsageError: k or a checkpoint is out of range, or the score has no self-influence.
             IndexMismatchError: with `exact`, the task does not fit the index.
         """
         if k is not None and k < 1:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
         chosen = self._check_checkpoints(checkpoints)
         ids = self.present(rows)
-        if exact:
+        if score != "tracin":
+            scores_N = self._score_rows_themselves(QueryOptions(score=score, exact=exact), chosen)[ids]
+        elif exact:
             self._task.check_canaries(chosen)
             counted = _count_rows(progress, len(ids) * len(chosen))
             scores_N = exact_self_influence(self.runner, ids.tolist(), chosen, counted)
@@ -489,6 +490,22 @@ class InfluenceIndex:
             ],
             self.describe,
         )
+
+    def _score_rows_themselves(self, options: QueryOptions, checkpoints: Sequence[int]) -> Float64:
+        """Return the score of every row for itself, [N].
+
+        Raises:
+            UsageError: the score is none with a curvature matrix, or excludes another option.
+        """
+        if options.score not in CURVATURES:
+            what, remedy = "the cosine of a row and itself is 1", "change --score"
+            expected = f"tracin or {' or '.join(CURVATURES)}"
+            raise UsageError(problem(what, got=f"--score {options.score}", expected=expected, remedy=remedy))
+        score, own_N = self.make_score(options), np.zeros(len(self))
+        for ids_B, row_BF in score.rows(checkpoints).blocks(_ROWS_AT_ONCE):
+            vector_BF = score.weigh(row_BF, checkpoints).vector_QF
+            own_N[ids_B] = np.einsum("bf,bf->b", vector_BF.astype(np.float64), row_BF)
+        return own_N
 
     def describe(self, side: SideName, row: int, examples: Any = None) -> Description | None:
         """Return the task's description of a row, or None if it defines none or cannot be found.

@@ -31,8 +31,8 @@ from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.gradients import DIFFERENTIATE
 from tracin_ann.scoring import (
     HITS,
-    HITS_BY_TOKEN,
     TokenSplitter,
+    choose_fields,
     compute_full_gradients,
     match_tokens,
     select_direction,
@@ -468,7 +468,7 @@ def test_the_lines_of_hits_have_tokens_only_on_request(folder: Path, tmp_path: P
         for hit, other in zip(split_line[kind], plain[kind], strict=True):
             assert len(hit["tokens"]) == len(make_rows(N_TRAIN, 1)[hit["row"]][0])
             assert {name: value for name, value in hit.items() if name != "tokens"} == other
-    for flags, fields in (((), HITS), (("--tokens",), HITS_BY_TOKEN)):
+    for flags, fields in (((), HITS), (("--tokens",), choose_fields(tokens=True, amounts=False))):
         run(query_command, folder, "--ids", 1, "-k", 2, *flags, "--output", tmp_path / "hits.csv")
         assert (tmp_path / "hits.csv").read_text().splitlines()[0] == ",".join(fields.names)
     shown = run(query_command, folder, "--ids", 1, "-k", 1, "--tokens").stdout

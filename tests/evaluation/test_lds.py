@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from tracin_ann.errors import UsageError
-from tracin_ann.evaluation import compute_ceiling, compute_lds, correlate_predictions, draw_subsets
+from tracin_ann.evaluation import compute_ceiling, compute_lds, correlate, draw_subsets
 
 N, Q, M, S = 40, 6, 25, 3
 
@@ -26,7 +26,7 @@ def test_it_is_the_mean_of_the_spearman_correlations_of_the_queries(random: np.r
     for q in range(Q):
         predicted = [sum(float(score_QN[q, row]) for row in rows) for rows in subsets]
         expected.append(stats.spearmanr(predicted, [-np.mean(loss_MSQ[m, :, q]) for m in range(M)]).statistic)
-    np.testing.assert_allclose(found.lds_Q, expected, atol=1e-12)
+    np.testing.assert_allclose(found.value_Q, expected, atol=1e-12)
     assert found.mean == pytest.approx(np.mean(expected))
     assert found.interval[0] < found.mean < found.interval[1]
 
@@ -41,8 +41,8 @@ def test_scores_that_add_up_to_the_loss_are_perfect_and_their_negatives_the_wors
 def test_ties_have_their_mean_rank_and_constants_correlate_with_nothing(random: np.random.Generator) -> None:
     predicted = np.stack([random.integers(0, 4, M), np.full(M, 2)], axis=1).astype(float)
     loss = random.integers(0, 3, (M, 2)).astype(float)
-    found = correlate_predictions(predicted, loss)
-    np.testing.assert_allclose(found.lds_Q, [stats.spearmanr(predicted[:, 0], -loss[:, 0]).statistic, 0])
+    found = correlate(predicted, -loss)
+    np.testing.assert_allclose(found.value_Q, [stats.spearmanr(predicted[:, 0], -loss[:, 0]).statistic, 0])
 
 
 def test_the_interval_covers_the_expectation(random: np.random.Generator) -> None:
@@ -50,7 +50,7 @@ def test_the_interval_covers_the_expectation(random: np.random.Generator) -> Non
     rho, covered, runs = 0.6, 0, 40
     for _ in range(runs):
         one, other = random.normal(size=(2, 60, 8))
-        found = correlate_predictions(one, -(rho * one + np.sqrt(1 - rho**2) * other), resamples=200)
+        found = correlate(one, rho * one + np.sqrt(1 - rho**2) * other, resamples=200)
         low, high = found.interval
         covered += low <= 6 / np.pi * np.arcsin(rho / 2) <= high
     assert covered >= 0.8 * runs
@@ -58,8 +58,8 @@ def test_the_interval_covers_the_expectation(random: np.random.Generator) -> Non
 
 def test_differences_of_scores_on_the_same_losses_are_paired(random: np.random.Generator) -> None:
     loss_MQ = random.normal(size=(M, Q))
-    good = correlate_predictions(-loss_MQ + random.normal(size=(M, Q)), loss_MQ)
-    same = correlate_predictions(5 + 2 * (-loss_MQ), loss_MQ)
+    good = correlate(-loss_MQ + random.normal(size=(M, Q)), -loss_MQ)
+    same = correlate(5 - 2 * loss_MQ, -loss_MQ)
     assert good.compare(good) == (0, 0)
     low, high = same.compare(good)
     assert 0 < low < same.mean - good.mean < high
@@ -67,14 +67,14 @@ def test_differences_of_scores_on_the_same_losses_are_paired(random: np.random.G
 
 
 def test_one_query_has_an_interval_over_subsets(random: np.random.Generator) -> None:
-    found = correlate_predictions(random.normal(size=(M, 1)), random.normal(size=(M, 1)))
+    found = correlate(random.normal(size=(M, 1)), random.normal(size=(M, 1)))
     assert found.interval[0] < found.mean < found.interval[1]
 
 
 def test_the_ceiling_is_the_lds_of_the_expected_losses(random: np.random.Generator) -> None:
     expected_MQ = random.normal(size=(200, 40))
     loss_MSQ = expected_MQ[:, None] + 1.5 * random.normal(size=(200, 4, 40))
-    true = correlate_predictions(-expected_MQ, loss_MSQ.mean(axis=1), resamples=10).mean
+    true = correlate(expected_MQ, loss_MSQ.mean(axis=1), resamples=10).mean
     assert compute_ceiling(loss_MSQ) == pytest.approx(true, abs=0.02)
 
 
@@ -87,12 +87,12 @@ def test_the_ceiling_needs_two_seeds_and_is_zero_for_noise(random: np.random.Gen
 
 @pytest.mark.parametrize("shape", [(M, Q + 1), (M - 1, Q)])
 def test_other_shapes_are_rejected(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="no correlation over subsets"):
-        correlate_predictions(np.zeros((M, Q)), np.zeros(shape))
+    with pytest.raises(UsageError, match="no rank correlation"):
+        correlate(np.zeros((M, Q)), np.zeros(shape))
 
 
 def test_too_few_subsets_and_non_finite_values_are_rejected() -> None:
-    with pytest.raises(UsageError, match="at least 3 subsets"):
-        correlate_predictions(np.zeros((2, Q)), np.zeros((2, Q)))
-    with pytest.raises(UsageError, match="predictions cannot be ranked: got NaN"):
-        correlate_predictions(np.full((M, Q), np.nan), np.zeros((M, Q)))
+    with pytest.raises(UsageError, match="at least 3 values"):
+        correlate(np.zeros((2, Q)), np.zeros((2, Q)))
+    with pytest.raises(UsageError, match="values cannot be ranked: got NaN"):
+        correlate(np.full((M, Q), np.nan), np.zeros((M, Q)))

@@ -35,6 +35,7 @@ GROUND = ["files", "progress", "device", "packages", "types", "errors", "text", 
 BESIDE: dict[str, set[str]] = {
     "cli": {"report", "__init__"},  # a command writes a page and prints the version
     "__init__": {"report"},  # the facade names write_report
+    "evaluation": {"analysis"},  # the rankings of wrong labels that are compared
     "build": {"config"},
     "sketch": {"gradients"},  # a sketch reads the factors of gradients
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search

@@ -320,13 +320,13 @@ def test_outliers_that_a_filter_excludes_do_not_reduce_recall(n_outliers: int) -
 
 def test_the_stored_form_of_the_last_queries_is_not_used_for_others(index: IVFIndex) -> None:
     queries = normal(300, 11)
-    alone = {n: index.nearness(queries[:n]) for n in (1, 40, 256, 300)}
+    alone = {n: index.measure(queries[:n])[1] for n in (1, 40, 256, 300)}
     for n in (300, 256, 40, 300, 1, 256):
-        np.testing.assert_allclose(index.nearness(queries[:n]), alone[n], rtol=1e-6)
+        np.testing.assert_allclose(index.measure(queries[:n])[1], alone[n], rtol=1e-6)
     changed = queries[:40].copy()
     index.search(changed, 5)
     changed[7] = queries[250]
-    np.testing.assert_allclose(index.nearness(changed)[7], alone[300][250], rtol=1e-5)
+    np.testing.assert_allclose(index.measure(changed)[1][7], alone[300][250], rtol=1e-5)
 
 
 def test_concurrent_searches_give_the_same_results(index: IVFIndex, source: Rows) -> None:

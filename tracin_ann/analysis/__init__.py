@@ -5,15 +5,18 @@ from __future__ import annotations
 from tracin_ann.analysis.duplicates import Duplicates, find_duplicates
 from tracin_ann.analysis.explanation import Explanation, explain
 from tracin_ann.analysis.hubs import Hubs, find_hubs
-from tracin_ann.analysis.mislabelled import Suspect, Suspects, Suspicion, find_mislabelled
+from tracin_ann.analysis.mislabelled import ASKED, RANKINGS, By, Suspect, Suspects, Suspicion, find_mislabelled
 from tracin_ann.analysis.subset import SelectedRow, Subset, select
 from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation, TokenPart
 
 __all__ = [
+    "ASKED",
+    "By",
     "Duplicates",
     "ExampleName",
     "Explanation",
     "Hubs",
+    "RANKINGS",
     "SelectedRow",
     "Subset",
     "Suspect",

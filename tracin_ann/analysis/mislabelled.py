@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.choices import ScoreName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Describe, Fields, Id, RankedRows, Record, RowList
@@ -68,7 +69,7 @@ class Suspect:
         label: the label of the row; None: no labels were read.
         score: the value that rows are ranked by.
         loss: its mean over the checkpoints.
-        self_influence: Σ_c η_c ‖∇ℓ(w_c, z)‖².
+        self_influence: Σ_c η_c ‖∇ℓ(w_c, z)‖², or by another score (`InfluenceIndex.self_influence`).
         speaks_for: the label with the most votes of the neighbours, which can be the label of the row; None: the
             neighbours were not searched. Use `suggested_label` to correct a label.
         share: the share of the vote for `speaks_for`, 0 to 1.
@@ -165,6 +166,7 @@ def find_mislabelled(  # noqa: PLR0913
     checkpoints: Sequence[int] | None = None,
     exact: bool = False,
     rows: RowFilter | None = None,
+    score: ScoreName = "tracin",
     progress: ProgressCallback | None = None,
 ) -> Suspects:
     """Return the k training rows whose labels are most likely wrong, or all rows by rank.
@@ -199,6 +201,7 @@ def find_mislabelled(  # noqa: PLR0913
         exact: compute the true self-influence of every row now instead of reading the stored estimate; losses and votes
             are still the stored ones.
         rows: the rows to rank; None: all. All rows of the index vote, except removed and skipped rows.
+        score: the score of self-influence: `tracin`, or one with a curvature matrix, by which it is a leverage.
         progress: called with (stage, done, total).
 
     Raises:
@@ -214,7 +217,7 @@ def find_mislabelled(  # noqa: PLR0913
         remedy = "change --by, or name the labels"
         raise UsageError(problem("bad --by", got=by, expected=" or ".join(possible), remedy=remedy))
     column = None if labels is None else _find_label_column(index, labels)
-    ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, progress=progress)
+    ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, score=score, progress=progress)
     known = _StoredFigures.read(index, ranked, checkpoints, by)
     if column is None:
         return Suspects(_make_suspects(index, known, by, k), index.describe, Suspicion(len(known), by))

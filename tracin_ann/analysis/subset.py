@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from tracin_ann.choices import ScoreName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Fields, Id, Record, RowList
+from tracin_ann.scoring import Fields, Id, QueryOptions, Record, RowList
 from tracin_ann.search import FlatIndex, scale_to_unit
 from tracin_ann.store import RowFilter
 from tracin_ann.types import Float32, Int64, ProgressCallback
@@ -89,6 +90,8 @@ def select(  # noqa: PLR0913
     *,
     checkpoints: Sequence[int] | None = None,
     rows: RowFilter | None = None,
+    score: ScoreName | None = None,
+    damping: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Subset:
     """Select n training rows for the queries, or all rows that pass the filter if they are fewer.
@@ -104,6 +107,8 @@ def select(  # noqa: PLR0913
         method: `round-robin` or `mean`.
         checkpoints: positions of the checkpoints to sum over; None: all.
         rows: which rows may be selected; None: all. Removed and skipped rows are never selected.
+        score: see QueryOptions; None: the index's default.
+        damping: of scores with a curvature matrix; None: by the automatic rule.
         progress: called with ("rows", taken, n).
 
     Raises:
@@ -121,8 +126,10 @@ def select(  # noqa: PLR0913
     index.runner.check_ids("query", ids)
     allowed = index.present(rows)
     n_rows = min(n, len(allowed))
-    queries_QF = index.features("query", ids, checkpoints)
-    scan = FlatIndex(index.view(checkpoints), index.device)
+    chosen = index.view(checkpoints).checkpoints
+    scored = index.make_score(QueryOptions(score=score, damping=damping))
+    queries_QF = scored.weigh(index.features("query", ids, chosen), chosen).vector_QF
+    scan = FlatIndex(scored.rows(chosen), index.device)
     if method == "mean":
         mean_QF = queries_QF.astype(np.float64).mean(axis=0, keepdims=True).astype(np.float32)
         turns = [(0, *taken) for taken in _find_best(scan, mean_QF, n_rows, allowed)[0]] if n_rows else []

@@ -15,6 +15,7 @@ from tracin_ann.cli.index_options import (
     open_index,
     own_ids_option,
     resolve_positions,
+    score_options,
 )
 from tracin_ann.cli.messages import print_field_notes, show_progress
 from tracin_ann.cli.output import Sink, output_options
@@ -40,7 +41,7 @@ from tracin_ann.errors import UsageError, problem
     type=click.Choice(["proponents", "opponents"]),
     help="Count to rank the rows by.",
 )
-@click.option("--cosine", is_flag=True, help="Use cosine at each checkpoint, weighted by the learning rate.")
+@score_options
 @click.option(
     "--search",
     default="auto",
@@ -73,7 +74,9 @@ def main(directory: str, form: str | None, output: str | None, **options: object
     ids = None if given is None else resolve_positions(index, side, given, options)  # type: ignore[arg-type]
     chosen = QueryOptions(
         checkpoints=options["checkpoints"],  # type: ignore[arg-type]
+        score=options["score"],  # type: ignore[arg-type]
         cosine=bool(options["cosine"]),
+        damping=options["damping"],  # type: ignore[arg-type]
         search=options["search"],  # type: ignore[arg-type]
         rows=make_row_filter(index, options),
     )

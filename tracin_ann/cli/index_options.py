@@ -1,4 +1,4 @@
-"""Options of the commands that open an index: the task, row ids, row filters and checkpoints."""
+"""Options of the commands that open an index: the task, row ids, row filters, checkpoints and scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tracin_ann.choices import SCORES
 from tracin_ann.cli.command import device_option, task_options
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Positions, parse_arguments
@@ -51,6 +52,23 @@ def checkpoints_option(function: Function) -> Function:
         default=None,
         help="Positions of the checkpoints to use, such as 0,2.  [default: all]",
     )(function)
+
+
+def score_options(function: Function) -> Function:
+    """Add `--score`, `--cosine` and `--damping`."""
+    score = click.option(
+        "--score",
+        type=click.Choice(SCORES),
+        default=None,
+        help="TracInCP, cosine, or a score with the inverse curvature of the loss.  [default: that of the index]",
+    )
+    cosine = click.option("--cosine", is_flag=True, help="The same as --score cosine.")
+    damping = click.option(
+        "--damping",
+        type=float,
+        help="Damping of the curvature.  [default: 1 / (learning rate × steps), or 5e-4 of its trace]",
+    )
+    return score(cosine(damping(function)))
 
 
 def filter_options(function: Function) -> Function:

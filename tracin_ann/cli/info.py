@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tracin_ann.choices import CURVATURES
 from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, print_fields, print_line
@@ -33,6 +35,7 @@ def main(directory: str) -> None:
     manifest, lease = take_lease(Path(directory))
     with closing(lease):
         n_removed = len(read_removed_ids(Path(directory), manifest))
+        scores = _describe_scores(Path(directory), manifest)
     removed = f", {format_count(n_removed, 'row')} removed" if n_removed else ""
     skipped = read_skipped_rows(Path(directory), manifest)
     calibration = manifest.index.calibration
@@ -48,6 +51,7 @@ def main(directory: str) -> None:
             *([] if manifest.fidelity is None else [("fidelity", _describe_fidelity(manifest.fidelity))]),
             ("quality", manifest.quality_summary),
             ("audit", manifest.audit_summary()),
+            *scores,
             *([] if calibration is None else [("recall@10", _describe_calibration(calibration))]),
         ]
     )
@@ -66,6 +70,33 @@ def _describe_content(manifest: Manifest) -> list[tuple[str, str]]:
         *_describe_rates(spec.checkpoints),
         *([] if spec.preconditioner == "none" else [("weights", f"preconditioner {spec.preconditioner}")]),
         ("index", f"{index.kind}{f', {format_size(index_bytes)}' if index_bytes else ''}, {index.reason}"),
+    ]
+
+
+def _describe_scores(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the default score and, if it has a curvature matrix, whether the sketch has enough dimensions for it."""
+    from tracin_ann.scoring import open_score_maker
+    from tracin_ann.store import FEATURES, FeatureStore
+
+    if manifest.score is None or manifest.score.default not in CURVATURES:
+        return [("score", "tracin by default; --score names another one")]
+    name, spec = manifest.score.default, manifest.build.spec
+    maker = open_score_maker(directory, manifest, FeatureStore(directory / FEATURES, manifest.build.layout))
+    damped = maker.damp(name)
+    used = [c for c, checkpoint in enumerate(spec.checkpoints) if checkpoint.learning_rate > 0]
+    dims = [damped.curvatures[c].effective_dimension(damped.damping_C[c]) for c in used]
+    sample = damped.curvatures[used[0]]
+    error = max(damped.curvatures[c].error for c in used)
+    shown = " to ".join(dict.fromkeys(f"{dim:.0f}" for dim in (min(dims), max(dims))))
+    needed, dim = math.ceil(3 * max(dims)), spec.sketch.dim
+    enough = f"{dim} numbers are enough" if dim >= needed else f"{dim} numbers are few: --dim {needed} is more accurate"
+    return [
+        ("score", f"{name} by default, damping {damped.rule}"),
+        (
+            "curvature",
+            f"effective dimension {shown}; {enough} (3 times as many suffice); from {sample.n_rows:,} rows, "
+            f"relative error at most {error:.2g}",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracin_ann.choices import CURVATURES
 from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
@@ -52,6 +53,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compute the exact self-influence of every row; rank by it with --by self-influence.",
 )
+@click.option(
+    "--score",
+    default="tracin",
+    show_default=True,
+    type=click.Choice(["tracin", *CURVATURES]),
+    help="Score of self-influence; with a curvature matrix, it is a leverage.",
+)
 @filter_options
 @checkpoints_option
 @own_ids_option
@@ -83,6 +91,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             exact=bool(options["exact"]),
             rows=make_row_filter(index, options),
+            score=options["score"],  # type: ignore[arg-type]
             progress=progress,
         )
         write(found)

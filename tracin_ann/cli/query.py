@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.choices import SEARCHES
+from tracin_ann.choices import CURVATURES, SEARCHES
 from tracin_ann.cli.command import command, directory_argument, find_given_options
 from tracin_ann.cli.imports import wait_passively
 from tracin_ann.cli.index_options import (
@@ -21,6 +21,7 @@ from tracin_ann.cli.index_options import (
     open_index,
     own_ids_option,
     resolve_positions,
+    score_options,
 )
 from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import format_count, print_field_notes, show_progress
@@ -43,7 +44,7 @@ _EXCLUSIVE = {
         "ranks all training rows",
         (
             *("ids", "train_ids", "input", "text", "together", "against"),
-            *("cosine", "rerank", "candidates", "search", "recall", "tokens"),
+            *("damping", "rerank", "candidates", "search", "recall", "tokens"),
         ),
     ),
     "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
@@ -105,7 +106,7 @@ _EXCLUSIVE = {
 )
 @filter_options
 @checkpoints_option
-@click.option("--cosine", is_flag=True, help="Use cosine at each checkpoint, weighted by the learning rate.")
+@score_options
 @click.option("--tokens", is_flag=True, help="Split the exact scores of the hits over their tokens.")
 @own_ids_option
 @output_options
@@ -145,16 +146,20 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     """Answer the queries, write the answers and print a summary."""
-    from tracin_ann.scoring import HITS, HITS_BY_TOKEN, Answers, QueryOptions
+    from tracin_ann.scoring import Answers, QueryOptions, choose_fields
 
     sides: dict[str, SideName] = {"ids": "query", "train_ids": "train", "against": "query"}
     rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]
-    names = ("k", "candidates", "rerank", "exact", "checkpoints", "cosine", "search", "recall", "tokens")
+    names = (
+        *("k", "candidates", "rerank", "exact", "checkpoints", "search", "recall", "tokens"),
+        *("score", "cosine", "damping"),
+    )
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
     inputs, together = open_inputs(index, options), bool(options["together"])
     summary = _Summary(len(index))
     reported = Answers((), partial(index.describe, examples=inputs), inputs)
-    with sink.open(HITS_BY_TOKEN if chosen.tokens else HITS) as write, show_progress("rows") as progress:
+    fields = choose_fields(tokens=chosen.tokens, amounts=index.name_score(chosen) in CURVATURES)
+    with sink.open(fields) as write, show_progress("rows") as progress:
         for answers in _answer_in_batches(index, rows, inputs, chosen, together, progress):
             write(answers)
             summary.add(answers)

@@ -17,6 +17,7 @@ from tracin_ann.cli.index_options import (
     open_index,
     own_ids_option,
     resolve_positions,
+    score_options,
 )
 from tracin_ann.cli.messages import format_count, print_note, show_progress
 from tracin_ann.cli.output import Sink, output_options, reject_csv_raw
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 )
 @filter_options
 @checkpoints_option
+@score_options
 @own_ids_option
 @output_options
 @index_options
@@ -73,6 +75,8 @@ def main(directory: str, form: str | None, output: str | None, **options: object
             options["method"],  # type: ignore[arg-type]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             rows=make_row_filter(index, options),
+            score="cosine" if options["cosine"] else options["score"],  # type: ignore[arg-type]
+            damping=options["damping"],  # type: ignore[arg-type]
             progress=progress,
         )
     if sink is None:

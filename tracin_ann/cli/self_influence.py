@@ -24,6 +24,7 @@ def write_self_influence(index: InfluenceIndex, options: Mapping[str, object], s
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             exact=bool(options["exact"]),
             rows=chosen,
+            score="cosine" if options["cosine"] else options["score"] or "tracin",  # type: ignore[arg-type]
             progress=progress,
         )
         write(rows)

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from tracin_ann.errors import CheckpointError, IndexMismatchError, NonFiniteError, TaskError, UsageError, problem
+from tracin_ann.evaluation.stepping import open_model
 from tracin_ann.evaluation.subsets import digest_rows
-from tracin_ann.features import RunOptions, TaskRunner, data_digest, model_digest
+from tracin_ann.features import TaskRunner, data_digest, model_digest
 from tracin_ann.files import (
     atomic_write,
     make_directory,
@@ -31,7 +32,6 @@ from tracin_ann.files import (
     save_array,
     write_json_atomic,
 )
-from tracin_ann.task import Task
 from tracin_ann.types import Float64, Int64, ProgressCallback, ignore_progress
 
 HEADER = "retraining.json"
@@ -206,24 +206,9 @@ def compute_query_losses(runner: TaskRunner, checkpoint: Path, query_ids: Sequen
     Raises:
         CheckpointError: the file is unreadable or does not match the model.
     """
-    with _replace_checkpoint(runner, checkpoint).model("fp32") as model:
-        model.load(0)
-        engine = model.engine("query")
-        losses = [engine.loss_values(batch).double().cpu() for batch in model.batches("query", query_ids)]
-    return np.concatenate([loss_B.numpy() for loss_B in losses])
-
-
-def _replace_checkpoint(runner: TaskRunner, path: Path) -> TaskRunner:
-    """Return a runner of the task with this file as its only checkpoint; opened data sets are shared."""
-    last, train, query = runner.task.checkpoints[-1], runner.data("train"), runner.data("query")
-    task: Task = replace(
-        runner.task,
-        train_data=lambda: train,
-        query_data=lambda: query,
-        checkpoints=[replace(last, path=path, learning_rate=1.0, second_moments=None)],
-    )
-    options = runner.options
-    return TaskRunner(task, RunOptions(options.device, options.batch_size, channels_last=options.channels_last))
+    last = runner.task.checkpoints[-1]
+    with open_model(runner, replace(last, path=checkpoint, second_moments=None)) as model:
+        return model.query_losses(query_ids)
 
 
 def _make_header(runner: TaskRunner, query_ids: Sequence[int]) -> RetrainingHeader:

@@ -7,6 +7,7 @@ built with ..." (IndexMismatchError). Features of queries are computed after the
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,8 +232,14 @@ class IndexTask:
             now = list(_compute_losses(model, rows).values())
         except Exception:  # noqa: BLE001 - the complete check that follows reports the cause
             return False
-        rounding = _LOSS_ROUNDING * max((abs(loss) for loss in checked.losses.values() if np.isfinite(loss)), default=0)
-        return len(known) == len(now) and np.allclose(now, known, rtol=_LOSS_TOLERANCE, atol=rounding, equal_nan=True)
+        rounding = _LOSS_ROUNDING * max(
+            (abs(loss) for loss in checked.losses.values() if math.isfinite(loss)), default=0
+        )
+        return len(known) == len(now) and all(
+            math.isclose(loss, before, rel_tol=_LOSS_TOLERANCE, abs_tol=rounding)
+            or (math.isnan(loss) and math.isnan(before))
+            for loss, before in zip(now, known, strict=True)
+        )
 
     def _check_canaries_at(self, extractor: FeatureExtractor, checkpoint: int) -> None:
         if self._manifest.build.random_data:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tracin_ann.analysis import ExampleName, TokenExplanation
-from tracin_ann.choices import SideName
+from tracin_ann.choices import DAMPED_SCORES, SideName
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 from tracin_ann.files import open_output
 from tracin_ann.index import InfluenceIndex
@@ -34,6 +34,11 @@ _LAYOUT_HITS = 256
 _ANSWERS_LEAD = (
     "Training rows that influenced the predictions for these queries. A score estimates, to first order (TracInCP), by "
     "how much training on the row reduced the loss of the query. Proponents reduced it, opponents increased it."
+)
+_DAMPED_LEAD = (
+    "Training rows that influenced the predictions for these queries, by the score {score}. It estimates how a model "
+    "changes that is trained without a row: without a proponent, the loss of the query rises; without an opponent, it "
+    "falls."
 )
 _RANKED_LEAD = (
     "Training rows by self-influence: by how much training on a row reduced the loss of the row itself. Memorised, "
@@ -189,7 +194,7 @@ class _PageRenderer:
         n_queries = f"{len(answers):,} {'query' if len(answers) == 1 else 'queries'}"
         return self._render(
             title=title or f"Influence in {self.index.directory.resolve().name}",
-            lead=_ANSWERS_LEAD,
+            lead=_explain_score(answers),
             items="queries",
             heading=n_queries.capitalize(),
             is_wide=is_wide,
@@ -359,3 +364,9 @@ def _load_templates() -> Any:
         # HTML cannot contain control characters; values that are HTML already are a Markup.
         finalize=lambda value: escape_control(value, "\n\t") if type(value) is str else value,
     )
+
+
+def _explain_score(answers: Sequence[Answer]) -> str:
+    """Return what the scores of answers estimate."""
+    damped = [answer.score for answer in answers if answer.score in DAMPED_SCORES]
+    return _DAMPED_LEAD.format(score=damped[0]) if damped else _ANSWERS_LEAD

@@ -250,6 +250,8 @@ def _format_detail(hit: Hit) -> str:
     parts = []
     if hit.of_means:
         parts.append(f"first set {format_score(hit.of_means[0])}, second set {format_score(hit.of_means[1])}")
+    if hit.amount is not None:
+        parts.append(f"without it, loss {format_score(hit.amount)}")
     if hit.stored_score is not None:
         parts.append(f"stored {format_score(hit.stored_score)}")
     return "; ".join(parts)

@@ -7,11 +7,11 @@ from tracin_ann.scoring.curvature import Curvature, CurvatureSource
 from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence, scale_in_place
 from tracin_ann.scoring.formats import (
     HITS,
-    HITS_BY_TOKEN,
     RANKED,
     Fields,
     Record,
     RowText,
+    choose_fields,
     format_cells,
     join_lines,
     open_writer,
@@ -29,7 +29,7 @@ from tracin_ann.scoring.plots import (
 from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import QueryRequest, Ranker
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList, TokenTexts, make_token_texts
-from tracin_ann.scoring.scores import Score, ScoreMaker
+from tracin_ann.scoring.scores import Score, ScoreMaker, open_score_maker
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
 
@@ -43,7 +43,6 @@ __all__ = [
     "Fields",
     "GREY",
     "HITS",
-    "HITS_BY_TOKEN",
     "Hit",
     "Id",
     "OPPONENT",
@@ -64,6 +63,7 @@ __all__ = [
     "TokenTexts",
     "build_search_index",
     "checkpoints_figure",
+    "choose_fields",
     "compute_full_gradients",
     "counts_figure",
     "exact_self_influence",
@@ -72,6 +72,7 @@ __all__ = [
     "make_token_texts",
     "match_tokens",
     "norms_figure",
+    "open_score_maker",
     "open_writer",
     "parts_figure",
     "render_svg",

@@ -67,10 +67,6 @@ class Curvature:
         """Return tr K, the mean of w ‖φ‖²."""
         return self.scale**2 * float(np.trace(self.matrix_DD, dtype=np.float64))
 
-    @cached_property
-    def _eigenvalues_D(self) -> Float64:
-        return np.maximum(np.linalg.eigvalsh(self.matrix_DD.astype(np.float64)), 0)
-
     def choose_damping(self, rate: float, steps: float | None) -> float:
         """Return λ: 1 / (rate · steps), or 5e-4 · tr K if the number of steps is not known.
 
@@ -80,11 +76,11 @@ class Curvature:
         return max(damping, 1e-7 * self.trace)
 
     def effective_dimension(self, damping: float) -> float:
-        """Return d_λ = tr K (K + λI)⁻¹, the number of directions that are not damped."""
-        if self.scale == 0:
+        """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped."""
+        solver = self.factorise(damping)
+        if solver.factor_DD is None:
             return 0.0
-        scaled = damping / self.scale**2
-        return float((self._eigenvalues_D / (self._eigenvalues_D + scaled)).sum())
+        return len(self.matrix_DD) - damping / self.scale**2 * solver.inverse_trace
 
     def factorise(self, damping: float, part: slice = slice(None)) -> Solver:
         """Return the solver with K + λI, or with the block of some of the D entries.
@@ -130,13 +126,21 @@ class Solver:
         whitened: Float32 = (torch.from_numpy(np.ascontiguousarray(vector_ND)) @ self._inverse_DD.T).numpy()
         return whitened
 
+    @property
+    def inverse_trace(self) -> float:
+        """Return tr (L Lᵀ)⁻¹ = ‖L⁻¹‖²."""
+        return float(self._invert().square().sum())
+
     @cached_property
     def _inverse_DD(self) -> Tensor:
         """L⁻¹ in float32: one matrix product for a block of rows."""
+        return self._invert().float()
+
+    def _invert(self) -> Tensor:
         assert self.factor_DD is not None
         identity = torch.eye(len(self.factor_DD), dtype=torch.float64)
         inverse_DD: Tensor = torch.linalg.solve_triangular(self.factor_DD, identity, upper=False)
-        return inverse_DD.float()
+        return inverse_DD
 
 
 @dataclass(frozen=True)

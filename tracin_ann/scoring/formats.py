@@ -65,10 +65,15 @@ HITS = Fields(
         ("text", "text"),
     )
 )
-_PLACE = HITS.names.index("strange")
-HITS_BY_TOKEN = Fields((*HITS.kinds[:_PLACE], ("tokens", "floats"), *HITS.kinds[_PLACE:]))
-"""The fields of hits whose scores are split by token."""
 RANKED = Fields((("rank", "int"), ("id", "id"), ("row", "int"), ("score", "float"), ("text", "text")))
+
+
+def choose_fields(*, tokens: bool, amounts: bool) -> Fields:
+    """Return the fields of hits: `HITS`, and `tokens` and `amount` if the scores have them."""
+    place = HITS.names.index("strange")
+    by_token: list[tuple[str, Kind]] = [("tokens", "floats")] if tokens else []
+    estimated: list[tuple[str, Kind]] = [("amount", "float")] if amounts else []
+    return Fields((*HITS.kinds[:place], *by_token, *estimated, *HITS.kinds[place:]))
 
 
 def answer_line(answer: Answer, texts: RowText) -> Record:
@@ -79,6 +84,7 @@ def answer_line(answer: Answer, texts: RowText) -> Record:
         content["against"] = list(answer.against) or None
     else:
         content |= {"row": answer.row, "text": texts(answer.side, answer.row)}
+    content["score"] = None if answer.score == "tracin" else answer.score
     content["strange"] = answer.strange or None
     for name, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
         content[name] = [_drop_missing({**_hit_record(hit), "text": texts("train", hit.row)}) for hit in hits]
@@ -128,7 +134,11 @@ def _hit_record(hit: Hit) -> Record:
         "by_checkpoint": list(hit.by_checkpoint) or None,
         "of_means": list(hit.of_means) or None,
     }
-    return record if hit.tokens is None else {**record, "tokens": list(hit.tokens)}
+    if hit.tokens is not None:
+        record["tokens"] = list(hit.tokens)
+    if hit.amount is not None:
+        record["amount"] = hit.amount
+    return record
 
 
 def _drop_missing(record: Record) -> Record:

@@ -94,7 +94,7 @@ class QueryRequest:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Training rows of one query.
+    """Training rows of one query, or of several, one query after the other.
 
     Attributes:
         rows_N: their positions.
@@ -153,7 +153,7 @@ class Ranker:
             n_rows = self.store.layout.n_rows
             rows = np.arange(n_rows, dtype=np.int64) if request.allowed is None else request.allowed
             with self._open_scorer(request) as scorer:
-                ranked = _score_exactly(scorer, [rows] * n_queries)
+                ranked, starts = _join(_score_exactly(scorer, [rows] * n_queries))
             counts = np.full(n_queries, 2 * len(rows))
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
@@ -166,15 +166,15 @@ class Ranker:
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
-            ranked = self._rescore(request, vectors, _pool_candidates(proponents, opponents, exponent_Q))
+            ranked, starts = self._rescore(request, vectors, *_pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         how = "; ".join(text for text in (request.score.summary, strategy.how) if text)
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
-        hits = self._select_hits(request, each, vectors, ranked)
+        hits = self._make_hits(request, each, vectors, *_select_best(ranked, starts, request.options.k))
         hits = self._split_hits(request, hits) if request.options.tokens else hits
         return [
             Answer(
-                query=self._name_query(request, members),
+                query=name,
                 side=request.side,
                 members=members,
                 proponents=best,
@@ -185,38 +185,43 @@ class Ranker:
                 against=request.against,
                 score=request.score.name,
             )
-            for members, (best, worst), count, is_unlike in zip(
-                request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
+            for name, members, (best, worst), count, is_unlike in zip(
+                self._name_queries(request), request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
             )
         ]
 
-    def _name_query(self, request: QueryRequest, members: tuple[int, ...]) -> Id:
+    def _name_queries(self, request: QueryRequest) -> list[Id]:
         if not request.together:
-            return self.ids_of(request.side, members)[0]
+            return self.ids_of(request.side, request.ids)
         against = f" against {len(request.against)}" if request.against else ""
-        return f"mean of {len(members)}{against}"
+        return [f"mean of {len(request.ids) - request.n_against}{against}"]
 
-    def _select_hits(
-        self, request: QueryRequest, each: QueryVectors, vectors: QueryVectors, ranked: Sequence[ScoredRows]
+    def _make_hits(
+        self,
+        request: QueryRequest,
+        each: QueryVectors,
+        vectors: QueryVectors,
+        best: ScoredRows,
+        starts: Sequence[int],
     ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
-        """Return the k best rows of both directions of each query, with their scores by checkpoint and by set."""
-        best, starts = _select_best(ranked, request.options.k)
+        """Return the best rows of both directions of each query, with their scores by checkpoint and by set."""
         if best.part_NC is None and (request.options.rerank != "none" or request.options.exact):
             best = self._complete_parts(request, vectors, best, starts[::2])
+        set_GN = self._score_sets(request, each, best.rows_N)
         columns = (
             self.ids_of("train", best.rows_N),
             best.rows_N.tolist(),
             best.score_N.tolist(),
             itertools.repeat(None) if best.stored_N is None else best.stored_N.tolist(),
             itertools.repeat(None) if best.error_N is None else best.error_N.tolist(),
-            itertools.repeat(()) if best.part_NC is None else map(tuple, best.part_NC.tolist()),
-            map(tuple, self._score_sets(request, each, best.rows_N).T.tolist()),
+            itertools.repeat(()) if best.part_NC is None else zip(*best.part_NC.T.tolist(), strict=True),
+            zip(*set_GN.tolist(), strict=True) if len(set_GN) else itertools.repeat(()),
             itertools.repeat(None),
             itertools.repeat(None)
             if vectors.amount_QF is None
             else self._estimate_amounts(request, vectors, best, starts),
         )
-        hits = tuple(map(Hit, *columns))
+        hits = tuple(map(Hit._make, zip(*columns, strict=False)))
         lists = [hits[start:end] for start, end in itertools.pairwise(starts)]
         return list(zip(lists[::2], lists[1::2], strict=True))
 
@@ -251,8 +256,7 @@ class Ranker:
 
         `starts` are the places where the rows of each query begin, and the number of all.
         """
-        each = [best[start:end] for start, end in itertools.pairwise(starts)]
-        stored = _concatenate(self._score_stored(request, vectors, each))
+        stored = self._score_stored(request, vectors, best.rows_N, starts)
         return replace(best, part_NC=stored.part_NC, stored_N=stored.score_N)
 
     def _score_sets(self, request: QueryRequest, each: QueryVectors, rows_N: Int64) -> Float64:
@@ -279,26 +283,29 @@ class Ranker:
         scan = FlatIndex(self.store.view(), self.runner.options.device)
         return choose_strategy(self.record, self.index, scan, weighted_QF, options)
 
-    def _rescore(self, request: QueryRequest, vectors: QueryVectors, candidates: list[ScoredRows]) -> list[ScoredRows]:
+    def _rescore(
+        self, request: QueryRequest, vectors: QueryVectors, rows: ScoredRows, starts: list[int]
+    ) -> tuple[ScoredRows, list[int]]:
+        """Return candidates with the scores that the options request; `starts` as of `_join`."""
         if request.options.rerank == "none":
-            return candidates
-        stored = self._score_stored(request, vectors, candidates)
+            return rows, starts
+        stored = self._score_stored(request, vectors, rows.rows_N, starts)
         if request.options.rerank == "stored":
-            return stored
+            return stored, starts
         with self._open_scorer(request) as scorer:
-            return self._score_in_rounds(request, stored, scorer)
+            return _join(self._score_in_rounds(request, _split(stored, starts), scorer))
 
     def _score_stored(
-        self, request: QueryRequest, vectors: QueryVectors, candidates: Sequence[ScoredRows]
-    ) -> list[ScoredRows]:
-        """Return the candidates of each query with scores from the stored features; each row is read once."""
+        self, request: QueryRequest, vectors: QueryVectors, rows_N: Int64, starts: Sequence[int]
+    ) -> ScoredRows:
+        """Return rows with their scores from the stored features; each is read once. `starts` are as of `_join`."""
         view = request.score.rows(request.checkpoints)
         scored: list[ScoredRows] = []
-        for queries in _split_queries(candidates, _NUMBERS_AT_ONCE // view.dim):
-            each = [candidates[q].rows_N for q in queries]
-            row_MF, place_N = view.locate(np.concatenate(each))
-            ends = np.cumsum([len(rows) for rows in each])
-            places = np.split(place_N, ends[:-1])
+        for queries in _split_queries(starts, _NUMBERS_AT_ONCE // view.dim):
+            first, last = starts[queries.start], starts[queries.stop]
+            row_MF, place_N = view.locate(rows_N[first:last])
+            ends = itertools.pairwise(starts[queries.start : queries.stop + 1])
+            places = [place_N[start - first : end - first] for start, end in ends]
             part_NC, deviation_N = _score_row_parts(
                 row_MF, places, vectors.vector_QF[queries], len(request.checkpoints)
             )
@@ -307,9 +314,8 @@ class Ranker:
                 error_N = _compare_halves(row_MF, places, vectors[queries])
             elif self.error_scale is not None and request.score.name == "tracin":
                 error_N = self.error_scale * deviation_N
-            rows = ScoredRows(np.concatenate(each), part_NC.sum(axis=1), None, error_N, part_NC)
-            scored += [rows[slice(end - len(own), end)] for own, end in zip(each, ends.tolist(), strict=True)]
-        return scored
+            scored.append(ScoredRows(rows_N[first:last], part_NC.sum(axis=1), None, error_N, part_NC))
+        return _concatenate(scored)
 
     def _score_in_rounds(
         self, request: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
@@ -380,16 +386,14 @@ def _join_stored(stored: ScoredRows, exact: ScoredRows, chosen: npt.NDArray[Any]
     return replace(same, score_N=exact.score_N, stored_N=same.score_N)
 
 
-def _split_queries(candidates: Sequence[ScoredRows], n_rows: int) -> Iterator[range]:
-    """Yield ranges of queries that have at most n_rows candidates together, or of one query."""
-    start, total = 0, 0
-    for q, scored in enumerate(candidates):
-        if q > start and total + len(scored.rows_N) > n_rows:
-            yield range(start, q)
-            start, total = q, 0
-        total += len(scored.rows_N)
-    if candidates:
-        yield range(start, len(candidates))
+def _split_queries(starts: Sequence[int], n_rows: int) -> Iterator[range]:
+    """Yield ranges of queries that have at most n_rows rows together, or of one query; `starts` as of `_join`."""
+    first = 0
+    for query, end in enumerate(starts[1:]):
+        if query > first and end - starts[first] > n_rows:
+            yield range(first, query)
+            first = query
+    yield range(first, len(starts) - 1)
 
 
 def _score_row_parts(
@@ -440,38 +444,50 @@ def _compare_halves(row_MF: Float32, places: Sequence[Int64], vectors: QueryVect
     return np.concatenate(errors)
 
 
-def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> list[ScoredRows]:
-    """Return both sides' candidates of each query, each row once, scores times two to the power of the exponent."""
-    pools = []
-    for at, exponent in enumerate(exponent_Q):
-        rows_M = np.concatenate([proponents.ids[at], opponents.ids[at]])
-        score_M = np.concatenate([proponents.scores[at], opponents.scores[at]])
-        order = rows_M.argsort(kind="stable")
-        rows_M = rows_M[order]
-        first_M = np.ones(len(rows_M), dtype=bool)
-        np.not_equal(rows_M[1:], rows_M[:-1], out=first_M[1:])
-        pools.append(ScoredRows(rows_M[first_M], np.ldexp(score_M[order[first_M]].astype(np.float64), exponent)))
-    return pools
+def _pool_candidates(proponents: TopK, opponents: TopK, exponent_Q: Int64) -> tuple[ScoredRows, list[int]]:
+    """Return both sides' candidates of each query, each row once, and where they begin, as `_join` does.
+
+    Scores are multiplied by two to the power of the query's exponent.
+    """
+    sides = [side for of_query in zip(proponents.ids, opponents.ids, strict=True) for side in of_query]
+    scores = [side for of_query in zip(proponents.scores, opponents.scores, strict=True) for side in of_query]
+    query_M = np.repeat(np.arange(len(sides)) // 2, [len(side) for side in sides])
+    rows_M, score_M = np.concatenate(sides), np.concatenate(scores).astype(np.float64)
+    # One sort of pairs of a query and a row as one number each.
+    _, first_N = np.unique(query_M * (rows_M.max(initial=0) + 1) + rows_M, return_index=True)
+    query_N = query_M[first_N]
+    rows = ScoredRows(rows_M[first_N], np.ldexp(score_M[first_N], exponent_Q[query_N]))
+    return rows, np.searchsorted(query_N, np.arange(len(exponent_Q) + 1)).tolist()
 
 
-def _select_best(ranked: Sequence[ScoredRows], k: int) -> tuple[ScoredRows, list[int]]:
+def _select_best(rows: ScoredRows, starts: Sequence[int], k: int) -> tuple[ScoredRows, list[int]]:
     """Return the k best proponents, then the k best opponents of each query, one query after the other.
 
-    Also returns where the rows of each of these 2 Q lists begin, and the number of all: 2 Q + 1 positions.
+    Also returns where the rows of each of these 2 Q lists begin, and the number of all: 2 Q + 1 positions. `starts` are
+    as of `_join`.
     """
-    rows = _concatenate(ranked)
-    query_N = np.repeat(np.arange(len(ranked)), [len(scored.rows_N) for scored in ranked])
+    query_N = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     list_N = 2 * query_N + (rows.score_N < 0)
     order = np.lexsort((rows.rows_N, -np.abs(rows.score_N), list_N))
     order = order[rows.score_N[order] != 0]
     list_N = list_N[order]
     is_best_N = np.arange(len(order)) - np.searchsorted(list_N, list_N) < k
-    starts = np.searchsorted(list_N[is_best_N], np.arange(2 * len(ranked) + 1))
-    return rows[order[is_best_N]], starts.tolist()
+    best_starts = np.searchsorted(list_N[is_best_N], np.arange(2 * len(starts) - 1))
+    return rows[order[is_best_N]], best_starts.tolist()
 
 
-def _concatenate(ranked: Sequence[ScoredRows]) -> ScoredRows:
-    """Return the rows of all queries, one query after the other."""
-    columns = zip(*(vars(scored).values() for scored in ranked), strict=True)
+def _join(ranked: Sequence[ScoredRows]) -> tuple[ScoredRows, list[int]]:
+    """Return the rows of all queries, one query after the other; where each query's begin; and the number of all."""
+    return _concatenate(ranked), [0, *itertools.accumulate(len(scored.rows_N) for scored in ranked)]
+
+
+def _split(rows: ScoredRows, starts: Sequence[int]) -> list[ScoredRows]:
+    """Return the rows of each query: the inverse of `_join`."""
+    return [rows[start:end] for start, end in itertools.pairwise(starts)]
+
+
+def _concatenate(parts: Sequence[ScoredRows]) -> ScoredRows:
+    """Return all rows, one part after the other."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
     joined: list[Any] = [None if any(v is None for v in values) else np.concatenate(values) for values in columns]
     return ScoredRows(*joined)

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, TypeVar
 from tracin_ann.choices import SideName
 from tracin_ann.scoring.answers import Answer, SelfInfluence
 from tracin_ann.scoring.formats import (
-    HITS,
-    HITS_BY_TOKEN,
     RANKED,
     Fields,
     Record,
     RowText,
     answer_line,
     answer_records,
+    choose_fields,
     format_cells,
     to_frame,
     to_json_line,
@@ -48,9 +47,11 @@ class Answers(list[Answer]):
 
     @property
     def fields(self) -> Fields:
-        """Return the fields of the records: `formats.HITS`, and `tokens` if scores are split by token."""
-        has_tokens = any(hit.tokens is not None for answer in self for hit in answer.hits)
-        return HITS_BY_TOKEN if has_tokens else HITS
+        """Return the fields of the records: `formats.HITS`, and those that only some scores and options have."""
+        hits = [hit for answer in self for hit in answer.hits]
+        return choose_fields(
+            tokens=any(hit.tokens is not None for hit in hits), amounts=any(hit.amount is not None for hit in hits)
+        )
 
     def records(self) -> list[Record]:
         """Return a record for every hit, with the fields of `fields`."""

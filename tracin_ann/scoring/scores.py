@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +26,14 @@ import numpy.typing as npt
 
 from tracin_ann.choices import CurvatureName, ScoreName
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver, SolverCache
-from tracin_ann.store import FeatureStore, FeatureView
+from tracin_ann.store import (
+    FeatureStore,
+    FeatureView,
+    Manifest,
+    generation_folder,
+    read_removed_ids,
+    read_skipped_rows,
+)
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
 Part = npt.NDArray[np.floating]
@@ -167,14 +175,30 @@ class ScoreMaker:
         curvatures, rates = self.load(name), self.source.rates
         if damping is not None:
             return Damping(curvatures, [damping] * len(rates), f"{damping:g}")
-        chosen = [c.choose_damping(rate, steps) for c, rate, steps in zip(curvatures, rates, self.steps, strict=True)]
-        is_known = all(steps is not None for steps, rate in zip(self.steps, rates, strict=True) if rate > 0)
+        # TRAK's matrix is not that of a loss, so that the length of training says nothing about its damping.
+        known = [None] * len(rates) if name == "trak" else self.steps
+        chosen = [c.choose_damping(rate, steps) for c, rate, steps in zip(curvatures, rates, known, strict=True)]
+        is_known = all(steps is not None for steps, rate in zip(known, rates, strict=True) if rate > 0)
         return Damping(curvatures, chosen, "1 / (learning rate × steps)" if is_known else "5e-4 of the trace")
 
     @cached_property
     def load(self) -> Callable[[CurvatureName], list[Curvature]]:
         """Return a function that reads or computes the curvature of every checkpoint, each once."""
         return cache(self.source.load)
+
+
+def open_score_maker(directory: Path, manifest: Manifest, store: FeatureStore) -> ScoreMaker:
+    """Return what makes the scores of a finished index."""
+    spec, record = manifest.build.spec, manifest.score
+    absent = [read_removed_ids(directory, manifest), read_skipped_rows(directory, manifest).row_S]
+    source = CurvatureSource(
+        store,
+        np.setdiff1d(np.arange(spec.train_rows), np.concatenate(absent)),
+        [checkpoint.learning_rate for checkpoint in spec.checkpoints],
+        None if record is None else record.loss_is_nll,
+        generation_folder(directory, manifest.generation),
+    )
+    return ScoreMaker(source, [None] * len(spec.checkpoints) if record is None else record.steps)
 
 
 @dataclass(frozen=True, eq=False)

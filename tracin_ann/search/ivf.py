@@ -75,24 +75,24 @@ class _Parts:
     outliers: Int64
     _last: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
-    def reduce(self, queries_QF: Float32) -> Float32:
-        """Return the queries, scaled to norm 1, in R dimensions.
+    def reduce(self, queries_QF: Float32) -> tuple[Float32, Float64]:
+        """Return the queries, scaled to norm 1, in R dimensions, and their norms [Q].
 
         Those of the last call of a thread are stored: queries are compared with the calibration queries, then searched.
         """
-        unit_QF = _normalize(queries_QF)
+        unit_QF, norm_Q = _normalize(queries_QF)
         last: tuple[Float32, Float32] | None = getattr(self._last, "queries", None)
         if last is not None and np.array_equal(last[0], unit_QF):
-            return last[1]
+            return last[1], norm_Q
         reduced_QR = self.reduction.apply(unit_QF)
         if len(unit_QF) <= _QUERIES_AT_ONCE:
             self._last.queries = unit_QF, reduced_QR
-        return reduced_QR
+        return reduced_QR, norm_Q
 
     @cached_property
     def unit_group_RG(self) -> Float32:
         """Return the centers of the groups, scaled to norm 1, as columns."""
-        return np.ascontiguousarray(_normalize(self.tree.group_GR).T)
+        return np.ascontiguousarray(_normalize(self.tree.group_GR)[0].T)
 
 
 @dataclass(frozen=True)
@@ -269,12 +269,14 @@ class IVFIndex:
         rows = len(self._parts.lists) * self._parts.lists.bytes_per_row
         return rows + self.tree.resident_bytes + (0 if basis is None else basis.nbytes) + self._parts.outliers.nbytes
 
-    def nearness(self, queries_QF: Float32) -> Float64:
-        """Return the largest |cosine| of each query with the center of a group, [Q]; 0 for a zero query."""
-        reduced_QR = self._parts.reduce(queries_QF)
+    def measure(self, queries_QF: Float32) -> tuple[Float64, Float64]:
+        """Return the norm of each query [Q], and its largest |cosine| with the center of a group [Q].
+
+        The cosines of a zero query are 0.
+        """
+        reduced_QR, norm_Q = self._parts.reduce(queries_QF)
         cosine_QG = multiply_rows(reduced_QR, self._parts.unit_group_RG)
-        nearness_Q: Float64 = np.abs(cosine_QG).max(axis=1).astype(np.float64)
-        return nearness_Q
+        return norm_Q, np.abs(cosine_QG).max(axis=1).astype(np.float64)
 
     def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
         """Return the k rows of largest inner product among the rows that the setting reaches; always min(k, N) rows.
@@ -356,7 +358,7 @@ class IVFIndex:
         self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
     ) -> dict[Sign, TopK]:
         """Return the best k of the lists' candidates by their exact scores, by sign of the direction."""
-        reduced_QR = self._parts.reduce(queries_QF)
+        reduced_QR, _ = self._parts.reduce(queries_QF)
         candidates = [self._find_candidates(d.sign * reduced_QR, k, d.setting, allowed) for d in directions]
         scores = self._rescore(queries_QF, [ids_QM for ids_QM, _ in candidates])
         found: dict[Sign, TopK] = {}
@@ -467,8 +469,10 @@ def _report_unknown_rows() -> Iterator[None]:
         ) from error
 
 
-def _normalize(vectors: Float32) -> Float32:
-    """Return the vectors scaled to norm 1; zero vectors stay zero."""
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    normalized: Float32 = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")
-    return normalized
+def _normalize(vectors: Float32) -> tuple[Float32, Float64]:
+    """Return the vectors scaled to norm 1, and their norms; zero vectors stay zero."""
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1)
+    # A plain quotient takes a third of the time of one with a mask.
+    wide /= np.where(norms > 0, norms, 1)[:, None]
+    return wide.astype(np.float32), norms

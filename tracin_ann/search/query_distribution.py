@@ -87,9 +87,8 @@ def measure_queries(index: IVFIndex, queries_QF: Float32) -> QueryDistribution:
 
 def _measure(index: IVFIndex, queries_QF: Float32) -> tuple[Float64, Float64]:
     """Return log10 norms [Q] and largest |cosines| with the center of a group [Q]."""
-    norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
-    smallest = np.finfo(np.float64).tiny
-    return np.log10(np.maximum(norm_Q, smallest)), index.nearness(queries_QF)
+    norm_Q, cosine_Q = index.measure(queries_QF)
+    return np.log10(np.maximum(norm_Q, np.finfo(np.float64).tiny)), cosine_Q
 
 
 def _find_outliers(values_Q: Float64, quantiles: tuple[float, ...]) -> npt.NDArray[np.bool_]:

@@ -119,8 +119,8 @@ __all__ = [
     "reject_links",
     "select_listed_rows",
     "take_lease",
+    "write_arrays",
     "write_build_record",
     "write_removed",
     "write_unlisted",
-    "write_arrays",
 ]

@@ -68,8 +68,9 @@ def make_task(folder: Path, **changes: Any) -> Task:
         "loss": cross_entropy,
         "train_data": lambda: TRAIN,
         "query_data": lambda: make_rows(QUERIES, 2),
-        "checkpoints": [Checkpoint(path, RATE) for path in paths.values()],
+        "checkpoints": [Checkpoint(path, RATE, steps=STEPS) for path in paths.values()],
         "columns": lambda row: {"label": row[1]},
         "retrain": train,
+        "loss_is_nll": True,
     }
     return Task(**(fields | changes))
