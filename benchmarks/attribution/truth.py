@@ -45,10 +45,14 @@ def measure_truth(setting: Setting, data: Path, work: Path) -> Truth:
     return Truth(subsets, retraining.measure(subsets, range(setting.truth_seeds)))
 
 
-def summarise(score_QN: Float32, truth: Truth) -> tuple[float, float, float]:
-    """Return the linear datamodeling score, and the ends of its 95% interval."""
+def summarise(score_QN: Float32 | Float64, truth: Truth) -> tuple[float, float, float]:
+    """Return the linear datamodeling score, and the ends of its 95% bootstrap interval.
+
+    A resample has some subsets twice, and tied ranks lower its correlations: the resamples are centred on the score.
+    """
     found = compute_lds(score_QN, truth.subsets, truth.loss_MSQ, RESAMPLES)
-    return found.mean, *found.interval
+    shift = found.mean - float(found.resampled_R.mean())
+    return found.mean, found.interval[0] + shift, found.interval[1] + shift
 
 
 def merge_results(name: str, found: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
