@@ -22,6 +22,7 @@ from tracin_ann.evaluation import compute_ceiling
 RESULT = "lds"
 SCORES: tuple[ScoreName, ...] = ("tracin", "cosine", "trackstar", "fisher", "gauss-newton", "trak")
 NEED_PROBABILITIES = ("gauss-newton", "trak")
+DEPEND_ON_STEPS = ("trackstar", "fisher", "gauss-newton")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class Variant:
 
 
 ALL = (Variant(), Variant(steps=False), Variant(last=True))
-MORE = {
-    "MLP": (Variant(runs=2), Variant(runs=5)),
-    "dattri LR": (Variant(runs=10, last=True),),
-    "dattri MLP": (Variant(runs=10, last=True), Variant(runs=10)),
-    "GPT": (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="adam")),
-    "MLP, AdamW": (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="adam")),
+ADAM = (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="adam"))
+VARIANTS = {
+    "MLP": (*ALL, Variant(runs=2), Variant(runs=5)),
+    "dattri LR": (Variant(), Variant(runs=10, last=True)),
+    "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True), Variant(runs=10)),
+    "GPT": (*ALL, *ADAM),
+    "MLP, cosine": ALL[:2],
+    "MLP, momentum": ALL[:2],
+    "MLP, weight decay": ALL[:2],
+    "MLP, AdamW": (*ALL[:2], *ADAM),
 }
 
 
@@ -67,14 +72,15 @@ def measure_variants(name: str, data: Path, work: Path, dim: int) -> Iterator[di
     """Yield a result for each variant of a setting."""
     setting = SETTINGS[name]
     truth = measure_truth(setting, data, work)
-    for variant in (*ALL, *MORE.get(name, ())):
+    for variant in VARIANTS.get(name, ALL):
         row = {"setting": name, **asdict(variant), "dim": dim, "truth_seeds": setting.truth_seeds}
         row["ceiling"] = compute_ceiling(truth.loss_MSQ)
         with tempfile.TemporaryDirectory() as folder:
             index = open_index(setting, data, work, Path(folder), variant, dim)
             n_queries = truth.loss_MSQ.shape[2]
             for score in SCORES:
-                if setting.loss_is_nll or score not in NEED_PROBABILITIES:
+                can_score = setting.loss_is_nll or score not in NEED_PROBABILITIES
+                if can_score and (variant.steps or score in DEPEND_ON_STEPS):
                     score_QN = index.score_matrix("query", range(n_queries), QueryOptions(score=score))
                     row[score] = summarise(score_QN, truth)
         print(row, flush=True)
@@ -91,9 +97,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.settings:
-        found = list(measure_variants(name, options.data, options.work / name, options.dim))
-        results = merge_results(RESULT, found, ("setting", "dim", *Variant.__dataclass_fields__))
-        print(write_results(RESULT, {"threads": options.threads}, results))
+        for row in measure_variants(name, options.data, options.work / name, options.dim):
+            results = merge_results(RESULT, [row], ("setting", "dim", *Variant.__dataclass_fields__))
+            print(write_results(RESULT, {"threads": options.threads}, results), flush=True)
 
 
 if __name__ == "__main__":
