@@ -1,4 +1,4 @@
-"""Linear datamodeling score of every score of an index, on real data, by the number of runs, checkpoints and damping."""
+"""Linear datamodeling scores of an index's scores on real data, by runs, checkpoints, damping and preconditioner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.attribution.settings import SETTINGS, Setting
@@ -47,7 +46,7 @@ ADAM = (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="ada
 VARIANTS = {
     "MLP": (*ALL, Variant(runs=2), Variant(runs=5)),
     "dattri LR": (Variant(), Variant(runs=10, last=True)),
-    "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True), Variant(runs=10)),
+    "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True)),
     "GPT": (*ALL, *ADAM),
     "MLP, cosine": ALL[:2],
     "MLP, momentum": ALL[:2],

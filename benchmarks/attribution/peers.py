@@ -117,14 +117,14 @@ def _make_dattri_task(case: Case, states: Sequence[dict[str, Tensor]], margin: b
     from dattri.task import AttributionTask  # type: ignore[import-not-found]  # noqa: PLC0415
 
     model = case.make_model()
-    loss = partial(case.compute_loss, model)
-    loss_function = lambda weights, data: loss(weights, data)  # noqa: E731 - dattri reads the names of arguments
-    output_function = lambda weights, data: case.compute_margin(model, weights, data)  # noqa: E731
-    return AttributionTask(loss_function, model, list(states), output_function if margin else loss_function)
+    # dattri reads the names of the arguments.
+    loss = lambda weights, data: case.compute_loss(model, weights, data)  # noqa: E731
+    output = lambda weights, data: case.compute_margin(model, weights, data)  # noqa: E731
+    return AttributionTask(loss, model, list(states), output if margin else loss)
 
 
 def score_dattri_trak(case: Case) -> Damped:
-    """Yield the scores of TRAK by dattri, with every damping."""
+    """Yield the scores of TRAK by dattri, with its default damping."""
     from dattri.algorithm.trak import TRAKAttributor  # type: ignore[import-not-found]  # noqa: PLC0415
 
     task = _make_dattri_task(case, case.states, margin=True)
@@ -132,10 +132,10 @@ def score_dattri_trak(case: Case) -> Damped:
     probability = lambda weights, row: torch.exp(-case.compute_loss(model, weights, row))  # noqa: E731
     settings = {"proj_dim": case.dim, "proj_type": "rademacher", "device": "cpu"}
     train_loader, query_loader = case.loaders()
-    for fraction in (0.0,):
-        attributor = TRAKAttributor(task, probability, settings, regularization=fraction)
-        attributor.cache(train_loader)
-        yield fraction, -attributor.attribute(query_loader).T.numpy()
+    attributor = TRAKAttributor(task, probability, settings)
+    attributor.cache(train_loader)
+    # Its training features are gradients of the loss, which have the opposite direction of those of the margin.
+    yield 0.0, -attributor.attribute(query_loader).T.numpy()
 
 
 def score_dattri_tracin(case: Case) -> Damped:
@@ -240,7 +240,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = []
     for name in options.settings:
         setting, work = SETTINGS[name], options.work / name
         truth = measure_truth(setting, options.data, work)
@@ -248,9 +247,15 @@ def main() -> None:
             last = options.last or method in LAST_ONLY
             case = make_case(setting, options.data, work, options.runs, last, options.dim)
             row = {"setting": name, "method": method, "runs": options.runs, "last": last, "dim": options.dim}
-            found.append(row | measure_method(method, case, truth))
-            print(found[-1], flush=True)
-            print(write_results(RESULT, {"threads": options.threads}, merge_results(RESULT, found, ("setting", "method", "runs", "last", "dim"))))
+            row |= measure_method(method, case, truth)
+            print(row, flush=True)
+            print(
+                write_results(
+                    RESULT,
+                    {"threads": options.threads},
+                    merge_results(RESULT, found, ("setting", "method", "runs", "last", "dim")),
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings of the attribution benchmarks: real data, models, and training that is the same for full runs and subsets."""
+"""Settings of the attribution benchmarks: real data, models, and training, the same for full runs and for subsets."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class _Pairs(torch.utils.data.Dataset[Rows]):
 
 @cache
 def load_digits(data: Path, shape: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0) -> tuple[Rows, Rows]:
-    """Return the first MNIST digits of each side: pixels [N, *shape], scaled to 0..1 and then normalized, and labels."""
+    """Return the first MNIST digits of each side: pixels in 0..1, then normalized, [N, *shape], and labels."""
     arrays = mnist.read(str(data))
     sides = []
     for side, count in (("train", N_ROWS), ("test", N_QUERIES)):
@@ -269,5 +269,7 @@ SETTINGS = {
     "MLP, cosine": replace(_MLP, training=Training(0.2, 64, _EIGHT, schedule="cosine"), truth_seeds=3),
     "MLP, momentum": replace(_MLP, training=Training(0.01, 64, _EIGHT, momentum=0.9), truth_seeds=3),
     "MLP, weight decay": replace(_MLP, training=Training(0.1, 64, _EIGHT, weight_decay=5e-3), truth_seeds=3),
-    "MLP, AdamW": replace(_MLP, training=Training(1e-3, 64, _EIGHT, optimizer="adamw", weight_decay=0.01), truth_seeds=3),
+    "MLP, AdamW": replace(
+        _MLP, training=Training(1e-3, 64, _EIGHT, optimizer="adamw", weight_decay=0.01), truth_seeds=3
+    ),
 }

@@ -30,11 +30,11 @@ class Truth:
     loss_MSQ: Float64
 
 
-def open_retraining(setting: Setting, data: Path, work: Path) -> Retraining:
-    """Return the retrained losses in `work`, for all queries of a setting."""
+def open_retraining(setting: Setting, data: Path, work: Path, queries: Sequence[int] | None = None) -> Retraining:
+    """Return the retrained losses in `work`, for some queries of a setting; None: for all, which has to be first."""
     setting.train_runs(data, work / "runs", [0])
     runner = TaskRunner(setting.make_task(data, work / "runs", [0]), RunOptions("cpu"))
-    return Retraining.open(runner, work / "truth", range(runner.n_rows("query")))
+    return Retraining.open(runner, work / "truth", range(runner.n_rows("query")) if queries is None else queries)
 
 
 def measure_truth(setting: Setting, data: Path, work: Path) -> Truth:
