@@ -249,13 +249,8 @@ def main() -> None:
             row = {"setting": name, "method": method, "runs": options.runs, "last": last, "dim": options.dim}
             row |= measure_method(method, case, truth)
             print(row, flush=True)
-            print(
-                write_results(
-                    RESULT,
-                    {"threads": options.threads},
-                    merge_results(RESULT, found, ("setting", "method", "runs", "last", "dim")),
-                )
-            )
+            results = merge_results(RESULT, [row], ("setting", "method", "runs", "last", "dim"))
+            print(write_results(RESULT, {"threads": options.threads}, results), flush=True)
 
 
 if __name__ == "__main__":
