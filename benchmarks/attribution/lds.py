@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ ADAM = (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="ada
 VARIANTS = {
     "MLP": (*ALL, Variant(runs=2), Variant(runs=5)),
     "dattri LR": (Variant(), Variant(runs=10, last=True)),
-    "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True)),
+    "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True), Variant(runs=10)),
     "GPT": (*ALL, *ADAM),
     "MLP, cosine": ALL[:2],
     "MLP, momentum": ALL[:2],
@@ -67,11 +67,14 @@ def open_index(setting: Setting, data: Path, work: Path, folder: Path, variant: 
     return InfluenceIndex.open(folder, task, device="cpu")
 
 
-def measure_variants(name: str, data: Path, work: Path, dim: int) -> Iterator[dict[str, Any]]:
-    """Yield a result for each variant of a setting."""
+def measure_variants(
+    name: str, data: Path, work: Path, dim: int, numbers: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield a result for each variant of a setting, or for those with some numbers."""
     setting = SETTINGS[name]
     truth = measure_truth(setting, data, work)
-    for variant in VARIANTS.get(name, ALL):
+    variants = VARIANTS.get(name, ALL)
+    for variant in variants if numbers is None else [variants[number] for number in numbers]:
         row = {"setting": name, **asdict(variant), "dim": dim, "truth_seeds": setting.truth_seeds}
         row["ceiling"] = compute_ceiling(truth.loss_MSQ)
         with tempfile.TemporaryDirectory() as folder:
@@ -91,12 +94,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder of mnist.npz and tinyshakespeare.txt")
     parser.add_argument("--work", type=Path, default=Path("runs/attribution"), help="folder of models and their losses")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to measure")
+    parser.add_argument("--variants", type=int, nargs="+", help="numbers of the variants of a setting; none: all")
     parser.add_argument("--dim", type=int, default=1024, help="sketch dimensions per checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.settings:
-        for row in measure_variants(name, options.data, options.work / name, options.dim):
+        for row in measure_variants(name, options.data, options.work / name, options.dim, options.variants):
             results = merge_results(RESULT, [row], ("setting", "dim", *Variant.__dataclass_fields__))
             print(write_results(RESULT, {"threads": options.threads}, results), flush=True)
 

@@ -123,7 +123,8 @@ class Setting:
             if all(self.find_checkpoint(folder, seed, epoch).is_file() for epoch in self.training.saved):
                 continue
             for epoch, model, optimizer in self.train(data, range(n_rows), seed):
-                torch.save(optimizer.state_dict(), folder / f"{seed}-{epoch}.optimizer.pt")
+                if self.training.optimizer == "adamw":
+                    torch.save(optimizer.state_dict(), folder / f"{seed}-{epoch}.optimizer.pt")
                 torch.save(model.state_dict(), self.find_checkpoint(folder, seed, epoch))
 
     @staticmethod
@@ -251,7 +252,7 @@ SETTINGS = {
         compute_language_loss,
         partial(load_text, n_rows=2000, n_queries=150),
         Training(2e-3, 32, (2, 4, 6, 8, 10), optimizer="adamw", weight_decay=0.01),
-        truth_seeds=2,
+        truth_seeds=1,
         loss_is_nll=False,
     ),
     # The models, optimizers, epochs and batch sizes of dattri's benchmark, with one run of each subset.
