@@ -1,0 +1,89 @@
+"""Tables of linear datamodeling scores and of removal, beside published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.common.markdown import Row, compose, format_environment, format_table
+from benchmarks.common.results import read_results
+
+_SCORES = ("tracin", "cosine", "trackstar", "fisher", "gauss-newton", "trak")
+_DAMPING = {True: "1/(ηT)", False: "5e-4 tr K"}
+
+
+def _format_interval(found: Sequence[float] | None) -> str:
+    """Return a mean with half the width of its interval."""
+    if found is None:
+        return "–"
+    mean, low, high = found
+    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
+def _describe_index(row: dict[str, Any]) -> str:
+    """Return which checkpoints an index contains, and how gradients are weighted."""
+    runs = "1 run" if row["runs"] == 1 else f"{row['runs']} runs"
+    parts = [runs, *(["last checkpoint"] if row["last"] else [])]
+    if row["preconditioner"] != "none":
+        parts.append(row["preconditioner"])
+    return ", ".join(parts)
+
+
+def lds() -> str:
+    content = read_results("lds")
+    rows: list[Row] = [("setting", "index", "λ", "ceiling", *_SCORES)]
+    for row in content["results"]:
+        ceiling = "–" if row["ceiling"] is None else f"{row['ceiling']:.3f}"
+        figures = (f"{row[score][0]:.3f}" if score in row else "–" for score in _SCORES)
+        rows.append((row["setting"], _describe_index(row), _DAMPING[row["steps"]], ceiling, *figures))
+    widest = max((row[s][2] - row[s][1]) / 2 for row in content["results"] for s in _SCORES if s in row)
+    scope = (
+        "linear datamodeling score over 50 random halves of the training rows, mean over the queries, by "
+        f"`InfluenceIndex.score_matrix` with D = {content['results'][0]['dim']:,} per checkpoint. 95% bootstrap "
+        f"intervals over subsets and queries are at most ± {widest:.3f}. The ceiling is the score of exact predictions "
+        "of the expected losses; it needs two training runs of each subset. `trak` is damped by 5e-4 tr K."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def lds_peers() -> str:
+    content, own = read_results("lds_peers"), read_results("lds")["results"]
+    rows: list[Row] = [("setting", "checkpoints", "method", "default damping", "best damping")]
+    shown = set()
+    for row in content["results"]:
+        place = row["setting"], row["runs"], row["last"]
+        checkpoints = _describe_index({**row, "preconditioner": "none"})
+        if place not in shown:
+            shown.add(place)
+            for ours in own:
+                if (ours["setting"], ours["runs"], ours["last"]) == place and ours["steps"]:
+                    name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
+                    for score in ("tracin", "fisher", "gauss-newton"):
+                        if score in ours:
+                            figure = _format_interval(ours[score])
+                            rows.append((row["setting"], checkpoints, f"{name}, {score}", figure, "–"))
+        if "failed" in row:
+            rows.append((row["setting"], checkpoints, row["method"], "fails", "–"))
+            continue
+        best = _format_interval(row["best"]) if row["best_fraction"] else "–"
+        rows.append((row["setting"], checkpoints, row["method"], _format_interval(row["default"]), best))
+    scope = (
+        "linear datamodeling scores on the same checkpoints, subsets and queries. The best damping of a library is "
+        "the best of four, chosen by the score itself; – where the default is best or no other was tried. EK-FAC and "
+        "LoGra cover the Linear layers."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def removal() -> str:
+    content = read_results("removal")
+    rows: list[Row] = [("setting", "removed rows", "score", "rise of the loss", "turned wrong", "same label")]
+    for row in content["results"]:
+        figures = (f"{row['overturned']} of {row['queries']}", f"{row['same_label']:.0%}")
+        rows.append((row["setting"], str(row["k"]), row["score"], _format_interval(row["rise"]), *figures))
+    scope = (
+        "retraining without the top rows of each query: the mean rise of its loss, the queries whose label falls below "
+        "a probability of 1/2, and the share of the removed rows with the label of the query. The queries are the "
+        "first with a probability above 1/2. Index of one run, D = 1,024."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
