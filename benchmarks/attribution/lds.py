@@ -48,6 +48,7 @@ VARIANTS = {
     "dattri LR": (Variant(), Variant(runs=10, last=True)),
     "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True), Variant(runs=10)),
     "GPT": (*ALL, *ADAM),
+    "LR, 3 epochs": ALL[:2],
     "MLP, cosine": ALL[:2],
     "MLP, momentum": ALL[:2],
     "MLP, weight decay": ALL[:2],

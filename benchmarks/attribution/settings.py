@@ -266,7 +266,8 @@ SETTINGS = {
         Training(0.01, 64, (2, 5, 10, 15, 20, 30, 40, 50), momentum=0.9, drop_last=False),
         truth_seeds=1,
     ),
-    # Other optimizers and schedules of the MLP.
+    # A short run, and other optimizers and schedules of the MLP.
+    "LR, 3 epochs": Setting(make_linear, compute_loss, _FLAT, Training(0.1, 64, (1, 2, 3)), truth_seeds=3),
     "MLP, cosine": replace(_MLP, training=Training(0.2, 64, _EIGHT, schedule="cosine"), truth_seeds=3),
     "MLP, momentum": replace(_MLP, training=Training(0.01, 64, _EIGHT, momentum=0.9), truth_seeds=3),
     "MLP, weight decay": replace(_MLP, training=Training(0.1, 64, _EIGHT, weight_decay=5e-3), truth_seeds=3),
