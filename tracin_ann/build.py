@@ -401,7 +401,7 @@ class BuildJob:
         task = self.runner.task
         steps = tuple(checkpoint.steps for checkpoint in task.checkpoints)
         default: ScoreName = "tracin"
-        if all(count is not None for count in steps):
+        if all(checkpoint.steps is not None for checkpoint in task.checkpoints if checkpoint.largest_rate):
             default = "gauss-newton" if task.loss_is_nll else "fisher"
         return ScoreRecord(default, steps, tuple(checkpoint.run for checkpoint in task.checkpoints), task.loss_is_nll)
 

@@ -375,13 +375,19 @@ class InfluenceIndex:
         """
         options = options or QueryOptions()
         name = self.name_score(options)
-        for option, given in (("--exact", options.exact), ("--rerank exact", options.rerank == "exact")):
-            if given and name in DAMPED_SCORES:
-                what, remedy = f"{option} computes exact TracInCP", "use --score tracin, or --rerank stored"
-                raise UsageError(problem(what, got=f"the score {name}", expected="tracin", remedy=remedy))
-        if options.tokens and name != "tracin":
-            what, remedy = "--tokens splits TracInCP scores", "use --score tracin"
-            raise UsageError(problem(what, got=f"the score {name}", expected="tracin", remedy=remedy))
+        unprojected = {
+            "--exact": options.exact,
+            "--rerank exact": options.rerank == "exact",
+            "--tokens": options.tokens,
+        }
+        for option, is_given in unprojected.items():
+            if is_given and name not in ("tracin", *CURVATURES):
+                what, expected = f"{option} needs a score over all parameters", " or ".join(("tracin", *CURVATURES))
+                remedy = f"remove {option}, or use another --score"
+                raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
+        if options.damping is not None and name not in DAMPED_SCORES:
+            what, expected = "--damping has no effect", f"--score {' or '.join(DAMPED_SCORES)}"
+            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy="remove it"))
         return self.score_maker.make(name, options.damping)
 
     @cached_property

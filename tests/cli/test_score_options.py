@@ -16,7 +16,8 @@ from pages import Page
 from paths import ROOT, SUPPORT
 from tasks.toy import CONFIG, RATES, Toy, make_rows, make_toy_task, save_checkpoints
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.analysis import find_hubs, find_mislabelled, select
+from tracin_ann.analysis import explain, find_hubs, find_mislabelled, select
+from tracin_ann.cli.explain import main as explain_command
 from tracin_ann.cli.hubs import main as hubs_command
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.mislabelled import main as mislabelled_command
@@ -112,6 +113,26 @@ def test_analyses_use_the_score(folder: Path, index: InfluenceIndex) -> None:
     assert [json.loads(text)["row"] for text in line.stdout.splitlines()] == [suspect.row for suspect in ranked]
 
 
+@pytest.mark.parametrize("score", ["tracin", "fisher", "gauss-newton"])
+def test_an_explanation_splits_the_exact_score(folder: Path, index: InfluenceIndex, score: str) -> None:
+    options = QueryOptions(k=2, score=score, rerank="exact")  # type: ignore[arg-type]
+    (answer,) = index.query([3], options=options)
+    for hit in answer.hits:
+        found = explain(index, hit.row, 3, score=score)  # type: ignore[call-overload]
+        assert found.score == pytest.approx(hit.score, rel=1e-4)
+        assert found.stored_score == pytest.approx(hit.stored_score, rel=1e-5)
+    words = ("--train-id", answer.hits[0].row, "--id", 3, "--score", score, "--format", "jsonl")
+    lines = [json.loads(line) for line in run(folder, explain_command, *words).stdout.splitlines()]
+    assert sum(line["contribution"] for line in lines) == pytest.approx(answer.hits[0].score, rel=1e-4)
+    assert [line["layer"] for line in lines] == ["first", "first", "second", "second"] * len(RATES)
+
+
+def test_explanations_of_normalised_rows_are_refused(folder: Path) -> None:
+    refused = run(folder, explain_command, "--train-id", 1, "--id", 0, "--score", "trackstar")
+    assert refused.exit_code == 2
+    assert "needs a score over all parameters: got the score trackstar" in " ".join(refused.stderr.split())
+
+
 def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: InfluenceIndex) -> None:
     words = ("--self-influence", "--score", "fisher", "-k", 4, "--format", "jsonl")
     lines = [json.loads(line) for line in run(folder, query_command, *words).stdout.splitlines()]
@@ -124,9 +145,9 @@ def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: Influenc
     ("words", "message"),
     [
         (("--damping", "-1"), "bad --damping: got -1.0, expected a finite number above 0"),
-        (("--score", "tracin", "--damping", "1"), "--damping has no effect: got --score tracin"),
+        (("--score", "tracin", "--damping", "1"), "--damping has no effect: got the score tracin"),
         (("--score", "fisher", "--cosine"), "two scores: got --cosine and --score fisher"),
-        (("--score", "fisher", "--tokens"), "score fisher"),
+        (("--score", "trackstar", "--tokens"), "--tokens needs a score over all parameters"),
         (("--self-influence", "--damping", "1"), "--self-influence ranks all training rows: got --damping"),
     ],
 )

@@ -59,6 +59,18 @@ def test_candidates_are_all_combinations(index: InfluenceIndex) -> None:
     assert list_candidates(index, ("cosine",), checkpoints=(0,)) == [Candidate("cosine", None, (0,))]
 
 
+def test_the_last_checkpoint_of_every_run_is_a_candidate(folder: Path) -> None:
+    task = make_task(folder)
+    first, second = (replace(c, run="a") for c in task.checkpoints)
+    (folder / "other.pt").write_bytes(Path(first.path).read_bytes())
+    other = replace(first, path=folder / "other.pt", run="b")
+    runs = replace(task, checkpoints=[first, second, other])
+    build(runs, folder / "runs", BuildConfig(dim=16, device="cpu", index="flat"))
+    index = InfluenceIndex.open(folder / "runs", runs, device="cpu")
+    assert list_candidates(index, ("tracin",)) == [Candidate("tracin"), Candidate("tracin", None, (1, 2))]
+    assert list_candidates(index, ("tracin",), checkpoints=(2, 1)) == [Candidate("tracin", None, (2, 1))]
+
+
 def test_lds_is_that_of_spearman_for_every_candidate(
     index: InfluenceIndex, retraining: Retraining, by_lds: Comparison
 ) -> None:
@@ -144,7 +156,7 @@ def test_without_retraining_the_rules_are_recommended(folder: Path) -> None:
     assert found.lines == (
         (
             "recommendation",
-            "--score gauss-newton, damping 1 / (learning rate × steps), all 2 checkpoints, D = 64, "
+            "--score gauss-newton, damping 0.0667 (1 / (learning rate × steps)), all 2 checkpoints, D = 64, "
             "by rule and not by retraining",
         ),
     )
@@ -212,6 +224,8 @@ def test_the_command_needs_no_folder_for_tail_patches(folder: Path) -> None:
         (["--ids", str(QUERIES)], 2, "no such row in query_data"),
         (["-k", str(N)], 2, "bad -k: got 60"),
         (["--subsets", "2"], 2, "--subsets"),
+        (["--damping", "0", "--retrained", "NEW", "--seeds", "1"], 2, "bad --damping: got 0.0"),
+        (["--checkpoints", "2", "--retrained", "NEW"], 2, "bad --checkpoints"),
         (["--fraction", "1", "--retrained", "NEW"], 2, "bad --fraction"),
         (["--retrained", "NEW", "--seeds", "1"], 1, "got a task without retrain"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tracin_ann.errors import (
 from tracin_ann.evaluation import Retraining, draw_subsets
 from tracin_ann.evaluation.retraining import HEADER
 from tracin_ann.features import RunOptions, TaskRunner
+from tracin_ann.files import atomic_path
 
 SUBSETS = draw_subsets(np.arange(N), 3)
 SEEDS = (0, 4)
@@ -70,7 +72,7 @@ def test_losses_are_those_of_models_trained_on_the_subsets(tmp_path: Path) -> No
     for m, rows in enumerate(SUBSETS):
         for s, seed in enumerate(SEEDS):
             np.testing.assert_allclose(found[m, s], losses_by_hand(rows.tolist(), seed, tmp_path), rtol=1e-5)
-    assert recorder.calls == [(rows.tolist(), seed) for rows in SUBSETS for seed in SEEDS]
+    assert sorted(recorder.calls) == sorted((rows.tolist(), seed) for rows in SUBSETS for seed in SEEDS)
     assert seen[-1] == ("retrained models", 6, 6)
 
 
@@ -87,6 +89,21 @@ def test_an_interrupted_run_continues_with_the_missing_models(tmp_path: Path) ->
     assert sorted(path.suffix for path in folder.iterdir()) == [".json"] + [".npy"] * 6
 
 
+def test_processes_share_the_models_of_a_folder(tmp_path: Path) -> None:
+    """A second run that starts before the first one has ended trains nothing again."""
+    task, recorder, other = make_task(tmp_path), Recorder(), Recorder()
+    units = [(rows, seed) for rows in SUBSETS for seed in SEEDS]
+
+    def start_another(rows: Sequence[int], seed: int, out: Path) -> None:
+        recorder(rows, seed, out)
+        if len(recorder.calls) == 1:
+            open_folder(replace(task, retrain=other), tmp_path / "truth").measure(SUBSETS[1:], SEEDS)
+
+    found = open_folder(replace(task, retrain=start_another), tmp_path / "truth").measure(SUBSETS, SEEDS)
+    assert len(recorder.calls) + len(other.calls) <= len(units) + 1
+    assert np.array_equal(found, open_folder(task, tmp_path / "whole").measure(SUBSETS, SEEDS))
+
+
 def test_a_complete_folder_needs_no_retrain_and_serves_some_of_its_queries(tmp_path: Path) -> None:
     folder = tmp_path / "truth"
     whole = open_folder(make_task(tmp_path), folder).measure(SUBSETS, SEEDS)
@@ -94,6 +111,30 @@ def test_a_complete_folder_needs_no_retrain_and_serves_some_of_its_queries(tmp_p
     assert np.array_equal(some.measure(SUBSETS, SEEDS), whole[:, :, [7, 2]])
     with pytest.raises(TaskError, match="got a task without retrain, expected Task.retrain"):
         some.measure(SUBSETS, [9])
+
+
+def test_checkpoints_of_the_tasks_own_form_are_loaded_like_those_of_the_task(tmp_path: Path) -> None:
+    """A folder that `Task.load` reads, and an entry of a file that `Checkpoint.key` names."""
+    plain = make_task(tmp_path)
+    expected = open_folder(plain, tmp_path / "plain").measure(SUBSETS, [3])
+
+    def load(model: torch.nn.Module, path: str) -> None:
+        file = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
+        model.load_state_dict(torch.load(file, weights_only=True))
+
+    def write_folder(rows: Sequence[int], seed: int, out: Path) -> None:
+        out.mkdir()
+        train(rows, seed, out / "weights.pt")
+
+    folders = replace(plain, load=load, retrain=write_folder)
+    assert np.array_equal(open_folder(folders, tmp_path / "folders").measure(SUBSETS, [3]), expected)
+
+    def write_entry(rows: Sequence[int], seed: int, out: Path) -> None:
+        train(rows, seed, out)
+        torch.save({"ema": torch.load(out, weights_only=True)}, out)
+
+    keyed = replace(plain, checkpoints=[replace(c, key="ema") for c in plain.checkpoints], retrain=write_entry)
+    assert np.array_equal(open_folder(keyed, tmp_path / "keyed").measure(SUBSETS, [3]), expected)
 
 
 def test_rows_in_any_order_are_one_subset(tmp_path: Path) -> None:
@@ -133,7 +174,10 @@ def test_other_folders_files_and_versions_are_refused(tmp_path: Path) -> None:
     for path in (other, other / "notes.txt"):
         with pytest.raises(UsageError, match="is not a folder of retrained losses"):
             open_folder(task, path)
-    open_folder(task, tmp_path / "truth")
+    (tmp_path / "truth").mkdir()
+    with atomic_path(tmp_path / "truth" / HEADER) as temporary:  # of another process that starts now
+        open_folder(task, tmp_path / "truth")
+        temporary.write_bytes((tmp_path / "truth" / HEADER).read_bytes())
     header = json.loads((tmp_path / "truth" / HEADER).read_text())
     (tmp_path / "truth" / HEADER).write_text(json.dumps(header | {"version": 2}))
     with pytest.raises(UsageError, match="of version 2, expected tracin_ann retraining of version 1"):
@@ -185,3 +229,10 @@ def test_invalid_queries_are_rejected(tmp_path: Path, ids: list[int], message: s
     with pytest.raises(UsageError, match=message):
         open_folder(make_task(tmp_path), tmp_path / "truth", ids)
     assert not (tmp_path / "truth").exists()
+
+
+def test_data_that_changes_when_it_is_read_is_not_compared(tmp_path: Path) -> None:
+    task = make_task(tmp_path, query_data=lambda: [(torch.rand(5), 0) for _ in range(3)])
+    runner = TaskRunner(task, RunOptions(torch.device("cpu"), allow_random_data=True))
+    for _ in range(2):
+        Retraining.open(runner, tmp_path / "truth", [0, 2])

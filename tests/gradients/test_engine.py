@@ -179,6 +179,25 @@ def test_one_loss_of_a_batch_may_depend_on_a_parameter_that_the_others_do_not():
     run_batches(Late(), [make_examples(4), one, make_examples(4)], loss)
 
 
+class Twice(Positions):
+    """A layer whose weight is also used outside of its calls, which no layer rule covers."""
+
+    def forward(self, x):
+        return super().forward(x) + (x @ self.inner.weight.T).mean(1)[:, :4]
+
+
+@pytest.mark.parametrize("row", [0, 20, 39])
+def test_one_row_of_a_large_batch_with_a_loss_above_zero_verifies_the_gradients(row):
+    """All gradients of the other rows are zero, and every method is correct for them."""
+
+    def loss(model, batch):
+        x, y, weight = batch
+        return cross_entropy(model, (x, y)) * weight
+
+    batch = [(*example, float(i == row)) for i, example in enumerate(make_examples(40))]
+    assert run_batches(Twice(), [batch], loss)[0]["inner.weight"] == VMAP
+
+
 class SequenceFirst(Positions):
     def forward(self, x):
         return self.head(torch.tanh(self.inner(x.transpose(0, 1)))).mean(0)

@@ -308,13 +308,14 @@ def test_options_that_contradict_each_other_are_refused(index: InfluenceIndex) -
     for changes, message in (
         ({"score": "nonsense"}, "bad --score: got nonsense"),
         ({"score": "fisher", "cosine": True}, "two scores"),
-        ({"score": "tracin", "damping": 0.1}, "--damping has no effect"),
         ({"score": "fisher", "damping": 0.0}, "bad --damping: got 0.0"),
         ({"damping": float("nan")}, "bad --damping"),
     ):
         with pytest.raises(UsageError, match=message):
             QueryOptions(**changes)  # type: ignore[arg-type]
     assert QueryOptions(score="cosine") == QueryOptions(cosine=True)
+    with pytest.raises(UsageError, match="--damping has no effect: got the score tracin"):
+        index.query([0], options=QueryOptions(score="tracin", damping=0.1))
 
 
 def test_other_rows_and_checkpoints_without_a_rate_are_left_out(index: InfluenceIndex, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import oracle
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.cli.info import main as info
 from tracin_ann.errors import TaskError, UsageError
+from tracin_ann.operations import remove
 from tracin_ann.scoring import ranking, strategy
 from tracin_ann.scoring.exact import ExactScorer
 from tracin_ann.scoring.quality import measure_first_use
@@ -162,6 +163,47 @@ def test_a_query_reports_its_strategy_and_reaches_the_requested_recall(index: In
     assert (
         "(inverted lists do not support the score cosine)" in index.query([0], options=QueryOptions(cosine=True))[0].how
     )
+
+
+def heavy_tailed_rows(n: int, seed: int) -> list[tuple[torch.Tensor, int]]:
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.randn(n, generator=g).mul(1.5).exp()
+    return [(x * factor, label) for (x, label), factor in zip(rows(n, seed), scale, strict=True)]
+
+
+def test_a_score_with_a_curvature_matrix_finds_the_best_rows_of_an_index_with_lists(tmp_path: Path) -> None:
+    """All ten rows of both directions, by float64 solves, for queries that are not in the index; no removed row."""
+    models(tmp_path)
+    plain, steps = task(tmp_path), 300.0
+    checkpoints = [replace(checkpoint, steps=steps) for checkpoint in plain.checkpoints]
+    tailed = replace(plain, train_data=lambda: heavy_tailed_rows(N, 1), checkpoints=checkpoints, loss_is_nll=True)
+    build(tailed, tmp_path / "index", replace(CONFIG, yardstick=False))
+    (before,) = InfluenceIndex.open(tmp_path / "index", tailed, device="cpu").query([0])
+    removed = [hit.row for hit in before.hits]
+    remove(tmp_path / "index", removed)
+    index = InfluenceIndex.open(tmp_path / "index", tailed, device="cpu")
+    present, n_queries = np.setdiff1d(np.arange(N), removed), 20
+    score_QN = np.zeros((n_queries, len(present)))
+    for checkpoint, rate in enumerate((0.3, 0.1)):
+        row_ND = index.view([checkpoint]).take(present).astype(np.float64) / rate**0.5
+        query_QD = index.features("query", range(n_queries), [checkpoint]).astype(np.float64) / rate**0.5
+        p_N = np.minimum(np.exp(-index.view().store.losses([checkpoint])[present, 0].astype(np.float64)), 1 - 1e-4)
+        damped_DD = (row_ND * (p_N / (1 - p_N))[:, None]).T @ row_ND / len(present) + np.eye(128) / (rate * steps)
+        solved_QD = np.linalg.solve(damped_DD, query_QD.T).T
+        score_QN += solved_QD @ row_ND.T / np.sqrt((solved_QD * query_QD).sum(1, keepdims=True))
+    answers = index.query(range(n_queries), options=QueryOptions(k=10))
+    for answer, score_N in zip(answers, score_QN, strict=True):
+        order = present[np.argsort(-score_N)]
+        assert [hit.row for hit in answer.proponents] == order[:10].tolist()
+        assert [hit.row for hit in answer.opponents] == order[:-11:-1].tolist()
+        assert answer.score == "gauss-newton"
+        assert answer.how.endswith(
+            "exact scan of the stored rows, recall@10 1.000 (inverted lists do not support the score gauss-newton)"
+        )
+    message = "cannot be used for this query: got --search lists and the score gauss-newton, expected the score tracin"
+    with pytest.raises(UsageError, match=message):
+        index.query([0], options=QueryOptions(search="lists"))
+    assert index.query([0], options=QueryOptions(search="lists", score="tracin"))[0].how.startswith("inverted lists")
 
 
 def test_the_faster_strategy_is_chosen(index: InfluenceIndex) -> None:

@@ -28,7 +28,9 @@ FAST = ("head.weight", "head.bias", "scale")
 class Net(lightning.LightningModule):
     """A CNN with two parameter groups and a cosine schedule by step."""
 
-    def __init__(self, width: int = 4, rate: float = 0.05, groups: int = 2, named: bool = False) -> None:
+    def __init__(
+        self, width: int = 4, rate: float = 0.05, groups: int = 2, named: bool = False, sgd: bool = False
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         small = Small(width)
@@ -47,7 +49,9 @@ class Net(lightning.LightningModule):
             {"params": [pair if self.hparams.named else pair[1] for pair in parameters.items() if pair[0] not in FAST]},
         ]
         groups[1]["lr"] = slow if self.hparams.groups > 1 else rate
-        optimizer = torch.optim.Adam(groups, lr=rate)
+        optimizer = (
+            torch.optim.SGD(groups, lr=rate, momentum=0.5) if self.hparams.sgd else torch.optim.Adam(groups, lr=rate)
+        )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -302,6 +306,22 @@ def test_a_file_that_would_run_code_is_rejected(tmp_path: Path) -> None:
         {"state_dict": net.state_dict(), "global_step": 1, "hyper_parameters": {"width": Path}}, tmp_path / "a.ckpt"
     )
     assert "which weights_only=True rejects" in read_error(CheckpointError, tmp_path)
+
+
+def test_steps_of_gradient_descent_are_recorded_or_integrated(tmp_path: Path, run: tuple[Path, Rates]) -> None:
+    used = fit(tmp_path / "own", TracInCallback(folder=tmp_path / "record"), net=Net(sgd=True)).used
+    # Momentum 1/2 doubles each step.
+    total = 2 * sum(max(each) for each in used.values())
+    recorded = make_task(tmp_path / "record").checkpoints
+    assert [c.steps for c in recorded] == [pytest.approx(total / c.largest_rate) for c in recorded]
+    # Steps 3, 6 and 8 of the files, with the rates of the next steps.
+    saved = make_task(tmp_path / "own").checkpoints
+    rate_C = [c.largest_rate for c in saved]
+    area = 3 * rate_C[0] + 3 * (rate_C[0] + rate_C[1]) / 2 + 2 * (rate_C[1] + rate_C[2]) / 2
+    assert [c.steps for c in saved] == [pytest.approx(2 * area / rate, rel=1e-9) for rate in rate_C]
+    assert 2 * area == pytest.approx(total, rel=0.2)
+    assert {c.steps for c in make_task(tmp_path / "own", learning_rates=[0.1] * 3).checkpoints} == {None}
+    assert {c.steps for c in make_task(run[0]).checkpoints} == {None}
 
 
 def test_a_recorded_run_gives_brute_force_scores_with_the_rates_of_its_last_steps(tmp_path: Path) -> None:

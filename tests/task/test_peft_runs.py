@@ -378,6 +378,16 @@ def test_a_list_of_folders_and_one_folder_are_runs(runs):
         Task.from_transformers(adapter.folders, adapter.run.records, rates="sum")
 
 
+def test_a_run_of_gradient_descent_has_steps_and_a_list_of_folders_has_none(runs, tmp_path):
+    records, folder = runs["lora"].run.records, copy_run(runs["lora"], tmp_path / "run")
+    for path in folder.glob("checkpoint-*"):
+        torch.save(torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.5).state_dict(), path / "optimizer.pt")
+    task = Task.from_transformers(folder, records, rates="sum")
+    assert [c.steps * c.learning_rate for c in task.checkpoints] == [pytest.approx(sum(runs["lora"].run.used) * 2)] * 3
+    listed = Task.from_transformers([folder / f"checkpoint-{step}" for step in STEPS], records)
+    assert {c.steps for c in listed.checkpoints} == {None}
+
+
 def test_a_classifier_over_a_language_model(tmp_path):
     # The base model has no classification head; the adapter saves it.
     base = trainer_runs.make_model("llama")

@@ -326,6 +326,8 @@ def damage(content: dict[str, Any], place: tuple[Any, ...], value: object) -> No
         (("checkpoints", 1, "path"), "../a", "has path '../a', which is not below the folder"),
         (("checkpoints", 1, "path"), "tracin/a.pt", "checkpoint 1 names tracin/a.pt, which does not exist"),
         (("checkpoints", 1, "optimizer"), 3, "has path 3, which is not below the folder"),
+        (("checkpoints", 1, "momentum"), 1.0, "checkpoint 1 has momentum 1.0"),
+        (("checkpoints", 1, "momentum"), "heavy", "checkpoint 1 has momentum 'heavy'"),
         (("order",), "absent", "order names absent, which does not exist"),
     ],
 )

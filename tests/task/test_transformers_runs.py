@@ -105,6 +105,9 @@ def test_rates_are_those_of_the_scheduler_when_checkpoints_were_saved(trained, n
     assert [c.learning_rate for c in task.checkpoints] == [run.at_save[step] for step in sorted(run.at_save)]
     assert len(task.checkpoints) == UPDATES // SAVE_EVERY
     assert max(run.at_save.values()) > 0
+    # The Trainer's default is AdamW; a loss of several tokens is not -log p of one label.
+    assert {c.steps for c in task.checkpoints} == {None}
+    assert task.loss_is_nll is (True if name in ("bert", "vit") else None)
 
 
 def test_summed_rates_are_those_of_the_updates_since_the_checkpoint_before(trained):
@@ -349,7 +352,7 @@ def test_a_checkpoint_folder_is_a_run_of_one_checkpoint(trained):
 
 def test_the_record_of_a_run_has_precedence(tmp_path):
     run = trainer_runs.train(
-        "bert", tmp_path / "run", callbacks=[TracInCallback()], save_strategy="no", logging_steps=1
+        "bert", tmp_path / "run", callbacks=[TracInCallback()], save_strategy="no", logging_steps=1, optim="sgd"
     )
     record = json.loads((run.folder / "tracin.json").read_text())["checkpoints"]
     task = Task.from_transformers(run.folder, run.records)
@@ -359,6 +362,9 @@ def test_the_record_of_a_run_has_precedence(tmp_path):
     steps = [0, *(each["step"] for each in record)]
     expected = [sum(run.used[start:stop]) for start, stop in zip(steps, steps[1:], strict=False)]
     assert [c.largest_rate for c in summed.checkpoints] == pytest.approx(expected, rel=1e-6)
+    # The first update of a warm-up has rate 0.
+    counts = [pytest.approx(sum(run.used) / c.largest_rate) if c.largest_rate else None for c in task.checkpoints]
+    assert [c.steps for c in task.checkpoints] == counts and counts[-1] is not None
     load_into_model(task, 0)
 
 

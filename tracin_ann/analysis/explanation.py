@@ -14,11 +14,13 @@ from torch import nn
 
 from tracin_ann.analysis.pairs import CheckedPair, Pair, check_pair, compute_gradient
 from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation
-from tracin_ann.choices import SideName
+from tracin_ann.choices import ScoreName, SideName
+from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import (
     Describe,
     Fields,
+    QueryOptions,
     Record,
     RowList,
     TokenSplitter,
@@ -42,7 +44,8 @@ class Part:
         checkpoint: position of the checkpoint.
         layer: module that owns the parameter; for tied weights all owners, such as `tokens + head`.
         parameter: name of the parameter; for tied weights the first name.
-        contribution: η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ over the entries of this parameter.
+        contribution: η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ over the entries of this parameter, or the product with the
+            preconditioned gradient of the query.
         share: the contribution divided by the sum of the absolute contributions of all parts.
     """
 
@@ -58,7 +61,7 @@ class Explanation(RowList[Part]):
 
     Attributes:
         pair: the training row and the query.
-        score: exact TracInCP, the sum of the parts.
+        score: the exact score, the sum of the parts.
         stored_score: the score from the stored features.
     """
 
@@ -140,6 +143,8 @@ def explain(
     *,
     checkpoints: Sequence[int] | None = None,
     by: Literal["layer"] = "layer",
+    score: ScoreName | None = None,
+    damping: float | None = None,
 ) -> Explanation: ...
 
 
@@ -153,6 +158,7 @@ def explain(
     *,
     checkpoints: Sequence[int] | None = None,
     by: Literal["token"],
+    score: ScoreName | None = None,
 ) -> TokenExplanation: ...
 
 
@@ -165,11 +171,14 @@ def explain(  # noqa: PLR0913
     *,
     checkpoints: Sequence[int] | None = None,
     by: Literal["layer", "token"] = "layer",
+    score: ScoreName | None = None,
+    damping: float | None = None,
 ) -> Explanation | TokenExplanation:
     """Return the parts of the exact score of a training row for a query, by parameter or by token, and checkpoint.
 
     The gradients of both rows are computed in float32, like the exact scores of a query, and multiplied in float64:
-    Σ_c Σ_p η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4).
+    Σ_c Σ_p η_c ⟨∇_p ℓ(w_c, z), ∇_p ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4). For a score with a curvature matrix, the
+    gradient of the query is replaced by its product with the inverse, as for `rerank="exact"`.
 
     Args:
         index: an open index.
@@ -180,33 +189,44 @@ def explain(  # noqa: PLR0913
         checkpoints: positions of the checkpoints to sum over; None: all.
         by: `layer`: an Explanation, one part per parameter and checkpoint, with sums by layer. `token`: a
             TokenExplanation, one part per target position and checkpoint, for the row and for the query; this needs
-            `Task.token_losses`.
+            `Task.token_losses`, and the score `tracin`.
+        score: see QueryOptions; None: the index's default.
+        damping: of a score with a curvature matrix; None: by the automatic rule.
 
     Raises:
-        UsageError: a row or checkpoint does not exist, the training row was removed from the index, or the task has no
-            `token_losses`.
+        UsageError: a row or checkpoint does not exist, the training row was removed from the index, the task has no
+            `token_losses`, or the score cannot be split.
         TaskError: `token_losses` do not sum to the loss.
         IndexMismatchError: the task does not match the index, by a recorded field or by a canary row.
         NonFiniteError: a loss or gradient of one of the rows is NaN or infinite.
     """
+    chosen = None if checkpoints is None else tuple(checkpoints)
+    options = QueryOptions(rerank="exact", checkpoints=chosen, score=score, damping=damping)
     if by == "token":
         require_token_losses(index.task, "train")
-    checked = check_pair(index, train_id, query_id, side, checkpoints)
+        if index.name_score(options) != "tracin":
+            what, remedy = "--by token splits TracInCP scores", "use --score tracin"
+            got = f"the score {index.name_score(options)}"
+            raise UsageError(problem(what, got=got, expected="tracin", remedy=remedy))
+    checked = check_pair(index, train_id, query_id, side, options)
     split = _split_by_token if by == "token" else _split_by_parameter
     return split(index, checked, progress)
 
 
 def _split_by_parameter(index: InfluenceIndex, checked: CheckedPair, progress: ProgressCallback | None) -> Explanation:
-    pair = checked.pair
+    pair, direction_map = checked.pair, checked.score.direction_map
     products: list[tuple[int, str, str, float]] = []
     with index.runner.model("fp32") as model:
         layers = find_layers(model.module)
         for done, checkpoint in enumerate(checked.checkpoints):
             model.load(checkpoint)
             query_grads = compute_gradient(model, pair.side, pair.query_row)
-            train_grads = compute_gradient(model, "train", pair.row)
+            train_grads, factor = compute_gradient(model, "train", pair.row), model.rate
+            if direction_map is not None and model.rate > 0:
+                query_grads = direction_map.apply(model, query_grads)
+                factor = float(direction_map.weigh_rows(model, [pair.row])[0])
             for name, grad in query_grads.items():
-                product = model.rate * float(grad.flatten().double() @ train_grads[name].flatten().double())
+                product = factor * float(grad.flatten().double() @ train_grads[name].flatten().double())
                 products.append((checkpoint, layers[name], name, product))
             if progress is not None:
                 progress("gradients", done + 1, len(checked.checkpoints))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Directions, Id, compute_full_gradients
+from tracin_ann.scoring import Describe, Directions, Id, QueryOptions, Score, compute_full_gradients
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,15 @@ class CheckedPair:
 
     Attributes:
         pair: the rows.
-        stored_score: the score from their stored features.
+        score: the score that is explained.
+        stored_score: its value from their stored features.
         checkpoints: the checkpoints to sum over.
         describe: returns the description of a row, also after the examples of the side `input` are no longer lent.
         inputs: the examples of the side `input`, if the query is one of them.
     """
 
     pair: Pair
+    score: Score
     stored_score: float
     checkpoints: tuple[int, ...]
     describe: Describe
@@ -56,26 +57,27 @@ class CheckedPair:
 
 
 def check_pair(
-    index: InfluenceIndex, train_id: int, query_id: int, side: SideName, checkpoints: Sequence[int] | None
+    index: InfluenceIndex, train_id: int, query_id: int, side: SideName, options: QueryOptions
 ) -> CheckedPair:
-    """Return the pair after checks of the rows and of the task.
+    """Return the pair after checks of the rows and of the task, for the score and the checkpoints of the options.
 
     Raises:
-        UsageError: a row or checkpoint does not exist, or the training row was removed from the index.
+        UsageError: a row or checkpoint does not exist, the training row was removed from the index, or the score is not
+            defined over all parameters.
         IndexMismatchError: the task does not match the index, by a recorded field or by a canary row.
         NonFiniteError: the build skipped the training row, or a gradient of the query is NaN or infinite.
     """
-    view, runner = index.view(checkpoints), index.runner
+    chosen, runner, score = index.view(options.checkpoints).checkpoints, index.runner, index.make_score(options)
     runner.check_ids("train", [train_id])
     runner.check_ids(side, [query_id])
     _check_present(index, train_id)
     # This also computes the canary rows and rejects a task that changed.
-    query_F = index.features(side, [query_id], view.checkpoints)[0].astype(np.float64)
-    stored_score = float(view.take([train_id])[0].astype(np.float64) @ query_F)
+    query_F = score.weigh(index.features(side, [query_id], chosen), chosen).vector_QF[0].astype(np.float64)
+    stored_score = float(score.rows(chosen).take([train_id])[0].astype(np.float64) @ query_F)
     pair = Pair(index.id_of("train", train_id), train_id, index.id_of(side, query_id), query_id, side)
     inputs = runner.data(side) if side == "input" else None
     describe = partial(index.describe, examples=inputs)
-    return CheckedPair(pair, stored_score, tuple(view.checkpoints), describe, inputs)
+    return CheckedPair(pair, score, stored_score, chosen, describe, inputs)
 
 
 def compute_gradient(model: LoadedModel, side: SideName, row: int) -> Directions:

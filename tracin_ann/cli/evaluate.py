@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -23,7 +24,7 @@ from tracin_ann.cli.parameters import IdRanges
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
-    from tracin_ann.evaluation import Candidate, Comparison
+    from tracin_ann.evaluation import Candidate, Comparison, Retraining
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.types import ProgressCallback
 
@@ -97,7 +98,9 @@ def main(directory: str, form: str | None, output: str | None, **options: Any) -
     """
     with pause_collector():
         from tracin_ann.evaluation import Comparison, recommend
+        from tracin_ann.packages import import_scipy_stats
 
+    import_scipy_stats()
     dampings = [_parse_damping(word) for word in options["dampings"]]
     sink = Sink.from_options(form, output)
     protocols = _choose_protocols(options)
@@ -106,8 +109,12 @@ def main(directory: str, form: str | None, output: str | None, **options: Any) -
     with sink.open(Comparison.FIELDS) as write, show_progress("models") as progress:
         ids = _choose_queries(index, options)
         candidates = _list_candidates(index, options, dampings)
+        for candidate in candidates:
+            # A score that the index does not have is reported before models are trained.
+            index.make_score(candidate.options)
+        evaluation = _Evaluation(index, candidates, ids, options, progress)
         for protocol in protocols:
-            comparison = _compare(index, candidates, ids, protocol, options, progress)
+            comparison = evaluation.run(protocol)
             write(comparison)
             if protocol in ("lds", "leave-one-out"):
                 measured = comparison
@@ -178,37 +185,47 @@ def _parse_damping(word: str) -> float | None:
         ) from None
 
 
-def _compare(  # noqa: PLR0913
-    index: InfluenceIndex,
-    candidates: Sequence[Candidate],
-    ids: tuple[int, ...],
-    protocol: EvaluationProtocol,
-    options: Mapping[str, Any],
-    progress: ProgressCallback,
-) -> Comparison:
-    """Return the results of one protocol; models that are missing are trained."""
-    from tracin_ann.evaluation import (
-        Retraining,
-        compare_by_lds,
-        compare_by_removal,
-        compare_by_tail_patch,
-        draw_leave_one_out,
-        draw_subsets,
-    )
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is compared, on which queries, by the options of the command."""
 
-    if protocol == "tail-patch":
-        return compare_by_tail_patch(index, candidates, ids, options["k"], progress)
-    retraining, seeds = Retraining.open(index.runner, options["retrained"], ids), range(options["seeds"])
-    if protocol == "removal":
-        some = Retraining.open(index.runner, options["retrained"], _spread(ids, options["removals"]))
-        models = format_count((len(some.query_ids) * len(candidates) + 2) * len(seeds), "model")
+    index: InfluenceIndex
+    candidates: Sequence[Candidate]
+    ids: tuple[int, ...]
+    options: Mapping[str, Any]
+    progress: ProgressCallback
+
+    def run(self, protocol: EvaluationProtocol) -> Comparison:
+        """Return the results of one protocol; models that are missing are trained."""
+        from tracin_ann.evaluation import compare_by_removal, compare_by_tail_patch
+
+        k = self.options["k"]
+        if protocol == "tail-patch":
+            return compare_by_tail_patch(self.index, self.candidates, self.ids, k, self.progress)
+        retraining, seeds = self._open(self.ids), range(self.options["seeds"])
+        if protocol != "removal":
+            return self._correlate(protocol, retraining, seeds)
+        some = self._open(_spread(self.ids, self.options["removals"]))
+        models = format_count((len(some.query_ids) * len(self.candidates) + 2) * len(seeds), "model")
         print_note(f"retraining: at most {models}", err=True)
-        return compare_by_removal(index, candidates, some, options["k"], seeds, progress)
-    if protocol == "lds":
-        subsets = draw_subsets(index.present(), options["subsets"], options["fraction"])
-    else:
-        subsets = draw_leave_one_out(index.present(), options["subsets"])
-    missing = retraining.count_missing(subsets, seeds)
-    models = format_count(len(subsets) * len(seeds), "model")
-    print_note(f"retraining: {models}, {missing:,} to train", err=True)
-    return compare_by_lds(index, candidates, ids, subsets, retraining.measure(subsets, seeds, progress), protocol)
+        return compare_by_removal(self.index, self.candidates, some, k, seeds, self.progress)
+
+    def _open(self, ids: tuple[int, ...]) -> Retraining:
+        from tracin_ann.evaluation import Retraining
+
+        return Retraining.open(self.index.runner, self.options["retrained"], ids)
+
+    def _correlate(
+        self, protocol: Literal["lds", "leave-one-out"], retraining: Retraining, seeds: Sequence[int]
+    ) -> Comparison:
+        from tracin_ann.evaluation import compare_by_lds, draw_leave_one_out, draw_subsets
+
+        rows_N, n_subsets = self.index.present(), self.options["subsets"]
+        if protocol == "lds":
+            subsets = draw_subsets(rows_N, n_subsets, self.options["fraction"])
+        else:
+            subsets = draw_leave_one_out(rows_N, n_subsets)
+        models = format_count(len(subsets) * len(seeds), "model")
+        print_note(f"retraining: {models}, {retraining.count_missing(subsets, seeds):,} to train", err=True)
+        loss_MSQ = retraining.measure(subsets, seeds, self.progress)
+        return compare_by_lds(self.index, self.candidates, self.ids, subsets, loss_MSQ, protocol)

@@ -16,6 +16,7 @@ from tracin_ann.cli.index_options import (
     open_index,
     own_ids_option,
     resolve_one_position,
+    score_options,
 )
 from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import print_field_notes, show_progress
@@ -52,6 +53,7 @@ _MAX_COLUMNS, _MAX_TOKENS = 6, 40
     help="One line of the table per layer, per parameter, or per token of both rows (needs Task.token_losses).",
 )
 @checkpoints_option
+@score_options
 @own_ids_option
 @output_options
 @html_option
@@ -82,6 +84,8 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
             progress,
             checkpoints=options["checkpoints"],
             by="token" if by == "token" else "layer",
+            score="cosine" if options["cosine"] else options["score"],
+            damping=options["damping"],
         )
     if sink.form == "table":
         _print_token_tables(explanation) if by == "token" else _print_table(explanation, by)

@@ -119,17 +119,21 @@ def list_candidates(
     dampings: Sequence[float | None] = (None,),
     checkpoints: tuple[int, ...] | None = None,
 ) -> list[Candidate]:
-    """Return every combination of score, damping (if the score has one), and all checkpoints or the last alone.
+    """Return every combination of score, damping (if the score has one), and all checkpoints or the last of each run.
 
     Args:
         index: an open index.
         scores: the scores.
         dampings: λ; None: by the automatic rule.
         checkpoints: positions of the checkpoints to use; None: all.
+
+    Raises:
+        UsageError: a checkpoint is out of range.
     """
-    rates = [checkpoint.learning_rate for checkpoint in index.manifest.build.spec.checkpoints]
-    used = [c for c in (range(len(rates)) if checkpoints is None else checkpoints) if rates[c] > 0]
-    sets = [checkpoints, *([(max(used),)] if len(used) > 1 else [])]
+    spec, record = index.manifest.build.spec, index.manifest.score
+    used = [c for c in sorted(index.view(checkpoints).checkpoints) if spec.checkpoints[c].learning_rate > 0]
+    last = tuple({"" if record is None else record.runs[c]: c for c in used}.values())
+    sets = [checkpoints, last] if len(last) < len(used) else [checkpoints]
     return [
         Candidate(score, damping, chosen)
         for score in dict.fromkeys(scores)
@@ -187,7 +191,8 @@ def compare_by_removal(
         TaskError: a model is missing and the task has no `retrain`; see `Retraining.measure`.
     """
     results = []
-    for name, candidate, row_QK in _rank_rows(index, candidates, retraining.query_ids, k):
+    # All rows are ranked before the first model is trained.
+    for name, candidate, row_QK in list(_rank_rows(index, candidates, retraining.query_ids, k)):
         found = measure_removal(retraining, index.present(), row_QK, seeds, progress)
         overturned = found.n_overturned if index.task.loss_is_nll else None
         rise = found.rise

@@ -27,7 +27,8 @@ class Estimate:
         mean: the mean.
         interval: its 95% interval.
         value_Q: the value of each query, float64 [Q].
-        resampled_R: the means of the bootstrap resamples, float64 [R]. Estimates with as many queries and subsets have
+        resampled_R: the means of the bootstrap resamples, float64 [R], shifted so that their mean is `mean`: a resample
+            has fewer distinct values, which lowers rank correlations. Estimates with as many queries and subsets have
             the same resamples, so the differences of their means are paired.
     """
 
@@ -35,6 +36,13 @@ class Estimate:
     interval: tuple[float, float]
     value_Q: Float64
     resampled_R: Float64
+
+    @classmethod
+    def make(cls, value_Q: Float64, resampled_R: Float64) -> Estimate:
+        """Return the estimate with these means of resamples, which are not shifted yet."""
+        mean = float(value_Q.mean())
+        shifted_R = resampled_R + (mean - resampled_R.mean())
+        return cls(mean, _find_interval(shifted_R), value_Q, shifted_R)
 
     def compare(self, other: Estimate) -> tuple[float, float]:
         """Return the 95% interval of the difference `self.mean - other.mean` on the same queries and subsets."""
@@ -48,7 +56,7 @@ def estimate_mean(value_Q: Float64, resamples: int = RESAMPLES) -> Estimate:
         MissingPackageError: SciPy is not installed.
     """
     resampled_R = _resample((len(value_Q),), lambda chosen_Q: float(value_Q[chosen_Q].mean()), resamples)
-    return Estimate(float(value_Q.mean()), _find_interval(resampled_R), value_Q, resampled_R)
+    return Estimate.make(value_Q, resampled_R)
 
 
 def correlate(predicted_MQ: Float64, true_MQ: Float64, resamples: int = RESAMPLES) -> Estimate:
@@ -87,7 +95,7 @@ def correlate(predicted_MQ: Float64, true_MQ: Float64, resamples: int = RESAMPLE
     # Values and queries are resampled independently of each other.
     resampled_R = _resample(true_MQ.shape, mean_correlation, resamples)
     value_Q = correlate_ranks(rankdata(predicted_MQ, axis=0), rankdata(true_MQ, axis=0))
-    return Estimate(float(value_Q.mean()), _find_interval(resampled_R), value_Q, resampled_R)
+    return Estimate.make(value_Q, resampled_R)
 
 
 def correlate_ranks(rank_MQ: Float64, other_MQ: Float64) -> Float64:

@@ -79,7 +79,7 @@ def _describe(index: InfluenceIndex, candidate: Candidate) -> str:
     if candidate.damping is not None:
         words.append(f"--damping {candidate.damping:g}")
     elif curvature is not None:
-        words.append(f"damping {index.score_maker.damp(curvature).rule}")
+        words.append(_describe_damping(index, candidate, curvature))
     chosen = candidate.checkpoints
     words.append(f"all {len(spec.checkpoints)} checkpoints" if chosen is None else f"checkpoints {_join(chosen)}")
     return ", ".join([*words, f"D = {spec.sketch.dim}"])
@@ -92,7 +92,7 @@ def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
         return []
     spec, lines = index.manifest.build.spec, []
     damping = index.score_maker.damp(curvature, candidate.damping)
-    chosen = range(len(spec.checkpoints)) if candidate.checkpoints is None else candidate.checkpoints
+    chosen = _list_checkpoints(index, candidate)
     largest = max(damping.curvatures[c].effective_dimension(damping.damping_C[c]) for c in chosen)
     if spec.sketch.dim < ENOUGH * largest:
         lines.append(
@@ -102,7 +102,9 @@ def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
                 f"a build with --dim {_round_up(ENOUGH * largest)} would score better",
             )
         )
-    if candidate.damping is None and any(index.score_maker.steps[c] is None for c in chosen):
+    if candidate.damping is None and any(
+        index.score_maker.steps[c] is None and spec.checkpoints[c].learning_rate > 0 for c in chosen
+    ):
         lines.append(
             (
                 "warning",
@@ -111,6 +113,20 @@ def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
             )
         )
     return lines
+
+
+def _describe_damping(index: InfluenceIndex, candidate: Candidate, curvature: CurvatureName) -> str:
+    """Return λ of the automatic rule, or the smallest and the largest over the checkpoints, and the rule."""
+    damping = index.score_maker.damp(curvature)
+    used = [damping.damping_C[c] for c in _list_checkpoints(index, candidate)]
+    ends = dict.fromkeys(f"{value:.3g}" for value in (min(used), max(used)))
+    return f"damping {' to '.join(ends)} ({damping.rule})"
+
+
+def _list_checkpoints(index: InfluenceIndex, candidate: Candidate) -> Sequence[int]:
+    """Return the positions of the checkpoints with a learning rate above 0."""
+    checkpoints = index.manifest.build.spec.checkpoints
+    return [c for c in index.view(candidate.checkpoints).checkpoints if checkpoints[c].learning_rate > 0]
 
 
 def _find_curvature(candidate: Candidate) -> CurvatureName | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from tracin_ann.evaluation.subsets import digest_rows
 from tracin_ann.features import TaskRunner, data_digest, model_digest
 from tracin_ann.files import (
     atomic_write,
+    is_temporary,
     make_directory,
     open_regular,
     read_array,
@@ -49,7 +51,7 @@ class RetrainingHeader:
         format: `FORMAT`.
         version: `VERSION`.
         train_rows: number of rows of train_data.
-        train_data: digest of train_data.
+        train_data: digest of train_data; `random` if its rows change when they are read twice.
         model: digest of the model's layers.
         query_ids: positions of the queries in query_data, in the order of the losses.
         query_data: digest of these queries.
@@ -102,7 +104,7 @@ class Retraining:
             stored = _read_header(path)
             _check_header(path, stored, ids, runner)
             return cls(runner, path, ids, stored.query_ids)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not is_temporary(entry) for entry in path.iterdir())):
             raise UsageError(
                 problem(
                     f"{path} is not a folder of retrained losses",
@@ -120,6 +122,8 @@ class Retraining:
     ) -> Float64:
         """Return the losses of the queries after retraining on each subset with each seed; missing ones are computed.
 
+        Missing models are trained in random order, so that several processes can share the work of a folder.
+
         Args:
             subsets: M arrays of positions in train_data.
             seeds: S seeds, which `Task.retrain` gets.
@@ -134,23 +138,23 @@ class Retraining:
             NonFiniteError: a loss is NaN or infinite.
             DamagedIndexError: a file of the folder is damaged.
         """
-        report = progress or ignore_progress
-        loss_MSQ = np.empty((len(subsets), len(seeds), len(self.query_ids)))
-        for at, (m, s) in enumerate(np.ndindex(loss_MSQ.shape[:2])):
-            loss_MSQ[m, s] = self._measure_one(subsets[m], seeds[s])
-            report("retrained models", at + 1, len(subsets) * len(seeds))
-        return loss_MSQ
+        report, units = progress or ignore_progress, [(rows, seed) for rows in subsets for seed in seeds]
+        missing = [unit for unit in units if not self._path(*unit).exists()]
+        random.SystemRandom().shuffle(missing)
+        for done, (rows, seed) in enumerate(missing, start=len(units) - len(missing) + 1):
+            # Another process, or an equal subset, may have finished it.
+            if not self._path(rows, seed).exists():
+                self._retrain(rows, seed)
+            report("retrained models", done, len(units))
+        loss_UQ = np.array([self._read(rows, seed) for rows, seed in units])
+        return loss_UQ.reshape(len(subsets), len(seeds), -1)
 
     def count_missing(self, subsets: Sequence[Int64], seeds: Sequence[int]) -> int:
         """Return how many models `measure` would train."""
         return sum(not self._path(rows, seed).exists() for rows in subsets for seed in seeds)
 
-    def _measure_one(self, rows: Int64, seed: int) -> Float64:
+    def _read(self, rows: Int64, seed: int) -> Float64:
         path = self._path(rows, seed)
-        if not path.exists():
-            loss_Q = self._retrain(rows, seed)
-            with atomic_write(path) as file:
-                save_array(file, loss_Q)
         with report_damage(path, f"{len(self._stored_ids)} losses", "delete the file"), open_regular(path) as file:
             stored_Q = read_array(file, os.fstat(file.fileno()).st_size)
             if stored_Q.dtype != np.float64 or stored_Q.shape != (len(self._stored_ids),):
@@ -161,8 +165,8 @@ class Retraining:
     def _path(self, rows: Int64, seed: int) -> Path:
         return self.folder / f"{digest_rows(rows)}-{seed}.npy"
 
-    def _retrain(self, rows: Int64, seed: int) -> Float64:
-        """Train a model and return the losses of all queries of the folder."""
+    def _retrain(self, rows: Int64, seed: int) -> None:
+        """Train a model and keep the losses of all queries of the folder."""
         task = self._runner.task
         if task.retrain is None:
             raise TaskError(
@@ -197,7 +201,8 @@ class Retraining:
                     remedy="correct Task.retrain, or leave out this query",
                 )
             )
-        return loss_Q
+        with atomic_write(self._path(rows, seed)) as file:
+            save_array(file, loss_Q)
 
 
 def compute_query_losses(runner: TaskRunner, checkpoint: Path, query_ids: Sequence[int]) -> Float64:
@@ -212,18 +217,22 @@ def compute_query_losses(runner: TaskRunner, checkpoint: Path, query_ids: Sequen
 
 
 def _make_header(runner: TaskRunner, query_ids: Sequence[int]) -> RetrainingHeader:
-    n_rows, queries = runner.n_rows("train"), _Queries(runner, query_ids)
+    n_rows = runner.n_rows("train")
     with runner.model() as model:
         layers = model_digest(model.module)
     return RetrainingHeader(
         FORMAT,
         VERSION,
         n_rows,
-        runner.data_digest(n_rows),
+        "random" if runner.options.allow_random_data else runner.data_digest(n_rows),
         layers,
         tuple(query_ids),
-        data_digest(queries, len(query_ids), runner.task.collate_rows, "query_data"),
+        "random" if runner.options.allow_random_data else _digest_queries(runner, query_ids),
     )
+
+
+def _digest_queries(runner: TaskRunner, query_ids: Sequence[int]) -> str:
+    return data_digest(_Queries(runner, query_ids), len(query_ids), runner.task.collate_rows, "query_data")
 
 
 class _Queries:

@@ -14,7 +14,7 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.types import Int64
 
 FRACTION = 0.5
-"""Share of the rows in a subset (Park et al. 2023, section 2.2)."""
+"""Share of the rows in a subset (Park et al. 2023)."""
 
 
 def draw_subsets(row_N: Int64, n: int, fraction: float = FRACTION, seed: int = 0) -> list[Int64]:

@@ -1,7 +1,7 @@
 """Tail patch: the fall of a query's loss after one gradient step on one of its proponents.
 
 The score of a good proponent predicts that a step on it, from the last checkpoint, lowers the loss of the query (Chang
-et al. 2024, "Scalable Influence and Fact Tracing for Large Language Model Pretraining", section 5.2). No model is
+et al. 2024, "Scalable Influence and Fact Tracing for Large Language Model Pretraining"). No model is
 retrained.
 
 Shapes: Q queries, K proponents of each.

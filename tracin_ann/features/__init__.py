@@ -22,7 +22,7 @@ from tracin_ann.features.canaries import (
     write_canaries,
 )
 from tracin_ann.features.compatibility import IndexTask, check_spec, load_index_task
-from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, find_nonfinite, squared_norms
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, find_nonfinite, group_by_rows, squared_norms
 from tracin_ann.features.fingerprint import (
     checkpoint_specs,
     data_digest,
@@ -59,6 +59,7 @@ __all__ = [
     "data_digest",
     "draw_places",
     "find_nonfinite",
+    "group_by_rows",
     "library_versions",
     "load_index_task",
     "measure_row_seconds",

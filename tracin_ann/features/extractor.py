@@ -250,30 +250,30 @@ def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, dev
         device: the device of the result.
     """
     total = torch.zeros(batch, dtype=torch.float64, device=device)
-    parts = list(_group_by_rows(forms))
-    for first, last, uses in parts:
+    parts = list(group_by_rows(forms))
+    for _, first, last, uses in parts:
         total[first:last] += squared_norm(uses)
     far = (~(torch.isfinite(total) & (total > _LEAST_SQUARE))).nonzero().flatten()
     if len(far):
         total[far] = 0
-        for first, last, uses in parts:
+        for _, first, last, uses in parts:
             rows = far[(far >= first) & (far < last)]
             if len(rows):
                 total[rows] += squared_norm([convert(form[rows - first], torch.float64) for form in uses])
     return total
 
 
-def _group_by_rows(forms: dict[tuple[str, int, int], list[Form]]) -> Iterator[tuple[int, int, list[Form]]]:
-    """Yield (start, stop, forms): all forms of one parameter for the same rows; they add up to its gradient."""
+def group_by_rows(forms: dict[tuple[str, int, int], list[Form]]) -> Iterator[tuple[str, int, int, list[Form]]]:
+    """Yield (name, start, stop, forms): all forms of one parameter for the same rows; they add up to its gradient."""
     by_name: dict[str, list[tuple[int, int, Form]]] = defaultdict(list)
     for (name, first, last), uses in forms.items():
         by_name[name] += [(first, last, form) for form in uses]
-    for uses_of in by_name.values():
+    for name, uses_of in by_name.items():
         cuts = sorted({cut for first, last, _ in uses_of for cut in (first, last)})
         for start, stop in itertools.pairwise(cuts):
             parts = [form[start - first : stop - first] for first, last, form in uses_of if first <= start < last]
             if parts:
-                yield start, stop, parts
+                yield name, start, stop, parts
 
 
 def concatenate_rows(parts: Sequence[FeatureRows]) -> FeatureRows:

@@ -53,6 +53,8 @@ from tracin_ann.task import (
 )
 
 logger = logging.getLogger(__name__)
+_PROBED = 32
+"""Largest number of rows of a side whose losses the probes compute."""
 _MOST_BATCHES_WITHOUT_GRADIENT = 16
 """Batches of rows, spread over the data, that are tried before an error says that no loss reaches a parameter."""
 _PROBE_TOLERANCE = 1e-5
@@ -391,7 +393,7 @@ class LoadedModel:
             TaskError: the data or the loss break the contract; the message names the cause and a fix.
         """
         data, engine = self.runner.data(side), self.engine(side)
-        ids = range(min(self.runner.options.batch_size, len(data)))
+        ids = range(min(self.runner.options.batch_size, _PROBED, len(data)))
         if not self.runner.options.allow_random_data:
             with preserve_globals():
                 probe_examples(data, side, ids, self.runner.task.collate_rows)
@@ -400,15 +402,15 @@ class LoadedModel:
         batch = engine.batch(ids, [data[i] for i in ids])
         if self.runner.options.on_nonfinite == "skip":
             batch = self._replace_nonfinite(side, batch)
-        probe_losses(engine, batch, self.checkpoint)
+        chosen = probe_losses(engine, batch, self.checkpoint)
         try:
-            engine.choose_methods(batch)
+            engine.choose_methods(chosen)
             self._verify_spread_rows(side)
         except GradientProofError:
             # If the examples of a batch interact, no gradient method is right, and the probe reports that cause.
-            probe_gradients(engine, batch)
+            probe_gradients(engine, chosen)
             raise
-        probe_gradients(engine, batch)
+        probe_gradients(engine, chosen)
 
     def _verify_spread_rows(self, side: SideName) -> None:
         """Verify gradients on rows spread over a side if no loss of the first batch reaches a parameter.

@@ -24,8 +24,8 @@ from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout, WriteBehin
 from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Int64, ProgressCallback
 
-MOST_UNEVEN = 64
-"""The largest number of rows of the most uneven batch that are recorded for the audit."""
+FEWEST_UNEVEN, MOST_UNEVEN = 8, 64
+"""Limits of the number of rows of the most uneven batch that are recorded for the audit: a quarter of the batch."""
 SIDES: tuple[SideName, ...] = ("train", "query")
 # A partition that stays in memory takes at most this share of the memory for rows.
 _MEMORY_SHARE = 0.5
@@ -42,9 +42,9 @@ class ExtractionResult:
         canaries: the canaries of both sides.
         plan: the gradient method of each parameter at checkpoint 0.
         rows: number of rows × checkpoints computed.
-        uneven: (row, checkpoint) pairs of the batch with the most uneven example sizes: at most 64 of its rows, those
-            furthest from its median size first. Empty if this run computed nothing; batches of earlier, interrupted
-            runs do not count.
+        uneven: (row, checkpoint) pairs of the batch with the most uneven example sizes: a quarter of its rows, but from
+            8 to 64, those furthest from its median size first. Empty if this run computed nothing; batches of earlier,
+            interrupted runs do not count.
     """
 
     canaries: tuple[Canaries, ...]
@@ -241,4 +241,5 @@ class _MostUnevenBatch:
         sizes = read.sizes or (0,) * len(read.ids)
         middle = sorted(sizes)[len(sizes) // 2]
         order = sorted(range(len(sizes)), key=lambda i: -abs(sizes[i] - middle))
-        return tuple((read.ids[i], checkpoint) for i in order[:MOST_UNEVEN])
+        most = min(MOST_UNEVEN, max(FEWEST_UNEVEN, len(order) // 4))
+        return tuple((read.ids[i], checkpoint) for i in order[:most])

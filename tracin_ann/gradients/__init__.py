@@ -16,12 +16,14 @@ from tracin_ann.gradients.factors import (
     Outer,
     Rows,
     Sink,
+    batch_size,
     column_blocks,
     convert,
     form_dtype,
     inner_where,
     materialise,
     squared_norm,
+    weighted_sums,
 )
 from tracin_ann.gradients.plan import METHODS, NONE, Plan
 from tracin_ann.gradients.probes import (
@@ -53,6 +55,7 @@ __all__ = [
     "Scratch",
     "Sink",
     "allocate",
+    "batch_size",
     "channels_last",
     "column_blocks",
     "convert",
@@ -69,4 +72,5 @@ __all__ = [
     "replace_nonfinite",
     "require_grad",
     "squared_norm",
+    "weighted_sums",
 ]

@@ -33,11 +33,13 @@ class PlainGradients:
     """Autograd's gradients of a scalar or of weighted sums of losses.
 
     Attributes:
+        value: the scalar or the losses, detached.
         gradients: by parameter, of a scalar, or [K, ...] of weighted sums; zeros for a parameter that is not reached.
         reached: by parameter, whether the values depend on it.
         half: whether the values were computed in half precision.
     """
 
+    value: Tensor
     gradients: list[Tensor]
     reached: list[bool]
     half: bool
@@ -79,7 +81,7 @@ def plain_gradients(
         for p, each in zip(parameters, zip(*rounds, strict=True), strict=True)
     ]
     gradients = [each[0] if weighting is None else torch.stack(each) for each in dense]
-    return PlainGradients(gradients, [grad is not None for grad in rounds[0]], half)
+    return PlainGradients(value.detach(), gradients, [grad is not None for grad in rounds[0]], half)
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

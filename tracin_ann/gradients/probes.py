@@ -14,12 +14,15 @@ from tracin_ann.gradients.proof import check_finite
 from tracin_ann.task import EXAMPLES, Task, encode_content
 
 _ROWS_READ_TWICE = 16
+# Rows whose losses and gradients are compared with those of each row alone.
 _ROWS_ALONE = 3
 # Relative tolerances of one loss computed twice, and of a loss and a gradient alone and in the batch.
 _SAME_LOSS = 1e-5
 _MIXED_LOSS = 1e-3
 _MIXED_GRADIENT = 2e-2
-_HALF_PRECISION_FACTOR = 50.0
+# In half precision, tolerances are multiplied by these factors.
+_HALF_LOSS = 50.0
+_HALF_GRADIENT = 10.0
 logger = logging.getLogger(__name__)
 
 
@@ -91,18 +94,23 @@ def probe_description(task: Task, example: Any, side: str) -> None:
             ) from error
 
 
-def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
+def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> Batch:
     """Check the losses: one per example, finite, deterministic, and a function of the example alone.
+
+    Returns:
+        The rows of the batch with the largest losses, to verify the gradients.
 
     Raises:
         TaskError: the loss breaks this contract.
         NonFiniteError: a loss is NaN or infinite.
     """
-    first, second = engine.loss_values(batch), engine.loss_values(batch)
-    check_finite(first, batch.ids, checkpoint)
-    scale = float(first.abs().mean()) + float(first.abs().max()) * 1e-3
-    factor = _tolerance_factor(engine, batch)
-    if float((first - second).abs().max()) > _SAME_LOSS * factor * max(scale, 1e-6):
+    loss_B = engine.loss_values(batch)
+    check_finite(loss_B, batch.ids, checkpoint)
+    chosen = engine.select_rows(batch, loss_B)
+    first = loss_B if chosen is batch else engine.loss_values(chosen)
+    second = engine.loss_values(chosen)
+    scale = max(float(loss_B.abs().mean()) + float(loss_B.abs().max()) * 1e-3, 1e-6)
+    if not _is_within(float((first - second).abs().max()), _SAME_LOSS * scale, _HALF_LOSS, engine, chosen):
         raise TaskError(
             problem(
                 "the loss is random",
@@ -113,7 +121,8 @@ def probe_losses(engine: GradientEngine, batch: Batch, checkpoint: int) -> None:
         )
     if len(batch) > 1:
         for i in range(min(_ROWS_ALONE, len(batch))):
-            _compare_alone(engine, batch, i, float(first[i]), _MIXED_LOSS * factor * max(scale, 1e-6))
+            _compare_alone(engine, batch, i, float(loss_B[i]), _MIXED_LOSS * scale)
+    return chosen
 
 
 def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
@@ -124,12 +133,12 @@ def probe_gradients(engine: GradientEngine, batch: Batch) -> None:
     """
     if len(batch) < 2:  # noqa: PLR2004
         return
-    tolerance = _MIXED_GRADIENT * max(_tolerance_factor(engine, batch) / 5, 1.0)
-    for i in range(min(_ROWS_ALONE, len(batch))):
-        _, alone = engine.compute_alone(batch, i)
-        _, together = engine.compute_in_batch(batch, i)
+    few = engine.batch(batch.ids[:_ROWS_ALONE], batch.examples[:_ROWS_ALONE])
+    for i in range(len(few)):
+        _, alone = engine.compute_alone(few, i)
+        _, together = engine.compute_in_batch(few, i)
         error, norm = float((alone - together).norm()), float(together.norm())
-        if error > tolerance * norm + 1e-6:
+        if not _is_within(error - 1e-6, _MIXED_GRADIENT * norm, _HALF_GRADIENT, engine, few):
             got = (
                 f"a gradient that differs by {error / max(norm, 1e-300):.2g} of its norm from that of the example alone"
             )
@@ -143,7 +152,7 @@ def _compare_alone(engine: GradientEngine, batch: Batch, i: int, together: float
     except (RuntimeError, ValueError, IndexError) as error:
         got = f"an error for the example alone ({first_line(error)})"
         raise TaskError(_describe_mixed(batch, i, got)) from error
-    if not abs(alone - together) <= tolerance:
+    if not _is_within(abs(alone - together), tolerance, _HALF_LOSS, engine, batch):
         got = f"a loss of {together:.6g} in a batch of {len(batch)} examples but {alone:.6g} alone"
         raise TaskError(_describe_mixed(batch, i, got))
 
@@ -157,8 +166,9 @@ def _describe_mixed(batch: Batch, i: int, got: str) -> str:
     )
 
 
-def _tolerance_factor(engine: GradientEngine, batch: Batch) -> float:
-    return _HALF_PRECISION_FACTOR if engine.is_half_precision(batch) else 1.0
+def _is_within(error: float, tolerance: float, half_factor: float, engine: GradientEngine, batch: Batch) -> bool:
+    """Return whether an error is at most a tolerance, which is multiplied by a factor in half precision."""
+    return error <= tolerance or (error <= half_factor * tolerance and engine.is_half_precision(batch))
 
 
 def replace_nonfinite(engine: GradientEngine, batch: Batch) -> tuple[Batch, tuple[int, ...]] | None:

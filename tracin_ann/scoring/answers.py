@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from tracin_ann.choices import DAMPED_SCORES, SCORES, SEARCHES, ScoreName, Search, SideName
+from tracin_ann.choices import SCORES, SEARCHES, ScoreName, Search, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.store import RowFilter
 
@@ -109,16 +109,9 @@ class QueryOptions:
         if self.cosine or self.score == "cosine":
             object.__setattr__(self, "score", "cosine")
             object.__setattr__(self, "cosine", True)
-        if self.damping is None:
-            return
-        if not 0 < self.damping < math.inf:
+        if self.damping is not None and not 0 < self.damping < math.inf:
             expected, remedy = "a finite number above 0", "change --damping"
             raise UsageError(problem("bad --damping", got=self.damping, expected=expected, remedy=remedy))
-        if self.score not in (None, *DAMPED_SCORES):
-            expected = f"--score {' or '.join(DAMPED_SCORES)}"
-            raise UsageError(
-                problem("--damping has no effect", got=f"--score {self.score}", expected=expected, remedy="remove it")
-            )
 
 
 class Hit(NamedTuple):

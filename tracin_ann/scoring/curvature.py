@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ from tracin_ann.types import Float32, Float64, Int64
 
 _MOST_ROWS = 65_536
 """Rows of the sample. The error of K falls as 1 / √M; it is small if M is several times the effective dimension."""
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 8192, 1 << 23
+"""Rows, and numbers of rows, that are in memory at a time."""
 _TRACE_FRACTION = 5e-4
 """λ as a fraction of tr K, where the number of steps is not known."""
 _LARGEST_P = 1 - 1e-4
@@ -243,8 +244,10 @@ class CurvatureSource:
     def _blocks(self, checkpoint: int) -> Iterator[tuple[int, Float64]]:
         """Yield (place of the first row in the sample, stored rows [B, D] in float64) of a checkpoint."""
         view = self.store.view([checkpoint])
-        for start in range(0, len(self._sample_M), _ROWS_AT_ONCE):
-            yield start, view.take(self._sample_M[start : start + _ROWS_AT_ONCE]).astype(np.float64)
+        # An even number, so that places in a block are even where places in the sample are.
+        n_rows = max(2, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // view.dim) // 2 * 2)
+        for start in range(0, len(self._sample_M), n_rows):
+            yield start, view.take(self._sample_M[start : start + n_rows]).astype(np.float64)
 
     def weigh_rows(self, name: CurvatureName, checkpoint: int, rows_M: Int64) -> Float64:
         """Return the weights w [M] of rows.
@@ -268,14 +271,3 @@ class CurvatureSource:
         p_M = np.minimum(np.exp(-np.maximum(loss_M, 0)), _LARGEST_P)
         weight_M: Float64 = p_M / (1 - p_M) if name == "gauss-newton" else (1 - p_M) ** -2
         return weight_M
-
-
-class SolverCache:
-    """The solvers of the last dampings of one curvature per checkpoint."""
-
-    def __init__(self, curvatures: Sequence[Curvature]) -> None:
-        self._curvatures = curvatures
-        self.find = lru_cache(maxsize=4 * max(1, len(curvatures)))(self._factorise)
-
-    def _factorise(self, checkpoint: int, damping: float, start: int, stop: int) -> Solver:
-        return self._curvatures[checkpoint].factorise(damping, slice(start, stop))

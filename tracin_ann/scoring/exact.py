@@ -1,8 +1,8 @@
-"""Exact TracInCP without projection: scores of given rows against given queries, and self-influence.
+"""Exact scores without projection: of given rows against given queries, and self-influence.
 
-Σ_c η_c ⟨∇ℓ(w_c, z), ∇ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4) over all chosen parameters. The full gradients of the
-queries are the directions. The forward and backward of a row runs once for all of its queries, and the inner products
-are computed from the factors of the row's gradient.
+TracInCP is Σ_c η_c ⟨∇ℓ(w_c, z), ∇ℓ(w_c, z')⟩ (Pruthi et al. 2020, eq. 4) over all chosen parameters. The full gradients
+of the queries are the directions; a preconditioner replaces them by others. The forward and backward of a row runs once
+for all of its queries, and the inner products are computed from the factors of the row's gradient.
 
 Shapes: N rows, Q queries, G weighted sums of queries, B batch, P parameters.
 """
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
-from tracin_ann.features import LoadedModel, TaskRunner, squared_norms
+from tracin_ann.features import LoadedModel, TaskRunner, group_by_rows, squared_norms
 from tracin_ann.gradients import Form, Outer, Sink, form_dtype, inner_where, materialise
 from tracin_ann.types import Float64, Int64
 
@@ -46,6 +47,20 @@ class Queries:
     def __len__(self) -> int:
         """Return the number of directions: G, or Q."""
         return len(self.ids) if self.mixture_GQ is None else len(self.mixture_GQ)
+
+
+class DirectionMap(Protocol):
+    """A linear map of gradients of queries, at each checkpoint, for a score that is not TracInCP."""
+
+    @property
+    def summary(self) -> str:
+        """Return the map in a few words for users, after it was applied."""
+
+    def apply(self, model: LoadedModel, directions: Directions) -> Directions:
+        """Return the directions [Q, P] by parameter for gradients of queries at the loaded checkpoint."""
+
+    def weigh_rows(self, model: LoadedModel, rows: Sequence[int]) -> Float64:
+        """Return the factors [N] of the inner products of training rows with the directions."""
 
 
 Mask = npt.NDArray[np.bool_]
@@ -84,16 +99,19 @@ def make_exact_scorer(
     queries: Queries,
     checkpoints: Sequence[int],
     progress: Callable[[int], None] | None = None,
+    direction_map: DirectionMap | None = None,
 ) -> Iterator[ExactScorer]:
     """Yield a scorer for these queries; it computes their gradients once, however often it is called."""
     with runner.model("fp32") as model:
-        yield ExactScorer(model, queries, checkpoints, progress)
+        yield ExactScorer(model, queries, checkpoints, progress, direction_map)
 
 
 class ExactScorer:
-    """Exact TracInCP scores of rows against given queries, over given checkpoints; see `exact_scores`.
+    """Exact scores of rows against given queries, over given checkpoints; see `exact_scores`.
 
     `progress` is called with the number of finished rows; each row counts once per checkpoint and block of queries.
+    With a map of the directions, the score is the sum over checkpoints of its products, without η_c, and it is applied
+    to each example's gradient before gradients are mixed.
     """
 
     def __init__(
@@ -102,8 +120,10 @@ class ExactScorer:
         queries: Queries,
         checkpoints: Sequence[int],
         progress: Callable[[int], None] | None,
+        direction_map: DirectionMap | None = None,
     ) -> None:
         self.model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
+        self._map = direction_map
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         self._block_queries = max(1, _DIRECTION_BYTES // entries)
         self._caches = len(checkpoints) * len(queries) * entries <= _DIRECTION_BYTES
@@ -123,30 +143,39 @@ class ExactScorer:
         order_N = np.lexsort((requested_QN.sum(0), requested_QN.argmax(0)))
         for rate, block, directions, exponent_Q in self.blocks():
             chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
-            products_QN = _compute_inner_products(
+            products_QN = compute_inner_products(
                 self.model,
                 directions,
                 [rows[i] for i in chosen_N],
                 requested_QN[block][:, chosen_N],
                 self._progress,
             )
+            products_QN *= self.weigh_rows([rows[i] for i in chosen_N])
             scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
         scores_QN[~requested_QN] = 0
         _check_finite(scores_QN, rows)
         return scores_QN
 
+    def weigh_rows(self, rows: Sequence[int]) -> Float64:
+        """Return the factors [N] of the inner products of these training rows at the loaded checkpoint."""
+        return (
+            np.ones(len(rows)) if self._map is None or self.model.rate == 0 else self._map.weigh_rows(self.model, rows)
+        )
+
     def blocks(self) -> Iterator[tuple[float, slice, Directions, Int64]]:
         """Load one checkpoint after another, and yield blocks of queries at each.
 
         Yields:
-            η_c; the place of the block; its scaled directions; the exponents [Q] that undo the scaling.
+            η_c, or 1 with a map of the directions; the place of the block; its scaled directions; the exponents [Q]
+            that undo the scaling.
         """
         for checkpoint in self._checkpoints:
             if self.model.checkpoint != checkpoint:
                 self.model.load(checkpoint)
+            rate = self.model.rate if self._map is None else float(self.model.rate > 0)
             for first in range(0, len(self._queries), self._block_queries):
                 yield (
-                    self.model.rate,
+                    rate,
                     slice(first, first + self._block_queries),
                     *self._load_directions(checkpoint, first),
                 )
@@ -164,15 +193,20 @@ class ExactScorer:
     def _compute_directions(self, first: int) -> Directions:
         side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
         if mixture_GQ is None:
-            return compute_full_gradients(self.model, side, ids[first : first + self._block_queries])
+            return self._compute_each(side, ids[first : first + self._block_queries])
         total: Directions = {}
         for start in range(0, len(ids), self._block_queries):
             chosen = slice(start, start + self._block_queries)
             weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._block_queries, chosen]))
-            for name, direction in compute_full_gradients(self.model, side, ids[chosen]).items():
+            for name, direction in self._compute_each(side, ids[chosen]).items():
                 mixed = weight_GQ.to(direction) @ direction
                 total[name] = total[name] + mixed if name in total else mixed
         return total
+
+    def _compute_each(self, side: SideName, ids: Sequence[int]) -> Directions:
+        """Return the directions of examples."""
+        gradients = compute_full_gradients(self.model, side, ids)
+        return gradients if self._map is None or self.model.rate == 0 else self._map.apply(self.model, gradients)
 
 
 def scale_in_place(directions: Directions) -> Int64:
@@ -226,12 +260,33 @@ def compute_full_gradients(model: LoadedModel, side: SideName, ids: Sequence[int
     return directions
 
 
-def _compute_inner_products(
+def collect_forms(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Iterator[tuple[str, slice, list[Form]]]:
+    """Yield the gradients of examples at the loaded checkpoint, batch after batch.
+
+    Yields:
+        a parameter's name; places of consecutive examples in `ids`; forms that add up to their gradients.
+    """
+    forms: dict[tuple[str, int, int], list[Form]] = {}
+
+    def start() -> Sink:
+        # A batch starts again when its gradients have to be verified again.
+        forms.clear()
+        return lambda name, form, rows: forms.setdefault((name, rows.start, rows.stop), []).append(form)
+
+    done = 0
+    for batch in model.batches(side, ids):
+        model.engine(side).run(batch, start)
+        for name, first, last, uses in group_by_rows(forms):
+            yield name, slice(done + first, done + last), uses
+        done += len(batch)
+
+
+def compute_inner_products(
     model: LoadedModel,
     directions: Directions,
     ids: Sequence[int],
     requested_QN: Mask,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> Float64:
     """Return the inner products [Q, N] of rows' gradients with the directions that are requested for them."""
     products = [torch.zeros(0, len(requested_QN), dtype=torch.float64)]

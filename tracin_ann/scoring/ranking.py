@@ -152,7 +152,7 @@ class Ranker:
         if request.options.exact:
             n_rows = self.store.layout.n_rows
             rows = np.arange(n_rows, dtype=np.int64) if request.allowed is None else request.allowed
-            with self._open_scorer(request) as scorer:
+            with self._open_scorer(request, self.progress) as scorer:
                 ranked, starts = _join(_score_exactly(scorer, [rows] * n_queries))
             counts = np.full(n_queries, 2 * len(rows))
             strategy = Strategy(self.index, "exact scores of all rows")
@@ -168,7 +168,10 @@ class Ranker:
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
             ranked, starts = self._rescore(request, vectors, *_pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
-        how = "; ".join(text for text in (request.score.summary, strategy.how) if text)
+        is_exact = request.options.exact or request.options.rerank == "exact"
+        direction_map = request.score.direction_map if is_exact else None
+        full = "" if direction_map is None else f"exact scores with the {direction_map.summary}"
+        how = "; ".join(text for text in (request.score.summary, strategy.how, full) if text)
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
         hits = self._make_hits(request, each, vectors, *_select_best(ranked, starts, request.options.k))
         hits = self._split_hits(request, hits) if request.options.tokens else hits
@@ -230,7 +233,7 @@ class Ranker:
     ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
         """Return the hits with their exact scores by token."""
         rows = [[hit.row for hit in (*best, *worst)] for best, worst in hits]
-        with make_exact_scorer(self.runner, request.queries(), request.checkpoints) as scorer:
+        with self._open_scorer(request) as scorer:
             parts = [iter(of_query) for of_query in split_scores(scorer, rows)]
         return [
             tuple(tuple(hit._replace(tokens=tuple(next(own).tolist())) for hit in side) for side in sides)  # type: ignore[misc]
@@ -264,7 +267,7 @@ class Ranker:
         if not request.n_against or not len(rows_N) or not (request.options.exact or request.options.rerank != "none"):
             return np.zeros((0, len(rows_N)))
         if request.options.exact or request.options.rerank == "exact":
-            with make_exact_scorer(self.runner, request.queries(sets_apart=True), request.checkpoints) as scorer:
+            with self._open_scorer(request, sets_apart=True) as scorer:
                 return scorer.scores(rows_N.tolist())
         row_NF = request.score.rows(request.checkpoints).take(rows_N)
         # Not matrix products, after which NumPy's threads delay the next operations.
@@ -292,7 +295,7 @@ class Ranker:
         stored = self._score_stored(request, vectors, rows.rows_N, starts)
         if request.options.rerank == "stored":
             return stored, starts
-        with self._open_scorer(request) as scorer:
+        with self._open_scorer(request, self.progress) as scorer:
             return _join(self._score_in_rounds(request, _split(stored, starts), scorer))
 
     def _score_stored(
@@ -323,10 +326,12 @@ class Ranker:
         """Return exact scores of the candidates that could be among the hits.
 
         The first round covers the candidates of the largest stored scores. The second covers those whose stored score
-        plus its error bar reaches the k-th exact score. Without error bars, the first round covers all.
+        plus its error bar reaches the k-th exact score. Without error bars, and for scores with a curvature matrix over
+        all parameters, which differs from that of the sketches, the first round covers all.
         """
         k = request.options.k
-        first = [_select_largest(scored, _FIRST * k) for scored in stored]
+        is_same = request.score.direction_map is None
+        first = [_select_largest(scored, _FIRST * k if is_same else len(scored.rows_N)) for scored in stored]
         exact = _score_exactly(scorer, [scored.rows_N[chosen] for scored, chosen in zip(stored, first, strict=True)])
         second = [
             _select_uncertain(scored, chosen, done.score_N, k)
@@ -344,12 +349,15 @@ class Ranker:
             for scored, a, b, one, other in zip(stored, exact, rest, first, second, strict=True)
         ]
 
-    def _open_scorer(self, request: QueryRequest) -> AbstractContextManager[ExactScorer]:
-        return make_exact_scorer(self.runner, request.queries(), request.checkpoints, self.progress)
+    def _open_scorer(
+        self, request: QueryRequest, progress: Callable[[int], None] | None = None, *, sets_apart: bool = False
+    ) -> AbstractContextManager[ExactScorer]:
+        queries = request.queries(sets_apart=sets_apart)
+        return make_exact_scorer(self.runner, queries, request.checkpoints, progress, request.score.direction_map)
 
 
 def _score_exactly(scorer: ExactScorer, rows: Sequence[Int64]) -> list[ScoredRows]:
-    """Return exact TracInCP of each query's rows; a row of several queries is run once."""
+    """Return exact scores of each query's rows; a row of several queries is run once."""
     union = np.unique(np.concatenate(rows))
     places = [np.searchsorted(union, r) for r in rows]
     requested_QN = np.zeros((len(rows), len(union)), dtype=bool)

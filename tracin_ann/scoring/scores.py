@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.choices import CurvatureName, ScoreName
-from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver, SolverCache
+from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver
+from tracin_ann.scoring.exact import DirectionMap
+from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvatures
 from tracin_ann.store import (
     FeatureStore,
     FeatureView,
@@ -36,7 +38,8 @@ from tracin_ann.store import (
 )
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
-Part = npt.NDArray[np.floating]
+_DAMPINGS = 2
+"""Dampings whose factorised matrices are in memory: 12 D² bytes for each checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +102,10 @@ class Score(Protocol):
     def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
         """Return the vectors for queries with these features over the checkpoints."""
 
+    @property
+    def direction_map(self) -> DirectionMap | None:
+        """Return the map of unprojected gradients of queries for exact scores; None: exact scores are TracInCP."""
+
 
 @dataclass(frozen=True)
 class TracInScore:
@@ -107,6 +114,7 @@ class TracInScore:
     store: FeatureStore
     name: ScoreName = "tracin"
     summary: str = ""
+    direction_map: DirectionMap | None = None
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the stored rows."""
@@ -125,6 +133,7 @@ class CosineScore:
     rates: Sequence[float]
     name: ScoreName = "cosine"
     summary: str = ""
+    direction_map: DirectionMap | None = None
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the rows with parts of norm 1."""
@@ -168,10 +177,24 @@ class ScoreMaker:
             return CosineScore(store, rates)
         if name == "trackstar":
             return TrackStarScore(store, rates, self.damp("fisher", damping))
-        return PreconditionedScore(name, store, rates, self.damp(name, damping), len(self.source.rows_N))
+        return PreconditionedScore(
+            name, store, rates, self.damp(name, damping), len(self.source.rows_N), self._full_curvatures
+        )
+
+    @cached_property
+    def _full_curvatures(self) -> FullCurvatures:
+        return FullCurvatures(self.source)
 
     def damp(self, name: CurvatureName, damping: float | None = None) -> Damping:
         """Return the curvature of every checkpoint with its damping; arguments and errors as of `make`."""
+        return self._find_damping(name, damping)
+
+    @cached_property
+    def _find_damping(self) -> Callable[[CurvatureName, float | None], Damping]:
+        """Return `_damp`, which keeps its last results: they contain the factorised matrices."""
+        return lru_cache(maxsize=_DAMPINGS)(self._damp)
+
+    def _damp(self, name: CurvatureName, damping: float | None) -> Damping:
         curvatures, rates = self.load(name), self.source.rates
         if damping is not None:
             return Damping(curvatures, [damping] * len(rates), f"{damping:g}")
@@ -215,14 +238,13 @@ class Damping:
     damping_C: Sequence[float]
     rule: str
 
-    def __post_init__(self) -> None:
-        """Make the cache of factorised matrices."""
-        object.__setattr__(self, "_solvers", SolverCache(self.curvatures))
+    @cached_property
+    def solver(self) -> Callable[[int, int, int], Solver]:
+        """Return a function that factorises the block of K_c + λ_c I of entries start..stop-1, each once."""
+        return cache(self._factorise)
 
-    def solver(self, checkpoint: int, start: int, stop: int) -> Solver:
-        """Return the solver with the block of K_c + λ_c I of entries start..stop-1."""
-        found: Solver = self._solvers.find(checkpoint, self.damping_C[checkpoint], start, stop)  # type: ignore[attr-defined]
-        return found
+    def _factorise(self, checkpoint: int, start: int, stop: int) -> Solver:
+        return self.curvatures[checkpoint].factorise(self.damping_C[checkpoint], slice(start, stop))
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +257,7 @@ class PreconditionedScore:
         rates: η_c of all checkpoints.
         damping: the curvature and its damping.
         n_rows: N, the training rows that answers may contain.
+        full_curvatures: for exact scores.
     """
 
     name: CurvatureName
@@ -242,11 +265,17 @@ class PreconditionedScore:
     rates: Sequence[float]
     damping: Damping
     n_rows: int
+    full_curvatures: FullCurvatures
 
     @property
     def summary(self) -> str:
         """Return the name and where the damping comes from."""
         return f"score {self.name}, damping {self.damping.rule}"
+
+    @property
+    def direction_map(self) -> ExactPreconditioner:
+        """Return the map by the inverse of the curvature over all parameters."""
+        return ExactPreconditioner(self.name, self.damping.damping_C, self.full_curvatures)
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the stored rows."""
@@ -290,6 +319,7 @@ class TrackStarScore:
     rates: Sequence[float]
     damping: Damping
     name: ScoreName = "trackstar"
+    direction_map: DirectionMap | None = None
 
     @property
     def summary(self) -> str:

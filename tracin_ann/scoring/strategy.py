@@ -63,7 +63,8 @@ def choose_strategy(
         _check_lists_not_required(record, options, unsupported)
         if not unsupported:
             return Strategy(index, _SCAN)
-        return Strategy(scan, f"{_SCAN} (inverted lists do not support {unsupported})" if record.calibration else _SCAN)
+        how = f"{_SCAN}, recall@10 1.000 (inverted lists do not support {unsupported})" if record.calibration else _SCAN
+        return Strategy(scan, how)
     if options.search == "scan":
         return Strategy(scan, f"{_SCAN}, as requested")
     target = options.recall if options.recall is not None else calibration.target
@@ -109,7 +110,7 @@ def _check_lists_not_required(record: IndexRecord, options: QueryOptions, unsupp
         problem(
             "inverted lists cannot be used for this query",
             got=f"{option} and {unsupported}" if unsupported else f"{option} for an index of kind {record.kind}",
-            expected="inner products over all checkpoints" if unsupported else "an index of kind ivf",
+            expected="the score tracin over all checkpoints" if unsupported else "an index of kind ivf",
             remedy="remove the option: an exact scan finds all rows",
         )
     )

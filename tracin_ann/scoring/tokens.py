@@ -235,7 +235,11 @@ def split_scores(scorer: ExactScorer, rows: Sequence[Sequence[int]]) -> list[lis
         for at, (total, each, exponent) in enumerate(zip(totals[block], rows[block], exponent_Q, strict=True)):
             if each:
                 parts = splitter.split(each, select_direction(directions, at))
-                total[:] = [one + np.ldexp(rate * part_T, exponent) for one, part_T in zip(total, parts, strict=True)]
+                factors = rate * scorer.weigh_rows(each)
+                total[:] = [
+                    one + np.ldexp(factor * part_T, exponent)
+                    for one, part_T, factor in zip(total, parts, factors, strict=True)
+                ]
     return totals
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tracin_ann.choices import SideName
 from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.task.integrations.param_groups import find_largest_rate
 from tracin_ann.task.nested import default_batch
 
 # Examples of the functions of a Task, for error messages.
@@ -244,7 +245,8 @@ class Task:
             train_data=open_train,
             query_data=open_train if query_data is None else open_query,
             checkpoints=[
-                Checkpoint(saved.path, saved.rates, saved.second_moments, STATE_DICT) for saved in run.checkpoints
+                Checkpoint(saved.path, saved.rates, saved.second_moments, STATE_DICT, saved.steps)
+                for saved in run.checkpoints
             ],
             **fields,
         )
@@ -393,7 +395,8 @@ class Checkpoint:
             `model`, `state_dict` or `model_state_dict`.
         steps: the number of optimizer updates of the whole run (not only those before the checkpoint), from which the
             damping of scores with a curvature matrix follows. With a learning-rate schedule, Σ_t η_t / η_c, the
-            number of updates at this checkpoint's rate with the same sum of rates. None: not known.
+            number of updates at this checkpoint's rate with the same sum of rates; with momentum β, divided by 1 − β.
+            None: not known.
         run: the name of the training run, if the checkpoints are of several runs.
     """
 
@@ -459,7 +462,7 @@ class Checkpoint:
     @property
     def largest_rate(self) -> float:
         """Return the learning rate, or the largest one of a mapping."""
-        return max(self.learning_rate.values()) if isinstance(self.learning_rate, Mapping) else self.learning_rate
+        return find_largest_rate(self.learning_rate)
 
     def rates_of(self, parameter_names: Iterable[str]) -> dict[str, float]:
         """Return the learning rate of each of these parameters, by name.
@@ -546,6 +549,7 @@ class Checkpoint:
             UsageError: `rates` has another value.
         """
         from tracin_ann.task.integrations.run_record import (  # noqa: PLC0415 - only for such runs
+            derive_steps,
             read_run_record,
             select_rates,
         )
@@ -553,9 +557,10 @@ class Checkpoint:
         if rates not in ("at", "sum"):
             raise UsageError(problem("bad rates", got=repr(rates), expected="'at' or 'sum'", remedy="change rates"))
         record = read_run_record(folder)
+        selected = select_rates(record, summed=rates == "sum")
         return [
-            cls(record.folder / checkpoint.path, rate, checkpoint.optimizer and record.folder / checkpoint.optimizer)
-            for checkpoint, rate in zip(record.checkpoints, select_rates(record, summed=rates == "sum"), strict=True)
+            cls(record.folder / each.path, rate, each.optimizer and record.folder / each.optimizer, steps=steps)
+            for each, rate, steps in zip(record.checkpoints, selected, derive_steps(record, selected), strict=True)
         ]
 
 

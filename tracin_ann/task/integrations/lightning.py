@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +27,17 @@ from tracin_ann.task.integrations.param_groups import (
     SavedOptimizer,
     collect_rates,
     compact_rates,
+    count_steps,
     find_common_rate,
+    find_largest_rate,
     is_optimizer_state,
     map_saved_names,
     match_names_in_order,
+    read_momentum,
     read_optimizer_state,
     read_rate,
 )
-from tracin_ann.task.integrations.run_record import has_run_record, read_run_record
+from tracin_ann.task.integrations.run_record import RunCheckpoint, has_run_record, read_run_record
 from tracin_ann.task.state_dicts import read_content, select_entry
 
 STATE_DICT = "state_dict"
@@ -64,11 +68,12 @@ class LightningRun:
 
 @dataclass(frozen=True)
 class LightningCheckpoint:
-    """A `.ckpt` file, its learning rates, and the file of Adam's second moments, if they were saved."""
+    """A `.ckpt` file, its learning rates, the file of Adam's second moments, if they were saved, and its steps."""
 
     path: Path
     rates: Rate
     second_moments: Path | None
+    steps: float | None
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,14 @@ class _Saved:
         path: the file.
         content: its entries; their tensors are mapped.
         step: number of optimizer steps.
-        rates: its learning rates, from the record of the run; None: not recorded.
+        entry: its entry in the record of the run; None: not recorded.
         moments: the file of Adam's second moments, from the record of the run; None: not recorded.
     """
 
     path: Path
     content: Mapping[str, Any]
     step: int
-    rates: Rate | None = None
+    entry: RunCheckpoint | None = None
     moments: Path | None = None
 
     @property
@@ -95,9 +100,16 @@ class _Saved:
         states = self.content.get("optimizer_states")
         return states if isinstance(states, list) and all(map(is_optimizer_state, states)) else []
 
-    def with_rates(self, rates: Rate) -> LightningCheckpoint:
-        """Return the checkpoint with these learning rates."""
-        return LightningCheckpoint(self.path, rates, self.moments or (self.path if self.states else None))
+    @property
+    def momentum(self) -> float | None:
+        """Return the momentum of gradient descent; None: another optimizer, or several, or not known."""
+        if self.entry is not None:
+            return self.entry.momentum
+        return read_momentum(self.states[0]) if len(self.states) == 1 else None
+
+    def with_rates(self, rates: Rate, steps: float | None) -> LightningCheckpoint:
+        """Return the checkpoint with these learning rates and steps."""
+        return LightningCheckpoint(self.path, rates, self.moments or (self.path if self.states else None), steps)
 
 
 def read_lightning_run(
@@ -122,6 +134,7 @@ def read_lightning_run(
     """
     saved = _find_checkpoints(checkpoints)
     model = _make_factory(module, saved[0])
+    steps: list[float | None] = [None] * len(saved)
     if learning_rates is not None:
         if isinstance(learning_rates, str) or len(learning_rates) != len(saved):
             raise CheckpointError(
@@ -135,8 +148,24 @@ def read_lightning_run(
         rates = list(learning_rates)
     else:
         reader = _RateReader(model, all_parameters)
-        rates = [reader.read(each) if each.rates is None else each.rates for each in saved]
-    return LightningRun(model, tuple(each.with_rates(rate) for each, rate in zip(saved, rates, strict=True)))
+        rates = [reader.read(each) if each.entry is None else each.entry.learning_rates for each in saved]
+        steps = count_steps(rates, _sum_rates(saved, rates), [each.momentum for each in saved])
+    found = [each.with_rates(rate, count) for each, rate, count in zip(saved, rates, steps, strict=True)]
+    return LightningRun(model, tuple(found))
+
+
+def _sum_rates(saved: Sequence[_Saved], rates: Sequence[Rate]) -> list[Rate | None]:
+    """Return the sum of the rates since the checkpoint before: as recorded, or by the trapezoidal rule.
+
+    Before the first checkpoint, its rate is used.
+    """
+    if saved[0].entry is not None:
+        return [None if each.entry is None else each.entry.summed_learning_rates for each in saved]
+    step_C, rate_C = [0, *(each.step for each in saved)], [find_largest_rate(rate) for rate in (rates[0], *rates)]
+    return [
+        (after - before) * (first + last) / 2
+        for (before, after), (first, last) in zip(pairwise(step_C), pairwise(rate_C), strict=True)
+    ]
 
 
 def _find_checkpoints(given: object) -> list[_Saved]:
@@ -145,9 +174,7 @@ def _find_checkpoints(given: object) -> list[_Saved]:
         path = Path(given)
         if path.is_dir() and has_run_record(path):
             return [
-                _open(
-                    path / entry.path, entry.learning_rates, None if entry.optimizer is None else path / entry.optimizer
-                )
+                _open(path / entry.path, entry, None if entry.optimizer is None else path / entry.optimizer)
                 for entry in read_run_record(path).checkpoints
             ]
         paths = _list_folder(path) if path.is_dir() else [path]
@@ -180,7 +207,7 @@ def _list_folder(folder: Path) -> list[Path]:
     )
 
 
-def _open(path: Path, rates: Rate | None = None, moments: Path | None = None) -> _Saved:
+def _open(path: Path, entry: RunCheckpoint | None = None, moments: Path | None = None) -> _Saved:
     content = read_content(path, mapped=True)
     select_entry(content, STATE_DICT, os.fspath(path))
     step = content.get("global_step")
@@ -193,7 +220,7 @@ def _open(path: Path, rates: Rate | None = None, moments: Path | None = None) ->
                 remedy="use Checkpoint.from_file for files of another training loop",
             )
         )
-    return _Saved(path, content, step, rates, moments)
+    return _Saved(path, content, step, entry, moments)
 
 
 def _drop_copies(saved: Sequence[_Saved]) -> list[_Saved]:

@@ -8,6 +8,7 @@ Shapes: B batch, T positions, V vocabulary or classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class ClassLoss:
         """Return the losses [B] of a batch, a mapping with `labels` and the model's inputs."""
         inputs, labels = _split(batch)
         logits_BV = widen(model(**inputs).logits)
-        problem_type = self.problem_type or _guess_problem_type(logits_BV, labels)
+        problem_type = self.problem_type or _guess_problem_type(logits_BV.shape[1], labels)
         if problem_type == "single_label_classification":
             labels_B = labels.long().view(-1)
             labels_B = torch.where(labels_B == IGNORED, logits_BV.detach().argmax(1), labels_B)
@@ -95,6 +96,11 @@ class ClassLoss:
         if problem_type == "regression":
             return (logits_BV - target_BV).square().mean(1)
         return F.binary_cross_entropy_with_logits(logits_BV, target_BV, reduction="none").mean(1)
+
+    def is_nll(self, n_outputs: int, row: Mapping[str, Any]) -> bool:
+        """Return whether the loss is −log p of one label, for a model with this number of outputs and such a row."""
+        problem_type = self.problem_type or _guess_problem_type(n_outputs, torch.as_tensor(row[LABELS]))
+        return problem_type == "single_label_classification"
 
 
 def make_loss(
@@ -146,7 +152,7 @@ def _make_decoder_inputs(model: Any, labels_BT: Tensor) -> dict[str, Tensor]:
     return {LABELS: labels_BT} if shift is None else {"decoder_input_ids": shift(labels=labels_BT)}
 
 
-def _guess_problem_type(logits_BV: Tensor, labels: Tensor) -> str:
-    if logits_BV.shape[1] == 1:
+def _guess_problem_type(n_outputs: int, labels: Tensor) -> str:
+    if n_outputs == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"

@@ -1,4 +1,4 @@
-"""Parameter groups of optimizers: learning rates and second moments by parameter name."""
+"""Parameter groups of optimizers: learning rates, momentum, and second moments by parameter name."""
 
 from __future__ import annotations
 
@@ -107,6 +107,53 @@ def read_rate(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return abs(float(value)) if 0 <= value < math.inf else None
+
+
+def read_momentum(state: Mapping[str, Any]) -> float | None:
+    """Return the momentum β of gradient descent from an optimizer's state dict, 0 without momentum.
+
+    None for other optimizers, such as Adam and RMSprop, whose updates are not the learning rate times a mean of
+    gradients; also with dampening, or if β differs between parameter groups.
+    """
+    groups = [group if isinstance(group, Mapping) else {} for group in state["param_groups"]]
+    kept = {name for own in state["state"].values() if isinstance(own, Mapping) for name in own}
+    # RMSprop and Muon have momentum too.
+    if kept - {"momentum_buffer"} or any("eps" in group or group.get("dampening") != 0 for group in groups):
+        return None
+    momenta = {read_rate(group.get("momentum")) for group in groups}
+    momentum = momenta.pop() if len(momenta) == 1 else None
+    return momentum if momentum is not None and momentum < 1 else None
+
+
+def find_largest_rate(rate: Rate) -> float:
+    """Return the rate, or the largest one of a mapping."""
+    return max(rate.values()) if isinstance(rate, Mapping) else rate
+
+
+def count_steps(
+    rates: Sequence[Rate], sums: Sequence[Rate | None], momenta: Sequence[float | None]
+) -> list[float | None]:
+    """Return `Checkpoint.steps` of the checkpoints of a run of gradient descent: Σ_i S_i / (1 − β_i) / η_c.
+
+    With momentum β, a constant gradient moves the weights by η / (1 − β) per step. Of several rates of parameters, the
+    largest is used.
+
+    Args:
+        rates: η_c.
+        sums: S_i, the sum of the rates of the steps since the checkpoint before; None: not known.
+        momenta: β_i, as of `read_momentum`.
+
+    Returns:
+        None where η_c is 0; None for all checkpoints if a sum or a momentum is not known.
+    """
+    parts = [
+        find_largest_rate(own) / (1 - momentum)
+        for own, momentum in zip(sums, momenta, strict=True)
+        if own is not None and momentum is not None
+    ]
+    total = sum(parts) if len(parts) == len(rates) else 0.0
+    largest = [find_largest_rate(rate) for rate in rates]
+    return [total / rate if total and rate else None for rate in largest]
 
 
 def find_common_rate(optimizers: Sequence[SavedOptimizer]) -> float | None:
@@ -259,6 +306,11 @@ class RateMeter:
         self.n_steps += optimizer is self._optimizers[0]
         for name, rate in self._read(optimizer).items():
             self.sums[name] += rate
+
+    def read_momentum(self) -> float | None:
+        """Return the momentum of gradient descent; None for other optimizers, or if it differs between optimizers."""
+        momenta = {read_momentum({"param_groups": o.param_groups, "state": o.state}) for o in self._optimizers}
+        return momenta.pop() if len(momenta) == 1 else None
 
     def restart(self) -> None:
         """Set the sums to 0."""

@@ -30,7 +30,14 @@ from tracin_ann.task.integrations.rates import (
     TrainerCheckpoint,
     read_trainer_rates,
 )
-from tracin_ann.task.integrations.transformers import RunOptions, assemble_task, check_rates, make_encoder, read_rates
+from tracin_ann.task.integrations.transformers import (
+    RunOptions,
+    assemble_task,
+    check_rates,
+    make_encoder,
+    read_rates,
+    read_steps,
+)
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.state_dicts import error_lines, join_complaints, read_content
 from tracin_ann.task.task import Checkpoint, PartialLoad, Task
@@ -488,9 +495,11 @@ def make_run_task(
     kind = options.kind or _KINDS.get(str(content.get("task_type")))
     config = _adapt_config(load_config(base), kind, folders[-1])
     rates = _read_rates(runs, checkpoints, options)
+    # Between the checkpoints of a list of folders, the rates are unknown.
+    steps = read_steps(runs[0], options.rates, rates) if len(runs) == 1 else [None] * len(rates)
     found = [
-        Checkpoint(find_adapter_weights(each.path), rate, second_moments=each.second_moments)
-        for each, rate in zip(checkpoints, rates, strict=True)
+        Checkpoint(find_adapter_weights(each.path), rate, second_moments=each.second_moments, steps=count)
+        for each, rate, count in zip(checkpoints, rates, steps, strict=True)
     ]
     check_rates(runs[0], options.rates, found)
     # The tokenizer may be in the folder of the run only.

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,14 @@ import numpy as np
 import torch
 
 from tracin_ann.errors import TaskError, first_line, problem
-from tracin_ann.task.integrations.param_groups import Rate, read_rate, strip_wrappers
+from tracin_ann.task.integrations.param_groups import (
+    Rate,
+    count_steps,
+    is_optimizer_state,
+    read_momentum,
+    read_rate,
+    strip_wrappers,
+)
 
 logger = logging.getLogger(__name__)
 RateRule = Literal["at", "sum"]
@@ -117,6 +124,33 @@ def read_trainer_rates(run: str | os.PathLike[str], rates: RateRule = "at") -> l
         else float(_interpolate(known, np.array([checkpoint.step + 1]))[0])
         for checkpoint, group in zip(checkpoints, schedulers, strict=True)
     ]
+
+
+def read_trainer_steps(run: str | os.PathLike[str], rates: Sequence[Rate]) -> list[float | None]:
+    """Return `Checkpoint.steps` of each of a run's checkpoints with these learning rates, by either rule.
+
+    They are known if every checkpoint has an `optimizer.pt` of gradient descent; see `count_steps`.
+
+    Raises:
+        TaskError: there are no checkpoints, or neither file has rates.
+    """
+    momenta = [_read_momentum(checkpoint.path) for checkpoint in list_trainer_checkpoints(run)]
+    if None in momenta:
+        return [None] * len(momenta)
+    # Sums are those of the first parameter group, as is the first rate of a mapping.
+    first = [next(iter(rate.values())) if isinstance(rate, Mapping) else rate for rate in rates]
+    return count_steps(first, read_trainer_rates(run, "sum"), momenta)
+
+
+def _read_momentum(folder: Path) -> float | None:
+    """Return the momentum of gradient descent in optimizer.pt; None for another optimizer or an unreadable file."""
+    path = find_optimizer(folder)
+    try:
+        state = {} if path is None else _load_state(path)
+    except TaskError as error:
+        logger.info("the number of steps is not known: %s", error)
+        return None
+    return read_momentum(state) if is_optimizer_state(state) else None
 
 
 def _interpolate(known: Mapping[int, float], updates: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

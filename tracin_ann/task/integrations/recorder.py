@@ -308,6 +308,7 @@ class RunRecorder:
             compact_rates(self._meter.latest),
             compact_rates(self._meter.sums) if self._sums_known else None,
             optimizer,
+            self._meter.read_momentum(),
         )
         has_order = (self._folder / _ORDER).is_file()
         earlier = tuple(checkpoint for checkpoint in self._record.checkpoints if checkpoint.step < self._step)

@@ -4,24 +4,25 @@ Format, version 1:
 
     {"format": "tracin-run", "version": 1, "order": "tracin/order.jsonl" or null, "checkpoints": [
         {"path": "tracin/step-10.pt", "step": 10, "epoch": 0.5, "loss": 1.2, "learning_rates": 0.1,
-         "summed_learning_rates": 1.0, "optimizer": null}]}
+         "summed_learning_rates": 1.0, "optimizer": null, "momentum": 0.9}]}
 
 Paths are relative to the folder of the record. `learning_rates` is one rate, or a rate for each parameter name.
-`epoch`, `loss`, `summed_learning_rates`, `optimizer` and `order` may be missing or null. Other fields are ignored.
+`epoch`, `loss`, `summed_learning_rates`, `optimizer`, `momentum` and `order` may be missing or null. Other fields are
+ignored.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tracin_ann.errors import CheckpointError, DamagedIndexError, problem
 from tracin_ann.files import read_json, write_json_atomic
-from tracin_ann.task.integrations.param_groups import Rate, read_rate
+from tracin_ann.task.integrations.param_groups import Rate, count_steps, read_rate
 
 RECORD = "tracin.json"
 _FORMAT, _VERSION = "tracin-run", 1
@@ -40,6 +41,7 @@ class RunCheckpoint:
         learning_rates: the rate of the last of these steps: one for all parameters, or one for each name.
         summed_learning_rates: the sum of the rates of the steps after the checkpoint before, in the same form.
         optimizer: the safetensors file of Adam's second moments, relative to the folder; None: not saved.
+        momentum: that of gradient descent, 0 or more and below 1; None: another optimizer, or not recorded.
     """
 
     path: str
@@ -49,6 +51,7 @@ class RunCheckpoint:
     learning_rates: Rate
     summed_learning_rates: Rate | None = None
     optimizer: str | None = None
+    momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,14 @@ def select_rates(record: RunRecord, *, summed: bool = False) -> list[Rate]:
     return known
 
 
+def derive_steps(record: RunRecord, rates: Sequence[Rate]) -> list[float | None]:
+    """Return `Checkpoint.steps` of each checkpoint with these learning rates; None where they are not known."""
+    checkpoints = record.checkpoints
+    return count_steps(
+        rates, [each.summed_learning_rates for each in checkpoints], [each.momentum for each in checkpoints]
+    )
+
+
 def _parse(folder: Path, content: Mapping[str, Any]) -> RunRecord:
     """Return the record; ValueError: a field is missing, of another type, or out of range."""
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
@@ -157,6 +168,10 @@ def _parse_entry(folder: Path, i: int, entry: object) -> RunCheckpoint:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{where} has {name} {value!r}")
     optimizer, summed = entry.get("optimizer"), entry.get("summed_learning_rates")
+    given = entry.get("momentum")
+    momentum = read_rate(given)
+    if given is not None and (momentum is None or momentum >= 1):
+        raise ValueError(f"{where} has momentum {given!r}")
     return RunCheckpoint(
         _parse_path(folder, entry.get("path"), where),
         step,
@@ -164,6 +179,7 @@ def _parse_entry(folder: Path, i: int, entry: object) -> RunCheckpoint:
         learning_rates=_parse_rates(entry.get("learning_rates"), where),
         summed_learning_rates=None if summed is None else _parse_rates(summed, where),
         optimizer=None if optimizer is None else _parse_path(folder, optimizer, where),
+        momentum=momentum,
     )
 
 

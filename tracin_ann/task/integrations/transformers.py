@@ -35,7 +35,7 @@ from tracin_ann.task.integrations.examples import (
     Padding,
     choose_max_length,
 )
-from tracin_ann.task.integrations.losses import Reduction, make_loss
+from tracin_ann.task.integrations.losses import TOKEN_KINDS, ClassLoss, Reduction, make_loss
 from tracin_ann.task.integrations.param_groups import Rate
 from tracin_ann.task.integrations.rates import (
     ADAPTER_CONFIG,
@@ -44,8 +44,9 @@ from tracin_ann.task.integrations.rates import (
     find_optimizer,
     list_trainer_checkpoints,
     read_trainer_rates,
+    read_trainer_steps,
 )
-from tracin_ann.task.integrations.run_record import has_run_record, read_run_record, select_rates
+from tracin_ann.task.integrations.run_record import derive_steps, has_run_record, read_run_record, select_rates
 from tracin_ann.task.integrations.sources import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
@@ -161,9 +162,10 @@ def make_task(
     folders += [Path(run).resolve().parent] if checkpoints[0].path == Path(run) else []
     config = load_config(next((folder for folder in folders if (folder / CONFIG).is_file()), folders[-1]))
     rates = read_rates(run, chosen.rates, len(checkpoints))
+    steps = read_steps(run, chosen.rates, rates)
     found = [
-        Checkpoint(find_weights(each.path), rate, second_moments=each.second_moments)
-        for each, rate in zip(checkpoints, rates, strict=True)
+        Checkpoint(find_weights(each.path), rate, second_moments=each.second_moments, steps=count)
+        for each, rate, count in zip(checkpoints, rates, steps, strict=True)
     ]
     check_rates(run, chosen.rates, found)
     encoder = make_encoder(config, folders, chosen)
@@ -196,6 +198,9 @@ def assemble_task(
         UsageError: the kind of the run has no loss.
     """
     loss, token_losses = make_loss(encoder.kind, encoder.config, options.loss)
+    if encoder.kind in TOKEN_KINDS and options.loss == "sum":
+        # Training minimizes the mean over tokens. The steps are those of another loss.
+        checkpoints = [replace(checkpoint, steps=None) for checkpoint in checkpoints]
     train = EncodedRows(open_records(data[0]), encoder, needs_label=True)
     # A query without a label has the class that the model predicts; a training row must have the one it was trained on.
     query = train if data[1] is None else EncodedRows(open_records(data[1]), encoder)
@@ -214,6 +219,7 @@ def assemble_task(
         load=load,
         read_query=encoder,
         token_losses=token_losses,
+        loss_is_nll=loss.is_nll(encoder.config.num_labels, train[0]) if isinstance(loss, ClassLoss) else None,
     )
 
 
@@ -261,6 +267,19 @@ def read_rates(run: str | os.PathLike[str], rates: RateRule | Sequence[float], n
             )
         )
     return given
+
+
+def read_steps(
+    run: str | os.PathLike[str], rule: RateRule | Sequence[float], rates: Sequence[Rate]
+) -> list[float | None]:
+    """Return `Checkpoint.steps` of each checkpoint with the rates of `read_rates`; None where they are not known.
+
+    Raises:
+        TaskError: the rates of the run are unknown.
+    """
+    if rule not in get_args(RateRule):
+        return [None] * len(rates)
+    return derive_steps(read_run_record(run), rates) if has_run_record(run) else read_trainer_steps(run, rates)
 
 
 def check_rates(run: str | os.PathLike[str], rates: RateRule | Sequence[float], checkpoints: list[Checkpoint]) -> None:

@@ -1,0 +1,148 @@
+"""Preconditioned scores without projection: the inverse of a curvature matrix over all parameters.
+
+At each checkpoint, a = (F + λI)⁻¹ g_q and g' = a / √(aᵀ g_q), F = (1/M) Σ_z w_z g_z g_zᵀ over a sample of M training
+rows; the score of row z is Σ_c ⟨g'_c, g_z⟩. F is exact (`scoring.gram`) where its Gram matrix is affordable, and
+otherwise EK-FAC (`scoring.ekfac`). F is computed once for each checkpoint and kind of weights while an index is open.
+
+Shapes: N training rows, M rows of the sample, P parameters, Q directions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tracin_ann.choices import CurvatureName
+from tracin_ann.errors import NonFiniteError, problem
+from tracin_ann.features import LoadedModel
+from tracin_ann.scoring.curvature import CurvatureSource
+from tracin_ann.scoring.ekfac import fit_ekfac
+from tracin_ann.scoring.exact import Directions, scale_in_place
+from tracin_ann.scoring.gram import compute_gram
+from tracin_ann.types import Float64, Int64
+
+_MOST_ROWS = 4096
+"""Rows of the sample, spread evenly over the training rows."""
+_MOST_PRODUCTS = 1 << 39
+"""The largest M²P of a Gram matrix, to which the sample is reduced."""
+_FEWEST_ROWS = 1024
+"""Rows of a reduced sample, below which EK-FAC of the full sample is used."""
+_KEPT_BYTES = 1 << 31
+"""Memory of the curvatures that are kept; at least the last one is."""
+
+logger = logging.getLogger(__name__)
+
+
+class FullCurvature(Protocol):
+    """The second moment of the gradients over all parameters at one checkpoint."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Return its memory."""
+
+    @property
+    def summary(self) -> str:
+        """Return the method in a few words for users."""
+
+    def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
+        """Return (F + λI)⁻¹ of directions, [Q, P] by parameter."""
+
+    def weigh_rows(self, rows: Sequence[int], damping: float) -> Float64:
+        """Return the factors [N] of the inner products of rows with directions, for F without the row's own term."""
+
+
+class FullCurvatures:
+    """The curvatures of an open index, computed when they are first used.
+
+    Args:
+        source: the training rows and their weights.
+    """
+
+    def __init__(self, source: CurvatureSource) -> None:
+        self._source = source
+        self._kept: dict[tuple[CurvatureName, int], FullCurvature] = {}
+
+    def find(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
+        """Return the curvature at the loaded checkpoint.
+
+        Raises:
+            UsageError: the weights need probabilities, and the losses are not -log p of one label.
+        """
+        key = name, model.checkpoint
+        found = self._kept.pop(key, None) or self._compute(name, model)
+        self._kept[key] = found
+        while len(self._kept) > 1 and sum(each.n_bytes for each in self._kept.values()) > _KEPT_BYTES:
+            self._kept.pop(next(iter(self._kept)))
+        return found
+
+    def summarise(self, name: CurvatureName) -> str:
+        """Return the method of the last curvature that `find` returned, in a few words for users."""
+        return next(each.summary for (own, _), each in reversed(self._kept.items()) if own == name)
+
+    def _compute(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
+        n_rows = min(len(self._source.rows_N), _MOST_ROWS)
+        affordable = math.isqrt(_MOST_PRODUCTS // sum(p.numel() for p in model.parameters.values()))
+        has_gram = affordable >= min(n_rows, _FEWEST_ROWS)
+        rows_M = self._draw(min(n_rows, affordable) if has_gram else n_rows)
+        weight_M = self._source.weigh_rows(name, model.checkpoint, rows_M)
+        logger.info("curvature of checkpoint %d from %s rows", model.checkpoint, f"{len(rows_M):,}")
+        return (compute_gram if has_gram else fit_ekfac)(model, rows_M.tolist(), weight_M)
+
+    def _draw(self, n_rows: int) -> Int64:
+        rows_N = self._source.rows_N
+        return rows_N[np.linspace(0, len(rows_N) - 1, n_rows).round().astype(np.int64)]
+
+
+@dataclass(frozen=True)
+class ExactPreconditioner:
+    """The map of directions of a preconditioned score.
+
+    Attributes:
+        name: the score.
+        damping_C: λ at each checkpoint.
+        curvatures: of the open index.
+    """
+
+    name: CurvatureName
+    damping_C: Sequence[float]
+    curvatures: FullCurvatures
+
+    @property
+    def summary(self) -> str:
+        """Return the method in a few words for users, after directions were computed."""
+        return self.curvatures.summarise(self.name)
+
+    def apply(self, model: LoadedModel, directions: Directions) -> Directions:
+        """Return a / √(aᵀg) for gradients g of queries at the loaded checkpoint; zero for zero gradients.
+
+        Raises:
+            NonFiniteError: the curvature overflows, or cannot be inverted.
+        """
+        curvature = self.curvatures.find(self.name, model)
+        # The result does not depend on the scale of the gradients.
+        scale_in_place(directions)
+        solved = curvature.solve(model, directions, self.damping_C[model.checkpoint])
+        square_Q = torch.stack(
+            [torch.einsum("qp,qp->q", solved[name].double(), g.double()) for name, g in directions.items()]
+        ).sum(0)
+        if not bool(torch.isfinite(square_Q).all()):
+            raise NonFiniteError(
+                problem(
+                    f"the score {self.name} over all parameters is not finite",
+                    got=f"NaN or infinity at checkpoint {model.checkpoint}",
+                    expected="gradients whose squares fit into float32",
+                    remedy="use --rerank stored, or leave out the rows of the largest gradients",
+                )
+            )
+        factor_Q = torch.where(square_Q > 0, square_Q.rsqrt(), 0)
+        return {name: direction.mul_(factor_Q.to(direction)[:, None]) for name, direction in solved.items()}
+
+    def weigh_rows(self, model: LoadedModel, rows: Sequence[int]) -> Float64:
+        """Return the factors [N] that leave the own term of each row out of F."""
+        return self.curvatures.find(self.name, model).weigh_rows(rows, self.damping_C[model.checkpoint])
