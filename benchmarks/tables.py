@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attribution.tables import lds, lds_peers, removal
+from benchmarks.attribution.tables import lds, lds_peers, lds_published, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 from tracin_ann.store import choose_partition_rows
@@ -790,7 +790,7 @@ def _format_memory(megabytes: float | str) -> str:
 _TABLES = (
     *(features, budget, memory, precision, attribution, proofs, adapters, adapter_precision),
     *(recall, fidelity, preconditioners),
-    *(lds, lds_peers, removal),
+    *(lds, lds_peers, lds_published, removal),
     *(latency, partitions),
     *(retrieval, scan, rivals, language, growth, calibration, cold_start, end_to_end),
     *(reliability, kills),

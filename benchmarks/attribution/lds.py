@@ -45,7 +45,7 @@ ALL = (Variant(), Variant(steps=False), Variant(last=True))
 ADAM = (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="adam"))
 VARIANTS = {
     "MLP": (*ALL, Variant(runs=2), Variant(runs=5)),
-    "dattri LR": (Variant(), Variant(runs=10, last=True)),
+    "dattri LR": (Variant(), Variant(runs=10)),
     "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True), Variant(runs=10)),
     "GPT": (*ALL, *ADAM),
     "LR, 3 epochs": ALL[:2],

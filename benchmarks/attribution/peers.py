@@ -120,7 +120,7 @@ def _make_dattri_task(case: Case, states: Sequence[dict[str, Tensor]], margin: b
     # dattri reads the names of the arguments.
     loss = lambda weights, data: case.compute_loss(model, weights, data)  # noqa: E731
     output = lambda weights, data: case.compute_margin(model, weights, data)  # noqa: E731
-    return AttributionTask(loss, model, list(states), output if margin else loss)
+    return AttributionTask(output if margin else loss, model, list(states))
 
 
 def score_dattri_trak(case: Case) -> Damped:
@@ -134,8 +134,7 @@ def score_dattri_trak(case: Case) -> Damped:
     train_loader, query_loader = case.loaders()
     attributor = TRAKAttributor(task, probability, settings)
     attributor.cache(train_loader)
-    # Its training features are gradients of the loss, which have the opposite direction of those of the margin.
-    yield 0.0, -attributor.attribute(query_loader).T.numpy()
+    yield 0.0, attributor.attribute(query_loader).T.numpy()
 
 
 def score_dattri_tracin(case: Case) -> Damped:
