@@ -62,7 +62,12 @@ class Case:
         return self.setting.loss(lambda z: functional_call(model, weights, (z,)), (x, y)).mean()  # type: ignore[arg-type]
 
     def compute_margin(self, model: nn.Module, weights: Any, row: Sequence[Tensor]) -> Tensor:
-        """Return log(p / (1 - p)) with p = exp(-loss), the output function of TRAK."""
+        """Return log(p / (1 - p)) with p = exp(-loss), the output function of TRAK, of one row."""
+        if self.setting.loss_is_nll:
+            logits = functional_call(model, weights, (row[0].reshape(-1, *self.train[0].shape[1:]),))[0]
+            is_label = torch.arange(len(logits)) == row[1].reshape(-1)
+            others = logits.masked_fill(is_label, -torch.inf).logsumexp(0)
+            return torch.where(is_label, logits, 0.0).sum() - others
         loss = self.compute_loss(model, weights, row)
         return -loss - torch.log(-torch.expm1(-loss))
 
@@ -217,14 +222,15 @@ def measure_method(method: str, case: Case, truth: Truth) -> dict[str, Any]:
     try:
         with sdpa_kernel(SDPBackend.MATH):
             for fraction, score_QN in METHODS[method](case):
-                finite = np.nan_to_num(score_QN.astype(np.float64))
-                found[fraction] = summarise(finite, truth)
+                if np.isfinite(score_QN).all():
+                    found[fraction] = summarise(score_QN, truth)
     except Exception as error:  # noqa: BLE001 - any failure of another library is a result
-        if not found:
-            return {"failed": f"{type(error).__name__}: {error}"[:200]}
+        return {"failed": f"{type(error).__name__}: {error}"[:200]}
+    if not found:
+        return {"failed": "scores that are not finite"}
     best = max(found, key=lambda fraction: found[fraction][0])
     seconds = time.perf_counter() - start_s
-    return {"default": found[0.0], "best": found[best], "best_fraction": best, "seconds": seconds}
+    return {"default": found.get(0.0), "best": found[best], "best_fraction": best, "seconds": seconds}
 
 
 def main() -> None:

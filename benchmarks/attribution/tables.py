@@ -100,8 +100,9 @@ def lds_peers() -> str:
         if "failed" in row:
             rows.append((row["setting"], checkpoints, row["method"], "fails", "–"))
             continue
+        default = "not finite" if row["default"] is None else _format_interval(row["default"])
         best = _format_interval(row["best"]) if row["best_fraction"] else "–"
-        rows.append((row["setting"], checkpoints, row["method"], _format_interval(row["default"]), best))
+        rows.append((row["setting"], checkpoints, row["method"], default, best))
     scope = (
         "linear datamodeling scores on the same checkpoints, subsets and queries. The best damping of a library is "
         "the best of four, chosen by the score itself; – where the default is best or no other was tried. EK-FAC and "
