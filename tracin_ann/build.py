@@ -400,10 +400,10 @@ class BuildJob:
         """Return the default score, and what the task says about its runs and its loss."""
         task = self.runner.task
         steps = tuple(checkpoint.steps for checkpoint in task.checkpoints)
-        default: ScoreName = "tracin"
-        if all(checkpoint.steps is not None for checkpoint in task.checkpoints if checkpoint.largest_rate):
-            default = "gauss-newton" if task.loss_is_nll else "fisher"
-        return ScoreRecord(default, steps, tuple(checkpoint.run for checkpoint in task.checkpoints), task.loss_is_nll)
+        has_steps = all(checkpoint.steps is not None for checkpoint in task.checkpoints if checkpoint.largest_rate)
+        usual: ScoreName = "gauss-newton" if task.loss_is_nll else "fisher" if has_steps else "tracin"
+        runs = tuple(checkpoint.run for checkpoint in task.checkpoints)
+        return ScoreRecord(task.score or usual, steps, runs, task.loss_is_nll)
 
     def keep_curvature(self, manifest: Manifest, store: FeatureStore) -> None:
         """Compute the curvature of the default score, so that the first query does not have to."""

@@ -80,6 +80,14 @@ def test_the_score_of_a_query_is_an_option(folder: Path, index: InfluenceIndex, 
     assert ("amount" in lines[0]["proponents"][0]) is (score in ("fisher", "gauss-newton", "trak"))
 
 
+def test_exact_scores_use_a_curvature_over_all_parameters(folder: Path, index: InfluenceIndex) -> None:
+    result = run(folder, query_command, "--ids", "0", "-k", 3, "--rerank", "exact", "--format", "jsonl")
+    assert json.loads(result.stdout) == index.query([0], options=QueryOptions(k=3, rerank="exact")).lines()[0]
+    assert f"exact scores with the curvature of {N} rows" in " ".join(result.stderr.split())
+    full = index.query([0], options=QueryOptions(k=3, exact=True))[0]
+    assert [hit.row for hit in full.proponents] == [hit["row"] for hit in json.loads(result.stdout)["proponents"]]
+
+
 def test_files_have_the_estimated_amounts(folder: Path, tmp_path: Path) -> None:
     wanted = run(folder, query_command, "--ids", "1", "-k", 3, "--damping", "0.01", "--format", "jsonl")
     amounts = [hit["amount"] for kind in ("proponents", "opponents") for hit in json.loads(wanted.stdout)[kind]]

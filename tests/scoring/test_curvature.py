@@ -169,7 +169,12 @@ def test_error_bars_are_half_the_difference_of_the_halves_of_the_sketch(index: I
 def test_the_default_score_of_a_new_index_follows_from_steps_and_loss(tmp_path: Path) -> None:
     known = make_task(tmp_path, n=12)
     unknown = replace(known, checkpoints=[replace(c, steps=None) for c in known.checkpoints])
-    for task, default in ((unknown, "tracin"), (known, "fisher"), (replace(known, loss_is_nll=True), "gauss-newton")):
+    for task, default in (
+        (unknown, "tracin"),
+        (known, "fisher"),
+        (replace(unknown, loss_is_nll=True), "gauss-newton"),
+        (replace(known, loss_is_nll=True, score="trak"), "trak"),
+    ):
         out = tmp_path / default
         build(task, out, CONFIG)
         # The build computes the matrices, so that the first query does not have to.
@@ -268,6 +273,22 @@ def test_zero_gradients_have_the_score_0(tmp_path: Path) -> None:
     for name in ("fisher", "trackstar"):
         assert not opened.score_matrix("query", [0], QueryOptions(score=name)).any()  # type: ignore[arg-type]
         assert opened.query([0], options=QueryOptions(score=name))[0].hits == ()  # type: ignore[arg-type]
+
+
+def test_an_open_index_factorises_each_matrix_once(index: InfluenceIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    factorised: list[tuple[float, slice]] = []
+    factorise = Curvature.factorise
+
+    def count(self: Curvature, damping: float, part: slice) -> object:
+        factorised.append((damping, part))
+        return factorise(self, damping, part)
+
+    monkeypatch.setattr(Curvature, "factorise", count)
+    opened = InfluenceIndex.open(index.directory, index.task, device="cpu")
+    whole = 3 * len(RATES)  # The matrix and both halves of the sketch.
+    for damping, expected in ((0.03, whole), (0.03, whole), (0.07, 2 * whole), (0.03, 2 * whole)):
+        opened.query([0, 1], options=QueryOptions(score="fisher", damping=damping))
+        assert len(factorised) == expected
 
 
 def test_a_matrix_that_cannot_be_inverted_is_reported() -> None:

@@ -19,7 +19,7 @@ from models import make_case
 from tasks.toy import CONFIG, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.choices import CURVATURES
-from tracin_ann.errors import UsageError
+from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.operations import remove
 from tracin_ann.scoring import Answers, ekfac, exact_preconditioning, gram
@@ -79,7 +79,8 @@ def test_the_gram_matrix_inverts_the_curvature_of_every_layer(name, tmp_path, mo
         solved = curvature.solve(model, compute_full_gradients(model, "query", QUERIES), damping)
         factor_N = curvature.weigh_rows(range(N), damping)
     assert_close(
-        torch.cat(list(solved.values()), 1), invert_dense(grad_NP[rows], WEIGHTS[rows], damping, grad_NP[QUERIES])
+        torch.cat(list(solved.values()), 1) / damping,
+        invert_dense(grad_NP[rows], WEIGHTS[rows], damping, grad_NP[QUERIES]),
     )
     for row in range(N):
         # F without the row, and the factor 1 / M as with it.
@@ -102,7 +103,7 @@ def test_ekfac_equals_its_definition_for_every_layer(name, longest, tmp_path, mo
     for (key, shape), part_NP in zip(shapes.items(), parts, strict=True):
         matrix_NRC = part_NP.view(N, shape[0] if shape else 1, -1)
         expected = invert_ekfac(matrix_NRC, WEIGHTS, damping, matrix_NRC[QUERIES], longest)
-        assert_close(solved[key], expected)
+        assert_close(solved[key] / damping, expected)
     assert ("diagonal on one side" in curvature.summary) == any(
         max(s[0], prod(s[1:])) > longest for s in shapes.values()
     )
@@ -117,7 +118,7 @@ def test_ekfac_of_a_vector_is_exact(tmp_path):
     parts = dict(zip(shapes, torch.split(grad_NP, [prod(shape) for shape in shapes.values()], dim=1), strict=True))
     for key, part_NP in parts.items():
         if len(shapes[key]) == 1:
-            assert_close(solved[key], invert_dense(part_NP, WEIGHTS, damping, part_NP[QUERIES]))
+            assert_close(solved[key] / damping, invert_dense(part_NP, WEIGHTS, damping, part_NP[QUERIES]))
 
 
 def weigh(name: str, loss_N: np.ndarray) -> np.ndarray:
@@ -141,7 +142,10 @@ class Indexed:
 
 
 def build_toy(folder: Path, **changes: Any) -> Indexed:
-    task = make_toy_task(folder, Toy(), **{"loss_is_nll": True, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Toy()
+    task = make_toy_task(folder, model, **{"loss_is_nll": True, **changes})
     build(task, folder / "index", CONFIG)
     rows, queries = task.train_data(), task.query_data()
     found = Indexed(InfluenceIndex.open(folder / "index", task, device="cpu"), [], [], [])
@@ -236,6 +240,20 @@ def test_opponents_are_the_proponents_of_the_negative_query(toy, tmp_path):
 def test_a_curvature_of_rank_one(tmp_path, n):
     copies = build_toy(tmp_path, train_data=lambda: make_rows(1) * n)
     assert_scores(ask(copies), compute_scores(copies, "gauss-newton", DAMPING, range(n)))
+
+
+@pytest.mark.parametrize("scale", [1e22, 1e-22])
+def test_a_scale_of_the_loss_changes_no_score(toy, scale, tmp_path):
+    scaled = build_toy(tmp_path, loss=lambda model, batch: scale * cross_entropy(model, batch))
+    answers = ask(scaled, score="fisher", damping=DAMPING * scale**2)
+    assert_scores(answers, compute_scores(toy, "fisher", DAMPING, range(N_TRAIN)))
+
+
+def test_ekfac_rejects_gradients_whose_squares_overflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(exact_preconditioning, "_MOST_PRODUCTS", 0)
+    scaled = build_toy(tmp_path, loss=lambda model, batch: 1e22 * cross_entropy(model, batch))
+    with pytest.raises(NonFiniteError, match="the curvature over all parameters is not finite"):
+        ask(scaled, score="fisher", damping=DAMPING * 1e44)
 
 
 def test_removed_rows_are_not_part_of_the_curvature(tmp_path):

@@ -102,7 +102,7 @@ def compute_scores(adapter: AdapterRun, rates: list[float]) -> np.ndarray[Any, A
 
 def exact_scores(index: InfluenceIndex) -> np.ndarray[Any, Any]:
     scores = np.full((ROWS, ROWS), np.nan)
-    for i, answer in enumerate(index.query(range(ROWS), options=QueryOptions(k=ROWS, exact=True))):
+    for i, answer in enumerate(index.query(range(ROWS), options=QueryOptions(k=ROWS, exact=True, score="tracin"))):
         for hit in (*answer.proponents, *answer.opponents):
             scores[i, hit.row] = hit.score
     return scores
@@ -382,9 +382,10 @@ def test_a_run_of_gradient_descent_has_steps_and_a_list_of_folders_has_none(runs
     records, folder = runs["lora"].run.records, copy_run(runs["lora"], tmp_path / "run")
     for path in folder.glob("checkpoint-*"):
         torch.save(torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.5).state_dict(), path / "optimizer.pt")
-    task = Task.from_transformers(folder, records, rates="sum")
+    task = Task.from_transformers(folder, records, rates="sum", loss="mean")
     assert [c.steps * c.learning_rate for c in task.checkpoints] == [pytest.approx(sum(runs["lora"].run.used) * 2)] * 3
-    listed = Task.from_transformers([folder / f"checkpoint-{step}" for step in STEPS], records)
+    folders = [folder / f"checkpoint-{step}" for step in STEPS]
+    listed = Task.from_transformers(folders, records, loss="mean")
     assert {c.steps for c in listed.checkpoints} == {None}
 
 

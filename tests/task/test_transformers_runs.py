@@ -80,7 +80,7 @@ def brute_force(run: Run, rates: list[float]) -> np.ndarray[Any, Any]:
 
 def exact_scores(index: InfluenceIndex) -> np.ndarray[Any, Any]:
     scores = np.full((ROWS, ROWS), np.nan)
-    for i, answer in enumerate(index.query(range(ROWS), options=QueryOptions(k=ROWS, exact=True))):
+    for i, answer in enumerate(index.query(range(ROWS), options=QueryOptions(k=ROWS, exact=True, score="tracin"))):
         for hit in (*answer.proponents, *answer.opponents):
             scores[i, hit.row] = hit.score
     return scores

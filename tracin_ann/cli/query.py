@@ -91,7 +91,7 @@ _EXCLUSIVE = {
     default="stored",
     show_default=True,
     type=click.Choice(["none", "stored", "exact"]),
-    help="Scores of the candidates: from the search index, from the stored features, or exact TracInCP.",
+    help="Scores of the candidates: from the search index, from the stored features, or exact, over all parameters.",
 )
 @click.option("--exact", is_flag=True, help="Compute the exact score of every training row, without a search index.")
 @click.option(

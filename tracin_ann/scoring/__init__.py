@@ -1,4 +1,4 @@
-"""Scores of training rows: exact TracInCP, search strategy, ranking of candidates, measured quality, result formats."""
+"""Scores of training rows: exact scores, search strategy, ranking of candidates, measured quality, result formats."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class QueryOptions:
     Attributes:
         k: how many proponents, and how many opponents, to return.
         candidates: how many rows of each side are re-scored with `rerank="exact"`; at least k.
-        rerank: `none` (scores of the search index), `stored` (scores from the stored features), `exact` (exact
-            TracInCP scores of the candidates).
+        rerank: `none` (scores of the search index), `stored` (scores from the stored features), `exact` (scores of the
+            candidates over all parameters, without a sketch).
         exact: score every training row exactly, without the search index.
         checkpoints: positions of the checkpoints to sum over; None: all.
         search: how an index with inverted lists (IVF) finds candidates: `lists`, `scan` (an exact scan of the stored
@@ -120,7 +120,7 @@ class Hit(NamedTuple):
     Attributes:
         id: its id from the task (`Task.ids`), else its position.
         row: its position in train_data.
-        score: exact TracInCP if the options request it, else the score from the stored features.
+        score: the exact score if the options request it, else the score from the stored features.
         stored_score: the score from the stored features, if `score` is exact.
         error: standard deviation of the stored features' score around the exact score: as the build measured it, or
             with a curvature matrix from two halves of the sketch; None for cosine and TrackStar, and if the build did
@@ -129,7 +129,7 @@ class Hit(NamedTuple):
             to that score.
         of_means: for a contrast, the scores for the mean of the first set and for that of the second; `score` is their
             difference.
-        tokens: the exact TracInCP score split over the row's target positions, if the options request it; the parts sum
+        tokens: the exact score split over the row's target positions, if the options request it; the parts sum
             to the exact score, whichever score `score` is.
         amount: for a score with a curvature matrix, the estimated change of the query's loss if the row is removed from
             the training data and the model is trained again: (1/N) qᵀ(K + λI)⁻¹φ, mean over the checkpoints.
@@ -147,7 +147,7 @@ class Hit(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Return whether `score` is exact TracInCP; then it has no error."""
+        """Return whether `score` is exact; then it has no error."""
         return self.stored_score is not None
 
 

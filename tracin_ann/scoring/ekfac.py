@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.gradients import Form, Outer, Rows, batch_size, form_dtype, materialise
 from tracin_ann.scoring.exact import Directions, collect_forms
@@ -45,7 +46,7 @@ class _Block:
 
     def solve(self, direction_QP: Tensor, damping: float) -> Tensor:
         rotated_QRC = _rotate(direction_QP.view(-1, *self.eigenvalue_RC.shape), self.left_RR, self.right_CC)
-        rotated_QRC = rotated_QRC / (self.eigenvalue_RC + damping)
+        rotated_QRC = rotated_QRC * (damping / (self.eigenvalue_RC.double() + damping)).to(rotated_QRC)
         left, right = (None if side is None else side.mT for side in (self.left_RR, self.right_CC))
         return _rotate(rotated_QRC, left, right).flatten(1)
 
@@ -72,7 +73,7 @@ class EKFAC:
         return f"EK-FAC curvature of {self._n_rows:,} rows{exception}"
 
     def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
-        """Return (F + λI)⁻¹ of directions, [Q, P] by parameter."""
+        """Return λ (F + λI)⁻¹ of directions, [Q, P] by parameter."""
         return {name: self._blocks[name].solve(direction_QP, damping) for name, direction_QP in directions.items()}
 
     def weigh_rows(self, rows: Sequence[int], damping: float) -> Float64:
@@ -90,6 +91,7 @@ def fit_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> EKF
 
     Raises:
         TaskError: the loss breaks the contract.
+        NonFiniteError: squares of gradients do not fit into float32.
     """
     shapes = {n: (p.shape[0] if p.dim() else 1, prod(p.shape[1:])) for n, p in model.parameters.items() if p.numel()}
     device, dtype = model.runner.options.device, form_dtype(model.parameters.values())
@@ -110,6 +112,20 @@ def _make_marginals(shape: tuple[int, int], device: torch.device) -> Sides:
 
 
 def _find_basis(marginals: Sides, dtype: torch.dtype) -> Sides:
+    """Return the eigenvectors of the marginals.
+
+    Raises:
+        NonFiniteError: a marginal is not finite.
+    """
+    if not all(matrix is None or bool(torch.isfinite(matrix).all()) for matrix in marginals):
+        raise NonFiniteError(
+            problem(
+                "the curvature over all parameters is not finite",
+                got="NaN or infinity in sums of squared gradients",
+                expected="gradients whose squares fit into float32",
+                remedy="use --rerank stored, or divide the loss by a constant",
+            )
+        )
     left, right = (None if matrix is None else torch.linalg.eigh(matrix)[1].to(dtype) for matrix in marginals)
     return left, right
 

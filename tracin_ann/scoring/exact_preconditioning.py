@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from tracin_ann.choices import CurvatureName
-from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.scoring.curvature import CurvatureSource
 from tracin_ann.scoring.ekfac import fit_ekfac
@@ -51,7 +50,7 @@ class FullCurvature(Protocol):
         """Return the method in a few words for users."""
 
     def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
-        """Return (F + λI)⁻¹ of directions, [Q, P] by parameter."""
+        """Return λ (F + λI)⁻¹ of directions, [Q, P] by parameter."""
 
     def weigh_rows(self, rows: Sequence[int], damping: float) -> Float64:
         """Return the factors [N] of the inner products of rows with directions, for F without the row's own term."""
@@ -122,26 +121,19 @@ class ExactPreconditioner:
         """Return a / √(aᵀg) for gradients g of queries at the loaded checkpoint; zero for zero gradients.
 
         Raises:
-            NonFiniteError: the curvature overflows, or cannot be inverted.
+            NonFiniteError: the curvature is not finite, or cannot be inverted.
         """
         curvature = self.curvatures.find(self.name, model)
         # The result does not depend on the scale of the gradients.
         scale_in_place(directions)
-        solved = curvature.solve(model, directions, self.damping_C[model.checkpoint])
+        damping = self.damping_C[model.checkpoint]
+        damped = curvature.solve(model, directions, damping)
         square_Q = torch.stack(
-            [torch.einsum("qp,qp->q", solved[name].double(), g.double()) for name, g in directions.items()]
+            [torch.einsum("qp,qp->q", damped[name].double(), g.double()) for name, g in directions.items()]
         ).sum(0)
-        if not bool(torch.isfinite(square_Q).all()):
-            raise NonFiniteError(
-                problem(
-                    f"the score {self.name} over all parameters is not finite",
-                    got=f"NaN or infinity at checkpoint {model.checkpoint}",
-                    expected="gradients whose squares fit into float32",
-                    remedy="use --rerank stored, or leave out the rows of the largest gradients",
-                )
-            )
-        factor_Q = torch.where(square_Q > 0, square_Q.rsqrt(), 0)
-        return {name: direction.mul_(factor_Q.to(direction)[:, None]) for name, direction in solved.items()}
+        # a = damped / λ; a of large gradients does not fit into float32.
+        factor_Q = torch.where(square_Q > 0, (square_Q * damping).rsqrt(), 0)
+        return {name: direction.mul_(factor_Q.to(direction)[:, None]) for name, direction in damped.items()}
 
     def weigh_rows(self, model: LoadedModel, rows: Sequence[int]) -> Float64:
         """Return the factors [N] that leave the own term of each row out of F."""

@@ -1,7 +1,7 @@
 """The exact inverse of the damped second moment of the gradients of a sample of rows, by their Gram matrix.
 
 F = (1/M) Σ_z w_z g_z g_zᵀ has rank M at most. With U [P, M], whose columns are √w_z g_z, the Woodbury identity gives
-(F + λI)⁻¹ q = (q - U (λM I + UᵀU)⁻¹ Uᵀ q) / λ: only the matrix UᵀU [M, M] is kept, and the gradients of the sample are
+λ (F + λI)⁻¹ q = q - U (λM I + UᵀU)⁻¹ Uᵀ q: only the matrix UᵀU [M, M] is kept, and the gradients of the sample are
 computed again for each q, in one pass for Uᵀq and one for the weighted sum.
 
 A row of the sample is a term of F, and its product with (F + λI)⁻¹ q is smaller than that of an equal row outside the
@@ -62,7 +62,7 @@ class GramCurvature:
         return f"curvature of {len(self._rows):,} rows"
 
     def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
-        """Return (F + λI)⁻¹ of directions, [Q, P] by parameter, in two passes over the sample.
+        """Return λ (F + λI)⁻¹ of directions, [Q, P] by parameter, in two passes over the sample.
 
         Raises:
             NonFiniteError: the matrix is not positive definite in float64.
@@ -76,7 +76,7 @@ class GramCurvature:
         for name, places, forms in collect_forms(model, "train", self._rows):
             for form in forms:
                 solved[name] -= weighted_sums(form, weight_QM[:, places].to(solved[name].device))
-        return {name: direction.div_(damping) for name, direction in solved.items()}
+        return solved
 
     def weigh_rows(self, rows: Sequence[int], damping: float) -> Float64:
         """Return 1 / (1 - h) [N] of training rows; 1 for rows outside the sample."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import SCORES, ScoreName, SideName
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.integrations.param_groups import find_largest_rate
 from tracin_ann.task.nested import default_batch
@@ -71,6 +71,8 @@ class Task:
             not compared.
         loss_is_nll: whether `loss` is −log p of the one label of an example, such as cross-entropy of a classifier. The
             scores `gauss-newton` and `trak` need p. None: not known.
+        score: the default score of the index (`QueryOptions.score`). None: `gauss-newton` if `loss_is_nll`, `fisher` if
+            all checkpoints have `steps`, else `tracin`.
     """
 
     model: Callable[[], nn.Module]
@@ -90,12 +92,14 @@ class Task:
     query_token_losses: LossFunction | None = None
     retrain: Callable[[Sequence[int], int, Path], object] | None = None
     loss_is_nll: bool | None = None
+    score: ScoreName | None = None
 
     def __post_init__(self) -> None:
         """Check the types of the fields.
 
         Raises:
-            TaskError: a field that must be callable is not, there is no checkpoint, or every learning rate is 0.
+            TaskError: a field that must be callable is not, there is no checkpoint, every learning rate is 0, or the
+                score is unknown.
         """
         required = ("model", "loss", "train_data", "query_data")
         optional = (
@@ -113,6 +117,9 @@ class Task:
                         remedy=f"pass a function, for example {EXAMPLES.get(name, f'{name}=lambda: ...')}",
                     )
                 )
+        if self.score not in (None, *SCORES):
+            expected, remedy = " or ".join(SCORES), "change score, or leave it out"
+            raise TaskError(problem("Task.score is unknown", got=repr(self.score), expected=expected, remedy=remedy))
         checkpoints: object = self.checkpoints
         if not isinstance(checkpoints, Sequence) or not all(isinstance(c, Checkpoint) for c in checkpoints):
             raise TaskError(

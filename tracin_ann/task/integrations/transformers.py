@@ -219,6 +219,8 @@ def assemble_task(
         load=load,
         read_query=encoder,
         token_losses=token_losses,
+        # Measured with a language model: docs/benchmarks.md, attribution.
+        score="fisher" if encoder.kind in TOKEN_KINDS else None,
         loss_is_nll=loss.is_nll(encoder.config.num_labels, train[0]) if isinstance(loss, ClassLoss) else None,
     )
 
