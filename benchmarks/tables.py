@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,38 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.attribution.tables import lds, lds_peers, lds_published, removal
+from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 from tracin_ann.store import choose_partition_rows
 
 OUTPUT = "the documents that are named"
-Row = tuple[str, ...]
 Results = list[dict[str, Any]]
 
 SIDES = ("proponents", "opponents")
 TARGETS = ("0.95", "0.98")
 _LOADS = ("single", "batch")
-_WIDTH = 120
-"""Columns of a page."""
 # Of the retrieval result files that do not record it.
 EARLIER_PARTITION_ROWS = 65_536
-
-
-def format_table(*rows: Row) -> str:
-    """Return a Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def format_environment(content: dict[str, Any]) -> str:
-    """Return the line below a table: machine, threads, versions and date."""
-    machine = content["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['machine']}; {machine['device']}; {versions}; {machine['date']}"
-
-
-def compose(scope: str, *parts: str) -> str:
-    """Return a caption line, which says what was measured, and the parts below it."""
-    return "\n\n".join([textwrap.fill(f"Scope: {scope}", _WIDTH, break_on_hyphens=False), *parts])
 
 
 def format_sides(values: Iterable[float], form: str = ".3f") -> str:
@@ -889,6 +869,7 @@ def _format_memory(megabytes: float | str) -> str:
 _TABLES = (
     *(features, budget, memory, precision, attribution, proofs, adapters, adapter_precision),
     *(recall, fidelity, preconditioners, curvature),
+    *(lds, lds_peers, lds_published, removal),
     *(latency, partitions),
     *(
         retrieval,
