@@ -91,8 +91,9 @@ def lds_peers() -> str:
         if place not in shown:
             shown.add(place)
             for ours in own:
-                if (ours["setting"], ours["runs"], ours["last"]) == place and ours["steps"]:
+                if (ours["setting"], ours["runs"], ours["last"]) == place:
                     name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
+                    name += "" if ours["steps"] else ", 5e-4 tr K"
                     for score in ("tracin", "fisher", "gauss-newton"):
                         if score in ours:
                             figure = _format_interval(ours[score])
