@@ -106,8 +106,8 @@ def lds_peers() -> str:
         rows.append((row["setting"], checkpoints, row["method"], default, best))
     scope = (
         "linear datamodeling scores on the same checkpoints, subsets and queries. The best damping of a library is "
-        "the best of several, chosen by the score itself; – where the default is best or no other was tried. EK-FAC and "
-        "LoGra cover the Linear layers."
+        "the best of several, chosen by the score itself; – where the default is best or no other was tried. EK-FAC "
+        "and LoGra cover the Linear layers."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
