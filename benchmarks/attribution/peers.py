@@ -28,7 +28,7 @@ from benchmarks.attribution.truth import Truth, measure_truth, merge_results, su
 from benchmarks.common.results import write_results
 
 RESULT = "lds_peers"
-FRACTIONS = (0.001, 0.01, 0.1, 1.0)
+FRACTIONS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Damping as a fraction of the mean eigenvalue of the matrix that it is added to."""
 BATCH = 1000
 # (damping as a fraction, scores [Q, N])

@@ -91,8 +91,9 @@ def lds_peers() -> str:
         if place not in shown:
             shown.add(place)
             for ours in own:
-                if (ours["setting"], ours["runs"], ours["last"]) == place and ours["steps"]:
+                if (ours["setting"], ours["runs"], ours["last"]) == place:
                     name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
+                    name += "" if ours["steps"] else ", 5e-4 tr K"
                     for score in ("tracin", "fisher", "gauss-newton"):
                         if score in ours:
                             figure = _format_interval(ours[score])
@@ -105,8 +106,8 @@ def lds_peers() -> str:
         rows.append((row["setting"], checkpoints, row["method"], default, best))
     scope = (
         "linear datamodeling scores on the same checkpoints, subsets and queries. The best damping of a library is "
-        "the best of four, chosen by the score itself; – where the default is best or no other was tried. EK-FAC and "
-        "LoGra cover the Linear layers."
+        "the best of several, chosen by the score itself; – where the default is best or no other was tried. EK-FAC "
+        "and LoGra cover the Linear layers."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
