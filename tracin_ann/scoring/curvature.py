@@ -71,10 +71,11 @@ class Curvature:
     def choose_damping(self, rate: float, steps: float | None) -> float:
         """Return λ: 1 / (rate · steps), or 5e-4 · tr K if the number of steps is not known.
 
-        The damping is at least 1e-7 of the trace, below which rounding of K would matter.
+        The damping is at least 1e-7 of the trace, below which rounding of K would matter. It is 1 if K is zero: scores
+        are zero with any damping.
         """
         damping = 1 / (rate * steps) if steps is not None and rate > 0 else _TRACE_FRACTION * self.trace
-        return max(damping, 1e-7 * self.trace)
+        return max(damping, 1e-7 * self.trace) or 1.0
 
     def effective_dimension(self, damping: float) -> float:
         """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped."""
@@ -180,18 +181,19 @@ class CurvatureSource:
         """Return the matrices of a file, or None if there is none or it is damaged or of other rows."""
         try:
             arrays = read_arrays(path)
-            columns = (arrays[name].tolist() for name in ("scale_C", "n_rows_C", "error_C"))
             is_same = arrays["key"].tolist() == [self._key]
-            matrix_CDD = arrays["matrix_CDD"]
+            matrix_CDD, *columns = (arrays[name] for name in ("matrix_CDD", "scale_C", "n_rows_C", "error_C"))
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 - a damaged file raises errors of any type
             logger.warning("%s is computed again: %s: %s", path, type(error).__name__, error)
             return None
-        dim = self.store.layout.dim
-        if not is_same or matrix_CDD.shape != (len(self.rates), dim, dim) or matrix_CDD.dtype != np.float32:
+        n_checkpoints, dim = len(self.rates), self.store.layout.dim
+        shapes = [(n_checkpoints, dim, dim), *[(n_checkpoints,)] * len(columns)]
+        if not is_same or [a.shape for a in (matrix_CDD, *columns)] != shapes or matrix_CDD.dtype != np.float32:
             return None
-        return [Curvature(matrix_DD, *values) for matrix_DD, *values in zip(matrix_CDD, *columns, strict=True)]
+        values = (column.tolist() for column in columns)
+        return [Curvature(matrix_DD, *own) for matrix_DD, *own in zip(matrix_CDD, *values, strict=True)]
 
     def _write(self, path: Path, found: Sequence[Curvature]) -> None:
         """Keep the matrices for later calls, where the index can be written to."""
