@@ -166,6 +166,26 @@ def test_options_without_a_meaning_are_refused(folder: Path, words: tuple[str, .
     assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (select_command, ("--n", 3)),
+        (hubs_command, ()),
+        (explain_command, ("--train-id", 1, "--id", 0)),
+        (query_command, ("--self-influence",)),
+    ],
+)
+def test_two_scores_are_refused(folder: Path, command: click.Command, words: tuple[object, ...]) -> None:
+    refused = run(folder, command, *words, "--score", "fisher", "--cosine")
+    assert refused.exit_code == 2 and "two scores: got --cosine and --score fisher" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize(("command", "words"), [(query_command, ("--self-influence",)), (mislabelled_command, ())])
+def test_exact_leverages_are_refused(folder: Path, command: click.Command, words: tuple[object, ...]) -> None:
+    refused = run(folder, command, *words, "--exact", "--score", "fisher")
+    assert refused.exit_code == 2 and "computed from the stored features" in " ".join(refused.stderr.split())
+
+
 def test_info_states_whether_the_sketch_suffices(folder: Path) -> None:
     shown = " ".join(invocation.run(info_command, folder / "index").stdout.split())
     assert "score: gauss-newton by default, damping 1 / (learning rate × steps)" in shown
