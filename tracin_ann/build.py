@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from tracin_ann.choices import CURVATURES, ScoreName
+from tracin_ann.choices import ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
@@ -45,7 +45,13 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
-from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index, open_score_maker
+from tracin_ann.scoring import (
+    QualityMeasurement,
+    SearchIndexOptions,
+    build_search_index,
+    find_curvature,
+    open_score_maker,
+)
 from tracin_ann.search import choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
@@ -407,8 +413,9 @@ class BuildJob:
 
     def keep_curvature(self, manifest: Manifest, store: FeatureStore) -> None:
         """Compute the curvature of the default score, so that the first query does not have to."""
-        if manifest.score is not None and manifest.score.default in CURVATURES:
-            open_score_maker(self.out, manifest, store).load(manifest.score.default)
+        curvature = find_curvature(self.score_record.default)
+        if curvature is not None:
+            open_score_maker(self.out, manifest, store).load(curvature)
 
     @property
     def search_options(self) -> SearchIndexOptions:

@@ -192,6 +192,21 @@ def test_info_states_whether_the_sketch_suffices(folder: Path) -> None:
     assert "curvature: effective dimension" in shown and f"from {N} rows" in shown
 
 
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        ("cosine", "cosine by default; --score names"),
+        ("trackstar", "trackstar by default, damping 5e-4"),
+    ],
+)
+def test_info_states_a_default_score_without_a_curvature_of_its_own(tmp_path: Path, score: str, expected: str) -> None:
+    build(make_toy_task(tmp_path, score=score), tmp_path / "index", CONFIG)
+    # The build computes the matrix of TrackStar too.
+    kept = [path.name for path in (tmp_path / "index").glob("generation-*/curvature-*")]
+    assert kept == (["curvature-fisher.npz"] if score == "trackstar" else [])
+    assert expected in " ".join(invocation.run(info_command, tmp_path / "index").stdout.split())
+
+
 def test_a_page_explains_the_score_and_shows_amounts(folder: Path, tmp_path: Path) -> None:
     assert run(folder, query_command, "--ids", "0", "--html", tmp_path / "page.html").exit_code == 0
     page = Page(tmp_path / "page.html")

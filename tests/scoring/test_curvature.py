@@ -17,7 +17,7 @@ from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.choices import CURVATURES, CurvatureName, ScoreName
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.operations import remove
-from tracin_ann.scoring import Curvature, CurvatureSource, curvature, scores
+from tracin_ann.scoring import Curvature, CurvatureSource, curvature, scores, suggest_dim
 from tracin_ann.store import read_arrays, write_arrays
 from tracin_ann.types import Float64
 
@@ -84,6 +84,22 @@ def test_the_matrix_is_the_mean_of_weighted_outer_products(index: InfluenceIndex
         assert found.trace == pytest.approx(np.trace(expected), rel=1e-5)
         eigenvalues = np.linalg.eigvalsh(expected)
         assert found.effective_dimension(0.01) == pytest.approx((eigenvalues / (eigenvalues + 0.01)).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dim", "effective", "expected"),
+    [
+        (32, 10.66, None),
+        (32, 10.7, 64),
+        (30, 10.0, None),
+        (20, 9.0, 32),
+        (1, 0.0, None),
+        (1, 0.4, 2),
+        (4096, 1400, 8192),
+    ],
+)
+def test_the_sketch_has_three_times_the_effective_dimension(dim: int, effective: float, expected: int | None) -> None:
+    assert suggest_dim(dim, effective) == expected
 
 
 @pytest.mark.parametrize("damping", [None, 1e-3])

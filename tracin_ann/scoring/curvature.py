@@ -18,6 +18,7 @@ Shapes: N training rows, M rows of the sample, C checkpoints, D sketch dimension
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,14 @@ _ROUNDING = 1e-6
 """A loss of -log p may be this far below 0."""
 
 logger = logging.getLogger(__name__)
+
+
+def suggest_dim(dim: int, effective: float) -> int | None:
+    """Return the sketch dimension that suffices for an effective dimension d_λ; None if `dim` does.
+
+    It is the least power of 2 that is at least 3 d_λ, as measured with three models.
+    """
+    return None if dim >= 3 * effective else 1 << (math.ceil(3 * effective) - 1).bit_length()
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.choices import CurvatureName, ScoreName
+from tracin_ann.choices import CURVATURES, CurvatureName, ScoreName
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver
 from tracin_ann.scoring.exact import DirectionMap
 from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvatures
@@ -148,6 +148,11 @@ class CosineScore:
         unit_QCD = _scale_parts(query_QF.reshape(len(query_QF), len(rates), -1))
         weighted_QCD = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return QueryVectors(weighted_QCD.reshape(query_QF.shape))
+
+
+def find_curvature(score: str) -> CurvatureName | None:
+    """Return the curvature matrix of a score; None if it has none."""
+    return next((name for name in CURVATURES if name == score), "fisher" if score == "trackstar" else None)
 
 
 @dataclass(frozen=True)
