@@ -200,6 +200,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         audit=audits.drawn,
         score=job.score_record,
     )
+    job.check_score(manifest, store)
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)
@@ -410,6 +411,16 @@ class BuildJob:
         usual: ScoreName = "gauss-newton" if task.loss_is_nll else "fisher" if has_steps else "tracin"
         runs = tuple(checkpoint.run for checkpoint in task.checkpoints)
         return ScoreRecord(task.score or usual, steps, runs, task.loss_is_nll)
+
+    def check_score(self, manifest: Manifest, store: FeatureStore) -> None:
+        """Check that the losses allow the default score.
+
+        Raises:
+            UsageError: it needs probabilities, and the losses are not -log p of one label.
+        """
+        curvature = find_curvature(self.score_record.default)
+        if curvature is not None:
+            open_score_maker(self.out, manifest, store).source.check_losses(curvature)
 
     def keep_curvature(self, manifest: Manifest, store: FeatureStore) -> None:
         """Compute the curvature of the default score, so that the first query does not have to."""

@@ -362,6 +362,15 @@ def test_scores_of_probabilities_need_a_log_likelihood(tmp_path: Path, is_nll: b
     assert opened.query([0], options=QueryOptions(score="fisher"))[0].hits
 
 
+def test_a_build_with_losses_that_exclude_its_default_score_publishes_nothing(tmp_path: Path) -> None:
+    task = make_task(tmp_path, n=8, loss=scaled_loss(-1.0), query_loss=cross_entropy, loss_is_nll=True)
+    with pytest.raises(UsageError, match="gauss-newton needs the probability.*a loss of -.*Task.score"):
+        build(task, tmp_path / "index", replace(CONFIG, yardstick=False))
+    assert not (tmp_path / "index" / "manifest.json").exists()
+    build(replace(task, score="fisher"), tmp_path / "index", replace(CONFIG, yardstick=False))
+    assert InfluenceIndex.open(tmp_path / "index", task, device="cpu").default_score == "fisher"
+
+
 def test_a_damaged_or_missing_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = make_task(tmp_path, n=12)
     build(task, tmp_path / "index", CONFIG)

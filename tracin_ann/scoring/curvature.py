@@ -260,6 +260,12 @@ class CurvatureSource:
         for start in range(0, len(self._sample_M), n_rows):
             yield start, view.take(self._sample_M[start : start + n_rows]).astype(np.float64)
 
+    def check_losses(self, name: CurvatureName) -> None:
+        """Check that the losses of all rows allow the weights; errors as of `weigh_rows`."""
+        for checkpoint, rate in enumerate(self.rates):
+            if rate > 0:
+                self.weigh_rows(name, checkpoint, self.rows_N)
+
     def weigh_rows(self, name: CurvatureName, checkpoint: int, rows_M: Int64) -> Float64:
         """Return the weights w [M] of rows.
 
@@ -276,7 +282,7 @@ class CurvatureSource:
                     f"--score {name} needs the probability of the label of each row",
                     got="a task with loss_is_nll=False" if self.loss_is_nll is False else smallest,
                     expected="a loss that is -log p of one label, which is 0 or more",
-                    remedy="use --score fisher, which accepts any loss",
+                    remedy="use --score fisher (Task.score), which accepts any loss",
                 )
             )
         p_M = np.minimum(np.exp(-np.maximum(loss_M, 0)), _LARGEST_P)

@@ -341,11 +341,9 @@ class TrackStarScore:
     def weigh(self, query_QF: Float32, checkpoints: Sequence[int], *, estimates: bool = False) -> QueryVectors:
         """Return the query with parts L_c⁻¹q of norm 1 / C."""
         used = sum(self.rates[c] > 0 for c in checkpoints)
-        whitened_QCD = _whiten(_scale_parts(self._split(query_QF, checkpoints)), checkpoints, self.damping)
+        part_QCD = query_QF.reshape(len(query_QF), len(checkpoints), -1)
+        whitened_QCD = _whiten(_scale_parts(part_QCD), checkpoints, self.damping)
         return QueryVectors((whitened_QCD / np.float32(used)).reshape(query_QF.shape))
-
-    def _split(self, query_QF: Float32, checkpoints: Sequence[int]) -> Float32:
-        return query_QF.reshape(len(query_QF), len(checkpoints), -1)
 
 
 @dataclass(frozen=True)
