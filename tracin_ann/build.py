@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from tracin_ann.choices import CURVATURES, ScoreName
+from tracin_ann.choices import ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
@@ -45,7 +45,13 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
-from tracin_ann.scoring import QualityMeasurement, SearchIndexOptions, build_search_index, open_score_maker
+from tracin_ann.scoring import (
+    QualityMeasurement,
+    SearchIndexOptions,
+    build_search_index,
+    find_curvature,
+    open_score_maker,
+)
 from tracin_ann.search import choose_index
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
@@ -194,6 +200,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         audit=audits.drawn,
         score=job.score_record,
     )
+    job.check_score(manifest, store)
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)
@@ -405,10 +412,21 @@ class BuildJob:
         runs = tuple(checkpoint.run for checkpoint in task.checkpoints)
         return ScoreRecord(task.score or usual, steps, runs, task.loss_is_nll)
 
+    def check_score(self, manifest: Manifest, store: FeatureStore) -> None:
+        """Check that the losses allow the default score.
+
+        Raises:
+            UsageError: it needs probabilities, and the losses are not -log p of one label.
+        """
+        curvature = find_curvature(self.score_record.default)
+        if curvature is not None:
+            open_score_maker(self.out, manifest, store).source.check_losses(curvature)
+
     def keep_curvature(self, manifest: Manifest, store: FeatureStore) -> None:
         """Compute the curvature of the default score, so that the first query does not have to."""
-        if manifest.score is not None and manifest.score.default in CURVATURES:
-            open_score_maker(self.out, manifest, store).load(manifest.score.default)
+        curvature = find_curvature(self.score_record.default)
+        if curvature is not None:
+            open_score_maker(self.out, manifest, store).load(curvature)
 
     @property
     def search_options(self) -> SearchIndexOptions:

@@ -58,7 +58,8 @@ from tracin_ann.store import (
 from tracin_ann.task import Description, Task, open_examples
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
-_ROWS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 1 << 23
+"""Numbers of stored rows that are in memory at a time."""
 logger = logging.getLogger(__name__)
 
 
@@ -402,16 +403,25 @@ class InfluenceIndex:
         `checkpoints` of the options are used.
 
         Raises:
-            UsageError: an id or an option is out of range, or the stored losses do not allow the score.
+            UsageError: there are no ids, an id or an option is out of range, or the stored losses do not allow the
+                score.
             IndexMismatchError: the task does not fit the index, by a field or by a canary.
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
+        if not ids:
+            raise UsageError(problem("no query", got="no ids", expected="at least one", remedy="name at least one row"))
+        self.runner.check_ids(side, ids)
         request = self._make_request(options)
         vector_QF = request.score.weigh(self.features(side, ids, request.checkpoints), request.checkpoints).vector_QF
         score_QN = np.zeros((len(ids), len(self)), np.float32)
-        for ids_B, row_BF in request.score.rows(request.checkpoints).blocks(_ROWS_AT_ONCE):
+        for ids_B, row_BF in self._read_blocks(request.score, request.checkpoints):
             np.matmul(vector_QF, row_BF.T, out=score_QN[:, ids_B[0] : ids_B[-1] + 1])
         return score_QN
+
+    def _read_blocks(self, score: Score, checkpoints: Sequence[int]) -> Iterator[tuple[Int64, Float32]]:
+        """Return (ids, rows as the score multiplies them) of a bounded number of rows at a time."""
+        dim = self.manifest.build.layout.dim * len(checkpoints)
+        return score.rows(checkpoints).blocks(max(1, _NUMBERS_AT_ONCE // dim))
 
     def _answer(self, requests: Sequence[QueryRequest], progress: ProgressCallback | None) -> Answers:
         for request in requests:
@@ -469,10 +479,10 @@ class InfluenceIndex:
         Self-influence is the score of a row for itself: Σ_c η_c ‖∇ℓ(w_c, z)‖² for `tracin`. It uses the stored squared
         norms (estimates from the sketch unless the index was built with `norms="exact"`), or with `exact` computes them
         for every row, which needs the task. For a score with a curvature matrix, it is Σ_c √(φᵀ(K + λI)⁻¹φ), the sum of
-        the roots of the row's leverages.
+        the roots of the row's leverages, from the stored features.
 
         Raises:
-            UsageError: k or a checkpoint is out of range, or the score has no self-influence.
+            UsageError: k or a checkpoint is out of range, or the score has no self-influence, or no exact one.
             IndexMismatchError: with `exact`, the task does not fit the index.
         """
         if k is not None and k < 1:
@@ -507,8 +517,11 @@ class InfluenceIndex:
             what, remedy = "the cosine of a row and itself is 1", "change --score"
             expected = f"tracin or {' or '.join(CURVATURES)}"
             raise UsageError(problem(what, got=f"--score {options.score}", expected=expected, remedy=remedy))
+        if options.exact:
+            what, got = "leverages are computed from the stored features", f"--exact and --score {options.score}"
+            raise UsageError(problem(what, got=got, expected="one of the two", remedy="remove one of the two"))
         score, own_N = self.make_score(options), np.zeros(len(self))
-        for ids_B, row_BF in score.rows(checkpoints).blocks(_ROWS_AT_ONCE):
+        for ids_B, row_BF in self._read_blocks(score, checkpoints):
             vector_BF = score.weigh(row_BF, checkpoints).vector_QF
             own_N[ids_B] = np.einsum("bf,bf->b", vector_BF.astype(np.float64), row_BF)
         return own_N

@@ -33,7 +33,7 @@ def estimate_changes(index: InfluenceIndex) -> Float64:
     score, view = index.make_score(QueryOptions(score="gauss-newton")), index.view()
     change_N = np.zeros(len(index))
     for ids, row_BF in view.blocks(ROWS_AT_ONCE):
-        amount_BF = score.weigh(row_BF, view.checkpoints).amount_QF
+        amount_BF = score.weigh(row_BF, view.checkpoints, estimates=True).amount_QF
         assert amount_BF is not None
         change_N[ids] = np.einsum("bf,bf->b", amount_BF.astype(np.float64), row_BF)
     return change_N

@@ -249,7 +249,7 @@ def measure_size(maker: ScoreMaker, rows: First, name: str, options: argparse.Na
     tops = flat.search_both(vector_QF, 10)
     truth = {side: np.stack(top.ids) for (side, _), top in zip(SIDES, tops, strict=True)}
     scan = time_search(lambda queries: flat.search_both(queries, 10), vector_QF)
-    weigh = time_search(lambda queries: score.weigh(queries, subject.checkpoints), subject.feature_QF)
+    weigh = time_search(lambda queries: score.weigh(queries, subject.checkpoints, estimates=True), subject.feature_QF)
     print(len(rows), name, "scan", scan, "weigh", weigh, "K", seconds, dims, flush=True)
     row_SF = subject.sample()
     vector_SF = score.weigh(row_SF[:8192], subject.checkpoints).vector_QF

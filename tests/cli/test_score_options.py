@@ -166,10 +166,45 @@ def test_options_without_a_meaning_are_refused(folder: Path, words: tuple[str, .
     assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (select_command, ("--n", 3)),
+        (hubs_command, ()),
+        (explain_command, ("--train-id", 1, "--id", 0)),
+        (query_command, ("--self-influence",)),
+    ],
+)
+def test_two_scores_are_refused(folder: Path, command: click.Command, words: tuple[object, ...]) -> None:
+    refused = run(folder, command, *words, "--score", "fisher", "--cosine")
+    assert refused.exit_code == 2 and "two scores: got --cosine and --score fisher" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize(("command", "words"), [(query_command, ("--self-influence",)), (mislabelled_command, ())])
+def test_exact_leverages_are_refused(folder: Path, command: click.Command, words: tuple[object, ...]) -> None:
+    refused = run(folder, command, *words, "--exact", "--score", "fisher")
+    assert refused.exit_code == 2 and "computed from the stored features" in " ".join(refused.stderr.split())
+
+
 def test_info_states_whether_the_sketch_suffices(folder: Path) -> None:
     shown = " ".join(invocation.run(info_command, folder / "index").stdout.split())
     assert "score: gauss-newton by default, damping 1 / (learning rate × steps)" in shown
     assert "curvature: effective dimension" in shown and f"from {N} rows" in shown
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        ("cosine", "cosine by default; --score names"),
+        ("trackstar", "trackstar by default, damping 5e-4"),
+    ],
+)
+def test_info_states_a_default_score_without_a_curvature_of_its_own(tmp_path: Path, score: str, expected: str) -> None:
+    build(make_toy_task(tmp_path, score=score), tmp_path / "index", CONFIG)
+    # The build computes the matrix of TrackStar too.
+    kept = [path.name for path in (tmp_path / "index").glob("generation-*/curvature-*")]
+    assert kept == (["curvature-fisher.npz"] if score == "trackstar" else [])
+    assert expected in " ".join(invocation.run(info_command, tmp_path / "index").stdout.split())
 
 
 def test_a_page_explains_the_score_and_shows_amounts(folder: Path, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tasks import toy
 from tasks.retrained import QUERIES, N, make_rows, make_task
-from tracin_ann import InfluenceIndex, QueryOptions
+from tracin_ann import InfluenceIndex, QueryOptions, build
 from tracin_ann.evaluation import QuandaExplainer, compute_lds, draw_subsets, make_dattri_arguments
 
 IDS = list(range(QUERIES))
@@ -55,6 +57,17 @@ def test_samples_may_be_mappings_and_examples_are_made_of_them(index: InfluenceI
 def test_self_influence_is_the_score_of_each_row_for_itself(index: InfluenceIndex) -> None:
     found = QuandaExplainer(index=index, options=FISHER).self_influence(batch_size=7)
     np.testing.assert_allclose(found.numpy(), np.diag(index.score_matrix("train", range(N), FISHER)), rtol=1e-5)
+
+
+def test_rows_that_a_build_skipped_have_no_self_influence(tmp_path: Path) -> None:
+    rows = [(torch.full((5,), torch.nan), 0), *toy.make_rows(8)]
+    task = toy.make_toy_task(tmp_path, train_data=lambda: rows)
+    build(task, tmp_path / "index", replace(toy.CONFIG, on_nonfinite="skip", yardstick=False))
+    index = InfluenceIndex.open(tmp_path / "index", task, device="cpu")
+    found = QuandaExplainer(index=index, options=FISHER).self_influence(batch_size=3)
+    assert found[0] == 0
+    expected = np.diag(index.score_matrix("train", range(1, 9), FISHER)[:, 1:])
+    np.testing.assert_allclose(found[1:].numpy(), expected, rtol=1e-5)
 
 
 def test_metrics_of_quanda_accept_the_explainer(index: InfluenceIndex, folder: Path) -> None:

@@ -69,6 +69,16 @@ def test_differences_of_scores_on_the_same_losses_are_paired(random: np.random.G
     assert good.compare(same) == pytest.approx((-high, -low))
 
 
+def test_the_interval_is_in_the_range_of_a_correlation() -> None:
+    predicted_MQ = np.tile(np.arange(4.0)[:, None], (1, 5))
+    found = correlate(predicted_MQ, predicted_MQ[[1, 0, 2, 3]])
+    assert found.mean == pytest.approx(0.8)
+    # A resample with the right order is above 1 after the shift.
+    assert np.quantile(found.resampled_R, 0.975) > 1
+    assert found.interval[1] == 1.0
+    assert correlate(predicted_MQ, -predicted_MQ[[1, 0, 2, 3]]).interval[0] == -1.0
+
+
 def test_one_query_has_an_interval_over_subsets(random: np.random.Generator) -> None:
     found = correlate(random.normal(size=(M, 1)), random.normal(size=(M, 1)))
     assert found.interval[0] < found.mean < found.interval[1]

@@ -71,6 +71,15 @@ def read_weights(task: Task, checkpoint: int) -> Weights:
     return list(torch.load(task.checkpoints[checkpoint].path, weights_only=True).values())
 
 
+def test_tail_patch_leaves_out_a_last_checkpoint_without_a_rate(task: Task) -> None:
+    first, last = task.checkpoints
+    decayed = replace(task, checkpoints=[first, replace(last, learning_rate=0.0)])
+    rows = np.array([[3, 0]])
+    found = measure_tail_patch(make_runner(decayed), [2], rows)
+    assert found.all()
+    np.testing.assert_array_equal(found, measure_tail_patch(make_runner(task), [2], rows, 0))
+
+
 @pytest.mark.parametrize("checkpoint", [-1, 0])
 def test_tail_patch_is_the_fall_of_the_loss_after_one_step(task: Task, checkpoint: int) -> None:
     rows = np.array([[3, 0, 17], [5, 3, 2]])

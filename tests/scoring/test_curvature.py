@@ -17,7 +17,8 @@ from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.choices import CURVATURES, CurvatureName, ScoreName
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.operations import remove
-from tracin_ann.scoring import Curvature, CurvatureSource, curvature
+from tracin_ann.scoring import Curvature, CurvatureSource, curvature, scores, suggest_dim
+from tracin_ann.store import read_arrays, write_arrays
 from tracin_ann.types import Float64
 
 N, QUERIES, RATES, STEPS = 40, 5, (0.5, 0.125), 200.0
@@ -85,6 +86,22 @@ def test_the_matrix_is_the_mean_of_weighted_outer_products(index: InfluenceIndex
         assert found.effective_dimension(0.01) == pytest.approx((eigenvalues / (eigenvalues + 0.01)).sum(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dim", "effective", "expected"),
+    [
+        (32, 10.66, None),
+        (32, 10.7, 64),
+        (30, 10.0, None),
+        (20, 9.0, 32),
+        (1, 0.0, None),
+        (1, 0.4, 2),
+        (4096, 1400, 8192),
+    ],
+)
+def test_the_sketch_has_three_times_the_effective_dimension(dim: int, effective: float, expected: int | None) -> None:
+    assert suggest_dim(dim, effective) == expected
+
+
 @pytest.mark.parametrize("damping", [None, 1e-3])
 @pytest.mark.parametrize("name", DAMPED)
 def test_scores_are_those_of_a_dense_solve(index: InfluenceIndex, name: ScoreName, damping: float | None) -> None:
@@ -147,6 +164,26 @@ def test_the_self_influence_is_the_score_of_a_row_for_itself(index: InfluenceInd
     assert [found.score for found in ranked] == pytest.approx(sorted(own_N.tolist(), reverse=True), rel=1e-5)
     with pytest.raises(UsageError, match="the cosine of a row and itself is 1: got --score cosine"):
         index.self_influence(score="cosine")
+    with pytest.raises(UsageError, match=f"leverages are computed from the stored features: got.*{name}"):
+        index.self_influence(score=name, exact=True)
+
+
+def test_a_matrix_of_scores_is_the_same_in_blocks_of_any_size(
+    index: InfluenceIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in DAMPED:
+        options = QueryOptions(score=name)
+        expected = index.score_matrix("query", [1, 3], options)
+        with monkeypatch.context() as patch:
+            patch.setattr("tracin_ann.index._NUMBERS_AT_ONCE", 7 * CONFIG.dim * len(RATES))
+            found = index.score_matrix("query", [1, 3], options)
+        np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("ids", "message"), [([], "no query"), ([1, -1], "no such row.*got -1"), ([99], "got 99")])
+def test_a_matrix_of_scores_needs_queries_that_exist(index: InfluenceIndex, ids: list[int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        index.score_matrix("query", ids)
 
 
 def test_error_bars_are_half_the_difference_of_the_halves_of_the_sketch(index: InfluenceIndex) -> None:
@@ -275,6 +312,14 @@ def test_zero_gradients_have_the_score_0(tmp_path: Path) -> None:
         assert opened.query([0], options=QueryOptions(score=name))[0].hits == ()  # type: ignore[arg-type]
 
 
+def test_exact_scores_of_zero_gradients_are_0(tmp_path: Path) -> None:
+    task = make_toy_task(tmp_path, train_data=lambda: make_rows(8), loss=zero_loss, query_loss=cross_entropy)
+    build(task, tmp_path / "index", replace(CONFIG, yardstick=False))
+    opened = InfluenceIndex.open(tmp_path / "index", task, device="cpu")
+    for options in (QueryOptions(score="fisher", exact=True), QueryOptions(score="fisher", rerank="exact")):
+        assert opened.query([0], options=options)[0].hits == ()
+
+
 def test_an_open_index_factorises_each_matrix_once(index: InfluenceIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     factorised: list[tuple[float, slice]] = []
     factorise = Curvature.factorise
@@ -285,8 +330,17 @@ def test_an_open_index_factorises_each_matrix_once(index: InfluenceIndex, monkey
 
     monkeypatch.setattr(Curvature, "factorise", count)
     opened = InfluenceIndex.open(index.directory, index.task, device="cpu")
+    opened.score_matrix("query", [0, 1], QueryOptions(score="fisher", damping=0.03))
+    assert [part for _, part in factorised] == [slice(0, CONFIG.dim)] * len(RATES)
     whole = 3 * len(RATES)  # The matrix and both halves of the sketch.
     for damping, expected in ((0.03, whole), (0.03, whole), (0.07, 2 * whole), (0.03, 2 * whole)):
+        opened.query([0, 1], options=QueryOptions(score="fisher", damping=damping))
+        assert len(factorised) == expected
+    # Where the memory is enough for the matrices of one damping, that of the last one is kept.
+    monkeypatch.setattr(scores, "_KEPT_BYTES", 12 * CONFIG.dim**2 * len(RATES))
+    opened = InfluenceIndex.open(index.directory, index.task, device="cpu")
+    factorised.clear()
+    for damping, expected in ((0.03, whole), (0.03, whole), (0.07, 2 * whole), (0.03, 3 * whole)):
         opened.query([0, 1], options=QueryOptions(score="fisher", damping=damping))
         assert len(factorised) == expected
 
@@ -308,6 +362,15 @@ def test_scores_of_probabilities_need_a_log_likelihood(tmp_path: Path, is_nll: b
     assert opened.query([0], options=QueryOptions(score="fisher"))[0].hits
 
 
+def test_a_build_with_losses_that_exclude_its_default_score_publishes_nothing(tmp_path: Path) -> None:
+    task = make_task(tmp_path, n=8, loss=scaled_loss(-1.0), query_loss=cross_entropy, loss_is_nll=True)
+    with pytest.raises(UsageError, match="gauss-newton needs the probability.*a loss of -.*Task.score"):
+        build(task, tmp_path / "index", replace(CONFIG, yardstick=False))
+    assert not (tmp_path / "index" / "manifest.json").exists()
+    build(replace(task, score="fisher"), tmp_path / "index", replace(CONFIG, yardstick=False))
+    assert InfluenceIndex.open(tmp_path / "index", task, device="cpu").default_score == "fisher"
+
+
 def test_a_damaged_or_missing_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = make_task(tmp_path, n=12)
     build(task, tmp_path / "index", CONFIG)
@@ -323,6 +386,17 @@ def test_a_damaged_or_missing_file_is_computed_again(tmp_path: Path, caplog: pyt
         assert path.read_bytes() == content
         assert ("is computed again" in caplog.text) is (damaged is not None)
         caplog.clear()
+
+
+@pytest.mark.parametrize("name", ["scale_C", "error_C", "matrix_CDD"])
+def test_a_file_of_another_format_is_computed_again(tmp_path: Path, name: str) -> None:
+    task = make_task(tmp_path, n=12)
+    build(task, tmp_path / "index", CONFIG)
+    (path,) = (tmp_path / "index").glob("generation-*/curvature-fisher.npz")
+    expected, arrays = load_matrices(tmp_path / "index", task, "fisher"), read_arrays(path)
+    for other in ({}, {name: arrays[name][:1]}):
+        write_arrays(path, {key: array for key, array in arrays.items() if key != name} | other)
+        np.testing.assert_array_equal(load_matrices(tmp_path / "index", task, "fisher"), expected)
 
 
 def test_options_that_contradict_each_other_are_refused(index: InfluenceIndex) -> None:

@@ -180,3 +180,15 @@ def test_columns_are_computed_for_training_rows_only(tmp_path: Path) -> None:
     )
     drop = replace(labelled, collate=lambda given: torch.utils.data.default_collate([row[:2] for row in given]))
     assert build(drop, tmp_path / "out", CONFIG).manifest.columns is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "nonsense"}, "Task.score is unknown: got 'nonsense', expected tracin or cosine"),
+        ({"score": "trak", "loss_is_nll": False}, "needs the probability of the label: got 'trak' and loss_is_nll=Fal"),
+    ],
+)
+def test_a_default_score_that_does_not_exist_or_contradicts_the_loss_is_rejected(tmp_path, changes, message):
+    with pytest.raises(TaskError, match=message):
+        make_toy_task(tmp_path, **changes)

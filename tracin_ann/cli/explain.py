@@ -12,6 +12,7 @@ from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
+    choose_score,
     index_options,
     open_index,
     own_ids_option,
@@ -84,7 +85,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
             progress,
             checkpoints=options["checkpoints"],
             by="token" if by == "token" else "layer",
-            score="cosine" if options["cosine"] else options["score"],
+            score=choose_score(options),
             damping=options["damping"],
         )
     if sink.form == "table":

@@ -14,7 +14,7 @@ from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Po
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
-    from tracin_ann.choices import SideName
+    from tracin_ann.choices import ScoreName, SideName
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.scoring import Id
     from tracin_ann.store import RowFilter
@@ -69,6 +69,17 @@ def score_options(function: Function) -> Function:
         help="Damping of the curvature.  [default: 1 / (learning rate × steps), or 5e-4 of its trace]",
     )
     return score(cosine(damping(function)))
+
+
+def choose_score(options: Options) -> ScoreName | None:
+    """Return the score that `--score` or `--cosine` names; None: that of the index.
+
+    Raises:
+        UsageError: they name two scores.
+    """
+    from tracin_ann.scoring import QueryOptions
+
+    return QueryOptions(score=options["score"], cosine=bool(options["cosine"])).score
 
 
 def filter_options(function: Function) -> Function:

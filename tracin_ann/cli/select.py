@@ -11,6 +11,7 @@ from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
+    choose_score,
     filter_options,
     index_options,
     make_row_filter,
@@ -75,7 +76,7 @@ def main(directory: str, form: str | None, output: str | None, **options: object
             options["method"],  # type: ignore[arg-type]
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             rows=make_row_filter(index, options),
-            score="cosine" if options["cosine"] else options["score"],  # type: ignore[arg-type]
+            score=choose_score(options),
             damping=options["damping"],  # type: ignore[arg-type]
             progress=progress,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tracin_ann.cli.index_options import make_row_filter
+from tracin_ann.cli.index_options import choose_score, make_row_filter
 from tracin_ann.cli.messages import format_count, print_note, show_progress
 from tracin_ann.cli.output import Sink, write_html
 
@@ -24,7 +24,7 @@ def write_self_influence(index: InfluenceIndex, options: Mapping[str, object], s
             checkpoints=options["checkpoints"],  # type: ignore[arg-type]
             exact=bool(options["exact"]),
             rows=chosen,
-            score="cosine" if options["cosine"] else options["score"] or "tracin",  # type: ignore[arg-type]
+            score=choose_score(options) or "tracin",
             progress=progress,
         )
         write(rows)

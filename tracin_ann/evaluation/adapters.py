@@ -75,13 +75,13 @@ class QuandaExplainer:
             return torch.from_numpy(self._index.score_matrix("input", range(len(examples)), self._options))
 
     def self_influence(self, batch_size: int = 32) -> Tensor:
-        """Return the score [N] of each training row for itself."""
-        n_rows, found = len(self._index), []
-        for start in range(0, n_rows, batch_size):
-            rows = range(start, min(start + batch_size, n_rows))
-            score_BN = self._index.score_matrix("train", rows, self._options)
-            found.append(torch.from_numpy(score_BN[np.arange(len(rows)), rows]))
-        return torch.cat(found)
+        """Return the score [N] of each training row for itself; 0 for removed and skipped rows."""
+        row_N, own_N = self._index.present(), torch.zeros(len(self._index))
+        for start in range(0, len(row_N), batch_size):
+            rows = row_N[start : start + batch_size]
+            score_BN = self._index.score_matrix("train", rows.tolist(), self._options)
+            own_N[rows] = torch.from_numpy(score_BN[np.arange(len(rows)), rows])
+        return own_N
 
 
 def _split(test_data: Any) -> Iterator[Any]:

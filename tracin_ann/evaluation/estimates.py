@@ -6,7 +6,7 @@ Shapes: Q queries, M subsets or rows that are ranked, R resamples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -95,7 +95,10 @@ def correlate(predicted_MQ: Float64, true_MQ: Float64, resamples: int = RESAMPLE
     # Values and queries are resampled independently of each other.
     resampled_R = _resample(true_MQ.shape, mean_correlation, resamples)
     value_Q = correlate_ranks(rankdata(predicted_MQ, axis=0), rankdata(true_MQ, axis=0))
-    return Estimate.make(value_Q, resampled_R)
+    found = Estimate.make(value_Q, resampled_R)
+    low, high = found.interval
+    # The shift of the resamples may leave the range of a correlation.
+    return replace(found, interval=(max(low, -1.0), min(high, 1.0)))
 
 
 def correlate_ranks(rank_MQ: Float64, other_MQ: Float64) -> Float64:

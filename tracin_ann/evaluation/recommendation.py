@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracin_ann.choices import CURVATURES, CurvatureName
+from tracin_ann.choices import CurvatureName
 from tracin_ann.evaluation.comparison import Candidate, Comparison, Result
 from tracin_ann.index import InfluenceIndex
+from tracin_ann.scoring import find_curvature, suggest_dim
 
-ENOUGH = 3
-"""D should be this many times the effective dimension; measured with three models."""
 _MOST_TIES = 4
 
 
@@ -74,7 +73,7 @@ def _format_value(result: Result) -> str:
 
 def _describe(index: InfluenceIndex, candidate: Candidate) -> str:
     """Return a candidate in words, with the sketch dimension."""
-    spec, curvature = index.manifest.build.spec, _find_curvature(candidate)
+    spec, curvature = index.manifest.build.spec, find_curvature(candidate.score)
     words = [f"--score {candidate.score}"]
     if candidate.damping is not None:
         words.append(f"--damping {candidate.damping:g}")
@@ -87,19 +86,20 @@ def _describe(index: InfluenceIndex, candidate: Candidate) -> str:
 
 def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
     """Return warnings about the sketch dimension and the damping."""
-    curvature = _find_curvature(candidate)
+    curvature = find_curvature(candidate.score)
     if curvature is None:
         return []
     spec, lines = index.manifest.build.spec, []
     damping = index.score_maker.damp(curvature, candidate.damping)
     chosen = _list_checkpoints(index, candidate)
     largest = max(damping.curvatures[c].effective_dimension(damping.damping_C[c]) for c in chosen)
-    if spec.sketch.dim < ENOUGH * largest:
+    suggested = suggest_dim(spec.sketch.dim, largest)
+    if suggested is not None:
         lines.append(
             (
                 "warning",
                 f"effective dimension {largest:.0f}, more than a third of D = {spec.sketch.dim}: "
-                f"a build with --dim {_round_up(ENOUGH * largest)} would score better",
+                f"a build with --dim {suggested} would score better",
             )
         )
     if candidate.damping is None and any(
@@ -127,17 +127,6 @@ def _list_checkpoints(index: InfluenceIndex, candidate: Candidate) -> Sequence[i
     """Return the positions of the checkpoints with a learning rate above 0."""
     checkpoints = index.manifest.build.spec.checkpoints
     return [c for c in index.view(candidate.checkpoints).checkpoints if checkpoints[c].learning_rate > 0]
-
-
-def _find_curvature(candidate: Candidate) -> CurvatureName | None:
-    """Return the curvature matrix that a score uses; None: it uses none."""
-    name = "fisher" if candidate.score == "trackstar" else candidate.score
-    return next((curvature for curvature in CURVATURES if curvature == name), None)
-
-
-def _round_up(dim: float) -> int:
-    """Return the least power of 2 that is not below a number."""
-    return 1 << max(0, int(dim) - (int(dim) == dim)).bit_length()
 
 
 def _join(checkpoints: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ def measure_tail_patch(
     runner: TaskRunner,
     query_ids: Sequence[int],
     row_QK: Int64,
-    checkpoint: int = -1,
+    checkpoint: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Float64:
     """Return how much the loss of each query falls by one step of plain SGD on each of its rows alone.
@@ -34,7 +34,7 @@ def measure_tail_patch(
         runner: the task's data and model, such as `InfluenceIndex.runner`.
         query_ids: positions in query_data, Q.
         row_QK: training rows of each query, [Q, K].
-        checkpoint: position of the checkpoint; -1: the last.
+        checkpoint: position of the checkpoint; None: the last one with a learning rate above 0.
         progress: called with ("steps", done, total).
 
     Returns:
@@ -46,7 +46,10 @@ def measure_tail_patch(
     """
     report, fall_QK = progress or ignore_progress, np.empty(row_QK.shape)
     runner.check_ids("query", query_ids)
-    given = runner.task.checkpoints[checkpoint]
+    checkpoints = runner.task.checkpoints
+    # A schedule that decays to 0 leaves the last checkpoint without a step.
+    last = max(place for place, each in enumerate(checkpoints) if each.largest_rate > 0)
+    given = checkpoints[last if checkpoint is None else checkpoint]
     with open_model(runner, given) as model:
         before_Q, weights = model.query_losses(query_ids), model.copy_weights()
         rates = given.rates_of(weights)

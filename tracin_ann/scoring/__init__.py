@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
-from tracin_ann.scoring.curvature import Curvature, CurvatureSource
+from tracin_ann.scoring.curvature import Curvature, CurvatureSource, suggest_dim
 from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence, scale_in_place
 from tracin_ann.scoring.formats import (
     HITS,
@@ -29,7 +29,7 @@ from tracin_ann.scoring.plots import (
 from tracin_ann.scoring.quality import QualityMeasurement
 from tracin_ann.scoring.ranking import QueryRequest, Ranker
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList, TokenTexts, make_token_texts
-from tracin_ann.scoring.scores import Score, ScoreMaker, open_score_maker
+from tracin_ann.scoring.scores import Score, ScoreMaker, find_curvature, open_score_maker
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
 
@@ -67,6 +67,7 @@ __all__ = [
     "compute_full_gradients",
     "counts_figure",
     "exact_self_influence",
+    "find_curvature",
     "format_cells",
     "join_lines",
     "make_token_texts",
@@ -80,4 +81,5 @@ __all__ = [
     "scale_in_place",
     "score_ranks_figure",
     "select_direction",
+    "suggest_dim",
 ]

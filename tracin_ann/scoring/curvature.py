@@ -18,6 +18,7 @@ Shapes: N training rows, M rows of the sample, C checkpoints, D sketch dimension
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,14 @@ _ROUNDING = 1e-6
 logger = logging.getLogger(__name__)
 
 
+def suggest_dim(dim: int, effective: float) -> int | None:
+    """Return the sketch dimension that suffices for an effective dimension d_λ; None if `dim` does.
+
+    It is the least power of 2 that is at least 3 d_λ, as measured with three models.
+    """
+    return None if dim >= 3 * effective else 1 << (math.ceil(3 * effective) - 1).bit_length()
+
+
 @dataclass(frozen=True, eq=False)
 class Curvature:
     """The second moment of the gradients at one checkpoint.
@@ -71,10 +80,11 @@ class Curvature:
     def choose_damping(self, rate: float, steps: float | None) -> float:
         """Return λ: 1 / (rate · steps), or 5e-4 · tr K if the number of steps is not known.
 
-        The damping is at least 1e-7 of the trace, below which rounding of K would matter.
+        The damping is at least 1e-7 of the trace, below which rounding of K would matter. It is 1 if K is zero: scores
+        are zero with any damping.
         """
         damping = 1 / (rate * steps) if steps is not None and rate > 0 else _TRACE_FRACTION * self.trace
-        return max(damping, 1e-7 * self.trace)
+        return max(damping, 1e-7 * self.trace) or 1.0
 
     def effective_dimension(self, damping: float) -> float:
         """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped."""
@@ -180,18 +190,19 @@ class CurvatureSource:
         """Return the matrices of a file, or None if there is none or it is damaged or of other rows."""
         try:
             arrays = read_arrays(path)
-            columns = (arrays[name].tolist() for name in ("scale_C", "n_rows_C", "error_C"))
             is_same = arrays["key"].tolist() == [self._key]
-            matrix_CDD = arrays["matrix_CDD"]
+            matrix_CDD, *columns = (arrays[name] for name in ("matrix_CDD", "scale_C", "n_rows_C", "error_C"))
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 - a damaged file raises errors of any type
             logger.warning("%s is computed again: %s: %s", path, type(error).__name__, error)
             return None
-        dim = self.store.layout.dim
-        if not is_same or matrix_CDD.shape != (len(self.rates), dim, dim) or matrix_CDD.dtype != np.float32:
+        n_checkpoints, dim = len(self.rates), self.store.layout.dim
+        shapes = [(n_checkpoints, dim, dim), *[(n_checkpoints,)] * len(columns)]
+        if not is_same or [a.shape for a in (matrix_CDD, *columns)] != shapes or matrix_CDD.dtype != np.float32:
             return None
-        return [Curvature(matrix_DD, *values) for matrix_DD, *values in zip(matrix_CDD, *columns, strict=True)]
+        values = (column.tolist() for column in columns)
+        return [Curvature(matrix_DD, *own) for matrix_DD, *own in zip(matrix_CDD, *values, strict=True)]
 
     def _write(self, path: Path, found: Sequence[Curvature]) -> None:
         """Keep the matrices for later calls, where the index can be written to."""
@@ -249,6 +260,12 @@ class CurvatureSource:
         for start in range(0, len(self._sample_M), n_rows):
             yield start, view.take(self._sample_M[start : start + n_rows]).astype(np.float64)
 
+    def check_losses(self, name: CurvatureName) -> None:
+        """Check that the losses of all rows allow the weights; errors as of `weigh_rows`."""
+        for checkpoint, rate in enumerate(self.rates):
+            if rate > 0:
+                self.weigh_rows(name, checkpoint, self.rows_N)
+
     def weigh_rows(self, name: CurvatureName, checkpoint: int, rows_M: Int64) -> Float64:
         """Return the weights w [M] of rows.
 
@@ -265,7 +282,7 @@ class CurvatureSource:
                     f"--score {name} needs the probability of the label of each row",
                     got="a task with loss_is_nll=False" if self.loss_is_nll is False else smallest,
                     expected="a loss that is -log p of one label, which is 0 or more",
-                    remedy="use --score fisher, which accepts any loss",
+                    remedy="use --score fisher (Task.score), which accepts any loss",
                 )
             )
         p_M = np.minimum(np.exp(-np.maximum(loss_M, 0)), _LARGEST_P)

@@ -50,7 +50,7 @@ class Queries:
 
 
 class DirectionMap(Protocol):
-    """A linear map of gradients of queries, at each checkpoint, for a score that is not TracInCP."""
+    """A map of the gradient of each query, at each checkpoint, for a score that is not TracInCP."""
 
     @property
     def summary(self) -> str:

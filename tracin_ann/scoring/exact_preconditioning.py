@@ -66,6 +66,7 @@ class FullCurvatures:
     def __init__(self, source: CurvatureSource) -> None:
         self._source = source
         self._kept: dict[tuple[CurvatureName, int], FullCurvature] = {}
+        self._summaries: dict[CurvatureName, str] = {}
 
     def find(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
         """Return the curvature at the loaded checkpoint.
@@ -75,14 +76,14 @@ class FullCurvatures:
         """
         key = name, model.checkpoint
         found = self._kept.pop(key, None) or self._compute(name, model)
-        self._kept[key] = found
+        self._kept[key], self._summaries[name] = found, found.summary
         while len(self._kept) > 1 and sum(each.n_bytes for each in self._kept.values()) > _KEPT_BYTES:
             self._kept.pop(next(iter(self._kept)))
         return found
 
     def summarise(self, name: CurvatureName) -> str:
         """Return the method of the last curvature that `find` returned, in a few words for users."""
-        return next(each.summary for (own, _), each in reversed(self._kept.items()) if own == name)
+        return self._summaries[name]
 
     def _compute(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
         n_rows = min(len(self._source.rows_N), _MOST_ROWS)

@@ -146,7 +146,7 @@ class Ranker:
             return self._answer(request, queries_QF)
 
     def _answer(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
-        each = request.score.weigh(queries_QF, request.checkpoints)
+        each = request.score.weigh(queries_QF, request.checkpoints, estimates=True)
         vectors = each.mix(request.mixture_GQ)
         n_queries = len(request.members)
         if request.options.exact:

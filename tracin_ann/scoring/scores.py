@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.choices import CurvatureName, ScoreName
+from tracin_ann.choices import CURVATURES, CurvatureName, ScoreName
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver
 from tracin_ann.scoring.exact import DirectionMap
 from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvatures
@@ -38,8 +38,8 @@ from tracin_ann.store import (
 )
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
-_DAMPINGS = 2
-"""Dampings whose factorised matrices are in memory: 12 D² bytes for each checkpoint."""
+_DAMPINGS, _KEPT_BYTES = 2, 1 << 31
+"""Dampings whose factorised matrices are in memory, and their bytes, 12 D² for each checkpoint; at least one is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ class QueryVectors:
     Attributes:
         vector_QF: their inner products with rows are the scores.
         half_QF: for scores with a curvature matrix, the vectors of two estimates of the score, each by one half of the
-            D numbers of every checkpoint; None for other scores.
-        amount_QF: for scores with a curvature matrix, the vectors of `Hit.amount`; None for other scores.
+            D numbers of every checkpoint; None for other scores, and if they were not requested.
+        amount_QF: for scores with a curvature matrix, the vectors of `Hit.amount`; None as `half_QF`.
     """
 
     vector_QF: Float32
@@ -99,8 +99,11 @@ class Score(Protocol):
     def rows(self, checkpoints: Sequence[int]) -> LocatedRows:
         """Return the rows at some checkpoints, as this score multiplies them."""
 
-    def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
-        """Return the vectors for queries with these features over the checkpoints."""
+    def weigh(self, query_QF: Float32, checkpoints: Sequence[int], *, estimates: bool = False) -> QueryVectors:
+        """Return the vectors for queries with these features over the checkpoints.
+
+        With `estimates`, those of error bars and amounts too, if the score has them.
+        """
 
     @property
     def direction_map(self) -> DirectionMap | None:
@@ -120,7 +123,7 @@ class TracInScore:
         """Return the stored rows."""
         return self.store.view(checkpoints)
 
-    def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
+    def weigh(self, query_QF: Float32, checkpoints: Sequence[int], *, estimates: bool = False) -> QueryVectors:
         """Return the features."""
         return QueryVectors(query_QF)
 
@@ -139,12 +142,17 @@ class CosineScore:
         """Return the rows with parts of norm 1."""
         return self.store.view(checkpoints, cosine=True)
 
-    def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
+    def weigh(self, query_QF: Float32, checkpoints: Sequence[int], *, estimates: bool = False) -> QueryVectors:
         """Return the features with parts of norm η_c / Σ η."""
         rates = np.array([self.rates[c] for c in checkpoints])
         unit_QCD = _scale_parts(query_QF.reshape(len(query_QF), len(rates), -1))
         weighted_QCD = unit_QCD * (rates / rates.sum()).astype(np.float32)[:, None]
         return QueryVectors(weighted_QCD.reshape(query_QF.shape))
+
+
+def find_curvature(score: str) -> CurvatureName | None:
+    """Return the curvature matrix of a score; None if it has none."""
+    return next((name for name in CURVATURES if name == score), "fisher" if score == "trackstar" else None)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,8 @@ class ScoreMaker:
     @cached_property
     def _find_damping(self) -> Callable[[CurvatureName, float | None], Damping]:
         """Return `_damp`, which keeps its last results: they contain the factorised matrices."""
-        return lru_cache(maxsize=_DAMPINGS)(self._damp)
+        n_bytes = 12 * self.source.store.layout.dim**2 * len(self.source.rates)
+        return lru_cache(maxsize=max(1, min(_DAMPINGS, _KEPT_BYTES // n_bytes)))(self._damp)
 
     def _damp(self, name: CurvatureName, damping: float | None) -> Damping:
         curvatures, rates = self.load(name), self.source.rates
@@ -281,27 +290,26 @@ class PreconditionedScore:
         """Return the stored rows."""
         return self.store.view(checkpoints)
 
-    def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
+    def weigh(self, query_QF: Float32, checkpoints: Sequence[int], *, estimates: bool = False) -> QueryVectors:
         """Return a / √(aᵀq) / √η_c at each checkpoint, because stored rows contain √η_c."""
         dim, used = self.store.layout.dim, sum(self.rates[c] > 0 for c in checkpoints)
         query_QCD = query_QF.reshape(len(query_QF), len(checkpoints), dim).astype(np.float64)
-        vector_QCD, amount_QCD = np.zeros_like(query_QCD), np.zeros_like(query_QCD)
-        half_2QCD = np.zeros((2, *query_QCD.shape))
+        # The vectors of the scores, of both halves and of the amounts.
+        found_4QCD = np.zeros((4 if estimates else 1, *query_QCD.shape), np.float32)
         for i, checkpoint in enumerate(checkpoints):
             rate = self.rates[checkpoint]
             if rate == 0:
                 continue
             norm_Q = np.linalg.norm(query_QCD[:, i], axis=1)
             unit_QD = _divide(query_QCD[:, i], norm_Q)
-            solved_QD, vector_QCD[:, i] = self._precondition(unit_QD, checkpoint, slice(0, dim))
-            for half_QCD, part in zip(half_2QCD, (slice(0, dim // 2), slice(dim // 2, dim)), strict=True):
-                half_QCD[:, i, part] = self._precondition(unit_QD[:, part], checkpoint, part)[1]
-            scale = self.damping.curvatures[checkpoint].scale or 1.0
-            amount_QCD[:, i] = solved_QD * (norm_Q / rate / self.n_rows / used)[:, None] / scale / scale
-        vector, amount, *halves = (
-            part_QCD.reshape(query_QF.shape).astype(np.float32) for part_QCD in (vector_QCD, amount_QCD, *half_2QCD)
-        )
-        return QueryVectors(vector, (halves[0], halves[1]), amount)
+            solved_QD, found_4QCD[0, :, i] = self._precondition(unit_QD, checkpoint, slice(0, dim))
+            if estimates:
+                for half_QCD, part in zip(found_4QCD[1:3], (slice(0, dim // 2), slice(dim // 2, dim)), strict=True):
+                    half_QCD[:, i, part] = self._precondition(unit_QD[:, part], checkpoint, part)[1]
+                scale = self.damping.curvatures[checkpoint].scale or 1.0
+                found_4QCD[3, :, i] = solved_QD * (norm_Q / rate / self.n_rows / used)[:, None] / scale / scale
+        vector_QF, *others = found_4QCD.reshape(-1, *query_QF.shape)
+        return QueryVectors(vector_QF, (others[0], others[1]), others[2]) if estimates else QueryVectors(vector_QF)
 
     def _precondition(self, query_QD: Float64, checkpoint: int, part: slice) -> tuple[Float64, Float64]:
         """Return (K + λI)⁻¹ q · scale², and a / √(aᵀq) / √η, for entries of a checkpoint."""
@@ -330,14 +338,12 @@ class TrackStarScore:
         """Return the rows with parts L_c⁻¹φ of norm 1, where L_c L_cᵀ = K_c + λ_c I."""
         return WhitenedRows(self.store.view(checkpoints, cosine=True), self.damping)
 
-    def weigh(self, query_QF: Float32, checkpoints: Sequence[int]) -> QueryVectors:
+    def weigh(self, query_QF: Float32, checkpoints: Sequence[int], *, estimates: bool = False) -> QueryVectors:
         """Return the query with parts L_c⁻¹q of norm 1 / C."""
         used = sum(self.rates[c] > 0 for c in checkpoints)
-        whitened_QCD = _whiten(_scale_parts(self._split(query_QF, checkpoints)), checkpoints, self.damping)
+        part_QCD = query_QF.reshape(len(query_QF), len(checkpoints), -1)
+        whitened_QCD = _whiten(_scale_parts(part_QCD), checkpoints, self.damping)
         return QueryVectors((whitened_QCD / np.float32(used)).reshape(query_QF.shape))
-
-    def _split(self, query_QF: Float32, checkpoints: Sequence[int]) -> Float32:
-        return query_QF.reshape(len(query_QF), len(checkpoints), -1)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Task:
 
         Raises:
             TaskError: a field that must be callable is not, there is no checkpoint, every learning rate is 0, or the
-                score is unknown.
+                score is unknown or contradicts `loss_is_nll`.
         """
         required = ("model", "loss", "train_data", "query_data")
         optional = (
@@ -120,6 +120,9 @@ class Task:
         if self.score not in (None, *SCORES):
             expected, remedy = " or ".join(SCORES), "change score, or leave it out"
             raise TaskError(problem("Task.score is unknown", got=repr(self.score), expected=expected, remedy=remedy))
+        if self.score in ("gauss-newton", "trak") and self.loss_is_nll is False:
+            what, got = "Task.score needs the probability of the label", f"{self.score!r} and loss_is_nll=False"
+            raise TaskError(problem(what, got=got, expected="'fisher' for such a loss", remedy="change score"))
         checkpoints: object = self.checkpoints
         if not isinstance(checkpoints, Sequence) or not all(isinstance(c, Checkpoint) for c in checkpoints):
             raise TaskError(
