@@ -302,3 +302,32 @@ def test_ekfac_serves_models_whose_gram_matrix_is_too_expensive(toy, monkeypatch
         expected_QN += ((solved_QP @ grad_NP.T) / (solved_QP * grad_QP).sum(1).sqrt()[:, None]).numpy()
     assert_scores(answers, expected_QN)
     assert "exact scores with the EK-FAC curvature of 10 rows" in answers[0].how
+
+
+def test_most_curvatures_are_kept_where_memory_is_enough_for_all_but_one(monkeypatch):
+    @dataclass
+    class Loaded:
+        checkpoint: int
+
+    @dataclass
+    class Fitted:
+        n_bytes: int = 10
+        summary: str = "a curvature"
+
+    computed: list[tuple[str, int]] = []
+
+    def compute(self, name, model):
+        computed.append((name, model.checkpoint))
+        return Fitted()
+
+    monkeypatch.setattr(exact_preconditioning.FullCurvatures, "_compute", compute)
+    monkeypatch.setattr(exact_preconditioning, "_KEPT_BYTES", 35)
+    curvatures = exact_preconditioning.FullCurvatures(None)
+    for name, n_new in (("fisher", 4), ("fisher", 1), ("trak", 4), ("trak", 1), ("trak", 1)):
+        computed.clear()
+        for checkpoint in range(4):
+            # Scores use the curvature of a checkpoint twice: for directions and for the factors of rows.
+            curvatures.find(name, Loaded(checkpoint))
+            curvatures.find(name, Loaded(checkpoint))
+        assert len(computed) == n_new
+        assert curvatures.summarise(name) == "a curvature"

@@ -78,8 +78,16 @@ class FullCurvatures:
         found = self._kept.pop(key, None) or self._compute(name, model)
         self._kept[key], self._summaries[name] = found, found.summary
         while len(self._kept) > 1 and sum(each.n_bytes for each in self._kept.values()) > _KEPT_BYTES:
-            self._kept.pop(next(iter(self._kept)))
+            self._kept.pop(self._choose_unneeded(name))
         return found
+
+    def _choose_unneeded(self, name: CurvatureName) -> tuple[CurvatureName, int]:
+        """Return the curvature to remove: the one of another score whose last use is longest ago, if there is one.
+
+        Otherwise it is the one that was used before the last: scores use the checkpoints in turn, and if the one whose
+        last use is longest ago were removed, the next query would compute all again.
+        """
+        return next((key for key in self._kept if key[0] != name), [*self._kept][-2])
 
     def summarise(self, name: CurvatureName) -> str:
         """Return the method of the last curvature that `find` returned, in a few words for users."""
