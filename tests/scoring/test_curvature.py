@@ -227,6 +227,17 @@ def test_the_default_score_of_a_new_index_follows_from_steps_and_loss(tmp_path: 
     assert after == before
 
 
+def test_the_damping_names_both_rules_if_the_steps_of_some_checkpoints_are_known(tmp_path: Path) -> None:
+    task = make_task(tmp_path, n=12)
+    task = replace(task, checkpoints=[task.checkpoints[0], replace(task.checkpoints[1], steps=None)])
+    build(task, tmp_path / "index", CONFIG)
+    opened = InfluenceIndex.open(tmp_path / "index", task, device="cpu")
+    damping = opened.score_maker.damp("fisher")
+    assert damping.rule == "1 / (learning rate × steps) or 5e-4 of the trace"
+    trace = np.trace(compute_matrix("fisher", opened, 1))
+    assert damping.damping_C == pytest.approx([1 / (RATES[0] * STEPS), 5e-4 * trace], rel=1e-5)
+
+
 def load_matrices(out: Path, task: Task, name: CurvatureName = "gauss-newton") -> list[Float64]:
     opened = InfluenceIndex.open(out, task, device="cpu")
     return [found.scale**2 * found.matrix_DD.astype(np.float64) for found in opened.score_maker.load(name)]

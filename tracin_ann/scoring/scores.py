@@ -210,8 +210,9 @@ class ScoreMaker:
         # TRAK's matrix is not that of a loss, so that the length of training says nothing about its damping.
         known = [None] * len(rates) if name == "trak" else self.steps
         chosen = [c.choose_damping(rate, steps) for c, rate, steps in zip(curvatures, rates, known, strict=True)]
-        is_known = all(steps is not None for steps, rate in zip(known, rates, strict=True) if rate > 0)
-        return Damping(curvatures, chosen, "1 / (learning rate × steps)" if is_known else "5e-4 of the trace")
+        kinds = {steps is not None for steps, rate in zip(known, rates, strict=True) if rate > 0}
+        rules = {True: "1 / (learning rate × steps)", False: "5e-4 of the trace"}
+        return Damping(curvatures, chosen, " or ".join(rule for is_known, rule in rules.items() if is_known in kinds))
 
     @cached_property
     def load(self) -> Callable[[CurvatureName], list[Curvature]]:
