@@ -31,6 +31,8 @@ _FIRST = 3
 """Candidates a side that the first round of exact scores covers, in multiples of k."""
 _NUMBERS_AT_ONCE = 1 << 23
 """Numbers of the stored features of candidates that are in memory at a time, in float64: 64 MiB."""
+_ROWS_OF_ERRORS = 10
+"""Candidates a side, at least, from whose two half scores the error bar of a query is computed."""
 _ERROR_BARS = 4.0
 """A candidate's exact score is assumed to lie within this many error bars of its stored score."""
 
@@ -158,6 +160,8 @@ class Ranker:
             strategy = Strategy(self.index, "exact scores of all rows")
         else:
             k = request.options.n_candidates
+            if vectors.half_QF is not None and request.options.rerank == "stored":
+                k = max(k, _ROWS_OF_ERRORS)
             strategy = self._choose_strategy(request, vectors.vector_QF)
             if isinstance(strategy.index, IVFIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
