@@ -387,7 +387,8 @@ class InfluenceIndex:
                 raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
         if options.damping is not None and name not in DAMPED_SCORES:
             what, expected = "--damping has no effect", f"--score {' or '.join(DAMPED_SCORES)}"
-            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy="remove it"))
+            remedy = "remove --damping, or change --score"
+            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
         return self.score_maker.make(name, options.damping)
 
     @cached_property
@@ -501,12 +502,15 @@ class InfluenceIndex:
         """Return the score of every row for itself, [N].
 
         Raises:
-            UsageError: the score is none with a curvature matrix, or excludes another option.
+            UsageError: the score is none with a curvature matrix, or the options request exact scores.
         """
         if options.score not in CURVATURES:
             what, remedy = "the cosine of a row and itself is 1", "change --score"
             expected = f"tracin or {' or '.join(CURVATURES)}"
             raise UsageError(problem(what, got=f"--score {options.score}", expected=expected, remedy=remedy))
+        if options.exact:
+            what, got = "--exact computes the self-influence of TracIn", f"--score {options.score}"
+            raise UsageError(problem(what, got=got, expected="tracin", remedy="remove one of the two"))
         score, own_N = self.make_score(options), np.zeros(len(self))
         for ids_B, row_BF in score.rows(checkpoints).blocks(_ROWS_AT_ONCE):
             vector_BF = score.weigh(row_BF, checkpoints).vector_QF

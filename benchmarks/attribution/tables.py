@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.attribution.settings import SETTINGS
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 
@@ -81,6 +82,17 @@ def lds_published() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def _has_usual_damping(row: dict[str, Any]) -> bool:
+    """Return whether λ is that of an index by default: from the steps of a run of SGD, and else from the trace."""
+    return bool(row["steps"]) == (SETTINGS[row["setting"]].training.optimizer == "sgd")
+
+
+def _find_undamped(own: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the scores of the same index that have no damping."""
+    keys = ("setting", "runs", "last", "preconditioner")
+    return next(other for other in own if "tracin" in other and all(other[key] == row[key] for key in keys))
+
+
 def lds_peers() -> str:
     content, own = read_results("lds_peers"), read_results("lds")["results"]
     rows: list[Row] = [("setting", "checkpoints", "method", "default damping", "best damping")]
@@ -91,11 +103,13 @@ def lds_peers() -> str:
         if place not in shown:
             shown.add(place)
             for ours in own:
-                if (ours["setting"], ours["runs"], ours["last"]) == place and ours["steps"]:
+                if (ours["setting"], ours["runs"], ours["last"]) == place and _has_usual_damping(ours):
                     name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
+                    # TracIn has no damping, and is measured once for an index.
+                    figures = {"tracin": _find_undamped(own, ours)["tracin"]} | ours
                     for score in ("tracin", "fisher", "gauss-newton"):
-                        if score in ours:
-                            figure = _format_interval(ours[score])
+                        if score in figures:
+                            figure = _format_interval(figures[score])
                             rows.append((row["setting"], checkpoints, f"{name}, {score}", figure, "–"))
         if "failed" in row:
             rows.append((row["setting"], checkpoints, row["method"], "fails", "–"))

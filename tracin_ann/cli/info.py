@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracin_ann.choices import CURVATURES
+from tracin_ann.choices import DAMPED_SCORES
 from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, print_fields, print_line
@@ -78,24 +78,24 @@ def _describe_scores(directory: Path, manifest: Manifest) -> list[tuple[str, str
     from tracin_ann.scoring import open_score_maker
     from tracin_ann.store import FEATURES, FeatureStore
 
-    if manifest.score is None or manifest.score.default not in CURVATURES:
-        return [("score", "tracin by default; --score names another one")]
-    name, spec = manifest.score.default, manifest.build.spec
+    name, spec = "tracin" if manifest.score is None else manifest.score.default, manifest.build.spec
+    if name not in DAMPED_SCORES:
+        return [("score", f"{name} by default; --score names another one")]
     maker = open_score_maker(directory, manifest, FeatureStore(directory / FEATURES, manifest.build.layout))
-    damped = maker.damp(name)
+    damped = maker.damp("fisher" if name == "trackstar" else name)  # type: ignore[arg-type]
     used = [c for c, checkpoint in enumerate(spec.checkpoints) if checkpoint.learning_rate > 0]
     dims = [damped.curvatures[c].effective_dimension(damped.damping_C[c]) for c in used]
     sample = damped.curvatures[used[0]]
     error = max(damped.curvatures[c].error for c in used)
     shown = " to ".join(dict.fromkeys(f"{dim:.0f}" for dim in (min(dims), max(dims))))
     needed, dim = math.ceil(3 * max(dims)), spec.sketch.dim
-    enough = f"{dim} numbers are enough" if dim >= needed else f"{dim} numbers are few: --dim {needed} is more accurate"
+    advice = f"D = {dim} is enough" if dim >= needed else f"D = {dim} is small: build with --dim {needed} or more"
     return [
         ("score", f"{name} by default, damping {damped.rule}"),
         (
             "curvature",
-            f"effective dimension {shown}; {enough} (3 times as many suffice); from {sample.n_rows:,} rows, "
-            f"relative error at most {error:.2g}",
+            f"effective dimension {shown}, of which D should be 3 times; {advice}; computed from {sample.n_rows:,} "
+            f"rows, relative error at most {error:.2g}",
         ),
     ]
 
