@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attribution.tables import lds, lds_peers, lds_published, removal
+from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 from tracin_ann.store import choose_partition_rows
@@ -904,7 +904,7 @@ _TABLES = (
     *(reliability, kills),
     *(digits, mislabelled, leverage),
     peers,
-    *(features_summary, retrieval_summary, end_to_end_summary),
+    *(features_summary, retrieval_summary, end_to_end_summary, lds_summary),
 )
 TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in _TABLES}
 """The functions that make the tables, by the name that documents use: `<!-- table: NAME -->` ... `<!-- end -->`."""
