@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -172,6 +173,12 @@ def test_info_states_whether_the_sketch_suffices(folder: Path) -> None:
     shown = " ".join(invocation.run(info_command, folder / "index").stdout.split())
     assert "score: gauss-newton by default, damping 1 / (learning rate × steps)" in shown
     assert "curvature: effective dimension" in shown and f"from {N} rows" in shown
+
+
+def test_info_names_a_default_score_without_a_curvature(folder: Path, tmp_path: Path) -> None:
+    build(replace(make_task(str(folder)), score="cosine"), tmp_path / "index", CONFIG)
+    shown = " ".join(invocation.run(info_command, tmp_path / "index").stdout.split())
+    assert "score: cosine by default" in shown and "curvature" not in shown
 
 
 def test_a_page_explains_the_score_and_shows_amounts(folder: Path, tmp_path: Path) -> None:
