@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attribution.tables import lds, lds_peers, lds_published, removal
+from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 from tracin_ann.store import choose_partition_rows
@@ -813,6 +813,24 @@ def mislabelled() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def leverage() -> str:
+    """Return the areas under the curve of rankings by scores with a curvature matrix, beside the default."""
+    content = read_results("leverage")
+    rankings = ("loss-and-votes", "loss", "self-influence", "leverage", "loss without the row")
+    cases: dict[tuple[str, float], Results] = defaultdict(list)
+    for result in content["results"]:
+        cases[result["data"], result["rate"]].append(result)
+    rows: list[Row] = [("data", "wrong labels", *rankings)]
+    for (name, rate), seeds in cases.items():
+        rows.append((name, f"{rate:.0%}", *(f"{mean(seed[by] for seed in seeds):.4f}" for by in rankings)))
+    scope = (
+        f"area under the ROC curve of each ranking, D = {content['settings']['dim']:,}; digits: mean of "
+        f"{content['settings']['seeds']} seeds. Leverage: self-influence by `--score fisher`. Loss without the row: "
+        "the loss plus its estimated rise if the row is left out (`amount`, by `gauss-newton`)."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
 # Peers
 
 
@@ -884,9 +902,9 @@ _TABLES = (
         end_to_end,
     ),
     *(reliability, kills),
-    *(digits, mislabelled),
+    *(digits, mislabelled, leverage),
     peers,
-    *(features_summary, retrieval_summary, end_to_end_summary),
+    *(features_summary, retrieval_summary, end_to_end_summary, lds_summary),
 )
 TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in _TABLES}
 """The functions that make the tables, by the name that documents use: `<!-- table: NAME -->` ... `<!-- end -->`."""

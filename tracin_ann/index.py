@@ -388,7 +388,8 @@ class InfluenceIndex:
                 raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
         if options.damping is not None and name not in DAMPED_SCORES:
             what, expected = "--damping has no effect", f"--score {' or '.join(DAMPED_SCORES)}"
-            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy="remove it"))
+            remedy = "remove --damping, or change --score"
+            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
         return self.score_maker.make(name, options.damping)
 
     @cached_property
@@ -511,7 +512,7 @@ class InfluenceIndex:
         """Return the score of every row for itself, [N].
 
         Raises:
-            UsageError: the score is none with a curvature matrix, or excludes another option.
+            UsageError: the score is none with a curvature matrix, or the options request exact scores.
         """
         if options.score not in CURVATURES:
             what, remedy = "the cosine of a row and itself is 1", "change --score"

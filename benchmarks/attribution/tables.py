@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.attribution.settings import SETTINGS
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 
 _SCORES = ("tracin", "cosine", "trackstar", "fisher", "gauss-newton", "trak")
 _PROTOCOL = ("dattri LR", "dattri MLP")
+_SUMMARY = {"LR": "logistic regression", "MLP": "MLP", "CNN": "CNN", "GPT": "character GPT"}
 _DAMPING = {True: "1/(ηT)", False: "5e-4 tr K"}
 
 # Deng et al. 2024, "dattri: A Library for Efficient Data Attribution", arXiv 2410.04555: method -> MNIST-LR, MNIST-MLP;
@@ -59,6 +61,21 @@ def lds() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def lds_summary() -> str:
+    """Return the figures of indexes with the default damping, for four models."""
+    own = read_results("lds")["results"]
+    usual = [row for row in own if row["runs"] == 1 and not row["last"] and _has_usual_damping(row)]
+    columns = [
+        next(row for row in usual if row["setting"] == name and row["preconditioner"] == "none") for name in _SUMMARY
+    ]
+    found = [_find_undamped(own, row) | row for row in columns]
+    rows: list[Row] = [("", *_SUMMARY.values())]
+    for score in ("tracin", "fisher", "gauss-newton"):
+        rows.append((f"`{score}`", *(f"{row[score][0]:.2f}" if score in row else "–" for row in found)))
+    ceilings = ("–" if row["ceiling"] is None else f"{row['ceiling']:.2f}" for row in columns)
+    return format_table(*rows, ("ceiling", *ceilings))
+
+
 def lds_published() -> str:
     content = read_results("lds")
     figures = {
@@ -81,6 +98,17 @@ def lds_published() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def _has_usual_damping(row: dict[str, Any]) -> bool:
+    """Return whether λ is that of an index by default: from the steps of a run of SGD, and else from the trace."""
+    return bool(row["steps"]) == (SETTINGS[row["setting"]].training.optimizer == "sgd")
+
+
+def _find_undamped(own: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the scores of the same index that have no damping."""
+    keys = ("setting", "runs", "last", "preconditioner")
+    return next(other for other in own if "tracin" in other and all(other[key] == row[key] for key in keys))
+
+
 def lds_peers() -> str:
     content, own = read_results("lds_peers"), read_results("lds")["results"]
     rows: list[Row] = [("setting", "checkpoints", "method", "default damping", "best damping")]
@@ -91,12 +119,13 @@ def lds_peers() -> str:
         if place not in shown:
             shown.add(place)
             for ours in own:
-                if (ours["setting"], ours["runs"], ours["last"]) == place:
+                if (ours["setting"], ours["runs"], ours["last"]) == place and _has_usual_damping(ours):
                     name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
-                    name += "" if ours["steps"] else ", 5e-4 tr K"
+                    # TracIn has no damping, and is measured once for an index.
+                    figures = {"tracin": _find_undamped(own, ours)["tracin"]} | ours
                     for score in ("tracin", "fisher", "gauss-newton"):
-                        if score in ours:
-                            figure = _format_interval(ours[score])
+                        if score in figures:
+                            figure = _format_interval(figures[score])
                             rows.append((row["setting"], checkpoints, f"{name}, {score}", figure, "–"))
         if "failed" in row:
             rows.append((row["setting"], checkpoints, row["method"], "fails", "–"))

@@ -138,7 +138,7 @@ def test_an_explanation_splits_the_exact_score(folder: Path, index: InfluenceInd
 def test_explanations_of_normalised_rows_are_refused(folder: Path) -> None:
     refused = run(folder, explain_command, "--train-id", 1, "--id", 0, "--score", "trackstar")
     assert refused.exit_code == 2
-    assert "needs a score over all parameters: got the score trackstar" in " ".join(refused.stderr.split())
+    assert "the score cannot be split by layer: got the score trackstar" in " ".join(refused.stderr.split())
 
 
 def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: InfluenceIndex) -> None:
@@ -147,6 +147,8 @@ def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: Influenc
     assert lines == index.self_influence(4, score="fisher").lines()
     refused = run(folder, query_command, "--self-influence", "--cosine")
     assert refused.exit_code == 2 and "the cosine of a row and itself is 1" in refused.stderr
+    refused = run(folder, query_command, "--self-influence", "--score", "fisher", "--exact")
+    assert refused.exit_code == 2 and "leverages are computed from the stored features" in refused.stderr
 
 
 @pytest.mark.parametrize(

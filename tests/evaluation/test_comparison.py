@@ -220,6 +220,7 @@ def test_the_command_needs_no_folder_for_tail_patches(folder: Path) -> None:
         (["--scores", "tracin,best"], 2, "bad --scores: got best"),
         (["--damping", "auto,low"], 2, "bad --damping: got low"),
         (["--damping", "-1"], 2, "bad --damping: got -1.0"),
+        (["--scores", "tracin", "--damping", "1"], 2, "--damping has no effect: got --scores tracin"),
         (["--ids", "0", "--queries", "3"], 2, "queries are given twice"),
         (["--ids", str(QUERIES)], 2, "no such row in query_data"),
         (["-k", str(N)], 2, "bad -k: got 60"),

@@ -14,7 +14,7 @@ from torch import nn
 
 from tracin_ann.analysis.pairs import CheckedPair, Pair, check_pair, compute_gradient
 from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation
-from tracin_ann.choices import ScoreName, SideName
+from tracin_ann.choices import CURVATURES, ScoreName, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import (
@@ -200,14 +200,14 @@ def explain(  # noqa: PLR0913
         IndexMismatchError: the task does not match the index, by a recorded field or by a canary row.
         NonFiniteError: a loss or gradient of one of the rows is NaN or infinite.
     """
-    chosen = None if checkpoints is None else tuple(checkpoints)
-    options = QueryOptions(rerank="exact", checkpoints=chosen, score=score, damping=damping)
     if by == "token":
         require_token_losses(index.task, "train")
-        if index.name_score(options) != "tracin":
-            what, remedy = "--by token splits TracInCP scores", "use --score tracin"
-            got = f"the score {index.name_score(options)}"
-            raise UsageError(problem(what, got=got, expected="tracin", remedy=remedy))
+    name, possible = score or index.default_score, ("tracin", *(() if by == "token" else CURVATURES))
+    if name not in possible:
+        what, expected = f"the score cannot be split by {by}", " or ".join(possible)
+        raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy="change --score"))
+    chosen = None if checkpoints is None else tuple(checkpoints)
+    options = QueryOptions(rerank="exact", checkpoints=chosen, score=name, damping=damping)
     checked = check_pair(index, train_id, query_id, side, options)
     split = _split_by_token if by == "token" else _split_by_parameter
     return split(index, checked, progress)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tracin_ann.choices import EVALUATION_PROTOCOLS, RETRAINING_PROTOCOLS, SCORES, EvaluationProtocol, ScoreName
+from tracin_ann.choices import (
+    DAMPED_SCORES,
+    EVALUATION_PROTOCOLS,
+    RETRAINING_PROTOCOLS,
+    SCORES,
+    EvaluationProtocol,
+    ScoreName,
+)
 from tracin_ann.cli.command import command, directory_argument, find_given_options
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
@@ -165,12 +172,16 @@ def _list_candidates(
     scores: Sequence[ScoreName] = options["scores"] or ()
     wrong = [score for score in scores if score not in SCORES]
     if wrong:
-        expected = f"some of {', '.join(SCORES)}"
-        raise UsageError(problem("bad --scores", got=wrong[0], expected=expected, remedy="change --scores"))
+        got, allowed = str(wrong[0]) or "an empty name", f"some of {', '.join(SCORES)}"
+        raise UsageError(problem("bad --scores", got=got, expected=allowed, remedy="change --scores"))
     if not scores:
         record = index.manifest.score
         is_nll = record is not None and record.loss_is_nll is True
         scores = ("tracin", "cosine", "fisher", *(("gauss-newton",) if is_nll else ()))
+    if "dampings" in find_given_options() and not set(scores) & set(DAMPED_SCORES):
+        what, got = "--damping has no effect", f"--scores {','.join(scores)}"
+        expected, remedy = f"one of {', '.join(DAMPED_SCORES)} among them", "remove --damping, or change --scores"
+        raise UsageError(problem(what, got=got, expected=expected, remedy=remedy))
     return list_candidates(index, scores, dampings, options["checkpoints"])
 
 
@@ -180,9 +191,8 @@ def _parse_damping(word: str) -> float | None:
     try:
         return float(word)
     except ValueError:
-        raise UsageError(
-            problem("bad --damping", got=word, expected="auto or numbers above 0", remedy="change --damping")
-        ) from None
+        got, expected = word or "nothing", "auto or numbers above 0"
+        raise UsageError(problem("bad --damping", got=got, expected=expected, remedy="change --damping")) from None
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,14 @@ def _describe_scores(directory: Path, manifest: Manifest) -> list[tuple[str, str
     sample = damped.curvatures[used[0]]
     error = max(damped.curvatures[c].error for c in used)
     shown = " to ".join(dict.fromkeys(f"{dim:.0f}" for dim in (min(dims), max(dims))))
-    suggested = suggest_dim(spec.sketch.dim, max(dims))
-    verdict = "are enough" if suggested is None else f"are few: --dim {suggested} is more accurate"
+    dim, suggested = spec.sketch.dim, suggest_dim(spec.sketch.dim, max(dims))
+    advice = f"D = {dim} is enough" if suggested is None else f"D = {dim} is small: build with --dim {suggested}"
     return [
         ("score", f"{name} by default, damping {damped.rule}"),
         (
             "curvature",
-            f"effective dimension {shown}; {spec.sketch.dim} numbers {verdict} (3 times as many suffice); "
-            f"from {sample.n_rows:,} rows, relative error at most {error:.2g}",
+            f"effective dimension {shown}, of which D should be 3 times; {advice}; computed from {sample.n_rows:,} "
+            f"rows, relative error at most {error:.2g}",
         ),
     ]
 

@@ -71,7 +71,7 @@ _EXCLUSIVE = {
     default=(),
     help="Rows of query_data to contrast with --ids: find training rows that help --ids and hurt these.",
 )
-@click.option("--self-influence", is_flag=True, help="Rank training rows by self-influence, largest first.")
+@click.option("--self-influence", is_flag=True, help="Rank training rows by self-influence; by tracin without --score.")
 @click.option(
     "-k",
     default=10,

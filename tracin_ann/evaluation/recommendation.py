@@ -102,14 +102,16 @@ def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
                 f"a build with --dim {suggested} would score better",
             )
         )
-    if candidate.damping is None and any(
-        index.score_maker.steps[c] is None and spec.checkpoints[c].learning_rate > 0 for c in chosen
+    if (
+        candidate.damping is None
+        and curvature != "trak"
+        and any(index.score_maker.steps[c] is None and spec.checkpoints[c].learning_rate > 0 for c in chosen)
     ):
         lines.append(
             (
                 "warning",
-                "the number of steps of the run is not known, the damping is a fraction of the trace: "
-                "give Checkpoint(steps=...) and build again, or compare several --damping",
+                "the number of steps of the run is not known, so that the damping is a fraction of the trace: compare "
+                "several --damping, or for SGD, give Checkpoint(steps=...) and build again",
             )
         )
     return lines

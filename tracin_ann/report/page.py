@@ -36,13 +36,14 @@ _ANSWERS_LEAD = (
     "how much training on the row reduced the loss of the query. Proponents reduced it, opponents increased it."
 )
 _DAMPED_LEAD = (
-    "Training rows that influenced the predictions for these queries, by the score {score}. It estimates how a model "
-    "changes that is trained without a row: without a proponent, the loss of the query rises; without an opponent, it "
-    "falls."
+    "Training rows that influenced the predictions for these queries, by the score {score}. It estimates how the loss "
+    "of the query changes if the model is trained without the row: the loss rises without a proponent, and falls "
+    "without an opponent."
 )
 _RANKED_LEAD = (
-    "Training rows by self-influence: by how much training on a row reduced the loss of the row itself. Memorised, "
-    "rare and mislabelled rows have a large self-influence. Check the rows, choose those with errors, and save them."
+    "Training rows by self-influence, the score of a row for itself: by how much the loss of the row depends on "
+    "training on this row. Memorised, rare and mislabelled rows have a large self-influence. Check the rows, choose "
+    "those with errors, and save them."
 )
 _SUSPECTS_LEAD = (
     "Training rows to check, the most suspicious first. Check the rows, choose those with errors, and save them."
