@@ -103,17 +103,23 @@ class Curvature:
             return Solver(None, 1.0)
         block = torch.from_numpy(self.matrix_DD[part, part]).double()
         block.diagonal().add_(damping / self.scale**2)
-        factor, info = torch.linalg.cholesky_ex(block)
-        if int(info):
-            raise NonFiniteError(
-                problem(
-                    "the curvature matrix cannot be inverted",
-                    got=f"a damping of {damping:.3g} for a trace of {self.trace:.3g}",
-                    expected="a positive definite matrix",
-                    remedy="increase --damping",
-                )
-            )
-        return Solver(factor, self.scale)
+        return Solver(
+            factorise_damped(block, f"a damping of {damping:.3g} for a trace of {self.trace:.3g}"), self.scale
+        )
+
+
+def factorise_damped(matrix_DD: Tensor, description: str) -> Tensor:
+    """Return the Cholesky factor of a damped curvature matrix, float64.
+
+    Raises:
+        NonFiniteError: the matrix is not positive definite; the message contains its description.
+    """
+    factor_DD: Tensor
+    factor_DD, info = torch.linalg.cholesky_ex(matrix_DD)
+    if int(info):
+        what, expected = "the curvature matrix cannot be inverted", "a positive definite matrix"
+        raise NonFiniteError(problem(what, got=description, expected=expected, remedy="increase --damping"))
+    return factor_DD
 
 
 @dataclass(frozen=True, eq=False)

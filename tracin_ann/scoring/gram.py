@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.gradients import weighted_sums
+from tracin_ann.scoring.curvature import factorise_damped
 from tracin_ann.scoring.exact import (
     Directions,
     collect_forms,
@@ -89,16 +89,8 @@ class GramCurvature:
         n_rows = len(self._rows)
         damped_MM = self._gram_MM.clone()
         damped_MM.diagonal().add_(damping * n_rows)
-        factor_MM, info = torch.linalg.cholesky_ex(damped_MM)
-        if int(info):
-            raise NonFiniteError(
-                problem(
-                    "the curvature matrix cannot be inverted",
-                    got=f"a damping of {damping:.3g} for a trace of {float(self._gram_MM.trace()) / n_rows:.3g}",
-                    expected="a positive definite matrix",
-                    remedy="increase --damping",
-                )
-            )
+        trace = float(self._gram_MM.trace()) / n_rows
+        factor_MM = factorise_damped(damped_MM, f"a damping of {damping:.3g} for a trace of {trace:.3g}")
         # 1 - h is the diagonal of λM (λM I + UᵀU)⁻¹.
         return factor_MM, 1 / (damping * n_rows * torch.cholesky_inverse(factor_MM).diagonal())
 
