@@ -31,7 +31,7 @@ CASES = [
     *((case, "adam", 0.5) for case in ("gpt tied", "conv2d", "no linear layer", "gru")),
     ("mlp", "trackstar", 1.0),
 ]
-EVERY = QueryOptions(exact=True, k=20)
+EVERY = QueryOptions(exact=True, k=20, score="tracin")
 ADAM = replace(CONFIG, preconditioner="adam")
 
 
