@@ -175,8 +175,7 @@ def _list_candidates(
         got, allowed = str(wrong[0]) or "an empty name", f"some of {', '.join(SCORES)}"
         raise UsageError(problem("bad --scores", got=got, expected=allowed, remedy="change --scores"))
     if not scores:
-        record = index.manifest.score
-        is_nll = record is not None and record.loss_is_nll is True
+        is_nll = index.score_maker.source.loss_is_nll
         scores = ("tracin", "cosine", "fisher", *(("gauss-newton",) if is_nll else ()))
     if "dampings" in find_given_options() and not set(scores) & set(DAMPED_SCORES):
         what, got = "--damping has no effect", f"--scores {','.join(scores)}"

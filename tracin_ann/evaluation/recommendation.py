@@ -43,9 +43,7 @@ def recommend(index: InfluenceIndex, comparison: Comparison | None = None) -> Re
     """
     ranked = [] if comparison is None else [result for result in comparison if result.candidate is not None]
     if not ranked:
-        record = index.manifest.score
-        is_nll = record is not None and record.loss_is_nll is True
-        candidate = Candidate("gauss-newton" if is_nll else "fisher")
+        candidate = Candidate("gauss-newton" if index.score_maker.source.loss_is_nll else "fisher")
         lines = [("recommendation", f"{_describe(index, candidate)}, by rule and not by retraining")]
         return Recommendation(candidate, (*lines, *_warn(index, candidate)))
     best = ranked[0]
