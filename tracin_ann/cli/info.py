@@ -116,10 +116,14 @@ _NORMS = {"sketch": "estimated", "exact": "exact"}
 
 def _describe_fidelity(fidelity: Fidelity) -> str:
     """Return the measured fidelity of the sketch in one line."""
+    recalls = "; ".join(
+        f"{depth.proponents.summary} of the proponents and {depth.opponents.summary} of the opponents in its first "
+        f"{depth.candidates:,} rows"
+        for depth in fidelity.depths
+    )
     return (
-        f"the sketch ranks {fidelity.proponents:.0%} of the exact top 10 proponents and {fidelity.opponents:.0%} of "
-        f"the opponents in its top 10, {fidelity.deep_proponents:.0%} and {fidelity.deep_opponents:.0%} in its top 100 "
-        f"({fidelity.queries} queries, {fidelity.rows:,} rows scored exactly); correlation {fidelity.correlation:.2f}"
+        f"the sketch ranks {recalls}, of the true top 10 among all rows (95% intervals, {fidelity.queries} queries, "
+        f"{fidelity.rows:,} rows scored exactly); correlation {fidelity.correlation:.2f}"
     )
 
 

@@ -1,0 +1,247 @@
+"""The recall of the true top ten by the stored ranking, estimated from exact scores of a sample of rows.
+
+The stored score of a row is its exact score plus a normal error, whose standard deviation is that of the sketch: the
+noise model. The rows that are scored exactly are drawn with probabilities that the model gives, and each counts with
+the inverse of its probability (Horvitz and Thompson 1952). `predict_recall` needs only the exact scores of rows drawn
+uniformly; it states the recall of a sketch that does not exist yet.
+
+All functions treat one direction: scores of opponents are negated by the caller.
+
+Shapes: N rows, M rows scored exactly, Q queries, R depths of the ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+import torch
+
+from tracin_ann.store import Estimate
+from tracin_ann.types import Float32, Float64
+
+K = 10
+"""How many rows of the exact ranking are to be found."""
+_DEFENSIVE_SHARE = 0.1
+"""Share of the probabilities from a model with twice the deviation: the rows that the model excludes are drawn too."""
+_HAZARDS = 40
+"""Ranks at which the density of the stored scores is estimated."""
+_FEWEST_ABOVE = 20
+_LEAST_SPREAD = 1e-6
+"""The least deviation of a stored score that is assumed, as a share of the largest score."""
+_STEPS = 50
+"""Bisections of a threshold."""
+_TAIL_ROWS = 100
+"""The most rows from which the tail of a query's exact scores is estimated."""
+_TAIL_POINTS = 60
+_LARGEST_SHAPE = 0.5
+_MODEL_ERROR = 0.02
+"""Standard deviation of the noise model's own error of a recall."""
+_REACH = 9.0
+"""Standard deviations beyond which a normal variable is neglected."""
+
+
+def find_probabilities(chance_N: Float64, n_drawn: int) -> Float64:
+    """Return the probabilities [N] of drawing rows for which a weighted count varies least: ∝ √chance, at most 1.
+
+    Args:
+        chance_N: for each row, the expected number of lists of the true top ten that it belongs to.
+        n_drawn: the expected number of rows drawn.
+    """
+    root_N = np.sqrt(chance_N)
+    low, high = 0.0, 1.0
+    while np.minimum(1, high * root_N).sum() < min(n_drawn, np.count_nonzero(root_N)) and high < 1e12:  # noqa: PLR2004
+        high *= 2
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(1, middle * root_N).sum() < n_drawn else (low, middle)
+    probability_N: Float64 = np.minimum(1, high * root_N)
+    return probability_N
+
+
+def find_chances(stored_N: Float64, deviation_N: Float64) -> Float64:
+    """Return the chance of each row to be among the true top ten, by the noise model, [N].
+
+    In units of its deviation, a row's exact score x is normal around y + (log f)'(y), where y is the stored score and f
+    the density of the stored scores of all rows (Tweedie's formula, Efron 2011). The derivative is estimated by the
+    mean excess over y.
+
+    Args:
+        stored_N: stored scores for one query.
+        deviation_N: standard deviations of their errors.
+    """
+    largest = float(np.abs(stored_N).max())
+    if largest == 0:
+        return np.zeros(len(stored_N))
+    spread_N = np.maximum(deviation_N, _LEAST_SPREAD * largest)
+    y_N = stored_N / spread_N
+    sorted_N = -np.sort(-y_N)
+    rank_H = np.unique(np.geomspace(_FEWEST_ABOVE, max(_FEWEST_ABOVE, len(y_N) // 2), _HAZARDS).astype(np.int64))
+    edge_H = sorted_N[rank_H - 1]
+    excess_H = np.cumsum(sorted_N)[rank_H - 1] / rank_H - edge_H
+    hazard_H = 1 / np.maximum(excess_H, 1 / _REACH)
+    mean_N = (y_N - np.interp(y_N, edge_H[::-1], hazard_H[::-1])) * spread_N
+    # Twice as many rows are above this threshold with a chance of one half or more.
+    low, high = np.partition(mean_N, -2 * K - 1)[-2 * K - 1], float((mean_N + _REACH * spread_N).max())
+    for _ in range(_STEPS // 2):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _normal_cdf((mean_N - middle) / spread_N).sum() > K else (low, middle)
+    wide_N = _normal_cdf((mean_N - low) / (2 * spread_N))
+    chance_N: Float64 = (1 - _DEFENSIVE_SHARE) * _normal_cdf((mean_N - low) / spread_N)
+    chance_N += _DEFENSIVE_SHARE * K / wide_N.sum() * wide_N
+    return chance_N
+
+
+def estimate_recall(
+    exact_QM: Float64, stored_QM: Float64, deviation_QM: Float64, weight_M: Float64, cut_QR: Float64
+) -> tuple[Float64, float]:
+    """Return the share of each query's true top ten in the first rows of the stored ranking, for several depths.
+
+    A sampled row counts 1 or 0 if its stored score was observed to be above the cut, and by the noise model its chance
+    to be: the first has no model error, the second no sampling error. Their shares depend on the weights.
+
+    Args:
+        exact_QM: exact scores of the sampled rows.
+        stored_QM: their stored scores.
+        deviation_QM: standard deviations of the stored scores.
+        weight_M: the number of rows that each stands for.
+        cut_QR: the stored scores of the last rows within the depths.
+
+    Returns:
+        The recall [Q, R], and the share of observations in it: 1 if all rows near the top were certain to be drawn.
+    """
+    tops = [_select_top(exact_M, weight_M) for exact_M in exact_QM]
+    top_weights = np.concatenate([weight_M[chosen] for chosen in tops])
+    effect = float((top_weights**2).sum() / top_weights.sum())
+    observed = 1 / effect
+    recall_QR = np.empty(cut_QR.shape)
+    for query, (exact_M, chosen) in enumerate(zip(exact_QM, tops, strict=True)):
+        threshold = exact_M[chosen].min()
+        if effect > 1:
+            threshold = _find_threshold(exact_M, weight_M, min(K * effect, _TAIL_ROWS))
+        top = np.flatnonzero(exact_M >= min(threshold, exact_M.max()))
+        cut_R, weight_T = cut_QR[query], weight_M[top, None]
+        is_above_TR = stored_QM[query, top, None] >= cut_R
+        spread_T = np.maximum(deviation_QM[query, top, None], 1e-300)
+        chance_TR = _normal_cdf((exact_M[top, None] - cut_R) / spread_T)
+        mixed_TR = observed * is_above_TR + (1 - observed) * chance_TR
+        recall_QR[query] = (weight_T * mixed_TR).sum(0) / weight_T.sum()
+    return recall_QR, observed
+
+
+def predict_recall(exact_QM: Float64, deviation_QM: Float64, n_rows: int, depth: int) -> Float64:
+    """Return the share of each query's true top ten in the first `depth` of N rows, by the noise model, [Q].
+
+    The largest scores of N rows are larger than those of a sample: the tail of each query's scores is a generalised
+    Pareto distribution, with a common shape by probability-weighted moments (Hosking and Wallis 1987).
+
+    Args:
+        exact_QM: exact scores of rows drawn uniformly.
+        deviation_QM: standard deviations of their stored scores.
+        n_rows: N; if the sample is smaller, its rows stand for N / M rows each.
+        depth: m, of the stored ranking.
+    """
+    n_queries, n_sampled = exact_QM.shape
+    if depth >= n_rows:
+        return np.ones(n_queries)
+    order_QM = np.argsort(-exact_QM, axis=1, kind="stable")
+    score_QJ = np.take_along_axis(exact_QM, order_QM, axis=1)
+    deviation_QJ = np.maximum(np.take_along_axis(deviation_QM, order_QM, axis=1), 1e-300)
+    weight_J = np.full(n_sampled, n_rows / n_sampled)
+    if n_rows > n_sampled:
+        score_QJ, deviation_QJ, weight_J = _extend_tail(score_QJ, deviation_QJ, n_rows)
+    low_Q = (score_QJ - _REACH * deviation_QJ).min(1)
+    high_Q = (score_QJ + _REACH * deviation_QJ).max(1)
+    for _ in range(_STEPS):
+        middle_Q = (low_Q + high_Q) / 2
+        is_low_Q = _normal_cdf((score_QJ - middle_Q[:, None]) / deviation_QJ) @ weight_J > depth
+        low_Q, high_Q = np.where(is_low_Q, middle_Q, low_Q), np.where(is_low_Q, high_Q, middle_Q)
+    k = min(K, n_rows)
+    chance_QK = _normal_cdf((score_QJ[:, :k] - low_Q[:, None]) / deviation_QJ[:, :k])
+    recall_Q: Float64 = chance_QK.mean(1)
+    return recall_Q
+
+
+def bound_mean(recall_Q: Float64, model_share: float = 0.0) -> Estimate:
+    """Return the mean recall with a 95% interval by Student's t.
+
+    The interval counts one additional query with recall ½, so that few queries without a miss do not give certainty.
+
+    Args:
+        recall_Q: the recall of each query.
+        model_share: the share of the noise model in them.
+    """
+    counted = np.append(recall_Q, 0.5)
+    variance = counted.var(ddof=1) / len(counted) + (model_share * _MODEL_ERROR) ** 2
+    reach = _find_t_quantile(len(recall_Q)) * float(np.sqrt(variance))
+    mean, middle = float(np.mean(recall_Q)), float(counted.mean())
+    return Estimate(mean, max(0.0, min(mean, middle - reach)), min(1.0, max(mean, middle + reach)))
+
+
+def find_cuts(stored_QN: Float32, depths: Sequence[int]) -> Float64:
+    """Return the stored scores [Q, R] of the last rows within the depths; -inf if there are no more rows than that."""
+    n_rows = stored_QN.shape[1]
+    cut_QR = np.full((len(stored_QN), len(depths)), -np.inf)
+    for place, depth in enumerate(depths):
+        if depth < n_rows:
+            cut_QR[:, place] = np.partition(stored_QN, n_rows - depth, axis=1)[:, n_rows - depth]
+    return cut_QR
+
+
+def _select_top(exact_M: Float64, weight_M: Float64) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Return the sampled rows that stand for the ten rows of largest score."""
+    order = np.argsort(-exact_M, kind="stable")
+    before = np.cumsum(weight_M[order]) - weight_M[order]
+    return order[before < K - 1e-9]
+
+
+def _find_threshold(exact_M: Float64, weight_M: Float64, count: float) -> float:
+    """Return the score that ten rows exceed, from an exponential tail of the rows that stand for the first `count`."""
+    order = np.argsort(-exact_M, kind="stable")
+    total = np.minimum(np.cumsum(weight_M[order]), count)
+    last = min(int(np.searchsorted(total, count - 1e-9)), len(order) - 1)
+    part = np.diff(total[: last + 1], prepend=0.0)
+    edge = exact_M[order[last]]
+    excess = float(part @ (exact_M[order[: last + 1]] - edge)) / total[last]
+    return float(edge + excess * np.log(total[last] / K))
+
+
+def _extend_tail(score_QJ: Float64, deviation_QJ: Float64, n_rows: int) -> tuple[Float64, Float64, Float64]:
+    """Return scores, deviations and weights in which the largest scores are replaced by the fitted tail.
+
+    The first ten have weight 1. Their deviation is that of the largest scores of the sample.
+    """
+    n_queries, n_sampled = score_QJ.shape
+    n_tail = min(_TAIL_ROWS, n_sampled // 4)
+    edge_Q = score_QJ[:, n_tail]
+    excess_QE = score_QJ[:, :n_tail] - edge_Q[:, None]
+    mean_Q = excess_QE.mean(1)
+    relative_QE = excess_QE[mean_Q > 0] / mean_Q[mean_Q > 0, None]
+    beyond_E = (np.arange(n_tail) + 0.5) / n_tail
+    moment = float((relative_QE * beyond_E).mean()) if len(relative_QE) else 0.25
+    shape = float(np.clip(2 - 1 / (1 - 2 * moment), -_LARGEST_SHAPE, _LARGEST_SHAPE))
+    count = n_tail * n_rows / n_sampled
+    edges = np.concatenate([np.arange(K + 1), np.geomspace(K, max(count, K + 1), _TAIL_POINTS)[1:]])
+    logs_T = np.log(count / ((edges[1:] + edges[:-1]) / 2))
+    excess_T = logs_T if abs(shape) < 1e-9 else np.expm1(shape * logs_T) / shape  # noqa: PLR2004
+    tail_QT = edge_Q[:, None] + (1 - shape) * mean_Q[:, None] * excess_T
+    few = max(1, n_tail // 4)
+    spread_Q = np.exp(np.log(deviation_QJ[:, :few]).mean(1))
+    spread_QT = np.repeat(spread_Q[:, None], len(excess_T), axis=1)
+    weight_J = np.concatenate([np.diff(edges), np.full(n_sampled - n_tail, n_rows / n_sampled)])
+    scores = np.concatenate([tail_QT, score_QJ[:, n_tail:]], axis=1)
+    return scores, np.concatenate([spread_QT, deviation_QJ[:, n_tail:]], axis=1), weight_J
+
+
+def _normal_cdf(x: Float64) -> Float64:
+    """Return the distribution function of the standard normal distribution."""
+    return torch.special.ndtr(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+
+
+def _find_t_quantile(freedom: int) -> float:
+    """Return the .975 quantile of Student's t, by the series of Abramowitz and Stegun (26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
