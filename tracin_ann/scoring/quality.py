@@ -14,7 +14,6 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from statistics import median
 
 import numpy as np
@@ -23,6 +22,7 @@ from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import Queries, make_exact_scorer
 from tracin_ann.scoring.true_recall import (
+    NoiseModel,
     bound_mean,
     estimate_recall,
     find_chances,
@@ -186,14 +186,11 @@ class RankedRows:
     sqnorm_NC: Float64
     query_QF: Float32
 
-    @cached_property
-    def query_QC(self) -> Float64:
-        """Return the squared norms of the queries' features at each checkpoint."""
-        return _square_norms(self.query_QF, self.sqnorm_NC.shape[1])
-
-    def deviations(self, query_QC: Float64, places: Int64 | slice = slice(None)) -> Float64:
-        """Return the sketch's standard deviations of the scores of rows for queries with these squared norms."""
-        return sketch_deviations(query_QC, self.sqnorm_NC[places], self.query_QF.shape[1] // self.sqnorm_NC.shape[1])
+    def deviations(self, places: Int64 | slice, queries: slice = slice(None)) -> Float64:
+        """Return the sketch's standard deviations of the scores of some rows for some queries."""
+        n_checkpoints = self.sqnorm_NC.shape[1]
+        query_QC = _square_norms(self.query_QF[queries], n_checkpoints)
+        return sketch_deviations(query_QC, self.sqnorm_NC[places], self.query_QF.shape[1] // n_checkpoints)
 
 
 def score_rows(rows: RowSource, query_QF: Float32) -> Float32:
@@ -218,22 +215,22 @@ def measure_fidelity(ranked: RankedRows, score_exactly: Callable[[Int64], Float6
     n_queries = len(ranked.query_QF)
     sample = sample_rows(np.sqrt(ranked.sqnorm_NC.sum(1)), seed)
     exact_QS, stored_QS = score_exactly(ranked.rows_N[sample]), ranked.stored_QN[:, sample].astype(np.float64)
-    scale = _measure_error_scale(exact_QS, stored_QS, ranked.deviations(ranked.query_QC, sample))
-    probability_N = _find_probabilities(ranked, scale)
+    noise = NoiseModel.fit(exact_QS, stored_QS, ranked.deviations(sample))
+    probability_N = _find_probabilities(ranked, noise.scale_Q)
     random = np.random.Generator(np.random.Philox(seed + 1))
     drawn = np.setdiff1d(np.flatnonzero(random.random(n_rows) < probability_N), sample)
     places = np.concatenate([sample, drawn])
     exact_QM = np.concatenate([exact_QS, score_exactly(ranked.rows_N[drawn])], axis=1)
     stored_QM = ranked.stored_QN[:, places].astype(np.float64)
-    deviation_QM = ranked.deviations(ranked.query_QC, places)
+    deviation_QM = ranked.deviations(places)
     # A row is scored if it is in the sample, or drawn, or both.
     weight_M = 1 / (1 - (1 - len(sample) / n_rows) * (1 - probability_N[places]))
     estimates = []
     for sign in (1, -1):
         recall_QR, observed = estimate_recall(
-            sign * exact_QM,
+            sign * noise.expect(exact_QM),
             sign * stored_QM,
-            scale * deviation_QM,
+            noise.scale_Q[:, None] * deviation_QM,
             weight_M,
             find_cuts(sign * ranked.stored_QN, DEPTHS),
         )
@@ -253,14 +250,15 @@ def measure_fidelity(ranked: RankedRows, score_exactly: Callable[[Int64], Float6
     )
 
 
-def _find_probabilities(ranked: RankedRows, scale: float) -> Float64:
+def _find_probabilities(ranked: RankedRows, scale_Q: Float64) -> Float64:
     """Return the probabilities [N] of drawing rows, by their chances to be in the true top ten of some query."""
     n_rows = len(ranked.rows_N)
     if n_rows <= SAMPLE + DRAWN:
         return np.ones(n_rows)
     chance_N = np.zeros(n_rows)
-    for stored_N, square_C in zip(ranked.stored_QN.astype(np.float64), ranked.query_QC, strict=True):
-        deviation_N = scale * ranked.deviations(square_C[None])[0]
+    for query, scale in enumerate(scale_Q):
+        stored_N = ranked.stored_QN[query].astype(np.float64)
+        deviation_N = scale * ranked.deviations(slice(None), slice(query, query + 1))[0]
         chance_N += find_chances(stored_N, deviation_N) + find_chances(-stored_N, deviation_N)
     return find_probabilities(chance_N, DRAWN)
 

@@ -1,7 +1,8 @@
 """The recall of the true top ten by the stored ranking, estimated from exact scores of a sample of rows.
 
-The stored score of a row is its exact score plus a normal error, whose standard deviation is that of the sketch: the
-noise model. The rows that are scored exactly are drawn with probabilities that the model gives, and each counts with
+The noise model: the stored score of a row is a line of its exact score plus a normal error in proportion to the
+standard deviation of the sketch. The line is an error that all rows have in common, so it does not change the ranking.
+The rows that are scored exactly are drawn with probabilities that the model gives, and each counts with
 the inverse of its probability (Horvitz and Thompson 1952). `predict_recall` needs only the exact scores of rows drawn
 uniformly; it states the recall of a sketch that does not exist yet.
 
@@ -13,6 +14,7 @@ Shapes: N rows, M rows scored exactly, Q queries, R depths of the ranking.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -32,14 +34,59 @@ _LEAST_SPREAD = 1e-6
 """The least deviation of a stored score that is assumed, as a share of the largest score."""
 _STEPS = 50
 """Bisections of a threshold."""
-_TAIL_ROWS = 100
-"""The most rows from which the tail of a query's exact scores is estimated."""
+_COUNTED_ROWS = 100
+"""The most rows, by their weights, from which the tail of a query's exact scores is estimated."""
+_TAIL_ROWS = 30
+"""The most rows of a uniform sample from which it is estimated, with a shape that all queries have in common."""
 _TAIL_POINTS = 60
 _LARGEST_SHAPE = 0.5
-_MODEL_ERROR = 0.02
+_MODEL_ERROR = 0.03
 """Standard deviation of the noise model's own error of a recall."""
+_TINY = 1e-300
+_LEAST_SLOPE = 0.1
 _REACH = 9.0
 """Standard deviations beyond which a normal variable is neglected."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseModel:
+    """The errors of the stored scores of each query.
+
+    Attributes:
+        slope_Q: the stored score is expected to be this times the exact score,
+        offset_Q: plus this.
+        scale_Q: root mean square of the difference, in standard deviations of the sketch.
+    """
+
+    slope_Q: Float64
+    offset_Q: Float64
+    scale_Q: Float64
+
+    @classmethod
+    def fit(cls, exact_QM: Float64, stored_QM: Float64, deviation_QM: Float64) -> NoiseModel:
+        """Return the model of rows drawn independently of their stored scores.
+
+        Slopes are least squares estimates, shrunk to their mean by their standard errors.
+        """
+        inverse_QM = np.divide(1, deviation_QM, out=np.zeros_like(deviation_QM), where=deviation_QM > 0)
+        weight_QM = np.square(inverse_QM / np.maximum(inverse_QM.max(1, keepdims=True), _TINY))
+        total_Q = np.maximum(weight_QM.sum(1), _TINY)
+        exact_Q, stored_Q = ((weight_QM * score_QM).sum(1) / total_Q for score_QM in (exact_QM, stored_QM))
+        centred_QM, response_QM = exact_QM - exact_Q[:, None], stored_QM - stored_Q[:, None]
+        spread_Q = np.maximum((weight_QM * centred_QM**2).sum(1), _TINY)
+        slope_Q = (weight_QM * centred_QM * response_QM).sum(1) / spread_Q
+        error_QM = weight_QM * (response_QM - slope_Q[:, None] * centred_QM) ** 2
+        variance_Q = error_QM.mean(1) / spread_Q
+        between = max(0.0, float(slope_Q.var() - variance_Q.mean()))
+        slope_Q = slope_Q.mean() + between / np.maximum(between + variance_Q, _TINY) * (slope_Q - slope_Q.mean())
+        slope_Q = np.maximum(slope_Q, _LEAST_SLOPE)
+        offset_Q = stored_Q - slope_Q * exact_Q
+        error_QM = (stored_QM - slope_Q[:, None] * exact_QM - offset_Q[:, None]) * inverse_QM
+        return cls(slope_Q, offset_Q, np.sqrt(np.mean(error_QM**2, axis=1)))
+
+    def expect(self, exact_QM: Float64) -> Float64:
+        """Return the expected stored scores of rows, which have the same ranking as the exact scores."""
+        return self.slope_Q[:, None] * exact_QM + self.offset_Q[:, None]
 
 
 def find_probabilities(chance_N: Float64, n_drawn: int) -> Float64:
@@ -102,7 +149,7 @@ def estimate_recall(
     to be: the first has no model error, the second no sampling error. Their shares depend on the weights.
 
     Args:
-        exact_QM: exact scores of the sampled rows.
+        exact_QM: exact scores of the sampled rows, as expected stored scores (`NoiseModel.expect`).
         stored_QM: their stored scores.
         deviation_QM: standard deviations of the stored scores.
         weight_M: the number of rows that each stands for.
@@ -119,11 +166,11 @@ def estimate_recall(
     for query, (exact_M, chosen) in enumerate(zip(exact_QM, tops, strict=True)):
         threshold = exact_M[chosen].min()
         if effect > 1:
-            threshold = _find_threshold(exact_M, weight_M, min(K * effect, _TAIL_ROWS))
+            threshold = _find_threshold(exact_M, weight_M, min(K * effect, _COUNTED_ROWS))
         top = np.flatnonzero(exact_M >= min(threshold, exact_M.max()))
         cut_R, weight_T = cut_QR[query], weight_M[top, None]
         is_above_TR = stored_QM[query, top, None] >= cut_R
-        spread_T = np.maximum(deviation_QM[query, top, None], 1e-300)
+        spread_T = np.maximum(deviation_QM[query, top, None], _TINY)
         chance_TR = _normal_cdf((exact_M[top, None] - cut_R) / spread_T)
         mixed_TR = observed * is_above_TR + (1 - observed) * chance_TR
         recall_QR[query] = (weight_T * mixed_TR).sum(0) / weight_T.sum()
@@ -147,7 +194,7 @@ def predict_recall(exact_QM: Float64, deviation_QM: Float64, n_rows: int, depth:
         return np.ones(n_queries)
     order_QM = np.argsort(-exact_QM, axis=1, kind="stable")
     score_QJ = np.take_along_axis(exact_QM, order_QM, axis=1)
-    deviation_QJ = np.maximum(np.take_along_axis(deviation_QM, order_QM, axis=1), 1e-300)
+    deviation_QJ = np.maximum(np.take_along_axis(deviation_QM, order_QM, axis=1), _TINY)
     weight_J = np.full(n_sampled, n_rows / n_sampled)
     if n_rows > n_sampled:
         score_QJ, deviation_QJ, weight_J = _extend_tail(score_QJ, deviation_QJ, n_rows)
