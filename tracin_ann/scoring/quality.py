@@ -18,6 +18,7 @@ from statistics import median
 
 import numpy as np
 
+from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import Queries, make_exact_scorer
@@ -130,13 +131,20 @@ class QualityMeasurement:
 
     def _extract_queries(self, ids: Int64, at_most: int | None = None) -> tuple[Int64, Float32]:
         """Return the ids and features of the finite rows among these rows of query_data, at most so many."""
-        extracted = []
-        with self.runner.model() as model:
-            for checkpoint in range(len(self.runner.task.checkpoints)):
-                model.load(checkpoint)
-                extracted.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
-        finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
-        return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
+        return extract_finite(self.runner, self.features, "query", ids, at_most)
+
+
+def extract_finite(
+    runner: TaskRunner, features: FeatureOptions, side: SideName, ids: Int64, at_most: int | None = None
+) -> tuple[Int64, Float32]:
+    """Return the ids and features of the finite rows among these rows of a side, at most so many."""
+    extracted = []
+    with runner.model() as model:
+        for checkpoint in range(len(runner.task.checkpoints)):
+            model.load(checkpoint)
+            extracted.append(FeatureExtractor(model, features).rows(side, ids.tolist()))
+    finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
+    return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
 
 
 def measure_first_use(store: FeatureStore) -> FirstUseCost:
@@ -285,6 +293,12 @@ def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
     """
     deviation_QM: Float64 = np.sqrt(np.einsum("qc,mc->qm", query_QC, row_MC) / dim)
     return deviation_QM
+
+
+def measure_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
+    """Return the sketch's standard deviations of the scores of rows for queries, [Q, M], from their features."""
+    query_QC, row_MC = (_square_norms(feature_NF, n_checkpoints) for feature_NF in (query_QF, row_MF))
+    return sketch_deviations(query_QC, row_MC, query_QF.shape[1] // n_checkpoints)
 
 
 def compute_pair_deviations(query_NC: Float64, row_NC: Float64, dim: int) -> Float64:
