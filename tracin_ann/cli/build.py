@@ -72,7 +72,7 @@ _MAX_SHOWN = 12
     "--dim",
     default=1024,
     show_default=True,
-    type=Dimension(),
+    type=Dimension(1),
     metavar="N|auto",
     help="Sketch dimension per checkpoint; auto chooses the smallest sufficient one by a pilot of some rows.",
 )

@@ -124,19 +124,14 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]
         return int(size)
 
 
-class Dimension(click.ParamType):  # type: ignore[type-arg]
+class Dimension(click.IntRange):
     """A sketch dimension, or `auto`."""
 
     name = "dimension"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number or `auto`."""
-        text = str(value).strip()
-        if text == "auto":
-            return text
-        if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
-            self.fail(f"got {text[:_MAX_SHOWN]!r}, expected a number from 1 on, or auto", param, ctx)
-        return int(text)
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, str]:
