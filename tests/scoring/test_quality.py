@@ -338,5 +338,5 @@ def test_without_the_quality_measurement_no_quality_is_reported(
     hit = index.query([0], options=QueryOptions(rerank="exact"))[0].proponents[0]
     assert hit.error is None and hit.stored_score is not None
     assert "was not measured" in CliRunner().invoke(info, [str(tmp_path / "index")]).stdout
-    with pytest.raises(UsageError, match="inverted lists cannot be used.*got --search lists for an index of kind flat"):
+    with pytest.raises(UsageError, match="search index cannot be used.*got --search lists for an index of kind flat"):
         index.query([0], options=QueryOptions(search="lists"))
