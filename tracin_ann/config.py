@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tracin_ann.choices import (
+    INDEX_KINDS,
     MEMORY_FORMATS,
     NORMS,
     ON_NONFINITE,
@@ -37,7 +38,7 @@ class BuildConfig:
             128, ..., 8192 with which the expected recall of the true top ten reaches `target_true_recall`.
         sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
         seed: of the sketch's random numbers.
-        index: `auto`, `flat` or `ivf`.
+        index: the search index: one of `INDEX_KINDS`; `auto` chooses by a diagnosis of the features.
         batch_size: examples per forward pass; None: chosen by a rule from the model, the rows and the device.
         memory_format: of images, `contiguous` or `channels-last`; `auto`: chosen by a rule.
         memory_bytes: limit for a batch whose size the rule chooses, and for rows that are read ahead; None: the rule's
@@ -47,7 +48,7 @@ class BuildConfig:
         precision: of forward and backward, `fp32` or `bf16`; sketches are summed in float32.
         preconditioner: weights of the entries of gradients from Adam's second moments (`Checkpoint.second_moments`):
             `adam` divides inner products by √v̂ + ε, `trackstar` divides the gradients of both sides by it.
-        target_recall: recall@10, relative to an exact scan of the stored rows, that inverted lists are calibrated to.
+        target_recall: recall@10, relative to an exact scan of the stored rows, that the search index is calibrated to.
         codes: how inverted lists store rows: `sq8`, `sq4` (half the memory) or `fp16`.
         yardstick: measure on a few queries how well the sketch ranks rows by exact scores; this runs some 2,500 rows
             per checkpoint once more.
@@ -61,7 +62,7 @@ class BuildConfig:
         allow_random_data: accept rows that differ when they are read twice.
         append: extend a finished index by new rows at the end of train_data.
         add_checkpoint: extend a finished index by new checkpoints at the end of Task.checkpoints.
-        rebuild_index: rebuild the inverted lists of a finished index, without the removed rows.
+        rebuild_index: rebuild the search index of a finished index, without the removed rows.
         target_true_recall: for `dim="auto"`: the share of the true top ten, of proponents and of opponents,
         candidates: among this many first rows of the stored ranking.
         disk_bytes: for `dim="auto"`: the largest size of the index on disk; None: any.
@@ -104,7 +105,7 @@ class BuildConfig:
             ("--norms", self.norms, NORMS),
             ("--precision", self.precision, PRECISIONS),
             ("--preconditioner", self.preconditioner, PRECONDITIONERS),
-            ("--index", self.index, ("auto", "flat", "ivf")),
+            ("--index", self.index, INDEX_KINDS),
             ("--codes", self.codes, CODES),
             ("--memory-format", self.memory_format, MEMORY_FORMATS),
             ("--on-nonfinite", self.on_nonfinite, (None, *ON_NONFINITE)),

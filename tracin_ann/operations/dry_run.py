@@ -30,7 +30,7 @@ class BuildPlan:
         seconds: time for all rows and checkpoints, estimated from a few timed batches.
         row_seconds: time for one row at one checkpoint, without reading the row.
         tuned: batch size and memory format.
-        index_kind: kind of search index.
+        index_kind: kind of search index; `auto` if the build chooses it by the features.
         index_reason: why this kind is chosen.
         gradients: the gradient method of each parameter.
         sketches: how the sketch projects each parameter's gradients.

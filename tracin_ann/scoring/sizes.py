@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracin_ann.search import Codes, IVFParams, choose_index
+from tracin_ann.search import Codes, estimate_bytes, expect_index
 from tracin_ann.store import Dtype
 
 # Bytes of a row's columns in a feature file: id, exponent, squared norm, loss.
@@ -38,9 +38,8 @@ class IndexShape:
     def estimate_size(self, dim: int) -> IndexSize:
         """Return the sizes with sketches of D numbers."""
         feature_dim = dim * self.n_checkpoints
-        choice = choose_index(self.index, self.n_rows, feature_dim)
-        lists = IVFParams(codes=self.codes)
-        index_bytes = lists.estimate_bytes(self.n_rows, feature_dim) if choice.kind == "ivf" else 0
+        choice = expect_index(self.index, self.n_rows, feature_dim)
+        index_bytes = estimate_bytes(self.index, self.n_rows, feature_dim, self.codes)
         row_bytes = feature_dim * np.dtype(self.dtype).itemsize
         return IndexSize(
             choice.kind,
