@@ -182,7 +182,7 @@ def test_the_command_prints_the_table_in_a_dry_run_and_the_choice_after_a_build(
     dry = CliRunner().invoke(build_command, [*options, "--disk", "4MB", "--dry-run"])
     assert dry.exit_code == 0, dry.output
     lines = dry.stdout.splitlines()
-    assert any(line.startswith(f"dim:        {chosen}; expected true recall@10 among 20 candidates") for line in lines)
+    assert any(line.startswith(f"dim:       {chosen}; expected true recall@10 among 20 candidates") for line in lines)
     table = [line.split("│")[0].split() for line in lines[-8:]]
     assert [row[0] for row in table] == [str(dim) for dim in pilot.DIMS]
     assert [row[1:] for row in table if int(row[0]) == chosen] == [["*"]] and table[-1][1:] == ["-"]
