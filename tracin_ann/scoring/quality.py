@@ -31,7 +31,7 @@ from tracin_ann.scoring.true_recall import (
     find_probabilities,
 )
 from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, RescoredIndex, Subset, calibrate
-from tracin_ann.store import FeatureStore, Fidelity, TrueRecall
+from tracin_ann.store import Estimate, FeatureStore, Fidelity, TrueRecall
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
 QUERIES = 16
@@ -242,7 +242,13 @@ def measure_fidelity(ranked: RankedRows, score_exactly: Callable[[Int64], Float6
             weight_M,
             find_cuts(sign * ranked.stored_QN, DEPTHS),
         )
-        estimates.append([bound_mean(recall_Q, 1 - observed) for recall_Q in recall_QR.T])
+        # All rows are within the deepest ranking of a small index.
+        estimates.append(
+            [
+                bound_mean(recall_Q, 1 - observed) if depth < n_rows else Estimate(1.0, 1.0, 1.0)
+                for recall_Q, depth in zip(recall_QR.T, DEPTHS, strict=True)
+            ]
+        )
     recalls = tuple(TrueRecall(m, *sides) for m, *sides in zip(DEPTHS, *estimates, strict=True))
     first, second = recalls[:2]
     return Fidelity(
