@@ -36,10 +36,9 @@ _STEPS = 50
 """Bisections of a threshold."""
 _COUNTED_ROWS = 100
 """The most rows, by their weights, from which the tail of a query's exact scores is estimated."""
-_TAIL_ROWS = 30
-"""The most rows of a uniform sample from which it is estimated, with a shape that all queries have in common."""
+_TAIL_ROWS = 40
+"""The most rows of a uniform sample from which it is estimated."""
 _TAIL_POINTS = 60
-_LARGEST_SHAPE = 0.5
 _MODEL_ERROR = 0.03
 """Standard deviation of the noise model's own error of a recall."""
 _TINY = 1e-300
@@ -180,8 +179,8 @@ def estimate_recall(
 def predict_recall(exact_QM: Float64, deviation_QM: Float64, n_rows: int, depth: int) -> Float64:
     """Return the share of each query's true top ten in the first `depth` of N rows, by the noise model, [Q].
 
-    The largest scores of N rows are larger than those of a sample: the tail of each query's scores is a generalised
-    Pareto distribution, with a common shape by probability-weighted moments (Hosking and Wallis 1987).
+    The largest scores of N rows are larger than those of a sample: in the tail, each query's scores are a quadratic
+    function of the normal quantiles of their ranks, with a curvature that all queries have in common.
 
     Args:
         exact_QM: exact scores of rows drawn uniformly.
@@ -259,23 +258,26 @@ def _extend_tail(score_QJ: Float64, deviation_QJ: Float64, n_rows: int) -> tuple
 
     The first ten have weight 1. Their deviation is that of the largest scores of the sample.
     """
-    n_queries, n_sampled = score_QJ.shape
-    n_tail = min(_TAIL_ROWS, n_sampled // 4)
-    edge_Q = score_QJ[:, n_tail]
-    excess_QE = score_QJ[:, :n_tail] - edge_Q[:, None]
-    mean_Q = excess_QE.mean(1)
-    relative_QE = excess_QE[mean_Q > 0] / mean_Q[mean_Q > 0, None]
-    beyond_E = (np.arange(n_tail) + 0.5) / n_tail
-    moment = float((relative_QE * beyond_E).mean()) if len(relative_QE) else 0.25
-    shape = float(np.clip(2 - 1 / (1 - 2 * moment), -_LARGEST_SHAPE, _LARGEST_SHAPE))
+    n_sampled = score_QJ.shape[1]
+    n_tail = min(_TAIL_ROWS, max(2, n_sampled // 4))
     count = n_tail * n_rows / n_sampled
     edges = np.concatenate([np.arange(K + 1), np.geomspace(K, max(count, K + 1), _TAIL_POINTS)[1:]])
-    logs_T = np.log(count / ((edges[1:] + edges[:-1]) / 2))
-    excess_T = logs_T if abs(shape) < 1e-9 else np.expm1(shape * logs_T) / shape  # noqa: PLR2004
-    tail_QT = edge_Q[:, None] + (1 - shape) * mean_Q[:, None] * excess_T
+    sample_E = _normal_quantile((np.arange(n_tail) + 0.5) / n_sampled)
+    centre = sample_E.mean()
+    x_E, x_T = sample_E - centre, _normal_quantile((edges[1:] + edges[:-1]) / 2 / n_rows) - centre
+    line = np.polyfit(x_E, x_E**2, 1)
+    bend_E, bend_T = (x**2 - np.polyval(line, x) for x in (x_E, x_T))
+    level_Q, slope_Q = score_QJ[:, :n_tail].mean(1), score_QJ[:, :n_tail] @ x_E / (x_E @ x_E)
+    steep = slope_Q > 0
+    rest_QE = score_QJ[steep, :n_tail] - level_Q[steep, None] - slope_Q[steep, None] * x_E
+    relative_E = (rest_QE / slope_Q[steep, None]).sum(0) / max(1, np.count_nonzero(steep))
+    # A smaller one would make the largest scores decrease.
+    least = -1 / (2 * x_T[0] - line[0])
+    curvature = max(least, float(relative_E @ bend_E / max(bend_E @ bend_E, _TINY)))
+    tail_QT = level_Q[:, None] + slope_Q[:, None] * (x_T + curvature * bend_T)
     few = max(1, n_tail // 4)
     spread_Q = np.exp(np.log(deviation_QJ[:, :few]).mean(1))
-    spread_QT = np.repeat(spread_Q[:, None], len(excess_T), axis=1)
+    spread_QT = np.repeat(spread_Q[:, None], len(x_T), axis=1)
     weight_J = np.concatenate([np.diff(edges), np.full(n_sampled - n_tail, n_rows / n_sampled)])
     scores = np.concatenate([tail_QT, score_QJ[:, n_tail:]], axis=1)
     return scores, np.concatenate([spread_QT, deviation_QJ[:, n_tail:]], axis=1), weight_J
@@ -284,6 +286,11 @@ def _extend_tail(score_QJ: Float64, deviation_QJ: Float64, n_rows: int) -> tuple
 def _normal_cdf(x: Float64) -> Float64:
     """Return the distribution function of the standard normal distribution."""
     return torch.special.ndtr(torch.from_numpy(x)).numpy()  # type: ignore[no-any-return]
+
+
+def _normal_quantile(beyond: Float64) -> Float64:
+    """Return the values that a standard normal variable exceeds with these probabilities."""
+    return -torch.special.ndtri(torch.from_numpy(beyond)).numpy()  # type: ignore[no-any-return]
 
 
 def _find_t_quantile(freedom: int) -> float:
