@@ -240,7 +240,7 @@ def measure_fidelity(ranked: RankedRows, score_exactly: Callable[[Int64], Float6
             sign * stored_QM,
             noise.scale_Q[:, None] * deviation_QM,
             weight_M,
-            find_cuts(sign * ranked.stored_QN, DEPTHS),
+            find_cuts(ranked.stored_QN, DEPTHS, sign),
         )
         # All rows are within the deepest ranking of a small index.
         estimates.append(

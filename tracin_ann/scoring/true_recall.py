@@ -225,13 +225,14 @@ def bound_mean(recall_Q: Float64, model_share: float = 0.0) -> Estimate:
     return Estimate(mean, max(0.0, min(mean, middle - reach)), min(1.0, max(mean, middle + reach)))
 
 
-def find_cuts(stored_QN: Float32, depths: Sequence[int]) -> Float64:
-    """Return the stored scores [Q, R] of the last rows within the depths; -inf if there are no more rows than that."""
+def find_cuts(stored_QN: Float32, depths: Sequence[int], sign: int) -> Float64:
+    """Return sign × the stored scores [Q, R] of the last rows within the depths; -inf if there are no more rows."""
     n_rows = stored_QN.shape[1]
     cut_QR = np.full((len(stored_QN), len(depths)), -np.inf)
-    for place, depth in enumerate(depths):
-        if depth < n_rows:
-            cut_QR[:, place] = np.partition(stored_QN, n_rows - depth, axis=1)[:, n_rows - depth]
+    places = [n_rows - depth for depth in depths if depth < n_rows]
+    # One query at a time, because each is copied.
+    for cut_R, stored_N in zip(cut_QR, stored_QN, strict=True):
+        cut_R[: len(places)] = np.partition(sign * stored_N, places)[places]
     return cut_QR
 
 
