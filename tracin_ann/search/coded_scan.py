@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -116,6 +117,7 @@ class CodedScan(RescoredIndex):
     """
 
     kind = "codes"
+    name = "coded scan"
     FILES = ("codes.faiss", "codes.npz", "codes.json")
     rescores_budget = True
 
@@ -135,7 +137,7 @@ class CodedScan(RescoredIndex):
         device: torch.device,
         scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> CodedScan:
+    ) -> Self:
         """Build an index of all rows of the source; reads all rows twice, and the training sample once more.
 
         Args:
@@ -172,7 +174,7 @@ class CodedScan(RescoredIndex):
         )
 
     @classmethod
-    def load(cls, directory: Path, source: RowSource, device: torch.device) -> CodedScan:
+    def load(cls, directory: Path, source: RowSource, device: torch.device) -> Self:
         """Return the index that `save` wrote, see `RescoredIndex.load`."""
         codes_path, arrays_path, caption_path = (Path(directory) / name for name in cls.FILES)
         expected = "a file written by a build"
@@ -242,9 +244,9 @@ class CodedScan(RescoredIndex):
         wrong = codes.count_wrong(self._reduction.apply(scale_rows(rows_BF, self._parts.shift)), place_B)
         return [f"of {len(place_B):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
 
-    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> CodedScan:
+    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
         """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
-        other = CodedScan(self._source, self._reduction, self._uncoded, self._device, self._parts)
+        other = type(self)(self._source, self._reduction, self._uncoded, self._device, self._parts)
         other.settings = proponents, opponents or proponents
         return other
 

@@ -188,10 +188,11 @@ class ProductCodes:
         Raises:
             ValueError: the index does not have the codes of the layout, or another number of rows than factors.
         """
-        faiss, n_codes = import_faiss(), len(layout.size_C)
-        kind = faiss.IndexIVFPQFastScan
-        expected = kind, n_codes * layout.slots, n_codes, 1, len(factor_N), np.dtype(np.float32)
-        if not isinstance(index, kind) or expected[1:] != (index.d, index.M, index.nlist, index.ntotal, factor_N.dtype):
+        n_codes, kind = len(layout.size_C), import_faiss().IndexIVFPQFastScan
+        if factor_N.dtype != np.float32 or factor_N.ndim != 1 or not isinstance(index, kind):
+            raise ValueError(f"factors of {factor_N.dtype} {factor_N.shape} for {type(index).__name__}")
+        got = index.d, index.M, index.nlist, index.ntotal
+        if got != (n_codes * layout.slots, n_codes, 1, len(factor_N)):
             raise ValueError(f"not {len(factor_N):,} rows of {n_codes} codes")
         self._index, self.layout, self.factor_N = index, layout, factor_N
 
@@ -259,7 +260,7 @@ class ProductCodes:
         """
         faiss = import_faiss()
         if not len(self):
-            return np.full((len(queries_QR), n_candidates), -1, np.int64)
+            return np.zeros((len(queries_QR), 0), np.int64)
         parameters = faiss.SearchParametersIVF(nprobe=1)
         if allowed is not None:
             selector, memory = make_selector(allowed, len(self))
