@@ -36,9 +36,9 @@ _LOSS = (1.0, 0.601, 0.343, 0.109, 0.0124)
 _TRAIN_ROWS = 8192
 _ITERATIONS = 8
 _ROWS_AT_ONCE = 4096
-_OVERSAMPLING = 3
+_OVERSAMPLING = 4
 """The factors are applied to this many times the wanted candidates."""
-_LARGEST_FACTOR = 2.0
+_LEAST_COSINE = 0.5
 _FEW_QUERIES = 16
 _BLOCK = 32
 _TOLERANCE = 1e-3
@@ -146,11 +146,14 @@ class ProductCoder:
         padded = self.layout.pad(rows_BR)
         codes = self._quantizer.compute_codes(padded)
         decoded = self.decode(codes)
-        square_B = np.einsum("bp,bp->b", padded, padded, dtype=np.float64)
-        inner_B = np.einsum("bp,bp->b", padded, decoded, dtype=np.float64)
-        # Rows that are small among the others have bad codes. Their factors do not matter, if they are not large.
+        square_B, decoded_B, inner_B = (
+            np.einsum("bp,bp->b", left, right, dtype=np.float64)
+            for left, right in ((padded, padded), (decoded, decoded), (padded, decoded))
+        )
+        # Rows that are small among the others have bad codes. Their estimates must not be larger than most.
+        inner_B = np.maximum(inner_B, _LEAST_COSINE * np.sqrt(square_B * decoded_B))
         factor_B = np.divide(square_B, inner_B, out=np.ones_like(square_B), where=inner_B > 0)
-        return codes, decoded, factor_B.clip(1 / _LARGEST_FACTOR, _LARGEST_FACTOR).astype(np.float32)
+        return codes, decoded, factor_B.astype(np.float32)
 
     def decode(self, codes: npt.NDArray[np.uint8]) -> Float32:
         """Return decoded rows, padded."""
@@ -227,6 +230,14 @@ class ProductCodes:
         ids: Int64 = faiss.rev_swig_ptr(lists.get_ids(0), len(self)) if len(self) else np.zeros(0, np.int64)
         return ids
 
+    def _find_places(self, ids_QM: Int64) -> Int64:
+        """Return the place of each row by its id; any place for padding."""
+        places: Int64 = ids_QM - self.ids_N[0]
+        if self.ids_N[-1] - self.ids_N[0] >= len(self):
+            # Ids with gaps.
+            places = np.searchsorted(self.ids_N, ids_QM)
+        return places.clip(0, len(self) - 1)
+
     def count_wrong(self, rows_BR: Float32, place_B: Int64) -> int:
         """Return how many rows [B, R] do not have the codes and the factor stored at these places."""
         layout = self.layout
@@ -273,7 +284,7 @@ class ProductCodes:
             del selector, memory
         scores_QM = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in found)])
         ids_QM = np.concatenate([np.zeros((0, k), np.int64), *(ids for _, ids in found)])
-        place_QM = np.searchsorted(self.ids_N, ids_QM).clip(0, len(self) - 1)
+        place_QM = self._find_places(ids_QM)
         scores_QM[ids_QM < 0] = -np.inf
         estimate_QM = scores_QM * self.factor_N[place_QM]
         n = min(n_candidates, k)
