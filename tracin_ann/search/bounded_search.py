@@ -1,0 +1,313 @@
+"""The search of a batch of queries by bounds: which rows are scored, and the best of them.
+
+A score goes through three steps: an upper bound from the reduced row; the float32 inner product with the row, if the
+bound reaches the k-th best score; the float64 inner product, if the float32 one reaches it with its largest error.
+
+Queries are scaled to norms below 1. The *floor* of a signed query is a number below its k-th best score: rows with
+smaller scores are not among the results, also after rounding to float32.
+
+Shapes: N rows, M rows of a search, B rows of a block, U rows that are read together, Q queries, O queries that are not
+finished, A signed queries (all queries for the first sign, then all for the second one), P pairs of a signed query and
+a row, K results, F feature dimension, R reduced dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tracin_ann.device import import_faiss
+from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.search.bounds import ReducedQueries, ReducedRows, bound_product_error, round_down
+from tracin_ann.search.flat import FlatIndex, Sign, check_finite
+from tracin_ann.search.half_scanner import share_memory
+from tracin_ann.search.stored_scores import StoredScorer
+from tracin_ann.types import Float32, Float64, Int64, TopK
+
+Bool = npt.NDArray[np.bool_]
+
+_FIRST_ROWS = 4096
+_SCORES_AT_ONCE = 2**21
+"""Entries of the O × B reduced scores of a block."""
+_SCANNED_SCORES_AT_ONCE = 2**24
+_ROWS_READ_AT_ONCE = 8192
+_WIDE_PAIRS_AT_ONCE = 128
+_LEAST_FIRST = 32
+"""The rows of the best reduced scores of a block are scored first: 2k of them, or this number if it is larger."""
+_MORE = 1 + 2.0**-40
+
+
+@dataclass(frozen=True)
+class SearchedRows:
+    """The rows of a search: all rows, or those that a filter allows.
+
+    Attributes:
+        scan: the scan of these rows.
+        rows: all reduced rows, by decreasing norm.
+        place_M: the positions of these rows among the reduced rows, by increasing id.
+        sorted_M: the same positions in increasing order; None: all positions.
+    """
+
+    scan: FlatIndex
+    rows: ReducedRows
+    place_M: Int64
+    sorted_M: Int64 | None
+
+    def __len__(self) -> int:
+        """Return M."""
+        return len(self.place_M)
+
+    def locate(self, start: int, stop: int) -> Int64:
+        """Return the positions of the rows from the `start`-th to the `stop`-th largest norm."""
+        return np.arange(start, stop) if self.sorted_M is None else self.sorted_M[start:stop]
+
+    def select(self, start: int, stop: int) -> ReducedRows:
+        """Return the reduced rows from the `start`-th to the `stop`-th largest norm."""
+        return self.rows.select(slice(start, stop) if self.sorted_M is None else self.sorted_M[start:stop])
+
+    def sort_norms(self) -> Float32:
+        """Return the norms in increasing order."""
+        norm_M = self.rows.norm_N if self.sorted_M is None else self.rows.norm_N[self.sorted_M]
+        return np.ascontiguousarray(norm_M[::-1])
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a signed query and a row.
+
+    Attributes:
+        signed_P: number of the signed query.
+        place_P: position of the row among the reduced rows.
+        value_P: the sign times the (reduced) score.
+        bound_P: an upper bound of the sign times the score.
+    """
+
+    signed_P: Int64
+    place_P: Int64
+    value_P: Float64
+    bound_P: Float64
+
+    @classmethod
+    def join(cls, parts: Sequence[_Pairs]) -> _Pairs:
+        """Return all pairs."""
+        none = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+        columns = ([getattr(part, name) for part in [none, *parts]] for name in cls.__dataclass_fields__)
+        return cls(*map(np.concatenate, columns))
+
+    def select(self, which: Bool | Int64) -> _Pairs:
+        """Return some of the pairs."""
+        return _Pairs(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+class BatchSearch:
+    """The rows of largest sign × inner product with some queries, for each sign."""
+
+    def __init__(
+        self,
+        searched: SearchedRows,
+        queries: ReducedQueries,
+        exponent_Q: Int64,
+        k: int,
+        signs: Sequence[Sign],
+    ) -> None:
+        """Store the arguments. The queries are scaled by 2^−`exponent_Q`."""
+        self._searched, self._queries, self._k, self._signs = searched, queries, k, signs
+        self._n_queries = len(exponent_Q)
+        n_signed = len(signs) * self._n_queries
+        self._sign_A = np.repeat(np.array(signs, np.float64), self._n_queries)
+        self._exponent_A, self._norm_A = np.tile(exponent_Q, len(signs)), np.tile(queries.norm_Q, len(signs))
+        self._floor_A = np.full(n_signed, -np.inf)
+        self._lower_AK = np.full((n_signed, k), -np.inf)
+        """Lower bounds of the best scores so far."""
+        self._candidates: list[_Pairs] = []
+        self._count_A = np.zeros(n_signed, np.int64)
+
+    def run(self, most: int) -> list[TopK]:
+        """Return the results for each sign; a signed query for which more than `most` rows are left scans all rows."""
+        left, is_scanned_A = self._scan_reduced(most)
+        self._score(left)
+        if is_scanned_A.any():
+            self._scan(np.flatnonzero(is_scanned_A))
+        return self._rank()
+
+    def _scan_reduced(self, most: int) -> tuple[_Pairs, Bool]:
+        """Return the pairs whose bounds reach the floors and that are not scored, and the queries with too many."""
+        left, is_scanned_A = _Pairs.join([]), np.zeros(len(self._norm_A), bool)
+        norm_M = self._searched.sort_norms()
+        start, stop = 0, max(_FIRST_ROWS, self._k)
+        while True:
+            reach_A = len(norm_M) - np.searchsorted(norm_M, self._find_least_norms())
+            is_open_A = ~is_scanned_A & (reach_A > start)
+            if not is_open_A.any():
+                return left, is_scanned_A
+            stop = min(stop, int(reach_A[is_open_A].max()))
+            open_O = np.flatnonzero(is_open_A.reshape(len(self._signs), -1).any(axis=0))
+            found = self._bound(open_O, start, stop)
+            is_first_P = found.value_P >= self._floor_A[found.signed_P]
+            is_first_P &= _rank_in_groups(found.signed_P, found.value_P) < self._n_first
+            self._score(found.select(is_first_P))
+            left = _Pairs.join([left, found.select(~is_first_P)])
+            left = left.select(~(left.bound_P < self._floor_A[left.signed_P]))
+            is_scanned_A |= np.bincount(left.signed_P, minlength=len(is_scanned_A)) > most
+            left = left.select(~is_scanned_A[left.signed_P])
+            start, stop = stop, stop + max(1, _SCORES_AT_ONCE // len(open_O))
+
+    def _find_least_norms(self) -> Float32:
+        """Return the norms [A] below which rows cannot reach the floors."""
+        least_A = np.zeros(len(self._floor_A))
+        np.divide(self._floor_A, _MORE * self._norm_A, out=least_A, where=self._floor_A > 0)
+        return round_down(least_A)
+
+    def _bound(self, open_O: Int64, start: int, stop: int) -> _Pairs:
+        """Return the pairs of these queries and a block of rows whose bounds reach the floors.
+
+        The floors are unknown at the first block: the rows of its best reduced scores are scored before.
+        """
+        block, place_B = self._searched.select(start, stop), self._searched.locate(start, stop)
+        queries = self._queries.select(open_O)
+        score_OB = torch.empty(len(open_O), len(block))
+        with StoredScorer(torch.from_numpy(queries.reduced_QR)) as scorer:
+            scorer.start([block.part], None, score_OB)
+            scorer.finish()
+        first: list[Tensor] = []
+        if start == 0:
+            first = [torch.topk(sign * score_OB, min(self._n_first, len(block))).indices for sign in self._signs]
+            for side, first_OF in enumerate(first):
+                signed_P = np.repeat(side * self._n_queries + open_O, first_OF.shape[1])
+                none_P = np.zeros(len(signed_P))
+                self._score(_Pairs(signed_P, place_B[first_OF.numpy().reshape(-1)], none_P, none_P))
+        margin_OB = torch.from_numpy(queries.whole_Q)[:, None] * torch.from_numpy(block.rounding_N)
+        margin_OB.addcmul_(torch.from_numpy(queries.missing_Q)[:, None], torch.from_numpy(block.missing_N))
+        found = []
+        for side, sign in enumerate(self._signs):
+            signed_O = side * self._n_queries + open_O
+            bound_OB = torch.add(margin_OB, score_OB, alpha=sign)
+            floor_O = torch.from_numpy(round_down(self._floor_A[signed_O]))
+            # Not `ge`: a bound that is NaN excludes no row.
+            reaches_OB = bound_OB.lt(floor_O[:, None]).logical_not_()
+            if first:
+                reaches_OB.scatter_(1, first[side], False)
+            flat_P = np.flatnonzero(reaches_OB.numpy())
+            query_P, row_P = np.divmod(flat_P, len(block))
+            value_P, bound_P = (x_OB.numpy().reshape(-1)[flat_P].astype(np.float64) for x_OB in (score_OB, bound_OB))
+            found.append(_Pairs(signed_O[query_P], place_B[row_P], sign * value_P, bound_P))
+        return _Pairs.join(found)
+
+    def _score(self, pairs: _Pairs) -> None:
+        """Compute the inner products of pairs, and add them to the candidates."""
+        query_P = pairs.signed_P % self._n_queries
+        for part_P, row_P, rows_UF in self._read_rows(pairs.place_P):
+            product_P = np.empty(len(part_P), np.float32)
+            # All arrays must exist until the function returns.
+            arrays = self._queries.query_QF, query_P[part_P], share_memory(rows_UF), row_P, product_P
+            faiss, n_pairs = import_faiss(), len(part_P)
+            faiss.pairwise_indexed_inner_product(rows_UF.shape[1], n_pairs, *map(faiss.swig_ptr, arrays))
+            self._add(pairs.signed_P[part_P], pairs.place_P[part_P], product_P)
+        self._count_A += np.bincount(pairs.signed_P, minlength=len(self._count_A))
+
+    def _scan(self, scanned_S: Int64) -> None:
+        """Add the inner products of these signed queries and all rows to the candidates, instead of those so far."""
+        self._lower_AK[scanned_S] = -np.inf
+        self._candidates = [pairs.select(~np.isin(pairs.signed_P, scanned_S)) for pairs in self._candidates]
+        some_Q = np.unique(scanned_S % self._n_queries)
+        at_once = max(1, _SCANNED_SCORES_AT_ONCE // len(self._searched))
+        for at in range(0, len(some_Q), at_once):
+            asked_Q, done = some_Q[at : at + at_once], 0
+            for ids_B, score_QB in self._searched.scan.iter_scores(torch.from_numpy(self._queries.query_QF[asked_Q])):
+                place_B = self._searched.place_M[done : done + len(ids_B)]
+                done += len(ids_B)
+                for query, score_B in zip(asked_Q, score_QB.cpu().numpy(), strict=True):
+                    for signed in scanned_S[scanned_S % self._n_queries == query]:
+                        self._add(np.full(len(ids_B), signed), place_B, score_B)
+        self._count_A[scanned_S] += len(self._searched)
+
+    def _add(self, signed_P: Int64, place_P: Int64, product_P: Float32) -> None:
+        """Add the pairs whose float32 inner products reach the floors to the candidates, and raise the floors."""
+        value_P = self._sign_A[signed_P] * product_P
+        error_P = bound_product_error(
+            self._queries.query_QF.shape[1], self._norm_A[signed_P], self._searched.rows.norm_N[place_P]
+        )
+        # Not `>=`: a score that is not a number remains a candidate, and is reported.
+        reaches_P = ~(value_P + error_P < self._floor_A[signed_P])
+        pairs = _Pairs(signed_P, place_P, value_P, value_P + error_P).select(reaches_P)
+        lower_P = (value_P - error_P)[reaches_P]
+        lower_P[np.isnan(lower_P)] = -np.inf
+        self._candidates.append(pairs)
+        best_A, at_P = np.unique(pairs.signed_P, return_inverse=True)
+        rank_P = _rank_in_groups(at_P, lower_P)
+        lower_AK = np.full((len(best_A), self._k), -np.inf)
+        is_best_P = rank_P < self._k
+        lower_AK[at_P[is_best_P], rank_P[is_best_P]] = lower_P[is_best_P]
+        lower_AK = np.concatenate([self._lower_AK[best_A], lower_AK], axis=1)
+        lower_AK = np.partition(lower_AK, self._k, axis=1)[:, self._k :]
+        self._lower_AK[best_A] = lower_AK
+        # The largest float32 score below that of the lower bound: equal scores after rounding are not below the floor.
+        exponent_A = self._exponent_A[best_A]
+        below_A = np.nextafter(round_down(np.ldexp(lower_AK.min(axis=1), exponent_A)), np.float32(-np.inf))
+        floor_A = np.ldexp(below_A.astype(np.float64), -exponent_A)
+        self._floor_A[best_A] = np.maximum(self._floor_A[best_A], floor_A)
+
+    def _rank(self) -> list[TopK]:
+        """Return the best candidates by their float64 scores, rounded to float32, for each sign."""
+        pairs = _Pairs.join(self._candidates)
+        pairs = pairs.select(~(pairs.bound_P < self._floor_A[pairs.signed_P]))
+        query_QF, query_P = self._queries.query_QF.astype(np.float64), pairs.signed_P % self._n_queries
+        score_P = np.empty(len(query_P))
+        for part_P, row_P, rows_UF in self._read_rows(pairs.place_P):
+            for at in range(0, len(part_P), _WIDE_PAIRS_AT_ONCE):
+                some_P = part_P[at : at + _WIDE_PAIRS_AT_ONCE]
+                row_PF = rows_UF[row_P[at : at + _WIDE_PAIRS_AT_ONCE]].astype(np.float64)
+                score_P[some_P] = np.einsum("pf,pf->p", row_PF, query_QF[query_P[some_P]])
+        with np.errstate(over="ignore"):
+            # The sum with 0 replaces −0.0.
+            score_P = np.ldexp(self._sign_A[pairs.signed_P] * score_P, self._exponent_A[pairs.signed_P])
+            rounded_P = score_P.astype(np.float32) + np.float32(0)
+        ids_P = self._searched.rows.ids_N[pairs.place_P]
+        check_finite(ids_P, rounded_P)
+        order_P = np.lexsort((ids_P, -rounded_P, pairs.signed_P))
+        edges = np.searchsorted(pairs.signed_P[order_P], np.arange(len(self._count_A) + 1))
+        best = [order_P[start:stop][: self._k] for start, stop in zip(edges, edges[1:], strict=False)]
+        results = []
+        for side in range(len(self._signs)):
+            some = slice(side * self._n_queries, (side + 1) * self._n_queries)
+            ids, scores = tuple(ids_P[which] for which in best[some]), tuple(rounded_P[which] for which in best[some])
+            results.append(TopK(ids, scores, self._count_A[some]))
+        return results
+
+    def _read_rows(self, place_P: Int64) -> Iterator[tuple[Int64, Int64, Float32]]:
+        """Read the rows of pairs, each row once; yield (positions of pairs, the row of each pair, rows [U, F])."""
+        unique_U, inverse_P = np.unique(self._searched.rows.ids_N[place_P], return_inverse=True)
+        order_P = np.argsort(inverse_P, kind="stable")
+        for at in range(0, len(unique_U), _ROWS_READ_AT_ONCE):
+            first, last = np.searchsorted(inverse_P, [at, at + _ROWS_READ_AT_ONCE], sorter=order_P)
+            part_P = order_P[first:last]
+            try:
+                rows_UF = self._searched.scan.source.take(unique_U[at : at + _ROWS_READ_AT_ONCE])
+            except KeyError as error:
+                raise DamagedIndexError(
+                    problem(
+                        "the reduced rows contain an unknown row",
+                        got=f"id {error}",
+                        expected="ids of the stored features",
+                        remedy="rebuild the index",
+                    )
+                ) from error
+            yield part_P, inverse_P[part_P] - at, np.ascontiguousarray(rows_UF)
+
+    @property
+    def _n_first(self) -> int:
+        return max(2 * self._k, _LEAST_FIRST)
+
+
+def _rank_in_groups(group_P: Int64, value_P: Float64) -> Int64:
+    """Return the number of larger values in the group of each value; equal values are counted in their order."""
+    order_P = np.lexsort((-value_P, group_P))
+    sorted_P = group_P[order_P]
+    rank_P = np.empty(len(group_P), np.int64)
+    rank_P[order_P] = np.arange(len(group_P)) - np.searchsorted(sorted_P, sorted_P)
+    return rank_P
