@@ -57,8 +57,8 @@ _ENERGY = 0.95
 """The smallest width that preserves this share of the squared norms is chosen, or else the largest one."""
 _SAMPLE_NUMBERS = 2**24
 _BLOCK_NUMBERS = 2**22
-_PAIRS_AT_ONCE = 2**24
-_MOST_QUERIES = 256
+_PAIRS_AT_ONCE = 2**23
+_MOST_QUERIES = 512
 _ROWS_READ_AT_ONCE = 8192
 _SCANNED_SHARE = 1 / 8
 """If more rows than this share remain, a scan of all rows takes less time."""

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, problem
-from tracin_ann.search.bounds import ReducedQueries, ReducedRows, bound_product_error, round_down
+from tracin_ann.search.bounds import ReducedQueries, ReducedRows, bound_product_error, round_down, round_up
 from tracin_ann.search.flat import FlatIndex, Sign, check_finite
 from tracin_ann.search.half_scanner import share_memory
 from tracin_ann.search.stored_scores import StoredScorer
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
 Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
 
 _FIRST_ROWS = 4096
 _SCORES_AT_ONCE = 2**21
@@ -39,6 +40,7 @@ _ROWS_READ_AT_ONCE = 8192
 _WIDE_PAIRS_AT_ONCE = 128
 _LEAST_FIRST = 32
 """The rows of the best reduced scores of a block are scored first: 2k of them, or this number if it is larger."""
+_FEW_SHARE = 1 / 32
 _MORE = 1 + 2.0**-40
 
 
@@ -81,27 +83,31 @@ class _Pairs:
     """Pairs of a signed query and a row.
 
     Attributes:
-        signed_P: number of the signed query.
-        place_P: position of the row among the reduced rows.
-        value_P: the sign times the (reduced) score.
-        bound_P: an upper bound of the sign times the score.
+        signed_P: int32 number of the signed query.
+        place_P: int32 position of the row among the reduced rows.
+        bound_P: float32 upper bound of the sign times the score.
     """
 
-    signed_P: Int64
-    place_P: Int64
-    value_P: Float64
-    bound_P: Float64
+    signed_P: Int32
+    place_P: Int32
+    bound_P: Float32
 
     @classmethod
     def join(cls, parts: Sequence[_Pairs]) -> _Pairs:
         """Return all pairs."""
-        none = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+        none = cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
         columns = ([getattr(part, name) for part in [none, *parts]] for name in cls.__dataclass_fields__)
         return cls(*map(np.concatenate, columns))
 
     def select(self, which: Bool | Int64) -> _Pairs:
         """Return some of the pairs."""
         return _Pairs(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    def drop(self, which_P: Int64) -> _Pairs:
+        """Return the pairs without those at some positions."""
+        kept_P = np.ones(len(self.signed_P), bool)
+        kept_P[which_P] = False
+        return self.select(kept_P)
 
 
 class BatchSearch:
@@ -130,7 +136,7 @@ class BatchSearch:
     def run(self, most: int) -> list[TopK]:
         """Return the results for each sign; a signed query for which more than `most` rows are left scans all rows."""
         left, is_scanned_A = self._scan_reduced(most)
-        self._score(left)
+        self._score(left.signed_P, left.place_P)
         if is_scanned_A.any():
             self._scan(np.flatnonzero(is_scanned_A))
         return self._rank()
@@ -147,11 +153,12 @@ class BatchSearch:
                 return left, is_scanned_A
             stop = min(stop, int(reach_A[is_open_A].max()))
             open_O = np.flatnonzero(is_open_A.reshape(len(self._signs), -1).any(axis=0))
-            found = self._bound(open_O, start, stop)
-            is_first_P = found.value_P >= self._floor_A[found.signed_P]
-            is_first_P &= _rank_in_groups(found.signed_P, found.value_P) < self._n_first
-            self._score(found.select(is_first_P))
-            left = _Pairs.join([left, found.select(~is_first_P)])
+            found, value_P = self._bound(open_O, start, stop)
+            first_P = np.flatnonzero(value_P >= self._floor_A[found.signed_P])
+            rank_P = _rank_in_groups(found.signed_P[first_P], value_P[first_P])
+            first_P = first_P[rank_P < self._n_first]
+            self._score(found.signed_P[first_P], found.place_P[first_P])
+            left = _Pairs.join([left, found.drop(first_P)])
             left = left.select(~(left.bound_P < self._floor_A[left.signed_P]))
             is_scanned_A |= np.bincount(left.signed_P, minlength=len(is_scanned_A)) > most
             left = left.select(~is_scanned_A[left.signed_P])
@@ -163,8 +170,8 @@ class BatchSearch:
         np.divide(self._floor_A, _MORE * self._norm_A, out=least_A, where=self._floor_A > 0)
         return round_down(least_A)
 
-    def _bound(self, open_O: Int64, start: int, stop: int) -> _Pairs:
-        """Return the pairs of these queries and a block of rows whose bounds reach the floors.
+    def _bound(self, open_O: Int64, start: int, stop: int) -> tuple[_Pairs, Float32]:
+        """Return the pairs of these queries and a block of rows whose bounds reach the floors, and sign × p̂·x̂.
 
         The floors are unknown at the first block: the rows of its best reduced scores are scored before.
         """
@@ -178,12 +185,11 @@ class BatchSearch:
         if start == 0:
             first = [torch.topk(sign * score_OB, min(self._n_first, len(block))).indices for sign in self._signs]
             for side, first_OF in enumerate(first):
-                signed_P = np.repeat(side * self._n_queries + open_O, first_OF.shape[1])
-                none_P = np.zeros(len(signed_P))
-                self._score(_Pairs(signed_P, place_B[first_OF.numpy().reshape(-1)], none_P, none_P))
+                first_P = np.repeat(side * self._n_queries + open_O, first_OF.shape[1])
+                self._score(first_P, place_B[first_OF.numpy().reshape(-1)])
         margin_OB = torch.from_numpy(queries.whole_Q)[:, None] * torch.from_numpy(block.rounding_N)
         margin_OB.addcmul_(torch.from_numpy(queries.missing_Q)[:, None], torch.from_numpy(block.missing_N))
-        found = []
+        found, values = [], [np.zeros(0, np.float32)]
         for side, sign in enumerate(self._signs):
             signed_O = side * self._n_queries + open_O
             bound_OB = torch.add(margin_OB, score_OB, alpha=sign)
@@ -194,21 +200,23 @@ class BatchSearch:
                 reaches_OB.scatter_(1, first[side], False)
             flat_P = np.flatnonzero(reaches_OB.numpy())
             query_P, row_P = np.divmod(flat_P, len(block))
-            value_P, bound_P = (x_OB.numpy().reshape(-1)[flat_P].astype(np.float64) for x_OB in (score_OB, bound_OB))
-            found.append(_Pairs(signed_O[query_P], place_B[row_P], sign * value_P, bound_P))
-        return _Pairs.join(found)
+            signed_P: Int32 = signed_O[query_P].astype(np.int32)
+            place_P: Int32 = place_B[row_P].astype(np.int32)
+            found.append(_Pairs(signed_P, place_P, bound_OB.numpy().reshape(-1)[flat_P]))
+            values.append(np.float32(sign) * score_OB.numpy().reshape(-1)[flat_P])
+        return _Pairs.join(found), np.concatenate(values)
 
-    def _score(self, pairs: _Pairs) -> None:
-        """Compute the inner products of pairs, and add them to the candidates."""
-        query_P = pairs.signed_P % self._n_queries
-        for part_P, row_P, rows_UF in self._read_rows(pairs.place_P):
+    def _score(self, signed_P: Int64 | Int32, place_P: Int64 | Int32) -> None:
+        """Compute the inner products of pairs in float32, and add them to the candidates."""
+        query_P = (signed_P % self._n_queries).astype(np.int64)
+        for part_P, row_P, rows_UF in self._read_rows(place_P):
             product_P = np.empty(len(part_P), np.float32)
             # All arrays must exist until the function returns.
             arrays = self._queries.query_QF, query_P[part_P], share_memory(rows_UF), row_P, product_P
             faiss, n_pairs = import_faiss(), len(part_P)
             faiss.pairwise_indexed_inner_product(rows_UF.shape[1], n_pairs, *map(faiss.swig_ptr, arrays))
-            self._add(pairs.signed_P[part_P], pairs.place_P[part_P], product_P)
-        self._count_A += np.bincount(pairs.signed_P, minlength=len(self._count_A))
+            self._add(signed_P[part_P], place_P[part_P], product_P)
+        self._count_A += np.bincount(signed_P, minlength=len(self._count_A))
 
     def _scan(self, scanned_S: Int64) -> None:
         """Add the inner products of these signed queries and all rows to the candidates, instead of those so far."""
@@ -226,7 +234,7 @@ class BatchSearch:
                         self._add(np.full(len(ids_B), signed), place_B, score_B)
         self._count_A[scanned_S] += len(self._searched)
 
-    def _add(self, signed_P: Int64, place_P: Int64, product_P: Float32) -> None:
+    def _add(self, signed_P: Int64 | Int32, place_P: Int64 | Int32, product_P: Float32) -> None:
         """Add the pairs whose float32 inner products reach the floors to the candidates, and raise the floors."""
         value_P = self._sign_A[signed_P] * product_P
         error_P = bound_product_error(
@@ -234,11 +242,11 @@ class BatchSearch:
         )
         # Not `>=`: a score that is not a number remains a candidate, and is reported.
         reaches_P = ~(value_P + error_P < self._floor_A[signed_P])
-        pairs = _Pairs(signed_P, place_P, value_P, value_P + error_P).select(reaches_P)
-        lower_P = (value_P - error_P)[reaches_P]
+        signed_P, place_P = signed_P[reaches_P], place_P[reaches_P]
+        bound_P, lower_P = round_up(value_P + error_P)[reaches_P], (value_P - error_P)[reaches_P]
         lower_P[np.isnan(lower_P)] = -np.inf
-        self._candidates.append(pairs)
-        best_A, at_P = np.unique(pairs.signed_P, return_inverse=True)
+        self._candidates.append(_Pairs(signed_P.astype(np.int32), place_P.astype(np.int32), bound_P))
+        best_A, at_P = np.unique(signed_P, return_inverse=True)
         rank_P = _rank_in_groups(at_P, lower_P)
         lower_AK = np.full((len(best_A), self._k), -np.inf)
         is_best_P = rank_P < self._k
@@ -279,15 +287,23 @@ class BatchSearch:
             results.append(TopK(ids, scores, self._count_A[some]))
         return results
 
-    def _read_rows(self, place_P: Int64) -> Iterator[tuple[Int64, Int64, Float32]]:
+    def _read_rows(self, place_P: Int64 | Int32) -> Iterator[tuple[Int64, Int64, Float32]]:
         """Read the rows of pairs, each row once; yield (positions of pairs, the row of each pair, rows [U, F])."""
-        unique_U, inverse_P = np.unique(self._searched.rows.ids_N[place_P], return_inverse=True)
-        order_P = np.argsort(inverse_P, kind="stable")
-        for at in range(0, len(unique_U), _ROWS_READ_AT_ONCE):
-            first, last = np.searchsorted(inverse_P, [at, at + _ROWS_READ_AT_ONCE], sorter=order_P)
-            part_P = order_P[first:last]
+        place_V, at_P = _find_unique(place_P)
+        # A stable sort of small numbers takes linear time.
+        order_P = np.argsort((at_P // _ROWS_READ_AT_ONCE).astype(np.uint16), kind="stable")
+        edges = np.searchsorted(
+            at_P, np.arange(0, len(place_V) + _ROWS_READ_AT_ONCE, _ROWS_READ_AT_ONCE), sorter=order_P
+        )
+        for number, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+            start, part_P = number * _ROWS_READ_AT_ONCE, order_P[first:last]
+            ids_U = self._searched.rows.ids_N[place_V[start : start + _ROWS_READ_AT_ONCE]]
+            # By increasing id, rows are read from one file after the other.
+            order_U = np.argsort(ids_U)
+            row_U = np.empty(len(ids_U), np.int64)
+            row_U[order_U] = np.arange(len(ids_U))
             try:
-                rows_UF = self._searched.scan.source.take(unique_U[at : at + _ROWS_READ_AT_ONCE])
+                rows_UF = self._searched.scan.source.take(ids_U[order_U])
             except KeyError as error:
                 raise DamagedIndexError(
                     problem(
@@ -297,17 +313,26 @@ class BatchSearch:
                         remedy="rebuild the index",
                     )
                 ) from error
-            yield part_P, inverse_P[part_P] - at, np.ascontiguousarray(rows_UF)
+            yield part_P, row_U[at_P[part_P] - start], np.ascontiguousarray(rows_UF)
 
     @property
     def _n_first(self) -> int:
         return max(2 * self._k, _LEAST_FIRST)
 
 
-def _rank_in_groups(group_P: Int64, value_P: Float64) -> Int64:
+def _rank_in_groups(group_P: Int64 | Int32, value_P: Float64 | Float32) -> Int64:
     """Return the number of larger values in the group of each value; equal values are counted in their order."""
     order_P = np.lexsort((-value_P, group_P))
     sorted_P = group_P[order_P]
     rank_P = np.empty(len(group_P), np.int64)
     rank_P[order_P] = np.arange(len(group_P)) - np.searchsorted(sorted_P, sorted_P)
     return rank_P
+
+
+def _find_unique(place_P: Int64 | Int32) -> tuple[Int64, Int64]:
+    """Return the different numbers in increasing order, and the position of each of P numbers among them."""
+    if len(place_P) < _FEW_SHARE * place_P.max(initial=0):
+        place_V, at_P = np.unique(place_P.astype(np.int64), return_inverse=True)
+        return place_V, at_P
+    is_used_N = np.bincount(place_P) > 0
+    return np.flatnonzero(is_used_N), (np.cumsum(is_used_N) - 1)[place_P]

@@ -114,9 +114,9 @@ def reduce_rows(ids_B: Int64, rows_BF: Float32, basis_FR: Float64) -> ReducedRow
         ids_B,
         stored_BR,
         (exponent_B - _EXPONENT).astype(np.int16),
-        _round_up(np.ldexp(rounding_B, exponent_B) + _LEAST_ERROR),
-        _round_up(np.ldexp(missing_B, exponent_B)),
-        _round_up(np.ldexp(norm_B, exponent_B)),
+        round_up(np.ldexp(rounding_B, exponent_B) + _LEAST_ERROR),
+        round_up(np.ldexp(missing_B, exponent_B)),
+        round_up(np.ldexp(norm_B, exponent_B)),
     )
 
 
@@ -164,8 +164,8 @@ class ReducedQueries:
         wide_QF = query_QF.astype(np.float64)
         norm_Q, reduced_QR = _norms(wide_QF), (wide_QF @ basis_FR).astype(np.float32)
         wide_QR = reduced_QR.astype(np.float64)
-        whole_Q = _round_up(_MORE * np.maximum(norm_Q, _norms(wide_QR)))
-        missing_Q = _round_up(_MORE * _norms(wide_QF - wide_QR @ basis_FR.T))
+        whole_Q = round_up(_MORE * np.maximum(norm_Q, _norms(wide_QR)))
+        missing_Q = round_up(_MORE * _norms(wide_QF - wide_QR @ basis_FR.T))
         return cls(query_QF, norm_Q, reduced_QR, whole_Q, missing_Q)
 
     def select(self, which: Int64) -> ReducedQueries:
@@ -190,10 +190,10 @@ def _norms(wide_BF: Float64) -> Float64:
 
 def round_down(wide_N: Float64) -> Float32:
     """Return the numbers in float32, rounded down."""
-    return -_round_up(-wide_N)
+    return -round_up(-wide_N)
 
 
-def _round_up(wide_N: Float64) -> Float32:
+def round_up(wide_N: Float64) -> Float32:
     """Return the numbers in float32, rounded up."""
     with np.errstate(over="ignore"):
         near_N = wide_N.astype(np.float32)
