@@ -33,8 +33,8 @@ Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 
 _FIRST_ROWS = 4096
-_SCORES_AT_ONCE = 2**21
-"""Entries of the O × B reduced scores of a block."""
+_SCORES_AT_ONCE = 2**22
+"""Entries of the Q × B reduced scores of a block."""
 _SCANNED_SCORES_AT_ONCE = 2**24
 _ROWS_READ_AT_ONCE = 8192
 _WIDE_PAIRS_AT_ONCE = 128
@@ -152,8 +152,7 @@ class BatchSearch:
             if not is_open_A.any():
                 return left, is_scanned_A
             stop = min(stop, int(reach_A[is_open_A].max()))
-            open_O = np.flatnonzero(is_open_A.reshape(len(self._signs), -1).any(axis=0))
-            found, value_P = self._bound(open_O, start, stop)
+            found, value_P = self._bound(is_open_A, start, stop)
             first_P = np.flatnonzero(value_P >= self._floor_A[found.signed_P])
             rank_P = _rank_in_groups(found.signed_P[first_P], value_P[first_P])
             first_P = first_P[rank_P < self._n_first]
@@ -162,7 +161,7 @@ class BatchSearch:
             left = left.select(~(left.bound_P < self._floor_A[left.signed_P]))
             is_scanned_A |= np.bincount(left.signed_P, minlength=len(is_scanned_A)) > most
             left = left.select(~is_scanned_A[left.signed_P])
-            start, stop = stop, stop + max(1, _SCORES_AT_ONCE // len(open_O))
+            start, stop = stop, stop + max(1, _SCORES_AT_ONCE // self._n_queries)
 
     def _find_least_norms(self) -> Float32:
         """Return the norms [A] below which rows cannot reach the floors."""
@@ -170,11 +169,12 @@ class BatchSearch:
         np.divide(self._floor_A, _MORE * self._norm_A, out=least_A, where=self._floor_A > 0)
         return round_down(least_A)
 
-    def _bound(self, open_O: Int64, start: int, stop: int) -> tuple[_Pairs, Float32]:
-        """Return the pairs of these queries and a block of rows whose bounds reach the floors, and sign × p̂·x̂.
+    def _bound(self, is_open_A: Bool, start: int, stop: int) -> tuple[_Pairs, Float32]:
+        """Return the pairs of open queries and a block of rows whose bounds reach the floors, and sign × p̂·x̂.
 
         The floors are unknown at the first block: the rows of its best reduced scores are scored before.
         """
+        open_O = np.flatnonzero(is_open_A.reshape(len(self._signs), -1).any(axis=0))
         block, place_B = self._searched.select(start, stop), self._searched.locate(start, stop)
         queries = self._queries.select(open_O)
         score_OB = torch.empty(len(open_O), len(block))
@@ -183,17 +183,17 @@ class BatchSearch:
             scorer.finish()
         first: list[Tensor] = []
         if start == 0:
-            first = [torch.topk(sign * score_OB, min(self._n_first, len(block))).indices for sign in self._signs]
-            for side, first_OF in enumerate(first):
-                first_P = np.repeat(side * self._n_queries + open_O, first_OF.shape[1])
-                self._score(first_P, place_B[first_OF.numpy().reshape(-1)])
+            n_first = min(self._n_first, len(block))
+            first = [torch.topk(sign * score_OB, n_first).indices for sign in self._signs]
+            signed_OF = np.arange(len(self._norm_A)).repeat(n_first)
+            self._score(signed_OF, place_B[torch.cat(first).numpy().reshape(-1)])
         margin_OB = torch.from_numpy(queries.whole_Q)[:, None] * torch.from_numpy(block.rounding_N)
         margin_OB.addcmul_(torch.from_numpy(queries.missing_Q)[:, None], torch.from_numpy(block.missing_N))
         found, values = [], [np.zeros(0, np.float32)]
         for side, sign in enumerate(self._signs):
             signed_O = side * self._n_queries + open_O
             bound_OB = torch.add(margin_OB, score_OB, alpha=sign)
-            floor_O = torch.from_numpy(round_down(self._floor_A[signed_O]))
+            floor_O = torch.from_numpy(round_down(np.where(is_open_A[signed_O], self._floor_A[signed_O], np.inf)))
             # Not `ge`: a bound that is NaN excludes no row.
             reaches_OB = bound_OB.lt(floor_O[:, None]).logical_not_()
             if first:
