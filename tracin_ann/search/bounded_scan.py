@@ -179,7 +179,8 @@ class BoundedScan:
         rows, basis_FR = ReducedRows.make_empty(len(source), reduction.width), _widen_basis(reduction)
         done = 0
         for ids_B, rows_BF in source.blocks(block_rows):
-            rows.write(place_N[done : done + len(ids_B)], reduce_rows(ids_B, rows_BF, basis_FR))
+            norm_B = measured.norm_N[done : done + len(ids_B)]
+            rows.write(place_N[done : done + len(ids_B)], reduce_rows(ids_B, rows_BF, norm_B, basis_FR))
             done += len(ids_B)
             if progress is not None:
                 progress(done, len(source))

@@ -41,7 +41,6 @@ _WIDE_PAIRS_AT_ONCE = 128
 _LEAST_FIRST = 32
 """The rows of the best reduced scores of a block are scored first: 2k of them, or this number if it is larger."""
 _FEW_SHARE = 1 / 32
-_MORE = 1 + 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class BatchSearch:
     def _find_least_norms(self) -> Float32:
         """Return the norms [A] below which rows cannot reach the floors."""
         least_A = np.zeros(len(self._floor_A))
-        np.divide(self._floor_A, _MORE * self._norm_A, out=least_A, where=self._floor_A > 0)
+        np.divide(self._floor_A, self._norm_A, out=least_A, where=self._floor_A > 0)
         return round_down(least_A)
 
     def _bound(self, is_open_A: Bool, start: int, stop: int) -> tuple[_Pairs, Float32]:

@@ -100,23 +100,20 @@ class ReducedRows:
         return StoredPart(self.stored_NR, self.exponent_N)
 
 
-def reduce_rows(ids_B: Int64, rows_BF: Float32, basis_FR: Float64) -> ReducedRows:
-    """Return the reduced rows with their margins."""
-    wide_BF = rows_BF.astype(np.float64)
-    exponent_B = np.frexp(_norms(wide_BF))[1]
+def reduce_rows(ids_B: Int64, rows_BF: Float32, norm_B: Float64, basis_FR: Float64) -> ReducedRows:
+    """Return the reduced rows with their margins; `norm_B` are the norms of the rows."""
+    exponent_B = np.frexp(norm_B)[1]
     # Norms are in [1/2, 1), so that no product overflows and none underflows that matters.
-    wide_BF = np.ldexp(wide_BF, -exponent_B[:, None])
+    wide_BF = np.ldexp(rows_BF.astype(np.float64), -exponent_B[:, None])
     stored_BR = np.ldexp(wide_BF.astype(np.float32) @ basis_FR.astype(np.float32), _EXPONENT).astype(np.float16)
     rounding_B, missing_B = _measure_rest(wide_BF, stored_BR, basis_FR)
-    norm_B = _norms(wide_BF)
-    rounding_B += _count_units(basis_FR.shape[1]) * norm_B
     return ReducedRows(
         ids_B,
         stored_BR,
         (exponent_B - _EXPONENT).astype(np.int16),
-        round_up(np.ldexp(rounding_B, exponent_B) + _LEAST_ERROR),
+        round_up(np.ldexp(rounding_B, exponent_B) + _count_units(basis_FR.shape[1]) * norm_B + _LEAST_ERROR),
         round_up(np.ldexp(missing_B, exponent_B)),
-        round_up(np.ldexp(norm_B, exponent_B)),
+        round_up(_MORE * norm_B),
     )
 
 
@@ -142,7 +139,7 @@ def _measure_rest(wide_BF: Float64, stored_BR: Float16, basis_FR: Float64) -> tu
 
 @dataclass(frozen=True)
 class ReducedQueries:
-    """Queries of norm at most 1 for bounds of their inner products.
+    """Queries of norms in [1/2, 1), or 0, for bounds of their inner products.
 
     Attributes:
         query_QF: the queries, float32.
