@@ -109,7 +109,7 @@ def test_results_equal_those_of_all_exact_scores(
 numbers = st.floats(-1, 1, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     hnp.arrays(np.float32, (4, 6), elements=numbers),
     hnp.arrays(np.float32, (2, 6), elements=numbers),

@@ -131,14 +131,23 @@ class BatchSearch:
         """Lower bounds of the best scores so far."""
         self._candidates: list[_Pairs] = []
         self._count_A = np.zeros(n_signed, np.int64)
+        self._ids, self._scores = [np.zeros(0, np.int64)] * n_signed, [np.zeros(0, np.float32)] * n_signed
 
     def run(self, most: int) -> list[TopK]:
         """Return the results for each sign; a signed query for which more than `most` rows are left scans all rows."""
         left, is_scanned_A = self._scan_reduced(most)
         self._score(left.signed_P, left.place_P)
-        if is_scanned_A.any():
-            self._scan(np.flatnonzero(is_scanned_A))
-        return self._rank()
+        # A scan adds the rows that were scored before once more.
+        self._candidates = [pairs.select(~is_scanned_A[pairs.signed_P]) for pairs in self._candidates]
+        self._lower_AK[is_scanned_A] = -np.inf
+        self._rank()
+        scanned_Q = np.flatnonzero(is_scanned_A.reshape(len(self._signs), -1).any(axis=0))
+        at_once = max(1, _SCANNED_SCORES_AT_ONCE // max(1, len(self._searched)))
+        for at in range(0, len(scanned_Q), at_once):
+            self._scan(scanned_Q[at : at + at_once], is_scanned_A)
+            self._rank()
+        sides = (slice(at, at + self._n_queries) for at in range(0, len(self._ids), self._n_queries))
+        return [TopK(tuple(self._ids[side]), tuple(self._scores[side]), self._count_A[side]) for side in sides]
 
     def _scan_reduced(self, most: int) -> tuple[_Pairs, Bool]:
         """Return the pairs whose bounds reach the floors and that are not scored, and the queries with too many."""
@@ -217,21 +226,18 @@ class BatchSearch:
             self._add(signed_P[part_P], place_P[part_P], product_P)
         self._count_A += np.bincount(signed_P, minlength=len(self._count_A))
 
-    def _scan(self, scanned_S: Int64) -> None:
-        """Add the inner products of these signed queries and all rows to the candidates, instead of those so far."""
-        self._lower_AK[scanned_S] = -np.inf
-        self._candidates = [pairs.select(~np.isin(pairs.signed_P, scanned_S)) for pairs in self._candidates]
-        some_Q = np.unique(scanned_S % self._n_queries)
-        at_once = max(1, _SCANNED_SCORES_AT_ONCE // len(self._searched))
-        for at in range(0, len(some_Q), at_once):
-            asked_Q, done = some_Q[at : at + at_once], 0
-            for ids_B, score_QB in self._searched.scan.iter_scores(torch.from_numpy(self._queries.query_QF[asked_Q])):
-                place_B = self._searched.place_M[done : done + len(ids_B)]
-                done += len(ids_B)
-                for query, score_B in zip(asked_Q, score_QB.cpu().numpy(), strict=True):
-                    for signed in scanned_S[scanned_S % self._n_queries == query]:
+    def _scan(self, asked_Q: Int64, is_scanned_A: Bool) -> None:
+        """Add the inner products of these queries and all rows to the candidates, for the directions to be scanned."""
+        done = 0
+        for ids_B, score_QB in self._searched.scan.iter_scores(torch.from_numpy(self._queries.query_QF[asked_Q])):
+            place_B = self._searched.place_M[done : done + len(ids_B)]
+            done += len(ids_B)
+            for query, score_B in zip(asked_Q, score_QB.cpu().numpy(), strict=True):
+                for signed in range(query, len(is_scanned_A), self._n_queries):
+                    if is_scanned_A[signed]:
                         self._add(np.full(len(ids_B), signed), place_B, score_B)
-        self._count_A[scanned_S] += len(self._searched)
+        asked_A = np.isin(np.arange(len(is_scanned_A)) % self._n_queries, asked_Q) & is_scanned_A
+        self._count_A[asked_A] += len(self._searched)
 
     def _add(self, signed_P: Int64 | Int32, place_P: Int64 | Int32, product_P: Float32) -> None:
         """Add the pairs whose float32 inner products reach the floors to the candidates, and raise the floors."""
@@ -259,9 +265,9 @@ class BatchSearch:
         floor_A = np.ldexp(below_A.astype(np.float64), -exponent_A)
         self._floor_A[best_A] = np.maximum(self._floor_A[best_A], floor_A)
 
-    def _rank(self) -> list[TopK]:
-        """Return the best candidates by their float64 scores, rounded to float32, for each sign."""
-        pairs = _Pairs.join(self._candidates)
+    def _rank(self) -> None:
+        """Replace the candidates by results: the best by float64 scores, rounded to float32."""
+        pairs, self._candidates = _Pairs.join(self._candidates), []
         pairs = pairs.select(~(pairs.bound_P < self._floor_A[pairs.signed_P]))
         query_QF, query_P = self._queries.query_QF.astype(np.float64), pairs.signed_P % self._n_queries
         score_P = np.empty(len(query_P))
@@ -277,14 +283,9 @@ class BatchSearch:
         ids_P = self._searched.rows.ids_N[pairs.place_P]
         check_finite(ids_P, rounded_P)
         order_P = np.lexsort((ids_P, -rounded_P, pairs.signed_P))
-        edges = np.searchsorted(pairs.signed_P[order_P], np.arange(len(self._count_A) + 1))
-        best = [order_P[start:stop][: self._k] for start, stop in zip(edges, edges[1:], strict=False)]
-        results = []
-        for side in range(len(self._signs)):
-            some = slice(side * self._n_queries, (side + 1) * self._n_queries)
-            ids, scores = tuple(ids_P[which] for which in best[some]), tuple(rounded_P[which] for which in best[some])
-            results.append(TopK(ids, scores, self._count_A[some]))
-        return results
+        found_A, start_A = np.unique(pairs.signed_P[order_P], return_index=True)
+        for signed, best_P in zip(found_A, np.split(order_P, start_A[1:]), strict=False):
+            self._ids[signed], self._scores[signed] = ids_P[best_P[: self._k]], rounded_P[best_P[: self._k]]
 
     def _read_rows(self, place_P: Int64 | Int32) -> Iterator[tuple[Int64, Int64, Float32]]:
         """Read the rows of pairs, each row once; yield (positions of pairs, the row of each pair, rows [U, F])."""
