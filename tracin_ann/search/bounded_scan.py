@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,7 @@ from tracin_ann.search.flat import FlatIndex, Sign, Subset
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import normalize
 from tracin_ann.search.settings import Setting
+from tracin_ann.search.stored_scores import use_one_thread
 from tracin_ann.search.topk import concatenate, negate
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
@@ -58,7 +60,9 @@ _ENERGY = 0.95
 _SAMPLE_NUMBERS = 2**24
 _BLOCK_NUMBERS = 2**22
 _PAIRS_AT_ONCE = 2**23
-_MOST_QUERIES = 512
+"""Pairs of a signed query and a row in memory, at most."""
+_LEAST_QUERIES, _MOST_QUERIES = 64, 512
+"""Queries of a batch."""
 _ROWS_READ_AT_ONCE = 8192
 _SCANNED_SHARE = 1 / 8
 """If more rows than this share remain, a scan of all rows takes less time."""
@@ -343,17 +347,25 @@ class BoundedScan:
         searched = self._choose_rows(allowed)
         k = max(1, min(k, len(searched)))
         most = min(len(searched), max(_LEAST_SCANNED, 4 * k, self.settings[0].codes * len(searched) // len(self)))
-        at_once = min(_MOST_QUERIES, max(1, _PAIRS_AT_ONCE // max(1, len(signs) * most)))
-        found: list[list[TopK]] = [[] for _ in signs]
+        n_threads = torch.get_num_threads()
+        at_once = min(
+            max(_LEAST_QUERIES, -(-len(queries_QF) // n_threads)), _PAIRS_AT_ONCE // max(1, len(signs) * most)
+        )
+        batches = [queries_QF[at : at + at_once] for at in range(0, len(queries_QF), max(1, at_once))]
+
+        def search_bounded(batch_QF: Float32) -> BatchSearch:
+            scaled_QF, exponent_Q = scale_to_unit(batch_QF)
+            search = BatchSearch(searched, ReducedQueries.reduce(scaled_QF, self._basis_FR), exponent_Q, k, signs)
+            search.score_bounded(most, max(1, n_threads // len(batches)))
+            return search
+
+        # Several batches at the same time, each by one thread: threads of one operation wait for each other.
+        with ThreadPoolExecutor(n_threads, "tracin-bounds", use_one_thread) as threads:
+            searches = list(threads.map(search_bounded, batches))
         # Threads of a scan are in PyTorch's default mode, in which tensors of the inference mode cannot be written.
         with torch.inference_mode(False):
-            for at in range(0, len(queries_QF), at_once):
-                scaled_QF, exponent_Q = scale_to_unit(queries_QF[at : at + at_once])
-                queries = ReducedQueries.reduce(scaled_QF, self._basis_FR)
-                tops = BatchSearch(searched, queries, exponent_Q, k, signs).run(most)
-                for side, top in zip(found, tops, strict=True):
-                    side.append(top)
-        return [concatenate(side) for side in found]
+            found = [search.finish() for search in searches]
+        return [concatenate([tops[side] for tops in found]) for side in range(len(signs))]
 
     def _choose_rows(self, allowed: Int64 | None) -> SearchedRows:
         """Return the (allowed) rows of a search."""

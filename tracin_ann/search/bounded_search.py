@@ -63,13 +63,13 @@ class SearchedRows:
         """Return M."""
         return len(self.place_M)
 
-    def locate(self, start: int, stop: int) -> Int64:
-        """Return the positions of the rows from the `start`-th to the `stop`-th largest norm."""
-        return np.arange(start, stop) if self.sorted_M is None else self.sorted_M[start:stop]
+    def locate(self, part: slice) -> Int64:
+        """Return the positions of these rows by decreasing norm."""
+        return np.arange(part.start, part.stop) if self.sorted_M is None else self.sorted_M[part]
 
-    def select(self, start: int, stop: int) -> ReducedRows:
-        """Return the reduced rows from the `start`-th to the `stop`-th largest norm."""
-        return self.rows.select(slice(start, stop) if self.sorted_M is None else self.sorted_M[start:stop])
+    def select(self, part: slice) -> ReducedRows:
+        """Return these reduced rows by decreasing norm."""
+        return self.rows.select(part if self.sorted_M is None else self.sorted_M[part])
 
     def sort_norms(self) -> Float32:
         """Return the norms in increasing order."""
@@ -130,37 +130,44 @@ class BatchSearch:
         self._lower_AK = np.full((n_signed, k), -np.inf)
         """Lower bounds of the best scores so far."""
         self._candidates: list[_Pairs] = []
+        self._is_scanned_A = np.zeros(n_signed, bool)
         self._count_A = np.zeros(n_signed, np.int64)
         self._ids, self._scores = [np.zeros(0, np.int64)] * n_signed, [np.zeros(0, np.float32)] * n_signed
 
-    def run(self, most: int) -> list[TopK]:
-        """Return the results for each sign; a signed query for which more than `most` rows are left scans all rows."""
-        left, is_scanned_A = self._scan_reduced(most)
+    def score_bounded(self, most: int, n_threads: int) -> None:
+        """Find the results of signed queries for which at most `most` rows are left.
+
+        Other operations than the products with reduced rows use one thread, if `use_one_thread` was called.
+        """
+        left = self._scan_reduced(most, n_threads)
         self._score(left.signed_P, left.place_P)
         # A scan adds the rows that were scored before once more.
-        self._candidates = [pairs.select(~is_scanned_A[pairs.signed_P]) for pairs in self._candidates]
-        self._lower_AK[is_scanned_A] = -np.inf
+        self._candidates = [pairs.select(~self._is_scanned_A[pairs.signed_P]) for pairs in self._candidates]
+        self._lower_AK[self._is_scanned_A] = -np.inf
         self._rank()
-        scanned_Q = np.flatnonzero(is_scanned_A.reshape(len(self._signs), -1).any(axis=0))
+
+    def finish(self) -> list[TopK]:
+        """Return the results for each sign, after a scan of all rows for the other signed queries."""
+        scanned_Q = np.flatnonzero(self._is_scanned_A.reshape(len(self._signs), -1).any(axis=0))
         at_once = max(1, _SCANNED_SCORES_AT_ONCE // max(1, len(self._searched)))
         for at in range(0, len(scanned_Q), at_once):
-            self._scan(scanned_Q[at : at + at_once], is_scanned_A)
+            self._scan(scanned_Q[at : at + at_once])
             self._rank()
         sides = (slice(at, at + self._n_queries) for at in range(0, len(self._ids), self._n_queries))
         return [TopK(tuple(self._ids[side]), tuple(self._scores[side]), self._count_A[side]) for side in sides]
 
-    def _scan_reduced(self, most: int) -> tuple[_Pairs, Bool]:
-        """Return the pairs whose bounds reach the floors and that are not scored, and the queries with too many."""
-        left, is_scanned_A = _Pairs.join([]), np.zeros(len(self._norm_A), bool)
+    def _scan_reduced(self, most: int, n_threads: int) -> _Pairs:
+        """Return the pairs whose bounds reach the floors and that are not scored; find the queries with too many."""
+        left, is_scanned_A = _Pairs.join([]), self._is_scanned_A
         norm_M = self._searched.sort_norms()
         start, stop = 0, max(_FIRST_ROWS, self._k)
         while True:
             reach_A = len(norm_M) - np.searchsorted(norm_M, self._find_least_norms())
             is_open_A = ~is_scanned_A & (reach_A > start)
             if not is_open_A.any():
-                return left, is_scanned_A
+                return left
             stop = min(stop, int(reach_A[is_open_A].max()))
-            found, value_P = self._bound(is_open_A, start, stop)
+            found, value_P = self._bound(is_open_A, slice(start, stop), n_threads)
             first_P = np.flatnonzero(value_P >= self._floor_A[found.signed_P])
             rank_P = _rank_in_groups(found.signed_P[first_P], value_P[first_P])
             first_P = first_P[rank_P < self._n_first]
@@ -177,20 +184,20 @@ class BatchSearch:
         np.divide(self._floor_A, self._norm_A, out=least_A, where=self._floor_A > 0)
         return round_down(least_A)
 
-    def _bound(self, is_open_A: Bool, start: int, stop: int) -> tuple[_Pairs, Float32]:
+    def _bound(self, is_open_A: Bool, part: slice, n_threads: int) -> tuple[_Pairs, Float32]:
         """Return the pairs of open queries and a block of rows whose bounds reach the floors, and sign × p̂·x̂.
 
         The floors are unknown at the first block: the rows of its best reduced scores are scored before.
         """
         open_O = np.flatnonzero(is_open_A.reshape(len(self._signs), -1).any(axis=0))
-        block, place_B = self._searched.select(start, stop), self._searched.locate(start, stop)
+        block, place_B = self._searched.select(part), self._searched.locate(part)
         queries = self._queries.select(open_O)
         score_OB = torch.empty(len(open_O), len(block))
-        with StoredScorer(torch.from_numpy(queries.reduced_QR)) as scorer:
+        with StoredScorer(torch.from_numpy(queries.reduced_QR), n_threads) as scorer:
             scorer.start([block.part], None, score_OB)
             scorer.finish()
         first: list[Tensor] = []
-        if start == 0:
+        if part.start == 0:
             n_first = min(self._n_first, len(block))
             first = [torch.topk(sign * score_OB, n_first).indices for sign in self._signs]
             signed_OF = np.arange(len(self._norm_A)).repeat(n_first)
@@ -226,18 +233,18 @@ class BatchSearch:
             self._add(signed_P[part_P], place_P[part_P], product_P)
         self._count_A += np.bincount(signed_P, minlength=len(self._count_A))
 
-    def _scan(self, asked_Q: Int64, is_scanned_A: Bool) -> None:
-        """Add the inner products of these queries and all rows to the candidates, for the directions to be scanned."""
+    def _scan(self, asked_Q: Int64) -> None:
+        """Add the inner products of these queries and all rows to the candidates, for the signs to be scanned."""
         done = 0
         for ids_B, score_QB in self._searched.scan.iter_scores(torch.from_numpy(self._queries.query_QF[asked_Q])):
             place_B = self._searched.place_M[done : done + len(ids_B)]
             done += len(ids_B)
             for query, score_B in zip(asked_Q, score_QB.cpu().numpy(), strict=True):
-                for signed in range(query, len(is_scanned_A), self._n_queries):
-                    if is_scanned_A[signed]:
+                for signed in range(query, len(self._norm_A), self._n_queries):
+                    if self._is_scanned_A[signed]:
                         self._add(np.full(len(ids_B), signed), place_B, score_B)
-        asked_A = np.isin(np.arange(len(is_scanned_A)) % self._n_queries, asked_Q) & is_scanned_A
-        self._count_A[asked_A] += len(self._searched)
+        is_asked_A = np.isin(np.arange(len(self._norm_A)) % self._n_queries, asked_Q)
+        self._count_A[is_asked_A & self._is_scanned_A] += len(self._searched)
 
     def _add(self, signed_P: Int64 | Int32, place_P: Int64 | Int32, product_P: Float32) -> None:
         """Add the pairs whose float32 inner products reach the floors to the candidates, and raise the floors."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.search.reduction import multiply_rows
 from tracin_ann.types import Float32, Float64, Int64, StoredPart
 
 Float16 = npt.NDArray[np.float16]
@@ -159,10 +160,10 @@ class ReducedQueries:
     def reduce(cls, query_QF: Float32, basis_FR: Float64) -> ReducedQueries:
         """Return the queries with their reductions."""
         wide_QF = query_QF.astype(np.float64)
-        norm_Q, reduced_QR = _norms(wide_QF), (wide_QF @ basis_FR).astype(np.float32)
+        norm_Q, reduced_QR = _norms(wide_QF), multiply_rows(wide_QF, basis_FR).astype(np.float32)
         wide_QR = reduced_QR.astype(np.float64)
         whole_Q = round_up(_MORE * np.maximum(norm_Q, _norms(wide_QR)))
-        missing_Q = round_up(_MORE * _norms(wide_QF - wide_QR @ basis_FR.T))
+        missing_Q = round_up(_MORE * _norms(wide_QF - multiply_rows(wide_QR, basis_FR.T)))
         return cls(query_QF, norm_Q, reduced_QR, whole_Q, missing_Q)
 
     def select(self, which: Int64) -> ReducedQueries:
