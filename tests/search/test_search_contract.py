@@ -19,6 +19,7 @@ from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, choose_index, search_both
 from tracin_ann.search.clustering import stratified_ids, survey
+from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import Float32, Int64, RowSource
 
@@ -64,10 +65,21 @@ def reloaded_ivf(source: RowSource, device: torch.device) -> SearchIndex:
         return IVFIndex.load(Path(directory), source, device).with_settings(Setting(10**9, 10**9, 0.1))
 
 
+def graph(source: RowSource, device: torch.device) -> SearchIndex:
+    """Beams that would score all rows are answered by an exact scan."""
+    return GraphIndex.build(source, GraphParams(), device).with_settings(Setting(10**9))
+
+
+def reloaded_graph(source: RowSource, device: torch.device) -> SearchIndex:
+    with tempfile.TemporaryDirectory() as directory:
+        GraphIndex.build(source, GraphParams(), device).save(Path(directory))
+        return GraphIndex.load(Path(directory), source, device).with_settings(Setting(10**9))
+
+
 Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
-@pytest.fixture(params=[flat, ivf, reloaded_ivf], ids=lambda backend: backend.__name__)
+@pytest.fixture(params=[flat, ivf, reloaded_ivf, graph, reloaded_graph], ids=lambda backend: backend.__name__)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
@@ -156,7 +168,8 @@ def test_no_rows_give_no_results() -> None:
 
 def test_an_index_reports_its_kind_dimension_and_length(backend: Backend, device: torch.device) -> None:
     index = backend(Rows(integers(50, 13)), device)
-    assert (index.kind, index.dim, len(index)) == ("flat" if backend is flat else "ivf", DIM, 50)
+    kind = backend.__name__.removeprefix("reloaded_")
+    assert (index.kind, index.dim, len(index)) == (kind, DIM, 50)
 
 
 def test_a_second_search_gives_the_same_results(backend: Backend, device: torch.device) -> None:
