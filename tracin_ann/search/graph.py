@@ -52,12 +52,14 @@ class GraphParams:
     Attributes:
         width: number of dimensions to which rows are reduced.
         links: links of a row to others in the upper levels (M in the paper); the lowest level has twice as many.
-        ef_construction: length of the beam that finds the links of a new row.
+        ef_construction: length of the beam that finds the links of a new row. If it is less than twice `links`, FAISS
+            keeps all that the beam finds. Otherwise it drops rows that are similar to another one found, which suits
+            distances: with inner products, less is found.
         seed: seed of the sample, the reduction and the levels of rows.
     """
 
-    width: int = 512
-    links: int = 32
+    width: int = 768
+    links: int = 24
     ef_construction: int = 40
     seed: int = 0
 
@@ -155,8 +157,8 @@ class _Parts:
 class GraphIndex(RescoredIndex):
     """Approximate maximum inner product search; the scores of results are exact.
 
-    A setting's `codes` is the length of the beam (`efSearch`). `rows_scored` is an estimate, because FAISS counts the
-    rows of all threads together: the mean for searches with rows of the index and their negations.
+    A setting's `codes` is the length of the beam (`efSearch`). `rows_scored` is an estimate, because FAISS only counts
+    the rows that all threads score together: the mean of searches with this beam that the build has measured.
     """
 
     kind = "graph"
@@ -205,11 +207,10 @@ class GraphIndex(RescoredIndex):
         if len(sample_ids):
             sample_BF = scale_rows(source.take(sample_ids), measured.shift)
         reduction = fit_reduction(sample_BF, params.width, params.seed)
-        sample_BR = reduction.apply(sample_BF)
         graph = _make_empty_graph(reduction.width, params)
-        graph.train(sample_BR)
-        _fill(graph, _CodedRows(source, measured, reduction, block_rows), params, progress)
-        beam_E, visited_E = _measure_visits(graph, sample_BR)
+        graph.train(reduction.apply(sample_BF))
+        rows = _CodedRows(source, measured, reduction, block_rows)
+        beam_E, visited_E = _fill(graph, rows, params, progress)
         parts = _Parts(graph, measured.ids_N[measured.listed_N], beam_E, visited_E, params, measured.shift)
         return cls(source, reduction, UncodedRows.find(measured), device, parts)
 
@@ -382,31 +383,44 @@ def _draw_levels(n_rows: int, links: int, n_levels: int, seed: int) -> npt.NDArr
     return levels.astype(np.int32)
 
 
-def _fill(graph: Any, rows: _CodedRows, params: GraphParams, progress: Callable[[int, int], None] | None) -> None:
-    """Add the rows to the graph."""
+def _fill(
+    graph: Any, rows: _CodedRows, params: GraphParams, progress: Callable[[int, int], None] | None
+) -> tuple[Int64, Float64]:
+    """Add the rows to the graph, and return the measurement of `_measure_visits`, with the last rows as queries."""
     faiss, n_rows = import_faiss(), int(rows.measured.listed_N.sum())
     level_N = _draw_levels(n_rows, params.links, graph.hnsw.cum_nneighbor_per_level.size() - 1, params.seed)
+    visits = np.ones(1, np.int64), np.ones(1)
+    n_measured = min(_MEASURED_QUERIES, n_rows // 2)
     for block_BR in rows.blocks():
-        # FAISS uses the levels that it finds if there is one for each old and new row.
-        faiss.copy_array_to_vector(level_N[: graph.ntotal + len(block_BR)], graph.hnsw.levels)
-        graph.add(np.ascontiguousarray(block_BR))
+        n_last = n_measured if graph.ntotal + len(block_BR) == n_rows else 0
+        for part_BR in np.split(block_BR, [max(0, len(block_BR) - n_last)]):
+            if len(part_BR) == n_last > 0:
+                visits = _measure_visits(graph, part_BR)
+            # FAISS uses the levels that it finds if there is one for each old and new row.
+            faiss.copy_array_to_vector(level_N[: graph.ntotal + len(part_BR)], graph.hnsw.levels)
+            graph.add(np.ascontiguousarray(part_BR))
         if progress is not None:
             progress(graph.ntotal, n_rows)
+    return visits
 
 
-def _measure_visits(graph: Any, sample_BR: Float32) -> tuple[Int64, Float64]:
-    """Return lengths of beams [E], and the mean numbers of rows that searches with some rows and −rows score [E]."""
+def _measure_visits(graph: Any, rows_BR: Float32) -> tuple[Int64, Float64]:
+    """Return lengths of beams [E], and the numbers of rows that a search scores [E]: the mean over the rows or −rows.
+
+    The larger of the two means is returned.
+    """
     faiss = import_faiss()
-    rows_BR = sample_BR[np.linspace(0, len(sample_BR) - 1, min(len(sample_BR), _MEASURED_QUERIES)).astype(np.int64)]
-    queries_QR = np.concatenate([rows_BR, -rows_BR])
-    beam_E, visited_E = [1], [1.0]
     parameters, statistics = faiss.SearchParametersHNSW(), faiss.cvar.hnsw_stats
+    beam_E, visited_E = [1], [1.0]
     while beam_E[-1] < min(_LARGEST_BEAM, graph.ntotal):
         beam_E.append(min(max(_SMALLEST_BEAM, 2 * beam_E[-1]), _LARGEST_BEAM, graph.ntotal))
         parameters.efSearch = beam_E[-1]
-        before = statistics.ndis
-        graph.search(queries_QR, 1, params=parameters)
-        visited_E.append(max(visited_E[-1], (statistics.ndis - before) / len(queries_QR)))
+        visited = visited_E[-1]
+        for sign in (1, -1):
+            before = statistics.ndis
+            graph.search(np.float32(sign) * rows_BR, 1, params=parameters)
+            visited = max(visited, (statistics.ndis - before) / len(rows_BR))
+        visited_E.append(visited)
     return np.array(beam_E, np.int64), np.array(visited_E)
 
 
