@@ -22,6 +22,7 @@ from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, searc
 from tracin_ann.search.bounded_scan import BoundedScan, BoundedScanParams
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
+from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import Float32, Int64, RowSource
@@ -97,6 +98,17 @@ def reloaded_bounds(source: RowSource, device: torch.device) -> SearchIndex:
         return BoundedScan.load(Path(directory), source, device).with_settings(Setting(10**9))
 
 
+def graph(source: RowSource, device: torch.device) -> SearchIndex:
+    """Beams that would score all rows are answered by an exact scan."""
+    return GraphIndex.build(source, GraphParams(), device).with_settings(Setting(10**9))
+
+
+def reloaded_graph(source: RowSource, device: torch.device) -> SearchIndex:
+    with tempfile.TemporaryDirectory() as directory:
+        GraphIndex.build(source, GraphParams(), device).save(Path(directory))
+        return GraphIndex.load(Path(directory), source, device).with_settings(Setting(10**9))
+
+
 Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
@@ -104,6 +116,7 @@ Backend = Callable[[RowSource, torch.device], SearchIndex]
     params=[flat, ivf, reloaded_ivf, codes, reloaded_codes, bounds, reloaded_bounds],
     ids=lambda backend: backend.__name__,
 )
+@pytest.fixture(params=[flat, ivf, reloaded_ivf, graph, reloaded_graph], ids=lambda backend: backend.__name__)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
