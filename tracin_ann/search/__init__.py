@@ -25,7 +25,6 @@ from tracin_ann.search.settings import IVFParams
 
 __all__ = [
     "CODES",
-    "NAMES",
     "CalibratedIndex",
     "Calibration",
     "Codes",
@@ -34,6 +33,7 @@ __all__ = [
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
+    "NAMES",
     "Point",
     "SearchIndex",
     "Subset",
