@@ -46,7 +46,7 @@ def main(directory: str) -> None:
                 if len(skipped)
                 else []
             ),
-            *([] if manifest.fidelity is None else [("fidelity", _describe_fidelity(manifest.fidelity))]),
+            *([] if manifest.fidelity is None else _describe_fidelity(manifest.fidelity)),
             ("quality", manifest.quality_summary),
             ("audit", manifest.audit_summary()),
             *scores,
@@ -114,27 +114,29 @@ def _describe_rates(checkpoints: Sequence[CheckpointSpec]) -> list[tuple[str, st
 _NORMS = {"sketch": "estimated", "exact": "exact"}
 
 
-def _describe_fidelity(fidelity: Fidelity) -> str:
-    """Return the measured fidelity of the sketch in one line."""
-    return (
-        f"the sketch ranks {fidelity.proponents:.0%} of the exact top 10 proponents and {fidelity.opponents:.0%} of "
-        f"the opponents in its top 10, {fidelity.deep_proponents:.0%} and {fidelity.deep_opponents:.0%} in its top 100 "
-        f"({fidelity.queries} queries, {fidelity.rows:,} rows scored exactly); correlation {fidelity.correlation:.2f}"
-    )
+def _describe_fidelity(fidelity: Fidelity) -> list[tuple[str, str]]:
+    """Return the expected recall of the true top ten at several depths of the sketch's ranking, one field each."""
+    fields: list[tuple[str, str]] = []
+    for depth in fidelity.depths:
+        what = f"among {depth.candidates:,}" if fields else f"true top 10 among the first {depth.candidates} rows"
+        recalls = f"{depth.proponents.summary} of the proponents, {depth.opponents.summary} of the opponents"
+        fields.append(("" if fields else "fidelity", f"{what}: {recalls}"))
+    measured = f"{format_count(fidelity.queries, 'query', 'queries')}, {fidelity.rows:,} rows scored exactly"
+    return [*fields, ("", f"95% intervals, {measured}; correlation {fidelity.correlation:.2f}")]
 
 
 def _describe_calibration(calibration: Calibration) -> str:
-    """Return in one line what the recall of the inverted lists was measured on, and the cost of an exact scan."""
+    """Return in one line what the recall of the search index was measured on, and the cost of an exact scan."""
     training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
     return (
-        f"of the inverted lists against an exact scan, on {calibration.queries} queries{training}; target "
+        f"of the search index against an exact scan, on {calibration.queries} queries{training}; target "
         f"{calibration.target:g}, marked *; an exact scan takes {_format_seconds(calibration.scan.seconds(1))} for one "
         f"query, {_format_seconds(calibration.scan.each)} per query for many"
     )
 
 
 def _print_curve(calibration: Calibration) -> None:
-    """Print a table of recall and cost for the calibrated settings of the inverted lists."""
+    """Print a table of recall and cost for the calibrated settings of the search index."""
     from rich.console import Console
     from rich.table import Table
 
@@ -151,7 +153,7 @@ def _print_curve(calibration: Calibration) -> None:
             )
     Console(highlight=False).print(table)
     if any(calibration.fastest_point(side, calibration.target) is None for side in ("proponents", "opponents")):
-        print_line(f"warning: the inverted lists do not reach recall {calibration.target:g}; use --search scan")
+        print_line(f"warning: the search index does not reach recall {calibration.target:g}; use --search scan")
 
 
 def _format_seconds(seconds: float) -> str:
