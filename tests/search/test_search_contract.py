@@ -113,10 +113,9 @@ Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
 @pytest.fixture(
-    params=[flat, ivf, reloaded_ivf, codes, reloaded_codes, bounds, reloaded_bounds],
+    params=[flat, ivf, reloaded_ivf, codes, reloaded_codes, bounds, reloaded_bounds, graph, reloaded_graph],
     ids=lambda backend: backend.__name__,
 )
-@pytest.fixture(params=[flat, ivf, reloaded_ivf, graph, reloaded_graph], ids=lambda backend: backend.__name__)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
