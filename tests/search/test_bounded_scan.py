@@ -156,7 +156,7 @@ def test_few_pairs_wait_to_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     source, queries = Rows(concentrated(3000, 27)), concentrated(20, 28)
     index = BoundedScan.build(source, BoundedScanParams(width=10), CPU).with_settings(NEVER_SCAN)
     usual = np.concatenate([top.rows_scored for top in index.search_both(queries, 10)])
-    limit = int(usual.sum()) // 4
+    limit = int((usual - 32).clip(0).sum()) // 2
     monkeypatch.setattr(module, "_MOST_PAIRS", limit)
     few = np.concatenate([top.rows_scored for top in assert_exact(index, queries, 10)])
     is_scanned = few >= 3000
