@@ -82,7 +82,14 @@ def test_padded_rows_have_equal_inner_products_and_codes_their_own_coordinates()
     rows, queries = noise(5, 1, 14), noise(3, 2, 14)
     np.testing.assert_allclose(layout.pad(rows) @ layout.pad(queries).T, rows @ queries.T, rtol=1e-5)
     slots = layout.pad(np.arange(1, 15, dtype=np.float32)[None]).reshape(5, 8)
-    assert [sorted(each[each > 0].tolist()) for each in slots] == [[1], [2], [3, 5], [4, 6], list(range(7, 15))]
+    assert [sorted(each[each > 0].tolist()) for each in slots] == [[1], [2], [3, 4], [5, 6], list(range(7, 15))]
+
+
+def test_the_rotation_mixes_coordinates_of_codes_of_equal_size() -> None:
+    rotation = Layout(np.array([1, 1, 1, 2, 8], dtype=np.int64)).make_rotation(3)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(13), atol=1e-5)
+    same = np.repeat([0, 1, 2], [3, 2, 8])
+    assert np.array_equal(rotation != 0, same[:, None] == same)
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 1], [3], [16]])
@@ -95,7 +102,8 @@ def test_estimates_are_unbiased_with_the_factors() -> None:
     rows = noise(2000, 3, 64)
     # Codes of queries like the rows would have smaller errors than those of queries of random directions.
     queries = np.random.default_rng(4).standard_normal((400, 64)).astype(np.float32)
-    coder = ProductCoder.train(rows, 16, seed=0)
+    layout = Layout.allocate(rows.var(axis=0), 16)
+    coder = ProductCoder.train(rows[:, : layout.width], layout, seed=0)
     width = coder.layout.width
     codes, factor = coder.encode(rows[:, :width])
     decoded = coder.decode(codes)
@@ -112,7 +120,8 @@ def test_estimates_are_unbiased_with_the_factors() -> None:
 
 def test_candidates_are_the_rows_of_the_best_estimates() -> None:
     rows, queries = noise(2000, 5), noise(40, 6)
-    coder = ProductCoder.train(rows, 32, seed=0)
+    layout = Layout.allocate(rows.var(axis=0), 32)
+    coder = ProductCoder.train(rows[:, : layout.width], layout, seed=0)
     ids = np.arange(2000, dtype=np.int64) * 3
     rows, queries = rows[:, : coder.layout.width], queries[:, : coder.layout.width]
     coder.add(rows[:700], ids[:700])
@@ -203,7 +212,7 @@ def test_two_builds_give_the_same_files(source: Rows, tmp_path: Path) -> None:
     contents, progress = [], []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        CodedScan.build(source, FEW_BITS, CPU, None, lambda *done: progress.append(done)).save(tmp_path / name)
+        CodedScan.build(source, FEW_BITS, CPU, lambda *done: progress.append(done)).save(tmp_path / name)
         contents.append([(tmp_path / name / file).read_bytes() for file in CodedScan.FILES])
     assert contents[0] == contents[1]
     assert progress[-1] == (N, N)

@@ -22,10 +22,10 @@ import torch
 from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import stratified_ids, survey
-from tracin_ann.search.construction import SAMPLE_NUMBERS, UnfinishedLists, count_block_rows, scale_rows
+from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, FaissFile
 from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
-from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
+from tracin_ann.search.reduction import Reduction, fit_reduction, multiply_rows, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Int64, RowSource
@@ -135,7 +135,6 @@ class CodedScan(RescoredIndex):
         source: RowSource,
         params: CodedScanParams,
         device: torch.device,
-        scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Build an index of all rows of the source; reads all rows twice, and the training sample once more.
@@ -144,8 +143,6 @@ class CodedScan(RescoredIndex):
             source: the rows.
             params: parameters of the codes.
             device: device of exact scans.
-            scratch: not used: an interrupted build starts again, because it takes a small part of the time of the
-                features.
             progress: called with (rows done, rows).
 
         Raises:
@@ -160,8 +157,9 @@ class CodedScan(RescoredIndex):
         reduction = fit_reduction(sample_BF, params.count_dims(source.dim), params.seed, rotate=True)
         sample_BR = reduction.apply(sample_BF)
         del sample_BF
-        coder = ProductCoder.train(sample_BR, params.n_codes, params.seed)
-        reduction = _truncate(reduction, sample_BR, coder.layout.width)
+        layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), params.n_codes)
+        reduction, sample_BR = _rotate(reduction, sample_BR, layout.make_rotation(params.seed))
+        coder = ProductCoder.train(sample_BR, layout, params.seed)
         start = 0
         for ids_B, rows_BF in source.blocks(block_rows):
             coded_B = measured.listed_N[start : start + len(ids_B)]
@@ -270,12 +268,13 @@ class CodedScan(RescoredIndex):
         return ids_QM, len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
 
 
-def _truncate(reduction: Reduction, sample_BR: Float32, width: int) -> Reduction:
-    """Return the reduction to the first dimensions; sample_BR: reduced rows."""
+def _rotate(reduction: Reduction, sample_BR: Float32, rotation_WW: Float32) -> tuple[Reduction, Float32]:
+    """Return the reduction to the first W dimensions, rotated, and the sample: rows reduced by it instead."""
+    width = len(rotation_WW)
     square_R = np.square(sample_BR, dtype=np.float64).sum(axis=0)
     total = float(square_R.sum())
-    basis = reduction.basis_FR
-    if basis is None or width == reduction.width:
-        return reduction
     energy = reduction.energy * float(square_R[:width].sum()) / total if total else 1.0
-    return Reduction(reduction.dim, np.ascontiguousarray(basis[:, :width]), energy)
+    if reduction.basis_FR is None:
+        raise ValueError("a reduction without a basis")
+    basis_FW = multiply_rows(reduction.basis_FR[:, :width], rotation_WW)
+    return Reduction(reduction.dim, basis_FW, energy), multiply_rows(sample_BR[:, :width], rotation_WW)

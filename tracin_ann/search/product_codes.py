@@ -103,14 +103,23 @@ class Layout:
 
     @cached_property
     def _place_R(self) -> Int64:
-        """Return the place of each coordinate in a padded row; the coordinates of a code are far apart in R."""
-        places, start = [], 0
+        """Return the place of each coordinate in a padded row."""
+        starts_R = np.repeat(self.size_C.cumsum() - self.size_C, self.size_C)
+        codes_R = np.repeat(np.arange(len(self.size_C)), self.size_C)
+        return codes_R * self.slots + np.arange(self.width) - starts_R
+
+    def make_rotation(self, seed: int) -> Float32:
+        """Return a random orthogonal matrix [R, R] that mixes the coordinates that codes of equal size encode.
+
+        Single coordinates of a row can be much larger than usual, beyond all centroids; sums of many cannot.
+        """
+        random = np.random.Generator(np.random.Philox(seed))
+        rotation_RR, start = np.zeros((self.width, self.width), np.float32), 0
         for level in np.unique(self.size_C).tolist():
-            n_codes = int((self.size_C == level).sum())
-            code_LC = np.arange(start, start + n_codes) * self.slots + np.arange(level)[:, None]
-            places.append(code_LC.ravel())
-            start += n_codes
-        return np.concatenate(places).astype(np.int64)
+            stop = start + level * int((self.size_C == level).sum())
+            rotation_RR[start:stop, start:stop] = np.linalg.qr(random.standard_normal((stop - start, stop - start)))[0]
+            start = stop
+        return rotation_RR
 
     def pad(self, rows_BR: Float32) -> Float32:
         """Return the rows with the coordinates of each code side by side, and zeros: float32 [B, C · slots]."""
@@ -133,12 +142,11 @@ class ProductCoder:
         self._factors = [np.zeros(0, np.float32)]
 
     @classmethod
-    def train(cls, sample_BR: Float32, n_codes: int, seed: int) -> ProductCoder:
-        """Return a coder without rows for coordinates like those of the sample, in decreasing order of variance."""
+    def train(cls, sample_BR: Float32, layout: Layout, seed: int) -> ProductCoder:
+        """Return a coder without rows, for rows like those of the sample."""
         faiss = import_faiss()
-        layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), n_codes)
         step = -(-len(sample_BR) // _TRAIN_ROWS)
-        padded = layout.pad(normalize(sample_BR[::step, : layout.width])[0])
+        padded = layout.pad(normalize(sample_BR[::step])[0])
         # FAISS needs as many rows as centroids.
         padded = np.resize(padded, (max(len(padded), _CENTROIDS), padded.shape[1]))
         quantizer = faiss.ProductQuantizer(padded.shape[1], len(layout.size_C), CODE_BITS)
