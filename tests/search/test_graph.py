@@ -7,7 +7,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +162,22 @@ def test_the_files_depend_neither_on_threads_nor_on_the_blocks_of_the_source(
     assert found[0] == found[1] == found[2]
     other = GraphIndex.build(source, GraphParams(seed=1), CPU)
     assert read_files(other, tmp_path / "other") != found[0]
+
+
+@pytest.mark.parametrize("beams", [(40, 40), (100, 800)])
+def test_the_number_of_rows_read_is_known(beams: tuple[int, int]) -> None:
+    taken: list[int] = []
+
+    class Taken(Rows):
+        def take(self, ids: Sequence[int] | Int64) -> Float32:
+            taken.append(len(ids))
+            return super().take(ids)
+
+    rows = Taken(np.random.default_rng(0).standard_normal((6000, 60)).astype(np.float32))
+    index = GraphIndex.build(rows, GraphParams(links=4), CPU).with_settings(*map(Setting, beams))
+    taken.clear()
+    index.search_both(normal(1, 2, 60), 10)
+    assert taken == [index.most_rows_read(1, 10)] == [sum(min(beam, 200) for beam in beams)]
 
 
 def test_progress_ends_with_all_rows(source: Rows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,8 @@ _BLOCK_ROWS = 16_384
 """Rows added at once. Rows of one call of FAISS are linked in batches, so the graph depends on this number."""
 _SMALLEST_BEAM, _LARGEST_BEAM = 32, 8192
 _DEFAULT_BEAM = 256
-_RESCORED = 200
-"""Candidates of a beam that are scored again, if it has as many."""
+_LEAST_RESCORED, _SHARE_RESCORED = 200, 4
+"""As many rows of a beam, or one in so many if that is more, are scored again."""
 _MEASURED_QUERIES = 32
 
 
@@ -313,7 +313,9 @@ class GraphIndex(RescoredIndex):
 
     def most_rows_read(self, n_queries: int, k: int) -> int:
         """Return the largest number of stored rows that a search reads, see `RescoredIndex.most_rows_read`."""
-        return max(2 * _RESCORED * n_queries + len(self._uncoded.outliers), super().most_rows_read(n_queries, k))
+        beams = [self._adapt(setting, k, len(self)).codes for setting in self.settings]
+        own = n_queries * sum(map(_count_rescored, beams)) + len(self._uncoded.outliers)
+        return max(own, super().most_rows_read(n_queries, k))
 
     def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:
         """Return whether a search would score as many rows as a scan of n_rows rows."""
@@ -325,7 +327,7 @@ class GraphIndex(RescoredIndex):
     ) -> tuple[Int64, Int64]:
         """Return candidates, and the estimated numbers of scored codes, see `RescoredIndex`."""
         parts = self._parts
-        n_results = max(n_candidates, min(setting.codes, _RESCORED))
+        n_results = max(n_candidates, _count_rescored(setting.codes))
         beam = max(setting.codes, n_results)
         if not len(parts.id_N):
             return np.full((len(reduced_QR), n_results), -1), np.zeros(len(reduced_QR), np.int64)
@@ -366,6 +368,11 @@ class _CodedRows:
                 waiting_BR = waiting_BR[self.block_rows :]
         if len(waiting_BR):
             yield waiting_BR
+
+
+def _count_rescored(beam: int) -> int:
+    """Return how many rows of a beam are scored again."""
+    return min(beam, max(_LEAST_RESCORED, beam // _SHARE_RESCORED))
 
 
 def _make_empty_graph(width: int, params: GraphParams) -> Any:
