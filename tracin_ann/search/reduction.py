@@ -1,4 +1,4 @@
-"""Dimensionality reduction for the inverted lists: the uncentered SVD of a sample of the rows.
+"""Dimensionality reduction for compact codes of rows: the uncentered SVD of a sample of the rows.
 
 The SVD preserves inner products; centering, as in PCA, would change them. For large F the leading right singular
 vectors come from randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,12 @@ from torch import Tensor
 from tracin_ann.search.flat import as_tensor
 from tracin_ann.types import Float32, Int64
 
+_Float = TypeVar("_Float", np.float32, np.float64)
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _SMALL_DIM = 2048
+_SMALL_RATIO = 4
+"""Up to this many times the width, all eigenvectors take less time than the iteration for the leading ones."""
 _FEW_ROWS = 16
 
 
@@ -77,25 +80,29 @@ def unpack_reduction(arrays: Mapping[str, npt.NDArray[Any]], dim: int, energy: f
     return Reduction(dim, basis if basis.size else None, energy), outliers
 
 
-def multiply_rows(rows_BF: Float32, matrix_FR: Float32) -> Float32:
-    """Return the product of rows and a matrix, float32 [B, R]; few rows are multiplied one by one, by one thread.
+def multiply_rows(rows_BF: npt.NDArray[_Float], matrix_FR: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
+    """Return the product of rows and a matrix [B, R]; few rows are multiplied one by one, by one thread.
 
     PyTorch multiplies several rows by several threads. If another process uses one of the cores, they wait for each
     other for milliseconds; after a product by NumPy, its threads delay the next operations.
     """
     rows, matrix = as_tensor(rows_BF), as_tensor(matrix_FR)
     groups = rows.split(1 if len(rows) <= _FEW_ROWS else len(rows))  # type: ignore[no-untyped-call]
-    product: Float32 = torch.cat([group @ matrix for group in groups]).numpy()
+    product: npt.NDArray[_Float] = torch.cat([group @ matrix for group in groups]).numpy()
     return product
 
 
-def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
-    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample."""
+def fit_reduction(sample_BF: Float32, width: int, seed: int, *, rotate: bool = False) -> Reduction:
+    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample.
+
+    With `rotate`, the dimensions are in decreasing order of their share of the squared norms also if F ≤ `width`;
+    otherwise, the reduction is the identity then.
+    """
     dim = sample_BF.shape[1]
-    if dim <= width:
+    if dim <= width and not rotate:
         return Reduction(dim, None, 1.0)
     rows = as_tensor(sample_BF)
-    vectors_FR = _leading_vectors(rows, width, seed)
+    vectors_FR = _leading_vectors(rows, min(dim, width), seed)
     total = float(rows.square().sum())
     energy = float((rows @ vectors_FR).square().sum()) / total if total else 1.0
     return Reduction(dim, vectors_FR.contiguous().numpy(), min(1.0, energy))
@@ -104,7 +111,7 @@ def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
 def _leading_vectors(rows: Tensor, width: int, seed: int) -> Tensor:
     """Return the leading right singular vectors of the rows, [F, width]."""
     dim = rows.shape[1]
-    if dim <= _SMALL_DIM:
+    if dim <= max(_SMALL_DIM, _SMALL_RATIO * width):
         moment = rows.T @ rows
         try:
             vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
