@@ -113,10 +113,9 @@ Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
 @pytest.fixture(
-    params=[flat, ivf, reloaded_ivf, codes, reloaded_codes, bounds, reloaded_bounds],
+    params=[flat, ivf, reloaded_ivf, codes, reloaded_codes, bounds, reloaded_bounds, graph, reloaded_graph],
     ids=lambda backend: backend.__name__,
 )
-@pytest.fixture(params=[flat, ivf, reloaded_ivf, graph, reloaded_graph], ids=lambda backend: backend.__name__)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
@@ -286,7 +285,15 @@ def build_codes(source: RowSource) -> RescoredIndex:
     return CodedScan.build(source, CodedScanParams(), CPU)
 
 
-CODED: dict[type[RescoredIndex], Callable[[RowSource], RescoredIndex]] = {IVFIndex: build_ivf, CodedScan: build_codes}
+def build_graph(source: RowSource) -> RescoredIndex:
+    return GraphIndex.build(source, GraphParams(width=200), CPU)
+
+
+CODED: dict[type[RescoredIndex], Callable[[RowSource], RescoredIndex]] = {
+    IVFIndex: build_ivf,
+    CodedScan: build_codes,
+    GraphIndex: build_graph,
+}
 FILES = [(kind, name) for kind in CODED for name in kind.FILES]
 Saved = Callable[[type[RescoredIndex]], tuple[Rows, dict[str, bytes]]]
 
