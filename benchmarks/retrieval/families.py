@@ -87,7 +87,7 @@ class Method:
     is_rival: bool
     build_seconds: float
     bytes_a_row: float
-    settings: Iterable[Any]
+    settings: Sequence[Any]
     search: Callable[[Float32, int, Any], tuple[Sequence[Int64], float]]
     search_both: Callable[[Float32, int, tuple[Any, Any]], Any]
 
@@ -105,7 +105,7 @@ def make_own(name: str, rows: First) -> Method:
     def search_both(queries: Float32, k: int, chosen: tuple[Any, Any]) -> Any:
         return index.with_settings(*chosen).search_both(queries, k)
 
-    settings = KINDS[name].list_settings(len(rows))
+    settings = tuple(KINDS[name].list_settings(len(rows)))
     return Method(name, False, seconds, index.resident_bytes / len(rows), settings, search, search_both)
 
 

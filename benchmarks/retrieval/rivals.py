@@ -53,7 +53,7 @@ def _rank(row_NF: Float32, found_QM: Int64, signed_QF: Float32, k: int) -> list[
     """Return the best k of the candidates of each query by the inner products with their rows."""
     ranked = []
     for found, query_F in zip(found_QM, signed_QF, strict=True):
-        ids = found[found >= 0]
+        ids = found[found >= 0].astype(np.int64)
         ranked.append(ids[np.argsort(-(row_NF[ids] @ query_F), kind="stable")[:k]])
     return ranked
 
@@ -149,7 +149,8 @@ class _RaBitQ:
         threads = torch.get_num_threads()
         found_QM, _ = self._index.search(signed_QF, max(k, CANDIDATES), setting, num_threads=threads)
         scored = self._rows_a_list * setting + self._index.num_clusters
-        return _rank(self._rows, found_QM.astype(np.int64), signed_QF, k), scored
+        # Padding is the largest uint32, which is -1 as int32.
+        return _rank(self._rows, found_QM.astype(np.int32), signed_QF, k), scored
 
 
 def _list_probes(n_lists: int) -> tuple[int, ...]:
