@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.common.paths import FIGURES, RESULTS
 from benchmarks.common.results import read_results
+from benchmarks.retrieval.tables import fit_growth, group_families
 
 OUTPUT = "docs/figures/retrieval-*.svg"
 SIDES = ("proponents", "opponents")
@@ -83,6 +84,37 @@ def draw_growth(pyplot: Any) -> Any:
     return figure
 
 
+def draw_families(pyplot: Any) -> Any:
+    """Draw the rows scored at recall 0.95 against the number of rows, one panel per model, with fitted exponents."""
+    groups = group_families(read_results("retrieval_families")["results"])
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(3.2 * len(groups), 3.4), squeeze=False)
+    for panel, (name, results) in zip(panels[0], groups.items(), strict=True):
+        kinds = [figures["method"] for figures in results[-1]["methods"] if not figures["is_rival"]]
+        rows = [result["rows"] for result in results]
+        for kind, colour in zip(kinds, COLOURS, strict=False):
+            for side, style in zip(SIDES, ("-o", "--s"), strict=True):
+                found = [next(f for f in result["methods"] if f["method"] == kind) for result in results]
+                scored = [figures["at_0.95"][side]["scored"] for figures in found]
+                growth = f", $N^{{{fit_growth(results, kind, side):.2f}}}$" if len(rows) > 1 else ""
+                panel.plot(rows, scored, style, color=colour, label=f"{kind}, {side}{growth}", markersize=3)
+        panel.plot(rows, rows, ":", color="grey", label="all rows")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_title(name)
+        panel.set_xlabel("rows N")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=6)
+    panels[0][0].set_ylabel("rows and centroids scored per query")
+    return figure
+
+
+FIGURE_MAKERS = {
+    "retrieval-recall": draw_recall,
+    "retrieval-growth": draw_growth,
+    "retrieval-families": draw_families,
+}
+
+
 def main() -> None:
     import matplotlib as mpl  # noqa: PLC0415
 
@@ -91,7 +123,7 @@ def main() -> None:
     from matplotlib import pyplot  # noqa: PLC0415
 
     FIGURES.mkdir(exist_ok=True)
-    for name, draw in (("retrieval-recall", draw_recall), ("retrieval-growth", draw_growth)):
+    for name, draw in FIGURE_MAKERS.items():
         figure = draw(pyplot)
         figure.tight_layout()
         figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})

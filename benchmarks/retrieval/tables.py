@@ -1,0 +1,160 @@
+"""Tables of retrieval on the features of four models: true recall, index kinds and other libraries, growth."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.markdown import Row, compose, format_environment, format_table
+from benchmarks.common.results import read_results
+
+Results = list[dict[str, Any]]
+_SIDES = ("proponents", "opponents")
+_TARGET = "at_0.95"
+_SHALLOW, _MIDDLE, _DEEP = 0, 1, 2
+"""Places of the true shares of the best 10, 100 and 1,000 candidates in the result file."""
+
+
+def _join(values: Iterable[float], form: str) -> str:
+    """Return the figures of proponents and opponents in one cell."""
+    return " / ".join(format(value, form) for value in values)
+
+
+def _join_true(sides: dict[str, Any], place: int) -> str:
+    """Return the shares of the true ten at one depth, or a dash if true scores were not computed."""
+    shares = [sides[side] for side in _SIDES]
+    return "–" if None in shares else _join((share[place] for share in shares), ".3f")
+
+
+def group_families(results: Results) -> dict[str, Results]:
+    """Return the results of each model by increasing number of rows."""
+    groups: dict[str, Results] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result["rows"]):
+        groups[result["family"]].append(result)
+    return groups
+
+
+def fit_growth(results: Results, method: str, side: str) -> float:
+    """Return the exponent of N of the rows that a method scores at a recall of 0.95."""
+    points = [
+        (result["rows"], figures[_TARGET][side]["scored"])
+        for result in results
+        for figures in result["methods"]
+        if figures["method"] == method
+    ]
+    rows, scored = np.log(np.array(points)).T
+    return float(np.polyfit(rows, scored, 1)[0])
+
+
+def families() -> str:
+    """Return the kind of features of each model, and the true recall of an exact scan of them."""
+    content = read_results("retrieval_families")
+    rows: list[Row] = [
+        (
+            "model",
+            "rows × dimensions",
+            "participation ratio",
+            "norms",
+            *(f"true ten in {n}" for n in (10, 100, "1,000")),
+        )
+    ]
+    for name, results in group_families(content["results"]).items():
+        covered = [result for result in results if None not in result["exact"].values()]
+        result = (covered or results)[-1]
+        features = result["features"]
+        norms = " / ".join(f"{features[f'norm_{q}']:.2g}" for q in ("p10", "p90", "max"))
+        shares = (_join_true(result["exact"], place) for place in (_SHALLOW, _MIDDLE, _DEEP))
+        size = f"{result['rows']:,} × {result['dim']:,}"
+        rows.append((name, size, f"{features['participation']:.0f}", norms, *shares))
+    scope = (
+        "exact scan of stored features, no re-scoring. The last columns are the share of the ten rows of largest / "
+        "most negative TracIn score over all parameters among the best 10, 100 and 1,000 rows of the scan: the recall "
+        "after exact re-ranking of as many candidates. Participation ratio: (Σλ)² / Σλ² of the second moment. Norms: "
+        "10th percentile / 90th percentile / largest, over the median."
+    )
+    return compose(scope, format_table(*rows), *_format_environments(content["results"]))
+
+
+def families_methods() -> str:
+    """Return recall and cost of index kinds and other libraries, one table per model."""
+    content = read_results("retrieval_families")
+    parts = []
+    for name, results in group_families(content["results"]).items():
+        for result in _choose_sizes(results):
+            head = f"{name}, {result['rows']:,} rows × {result['dim']:,} dimensions, {result['queries']:,} queries:"
+            parts.append(f"{head}\n\n{format_table(*_format_methods(result))}")
+    scope = (
+        "search kernel alone, on features that are already computed, in both directions, k = 10. Each index has the "
+        "setting with the fewest scored rows of a recall@10 of 0.95; if no setting reaches it, that of the highest "
+        "recall. The times are those of the exact scan of float32 rows in memory, in ms per query, and the factors by "
+        "which others are faster. Rows scored include centroids. Cells with two figures are proponents / opponents. "
+        f"Standard errors of recall are at most {max(_list_errors(content['results'])):.3f}."
+    )
+    return compose(scope, *parts, *_format_environments(content["results"]))
+
+
+def families_growth() -> str:
+    """Return the rows scored at a recall of 0.95 at the smallest and largest size, and exponents of N."""
+    content = read_results("retrieval_families")
+    rows: list[Row] = [("model", "index", "rows", "scored, smallest", "scored, largest", "growth")]
+    for name, results in group_families(content["results"]).items():
+        ends = results[0], results[-1]
+        for kind in (figures["method"] for figures in ends[-1]["methods"] if not figures["is_rival"]):
+            found = [next(f for f in end["methods"] if f["method"] == kind)[_TARGET] for end in ends]
+            scored = (_join((sides[side]["scored"] for side in _SIDES), ",.0f") for sides in found)
+            growth = " / ".join(f"N^{fit_growth(results, kind, side):.2f}" for side in _SIDES)
+            sizes = " to ".join(f"{end['rows']:,}" for end in ends)
+            rows.append((name, kind, sizes, *scored, growth if len(results) > 1 else "–"))
+    scope = (
+        "rows and centroids that a query scores at a recall@10 of 0.95 of the stored ranking, proponents / opponents, "
+        "and fitted exponents of the number of rows."
+    )
+    return compose(scope, format_table(*rows), *_format_environments(content["results"]))
+
+
+def _list_errors(results: Results) -> Iterator[float]:
+    """Yield the standard errors of all recalls of the chosen settings."""
+    for result in results:
+        for figures in result["methods"]:
+            yield from (figures[_TARGET][side]["error"] for side in _SIDES)
+
+
+def _choose_sizes(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield the largest size with other libraries, and the largest size if it is another one."""
+    with_rivals = [result for result in results if any(figures["is_rival"] for figures in result["methods"])]
+    yield from with_rivals[-1:]
+    if results[-1] not in with_rivals[-1:]:
+        yield results[-1]
+
+
+def _format_methods(result: dict[str, Any]) -> Iterator[Row]:
+    """Yield the head of a table and the rows of all methods of a model."""
+    times, n_rows = result["times"], result["rows"]
+    yield ("index", "recall@10", "scored", "one query", "batch", "bytes/row", "build, s", "true in 100", "in 1,000")
+    scan = [f"{1e3 * times['scan 10'][load]:.2f} ms" for load in ("single", "batch")]
+    true = (_join_true(result["exact"], place) for place in (_MIDDLE, _DEEP))
+    yield ("exact scan, float32 in memory", "1.000", "100%", *scan, f"{4 * result['dim']:,}", "–", *true)
+    yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "files 10"), "–", "–", "–", "–")
+    for figures in result["methods"]:
+        sides = figures[_TARGET]
+        quality = (
+            _join((sides[side]["recall"] for side in _SIDES), ".3f"),
+            " / ".join(f"{sides[side]['scored'] / n_rows:.2%}" for side in _SIDES),
+        )
+        cost = (*_format_factors(times, f"{figures['method']} 10"), f"{figures['bytes_a_row']:,.0f}")
+        true = (_join_true({side: sides[side]["true"] for side in _SIDES}, place) for place in (_MIDDLE, _DEEP))
+        yield (figures["method"], *quality, *cost, f"{figures['build_seconds']:,.0f}", *true)
+
+
+def _format_factors(times: dict[str, Any], name: str) -> tuple[str, str]:
+    """Return how many times faster than the scan in memory a search is, for one query and for a batch."""
+    single, batch = (times["scan 10"][load] / times[name][load] for load in ("single", "batch"))
+    return f"× {single:.2g}", f"× {batch:.2g}"
+
+
+def _format_environments(results: Results) -> tuple[str, ...]:
+    """Return the lines of the machines that measured the results, each once."""
+    return tuple(dict.fromkeys(format_environment(result) for result in results))
