@@ -167,7 +167,7 @@ def _measure_file(save: Callable[[str], Any]) -> int:
 
 
 RIVALS: dict[str, Callable[[Float32], Rival]] = {
-    "faiss-ivf": lambda row_NF: _FaissLists(row_NF, "Flat", (16, 64, 256, 512)),
+    "faiss-ivf": lambda row_NF: _FaissLists(row_NF, "Flat", (16, 32, 64, 128, 256, 512)),
     "faiss-ivf-pq": lambda row_NF: _FaissLists(row_NF, "PQ96", (64, 256)),
     "faiss-hnsw": _FaissGraph,
     "lorann": _Lorann,

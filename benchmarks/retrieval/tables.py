@@ -14,8 +14,8 @@ from benchmarks.common.results import read_results
 Results = list[dict[str, Any]]
 _SIDES = ("proponents", "opponents")
 _TARGET = "at_0.95"
-_SHALLOW, _MIDDLE, _DEEP = 0, 1, 2
-"""Places of the true shares of the best 10, 100 and 1,000 candidates in the result file."""
+_LOADS = ("single", "batch")
+_TRUE = ("true ten in 10", "in 100", "in 1,000")
 
 
 def _join(values: Iterable[float], form: str) -> str:
@@ -23,10 +23,12 @@ def _join(values: Iterable[float], form: str) -> str:
     return " / ".join(format(value, form) for value in values)
 
 
-def _join_true(sides: dict[str, Any], place: int) -> str:
-    """Return the shares of the true ten at one depth, or a dash if true scores were not computed."""
+def _format_true(sides: dict[str, Any]) -> Row:
+    """Return the shares of the true ten at each depth, or dashes if true scores were not computed."""
     shares = [sides[side] for side in _SIDES]
-    return "–" if None in shares else _join((share[place] for share in shares), ".3f")
+    if None in shares:
+        return ("–",) * len(_TRUE)
+    return tuple(_join(pair, ".3f") for pair in zip(*shares, strict=True))
 
 
 def group_families(results: Results) -> dict[str, Results]:
@@ -66,9 +68,8 @@ def families() -> str:
         result = (covered or results)[-1]
         features = result["features"]
         norms = " / ".join(f"{features[f'norm_{q}']:.2g}" for q in ("p10", "p90", "max"))
-        shares = (_join_true(result["exact"], place) for place in (_SHALLOW, _MIDDLE, _DEEP))
         size = f"{result['rows']:,} × {result['dim']:,}"
-        rows.append((name, size, f"{features['participation']:.0f}", norms, *shares))
+        rows.append((name, size, f"{features['participation']:.0f}", norms, *_format_true(result["exact"])))
     scope = (
         "exact scan of stored features, no re-scoring. The last columns are the share of the ten rows of largest / "
         "most negative TracIn score over all parameters among the best 10, 100 and 1,000 rows of the scan: the recall "
@@ -87,11 +88,26 @@ def families_methods() -> str:
             head = f"{name}, {result['rows']:,} rows × {result['dim']:,} dimensions, {result['queries']:,} queries:"
             parts.append(f"{head}\n\n{format_table(*_format_methods(result))}")
     scope = (
-        "search kernel alone, on features that are already computed, in both directions, k = 10. Each index has the "
+        "search kernel alone, on features that are already computed, k = 10 in both directions. Each index has the "
         "setting with the fewest scored rows of a recall@10 of 0.95; if no setting reaches it, that of the highest "
         "recall. The times are those of the exact scan of float32 rows in memory, in ms per query, and the factors by "
         "which others are faster. Rows scored include centroids. Cells with two figures are proponents / opponents. "
         f"Standard errors of recall are at most {max(_list_errors(content['results'])):.3f}."
+    )
+    return compose(scope, *parts, *_format_environments(content["results"]))
+
+
+def families_candidates() -> str:
+    """Return the true recall of the candidates of index kinds and other libraries, one table per model."""
+    content = read_results("retrieval_families")
+    parts = []
+    for name, results in group_families(content["results"]).items():
+        for result in _choose_sizes([r for r in results if None not in r["exact"].values()]):
+            head = f"{name}, {result['rows']:,} rows × {result['dim']:,} dimensions:"
+            parts.append(f"{head}\n\n{format_table(*_format_candidates(result))}")
+    scope = (
+        "the same indexes and settings. The share of the true ten among the first 10, 100 and 1,000 candidates per "
+        "direction, proponents / opponents, and the time of a search for 1,000 candidates in both directions."
     )
     return compose(scope, *parts, *_format_environments(content["results"]))
 
@@ -126,33 +142,38 @@ def _choose_sizes(results: Results) -> Iterator[dict[str, Any]]:
     """Yield the largest size with other libraries, and the largest size if it is another one."""
     with_rivals = [result for result in results if any(figures["is_rival"] for figures in result["methods"])]
     yield from with_rivals[-1:]
-    if results[-1] not in with_rivals[-1:]:
-        yield results[-1]
+    yield from (result for result in results[-1:] if result not in with_rivals[-1:])
 
 
 def _format_methods(result: dict[str, Any]) -> Iterator[Row]:
     """Yield the head of a table and the rows of all methods of a model."""
-    times, n_rows = result["times"], result["rows"]
-    yield ("index", "recall@10", "scored", "one query", "batch", "bytes/row", "build, s", "true in 100", "in 1,000")
-    scan = [f"{1e3 * times['scan 10'][load]:.2f} ms" for load in ("single", "batch")]
-    true = (_join_true(result["exact"], place) for place in (_MIDDLE, _DEEP))
-    yield ("exact scan, float32 in memory", "1.000", "100%", *scan, f"{4 * result['dim']:,}", "–", *true)
-    yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "files 10"), "–", "–", "–", "–")
+    times = result["times"]
+    yield ("index", "recall@10", "scored", "one query", "batch", "bytes/row", "build, s")
+    scan = [f"{1e3 * times['scan 10'][load]:.2f} ms" for load in _LOADS]
+    yield ("exact scan, float32 in memory", "1.000", "100%", *scan, f"{4 * result['dim']:,}", "–")
+    yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "files", 10), "–", "–")
     for figures in result["methods"]:
-        sides = figures[_TARGET]
-        quality = (
-            _join((sides[side]["recall"] for side in _SIDES), ".3f"),
-            " / ".join(f"{sides[side]['scored'] / n_rows:.2%}" for side in _SIDES),
-        )
-        cost = (*_format_factors(times, f"{figures['method']} 10"), f"{figures['bytes_a_row']:,.0f}")
-        true = (_join_true({side: sides[side]["true"] for side in _SIDES}, place) for place in (_MIDDLE, _DEEP))
-        yield (figures["method"], *quality, *cost, f"{figures['build_seconds']:,.0f}", *true)
+        sides = [figures[_TARGET][side] for side in _SIDES]
+        scored = " / ".join(f"{side['scored'] / result['rows']:.2%}" for side in sides)
+        factors = _format_factors(times, figures["method"], 10)
+        size, seconds = f"{figures['bytes_a_row']:,.0f}", f"{figures['build_seconds']:,.0f}"
+        yield (figures["method"], _join((side["recall"] for side in sides), ".3f"), scored, *factors, size, seconds)
 
 
-def _format_factors(times: dict[str, Any], name: str) -> tuple[str, str]:
+def _format_candidates(result: dict[str, Any]) -> Iterator[Row]:
+    """Yield the head of a table and the true recall of the candidates of all methods of a model, and their cost."""
+    times = result["times"]
+    yield ("index", *_TRUE, "one query, k = 1,000", "batch, k = 1,000")
+    scan = (f"{1e3 * times['scan 1000'][load]:.2f} ms" for load in _LOADS)
+    yield ("exact scan, float32 in memory", *_format_true(result["exact"]), *scan)
+    for figures in result["methods"]:
+        sides = {side: figures[_TARGET][side]["true"] for side in _SIDES}
+        yield (figures["method"], *_format_true(sides), *_format_factors(times, figures["method"], 1000))
+
+
+def _format_factors(times: dict[str, Any], name: str, k: int) -> tuple[str, ...]:
     """Return how many times faster than the scan in memory a search is, for one query and for a batch."""
-    single, batch = (times["scan 10"][load] / times[name][load] for load in ("single", "batch"))
-    return f"× {single:.2g}", f"× {batch:.2g}"
+    return tuple(f"× {times[f'scan {k}'][load] / times[f'{name} {k}'][load]:.2g}" for load in _LOADS)
 
 
 def _format_environments(results: Results) -> tuple[str, ...]:
