@@ -1,4 +1,4 @@
-"""Calibration of the inverted lists: recall@10 and cost of search settings, measured against an exact scan.
+"""Calibration of an approximate index: recall@10 and cost of search settings, measured against an exact scan.
 
 Both directions (proponents, opponents) are measured separately. Recall is the share of the 10 rows of largest (or
 most negative) inner product that is found; ties count as found. The lower bound of a recall is one-sided at 95%. It
@@ -21,27 +21,23 @@ import numpy as np
 
 from tracin_ann.search.base import scale_to_unit, search_both
 from tracin_ann.search.flat import FlatIndex
-from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.search.query_distribution import QueryDistribution, measure_queries
-from tracin_ann.search.settings import Setting, choose_default_setting
+from tracin_ann.search.rescored import RescoredIndex
+from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import concatenate
 from tracin_ann.types import Float32, Float64, PendingReads, TopK
 
 Direction = Literal["proponents", "opponents"]
 RECALL_AT = 10
 """k of the measured recall@k."""
-_ALPHAS = (0.0, 0.1, 0.2, 0.3)
-_RATIOS = (0.5, 1.0, 2.0)
-_SMALLEST_BUDGET = 128
 _FULL_RECALL = 0.9995
-_LARGEST_SHARE = 0.25
 _NORMAL_95 = 1.645
 _TIMED_QUERIES = 5
 """Searches for one query whose median time is the cost of one query."""
 _BATCH = 100
 """Queries of a timed scan. From about this number on, the time of a scan is linear in the number of queries."""
 _TIMED_BATCHES = 3
-"""Searches of the lists for all queries whose median time is the cost of a batch."""
+"""Searches for all queries whose median time is the cost of a batch."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class FirstUseCost:
     def take_seconds(self, pending: PendingReads, n_rows: int) -> float:
         """Return the seconds for at most n_rows rows read by id, which may be in as many files.
 
-        Rows that are read by id are verified at every read, so the measured cost of the lists includes this.
+        Rows that are read by id are verified at every read, so the measured cost of a search includes this.
         """
         return self.per_file * min(pending.files, pending.files_per_row * n_rows)
 
@@ -171,7 +167,7 @@ class Calibration:
 
 
 def calibrate(
-    index: IVFIndex,
+    index: RescoredIndex,
     exact: FlatIndex,
     queries_QF: Float32,
     target: float,
@@ -181,7 +177,7 @@ def calibrate(
     """Measure recall and cost of an index, without the cost of its first use.
 
     Args:
-        index: the inverted lists.
+        index: the index.
         exact: the exact scan of the same rows.
         queries_QF: queries that are typical for later use, in random order.
         target: target recall.
@@ -200,7 +196,7 @@ def calibrate(
             progress(done + 1, 2)
     n_queries, both = len(queries_QF), (points["proponents"], points["opponents"])
     calibration = Calibration(target, n_queries, train_queries, *both, scan, 0.0, distribution)
-    return _time_lists(index, calibration, queries_QF)
+    return _time_searches(index, calibration, queries_QF)
 
 
 def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]:
@@ -210,7 +206,7 @@ def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]
         """Return the results for a batch and the seconds."""
         began = time.perf_counter()
         found = search_both(exact.without_resident_rows(), queries_BF, RECALL_AT)
-        # A query reads the results of a scan to compute their scores. A search in lists has already read its results.
+        # A query reads the results of a scan to compute their scores. Other searches have already read their results.
         exact.source.take(np.unique(np.concatenate([ids for top in found for ids in top.ids])))
         return found, time.perf_counter() - began
 
@@ -224,8 +220,8 @@ def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]
     return dict(zip(("proponents", "opponents"), truth, strict=True)), cost
 
 
-def _time_lists(index: IVFIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
-    """Return the calibration with the cost of the lists: both directions and the comparison of queries."""
+def _time_searches(index: RescoredIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
+    """Return the calibration with the cost of a search: both directions and the comparison of queries."""
     points = calibration.usual_point("proponents"), calibration.usual_point("opponents")
     chosen = index.with_settings(*(point.setting for point in points))
 
@@ -248,31 +244,25 @@ def _fit_cost(single: float, batches: Sequence[tuple[int, float]]) -> Cost:
     return Cost(max(0.0, single - each), each)
 
 
-def _measure_settings(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]) -> tuple[Point, ...]:
+def _measure_settings(
+    index: RescoredIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
+) -> tuple[Point, ...]:
     """Return the useful settings of one direction: each has a higher recall bound than all faster ones.
 
-    α is chosen on half of the queries; then budgets grow until (nearly) all results are found, or to a share of the
-    rows. No decision depends on measured times, so equal lists get equal settings.
+    Budgets grow until (nearly) all results are found, or the index proposes no larger one. No decision depends on
+    measured times, so equal indexes get equal settings.
     """
     half = max(1, len(signed_QF) // 2)
-    usual = choose_default_setting(len(index))
 
-    def at_alpha(alpha: float) -> float:
-        found = index.with_settings(Setting(usual.codes, usual.centroids, alpha)).search(signed_QF[:half], RECALL_AT)
+    def recall_of(setting: Setting) -> float:
+        found = index.with_settings(setting).search(signed_QF[:half], RECALL_AT)
         return float(compute_recalls(found, truth, scores).mean())
 
-    alpha = max(_ALPHAS, key=at_alpha)
     measured: list[Point] = []
-    codes = min(_SMALLEST_BUDGET, len(index))
-    while True:
-        for ratio in _RATIOS:
-            measured.append(
-                _measure_setting(index, Setting(codes, max(1, round(ratio * codes)), alpha), signed_QF, truth, scores)
-            )
-        found_all = measured[-1].recall >= _FULL_RECALL
-        if found_all or codes >= _LARGEST_SHARE * len(index):
+    for settings in index.propose_settings(recall_of):
+        measured += [_measure_setting(index, setting, signed_QF, truth, scores) for setting in settings]
+        if measured[-1].recall >= _FULL_RECALL:
             break
-        codes = math.ceil(codes * math.sqrt(2))
     useful: list[Point] = []
     for point in sorted(measured, key=lambda p: (p.scored, -p.lower)):
         if not useful or point.lower > useful[-1].lower:
@@ -281,7 +271,7 @@ def _measure_settings(index: IVFIndex, signed_QF: Float32, truth: TopK, scores: 
 
 
 def _measure_setting(
-    index: IVFIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
+    index: RescoredIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
 ) -> Point:
     """Return the recall and cost of one setting in one direction."""
     searched = index.with_settings(setting)

@@ -8,14 +8,17 @@ Shapes: N rows, B rows of a block, F feature dimension, R reduced dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tracin_ann.search.flat import as_tensor
-from tracin_ann.types import Float32
+from tracin_ann.types import Float32, Int64
 
 _OVERSAMPLING = 16
 _ITERATIONS = 6
@@ -52,6 +55,26 @@ class Reduction:
         if self.basis_FR is None:
             return np.ascontiguousarray(rows_BF, dtype=np.float32)
         return multiply_rows(rows_BF, self.basis_FR)
+
+
+def pack_reduction(reduction: Reduction, outliers: Int64) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a file that `unpack_reduction` reads: the basis, and the ids of rows without a code."""
+    basis = np.zeros((0, 0), np.float32) if reduction.basis_FR is None else reduction.basis_FR
+    return {"basis_FR": basis, "outliers": outliers}
+
+
+def unpack_reduction(arrays: Mapping[str, npt.NDArray[Any]], dim: int, energy: float) -> tuple[Reduction, Int64]:
+    """Return the reduction of rows of `dim` numbers and the ids of outliers from the arrays of a file.
+
+    Raises:
+        KeyError, ValueError: the arrays are not those of `pack_reduction`.
+    """
+    basis, outliers = arrays["basis_FR"], arrays["outliers"]
+    if basis.dtype != np.float32 or outliers.ndim != 1 or outliers.dtype != np.int64:
+        raise ValueError(f"a basis of {basis.dtype}, outliers of {outliers.dtype} {outliers.shape}")
+    if (np.diff(outliers, prepend=-1) <= 0).any():
+        raise ValueError("the ids of outliers do not increase")
+    return Reduction(dim, basis if basis.size else None, energy), outliers
 
 
 def multiply_rows(rows_BF: Float32, matrix_FR: Float32) -> Float32:

@@ -83,14 +83,15 @@ class Setting:
     """The setting of a search in one direction.
 
     Attributes:
-        codes: budget of coded rows that a query scores.
-        centroids: budget of list centroids that a query scores.
-        alpha: weight of a list's radius in the estimate of its best score.
+        codes: budget of codes. Inverted lists: the coded rows that a query scores. Coded scan: the candidates that are
+            scored again. Graph: `efSearch`, the best rows that a search keeps while it visits others.
+        centroids: inverted lists: budget of list centroids that a query scores.
+        alpha: inverted lists: weight of a list's radius in the estimate of its best score.
     """
 
     codes: int
-    centroids: int
-    alpha: float
+    centroids: int = 1
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the fields.
