@@ -27,7 +27,7 @@ from benchmarks.retrieval.lists import CPU, SIDES, TARGETS, First, read_rows, sc
 from benchmarks.retrieval.rivals import RIVALS, is_installed
 from benchmarks.retrieval.stages import set_faiss_threads
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
-from tracin_ann.search.settings import Setting
+from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES, Manifest
 from tracin_ann.types import Float32, Int64
@@ -52,33 +52,18 @@ class Family:
     true: Float32 | None
 
 
-@dataclass(frozen=True)
-class Kind:
-    """An index kind: how to build it, and its settings for N rows in increasing order of cost."""
-
-    build: Callable[[First], Any]
-    list_settings: Callable[[int], Iterable[Any]]
-
-
-def list_ivf_settings(n_rows: int) -> Iterator[Setting]:
-    """Yield budgets of coded rows from 250 to a quarter of the rows, each with two budgets of centroids."""
-    codes = 250.0
-    while codes <= n_rows / 4:
-        for ratio in (0.6, 1.0):
-            yield Setting(round(codes), round(ratio * codes), 0.2)
-        codes *= 1.25
-
-
-KINDS = {
-    "ivf": Kind(lambda rows: IVFIndex.build(rows, IVFParams(), CPU), list_ivf_settings),
+KINDS: dict[str, Callable[[First], RescoredIndex]] = {
+    "ivf": lambda rows: IVFIndex.build(rows, IVFParams(), CPU),
 }
+"""How each index kind is built. Its own settings are measured."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A built index: its settings in increasing order of cost, a search in one direction, and one in both.
+    """A built index of the library, or one of another library.
 
     Attributes:
+        propose: yields rounds of settings of increasing budget; its argument returns the recall of a setting.
         search: returns the ids of k rows for each query, best first, and the mean number of rows scored.
         search_both: searches with the settings of proponents and opponents.
     """
@@ -87,7 +72,7 @@ class Method:
     is_rival: bool
     build_seconds: float
     bytes_a_row: float
-    settings: Sequence[Any]
+    propose: Callable[[Callable[[Any], float]], Iterable[Sequence[Any]]]
     search: Callable[[Float32, int, Any], tuple[Sequence[Int64], float]]
     search_both: Callable[[Float32, int, tuple[Any, Any]], Any]
 
@@ -95,7 +80,7 @@ class Method:
 def make_own(name: str, rows: First) -> Method:
     """Build an index kind of the library."""
     start_s = time.perf_counter()
-    index = KINDS[name].build(rows)
+    index = KINDS[name](rows)
     seconds = time.perf_counter() - start_s
 
     def search(signed: Float32, k: int, setting: Any) -> tuple[Sequence[Int64], float]:
@@ -105,8 +90,7 @@ def make_own(name: str, rows: First) -> Method:
     def search_both(queries: Float32, k: int, chosen: tuple[Any, Any]) -> Any:
         return index.with_settings(*chosen).search_both(queries, k)
 
-    settings = tuple(KINDS[name].list_settings(len(rows)))
-    return Method(name, False, seconds, index.resident_bytes / len(rows), settings, search, search_both)
+    return Method(name, False, seconds, index.resident_bytes / len(rows), index.propose_settings, search, search_both)
 
 
 def make_rival(name: str, row_NF: Float32) -> Method:
@@ -115,10 +99,13 @@ def make_rival(name: str, row_NF: Float32) -> Method:
     rival = RIVALS[name](row_NF)
     seconds = time.perf_counter() - start_s
 
+    def propose(_: Callable[[Any], float]) -> Iterator[Sequence[int]]:
+        yield from ([setting] for setting in rival.settings)
+
     def search_both(queries: Float32, k: int, chosen: tuple[Any, Any]) -> Any:
         return [rival.search(sign * queries, k, setting) for (_, sign), setting in zip(SIDES, chosen, strict=True)]
 
-    return Method(rival.name, True, seconds, rival.bytes_a_row, rival.settings, rival.search, search_both)
+    return Method(rival.name, True, seconds, rival.bytes_a_row, propose, rival.search, search_both)
 
 
 @dataclass(frozen=True)
@@ -174,10 +161,14 @@ def make_truths(family: Family, flat: FlatIndex, row_NF: Float32) -> dict[str, T
 
 def measure_points(method: Method, truth: Truth) -> list[dict[str, Any]]:
     """Return recall and scored rows at the settings, until the recall is (nearly) complete."""
-    points = []
-    for setting in method.settings:
+
+    def measure(setting: Any) -> dict[str, Any]:
         found, scored = method.search(truth.signed_QF, K, setting)
-        points.append({"setting": setting} | truth.measure(found) | {"scored": scored})
+        return {"setting": setting} | truth.measure(found) | {"scored": scored}
+
+    points: list[dict[str, Any]] = []
+    for settings in method.propose(lambda setting: measure(setting)["recall"]):
+        points += map(measure, settings)
         if points[-1]["recall"] > _ENOUGH:
             break
     return points
