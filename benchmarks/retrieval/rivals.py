@@ -122,7 +122,7 @@ class _Lorann:
 
     def search(self, signed_QF: Float32, k: int, setting: int) -> tuple[list[Int64], float]:
         threads = torch.get_num_threads()
-        found_QK = self._index.search(signed_QF, k, setting, max(k, CANDIDATES), n_threads=threads)
+        found_QK = self._index.search(signed_QF, k, setting, max(2 * k, CANDIDATES), n_threads=threads)
         return list(found_QK.astype(np.int64)), self._rows_a_list * setting + self._index.n_clusters
 
 

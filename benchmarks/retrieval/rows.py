@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--model", default="mnist", choices=list(TASKS), help="data and model")
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows")
     parser.add_argument("--dim", type=int, default=256, help="sketch dimensions per checkpoint")
-    parser.add_argument("--true-queries", type=int, default=0, help="queries with true scores of all rows")
+    parser.add_argument("--true-queries", type=int, default=0, help="number of queries with true scores")
+    parser.add_argument("--true-rows", type=int, help="rows with true scores; default: all rows")
     options = parser.parse_args()
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +120,9 @@ def main() -> None:
     (folder / f"made-{options.rows}.json").write_text(json.dumps(summary))
     print(summary, flush=True)
     if options.true_queries:
-        true_QN = compute_true_scores(task, options.true_queries, options.rows)
-        np.save(folder / f"true-{options.rows}.npy", true_QN.astype(np.float32))
+        n_rows = options.true_rows or options.rows
+        true_QN = compute_true_scores(task, options.true_queries, n_rows)
+        np.save(folder / f"true-{n_rows}.npy", true_QN.astype(np.float32))
 
 
 if __name__ == "__main__":
