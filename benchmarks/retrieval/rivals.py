@@ -113,7 +113,7 @@ class _Lorann:
 
         n_lists = round(math.sqrt(len(row_NF)))
         # The width that its documentation suggests.
-        width = 256 if row_NF.shape[1] > 1000 else 128  # noqa: PLR2004
+        width = 256 if row_NF.shape[1] > 1000 else 128
         self._index = lorann.LorannIndex(row_NF, n_lists, width, distance=lorann.IP)
         self._index.build(n_threads=torch.get_num_threads())
         self._rows_a_list = len(row_NF) / n_lists

@@ -173,7 +173,8 @@ def _format_candidates(result: dict[str, Any]) -> Iterator[Row]:
 
 def _format_factors(times: dict[str, Any], name: str, k: int) -> tuple[str, ...]:
     """Return how many times faster than the scan in memory a search is, for one query and for a batch."""
-    return tuple(f"× {times[f'scan {k}'][load] / times[f'{name} {k}'][load]:.2g}" for load in _LOADS)
+    factors = (times[f"scan {k}"][load] / times[f"{name} {k}"][load] for load in _LOADS)
+    return tuple(f"× {factor:.2g}" if factor < 100 else f"× {factor:.0f}" for factor in factors)
 
 
 def _format_environments(results: Results) -> tuple[str, ...]:
