@@ -52,7 +52,7 @@ from tracin_ann.scoring import (
     find_curvature,
     open_score_maker,
 )
-from tracin_ann.search import choose_index
+from tracin_ann.search import is_flat
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import (
     FEATURES,
@@ -328,12 +328,14 @@ class BuildJob:
         if manifest.score is not None and manifest.score != self.score_record:
             return False
         layout = manifest.build.layout
-        kind = choose_index(self.config.index, layout.n_rows, layout.dim * layout.n_checkpoints).kind
         try:
             check_generation(self.out, manifest, deep=True)
         except DamagedIndexError:
             return False
-        return manifest.index.kind == kind
+        index, requested = manifest.index, self.config.index
+        if requested == "auto" and index.requested in ("", "auto"):
+            return index.requested == "auto" or (index.kind == "flat") == is_flat(requested, layout.n_rows)
+        return index.kind == requested
 
     def check_canaries(self, model: LoadedModel, start: BuildStart) -> None:
         """Reject a task whose features differ from those of the finished index: the index would mix rows of two models.

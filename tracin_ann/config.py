@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tracin_ann.choices import (
+    INDEX_KINDS,
     MEMORY_FORMATS,
     NORMS,
     ON_NONFINITE,
@@ -34,7 +35,7 @@ class BuildConfig:
         dim: D, sketch dimensions a checkpoint.
         sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
         seed: of the sketch's random numbers.
-        index: `auto`, `flat` or `ivf`.
+        index: the search index: one of `INDEX_KINDS`; `auto` chooses by a diagnosis of the features.
         batch_size: examples per forward pass; None: chosen by a rule from the model, the rows and the device.
         memory_format: of images, `contiguous` or `channels-last`; `auto`: chosen by a rule.
         memory_bytes: limit for a batch whose size the rule chooses, and for rows that are read ahead; None: the rule's
@@ -43,7 +44,7 @@ class BuildConfig:
         precision: of forward and backward, `fp32` or `bf16`; sketches are summed in float32.
         preconditioner: weights of the entries of gradients from Adam's second moments (`Checkpoint.second_moments`):
             `adam` divides inner products by √v̂ + ε, `trackstar` divides the gradients of both sides by it.
-        target_recall: recall@10, relative to an exact scan of the stored rows, that inverted lists are calibrated to.
+        target_recall: recall@10, relative to an exact scan of the stored rows, that the search index is calibrated to.
         codes: how inverted lists store rows: `sq8`, `sq4` (half the memory) or `fp16`.
         yardstick: measure on a few queries how well the sketch ranks rows by exact scores; this runs some 2,500 rows
             per checkpoint once more.
@@ -57,7 +58,7 @@ class BuildConfig:
         allow_random_data: accept rows that differ when they are read twice.
         append: extend a finished index by new rows at the end of train_data.
         add_checkpoint: extend a finished index by new checkpoints at the end of Task.checkpoints.
-        rebuild_index: rebuild the inverted lists of a finished index, without the removed rows.
+        rebuild_index: rebuild the search index of a finished index, without the removed rows.
     """
 
     dim: int = 1024
@@ -94,7 +95,7 @@ class BuildConfig:
             ("--norms", self.norms, NORMS),
             ("--precision", self.precision, PRECISIONS),
             ("--preconditioner", self.preconditioner, PRECONDITIONERS),
-            ("--index", self.index, ("auto", "flat", "ivf")),
+            ("--index", self.index, INDEX_KINDS),
             ("--codes", self.codes, CODES),
             ("--memory-format", self.memory_format, MEMORY_FORMATS),
             ("--on-nonfinite", self.on_nonfinite, (None, *ON_NONFINITE)),

@@ -34,7 +34,7 @@ from tracin_ann.scoring import (
     open_score_maker,
     require_token_losses,
 )
-from tracin_ann.search import FlatIndex, IVFIndex, SearchIndex
+from tracin_ann.search import SearchIndex, load_index
 from tracin_ann.store import (
     FEATURES,
     Columns,
@@ -157,10 +157,8 @@ class InfluenceIndex:
     @cached_property
     def search_index(self) -> SearchIndex:
         """Return the search index over all checkpoints."""
-        if self.manifest.index.kind == "ivf":
-            rows = select_listed_rows(self._store.view(), read_unlisted_ids(self.directory, self.manifest))
-            return IVFIndex.load(self._folder, rows, self._options.device)
-        return FlatIndex(self._store.view(), self._options.device)
+        rows = select_listed_rows(self._store.view(), read_unlisted_ids(self.directory, self.manifest))
+        return load_index(self.manifest.index.kind, self._folder, rows, self._options.device)
 
     @cached_property
     def rows(self) -> RowTable:

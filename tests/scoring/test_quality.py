@@ -149,19 +149,20 @@ def test_a_query_reports_its_strategy_and_reaches_the_requested_recall(index: In
     assert (calibration.queries, calibration.train_queries, calibration.target) == (QUERIES, 0, 0.8)
     lists = index.query([0, 1], options=QueryOptions(search="lists"))
     scan = index.query([0, 1], options=QueryOptions(search="scan"))
-    assert lists[0].how.startswith("inverted lists (IVF), as requested (estimated times: inverted lists ")
+    assert lists[0].how.startswith("inverted lists, as requested (estimated times: inverted lists ")
     assert "expected recall@10 of the stored ranking: " in lists[0].how
     assert scan[0].how == "exact scan of the stored rows, as requested"
     assert scan[0].rows_scored == 2 * N > lists[0].rows_scored
     reach = min(calibration.best(side).lower for side in ("proponents", "opponents"))  # type: ignore[arg-type]
     accurate = index.query([0], options=QueryOptions(search="lists", recall=reach - 1e-6))
     assert accurate[0].rows_scored >= lists[0].rows_scored
-    with pytest.raises(UsageError, match="lists do not reach this recall: got --recall 0.9999.*--search scan"):
+    with pytest.raises(UsageError, match="index does not reach this recall: got --recall 0.9999.*--search scan"):
         index.query([0], options=QueryOptions(recall=0.9999))
     with pytest.raises(UsageError, match="cannot be used for this query: got --search lists and the score cosine"):
         index.query([0], options=QueryOptions(search="lists", cosine=True))
     assert (
-        "(inverted lists do not support the score cosine)" in index.query([0], options=QueryOptions(cosine=True))[0].how
+        "(inverted lists are not used for the score cosine)"
+        in index.query([0], options=QueryOptions(cosine=True))[0].how
     )
 
 
@@ -198,7 +199,7 @@ def test_a_score_with_a_curvature_matrix_finds_the_best_rows_of_an_index_with_li
         assert [hit.row for hit in answer.opponents] == order[:-11:-1].tolist()
         assert answer.score == "gauss-newton"
         assert answer.how.endswith(
-            "exact scan of the stored rows, recall@10 1.000 (inverted lists do not support the score gauss-newton)"
+            "exact scan of the stored rows, recall@10 1.000 (inverted lists are not used for the score gauss-newton)"
         )
     message = "cannot be used for this query: got --search lists and the score gauss-newton, expected the score tracin"
     with pytest.raises(UsageError, match=message):
@@ -337,5 +338,5 @@ def test_without_the_quality_measurement_no_quality_is_reported(
     hit = index.query([0], options=QueryOptions(rerank="exact"))[0].proponents[0]
     assert hit.error is None and hit.stored_score is not None
     assert "was not measured" in CliRunner().invoke(info, [str(tmp_path / "index")]).stdout
-    with pytest.raises(UsageError, match="inverted lists cannot be used.*got --search lists for an index of kind flat"):
+    with pytest.raises(UsageError, match="search index cannot be used.*got --search lists for an index of kind flat"):
         index.query([0], options=QueryOptions(search="lists"))

@@ -17,7 +17,7 @@ import torch
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, choose_index, search_both
+from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, search_both
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import Float32, Int64, RowSource
@@ -343,20 +343,3 @@ def test_an_unknown_row_in_the_lists_is_reported_when_it_is_found(
     index = IVFIndex.load(tmp_path, source, CPU).with_settings(Setting(500, 500, 0.3))
     with pytest.raises(DamagedIndexError, match="ivf.faiss contains an unknown row: got id 10000"):
         index.search(normal(50, 18, source.dim), 100)
-
-
-def test_the_backend_depends_on_the_number_of_rows() -> None:
-    assert choose_index("auto", 99_999, 768).kind == "flat"
-    assert choose_index("auto", 100_000, 768).kind == "ivf"
-    assert choose_index("auto", 1400, 3072).reason == (
-        "exact scan: 1,400 rows of 3,072 numbers (17 MB); inverted lists are used from 100,000 rows on"
-    )
-    assert choose_index("auto", 100_000, 768).reason == (
-        "inverted lists (IVF): 100,000 rows of 768 numbers (307 MB); an exact scan is used below 100,000 rows"
-    )
-    assert [choose_index(kind, 10, 4).kind for kind in ("flat", "ivf")] == ["flat", "ivf"]
-    assert choose_index("ivf", 10, 4).reason == (
-        "inverted lists (IVF): 10 rows of 4 numbers (0 MB); requested by --index ivf"
-    )
-    with pytest.raises(UsageError, match="'hnsw'"):
-        choose_index("hnsw", 10, 4)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.choices import MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
+from tracin_ann.choices import INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
 from tracin_ann.cli.command import command, complete_directories, complete_files, device_option
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
@@ -78,15 +78,15 @@ _MAX_SHOWN = 12
     "--index",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "flat", "ivf"]),
-    help="Exact scan (flat) or inverted lists (ivf); auto chooses by the number of rows.",
+    type=click.Choice(INDEX_KINDS),
+    help="Exact scan (flat) or a search index; auto chooses by the number of rows and a diagnosis of the features.",
 )
 @click.option(
     "--target-recall",
     default=0.95,
     show_default=True,
     type=float,
-    help="recall@10 that inverted lists are calibrated to.",
+    help="recall@10 that the search index is calibrated to.",
 )
 @click.option(
     "--codes",
@@ -167,7 +167,7 @@ _MAX_SHOWN = 12
 @click.option(
     "--add-checkpoint", is_flag=True, help="Add new checkpoints at the end of the task's list to a finished index."
 )
-@click.option("--rebuild-index", is_flag=True, help="Rebuild the inverted lists, without removed rows.")
+@click.option("--rebuild-index", is_flag=True, help="Rebuild the search index, without removed rows.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of the build; write nothing.")
 def main(out: str, task_args: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Build an index of a task's training rows in a directory.

@@ -124,17 +124,17 @@ def _describe_fidelity(fidelity: Fidelity) -> str:
 
 
 def _describe_calibration(calibration: Calibration) -> str:
-    """Return in one line what the recall of the inverted lists was measured on, and the cost of an exact scan."""
+    """Return in one line what the recall of the search index was measured on, and the cost of an exact scan."""
     training = f", {calibration.train_queries} of them training rows" if calibration.train_queries else ""
     return (
-        f"of the inverted lists against an exact scan, on {calibration.queries} queries{training}; target "
+        f"of the search index against an exact scan, on {calibration.queries} queries{training}; target "
         f"{calibration.target:g}, marked *; an exact scan takes {_format_seconds(calibration.scan.seconds(1))} for one "
         f"query, {_format_seconds(calibration.scan.each)} per query for many"
     )
 
 
 def _print_curve(calibration: Calibration) -> None:
-    """Print a table of recall and cost for the calibrated settings of the inverted lists."""
+    """Print a table of recall and cost for the calibrated settings of the search index."""
     from rich.console import Console
     from rich.table import Table
 
@@ -151,7 +151,7 @@ def _print_curve(calibration: Calibration) -> None:
             )
     Console(highlight=False).print(table)
     if any(calibration.fastest_point(side, calibration.target) is None for side in ("proponents", "opponents")):
-        print_line(f"warning: the inverted lists do not reach recall {calibration.target:g}; use --search scan")
+        print_line(f"warning: the search index does not reach recall {calibration.target:g}; use --search scan")
 
 
 def _format_seconds(seconds: float) -> str:

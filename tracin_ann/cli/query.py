@@ -99,11 +99,9 @@ _EXCLUSIVE = {
     default="auto",
     show_default=True,
     type=click.Choice(SEARCHES),
-    help="Inverted lists or exact scan; auto chooses the faster one.",
+    help="Search index or exact scan; auto chooses the faster one. lists: the earlier name of index.",
 )
-@click.option(
-    "--recall", type=float, help="Target recall of the inverted lists.  [default: the build's --target-recall]"
-)
+@click.option("--recall", type=float, help="Target recall of the search index.  [default: the build's --target-recall]")
 @filter_options
 @checkpoints_option
 @score_options

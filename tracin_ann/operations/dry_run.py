@@ -13,7 +13,7 @@ from tracin_ann.build import open_build
 from tracin_ann.config import BuildConfig
 from tracin_ann.features import BatchSettings, measure_row_seconds
 from tracin_ann.gradients import Plan
-from tracin_ann.search import IVFParams, choose_index
+from tracin_ann.search import estimate_bytes, expect_index
 from tracin_ann.sketch import ParameterKey
 from tracin_ann.store import FEATURES, FeatureStore, reject_foreign_files
 from tracin_ann.task import Task
@@ -34,7 +34,7 @@ class BuildPlan:
         seconds: time for all rows and checkpoints, estimated from a few timed batches.
         row_seconds: time for one row at one checkpoint, without reading the row.
         tuned: batch size and memory format.
-        index_kind: kind of search index.
+        index_kind: kind of search index; `auto` if the build chooses it by the features.
         index_reason: why this kind is chosen.
         gradients: the gradient method of each parameter.
         sketches: how the sketch projects each parameter's gradients.
@@ -80,10 +80,9 @@ def plan(
         row_seconds = measure_row_seconds(model, config.features(record.spec.rank_one))
         layout = record.layout
         n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
-        choice = choose_index(config.index, n_rows, dim)
+        choice = expect_index(config.index, n_rows, dim)
         stored = np.dtype(config.dtype).itemsize
-        lists = IVFParams(codes=config.codes)
-        index_bytes = lists.estimate_bytes(n_rows, dim) if choice.kind == "ivf" else 0
+        index_bytes = estimate_bytes(config.index, n_rows, dim, config.codes)
         block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
         return BuildPlan(
             rows=n_rows,

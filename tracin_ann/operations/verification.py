@@ -27,7 +27,7 @@ from tracin_ann.features import (
     load_index_task,
     read_generation_canaries,
 )
-from tracin_ann.search import IVFIndex
+from tracin_ann.search import RescoredIndex, load_index
 from tracin_ann.store import (
     BUILD_RECORD,
     FEATURES,
@@ -361,10 +361,11 @@ def _check_contents(out: Path, manifest: Manifest, intact: set[str]) -> Iterator
     features = {record.name for record in manifest.features}
     if not listed or (listed | features) - intact:
         return
-    path = own / IVFIndex.FILES[0]
+    path = own / manifest.index.files[0].name
     try:
         view = select_listed_rows(store.view(), read_unlisted_ids(out, manifest))
-        faults = IVFIndex.load(own, view, torch.device("cpu")).find_faults(_CHECKED_VECTORS, seed=0)
+        index = load_index(manifest.index.kind, own, view, torch.device("cpu"))
+        faults = index.find_faults(_CHECKED_VECTORS, seed=0) if isinstance(index, RescoredIndex) else []
     except DamagedIndexError as error:
         faults = [str(error)]
     for fault in faults:

@@ -25,9 +25,9 @@ class QueryOptions:
             candidates over all parameters, without a sketch).
         exact: score every training row exactly, without the search index.
         checkpoints: positions of the checkpoints to sum over; None: all.
-        search: how an index with inverted lists (IVF) finds candidates: `lists`, `scan` (an exact scan of the stored
-            rows), or `auto` (the faster one, by the times that the build measured).
-        recall: recall@10 of the stored features' ranking that inverted lists have to reach; None: the build's target.
+        search: how candidates are found: `index` (also `lists`), `scan` (an exact scan of the stored rows), or `auto`
+            (the faster one, by the times that the build measured).
+        recall: recall@10 of the stored features' ranking that the search index has to reach; None: the build's target.
         rows: which training rows may be hits.
         cosine: the same as the score `cosine`.
         tokens: split the exact score of each hit over its target positions (`Hit.tokens`).

@@ -1,4 +1,4 @@
-"""Quality of an index, measured by the build on rows of the task: recall of inverted lists and fidelity of the sketch.
+"""Quality of an index, measured by the build on rows of the task: recall of the search index, fidelity of the sketch.
 
 Fidelity compares the sketch's ranking with exact TracInCP for a few queries. The pool of a query holds the rows that
 the sketch ranks first and last, and a sample from equal strata of the norms. The exact top ten are those of the pool.
@@ -22,7 +22,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import exact_scores
-from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, IVFIndex, calibrate, scale_to_unit
+from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, RescoredIndex, calibrate, scale_to_unit
 from tracin_ann.store import FeatureStore, Fidelity
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
@@ -66,8 +66,8 @@ class QualityMeasurement:
     skipped: Int64
     progress: ProgressCallback
 
-    def recall(self, lists: IVFIndex, target: float) -> Calibration:
-        """Return the recall of inverted lists on rows of query_data, completed by training rows if they are few."""
+    def recall(self, index: RescoredIndex, target: float) -> Calibration:
+        """Return the recall of an index on rows of query_data, completed by training rows if they are few."""
         view = self.store.view()
         random = np.random.default_rng(self.seed)
         _, query_data_QF = self._extract_queries(random.permutation(self.runner.n_rows("query"))[:CALIBRATION_QUERIES])
@@ -76,9 +76,9 @@ class QualityMeasurement:
         rows = rows_N[np.sort(random.choice(len(rows_N), n_train, replace=False))]
         queries_QF = np.concatenate([query_data_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
-        exact = FlatIndex(lists.source, self.runner.options.device)
+        exact = FlatIndex(index.source, self.runner.options.device)
         calibration = calibrate(
-            lists, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
+            index, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)
         )
         return replace(calibration, first_use=measure_first_use(self.store))
 

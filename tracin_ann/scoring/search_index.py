@@ -1,4 +1,4 @@
-"""The search index of a build: its kind is chosen, inverted lists are filled, calibrated and saved."""
+"""The search index of a build: its kind is chosen, the index is built, calibrated and saved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from tracin_ann.files import atomic_path
 from tracin_ann.scoring.quality import QualityMeasurement
-from tracin_ann.search import Codes, IVFIndex, IVFParams, UnfinishedLists, choose_index, digest_inputs
+from tracin_ann.search import (
+    Calibration,
+    Codes,
+    IndexRequest,
+    build_index,
+    choose_index,
+    diagnose,
+    list_codes,
+    list_files,
+)
 from tracin_ann.store import FileRecord, IndexRecord, NextGeneration, record_file, select_listed_rows, write_unlisted
+
+_LARGEST_SHARE = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +34,11 @@ class SearchIndexOptions:
     """The options of a search index.
 
     Attributes:
-        kind: `auto`, `flat` or `ivf`.
-        seed: of the samples that k-means is trained on.
+        kind: one of `INDEX_KINDS`.
+        seed: of the samples that the index is trained on.
         codes: how inverted lists store their rows.
-        target_recall: recall@10 that inverted lists are calibrated to.
-        device: where inverted lists are built.
+        target_recall: recall@10 that the index is calibrated to.
+        device: where the index is built.
     """
 
     kind: str
@@ -44,32 +56,41 @@ def build_search_index(
 ) -> IndexRecord:
     """Build, calibrate and save the search index of a generation.
 
-    An interrupted build keeps the inverted lists that it has filled and resumes with the next rows.
+    With `auto`, an index that does not reach the target recall with a tenth of the rows is replaced by the next choice,
+    if there is one. An interrupted build keeps the inverted lists that it has filled and resumes with the next rows.
 
     Args:
         generation: whose feature files are indexed; the files of the index are written into its folder.
         features: records of the feature files: lists of other files are not resumed.
-        quality: measures the recall of inverted lists.
+        quality: measures the recall of the index.
         options: see SearchIndexOptions.
     """
     rows, removed_R = select_listed_rows(quality.store.view(), generation.removed_R), generation.removed_R
-    choice = choose_index(options.kind, len(rows), rows.dim)
-    logger.info("index %s: %s", choice.kind, choice.reason)
-    quality.progress("index", 0, len(rows))
-    if choice.kind != "ivf":
-        return IndexRecord(choice.kind, choice.reason, ())
-    params = IVFParams(seed=options.seed, codes=options.codes)
-    key = digest_inputs(params, [asdict(record) for record in features], removed_R.tolist())
-    unfinished = UnfinishedLists(generation.unfinished_index, key)
-    index = IVFIndex.build(
-        rows, params, options.device, unfinished, lambda done, total: quality.progress("index", done, total)
-    )
-    calibration = quality.recall(index, options.target_recall)
+    ids_N = np.setdiff1d(np.arange(quality.store.layout.n_rows, dtype=np.int64), removed_R)
+    choices = choose_index(options.kind, len(rows), rows.dim, lambda: diagnose(rows, ids_N, options.seed))
+    inputs = [asdict(record) for record in features], removed_R.tolist()
+    request = IndexRequest(options.seed, options.codes, options.device, generation.unfinished_index, inputs)
+    for choice in choices:
+        logger.info("index %s: %s", choice.kind, choice.reason)
+        quality.progress("index", 0, len(rows))
+        if choice.kind == "flat":
+            return IndexRecord(choice.kind, choice.reason, (), requested=options.kind)
+        index = build_index(choice.kind, rows, request, lambda done, total: quality.progress("index", done, total))
+        calibration = quality.recall(index, options.target_recall)
+        if _is_efficient(calibration, len(rows)):
+            break
     index.save(generation.unfinished_index)
     files = []
-    for name in IVFIndex.FILES:
+    for name in list_files(choice.kind):
         with atomic_path(generation.folder / name) as temporary:
             os.replace(generation.unfinished_index / name, temporary)
         files.append(record_file(generation.folder / name))
     files += write_unlisted(generation.folder, removed_R)
-    return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, options.codes)
+    codes = options.codes if options.codes in list_codes(choice.kind) else ""
+    return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, codes, options.kind)
+
+
+def _is_efficient(calibration: Calibration, n_rows: int) -> bool:
+    """Return whether both directions reach the target recall by scoring a tenth of the rows at most."""
+    points = [calibration.fastest_point(side, calibration.target) for side in ("proponents", "opponents")]
+    return all(point is not None and point.scored <= _LARGEST_SHARE * n_rows for point in points)

@@ -1,4 +1,4 @@
-"""The choice between inverted lists (IVF) and an exact scan for a query, with the reason and the expected recall.
+"""The choice between the search index and an exact scan for a query, with the reason and the expected recall.
 
 The choice uses the times and the recall that the build measured (`search.calibration`). The times of the first searches
 of an open index include the files to open and, for a scan, the rows to verify.
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.scoring.answers import QueryOptions
-from tracin_ann.search import Calibration, FlatIndex, IVFIndex, Point, SearchIndex
+from tracin_ann.search import NAMES, Calibration, FlatIndex, Point, RescoredIndex, SearchIndex
 from tracin_ann.store import IndexRecord
 from tracin_ann.types import Float32
 
@@ -53,35 +53,36 @@ def choose_strategy(
         scan: the exact scan of the same rows.
         queries_QF: the queries' features.
         options: `search` and `recall` are used.
-        unsupported: the requested scoring that inverted lists do not support; "" if they support it.
+        unsupported: the requested scoring that the index does not support; "" if it supports it.
 
     Raises:
-        UsageError: the options require inverted lists that cannot be used, or a recall that they do not reach.
+        UsageError: the options require an index that cannot be used, or a recall that it does not reach.
     """
     calibration = record.calibration
-    if calibration is None or not isinstance(index, IVFIndex) or unsupported:
-        _check_lists_not_required(record, options, unsupported)
+    if calibration is None or not isinstance(index, RescoredIndex) or unsupported:
+        _check_index_not_required(record, options, unsupported)
         if not unsupported:
             return Strategy(index, _SCAN)
-        how = f"{_SCAN}, recall@10 1.000 (inverted lists do not support {unsupported})" if record.calibration else _SCAN
-        return Strategy(scan, how)
+        if calibration is None:
+            return Strategy(scan, _SCAN)
+        return Strategy(scan, f"{_SCAN}, recall@10 1.000 ({NAMES[record.kind]} are not used for {unsupported})")
     if options.search == "scan":
         return Strategy(scan, f"{_SCAN}, as requested")
     target = options.recall if options.recall is not None else calibration.target
     (proponents, opponents), is_reached = _choose_points(calibration, target, explicit=options.recall is not None)
     n_queries = len(queries_QF)
     pending, n_rows = scan.pending_reads(), index.most_rows_read(n_queries, options.n_candidates)
-    lists_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
-    lists_s += calibration.first_use.take_seconds(pending, n_rows)
+    index_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
+    index_s += calibration.first_use.take_seconds(pending, n_rows)
     scan_s = calibration.scan.seconds(n_queries) + calibration.first_use.scan_seconds(pending)
-    times = f"inverted lists {_format_time(lists_s)}, exact scan {_format_time(scan_s)}"
+    times = f"{index.name} {_format_time(index_s)}, exact scan {_format_time(scan_s)}"
     reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
-    if options.search == "auto" and scan_s <= lists_s:
+    if options.search == "auto" and scan_s <= index_s:
         return Strategy(scan, f"{_SCAN}, {reason}")
-    if options.search == "lists":
+    if options.search != "auto":
         reason = f"as requested (estimated times: {times})"
     how = (
-        f"inverted lists (IVF), {reason}; expected recall@10 of the stored ranking: {proponents.recall:.3f} for "
+        f"{index.name}, {reason}; expected recall@10 of the stored ranking: {proponents.recall:.3f} for "
         f"proponents, {opponents.recall:.3f} for opponents (lower bounds {proponents.lower:.3f}, {opponents.lower:.3f})"
     )
     if not is_reached:
@@ -94,23 +95,23 @@ def choose_strategy(
     return Strategy(index.with_settings(proponents.setting, opponents.setting), how, unlike_Q)
 
 
-def _check_lists_not_required(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
-    """Check that the options do not require inverted lists, which cannot be used.
+def _check_index_not_required(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
+    """Check that the options do not require the index, which cannot be used.
 
     Raises:
-        UsageError: they require them.
+        UsageError: they require it.
     """
-    if options.search == "lists":
-        option = "--search lists"
+    if options.search in ("index", "lists"):
+        option = f"--search {options.search}"
     elif options.recall is not None and unsupported:
         option = f"--recall {options.recall:g}"
     else:
         return
     raise UsageError(
         problem(
-            "inverted lists cannot be used for this query",
+            "the search index cannot be used for this query",
             got=f"{option} and {unsupported}" if unsupported else f"{option} for an index of kind {record.kind}",
-            expected="the score tracin over all checkpoints" if unsupported else "an index of kind ivf",
+            expected="the score tracin over all checkpoints" if unsupported else "an index with codes, such as ivf",
             remedy="remove the option: an exact scan finds all rows",
         )
     )
@@ -131,7 +132,7 @@ def _choose_points(calibration: Calibration, target: float, *, explicit: bool) -
     if explicit and not is_reached:
         raise UsageError(
             problem(
-                "the inverted lists do not reach this recall",
+                "the search index does not reach this recall",
                 got=f"--recall {target:g}",
                 expected=f"at most {min(point.lower for point in best):.3f}, the lower bound that the build measured",
                 remedy="lower --recall, or use --search scan, which finds all rows",

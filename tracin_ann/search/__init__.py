@@ -1,32 +1,53 @@
-"""Maximum inner product search over feature rows: exact scan (`flat`) and inverted lists (`ivf`)."""
+"""Maximum inner product search over feature rows: exact scan, and indexes with compact codes of the rows."""
 
 from __future__ import annotations
 
 from tracin_ann.device import import_faiss
-from tracin_ann.search.backend import choose_index
+from tracin_ann.search.backend import (
+    NAMES,
+    IndexRequest,
+    build_index,
+    choose_index,
+    estimate_bytes,
+    expect_index,
+    is_flat,
+    list_codes,
+    list_files,
+    load_index,
+)
 from tracin_ann.search.base import SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
-from tracin_ann.search.construction import UnfinishedLists, digest_inputs
+from tracin_ann.search.diagnosis import diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
     "CODES",
+    "NAMES",
     "Calibration",
     "Codes",
     "FirstUseCost",
     "FlatIndex",
     "IVFIndex",
     "IVFParams",
+    "IndexRequest",
     "Point",
+    "RescoredIndex",
     "SearchIndex",
     "Subset",
-    "UnfinishedLists",
+    "build_index",
     "calibrate",
     "choose_index",
-    "digest_inputs",
+    "diagnose",
+    "estimate_bytes",
+    "expect_index",
+    "is_flat",
+    "list_codes",
+    "list_files",
+    "load_index",
     "scale_to_unit",
     "search_both",
 ]

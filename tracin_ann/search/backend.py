@@ -1,46 +1,142 @@
-"""The choice of the search backend (exact scan or inverted lists) for an index of a given size."""
+"""The kinds of search index, and the choice among them by a diagnosis of the rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from tracin_ann.choices import INDEX_KINDS
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.search.construction import UnfinishedLists, digest_inputs
+from tracin_ann.search.diagnosis import Diagnosis
+from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.inverted_lists import CODES, Codes
+from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.rescored import RescoredIndex
+from tracin_ann.search.settings import IVFParams
+from tracin_ann.types import RowSource
 
-KINDS = ("flat", "ivf")
-_NAMES = {"flat": "exact scan", "ivf": "inverted lists (IVF)"}
 FLAT_BELOW_ROWS = 100_000
 """With fewer rows, a batched exact scan takes about as long as a search of inverted lists."""
+_CLASSES: dict[str, type[RescoredIndex]] = {"ivf": IVFIndex}
+NAMES = {"flat": "exact scan", **{kind: index.name for kind, index in _CLASSES.items()}}
+"""The kinds, with their names for users."""
 
 
 @dataclass(frozen=True)
 class IndexChoice:
-    """A backend and the reason for it: a phrase with the size of the index."""
+    """A kind of index and the reason for it: a phrase with the size of the index."""
 
     kind: str
     reason: str
 
-    def __post_init__(self) -> None:
-        """Check that the kind is one of `KINDS`."""
-        if self.kind not in KINDS:
-            raise ValueError(f"IndexChoice of kind {self.kind!r}")
 
-
-def choose_index(requested: str, n_rows: int, dim: int) -> IndexChoice:
-    """Return the backend for `requested`: `flat`, `ivf`, or `auto` to choose by the number of rows.
+def is_flat(requested: str, n_rows: int) -> bool:
+    """Return whether an index of this many rows is an exact scan.
 
     Raises:
-        UsageError: `requested` is another name.
+        UsageError: `requested` is none of `INDEX_KINDS`.
     """
-    if requested not in (*KINDS, "auto"):
-        raise UsageError(
-            problem("unknown index", got=repr(requested), expected="auto, flat or ivf", remedy="change --index")
-        )
-    chosen = "flat" if n_rows < FLAT_BELOW_ROWS else "ivf"
-    kind = chosen if requested == "auto" else requested
-    rule = {
-        "flat": f"inverted lists are used from {FLAT_BELOW_ROWS:,} rows on",
-        "ivf": f"an exact scan is used below {FLAT_BELOW_ROWS:,} rows",
-    }[kind]
-    why = rule if requested == "auto" else f"requested by --index {kind}"
-    size = f"{n_rows:,} rows of {dim:,} numbers ({n_rows * dim * 4 / 1e6:,.0f} MB)"
-    return IndexChoice(kind, f"{_NAMES[kind]}: {size}; {why}")
+    if requested not in INDEX_KINDS:
+        expected = f"{', '.join(INDEX_KINDS[:-1])} or {INDEX_KINDS[-1]}"
+        raise UsageError(problem("unknown index", got=repr(requested), expected=expected, remedy="change --index"))
+    return requested == "flat" or (requested == "auto" and n_rows < FLAT_BELOW_ROWS)
+
+
+def choose_index(requested: str, n_rows: int, dim: int, diagnose: Callable[[], Diagnosis]) -> tuple[IndexChoice, ...]:
+    """Return the kinds to build, best first: each of the others only if those before it do not reach the target recall.
+
+    Args:
+        requested: one of `INDEX_KINDS`.
+        n_rows: number of rows.
+        dim: length of a row.
+        diagnose: returns the diagnosis of the rows; called if the choice depends on it.
+
+    Raises:
+        UsageError: `requested` is none of `INDEX_KINDS`.
+    """
+    if is_flat(requested, n_rows) or requested != "auto":
+        return (_explain(requested, n_rows, dim),)
+    found = diagnose()
+    return (_choose("ivf", n_rows, dim, f"the rows have {found.directions:,.0f} directions"),)
+
+
+def expect_index(requested: str, n_rows: int, dim: int) -> IndexChoice:
+    """Return what is known of the choice before there are rows: `auto` if it depends on their diagnosis."""
+    if requested == "auto" and not is_flat(requested, n_rows):
+        return IndexChoice("auto", f"{_describe_size(n_rows, dim)}; the build chooses the index by the features")
+    return _explain(requested, n_rows, dim)
+
+
+def _explain(requested: str, n_rows: int, dim: int) -> IndexChoice:
+    """Return a choice that does not depend on the rows."""
+    if requested == "auto":
+        return _choose("flat", n_rows, dim, f"search indexes are used from {FLAT_BELOW_ROWS:,} rows on")
+    return _choose(requested, n_rows, dim, f"requested by --index {requested}")
+
+
+def _choose(kind: str, n_rows: int, dim: int, why: str) -> IndexChoice:
+    return IndexChoice(kind, f"{NAMES[kind]}: {_describe_size(n_rows, dim)}; {why}")
+
+
+def _describe_size(n_rows: int, dim: int) -> str:
+    return f"{n_rows:,} rows of {dim:,} numbers ({n_rows * dim * 4 / 1e6:,.0f} MB)"
+
+
+@dataclass(frozen=True)
+class IndexRequest:
+    """What an index of a given kind is built with.
+
+    Attributes:
+        seed: of the samples that it is trained on.
+        codes: how inverted lists store their rows.
+        device: where it is built and searched.
+        folder: for intermediate results.
+        inputs: identify the rows, as JSON values; results of other inputs are not resumed.
+    """
+
+    seed: int
+    codes: Codes
+    device: torch.device
+    folder: Path
+    inputs: tuple[object, ...]
+
+
+def build_index(
+    kind: str, source: RowSource, request: IndexRequest, progress: Callable[[int, int], None]
+) -> RescoredIndex:
+    """Build an index of a kind other than `flat`; `progress` is called with (rows done, rows)."""
+    params = IVFParams(seed=request.seed, codes=request.codes)
+    scratch = UnfinishedLists(request.folder, digest_inputs(params, *request.inputs))
+    return IVFIndex.build(source, params, request.device, scratch, progress)
+
+
+def estimate_bytes(kind: str, n_rows: int, dim: int, codes: Codes) -> int:
+    """Return the approximate size of the files of an index in bytes; for `auto`, that of the largest kind."""
+    return 0 if is_flat(kind, n_rows) else IVFParams(codes=codes).estimate_bytes(n_rows, dim)
+
+
+def load_index(kind: str, directory: Path, source: RowSource, device: torch.device) -> FlatIndex | RescoredIndex:
+    """Return the index of a kind whose files are in a directory, for the same rows.
+
+    Raises:
+        DamagedIndexError: a file is missing or damaged.
+    """
+    return FlatIndex(source, device) if kind == "flat" else _CLASSES[kind].load(directory, source, device)
+
+
+def list_files(kind: str) -> tuple[str, ...]:
+    """Return the names of the files of a kind of index.
+
+    Raises:
+        KeyError: there is no such kind.
+    """
+    return () if kind == "flat" else _CLASSES[kind].FILES
+
+
+def list_codes(kind: str) -> tuple[str, ...]:
+    """Return the values that the manifest may have for the codes of a kind of index."""
+    return CODES if kind == "ivf" else ("",)

@@ -81,7 +81,7 @@ class IVFIndex(RescoredIndex):
     The settings are those of `choose_default_setting`; `with_settings` returns the same index with other settings.
     """
 
-    kind = "ivf"
+    kind, name = "ivf", "inverted lists"
     FILES = ("ivf.faiss", "ivf.npz", "ivf-centroids.npy", "ivf.json")
 
     def __init__(

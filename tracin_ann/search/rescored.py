@@ -67,6 +67,8 @@ class RescoredIndex(ABC):
     """Approximate maximum inner product search; the scores of results are exact."""
 
     kind: ClassVar[str]
+    name: ClassVar[str]
+    """The name for users, such as "inverted lists"."""
     FILES: ClassVar[tuple[str, ...]]
     """Names of the files that `save` writes."""
     settings: tuple[Setting, Setting]

@@ -17,7 +17,7 @@ import xxhash
 from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, file_digest, read_json, read_record, write_json_atomic
-from tracin_ann.search import CODES, Calibration, IVFIndex
+from tracin_ann.search import Calibration, list_codes, list_files
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import StoreLayout
@@ -76,11 +76,12 @@ class IndexRecord:
     """The search index.
 
     Attributes:
-        kind: `flat` (exact scan) or `ivf` (inverted lists).
+        kind: `flat` (exact scan), or a kind of index with codes, such as `ivf` (inverted lists).
         reason: why the build chose this kind.
-        files: the files of the inverted lists.
-        calibration: the measured recall of the inverted lists; None for `flat`.
-        codes: how the inverted lists store rows; empty for `flat`.
+        files: the files of the index.
+        calibration: the measured recall of the index; None for `flat`.
+        codes: how inverted lists store rows; empty for other kinds.
+        requested: the kind that the build asked for, such as `auto`; empty if an earlier version built the index.
     """
 
     kind: str
@@ -88,6 +89,7 @@ class IndexRecord:
     files: tuple[FileRecord, ...]
     calibration: Calibration | None = None
     codes: str = ""
+    requested: str = ""
 
 
 @dataclass(frozen=True)
@@ -349,8 +351,9 @@ def _check_consistency(manifest: Manifest) -> None:
     if wrong:
         raise ValueError(f"a feature file {wrong[0]!r}")
     listed = [record.name for record in index.files]
-    expected = {"flat": ([],), "ivf": ([*IVFIndex.FILES], [*IVFIndex.FILES, UNLISTED])}.get(index.kind, ())
-    if listed not in expected or index.codes not in (("",) if index.kind == "flat" else CODES):
+    names = list(list_files(index.kind))
+    expected = ([*names], [*names, UNLISTED]) if names else ([],)
+    if listed not in expected or index.codes not in list_codes(index.kind):
         raise ValueError(f"an index {index.kind!r} with codes {index.codes!r} and files {listed}")
     score = manifest.score
     if score is not None and (

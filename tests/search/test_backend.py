@@ -1,0 +1,95 @@
+"""The kinds of search index, and the choice among them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.search.test_search_contract import Rows
+from tracin_ann.errors import UsageError
+from tracin_ann.search.backend import choose_index, estimate_bytes, expect_index
+from tracin_ann.search.diagnosis import Diagnosis, diagnose
+from tracin_ann.types import Float32
+
+CLUSTERED = Diagnosis(directions=20.0, energy=0.9, bounded_share=0.5)
+
+
+def choose(requested: str, n_rows: int, dim: int = 768, found: Diagnosis = CLUSTERED) -> list[str]:
+    return [choice.kind for choice in choose_index(requested, n_rows, dim, lambda: found)]
+
+
+def refuse() -> Diagnosis:
+    raise AssertionError("the choice does not depend on the rows")
+
+
+def test_few_rows_are_scanned() -> None:
+    (choice,) = choose_index("auto", 1400, 3072, refuse)
+    assert (choice.kind, choice.reason) == (
+        "flat",
+        "exact scan: 1,400 rows of 3,072 numbers (17 MB); search indexes are used from 100,000 rows on",
+    )
+    assert choose("auto", 99_999) == ["flat"]
+
+
+def test_a_requested_kind_is_built() -> None:
+    (choice,) = choose_index("ivf", 10, 4, refuse)
+    assert (choice.kind, choice.reason) == (
+        "ivf",
+        "inverted lists: 10 rows of 4 numbers (0 MB); requested by --index ivf",
+    )
+    assert choose("flat", 10**6) == ["flat"]
+    with pytest.raises(UsageError, match="'hnsw'"):
+        choose("hnsw", 10)
+
+
+def test_an_estimate_before_the_features_leaves_the_choice_open() -> None:
+    assert [expect_index(kind, 100_000, 768).kind for kind in ("auto", "flat", "ivf")] == ["auto", "flat", "ivf"]
+    assert expect_index("auto", 99_999, 768).kind == "flat"
+    assert estimate_bytes("auto", 99_999, 768, "sq8") == 0
+    assert estimate_bytes("auto", 10**6, 768, "sq8") >= estimate_bytes("ivf", 10**6, 768, "sq8") > 10**8
+
+
+def noise(directions: int, n_rows: int = 3000, dim: int = 400) -> Float32:
+    """Return rows of equal variance in some of the directions."""
+    random = np.random.default_rng(0)
+    rows = np.zeros((n_rows, dim))
+    rows[:, :directions] = random.standard_normal((n_rows, directions))
+    return (rows @ np.linalg.qr(random.standard_normal((dim, dim)))[0]).astype(np.float32)
+
+
+@pytest.mark.parametrize("directions", [1, 5, 50, 400])
+@pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**60])
+def test_the_diagnosis_counts_the_directions_of_noise(directions: int, scale: float) -> None:
+    rows = noise(directions) * np.float32(scale)
+    found = diagnose(Rows(rows), np.arange(len(rows)), seed=0)
+    # The ratio is (E‖x‖²)² / E(x·y)² for independent x and y, which is the number of directions here.
+    assert found.directions == pytest.approx(directions, rel=0.05)
+    assert found.energy == pytest.approx(1.0, abs=1e-5) if directions <= 50 else found.energy < 0.6
+
+
+def test_the_diagnosis_tells_where_bounds_exclude_rows() -> None:
+    few, many = noise(5), noise(400)
+    ids = np.arange(len(few))
+    assert diagnose(Rows(few), ids, seed=0).bounded_share < 0.01
+    assert diagnose(Rows(many), ids, seed=0).bounded_share > 0.9
+
+
+def test_the_share_that_bounds_leave_is_that_of_brute_force() -> None:
+    random = np.random.default_rng(1)
+    rows = np.concatenate([noise(10) * 3, noise(400)], axis=0) * random.exponential(size=(6000, 1)).astype(np.float32)
+    found = diagnose(Rows(rows), np.arange(len(rows)), seed=0)
+    wide = rows.astype(np.float64)
+    leading = np.linalg.svd(wide, full_matrices=False)[2][:128].T
+    near, rest = wide @ leading, np.linalg.norm(wide - wide @ leading @ leading.T, axis=1)
+    shares = []
+    for query in range(0, 6000, 60):
+        others = np.arange(6000) != query
+        scores = wide[others] @ wide[query]
+        bound = near[others] @ near[query] + rest[others] * rest[query]
+        shares.append((bound >= np.sort(scores)[-10]).mean())
+    assert found.bounded_share == pytest.approx(np.mean(shares), rel=0.3)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((50, 8), np.float32), np.ones((1, 8), np.float32)])
+def test_a_diagnosis_of_nothing_is_finite(rows: Float32) -> None:
+    assert diagnose(Rows(rows), np.arange(len(rows)), seed=0) == Diagnosis(1.0, 1.0, 1.0)
