@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,7 @@ from benchmarks.common.results import describe_environment, read_results, write_
 from benchmarks.retrieval.lists import CPU, SIDES, TARGETS, First, read_rows, scan_memory, time_searches
 from benchmarks.retrieval.rivals import RIVALS, is_installed
 from benchmarks.retrieval.stages import set_faiss_threads
-from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
-from tracin_ann.search.rescored import RescoredIndex
+from tracin_ann.search import NAMES, FlatIndex, IndexRequest, build_index, choose_index, diagnose
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES, Manifest
 from tracin_ann.types import Float32, Int64
@@ -35,10 +35,10 @@ from tracin_ann.types import Float32, Int64
 RESULT = "retrieval_families"
 K = 10
 DEPTHS = (10, 100, 1000)
+KINDS = tuple(kind for kind in NAMES if kind != "flat")
 SIZES = (25_000, 50_000, 100_000, 200_000, 400_000, 1_000_000)
 _ENOUGH = 0.985
 """Settings of higher cost are not measured after one with this recall."""
-_SAMPLE = 10_000
 _TIE = 1e-6
 
 
@@ -50,12 +50,6 @@ class Family:
     rows: First
     queries: Float32
     true: Float32 | None
-
-
-KINDS: dict[str, Callable[[First], RescoredIndex]] = {
-    "ivf": lambda rows: IVFIndex.build(rows, IVFParams(), CPU),
-}
-"""How each index kind is built. Its own settings are measured."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +73,11 @@ class Method:
 
 def make_own(name: str, rows: First) -> Method:
     """Build an index kind of the library."""
-    start_s = time.perf_counter()
-    index = KINDS[name](rows)
-    seconds = time.perf_counter() - start_s
+    with tempfile.TemporaryDirectory() as folder:
+        request = IndexRequest(0, "sq8", CPU, Path(folder), ())
+        start_s = time.perf_counter()
+        index = build_index(name, rows, request, lambda done, total: None)
+        seconds = time.perf_counter() - start_s
 
     def search(signed: Float32, k: int, setting: Any) -> tuple[Sequence[Int64], float]:
         top = index.with_settings(setting).search(signed, k)
@@ -180,16 +176,14 @@ def choose_point(points: list[dict[str, Any]], target: float) -> dict[str, Any]:
     return min(sufficient or [max(points, key=lambda p: p["recall"])], key=lambda p: p["scored"])
 
 
-def describe_rows(row_NF: Float32) -> dict[str, float]:
-    """Return the participation ratio of the rows' second moment, and quantiles of their norms over the median."""
-    sample_BF = torch.from_numpy(row_NF[np.linspace(0, len(row_NF) - 1, min(_SAMPLE, len(row_NF))).astype(np.int64)])
-    moment_FF = sample_BF.T @ sample_BF
+def describe_rows(rows: First, row_NF: Float32) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the diagnosis of the rows with quantiles of their norms over the median, and the kinds chosen by it."""
+    diagnosis = diagnose(rows, np.arange(len(rows)), 0)
+    choices = choose_index("auto", len(rows), rows.dim, lambda: diagnosis)
     norm_N = np.linalg.norm(row_NF, axis=1)
     quantiles = np.quantile(norm_N, [0.1, 0.9, 1.0]) / np.median(norm_N)
-    return {
-        "participation": float(moment_FF.trace() ** 2 / moment_FF.square().sum()),
-        **{f"norm_{name}": float(value) for name, value in zip(("p10", "p90", "max"), quantiles, strict=True)},
-    }
+    norms = {f"norm_{name}": float(value) for name, value in zip(("p10", "p90", "max"), quantiles, strict=True)}
+    return dataclasses.asdict(diagnosis) | norms, tuple(choice.kind for choice in choices)
 
 
 def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
@@ -198,9 +192,9 @@ def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
     row_NF, flat = read_rows(rows), FlatIndex(rows, CPU)
     truths = make_truths(family, flat, row_NF)
     result: dict[str, Any] = {"family": family.name, "rows": len(rows), "dim": rows.dim, "queries": len(queries)}
-    result |= {"features": describe_rows(row_NF), "methods": []}
+    result["features"], result["auto"] = describe_rows(rows, row_NF)
     result["exact"] = {side: t.measure_true(lambda q, k: flat.search(q, k).ids) for side, t in truths.items()}
-    depths = (K, DEPTHS[-1])
+    result["methods"], depths = [], (K, DEPTHS[-1])
     searches: dict[str, Callable[[Float32], Any]] = {}
     for k in depths:
         searches[f"scan {k}"] = partial(scan_memory, row_NF, k=k)
@@ -269,7 +263,7 @@ def main() -> None:
     parser.add_argument("families", nargs="+", help="models and the folders of their rows", metavar="NAME=FOLDER")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="numbers of rows; larger ones are ignored")
     parser.add_argument("--queries", type=int, default=1000, help="largest number of queries")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="index kinds to measure")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS, help="index kinds to measure")
     parser.add_argument("--rivals", nargs="*", default=["faiss-ivf", "faiss-hnsw", "lorann", "rabitqlib"])
     parser.add_argument("--rivals-rows", type=int, default=100_000, help="largest number of rows for other libraries")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")

@@ -69,12 +69,14 @@ def families() -> str:
         features = result["features"]
         norms = " / ".join(f"{features[f'norm_{q}']:.2g}" for q in ("p10", "p90", "max"))
         size = f"{result['rows']:,} × {result['dim']:,}"
-        rows.append((name, size, f"{features['participation']:.0f}", norms, *_format_true(result["exact"])))
+        shape = (f"{features['directions']:.0f}", f"{features['energy']:.2f}", f"{features['bounded_share']:.1%}")
+        rows.append((name, size, *shape, norms, *_format_true(result["exact"])))
     scope = (
         "exact scan of stored features, no re-scoring. The last columns are the share of the ten rows of largest / "
         "most negative TracIn score over all parameters among the best 10, 100 and 1,000 rows of the scan: the recall "
-        "after exact re-ranking of as many candidates. Participation ratio: (Σλ)² / Σλ² of the second moment. Norms: "
-        "10th percentile / 90th percentile / largest, over the median."
+        "after exact re-ranking of as many candidates. Directions: (Σλ)² / Σλ² of the second moment. Energy: share in "
+        "the leading 128 directions; the bounds of Cauchy-Schwarz in these leave the next share of the rows. Norms: 10th "
+        "percentile / 90th percentile / largest, over the median."
     )
     return compose(scope, format_table(*rows), *_format_environments(content["results"]))
 
@@ -92,7 +94,7 @@ def families_methods() -> str:
         "setting with the fewest scored rows of a recall@10 of 0.95; if no setting reaches it, that of the highest "
         "recall. The times are those of the exact scan of float32 rows in memory, in ms per query, and the factors by "
         "which others are faster. Rows scored include centroids. Cells with two figures are proponents / opponents. "
-        f"Standard errors of recall are at most {max(_list_errors(content['results'])):.3f}."
+        f"*Automatic* is what a build chooses. Standard errors of recall are at most {max(_list_errors(content['results'])):.3f}."
     )
     return compose(scope, *parts, *_format_environments(content["results"]))
 
@@ -152,12 +154,24 @@ def _format_methods(result: dict[str, Any]) -> Iterator[Row]:
     scan = [f"{1e3 * times['scan 10'][load]:.2f} ms" for load in _LOADS]
     yield ("exact scan, float32 in memory", "1.000", "100%", *scan, f"{4 * result['dim']:,}", "–")
     yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "files", 10), "–", "–")
+    default = _find_default(result)
     for figures in result["methods"]:
+        name = figures["method"] + (", automatic" if figures["method"] == default else "")
         sides = [figures[_TARGET][side] for side in _SIDES]
         scored = " / ".join(f"{side['scored'] / result['rows']:.2%}" for side in sides)
         factors = _format_factors(times, figures["method"], 10)
         size, seconds = f"{figures['bytes_a_row']:,.0f}", f"{figures['build_seconds']:,.0f}"
-        yield (figures["method"], _join((side["recall"] for side in sides), ".3f"), scored, *factors, size, seconds)
+        yield (name, _join((side["recall"] for side in sides), ".3f"), scored, *factors, size, seconds)
+
+
+def _find_default(result: dict[str, Any]) -> str:
+    """Return the kind that a build chooses: the first of its choices that scores at most a tenth of the rows."""
+    found = {figures["method"]: figures[_TARGET] for figures in result["methods"]}
+    for kind in result["auto"]:
+        sides = [found[kind][side] for side in _SIDES] if kind in found else []
+        if sides and all(side["recall"] >= 0.95 and side["scored"] <= 0.1 * result["rows"] for side in sides):
+            return str(kind)
+    return str(result["auto"][-1])
 
 
 def _format_candidates(result: dict[str, Any]) -> Iterator[Row]:
