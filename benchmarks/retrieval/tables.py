@@ -74,9 +74,9 @@ def families() -> str:
     scope = (
         "exact scan of stored features, no re-scoring. The last columns are the share of the ten rows of largest / "
         "most negative TracIn score over all parameters among the best 10, 100 and 1,000 rows of the scan: the recall "
-        "after exact re-ranking of as many candidates. Directions: (Σλ)² / Σλ² of the second moment. Energy: share in "
-        "the leading 128 directions; the bounds of Cauchy-Schwarz in these leave the next share of the rows. Norms: 10th "
-        "percentile / 90th percentile / largest, over the median."
+        "after exact re-ranking of as many candidates. Directions: (Σλ)² / Σλ² of the second moment. Energy: the share "
+        "in the leading 128 directions. Bounds leave: the share of the rows that Cauchy-Schwarz bounds in these do not "
+        "exclude. Norms: 10th percentile / 90th percentile / largest, over the median."
     )
     return compose(scope, format_table(*rows), *_format_environments(content["results"]))
 
@@ -94,7 +94,8 @@ def families_methods() -> str:
         "setting with the fewest scored rows of a recall@10 of 0.95; if no setting reaches it, that of the highest "
         "recall. The times are those of the exact scan of float32 rows in memory, in ms per query, and the factors by "
         "which others are faster. Rows scored include centroids. Cells with two figures are proponents / opponents. "
-        f"*Automatic* is what a build chooses. Standard errors of recall are at most {max(_list_errors(content['results'])):.3f}."
+        "*Automatic* is what a build chooses. Standard errors of recall are at most "
+        f"{max(_list_errors(content['results'])):.3f}."
     )
     return compose(scope, *parts, *_format_environments(content["results"]))
 
