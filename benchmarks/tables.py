@@ -15,7 +15,13 @@ import numpy as np
 from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
-from benchmarks.retrieval.tables import families, families_candidates, families_growth, families_methods
+from benchmarks.retrieval.tables import (
+    families,
+    families_candidates,
+    families_choice,
+    families_growth,
+    families_methods,
+)
 from tracin_ann.store import choose_partition_rows
 
 OUTPUT = "the documents that are named"
@@ -877,6 +883,7 @@ _TABLES = (
         families_methods,
         families_candidates,
         families_growth,
+        families_choice,
         growth,
         calibration,
         cold_start,

@@ -100,6 +100,8 @@ def draw_families(pyplot: Any) -> Any:
         panel.plot(rows, rows, ":", color="grey", label="all rows")
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.set_xticks(rows, labels=[f"{n // 1000}k" for n in rows])
+        panel.set_xticks([], minor=True)
         panel.set_title(name)
         panel.set_xlabel("rows N")
         panel.grid(alpha=0.3, which="both")
