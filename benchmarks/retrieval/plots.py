@@ -11,10 +11,9 @@ import numpy as np
 
 from benchmarks.common.paths import FIGURES, RESULTS
 from benchmarks.common.results import read_results
-from benchmarks.retrieval.tables import fit_growth, group_families
+from benchmarks.retrieval.tables import SIDES, fit_growth, group_families, list_kinds, list_scored
 
 OUTPUT = "docs/figures/retrieval-*.svg"
-SIDES = ("proponents", "opponents")
 # The palette of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
@@ -89,14 +88,12 @@ def draw_families(pyplot: Any) -> Any:
     groups = group_families(read_results("retrieval_families")["results"])
     figure, panels = pyplot.subplots(1, len(groups), figsize=(3.2 * len(groups), 3.4), squeeze=False)
     for panel, (name, results) in zip(panels[0], groups.items(), strict=True):
-        kinds = [figures["method"] for figures in results[-1]["methods"] if not figures["is_rival"]]
         rows = [result["rows"] for result in results]
-        for kind, colour in zip(kinds, COLOURS, strict=False):
-            for side, style in zip(SIDES, ("-o", "--s"), strict=True):
-                found = [next(f for f in result["methods"] if f["method"] == kind) for result in results]
-                scored = [figures["at_0.95"][side]["scored"] for figures in found]
-                growth = f", $N^{{{fit_growth(results, kind, side):.2f}}}$" if len(rows) > 1 else ""
-                panel.plot(rows, scored, style, color=colour, label=f"{kind}, {side}{growth}", markersize=3)
+        for kind, colour in zip(list_kinds(results), COLOURS, strict=False):
+            sizes, scored = zip(*list_scored(results, kind), strict=True)
+            for side, style, values in zip(SIDES, ("-o", "--s"), zip(*scored, strict=True), strict=True):
+                growth = f", $N^{{{fit_growth(sizes, values):.2f}}}$" if len(sizes) > 1 else ""
+                panel.plot(sizes, values, style, color=colour, label=f"{kind}, {side}{growth}", markersize=3)
         panel.plot(rows, rows, ":", color="grey", label="all rows")
         panel.set_xscale("log")
         panel.set_yscale("log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from benchmarks.common.markdown import Row, compose, format_environment, format_
 from benchmarks.common.results import read_results
 
 Results = list[dict[str, Any]]
-_SIDES = ("proponents", "opponents")
+SIDES = ("proponents", "opponents")
 _RECALL = 0.95
 _TARGET = f"at_{_RECALL}"
 _LOADS = ("single", "batch")
@@ -28,7 +28,7 @@ def _join(values: Iterable[float], form: str) -> str:
 
 def _format_true(sides: dict[str, Any]) -> Row:
     """Return the shares of the true ten at each depth, or dashes if true scores were not computed."""
-    shares = [sides[side] for side in _SIDES]
+    shares = [sides[side] for side in SIDES]
     if None in shares:
         return ("–",) * len(_TRUE)
     return tuple(_join(pair, ".3f") for pair in zip(*shares, strict=True))
@@ -42,30 +42,30 @@ def group_families(results: Results) -> dict[str, Results]:
     return groups
 
 
-def fit_growth(results: Results, method: str, side: str) -> float:
-    """Return the exponent of N of the rows that a method scores at a recall of 0.95."""
-    points = [
-        (result["rows"], figures[_TARGET][side]["scored"])
+def list_kinds(results: Results) -> list[str]:
+    """Return the index kinds of the library that were measured."""
+    return list(dict.fromkeys(f["method"] for result in results for f in result["methods"] if not f["is_rival"]))
+
+
+def list_scored(results: Results, kind: str) -> list[tuple[int, tuple[float, float]]]:
+    """Return the numbers of rows, and the rows scored at a recall of 0.95 for proponents and opponents."""
+    return [
+        (result["rows"], tuple(figures[_TARGET][side]["scored"] for side in SIDES))
         for result in results
         for figures in result["methods"]
-        if figures["method"] == method
+        if figures["method"] == kind
     ]
-    rows, scored = np.log(np.array(points)).T
-    return float(np.polyfit(rows, scored, 1)[0])
+
+
+def fit_growth(rows: Sequence[int], scored: Sequence[float]) -> float:
+    """Return the exponent of N of the scored rows."""
+    return float(np.polyfit(np.log(rows), np.log(scored), 1)[0])
 
 
 def families() -> str:
     """Return the kind of features of each model, and the true recall of an exact scan of them."""
     content = read_results("retrieval_families")
-    rows: list[Row] = [
-        (
-            "model",
-            "rows × dimensions",
-            "participation ratio",
-            "norms",
-            *(f"true ten in {n}" for n in (10, 100, "1,000")),
-        )
-    ]
+    rows: list[Row] = [("model", "rows × dimensions", "directions", "energy", "bounds leave", "norms", *_TRUE)]
     for name, results in group_families(content["results"]).items():
         covered = [result for result in results if None not in result["exact"].values()]
         result = (covered or results)[-1]
@@ -123,13 +123,13 @@ def families_growth() -> str:
     content = read_results("retrieval_families")
     rows: list[Row] = [("model", "index", "rows", "scored, smallest", "scored, largest", "growth")]
     for name, results in group_families(content["results"]).items():
-        ends = results[0], results[-1]
-        for kind in (figures["method"] for figures in ends[-1]["methods"] if not figures["is_rival"]):
-            found = [next(f for f in end["methods"] if f["method"] == kind)[_TARGET] for end in ends]
-            scored = (_join((sides[side]["scored"] for side in _SIDES), ",.0f") for sides in found)
-            growth = " / ".join(f"N^{fit_growth(results, kind, side):.2f}" for side in _SIDES)
-            sizes = " to ".join(f"{end['rows']:,}" for end in ends)
-            rows.append((name, kind, sizes, *scored, growth if len(results) > 1 else "–"))
+        for kind in list_kinds(results):
+            sizes, scored = zip(*list_scored(results, kind), strict=True)
+            growth = "–"
+            if len(sizes) > 1:
+                growth = " / ".join(f"N^{fit_growth(sizes, side):.2f}" for side in zip(*scored, strict=True))
+            ends = (_join(scored[end], ",.0f") for end in (0, -1))
+            rows.append((name, kind, f"{sizes[0]:,} to {sizes[-1]:,}", *ends, growth))
     scope = (
         "rows and centroids that a query scores at a recall@10 of 0.95 of the stored ranking, proponents / opponents, "
         "and fitted exponents of the number of rows."
@@ -146,7 +146,7 @@ def families_choice() -> str:
             chosen, kinds = _find_default(result), _list_sufficient(result)
             cells: list[str] = []
             for load in _LOADS:
-                seconds = {kind: result["times"][f"{_TIMED.get(kind, kind)} 10"][load] for kind in {chosen, *kinds}}
+                seconds = {kind: result["times"][f"{kind} 10"][load] for kind in {chosen, *kinds}}
                 best = min(kinds, key=lambda kind, seconds=seconds: seconds[kind])
                 cells += [f"× {seconds[chosen] / seconds[best]:.2f}", best]
             rows.append((name, f"{result['rows']:,}", chosen, *cells))
@@ -157,23 +157,31 @@ def families_choice() -> str:
     return compose(scope, format_table(*rows), *_format_environments(content["results"]))
 
 
-_TIMED = {"flat": "files"}
-
-
 def _list_sufficient(result: dict[str, Any]) -> list[str]:
     """Return the kinds of the library that reach a recall of 0.95 in both directions."""
     kinds = ["flat"]
     for figures in result["methods"]:
-        if not figures["is_rival"] and all(figures[_TARGET][side]["recall"] >= _RECALL for side in _SIDES):
+        if not figures["is_rival"] and all(figures[_TARGET][side]["recall"] >= _RECALL for side in SIDES):
             kinds.append(figures["method"])
     return kinds
+
+
+def _find_default(result: dict[str, Any]) -> str:
+    """Return the kind that a build chooses: the first of its choices that scores at most a tenth of the rows."""
+    largest = _EFFICIENT_SHARE * result["rows"]
+    efficient = {
+        figures["method"]
+        for figures in result["methods"]
+        if all(figures[_TARGET][side]["scored"] <= largest for side in SIDES)
+    } & set(_list_sufficient(result))
+    return str(next((kind for kind in result["auto"] if kind in efficient), result["auto"][-1]))
 
 
 def _list_errors(results: Results) -> Iterator[float]:
     """Yield the standard errors of all recalls of the chosen settings."""
     for result in results:
         for figures in result["methods"]:
-            yield from (figures[_TARGET][side]["error"] for side in _SIDES)
+            yield from (figures[_TARGET][side]["error"] for side in SIDES)
 
 
 def _choose_sizes(results: Results) -> Iterator[dict[str, Any]]:
@@ -189,28 +197,15 @@ def _format_methods(result: dict[str, Any]) -> Iterator[Row]:
     yield ("index", "recall@10", "scored", "one query", "batch", "bytes/row", "build, s")
     scan = [f"{1e3 * times['scan 10'][load]:.2f} ms" for load in _LOADS]
     yield ("exact scan, float32 in memory", "1.000", "100%", *scan, f"{4 * result['dim']:,}", "–")
-    yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "files", 10), "–", "–")
+    yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "flat", 10), "–", "–")
     default = _find_default(result)
     for figures in result["methods"]:
         name = figures["method"] + (", automatic" if figures["method"] == default else "")
-        sides = [figures[_TARGET][side] for side in _SIDES]
+        sides = [figures[_TARGET][side] for side in SIDES]
         scored = " / ".join(f"{side['scored'] / result['rows']:.2%}" for side in sides)
         factors = _format_factors(times, figures["method"], 10)
         size, seconds = f"{figures['bytes_a_row']:,.0f}", f"{figures['build_seconds']:,.0f}"
         yield (name, _join((side["recall"] for side in sides), ".3f"), scored, *factors, size, seconds)
-
-
-def _find_default(result: dict[str, Any]) -> str:
-    """Return the kind that a build chooses: the first of its choices that scores at most a tenth of the rows."""
-    found = {figures["method"]: figures[_TARGET] for figures in result["methods"]}
-    sufficient = [
-        kind
-        for kind in result["auto"]
-        if kind in found
-        and kind in _list_sufficient(result)
-        and all(found[kind][side]["scored"] <= _EFFICIENT_SHARE * result["rows"] for side in _SIDES)
-    ]
-    return str([*sufficient, result["auto"][-1]][0])
 
 
 def _format_candidates(result: dict[str, Any]) -> Iterator[Row]:
@@ -220,7 +215,7 @@ def _format_candidates(result: dict[str, Any]) -> Iterator[Row]:
     scan = (f"{1e3 * times['scan 1000'][load]:.2f} ms" for load in _LOADS)
     yield ("exact scan, float32 in memory", *_format_true(result["exact"]), *scan)
     for figures in result["methods"]:
-        sides = {side: figures[_TARGET][side]["true"] for side in _SIDES}
+        sides = {side: figures[_TARGET][side]["true"] for side in SIDES}
         yield (figures["method"], *_format_true(sides), *_format_factors(times, figures["method"], 1000))
 
 
