@@ -46,11 +46,14 @@ from tracin_ann.features import (
     write_canaries,
 )
 from tracin_ann.scoring import (
+    PILOT_DIM,
+    DimChoice,
     QualityMeasurement,
     SearchIndexOptions,
     build_search_index,
     find_curvature,
     open_score_maker,
+    run_pilot,
 )
 from tracin_ann.search import is_flat
 from tracin_ann.sketch import make_sketch
@@ -97,6 +100,7 @@ class BuildReport:
         notes: one line for each checkpoint file that is not a plain state_dict: how it was read.
         uneven: audit of the batch with the most uneven example sizes that this run computed, if any; the manifest holds
             the audit of other rows.
+        dim_choice: the choice of D, if this run made it.
     """
 
     manifest: Manifest
@@ -105,6 +109,7 @@ class BuildReport:
     skipped: SkippedRows
     notes: tuple[str, ...] = ()
     uneven: AuditRecord | None = None
+    dim_choice: DimChoice | None = None
 
 
 def build(
@@ -165,6 +170,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     """
     began_s = perf_counter()
     progress = progress or ignore_progress
+    dim_choice = job.choose_dim(progress)
     with job.runner.model() as model:
         start = job.prepare(model)
         store = FeatureStore(job.out / FEATURES, start.record.layout)
@@ -204,7 +210,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)
-    return job.report(manifest, extracted.rows, began_s, audits.uneven)
+    return job.report(manifest, extracted.rows, began_s, audits.uneven, dim_choice)
 
 
 class BuildJob:
@@ -213,7 +219,8 @@ class BuildJob:
     def __init__(self, task: Task, out: Path, config: BuildConfig, reference: TaskReference) -> None:
         self.out, self.config, self.reference = out, config, reference
         self.device = resolve_device(config.device)
-        self.sketch = make_sketch(config.sketch, config.dim)
+        # Raises an error at once if the sketch or its dimension is not known.
+        make_sketch(config.sketch, PILOT_DIM if config.dim == "auto" else config.dim)
         if config.precision == "bf16":
             require_native_bf16(self.device)
         options = RunOptions(
@@ -226,6 +233,34 @@ class BuildJob:
         )
         self.runner = TaskRunner(task, options, reference)
         self._load_seconds = 0.0
+
+    def choose_dim(self, progress: ProgressCallback) -> DimChoice | None:
+        """Set D if it is to be chosen: that of the existing index, or for a new one by a pilot; return its result.
+
+        Raises:
+            UsageError: no D is within the limits.
+            TaskError: the task breaks the contract.
+        """
+        if self.config.dim != "auto":
+            return None
+        last_build = read_last_build(self.out, read_current(self.out))
+        if last_build is not None:
+            self.config = replace(self.config, dim=last_build.spec.sketch.dim)
+            return None
+        runner = self.runner
+        runner.data("query")
+        runner.options = replace(runner.options, on_nonfinite=self.config.choose_nonfinite_policy(None, str(self.out)))
+        with runner.model() as model:
+            rank_one = self.examine(model)
+        pilot = run_pilot(runner, replace(self.config, dim=PILOT_DIM).features(rank_one), progress)
+        n_rows = runner.n_rows("train")
+        partition_rows = self.config.agree_on_partitions(None, n_rows)
+        shape = self.config.shape(n_rows, len(runner.task.checkpoints), partition_rows)
+        choice = pilot.choose(self.config.dim_target, shape)
+        self.config = replace(self.config, dim=choice.chosen.dim)
+        log = logger.info if choice.is_reached else logger.warning
+        log("sketch dimension: %s", choice.summary)
+        return choice
 
     def prepare(self, model: LoadedModel) -> BuildStart:
         """Return the record of this build, and the state of the directory.
@@ -272,14 +307,14 @@ class BuildJob:
 
     def _record(self, model: LoadedModel, rank_one: frozenset[str], partition_rows: int | None) -> BuildRecord:
         """Return what this build produces, given the parameters and the partitions of the existing index, if any."""
-        train = self.runner.data("train")
+        train, sketch = self.runner.data("train"), self.config.make_sketch()
         spec = FeatureSpec(
             model=model_digest(model.module),
             train_rows=len(train),
             train_data="random" if self.config.allow_random_data else self.runner.data_digest(len(train)),
             parameters=parameter_specs(model.parameters, rank_one),
             checkpoints=checkpoint_specs(self.runner.task, model.rates, model.digest_moments),
-            sketch=SketchSpec(self.sketch.name, self.sketch.version, self.sketch.dim, self.config.seed),
+            sketch=SketchSpec(sketch.name, sketch.version, sketch.dim, self.config.seed),
             dtype=self.config.dtype,
             norms=self.config.norms,
             precision=self.config.precision,
@@ -437,10 +472,15 @@ class BuildJob:
         return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
 
     def report(
-        self, manifest: Manifest, rows_extracted: int, began_s: float, uneven: AuditRecord | None = None
+        self,
+        manifest: Manifest,
+        rows_extracted: int,
+        began_s: float,
+        uneven: AuditRecord | None = None,
+        dim_choice: DimChoice | None = None,
     ) -> BuildReport:
         """Return the result of a build that began at `began_s`."""
         skipped = read_skipped_rows(self.out, manifest)
         return BuildReport(
-            manifest, rows_extracted, perf_counter() - began_s, skipped, self.runner.loader.notes, uneven
+            manifest, rows_extracted, perf_counter() - began_s, skipped, self.runner.loader.notes, uneven, dim_choice
         )

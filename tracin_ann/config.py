@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tracin_ann.choices import (
     INDEX_KINDS,
@@ -20,8 +21,9 @@ from tracin_ann.choices import (
 )
 from tracin_ann.errors import IndexMismatchError, UsageError, problem
 from tracin_ann.features import FeatureOptions
+from tracin_ann.scoring import DimTarget, IndexShape
 from tracin_ann.search import CODES, Codes
-from tracin_ann.sketch import make_sketch
+from tracin_ann.sketch import Sketch, make_sketch
 from tracin_ann.store import BuildRecord, Dtype, choose_partition_rows
 
 _DTYPES = ("float16", "float32")
@@ -32,14 +34,16 @@ class BuildConfig:
     """The options of a build.
 
     Attributes:
-        dim: D, sketch dimensions a checkpoint.
+        dim: D, sketch dimensions a checkpoint. `auto`: that of the existing index; for a new one, the smallest of 64,
+            128, ..., 8192 with which the expected recall of the true top ten reaches `target_true_recall`.
         sketch: `factored`, `kronecker`, `dense` or `dense-gaussian`.
         seed: of the sketch's random numbers.
         index: the search index: one of `INDEX_KINDS`; `auto` chooses by a diagnosis of the features.
         batch_size: examples per forward pass; None: chosen by a rule from the model, the rows and the device.
         memory_format: of images, `contiguous` or `channels-last`; `auto`: chosen by a rule.
         memory_bytes: limit for a batch whose size the rule chooses, and for rows that are read ahead; None: the rule's
-            own limit, and half of the free memory.
+            own limit, and half of the free memory. With `dim="auto"` also a limit for the rows of a partition, and for
+            building the search index.
         workers: processes that read and collate rows ahead.
         precision: of forward and backward, `fp32` or `bf16`; sketches are summed in float32.
         preconditioner: weights of the entries of gradients from Adam's second moments (`Checkpoint.second_moments`):
@@ -59,9 +63,12 @@ class BuildConfig:
         append: extend a finished index by new rows at the end of train_data.
         add_checkpoint: extend a finished index by new checkpoints at the end of Task.checkpoints.
         rebuild_index: rebuild the search index of a finished index, without the removed rows.
+        target_true_recall: for `dim="auto"`: the share of the true top ten, of proponents and of opponents,
+        candidates: among this many first rows of the stored ranking.
+        disk_bytes: for `dim="auto"`: the largest size of the index on disk; None: any.
     """
 
-    dim: int = 1024
+    dim: int | Literal["auto"] = 1024
     sketch: str = "factored"
     seed: int = 0
     index: str = "auto"
@@ -83,6 +90,9 @@ class BuildConfig:
     append: bool = False
     add_checkpoint: bool = False
     rebuild_index: bool = False
+    target_true_recall: float = 0.95
+    candidates: int = 1000
+    disk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Check every option.
@@ -106,12 +116,31 @@ class BuildConfig:
                 raise UsageError(
                     problem(f"bad {option}", got=repr(value), expected=expected, remedy=f"change {option}")
                 )
-        if not 0 < self.target_recall < 1:
-            expected = "over 0, under 1"
+        for option, share in (
+            ("--target-recall", self.target_recall),
+            ("--target-true-recall", self.target_true_recall),
+        ):
+            if not 0 < share < 1:
+                expected = "over 0, under 1"
+                raise UsageError(problem(f"bad {option}", got=share, expected=expected, remedy="change it"))
+        if isinstance(self.dim, str) and self.dim != "auto":
+            expected = "a number or auto"
+            raise UsageError(problem("bad --dim", got=repr(self.dim), expected=expected, remedy="change --dim"))
+        if self.dim == "auto" and self.allow_random_data:
             raise UsageError(
-                problem("bad --target-recall", got=self.target_recall, expected=expected, remedy="change it")
+                problem(
+                    "--dim auto scores training rows twice",
+                    got="--allow-random-data",
+                    expected="rows that are the same each time",
+                    remedy="set --dim to a number",
+                )
             )
-        for name, number in (("partition_rows", self.partition_rows), ("--memory", self.memory_bytes)):
+        for name, number in (
+            ("partition_rows", self.partition_rows),
+            ("--memory", self.memory_bytes),
+            ("--disk", self.disk_bytes),
+            ("--candidates", self.candidates),
+        ):
             if number is not None and number < 1:
                 raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
 
@@ -160,4 +189,18 @@ class BuildConfig:
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:
         """Return how gradients become feature rows, given the parameters whose gradients are outer products."""
-        return FeatureOptions(make_sketch(self.sketch, self.dim), self.seed, rank_one, self.norms)
+        return FeatureOptions(self.make_sketch(), self.seed, rank_one, self.norms)
+
+    def make_sketch(self) -> Sketch:
+        """Return the sketch; D has been chosen."""
+        assert self.dim != "auto"
+        return make_sketch(self.sketch, self.dim)
+
+    @property
+    def dim_target(self) -> DimTarget:
+        """Return what D is chosen for."""
+        return DimTarget(self.target_true_recall, self.candidates, self.disk_bytes, self.memory_bytes)
+
+    def shape(self, n_rows: int, n_checkpoints: int, partition_rows: int) -> IndexShape:
+        """Return what the size of the index follows from, besides D."""
+        return IndexShape(n_rows, n_checkpoints, partition_rows, self.dtype, self.index, self.codes)

@@ -428,14 +428,13 @@ class InfluenceIndex:
             if request.options.tokens:
                 require_token_losses(self.task, "train")
         rates = [checkpoint.learning_rate for checkpoint in self.manifest.build.spec.checkpoints]
-        fidelity = self.manifest.fidelity
         answers: list[Answer] = []
         for request in requests:
             ranking = Ranker(
                 store=self._store,
                 index=self.search_index,
                 record=self.manifest.index,
-                error_scale=None if fidelity is None else fidelity.error_scale,
+                fidelity=self.manifest.fidelity,
                 rates=rates,
                 runner=self.runner,
                 ids_of=self.ids_of,

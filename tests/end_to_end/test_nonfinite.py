@@ -22,7 +22,7 @@ from tracin_ann.errors import DamagedIndexError, IndexMismatchError, NonFiniteEr
 from tracin_ann.features import IndexTask, RunOptions
 from tracin_ann.features.canaries import read_generation_canaries
 from tracin_ann.operations.removal import remove
-from tracin_ann.scoring import quality
+from tracin_ann.scoring.exact import ExactScorer
 from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.store.columns import RowFilter
 from tracin_ann.store.generations import generation_folder
@@ -160,17 +160,17 @@ def test_canaries_calibration_and_fidelity_exclude_skipped_rows(built, monkeypat
     assert not set(train.ids_N.tolist()) & set(skipped) and len(train.ids_N) and query.ids_N.tolist() == [0, 2, 4, 6]
     scored, asked = [], []
 
-    exactly, take = quality.exact_scores, FeatureView.take
+    exactly, take = ExactScorer.scores, FeatureView.take
 
-    def seen(runner, queries, rows, *rest):
+    def seen(scorer, rows, *rest):
         scored.extend(rows)
-        return exactly(runner, queries, rows, *rest)
+        return exactly(scorer, rows, *rest)
 
     def taken(self, ids):
         asked.append(np.asarray(ids).tolist())
         return take(self, ids)
 
-    monkeypatch.setattr("tracin_ann.scoring.quality.exact_scores", seen)
+    monkeypatch.setattr(ExactScorer, "scores", seen)
     monkeypatch.setattr("tracin_ann.store.FeatureView.take", taken)
     manifest = build(index.task, tmp_path / "again", replace(SKIP, index=index.manifest.index.kind)).manifest
     assert len(scored) > 200 and not set(scored) & set(skipped)
@@ -194,7 +194,7 @@ def test_bad_rows_of_query_data_are_excluded_from_canaries_and_quality_measureme
     assert all(query[row][2] == FINE for row in canaries.ids_N)
     fine = sum(row[2] == FINE for row in query)
     assert manifest.index.calibration.queries == 100 and manifest.index.calibration.train_queries == 100 - fine
-    assert 1 <= manifest.fidelity.queries <= 8
+    assert 1 <= manifest.fidelity.queries <= 16
     index = InfluenceIndex.open(tmp_path / "out", task, device="cpu")
     assert index.query([3])[0].proponents
     for row, checkpoint, what in ((4, 0, "gradient"), (1, 1, "loss")):
@@ -233,7 +233,8 @@ def test_the_commands_report_which_rows_were_skipped(tmp_path):
     assert named.replace("skipped: ", "skipped:    ") in output.stdout
     query = [str(tmp_path / "out"), *words[:2]]
     result = CliRunner().invoke(query_command, [*query, "--ids", "0-1", "-k", "2", "--format", "jsonl"])
-    assert "exact scan of the stored rows; 9 rows skipped by the build: not finite" in result.stderr
+    assert "search:  exact scan of the stored rows; expected true recall@10: " in result.stderr
+    assert " for opponents; 9 rows skipped by the build: not finite" in result.stderr
     assert len([json.loads(line) for line in result.stdout.splitlines()]) == 2
     own = CliRunner().invoke(query_command, [*query, "--self-influence", "-k", "2"])
     assert own.exit_code == 0 and "skipped: 9 rows, not finite" in own.stderr

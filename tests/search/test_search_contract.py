@@ -9,6 +9,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, search_both
 from tracin_ann.search.clustering import stratified_ids, survey
+from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
+from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import Float32, Int64, RowSource
 
@@ -64,10 +67,28 @@ def reloaded_ivf(source: RowSource, device: torch.device) -> SearchIndex:
         return IVFIndex.load(Path(directory), source, device).with_settings(Setting(10**9, 10**9, 0.1))
 
 
+class AllCandidates(CodedScan):
+    """An index that never scans the rows: all codes are candidates."""
+
+    def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:
+        return False
+
+
+def codes(source: RowSource, device: torch.device) -> SearchIndex:
+    return AllCandidates.build(source, CodedScanParams(), device).with_settings(Setting(10**9))
+
+
+def reloaded_codes(source: RowSource, device: torch.device) -> SearchIndex:
+    """Return an index with codes of fewer dimensions than the rows."""
+    with tempfile.TemporaryDirectory() as directory:
+        AllCandidates.build(source, CodedScanParams(width=9), device).save(Path(directory))
+        return AllCandidates.load(Path(directory), source, device).with_settings(Setting(10**9))
+
+
 Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
-@pytest.fixture(params=[flat, ivf, reloaded_ivf], ids=lambda backend: backend.__name__)
+@pytest.fixture(params=[flat, ivf, reloaded_ivf, codes, reloaded_codes], ids=lambda backend: backend.__name__)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
@@ -156,7 +177,7 @@ def test_no_rows_give_no_results() -> None:
 
 def test_an_index_reports_its_kind_dimension_and_length(backend: Backend, device: torch.device) -> None:
     index = backend(Rows(integers(50, 13)), device)
-    assert (index.kind, index.dim, len(index)) == ("flat" if backend is flat else "ivf", DIM, 50)
+    assert (index.kind, index.dim, len(index)) == (backend.__name__.removeprefix("reloaded_"), DIM, 50)
 
 
 def test_a_second_search_gives_the_same_results(backend: Backend, device: torch.device) -> None:
@@ -229,22 +250,47 @@ HARMS: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
+def build_ivf(source: RowSource) -> RescoredIndex:
+    return IVFIndex.build(source, IVFParams(), CPU)
+
+
+def build_codes(source: RowSource) -> RescoredIndex:
+    return CodedScan.build(source, CodedScanParams(), CPU)
+
+
+CODED: dict[type[RescoredIndex], Callable[[RowSource], RescoredIndex]] = {IVFIndex: build_ivf, CodedScan: build_codes}
+FILES = [(kind, name) for kind in CODED for name in kind.FILES]
+Saved = Callable[[type[RescoredIndex]], tuple[Rows, dict[str, bytes]]]
+
+
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, dict[str, bytes]]:
-    """Return rows that the index reduces, one of them an outlier, and the files of the index."""
-    rows = normal(600, 17, 300)
-    rows[3] *= np.float32(1e7)
-    folder = tmp_path_factory.mktemp("wide")
-    IVFIndex.build(Rows(rows), IVFParams(), CPU).save(folder)
-    return Rows(rows), {name: (folder / name).read_bytes() for name in IVFIndex.FILES}
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Return rows that an index reduces, one of them an outlier, and the files of the index, by class."""
+
+    @cache
+    def save(kind: type[RescoredIndex]) -> tuple[Rows, dict[str, bytes]]:
+        rows = normal(600, 17, 300)
+        rows[3] *= np.float32(1e7)
+        folder = tmp_path_factory.mktemp(kind.kind)
+        CODED[kind](Rows(rows)).save(folder)
+        return Rows(rows), {name: (folder / name).read_bytes() for name in kind.FILES}
+
+    return save
 
 
-def assert_refused(folder: Path, source: Rows, files: Mapping[str, bytes | None]) -> None:
+@pytest.fixture
+def wide(saved: Saved) -> tuple[Rows, dict[str, bytes]]:
+    return saved(IVFIndex)
+
+
+def assert_refused(
+    folder: Path, source: Rows, files: Mapping[str, bytes | None], kind: type[RescoredIndex] = IVFIndex
+) -> None:
     for name, content in files.items():
         if content is not None:
             (folder / name).write_bytes(content)
     with pytest.raises(DamagedIndexError, match="rebuild the index"):
-        IVFIndex.load(folder, source, CPU)
+        kind.load(folder, source, CPU)
 
 
 def npz(content: bytes, **other: object) -> bytes:
@@ -253,15 +299,16 @@ def npz(content: bytes, **other: object) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize("dim", [DIM, 300])
-def test_a_saved_index_gives_the_same_results(tmp_path: Path, dim: int) -> None:
+def test_a_saved_index_gives_the_same_results(tmp_path: Path, kind: type[RescoredIndex], dim: int) -> None:
     rows = normal(600, 17, dim)
     rows[3] *= np.float32(1e7)
     source = Rows(rows)
-    index = IVFIndex.build(source, IVFParams(), CPU)
+    index = CODED[kind](source)
     index.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(IVFIndex.FILES)
-    loaded, queries = IVFIndex.load(tmp_path, source, CPU), normal(10, 18, source.dim)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kind.FILES)
+    loaded, queries = kind.load(tmp_path, source, CPU), normal(10, 18, source.dim)
     assert loaded.params == index.params
     setting = Setting(200, 200, 0.3)
     pairs = zip(
@@ -274,55 +321,70 @@ def test_a_saved_index_gives_the_same_results(tmp_path: Path, dim: int) -> None:
         assert before.rows_scored.tolist() == after.rows_scored.tolist()
 
 
-@pytest.mark.parametrize("name", IVFIndex.FILES)
+@pytest.mark.parametrize(("kind", "name"), FILES)
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_file_is_rejected(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str, harm: str) -> None:
-    source, files = wide
-    assert_refused(tmp_path, source, files | {name: HARMS[harm](files[name])})
+def test_a_damaged_file_is_rejected(
+    tmp_path: Path, saved: Saved, kind: type[RescoredIndex], name: str, harm: str
+) -> None:
+    source, files = saved(kind)
+    assert_refused(tmp_path, source, files | {name: HARMS[harm](files[name])}, kind)
 
 
-@pytest.mark.parametrize("name", IVFIndex.FILES)
-def test_a_file_of_other_rows_is_rejected(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], name: str) -> None:
-    source, files = wide
-    IVFIndex.build(Rows(normal(700, 30, 300)), IVFParams(), CPU).save(tmp_path)
-    assert_refused(tmp_path, source, {other: files[other] for other in IVFIndex.FILES if other != name})
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_a_file_of_other_rows_is_rejected(tmp_path: Path, saved: Saved, kind: type[RescoredIndex], name: str) -> None:
+    source, files = saved(kind)
+    CODED[kind](Rows(normal(700, 30, 300))).save(tmp_path)
+    assert_refused(tmp_path, source, {other: files[other] for other in kind.FILES if other != name}, kind)
 
 
+@pytest.mark.parametrize("kind", CODED)
 @pytest.mark.parametrize(("n", "dim"), [(599, 300), (600, 299), (600, 301)])
 def test_rows_of_another_shape_are_rejected(
-    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], n: int, dim: int
+    tmp_path: Path, saved: Saved, kind: type[RescoredIndex], n: int, dim: int
 ) -> None:
-    assert_refused(tmp_path, Rows(normal(n, 17, dim)), wide[1])
+    assert_refused(tmp_path, Rows(normal(n, 17, dim)), saved(kind)[1], kind)
+
+
+ARRAYS = [
+    *((IVFIndex, name) for name in ("basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "radius_L")),
+    (IVFIndex, "size_L"),
+    *((CodedScan, name) for name in ("basis_FR", "outliers", "size_C", "factor_N")),
+]
 
 
 @pytest.mark.parametrize("change", ["shorter", "narrower", "deeper", "objects"])
-@pytest.mark.parametrize(
-    "array", ["basis_FR", "outliers", "group_GR", "parent_L", "group_radius_G", "radius_L", "size_L"]
-)
+@pytest.mark.parametrize(("kind", "array"), ARRAYS)
 def test_an_altered_array_is_rejected(
-    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], array: str, change: str
+    tmp_path: Path, saved: Saved, kind: type[RescoredIndex], array: str, change: str
 ) -> None:
-    source, files = wide
-    original = np.load(io.BytesIO(files["ivf.npz"]))[array]
+    source, files = saved(kind)
+    (name,) = (name for name in files if name.endswith(".npz"))
+    original = np.load(io.BytesIO(files[name]))[array]
     altered = {
         "shorter": original[:-1],
         "narrower": original[..., :-1],
         "deeper": original[..., None],
         "objects": original.astype(object),
     }[change]
-    assert_refused(tmp_path, source, files | {"ivf.npz": npz(files["ivf.npz"], **{array: altered})})
+    assert_refused(tmp_path, source, files | {name: npz(files[name], **{array: altered})}, kind)
 
 
-@pytest.mark.parametrize(
-    "change", [{"version": 1}, {"version": 99}, {"caption": "lists"}, {"rows": 599}, {"quiet_rows": 1}, {"more": 1}]
-    + [{"quiet_rows": "0"}, {"quiet_rows": None}, {"quiet_norm": "0"}, {"params": {"codes": "pq"}}],
-)  # fmt: skip
+CHANGES: list[dict[str, object]] = [
+    *({"version": version} for version in (0, 99)),
+    *({"caption": "lists"}, {"rows": 599}, {"quiet_rows": 1}, {"more": 1}),
+    *({"quiet_rows": "0"}, {"quiet_rows": None}, {"quiet_norm": "0"}, {"params": {"codes": "pq"}}),
+]
+
+
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_altered_header_is_rejected(
-    tmp_path: Path, wide: tuple[Rows, dict[str, bytes]], change: dict[str, object]
+    tmp_path: Path, saved: Saved, kind: type[RescoredIndex], change: dict[str, object]
 ) -> None:
-    source, files = wide
-    caption = json.dumps(json.loads(files["ivf.json"]) | change).encode()
-    assert_refused(tmp_path, source, files | {"ivf.json": caption})
+    source, files = saved(kind)
+    (name,) = (name for name in files if name.endswith(".json"))
+    caption = json.dumps(json.loads(files[name]) | change).encode()
+    assert_refused(tmp_path, source, files | {name: caption}, kind)
 
 
 def test_faiss_files_of_another_kind_are_rejected(tmp_path: Path, wide: tuple[Rows, dict[str, bytes]]) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tracin_ann.choices import INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
-from tracin_ann.cli.command import command, complete_directories, complete_files, device_option
+from tracin_ann.cli.command import command, complete_directories, complete_files, device_option, find_given_options
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
-from tracin_ann.cli.parameters import MemorySize, parse_arguments
+from tracin_ann.cli.parameters import Dimension, MemorySize, parse_arguments
+from tracin_ann.errors import UsageError, problem
 from tracin_ann.text import format_duration, format_size
 
 if TYPE_CHECKING:
     from tracin_ann.build import BuildReport
     from tracin_ann.config import BuildConfig
     from tracin_ann.operations import BuildPlan
+    from tracin_ann.scoring import DimChoice
     from tracin_ann.store import Manifest
 
 _MAX_SHOWN = 12
@@ -65,7 +68,31 @@ _MAX_SHOWN = 12
     metavar="KEY=VALUE",
     help="Argument of the task function, or option of the run such as rates=sum or text=sentence; repeatable.",
 )
-@click.option("--dim", default=1024, show_default=True, type=click.IntRange(1), help="Sketch dimension per checkpoint.")
+@click.option(
+    "--dim",
+    default=1024,
+    show_default=True,
+    type=Dimension(1),
+    metavar="N|auto",
+    help="Sketch dimension per checkpoint; auto chooses the smallest sufficient one by a pilot of some rows.",
+)
+@click.option(
+    "--target-true-recall",
+    default=0.95,
+    show_default=True,
+    type=float,
+    help="With --dim auto: recall@10 of true TracIn scores, in both directions, among the --candidates.",
+)
+@click.option(
+    "--candidates",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="With --dim auto: rows that queries will re-score exactly in each direction.",
+)
+@click.option(
+    "--disk", "disk_bytes", type=MemorySize(), help="With --dim auto: limit for the index on disk, such as 20GB."
+)
 @click.option(
     "--sketch",
     default="factored",
@@ -112,7 +139,7 @@ _MAX_SHOWN = 12
     "--memory",
     "memory_bytes",
     type=MemorySize(),
-    help="Memory for batches, such as 8GB.  [default: 2GB, or what one row needs]",
+    help="Memory for batches, and with --dim auto for rows, such as 8GB.  [default: 2GB, or what one row needs]",
 )
 @click.option(
     "--memory-format",
@@ -182,6 +209,7 @@ def main(out: str, task_args: tuple[str, ...], dry_run: bool, **options: Any) ->
 
     sources = {name: options.pop(name) for name in ("task", "run", "data", "query_data")}
     task, arguments = _choose_task(**sources, arguments=parse_arguments(task_args))
+    _reject_unused_options(options["dim"])
     config = BuildConfig(**options)
     if dry_run:
         _print_plan(plan(task, out, config, arguments=arguments), config)
@@ -191,6 +219,15 @@ def main(out: str, task_args: tuple[str, ...], dry_run: bool, **options: Any) ->
         report = build(task, out, config, arguments=arguments, progress=progress)
     if not is_quiet():
         _print_report(report, out)
+
+
+def _reject_unused_options(dim: object) -> None:
+    """Reject options that were given but have an effect with `--dim auto` only."""
+    unused = {"target_true_recall": "--target-true-recall", "candidates": "--candidates", "disk_bytes": "--disk"}
+    for name in find_given_options() & unused.keys():
+        if dim != "auto":
+            what, expected = f"{unused[name]} is for the choice of the sketch dimension", "--dim auto"
+            raise UsageError(problem(what, got=f"--dim {dim}", expected=expected, remedy="change one of the two"))
 
 
 def _choose_task(
@@ -239,8 +276,28 @@ def _print_plan(plan: BuildPlan, config: BuildConfig) -> None:
             ("index", f"{plan.index_kind}, {plan.index_reason}"),
             *_describe_gradients(plan),
             *_describe_excluded(plan),
+            *([] if plan.dim_choice is None else [("dim", plan.dim_choice.summary)]),
         ]
     )
+    if plan.dim_choice is not None:
+        _print_dims(plan.dim_choice, plan.dim_seconds)
+
+
+def _print_dims(choice: DimChoice, seconds: Sequence[float]) -> None:
+    """Print a table of the recall and the cost of the values of D; * marks the chosen one, - those over the limits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("dim", "proponents", "opponents", "bytes a row", "disk", "time"):
+        table.add_column(name, justify="right")
+    for row, duration in zip(choice.table, seconds, strict=True):
+        mark = "*" if row is choice.chosen else " " if row.is_allowed else "-"
+        table.add_row(
+            *(f"{row.dim} {mark}", f"{row.proponents.mean:.3f}", f"{row.opponents.mean:.3f}"),
+            *(f"{row.size.row_bytes:,}", format_size(row.size.disk_bytes), format_duration(duration)),
+        )
+    Console(highlight=False).print(table)
 
 
 def _describe_gradients(plan: BuildPlan) -> list[tuple[str, str]]:
@@ -281,6 +338,8 @@ def _print_report(report: BuildReport, out: str) -> None:
     print_line(f"{out}: {content}; {_describe_extraction(report)}")
     if len(report.skipped):
         print_line(f"skipped: {format_count(len(report.skipped), 'row')}, not finite ({report.skipped.first_rows})")
+    if report.dim_choice is not None:
+        print_line(f"dim: {report.dim_choice.summary}")
     for note in report.notes:
         print_line(f"checkpoints: {note}")
     print_line(f"index: {manifest.index.kind}, {manifest.index.reason}")

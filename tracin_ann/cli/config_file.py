@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tracin_ann.cli.parameters import Dimension
 from tracin_ann.errors import UsageError, problem
 
 if sys.version_info >= (3, 11):
@@ -99,7 +100,10 @@ def _parse_value(what: str, parameter: click.Parameter, value: object, context: 
 
 def _parse_single_value(what: str, parameter: click.Parameter, value: Any, context: click.Context) -> object:
     kind = parameter.type
-    if isinstance(kind, click.types.IntParamType):
+    if isinstance(kind, Dimension):
+        is_valid = value == "auto" or (type(value) is int and value in _INT64)
+        _require(what, is_valid, value, "an integer or auto")
+    elif isinstance(kind, click.types.IntParamType):
         _require(what, type(value) is int and value in _INT64, value, "an integer")
     elif isinstance(kind, click.types.FloatParamType):
         _require(what, type(value) in (int, float), value, "a number")

@@ -46,7 +46,7 @@ def main(directory: str) -> None:
                 if len(skipped)
                 else []
             ),
-            *([] if manifest.fidelity is None else [("fidelity", _describe_fidelity(manifest.fidelity))]),
+            *([] if manifest.fidelity is None else _describe_fidelity(manifest.fidelity)),
             ("quality", manifest.quality_summary),
             ("audit", manifest.audit_summary()),
             *scores,
@@ -114,13 +114,15 @@ def _describe_rates(checkpoints: Sequence[CheckpointSpec]) -> list[tuple[str, st
 _NORMS = {"sketch": "estimated", "exact": "exact"}
 
 
-def _describe_fidelity(fidelity: Fidelity) -> str:
-    """Return the measured fidelity of the sketch in one line."""
-    return (
-        f"the sketch ranks {fidelity.proponents:.0%} of the exact top 10 proponents and {fidelity.opponents:.0%} of "
-        f"the opponents in its top 10, {fidelity.deep_proponents:.0%} and {fidelity.deep_opponents:.0%} in its top 100 "
-        f"({fidelity.queries} queries, {fidelity.rows:,} rows scored exactly); correlation {fidelity.correlation:.2f}"
-    )
+def _describe_fidelity(fidelity: Fidelity) -> list[tuple[str, str]]:
+    """Return the expected recall of the true top ten at several depths of the sketch's ranking, one field each."""
+    fields: list[tuple[str, str]] = []
+    for depth in fidelity.depths:
+        what = f"among {depth.candidates:,}" if fields else f"true top 10 among the first {depth.candidates} rows"
+        recalls = f"{depth.proponents.summary} of the proponents, {depth.opponents.summary} of the opponents"
+        fields.append(("" if fields else "fidelity", f"{what}: {recalls}"))
+    measured = f"{format_count(fidelity.queries, 'query', 'queries')}, {fidelity.rows:,} rows scored exactly"
+    return [*fields, ("", f"95% intervals, {measured}; correlation {fidelity.correlation:.2f}")]
 
 
 def _describe_calibration(calibration: Calibration) -> str:

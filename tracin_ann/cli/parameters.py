@@ -124,6 +124,16 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]
         return int(size)
 
 
+class Dimension(click.IntRange):
+    """A sketch dimension, or `auto`."""
+
+    name = "dimension"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number or `auto`."""
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 def parse_arguments(pairs: Sequence[str]) -> dict[str, str]:
     """Return `--task-arg key=value` pairs as a dict.
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from tracin_ann.build import open_build
 from tracin_ann.config import BuildConfig
 from tracin_ann.features import BatchSettings, measure_row_seconds
 from tracin_ann.gradients import Plan
-from tracin_ann.search import estimate_bytes, expect_index
-from tracin_ann.sketch import ParameterKey
+from tracin_ann.scoring import DimChoice
+from tracin_ann.sketch import ParameterKey, make_sketch
 from tracin_ann.store import FEATURES, FeatureStore, reject_foreign_files
 from tracin_ann.task import Task
-
-# Bytes of a row's columns in a feature file: id, exponent, squared norm, loss.
-_COLUMN_BYTES = 8 + 2 + 8 + 4
+from tracin_ann.types import ignore_progress
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class BuildPlan:
         sketches: how the sketch projects each parameter's gradients.
         frozen: parameters of the model whose gradients are not used.
         notes: how checkpoint files that are not plain state_dicts are read, one line each.
+        dim_choice: the choice of D, if it is to be chosen and there is no index yet.
+        dim_seconds: `seconds` for each D of its table.
     """
 
     rows: int
@@ -55,6 +53,8 @@ class BuildPlan:
     sketches: Mapping[str, str]
     frozen: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    dim_choice: DimChoice | None = None
+    dim_seconds: tuple[float, ...] = ()
 
 
 def plan(
@@ -69,40 +69,51 @@ def plan(
     Raises:
         TracinAnnError: every error that `build` raises before it starts to compute features.
     """
-    config = config or BuildConfig()
-    work = open_build(task, Path(out), config, arguments)
+    work = open_build(task, Path(out), config or BuildConfig(), arguments)
+    reject_foreign_files(work.out)
+    dim_choice = work.choose_dim(ignore_progress)
+    config = work.config
     with work.runner.model() as model:
-        reject_foreign_files(work.out)
         start = work.prepare(model)
         missing = FeatureStore(work.out / FEATURES, start.record.layout).missing(start.trusted_files)
         record = config.agree_on_batches(start.record, len(missing), str(work.out))
         chosen = work.tune(model, record)
-        row_seconds = measure_row_seconds(model, config.features(record.spec.rank_one))
+        features = config.features(record.spec.rank_one)
+        row_seconds = measure_row_seconds(model, features)
         layout = record.layout
-        n_rows, dim = layout.n_rows, layout.dim * layout.n_checkpoints
-        choice = expect_index(config.index, n_rows, dim)
-        stored = np.dtype(config.dtype).itemsize
-        index_bytes = estimate_bytes(config.index, n_rows, dim, config.codes)
-        block_bytes = min(n_rows, layout.partition_rows) * layout.dim * 4 * 3
+        n_rows = layout.n_rows
+        size = config.shape(n_rows, layout.n_checkpoints, layout.partition_rows).estimate_size(layout.dim)
+
+        def estimate_seconds(row_seconds: float) -> float:
+            read_seconds = _visible_read_seconds(chosen, row_seconds, config.workers)
+            return n_rows * layout.n_checkpoints * (row_seconds + read_seconds)
+
         return BuildPlan(
             rows=n_rows,
-            feature_dim=dim,
-            disk_bytes=n_rows * dim * stored + n_rows * layout.n_checkpoints * _COLUMN_BYTES + index_bytes,
-            memory_bytes=max(block_bytes + chosen.batch_bytes, 2 * index_bytes),
-            seconds=n_rows
-            * layout.n_checkpoints
-            * (row_seconds + _visible_read_seconds(chosen, row_seconds, config.workers)),
+            feature_dim=layout.dim * layout.n_checkpoints,
+            disk_bytes=size.disk_bytes,
+            memory_bytes=max(size.block_bytes + chosen.batch_bytes, size.index_bytes),
+            seconds=estimate_seconds(row_seconds),
             row_seconds=row_seconds,
             tuned=chosen,
-            index_kind=choice.kind,
-            index_reason=choice.reason,
+            index_kind=size.kind,
+            index_reason=size.reason,
             gradients=model.engine("train").plan,
             sketches={
-                p.name: work.sketch.describe(ParameterKey(config.seed, 0, p.name, p.shape, p.rank_one))
+                p.name: features.sketch.describe(ParameterKey(config.seed, 0, p.name, p.shape, p.rank_one))
                 for p in record.spec.parameters
             },
             frozen=tuple(n for n, _ in model.module.named_parameters() if n not in model.parameters),
             notes=work.runner.loader.notes,
+            dim_choice=dim_choice,
+            dim_seconds=()
+            if dim_choice is None
+            else tuple(
+                estimate_seconds(
+                    measure_row_seconds(model, replace(features, sketch=make_sketch(config.sketch, row.dim)))
+                )
+                for row in dim_choice.table
+            ),
         )
 
 

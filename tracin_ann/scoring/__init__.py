@@ -16,6 +16,7 @@ from tracin_ann.scoring.formats import (
     join_lines,
     open_writer,
 )
+from tracin_ann.scoring.pilot import PILOT_DIM, DimChoice, DimPrediction, DimTarget, run_pilot
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
@@ -31,6 +32,7 @@ from tracin_ann.scoring.ranking import QueryRequest, Ranker
 from tracin_ann.scoring.results import Answers, Describe, RankedRows, RowList, TokenTexts, make_token_texts
 from tracin_ann.scoring.scores import Score, ScoreMaker, find_curvature, open_score_maker
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
+from tracin_ann.scoring.sizes import IndexShape, IndexSize
 from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
 
 __all__ = [
@@ -39,13 +41,19 @@ __all__ = [
     "Curvature",
     "CurvatureSource",
     "Describe",
+    "DimChoice",
+    "DimPrediction",
+    "DimTarget",
     "Directions",
     "Fields",
     "GREY",
     "HITS",
     "Hit",
     "Id",
+    "IndexShape",
+    "IndexSize",
     "OPPONENT",
+    "PILOT_DIM",
     "QualityMeasurement",
     "QueryOptions",
     "QueryRequest",
@@ -78,6 +86,7 @@ __all__ = [
     "parts_figure",
     "render_svg",
     "require_token_losses",
+    "run_pilot",
     "scale_in_place",
     "score_ranks_figure",
     "select_direction",

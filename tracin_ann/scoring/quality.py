@@ -1,18 +1,18 @@
 """Quality of an index, measured by the build on rows of the task: recall of the search index, fidelity of the sketch.
 
-Fidelity compares the sketch's ranking with exact TracInCP for a few queries. The pool of a query holds the rows that
-the sketch ranks first and last, and a sample from equal strata of the norms. The exact top ten are those of the pool.
-Rows outside the pool are not scored: if there are more rows than the pool holds, the measured recall is an upper
-estimate. The error bars state how far the sketch's score of a row may be off.
+Fidelity compares the sketch's ranking of all rows with exact TracInCP for a few queries. Some rows are scored exactly:
+a sample from equal strata of the norms, and rows drawn by their chance to be in the true top ten of a query. With their
+weights, the estimated recall is that of all rows (`scoring.true_recall`). The error bars state how far the sketch's
+score of a row may be off.
 
-Shapes: Q queries, M rows of the pool, C checkpoints, D sketch dimension, F = C·D.
+Shapes: N rows, Q queries, M rows scored exactly, C checkpoints, D sketch dimension, F = C·D.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -21,21 +21,28 @@ import numpy as np
 from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
-from tracin_ann.scoring.exact import exact_scores
-from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, RescoredIndex, calibrate, scale_to_unit
-from tracin_ann.store import FeatureStore, Fidelity
+from tracin_ann.scoring.exact import Queries, make_exact_scorer
+from tracin_ann.scoring.true_recall import (
+    NoiseModel,
+    bound_mean,
+    estimate_recall,
+    find_chances,
+    find_cuts,
+    find_probabilities,
+)
+from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, RescoredIndex, Subset, calibrate
+from tracin_ann.store import Estimate, FeatureStore, Fidelity, TrueRecall
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
-K = 10
-"""k of the measured recall."""
-QUERIES = 8
+QUERIES = 16
 """The most queries whose fidelity is measured."""
-FIRST = 150
-"""How many rows that the sketch ranks first, and how many that it ranks last, are in a query's pool."""
-CANDIDATES = 100
-"""Depth of the sketch's ranking for the recall with exact re-scoring."""
+DEPTHS = (10, 100, 1000)
+"""Depths of the sketch's ranking at which the recall is measured."""
 SAMPLE = 200
-"""Sampled rows in the pool of every query."""
+"""Rows from equal strata of the norms that are scored exactly."""
+DRAWN = 2300
+"""The expected number of further rows that are scored exactly; if there are no more rows than both, all are."""
+_BLOCK_ROWS = 8192
 _GRADIENT_ENTRIES = 2**28
 """The most gradient entries of all queries in memory."""
 CALIBRATION_QUERIES = 400
@@ -109,12 +116,12 @@ class QualityMeasurement:
                 )
             )
         rows_N = self._list_rows()
-        norm_N = np.sqrt(self.store.sqnorms() @ rate_C)[rows_N]
-        sample = rows_N[sample_rows(norm_N, self.seed)]
-        side: SideName = "query"
-        allowed = rows_N if len(self.skipped) else None
-        queries = side, ids.tolist()
-        fidelity = measure_fidelity(self.runner, queries, query_QF, self.store.view(), sample, allowed)
+        sqnorm_NC = self.store.sqnorms()[rows_N] * rate_C
+        view = self.store.view()
+        stored_QN = score_rows(view if len(rows_N) == len(view) else Subset(view, rows_N), query_QF)
+        ranked = RankedRows(rows_N, stored_QN, sqnorm_NC, query_QF)
+        with make_exact_scorer(self.runner, Queries("query", ids.tolist()), range(len(rate_C))) as scorer:
+            fidelity = measure_fidelity(ranked, lambda rows: scorer.scores(rows.tolist()), self.seed)
         self.progress("fidelity", 1, 1)
         return fidelity
 
@@ -124,13 +131,20 @@ class QualityMeasurement:
 
     def _extract_queries(self, ids: Int64, at_most: int | None = None) -> tuple[Int64, Float32]:
         """Return the ids and features of the finite rows among these rows of query_data, at most so many."""
-        extracted = []
-        with self.runner.model() as model:
-            for checkpoint in range(len(self.runner.task.checkpoints)):
-                model.load(checkpoint)
-                extracted.append(FeatureExtractor(model, self.features).rows("query", ids.tolist()))
-        finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
-        return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
+        return extract_finite(self.runner, self.features, "query", ids, at_most)
+
+
+def extract_finite(
+    runner: TaskRunner, features: FeatureOptions, side: SideName, ids: Int64, at_most: int | None = None
+) -> tuple[Int64, Float32]:
+    """Return the ids and features of the finite rows among these rows of a side, at most so many."""
+    extracted = []
+    with runner.model() as model:
+        for checkpoint in range(len(runner.task.checkpoints)):
+            model.load(checkpoint)
+            extracted.append(FeatureExtractor(model, features).rows(side, ids.tolist()))
+    finite = np.flatnonzero(~np.any([find_nonfinite(rows) for rows in extracted], axis=0))[:at_most]
+    return ids[finite], np.concatenate([rows.feature_ND[finite] for rows in extracted], axis=1)
 
 
 def measure_first_use(store: FeatureStore) -> FirstUseCost:
@@ -164,45 +178,110 @@ def sample_rows(norm_N: Float64, seed: int) -> Int64:
     return np.sort(np.argsort(norm_N, kind="stable")[places])
 
 
-def measure_fidelity(
-    runner: TaskRunner,
-    queries: tuple[SideName, Sequence[int]],
-    query_QF: Float32,
-    view: RowSource,
-    sample: Int64,
-    allowed: Int64 | None = None,
-) -> Fidelity:
-    """Return how well the sketch ranks all rows for these queries.
+@dataclass(frozen=True, eq=False)
+class RankedRows:
+    """All rows with their stored scores for some queries.
+
+    Attributes:
+        rows_N: ids of the rows.
+        stored_QN: stored scores.
+        sqnorm_NC: squared norms of the rows' features at each checkpoint, as estimated by the sketch.
+        query_QF: the queries' features.
+    """
+
+    rows_N: Int64
+    stored_QN: Float32
+    sqnorm_NC: Float64
+    query_QF: Float32
+
+    def deviations(self, places: Int64 | slice, queries: slice = slice(None)) -> Float64:
+        """Return the sketch's standard deviations of the scores of some rows for some queries."""
+        n_checkpoints = self.sqnorm_NC.shape[1]
+        query_QC = _square_norms(self.query_QF[queries], n_checkpoints)
+        return sketch_deviations(query_QC, self.sqnorm_NC[places], self.query_QF.shape[1] // n_checkpoints)
+
+
+def score_rows(rows: RowSource, query_QF: Float32) -> Float32:
+    """Return the scores [Q, N] of all rows of a source."""
+    score_QN = np.empty((len(query_QF), len(rows)), np.float32)
+    done = 0
+    for _, row_BF in rows.blocks(_BLOCK_ROWS):
+        np.matmul(query_QF, row_BF.T, out=score_QN[:, done : done + len(row_BF)])
+        done += len(row_BF)
+    return score_QN
+
+
+def measure_fidelity(ranked: RankedRows, score_exactly: Callable[[Int64], Float64], seed: int) -> Fidelity:
+    """Return how well the sketch ranks all rows for some queries.
 
     Args:
-        runner: the task's data and model.
-        queries: side and ids of the queries.
-        query_QF: their features.
-        view: the stored features.
-        sample: ascending ids of rows in the pool of every query.
-        allowed: ascending ids of the rows that may be scored; None: all.
+        ranked: all rows.
+        score_exactly: returns the exact scores [Q, M] of rows.
+        seed: of the draw of the rows.
     """
-    checkpoints = range(len(runner.task.checkpoints))
-    sides = FlatIndex(view, runner.options.device).search_both(scale_to_unit(query_QF)[0], FIRST, allowed)
-    rows = np.unique(np.concatenate([sample, *sides[0].ids, *sides[1].ids]))
-    exact_QM = exact_scores(runner, queries, rows.tolist(), checkpoints)
-    row_MF = view.take(rows)
-    sketch_QM = query_QF.astype(np.float64) @ row_MF.T.astype(np.float64)
-    query_QC, row_MC = (_square_norms(features, len(checkpoints)) for features in (query_QF, row_MF))
-    deviation_QM = sketch_deviations(query_QC, row_MC, query_QF.shape[1] // len(checkpoints))
-    is_positive = deviation_QM > 0
-    error = (sketch_QM - exact_QM)[is_positive] / deviation_QM[is_positive]
-    sampled = np.searchsorted(rows, sample)
+    n_rows = len(ranked.rows_N)
+    n_queries = len(ranked.query_QF)
+    sample = sample_rows(np.sqrt(ranked.sqnorm_NC.sum(1)), seed)
+    exact_QS, stored_QS = score_exactly(ranked.rows_N[sample]), ranked.stored_QN[:, sample].astype(np.float64)
+    noise = NoiseModel.fit(exact_QS, stored_QS, ranked.deviations(sample))
+    probability_N = _find_probabilities(ranked, noise.scale_Q)
+    random = np.random.Generator(np.random.Philox(seed + 1))
+    drawn = np.setdiff1d(np.flatnonzero(random.random(n_rows) < probability_N), sample)
+    places = np.concatenate([sample, drawn])
+    exact_QM = np.concatenate([exact_QS, score_exactly(ranked.rows_N[drawn])], axis=1)
+    stored_QM = ranked.stored_QN[:, places].astype(np.float64)
+    deviation_QM = ranked.deviations(places)
+    # A row is scored if it is in the sample, or drawn, or both.
+    weight_M = 1 / (1 - (1 - len(sample) / n_rows) * (1 - probability_N[places]))
+    estimates = []
+    for sign in (1, -1):
+        recall_QR, observed = estimate_recall(
+            sign * noise.expect(exact_QM),
+            sign * stored_QM,
+            noise.scale_Q[:, None] * deviation_QM,
+            weight_M,
+            find_cuts(ranked.stored_QN, DEPTHS, sign),
+        )
+        # All rows are within the deepest ranking of a small index.
+        estimates.append(
+            [
+                bound_mean(recall_Q, 1 - observed) if depth < n_rows else Estimate(1.0, 1.0, 1.0)
+                for recall_Q, depth in zip(recall_QR.T, DEPTHS, strict=True)
+            ]
+        )
+    recalls = tuple(TrueRecall(m, *sides) for m, *sides in zip(DEPTHS, *estimates, strict=True))
+    first, second = recalls[:2]
     return Fidelity(
-        len(query_QF),
-        len(rows),
-        _mean_recall(exact_QM, sketch_QM, K),
-        _mean_recall(-exact_QM, -sketch_QM, K),
-        _mean_recall(exact_QM, sketch_QM, CANDIDATES),
-        _mean_recall(-exact_QM, -sketch_QM, CANDIDATES),
-        float(np.mean([_correlation(t, s) for t, s in zip(exact_QM[:, sampled], sketch_QM[:, sampled], strict=True)])),
-        float(np.sqrt(np.mean(error**2))) if error.size else 0.0,
+        n_queries,
+        len(places),
+        first.proponents.mean,
+        first.opponents.mean,
+        second.proponents.mean,
+        second.opponents.mean,
+        float(np.mean([_correlation(t, s) for t, s in zip(exact_QS, stored_QS, strict=True)])),
+        _measure_error_scale(exact_QM, stored_QM, deviation_QM),
+        recalls,
     )
+
+
+def _find_probabilities(ranked: RankedRows, scale_Q: Float64) -> Float64:
+    """Return the probabilities [N] of drawing rows, by their chances to be in the true top ten of some query."""
+    n_rows = len(ranked.rows_N)
+    if n_rows <= SAMPLE + DRAWN:
+        return np.ones(n_rows)
+    chance_N = np.zeros(n_rows)
+    for query, scale in enumerate(scale_Q):
+        stored_N = ranked.stored_QN[query].astype(np.float64)
+        deviation_N = scale * ranked.deviations(slice(None), slice(query, query + 1))[0]
+        chance_N += find_chances(stored_N, deviation_N) + find_chances(-stored_N, deviation_N)
+    return find_probabilities(chance_N, DRAWN)
+
+
+def _measure_error_scale(exact_QM: Float64, stored_QM: Float64, deviation_QM: Float64) -> float:
+    """Return the root mean square of the scores' errors in standard deviations of the sketch."""
+    is_positive = deviation_QM > 0
+    error = (stored_QM - exact_QM)[is_positive] / deviation_QM[is_positive]
+    return float(np.sqrt(np.mean(error**2))) if error.size else 0.0
 
 
 def count_queries(entries: int, available: int) -> int:
@@ -222,6 +301,12 @@ def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
     return deviation_QM
 
 
+def measure_deviations(query_QF: Float32, row_MF: Float32, n_checkpoints: int) -> Float64:
+    """Return the sketch's standard deviations of the scores of rows for queries, [Q, M], from their features."""
+    query_QC, row_MC = (_square_norms(feature_NF, n_checkpoints) for feature_NF in (query_QF, row_MF))
+    return sketch_deviations(query_QC, row_MC, query_QF.shape[1] // n_checkpoints)
+
+
 def compute_pair_deviations(query_NC: Float64, row_NC: Float64, dim: int) -> Float64:
     """Return the sketch's standard deviation of the score of each pair of a query and a row, [N].
 
@@ -235,14 +320,6 @@ def _square_norms(feature_NF: Float32, n_checkpoints: int) -> Float64:
     """Return squared norms of feature rows at each checkpoint, [N, C]."""
     squares = np.square(feature_NF.astype(np.float64)).reshape(len(feature_NF), n_checkpoints, -1)
     return squares.sum(axis=2)  # type: ignore[no-any-return]
-
-
-def _mean_recall(exact_QM: Float64, sketch_QM: Float64, depth: int) -> float:
-    """Return the share of the exact top ten among the sketch's first `depth` rows, mean over queries."""
-    k = min(K, exact_QM.shape[1])
-    exact_QK = np.argsort(-exact_QM, axis=1, kind="stable")[:, :k]
-    sketch_QK = np.argsort(-sketch_QM, axis=1, kind="stable")[:, :depth]
-    return float(np.mean([len(np.intersect1d(t, s)) / k for t, s in zip(exact_QK, sketch_QK, strict=True)]))
 
 
 def _correlation(one: Float64, other: Float64) -> float:

@@ -23,8 +23,9 @@ from tracin_ann.scoring.quality import compute_pair_deviations
 from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
+from tracin_ann.scoring.true_recall import K
 from tracin_ann.search import FlatIndex, RescoredIndex, SearchIndex, scale_to_unit, search_both
-from tracin_ann.store import FeatureStore, IndexRecord
+from tracin_ann.store import FeatureStore, Fidelity, IndexRecord
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
 _FIRST = 3
@@ -125,8 +126,7 @@ class Ranker:
         store: the stored features.
         index: the search index over all checkpoints.
         record: the manifest's record of the index.
-        error_scale: RMS difference between sketch scores and exact ones, in standard deviations of the sketch; None:
-            not measured.
+        fidelity: how well the stored scores agree with exact ones; None: not measured.
         rates: η_c of all checkpoints.
         runner: the task's data and model, for exact scores.
         ids_of: returns the ids of examples for a side and their positions.
@@ -136,7 +136,7 @@ class Ranker:
     store: FeatureStore
     index: SearchIndex
     record: IndexRecord
-    error_scale: float | None
+    fidelity: Fidelity | None
     rates: Sequence[float]
     runner: TaskRunner
     ids_of: Callable[[SideName, npt.ArrayLike], list[Id]]
@@ -166,7 +166,7 @@ class Ranker:
             if isinstance(strategy.index, RescoredIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
                 how = f"exact scan of {n_rows:,} rows: {strategy.index.name} would score as many"
-                strategy = replace(strategy, how=how, unlike_Q=None)
+                strategy = replace(strategy, how=how, unlike_Q=None, recall=(1.0, 1.0))
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
@@ -175,7 +175,8 @@ class Ranker:
         is_exact = request.options.exact or request.options.rerank == "exact"
         direction_map = request.score.direction_map if is_exact else None
         full = "" if direction_map is None else f"exact scores with the {direction_map.summary}"
-        how = "; ".join(text for text in (request.score.summary, strategy.how, full) if text)
+        expected = self._describe_true_recall(request, strategy)
+        how = "; ".join(text for text in (request.score.summary, strategy.how, full, expected) if text)
         unlike_Q = strategy.unlike_Q if strategy.unlike_Q is not None else np.zeros(n_queries, bool)
         hits = self._make_hits(request, each, vectors, *_select_best(ranked, starts, request.options.k))
         hits = self._split_hits(request, hits) if request.options.tokens else hits
@@ -196,6 +197,24 @@ class Ranker:
                 self._name_queries(request), request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
             )
         ]
+
+    def _describe_true_recall(self, request: QueryRequest, strategy: Strategy) -> str:
+        """Return the expected recall of the true top ten as text for users; "" if it was not measured or is 1.
+
+        It was not measured for other scores, for parts of the checkpoints, and for filters that few rows pass.
+        """
+        options = request.options
+        is_measured = request.score.name == "tracin" and request.checkpoints == tuple(range(len(self.rates)))
+        is_small = request.allowed is not None and 2 * len(request.allowed) < self.store.layout.n_rows
+        if self.fidelity is None or options.exact or not is_measured or is_small:
+            return ""
+        is_exact = options.rerank == "exact"
+        true = self.fidelity.expect(max(K, options.n_candidates) if is_exact else K)
+        proponents, opponents = true.proponents.times(strategy.recall[0]), true.opponents.times(strategy.recall[1])
+        among = f", re-scored exactly from {true.candidates:,} candidates" if is_exact else ""
+        return (
+            f"expected true recall@{K}{among}: {proponents.summary} for proponents, {opponents.summary} for opponents"
+        )
 
     def _name_queries(self, request: QueryRequest) -> list[Id]:
         if not request.together:
@@ -319,8 +338,8 @@ class Ranker:
             error_N = None
             if vectors.half_QF is not None:
                 error_N = _compare_halves(row_MF, places, vectors[queries])
-            elif self.error_scale is not None and request.score.name == "tracin":
-                error_N = self.error_scale * deviation_N
+            elif self.fidelity is not None and request.score.name == "tracin":
+                error_N = self.fidelity.error_scale * deviation_N
             scored.append(ScoredRows(rows_N[first:last], part_NC.sum(axis=1), None, error_N, part_NC))
         return _concatenate(scored)
 

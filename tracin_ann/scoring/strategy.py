@@ -28,11 +28,13 @@ class Strategy:
         index: the index to search, with its settings.
         how: the strategy, the reason for it, and the expected recall, as text for users.
         unlike_Q: which queries are unlike the calibration queries [Q]; None: not applicable.
+        recall: expected recall@10 of the stored ranking, of proponents and of opponents.
     """
 
     index: SearchIndex
     how: str
     unlike_Q: npt.NDArray[np.bool_] | None = None
+    recall: tuple[float, float] = (1.0, 1.0)
 
 
 def choose_strategy(
@@ -92,7 +94,8 @@ def choose_strategy(
     if comparison.is_shifted:
         unlike_Q = np.ones(n_queries, dtype=bool)
         how += "; the distribution of these queries differs from the calibration queries: recall may differ"
-    return Strategy(index.with_settings(proponents.setting, opponents.setting), how, unlike_Q)
+    settled = index.with_settings(proponents.setting, opponents.setting)
+    return Strategy(settled, how, unlike_Q, (proponents.recall, opponents.recall))
 
 
 def _check_index_not_required(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:

@@ -38,7 +38,7 @@ from tracin_ann.types import Float32, RowSource
 STRETCH_ROWS = 2**19
 _VERSION = 1
 _TRAIN_ROWS_PER_LIST = 16
-_SAMPLE_NUMBERS = 2**26
+SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
 
@@ -162,7 +162,7 @@ def fill_lists(
 def _fill_stretch(lists: InvertedLists, source: RowSource, training: _Training, start: int, stop: int) -> None:
     """Add the rows at positions start .. stop − 1 to the lists."""
     measured = training.measured
-    for ids_B, rows_BF in source.blocks(_block_rows(source), start):
+    for ids_B, rows_BF in source.blocks(count_block_rows(source), start):
         rows = slice(start, min(start + len(ids_B), stop))
         n_rows = rows.stop - rows.start
         listed_B = measured.listed_N[rows]
@@ -186,11 +186,11 @@ def _train(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None
             Reduction(source.dim, basis if basis.size else None, float(arrays["energy"])),
             Survey(arrays["ids_N"], arrays["norm_N"]),
         )
-    block_rows = _block_rows(source)
+    block_rows = count_block_rows(source)
     measured = survey(source, block_rows)
     n_lists = min(params.count_lists(len(source)), max(1, int(measured.listed_N.sum())))
     sample_ids = stratified_ids(measured, params.train_rows or _TRAIN_ROWS_PER_LIST * n_lists, params.seed)
-    reduction_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
+    reduction_ids = stratified_ids(measured, SAMPLE_NUMBERS // source.dim, params.seed)
     reduction = fit_reduction(scale_rows(source.take(reduction_ids), measured.shift), params.width, params.seed)
     sample = [np.zeros((0, reduction.width), np.float32)]
     for at in range(0, len(sample_ids), block_rows):
@@ -207,7 +207,7 @@ def _train(source: RowSource, params: IVFParams, scratch: UnfinishedLists | None
     return training
 
 
-def _block_rows(source: RowSource) -> int:
+def count_block_rows(source: RowSource) -> int:
     """Return how many rows are read at once."""
     return max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.dim))
 

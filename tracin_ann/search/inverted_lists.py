@@ -167,7 +167,7 @@ def search_lists(
     faiss = import_faiss()
     parameters = faiss.SearchParametersIVF(nprobe=key_QW.shape[1])
     if allowed is not None:
-        selector, memory = _make_selector(allowed, index.ntotal)
+        selector, memory = make_selector(allowed, index.ntotal)
         parameters.sel = selector
     queries, keys = np.ascontiguousarray(queries_QR), np.ascontiguousarray(key_QW)
     coarse = np.zeros(keys.shape, np.float32)
@@ -180,7 +180,7 @@ def search_lists(
     return ids, distances
 
 
-def _make_selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
+def make_selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
     """Return a FAISS selector of these ids, and the array that it points to."""
     faiss = import_faiss()
     largest = int(allowed[-1]) if len(allowed) else 0

@@ -1,4 +1,4 @@
-"""Dimensionality reduction for the inverted lists: the uncentered SVD of a sample of the rows.
+"""Dimensionality reduction for compact codes of rows: the uncentered SVD of a sample of the rows.
 
 The SVD preserves inner products; centering, as in PCA, would change them. For large F the leading right singular
 vectors come from randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
@@ -23,6 +23,8 @@ from tracin_ann.types import Float32, Int64
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _SMALL_DIM = 2048
+_SMALL_RATIO = 4
+"""Up to this many times the width, all eigenvectors take less time than the iteration for the leading ones."""
 _FEW_ROWS = 16
 
 
@@ -89,13 +91,17 @@ def multiply_rows(rows_BF: Float32, matrix_FR: Float32) -> Float32:
     return product
 
 
-def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
-    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample."""
+def fit_reduction(sample_BF: Float32, width: int, seed: int, *, rotate: bool = False) -> Reduction:
+    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample.
+
+    With `rotate`, the dimensions are in decreasing order of their share of the squared norms also if F ≤ `width`;
+    otherwise, the reduction is the identity then.
+    """
     dim = sample_BF.shape[1]
-    if dim <= width:
+    if dim <= width and not rotate:
         return Reduction(dim, None, 1.0)
     rows = as_tensor(sample_BF)
-    vectors_FR = _leading_vectors(rows, width, seed)
+    vectors_FR = _leading_vectors(rows, min(dim, width), seed)
     total = float(rows.square().sum())
     energy = float((rows @ vectors_FR).square().sum()) / total if total else 1.0
     return Reduction(dim, vectors_FR.contiguous().numpy(), min(1.0, energy))
@@ -104,7 +110,7 @@ def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
 def _leading_vectors(rows: Tensor, width: int, seed: int) -> Tensor:
     """Return the leading right singular vectors of the rows, [F, width]."""
     dim = rows.shape[1]
-    if dim <= _SMALL_DIM:
+    if dim <= max(_SMALL_DIM, _SMALL_RATIO * width):
         moment = rows.T @ rows
         try:
             vectors: Tensor = torch.linalg.eigh(moment).eigenvectors

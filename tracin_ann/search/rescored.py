@@ -71,6 +71,8 @@ class RescoredIndex(ABC):
     """The name for users, such as "inverted lists"."""
     FILES: ClassVar[tuple[str, ...]]
     """Names of the files that `save` writes."""
+    rescores_budget: ClassVar[bool] = False
+    """Whether `Setting.codes` is the number of candidates, which are the best of all (allowed) codes."""
     settings: tuple[Setting, Setting]
     """The settings for proponents and opponents."""
 
@@ -192,16 +194,26 @@ class RescoredIndex(ABC):
 
     def most_rows_read(self, n_queries: int, k: int) -> int:
         """Return the largest number of stored rows that a search in both directions reads: candidates and outliers."""
-        return 2 * _count_candidates(k) * n_queries + len(self._uncoded.outliers)
+        n_candidates = sum(self._count_candidates(k, self._adapt(each, k, len(self))) for each in self.settings)
+        return n_candidates * n_queries + len(self._uncoded.outliers)
+
+    def _count_candidates(self, k: int, setting: Setting) -> int:
+        """Return how many candidates are rescored for k results."""
+        least = max(_LEAST_CANDIDATES, 2 * k)
+        return max(least, setting.codes) if self.rescores_budget else least
 
     def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
         """Return the setting for k results among n_rows allowed rows."""
         setting = setting.scale_for_results(k)
-        return setting if n_rows == len(self) else setting.scale_for_share(max(n_rows, 1) / len(self))
+        return (
+            setting
+            if n_rows == len(self) or self.rescores_budget
+            else setting.scale_for_share(max(n_rows, 1) / len(self))
+        )
 
     def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:
         """Return whether a search would score as many rows or codes as a scan of n_rows rows."""
-        return max(setting.codes, _count_candidates(k)) >= n_rows
+        return max(setting.codes, self._count_candidates(k, setting)) >= n_rows
 
     def _search_directions(
         self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
@@ -249,7 +261,8 @@ class RescoredIndex(ABC):
         """Return the best k of the candidates by their exact scores, by sign of the direction."""
         reduced_QR, _ = self._reduce(queries_QF)
         candidates = [
-            self._find_candidates(d.sign * reduced_QR, _count_candidates(k), d.setting, allowed) for d in directions
+            self._find_candidates(d.sign * reduced_QR, self._count_candidates(k, d.setting), d.setting, allowed)
+            for d in directions
         ]
         scores = self._rescore(queries_QF, [ids_QM for ids_QM, _ in candidates])
         found: dict[Sign, TopK] = {}
@@ -331,11 +344,6 @@ def _replace(top: TopK, places: Sequence[int], exact: TopK) -> TopK:
         ids[at], scores[at] = exact.ids[own], exact.scores[own]
         counts[at] += exact.rows_scored[own]
     return TopK(tuple(ids), tuple(scores), counts)
-
-
-def _count_candidates(k: int) -> int:
-    """Return how many candidates are rescored for k results."""
-    return max(_LEAST_CANDIDATES, 2 * k)
 
 
 def normalize(vectors: Float32) -> tuple[Float32, Float64]:

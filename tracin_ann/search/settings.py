@@ -18,6 +18,17 @@ _DEFAULT_WIDTH = 256
 _CODES_PER_RESULT = 4
 
 
+def check_fields(*fields: tuple[str, object, bool, str]) -> None:
+    """Check fields, given as name, value, whether the value is valid, and the expected values.
+
+    Raises:
+        UsageError: a field is not valid.
+    """
+    for name, value, valid, expected in fields:
+        if not valid:
+            raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
+
+
 @dataclass(frozen=True)
 class IVFParams:
     """Parameters of inverted lists.
@@ -42,15 +53,13 @@ class IVFParams:
         Raises:
             UsageError: a field is out of range.
         """
-        for name, value, valid, expected in (
+        check_fields(
             ("nlist", self.nlist, self.nlist is None or self.nlist >= 1, "at least 1"),
             ("width", self.width, self.width >= 1, "at least 1"),
             ("codes", self.codes, self.codes in CODES, " or ".join(CODES)),
             ("seed", self.seed, self.seed >= 0, "0 or more"),
             ("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
+        )
 
     def count_lists(self, n_rows: int) -> int:
         """Return the number of lists for N rows.
@@ -99,13 +108,11 @@ class Setting:
         Raises:
             UsageError: a field is out of range.
         """
-        for name, value, valid, expected in (
+        check_fields(
             ("codes", self.codes, self.codes >= 1, "at least 1"),
             ("centroids", self.centroids, self.centroids >= 1, "at least 1"),
             ("alpha", self.alpha, 0 <= self.alpha < math.inf, "a finite number, 0 or more"),
-        ):
-            if not valid:
-                raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
+        )
 
     def scale_for_results(self, k: int) -> Setting:
         """Return the setting with budgets that suffice for k results; settings are calibrated for 10."""

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite
@@ -31,6 +32,8 @@ FEATURES = "features"
 UNLISTED = "unlisted.npy"
 _CONTENT_ERRORS = (TypeError, ValueError, OverflowError, UsageError)
 _LARGEST_DIM = 2**31
+_ENOUGH = 0.95
+"""The recall for which the number of candidates is stated."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,39 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """An estimated recall with its 95% interval."""
+
+    mean: float
+    lower: float
+    upper: float
+
+    @property
+    def summary(self) -> str:
+        """Return the mean and the interval as text."""
+        return f"{self.mean:.2f} ({self.lower:.2f} to {self.upper:.2f})"
+
+    def times(self, factor: float) -> Estimate:
+        """Return the estimate times a factor."""
+        return Estimate(self.mean * factor, self.lower * factor, self.upper * factor)
+
+
+@dataclass(frozen=True)
+class TrueRecall:
+    """The expected share of the true top ten, that of exact TracInCP scores, in the first rows of the stored ranking.
+
+    Attributes:
+        candidates: m, the number of these rows in each direction.
+        proponents: of the largest scores.
+        opponents: of the most negative scores.
+    """
+
+    candidates: int
+    proponents: Estimate
+    opponents: Estimate
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """The measured agreement of the sketch's scores with exact TracInCP scores.
 
@@ -121,6 +157,8 @@ class Fidelity:
         correlation: Pearson correlation of sketch and exact scores within a query, mean over queries.
         error_scale: root mean square of (sketch score - exact score) / the sketch's standard deviation,
             √(Σ_c ‖z_c‖²‖q_c‖² / D).
+        true_recall: the recall at several depths, by increasing depth; empty if an earlier version built the index: the
+            four values above are then upper estimates.
     """
 
     queries: int
@@ -131,6 +169,41 @@ class Fidelity:
     deep_opponents: float
     correlation: float
     error_scale: float
+    true_recall: tuple[TrueRecall, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the depths.
+
+        Raises:
+            ValueError: they do not increase, or there is only one.
+        """
+        numbers = [depth.candidates for depth in self.true_recall]
+        if len(numbers) == 1 or numbers != sorted({*numbers}):
+            raise ValueError(f"recall at the depths {numbers}")
+
+    @property
+    def depths(self) -> tuple[TrueRecall, ...]:
+        """Return the recall at the measured depths; for upper estimates, the intervals begin at 0."""
+        shallow, deep = (self.proponents, self.opponents), (self.deep_proponents, self.deep_opponents)
+        return self.true_recall or tuple(
+            TrueRecall(m, *(Estimate(upper, 0.0, upper) for upper in sides))
+            for m, sides in ((10, shallow), (100, deep))
+        )
+
+    def expect(self, candidates: int) -> TrueRecall:
+        """Return the recall among this number of candidates.
+
+        Between two measured depths it is linear, which is a lower bound, because a row further down in the ranking is
+        less likely to be in the true top ten. Beyond the last depth it is the recall there.
+        """
+        depths = self.depths
+        places = [0.0, *(depth.candidates for depth in depths)]
+        sides = []
+        for side in ("proponents", "opponents"):
+            each: list[Estimate] = [getattr(depth, side) for depth in depths]
+            columns = ([getattr(one, name) for one in each] for name in ("mean", "lower", "upper"))
+            sides.append(Estimate(*(float(np.interp(candidates, places, [0.0, *column])) for column in columns)))
+        return TrueRecall(candidates, *sides)
 
 
 @dataclass(frozen=True)
@@ -215,9 +288,10 @@ class Manifest:
 
     @property
     def quality_summary(self) -> str:
-        """Return one line with the recall@10 of queries with respect to exact TracInCP, without and with re-scoring.
+        """Return one line with the expected recall of the true top ten, without and with re-scoring of candidates.
 
         The recall of a query is the product of the sketch's recall and that of the inverted lists, if there are any.
+        The number of candidates is the smallest measured one with a recall of .95, or the largest.
         """
         fidelity, calibration = self.fidelity, self.index.calibration
         if fidelity is None:
@@ -226,11 +300,15 @@ class Manifest:
         lists = (1.0, 1.0)
         if calibration is not None:
             lists = calibration.usual_point("proponents").recall, calibration.usual_point("opponents").recall
-        stored = fidelity.proponents * lists[0], fidelity.opponents * lists[1]
-        exact = fidelity.deep_proponents * lists[0], fidelity.deep_opponents * lists[1]
+        first, *deep = fidelity.depths
+        enough = [depth for depth in deep if min(depth.proponents.mean, depth.opponents.mean) >= _ENOUGH]
+        exact = (*enough, deep[-1])[0]
+        (p, o), (exact_p, exact_o) = (
+            (depth.proponents.mean * lists[0], depth.opponents.mean * lists[1]) for depth in (first, exact)
+        )
         return (
-            f"recall@10 {stored[0]:.2f} (proponents), {stored[1]:.2f} (opponents) from stored features; "
-            f"{exact[0]:.2f}, {exact[1]:.2f} with --rerank exact --candidates 100"
+            f"recall@10 {p:.2f} (proponents), {o:.2f} (opponents) from stored features; "
+            f"{exact_p:.2f}, {exact_o:.2f} with --rerank exact --candidates {exact.candidates}"
         )
 
     def audit_summary(self, uneven: AuditRecord | None = None) -> str:

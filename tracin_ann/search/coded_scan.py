@@ -1,0 +1,288 @@
+"""Approximate search with a scan of all codes: candidates from product codes of reduced rows, rescored with the rows.
+
+For rows without clusters, such as the features of language models: lists would have to be probed for a large part of
+the rows. The codes are so short that a scan of all of them takes a small part of the time of a scan of the rows.
+See `product_codes` for the codes and `rescored` for the rest of a search.
+
+Shapes: N rows, Q queries, M candidates, F feature dimension, R reduced dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from tracin_ann.errors import DamagedIndexError, attach_path, problem
+from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
+from tracin_ann.search.clustering import stratified_ids, survey
+from tracin_ann.search.construction import SAMPLE_NUMBERS, UnfinishedLists, count_block_rows, scale_rows
+from tracin_ann.search.faiss_file import REMEDY, FaissFile
+from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
+from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
+from tracin_ann.search.rescored import RescoredIndex, UncodedRows
+from tracin_ann.search.settings import Setting, check_fields
+from tracin_ann.types import Float32, Int64, RowSource
+
+_CAPTION = "tracin_ann coded scan"
+_VERSION = 1
+_DIMS_PER_CODE = 3
+_LEAST_BITS = 64
+_DEFAULT_CANDIDATES = 256
+_SMALLEST_BUDGET = 32
+_LARGEST_BUDGET = 4096
+_IDS_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class CodedScanParams:
+    """Parameters of a coded scan.
+
+    Attributes:
+        width: largest number of dimensions to which rows are reduced; None: 3 per code of 4 bits.
+        bits: largest number of bits of the codes of a row.
+        seed: seed of the training sample, the reduction and the centroids.
+    """
+
+    width: int | None = None
+    bits: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            UsageError: a field is out of range.
+        """
+        check_fields(
+            ("width", self.width, self.width is None or self.width >= 1, "at least 1"),
+            ("bits", self.bits, self.bits >= _LEAST_BITS, f"at least {_LEAST_BITS}"),
+            ("seed", self.seed, self.seed >= 0, "0 or more"),
+        )
+
+    @property
+    def n_codes(self) -> int:
+        """Return the largest number of codes of a row."""
+        return self.bits // CODE_BITS
+
+    def count_dims(self, dim: int) -> int:
+        """Return the largest number of dimensions of reduced rows of F numbers."""
+        return min(dim, self.width or _DIMS_PER_CODE * self.n_codes)
+
+    def estimate_bytes(self, n_rows: int, dim: int) -> int:
+        """Return the approximate size in bytes of the files for N rows of F numbers: codes, ids, factors, reduction."""
+        width = self.count_dims(dim)
+        per_row = min(self.n_codes, width) * CODE_BITS / 8 + 8 + 4
+        return round(n_rows * per_row + 4 * dim * width)
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """The content of the JSON file beside the codes, by which files that do not belong together are found."""
+
+    rows: int
+    shift: int
+    quiet_rows: int
+    quiet_norm: float
+    energy: float
+    params: CodedScanParams
+    codes: FaissFile
+    caption: str = _CAPTION
+    version: int = _VERSION
+
+    def __post_init__(self) -> None:
+        if (self.caption, self.version) != (_CAPTION, _VERSION):
+            raise ValueError(f"{self.caption!r} version {self.version} instead of {_CAPTION!r} version {_VERSION}")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Codes, parameters, and the exponent of the scale of rows (see `Survey.shift`)."""
+
+    codes: ProductCodes
+    params: CodedScanParams
+    shift: int
+
+
+class CodedScan(RescoredIndex):
+    """Approximate maximum inner product search; the scores of results are exact.
+
+    `Setting.codes` is the number of candidates that are scored again.
+    """
+
+    kind = "codes"
+    name = "coded scan"
+    FILES = ("codes.faiss", "codes.npz", "codes.json")
+    rescores_budget = True
+
+    def __init__(
+        self, source: RowSource, reduction: Reduction, uncoded: UncodedRows, device: torch.device, parts: _Parts
+    ) -> None:
+        """Wrap codes; use `build` or `load` to create an index."""
+        super().__init__(source, reduction, uncoded, device)
+        self._parts = parts
+        self.settings = (Setting(_DEFAULT_CANDIDATES),) * 2
+
+    @classmethod
+    def build(
+        cls,
+        source: RowSource,
+        params: CodedScanParams,
+        device: torch.device,
+        scratch: UnfinishedLists | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Self:
+        """Build an index of all rows of the source; reads all rows twice, and the training sample once more.
+
+        Args:
+            source: the rows.
+            params: parameters of the codes.
+            device: device of exact scans.
+            scratch: not used: an interrupted build starts again, because it takes a small part of the time of the
+                features.
+            progress: called with (rows done, rows).
+
+        Raises:
+            NonFiniteError: a row contains NaN or infinity; the message has its id.
+        """
+        block_rows = count_block_rows(source)
+        measured = survey(source, block_rows)
+        sample_ids = stratified_ids(measured, SAMPLE_NUMBERS // source.dim, params.seed)
+        sample_BF = scale_rows(source.take(sample_ids), measured.shift)
+        if not len(sample_BF):
+            sample_BF = np.zeros((1, source.dim), np.float32)
+        reduction = fit_reduction(sample_BF, params.count_dims(source.dim), params.seed, rotate=True)
+        sample_BR = reduction.apply(sample_BF)
+        del sample_BF
+        coder = ProductCoder.train(sample_BR, params.n_codes, params.seed)
+        reduction = _truncate(reduction, sample_BR, coder.layout.width)
+        start = 0
+        for ids_B, rows_BF in source.blocks(block_rows):
+            coded_B = measured.listed_N[start : start + len(ids_B)]
+            coder.add(reduction.apply(scale_rows(rows_BF[coded_B], measured.shift)), ids_B[coded_B])
+            start += len(ids_B)
+            if progress is not None:
+                progress(start, len(source))
+        return cls(
+            source, reduction, UncodedRows.find(measured), device, _Parts(coder.finish(), params, measured.shift)
+        )
+
+    @classmethod
+    def load(cls, directory: Path, source: RowSource, device: torch.device) -> Self:
+        """Return the index that `save` wrote, see `RescoredIndex.load`."""
+        codes_path, arrays_path, caption_path = (Path(directory) / name for name in cls.FILES)
+        expected = "a file written by a build"
+        content = read_json(caption_path, REMEDY)
+        with report_damage(caption_path, expected, REMEDY):
+            caption = read_record(_Caption, content)
+        with report_damage(arrays_path, expected, REMEDY), open_regular(arrays_path) as file:
+            arrays = read_npz(file)
+            reduction, outliers = unpack_reduction(arrays, source.dim, caption.energy)
+            layout = Layout(arrays["size_C"])
+            factor_N = arrays["factor_N"]
+        with report_damage(codes_path, expected, REMEDY):
+            codes = ProductCodes.load(codes_path, caption.codes, layout, factor_N)
+        got = caption.rows, layout.width, len(codes)
+        consistent = len(source), reduction.width, len(source) - caption.quiet_rows - len(outliers)
+        if got != consistent:
+            raise DamagedIndexError(
+                problem(
+                    f"{caption_path} does not belong to {codes_path.name}, {arrays_path.name} and the features",
+                    got=f"rows, dimensions, rows with codes {got}",
+                    expected=str(consistent),
+                    remedy=REMEDY,
+                )
+            )
+        uncoded = UncodedRows(outliers, caption.quiet_rows, caption.quiet_norm)
+        return cls(source, reduction, uncoded, device, _Parts(codes, caption.params, caption.shift))
+
+    def save(self, directory: Path) -> None:
+        """Write the files `FILES`, see `RescoredIndex.save`."""
+        codes_path, arrays_path, caption_path = (Path(directory) / name for name in self.FILES)
+        codes = self._parts.codes
+        arrays = pack_reduction(self._reduction, self._uncoded.outliers)
+        with attach_path(arrays_path):
+            np.savez(arrays_path, allow_pickle=False, **arrays, size_C=codes.layout.size_C, factor_N=codes.factor_N)
+        caption = _Caption(
+            rows=len(self),
+            shift=self._parts.shift,
+            quiet_rows=self._uncoded.quiet_rows,
+            quiet_norm=self._uncoded.quiet_norm,
+            energy=self._reduction.energy,
+            params=self.params,
+            codes=codes.save(codes_path),
+        )
+        with attach_path(caption_path):
+            caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
+
+    def find_faults(self, sample: int, seed: int) -> list[str]:
+        """Compare the codes with the source, see `RescoredIndex.find_faults`."""
+        codes = self._parts.codes
+        everything = np.concatenate([codes.ids_N, self._uncoded.outliers])
+        known = np.concatenate([block for block, _ in self._source.blocks(_IDS_AT_ONCE)])
+        twice = len(everything) - len(np.unique(everything))
+        ordered = bool((np.diff(codes.ids_N) > 0).all())
+        if (
+            not ordered
+            or twice
+            or not np.isin(everything, known).all()
+            or (len(known) - len(everything) != self._uncoded.quiet_rows)
+        ):
+            return [
+                f"{len(everything):,} ids ({twice:,} duplicates) and {self._uncoded.quiet_rows:,} quiet rows do not "
+                f"match {len(known):,} stored rows"
+            ]
+        random = np.random.default_rng(seed)
+        place_B = np.sort(random.permutation(len(codes))[:sample])
+        rows_BF = self._source.take(codes.ids_N[place_B])
+        wrong = codes.count_wrong(self._reduction.apply(scale_rows(rows_BF, self._parts.shift)), place_B)
+        return [f"of {len(place_B):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
+
+    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
+        """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
+        other = type(self)(self._source, self._reduction, self._uncoded, self._device, self._parts)
+        other.settings = proponents, opponents or proponents
+        return other
+
+    def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
+        """Yield numbers of candidates, each twice the one before."""
+        budget = _SMALLEST_BUDGET
+        while budget <= min(_LARGEST_BUDGET, max(len(self), _SMALLEST_BUDGET)):
+            yield [Setting(budget)]
+            budget *= 2
+
+    @property
+    def params(self) -> CodedScanParams:
+        """Return the parameters of the codes."""
+        return self._parts.params
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return the bytes that the index uses in memory, without the features."""
+        basis = self._reduction.basis_FR
+        rows = len(self._parts.codes) * self._parts.codes.bytes_per_row
+        return rows + (0 if basis is None else basis.nbytes) + self._uncoded.outliers.nbytes
+
+    def _find_candidates(
+        self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
+    ) -> tuple[Int64, Int64]:
+        """Return the candidates, and the numbers of codes and candidates, see `RescoredIndex`."""
+        ids_QM = self._parts.codes.scan(reduced_QR, n_candidates, allowed)
+        return ids_QM, len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
+
+
+def _truncate(reduction: Reduction, sample_BR: Float32, width: int) -> Reduction:
+    """Return the reduction to the first dimensions; sample_BR: reduced rows."""
+    square_R = np.square(sample_BR, dtype=np.float64).sum(axis=0)
+    total = float(square_R.sum())
+    basis = reduction.basis_FR
+    if basis is None or width == reduction.width:
+        return reduction
+    energy = reduction.energy * float(square_R[:width].sum()) / total if total else 1.0
+    return Reduction(reduction.dim, np.ascontiguousarray(basis[:, :width]), energy)
