@@ -19,8 +19,10 @@ import torch
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, SearchIndex, search_both
+from tracin_ann.search.bounded_scan import BoundedScan, BoundedScanParams
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
+from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import Float32, Int64, RowSource
@@ -85,10 +87,38 @@ def reloaded_codes(source: RowSource, device: torch.device) -> SearchIndex:
         return AllCandidates.load(Path(directory), source, device).with_settings(Setting(10**9))
 
 
+def bounds(source: RowSource, device: torch.device) -> SearchIndex:
+    return BoundedScan.build(source, BoundedScanParams(), device)
+
+
+def reloaded_bounds(source: RowSource, device: torch.device) -> SearchIndex:
+    """Return an index with fewer dimensions than the rows, which never scans all rows."""
+    with tempfile.TemporaryDirectory() as directory:
+        BoundedScan.build(source, BoundedScanParams(width=5), device).save(Path(directory))
+        return BoundedScan.load(Path(directory), source, device).with_settings(Setting(10**9))
+
+
+def graph(source: RowSource, device: torch.device) -> SearchIndex:
+    """Beams that would score all rows are answered by an exact scan."""
+    return GraphIndex.build(source, GraphParams(), device).with_settings(Setting(10**9))
+
+
+def reloaded_graph(source: RowSource, device: torch.device) -> SearchIndex:
+    with tempfile.TemporaryDirectory() as directory:
+        GraphIndex.build(source, GraphParams(), device).save(Path(directory))
+        return GraphIndex.load(Path(directory), source, device).with_settings(Setting(10**9))
+
+
 Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
-@pytest.fixture(params=[flat, ivf, reloaded_ivf, codes, reloaded_codes], ids=lambda backend: backend.__name__)
+@pytest.fixture(
+    params=[
+        *(flat, ivf, reloaded_ivf, codes, reloaded_codes),
+        *(bounds, reloaded_bounds, graph, reloaded_graph),
+    ],
+    ids=lambda backend: backend.__name__,
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 

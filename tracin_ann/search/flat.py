@@ -119,7 +119,7 @@ class FlatIndex:
         for at in range(0, len(queries), at_once):
             chunk_QF = queries[at : at + at_once]
             best = [_RunningBest(len(chunk_QF), k, self._device) for _ in signs]
-            for ids_S, scores_QS in self._iter_scores(chunk_QF):
+            for ids_S, scores_QS in self.iter_scores(chunk_QF):
                 sign_now: Sign = 1
                 for side, sign in zip(best, signs, strict=True):
                     if sign != sign_now:
@@ -130,8 +130,12 @@ class FlatIndex:
                 chunks.append(side)
         return [self._collect(side, k) for side in found]
 
-    def _iter_scores(self, queries_QF: Tensor) -> Iterator[tuple[Int64, Tensor]]:
-        """Yield (ids [S], scores [Q, S]) by increasing id; the next scores overwrite the memory of the last."""
+    def iter_scores(self, queries_QF: Tensor) -> Iterator[tuple[Int64, Tensor]]:
+        """Yield (ids [S], scores [Q, S]) by increasing id; the next scores overwrite the memory of the last.
+
+        Not for PyTorch's inference mode.
+        """
+        queries_QF = queries_QF.to(self._device)
         source, ids = _find_stored_rows(self._source)
         share = _TAKEN_SHARES[len(queries_QF) >= _MANY_QUERIES]
         few = ids is not None and source is not None and len(ids) < share * len(source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from torch import Tensor
 from tracin_ann.search.flat import as_tensor
 from tracin_ann.types import Float32, Int64
 
+_Float = TypeVar("_Float", np.float32, np.float64)
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _SMALL_DIM = 2048
@@ -79,15 +80,15 @@ def unpack_reduction(arrays: Mapping[str, npt.NDArray[Any]], dim: int, energy: f
     return Reduction(dim, basis if basis.size else None, energy), outliers
 
 
-def multiply_rows(rows_BF: Float32, matrix_FR: Float32) -> Float32:
-    """Return the product of rows and a matrix, float32 [B, R]; few rows are multiplied one by one, by one thread.
+def multiply_rows(rows_BF: npt.NDArray[_Float], matrix_FR: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
+    """Return the product of rows and a matrix [B, R]; few rows are multiplied one by one, by one thread.
 
     PyTorch multiplies several rows by several threads. If another process uses one of the cores, they wait for each
     other for milliseconds; after a product by NumPy, its threads delay the next operations.
     """
     rows, matrix = as_tensor(rows_BF), as_tensor(matrix_FR)
     groups = rows.split(1 if len(rows) <= _FEW_ROWS else len(rows))  # type: ignore[no-untyped-call]
-    product: Float32 = torch.cat([group @ matrix for group in groups]).numpy()
+    product: npt.NDArray[_Float] = torch.cat([group @ matrix for group in groups]).numpy()
     return product
 
 

@@ -46,19 +46,19 @@ _ONE = torch.ones(1, dtype=torch.float32)
 
 
 class StoredScorer:
-    """Inner products of some queries with blocks of stored rows, by as many threads as PyTorch uses.
+    """Inner products of some queries with blocks of stored rows, by several threads.
 
     A context manager, which ends the threads.
     """
 
-    def __init__(self, queries_QF: Tensor) -> None:
-        """Store the float32 queries [Q, F], on the CPU."""
+    def __init__(self, queries_QF: Tensor, n_threads: int | None = None) -> None:
+        """Store the float32 queries [Q, F], on the CPU; without `n_threads`, there are as many as PyTorch uses."""
         self._queries_QF = queries_QF
         self._scaled: dict[int, _PartQueries] = {}
         self._product = _Product()
         self._is_scan = len(queries_QF) <= _SCANNED_QUERIES
-        self._n_threads = torch.get_num_threads()
-        self._threads = ThreadPoolExecutor(self._n_threads, "tracin-scan", _use_one_thread)
+        self._n_threads = n_threads or torch.get_num_threads()
+        self._threads = ThreadPoolExecutor(self._n_threads, "tracin-scan", use_one_thread)
         self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> StoredScorer:
@@ -138,7 +138,7 @@ class StoredScorer:
                 _accumulate(some_QB, power_Q1, factors, out_QB[some, rows], is_first=is_first)
 
 
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
     """Set the number of OpenMP threads to 1, for parallel regions that the calling thread starts.
 
     FAISS and PyTorch can share one OpenMP library. PyTorch's first operation in a thread sets the number to that of
