@@ -43,8 +43,7 @@ from tracin_ann.search.bounds import ReducedQueries, ReducedRows, find_wrong_bou
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.construction import scale_rows
 from tracin_ann.search.flat import FlatIndex, Sign, Subset
-from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import normalize
+from tracin_ann.search.reduction import Reduction, fit_reduction, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.stored_scores import use_one_thread
 from tracin_ann.search.topk import concatenate, negate
