@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.search.coded_scan import CodedScan
+from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
 from tracin_ann.search.reduction import Metric, fit_reduction
 
 N, QUERIES = 3000, 120
@@ -83,13 +83,14 @@ def test_candidates_in_the_metric_are_better_than_without(index: InfluenceIndex)
     scores = index.score_matrix("query", range(QUERIES))
     shares = []
     for metric in (score.metric, None):
-        codes = CodedScan.build(index.view(), index.search_index.params, torch.device("cpu"), metric=metric)
+        codes = CodedScan.build(index.view(), CodedScanParams(bits=128), torch.device("cpu"), metric=metric)
         reduced, _ = codes._reduce(queries)
         ids, _ = codes._find_candidates(reduced, 40, codes.settings[0], None)
         best = np.argsort(-scores, axis=1)[:, :10]
         shares.append(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(ids, best, strict=True)]))
-    assert shares[0] > 0.95
-    assert shares[0] >= shares[1]
+    print(shares)
+    assert shares[0] > 0.9
+    assert shares[0] >= shares[1] + 0.1
 
 
 def test_a_metric_preserves_inner_products() -> None:
