@@ -7,7 +7,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from test_search_contract import DIM, Rows, heavy_tailed, integers, normal, orac
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, UsageError
 from tracin_ann.files import file_digest
-from tracin_ann.search import FlatIndex, graph, search_both
+from tracin_ann.search import FlatIndex, construction, graph, search_both
 from tracin_ann.search.calibration import calibrate
 from tracin_ann.search.clustering import survey
 from tracin_ann.search.graph import GraphIndex, GraphParams
@@ -150,7 +150,7 @@ class Pieces(Rows):
 def test_the_files_depend_neither_on_threads_nor_on_the_blocks_of_the_source(
     source: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "_BLOCK_ROWS", 800)
+    monkeypatch.setattr(construction, "_BLOCK_ROWS", 800)
     faiss = import_faiss()
     before, found = faiss.omp_get_max_threads(), []
     try:
@@ -164,8 +164,24 @@ def test_the_files_depend_neither_on_threads_nor_on_the_blocks_of_the_source(
     assert read_files(other, tmp_path / "other") != found[0]
 
 
+@pytest.mark.parametrize("beams", [(40, 40), (100, 300)])
+def test_the_number_of_rows_read_is_known(beams: tuple[int, int]) -> None:
+    taken: list[int] = []
+
+    class Taken(Rows):
+        def take(self, ids: Sequence[int] | Int64) -> Float32:
+            taken.append(len(ids))
+            return super().take(ids)
+
+    rows = Taken(np.random.default_rng(0).standard_normal((3000, 60)).astype(np.float32))
+    index = GraphIndex.build(rows, GraphParams(links=4), CPU).with_settings(*map(Setting, beams))
+    taken.clear()
+    index.search_both(normal(1, 2, 60), 10)
+    assert taken == [index.most_rows_read(1, 10)] == [sum(min(beam, 200) for beam in beams)]
+
+
 def test_progress_ends_with_all_rows(source: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_BLOCK_ROWS", 1000)
+    monkeypatch.setattr(construction, "_BLOCK_ROWS", 1000)
     seen: list[tuple[int, int]] = []
     GraphIndex.build(source, PARAMS, CPU, progress=lambda done, rows: seen.append((done, rows)))
     assert seen == [(1000, N), (2000, N), (N, N)]

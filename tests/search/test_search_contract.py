@@ -289,7 +289,7 @@ def build_codes(source: RowSource) -> RescoredIndex:
 
 
 def build_graph(source: RowSource) -> RescoredIndex:
-    return GraphIndex.build(source, GraphParams(), CPU)
+    return GraphIndex.build(source, GraphParams(width=200), CPU)
 
 
 def build_bounds(source: RowSource) -> RescoredIndex:

@@ -24,24 +24,21 @@ from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, UsageError, attach_path, problem
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
-from tracin_ann.search.construction import scale_rows
+from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, FaissFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import make_selector
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import RescoredIndex, UncodedRows
-from tracin_ann.search.settings import Setting
+from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
 _CAPTION = "tracin_ann graph"
 _VERSION = 1
 _EXPECTED = "a file written by a build"
-_SAMPLE_NUMBERS = 2**26
-_BLOCK_ROWS = 16_384
-"""Rows added at once. Rows of one call of FAISS are linked in batches, so the graph depends on this number."""
 _SMALLEST_BEAM, _LARGEST_BEAM = 32, 8192
 _DEFAULT_BEAM = 256
-_RESCORED = 200
-"""Candidates of a beam that are scored again, if it has as many."""
+_LEAST_RESCORED, _SHARE_RESCORED = 200, 4
+"""As many rows of a beam, or one in so many if that is more, are scored again."""
 _MEASURED_QUERIES = 32
 
 
@@ -69,16 +66,12 @@ class GraphParams:
         Raises:
             UsageError: a field is out of range.
         """
-        for name, least, most in (
-            ("width", 1, 2**20),
-            ("links", 2, 1024),
-            ("ef_construction", 1, 2**20),
-            ("seed", 0, math.inf),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                expected = f"at least {least}" + (f" and at most {most:,}" if most < math.inf else "")
-                raise UsageError(problem(f"invalid {name}", got=value, expected=expected, remedy=f"change {name}"))
+        check_fields(
+            ("width", self.width, self.width >= 1, "at least 1"),
+            ("links", self.links, self.links > 1, "at least 2"),
+            ("ef_construction", self.ef_construction, self.ef_construction >= 1, "at least 1"),
+            ("seed", self.seed, self.seed >= 0, "0 or more"),
+        )
 
     def estimate_bytes(self, n_rows: int, dim: int) -> int:
         """Return the approximate size in bytes of the files for N rows of F numbers: codes, links and ids."""
@@ -181,8 +174,7 @@ class GraphIndex(RescoredIndex):
     ) -> GraphIndex:
         """Build an index of all rows of the source; reads all rows twice, and a sample once more.
 
-        The graph has the same bytes for any number of threads, because FAISS links new rows in batches. An interrupted
-        build starts again.
+        The graph has the same bytes for any number of threads, because FAISS links new rows in batches.
 
         Args:
             source: the rows.
@@ -198,9 +190,9 @@ class GraphIndex(RescoredIndex):
             raise UsageError(
                 problem("too few rows for a graph", got="no rows", expected="at least one", remedy="use a flat index")
             )
-        block_rows = max(1, min(_BLOCK_ROWS, _SAMPLE_NUMBERS // source.dim))
+        block_rows = count_block_rows(source)
         measured = survey(source, block_rows)
-        sample_ids = stratified_ids(measured, _SAMPLE_NUMBERS // source.dim, params.seed)
+        sample_ids = stratified_ids(measured, SAMPLE_NUMBERS // source.dim, params.seed)
         sample_BF = np.zeros((1, source.dim), np.float32)
         if len(sample_ids):
             sample_BF = scale_rows(source.take(sample_ids), measured.shift)
@@ -265,7 +257,9 @@ class GraphIndex(RescoredIndex):
         """Compare the graph with the source, see `RescoredIndex.find_faults`; links are not recomputed."""
         parts = self._parts
         everything = np.concatenate([parts.id_N, self._uncoded.outliers])
-        known = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in self._source.blocks(_BLOCK_ROWS))])
+        known = np.concatenate(
+            [np.zeros(0, np.int64), *(ids for ids, _ in self._source.blocks(count_block_rows(self._source)))]
+        )
         twice = len(everything) - len(np.unique(everything))
         if twice or not np.isin(everything, known).all() or len(known) - len(everything) != self._uncoded.quiet_rows:
             return [
@@ -309,9 +303,10 @@ class GraphIndex(RescoredIndex):
         codes = len(parts.id_N) * (int(import_faiss().downcast_index(parts.graph.storage).code_size) + 8)
         return int(codes + links) + (0 if basis is None else basis.nbytes) + self._uncoded.outliers.nbytes
 
-    def most_rows_read(self, n_queries: int, k: int) -> int:
-        """Return the largest number of stored rows that a search reads, see `RescoredIndex.most_rows_read`."""
-        return max(2 * _RESCORED * n_queries + len(self._uncoded.outliers), super().most_rows_read(n_queries, k))
+    def _count_candidates(self, k: int, setting: Setting) -> int:
+        """Return how many rows of a beam are scored again, see `RescoredIndex`."""
+        rescored = min(setting.codes, max(_LEAST_RESCORED, setting.codes // _SHARE_RESCORED))
+        return max(rescored, super()._count_candidates(k, setting))
 
     def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:
         """Return whether a search would score as many rows as a scan of n_rows rows."""
@@ -322,15 +317,13 @@ class GraphIndex(RescoredIndex):
         self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
     ) -> tuple[Int64, Int64]:
         """Return candidates, and the estimated numbers of scored codes, see `RescoredIndex`."""
-        parts = self._parts
-        n_results = max(n_candidates, min(setting.codes, _RESCORED))
-        beam = max(setting.codes, n_results)
+        parts, beam = self._parts, max(setting.codes, n_candidates)
         if not len(parts.id_N):
-            return np.full((len(reduced_QR), n_results), -1), np.zeros(len(reduced_QR), np.int64)
+            return np.full((len(reduced_QR), n_candidates), -1), np.zeros(len(reduced_QR), np.int64)
         positions = None
         if allowed is not None:
             positions = np.flatnonzero(np.isin(parts.id_N, allowed, assume_unique=True))
-        position_QM = parts.find(reduced_QR, n_results, beam, positions)
+        position_QM = parts.find(reduced_QR, n_candidates, beam, positions)
         ids_QM = np.where(position_QM >= 0, parts.id_N[position_QM], -1)
         return ids_QM, np.full(len(reduced_QR), parts.estimate_visited(beam))
 
