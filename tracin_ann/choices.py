@@ -12,7 +12,7 @@ SideName = Literal["train", "query", "input"]
 Precision = Literal["fp32", "bf16"]
 Norms = Literal["sketch", "exact"]
 Preconditioner = Literal["none", "adam", "trackstar"]
-IndexKind = Literal["auto", "flat", "ivf"]
+IndexKind = Literal["auto", "flat", "ivf", "codes", "bounds", "graph"]
 Search = Literal["auto", "index", "lists", "scan"]
 CurvatureName = Literal["fisher", "gauss-newton", "trak"]
 ScoreName = Literal["tracin", "cosine", "fisher", "gauss-newton", "trak", "trackstar"]
@@ -26,7 +26,7 @@ SIDE_NAMES: dict[SideName, str] = {"train": "train_data", "query": "query_data",
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 NORMS: tuple[Norms, ...] = ("sketch", "exact")
 PRECONDITIONERS: tuple[Preconditioner, ...] = ("none", "adam", "trackstar")
-INDEX_KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf")
+INDEX_KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf", "codes", "bounds", "graph")
 SEARCHES: tuple[Search, ...] = ("auto", "index", "lists", "scan")
 """`lists` is the earlier name of `index`."""
 CURVATURES: tuple[CurvatureName, ...] = ("fisher", "gauss-newton", "trak")

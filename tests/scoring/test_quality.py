@@ -168,6 +168,29 @@ def test_a_query_reports_its_strategy_and_reaches_the_requested_recall(index: In
     )
 
 
+def test_an_answer_states_the_true_recall_that_is_expected_with_its_candidates(index: InfluenceIndex) -> None:
+    fidelity, calibration = index.manifest.fidelity, index.manifest.index.calibration
+    assert fidelity is not None and calibration is not None
+    exact = index.query([0], options=QueryOptions(rerank="exact", candidates=40, search="scan"))[0].how
+    true = fidelity.expect(40)
+    assert exact.endswith(
+        "; expected true recall@10, re-scored exactly from 40 candidates: "
+        f"{true.proponents.summary} for proponents, {true.opponents.summary} for opponents"
+    )
+    by_lists = index.query([0], options=QueryOptions(search="lists"))[0].how
+    point = calibration.fastest_point("proponents", calibration.target)
+    assert point is not None and 0 < point.recall < 1
+    product = fidelity.true_recall[0].proponents.times(point.recall)
+    assert f"; expected true recall@10: {product.summary} for proponents, " in by_lists
+    unmeasured = (
+        QueryOptions(exact=True),
+        QueryOptions(cosine=True),
+        QueryOptions(checkpoints=(0,)),
+        QueryOptions(rows=RowFilter(only=range(100))),
+    )
+    assert not any("true recall" in index.query([0], options=options)[0].how for options in unmeasured)
+
+
 def heavy_tailed_rows(n: int, seed: int) -> list[tuple[torch.Tensor, int]]:
     g = torch.Generator().manual_seed(seed)
     scale = torch.randn(n, generator=g).mul(1.5).exp()

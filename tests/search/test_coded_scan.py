@@ -198,7 +198,7 @@ def test_two_builds_give_the_same_files(source: Rows, tmp_path: Path) -> None:
     contents, progress = [], []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        CodedScan.build(source, FEW_BITS, CPU, None, lambda *done: progress.append(done)).save(tmp_path / name)
+        CodedScan.build(source, FEW_BITS, CPU, lambda *done: progress.append(done)).save(tmp_path / name)
         contents.append([(tmp_path / name / file).read_bytes() for file in CodedScan.FILES])
     assert contents[0] == contents[1]
     assert progress[-1] == (N, N)

@@ -113,7 +113,10 @@ Backend = Callable[[RowSource, torch.device], SearchIndex]
 
 
 @pytest.fixture(
-    params=[flat, ivf, reloaded_ivf, codes, reloaded_codes, bounds, reloaded_bounds, graph, reloaded_graph],
+    params=[
+        *(flat, ivf, reloaded_ivf, codes, reloaded_codes),
+        *(bounds, reloaded_bounds, graph, reloaded_graph),
+    ],
     ids=lambda backend: backend.__name__,
 )
 def backend(request: pytest.FixtureRequest) -> Backend:

@@ -27,7 +27,7 @@ from tracin_ann.features import (
     load_index_task,
     read_generation_canaries,
 )
-from tracin_ann.search import RescoredIndex, load_index
+from tracin_ann.search import CalibratedIndex, load_index
 from tracin_ann.store import (
     BUILD_RECORD,
     FEATURES,
@@ -365,7 +365,7 @@ def _check_contents(out: Path, manifest: Manifest, intact: set[str]) -> Iterator
     try:
         view = select_listed_rows(store.view(), read_unlisted_ids(out, manifest))
         index = load_index(manifest.index.kind, own, view, torch.device("cpu"))
-        faults = index.find_faults(_CHECKED_VECTORS, seed=0) if isinstance(index, RescoredIndex) else []
+        faults = index.find_faults(_CHECKED_VECTORS, seed=0) if isinstance(index, CalibratedIndex) else []
     except DamagedIndexError as error:
         faults = [str(error)]
     for fault in faults:

@@ -30,7 +30,7 @@ from tracin_ann.scoring.true_recall import (
     find_cuts,
     find_probabilities,
 )
-from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, RescoredIndex, Subset, calibrate
+from tracin_ann.search import CalibratedIndex, Calibration, FirstUseCost, FlatIndex, Subset, calibrate
 from tracin_ann.store import Estimate, FeatureStore, Fidelity, TrueRecall
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
@@ -73,7 +73,7 @@ class QualityMeasurement:
     skipped: Int64
     progress: ProgressCallback
 
-    def recall(self, index: RescoredIndex, target: float) -> Calibration:
+    def recall(self, index: CalibratedIndex, target: float) -> Calibration:
         """Return the recall of an index on rows of query_data, completed by training rows if they are few."""
         view = self.store.view()
         random = np.random.default_rng(self.seed)

@@ -24,7 +24,7 @@ from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.scoring.true_recall import K
-from tracin_ann.search import FlatIndex, RescoredIndex, SearchIndex, scale_to_unit, search_both
+from tracin_ann.search import CalibratedIndex, FlatIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.store import FeatureStore, Fidelity, IndexRecord
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
@@ -163,7 +163,7 @@ class Ranker:
             if vectors.half_QF is not None and request.options.rerank == "stored":
                 k = max(k, _ROWS_OF_ERRORS)
             strategy = self._choose_strategy(request, vectors.vector_QF)
-            if isinstance(strategy.index, RescoredIndex) and strategy.index.will_scan(k, request.allowed):
+            if isinstance(strategy.index, CalibratedIndex) and strategy.index.will_scan(k, request.allowed):
                 n_rows = len(strategy.index) if request.allowed is None else len(request.allowed)
                 how = f"exact scan of {n_rows:,} rows: {strategy.index.name} would score as many"
                 strategy = replace(strategy, how=how, unlike_Q=None, recall=(1.0, 1.0))

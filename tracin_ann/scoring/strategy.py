@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.scoring.answers import QueryOptions
-from tracin_ann.search import NAMES, Calibration, FlatIndex, Point, RescoredIndex, SearchIndex
+from tracin_ann.search import NAMES, CalibratedIndex, Calibration, FlatIndex, Point, SearchIndex
 from tracin_ann.store import IndexRecord
 from tracin_ann.types import Float32
 
@@ -61,7 +61,7 @@ def choose_strategy(
         UsageError: the options require an index that cannot be used, or a recall that it does not reach.
     """
     calibration = record.calibration
-    if calibration is None or not isinstance(index, RescoredIndex) or unsupported:
+    if calibration is None or not isinstance(index, CalibratedIndex) or unsupported:
         _check_index_not_required(record, options, unsupported)
         if not unsupported:
             return Strategy(index, _SCAN)

@@ -15,18 +15,17 @@ from tracin_ann.search.backend import (
     list_files,
     load_index,
 )
-from tracin_ann.search.base import SearchIndex, scale_to_unit, search_both
+from tracin_ann.search.base import CalibratedIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
 from tracin_ann.search.diagnosis import diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
-from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
     "CODES",
-    "NAMES",
+    "CalibratedIndex",
     "Calibration",
     "Codes",
     "FirstUseCost",
@@ -34,8 +33,8 @@ __all__ = [
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
+    "NAMES",
     "Point",
-    "RescoredIndex",
     "SearchIndex",
     "Subset",
     "build_index",

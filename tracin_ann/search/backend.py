@@ -10,18 +10,23 @@ import torch
 
 from tracin_ann.choices import INDEX_KINDS
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.search.base import CalibratedIndex
+from tracin_ann.search.bounded_scan import BoundedScan, BoundedScanParams
+from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.diagnosis import Diagnosis
 from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
-from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import RowSource
 
 FLAT_BELOW_ROWS = 100_000
 """With fewer rows, a batched exact scan takes about as long as a search of inverted lists."""
-_CLASSES: dict[str, type[RescoredIndex]] = {"ivf": IVFIndex}
+_CLASSES: dict[str, type[CalibratedIndex]] = {
+    index.kind: index for index in (IVFIndex, CodedScan, BoundedScan, GraphIndex)
+}
 NAMES = {"flat": "exact scan", **{kind: index.name for kind, index in _CLASSES.items()}}
 """The kinds, with their names for users."""
 
@@ -107,19 +112,33 @@ class IndexRequest:
 
 def build_index(
     kind: str, source: RowSource, request: IndexRequest, progress: Callable[[int, int], None]
-) -> RescoredIndex:
+) -> CalibratedIndex:
     """Build an index of a kind other than `flat`; `progress` is called with (rows done, rows)."""
-    params = IVFParams(seed=request.seed, codes=request.codes)
-    scratch = UnfinishedLists(request.folder, digest_inputs(params, *request.inputs))
-    return IVFIndex.build(source, params, request.device, scratch, progress)
+    lists = IVFParams(seed=request.seed, codes=request.codes)
+    if kind == "codes":
+        return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress)
+    if kind == "bounds":
+        return BoundedScan.build(source, BoundedScanParams(seed=request.seed), request.device, progress)
+    if kind == "graph":
+        return GraphIndex.build(source, GraphParams(seed=request.seed), request.device, progress)
+    scratch = UnfinishedLists(request.folder, digest_inputs(lists, *request.inputs))
+    return IVFIndex.build(source, lists, request.device, scratch, progress)
 
 
 def estimate_bytes(kind: str, n_rows: int, dim: int, codes: Codes) -> int:
     """Return the approximate size of the files of an index in bytes; for `auto`, that of the largest kind."""
-    return 0 if is_flat(kind, n_rows) else IVFParams(codes=codes).estimate_bytes(n_rows, dim)
+    if is_flat(kind, n_rows):
+        return 0
+    sizes = {
+        "ivf": IVFParams(codes=codes).estimate_bytes(n_rows, dim),
+        "codes": CodedScanParams().estimate_bytes(n_rows, dim),
+        "bounds": BoundedScanParams().estimate_bytes(n_rows, dim),
+        "graph": GraphParams().estimate_bytes(n_rows, dim),
+    }
+    return max(sizes.values()) if kind == "auto" else sizes[kind]
 
 
-def load_index(kind: str, directory: Path, source: RowSource, device: torch.device) -> FlatIndex | RescoredIndex:
+def load_index(kind: str, directory: Path, source: RowSource, device: torch.device) -> FlatIndex | CalibratedIndex:
     """Return the index of a kind whose files are in a directory, for the same rows.
 
     Raises:

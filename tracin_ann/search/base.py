@@ -5,13 +5,18 @@ Shapes: N rows, Q queries, F feature dimension, K results.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
+import torch
 
 from tracin_ann.errors import NonFiniteError, UsageError, problem
+from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import negate, split
-from tracin_ann.types import Float32, Int64, TopK
+from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _FLOAT32_POWERS = 125
 """Powers of two with exponents from −125 to 125 are exact in float32, and so are their products with rows in range."""
@@ -44,6 +49,95 @@ class TwoSidedIndex(Protocol):
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents) as the function `search_both` does."""
+
+
+class CalibratedIndex(ABC):
+    """An index of rows with files of its own, whose recall and cost a build measures; results have exact scores."""
+
+    kind: ClassVar[str]
+    """The name in the manifest, such as "ivf"."""
+    name: ClassVar[str]
+    """The name for users, such as "inverted lists"."""
+    FILES: ClassVar[tuple[str, ...]]
+    """Names of the files that `save` writes."""
+    settings: tuple[Setting, Setting]
+    """The settings for proponents and opponents."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, directory: Path, source: RowSource, device: torch.device) -> Self:
+        """Return the index that `save` wrote to the directory, for the same rows.
+
+        Raises:
+            DamagedIndexError: a file is missing, truncated or of another version, or the files do not belong together.
+            OSError: the system has no memory or file descriptors left.
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the files `FILES` to a directory; the caller renames and fsyncs."""
+
+    @abstractmethod
+    def find_faults(self, sample: int, seed: int) -> list[str]:
+        """Compare the files with the source and return descriptions of the differences.
+
+        All ids are compared; what is stored of a row is computed again for at least `sample` rows.
+        """
+
+    @abstractmethod
+    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
+        """Return an index with the same files and these settings; without `opponents`, one setting for both."""
+
+    @abstractmethod
+    def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
+        """Yield settings to measure, in rounds of increasing budget; the last one of a round finds the most results.
+
+        Args:
+            recall_of: returns the recall of a setting, measured with some queries.
+        """
+
+    @property
+    @abstractmethod
+    def source(self) -> RowSource:
+        """Return the rows."""
+
+    @property
+    @abstractmethod
+    def resident_bytes(self) -> int:
+        """Return the bytes that the index uses in memory or mapped, without the features."""
+
+    @property
+    def dim(self) -> int:
+        """Return F, the length of a row."""
+        return self.source.dim
+
+    def __len__(self) -> int:
+        """Return N, the number of rows."""
+        return len(self.source)
+
+    @abstractmethod
+    def measure(self, queries_QF: Float32) -> tuple[Float64, Float64]:
+        """Return the norm of each query [Q], and a statistic of its direction, between 0 and 1 [Q]."""
+
+    @abstractmethod
+    def will_scan(self, k: int, allowed: Int64 | None = None) -> bool:
+        """Return whether a search scans all (allowed) rows."""
+
+    @abstractmethod
+    def most_rows_read(self, n_queries: int, k: int) -> int:
+        """Return the largest number of stored rows that a search in both directions reads by id."""
+
+    @abstractmethod
+    def search(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> TopK:
+        """Return the k rows of largest inner product among those that the setting reaches; always min(k, N) rows."""
+
+    @abstractmethod
+    def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
+        """Return (proponents, opponents), each with its own setting, as two separate searches do."""
+
+    def describe_exactness(self, top: TopK) -> str:
+        """Return why the results are the exact top k, as text for users; "" if they may not be."""
+        return ""
 
 
 def search_both(index: SearchIndex, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:

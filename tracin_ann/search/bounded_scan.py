@@ -37,11 +37,11 @@ from tracin_ann.files import (
     report_damage,
     save_array,
 )
-from tracin_ann.search.base import check_queries, scale_to_unit
+from tracin_ann.search.base import CalibratedIndex, check_queries, scale_to_unit
 from tracin_ann.search.bounded_search import BatchSearch, SearchedRows
 from tracin_ann.search.bounds import ReducedQueries, ReducedRows, find_wrong_bounds, reduce_rows
 from tracin_ann.search.clustering import stratified_ids, survey
-from tracin_ann.search.construction import UnfinishedLists, scale_rows
+from tracin_ann.search.construction import scale_rows
 from tracin_ann.search.flat import FlatIndex, Sign, Subset
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import normalize
@@ -126,10 +126,10 @@ class _Caption:
             raise ValueError(f"records of {len(self.files)} files instead of {_ARRAY_FILES}")
 
 
-class BoundedScan:
+class BoundedScan(CalibratedIndex):
     """Exact maximum inner product search by bounds; see the module."""
 
-    kind = "bounds"
+    kind, name = "bounds", "exact search by bounds"
     FILES = ("bounds.npy", "bounds.npz", "bounds.json")
 
     def __init__(
@@ -154,7 +154,6 @@ class BoundedScan:
         source: RowSource,
         params: BoundedScanParams,
         device: torch.device,
-        scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> BoundedScan:
         """Build an index of all rows of the source, in two passes over them.
@@ -163,7 +162,6 @@ class BoundedScan:
             source: the rows.
             params: parameters of the index.
             device: device of scans of all rows.
-            scratch: not used: a build that was interrupted starts again.
             progress: called with (rows done, rows).
 
         Raises:

@@ -19,10 +19,9 @@ from typing import Literal
 
 import numpy as np
 
-from tracin_ann.search.base import scale_to_unit, search_both
+from tracin_ann.search.base import CalibratedIndex, scale_to_unit, search_both
 from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.query_distribution import QueryDistribution, measure_queries
-from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import concatenate
 from tracin_ann.types import Float32, Float64, PendingReads, TopK
@@ -167,7 +166,7 @@ class Calibration:
 
 
 def calibrate(
-    index: RescoredIndex,
+    index: CalibratedIndex,
     exact: FlatIndex,
     queries_QF: Float32,
     target: float,
@@ -220,7 +219,7 @@ def _scan(exact: FlatIndex, queries_QF: Float32) -> tuple[dict[str, TopK], Cost]
     return dict(zip(("proponents", "opponents"), truth, strict=True)), cost
 
 
-def _time_searches(index: RescoredIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
+def _time_searches(index: CalibratedIndex, calibration: Calibration, queries_QF: Float32) -> Calibration:
     """Return the calibration with the cost of a search: both directions and the comparison of queries."""
     points = calibration.usual_point("proponents"), calibration.usual_point("opponents")
     chosen = index.with_settings(*(point.setting for point in points))
@@ -245,7 +244,7 @@ def _fit_cost(single: float, batches: Sequence[tuple[int, float]]) -> Cost:
 
 
 def _measure_settings(
-    index: RescoredIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
+    index: CalibratedIndex, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
 ) -> tuple[Point, ...]:
     """Return the useful settings of one direction: each has a higher recall bound than all faster ones.
 
@@ -271,7 +270,7 @@ def _measure_settings(
 
 
 def _measure_setting(
-    index: RescoredIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
+    index: CalibratedIndex, setting: Setting, signed_QF: Float32, truth: TopK, scores: Sequence[Float32]
 ) -> Point:
     """Return the recall and cost of one setting in one direction."""
     searched = index.with_settings(setting)

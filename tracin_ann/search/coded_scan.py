@@ -22,7 +22,7 @@ import torch
 from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import stratified_ids, survey
-from tracin_ann.search.construction import SAMPLE_NUMBERS, UnfinishedLists, count_block_rows, scale_rows
+from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, FaissFile
 from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
@@ -135,7 +135,6 @@ class CodedScan(RescoredIndex):
         source: RowSource,
         params: CodedScanParams,
         device: torch.device,
-        scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Build an index of all rows of the source; reads all rows twice, and the training sample once more.
@@ -144,8 +143,6 @@ class CodedScan(RescoredIndex):
             source: the rows.
             params: parameters of the codes.
             device: device of exact scans.
-            scratch: not used: an interrupted build starts again, because it takes a small part of the time of the
-                features.
             progress: called with (rows done, rows).
 
         Raises:

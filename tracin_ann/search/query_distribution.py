@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.search.rescored import RescoredIndex
+from tracin_ann.search.base import CalibratedIndex
 from tracin_ann.types import Float32, Float64
 
 _QUANTILES = 101
@@ -31,7 +31,7 @@ class QueryDistribution:
 
     Attributes:
         log_norm: quantiles of the log10 norms.
-        cosine: quantiles of the statistic of directions that `RescoredIndex.measure` returns: for lists, the largest
+        cosine: quantiles of the statistic of directions that `CalibratedIndex.measure` returns: for lists, the largest
             |cosine| with the center of a group.
         samples: number of queries, as a tuple with one element.
     """
@@ -49,7 +49,7 @@ class QueryDistribution:
         if not self.log_norm or not self.cosine or len(self.samples) != 1 or self.samples[0] < 1:
             raise ValueError("quantiles of no queries")
 
-    def compare(self, index: RescoredIndex, queries_QF: Float32) -> Comparison:
+    def compare(self, index: CalibratedIndex, queries_QF: Float32) -> Comparison:
         """Return which queries are outliers, and whether the queries together have another distribution."""
         measured = list(zip(_measure(index, queries_QF), (self.log_norm, self.cosine), strict=True))
         return Comparison(
@@ -79,14 +79,14 @@ class Comparison:
     is_shifted: bool
 
 
-def measure_queries(index: RescoredIndex, queries_QF: Float32) -> QueryDistribution:
+def measure_queries(index: CalibratedIndex, queries_QF: Float32) -> QueryDistribution:
     """Return the distribution of queries, measured with the centroids of an index."""
     at = np.linspace(0, 1, _QUANTILES)
     log_norm, cosine = (tuple(np.quantile(v, at).tolist()) for v in _measure(index, queries_QF))
     return QueryDistribution(log_norm, cosine, (len(queries_QF),))
 
 
-def _measure(index: RescoredIndex, queries_QF: Float32) -> tuple[Float64, Float64]:
+def _measure(index: CalibratedIndex, queries_QF: Float32) -> tuple[Float64, Float64]:
     """Return log10 norms [Q] and largest |cosines| with the center of a group [Q]."""
     norm_Q, cosine_Q = index.measure(queries_QF)
     return np.log10(np.maximum(norm_Q, np.finfo(np.float64).tiny)), cosine_Q

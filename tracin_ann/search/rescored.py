@@ -10,18 +10,17 @@ Shapes: N rows, Q queries, M candidates, K results, F feature dimension, R reduc
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from tracin_ann.errors import DamagedIndexError, problem
-from tracin_ann.search.base import check_queries
+from tracin_ann.search.base import CalibratedIndex, check_queries
 from tracin_ann.search.clustering import Survey
 from tracin_ann.search.flat import FlatIndex, Sign, check_finite
 from tracin_ann.search.reduction import Reduction
@@ -63,61 +62,16 @@ class _Direction:
     setting: Setting
 
 
-class RescoredIndex(ABC):
+class RescoredIndex(CalibratedIndex):
     """Approximate maximum inner product search; the scores of results are exact."""
 
-    kind: ClassVar[str]
-    name: ClassVar[str]
-    """The name for users, such as "inverted lists"."""
-    FILES: ClassVar[tuple[str, ...]]
-    """Names of the files that `save` writes."""
     rescores_budget: ClassVar[bool] = False
     """Whether `Setting.codes` is the number of candidates, which are the best of all (allowed) codes."""
-    settings: tuple[Setting, Setting]
-    """The settings for proponents and opponents."""
 
     def __init__(self, source: RowSource, reduction: Reduction, uncoded: UncodedRows, device: torch.device) -> None:
         """Store the arguments; subclasses set `settings`."""
         self._source, self._reduction, self._uncoded, self._device = source, reduction, uncoded, device
         self._last = threading.local()
-
-    @classmethod
-    @abstractmethod
-    def load(cls, directory: Path, source: RowSource, device: torch.device) -> Self:
-        """Return the index that `save` wrote to the directory, for the same rows.
-
-        Raises:
-            DamagedIndexError: a file is missing, truncated or of another version, or the files do not belong together.
-            OSError: the system has no memory or file descriptors left.
-        """
-
-    @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write the files `FILES` to a directory; the caller renames and fsyncs."""
-
-    @abstractmethod
-    def find_faults(self, sample: int, seed: int) -> list[str]:
-        """Compare the codes with the source and return descriptions of the differences.
-
-        All ids are compared; codes are recomputed for at least `sample` rows.
-        """
-
-    @abstractmethod
-    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
-        """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
-
-    @abstractmethod
-    def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
-        """Yield settings to measure, in rounds of increasing budget; the last one of a round finds the most results.
-
-        Args:
-            recall_of: returns the recall of a setting, measured with some queries.
-        """
-
-    @property
-    @abstractmethod
-    def resident_bytes(self) -> int:
-        """Return the bytes that the index uses in memory or mapped, without the features."""
 
     @abstractmethod
     def _find_candidates(
