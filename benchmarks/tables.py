@@ -15,6 +15,13 @@ import numpy as np
 from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
+from benchmarks.retrieval.tables import (
+    families,
+    families_candidates,
+    families_choice,
+    families_growth,
+    families_methods,
+)
 from tracin_ann.store import choose_partition_rows
 
 OUTPUT = "the documents that are named"
@@ -579,29 +586,6 @@ def score_cost() -> str:
     return compose(scope, format_table(*queries), format_table(*matrices), format_environment(content))
 
 
-def language() -> str:
-    """Return recall and speed over windows of text, with other indexes at the largest size."""
-    content = read_results("retrieval_language")
-    rows: list[Row] = [("rows", "index", "recall@10", "scored rows", "queries/s in a batch")]
-    for result in content["results"]:
-        n_rows, ours = result["rows"], result["sq8"]
-        found = [
-            (
-                f"lists, target {target}",
-                find_sides(ours[f"at_{target}"]),
-                [ours["times"][f"{side} {target}"]["batch"] for side in SIDES],
-            )
-            for target in TARGETS
-        ]
-        for rival in result.get("rivals", []):
-            sides = find_sides(rival)
-            found.append((_name_rival(rival), sides, [side["batch"] for side in sides]))
-        for name, sides, times in found:
-            _, recall_cell, _, scored = _format_quality(name, sides, n_rows)
-            rows.append((f"{n_rows:,}", name, recall_cell, scored, format_sides((1 / t for t in times), ",.0f")))
-    return compose(_describe_search(content, content["results"]), format_table(*rows), format_environment(content))
-
-
 def growth() -> str:
     """Return scored rows and time at two recalls as the rows grow, and exponents of N."""
     content = read_results("retrieval")
@@ -895,7 +879,11 @@ _TABLES = (
         retrieval_preconditioned,
         score_cost,
         rivals,
-        language,
+        families,
+        families_methods,
+        families_candidates,
+        families_growth,
+        families_choice,
         growth,
         calibration,
         cold_start,

@@ -64,6 +64,7 @@ from tracin_ann.store import (
     BuildStart,
     FeatureSpec,
     FeatureStore,
+    IndexRecord,
     Manifest,
     NextGeneration,
     RowTable,
@@ -197,9 +198,8 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         build=record,
         features=features,
         canaries=record_file(generation.folder / CANARY_FILE),
-        index=build_search_index(generation, features, quality, job.search_options),
+        index=IndexRecord("flat", "", ()),
         steps=tuple(StepRecord(name, step.name, step.reason) for name, step in extracted.plan.steps.items()),
-        fidelity=quality.fidelity() if job.config.yardstick and not record.random_data else None,
         columns=columns,
         removed=generation.copy_removed(),
         skipped=generation.write_skipped(),
@@ -207,6 +207,12 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
         score=job.score_record,
     )
     job.check_score(manifest, store)
+    make_score = open_score_maker(job.out, manifest, store).make
+    manifest = replace(
+        manifest,
+        index=build_search_index(generation, features, quality, make_score, job.search_options),
+        fidelity=quality.fidelity() if job.config.yardstick and not record.random_data else None,
+    )
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)
@@ -469,7 +475,9 @@ class BuildJob:
     def search_options(self) -> SearchIndexOptions:
         """Return how the rows are indexed."""
         config = self.config
-        return SearchIndexOptions(config.index, config.seed, config.codes, config.target_recall, self.device)
+        return SearchIndexOptions(
+            config.index, config.seed, config.codes, config.target_recall, self.device, self.score_record.default
+        )
 
     def report(
         self,

@@ -360,7 +360,7 @@ class InfluenceIndex:
     def default_score(self) -> ScoreName:
         """Return the score of queries that name none."""
         record = self.manifest.score
-        return "tracin" if record is None else record.default  # type: ignore[return-value]
+        return "tracin" if record is None else record.default
 
     def name_score(self, options: QueryOptions) -> ScoreName:
         """Return the name of the score that the options name, or of the index's default."""

@@ -1,4 +1,4 @@
-"""A character GPT of 110,529 parameters over windows of text that do not overlap, and its true scores.
+"""A character GPT of 110,529 parameters over windows of text that do not overlap.
 
 The rows are the windows of the first 90% of tinyshakespeare, then windows that the trained model writes itself, so that
 any number of rows has no text twice. The queries are windows of the last 10%.
@@ -13,10 +13,6 @@ import torch
 
 from benchmarks.common import models
 from tracin_ann import Checkpoint, Task
-from tracin_ann.features import RunOptions, TaskRunner
-from tracin_ann.scoring.exact import exact_scores
-from tracin_ann.task import TaskReference
-from tracin_ann.types import Float64
 
 LENGTH = 32
 QUERIES = 1000
@@ -24,7 +20,6 @@ RATE = 3e-3
 _EPOCHS, _BATCH = 3, 64
 _WRITERS, _WARM_UP = 1000, 8
 _WRITTEN_ROWS = 100_000
-_ROWS_AT_ONCE = 4096
 
 Windows = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -96,14 +91,3 @@ def make_task(data: str, folder: str, rows: int) -> Task:
         query_data=lambda: query_rows,
         checkpoints=[Checkpoint(str(runs / f"{e}.pt"), learning_rate=RATE) for e in range(1, _EPOCHS + 1)],
     )
-
-
-def compute_true_scores(task: Task, n_queries: int, n_rows: int) -> Float64:
-    """Return TracIn scores [Q, N] of the first queries and rows over all parameters, without a sketch."""
-    runner = TaskRunner(task, RunOptions(torch.device("cpu"), 256, False), TaskReference())
-    checkpoints, queries = range(len(task.checkpoints)), range(n_queries)
-    parts = [
-        exact_scores(runner, ("query", queries), range(start, min(start + _ROWS_AT_ONCE, n_rows)), checkpoints)
-        for start in range(0, n_rows, _ROWS_AT_ONCE)
-    ]
-    return np.concatenate(parts, axis=1)

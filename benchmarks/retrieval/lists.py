@@ -134,22 +134,35 @@ def time_searches(searches: dict[str, Callable[[Float32], Any]], queries: Float3
     return {name: {"batch": median(batch[name]), "single": median(single[name])} for name in searches}
 
 
-def make_memory_scan(rows: First) -> Callable[[Float32], Any] | None:
-    """Return the fastest exact scan: float32 rows in memory, matrix products in blocks, both directions from each."""
-    if rows.rows * rows.dim * 4 > 8e9:
-        return None
-    row_NF = torch.from_numpy(np.concatenate([block for _, block in rows.blocks(65_536)]))
+def read_rows(rows: First) -> Float32:
+    """Return all rows [N, F] in float32."""
+    return np.concatenate([block for _, block in rows.blocks(65_536)])
 
-    def scan(queries: Float32) -> None:
-        query_QF, best = torch.from_numpy(queries), [[], []]
-        for start in range(0, len(row_NF), 16_384):
-            scores = query_QF @ row_NF[start : start + 16_384].T
-            for side, largest in enumerate((True, False)):
-                best[side].append(scores.topk(10, largest=largest))
+
+def scan_memory(row_NF: Float32, queries: Float32, k: int = 10) -> None:
+    """Run the fastest exact scan: rows in memory, matrix products in blocks, both directions from each."""
+    query_QF, best = torch.from_numpy(queries), [[], []]
+    for start in range(0, len(row_NF), 16_384):
+        scores = query_QF @ torch.from_numpy(row_NF[start : start + 16_384]).T
         for side, largest in enumerate((True, False)):
-            torch.cat([b.values for b in best[side]], 1).topk(10, largest=largest)
+            best[side].append(scores.topk(min(k, scores.shape[1]), largest=largest))
+    for side, largest in enumerate((True, False)):
+        torch.cat([b.values for b in best[side]], 1).topk(k, largest=largest)
 
-    return scan
+
+def measure_rival(name: str, rows: First, queries: Float32, truth: Truth) -> Iterator[dict[str, Any]]:
+    """Yield recall, scored rows and seconds per query of another index by direction, at each of its settings."""
+    start_s = time.perf_counter()
+    rival = RIVALS[name](read_rows(rows))
+    build_s = time.perf_counter() - start_s
+    for setting in rival.settings:
+        figures: dict[str, Any] = {"rival": rival.name, rival.parameter: setting}
+        for side, sign in SIDES:
+            search = partial(rival.search, np.ascontiguousarray(sign * queries), 10, setting)
+            found, scored = search()
+            seconds = median(time_call(search) for _ in range(ROUNDS)) / len(queries)
+            figures[side] = truth.compare(side, sign, found, queries, rows) | {"scored": scored, "batch": seconds}
+        yield figures | {"build_seconds": build_s, "bytes_a_row": rival.bytes_a_row}
 
 
 def measure_size(rows: First, queries: Float32, options: argparse.Namespace) -> dict[str, Any]:
@@ -179,21 +192,16 @@ def measure_size(rows: First, queries: Float32, options: argparse.Namespace) -> 
                 found = at.search(np.ascontiguousarray(sign * queries), 100)
                 deep = compute_recalls(truth.ids[side], [ids.tolist() for ids in found.ids])
                 point["recall_100"] = float(deep.mean())
-        scan = make_memory_scan(rows) if codes == options.codes[0] and options.scan else None
-        if scan is not None:
-            searches["scan"] = scan
+        if codes == options.codes[0] and options.scan:
+            searches["scan"] = partial(scan_memory, read_rows(rows))
             searches["scan of the files"] = lambda q: flat.search_both(q, 10)
         ours["times"] = time_searches(searches, queries)
         ours["points"] = points
         result[codes] = ours
         print(len(rows), codes, json.dumps({k: v for k, v in ours.items() if k != "points"}), flush=True)
-        del index, searches, scan
+        del index, searches
     if len(rows) == options.rivals_rows:
-        result["rivals"] = [
-            figures | {"rival": name}
-            for name in options.rivals
-            for figures in RIVALS[name](rows, queries, truth, SIDES)
-        ]
+        result["rivals"] = [f for name in options.rivals for f in measure_rival(name, rows, queries, truth)]
         print(*result["rivals"], sep="\n", flush=True)
     return result
 

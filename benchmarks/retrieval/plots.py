@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.common.paths import FIGURES, RESULTS
 from benchmarks.common.results import read_results
+from benchmarks.retrieval.tables import SIDES, fit_growth, group_families, list_kinds, list_scored
 
 OUTPUT = "docs/figures/retrieval-*.svg"
-SIDES = ("proponents", "opponents")
 # The palette of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
@@ -83,6 +83,37 @@ def draw_growth(pyplot: Any) -> Any:
     return figure
 
 
+def draw_families(pyplot: Any) -> Any:
+    """Draw the rows scored at recall 0.95 against the number of rows, one panel per model, with fitted exponents."""
+    groups = group_families(read_results("retrieval_families")["results"])
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(3.2 * len(groups), 3.4), squeeze=False)
+    for panel, (name, results) in zip(panels[0], groups.items(), strict=True):
+        rows = [result["rows"] for result in results]
+        for kind, colour in zip(list_kinds(results), COLOURS, strict=False):
+            sizes, scored = zip(*list_scored(results, kind), strict=True)
+            for side, style, values in zip(SIDES, ("-o", "--s"), zip(*scored, strict=True), strict=True):
+                growth = f", $N^{{{fit_growth(sizes, values):.2f}}}$" if len(sizes) > 1 else ""
+                panel.plot(sizes, values, style, color=colour, label=f"{kind}, {side}{growth}", markersize=3)
+        panel.plot(rows, rows, ":", color="grey", label="all rows")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks(rows, labels=[f"{n // 1000}k" for n in rows])
+        panel.set_xticks([], minor=True)
+        panel.set_title(name)
+        panel.set_xlabel("rows N")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=6)
+    panels[0][0].set_ylabel("rows and centroids scored per query")
+    return figure
+
+
+FIGURE_MAKERS = {
+    "retrieval-recall": draw_recall,
+    "retrieval-growth": draw_growth,
+    "retrieval-families": draw_families,
+}
+
+
 def main() -> None:
     import matplotlib as mpl  # noqa: PLC0415
 
@@ -91,7 +122,7 @@ def main() -> None:
     from matplotlib import pyplot  # noqa: PLC0415
 
     FIGURES.mkdir(exist_ok=True)
-    for name, draw in (("retrieval-recall", draw_recall), ("retrieval-growth", draw_growth)):
+    for name, draw in FIGURE_MAKERS.items():
         figure = draw(pyplot)
         figure.tight_layout()
         figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})

@@ -1,7 +1,8 @@
-"""Feature rows for the retrieval benchmarks: augmented MNIST of any size, or windows of text with a GPT.
+"""Feature rows and true scores of four models for the retrieval benchmarks.
 
-The first 60,000 images are the original ones; the others are shifted, rotated and scaled. N rows are the first half of
-2N rows. The queries are the test digits; for the language model, windows of the last tenth of the text.
+mnist: a CNN; the first 60,000 images are the original ones, the others are shifted, rotated and scaled, and the queries
+are the test digits. language: a GPT over text without repeated windows. sentiment: a transformer over spans of
+sentences. cifar: a ResNet over images. N rows are the first half of 2N rows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,18 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common.results import describe_environment
-from benchmarks.common.trained_models import SUBJECTS, Training
+from benchmarks.retrieval import cifar, language, sentiment
 from examples import mnist
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, Task, build
+from tracin_ann.features import RunOptions, TaskRunner
+from tracin_ann.scoring.exact import exact_scores
+from tracin_ann.task import TaskReference
+from tracin_ann.types import Float64
 
 OUTPUT = "the folder of --folder"
 ORIGINAL = 60_000
-LANGUAGE_TRAINING_ROWS = 16_000
 _BLOCK = 10_000
+_ROWS_AT_ONCE = 4096
 
 
 def augment(pixels: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -66,17 +70,6 @@ def make_task(data: str, folder: str, rows: int) -> Task:
     )
 
 
-def make_language_task(data: str, folder: str, rows: int) -> Task:
-    """Return the task of a character GPT over windows of tinyshakespeare; the first of them train it."""
-    subject = replace(SUBJECTS["GPT"], rows=rows, queries=1000, training=Training(0.3, 16, (1, 2, 3)))
-    text, queries = subject.data(Path(data), rows, subject.queries, 0)
-    runs = Path(folder) / "runs"
-    if not runs.exists():
-        runs.mkdir(parents=True)
-        subject.train(text[:LANGUAGE_TRAINING_ROWS], str(runs), 0)
-    return subject.make_task(text, queries, str(runs))
-
-
 def make_digits_task(data: str, folder: str, rows: int) -> Task:
     """Train the CNN on MNIST if necessary, and return the task over MNIST and augmented images."""
     if not (Path(folder) / "runs").exists():
@@ -84,18 +77,34 @@ def make_digits_task(data: str, folder: str, rows: int) -> Task:
     return make_task(data, folder, rows)
 
 
-TASKS = {"mnist": make_digits_task, "language": make_language_task}
+TASKS = {
+    "mnist": make_digits_task,
+    "language": language.make_task,
+    "sentiment": sentiment.make_task,
+    "cifar": cifar.make_task,
+}
+
+
+def compute_true_scores(task: Task, n_queries: int, n_rows: int) -> Float64:
+    """Return TracIn scores [Q, N] of the first queries and rows over all parameters, without a sketch."""
+    runner = TaskRunner(task, RunOptions(torch.device("cpu"), 256, False), TaskReference())
+    checkpoints, queries = range(len(task.checkpoints)), range(n_queries)
+    parts = [
+        exact_scores(runner, ("query", queries), range(start, min(start + _ROWS_AT_ONCE, n_rows)), checkpoints)
+        for start in range(0, n_rows, _ROWS_AT_ONCE)
+    ]
+    return np.concatenate(parts, axis=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--data", required=True, help="path of mnist.npz; for --model language, the folder of tinyshakespeare.txt"
-    )
-    parser.add_argument("--folder", required=True, help="folder to write, which benchmarks.retrieval.lists reads")
+    parser.add_argument("--data", required=True, help="path of mnist.npz; for other models, the folder of their data")
+    parser.add_argument("--folder", required=True, help="folder to write, which the other benchmarks read")
     parser.add_argument("--model", default="mnist", choices=list(TASKS), help="data and model")
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows")
     parser.add_argument("--dim", type=int, default=256, help="sketch dimensions per checkpoint")
+    parser.add_argument("--true-queries", type=int, default=0, help="number of queries with true scores")
+    parser.add_argument("--true-rows", type=int, help="rows with true scores; default: all rows")
     options = parser.parse_args()
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +118,11 @@ def main() -> None:
     summary = {"rows": options.rows, "dim": options.dim, "seconds": seconds}
     summary |= {"rows_extracted": report.rows_extracted, "environment": describe_environment()}
     (folder / f"made-{options.rows}.json").write_text(json.dumps(summary))
-    print(summary)
+    print(summary, flush=True)
+    if options.true_queries:
+        n_rows = options.true_rows or options.rows
+        true_QN = compute_true_scores(task, options.true_queries, n_rows)
+        np.save(folder / f"true-{n_rows}.npy", true_QN.astype(np.float32))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_a_query_reports_its_strategy_and_reaches_the_requested_recall(index: In
     with pytest.raises(UsageError, match="cannot be used for this query: got --search lists and the score cosine"):
         index.query([0], options=QueryOptions(search="lists", cosine=True))
     assert (
-        "(inverted lists are not used for the score cosine)"
+        "(inverted lists: not for the score cosine)"
         in index.query([0], options=QueryOptions(cosine=True))[0].how
     )
 
@@ -224,7 +224,7 @@ def test_a_score_with_a_curvature_matrix_finds_the_best_rows_of_an_index_with_li
         assert [hit.row for hit in answer.opponents] == order[:-11:-1].tolist()
         assert answer.score == "gauss-newton"
         assert answer.how.endswith(
-            "exact scan of the stored rows, recall@10 1.000 (inverted lists are not used for the score gauss-newton)"
+            "exact scan of the stored rows, recall@10 1.000 (inverted lists: not for the score gauss-newton)"
         )
     message = "cannot be used for this query: got --search lists and the score gauss-newton, expected the score tracin"
     with pytest.raises(UsageError, match=message):

@@ -99,6 +99,8 @@ def test_results_equal_those_of_all_exact_scores(
             patch.setattr(module, name, value)
         if is_scanned:
             patch.setattr("tracin_ann.search.bounded_scan._LEAST_SCANNED", 1)
+        elif data.draw(st.booleans()):
+            patch.setattr(module, "_MOST_PAIRS", 6)
         index = BoundedScan.build(source, BoundedScanParams(width), CPU).with_settings(
             Setting(1 if is_scanned else 10**9)
         )
@@ -148,6 +150,18 @@ def test_few_rows_are_scored_where_the_energy_is_concentrated() -> None:
         assert top.rows_scored[3] >= 8000  # all scores of a zero query are equal
     assert index.describe_exactness(TopK((), (), np.zeros(0, np.int64))) == "exact: 0.00% of the rows scored"
     assert index.describe_exactness(TopK(((),), ((),), np.array([124]))) == "exact: 1.55% of the rows scored"
+
+
+def test_few_pairs_wait_to_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, queries = Rows(concentrated(3000, 27)), concentrated(20, 28)
+    index = BoundedScan.build(source, BoundedScanParams(width=10), CPU).with_settings(NEVER_SCAN)
+    usual = np.concatenate([top.rows_scored for top in index.search_both(queries, 10)])
+    limit = int((usual - 32).clip(0).sum()) // 2
+    monkeypatch.setattr(module, "_MOST_PAIRS", limit)
+    few = np.concatenate([top.rows_scored for top in assert_exact(index, queries, 10)])
+    is_scanned = few >= 3000
+    assert 0 < is_scanned.sum() < len(few) and few[~is_scanned].sum() <= limit + 64 * len(few)
+    assert usual[is_scanned].min() > np.median(usual)
 
 
 def test_all_rows_are_scanned_where_bounds_exclude_none() -> None:

@@ -82,7 +82,14 @@ def test_padded_rows_have_equal_inner_products_and_codes_their_own_coordinates()
     rows, queries = noise(5, 1, 14), noise(3, 2, 14)
     np.testing.assert_allclose(layout.pad(rows) @ layout.pad(queries).T, rows @ queries.T, rtol=1e-5)
     slots = layout.pad(np.arange(1, 15, dtype=np.float32)[None]).reshape(5, 8)
-    assert [sorted(each[each > 0].tolist()) for each in slots] == [[1], [2], [3, 5], [4, 6], list(range(7, 15))]
+    assert [sorted(each[each > 0].tolist()) for each in slots] == [[1], [2], [3, 4], [5, 6], list(range(7, 15))]
+
+
+def test_the_rotation_mixes_coordinates_of_codes_of_equal_size() -> None:
+    rotation = Layout(np.array([1, 1, 1, 2, 8], dtype=np.int64)).make_rotation(3)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(13), atol=1e-5)
+    same = np.repeat([0, 1, 2], [3, 2, 8])
+    assert np.array_equal(rotation != 0, same[:, None] == same)
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 1], [3], [16]])
@@ -95,26 +102,33 @@ def test_estimates_are_unbiased_with_the_factors() -> None:
     rows = noise(2000, 3, 64)
     # Codes of queries like the rows would have smaller errors than those of queries of random directions.
     queries = np.random.default_rng(4).standard_normal((400, 64)).astype(np.float32)
-    coder = ProductCoder.train(rows, 16, seed=0)
+    layout = Layout.allocate(rows.var(axis=0), 16)
+    coder = ProductCoder.train(rows[:, : layout.width], layout, seed=0)
     width = coder.layout.width
-    _, decoded, factor = coder.encode(rows[:, :width])
+    codes, factor = coder.encode(rows[:, :width])
+    decoded = coder.decode(codes)
     exact = rows[:, :width].astype(np.float64) @ queries[:, :width].T
     plain = decoded.astype(np.float64) @ coder.layout.pad(queries[:, :width]).T
-    slopes = [float((estimate * exact).sum() / (exact**2).sum()) for estimate in (plain, factor[:, None] * plain)]
+    norms = np.linalg.norm(rows[:, :width], axis=1)
+    slopes = [
+        float((estimate * exact).sum() / (exact**2).sum())
+        for estimate in (norms[:, None] * plain, factor[:, None] * plain)
+    ]
     assert slopes[0] < 0.95
     assert abs(slopes[1] - 1) < 0.03
 
 
 def test_candidates_are_the_rows_of_the_best_estimates() -> None:
     rows, queries = noise(2000, 5), noise(40, 6)
-    coder = ProductCoder.train(rows, 32, seed=0)
+    layout = Layout.allocate(rows.var(axis=0), 32)
+    coder = ProductCoder.train(rows[:, : layout.width], layout, seed=0)
     ids = np.arange(2000, dtype=np.int64) * 3
     rows, queries = rows[:, : coder.layout.width], queries[:, : coder.layout.width]
     coder.add(rows[:700], ids[:700])
     coder.add(rows[700:], ids[700:])
-    _, decoded, factor = coder.encode(rows)
+    codes, factor = coder.encode(rows)
     found = coder.finish().scan(queries, 50)
-    estimate = coder.layout.pad(queries).astype(np.float64) @ decoded.T * factor
+    estimate = coder.layout.pad(queries).astype(np.float64) @ coder.decode(codes).T * factor
     expected = ids[np.argsort(-estimate, axis=1)[:, :50]]
     # FAISS rounds the tables to 8 bits.
     assert np.mean([len(np.intersect1d(a, b)) / 50 for a, b in zip(found, expected, strict=True)]) > 0.95

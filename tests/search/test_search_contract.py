@@ -292,10 +292,15 @@ def build_graph(source: RowSource) -> RescoredIndex:
     return GraphIndex.build(source, GraphParams(width=200), CPU)
 
 
+def build_bounds(source: RowSource) -> RescoredIndex:
+    return BoundedScan.build(source, BoundedScanParams(), CPU)
+
+
 CODED: dict[type[RescoredIndex], Callable[[RowSource], RescoredIndex]] = {
     IVFIndex: build_ivf,
     CodedScan: build_codes,
     GraphIndex: build_graph,
+    BoundedScan: build_bounds,
 }
 FILES = [(kind, name) for kind in CODED for name in kind.FILES]
 Saved = Callable[[type[RescoredIndex]], tuple[Rows, dict[str, bytes]]]

@@ -22,6 +22,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
 from tracin_ann.scoring.exact import Queries, make_exact_scorer
+from tracin_ann.scoring.scores import Score
 from tracin_ann.scoring.true_recall import (
     NoiseModel,
     bound_mean,
@@ -73,8 +74,14 @@ class QualityMeasurement:
     skipped: Int64
     progress: ProgressCallback
 
-    def recall(self, index: CalibratedIndex, target: float) -> Calibration:
-        """Return the recall of an index on rows of query_data, completed by training rows if they are few."""
+    def recall(self, index: CalibratedIndex, target: float, score: Score) -> Calibration:
+        """Return the recall of an index on rows of query_data, completed by training rows if they are few.
+
+        Args:
+            index: the index.
+            target: the target recall.
+            score: whose vectors are searched for.
+        """
         view = self.store.view()
         random = np.random.default_rng(self.seed)
         _, query_data_QF = self._extract_queries(random.permutation(self.runner.n_rows("query"))[:CALIBRATION_QUERIES])
@@ -83,6 +90,7 @@ class QualityMeasurement:
         rows = rows_N[np.sort(random.choice(len(rows_N), n_train, replace=False))]
         queries_QF = np.concatenate([query_data_QF, view.take(rows)])
         queries_QF = queries_QF[random.permutation(len(queries_QF))]
+        queries_QF = score.weigh(queries_QF, range(self.store.layout.n_checkpoints)).vector_QF
         exact = FlatIndex(index.source, self.runner.options.device)
         calibration = calibrate(
             index, exact, queries_QF, target, n_train, lambda done, total: self.progress("calibration", done, total)

@@ -302,8 +302,14 @@ class Ranker:
         """Return the search strategy: the index needs all checkpoints, an exact scan accepts any subset of them."""
         options = request.options
         score = request.score
-        if score.name != "tracin" or request.checkpoints != tuple(range(len(self.rates))):
-            unsupported = f"the score {score.name}" if score.name != "tracin" else "a subset of the checkpoints"
+        unsupported = ""
+        if score.name != self.record.score:
+            unsupported = f"the score {score.name}"
+        elif options.damping is not None:
+            unsupported = "another damping"
+        elif request.checkpoints != tuple(range(len(self.rates))):
+            unsupported = "a subset of the checkpoints"
+        if unsupported:
             scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
         scan = FlatIndex(self.store.view(), self.runner.options.device)

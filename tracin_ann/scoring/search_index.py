@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
+from tracin_ann.choices import CURVATURES, ScoreName
 from tracin_ann.files import atomic_path
 from tracin_ann.scoring.quality import QualityMeasurement
+from tracin_ann.scoring.scores import PreconditionedScore, Score
 from tracin_ann.search import (
     Calibration,
     Codes,
+    Diagnosis,
     IndexRequest,
     build_index,
     choose_index,
@@ -39,6 +42,7 @@ class SearchIndexOptions:
         codes: how inverted lists store their rows.
         target_recall: recall@10 that the index is calibrated to.
         device: where the index is built.
+        score: the default score. If it has a curvature matrix, a coded scan is built in its metric.
     """
 
     kind: str
@@ -46,12 +50,14 @@ class SearchIndexOptions:
     codes: Codes
     target_recall: float
     device: torch.device
+    score: ScoreName
 
 
 def build_search_index(
     generation: NextGeneration,
     features: Sequence[FileRecord],
     quality: QualityMeasurement,
+    make_score: Callable[[ScoreName], Score],
     options: SearchIndexOptions,
 ) -> IndexRecord:
     """Build, calibrate and save the search index of a generation.
@@ -63,22 +69,34 @@ def build_search_index(
         generation: whose feature files are indexed; the files of the index are written into its folder.
         features: records of the feature files: lists of other files are not resumed.
         quality: measures the recall of the index.
+        make_score: returns a score of the rows.
         options: see SearchIndexOptions.
     """
     rows, removed_R = select_listed_rows(quality.store.view(), generation.removed_R), generation.removed_R
     ids_N = np.setdiff1d(np.arange(quality.store.layout.n_rows, dtype=np.int64), removed_R)
-    choices = choose_index(options.kind, len(rows), rows.dim, lambda: diagnose(rows, ids_N, options.seed))
+    has_metric = options.score in CURVATURES
+
+    def diagnose_rows() -> Diagnosis:
+        return diagnose(rows, ids_N, options.seed)
+
+    choices = choose_index(
+        options.kind, len(rows), rows.dim, lambda: diagnose(rows, ids_N, options.seed), has_metric=has_metric
+    )
     inputs = [asdict(record) for record in features], removed_R.tolist()
-    request = IndexRequest(options.seed, options.codes, options.device, generation.unfinished_index, inputs)
     for choice in choices:
         logger.info("index %s: %s", choice.kind, choice.reason)
         quality.progress("index", 0, len(rows))
         if choice.kind == "flat":
             return IndexRecord(choice.kind, choice.reason, (), requested=options.kind)
+        score = make_score(options.score if has_metric and choice.kind == "codes" else "tracin")
+        metric = score.metric if isinstance(score, PreconditionedScore) else None
+        folder = generation.unfinished_index
+        request = IndexRequest(options.seed, options.codes, options.device, folder, inputs, metric)
         index = build_index(choice.kind, rows, request, lambda done, total: quality.progress("index", done, total))
-        calibration = quality.recall(index, options.target_recall)
+        calibration = quality.recall(index, options.target_recall, score)
         if _is_efficient(calibration, len(rows)):
             break
+    generation.unfinished_index.mkdir(exist_ok=True)
     index.save(generation.unfinished_index)
     files = []
     for name in list_files(choice.kind):
@@ -87,7 +105,7 @@ def build_search_index(
         files.append(record_file(generation.folder / name))
     files += write_unlisted(generation.folder, removed_R)
     codes = options.codes if options.codes in list_codes(choice.kind) else ""
-    return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, codes, options.kind)
+    return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, codes, options.kind, score.name)
 
 
 def _is_efficient(calibration: Calibration, n_rows: int) -> bool:

@@ -67,7 +67,7 @@ def choose_strategy(
             return Strategy(index, _SCAN)
         if calibration is None:
             return Strategy(scan, _SCAN)
-        return Strategy(scan, f"{_SCAN}, recall@10 1.000 ({NAMES[record.kind]} are not used for {unsupported})")
+        return Strategy(scan, f"{_SCAN}, recall@10 1.000 ({NAMES[record.kind]}: not for {unsupported})")
     if options.search == "scan":
         return Strategy(scan, f"{_SCAN}, as requested")
     target = options.recall if options.recall is not None else calibration.target

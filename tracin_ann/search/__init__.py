@@ -17,10 +17,11 @@ from tracin_ann.search.backend import (
 )
 from tracin_ann.search.base import CalibratedIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
-from tracin_ann.search.diagnosis import diagnose
+from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.reduction import Metric
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "CalibratedIndex",
     "Calibration",
     "Codes",
+    "Diagnosis",
     "FirstUseCost",
     "FlatIndex",
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
+    "Metric",
     "NAMES",
     "Point",
     "SearchIndex",

@@ -19,6 +19,7 @@ from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.reduction import Metric
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import RowSource
 
@@ -27,6 +28,8 @@ FLAT_BELOW_ROWS = 100_000
 _CLASSES: dict[str, type[CalibratedIndex]] = {
     index.kind: index for index in (IVFIndex, CodedScan, BoundedScan, GraphIndex)
 }
+_MANY_DIRECTIONS = 150
+_LARGE_SHARE = 0.05
 NAMES = {"flat": "exact scan", **{kind: index.name for kind, index in _CLASSES.items()}}
 """The kinds, with their names for users."""
 
@@ -51,7 +54,9 @@ def is_flat(requested: str, n_rows: int) -> bool:
     return requested == "flat" or (requested == "auto" and n_rows < FLAT_BELOW_ROWS)
 
 
-def choose_index(requested: str, n_rows: int, dim: int, diagnose: Callable[[], Diagnosis]) -> tuple[IndexChoice, ...]:
+def choose_index(
+    requested: str, n_rows: int, dim: int, diagnose: Callable[[], Diagnosis], *, has_metric: bool = False
+) -> tuple[IndexChoice, ...]:
     """Return the kinds to build, best first: each of the others only if those before it do not reach the target recall.
 
     Args:
@@ -59,14 +64,24 @@ def choose_index(requested: str, n_rows: int, dim: int, diagnose: Callable[[], D
         n_rows: number of rows.
         dim: length of a row.
         diagnose: returns the diagnosis of the rows; called if the choice depends on it.
+        has_metric: whether the default score weighs directions in which rows vary little as much as others.
 
     Raises:
         UsageError: `requested` is none of `INDEX_KINDS`.
     """
     if is_flat(requested, n_rows) or requested != "auto":
         return (_explain(requested, n_rows, dim),)
+    if has_metric:
+        return (_choose("codes", n_rows, dim, "in the metric of the default score"),)
     found = diagnose()
-    return (_choose("ivf", n_rows, dim, f"the rows have {found.directions:,.0f} directions"),)
+    directions = f"the rows vary in about {found.directions:,.0f} directions"
+    if found.directions > _MANY_DIRECTIONS:
+        return (_choose("codes", n_rows, dim, f"{directions}, too many for other indexes"),)
+    lists = _choose("ivf", n_rows, dim, directions)
+    if found.bounded_share > _LARGE_SHARE:
+        return lists, _choose("codes", n_rows, dim, f"{directions}; inverted lists do not reach the recall")
+    bounds = _choose("bounds", n_rows, dim, f"{directions}, few of which matter for bounds")
+    return (bounds, lists)
 
 
 def expect_index(requested: str, n_rows: int, dim: int) -> IndexChoice:
@@ -101,6 +116,7 @@ class IndexRequest:
         device: where it is built and searched.
         folder: for intermediate results.
         inputs: identify the rows, as JSON values; results of other inputs are not resumed.
+        metric: in which rows are coded by `codes`; None: the usual one.
     """
 
     seed: int
@@ -108,6 +124,7 @@ class IndexRequest:
     device: torch.device
     folder: Path
     inputs: tuple[object, ...]
+    metric: Metric | None = None
 
 
 def build_index(
@@ -116,7 +133,7 @@ def build_index(
     """Build an index of a kind other than `flat`; `progress` is called with (rows done, rows)."""
     lists = IVFParams(seed=request.seed, codes=request.codes)
     if kind == "codes":
-        return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress)
+        return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress, request.metric)
     if kind == "bounds":
         return BoundedScan.build(source, BoundedScanParams(seed=request.seed), request.device, progress)
     if kind == "graph":

@@ -43,8 +43,7 @@ from tracin_ann.search.bounds import ReducedQueries, ReducedRows, find_wrong_bou
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.construction import scale_rows
 from tracin_ann.search.flat import FlatIndex, Sign, Subset
-from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import normalize
+from tracin_ann.search.reduction import Reduction, fit_reduction, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.stored_scores import use_one_thread
 from tracin_ann.search.topk import concatenate, negate
@@ -59,8 +58,6 @@ _ENERGY = 0.95
 """The smallest width that preserves this share of the squared norms is chosen, or else the largest one."""
 _SAMPLE_NUMBERS = 2**24
 _BLOCK_NUMBERS = 2**22
-_PAIRS_AT_ONCE = 2**23
-"""Pairs of a signed query and a row in memory, at most."""
 _LEAST_QUERIES, _MOST_QUERIES = 64, 512
 """Queries of a batch."""
 _ROWS_READ_AT_ONCE = 8192
@@ -346,10 +343,8 @@ class BoundedScan(CalibratedIndex):
         k = max(1, min(k, len(searched)))
         most = min(len(searched), max(_LEAST_SCANNED, 4 * k, self.settings[0].codes * len(searched) // len(self)))
         n_threads = torch.get_num_threads()
-        at_once = min(
-            max(_LEAST_QUERIES, -(-len(queries_QF) // n_threads)), _PAIRS_AT_ONCE // max(1, len(signs) * most)
-        )
-        batches = [queries_QF[at : at + at_once] for at in range(0, len(queries_QF), max(1, at_once))]
+        at_once = min(_MOST_QUERIES, max(_LEAST_QUERIES, math.ceil(len(queries_QF) / n_threads)))
+        batches = [queries_QF[at : at + at_once] for at in range(0, len(queries_QF), at_once)]
 
         def search_bounded(batch_QF: Float32) -> BatchSearch:
             scaled_QF, exponent_Q = scale_to_unit(batch_QF)

@@ -35,6 +35,8 @@ Int32 = npt.NDArray[np.int32]
 _FIRST_ROWS = 4096
 _SCORES_AT_ONCE = 2**22
 """Entries of the Q × B reduced scores of a block."""
+_MOST_PAIRS = 2**22
+"""Pairs that may wait to be scored. All rows are scanned for the queries with most of the others."""
 _SCANNED_SCORES_AT_ONCE = 2**24
 _ROWS_READ_AT_ONCE = 8192
 _WIDE_PAIRS_AT_ONCE = 128
@@ -174,7 +176,7 @@ class BatchSearch:
             self._score(found.signed_P[first_P], found.place_P[first_P])
             left = _Pairs.join([left, found.drop(first_P)])
             left = left.select(~(left.bound_P < self._floor_A[left.signed_P]))
-            is_scanned_A |= np.bincount(left.signed_P, minlength=len(is_scanned_A)) > most
+            is_scanned_A |= _find_largest(np.bincount(left.signed_P, minlength=len(is_scanned_A)), most)
             left = left.select(~is_scanned_A[left.signed_P])
             start, stop = stop, stop + max(1, _SCORES_AT_ONCE // self._n_queries)
 
@@ -334,6 +336,17 @@ def _rank_in_groups(group_P: Int64 | Int32, value_P: Float64 | Float32) -> Int64
     rank_P = np.empty(len(group_P), np.int64)
     rank_P[order_P] = np.arange(len(group_P)) - np.searchsorted(sorted_P, sorted_P)
     return rank_P
+
+
+def _find_largest(count_A: Int64, most: int) -> Bool:
+    """Return which numbers exceed `most`, and the largest of the others if the sum of these exceeds `_MOST_PAIRS`."""
+    is_large_A: Bool = count_A > most
+    others_A = np.where(is_large_A, 0, count_A)
+    excess = int(others_A.sum()) - _MOST_PAIRS
+    if excess > 0:
+        order_A = np.argsort(-others_A, kind="stable")
+        is_large_A[order_A[: np.searchsorted(others_A[order_A].cumsum(), excess) + 1]] = True
+    return is_large_A
 
 
 def _find_unique(place_P: Int64 | Int32) -> tuple[Int64, Int64]:

@@ -25,7 +25,14 @@ from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, FaissFile
 from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
-from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
+from tracin_ann.search.reduction import (
+    Metric,
+    Reduction,
+    fit_reduction,
+    multiply_rows,
+    pack_reduction,
+    unpack_reduction,
+)
 from tracin_ann.search.rescored import RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Int64, RowSource
@@ -136,6 +143,7 @@ class CodedScan(RescoredIndex):
         params: CodedScanParams,
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
+        metric: Metric | None = None,
     ) -> Self:
         """Build an index of all rows of the source; reads all rows twice, and the training sample once more.
 
@@ -144,6 +152,7 @@ class CodedScan(RescoredIndex):
             params: parameters of the codes.
             device: device of exact scans.
             progress: called with (rows done, rows).
+            metric: maps rows before they are coded; None: they are coded as they are.
 
         Raises:
             NonFiniteError: a row contains NaN or infinity; the message has its id.
@@ -154,11 +163,17 @@ class CodedScan(RescoredIndex):
         sample_BF = scale_rows(source.take(sample_ids), measured.shift)
         if not len(sample_BF):
             sample_BF = np.zeros((1, source.dim), np.float32)
+        if metric is not None:
+            metric = metric.scale_to(sample_BF)
+            sample_BF = metric.map_rows(sample_BF)
         reduction = fit_reduction(sample_BF, params.count_dims(source.dim), params.seed, rotate=True)
         sample_BR = reduction.apply(sample_BF)
         del sample_BF
-        coder = ProductCoder.train(sample_BR, params.n_codes, params.seed)
-        reduction = _truncate(reduction, sample_BR, coder.layout.width)
+        layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), params.n_codes)
+        reduction, sample_BR = _rotate(reduction, sample_BR, layout.make_rotation(params.seed))
+        coder = ProductCoder.train(sample_BR, layout, params.seed)
+        if metric is not None:
+            reduction = metric.compose(reduction)
         start = 0
         for ids_B, rows_BF in source.blocks(block_rows):
             coded_B = measured.listed_N[start : start + len(ids_B)]
@@ -224,22 +239,15 @@ class CodedScan(RescoredIndex):
         everything = np.concatenate([codes.ids_N, self._uncoded.outliers])
         known = np.concatenate([block for block, _ in self._source.blocks(_IDS_AT_ONCE)])
         twice = len(everything) - len(np.unique(everything))
-        ordered = bool((np.diff(codes.ids_N) > 0).all())
-        if (
-            not ordered
-            or twice
-            or not np.isin(everything, known).all()
-            or (len(known) - len(everything) != self._uncoded.quiet_rows)
-        ):
+        if twice or not np.isin(everything, known).all() or (len(known) - len(everything) != self._uncoded.quiet_rows):
             return [
                 f"{len(everything):,} ids ({twice:,} duplicates) and {self._uncoded.quiet_rows:,} quiet rows do not "
                 f"match {len(known):,} stored rows"
             ]
         random = np.random.default_rng(seed)
-        place_B = np.sort(random.permutation(len(codes))[:sample])
-        rows_BF = self._source.take(codes.ids_N[place_B])
-        wrong = codes.count_wrong(self._reduction.apply(scale_rows(rows_BF, self._parts.shift)), place_B)
-        return [f"of {len(place_B):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
+        ids = np.sort(random.permutation(codes.ids_N)[:sample])
+        wrong = codes.count_wrong(self._reduction.apply(scale_rows(self._source.take(ids), self._parts.shift)), ids)
+        return [f"of {len(ids):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
 
     def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
         """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
@@ -274,12 +282,13 @@ class CodedScan(RescoredIndex):
         return ids_QM, len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
 
 
-def _truncate(reduction: Reduction, sample_BR: Float32, width: int) -> Reduction:
-    """Return the reduction to the first dimensions; sample_BR: reduced rows."""
+def _rotate(reduction: Reduction, sample_BR: Float32, rotation_WW: Float32) -> tuple[Reduction, Float32]:
+    """Return the reduction to the first W dimensions, rotated, and the sample: rows reduced by it instead."""
+    width = len(rotation_WW)
     square_R = np.square(sample_BR, dtype=np.float64).sum(axis=0)
     total = float(square_R.sum())
-    basis = reduction.basis_FR
-    if basis is None or width == reduction.width:
-        return reduction
     energy = reduction.energy * float(square_R[:width].sum()) / total if total else 1.0
-    return Reduction(reduction.dim, np.ascontiguousarray(basis[:, :width]), energy)
+    if reduction.basis_FR is None:
+        raise ValueError("a reduction without a basis")
+    basis_FW = multiply_rows(reduction.basis_FR[:, :width], rotation_WW)
+    return Reduction(reduction.dim, basis_FW, energy), multiply_rows(sample_BR[:, :width], rotation_WW)

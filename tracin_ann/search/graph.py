@@ -137,12 +137,10 @@ class _Parts:
         """
         parameters = import_faiss().SearchParametersHNSW()
         parameters.efSearch = min(beam, len(self.id_N))
-        if position_A is not None:
-            selector, memory = make_selector(position_A, len(self.id_N))
-            parameters.sel = selector
+        selector = make_selector(position_A, len(self.id_N))
+        if selector is not None:
+            parameters.sel = selector.selector
         _, position_QM = self.graph.search(np.ascontiguousarray(reduced_QR), n_results, params=parameters)
-        if position_A is not None:
-            del selector, memory
         found: Int64 = position_QM
         return found
 

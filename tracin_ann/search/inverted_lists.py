@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -153,11 +154,11 @@ class InvertedLists:
             key_QW: int64 list numbers; -1: padding.
             allowed: int64 ids, increasing, to which the results are restricted; None: all.
         """
-        return search_lists(self._index, queries_QR, k, key_QW, allowed)
+        return search_lists(self._index, queries_QR, k, key_QW, make_selector(allowed, len(self)))
 
 
 def search_lists(
-    index: Any, queries_QR: Float32, k: int, key_QW: Int64, allowed: Int64 | None = None
+    index: Any, queries_QR: Float32, k: int, key_QW: Int64, selector: Selector | None = None
 ) -> tuple[Int64, Float32]:
     """Return padded (ids, distances) [Q, k] of a search in the lists with these keys of a FAISS IVF index.
 
@@ -166,29 +167,36 @@ def search_lists(
     """
     faiss = import_faiss()
     parameters = faiss.SearchParametersIVF(nprobe=key_QW.shape[1])
-    if allowed is not None:
-        selector, memory = make_selector(allowed, index.ntotal)
-        parameters.sel = selector
+    if selector is not None:
+        parameters.sel = selector.selector
     queries, keys = np.ascontiguousarray(queries_QR), np.ascontiguousarray(key_QW)
     coarse = np.zeros(keys.shape, np.float32)
     distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     if len(queries):
         pointers = [faiss.swig_ptr(a) for a in (queries, keys, coarse, distances, ids)]
         index.search_preassigned_c(len(queries), pointers[0], k, *pointers[1:], False, parameters, None)
-    if allowed is not None:
-        del selector, memory
     return ids, distances
 
 
-def make_selector(allowed: Int64, n_rows: int) -> tuple[Any, Any]:
-    """Return a FAISS selector of these ids, and the array that it points to."""
+@dataclass(frozen=True)
+class Selector:
+    """A FAISS selector, and the array that it points to."""
+
+    selector: Any
+    memory: npt.NDArray[Any]
+
+
+def make_selector(allowed: Int64 | None, n_rows: int) -> Selector | None:
+    """Return a selector of these ids for an index of this many rows; None: of all rows."""
     faiss = import_faiss()
+    if allowed is None:
+        return None
     largest = int(allowed[-1]) if len(allowed) else 0
     if largest < _BITMAP_BITS_PER_ROW * max(n_rows, 1):
         bits = np.zeros(largest // 8 + 1, np.uint8)
         np.bitwise_or.at(bits, allowed // 8, np.left_shift(1, allowed % 8).astype(np.uint8))
-        return faiss.IDSelectorBitmap(bits), bits
-    return faiss.IDSelectorBatch(allowed), allowed
+        return Selector(faiss.IDSelectorBitmap(bits), bits)
+    return Selector(faiss.IDSelectorBatch(allowed), allowed)
 
 
 def make_empty_index(n_lists: int, dim: int, codes: Codes) -> Any:

@@ -23,8 +23,8 @@ from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
 from tracin_ann.search.inverted_lists import InvertedLists
-from tracin_ann.search.reduction import Reduction, multiply_rows, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import RescoredIndex, UncodedRows, normalize
+from tracin_ann.search.reduction import Reduction, multiply_rows, normalize, pack_reduction, unpack_reduction
+from tracin_ann.search.rescored import RescoredIndex, UncodedRows
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 

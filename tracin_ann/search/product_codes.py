@@ -5,11 +5,13 @@ Coordinates of large variance share a code with fewer others, so that the codes 
 number. FAISS's fast scan (André, Kermarrec and Le Scouarnec 2015) computes the inner products of a query with all
 codes from tables in registers.
 
-The inner products are not exact: a centroid is a mean, so decoded rows x̂ are shorter than the rows x, some by more
-than others. The factor ‖x‖² / ⟨x, x̂⟩ of a row corrects this (Gao and Long 2024, RaBitQ, equation 6). The fast scan has
-no place for it, so it is applied to the best candidates.
+Rows are scaled to norm 1 before they are coded, so that all of them are equally accurate. A centroid is a mean, so
+decoded rows û are shorter than the rows u, some by more than others; the factor ‖x‖ / ⟨u, û⟩ of a row x = ‖x‖·u
+corrects this and the scaling (Gao and Long 2024, RaBitQ, equation 6). The fast scan has no place for a factor for each
+row. Rows of similar factors are therefore in one inverted list: the best rows of each list are candidates, and their
+factors select the best of all lists.
 
-Shapes: N rows, B rows of a block, Q queries, M candidates, R reduced dimension, C codes of a row.
+Shapes: N rows, B rows of a block, Q queries, M candidates, R reduced dimension, C codes of a row, L lists.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
+from tracin_ann.search.clustering import LARGEST_EXPONENT
 from tracin_ann.search.faiss_file import FaissFile, read_faiss, write_faiss
-from tracin_ann.search.inverted_lists import make_selector
+from tracin_ann.search.inverted_lists import Selector, make_selector, search_lists
+from tracin_ann.search.rescored import normalize
 from tracin_ann.types import Float32, Int64
 
 CODE_BITS = 4
@@ -36,11 +40,14 @@ _LOSS = (1.0, 0.601, 0.343, 0.109, 0.0124)
 _TRAIN_ROWS = 8192
 _ITERATIONS = 8
 _ROWS_AT_ONCE = 4096
-_OVERSAMPLING = 4
-"""The factors are applied to this many times the wanted candidates."""
-_LEAST_COSINE = 0.5
+_LISTS = 16
+_LISTS_PER_OCTAVE = 3
+"""Factors in a list differ by at most the third root of two; the last list has the small ones."""
+_OVERSAMPLING = 2
+"""Each list is searched for this many times the wanted candidates."""
 _FEW_QUERIES = 16
 _BLOCK = 32
+_RESULTS_AT_ONCE = 2**22
 _TOLERANCE = 1e-3
 
 
@@ -96,14 +103,23 @@ class Layout:
 
     @cached_property
     def _place_R(self) -> Int64:
-        """Return the place of each coordinate in a padded row; the coordinates of a code are far apart in R."""
-        places, start = [], 0
+        """Return the place of each coordinate in a padded row."""
+        starts_R = np.repeat(self.size_C.cumsum() - self.size_C, self.size_C)
+        codes_R = np.repeat(np.arange(len(self.size_C)), self.size_C)
+        return codes_R * self.slots + np.arange(self.width) - starts_R
+
+    def make_rotation(self, seed: int) -> Float32:
+        """Return a random orthogonal matrix [R, R] that mixes the coordinates that codes of equal size encode.
+
+        Single coordinates of a row can be much larger than usual, beyond all centroids; sums of many cannot.
+        """
+        random = np.random.Generator(np.random.Philox(seed))
+        rotation_RR, start = np.zeros((self.width, self.width), np.float32), 0
         for level in np.unique(self.size_C).tolist():
-            n_codes = int((self.size_C == level).sum())
-            code_LC = np.arange(start, start + n_codes) * self.slots + np.arange(level)[:, None]
-            places.append(code_LC.ravel())
-            start += n_codes
-        return np.concatenate(places).astype(np.int64)
+            stop = start + level * int((self.size_C == level).sum())
+            rotation_RR[start:stop, start:stop] = np.linalg.qr(random.standard_normal((stop - start, stop - start)))[0]
+            start = stop
+        return rotation_RR
 
     def pad(self, rows_BR: Float32) -> Float32:
         """Return the rows with the coordinates of each code side by side, and zeros: float32 [B, C · slots]."""
@@ -119,20 +135,18 @@ class ProductCoder:
         """Wrap a trained `faiss.ProductQuantizer`; use `train` or `ProductCodes.coder` to create one."""
         faiss = import_faiss()
         self.layout, self._quantizer, dim = layout, quantizer, len(layout.size_C) * layout.slots
-        # One list, of all rows: unlike FAISS's other fast scans, that of lists accepts filters.
-        origin = faiss.IndexFlatIP(dim)
-        origin.add(np.zeros((1, dim), np.float32))
-        self._index = faiss.IndexIVFPQ(origin, dim, 1, len(layout.size_C), CODE_BITS, faiss.METRIC_INNER_PRODUCT)
+        n_codes, metric = len(layout.size_C), faiss.METRIC_INNER_PRODUCT
+        # Unlike FAISS's other fast scans, that of lists accepts filters.
+        self._index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, _LISTS, n_codes, CODE_BITS, metric)
         self._index.pq, self._index.by_residual, self._index.is_trained = quantizer, False, True
         self._factors = [np.zeros(0, np.float32)]
 
     @classmethod
-    def train(cls, sample_BR: Float32, n_codes: int, seed: int) -> ProductCoder:
-        """Return a coder without rows for coordinates like those of the sample, in decreasing order of variance."""
+    def train(cls, sample_BR: Float32, layout: Layout, seed: int) -> ProductCoder:
+        """Return a coder without rows, for rows like those of the sample."""
         faiss = import_faiss()
-        layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), n_codes)
         step = -(-len(sample_BR) // _TRAIN_ROWS)
-        padded = layout.pad(sample_BR[::step, : layout.width])
+        padded = layout.pad(normalize(sample_BR[::step])[0])
         # FAISS needs as many rows as centroids.
         padded = np.resize(padded, (max(len(padded), _CENTROIDS), padded.shape[1]))
         quantizer = faiss.ProductQuantizer(padded.shape[1], len(layout.size_C), CODE_BITS)
@@ -141,19 +155,14 @@ class ProductCoder:
         quantizer.train(padded)
         return cls(quantizer, layout)
 
-    def encode(self, rows_BR: Float32) -> tuple[npt.NDArray[np.uint8], Float32, Float32]:
-        """Return the codes, the decoded rows, padded, and the factors of rows [B, R]."""
-        padded = self.layout.pad(rows_BR)
+    def encode(self, rows_BR: Float32) -> tuple[npt.NDArray[np.uint8], Float32]:
+        """Return the codes and the factors of rows [B, R]."""
+        unit_BR, norm_B = normalize(rows_BR)
+        padded = self.layout.pad(unit_BR)
         codes = self._quantizer.compute_codes(padded)
-        decoded = self.decode(codes)
-        square_B, decoded_B, inner_B = (
-            np.einsum("bp,bp->b", left, right, dtype=np.float64)
-            for left, right in ((padded, padded), (decoded, decoded), (padded, decoded))
-        )
-        # Rows that are small among the others have bad codes. Their estimates must not be larger than most.
-        inner_B = np.maximum(inner_B, _LEAST_COSINE * np.sqrt(square_B * decoded_B))
-        factor_B = np.divide(square_B, inner_B, out=np.ones_like(square_B), where=inner_B > 0)
-        return codes, decoded, factor_B.astype(np.float32)
+        cosine_B = np.einsum("bp,bp->b", padded, self.decode(codes), dtype=np.float64)
+        factor_B = np.divide(norm_B, cosine_B, out=np.zeros_like(norm_B), where=cosine_B > 0)
+        return codes, factor_B.astype(np.float32)
 
     def decode(self, codes: npt.NDArray[np.uint8]) -> Float32:
         """Return decoded rows, padded."""
@@ -161,24 +170,27 @@ class ProductCoder:
         return decoded
 
     def add(self, rows_BR: Float32, id_B: Int64) -> None:
-        """Code rows [B, R]; their ids must be larger than those before."""
+        """Code rows [B, R] of norms below 2^13; their ids must be larger than those before."""
         faiss = import_faiss()
         for at in range(0, len(rows_BR), _ROWS_AT_ONCE):
-            codes, _, factor_B = self.encode(rows_BR[at : at + _ROWS_AT_ONCE])
-            ids = np.ascontiguousarray(id_B[at : at + _ROWS_AT_ONCE])
-            self._index.invlists.add_entries(0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
-            self._index.ntotal += len(ids)
+            codes, factor_B = self.encode(rows_BR[at : at + _ROWS_AT_ONCE])
+            octaves_B = LARGEST_EXPONENT - np.log2(factor_B, out=np.full_like(factor_B, -np.inf), where=factor_B > 0)
+            list_B = (_LISTS_PER_OCTAVE * octaves_B).clip(0, _LISTS - 1).astype(np.int64)
+            for number in np.unique(list_B).tolist():
+                ids, part = id_B[at : at + _ROWS_AT_ONCE][list_B == number], codes[list_B == number]
+                self._index.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(part))
+            self._index.ntotal += len(factor_B)
             self._factors.append(factor_B)
 
     def finish(self) -> ProductCodes:
-        """Return the codes of all rows, in the order in which FAISS scans them."""
+        """Return the codes of all rows."""
         scanned = import_faiss().IndexIVFPQFastScan(self._index, _BLOCK)
         self._index.reset()
         return ProductCodes(scanned, self.layout, np.concatenate(self._factors))
 
 
 class ProductCodes:
-    """Codes of rows that are scanned by inner product; several threads can scan them.
+    """Codes of rows, which are scanned by inner product; several threads can scan them.
 
     Attributes:
         layout: the coordinates of the codes.
@@ -186,7 +198,7 @@ class ProductCodes:
     """
 
     def __init__(self, index: Any, layout: Layout, factor_N: Float32) -> None:
-        """Wrap a `faiss.IndexIVFPQFastScan` with one list.
+        """Wrap a `faiss.IndexIVFPQFastScan`.
 
         Raises:
             ValueError: the index does not have the codes of the layout, or another number of rows than factors.
@@ -195,7 +207,7 @@ class ProductCodes:
         if factor_N.dtype != np.float32 or factor_N.ndim != 1 or not isinstance(index, kind):
             raise ValueError(f"factors of {factor_N.dtype} {factor_N.shape} for {type(index).__name__}")
         got = index.d, index.M, index.nlist, index.ntotal
-        if got != (n_codes * layout.slots, n_codes, 1, len(factor_N)):
+        if got != (n_codes * layout.slots, n_codes, _LISTS, len(factor_N)):
             raise ValueError(f"not {len(factor_N):,} rows of {n_codes} codes")
         self._index, self.layout, self.factor_N = index, layout, factor_N
 
@@ -220,14 +232,19 @@ class ProductCodes:
 
     @property
     def bytes_per_row(self) -> int:
-        """Return the bytes of a row: its codes, its id and its factor."""
-        return int(self._index.code_size) + 8 + self.factor_N.itemsize
+        """Return the bytes of a row: its codes, its id, twice, and its factor."""
+        return int(self._index.code_size) + 2 * 8 + self.factor_N.itemsize
 
     @cached_property
     def ids_N(self) -> Int64:
-        """Return the ids of all rows, int64, increasing; memory of FAISS."""
+        """Return the ids of all rows, int64, increasing."""
+        return np.sort(np.concatenate([self._list_ids(number) for number in range(_LISTS)]))
+
+    def _list_ids(self, number: int) -> Int64:
+        """Return the ids of a list; memory of FAISS."""
         faiss, lists = import_faiss(), self._index.invlists
-        ids: Int64 = faiss.rev_swig_ptr(lists.get_ids(0), len(self)) if len(self) else np.zeros(0, np.int64)
+        size = int(lists.list_size(number))
+        ids: Int64 = faiss.rev_swig_ptr(lists.get_ids(number), size) if size else np.zeros(0, np.int64)
         return ids
 
     def _find_places(self, ids_QM: Int64) -> Int64:
@@ -238,27 +255,29 @@ class ProductCodes:
             places = np.searchsorted(self.ids_N, ids_QM)
         return places.clip(0, len(self) - 1)
 
-    def count_wrong(self, rows_BR: Float32, place_B: Int64) -> int:
-        """Return how many rows [B, R] do not have the codes and the factor stored at these places."""
-        layout = self.layout
-        coder = ProductCoder(self._index.pq, layout)
-        codes, nearest, factor_B = coder.encode(rows_BR)
-        stored = coder.decode(self._unpack(place_B, codes))
-        padded = layout.pad(rows_BR)
+    def count_wrong(self, rows_BR: Float32, id_B: Int64) -> int:
+        """Return how many rows [B, R] do not have the codes and factors that are stored for these ids, increasing."""
+        layout, coder = self.layout, ProductCoder(self._index.pq, self.layout)
+        codes, factor_B = coder.encode(rows_BR)
+        padded = layout.pad(normalize(rows_BR)[0])
         shape = len(rows_BR), len(layout.size_C), layout.slots
-        off, least = (np.square(padded - each).reshape(shape).sum(axis=2) for each in (stored, nearest))
+        off, least = (
+            np.square(padded - coder.decode(each)).reshape(shape).sum(axis=2)
+            for each in (self._unpack(id_B, codes), codes)
+        )
         # Rounding can move coordinates between two centroids to the other one.
-        slack = _TOLERANCE * np.square(padded).sum(axis=1, keepdims=True) / len(layout.size_C)
-        wrong = (off > (1 + _TOLERANCE) * least + slack).any(axis=1)
-        return int((wrong | (np.abs(self.factor_N[place_B] - factor_B) > _TOLERANCE)).sum())
+        wrong_B = (off > (1 + _TOLERANCE) * least + _TOLERANCE / len(layout.size_C)).any(axis=1)
+        wrong_B |= np.abs(self.factor_N[self._find_places(id_B)] / factor_B - 1) > _TOLERANCE
+        return int(wrong_B.sum())
 
-    def _unpack(self, place_B: Int64, like: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Return the codes stored at these places, in an array like another."""
-        faiss = import_faiss()
+    def _unpack(self, id_B: Int64, like: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Return the codes stored for these ids, increasing, in an array like another."""
+        faiss, packer = import_faiss(), self._index.get_CodePacker()
         codes = np.zeros_like(like)
-        packer, blocks = self._index.get_CodePacker(), self._index.invlists.get_codes(0)
-        for place, code in zip(place_B.tolist(), codes, strict=True):
-            packer.unpack_1_c(blocks, place, faiss.swig_ptr(code))
+        for number in range(_LISTS):
+            _, place_B, offset_B = np.intersect1d(id_B, self._list_ids(number), return_indices=True)
+            for place, offset in zip(place_B.tolist(), offset_B.tolist(), strict=True):
+                packer.unpack_1_c(self._index.invlists.get_codes(number), offset, faiss.swig_ptr(codes[place]))
         return codes
 
     def scan(self, queries_QR: Float32, n_candidates: int, allowed: Int64 | None = None) -> Int64:
@@ -269,24 +288,27 @@ class ProductCodes:
             n_candidates: M.
             allowed: int64 ids, increasing, to which the candidates are restricted; None: all.
         """
-        faiss = import_faiss()
-        if not len(self):
-            return np.zeros((len(queries_QR), 0), np.int64)
-        parameters = faiss.SearchParametersIVF(nprobe=1)
-        if allowed is not None:
-            selector, memory = make_selector(allowed, len(self))
-            parameters.sel = selector
+        padded, n_candidates = self.layout.pad(queries_QR), min(n_candidates, len(self))
         # For one query, FAISS uses one thread; several wait for each other, for milliseconds if a core is in use.
-        step = 1 if len(queries_QR) <= _FEW_QUERIES else len(queries_QR)
-        padded, k = self.layout.pad(queries_QR), min(_OVERSAMPLING * n_candidates, len(self))
-        found = [self._index.search(padded[at : at + step], k, params=parameters) for at in range(0, len(padded), step)]
-        if allowed is not None:
-            del selector, memory
-        scores_QM = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in found)])
-        ids_QM = np.concatenate([np.zeros((0, k), np.int64), *(ids for _, ids in found)])
-        place_QM = self._find_places(ids_QM)
-        scores_QM[ids_QM < 0] = -np.inf
-        estimate_QM = scores_QM * self.factor_N[place_QM]
-        n = min(n_candidates, k)
-        best = np.argpartition(-estimate_QM, n - 1, axis=1)[:, :n]
-        return np.take_along_axis(ids_QM, best, axis=1)
+        step = max(1, _RESULTS_AT_ONCE // max(1, _LISTS * _OVERSAMPLING * n_candidates))
+        step = 1 if len(padded) <= _FEW_QUERIES else step
+        selector = make_selector(allowed, len(self))
+        found = [self._scan(padded[at : at + step], n_candidates, selector) for at in range(0, len(padded), step)]
+        return np.concatenate([np.zeros((0, n_candidates), np.int64), *found])
+
+    def _scan(self, padded: Float32, n_candidates: int, selector: Selector | None) -> Int64:
+        """Return the ids [Q, M] for padded queries; M is at most the number of rows."""
+        ids, scores = [np.zeros((len(padded), 0), np.int64)], [np.zeros((len(padded), 0), np.float32)]
+        for number in range(_LISTS):
+            k = min(_OVERSAMPLING * n_candidates, int(self._index.invlists.list_size(number)))
+            if k:
+                keys_Q1 = np.full((len(padded), 1), number, np.int64)
+                ids_QK, scores_QK = search_lists(self._index, padded, k, keys_Q1, selector)
+                scores_QK[ids_QK < 0] = -np.inf
+                ids.append(ids_QK)
+                scores.append(scores_QK * self.factor_N[self._find_places(ids_QK)])
+        ids_QX, scores_QX = np.concatenate(ids, axis=1), np.concatenate(scores, axis=1)
+        if n_candidates < ids_QX.shape[1]:
+            best_QM = np.argpartition(-scores_QX, n_candidates - 1, axis=1)[:, :n_candidates]
+            ids_QX = np.take_along_axis(ids_QX, best_QM, axis=1)
+        return ids_QX

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite
+from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite, ScoreName
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, file_digest, read_json, read_record, write_json_atomic
 from tracin_ann.search import Calibration, list_codes, list_files
@@ -85,6 +85,7 @@ class IndexRecord:
         calibration: the measured recall of the index; None for `flat`.
         codes: how inverted lists store rows; empty for other kinds.
         requested: the kind that the build asked for, such as `auto`; empty if an earlier version built the index.
+        score: the score whose recall was measured, and that searches use the index for.
     """
 
     kind: str
@@ -93,6 +94,7 @@ class IndexRecord:
     calibration: Calibration | None = None
     codes: str = ""
     requested: str = ""
+    score: ScoreName = "tracin"
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class ScoreRecord:
         loss_is_nll: whether the training loss is −log p of one label; None: not known.
     """
 
-    default: str
+    default: ScoreName
     steps: tuple[float | None, ...]
     runs: tuple[str, ...]
     loss_is_nll: bool | None = None
