@@ -239,7 +239,7 @@ def open_family(name: str, folder: Path, n_queries: int) -> Family:
     layout = Manifest.read(index).build.layout
     view = FeatureStore(index / FEATURES, layout).view()
     query_QF = np.load(queries)[:n_queries].astype(np.float32)
-    return Family(name, First(view, len(view)), query_QF, np.load(true[0], mmap_mode="r") if true else None)
+    return Family(name, First(view, len(view)), query_QF, np.load(true[0], mmap_mode="r")[:n_queries] if true else None)
 
 
 def find_only(folder: Path, pattern: str) -> Path:
