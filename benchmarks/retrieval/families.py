@@ -198,7 +198,7 @@ def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
     searches: dict[str, Callable[[Float32], Any]] = {}
     for k in depths:
         searches[f"scan {k}"] = partial(scan_memory, row_NF, k=k)
-        searches[f"flat {k}"] = partial(flat.search_both, k=k)
+    searches[f"flat {K}"] = partial(flat.search_both, k=K)
     makers: list[Callable[[], Method]] = [partial(make_own, kind, rows) for kind in options.kinds]
     if len(rows) <= options.rivals_rows:
         makers += [partial(make_rival, rival, row_NF) for rival in options.rivals if is_installed(rival)]
