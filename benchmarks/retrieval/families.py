@@ -58,7 +58,8 @@ class Method:
 
     Attributes:
         propose: yields rounds of settings of increasing budget; its argument returns the recall of a setting.
-        search: returns the ids of k rows for each query, best first, and the mean number of rows scored.
+        search: returns the ids of k rows for each query, best first, and the mean number of rows scored; its arguments
+            are queries, times the sign of the direction, k and the setting.
         search_both: searches with the settings of proponents and opponents.
     """
 
@@ -67,7 +68,7 @@ class Method:
     build_seconds: float
     bytes_a_row: float
     propose: Callable[[Callable[[Any], float]], Iterable[Sequence[Any]]]
-    search: Callable[[Float32, int, Any], tuple[Sequence[Int64], float]]
+    search: Callable[..., tuple[Sequence[Int64], float]]
     search_both: Callable[[Float32, int, tuple[Any, Any]], Any]
 
 
@@ -186,6 +187,19 @@ def describe_rows(rows: First, row_NF: Float32) -> tuple[dict[str, Any], tuple[s
     return dataclasses.asdict(diagnosis) | norms, tuple(choice.kind for choice in choices)
 
 
+def measure_method(method: Method, truths: dict[str, Truth]) -> dict[str, Any]:
+    """Return the figures of an index except times: all points, and the chosen ones by target and direction."""
+    points = {side: measure_points(method, truth) for side, truth in truths.items()}
+    figures: dict[str, Any] = {"method": method.name, "is_rival": method.is_rival}
+    figures |= {"build_seconds": method.build_seconds, "bytes_a_row": method.bytes_a_row, "points": points}
+    for target in TARGETS:
+        figures[f"at_{target}"] = {side: dict(choose_point(points[side], target)) for side in points}
+    for side, point in figures[f"at_{TARGETS[0]}"].items():
+        search = partial(method.search, setting=point["setting"])
+        point["true"] = truths[side].measure_true(lambda q, k, search=search: search(q, k)[0])
+    return figures
+
+
 def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one number of rows."""
     rows, queries = family.rows, family.queries
@@ -204,15 +218,8 @@ def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
         makers += [partial(make_rival, rival, row_NF) for rival in options.rivals if is_installed(rival)]
     for make in makers:
         method = make()
-        points = {side: measure_points(method, truth) for side, truth in truths.items()}
-        figures: dict[str, Any] = {"method": method.name, "is_rival": method.is_rival}
-        figures |= {"build_seconds": method.build_seconds, "bytes_a_row": method.bytes_a_row, "points": points}
-        for target in TARGETS:
-            figures[f"at_{target}"] = {side: dict(choose_point(points[side], target)) for side in points}
-        usual = figures[f"at_{TARGETS[0]}"]
-        for side, point in usual.items():
-            point["true"] = truths[side].measure_true(lambda q, k, m=method, s=point["setting"]: m.search(q, k, s)[0])
-        chosen = tuple(point["setting"] for point in usual.values())
+        figures = measure_method(method, truths)
+        chosen = tuple(point["setting"] for point in figures[f"at_{TARGETS[0]}"].values())
         for k in depths:
             searches[f"{method.name} {k}"] = partial(method.search_both, k=k, chosen=chosen)
         result["methods"].append(figures)
