@@ -24,7 +24,7 @@ from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, UsageError, attach_path, problem
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
-from tracin_ann.search.construction import SAMPLE_NUMBERS, UnfinishedLists, count_block_rows, scale_rows
+from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, FaissFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import make_selector
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
@@ -170,7 +170,6 @@ class GraphIndex(RescoredIndex):
         source: RowSource,
         params: GraphParams,
         device: torch.device,
-        scratch: UnfinishedLists | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> GraphIndex:
         """Build an index of all rows of the source; reads all rows twice, and a sample once more.
@@ -181,7 +180,6 @@ class GraphIndex(RescoredIndex):
             source: the rows.
             params: parameters of the graph.
             device: device of exact scans.
-            scratch: not used: an interrupted build starts again.
             progress: called with (rows done, rows).
 
         Raises:
