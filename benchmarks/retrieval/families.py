@@ -58,7 +58,8 @@ class Method:
 
     Attributes:
         propose: yields rounds of settings of increasing budget; its argument returns the recall of a setting.
-        search: returns the ids of k rows for each query, best first, and the mean number of rows scored.
+        search: returns the ids of k rows for each query, best first, and the mean number of rows scored; its arguments
+            are queries, times the sign of the direction, k and the setting.
         search_both: searches with the settings of proponents and opponents.
     """
 
@@ -67,7 +68,7 @@ class Method:
     build_seconds: float
     bytes_a_row: float
     propose: Callable[[Callable[[Any], float]], Iterable[Sequence[Any]]]
-    search: Callable[[Float32, int, Any], tuple[Sequence[Int64], float]]
+    search: Callable[..., tuple[Sequence[Int64], float]]
     search_both: Callable[[Float32, int, tuple[Any, Any]], Any]
 
 
@@ -186,6 +187,19 @@ def describe_rows(rows: First, row_NF: Float32) -> tuple[dict[str, Any], tuple[s
     return dataclasses.asdict(diagnosis) | norms, tuple(choice.kind for choice in choices)
 
 
+def measure_method(method: Method, truths: dict[str, Truth]) -> dict[str, Any]:
+    """Return the figures of an index except times: all points, and the chosen ones by target and direction."""
+    points = {side: measure_points(method, truth) for side, truth in truths.items()}
+    figures: dict[str, Any] = {"method": method.name, "is_rival": method.is_rival}
+    figures |= {"build_seconds": method.build_seconds, "bytes_a_row": method.bytes_a_row, "points": points}
+    for target in TARGETS:
+        figures[f"at_{target}"] = {side: dict(choose_point(points[side], target)) for side in points}
+    for side, point in figures[f"at_{TARGETS[0]}"].items():
+        search = partial(method.search, setting=point["setting"])
+        point["true"] = truths[side].measure_true(lambda q, k, search=search: search(q, k)[0])
+    return figures
+
+
 def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one number of rows."""
     rows, queries = family.rows, family.queries
@@ -198,21 +212,14 @@ def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
     searches: dict[str, Callable[[Float32], Any]] = {}
     for k in depths:
         searches[f"scan {k}"] = partial(scan_memory, row_NF, k=k)
-        searches[f"flat {k}"] = partial(flat.search_both, k=k)
+    searches[f"flat {K}"] = partial(flat.search_both, k=K)
     makers: list[Callable[[], Method]] = [partial(make_own, kind, rows) for kind in options.kinds]
     if len(rows) <= options.rivals_rows:
         makers += [partial(make_rival, rival, row_NF) for rival in options.rivals if is_installed(rival)]
     for make in makers:
         method = make()
-        points = {side: measure_points(method, truth) for side, truth in truths.items()}
-        figures: dict[str, Any] = {"method": method.name, "is_rival": method.is_rival}
-        figures |= {"build_seconds": method.build_seconds, "bytes_a_row": method.bytes_a_row, "points": points}
-        for target in TARGETS:
-            figures[f"at_{target}"] = {side: dict(choose_point(points[side], target)) for side in points}
-        usual = figures[f"at_{TARGETS[0]}"]
-        for side, point in usual.items():
-            point["true"] = truths[side].measure_true(lambda q, k, m=method, s=point["setting"]: m.search(q, k, s)[0])
-        chosen = tuple(point["setting"] for point in usual.values())
+        figures = measure_method(method, truths)
+        chosen = tuple(point["setting"] for point in figures[f"at_{TARGETS[0]}"].values())
         for k in depths:
             searches[f"{method.name} {k}"] = partial(method.search_both, k=k, chosen=chosen)
         result["methods"].append(figures)
@@ -239,7 +246,7 @@ def open_family(name: str, folder: Path, n_queries: int) -> Family:
     layout = Manifest.read(index).build.layout
     view = FeatureStore(index / FEATURES, layout).view()
     query_QF = np.load(queries)[:n_queries].astype(np.float32)
-    return Family(name, First(view, len(view)), query_QF, np.load(true[0], mmap_mode="r") if true else None)
+    return Family(name, First(view, len(view)), query_QF, np.load(true[0], mmap_mode="r")[:n_queries] if true else None)
 
 
 def find_only(folder: Path, pattern: str) -> Path:
