@@ -162,10 +162,7 @@ def test_a_query_reports_its_strategy_and_reaches_the_requested_recall(index: In
         index.query([0], options=QueryOptions(recall=0.9999))
     with pytest.raises(UsageError, match="cannot be used for this query: got --search lists and the score cosine"):
         index.query([0], options=QueryOptions(search="lists", cosine=True))
-    assert (
-        "(inverted lists: not for the score cosine)"
-        in index.query([0], options=QueryOptions(cosine=True))[0].how
-    )
+    assert "(inverted lists: not for the score cosine)" in index.query([0], options=QueryOptions(cosine=True))[0].how
 
 
 def test_an_answer_states_the_true_recall_that_is_expected_with_its_candidates(index: InfluenceIndex) -> None:

@@ -93,7 +93,7 @@ def test_results_equal_those_of_all_exact_scores(
         for name, value in (
             ("_FIRST_ROWS", 3),
             ("_SCORES_AT_ONCE", 16),
-            ("_LEAST_FIRST", 2),
+            ("_MORE_FIRST", 1),
             ("_ROWS_READ_AT_ONCE", 5),
         ):
             patch.setattr(module, name, value)

@@ -140,7 +140,7 @@ class Solver:
         """Return L⁻¹ v for each vector, L Lᵀ = K / scale² + λ / scale², so that norms are those of the metric."""
         if self.factor_DD is None:
             return np.zeros_like(vector_ND)
-        whitened: Float32 = (torch.from_numpy(np.ascontiguousarray(vector_ND)) @ self.inverse_DD.T).numpy()
+        whitened: Float32 = (torch.from_numpy(np.ascontiguousarray(vector_ND)) @ self._inverse_DD.T).numpy()
         return whitened
 
     @property
@@ -149,8 +149,8 @@ class Solver:
         return float(self._invert().square().sum())
 
     @cached_property
-    def inverse_DD(self) -> Tensor:
-        """Return L⁻¹ in float32, [D, D]; not if K is zero."""
+    def _inverse_DD(self) -> Tensor:
+        """L⁻¹ in float32: one matrix product for a block of rows."""
         return self._invert().float()
 
     def _invert(self) -> Tensor:

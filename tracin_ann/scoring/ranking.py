@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import CURVATURES, SideName
 from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
 from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
@@ -302,12 +302,15 @@ class Ranker:
         """Return the search strategy: the index needs all checkpoints, an exact scan accepts any subset of them."""
         options = request.options
         score = request.score
-        unsupported = ""
-        if score.name != self.record.score:
+        unsupported, all_checkpoints = "", request.checkpoints == tuple(range(len(self.rates)))
+        if self.record.kind == "bounds" and score.name in ("tracin", *CURVATURES) and all_checkpoints:
+            # Results by bounds are exact for any vectors that are multiplied with the rows.
+            pass
+        elif score.name != self.record.score:
             unsupported = f"the score {score.name}"
         elif options.damping is not None:
             unsupported = "another damping"
-        elif request.checkpoints != tuple(range(len(self.rates))):
+        elif not all_checkpoints:
             unsupported = "a subset of the checkpoints"
         if unsupported:
             scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)

@@ -28,7 +28,6 @@ from tracin_ann.choices import CURVATURES, CurvatureName, ScoreName
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, Solver
 from tracin_ann.scoring.exact import DirectionMap
 from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvatures
-from tracin_ann.search import Metric
 from tracin_ann.store import (
     FeatureStore,
     FeatureView,
@@ -287,19 +286,6 @@ class PreconditionedScore:
     def direction_map(self) -> ExactPreconditioner:
         """Return the map by the inverse of the curvature over all parameters."""
         return ExactPreconditioner(self.name, self.damping.damping_C, self.full_curvatures)
-
-    @cached_property
-    def metric(self) -> Metric:
-        """Return the maps of stored rows and of vectors of queries by L⁻¹ and Lᵀ at each checkpoint, L Lᵀ = K + λI."""
-        dim = self.store.layout.dim
-        maps = np.tile(np.eye(dim, dtype=np.float32), (2, len(self.rates), 1, 1))
-        for checkpoint, rate in enumerate(self.rates):
-            solver = self.damping.solver(checkpoint, 0, dim)
-            if rate > 0 and solver.factor_DD is not None:
-                # Vectors of queries contain 1 / √η_c. Without it, those of all checkpoints have norm 1.
-                unit = solver.scale * rate**0.5
-                maps[:, checkpoint] = solver.inverse_DD / unit, (solver.factor_DD.T * unit).float()
-        return Metric(maps[0], maps[1])
 
     def rows(self, checkpoints: Sequence[int]) -> FeatureView:
         """Return the stored rows."""

@@ -13,7 +13,7 @@ import torch
 from tracin_ann.choices import CURVATURES, ScoreName
 from tracin_ann.files import atomic_path
 from tracin_ann.scoring.quality import QualityMeasurement
-from tracin_ann.scoring.scores import PreconditionedScore, Score
+from tracin_ann.scoring.scores import Score
 from tracin_ann.search import (
     Calibration,
     Codes,
@@ -28,6 +28,9 @@ from tracin_ann.search import (
 from tracin_ann.store import FileRecord, IndexRecord, NextGeneration, record_file, select_listed_rows, write_unlisted
 
 _LARGEST_SHARE = 0.1
+_SERVE_DAMPED = ("codes", "bounds")
+"""Kinds that find rows for scores with a curvature matrix; lists and graphs follow the directions in which rows
+vary most."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class SearchIndexOptions:
         codes: how inverted lists store their rows.
         target_recall: recall@10 that the index is calibrated to.
         device: where the index is built.
-        score: the default score. If it has a curvature matrix, a coded scan is built in its metric.
+        score: the default score. A coded scan and a search by bounds are calibrated for it.
     """
 
     kind: str
@@ -74,25 +77,21 @@ def build_search_index(
     """
     rows, removed_R = select_listed_rows(quality.store.view(), generation.removed_R), generation.removed_R
     ids_N = np.setdiff1d(np.arange(quality.store.layout.n_rows, dtype=np.int64), removed_R)
-    has_metric = options.score in CURVATURES
+    is_damped = options.score in CURVATURES
 
     def diagnose_rows() -> Diagnosis:
         return diagnose(rows, ids_N, options.seed)
 
-    choices = choose_index(
-        options.kind, len(rows), rows.dim, lambda: diagnose(rows, ids_N, options.seed), has_metric=has_metric
-    )
+    choices = choose_index(options.kind, len(rows), rows.dim, diagnose_rows, is_damped=is_damped)
     inputs = [asdict(record) for record in features], removed_R.tolist()
+    request = IndexRequest(options.seed, options.codes, options.device, generation.unfinished_index, inputs)
     for choice in choices:
         logger.info("index %s: %s", choice.kind, choice.reason)
         quality.progress("index", 0, len(rows))
         if choice.kind == "flat":
             return IndexRecord(choice.kind, choice.reason, (), requested=options.kind)
-        score = make_score(options.score if has_metric and choice.kind == "codes" else "tracin")
-        metric = score.metric if isinstance(score, PreconditionedScore) else None
-        folder = generation.unfinished_index
-        request = IndexRequest(options.seed, options.codes, options.device, folder, inputs, metric)
         index = build_index(choice.kind, rows, request, lambda done, total: quality.progress("index", done, total))
+        score = make_score(options.score if is_damped and choice.kind in _SERVE_DAMPED else "tracin")
         calibration = quality.recall(index, options.target_recall, score)
         if _is_efficient(calibration, len(rows)):
             break

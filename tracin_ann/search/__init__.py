@@ -21,7 +21,6 @@ from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
-from tracin_ann.search.reduction import Metric
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
-    "Metric",
     "NAMES",
     "Point",
     "SearchIndex",

@@ -19,7 +19,6 @@ from tracin_ann.search.flat import FlatIndex
 from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
-from tracin_ann.search.reduction import Metric
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import RowSource
 
@@ -55,7 +54,7 @@ def is_flat(requested: str, n_rows: int) -> bool:
 
 
 def choose_index(
-    requested: str, n_rows: int, dim: int, diagnose: Callable[[], Diagnosis], *, has_metric: bool = False
+    requested: str, n_rows: int, dim: int, diagnose: Callable[[], Diagnosis], *, is_damped: bool = False
 ) -> tuple[IndexChoice, ...]:
     """Return the kinds to build, best first: each of the others only if those before it do not reach the target recall.
 
@@ -64,15 +63,15 @@ def choose_index(
         n_rows: number of rows.
         dim: length of a row.
         diagnose: returns the diagnosis of the rows; called if the choice depends on it.
-        has_metric: whether the default score weighs directions in which rows vary little as much as others.
+        is_damped: whether the default score has a curvature matrix: small directions of the rows have a large weight.
 
     Raises:
         UsageError: `requested` is none of `INDEX_KINDS`.
     """
     if is_flat(requested, n_rows) or requested != "auto":
         return (_explain(requested, n_rows, dim),)
-    if has_metric:
-        return (_choose("codes", n_rows, dim, "in the metric of the default score"),)
+    if is_damped:
+        return (_choose("codes", n_rows, dim, "the default score gives small directions a large weight"),)
     found = diagnose()
     directions = f"the rows vary in about {found.directions:,.0f} directions"
     if found.directions > _MANY_DIRECTIONS:
@@ -116,7 +115,6 @@ class IndexRequest:
         device: where it is built and searched.
         folder: for intermediate results.
         inputs: identify the rows, as JSON values; results of other inputs are not resumed.
-        metric: in which rows are coded by `codes`; None: the usual one.
     """
 
     seed: int
@@ -124,7 +122,6 @@ class IndexRequest:
     device: torch.device
     folder: Path
     inputs: tuple[object, ...]
-    metric: Metric | None = None
 
 
 def build_index(
@@ -133,7 +130,7 @@ def build_index(
     """Build an index of a kind other than `flat`; `progress` is called with (rows done, rows)."""
     lists = IVFParams(seed=request.seed, codes=request.codes)
     if kind == "codes":
-        return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress, request.metric)
+        return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress)
     if kind == "bounds":
         return BoundedScan.build(source, BoundedScanParams(seed=request.seed), request.device, progress)
     if kind == "graph":

@@ -40,8 +40,8 @@ _MOST_PAIRS = 2**22
 _SCANNED_SCORES_AT_ONCE = 2**24
 _ROWS_READ_AT_ONCE = 8192
 _WIDE_PAIRS_AT_ONCE = 128
-_LEAST_FIRST = 32
-"""The rows of the best reduced scores of a block are scored first: 2k of them, or this number if it is larger."""
+_MORE_FIRST = 22
+"""The rows of the best reduced scores of a block are scored first: k, and this number more."""
 _FEW_SHARE = 1 / 32
 
 
@@ -326,7 +326,7 @@ class BatchSearch:
 
     @property
     def _n_first(self) -> int:
-        return max(2 * self._k, _LEAST_FIRST)
+        return self._k + _MORE_FIRST
 
 
 def _rank_in_groups(group_P: Int64 | Int32, value_P: Float64 | Float32) -> Int64:

@@ -26,7 +26,6 @@ from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, sca
 from tracin_ann.search.faiss_file import REMEDY, FaissFile
 from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
 from tracin_ann.search.reduction import (
-    Metric,
     Reduction,
     fit_reduction,
     multiply_rows,
@@ -143,7 +142,6 @@ class CodedScan(RescoredIndex):
         params: CodedScanParams,
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
-        metric: Metric | None = None,
     ) -> Self:
         """Build an index of all rows of the source; reads all rows twice, and the training sample once more.
 
@@ -152,7 +150,6 @@ class CodedScan(RescoredIndex):
             params: parameters of the codes.
             device: device of exact scans.
             progress: called with (rows done, rows).
-            metric: maps rows before they are coded; None: they are coded as they are.
 
         Raises:
             NonFiniteError: a row contains NaN or infinity; the message has its id.
@@ -163,17 +160,12 @@ class CodedScan(RescoredIndex):
         sample_BF = scale_rows(source.take(sample_ids), measured.shift)
         if not len(sample_BF):
             sample_BF = np.zeros((1, source.dim), np.float32)
-        if metric is not None:
-            metric = metric.scale_to(sample_BF)
-            sample_BF = metric.map_rows(sample_BF)
         reduction = fit_reduction(sample_BF, params.count_dims(source.dim), params.seed, rotate=True)
         sample_BR = reduction.apply(sample_BF)
         del sample_BF
         layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), params.n_codes)
         reduction, sample_BR = _rotate(reduction, sample_BR, layout.make_rotation(params.seed))
         coder = ProductCoder.train(sample_BR, layout, params.seed)
-        if metric is not None:
-            reduction = metric.compose(reduction)
         start = 0
         for ids_B, rows_BF in source.blocks(block_rows):
             coded_B = measured.listed_N[start : start + len(ids_B)]

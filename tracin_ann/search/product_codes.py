@@ -28,7 +28,7 @@ from tracin_ann.device import import_faiss
 from tracin_ann.search.clustering import LARGEST_EXPONENT
 from tracin_ann.search.faiss_file import FaissFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import Selector, make_selector, search_lists
-from tracin_ann.search.rescored import normalize
+from tracin_ann.search.reduction import normalize
 from tracin_ann.types import Float32, Int64
 
 CODE_BITS = 4

@@ -8,7 +8,6 @@ Shapes: N rows, B rows of a block, F feature dimension, R reduced dimension.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,23 +35,18 @@ class Reduction:
 
     Attributes:
         dim: F.
-        basis_FR: float32 columns, orthonormal unless there is a metric; None: R = F.
+        basis_FR: orthonormal columns, float32; None: R = F.
         energy: share of the squared norms of the sample that the map preserves.
-        query_basis_FR: the map of queries, if they are mapped otherwise than rows (`Metric`); None: `basis_FR`.
     """
 
     dim: int
     basis_FR: Float32 | None
     energy: float
-    query_basis_FR: Float32 | None = None
 
     def __post_init__(self) -> None:
-        """Check that the basis has F rows, and that of queries the same shape."""
-        basis, of_queries = self.basis_FR, self.query_basis_FR
-        if basis is not None and basis.shape[:-1] != (self.dim,):
-            raise ValueError(f"a basis of shape {basis.shape} for rows of {self.dim} numbers")
-        if of_queries is not None and (basis is None or of_queries.shape != basis.shape):
-            raise ValueError(f"a basis of shape {of_queries.shape} for queries of {self.dim} numbers")
+        """Check that the basis has F rows."""
+        if self.basis_FR is not None and self.basis_FR.shape[:-1] != (self.dim,):
+            raise ValueError(f"a basis of shape {self.basis_FR.shape} for rows of {self.dim} numbers")
 
     @property
     def width(self) -> int:
@@ -64,48 +58,6 @@ class Reduction:
         if self.basis_FR is None:
             return np.ascontiguousarray(rows_BF, dtype=np.float32)
         return multiply_rows(rows_BF, self.basis_FR)
-
-    def apply_to_queries(self, queries_QF: Float32) -> Float32:
-        """Return the reduced queries, float32 [Q, R]; with a metric, scaled to norm 1."""
-        if self.query_basis_FR is None:
-            return self.apply(queries_QF)
-        return normalize(multiply_rows(queries_QF, self.query_basis_FR))[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """Maps of rows and of queries, block by block, that preserve their inner products.
-
-    Short codes preserve the directions in which rows vary most. Scores with the inverse of a curvature matrix weigh the
-    other directions as much. Rows mapped by the inverse root of the matrix vary alike in all of them.
-
-    Attributes:
-        row_CDD: float32 [C, D, D]; block c of a row x is mapped to row_c x_c.
-        query_CDD: the same for queries; the inverse of the transpose of `row_CDD`.
-    """
-
-    row_CDD: Float32
-    query_CDD: Float32
-
-    def map_rows(self, rows_BF: Float32) -> Float32:
-        """Return mapped rows, float32 [B, F]."""
-        rows_BCD = rows_BF.reshape(len(rows_BF), *self.row_CDD.shape[:2])
-        mapped: Float32 = np.matmul(rows_BCD.swapaxes(0, 1), self.row_CDD.swapaxes(1, 2)).swapaxes(0, 1)
-        return mapped.reshape(rows_BF.shape)
-
-    def scale_to(self, sample_BF: Float32) -> Metric:
-        """Return the metric times a power of two, so that the largest norm of the mapped sample is in [1, 2)."""
-        largest = float(np.linalg.norm(self.map_rows(sample_BF).astype(np.float64), axis=1).max(initial=0.0))
-        exponent = math.frexp(largest)[1] - 1 if largest else 0
-        return Metric(np.ldexp(self.row_CDD, -exponent), np.ldexp(self.query_CDD, exponent))
-
-    def compose(self, reduction: Reduction) -> Reduction:
-        """Return the reduction of rows and queries that are not mapped, from that of mapped ones."""
-        basis_FR = np.eye(reduction.dim, dtype=np.float32) if reduction.basis_FR is None else reduction.basis_FR
-        basis_CDR = basis_FR.reshape(*self.row_CDD.shape[:2], -1)
-        maps = self.row_CDD, self.query_CDD
-        bases = [(map_CDD.swapaxes(1, 2) @ basis_CDR).reshape(basis_FR.shape) for map_CDD in maps]
-        return Reduction(reduction.dim, bases[0], reduction.energy, bases[1])
 
 
 def normalize(vectors: Float32) -> tuple[Float32, Float64]:
@@ -119,9 +71,8 @@ def normalize(vectors: Float32) -> tuple[Float32, Float64]:
 
 def pack_reduction(reduction: Reduction, outliers: Int64) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of a file that `unpack_reduction` reads: the basis, and the ids of rows without a code."""
-    none = np.zeros((0, 0), np.float32)
-    bases = {"basis_FR": reduction.basis_FR, "query_basis_FR": reduction.query_basis_FR}
-    return {name: none if basis is None else basis for name, basis in bases.items()} | {"outliers": outliers}
+    basis = np.zeros((0, 0), np.float32) if reduction.basis_FR is None else reduction.basis_FR
+    return {"basis_FR": basis, "outliers": outliers}
 
 
 def unpack_reduction(arrays: Mapping[str, npt.NDArray[Any]], dim: int, energy: float) -> tuple[Reduction, Int64]:
@@ -131,16 +82,11 @@ def unpack_reduction(arrays: Mapping[str, npt.NDArray[Any]], dim: int, energy: f
         KeyError, ValueError: the arrays are not those of `pack_reduction`.
     """
     basis, outliers = arrays["basis_FR"], arrays["outliers"]
-    # Files of earlier versions have no basis of queries.
-    of_queries = arrays.get("query_basis_FR", np.zeros((0, 0), np.float32))
-    if not basis.dtype == of_queries.dtype == np.float32 or outliers.ndim != 1 or outliers.dtype != np.int64:
-        raise ValueError(
-            f"bases of {basis.dtype} and {of_queries.dtype}, outliers of {outliers.dtype} {outliers.shape}"
-        )
+    if basis.dtype != np.float32 or outliers.ndim != 1 or outliers.dtype != np.int64:
+        raise ValueError(f"a basis of {basis.dtype}, outliers of {outliers.dtype} {outliers.shape}")
     if (np.diff(outliers, prepend=-1) <= 0).any():
         raise ValueError("the ids of outliers do not increase")
-    none_or_basis = [array if array.size else None for array in (basis, of_queries)]
-    return Reduction(dim, none_or_basis[0], energy, none_or_basis[1]), outliers
+    return Reduction(dim, basis if basis.size else None, energy), outliers
 
 
 def multiply_rows(rows_BF: npt.NDArray[_Float], matrix_FR: npt.NDArray[_Float]) -> npt.NDArray[_Float]:

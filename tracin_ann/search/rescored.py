@@ -118,7 +118,7 @@ class RescoredIndex(CalibratedIndex):
         last: tuple[Float32, Float32] | None = getattr(self._last, "queries", None)
         if last is not None and np.array_equal(last[0], unit_QF):
             return last[1], norm_Q
-        reduced_QR = self._reduction.apply_to_queries(unit_QF)
+        reduced_QR = self._reduction.apply(unit_QF)
         if len(unit_QF) <= _QUERIES_AT_ONCE:
             self._last.queries = unit_QF, reduced_QR
         return reduced_QR, norm_Q

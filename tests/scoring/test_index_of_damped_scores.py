@@ -1,7 +1,8 @@
-"""A coded scan in the metric of the default score: what it finds, against dense scores in float64."""
+"""Indexes of a default score with a curvature matrix: what they find, against dense scores."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,6 @@ import torch
 from torch import nn
 
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
-from tracin_ann.search.coded_scan import CodedScan
-from tracin_ann.search.reduction import Metric, fit_reduction
 
 N, QUERIES = 3000, 120
 
@@ -76,33 +75,15 @@ def test_other_scores_scan_the_rows(index: InfluenceIndex) -> None:
         )
 
 
-def test_candidates_in_the_metric_are_better_than_without(index: InfluenceIndex) -> None:
-    """Few candidates by codes of the mapped rows contain most of the best; those by codes of the rows do not."""
-    score = index.make_score()
-    queries = score.weigh(index.features("query", range(QUERIES)), range(2)).vector_QF
-    scores = index.score_matrix("query", range(QUERIES))
-    shares = []
-    for metric in (score.metric, None):
-        codes = CodedScan.build(index.view(), index.search_index.params, torch.device("cpu"), metric=metric)
-        reduced, _ = codes._reduce(queries)
-        ids, _ = codes._find_candidates(reduced, 40, codes.settings[0], None)
-        best = np.argsort(-scores, axis=1)[:, :10]
-        shares.append(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(ids, best, strict=True)]))
-    assert shares[0] > 0.95
-    assert shares[0] >= shares[1]
-
-
-def test_a_metric_preserves_inner_products() -> None:
-    random = np.random.default_rng(0)
-    factor = np.tril(random.standard_normal((2, 5, 5))) + 3 * np.eye(5)
-    metric = Metric(np.linalg.inv(factor).astype(np.float32), factor.swapaxes(1, 2).astype(np.float32))
-    rows, queries = random.standard_normal((2, 40, 10)).astype(np.float32)
-    for scaled in (metric, metric.scale_to(rows)):
-        reduction = scaled.compose(fit_reduction(scaled.map_rows(rows), 10, 0, rotate=True))
-        products = reduction.apply(rows) @ (queries @ reduction.query_basis_FR).T
-        assert products == pytest.approx(rows @ queries.T, rel=1e-3, abs=1e-3)
-        assert reduction.apply(rows) @ reduction.apply(rows).T == pytest.approx(
-            scaled.map_rows(rows) @ scaled.map_rows(rows).T, rel=1e-3, abs=1e-4
+def test_bounds_serve_every_score_that_multiplies_the_rows(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    build(task, tmp_path / "index", BuildConfig(dim=128, index="bounds", yardstick=False))
+    index = InfluenceIndex.open(tmp_path / "index", task)
+    for options in (QueryOptions(), QueryOptions(score="tracin"), QueryOptions(score="fisher", damping=1e-3)):
+        found, scanned = (
+            index.query(range(20), options=replace(options, search=search)) for search in ("index", "scan")
         )
-    largest = np.linalg.norm(metric.scale_to(rows).map_rows(rows), axis=1).max()
-    assert 1 <= largest < 2
+        assert "exact search by bounds, as requested" in found[0].how
+        for one, other in zip(found, scanned, strict=True):
+            assert (one.proponents, one.opponents) == (other.proponents, other.opponents)
+    assert "exact search by bounds: not for" in index.query([0], options=QueryOptions(score="trackstar"))[0].how
