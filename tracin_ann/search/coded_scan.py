@@ -44,6 +44,7 @@ _DEFAULT_CANDIDATES = 256
 _SMALLEST_BUDGET = 32
 _LARGEST_BUDGET = 4096
 _IDS_AT_ONCE = 65_536
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,10 @@ class CodedScan(RescoredIndex):
             ]
         random = np.random.default_rng(seed)
         ids = np.sort(random.permutation(codes.ids_N)[:sample])
-        wrong = codes.count_wrong(self._reduction.apply(scale_rows(self._source.take(ids), self._parts.shift)), ids)
+        wrong = 0
+        for at in range(0, len(ids), _ROWS_AT_ONCE):
+            rows_BF = scale_rows(self._source.take(ids[at : at + _ROWS_AT_ONCE]), self._parts.shift)
+            wrong += codes.count_wrong(self._reduction.apply(rows_BF), ids[at : at + _ROWS_AT_ONCE])
         return [f"of {len(ids):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
 
     def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:

@@ -50,8 +50,8 @@ class GraphParams:
         width: number of dimensions to which rows are reduced.
         links: links of a row to others in the upper levels (M in the paper); the lowest level has twice as many.
         ef_construction: length of the beam that finds the links of a new row. If it is less than twice `links`, FAISS
-            keeps all that the beam finds. Otherwise it drops rows that are similar to another one found, which suits
-            distances: with inner products, less is found.
+            keeps all that the beam finds. Otherwise it drops rows that are similar to another one found, which can make
+            rows unreachable if the norms have a heavy tail.
         seed: seed of the sample, the reduction and the levels of rows.
     """
 
@@ -174,7 +174,8 @@ class GraphIndex(RescoredIndex):
     ) -> GraphIndex:
         """Build an index of all rows of the source; reads all rows twice, and a sample once more.
 
-        The graph has the same bytes for any number of threads, because FAISS links new rows in batches.
+        The graph has the same bytes for any number of threads, because FAISS links new rows in batches. An interrupted
+        build starts again.
 
         Args:
             source: the rows.

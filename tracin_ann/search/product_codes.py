@@ -132,7 +132,7 @@ class ProductCoder:
     """Centroids of all codes, and the rows that are coded with them."""
 
     def __init__(self, quantizer: Any, layout: Layout) -> None:
-        """Wrap a trained `faiss.ProductQuantizer`; use `train` or `ProductCodes.coder` to create one."""
+        """Wrap a trained `faiss.ProductQuantizer`; use `train` to create one."""
         faiss = import_faiss()
         self.layout, self._quantizer, dim = layout, quantizer, len(layout.size_C) * layout.slots
         n_codes, metric = len(layout.size_C), faiss.METRIC_INNER_PRODUCT
@@ -267,7 +267,7 @@ class ProductCodes:
         )
         # Rounding can move coordinates between two centroids to the other one.
         wrong_B = (off > (1 + _TOLERANCE) * least + _TOLERANCE / len(layout.size_C)).any(axis=1)
-        wrong_B |= np.abs(self.factor_N[self._find_places(id_B)] / factor_B - 1) > _TOLERANCE
+        wrong_B |= np.abs(self.factor_N[self._find_places(id_B)] - factor_B) > _TOLERANCE * factor_B
         return int(wrong_B.sum())
 
     def _unpack(self, id_B: Int64, like: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -304,9 +304,12 @@ class ProductCodes:
             if k:
                 keys_Q1 = np.full((len(padded), 1), number, np.int64)
                 ids_QK, scores_QK = search_lists(self._index, padded, k, keys_Q1, selector)
-                scores_QK[ids_QK < 0] = -np.inf
+                is_padding_QK = ids_QK < 0
+                scores_QK[is_padding_QK] = 0
+                scores_QK *= self.factor_N[self._find_places(ids_QK)]
+                scores_QK[is_padding_QK] = -np.inf
                 ids.append(ids_QK)
-                scores.append(scores_QK * self.factor_N[self._find_places(ids_QK)])
+                scores.append(scores_QK)
         ids_QX, scores_QX = np.concatenate(ids, axis=1), np.concatenate(scores, axis=1)
         if n_candidates < ids_QX.shape[1]:
             best_QM = np.argpartition(-scores_QX, n_candidates - 1, axis=1)[:, :n_candidates]

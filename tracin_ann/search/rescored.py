@@ -30,6 +30,8 @@ from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 _QUERIES_AT_ONCE = 256
 _QUERIES_RESCORED_AT_ONCE = 128
+_NUMBERS_RESCORED_AT_ONCE = 2**23
+"""Numbers of candidates that are read at once: the system takes longer to provide more memory than to read the rows."""
 _LEAST_CANDIDATES = 40
 
 
@@ -229,8 +231,10 @@ class RescoredIndex(CalibratedIndex):
         """Return the inner products [Q, M] of each array of ids [Q, M]; 0 for padding. Each row is read once."""
         ids_QM = np.concatenate(candidates, axis=1)
         scores_QM = np.zeros(ids_QM.shape, np.float32)
-        for at in range(0, len(queries_QF), _QUERIES_RESCORED_AT_ONCE):
-            part = slice(at, at + _QUERIES_RESCORED_AT_ONCE)
+        step = max(1, _NUMBERS_RESCORED_AT_ONCE // max(1, ids_QM.shape[1] * self.dim))
+        step = min(step, _QUERIES_RESCORED_AT_ONCE)
+        for at in range(0, len(queries_QF), step):
+            part = slice(at, at + step)
             unique, place = np.unique(ids_QM[part], return_inverse=True)
             n_padding = int(np.searchsorted(unique, 0))
             with self._report_unknown_rows():
