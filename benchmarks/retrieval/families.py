@@ -188,10 +188,10 @@ def describe_rows(rows: First, row_NF: Float32) -> tuple[dict[str, Any], tuple[s
 
 
 def measure_method(method: Method, truths: dict[str, Truth]) -> dict[str, Any]:
-    """Return the figures of an index except times: all points, and the chosen ones by target and direction."""
+    """Return the figures of an index except times: the chosen points by target and direction."""
     points = {side: measure_points(method, truth) for side, truth in truths.items()}
     figures: dict[str, Any] = {"method": method.name, "is_rival": method.is_rival}
-    figures |= {"build_seconds": method.build_seconds, "bytes_a_row": method.bytes_a_row, "points": points}
+    figures |= {"build_seconds": method.build_seconds, "bytes_a_row": method.bytes_a_row}
     for target in TARGETS:
         figures[f"at_{target}"] = {side: dict(choose_point(points[side], target)) for side in points}
     for side, point in figures[f"at_{TARGETS[0]}"].items():
@@ -223,15 +223,10 @@ def measure_size(family: Family, options: argparse.Namespace) -> dict[str, Any]:
         for k in depths:
             searches[f"{method.name} {k}"] = partial(method.search_both, k=k, chosen=chosen)
         result["methods"].append(figures)
-        print(family.name, len(rows), describe_figures(figures), flush=True)
+        print(family.name, len(rows), json.dumps(figures, default=to_record), flush=True)
     result["times"] = time_searches(searches, queries)
     print(family.name, len(rows), result["times"], flush=True)
     return result | {"environment": describe_environment()}
-
-
-def describe_figures(figures: dict[str, Any]) -> str:
-    """Return the figures of a method without its points, as JSON."""
-    return json.dumps({key: value for key, value in figures.items() if key != "points"}, default=to_record)
 
 
 def to_record(setting: Any) -> dict[str, Any]:

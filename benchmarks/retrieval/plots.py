@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.common.paths import FIGURES, RESULTS
 from benchmarks.common.results import read_results
-from benchmarks.retrieval.tables import SIDES, fit_growth, group_families, list_kinds, list_scored
+from benchmarks.retrieval.tables import SIDES, group_families, list_kinds, list_scored
 
 OUTPUT = "docs/figures/retrieval-*.svg"
 # The palette of Okabe and Ito, which colour-blind readers can distinguish.
@@ -84,25 +84,24 @@ def draw_growth(pyplot: Any) -> Any:
 
 
 def draw_families(pyplot: Any) -> Any:
-    """Draw the rows scored at recall 0.95 against the number of rows, one panel per model, with fitted exponents."""
+    """Draw the rows scored at recall 0.95 against the number of rows, one panel per model."""
     groups = group_families(read_results("retrieval_families")["results"])
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(3.2 * len(groups), 3.4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(2.8 * len(groups) + 2, 3.4), squeeze=False)
     for panel, (name, results) in zip(panels[0], groups.items(), strict=True):
         rows = [result["rows"] for result in results]
         for kind, colour in zip(list_kinds(results), COLOURS, strict=False):
             sizes, scored = zip(*list_scored(results, kind), strict=True)
             for side, style, values in zip(SIDES, ("-o", "--s"), zip(*scored, strict=True), strict=True):
-                growth = f", $N^{{{fit_growth(sizes, values):.2f}}}$" if len(sizes) > 1 else ""
-                panel.plot(sizes, values, style, color=colour, label=f"{kind}, {side}{growth}", markersize=3)
+                panel.plot(sizes, values, style, color=colour, label=f"{kind}, {side}", markersize=3)
         panel.plot(rows, rows, ":", color="grey", label="all rows")
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.set_xticks(rows, labels=[f"{n // 1000}k" for n in rows])
+        panel.set_xticks(rows, labels=[f"{n / 1000:g}k" for n in rows])
         panel.set_xticks([], minor=True)
         panel.set_title(name)
         panel.set_xlabel("rows N")
         panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=6)
+    panels[0][-1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     panels[0][0].set_ylabel("rows and centroids scored per query")
     return figure
 

@@ -116,14 +116,17 @@ class _Lorann:
         width = 256 if row_NF.shape[1] > 1000 else 128
         self._index = lorann.LorannIndex(row_NF, n_lists, width, distance=lorann.IP)
         self._index.build(n_threads=torch.get_num_threads())
-        self._rows_a_list = len(row_NF) / n_lists
+        self._rows, self._rows_a_list = row_NF, len(row_NF) / n_lists
         self.name, self.settings = f"LoRANN, {n_lists} lists", _list_probes(n_lists)
         self.bytes_a_row = _measure_file(self._index.save) / len(row_NF)
 
     def search(self, signed_QF: Float32, k: int, setting: int) -> tuple[list[Int64], float]:
         threads = torch.get_num_threads()
         found_QK = self._index.search(signed_QF, k, setting, max(2 * k, CANDIDATES), n_threads=threads)
-        return list(found_QK.astype(np.int64)), self._rows_a_list * setting + self._index.n_clusters
+        scored = self._rows_a_list * setting
+        # It does not sort the results if it finds no more than it should rank.
+        found = list(found_QK) if scored > 4 * k else _rank(self._rows, found_QK, signed_QF, k)
+        return found, scored + self._index.n_clusters
 
 
 class _RaBitQ:
