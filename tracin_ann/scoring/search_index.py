@@ -82,7 +82,14 @@ def build_search_index(
     def diagnose_rows() -> Diagnosis:
         return diagnose(rows, ids_N, options.seed)
 
-    choices = choose_index(options.kind, len(rows), rows.dim, diagnose_rows, is_damped=is_damped)
+    choices = choose_index(
+        options.kind,
+        len(rows),
+        rows.dim,
+        diagnose_rows,
+        is_damped=is_damped,
+        target_recall=options.target_recall,
+    )
     inputs = [asdict(record) for record in features], removed_R.tolist()
     request = IndexRequest(options.seed, options.codes, options.device, generation.unfinished_index, inputs)
     for choice in choices:

@@ -22,13 +22,17 @@ from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import RowSource
 
-FLAT_BELOW_ROWS = 100_000
-"""With fewer rows, a batched exact scan takes about as long as a search of inverted lists."""
+FLAT_BELOW_ROWS = 20_000
+"""With fewer rows, an exact scan takes no longer than the features of a query."""
 _CLASSES: dict[str, type[CalibratedIndex]] = {
     index.kind: index for index in (IVFIndex, CodedScan, BoundedScan, GraphIndex)
 }
 _MANY_DIRECTIONS = 150
-_LARGE_SHARE = 0.05
+"""From about this participation ratio on, inverted lists score a tenth of the rows for a recall of .95."""
+_APPROXIMATE = 0.99
+"""The largest target recall that approximate indexes usually reach."""
+_SMALL_SHARE = 0.05
+"""Share of the rows left by bounds up to which a search by bounds is faster than a scan."""
 NAMES = {"flat": "exact scan", **{kind: index.name for kind, index in _CLASSES.items()}}
 """The kinds, with their names for users."""
 
@@ -54,7 +58,13 @@ def is_flat(requested: str, n_rows: int) -> bool:
 
 
 def choose_index(
-    requested: str, n_rows: int, dim: int, diagnose: Callable[[], Diagnosis], *, is_damped: bool = False
+    requested: str,
+    n_rows: int,
+    dim: int,
+    diagnose: Callable[[], Diagnosis],
+    *,
+    is_damped: bool = False,
+    target_recall: float = 0.95,
 ) -> tuple[IndexChoice, ...]:
     """Return the kinds to build, best first: each of the others only if those before it do not reach the target recall.
 
@@ -64,6 +74,7 @@ def choose_index(
         dim: length of a row.
         diagnose: returns the diagnosis of the rows; called if the choice depends on it.
         is_damped: whether the default score has a curvature matrix: small directions of the rows have a large weight.
+        target_recall: recall@10 that the index is calibrated to.
 
     Raises:
         UsageError: `requested` is none of `INDEX_KINDS`.
@@ -74,13 +85,12 @@ def choose_index(
         return (_choose("codes", n_rows, dim, "the default score gives small directions a large weight"),)
     found = diagnose()
     directions = f"the rows vary in about {found.directions:,.0f} directions"
+    codes = _choose("codes", n_rows, dim, directions)
+    if target_recall > _APPROXIMATE and found.bounded_share <= _SMALL_SHARE:
+        return (_choose("bounds", n_rows, dim, f"{directions}, and a recall of {target_recall:g} is requested"),)
     if found.directions > _MANY_DIRECTIONS:
-        return (_choose("codes", n_rows, dim, f"{directions}, too many for other indexes"),)
-    lists = _choose("ivf", n_rows, dim, directions)
-    if found.bounded_share > _LARGE_SHARE:
-        return lists, _choose("codes", n_rows, dim, f"{directions}; inverted lists do not reach the recall")
-    bounds = _choose("bounds", n_rows, dim, f"{directions}, few of which matter for bounds")
-    return (bounds, lists)
+        return (codes,)
+    return _choose("ivf", n_rows, dim, directions), codes
 
 
 def expect_index(requested: str, n_rows: int, dim: int) -> IndexChoice:

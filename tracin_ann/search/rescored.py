@@ -9,6 +9,7 @@ Shapes: N rows, Q queries, M candidates, K results, F feature dimension, R reduc
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ _QUERIES_RESCORED_AT_ONCE = 128
 _NUMBERS_RESCORED_AT_ONCE = 2**23
 """Numbers of candidates that are read at once: the system takes longer to provide more memory than to read the rows."""
 _LEAST_CANDIDATES = 40
+_CANDIDATES_PER_RESULT = 1.25
+"""Reading rows by id takes most of the time of a search for many results."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class RescoredIndex(CalibratedIndex):
 
     def _count_candidates(self, k: int, setting: Setting) -> int:
         """Return how many candidates are rescored for k results."""
-        least = max(_LEAST_CANDIDATES, 2 * k)
+        least = max(_LEAST_CANDIDATES, math.ceil(_CANDIDATES_PER_RESULT * k))
         return max(least, setting.codes) if self.rescores_budget else least
 
     def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
