@@ -21,6 +21,7 @@ from tracin_ann.errors import BusyIndexError, DamagedIndexError, IndexMismatchEr
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
 from tracin_ann.search import IVFIndex
+from tracin_ann.search.coded_scan import CodedScan
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.generations import UNFINISHED_INDEX
 from tracin_ann.store.locks import WRITER
@@ -29,7 +30,7 @@ from tracin_ann.store.manifest import BUILD_RECORD, MANIFEST, Manifest, record_f
 N = 300
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf"])
+@pytest.fixture(scope="module", params=["flat", "ivf", "codes"])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
@@ -81,7 +82,11 @@ def test_every_flipped_byte_is_found_in_its_file(index: Path) -> None:
         path.write_bytes(content)
         found = {damage.path for damage in verify(index).damage}
         # A change of white space in JSON is harmless.
-        harmless = path.suffix == ".json" and _same_json(before, bytes(content)) and path.name != "ivf.json"
+        harmless = (
+            path.suffix == ".json"
+            and _same_json(before, bytes(content))
+            and path.name not in ("ivf.json", "codes.json")
+        )
         assert found == (set() if harmless else {path}), (path, place)
         path.write_bytes(before)
 
@@ -152,7 +157,7 @@ def test_a_query_rejects_damaged_features_and_answers_after_repair(
     original: tuple[Path, Task], index: Path, search: str
 ) -> None:
     if search == "lists" and Manifest.read(index).index.kind == "flat":
-        pytest.skip("a flat index has no lists")
+        pytest.skip("a flat index has no codes")
     row = int(
         InfluenceIndex.open(index, original[1]).query([0], options=QueryOptions(search=search))[0].proponents[0].row
     )
@@ -211,22 +216,22 @@ def test_a_directory_that_is_not_an_index_is_rejected(tmp_path: Path) -> None:
 def test_damaged_lists_are_rejected_before_faiss_reads_them(
     original: tuple[Path, Task], index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = list(index.rglob("ivf.faiss"))
+    found = list(index.rglob("*.faiss"))
     if not found:
-        pytest.skip("a flat index has no lists")
+        pytest.skip("a flat index has no codes")
     content = bytearray(found[0].read_bytes())
     content[100] ^= 1
     found[0].write_bytes(content)
     monkeypatch.setattr("faiss.read_index", lambda *given: pytest.fail("read"))
     assert [damage.path for damage in verify(index).damage] == found
-    with pytest.raises(DamagedIndexError, match=r"ivf.faiss is damaged: got different content"):
+    with pytest.raises(DamagedIndexError, match=rf"{found[0].name} is damaged: got different content"):
         InfluenceIndex.open(index, original[1])
 
 
 def test_lists_of_other_rows_with_matching_digests_are_found(original: tuple[Path, Task], index: Path) -> None:
     manifest = Manifest.read(index)
     if manifest.index.kind == "flat":
-        pytest.skip("a flat index has no lists")
+        pytest.skip("a flat index has no codes")
     folder = index / f"generation-{manifest.generation:06d}"
     view = FeatureStore(index / "features", manifest.build.layout).view()
 
@@ -246,9 +251,9 @@ def test_lists_of_other_rows_with_matching_digests_are_found(original: tuple[Pat
             return view.take(ids)
 
     cpu = torch.device("cpu")
-    params = IVFIndex.load(folder, view, cpu).params
-    IVFIndex.build(Shuffled(), params, cpu).save(folder)
-    records = tuple(record_file(folder / name) for name in IVFIndex.FILES)
+    kind = {"ivf": IVFIndex, "codes": CodedScan}[manifest.index.kind]
+    kind.build(Shuffled(), kind.load(folder, view, cpu).params, cpu).save(folder)
+    records = tuple(record_file(folder / name) for name in kind.FILES)
     changed = replace(manifest, index=replace(manifest.index, files=records))
     for place in (folder, index):
         changed.write(place)

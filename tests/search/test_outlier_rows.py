@@ -12,7 +12,7 @@ from tracin_ann.store.columns import RowFilter
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
-@pytest.mark.parametrize("kind", ["flat", "ivf", "bounds"])
+@pytest.mark.parametrize("kind", ["flat", "ivf", "codes", "bounds"])
 @pytest.mark.parametrize("norms", ["sketch", "exact"])
 def test_extreme_rows_do_not_change_codes_or_scores_of_others(tmp_path, scale, kind, norms):
     """Scores are linear in the gradient of a row: those of a scaled row are scaled, all others do not change."""
