@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from tests.search.test_search_contract import Rows
 from tracin_ann.errors import UsageError
-from tracin_ann.search.backend import choose_index, estimate_bytes, expect_index
+from tracin_ann.search.backend import (
+    NAMES,
+    IndexRequest,
+    build_index,
+    choose_index,
+    estimate_bytes,
+    expect_index,
+    list_files,
+    load_index,
+)
 from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.types import Float32
 
 CLUSTERED = Diagnosis(directions=20.0, energy=0.9, bounded_share=0.5)
+MANY = Diagnosis(directions=500.0, energy=0.3, bounded_share=1.0)
 
 
-def choose(requested: str, n_rows: int, dim: int = 768, found: Diagnosis = CLUSTERED) -> list[str]:
-    return [choice.kind for choice in choose_index(requested, n_rows, dim, lambda: found)]
+def choose(requested: str, n_rows: int, found: Diagnosis = CLUSTERED, target_recall: float = 0.95) -> list[str]:
+    return [choice.kind for choice in choose_index(requested, n_rows, 768, lambda: found, target_recall=target_recall)]
 
 
 def refuse() -> Diagnosis:
@@ -26,9 +39,9 @@ def test_few_rows_are_scanned() -> None:
     (choice,) = choose_index("auto", 1400, 3072, refuse)
     assert (choice.kind, choice.reason) == (
         "flat",
-        "exact scan: 1,400 rows of 3,072 numbers (17 MB); search indexes are used from 100,000 rows on",
+        "exact scan: 1,400 rows of 3,072 numbers (17 MB); search indexes are used from 20,000 rows on",
     )
-    assert choose("auto", 99_999) == ["flat"]
+    assert choose("auto", 19_999) == ["flat"]
 
 
 def test_a_requested_kind_is_built() -> None:
@@ -37,16 +50,56 @@ def test_a_requested_kind_is_built() -> None:
         "ivf",
         "inverted lists: 10 rows of 4 numbers (0 MB); requested by --index ivf",
     )
-    assert choose("flat", 10**6) == ["flat"]
-    with pytest.raises(UsageError, match="'hnsw'"):
+    for kind in ("flat", "codes", "bounds", "graph"):
+        assert choose(kind, 10**6, found=MANY) == [kind]
+    with pytest.raises(UsageError, match="'hnsw', expected auto, flat, ivf, codes, bounds or graph"):
         choose("hnsw", 10)
 
 
+def test_the_choice_depends_on_the_directions_of_the_rows() -> None:
+    choices = choose_index("auto", 20_000, 768, lambda: CLUSTERED)
+    assert [choice.kind for choice in choices] == ["ivf", "codes"]
+    assert choices[0].reason == (
+        "inverted lists: 20,000 rows of 768 numbers (61 MB); the rows vary in about 20 directions"
+    )
+    assert choose("auto", 20_000, found=MANY) == ["codes"]
+
+
+def test_bounds_are_chosen_for_a_recall_that_other_indexes_may_not_reach() -> None:
+    few = Diagnosis(directions=5.0, energy=0.9, bounded_share=0.02)
+    assert choose("auto", 10**6, found=few) == ["ivf", "codes"]
+    assert choose("auto", 10**6, found=few, target_recall=0.995) == ["bounds"]
+    assert choose("auto", 10**6, found=CLUSTERED, target_recall=0.995) == ["ivf", "codes"]
+
+
+def test_scores_with_a_curvature_matrix_need_no_diagnosis() -> None:
+    assert [choice.kind for choice in choose_index("auto", 20_000, 768, refuse, is_damped=True)] == ["codes"]
+    assert [choice.kind for choice in choose_index("auto", 19_999, 768, refuse, is_damped=True)] == ["flat"]
+    assert [choice.kind for choice in choose_index("ivf", 20_000, 768, refuse, is_damped=True)] == ["ivf"]
+
+
 def test_an_estimate_before_the_features_leaves_the_choice_open() -> None:
-    assert [expect_index(kind, 100_000, 768).kind for kind in ("auto", "flat", "ivf")] == ["auto", "flat", "ivf"]
-    assert expect_index("auto", 99_999, 768).kind == "flat"
-    assert estimate_bytes("auto", 99_999, 768, "sq8") == 0
-    assert estimate_bytes("auto", 10**6, 768, "sq8") >= estimate_bytes("ivf", 10**6, 768, "sq8") > 10**8
+    kinds = ("auto", "flat", "ivf", "codes", "bounds", "graph")
+    assert [expect_index(kind, 20_000, 768).kind for kind in kinds] == list(kinds)
+    assert expect_index("auto", 19_999, 768).kind == "flat"
+    assert estimate_bytes("auto", 19_999, 768, "sq8") == 0
+    sizes = [estimate_bytes(kind, 10**6, 768, "sq8") for kind in kinds]
+    assert sizes[0] == max(sizes[2:])
+    assert sizes[1] == 0
+    assert min(sizes[2:]) > 10**8
+
+
+@pytest.mark.parametrize("kind", ["ivf", "codes", "bounds", "graph"])
+def test_files_have_about_the_estimated_size(kind: str, tmp_path: Path) -> None:
+    rows = noise(40, n_rows=5000, dim=300)
+    request = IndexRequest(0, "sq8", torch.device("cpu"), tmp_path / "scratch", ("rows",))
+    index = build_index(kind, Rows(rows), request, lambda done, total: None)
+    (tmp_path / "index").mkdir()
+    index.save(tmp_path / "index")
+    size = sum((tmp_path / "index" / name).stat().st_size for name in list_files(kind))
+    assert size == pytest.approx(estimate_bytes(kind, *rows.shape, "sq8"), rel=0.5)
+    loaded = load_index(kind, tmp_path / "index", Rows(rows), torch.device("cpu"))
+    assert (loaded.kind, NAMES[kind]) == (kind, loaded.name)
 
 
 def noise(directions: int, n_rows: int = 3000, dim: int = 400) -> Float32:

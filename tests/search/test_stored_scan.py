@@ -266,7 +266,7 @@ def test_openmp_threads_of_a_scan_do_not_start_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with ThreadPoolExecutor(1, initializer=module._use_one_thread) as threads:
+        with ThreadPoolExecutor(1, initializer=module.use_one_thread) as threads:
             threads.submit(torch.get_num_threads).result()
             assert threads.submit(import_faiss().omp_get_max_threads).result() == 1
     finally:

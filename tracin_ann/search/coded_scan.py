@@ -126,6 +126,8 @@ class CodedScan(RescoredIndex):
     kind = "codes"
     name = "coded scan"
     FILES = ("codes.faiss", "codes.npz", "codes.json")
+    # Codes of language models' features are coarse: with 1.25, 1.5% of the true opponents among 1,000 are missed.
+    candidates_per_result = 2.0
     rescores_budget = True
 
     def __init__(

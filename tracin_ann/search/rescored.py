@@ -34,8 +34,6 @@ _QUERIES_RESCORED_AT_ONCE = 128
 _NUMBERS_RESCORED_AT_ONCE = 2**23
 """Numbers of candidates that are read at once: the system takes longer to provide more memory than to read the rows."""
 _LEAST_CANDIDATES = 40
-_CANDIDATES_PER_RESULT = 1.25
-"""Reading rows by id takes most of the time of a search for many results."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class _Direction:
 class RescoredIndex(CalibratedIndex):
     """Approximate maximum inner product search; the scores of results are exact."""
 
+    candidates_per_result: ClassVar[float] = 1.25
+    """Candidates for each of many results; reading them takes most of the time of the search."""
     rescores_budget: ClassVar[bool] = False
     """Whether `Setting.codes` is the number of candidates, which are the best of all (allowed) codes."""
 
@@ -158,17 +158,15 @@ class RescoredIndex(CalibratedIndex):
 
     def _count_candidates(self, k: int, setting: Setting) -> int:
         """Return how many candidates are rescored for k results."""
-        least = max(_LEAST_CANDIDATES, math.ceil(_CANDIDATES_PER_RESULT * k))
+        least = max(_LEAST_CANDIDATES, math.ceil(self.candidates_per_result * k))
         return max(least, setting.codes) if self.rescores_budget else least
 
     def _adapt(self, setting: Setting, k: int, n_rows: int) -> Setting:
         """Return the setting for k results among n_rows allowed rows."""
+        if self.rescores_budget:
+            return setting
         setting = setting.scale_for_results(k)
-        return (
-            setting
-            if n_rows == len(self) or self.rescores_budget
-            else setting.scale_for_share(max(n_rows, 1) / len(self))
-        )
+        return setting if n_rows == len(self) else setting.scale_for_share(max(n_rows, 1) / len(self))
 
     def _is_scanned(self, k: int, setting: Setting, n_rows: int) -> bool:
         """Return whether a search would score as many rows or codes as a scan of n_rows rows."""
