@@ -10,7 +10,14 @@ import pytest
 from tracin_ann.files import read_record
 from tracin_ann.scoring import quality, true_recall
 from tracin_ann.scoring.quality import RankedRows, measure_fidelity
-from tracin_ann.scoring.true_recall import NoiseModel, bound_mean, find_chances, find_probabilities, predict_recall
+from tracin_ann.scoring.true_recall import (
+    NoiseModel,
+    bound_mean,
+    find_chances,
+    find_cuts,
+    find_probabilities,
+    predict_recall,
+)
 from tracin_ann.store import Estimate, Fidelity, TrueRecall
 from tracin_ann.types import Float64
 
@@ -183,3 +190,12 @@ def test_the_fidelity_of_an_earlier_version_is_an_upper_estimate() -> None:
     for depths in ((one,), (one, one), (replace(one, candidates=100), one)):
         with pytest.raises(ValueError, match="recall at the depths"):
             fidelity(*depths)
+
+
+@pytest.mark.parametrize("n_rows", [1, 9, 10, 11, 2000])
+def test_cuts_are_the_scores_of_the_last_rows_within_the_depths(n_rows: int) -> None:
+    stored = np.random.default_rng(0).standard_normal((3, n_rows)).astype(np.float32)
+    for sign in (1, -1):
+        ranked = -np.sort(-sign * stored, axis=1)
+        expected = [ranked[:, m - 1] if m < n_rows else np.full(3, -np.inf) for m in (10, 100, 1000)]
+        assert find_cuts(stored, (10, 100, 1000), sign).tolist() == np.stack(expected, axis=1).tolist()

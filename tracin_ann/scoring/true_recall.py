@@ -230,6 +230,8 @@ def find_cuts(stored_QN: Float32, depths: Sequence[int], sign: int) -> Float64:
     n_rows = stored_QN.shape[1]
     cut_QR = np.full((len(stored_QN), len(depths)), -np.inf)
     places = [n_rows - depth for depth in depths if depth < n_rows]
+    if not places:
+        return cut_QR
     # One query at a time, because each is copied.
     for cut_R, stored_N in zip(cut_QR, stored_QN, strict=True):
         cut_R[: len(places)] = np.partition(sign * stored_N, places)[places]
