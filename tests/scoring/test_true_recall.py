@@ -194,7 +194,7 @@ def test_the_fidelity_of_an_earlier_version_is_an_upper_estimate() -> None:
 
 @pytest.mark.parametrize("n_rows", [1, 9, 10, 11, 2000])
 def test_cuts_are_the_scores_of_the_last_rows_within_the_depths(n_rows: int) -> None:
-    stored = np.random.default_rng(0).standard_normal((3, n_rows)).astype(np.float32)
+    stored = np.random.default_rng(0).standard_normal((3, n_rows))
     for sign in (1, -1):
         ranked = -np.sort(-sign * stored, axis=1)
         expected = [ranked[:, m - 1] if m < n_rows else np.full(3, -np.inf) for m in (10, 100, 1000)]

@@ -198,7 +198,7 @@ class RankedRows:
     """
 
     rows_N: Int64
-    stored_QN: Float32
+    stored_QN: Float64
     sqnorm_NC: Float64
     query_QF: Float32
 
@@ -209,12 +209,13 @@ class RankedRows:
         return sketch_deviations(query_QC, self.sqnorm_NC[places], self.query_QF.shape[1] // n_checkpoints)
 
 
-def score_rows(rows: RowSource, query_QF: Float32) -> Float32:
-    """Return the scores [Q, N] of all rows of a source."""
-    score_QN = np.empty((len(query_QF), len(rows)), np.float32)
+def score_rows(rows: RowSource, query_QF: Float32) -> Float64:
+    """Return the scores [Q, N] of all rows of a source; in float64, in which no product overflows."""
+    score_QN = np.empty((len(query_QF), len(rows)))
+    wide_QF = query_QF.astype(np.float64)
     done = 0
     for _, row_BF in rows.blocks(_BLOCK_ROWS):
-        np.matmul(query_QF, row_BF.T, out=score_QN[:, done : done + len(row_BF)])
+        np.matmul(wide_QF, row_BF.T.astype(np.float64), out=score_QN[:, done : done + len(row_BF)])
         done += len(row_BF)
     return score_QN
 
@@ -230,14 +231,14 @@ def measure_fidelity(ranked: RankedRows, score_exactly: Callable[[Int64], Float6
     n_rows = len(ranked.rows_N)
     n_queries = len(ranked.query_QF)
     sample = sample_rows(np.sqrt(ranked.sqnorm_NC.sum(1)), seed)
-    exact_QS, stored_QS = score_exactly(ranked.rows_N[sample]), ranked.stored_QN[:, sample].astype(np.float64)
+    exact_QS, stored_QS = score_exactly(ranked.rows_N[sample]), ranked.stored_QN[:, sample]
     noise = NoiseModel.fit(exact_QS, stored_QS, ranked.deviations(sample))
     probability_N = _find_probabilities(ranked, noise.scale_Q)
     random = np.random.Generator(np.random.Philox(seed + 1))
     drawn = np.setdiff1d(np.flatnonzero(random.random(n_rows) < probability_N), sample)
     places = np.concatenate([sample, drawn])
     exact_QM = np.concatenate([exact_QS, score_exactly(ranked.rows_N[drawn])], axis=1)
-    stored_QM = ranked.stored_QN[:, places].astype(np.float64)
+    stored_QM = ranked.stored_QN[:, places]
     deviation_QM = ranked.deviations(places)
     # A row is scored if it is in the sample, or drawn, or both.
     weight_M = 1 / (1 - (1 - len(sample) / n_rows) * (1 - probability_N[places]))
@@ -279,7 +280,7 @@ def _find_probabilities(ranked: RankedRows, scale_Q: Float64) -> Float64:
         return np.ones(n_rows)
     chance_N = np.zeros(n_rows)
     for query, scale in enumerate(scale_Q):
-        stored_N = ranked.stored_QN[query].astype(np.float64)
+        stored_N = ranked.stored_QN[query]
         deviation_N = scale * ranked.deviations(slice(None), slice(query, query + 1))[0]
         chance_N += find_chances(stored_N, deviation_N) + find_chances(-stored_N, deviation_N)
     return find_probabilities(chance_N, DRAWN)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tracin_ann.store import Estimate
-from tracin_ann.types import Float32, Float64
+from tracin_ann.types import Float64
 
 K = 10
 """How many rows of the exact ranking are to be found."""
@@ -225,7 +225,7 @@ def bound_mean(recall_Q: Float64, model_share: float = 0.0) -> Estimate:
     return Estimate(mean, max(0.0, min(mean, middle - reach)), min(1.0, max(mean, middle + reach)))
 
 
-def find_cuts(stored_QN: Float32, depths: Sequence[int], sign: int) -> Float64:
+def find_cuts(stored_QN: Float64, depths: Sequence[int], sign: int) -> Float64:
     """Return sign × the stored scores [Q, R] of the last rows within the depths; -inf if there are no more rows."""
     n_rows = stored_QN.shape[1]
     cut_QR = np.full((len(stored_QN), len(depths)), -np.inf)

@@ -175,8 +175,10 @@ def list_files(kind: str) -> tuple[str, ...]:
     """Return the names of the files of a kind of index.
 
     Raises:
-        KeyError: there is no such kind.
+        ValueError: there is no such kind.
     """
+    if kind not in NAMES:
+        raise ValueError(f"an index {kind!r}")
     return () if kind == "flat" else _CLASSES[kind].FILES
 
 
