@@ -20,8 +20,7 @@ from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import BusyIndexError, DamagedIndexError, IndexMismatchError
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
-from tracin_ann.search import IVFIndex
-from tracin_ann.search.coded_scan import CodedScan
+from tracin_ann.search import load_index
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.generations import UNFINISHED_INDEX
 from tracin_ann.store.locks import WRITER
@@ -30,7 +29,7 @@ from tracin_ann.store.manifest import BUILD_RECORD, MANIFEST, Manifest, record_f
 N = 300
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf", "codes"])
+@pytest.fixture(scope="module", params=["flat", "ivf", "codes", "bounds", "graph"])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
@@ -218,7 +217,7 @@ def test_damaged_lists_are_rejected_before_faiss_reads_them(
 ) -> None:
     found = list(index.rglob("*.faiss"))
     if not found:
-        pytest.skip("a flat index has no codes")
+        pytest.skip("no file of FAISS")
     content = bytearray(found[0].read_bytes())
     content[100] ^= 1
     found[0].write_bytes(content)
@@ -251,7 +250,7 @@ def test_lists_of_other_rows_with_matching_digests_are_found(original: tuple[Pat
             return view.take(ids)
 
     cpu = torch.device("cpu")
-    kind = {"ivf": IVFIndex, "codes": CodedScan}[manifest.index.kind]
+    kind = type(load_index(manifest.index.kind, folder, view, cpu))
     kind.build(Shuffled(), kind.load(folder, view, cpu).params, cpu).save(folder)
     records = tuple(record_file(folder / name) for name in kind.FILES)
     changed = replace(manifest, index=replace(manifest.index, files=records))

@@ -144,7 +144,7 @@ def test_a_reader_keeps_its_generation_and_the_last_reader_removes_it(model, tmp
     assert is_clean(out)
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf", "codes"])
+@pytest.mark.parametrize("kind", ["flat", "ivf", "codes", "bounds", "graph"])
 def test_a_removed_row_is_in_no_answer(model, tmp_path, kind):
     out, n_rows = tmp_path / "out", 200
     build(task(model, n_rows), out, replace(CONFIG, index=kind))

@@ -22,7 +22,7 @@ from tracin_ann.operations.removal import remove
 from tracin_ann.store.manifest import MANIFEST, Manifest
 
 OUT = "made/index"
-KINDS = ("flat", "ivf")
+KINDS = ("flat", "ivf", "codes", "bounds", "graph")
 _MANY = QueryOptions(k=300)
 
 Answers = list[list[tuple[str, float]]]
