@@ -205,12 +205,12 @@ class BoundedScan(CalibratedIndex):
                     problem(f"{path} is damaged", got=difference, expected=expected, remedy=_REMEDY)
                 )
         stored_path, arrays_path = paths
+        with report_damage(stored_path, expected, _REMEDY):
+            stored_NR = map_array(stored_path)
         with report_damage(arrays_path, expected, _REMEDY), open_regular(arrays_path) as file:
             arrays = read_npz(file)
             reduction, _ = unpack_reduction({**arrays, "outliers": np.zeros(0, np.int64)}, source.dim, caption.energy)
             arrays.pop("basis_FR")
-            with report_damage(stored_path, expected, _REMEDY):
-                stored_NR = map_array(stored_path)
             rows = ReducedRows(stored_NR=stored_NR, **arrays)
         got = len(rows), caption.rows, rows.stored_NR.shape[1]
         consistent = len(source), len(source), reduction.width
@@ -229,6 +229,8 @@ class BoundedScan(CalibratedIndex):
         """Write the files `FILES` to a directory; the caller renames and fsyncs."""
         *paths, caption_path = (Path(directory) / name for name in self.FILES)
         stored_path, arrays_path = paths
+        with report_damage(stored_path, expected, _REMEDY):
+            stored_NR = map_array(stored_path)
         arrays = {name: getattr(self._rows, name) for name in ReducedRows.__dataclass_fields__}
         with attach_path(stored_path), stored_path.open("wb") as file:
             save_array(file, arrays.pop("stored_NR"))
