@@ -229,8 +229,6 @@ class BoundedScan(CalibratedIndex):
         """Write the files `FILES` to a directory; the caller renames and fsyncs."""
         *paths, caption_path = (Path(directory) / name for name in self.FILES)
         stored_path, arrays_path = paths
-        with report_damage(stored_path, expected, _REMEDY):
-            stored_NR = map_array(stored_path)
         arrays = {name: getattr(self._rows, name) for name in ReducedRows.__dataclass_fields__}
         with attach_path(stored_path), stored_path.open("wb") as file:
             save_array(file, arrays.pop("stored_NR"))
