@@ -32,7 +32,7 @@ from tracin_ann.search.reduction import (
     pack_reduction,
     unpack_reduction,
 )
-from tracin_ann.search.rescored import RescoredIndex, UncodedRows
+from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Int64, RowSource
 
@@ -43,7 +43,6 @@ _LEAST_BITS = 64
 _DEFAULT_CANDIDATES = 256
 _SMALLEST_BUDGET = 32
 _LARGEST_BUDGET = 4096
-_IDS_AT_ONCE = 65_536
 _ROWS_AT_ONCE = 1024
 
 
@@ -89,23 +88,14 @@ class CodedScanParams:
         return round(n_rows * per_row + 4 * dim * width)
 
 
-@dataclass(frozen=True)
-class _Caption:
-    """The content of the JSON file beside the codes, by which files that do not belong together are found."""
+@dataclass(frozen=True, kw_only=True)
+class _Caption(Caption):
+    """The content of the JSON file beside the codes."""
 
-    rows: int
-    shift: int
-    quiet_rows: int
-    quiet_norm: float
-    energy: float
     params: CodedScanParams
     codes: FaissFile
     caption: str = _CAPTION
     version: int = _VERSION
-
-    def __post_init__(self) -> None:
-        if (self.caption, self.version) != (_CAPTION, _VERSION):
-            raise ValueError(f"{self.caption!r} version {self.version} instead of {_CAPTION!r} version {_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -217,11 +207,7 @@ class CodedScan(RescoredIndex):
         with attach_path(arrays_path):
             np.savez(arrays_path, allow_pickle=False, **arrays, size_C=codes.layout.size_C, factor_N=codes.factor_N)
         caption = _Caption(
-            rows=len(self),
-            shift=self._parts.shift,
-            quiet_rows=self._uncoded.quiet_rows,
-            quiet_norm=self._uncoded.quiet_norm,
-            energy=self._reduction.energy,
+            **self._describe_rows(self._parts.shift),
             params=self.params,
             codes=codes.save(codes_path),
         )
@@ -231,14 +217,9 @@ class CodedScan(RescoredIndex):
     def find_faults(self, sample: int, seed: int) -> list[str]:
         """Compare the codes with the source, see `RescoredIndex.find_faults`."""
         codes = self._parts.codes
-        everything = np.concatenate([codes.ids_N, self._uncoded.outliers])
-        known = np.concatenate([block for block, _ in self._source.blocks(_IDS_AT_ONCE)])
-        twice = len(everything) - len(np.unique(everything))
-        if twice or not np.isin(everything, known).all() or (len(known) - len(everything) != self._uncoded.quiet_rows):
-            return [
-                f"{len(everything):,} ids ({twice:,} duplicates) and {self._uncoded.quiet_rows:,} quiet rows do not "
-                f"match {len(known):,} stored rows"
-            ]
+        found = self._compare_ids(codes.ids_N)
+        if found:
+            return found
         random = np.random.default_rng(seed)
         ids = np.sort(random.permutation(codes.ids_N)[:sample])
         wrong = 0

@@ -28,7 +28,7 @@ from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, sca
 from tracin_ann.search.faiss_file import REMEDY, FaissFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import make_selector
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import RescoredIndex, UncodedRows
+from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
@@ -83,23 +83,14 @@ class GraphParams:
         return round(4 * self.links * (2 + 1 / (self.links - 1)))
 
 
-@dataclass(frozen=True)
-class _Caption:
-    """The content of the JSON file beside the graph, by which files that do not belong together are found."""
+@dataclass(frozen=True, kw_only=True)
+class _Caption(Caption):
+    """The content of the JSON file beside the graph."""
 
-    rows: int
-    shift: int
-    quiet_rows: int
-    quiet_norm: float
-    energy: float
     params: GraphParams
     graph: FaissFile
     caption: str = _CAPTION
     version: int = _VERSION
-
-    def __post_init__(self) -> None:
-        if (self.caption, self.version) != (_CAPTION, _VERSION):
-            raise ValueError(f"{self.caption!r} version {self.version} instead of {_CAPTION!r} version {_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -243,11 +234,7 @@ class GraphIndex(RescoredIndex):
         with attach_path(arrays_path):
             np.savez(arrays_path, allow_pickle=False, **arrays)
         caption = _Caption(
-            rows=len(self),
-            shift=parts.shift,
-            quiet_rows=self._uncoded.quiet_rows,
-            quiet_norm=self._uncoded.quiet_norm,
-            energy=self._reduction.energy,
+            **self._describe_rows(parts.shift),
             params=parts.params,
             graph=written,
         )
@@ -257,16 +244,9 @@ class GraphIndex(RescoredIndex):
     def find_faults(self, sample: int, seed: int) -> list[str]:
         """Compare the graph with the source, see `RescoredIndex.find_faults`; links are not recomputed."""
         parts = self._parts
-        everything = np.concatenate([parts.id_N, self._uncoded.outliers])
-        known = np.concatenate(
-            [np.zeros(0, np.int64), *(ids for ids, _ in self._source.blocks(count_block_rows(self._source)))]
-        )
-        twice = len(everything) - len(np.unique(everything))
-        if twice or not np.isin(everything, known).all() or len(known) - len(everything) != self._uncoded.quiet_rows:
-            return [
-                f"{len(everything):,} ids ({twice:,} duplicates) and {self._uncoded.quiet_rows:,} quiet rows do not "
-                f"match {len(known):,} stored rows"
-            ]
+        found = self._compare_ids(parts.id_N)
+        if found:
+            return found
         random = np.random.default_rng(seed)
         chosen = np.sort(random.permutation(len(parts.id_N))[:sample])
         rows_BF = scale_rows(self._source.take(parts.id_N[chosen]), parts.shift)

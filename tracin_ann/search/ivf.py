@@ -24,13 +24,12 @@ from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
 from tracin_ann.search.inverted_lists import InvertedLists
 from tracin_ann.search.reduction import Reduction, multiply_rows, normalize, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import RescoredIndex, UncodedRows
+from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
 _CAPTION = "tracin_ann inverted lists"
 _VERSION = 3
-_IDS_AT_ONCE = 65_536
 _ALPHAS = (0.0, 0.1, 0.2, 0.3)
 _RATIOS = (0.5, 1.0, 2.0)
 _SMALLEST_BUDGET = 128
@@ -41,23 +40,14 @@ _LIST_MARGIN = 3
 """The tree returns this many times the lists that the budget would fill at the mean size: the best lists are short."""
 
 
-@dataclass(frozen=True)
-class _Caption:
-    """The content of the JSON file beside the lists, by which files that do not belong together are found."""
+@dataclass(frozen=True, kw_only=True)
+class _Caption(Caption):
+    """The content of the JSON file beside the lists."""
 
-    rows: int
-    shift: int
-    quiet_rows: int
-    quiet_norm: float
-    energy: float
     params: IVFParams
     lists_bytes: int
     caption: str = _CAPTION
     version: int = _VERSION
-
-    def __post_init__(self) -> None:
-        if (self.caption, self.version) != (_CAPTION, _VERSION):
-            raise ValueError(f"{self.caption!r} version {self.version} instead of {_CAPTION!r} version {_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -155,11 +145,7 @@ class IVFIndex(RescoredIndex):
             np.savez(arrays_path, allow_pickle=False, **pack_reduction(self._reduction, self._uncoded.outliers), **tree)
         # The size is stored because FAISS reads a file without its last few bytes and reports no error.
         caption = _Caption(
-            rows=len(self),
-            shift=parts.shift,
-            quiet_rows=self._uncoded.quiet_rows,
-            quiet_norm=self._uncoded.quiet_norm,
-            energy=self._reduction.energy,
+            **self._describe_rows(parts.shift),
             params=parts.params,
             lists_bytes=lists_path.stat().st_size,
         )
@@ -171,16 +157,10 @@ class IVFIndex(RescoredIndex):
 
         All ids are compared; codes and list numbers are recomputed for at least `sample` rows of random lists.
         """
-        parts, found = self._parts, []
+        parts = self._parts
         ids, lists = parts.lists.ids()
-        everything = np.concatenate([ids, self._uncoded.outliers])
-        known = np.concatenate([block for block, _ in self._source.blocks(_IDS_AT_ONCE)])
-        twice = len(everything) - len(np.unique(everything))
-        if twice or not np.isin(everything, known).all() or len(known) - len(everything) != self._uncoded.quiet_rows:
-            found.append(
-                f"{len(everything):,} ids ({twice:,} duplicates) and {self._uncoded.quiet_rows:,} quiet rows do not "
-                f"match {len(known):,} stored rows"
-            )
+        found = self._compare_ids(ids)
+        if found:
             return found
         random = np.random.default_rng(seed)
         assigner = Assigner(parts.tree.group_GR, parts.tree.centroid_LR, parts.tree.parent_L)

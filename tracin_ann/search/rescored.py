@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ _QUERIES_RESCORED_AT_ONCE = 128
 _NUMBERS_RESCORED_AT_ONCE = 2**23
 """Numbers of candidates that are read at once: the system takes longer to provide more memory than to read the rows."""
 _LEAST_CANDIDATES = 40
+_IDS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,32 @@ class UncodedRows:
         """Return the rows of a survey that get no code."""
         quiet_norm = float(measured.norm_N[measured.quiet_N].max(initial=0.0))
         return cls(measured.ids_N[measured.outlier_N], int(measured.quiet_N.sum()), quiet_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What the JSON file beside the codes says of the rows, by which files that do not belong together are found.
+
+    Subclasses add fields, and `caption` and `version` of their files.
+    """
+
+    rows: int
+    shift: int
+    quiet_rows: int
+    quiet_norm: float
+    energy: float
+    caption: str
+    version: int
+
+    def __post_init__(self) -> None:
+        """Check caption and version.
+
+        Raises:
+            ValueError: the file is of another kind or version.
+        """
+        own = tuple(type(self).__dataclass_fields__[name].default for name in ("caption", "version"))
+        if (self.caption, self.version) != own:
+            raise ValueError(f"{self.caption!r} version {self.version} instead of {own[0]!r} version {own[1]}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +172,28 @@ class RescoredIndex(CalibratedIndex):
         queries = check_queries(self, queries_QF, k)
         proponents, opponents = self._search_directions(queries, k, directions, allowed)
         return proponents, negate(opponents)
+
+    def _describe_rows(self, shift: int) -> dict[str, Any]:
+        """Return the values of `Caption`, for rows scaled by 2^shift."""
+        return {
+            "rows": len(self),
+            "shift": shift,
+            "quiet_rows": self._uncoded.quiet_rows,
+            "quiet_norm": self._uncoded.quiet_norm,
+            "energy": self._reduction.energy,
+        }
+
+    def _compare_ids(self, coded_N: Int64) -> list[str]:
+        """Return a description of the difference between the ids of codes and outliers and those of the source."""
+        everything = np.concatenate([coded_N, self._uncoded.outliers])
+        known = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in self._source.blocks(_IDS_AT_ONCE))])
+        twice, n_quiet = len(everything) - len(np.unique(everything)), self._uncoded.quiet_rows
+        if not twice and np.isin(everything, known).all() and len(known) - len(everything) == n_quiet:
+            return []
+        return [
+            f"{len(everything):,} ids ({twice:,} duplicates) and {n_quiet:,} quiet rows do not match "
+            f"{len(known):,} stored rows"
+        ]
 
     def will_scan(self, k: int, allowed: Int64 | None = None) -> bool:
         """Return whether a search scans all (allowed) rows, because the codes of as many would be scored."""
