@@ -284,11 +284,6 @@ class BoundedScan(CalibratedIndex):
         return self._source
 
     @property
-    def dim(self) -> int:
-        """Return F, the length of a row."""
-        return self._source.dim
-
-    @property
     def width(self) -> int:
         """Return R, the length of a reduced row."""
         return self._reduction.width

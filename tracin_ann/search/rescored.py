@@ -123,15 +123,6 @@ class RescoredIndex(CalibratedIndex):
         """Return the rows."""
         return self._source
 
-    @property
-    def dim(self) -> int:
-        """Return F, the length of a row."""
-        return self._source.dim
-
-    def __len__(self) -> int:
-        """Return N, the number of rows."""
-        return len(self._source)
-
     def measure(self, queries_QF: Float32) -> tuple[Float64, Float64]:
         """Return the norm of each query [Q], and a statistic of its direction, between 0 and 1 [Q].
 
