@@ -79,11 +79,20 @@ def test_bounds_serve_every_score_that_multiplies_the_rows(tmp_path: Path) -> No
     task = make_task(tmp_path)
     build(task, tmp_path / "index", BuildConfig(dim=128, index="bounds", yardstick=False))
     index = InfluenceIndex.open(tmp_path / "index", task)
-    for options in (QueryOptions(), QueryOptions(score="tracin"), QueryOptions(score="fisher", damping=1e-3)):
+    calibration = index.manifest.index.calibration
+    assert calibration is not None
+    assert [point.lower for point in (*calibration.proponents, *calibration.opponents)] == [1.0, 1.0]
+    for options in (
+        QueryOptions(),
+        QueryOptions(recall=0.99999),
+        QueryOptions(score="tracin"),
+        QueryOptions(score="fisher", damping=1e-3),
+    ):
         found, scanned = (
             index.query(range(20), options=replace(options, search=search)) for search in ("index", "scan")
         )
         assert "exact search by bounds, as requested" in found[0].how
+        assert "; exact: " in found[0].how and "of the rows scored for proponents and opponents" in found[0].how
         for one, other in zip(found, scanned, strict=True):
             assert (one.proponents, one.opponents) == (other.proponents, other.opponents)
     assert "exact search by bounds: not for" in index.query([0], options=QueryOptions(score="trackstar"))[0].how

@@ -148,8 +148,10 @@ def test_few_rows_are_scored_where_the_energy_is_concentrated() -> None:
         few = np.delete(top.rows_scored, 3)
         assert few.max() < 8000 / 8 and few.mean() < 400
         assert top.rows_scored[3] >= 8000  # all scores of a zero query are equal
-    assert index.describe_exactness(TopK((), (), np.zeros(0, np.int64))) == "exact: 0.00% of the rows scored"
-    assert index.describe_exactness(TopK(((),), ((),), np.array([124]))) == "exact: 1.55% of the rows scored"
+    none, some = TopK((), (), np.zeros(0, np.int64)), TopK(((),), ((),), np.array([124]))
+    assert index.describe_exactness(some, none) == (
+        "exact: 1.55% and 0.00% of the rows scored for proponents and opponents"
+    )
 
 
 def test_few_pairs_wait_to_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,9 @@ class Ranker:
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
+            if isinstance(strategy.index, CalibratedIndex):
+                exactness = strategy.index.describe_exactness(proponents, opponents)
+                strategy = replace(strategy, how="; ".join(filter(None, (strategy.how, exactness))))
             ranked, starts = self._rescore(request, vectors, *_pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         is_exact = request.options.exact or request.options.rerank == "exact"
@@ -303,8 +306,13 @@ class Ranker:
         options = request.options
         score = request.score
         unsupported, all_checkpoints = "", request.checkpoints == tuple(range(len(self.rates)))
-        if self.record.kind == "bounds" and score.name in ("tracin", *CURVATURES) and all_checkpoints:
-            # Results by bounds are exact for any vectors that are multiplied with the rows.
+        if (
+            isinstance(self.index, CalibratedIndex)
+            and self.index.is_exact
+            and score.name in ("tracin", *CURVATURES)
+            and all_checkpoints
+        ):
+            # Exact results are so for any vectors that are multiplied with the rows.
             pass
         elif score.name != self.record.score:
             unsupported = f"the score {score.name}"

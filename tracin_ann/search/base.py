@@ -60,6 +60,8 @@ class CalibratedIndex(ABC):
     """The name for users, such as "inverted lists"."""
     FILES: ClassVar[tuple[str, ...]]
     """Names of the files that `save` writes."""
+    is_exact: ClassVar[bool] = False
+    """Whether the results are the exact top k, for any queries."""
     settings: tuple[Setting, Setting]
     """The settings for proponents and opponents."""
 
@@ -135,7 +137,7 @@ class CalibratedIndex(ABC):
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
         """Return (proponents, opponents), each with its own setting, as two separate searches do."""
 
-    def describe_exactness(self, top: TopK) -> str:
+    def describe_exactness(self, proponents: TopK, opponents: TopK) -> str:
         """Return why the results are the exact top k, as text for users; "" if they may not be."""
         return ""
 

@@ -126,7 +126,7 @@ class _Caption:
 class BoundedScan(CalibratedIndex):
     """Exact maximum inner product search by bounds; see the module."""
 
-    kind, name = "bounds", "exact search by bounds"
+    kind, name, is_exact = "bounds", "exact search by bounds", True
     FILES = ("bounds.npy", "bounds.npz", "bounds.json")
 
     def __init__(
@@ -297,10 +297,12 @@ class BoundedScan(CalibratedIndex):
         """Return N, the number of rows."""
         return len(self._rows)
 
-    def describe_exactness(self, top: TopK) -> str:
-        """Return the certificate of results, with the mean share of the rows that were scored for them."""
-        share = float(top.rows_scored.mean()) / len(self) if len(top.rows_scored) else 0.0
-        return f"exact: {share:.2%} of the rows scored"
+    def describe_exactness(self, proponents: TopK, opponents: TopK) -> str:
+        """Return the certificate of results, with the mean share of the rows that were scored for each direction."""
+        shares = [
+            float(top.rows_scored.mean() if len(top.rows_scored) else 0) / len(self) for top in (proponents, opponents)
+        ]
+        return f"exact: {shares[0]:.2%} and {shares[1]:.2%} of the rows scored for proponents and opponents"
 
     def measure(self, queries_QF: Float32) -> tuple[Float64, Float64]:
         """Return the norm of each query [Q], and the norm of the reduced query of norm 1 [Q]; 0 for a zero query."""

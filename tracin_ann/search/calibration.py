@@ -284,7 +284,10 @@ def _measure_setting(
         setting.centroids,
         setting.alpha,
         float(recall_Q.mean()),
-        min(
+        # A proof needs no statistics.
+        1.0
+        if index.is_exact
+        else min(
             recall_lower_bound(recall_Q[:half]),
             recall_lower_bound(recall_Q[half:] if len(recall_Q) > half else recall_Q),
         ),
