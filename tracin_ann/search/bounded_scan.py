@@ -27,8 +27,6 @@ import torch
 
 from tracin_ann.errors import DamagedIndexError, UsageError, attach_path, problem
 from tracin_ann.files import (
-    describe_difference,
-    file_digest,
     map_array,
     open_regular,
     read_json,
@@ -42,6 +40,7 @@ from tracin_ann.search.bounded_search import BatchSearch, SearchedRows
 from tracin_ann.search.bounds import ReducedQueries, ReducedRows, find_wrong_bounds, reduce_rows
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.construction import scale_rows
+from tracin_ann.search.faiss_file import REMEDY, WrittenFile
 from tracin_ann.search.flat import FlatIndex, Sign, Subset
 from tracin_ann.search.reduction import Reduction, fit_reduction, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.settings import Setting
@@ -52,7 +51,6 @@ from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 _CAPTION = "tracin_ann reduced rows with bounds"
 _VERSION = 1
 _ARRAY_FILES = 2
-_REMEDY = "rebuild the index"
 _WIDTHS = (64, 128, 192, 256)
 _ENERGY = 0.95
 """The smallest width that preserves this share of the squared norms is chosen, or else the largest one."""
@@ -98,21 +96,13 @@ class BoundedScanParams:
 
 
 @dataclass(frozen=True)
-class _File:
-    """The size in bytes and the digest of a file."""
-
-    size: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class _Caption:
     """The content of the JSON file: the parameters, and records of the other files."""
 
     rows: int
     energy: float
     params: BoundedScanParams
-    files: tuple[_File, ...]
+    files: tuple[WrittenFile, ...]
     caption: str = _CAPTION
     version: int = _VERSION
 
@@ -195,19 +185,15 @@ class BoundedScan(CalibratedIndex):
         """
         *paths, caption_path = (Path(directory) / name for name in cls.FILES)
         expected = "a file written by a build"
-        content = read_json(caption_path, _REMEDY)
-        with report_damage(caption_path, expected, _REMEDY):
+        content = read_json(caption_path, REMEDY)
+        with report_damage(caption_path, expected, REMEDY):
             caption = read_record(_Caption, content)
         for path, written in zip(paths, caption.files, strict=True):
-            difference = describe_difference(path, written.size, written.digest)
-            if difference:
-                raise DamagedIndexError(
-                    problem(f"{path} is damaged", got=difference, expected=expected, remedy=_REMEDY)
-                )
+            written.check(path)
         stored_path, arrays_path = paths
-        with report_damage(stored_path, expected, _REMEDY):
+        with report_damage(stored_path, expected, REMEDY):
             stored_NR = map_array(stored_path)
-        with report_damage(arrays_path, expected, _REMEDY), open_regular(arrays_path) as file:
+        with report_damage(arrays_path, expected, REMEDY), open_regular(arrays_path) as file:
             arrays = read_npz(file)
             reduction, _ = unpack_reduction({**arrays, "outliers": np.zeros(0, np.int64)}, source.dim, caption.energy)
             arrays.pop("basis_FR")
@@ -220,7 +206,7 @@ class BoundedScan(CalibratedIndex):
                     f"{caption_path} does not belong to {stored_path.name}, {arrays_path.name} and the features",
                     got=f"rows, rows, dimensions {got}",
                     expected=f"{consistent}",
-                    remedy=_REMEDY,
+                    remedy=REMEDY,
                 )
             )
         return cls(source, reduction, rows, caption.params, device)
@@ -235,7 +221,7 @@ class BoundedScan(CalibratedIndex):
         basis = pack_reduction(self._reduction, np.zeros(0, np.int64))["basis_FR"]
         with attach_path(arrays_path):
             np.savez(arrays_path, allow_pickle=False, basis_FR=basis, **arrays)
-        files = tuple(_File(path.stat().st_size, file_digest(path)) for path in paths)
+        files = tuple(WrittenFile.measure(path) for path in paths)
         caption = _Caption(len(self), self._reduction.energy, self._params, files)
         with attach_path(caption_path):
             caption_path.write_text(json.dumps(asdict(caption)) + "\n", encoding="utf-8")

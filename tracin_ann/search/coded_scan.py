@@ -23,7 +23,7 @@ from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
-from tracin_ann.search.faiss_file import REMEDY, FaissFile
+from tracin_ann.search.faiss_file import REMEDY, WrittenFile
 from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
 from tracin_ann.search.reduction import (
     Reduction,
@@ -93,7 +93,7 @@ class _Caption(Caption):
     """The content of the JSON file beside the codes."""
 
     params: CodedScanParams
-    codes: FaissFile
+    codes: WrittenFile
     caption: str = _CAPTION
     version: int = _VERSION
 

@@ -25,7 +25,7 @@ from tracin_ann.errors import DamagedIndexError, UsageError, attach_path, proble
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
-from tracin_ann.search.faiss_file import REMEDY, FaissFile, read_faiss, write_faiss
+from tracin_ann.search.faiss_file import REMEDY, WrittenFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import make_selector
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
@@ -88,7 +88,7 @@ class _Caption(Caption):
     """The content of the JSON file beside the graph."""
 
     params: GraphParams
-    graph: FaissFile
+    graph: WrittenFile
     caption: str = _CAPTION
     version: int = _VERSION
 

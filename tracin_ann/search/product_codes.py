@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
 from tracin_ann.search.clustering import LARGEST_EXPONENT
-from tracin_ann.search.faiss_file import FaissFile, read_faiss, write_faiss
+from tracin_ann.search.faiss_file import WrittenFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import Selector, make_selector, search_lists
 from tracin_ann.search.reduction import normalize
 from tracin_ann.types import Float32, Int64
@@ -212,7 +212,7 @@ class ProductCodes:
         self._index, self.layout, self.factor_N = index, layout, factor_N
 
     @classmethod
-    def load(cls, path: Path, written: FaissFile, layout: Layout, factor_N: Float32) -> ProductCodes:
+    def load(cls, path: Path, written: WrittenFile, layout: Layout, factor_N: Float32) -> ProductCodes:
         """Return the codes of a file.
 
         Raises:
@@ -222,7 +222,7 @@ class ProductCodes:
         """
         return cls(read_faiss(path, written), layout, factor_N)
 
-    def save(self, path: Path) -> FaissFile:
+    def save(self, path: Path) -> WrittenFile:
         """Write the codes to this path; the caller renames and fsyncs."""
         return write_faiss(path, self._index)
 
