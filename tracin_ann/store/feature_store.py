@@ -139,6 +139,7 @@ class FeatureStore:
         self.directory = directory
         self.layout = layout
         self._open: dict[tuple[int, int], FeatureFile] = {}
+        self._verified: set[frozenset[int]] = set()  # checkpoints all of whose rows are verified, in open files
         self._lock = threading.Lock()
         self._taken = threading.local()
         self._most_open = min(_MOST_OPEN_FILES, _MOST_OPEN_ROWS // min(layout.partition_rows, layout.n_rows))
@@ -176,6 +177,7 @@ class FeatureStore:
         record = write_feature_file(self.path(partition, checkpoint), block, header=header)
         with self._lock:
             self._open.pop((partition, checkpoint), None)
+            self._verified.clear()
         return record
 
     def check(self, records: Iterable[FileRecord]) -> None:
@@ -255,13 +257,15 @@ class FeatureStore:
 
         Nothing, if the files cannot all remain open: every scan opens and verifies them again.
         """
-        chosen, layout = set(checkpoints), self.layout
+        chosen, layout = frozenset(checkpoints), self.layout
         n_files = layout.n_partitions * len(chosen)
-        if n_files > self._most_open:
-            return PendingReads(files_per_row=len(chosen))
         with self._lock:
+            if n_files > self._most_open or chosen in self._verified:
+                return PendingReads(files_per_row=len(chosen))
             opened = [file for (_, checkpoint), file in self._open.items() if checkpoint in chosen]
-        n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
+            n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
+            if n_unverified == 0:
+                self._verified.add(chosen)
         row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
         return PendingReads(n_files - len(opened), n_unverified * row_bytes, len(chosen))
 
