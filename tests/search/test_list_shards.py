@@ -220,6 +220,7 @@ def ids(index: InfluenceIndex) -> list[list[int]]:
     return [[hit.row for hit in answer.hits] for answer in answers]
 
 
+@pytest.mark.slow
 def test_an_index_in_shards_is_extended_verified_repaired_and_loses_rows(tmp_path: Path) -> None:
     config = replace(CONFIG, index="ivf", index_shards=3, partition_rows=128)
     tasks = [

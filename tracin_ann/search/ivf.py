@@ -24,7 +24,7 @@ from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_record, report_damage, save_array
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
-from tracin_ann.search.list_shards import ListShards, Scanner, list_shard_files
+from tracin_ann.search.list_shards import ListShards, Scanner, ShardFile, list_shard_files
 from tracin_ann.search.reduction import Reduction, multiply_rows, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
@@ -224,6 +224,11 @@ class IVFIndex(RescoredIndex):
     def lists(self) -> ListShards:
         """Return the lists."""
         return self._parts.lists
+
+    def list_shards(self, directory: Path) -> list[ShardFile]:
+        """Return the files of the shards in the directory of the index."""
+        names, lists = list_shard_files(self.params.shards), self.lists
+        return [ShardFile(Path(directory) / name, lists.n_lists, lists.dim, self.params.codes) for name in names]
 
     @property
     def tree(self) -> ListTree:

@@ -44,6 +44,24 @@ class ListQuery:
         return lists.scan(self.queries_QR, self.k, self.key_QW, self.allowed)
 
 
+@dataclass(frozen=True)
+class ShardFile:
+    """The file of a shard, and what it contains."""
+
+    path: Path
+    n_lists: int
+    dim: int
+    codes: Codes
+
+    def open(self) -> InvertedLists:
+        """Return the lists, memory-mapped.
+
+        Raises:
+            DamagedIndexError: the file is missing or has other lists.
+        """
+        return InvertedLists.load(self.path, (self.n_lists, self.dim), self.codes)
+
+
 Scanner = Callable[[Sequence[ListQuery]], Sequence[tuple[Int64, Float32]]]
 """Runs one query in each shard; returns the results of the shards that answered."""
 
