@@ -120,7 +120,7 @@ class InfluenceIndex:
         index._lease = lease
         index._store.check(manifest.features)
         if not isinstance(task, Task) and (task or manifest.build.task.reference) is not None:
-            index._shard_task = ShardTask(task, arguments, options, memory_bytes)
+            index._shard_task = ShardTask(path, manifest, task, arguments, options, memory_bytes)
         return index
 
     def start_workers(self, options: ShardOptions | None = None) -> None:
@@ -136,7 +136,7 @@ class InfluenceIndex:
         """
         if self._workers is None:
             self._workers = open_shard_search(
-                self._loaded_index, self.directory, self.manifest, self._shard_task, options or ShardOptions()
+                self._loaded_index, self._folder, self._shard_task, options or ShardOptions()
             )
 
     def close(self) -> None:

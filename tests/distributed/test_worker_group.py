@@ -25,6 +25,10 @@ class Scripted(Worker):
     attempts: list[str]
     stopped: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def pid(self) -> int | None:
+        return None
+
     def run(self, request: list[str]) -> tuple[int, int]:
         attempt = len(self.attempts)
         self.attempts.append(request[attempt])

@@ -24,7 +24,7 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, load_index_task
 from tracin_ann.scoring import Coverage, Queries, RowScorer, make_exact_scorer
 from tracin_ann.search import IVFIndex, ListQuery, SearchIndex, ShardFile
-from tracin_ann.store import Manifest, generation_folder
+from tracin_ann.store import Manifest
 from tracin_ann.types import Float32, Float64, Int64
 
 Mask = npt.NDArray[np.bool_]
@@ -35,8 +35,8 @@ class ShardOptions:
     """How workers search the shards of an index.
 
     Attributes:
-        deadline_s: seconds until all shards have to answer a search; None: any. A query with proponents and opponents
-            has two searches, and one for every 256 queries.
+        deadline_s: seconds until all shards have to answer a search, which is one direction of up to 256 queries; None:
+            any.
         allow_partial: return the results of the other shards if some do not answer; at least one has to.
         restarts: how often a worker that ends is started again for one request.
     """
@@ -62,19 +62,28 @@ class ShardOptions:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The task by which workers compute exact scores.
+    """The task of an index, which workers import by its name.
 
     Attributes:
+        directory: the directory of the index.
+        manifest: the manifest of the index.
         name: its name; None: that in the manifest.
         arguments: its arguments; None: those in the manifest.
         options: how the model runs.
         memory_bytes: the largest number of bytes of weights that remain in memory.
     """
 
+    directory: Path
+    manifest: Manifest
     name: str | None
     arguments: Mapping[str, str] | None
     options: RunOptions
     memory_bytes: int | None
+
+    def open(self) -> IndexTask:
+        """Return the task; its first use imports it."""
+        find_task = partial(load_index_task, self.name, self.arguments, self.manifest, self.directory)
+        return IndexTask(self.directory, self.manifest, find_task, self.options, self.memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,11 @@ class ShardService:
     """What a worker holds: the lists of a shard, memory-mapped, and the task of the index.
 
     Attributes:
-        directory: the directory of the index.
-        manifest: its manifest.
         file: the file of the shard.
         task: the task, which the first request for exact scores imports; None: there are no such requests.
         threads: CPU threads of the worker.
     """
 
-    directory: Path
-    manifest: Manifest
     file: ShardFile
     task: ShardTask | None
     threads: int
@@ -112,10 +117,8 @@ class ShardService:
 
     @cached_property
     def _index_task(self) -> IndexTask:
-        task = self.task
-        assert task is not None
-        find_task = partial(load_index_task, task.name, task.arguments, self.manifest, self.directory)
-        return IndexTask(self.directory, self.manifest, find_task, task.options, task.memory_bytes)
+        assert self.task is not None
+        return self.task.open()
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +233,11 @@ class ShardSearch:
                 scores.append(reply)
         return np.concatenate([np.zeros((len(request.queries), 0)), *scores], axis=1)
 
+    @property
+    def pids(self) -> list[int | None]:
+        """Return the process of each worker on this machine; None: it is being started."""
+        return self._group.pids
+
     def close(self) -> None:
         """End the workers."""
         self._group.close()
@@ -256,15 +264,12 @@ class _WorkerScorer:
         return scores_QN
 
 
-def open_shard_search(
-    index: SearchIndex, directory: Path, manifest: Manifest, task: ShardTask | None, options: ShardOptions
-) -> ShardSearch:
+def open_shard_search(index: SearchIndex, folder: Path, task: ShardTask | None, options: ShardOptions) -> ShardSearch:
     """Start a worker process for each shard of an index of this machine, and return them.
 
     Args:
-        index: the search index of the manifest.
-        directory: the directory of the index.
-        manifest: its manifest.
+        index: the search index.
+        folder: the folder with its files.
         task: the task by its name; None: it has none, and workers do not compute exact scores.
         options: see ShardOptions.
 
@@ -278,10 +283,10 @@ def open_shard_search(
             "the index has no shards",
             "build it with --index ivf --index-shards N, or search without workers",
         )
-        raise UsageError(problem(what, got=f"the kind {manifest.index.kind}", expected="ivf", remedy=remedy))
-    files = index.list_shards(generation_folder(directory, manifest.generation))
+        raise UsageError(problem(what, got=f"the kind {index.kind}", expected="ivf", remedy=remedy))
+    files = index.list_shards(folder)
     threads = max(1, torch.get_num_threads() // len(files))
-    services = [ShardService(directory, manifest, file, task, threads) for file in files]
+    services = [ShardService(file, task, threads) for file in files]
     launches: list[Launch] = [partial(LocalWorker.start, service.open) for service in services]
     group = WorkerGroup(launches, options.restarts)
     group.start()

@@ -41,6 +41,11 @@ class Worker(ABC):
             WorkerDied: the worker ended, or was stopped.
         """
 
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """Return its process, if it runs on this machine."""
+
     @abstractmethod
     def stop(self) -> None:
         """End the worker at once, even if it does not react; a second call does nothing."""

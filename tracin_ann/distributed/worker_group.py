@@ -78,6 +78,11 @@ class WorkerGroup:
                 replies[number] = self._slots[number].report_late(deadline_s) if number in late else _get_reply(future)
             return replies
 
+    @property
+    def pids(self) -> list[int | None]:
+        """Return the process of each worker on this machine; None: it is being started."""
+        return [slot.pid for slot in self._slots]
+
     def close(self) -> None:
         """End all workers."""
         for slot in self._slots:
@@ -96,6 +101,11 @@ class _Slot:
     def start(self) -> Future[Any]:
         """Start the worker unless it runs."""
         return self._thread.submit(self._try, lambda worker: None, self._turn)
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process of the worker, if it runs on this machine."""
+        return None if self._worker is None else self._worker.pid
 
     def submit(self, request: Any) -> Future[Any]:
         """Ask the worker."""
