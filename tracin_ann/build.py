@@ -658,9 +658,10 @@ class BuildJob:
             MisplacedRowsError: the examples of some batch cannot be told apart; the new feature files are deleted.
         """
         features = self.features(generation.record)
-        extraction = Extraction(model, generation.store, features, missing, progress)
+        extraction = Extraction(model, generation.store, features)
         try:
-            extracted = extraction.run(by_partition=self.reads_by_partition(extraction.layout, settings))
+            by_partition = self.reads_by_partition(extraction.layout, settings)
+            extracted = extraction.run(missing, progress, by_partition=by_partition)
         except MisplacedRowsError:
             # A resumed build would reuse intact files, and rows in them may be wrong.
             generation.delete_new_features()
@@ -753,7 +754,7 @@ class FileWorker:
     """
 
     def __init__(self, job: BuildJob, model: LoadedModel) -> None:
-        self._job, self._model, self._start = job, model, job.prepare(model)
+        self._job, self._start = job, job.prepare(model)
         job.check_canaries(model, self._start)
         finished = self._start.finished
         if finished is not None:
@@ -762,8 +763,9 @@ class FileWorker:
         else:
             record, self._settings = job.agree(model, self._start)
         self.store = FeatureStore(job.out / FEATURES, record.layout)
-        self._features = job.features(record)
-        self._audited: tuple[float, float, int] = -1, 0, 0
+        features = job.features(record)
+        self._extraction = Extraction(model, self.store, features)
+        self._auditor = Auditor(model, self.store, features, ignore_progress)
 
     def __call__(self, files: Sequence[File]) -> Iterator[int]:
         """Compute those of the files that are missing, and yield the number of new rows about once a second."""
@@ -782,26 +784,24 @@ class FileWorker:
     def write(self, files: Sequence[File]) -> Iterator[int]:
         """Compute and write files, and yield the number of rows of each batch.
 
-        If a batch is more uneven than all before, rows of it are compared with autograd.
+        If a batch is more uneven than those of earlier calls, rows of it are compared with autograd.
 
         Raises:
             NonFiniteError: a row is not finite and such rows are not skipped.
             GradientProofError: a row differs from autograd; all files that no manifest lists are deleted.
         """
-        extraction = Extraction(self._model, self.store, self._features, files, ignore_progress)
+        uneven = self._extraction.uneven
+        before = uneven.measure
         try:
-            yield from extraction.write(by_partition=self._job.reads_by_partition(self.store.layout, self._settings))
+            by_partition = self._job.reads_by_partition(self.store.layout, self._settings)
+            yield from self._extraction.write(files, by_partition=by_partition)
         except MisplacedRowsError:
-            self._delete(files)
+            # Rows of earlier batches may be wrong, too.
+            for path in find_unnamed_files(self.store, self._start.manifest, files):
+                path.unlink(missing_ok=True)
             raise
-        if extraction.uneven.measure > self._audited:
-            self._audited = extraction.uneven.measure
-            auditor = Auditor(self._model, self.store, self._features, ignore_progress)
-            audit_files(auditor, extraction.uneven.places, self._start, files)
-
-    def _delete(self, written: Sequence[File]) -> None:
-        for path in find_unnamed_files(self.store, self._start.manifest, written):
-            path.unlink(missing_ok=True)
+        if uneven.measure > before:
+            audit_files(self._auditor, uneven.places, self._start, files)
 
 
 @dataclass(frozen=True)

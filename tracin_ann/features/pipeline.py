@@ -54,32 +54,21 @@ class ExtractionResult:
 
 
 class Extraction:
-    """Computes the feature files that a store is missing.
+    """Computes feature files of a store.
 
     Args:
         model: the model of the task.
         store: the destination of the features.
         features: options of the features.
-        missing: (partition, checkpoint) of each file to write.
-        report: called by `run` with (stage, done, total).
 
     Attributes:
         layout: the layout of the store.
         uneven: the batch with the most uneven example sizes that was computed.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        store: FeatureStore,
-        features: FeatureOptions,
-        missing: Sequence[tuple[int, int]],
-        report: ProgressCallback,
-    ) -> None:
+    def __init__(self, model: LoadedModel, store: FeatureStore, features: FeatureOptions) -> None:
         self.layout = store.layout
         self._model, self._store, self._features = model, store, features
-        self._missing, self._report = missing, report
-        self._total = self.layout.count_rows(missing)
         self._extractors: dict[int, FeatureExtractor] = {}
         self._canaries: dict[int, dict[SideName, FeatureRows]] = {}
         self._excluded: dict[SideName, Int64] = dict.fromkeys(SIDES, np.zeros(0, np.int64))
@@ -90,25 +79,30 @@ class Extraction:
         size = min(self.layout.partition_rows, self.layout.n_rows)
         self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
 
-    def run(self, *, by_partition: bool) -> ExtractionResult:
-        """Write every missing feature file, and compute the canaries.
+    def run(
+        self, files: Sequence[tuple[int, int]], report: ProgressCallback, *, by_partition: bool
+    ) -> ExtractionResult:
+        """Write feature files, and compute the canaries.
 
         Args:
+            files: (partition, checkpoint) of each file.
+            report: called with (stage, done, total).
             by_partition: read each partition once for all checkpoints, instead of once per checkpoint.
 
         Raises:
             NonFiniteError: a row is not finite and such rows are not skipped, or no finite row is left.
         """
-        done = 0
-        for n_rows in self.write(by_partition=by_partition, canaries=True):
+        done, total = 0, self.layout.count_rows(files)
+        for n_rows in self.write(files, by_partition=by_partition, canaries=True):
             done += n_rows
-            self._report("features", done, self._total)
+            report("features", done, total)
         return ExtractionResult(self._collect_canaries(), self._plans[0], done, self.uneven.places)
 
-    def write(self, *, by_partition: bool, canaries: bool = False) -> Iterator[int]:
-        """Write every missing feature file; yield the number of rows of each batch after it is computed.
+    def write(self, files: Sequence[tuple[int, int]], *, by_partition: bool, canaries: bool = False) -> Iterator[int]:
+        """Write feature files; yield the number of rows of each batch after it is computed.
 
         Args:
+            files: (partition, checkpoint) of each file.
             by_partition: read each partition once for all checkpoints, instead of once per checkpoint.
             canaries: compute the canaries of each checkpoint while it is loaded.
 
@@ -117,8 +111,8 @@ class Extraction:
         """
         self._by_partition = by_partition
         size = f"{self.layout.n_rows:,} rows at {self.layout.n_checkpoints} checkpoints"
-        logger.info("features of %s: %d files to write", size, len(self._missing))
-        units = sorted(self._missing, key=lambda unit: unit if by_partition else unit[::-1])
+        logger.info("features of %s: %d files to write", size, len(files))
+        units = sorted(files, key=lambda unit: unit if by_partition else unit[::-1])
         groups = (
             itertools.groupby(units, key=lambda unit: unit[0]) if by_partition else ((p, [(p, c)]) for p, c in units)
         )
