@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_task_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forget the modules of task files that a test writes, so that tests of one process can use the same name."""
+    before, path = set(sys.modules), list(sys.path)
+    yield
+    place = str(tmp_path_factory.getbasetemp().resolve())
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(place):
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if entry in path or not entry.startswith(place)]
 
 
 @pytest.fixture

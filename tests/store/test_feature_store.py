@@ -273,6 +273,8 @@ def test_pending_reads_are_the_files_to_open_and_the_bytes_to_verify(
     for _ in view.stored_blocks(8):
         pass
     assert view.pending_reads() == PendingReads(0, 0, 3)
+    store.write(1, 2, make_block(8, 16, seed=2))
+    assert view.pending_reads() == PendingReads(1, 8 * row_bytes, 3), "a new file is not verified"
     monkeypatch.setattr(feature_store_module, "_MOST_OPEN_FILES", 8)
     fresh = FeatureStore(store.directory, store.layout).view()
     assert fresh.pending_reads() == PendingReads(0, 0, 3), "every scan opens the files again"

@@ -98,12 +98,21 @@ class StoreLayout:
         """Return the number of partitions."""
         return -(-self.n_rows // self.partition_rows)
 
+    @property
+    def files(self) -> list[tuple[int, int]]:
+        """Return (partition, checkpoint) of every file, partition by partition."""
+        return [(p, c) for p in range(self.n_partitions) for c in range(self.n_checkpoints)]
+
     def rows(self, partition: int) -> tuple[int, int]:
         """Return (start, stop) of a partition."""
         if not 0 <= partition < self.n_partitions:
             raise IndexError(f"partition {partition} of {self.n_partitions}")
         start = partition * self.partition_rows
         return start, min(start + self.partition_rows, self.n_rows)
+
+    def count_rows(self, files: Iterable[tuple[int, int]]) -> int:
+        """Return the number of rows of files (partition, checkpoint)."""
+        return sum(stop - start for start, stop in (self.rows(partition) for partition, _ in files))
 
     def file_name(self, partition: int, checkpoint: int) -> str:
         """Return the name of a file.
@@ -139,6 +148,7 @@ class FeatureStore:
         self.directory = directory
         self.layout = layout
         self._open: dict[tuple[int, int], FeatureFile] = {}
+        self._verified: set[frozenset[int]] = set()  # checkpoints all of whose rows are verified, in open files
         self._lock = threading.Lock()
         self._taken = threading.local()
         self._most_open = min(_MOST_OPEN_FILES, _MOST_OPEN_ROWS // min(layout.partition_rows, layout.n_rows))
@@ -151,18 +161,15 @@ class FeatureStore:
         """Return (start, stop) of every partition."""
         return [self.layout.rows(partition) for partition in range(self.layout.n_partitions)]
 
-    def missing(self, trusted: Iterable[FileRecord] = ()) -> list[tuple[int, int]]:
-        """Return (partition, checkpoint) of the files that are missing or damaged.
+    def missing(
+        self, trusted: Iterable[FileRecord] = (), files: Iterable[tuple[int, int]] | None = None
+    ) -> list[tuple[int, int]]:
+        """Return (partition, checkpoint) of the files that are missing or damaged, of some or (None) all.
 
         Reads every byte of a file; of trusted files that have the recorded size, only header and columns.
         """
         sizes = {record.name: record.size for record in trusted}
-        return [
-            (partition, checkpoint)
-            for partition in range(self.layout.n_partitions)
-            for checkpoint in range(self.layout.n_checkpoints)
-            if not self._is_intact(partition, checkpoint, sizes)
-        ]
+        return [file for file in (self.layout.files if files is None else files) if not self._is_intact(*file, sizes)]
 
     def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> FileRecord:
         """Write one file, durably; an existing file is replaced.
@@ -176,6 +183,7 @@ class FeatureStore:
         record = write_feature_file(self.path(partition, checkpoint), block, header=header)
         with self._lock:
             self._open.pop((partition, checkpoint), None)
+            self._verified.clear()
         return record
 
     def check(self, records: Iterable[FileRecord]) -> None:
@@ -255,13 +263,15 @@ class FeatureStore:
 
         Nothing, if the files cannot all remain open: every scan opens and verifies them again.
         """
-        chosen, layout = set(checkpoints), self.layout
+        chosen, layout = frozenset(checkpoints), self.layout
         n_files = layout.n_partitions * len(chosen)
-        if n_files > self._most_open:
-            return PendingReads(files_per_row=len(chosen))
         with self._lock:
+            if n_files > self._most_open or chosen in self._verified:
+                return PendingReads(files_per_row=len(chosen))
             opened = [file for (_, checkpoint), file in self._open.items() if checkpoint in chosen]
-        n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
+            n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
+            if n_unverified == 0:
+                self._verified.add(chosen)
         row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
         return PendingReads(n_files - len(opened), n_unverified * row_bytes, len(chosen))
 

@@ -344,9 +344,13 @@ class Manifest:
             raise DamagedIndexError(_describe_invalid_file(path, error)) from error
 
 
-def write_build_record(directory: Path, record: BuildRecord) -> None:
-    """Write the record of a build, durably."""
-    _write_checked(directory / BUILD_RECORD, record.content())
+def write_build_record(directory: Path, record: BuildRecord, *, exclusive: bool = False) -> None:
+    """Write the record of a build, durably; `exclusive`: only if there is none.
+
+    Raises:
+        FileExistsError: there is one, and the write is exclusive.
+    """
+    _write_checked(directory / BUILD_RECORD, record.content(), exclusive=exclusive)
 
 
 def read_build_record(directory: Path) -> BuildRecord:
@@ -451,8 +455,8 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ValueError("two files with the same name")
 
 
-def _write_checked(path: Path, content: dict[str, Any]) -> None:
-    write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content})
+def _write_checked(path: Path, content: dict[str, Any], *, exclusive: bool = False) -> None:
+    write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content}, exclusive=exclusive)
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
