@@ -21,6 +21,7 @@ from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.list_shards import ListQuery, ShardFile
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
@@ -34,9 +35,11 @@ __all__ = [
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
+    "ListQuery",
     "NAMES",
     "Point",
     "SearchIndex",
+    "ShardFile",
     "Subset",
     "build_index",
     "calibrate",
