@@ -15,10 +15,11 @@ from tracin_ann.search.backend import (
     list_files,
     load_index,
 )
-from tracin_ann.search.base import CalibratedIndex, SearchIndex, scale_to_unit, search_both
+from tracin_ann.search.base import CalibratedIndex, PlacedIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
 from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
+from tracin_ann.search.gpu_scan import GpuScan, open_scan
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.search.settings import IVFParams
@@ -31,10 +32,12 @@ __all__ = [
     "Diagnosis",
     "FirstUseCost",
     "FlatIndex",
+    "GpuScan",
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
     "NAMES",
+    "PlacedIndex",
     "Point",
     "SearchIndex",
     "Subset",
@@ -48,6 +51,7 @@ __all__ = [
     "list_codes",
     "list_files",
     "load_index",
+    "open_scan",
     "scale_to_unit",
     "search_both",
 ]
