@@ -11,10 +11,13 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 
@@ -208,6 +211,53 @@ def _use_one_thread_after_fork(faiss: ModuleType) -> None:
         torch.set_num_threads(1)
 
     os.register_at_fork(after_in_child=limit_threads)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in whose memory FAISS can search. FAISS and PyTorch number GPUs in the same way."""
+
+    number: int
+
+    @property
+    def device(self) -> torch.device:
+        """Return PyTorch's device."""
+        import torch
+
+        return torch.device("cuda", self.number)
+
+    @property
+    def free_bytes(self) -> int:
+        """Return the bytes that are free in its memory now."""
+        return free_memory_bytes(self.device)
+
+    @cached_property
+    def resources(self) -> Any:
+        """Return FAISS's streams and temporary memory on it, allocated at the first use."""
+        return import_faiss().StandardGpuResources()
+
+    @cached_property
+    def lock(self) -> threading.Lock:
+        """Return the lock for `resources`, which one thread can use at a time."""
+        return threading.Lock()
+
+
+@functools.cache
+def list_gpus(device: torch.device) -> tuple[Gpu, ...]:
+    """Return the GPUs that FAISS can use for a device: for `cuda`, all of them.
+
+    There are none for a CPU and for FAISS without GPU indexes. The same objects are returned for the same device.
+    """
+    faiss = import_faiss()
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return ()
+    numbers = range(faiss.get_num_gpus()) if device.index is None else [device.index]
+    return tuple(_get_gpu(number) for number in numbers)
+
+
+@functools.cache
+def _get_gpu(number: int) -> Gpu:
+    return Gpu(number)
 
 
 def _is_installed(package: str) -> bool:
