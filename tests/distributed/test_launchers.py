@@ -61,7 +61,7 @@ def test_an_error_of_the_code_of_the_task_keeps_its_place(make: Callable[[], Lau
 @pytest.mark.slow
 def test_processes_have_their_devices_and_share_the_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    found = run(ProcessLauncher(["cpu", "meta"]), Squares(tmp_path))
+    found = run(ProcessLauncher(["cpu", "meta"]), Squares(tmp_path, seconds=0.4))
     assert {process for *_, (process, *_) in found}.isdisjoint({os.getpid()})
     assert {(device, threads) for *_, (_, device, threads, _) in found} == {("cpu", 3), ("meta", 3)}
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 import sharing
 from faults import Crash, Fault, Watch
 from invocation import run
+from paths import ROOT, SUPPORT
 from sharing import CONFIG, N_FILES, NAME, OneProcess, assert_same_index
 from tasks import texts
 from tracin_ann import InfluenceIndex, Shard, Task, build, build_shard, finish_build
@@ -245,3 +250,45 @@ def test_options_that_exclude_each_other(more, message, one, tmp_path):
     result = run(main, *words(one, tmp_path / "i", *more))
     assert result.exit_code == 2 and message in result.output, result.output
     assert not (tmp_path / "i").exists()
+
+
+SHARD_PROGRAM = """
+import os
+import signal
+import subprocess
+import sys
+import time
+from sharing import CONFIG, NAME
+from tracin_ann import Shard, build_shard
+if __name__ == "__main__":
+    out, folder, shard = sys.argv[1:]
+    build_shard(NAME, out, Shard.parse(shard), CONFIG, arguments={"folder": folder, "slow": "yes"})
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_and_run_again_give_the_index_of_one_process(tmp_path):
+    one = sharing.build_in_one_process(tmp_path, slow="yes")
+    out = tmp_path / "i"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{SUPPORT}", "OMP_NUM_THREADS": "1"}
+
+    def start(shard: Shard) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-c", SHARD_PROGRAM, str(out), one.arguments["folder"], str(shard)]
+        return subprocess.Popen(words, env=environment)
+
+    shards, names = [Shard(i, 4) for i in range(4)], [f"features-{p:06d}-{c:04d}" for p in range(8) for c in range(3)]
+    processes = {shard: start(shard) for shard in shards}
+    living = {Shard(1, 4), Shard(3, 4)}
+    while living and all(processes[shard].poll() is None for shard in living):
+        written = {path.name[:20] for path in out.glob("features/*.h5")}
+        for shard in [shard for shard in living if written & set(shard.take(names))]:
+            processes[shard].kill()
+            living.remove(shard)
+        time.sleep(0.005)
+    assert [processes[shard].wait() for shard in shards] == [0, -signal.SIGKILL, 0, -signal.SIGKILL]
+    with pytest.raises(UsageError, match="files missing.*--shard 1/4, --shard 3/4"):
+        finish(one, out)
+    again = [start(Shard(i, 3)) for i in range(3)]
+    assert [process.wait() for process in again] == [0, 0, 0]
+    finish(one, out)
+    assert_same_index(out, one)

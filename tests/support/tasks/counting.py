@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Squares:
         often: it is killed at this number each time.
         wrong: a worker fails at this number: with an error of the library if it is even.
         opens: opening fails.
+        seconds: time that a number takes.
         array: sent along; the worker changes its copy.
     """
 
@@ -35,6 +37,7 @@ class Squares:
     often: bool = False
     wrong: int = -1
     opens: bool = True
+    seconds: float = 0.0
     array: Any = None
 
     @contextmanager
@@ -42,12 +45,13 @@ class Squares:
         if not self.opens:
             raise TaskError("no model: got nothing, expected a model; make one")
         if self.array is not None:
-            self.array += 1
+            self.array[:] += 1
         yield lambda numbers: self.square(numbers, device)
 
     def square(self, numbers: Sequence[int], device: str | None) -> Iterator[tuple[int, int, Any]]:
         """Yield each number with its square, and the process, device, threads and sum of the array."""
         for number in numbers:
+            time.sleep(self.seconds)
             if number == self.deadly and (self.often or not (self.folder / "died").exists()):
                 (self.folder / "died").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
