@@ -17,7 +17,7 @@ import torch
 
 from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
-from tracin_ann.distributed import ShardOptions, ShardTask, open_shard_search
+from tracin_ann.distributed import ServiceLauncher, ShardOptions, ShardTask, open_shard_search
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
@@ -123,11 +123,17 @@ class InfluenceIndex:
             index._shard_task = ShardTask(path, manifest, task, arguments, options, memory_bytes)
         return index
 
-    def start_workers(self, options: ShardOptions | None = None) -> None:
-        """Start a worker process for each shard of the index; from now on, they search it and compute exact scores.
+    def start_workers(self, options: ShardOptions | None = None, launcher: ServiceLauncher | None = None) -> None:
+        """Start a worker for each shard of the index; from now on, they search it and compute exact scores.
 
         A worker that ends is started again and asked again. Workers import the task by its name; if it was given as an
-        object, this process computes exact scores. A script that calls this needs `if __name__ == "__main__":`.
+        object, this process computes exact scores.
+
+        Args:
+            options: see ShardOptions.
+            launcher: starts the workers, such as a `RayLauncher`, whose nodes have the index, the task and its data
+                under the same paths; None: as processes of this machine. A script that starts processes needs
+                `if __name__ == "__main__":`.
 
         Raises:
             UsageError: the index is not one of inverted lists.
@@ -136,7 +142,7 @@ class InfluenceIndex:
         """
         if self._workers is None:
             self._workers = open_shard_search(
-                self._loaded_index, self._folder, self._shard_task, options or ShardOptions()
+                self._loaded_index, self._folder, self._shard_task, options or ShardOptions(), launcher
             )
 
     def close(self) -> None:
