@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,12 +135,13 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     with nullcontext() if options["exact"] else wait_passively():
         index = open_index(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    if options["shard_workers"]:
-        _start_workers(index, options)
-    if options["self_influence"]:
-        write_self_influence(index, options, sink, html)
-    else:
-        _write_answers(index, options, sink, html)
+    with closing(index):
+        if options["shard_workers"]:
+            _start_workers(index, options)
+        if options["self_influence"]:
+            write_self_influence(index, options, sink, html)
+        else:
+            _write_answers(index, options, sink, html)
 
 
 def _reject_unused_options(options: Mapping[str, object]) -> None:
