@@ -57,7 +57,7 @@ from tracin_ann.store import (
     select_listed_rows,
     take_lease,
 )
-from tracin_ann.task import Description, Task, open_examples
+from tracin_ann.task import Description, Task, absolute_reference, open_examples
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
 _NUMBERS_AT_ONCE = 1 << 23
@@ -119,8 +119,12 @@ class InfluenceIndex:
         # Until the index is closed, its lease prevents writers from removing the files of this generation.
         index._lease = lease
         index._store.check(manifest.features)
-        if not isinstance(task, Task) and (task or manifest.build.task.reference) is not None:
-            index._shard_task = ShardTask(path, manifest, task, arguments, options, memory_bytes)
+        name = None if isinstance(task, Task) else task or manifest.build.task.reference
+        if name is not None:
+            # Workers import it after this process, which rejects names that it must not import.
+            index._shard_task = ShardTask(
+                path.absolute(), manifest, absolute_reference(name), arguments, options, memory_bytes
+            )
         return index
 
     def start_workers(self, options: ShardOptions | None = None, launcher: ServiceLauncher | None = None) -> None:

@@ -46,8 +46,8 @@ def sharded_search() -> str:
         f"{kills['longest_s']:.1f} s, in which a worker started again."
     )
     scope = (
-        f"MNIST CNN, {result['rows']:,} rows of 3 × 256, {result['queries']:,} queries, settings for a recall of .95 and "
-        ".98; proponents / opponents. Other results: queries with ids, scores or a bit of a score that differ from those "
-        "of one file, of all queries at once and one by one. Times are for both directions, all at once and one by one."
+        f"MNIST CNN, {result['rows']:,} rows of 3 × 256, {result['queries']:,} queries, settings for a recall of .95 "
+        "and .98; proponents / opponents. Other results: searches of all queries at once and one by one whose ids or "
+        "scores differ by a bit from those of one file. Times are for both directions, all at once and one by one."
     )
     return compose(scope, format_table(*rows), killed, format_environment(content))

@@ -149,8 +149,8 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
     given = find_given_options()
     for other in given & {"deadline", "allow_partial"}:
         if not options["shard_workers"]:
-            what, flag = "an option is for workers", f"--{other.replace('_', '-')}"
-            raise UsageError(problem(what, got=flag, expected="--shard-workers", remedy="add it, or remove the option"))
+            flag, remedy = f"--{other.replace('_', '-')}", "add it, or remove the option"
+            raise UsageError(problem(f"{flag} is for workers", got=flag, expected="--shard-workers", remedy=remedy))
     for name, (effect, unused) in _EXCLUSIVE.items():
         for other in unused:
             if options[name] and other in given:

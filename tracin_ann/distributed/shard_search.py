@@ -67,7 +67,7 @@ class ShardTask:
     Attributes:
         directory: the directory of the index.
         manifest: the manifest of the index.
-        name: its name; None: that in the manifest.
+        name: its name.
         arguments: its arguments; None: those in the manifest.
         options: how the model runs.
         memory_bytes: the largest number of bytes of weights that remain in memory.
@@ -75,7 +75,7 @@ class ShardTask:
 
     directory: Path
     manifest: Manifest
-    name: str | None
+    name: str
     arguments: Mapping[str, str] | None
     options: RunOptions
     memory_bytes: int | None
@@ -292,7 +292,7 @@ def open_shard_search(
             "build it with --index ivf --index-shards N, or search without workers",
         )
         raise UsageError(problem(what, got=f"the kind {index.kind}", expected="ivf", remedy=remedy))
-    files = index.list_shards(folder)
+    files = index.list_shards(folder.absolute())
     start = ServiceProcess.start if launcher is None else launcher.start_service
     # Together, processes of this machine use as many threads as this one.
     threads = max(1, torch.get_num_threads() // len(files)) if launcher is None else None
