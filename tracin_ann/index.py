@@ -17,7 +17,7 @@ import torch
 
 from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
-from tracin_ann.distributed import ShardOptions, ShardTask, open_shard_search
+from tracin_ann.distributed import ServiceLauncher, ShardOptions, ShardTask, open_shard_search
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
@@ -57,7 +57,7 @@ from tracin_ann.store import (
     select_listed_rows,
     take_lease,
 )
-from tracin_ann.task import Description, Task, open_examples
+from tracin_ann.task import Description, Task, absolute_reference, open_examples
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
 
 _NUMBERS_AT_ONCE = 1 << 23
@@ -119,15 +119,25 @@ class InfluenceIndex:
         # Until the index is closed, its lease prevents writers from removing the files of this generation.
         index._lease = lease
         index._store.check(manifest.features)
-        if not isinstance(task, Task) and (task or manifest.build.task.reference) is not None:
-            index._shard_task = ShardTask(path, manifest, task, arguments, options, memory_bytes)
+        name = None if isinstance(task, Task) else task or manifest.build.task.reference
+        if name is not None:
+            # Workers import it after this process, which rejects names that it must not import.
+            index._shard_task = ShardTask(
+                path.absolute(), manifest, absolute_reference(name), arguments, options, memory_bytes
+            )
         return index
 
-    def start_workers(self, options: ShardOptions | None = None) -> None:
-        """Start a worker process for each shard of the index; from now on, they search it and compute exact scores.
+    def start_workers(self, options: ShardOptions | None = None, launcher: ServiceLauncher | None = None) -> None:
+        """Start a worker for each shard of the index; from now on, they search it and compute exact scores.
 
         A worker that ends is started again and asked again. Workers import the task by its name; if it was given as an
-        object, this process computes exact scores. A script that calls this needs `if __name__ == "__main__":`.
+        object, this process computes exact scores.
+
+        Args:
+            options: see ShardOptions.
+            launcher: starts the workers, such as a `RayLauncher`, whose nodes have the index, the task and its data
+                under the same paths; None: as processes of this machine. A script that starts processes needs
+                `if __name__ == "__main__":`.
 
         Raises:
             UsageError: the index is not one of inverted lists.
@@ -136,7 +146,7 @@ class InfluenceIndex:
         """
         if self._workers is None:
             self._workers = open_shard_search(
-                self._loaded_index, self._folder, self._shard_task, options or ShardOptions()
+                self._loaded_index, self._folder, self._shard_task, options or ShardOptions(), launcher
             )
 
     def close(self) -> None:

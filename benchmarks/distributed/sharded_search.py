@@ -13,9 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,47 +99,28 @@ def describe(found: Both, truth: Both, rng: np.random.Generator) -> dict[str, An
     return figures
 
 
-@dataclass
-class Killer:
-    """A thread that kills a random worker again and again, with SIGKILL."""
-
-    search: ShardSearch
-    pause_s: float
-    kills: int = 0
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def run(self) -> None:
-        """Kill until `ended` is set."""
-        rng = random.Random(0)
-        while not self.ended.wait(self.pause_s):
-            pid = rng.choice([pid for pid in self.search.pids if pid is not None] or [None])
-            if pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    self.kills += 1
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Kill during the block."""
-        thread = threading.Thread(target=self.run)
-        thread.start()
-        try:
-            yield
-        finally:
-            self.ended.set()
-            thread.join()
+def kill_soon(search: ShardSearch, rng: random.Random) -> threading.Timer:
+    """Kill a random worker with SIGKILL in at most two milliseconds, and return the timer that does it."""
+    pids = [pid for pid in search.pids if pid is not None]
+    timer = threading.Timer(rng.uniform(0, 2e-3), os.kill, (rng.choice(pids), signal.SIGKILL))
+    timer.start()
+    return timer
 
 
 def measure_kills(
-    search: ShardSearch, index: IVFIndex, queries: Float32, expected: list[Both], pause_s: float
+    search: ShardSearch, index: IVFIndex, queries: Float32, expected: list[Both], n_kills: int
 ) -> dict[str, Any]:
     """Return the wrong and lost answers of queries one by one while workers are killed."""
-    killer = Killer(search, pause_s)
-    with killer.at_work():
-        found, seconds = search_one_by_one(index, queries)
+    rng, found, seconds = random.Random(0), [], []
+    for at in range(0, len(queries), len(queries) // n_kills):
+        timer = kill_soon(search, rng)
+        own, own_s = search_one_by_one(index, queries[at : at + len(queries) // n_kills])
+        timer.join()
+        found += own
+        seconds += own_s
     return {
         "queries": len(queries),
-        "kills": killer.kills,
+        "kills": n_kills,
         "wrong": count_different_pairs(found, expected),
         "lost": len(queries) - len(found),
         "median_ms": 1e3 * median(seconds),
@@ -173,7 +152,7 @@ def measure(view: FeatureView, queries: Float32, folder: Path, options: argparse
                 }
             if recall == KILLED_RECALL:
                 chosen = search.index.with_settings(*settings)
-                result["kills"] = measure_kills(search, chosen, queries, one_by_one, options.pause)
+                result["kills"] = measure_kills(search, chosen, queries, one_by_one, options.kills)
             result[f"at_{recall}"] = figures
             print(recall, figures, result.get("kills"), flush=True)
     finally:
@@ -187,7 +166,7 @@ def main() -> None:
     parser.add_argument("--index", default="index-1000000", help="index in the folder")
     parser.add_argument("--shards", type=int, default=4, help="number of shards")
     parser.add_argument("--queries", type=int, default=1000, help="number of queries")
-    parser.add_argument("--pause", type=float, default=4.0, help="seconds between two kills")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills during the queries")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shard_folder import QUERIES, make_shard_folder
+from shard_folder import QUERIES
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.distributed import ShardOptions, ShardSearch
-from tracin_ann.distributed.worker import LocalWorker
-from tracin_ann.distributed.worker_group import NoReplyError
+from tracin_ann.distributed.service import ServiceProcess
+from tracin_ann.distributed.service_group import NoReplyError
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.scoring import Answer, Coverage, ranking
 from tracin_ann.search import ListQuery
@@ -29,11 +29,6 @@ EXACT = replace(OPTIONS, rerank="exact", candidates=20)
 
 def open_named(folder: Path, name: str) -> InfluenceIndex:
     return InfluenceIndex.open(folder / name, f"{folder}/shard_task.py:task", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shard_folder(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def sharded(folder: Path) -> Iterator[InfluenceIndex]:
     index.close()
 
 
-def workers(index: InfluenceIndex) -> list[LocalWorker]:
+def workers(index: InfluenceIndex) -> list[ServiceProcess]:
     search: Any = index._workers
     assert isinstance(search, ShardSearch)
     return [slot._worker for slot in search._group._slots]  # type: ignore[misc]
@@ -185,7 +180,7 @@ def test_a_missing_shard_is_an_error_unless_partial_answers_are_allowed(folder: 
 @pytest.mark.slow
 def test_a_damaged_shard_is_reported_by_the_start(folder: Path, single: InfluenceIndex) -> None:
     with pytest.raises(DamagedIndexError):
-        LocalWorker.start(_raise_damage)
+        ServiceProcess.start(_raise_damage)
 
 
 def _raise_damage() -> Any:

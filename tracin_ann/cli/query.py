@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,12 +135,13 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     with nullcontext() if options["exact"] else wait_passively():
         index = open_index(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    if options["shard_workers"]:
-        _start_workers(index, options)
-    if options["self_influence"]:
-        write_self_influence(index, options, sink, html)
-    else:
-        _write_answers(index, options, sink, html)
+    with closing(index):
+        if options["shard_workers"]:
+            _start_workers(index, options)
+        if options["self_influence"]:
+            write_self_influence(index, options, sink, html)
+        else:
+            _write_answers(index, options, sink, html)
 
 
 def _reject_unused_options(options: Mapping[str, object]) -> None:
@@ -148,8 +149,8 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
     given = find_given_options()
     for other in given & {"deadline", "allow_partial"}:
         if not options["shard_workers"]:
-            what, flag = "an option is for workers", f"--{other.replace('_', '-')}"
-            raise UsageError(problem(what, got=flag, expected="--shard-workers", remedy="add it, or remove the option"))
+            flag, remedy = f"--{other.replace('_', '-')}", "add it, or remove the option"
+            raise UsageError(problem(f"{flag} is for workers", got=flag, expected="--shard-workers", remedy=remedy))
     for name, (effect, unused) in _EXCLUSIVE.items():
         for other in unused:
             if options[name] and other in given:

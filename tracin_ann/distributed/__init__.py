@@ -10,6 +10,7 @@ from __future__ import annotations
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, ThisProcess, Worker
 from tracin_ann.distributed.processes import ProcessLauncher
 from tracin_ann.distributed.ray_cluster import RayLauncher
+from tracin_ann.distributed.service import ServiceLauncher
 from tracin_ann.distributed.shard_search import ShardOptions, ShardSearch, ShardTask, open_shard_search
 from tracin_ann.distributed.units import Shard
 
@@ -18,6 +19,7 @@ __all__ = [
     "OpenWorker",
     "ProcessLauncher",
     "RayLauncher",
+    "ServiceLauncher",
     "Shard",
     "ShardOptions",
     "ShardSearch",

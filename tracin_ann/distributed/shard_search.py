@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from tracin_ann.device import import_faiss
-from tracin_ann.distributed.worker import LocalWorker
-from tracin_ann.distributed.worker_group import Launch, NoReplyError, WorkerGroup
+from tracin_ann.distributed.service import ServiceLauncher, ServiceProcess
+from tracin_ann.distributed.service_group import Launch, NoReplyError, ServiceGroup
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, load_index_task
 from tracin_ann.scoring import Coverage, Queries, RowScorer, make_exact_scorer
@@ -67,7 +67,7 @@ class ShardTask:
     Attributes:
         directory: the directory of the index.
         manifest: the manifest of the index.
-        name: its name; None: that in the manifest.
+        name: its name.
         arguments: its arguments; None: those in the manifest.
         options: how the model runs.
         memory_bytes: the largest number of bytes of weights that remain in memory.
@@ -75,7 +75,7 @@ class ShardTask:
 
     directory: Path
     manifest: Manifest
-    name: str | None
+    name: str
     arguments: Mapping[str, str] | None
     options: RunOptions
     memory_bytes: int | None
@@ -93,17 +93,18 @@ class ShardService:
     Attributes:
         file: the file of the shard.
         task: the task, which the first request for exact scores imports; None: there are no such requests.
-        threads: CPU threads of the worker.
+        threads: CPU threads of the worker; None: as the environment says.
     """
 
     file: ShardFile
     task: ShardTask | None
-    threads: int
+    threads: int | None
 
     def open(self) -> ShardService:
         """Return this service after opening the file; called in the worker."""
-        torch.set_num_threads(self.threads)
-        import_faiss().omp_set_num_threads(self.threads)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+            import_faiss().omp_set_num_threads(self.threads)
         _ = self._lists
         return self
 
@@ -152,7 +153,7 @@ class ExactRequest:
 class ShardSearch:
     """The workers of an open index, one for each shard; see `open_shard_search`."""
 
-    def __init__(self, group: WorkerGroup, index: IVFIndex, options: ShardOptions, *, has_task: bool) -> None:
+    def __init__(self, group: ServiceGroup, index: IVFIndex, options: ShardOptions, *, has_task: bool) -> None:
         self._group, self._options, self._has_task = group, options, has_task
         self._n_shards, self._index = index.params.shards, index.with_scanner(self.scan)
         self._local = threading.local()
@@ -264,14 +265,21 @@ class _WorkerScorer:
         return scores_QN
 
 
-def open_shard_search(index: SearchIndex, folder: Path, task: ShardTask | None, options: ShardOptions) -> ShardSearch:
-    """Start a worker process for each shard of an index of this machine, and return them.
+def open_shard_search(
+    index: SearchIndex,
+    folder: Path,
+    task: ShardTask | None,
+    options: ShardOptions,
+    launcher: ServiceLauncher | None = None,
+) -> ShardSearch:
+    """Start a worker for each shard of an index, and return them.
 
     Args:
         index: the search index.
         folder: the folder with its files.
         task: the task by its name; None: it has none, and workers do not compute exact scores.
         options: see ShardOptions.
+        launcher: starts the workers; None: as processes of this machine.
 
     Raises:
         UsageError: the index is not one of inverted lists.
@@ -284,10 +292,12 @@ def open_shard_search(index: SearchIndex, folder: Path, task: ShardTask | None, 
             "build it with --index ivf --index-shards N, or search without workers",
         )
         raise UsageError(problem(what, got=f"the kind {index.kind}", expected="ivf", remedy=remedy))
-    files = index.list_shards(folder)
-    threads = max(1, torch.get_num_threads() // len(files))
+    files = index.list_shards(folder.absolute())
+    start = ServiceProcess.start if launcher is None else launcher.start_service
+    # Together, processes of this machine use as many threads as this one.
+    threads = max(1, torch.get_num_threads() // len(files)) if launcher is None else None
     services = [ShardService(file, task, threads) for file in files]
-    launches: list[Launch] = [partial(LocalWorker.start, service.open) for service in services]
-    group = WorkerGroup(launches, options.restarts)
+    launches: list[Launch] = [partial(start, service.open) for service in services]
+    group = ServiceGroup(launches, options.restarts)
     group.start()
     return ShardSearch(group, index, options, has_task=task is not None)

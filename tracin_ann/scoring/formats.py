@@ -238,7 +238,7 @@ def _open_parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence
     def open_file(records: Sequence[Record]) -> tuple[Any, Any]:
         columns = []
         for name, kind in fields.kinds:
-            ids = [record[name] for record in records if record[name] is not None]
+            ids = [record[name] for record in records if record.get(name) is not None]
             is_int = (bool(ids) or not records) and all(isinstance(value, int) for value in ids)
             columns.append((name, (pa.int64() if is_int else pa.string()) if kind == "id" else kinds[kind]))
         schema = pa.schema(columns, metadata={"tracin_ann.schema": str(SCHEMA)})

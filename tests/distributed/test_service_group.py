@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from tracin_ann.distributed.worker import Worker, WorkerDied
-from tracin_ann.distributed.worker_group import NoReplyError, WorkerGroup
+from tracin_ann.distributed.service import ServiceWorker, WorkerDied
+from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError
 
 LONG_S = 60
 
 
 @dataclass
-class Scripted(Worker):
+class Scripted(ServiceWorker):
     """A worker whose request is a list of what happens at each attempt; it replies with its number and attempt."""
 
     number: int
@@ -52,7 +52,7 @@ class Cluster:
     started: list[int] = field(default_factory=list)
     attempts: dict[int, list[str]] = field(default_factory=lambda: {0: [], 1: []})
 
-    def launch(self, number: int) -> Worker:
+    def launch(self, number: int) -> ServiceWorker:
         self.started.append(number)
         return Scripted(number, self.attempts[number])
 
@@ -63,30 +63,30 @@ def cluster() -> Cluster:
 
 
 @pytest.fixture
-def group(cluster: Cluster) -> Iterator[WorkerGroup]:
-    made = WorkerGroup([partial(cluster.launch, number) for number in range(2)], restarts=2)
+def group(cluster: Cluster) -> Iterator[ServiceGroup]:
+    made = ServiceGroup([partial(cluster.launch, number) for number in range(2)], restarts=2)
     made.start()
     yield made
     made.close()
 
 
-def test_each_worker_replies_to_its_request(group: WorkerGroup, cluster: Cluster) -> None:
+def test_each_worker_replies_to_its_request(group: ServiceGroup, cluster: Cluster) -> None:
     assert group.ask([["replies"], ["replies"]]) == [(0, 0), (1, 0)]
     assert sorted(cluster.started) == [0, 1]
 
 
-def test_a_worker_without_request_is_not_asked(group: WorkerGroup, cluster: Cluster) -> None:
+def test_a_worker_without_request_is_not_asked(group: ServiceGroup, cluster: Cluster) -> None:
     assert group.ask([None, ["replies"]]) == [None, (1, 0)]
     assert cluster.attempts == {0: [], 1: ["replies"]}
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_worker_that_ends_is_started_and_asked_again(group: WorkerGroup, cluster: Cluster, deaths: int) -> None:
+def test_a_worker_that_ends_is_started_and_asked_again(group: ServiceGroup, cluster: Cluster, deaths: int) -> None:
     assert group.ask([["replies"], ["dies"] * deaths + ["replies"]]) == [(0, 0), (1, deaths)]
     assert sorted(cluster.started) == [0] + [1] * (deaths + 1)
 
 
-def test_a_worker_that_ends_at_every_attempt_is_an_error(group: WorkerGroup, cluster: Cluster) -> None:
+def test_a_worker_that_ends_at_every_attempt_is_an_error(group: ServiceGroup, cluster: Cluster) -> None:
     first, second = group.ask([["replies"], ["dies"] * 3 + ["replies"]])
     assert first == (0, 0)
     assert isinstance(second, NoReplyError) and "worker 1 ends before it replies: got scripted" in str(second)
@@ -95,7 +95,7 @@ def test_a_worker_that_ends_at_every_attempt_is_an_error(group: WorkerGroup, clu
     assert group.ask([None, ["dies"] * 3 + ["replies"]]) == [None, (1, 3)]
 
 
-def test_a_late_worker_is_replaced(group: WorkerGroup, cluster: Cluster) -> None:
+def test_a_late_worker_is_replaced(group: ServiceGroup, cluster: Cluster) -> None:
     first, second = group.ask([["replies"], ["hangs"]], deadline_s=0.05)
     assert first == (0, 0)
     assert isinstance(second, NoReplyError) and "worker 1 is late: got no reply in 0.05 s" in str(second)
@@ -104,7 +104,7 @@ def test_a_late_worker_is_replaced(group: WorkerGroup, cluster: Cluster) -> None
     assert cluster.attempts[1] == ["hangs", "replies"]
 
 
-def test_an_error_of_a_service_is_raised(group: WorkerGroup, cluster: Cluster) -> None:
+def test_an_error_of_a_service_is_raised(group: ServiceGroup, cluster: Cluster) -> None:
     with pytest.raises(DamagedIndexError, match="scripted damage"):
         group.ask([["replies"], ["fails"]])
     assert sorted(cluster.started) == [0, 1]
@@ -113,15 +113,15 @@ def test_an_error_of_a_service_is_raised(group: WorkerGroup, cluster: Cluster) -
 
 @pytest.mark.parametrize("error", [DamagedIndexError, WorkerDied])
 def test_a_worker_that_does_not_start_is_an_error(cluster: Cluster, error: type[Exception]) -> None:
-    def fail() -> Worker:
+    def fail() -> ServiceWorker:
         raise error("no start")
 
-    launches: list[Callable[[], Worker]] = [partial(cluster.launch, 0), fail]
+    launches: list[Callable[[], ServiceWorker]] = [partial(cluster.launch, 0), fail]
     with pytest.raises(NoReplyError if error is WorkerDied else error, match="no start"):
-        WorkerGroup(launches, restarts=1).start()
+        ServiceGroup(launches, restarts=1).start()
 
 
-def test_several_threads_ask(group: WorkerGroup) -> None:
+def test_several_threads_ask(group: ServiceGroup) -> None:
     replies: list[Any] = []
 
     def ask() -> None:
@@ -135,7 +135,7 @@ def test_several_threads_ask(group: WorkerGroup) -> None:
     assert sorted(first for (_, first), _ in replies) == sorted(second for _, (_, second) in replies) == list(range(8))
 
 
-def test_requests_of_a_closed_group_are_rejected(group: WorkerGroup) -> None:
+def test_requests_of_a_closed_group_are_rejected(group: ServiceGroup) -> None:
     group.close()
     with pytest.raises(RuntimeError, match="shutdown"):
         group.ask([["replies"], ["replies"]])

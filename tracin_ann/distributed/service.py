@@ -6,12 +6,14 @@ import contextlib
 import multiprocessing
 import pickle
 import signal
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
+from tracin_ann.distributed.processes import WorkerTraceback
 from tracin_ann.errors import TracinAnnError, WorkerError, first_line, problem
 
 
@@ -23,14 +25,14 @@ class Service(Protocol):
 
 
 MakeService = Callable[[], Service]
-"""Makes the service in the worker; it is pickled, as requests and replies are."""
+"""Makes the service in the worker; it can be pickled, as requests and replies."""
 
 
 class WorkerDied(Exception):
     """The worker ended before it replied; the message says how."""
 
 
-class Worker(ABC):
+class ServiceWorker(ABC):
     """A process with a service. One thread runs requests; another may call `stop` at any time."""
 
     @abstractmethod
@@ -51,7 +53,19 @@ class Worker(ABC):
         """End the worker at once, even if it does not react; a second call does nothing."""
 
 
-class LocalWorker(Worker):
+class ServiceLauncher(Protocol):
+    """Starts workers somewhere."""
+
+    def start_service(self, make_service: MakeService) -> ServiceWorker:
+        """Start a worker, and return it when its service is open.
+
+        Raises:
+            WorkerDied: it ended before.
+            Exception: what `make_service` raises in the worker.
+        """
+
+
+class ServiceProcess(ServiceWorker):
     """A spawned process of this machine, connected by a pipe; it ends with this process."""
 
     def __init__(self, process: SpawnProcess, connection: Connection) -> None:
@@ -59,7 +73,7 @@ class LocalWorker(Worker):
         self._process, self._connection = process, connection
 
     @classmethod
-    def start(cls, make_service: MakeService) -> LocalWorker:
+    def start(cls, make_service: MakeService) -> ServiceProcess:
         """Start a process and return it when its service is open.
 
         Raises:
@@ -82,7 +96,7 @@ class LocalWorker(Worker):
         return self._process.pid
 
     def run(self, request: Any) -> Any:
-        """Return the service's reply, see `Worker`."""
+        """Return the service's reply, see `ServiceWorker`."""
         content = pickle.dumps(request)
         try:
             self._connection.send_bytes(content)
@@ -101,42 +115,59 @@ class LocalWorker(Worker):
             content = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise self._describe_end() from error
-        is_error, value = pickle.loads(content)  # noqa: S301 - written by the worker that this process started
-        if is_error:
-            raise value
-        return value
+        return unpack_result(content)
 
     def _describe_end(self) -> WorkerDied:
         self._process.join()
         return WorkerDied(f"process {self._process.pid} ended with status {self._process.exitcode}")
 
 
-def _serve(connection: Connection, make_service: MakeService) -> None:
-    """Make the service and run requests until the other end of the pipe closes: the process of a `LocalWorker`."""
-    # Ctrl-C interrupts the process that waits for the reply; the pipe then closes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, OSError), connection:
-        try:
-            service = make_service()
-        except Exception as error:  # noqa: BLE001 - raised by the process that started this one
-            connection.send_bytes(pack_error(error))
-            return
-        connection.send_bytes(pickle.dumps((False, None)))
-        while True:
-            connection.send_bytes(_run_request(service, connection.recv_bytes()))
+class ServiceHost:
+    """A service in its worker; replies are pickled, with the errors that the worker's owner raises."""
+
+    def __init__(self, make_service: MakeService) -> None:
+        """Store the function; `open` calls it."""
+        self._make_service = make_service
+
+    def open(self) -> bytes:
+        """Make the service, and return the reply None."""
+        return _pack_result(self._open)
+
+    def run(self, request: bytes) -> bytes:
+        """Return the reply to a pickled request."""
+        return _pack_result(lambda: self._service.run(pickle.loads(request)))
+
+    def _open(self) -> None:
+        self._service = self._make_service()
 
 
-def _run_request(service: Service, content: bytes) -> bytes:
-    """Return the pickled reply to a pickled request."""
+def _pack_result(call: Callable[[], Any]) -> bytes:
+    """Return the pickled result of a call, or its error with the traceback as text."""
     try:
-        return pickle.dumps((False, service.run(pickle.loads(content))))  # noqa: S301 - written by the parent process
-    except Exception as error:  # noqa: BLE001 - raised by the process that asked
-        return pack_error(error)
-
-
-def pack_error(error: Exception) -> bytes:
-    """Return a pickled reply with an error of the library, or one that names another error."""
-    if not isinstance(error, TracinAnnError):
+        return pickle.dumps((call(), None))
+    except Exception as error:
+        # Exceptions of other packages may not be picklable.
         what, remedy = "a worker failed", "run the same command without workers"
-        error = WorkerError(problem(what, got=first_line(error), expected="a reply", remedy=remedy))
-    return pickle.dumps((True, error))
+        other = WorkerError(problem(what, got=first_line(error), expected="a reply", remedy=remedy))
+        sent = error if isinstance(error, TracinAnnError) else other
+        return pickle.dumps((None, (sent, traceback.format_exc())))
+
+
+def unpack_result(content: bytes) -> Any:
+    """Return the result in a reply of `ServiceHost`, or raise its error."""
+    result, failure = pickle.loads(content)
+    if failure is not None:
+        error, text = failure
+        raise error from WorkerTraceback(text)
+    return result
+
+
+def _serve(connection: Connection, make_service: MakeService) -> None:
+    """Run requests until the other end of the pipe closes: the main function of a process."""
+    # Ctrl-C reaches all processes of a terminal; the pipe then closes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    host = ServiceHost(make_service)
+    with contextlib.suppress(EOFError, OSError), connection:
+        connection.send_bytes(host.open())
+        while True:
+            connection.send_bytes(host.run(connection.recv_bytes()))

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from tracin_ann.distributed.worker import Worker, WorkerDied
+from tracin_ann.distributed.service import ServiceWorker, WorkerDied
 from tracin_ann.errors import WorkerError, problem
 
-Launch = Callable[[], Worker]
+Launch = Callable[[], ServiceWorker]
 """Starts a worker and returns it when it is ready."""
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class NoReplyError(WorkerError):
     """A worker ended at every attempt, or did not reply in time."""
 
 
-class WorkerGroup:
+class ServiceGroup:
     """Workers with one thread each, which sends requests and restarts the worker; several threads may ask."""
 
     def __init__(self, launches: Sequence[Launch], restarts: int) -> None:
@@ -94,7 +94,7 @@ class _Slot:
 
     def __init__(self, name: str, launch: Launch, restarts: int) -> None:
         self._name, self._launch, self._restarts = name, launch, restarts
-        self._worker: Worker | None = None
+        self._worker: ServiceWorker | None = None
         self._turn = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
@@ -134,7 +134,7 @@ class _Slot:
         if worker is not None:
             worker.stop()
 
-    def _try(self, run: Callable[[Worker], Any], turn: int) -> Any:
+    def _try(self, run: Callable[[ServiceWorker], Any], turn: int) -> Any:
         """Return the result of a call with the worker, which is started if needed, and again if it ends.
 
         Raises:
