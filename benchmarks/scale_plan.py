@@ -1,9 +1,9 @@
 """Plan of builds up to a billion rows: time, machines, memory, disk and cost, simulated with measured constants.
 
 A build is a set of units of work, one for each partition and checkpoint. Workers take one unit after the other; a unit
-of a worker that fails is computed again. The inverted lists follow: they are trained once, and each machine fills those
-of its rows. Costs that depend on N follow the number of operations, with factors fitted to measured sizes. `--measure`
-builds indexes of growing size on this machine, fits the factors to the small ones, and predicts the others.
+of a worker that fails is computed again. One machine then builds the inverted lists, calibrates and publishes. Costs
+that depend on N follow the number of operations, with factors fitted to measured sizes. `--measure` builds indexes of
+growing size on this machine, fits the factors to the small ones, and predicts the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FITTED = 3
 _CHECKPOINTS, _DIM = 3, 256
 _HOUR = 3600.0
 _DAY = 24 * _HOUR
-_COUNTS = tuple(round(2 ** (i / 2)) for i in range(2, 25))
+_COUNTS = tuple(dict.fromkeys(round(2 ** (i / 2)) for i in range(25)))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Factors:
     Attributes:
         start: seconds until a worker computes its first unit.
         row: seconds of the features of a row at a checkpoint, with their files.
-        finish: seconds of calibration, estimate of fidelity and audit, without the lists.
+        finish: seconds of calibration, estimate of fidelity and audit: fixed, and per row.
         lists: seconds of building lists: fixed, per row, and per comparison of a row with a centroid.
         list_bytes: bytes of lists: per row, and per list.
         query: seconds of one query in lists: fixed, and per √N.
@@ -55,7 +55,7 @@ class Factors:
 
     start: float
     row: float
-    finish: float
+    finish: tuple[float, float]
     lists: tuple[float, float, float]
     list_bytes: tuple[float, float]
     query: tuple[float, float]
@@ -64,7 +64,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Machines:
-    """A cluster of equal machines with a shared file system.
+    """A cluster of equal machines with a shared file system. The defaults are assumptions.
 
     Attributes:
         count: number of machines, each with one worker.
@@ -103,11 +103,12 @@ class Plan:
     """The result of a simulation.
 
     Attributes:
+        machines: that compute features.
         features_s, lists_s, finish_s: wall seconds of the parts of a build.
         repeated: units that were computed again.
-        memory: bytes of a machine that answers queries from its part of the lists.
+        memory: bytes of the lists, which the machine that finishes the build has in memory.
         disk: bytes of all files.
-        query_s: seconds of a query in both directions; all machines search their parts at the same time.
+        query_s: seconds to search the lists for a query in both directions, on one machine.
         cost: machine hours times the price.
     """
 
@@ -130,24 +131,24 @@ class Plan:
 def simulate(job: Job, factors: Factors, machines: Machines, seed: int = 0) -> Plan:
     """Return the plan of a job; failures are drawn from an exponential distribution."""
     features_s, repeated = simulate_features(job, factors, machines, seed)
-    n_lists, parts = IVFParams().count_lists(job.rows), machines.count
-    trained, filled = count_comparisons(job.rows, n_lists)
+    n_lists = IVFParams().count_lists(job.rows)
     fixed, row, comparison = factors.lists
-    lists_s = fixed + comparison * trained + (row * job.rows + comparison * filled) / parts
-    lists_s = max(lists_s, 2 * job.rows * job.row_bytes / min(machines.disk, parts * machines.network))
-    finish_s = factors.finish + factors.scan * job.rows * 100 / parts
+    lists_s = fixed + row * job.rows + comparison * count_comparisons(job.rows, n_lists)
+    # The rows are read twice, and once more for the calibration.
+    read_s = job.rows * job.row_bytes / min(machines.disk, machines.network)
+    lists_s = max(lists_s, 2 * read_s)
+    finish_s = max(factors.finish[0] + factors.finish[1] * job.rows, read_s)
     lists_bytes = factors.list_bytes[0] * job.rows + factors.list_bytes[1] * n_lists
-    wall_s = features_s + lists_s + finish_s
     return Plan(
-        parts,
-        features_s,
-        lists_s,
-        finish_s,
-        repeated,
-        factors.list_bytes[0] * job.rows / parts + factors.list_bytes[1] * n_lists,
-        job.rows * job.row_bytes + lists_bytes,
-        factors.query[0] + factors.query[1] * math.sqrt(job.rows / parts),
-        machines.price * parts * wall_s / _HOUR,
+        machines=machines.count,
+        features_s=features_s,
+        lists_s=lists_s,
+        finish_s=finish_s,
+        repeated=repeated,
+        memory=lists_bytes,
+        disk=job.rows * job.row_bytes + lists_bytes,
+        query_s=factors.query[0] + factors.query[1] * math.sqrt(job.rows),
+        cost=machines.price * (machines.count * features_s + lists_s + finish_s) / _HOUR,
     )
 
 
@@ -184,20 +185,20 @@ def _draw_failure(random: np.random.Generator, machines: Machines) -> float:
     return float(random.exponential(_HOUR / machines.failures)) if machines.failures else math.inf
 
 
-def count_comparisons(n_rows: int, n_lists: int) -> tuple[float, float]:
-    """Return the comparisons of rows with centroids to train lists, and to fill them.
+def count_comparisons(n_rows: int, n_lists: int) -> float:
+    """Return the comparisons of rows with centroids to train lists and to fill them.
 
     There are 4·√L groups. k-means runs for 8 iterations over 16 rows per list, first for groups and then for the lists
     of each group. A row is compared with the groups and with the lists of its 3 nearest groups.
     """
     groups = 4 * math.sqrt(n_lists)
     in_group = n_lists / groups
-    return 8 * 16 * n_lists * (groups + in_group), n_rows * (groups + 3 * in_group)
+    return 8 * 16 * n_lists * (groups + in_group) + n_rows * (groups + 3 * in_group)
 
 
 def fit_lists(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     """Return the factors of building lists by (rows, seconds) of at least three sizes."""
-    terms = [(1.0, n, sum(count_comparisons(n, IVFParams().count_lists(n)))) for n, _ in points]
+    terms = [(1.0, n, count_comparisons(n, IVFParams().count_lists(n))) for n, _ in points]
     return _fit(terms, [seconds for _, seconds in points])  # type: ignore[return-value]
 
 
@@ -222,7 +223,7 @@ def fit_search(n_fitted: int) -> Factors:
     query = _fit([(1.0, math.sqrt(n)) for n in sizes], singles)
     scan = _fit([(n,) for n in sizes], [o["times"]["scan of the files"]["batch"] for o in own])
     lists = fit_lists([(n, o["build_seconds"]) for n, o in zip(sizes, own, strict=True)])
-    return Factors(0.0, 0.0, 0.0, lists, bytes_per[:2], query[:2], scan[0])  # type: ignore[arg-type]
+    return Factors(0.0, 0.0, (0.0, 0.0), lists, bytes_per[:2], query[:2], scan[0])  # type: ignore[arg-type]
 
 
 def _find_query_seconds(result: dict[str, Any]) -> float:
@@ -247,9 +248,8 @@ def check_search() -> Iterator[Check]:
     factors, largest = fit_search(len(results) - 1), results[-1]
     n_rows, n_lists = largest["rows"], largest["sq8"]["lists"]
     where, fitted = f"{n_rows:,} rows", f"{results[0]['rows']:,} to {results[-2]['rows']:,} rows"
-    comparisons = sum(count_comparisons(n_rows, n_lists))
     fixed, row, comparison = factors.lists
-    predicted = fixed + row * n_rows + comparison * comparisons
+    predicted = fixed + row * n_rows + comparison * count_comparisons(n_rows, n_lists)
     yield Check(f"inverted lists of {where}", fitted, "s", predicted, largest["sq8"]["build_seconds"])
     predicted = factors.list_bytes[0] + factors.list_bytes[1] * n_lists / n_rows
     yield Check(f"bytes per row of lists, {where}", fitted, "B", predicted, largest["sq8"]["bytes_a_row"])
@@ -294,11 +294,8 @@ def fit_builds(builds: Sequence[dict[str, Any]]) -> Factors:
     (row,) = _fit([(n,) for n in units], [b["features_s"] for b in builds])
     start = float(np.median([b["start_s"] for b in builds]))
     search = fit_search(len(read_results("retrieval")["results"]))
-    lists = fit_lists([(b["rows"], b["index_s"]) for b in builds])
-    # The factor of comparisons needs larger sizes.
-    lists = (lists[0], lists[1], lists[2] or search.lists[2])
-    finish = float(np.median([b["rest_s"] - search.scan * b["rows"] * 100 for b in builds]))
-    return replace(search, start=start, row=row, finish=max(0.0, finish), lists=lists)
+    finish = _fit([(1.0, b["rows"]) for b in builds], [b["rest_s"] for b in builds])
+    return replace(search, start=start, row=row, finish=finish[:2])  # type: ignore[arg-type]
 
 
 def make_task(n_rows: int, folder: Path) -> Task:
@@ -344,15 +341,16 @@ def measure_build(n_rows: int) -> dict[str, Any]:
 
 
 def choose_machines(job: Job, factors: Factors, limit_s: float) -> Plan:
-    """Return the plan with the fewest machines of `_COUNTS` that builds within a time; else that of the shortest."""
-    plans = (simulate(job, factors, Machines(count)) for count in (1, *_COUNTS))
-    best: Plan | None = None
-    for plan in plans:
-        if plan.wall_s <= limit_s:
+    """Return the plan with the fewest machines of `_COUNTS` whose features take at most a time.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for count in _COUNTS:
+        plan = simulate(job, factors, Machines(count))
+        if plan.features_s <= limit_s:
             return plan
-        best = plan if best is None or plan.wall_s < best.wall_s else best
-    assert best is not None
-    return best
+    raise ValueError(f"the features of {job} take longer than {limit_s:,.0f} s with {_COUNTS[-1]:,} machines")
 
 
 def make_plans(factors: Factors, row_seconds: dict[str, float], limit_s: float) -> Iterator[dict[str, Any]]:
@@ -369,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="build indexes; otherwise their recorded times are used")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--days", type=float, default=1.0, help="the longest build, in days")
+    parser.add_argument("--days", type=float, default=1.0, help="the longest computation of features, in days")
     parser.add_argument("--row-us", type=float, help="print plans for these microseconds per row and checkpoint")
     options = parser.parse_args()
     builds = [measure_build(n) for n in sorted(options.sizes)] if options.measure else _read_builds()
