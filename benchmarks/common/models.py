@@ -1,4 +1,4 @@
-"""Models of the speed benchmarks (MNIST CNN, ResNet-9, GPT), and tasks with synthetic data."""
+"""Models of the speed benchmarks (MNIST CNN, ResNet-9, GPT), a small MLP, and tasks with synthetic data."""
 
 from __future__ import annotations
 
@@ -119,5 +119,33 @@ def make_task(name: str, folder: str, n_rows: int) -> Task:
         loss=model.loss,
         train_data=lambda: rows,
         query_data=lambda: rows[:4],
+        checkpoints=[Checkpoint(f"{folder}/0.pt", learning_rate=0.1)],
+    )
+
+
+class Repeated(torch.utils.data.Dataset):
+    """A data set that repeats a few rows."""
+
+    def __init__(self, distinct: list, n_rows: int) -> None:
+        self.distinct, self.n_rows = distinct, n_rows
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, i: int) -> object:
+        return self.distinct[i % len(self.distinct)]
+
+
+def make_mlp_task(folder: str, n_rows: int) -> Task:
+    """Return the task of a small MLP; its checkpoint is saved in a folder."""
+    g = torch.Generator().manual_seed(0)
+    distinct = [(torch.randn(16, generator=g), i % 4) for i in range(512)]
+    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    torch.save(net.state_dict(), f"{folder}/0.pt")
+    return Task(
+        model=lambda: net,
+        loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none"),
+        train_data=lambda: Repeated(distinct, n_rows),
+        query_data=lambda: distinct[:4],
         checkpoints=[Checkpoint(f"{folder}/0.pt", learning_rate=0.1)],
     )

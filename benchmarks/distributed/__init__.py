@@ -1,0 +1,1 @@
+"""Builds in several processes and on clusters."""

@@ -1,0 +1,124 @@
+"""Speed of builds whose features are computed by workers, compared with one process, and the memory of the driver.
+
+Each build runs in its own process with one CPU thread for each worker. The rate is that of the features after the first
+second, from the first report of progress to the last one; the start of workers is listed separately. Rounds alternate
+between the ways of building, so that changes of the machine affect all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.common import models
+from benchmarks.common.results import write_results
+from tracin_ann import BuildConfig, ProcessLauncher, RayLauncher, build
+from tracin_ann.distributed import Launcher
+
+RESULT = "launchers"
+WAYS: dict[str, Callable[[], Launcher | None]] = {
+    "one process": lambda: None,
+    "1 process": lambda: ProcessLauncher(["cpu"]),
+    "2 processes": lambda: ProcessLauncher(["cpu", "cpu"]),
+    "Ray, 1 worker": lambda: RayLauncher("local", workers=1),
+    "Ray, 2 workers": lambda: RayLauncher("local", workers=2),
+}
+MODEL, PARTITION_ROWS = "MNIST CNN", 4096
+
+
+def build_once(way: str, kind: str, n_rows: int) -> dict[str, float]:
+    """Build an index and return the seconds until the first report, and the rate and peak memory of the features."""
+    torch.set_num_threads(2 if way == "2 processes" else 1)
+    reports: list[tuple[float, int]] = []
+    peak_mb = 0.0
+    began_s = perf_counter()
+
+    def note(stage: str, done: int, total: int) -> None:
+        nonlocal peak_mb
+        if stage == "features":
+            reports.append((perf_counter() - began_s, done))
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+    with tempfile.TemporaryDirectory() as folder:
+        task = models.make_task(MODEL, folder, n_rows) if kind == "speed" else models.make_mlp_task(folder, n_rows)
+        config = BuildConfig(
+            dim=1024 if kind == "speed" else 64,
+            batch_size=models.MODELS[MODEL].batch_size if kind == "speed" else 512,
+            partition_rows=PARTITION_ROWS,
+            index="flat",
+            yardstick=False,
+            device="cpu",
+        )
+        build(task, Path(folder) / "index", config, progress=note, launcher=WAYS[way]())
+    # Batches of one process are reported one by one: skip the first second of each way.
+    first = next(report for report in reports if report[0] >= reports[0][0] + 1)
+    rate = (reports[-1][1] - first[1]) / (reports[-1][0] - first[0])
+    return {
+        "first_report_s": reports[0][0],
+        "rows_per_s": rate,
+        "total_s": perf_counter() - began_s,
+        "driver_mb": peak_mb,
+    }
+
+
+def run_alone(way: str, kind: str, n_rows: int) -> dict[str, float]:
+    """Run one build in its own process."""
+    words = ["--way", way, "--kind", kind, "--rows", str(n_rows)]
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "2" if way == "2 processes" else "1"}
+    command = [sys.executable, "-m", "benchmarks.distributed.launchers", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(way, kind, n_rows, found, flush=True)
+    return found
+
+
+def compare_speed(n_rows: int, rounds: int) -> list[dict[str, Any]]:
+    """Return the median figures of every way, and their ratio to one process in the same round."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, runs in found.items():
+            runs.append(run_alone(way, "speed", n_rows))
+    results = []
+    for way, runs in found.items():
+        ratios = [run["rows_per_s"] / one["rows_per_s"] for run, one in zip(runs, found["one process"], strict=True)]
+        figures = {name: median(run[name] for run in runs) for name in runs[0]}
+        results.append({"way": way, "rows": n_rows, **figures, "ratio": median(ratios), "ratios": ratios})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--speed-rows", type=int, default=65_536, help="rows of the builds whose speed is measured")
+    parser.add_argument("--rounds", type=int, default=3, help="builds of each way")
+    parser.add_argument(
+        "--memory-rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes of the builds of a small MLP"
+    )
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=["speed", "memory"], help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(build_once(options.way, options.kind, options.rows)))
+        return
+    results = compare_speed(options.speed_rows, options.rounds) if options.rounds else []
+    for n_rows in options.memory_rows:
+        for way in ("2 processes", "Ray, 2 workers"):
+            results.append({"way": way, "model": "small MLP", "rows": n_rows, **run_alone(way, "memory", n_rows)})
+    settings = {"model": MODEL, "partition_rows": PARTITION_ROWS, "rounds": options.rounds}
+    print(write_results(RESULT, settings, results))
+
+
+if __name__ == "__main__":
+    main()
