@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,11 +107,18 @@ MODELS = {
 }
 
 
+def save_once(make: Callable[[], nn.Module], folder: str) -> None:
+    """Save the weights of a new model as the checkpoint in a folder, unless a process has done so."""
+    path = Path(folder) / "0.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        torch.save(make().state_dict(), path)
+
+
 def make_task(name: str, folder: str, n_rows: int) -> Task:
-    """Return a task with synthetic rows and one checkpoint, which is saved in `folder`."""
+    """Return a task with synthetic rows and one checkpoint, which is saved in `folder` unless it is there."""
     model = MODELS[name]
-    torch.manual_seed(0)
-    torch.save(model.make().state_dict(), f"{folder}/0.pt")
+    save_once(model.make, folder)
     generator = torch.Generator().manual_seed(1)
     distinct = [model.example(generator) for _ in range(min(n_rows, 512))]
     rows = [distinct[i % len(distinct)] for i in range(n_rows)]
@@ -136,14 +144,17 @@ class Repeated(torch.utils.data.Dataset):
         return self.distinct[i % len(self.distinct)]
 
 
+def make_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
 def make_mlp_task(folder: str, n_rows: int) -> Task:
-    """Return the task of a small MLP; its checkpoint is saved in a folder."""
+    """Return the task of a small MLP; its checkpoint is saved in `folder` unless it is there."""
     g = torch.Generator().manual_seed(0)
     distinct = [(torch.randn(16, generator=g), i % 4) for i in range(512)]
-    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    torch.save(net.state_dict(), f"{folder}/0.pt")
+    save_once(make_mlp, folder)
     return Task(
-        model=lambda: net,
+        model=make_mlp,
         loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none"),
         train_data=lambda: Repeated(distinct, n_rows),
         query_data=lambda: distinct[:4],

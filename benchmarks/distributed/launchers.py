@@ -23,19 +23,28 @@ from typing import Any
 import torch
 
 from benchmarks.common import models
+from benchmarks.common.paths import ROOT
 from benchmarks.common.results import write_results
-from tracin_ann import BuildConfig, ProcessLauncher, RayLauncher, build
+from tracin_ann import BuildConfig, ProcessLauncher, RayLauncher, Task, build
 from tracin_ann.distributed import Launcher
 
 RESULT = "launchers"
 WAYS: dict[str, Callable[[], Launcher | None]] = {
     "one process": lambda: None,
-    "1 process": lambda: ProcessLauncher(["cpu"]),
     "2 processes": lambda: ProcessLauncher(["cpu", "cpu"]),
     "Ray, 1 worker": lambda: RayLauncher("local", workers=1),
     "Ray, 2 workers": lambda: RayLauncher("local", workers=2),
 }
 MODEL, PARTITION_ROWS = "MNIST CNN", 4096
+MODULE = "benchmarks.distributed.launchers"
+
+
+def make_speed_task(folder: str, n_rows: str) -> Task:
+    return models.make_task(MODEL, folder, int(n_rows))
+
+
+def make_memory_task(folder: str, n_rows: str) -> Task:
+    return models.make_mlp_task(folder, int(n_rows))
 
 
 def build_once(way: str, kind: str, n_rows: int) -> dict[str, float]:
@@ -51,33 +60,32 @@ def build_once(way: str, kind: str, n_rows: int) -> dict[str, float]:
             reports.append((perf_counter() - began_s, done))
             peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
+    is_speed = kind == "speed"
+    config = BuildConfig(
+        dim=1024 if is_speed else 64,
+        batch_size=models.MODELS[MODEL].batch_size if is_speed else 512,
+        partition_rows=PARTITION_ROWS,
+        index="flat",
+        yardstick=False,
+        device="cpu",
+    )
     with tempfile.TemporaryDirectory() as folder:
-        task = models.make_task(MODEL, folder, n_rows) if kind == "speed" else models.make_mlp_task(folder, n_rows)
-        config = BuildConfig(
-            dim=1024 if kind == "speed" else 64,
-            batch_size=models.MODELS[MODEL].batch_size if kind == "speed" else 512,
-            partition_rows=PARTITION_ROWS,
-            index="flat",
-            yardstick=False,
-            device="cpu",
-        )
-        build(task, Path(folder) / "index", config, progress=note, launcher=WAYS[way]())
+        arguments = {"folder": folder, "n_rows": str(n_rows)}
+        name = f"{MODULE}:make_{kind}_task"
+        build(name, Path(folder) / "index", config, arguments=arguments, progress=note, launcher=WAYS[way]())
     # Batches of one process are reported one by one: skip the first second of each way.
     first = next(report for report in reports if report[0] >= reports[0][0] + 1)
     rate = (reports[-1][1] - first[1]) / (reports[-1][0] - first[0])
-    return {
-        "first_report_s": reports[0][0],
-        "rows_per_s": rate,
-        "total_s": perf_counter() - began_s,
-        "driver_mb": peak_mb,
-    }
+    end_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    seconds = {"first_report_s": reports[0][0], "total_s": perf_counter() - began_s}
+    return {"rows_per_s": rate, **seconds, "features_mb": peak_mb, "build_mb": end_mb}
 
 
 def run_alone(way: str, kind: str, n_rows: int) -> dict[str, float]:
     """Run one build in its own process."""
     words = ["--way", way, "--kind", kind, "--rows", str(n_rows)]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "2" if way == "2 processes" else "1"}
-    command = [sys.executable, "-m", "benchmarks.distributed.launchers", *words]
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", MODULE, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(way, kind, n_rows, found, flush=True)
@@ -100,8 +108,8 @@ def compare_speed(n_rows: int, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--speed-rows", type=int, default=65_536, help="rows of the builds whose speed is measured")
-    parser.add_argument("--rounds", type=int, default=3, help="builds of each way")
+    parser.add_argument("--speed-rows", type=int, default=32_768, help="rows of the builds whose speed is measured")
+    parser.add_argument("--rounds", type=int, default=2, help="builds of each way")
     parser.add_argument(
         "--memory-rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes of the builds of a small MLP"
     )
