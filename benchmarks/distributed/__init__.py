@@ -1,1 +1,1 @@
-"""Queries and builds by several processes."""
+"""Builds by launchers, and searches over shards."""
