@@ -146,19 +146,38 @@ def preserve_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def disable_tf32() -> Iterator[None]:
-    """Compute in full float32 precision on GPUs in the block, and without cuDNN's benchmark mode; `enabled` stays."""
+    """Compute in full float32 precision in the block, and without cuDNN's benchmark mode; `enabled` does not change."""
     import torch
 
-    matmul = torch.backends.cuda.matmul
-    # PyTorch before 2.9 has the first name only; later, reading it can raise an error if the user set the second.
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
+    with (
+        _multiply_in_full_precision(),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _multiply_in_full_precision() -> Iterator[None]:
+    """Compute matrix products in full float32 precision in the block."""
+    import torch
+
     try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # The precision was set by `fp32_precision` of PyTorch 2.9, which excludes the older functions.
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
             yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
     finally:
-        setattr(matmul, name, before)
+        torch.set_float32_matmul_precision(before)
 
 
 class _CudnnPause:
