@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from tracin_ann.errors import MissingPackageError, UsageError, problem
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 DEVICES = ("auto", "cpu", "cuda")
 DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
@@ -166,10 +167,83 @@ def preserve_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def disable_tf32() -> Iterator[None]:
-    """Run cuDNN in full float32 precision and without its benchmark mode in the block; `enabled` does not change."""
+    """Compute in full float32 precision in the block, and without cuDNN's benchmark mode; `enabled` does not change."""
     import torch
 
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+    with (
+        _multiply_in_full_precision(),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _multiply_in_full_precision() -> Iterator[None]:
+    """Compute matrix products in full float32 precision in the block."""
+    import torch
+
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # The precision was set by `fp32_precision` of PyTorch 2.9, which excludes the older functions.
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _CudnnPause:
+    """cuDNN is off while at least one thread is between `begin` and `end`; then it is as before."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = threading.Lock(), 0, True
+
+    def begin(self, *_: object) -> None:
+        """Turn cuDNN off."""
+        import torch
+
+        with self._lock:
+            if self._count == 0:
+                self._before = torch.backends.cudnn.enabled
+                torch.backends.cudnn.enabled = False
+            self._count += 1
+
+    def end(self, *_: object) -> None:
+        """Turn cuDNN on again if no other thread needs it off."""
+        import torch
+
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                torch.backends.cudnn.enabled = self._before
+
+
+_cudnn_pause = _CudnnPause()
+
+
+@contextlib.contextmanager
+def run_rnns_without_cudnn(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run recurrent layers among the modules without cuDNN in the block.
+
+    cuDNN differentiates them in train mode only, and neither twice nor in forward mode. PyTorch's own kernels support
+    all of these, as on a CPU.
+    """
+    from torch.nn import RNNBase
+
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            if isinstance(module, RNNBase):
+                hooks.callback(module.register_forward_pre_hook(_cudnn_pause.begin).remove)
+                hooks.callback(module.register_forward_hook(_cudnn_pause.end, always_call=True).remove)
         yield
 
 
