@@ -259,8 +259,9 @@ def build_shard(
     reject_foreign_files(job.out)
     with job.open_worker(progress) as worker:
         share = shard.take(worker.store.layout.files)
-        write_shard_count(job.out, shard.count)
         missing = worker.find_missing(share)
+        if missing:
+            write_shard_count(job.out, shard.count)
         total = worker.store.layout.count_rows(missing)
         for n_rows in worker.write(missing):
             rows += n_rows
@@ -319,6 +320,9 @@ def run(
         if missing:
             job.check_canaries(model, start)
         record = job.config.agree_on_batches(start.record, len(missing), str(job.out))
+        if not missing and start.unfinished_build is not None:
+            # The versions that computed the rows, which may be those of other machines.
+            record = replace(record, spec=replace(record.spec, versions=start.unfinished_build.spec.versions))
         settings = job.tune(model, record)
         record = replace(record, batch_size=settings.batch_size, channels_last=settings.channels_last)
         table = job.collect_columns(progress)

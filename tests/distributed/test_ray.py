@@ -34,6 +34,8 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Of the nodes; workers have as many threads as CPUs.
+        patched.setenv("OMP_NUM_THREADS", "7")
         node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         started = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:

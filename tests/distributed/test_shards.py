@@ -106,6 +106,13 @@ def test_finish_names_the_shards_that_are_missing(one, tmp_path):
     assert not (tmp_path / "i" / "manifest.json").exists()
 
 
+def test_the_manifest_has_the_versions_that_computed_the_rows(one, tmp_path, monkeypatch):
+    compute(one, tmp_path / "i", "0/1")
+    monkeypatch.setattr(BUILD, "library_versions", lambda: {"python": "3.0", "torch": "2.4.0", "numpy": "1.26.0"})
+    finish(one, tmp_path / "i")
+    assert_same_index(tmp_path / "i", one)
+
+
 def test_finish_of_nothing_writes_nothing(one, tmp_path):
     with pytest.raises(UsageError, match="got 24 of 24 files missing.*--shard 0/1"):
         finish(one, tmp_path / "i")
