@@ -913,10 +913,10 @@ def scale_plan() -> str:
         )
     settings, assumed = content["settings"], content["settings"]["machines"]
     scope = (
-        f"simulated, not measured: the fewest machines of {settings['threads']} CPU threads that compute the features in "
-        f"{settings['days']:g} day, D = {settings['dim']}; then one of them finishes the build. Assumptions: a shared "
-        f"file system of {assumed['disk'] / 1e9:g} GB/s, {assumed['failures']:g} failures of a machine per hour, "
-        f"{assumed['restart']:g} s to replace it, {assumed['price']:.2f} $ per machine hour. Memory is that of the "
+        f"simulated, not measured: the fewest machines of {settings['threads']} CPU threads that compute the features "
+        f"in {settings['days']:g} day, D = {settings['dim']}; then one of them finishes the build. Assumptions: a "
+        f"shared file system of {assumed['disk'] / 1e9:g} GB/s, {assumed['failures']:g} failures of a machine an hour, "
+        f"{assumed['restart']:g} s to replace it, {assumed['price']:.2f} $ for a machine hour. Memory is that of the "
         "inverted lists, which the finishing machine holds; query is the search in both directions on one machine."
     )
     return compose(scope, format_table(*rows), format_environment(content))
