@@ -60,6 +60,27 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def split_devices(names: str) -> tuple[str, ...]:
+    """Return the names of a list such as `cuda:0,cuda:1`; for `all`, the names of all GPUs.
+
+    Raises:
+        UsageError: a name is not a device, the machine does not have that device, or it has no GPU at all.
+    """
+    import torch
+
+    if names == "all":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UsageError(
+                problem("--device all", got="no GPU that torch sees", expected="one or more", remedy="use --device cpu")
+            )
+        return tuple(f"cuda:{i}" for i in range(count))
+    found = tuple(name.strip() for name in names.split(","))
+    for name in found:
+        resolve_device(name)
+    return found
+
+
 def device_name(device: torch.device) -> str:
     """Return a name to display: the GPU's model, or the number of CPU threads."""
     import torch

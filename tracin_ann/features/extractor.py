@@ -299,16 +299,21 @@ class RowBuffer:
             np.empty(n_rows, np.float32),
         )
 
-    def fill(self, start: int, stop: int, stream: Iterable[FeatureRows]) -> FeatureRows:
-        """Return rows start..stop ordered by id, whatever their order in `stream`; valid until the next call."""
-        rows_in_order = FeatureRows(*(values[: stop - start] for values in vars(self._memory).values()))
-        done = 0
-        for rows in stream:
-            place: slice | Int64 = rows.ids_N - start
-            if (np.diff(rows.ids_N) == 1).all():
-                place = slice(int(rows.ids_N[0]) - start, int(rows.ids_N[-1]) - start + 1)
-            for name, values in vars(rows).items():
-                getattr(rows_in_order, name)[place] = values
-            done += len(rows.ids_N)
-        assert done == stop - start
-        return rows_in_order
+    def begin(self, start: int, stop: int) -> None:
+        """Begin to collect rows start..stop-1."""
+        self._start, self._missing = start, stop - start
+        self._rows = FeatureRows(*(values[: stop - start] for values in vars(self._memory).values()))
+
+    def add(self, rows: FeatureRows) -> None:
+        """Add rows; they may come in any order."""
+        place: slice | Int64 = rows.ids_N - self._start
+        if (np.diff(rows.ids_N) == 1).all():
+            place = slice(int(rows.ids_N[0]) - self._start, int(rows.ids_N[-1]) - self._start + 1)
+        for name, values in vars(rows).items():
+            getattr(self._rows, name)[place] = values
+        self._missing -= len(rows.ids_N)
+
+    def take(self) -> FeatureRows:
+        """Return the rows in the order of their ids, after all were added; valid until the next `begin`."""
+        assert not self._missing
+        return self._rows

@@ -22,6 +22,7 @@ from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.gpu_scan import GpuScan, open_scan
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.list_shards import ListQuery, ShardFile
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
+    "ListQuery",
     "NAMES",
     "PlacedIndex",
     "Point",
     "SearchIndex",
+    "ShardFile",
     "Subset",
     "build_index",
     "calibrate",

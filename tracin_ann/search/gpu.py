@@ -116,8 +116,8 @@ class GpuLists:
 class LazyGpuLists:
     """Inverted lists that are copied to the memory of GPUs at the first search that GPUs can answer."""
 
-    def __init__(self, lists: InvertedLists, centroid_LR: Float32, device: torch.device) -> None:
-        """Store the arguments; searches run on the GPUs of the device."""
+    def __init__(self, lists: InvertedLists | None, centroid_LR: Float32, device: torch.device) -> None:
+        """Store the arguments; searches run on the GPUs of the device. None: the lists are in shards."""
         self._lists, self._centroid_LR, self._device = lists, centroid_LR, device
         self._loading = threading.Lock()
 
@@ -133,6 +133,8 @@ class LazyGpuLists:
     @cached_property
     def _copy(self) -> GpuLists | str:
         """Return the copy, or the reason why there is none."""
+        if self._lists is None:
+            return "the lists are in shards"
         gpus = list_gpus(self._device)
         if not gpus:
             return "the installed FAISS has no indexes for GPUs"

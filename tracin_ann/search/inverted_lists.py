@@ -124,6 +124,12 @@ class InvertedLists:
         self._index.ntotal += other._index.ntotal
         other._index.ntotal = 0
 
+    def copy_range(self, other: InvertedLists, first: int, last: int) -> None:
+        """Append the rows of other lists whose ids are at least `first` and below `last`."""
+        lists = other._index.invlists
+        n_rows = lists.copy_subset_to(self._index.invlists, lists.SUBSET_TYPE_ID_RANGE, first, last)
+        self._index.ntotal += n_rows
+
     def add(self, rows_BR: Float32, list_B: Int64, id_B: Int64) -> None:
         """Append rows to the lists with these numbers."""
         faiss = import_faiss()

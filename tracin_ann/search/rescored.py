@@ -104,6 +104,7 @@ class RescoredIndex(CalibratedIndex):
         """Store the arguments; subclasses set `settings`."""
         self._source, self._reduction, self._uncoded, self._device = source, reduction, uncoded, device
         self._last = threading.local()
+        self._codes_name = self.FILES[0]
 
     @abstractmethod
     def _find_candidates(
@@ -325,7 +326,7 @@ class RescoredIndex(CalibratedIndex):
         except KeyError as error:
             raise DamagedIndexError(
                 problem(
-                    f"{self.FILES[0]} contains an unknown row",
+                    f"{self._codes_name} contains an unknown row",
                     got=f"id {error}",
                     expected="ids of the stored features",
                     remedy="rebuild the index",
