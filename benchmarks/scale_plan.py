@@ -247,7 +247,7 @@ def check_search() -> Iterator[Check]:
     results = read_results("retrieval")["results"]
     factors, largest = fit_search(len(results) - 1), results[-1]
     n_rows, n_lists = largest["rows"], largest["sq8"]["lists"]
-    where, fitted = f"{n_rows:,} rows", f"{results[0]['rows']:,} to {results[-2]['rows']:,} rows"
+    where, fitted = f"{n_rows:,} rows", _describe_sizes(results[:-1])
     fixed, row, comparison = factors.lists
     predicted = fixed + row * n_rows + comparison * count_comparisons(n_rows, n_lists)
     yield Check(f"inverted lists of {where}", fitted, "s", predicted, largest["sq8"]["build_seconds"])
@@ -262,7 +262,7 @@ def check_search() -> Iterator[Check]:
 def check_builds(builds: Sequence[dict[str, Any]]) -> Iterator[Check]:
     """Yield the predictions for complete builds: the larger ones of these, and those of the latency benchmark."""
     factors = fit_builds(builds[:_FITTED])
-    fitted = f"builds of {builds[0]['rows']:,} to {builds[_FITTED - 1]['rows']:,} rows"
+    fitted = _describe_sizes(builds[:_FITTED])
     own = [("MLP", b["rows"], b["features_s"], sum(b[part] for part in _PARTS)) for b in builds[_FITTED:]]
     for name, rows, features_s, seconds in own:
         plan = simulate(Job(rows, _CHECKPOINTS, _DIM, 0), factors, _THIS_MACHINE)
@@ -273,9 +273,13 @@ def check_builds(builds: Sequence[dict[str, Any]]) -> Iterator[Check]:
             continue
         model = {"MLP": factors, "CNN": replace(factors, row=find_row_seconds("MNIST CNN"))}[case["model"]]
         job = Job(case["rows"], case["n_checkpoints"], case["dim"], 0)
-        what = f"complete build of {case['model']}, {job.rows:,} rows × {job.checkpoints}, another run"
-        source = fitted if case["model"] == "MLP" else f"{fitted}; feature rate of the speed benchmark"
+        what = f"complete build of {case['model']}, {job.rows:,} rows × {job.checkpoints}, another day"
+        source = fitted if case["model"] == "MLP" else f"{fitted}, speed benchmark"
         yield Check(what, source, "s", simulate(job, model, _THIS_MACHINE).wall_s, case["build_s"])
+
+
+def _describe_sizes(results: Sequence[dict[str, Any]]) -> str:
+    return f"{results[0]['rows']:,} to {results[-1]['rows']:,} rows"
 
 
 _THIS_MACHINE = Machines(1, disk=math.inf, network=math.inf, failures=0.0)
