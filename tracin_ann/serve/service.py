@@ -164,6 +164,8 @@ class Reader:
             TracinAnnError: as `InfluenceIndex.query` raises it.
         """
         options = options or QueryOptions()
+        if not rows:
+            raise UsageError(problem("no query", got="no rows", expected="one or more", remedy="name a row"))
         self._service.check_limits(len(rows) + len(against), options)
         question = _Question(
             self._index, side, tuple(rows), options, together=together or bool(against), against=tuple(against)
@@ -212,6 +214,11 @@ class Service:
         self._lock = threading.Lock()
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="index")
+
+    @property
+    def directory(self) -> Path:
+        """Return the directory of the index."""
+        return self._location.directory
 
     @property
     def generation(self) -> int:
