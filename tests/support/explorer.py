@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,14 +40,15 @@ def collate(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([row["x"] for row in rows]), torch.tensor([row["y"] for row in rows])
 
 
-def make_task(folder: Path, n_train: int = N_TRAIN, checkpoints: list | None = None) -> Task:
+def make_task(folder: Path, sizes: list[int]) -> Task:
+    """Return the task; `sizes[0]` is the number of training rows when the data are read."""
     torch.manual_seed(0)
     return Task(
         model=Toy,
         loss=cross_entropy,
-        train_data=lambda: [make_row(place, "train") for place in range(n_train)],
+        train_data=lambda: [make_row(place, "train") for place in range(sizes[0])],
         query_data=lambda: [make_row(place, "query") for place in range(N_QUERIES)],
-        checkpoints=checkpoints or save_checkpoints(Toy(), folder),
+        checkpoints=save_checkpoints(Toy(), folder),
         collate=collate,
         describe=lambda row: row["text"],
         ids=lambda row: row["id"],
@@ -59,41 +59,32 @@ def make_task(folder: Path, n_train: int = N_TRAIN, checkpoints: list | None = N
 
 @dataclass
 class Place:
-    """A built index and its task."""
+    """A built index and its task; `sizes[0]` is the number of training rows."""
 
     task: Task
     directory: Path
+    sizes: list[int]
 
     def open(self) -> InfluenceIndex:
         return InfluenceIndex.open(self.directory, self.task, device="cpu")
+
+    def append(self, n_rows: int) -> None:
+        self.sizes[0] += n_rows
+        build(self.task, self.directory, replace(CONFIG, append=True))
 
     @property
     def location(self) -> IndexLocation:
         return IndexLocation(self.directory, self.task, device="cpu")
 
 
-def build_place(folder: Path, n_train: int = N_TRAIN) -> Place:
-    task = make_task(folder, n_train)
+def build_place(folder: Path) -> Place:
+    sizes = [N_TRAIN]
+    task = make_task(folder, sizes)
     build(task, folder / "index", CONFIG)
-    return Place(task, folder / "index")
+    return Place(task, folder / "index", sizes)
 
 
 @contextmanager
 def serve(location: IndexLocation, settings: Settings | None = None) -> Iterator[TestClient]:
     with TestClient(create_app(location, settings), base_url=LOCAL, follow_redirects=False) as client:
         yield client
-
-
-def call_together(functions: list) -> list:
-    """Return the results of functions that run at the same time."""
-    results: list = [None] * len(functions)
-
-    def run(place: int) -> None:
-        results[place] = functions[place]()
-
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
