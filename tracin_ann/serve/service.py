@@ -208,10 +208,11 @@ class Service:
     Args:
         location: the index.
         settings: limits.
+        turns: of another service of the process, whose model does not run at the same time; None: there is none.
     """
 
-    def __init__(self, location: IndexLocation, settings: Settings) -> None:
-        self.settings, self.turns = settings, Turns()
+    def __init__(self, location: IndexLocation, settings: Settings, turns: Turns | None = None) -> None:
+        self.settings, self.turns = settings, turns or Turns()
         self.jobs = Jobs(self.turns, settings)
         self._location = location
         self._manifest = location.identify_manifest()
