@@ -16,6 +16,7 @@ from tracin_ann.scoring.exact import (
 from tracin_ann.scoring.formats import (
     HITS,
     RANKED,
+    SCHEMA,
     Fields,
     Record,
     RowText,
@@ -75,6 +76,7 @@ __all__ = [
     "RowList",
     "RowScorer",
     "RowText",
+    "SCHEMA",
     "Score",
     "ScoreMaker",
     "SearchIndexOptions",
