@@ -12,7 +12,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import UsageError
 from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.report.images import PageImages
+from tracin_ann.report.images import Images
 from tracin_ann.scoring import match_tokens
 from tracin_ann.task import Description
 
@@ -92,7 +92,7 @@ class ExampleView:
 class Examples:
     """The examples of an index's task, each read once; their views are empty if the task cannot be found."""
 
-    def __init__(self, index: InfluenceIndex, images: PageImages) -> None:
+    def __init__(self, index: InfluenceIndex, images: Images) -> None:
         self._index, self._images = index, images
         self._views: dict[tuple[SideName, int], ExampleView] = {}
         self._labels = index.columns.get(LABEL)

@@ -97,7 +97,11 @@ class HitList:
 
 @dataclass(frozen=True)
 class QueryView:
-    """A query with its hits."""
+    """A query with its hits.
+
+    `link` is the address of a page about the query and one of its hits, without the position of the hit at its end; ""
+    on pages without links.
+    """
 
     anchor: str
     name: str
@@ -110,6 +114,7 @@ class QueryView:
     hit_lists: tuple[HitList, ...]
     how: str
     is_unlike: bool
+    link: str = ""
 
 
 class ViewBuilder:
