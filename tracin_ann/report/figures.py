@@ -89,7 +89,7 @@ def row_figures(index: InfluenceIndex, rows: Sequence[int], checkpoints: Sequenc
     if not rows:
         return ()
     scored = ScoredCheckpoints.infer(index, 0, checkpoints)
-    part_NC = _read_parts(index, scored.positions)
+    part_NC = read_parts(index, scored.positions)
     present = np.setdiff1d(np.arange(len(index)), np.union1d(index.removed, index.skipped.row_S))
     parts = {"listed rows": part_NC[list(rows)].mean(0), "all training rows": part_NC[present].mean(0)}
     return (
@@ -112,7 +112,7 @@ def make_norms_figure(
     prefix: str = "",
 ) -> Figure:
     """Return the figure of the self-influence of all training rows, with `rows` highlighted under the name `marked`."""
-    norm_N = _read_parts(index, checkpoints).sum(axis=1)
+    norm_N = read_parts(index, checkpoints).sum(axis=1)
     known_N = norm_N[np.isfinite(norm_N)]
     middle = float(np.median(norm_N[list(rows)] if rows else known_N)) if len(known_N) else 0.0
     share = float(np.mean(middle >= known_N)) if len(known_N) else 0.0
@@ -147,7 +147,7 @@ def _make_figure(draw: Callable[[], Any], title: str, caption: str, text: str, p
     return Figure(draw, prefix, title, caption, f"{title}: {text}")
 
 
-def _read_parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
+def read_parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
     """Return the part of each training row's self-influence by checkpoint, [N, C]."""
     store = FeatureStore(index.directory / FEATURES, index.manifest.build.layout)
     specs = index.manifest.build.spec.checkpoints

@@ -186,7 +186,7 @@ class _PageRenderer:
         for answer in answers:
             rows[answer.side] += answer.members
         losses = builder.collect_losses({side: list(dict.fromkeys(of_side)) for side, of_side in rows.items()})
-        is_wide = _has_wide_hits(self._examples, answers)
+        is_wide = has_wide_hits(self._examples, answers)
         template, body = self._templates.get_template("answer.html"), []
         labels: dict[str, None] = {}
         for number, answer in enumerate(answers):
@@ -196,7 +196,7 @@ class _PageRenderer:
         n_queries = f"{len(answers):,} {'query' if len(answers) == 1 else 'queries'}"
         return self._render(
             title=title or f"Influence in {self.index.directory.resolve().name}",
-            lead=_explain_score(answers),
+            lead=explain_score(answers),
             items="queries",
             heading=n_queries.capitalize(),
             is_wide=is_wide,
@@ -294,7 +294,7 @@ class _PageRenderer:
         images = self._images.css()
         page = Page(
             layout="rows" if is_wide else "cards",
-            facts=_list_facts(self.index),
+            facts=list_facts(self.index),
             figures=figures,
             notes=(*notes, *([self._images.note] if self._images.note else [])),
             data=data,
@@ -310,13 +310,14 @@ class _PageRenderer:
         return pieces
 
 
-def _has_wide_hits(examples: Examples, answers: Answers) -> bool:
+def has_wide_hits(examples: Examples, answers: Answers) -> bool:
     """Return whether one of the first hits needs the full width of a line; then each hit has its own line."""
     rows = [hit.row for answer in answers[:_LAYOUT_HITS] for hit in answer.hits]
     return any(examples.view("train", row).is_wide for row in rows[:_LAYOUT_HITS])
 
 
-def _list_facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
+def list_facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
+    """Return names and values of an index."""
     manifest = index.manifest
     spec = manifest.build.spec
     facts = [
@@ -388,7 +389,7 @@ def load_templates(read_first: Callable[[str], str | None] = lambda name: None) 
     return templates
 
 
-def _explain_score(answers: Sequence[Answer]) -> str:
+def explain_score(answers: Sequence[Answer]) -> str:
     """Return what the scores of answers estimate."""
     damped = [answer.score for answer in answers if answer.score in DAMPED_SCORES]
     return _DAMPED_LEAD.format(score=damped[0]) if damped else _ANSWERS_LEAD

@@ -99,8 +99,8 @@ class HitList:
 class QueryView:
     """A query with its hits.
 
-    `link` is the address of a page about the query and one of its hits, without the position of the hit at its end; ""
-    on pages without links.
+    `page` is the address of the page of the query, and `link` that of the page of the query and a hit, without the
+    position of the hit at its end; "" if there is none.
     """
 
     anchor: str
@@ -114,6 +114,7 @@ class QueryView:
     hit_lists: tuple[HitList, ...]
     how: str
     is_unlike: bool
+    page: str = ""
     link: str = ""
 
 
