@@ -266,6 +266,7 @@ def test_known_flips_are_found_and_the_estimate_is_close_to_their_number(tmp_pat
     assert sum(row.suggested_label == row.row % 3 for row in first if row.row in flipped) >= 0.9 * len(flipped)
 
 
+@pytest.mark.slow
 def test_suggested_labels_of_flipped_digits_are_the_true_labels(tmp_path: Path) -> None:
     _, digits_labels = load_digits(return_X_y=True)
     correct = []

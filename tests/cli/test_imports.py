@@ -61,10 +61,10 @@ def test_a_build_imports_nothing_that_it_does_not_need(index: tuple[Path, list[s
     "words",
     [
         ("query", "--ids", "0"),
-        ("query", "--ids", "0", "--exact", "--format", "jsonl"),
-        ("query", "--self-influence", "--format", "csv"),
+        pytest.param(("query", "--ids", "0", "--exact", "--format", "jsonl"), marks=pytest.mark.slow),
+        pytest.param(("query", "--self-influence", "--format", "csv"), marks=pytest.mark.slow),
         ("info",),
-        ("verify",),
+        pytest.param(("verify",), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

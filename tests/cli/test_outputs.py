@@ -143,6 +143,7 @@ def start_query(path: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_query_are_removed_by_the_next_query_to_the_same_file(
     hostile_folder: Path, tmp_path: Path
 ) -> None:

@@ -249,6 +249,7 @@ def find_leaves(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, .
 VALUES = (None, True, -1, 0, 1.5, 2**70, "x", [], {})
 
 
+@pytest.mark.slow
 def test_a_manifest_with_any_other_value(index: Path, original: tuple[Path, Task]) -> None:
     """Every field, except the digests of feature files, which a query does not read."""
     intact = json.loads((index / MANIFEST).read_text())

@@ -103,7 +103,10 @@ def test_a_bad_row_does_not_affect_others_in_any_sketch(tmp_path, sketch):
         assert np.array_equal(found[remaining], expected[remaining])
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf", "codes", "bounds", "graph"])
+_SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("bounds", "graph")]
+
+
+@pytest.fixture(scope="module", params=["flat", "ivf", "codes", *_SLOW_KINDS])
 def built(request, tmp_path_factory):
     """Return an index with skipped rows, an index of the same rows without bad values, and the skipped ids."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -93,6 +93,7 @@ def test_bounds_serve_every_score_that_multiplies_the_rows(tmp_path: Path) -> No
         )
         assert "exact search by bounds, as requested" in found[0].how
         assert "; exact: " in found[0].how and "of the rows scored for proponents and opponents" in found[0].how
+        assert "expected recall@10" not in found[0].how
         for one, other in zip(found, scanned, strict=True):
             assert (one.proponents, one.opponents) == (other.proponents, other.opponents)
     assert "exact search by bounds: not for" in index.query([0], options=QueryOptions(score="trackstar"))[0].how

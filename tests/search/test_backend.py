@@ -89,7 +89,7 @@ def test_an_estimate_before_the_features_leaves_the_choice_open() -> None:
     assert min(sizes[2:]) > 10**8
 
 
-@pytest.mark.parametrize("kind", ["ivf", "codes", "bounds", "graph"])
+@pytest.mark.parametrize("kind", ["ivf", "codes", "bounds", pytest.param("graph", marks=pytest.mark.slow)])
 def test_files_have_about_the_estimated_size(kind: str, tmp_path: Path) -> None:
     rows = noise(40, n_rows=5000, dim=300)
     request = IndexRequest(0, "sq8", torch.device("cpu"), tmp_path / "scratch", ("rows",))

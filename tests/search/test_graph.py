@@ -147,6 +147,7 @@ class Pieces(Rows):
         return super().blocks(min(block_rows, 70), start)
 
 
+@pytest.mark.slow
 def test_the_files_depend_neither_on_threads_nor_on_the_blocks_of_the_source(
     source: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def build_uneven_index(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space, as Linux counts it")
+@pytest.mark.slow
 def test_an_index_of_strings_of_very_different_lengths_is_built_and_queried_in_a_gigabyte(tmp_path: Path) -> None:
     code = LIMITED.format(paths=[str(SUPPORT), str(Path(__file__).parent), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)

@@ -272,7 +272,9 @@ def test_a_second_writer_is_rejected_and_the_lock_of_a_dead_writer_is_ignored(mo
         pass
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stopped_build_prints_how_to_resume_and_resumes(tmp_path, number, status):
     zoo.save_checkpoints("mlp", 0, tmp_path)
     out = tmp_path / "index"

@@ -16,7 +16,7 @@ from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import InfluenceIndex, build, read_records
 from tracin_ann.errors import MissingPackageError, TaskError
 from tracin_ann.task import open_data
-from tracin_ann.task.integrations.records import as_map_style
+from tracin_ann.task.datasets.records import as_map_style
 
 ROWS = [{"text": f"row {i}", "label": i % 3, "weight": i / 4} for i in range(10)]
 
@@ -131,7 +131,7 @@ def test_a_cell_may_be_long(tmp_path):
 
 def test_row_groups_are_read_one_at_a_time(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", row_group_size=3)
-    monkeypatch.setattr("tracin_ann.task.integrations.records._CACHED_BYTES", 1)
+    monkeypatch.setattr("tracin_ann.task.datasets.records._CACHED_BYTES", 1)
     records = read_records(path)
     assert [records[i] for i in (9, 0, 5, 3)] == [ROWS[i] for i in (9, 0, 5, 3)]
     assert len(records._groups) == 1

@@ -17,7 +17,7 @@ from tasks.toy import CONFIG, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, build, materialise
 from tracin_ann.errors import TaskError
 from tracin_ann.task import encode_content
-from tracin_ann.task.integrations.stored_rows import decode_row, encode_row
+from tracin_ann.task.datasets.stored_rows import decode_row, encode_row
 
 TENSORS = [
     torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),

@@ -207,7 +207,10 @@ def plant_links(index: Path, victim: Path) -> None:
     (index / ".tracin-tmp-00000000-1-00.h5").symlink_to(victim / "canary")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+# A process for each command: only the two that users run on an index of somebody else most are fast tests.
+@pytest.mark.parametrize(
+    "name", [name if name in ("query", "info") else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+)
 def test_no_command_runs_code_or_changes_a_file_outside_of_the_index(
     index: Path, project: Path, tmp_path: Path, marker: Path, name: str
 ) -> None:

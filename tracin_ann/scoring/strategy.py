@@ -83,10 +83,12 @@ def choose_strategy(
         return Strategy(scan, f"{_SCAN}, {reason}")
     if options.search != "auto":
         reason = f"as requested (estimated times: {times})"
-    how = (
-        f"{index.name}, {reason}; expected recall@10 of the stored ranking: {proponents.recall:.3f} for "
-        f"proponents, {opponents.recall:.3f} for opponents (lower bounds {proponents.lower:.3f}, {opponents.lower:.3f})"
-    )
+    how = f"{index.name}, {reason}"
+    if not index.is_exact:
+        how += (
+            f"; expected recall@10 of the stored ranking: {proponents.recall:.3f} for proponents, "
+            f"{opponents.recall:.3f} for opponents (lower bounds {proponents.lower:.3f}, {opponents.lower:.3f})"
+        )
     if not is_reached:
         how += f"; below the target recall of {target:g}, --search scan finds all rows"
     comparison = calibration.looks.compare(index, queries_QF)

@@ -14,12 +14,12 @@ from tracin_ann.task.batches import (
 from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
 from tracin_ann.task.content import encode_content
 from tracin_ann.task.data import materialise, open_data, open_examples
+from tracin_ann.task.datasets.pictures import ImageFolder, is_image_file, read_image
+from tracin_ann.task.datasets.records import read_records
+from tracin_ann.task.datasets.tar_shards import TarShards
 from tracin_ann.task.integrations.callback import TracInCallback
-from tracin_ann.task.integrations.pictures import ImageFolder, is_image_file, read_image
 from tracin_ann.task.integrations.recorder import LossFall, RunRecorder
-from tracin_ann.task.integrations.records import read_records
 from tracin_ann.task.integrations.run_record import RunRecord, has_run_record, read_order, read_run_record
-from tracin_ann.task.integrations.shards import TarShards
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task

@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset
 from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import TaskError, TracinAnnError, UsageError, problem
 from tracin_ann.task.content import encode_content
-from tracin_ann.task.integrations.records import as_map_style
-from tracin_ann.task.integrations.stored_rows import StoredRows, has_rows, write_rows
+from tracin_ann.task.datasets.records import as_map_style
+from tracin_ann.task.datasets.stored_rows import StoredRows, has_rows, write_rows
 from tracin_ann.task.task import Task
 from tracin_ann.types import ProgressCallback
 

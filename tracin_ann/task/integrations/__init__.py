@@ -1,1 +1,1 @@
-"""Integrations: tasks from runs of training libraries, records of runs, and data sets in common formats."""
+"""Training libraries: tasks from runs of Transformers, PEFT and Lightning, learning rates, and records of runs."""

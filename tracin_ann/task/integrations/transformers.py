@@ -16,6 +16,7 @@ from torch import nn
 
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.packages import import_transformers
+from tracin_ann.task.datasets.sources import open_records
 from tracin_ann.task.integrations.architectures import (
     ATTENTION,
     CONFIG,
@@ -47,7 +48,6 @@ from tracin_ann.task.integrations.rates import (
     read_trainer_steps,
 )
 from tracin_ann.task.integrations.run_record import derive_steps, has_run_record, read_run_record, select_rates
-from tracin_ann.task.integrations.sources import open_records
 from tracin_ann.task.integrations.weights import find_weights, load_weights
 from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
 

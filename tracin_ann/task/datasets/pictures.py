@@ -9,7 +9,7 @@ from typing import Any
 
 from tracin_ann.errors import TaskError, first_line, problem
 from tracin_ann.packages import import_pillow
-from tracin_ann.task.integrations.records import Rows, Transform, check_file
+from tracin_ann.task.datasets.records import Rows, Transform, check_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

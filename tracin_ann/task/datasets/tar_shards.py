@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from tracin_ann.errors import TaskError, first_line, problem
-from tracin_ann.task.integrations.pictures import decode_image, is_image_file
-from tracin_ann.task.integrations.records import (
+from tracin_ann.task.datasets.pictures import decode_image, is_image_file
+from tracin_ann.task.datasets.records import (
     FileReader,
     Identity,
     Record,

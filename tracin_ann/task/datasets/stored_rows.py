@@ -26,7 +26,7 @@ from torch import Tensor
 from tracin_ann.errors import TaskError, first_line, problem
 from tracin_ann.files import make_directory, map_array, save_array, sync_directory
 from tracin_ann.packages import import_pillow
-from tracin_ann.task.integrations.records import FileReader, Rows
+from tracin_ann.task.datasets.records import FileReader, Rows
 from tracin_ann.task.nested import is_instance_of
 from tracin_ann.types import Int64, ProgressCallback
 

@@ -10,7 +10,7 @@ from typing import Any
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.packages import import_datasets
 from tracin_ann.task.data import materialise
-from tracin_ann.task.integrations.records import as_map_style, read_records
+from tracin_ann.task.datasets.records import as_map_style, read_records
 
 _STATE = "state.json"
 
