@@ -17,7 +17,7 @@ import torch
 
 from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
-from tracin_ann.errors import UsageError, problem
+from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
@@ -188,7 +188,7 @@ class InfluenceIndex:
         """Return the positions of the rows with these ids of the task; for queries, this reads all of query_data.
 
         Raises:
-            UsageError: there is no such id, or the task defines no ids.
+            UnknownRowError: there is no such id, or the task defines no ids.
         """
         if side == "train":
             own = [] if self.rows.ids is None else self.rows.ids.tolist()
@@ -198,7 +198,7 @@ class InfluenceIndex:
         places = {str(name): row for row, name in enumerate(own)}
         unknown = [name for name in ids if str(name) not in places]
         if unknown:
-            raise UsageError(
+            raise UnknownRowError(
                 problem(
                     f"no such id in {SIDE_NAMES[side]}",
                     got=repr(unknown[0]),

@@ -20,7 +20,7 @@ PACKAGE = "tracin_ann"
 # The seven floors, top first: rooms on one floor do not import each other, except as BESIDE allows.
 # "__init__" is the facade, `tracin_ann` itself. A new room needs a place here.
 FLOORS: list[set[str]] = [
-    {"cli", "report", "__init__"},
+    {"cli", "report", "serve", "__init__"},
     {"analysis", "evaluation", "operations"},
     {"build", "index", "config"},
     {"scoring"},
@@ -33,7 +33,8 @@ GROUND = ["files", "progress", "device", "packages", "types", "errors", "text", 
 
 # Allowed imports between rooms of one floor, with the reason.
 BESIDE: dict[str, set[str]] = {
-    "cli": {"report", "__init__"},  # a command writes a page and prints the version
+    "cli": {"report", "serve", "__init__"},  # a command writes a page, serves pages, and prints the version
+    "serve": {"report", "__init__"},  # pages with the report's views, and the version
     "__init__": {"report"},  # the facade names write_report
     "evaluation": {"analysis"},  # the rankings of wrong labels that are compared
     "build": {"config"},
@@ -52,7 +53,6 @@ ONLY: dict[str, set[str]] = {
 OPTIONAL = (
     "ray",
     "transformers",
-    "fastapi",
     "matplotlib",
     "sklearn",
     "pandas",
@@ -238,6 +238,13 @@ def test_every_optional_package_is_imported_in_one_module(package: str) -> None:
         assert all(any(line in span for span in inside) for line in lines), (
             f"{module.name}: {package} outside a function"
         )
+
+
+@every_module
+def test_web_packages_are_imported_in_serve_only(module: Module) -> None:
+    web = ("fastapi", "starlette", "uvicorn", "tracin_ann.serve")
+    lines = [line for line, name in find_imports(module, ROOMS) if name.startswith(web)]
+    assert module.room == "serve" or module.name == "tracin_ann.cli.serve" or lines == []
 
 
 @every_module

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tracin_ann.choices import SIDE_NAMES, OnNonfinite, Precision, Preconditioner, SideName
-from tracin_ann.errors import UsageError, problem
+from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features.fingerprint import data_digest
 from tracin_ann.task import (
     BatchOptions,
@@ -220,7 +220,7 @@ class TaskData:
         """
         wrong = [i for i in ids if not 0 <= i < self.n_rows(side)]
         if wrong:
-            raise UsageError(
+            raise UnknownRowError(
                 problem(
                     f"no such row in {SIDE_NAMES[side]}",
                     got=wrong[0],
