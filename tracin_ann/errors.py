@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 _PROBLEM = re.compile(r"(?P<what>.*?): got (?P<got>.*), expected (?P<expected>.*); (?P<remedy>.*?)", re.DOTALL)
 
 

@@ -18,7 +18,15 @@ from tracin_ann.report.page import (
     write_report,
 )
 from tracin_ann.report.suspects import SuspectView, build_suspect_views, find_neighbours
-from tracin_ann.report.views import HitList, LossView, QueryView, ScoredCheckpoints, ViewBuilder, format_score
+from tracin_ann.report.views import (
+    SIDES,
+    HitList,
+    LossView,
+    QueryView,
+    ScoredCheckpoints,
+    ViewBuilder,
+    format_score,
+)
 
 __all__ = [
     "ExampleView",
@@ -27,6 +35,7 @@ __all__ = [
     "HitList",
     "LossView",
     "QueryView",
+    "SIDES",
     "ScoredCheckpoints",
     "SuspectView",
     "Token",

@@ -2,7 +2,7 @@
 
 Every decision is one transaction with SQLite's rollback journal and full synchronisation: when `record` returns, the
 decision survives a killed process and a power failure. The file is separate from the index, so a new generation or a
-new build leaves it as it is. A decision holds the row's id: a decision about a row that now has another id is not shown.
+new build leaves it as it is. A decision holds the id of its row: pages do not show it for a row with another id.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ class Decisions:
         with self._open() as connection:
             found = connection.execute("SELECT * FROM decisions ORDER BY row").fetchall()
         return {row: Decision(row, *map(json.loads, texts), decided_at=time) for row, *texts, time in found}
+
+    def find(self, row: int) -> Decision | None:
+        """Return the decision about a row, or None if there is none."""
+        return self.read().get(row)
 
     def export_csv(self) -> str:
         """Return the decisions as CSV that no spreadsheet reads as formulas."""

@@ -213,6 +213,11 @@ class Service:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     @property
+    def directory(self) -> Path:
+        """Return the directory of the index."""
+        return self._location.directory
+
+    @property
     def generation(self) -> int:
         """Return the number of the generation that new requests read."""
         return self._index.manifest.generation

@@ -6,7 +6,7 @@ A permalink has the values that differ from the defaults, in a fixed order, so e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
@@ -96,7 +96,7 @@ class QueryForm:
             candidates=read_number(given, "candidates", cls.candidates),
             score=read_choice(given, "score", ("", *SCORES), ""),
             checkpoints=read_ranges(given, "checkpoints"),
-            where=tuple(part.strip() for text in given.getlist("where") for part in text.split(";") if part.strip()),
+            where=read_conditions(given),
         )
 
     @property
@@ -137,21 +137,9 @@ class QueryForm:
         return make_address(path, values)
 
 
-@dataclass(frozen=True)
-class ListView:
-    """A page of a list that a job computes: suspects, hubs or duplicates.
-
-    Attributes:
-        start: position of the first item that is shown.
-        values: the other values of the query string, by name.
-    """
-
-    start: int = 0
-    values: Mapping[str, object] = field(default_factory=dict)
-
-    def address(self, path: str, start: int | None = None) -> str:
-        """Return the permalink of the view, or of the one that begins at another item."""
-        return make_address(path, {**self.values, "start": (self.start if start is None else start) or None})
+def read_conditions(given: Parameters, name: str = "where") -> tuple[str, ...]:
+    """Return conditions on columns, which are separated by semicolons."""
+    return tuple(part.strip() for text in given.getlist(name) for part in str(text).split(";") if part.strip())
 
 
 def read_text(given: Parameters, name: str, default: str = "") -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from tracin_ann.report import Examples, ExampleView, format_score
+from tracin_ann.choices import SCORES
+from tracin_ann.index import InfluenceIndex
+from tracin_ann.report import SIDES, Examples, ExampleView, format_score, has_wide_hits
 from tracin_ann.scoring import Answer, Hit, Id
+from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_choice
+from tracin_ann.serve.pages.context import Asked, Context
+from tracin_ann.serve.pages.site import Reply
+from tracin_ann.serve.service import Reader
 
+_LEAD = "The answers to the same queries by two scores, or from two indexes of the same training rows."
 _KINDS: tuple[tuple[Literal["pro", "opp"], str], ...] = (("pro", "Proponents"), ("opp", "Opponents"))
 
 
@@ -47,20 +54,70 @@ class Comparison:
     lists: tuple[ComparedList, ...]
 
 
-def compare_answers(
-    examples: Examples, pairs: Sequence[tuple[Answer, Answer]], names: Sequence[str]
-) -> tuple[Comparison, ...]:
-    """Return comparisons of pairs of answers; `names` are those of the queries."""
+async def show_comparison(context: Context, asked: Asked, reader: Reader) -> Reply:
+    """Return the answers to the same queries by two scores, or from two indexes.
+
+    Raises:
+        TracinAnnError: as `Reader.answer`.
+    """
+    form, other = QueryForm.parse(asked.given), read_choice(asked.given, "other", ("", *SCORES), "")
+    other_name = "" if context.against is None else context.against.directory.resolve().name
+    against = read_choice(asked.given, "against", ("", other_name), "")
+    comparisons: tuple[Comparison, ...] = ()
+    is_wide = False
+    if form.rows:
+        first = (await reader.answer(form.side, form.rows, form.options)).answers
+        second = await _answer_again(context if against else None, reader, replace(form, score=other))
+
+        def build(index: InfluenceIndex) -> tuple[tuple[Comparison, ...], bool]:
+            examples = context.make_examples(index)
+            return compare_answers(examples, list(zip(first, second, strict=True))), has_wide_hits(examples, first)
+
+        comparisons, is_wide = await reader.run(build)
+    default = await reader.run(lambda index: index.default_score)
+    rows = format_ranges(form.rows)
+    values = {"side": form.side, "rows": rows, "score": form.score, "against": against, "other": other, "k": form.k}
+    return context.page(
+        "compare.html",
+        reader,
+        title="Compare",
+        here="/compare",
+        lead=_LEAD,
+        layout="rows" if is_wide else "cards",
+        permalink=make_address("/compare", values),
+        form=form,
+        rows=rows,
+        scores=SCORES,
+        default_score=default,
+        other=other,
+        other_name=other_name,
+        against=against,
+        limits=context.limits,
+        names=(form.score or default, " ".join(filter(None, (other or "default score", against and f"of {against}")))),
+        comparisons=comparisons,
+    )
+
+
+async def _answer_again(context: Context | None, reader: Reader, form: QueryForm) -> tuple[Answer, ...]:
+    """Return the second answers: from the other index of a context, or from the same index."""
+    if context is None or context.against is None:
+        return (await reader.answer(form.side, form.rows, form.options)).answers
+    async with context.against.read() as other:
+        return (await other.answer(form.side, form.rows, form.options)).answers
+
+
+def compare_answers(examples: Examples, pairs: Sequence[tuple[Answer, Answer]]) -> tuple[Comparison, ...]:
+    """Return comparisons of pairs of answers to the same queries."""
     return tuple(
         Comparison(
-            name,
+            f"{SIDES[one.side]} {one.query}",
             examples.view(one.side, one.members[0]),
             tuple(
                 _compare_hits(examples, kind, heading, _choose(one, kind), _choose(other, kind))
                 for kind, heading in _KINDS
             ),
         )
-        for (one, other), name in zip(pairs, names, strict=True)
+        for one, other in pairs
     )
 
 

@@ -7,24 +7,14 @@ from dataclasses import dataclass
 
 from tracin_ann.choices import SideName
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.report import Examples, ExampleView
-from tracin_ann.scoring import Id
+from tracin_ann.report import Examples
 from tracin_ann.serve.pages.addresses import QueryForm
+from tracin_ann.serve.pages.context import RowCard
 
 SHOWN = 24
 """Rows of a page of a list."""
 _SEARCHED = 3000
 """Rows that one request searches: reading a row can take long."""
-
-
-@dataclass(frozen=True)
-class RowCard:
-    """A row in a list."""
-
-    row: int
-    id: Id
-    view: ExampleView
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,6 @@ def list_rows(index: InfluenceIndex, examples: Examples, form: QueryForm) -> Row
 
 def split_pages(total: int, start: int, shown: int, address_of: Callable[[int], str]) -> Pages:
     """Return the pages of a list of known length; `address_of` returns the address of the page from a position."""
-
     last = min(total, start + shown)
     return Pages(
         f"{start + 1:,} to {last:,} of {total:,}" if total else "none",
@@ -72,9 +61,7 @@ def split_pages(total: int, start: int, shown: int, address_of: Callable[[int], 
     )
 
 
-def _matches(
-    index: InfluenceIndex, examples: Examples, side: SideName, row: int, words: list[str], label: str
-) -> bool:
+def _matches(index: InfluenceIndex, examples: Examples, side: SideName, row: int, words: list[str], label: str) -> bool:
     if label and examples.label(side, row) != label:
         return False
     if not words:

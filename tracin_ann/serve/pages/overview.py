@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from tracin_ann.errors import TracinAnnError
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.report import format_value, ScoredCheckpoints, list_facts
+from tracin_ann.report import Figure, ScoredCheckpoints, format_value, list_facts, make_norms_figure
+from tracin_ann.serve.pages.context import Asked, Context, link_figures
+from tracin_ann.serve.pages.site import Reply
+from tracin_ann.serve.service import Reader
 
 _MOST_VALUES = 12
 """Values of a column that are listed with their counts."""
@@ -45,6 +48,20 @@ class Overview:
     warnings: tuple[str, ...]
 
 
+async def show_overview(context: Context, asked: Asked, reader: Reader) -> Reply:
+    """Return the overview."""
+    view = await reader.run(summarise_index)
+    figures = link_figures(await list_overview_figures(context, asked, reader), "overview", "/")
+    return context.page(
+        "overview.html", reader, title="Overview", here="/", view=view, notes=view.warnings, figures=figures
+    )
+
+
+async def list_overview_figures(context: Context, asked: Asked, reader: Reader) -> tuple[Figure, ...]:
+    """Return the figures of the page."""
+    return await reader.run(lambda index: (make_norms_figure(index, None, prefix="f1-"),))
+
+
 def summarise_index(index: InfluenceIndex) -> Overview:
     """Return the overview of an index."""
     manifest = index.manifest
@@ -63,8 +80,8 @@ def summarise_index(index: InfluenceIndex) -> Overview:
         recalls=recalls,
         recall_note=""
         if fidelity is None
-        else f"Share of the true ten best rows that an answer contains. Measured by the build with {fidelity.queries:,} "
-        f"queries and {fidelity.rows:,} exact scores; ranges are 95% intervals. Correlation of stored and exact scores: "
+        else f"Share of the true ten best rows that an answer contains, with 95% intervals. Measured by the build with "
+        f"{fidelity.queries:,} queries and {fidelity.rows:,} exact scores, whose correlation with the stored scores is "
         f"{fidelity.correlation:.2f}.",
         warnings=tuple(_list_warnings(index)),
     )

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
-from tracin_ann.analysis import Explanation, TokenExplanation
+from tracin_ann.analysis import Explanation, Pair, TokenExplanation, explain
 from tracin_ann.choices import SideName
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.report import Examples, ExampleView, ScoredCheckpoints, format_score
+from tracin_ann.report import SIDES, Examples, ExampleView, Figure, ScoredCheckpoints, format_score
+from tracin_ann.scoring import QueryOptions, parts_figure
+from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_choice, read_number
+from tracin_ann.serve.pages.context import Asked, Context, Progress, Wanted, link_figures
+from tracin_ann.serve.pages.site import Reply
+from tracin_ann.serve.service import Reader
+from tracin_ann.serve.work import Result, Steps, Work
 
+_BY: tuple[Literal["layer", "token"], ...] = ("layer", "token")
+_LEAD = "The exact score of a training row for a query, over all parameters, split into its parts."
 _MOST_ROWS = 60
 _OTHERS = "(others)"
 
@@ -42,54 +53,116 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class SplitScore:
+    """An explained score, without a reference to the index.
+
+    Attributes:
+        pair: the training row and the query.
+        score: the exact score.
+        stored_score: the score from the stored features.
+        heat: the parts by layer and checkpoint, or by token and checkpoint.
+        by_layer: the parts of the layers; empty if the score is split by token.
+        by_checkpoint: the parts of the checkpoints.
+        by_position: the parts of the target positions of the `row` and of the `query`, if the score is split by token.
+    """
+
+    pair: Pair
+    score: float
+    stored_score: float
+    heat: HeatMap
+    by_layer: Mapping[str, float]
+    by_checkpoint: Mapping[int, float]
+    by_position: Mapping[str, Sequence[float]]
+
+    @classmethod
+    def read(cls, index: InfluenceIndex, explanation: Explanation | TokenExplanation) -> SplitScore:
+        """Return the content of an explanation."""
+        by_layer: Mapping[str, float] = {}
+        by_position: dict[str, Sequence[float]] = {}
+        if isinstance(explanation, TokenExplanation):
+            by_checkpoint = explanation.by_checkpoint()
+            by_position = {example: explanation.by_position(example) for example in explanation.examples}
+        else:
+            by_layer, by_checkpoint = explanation.by_layer, explanation.by_checkpoint
+        names = ScoredCheckpoints.infer(index, 0, list(by_checkpoint)).names
+        heat = _draw_heat_map(explanation, list(by_checkpoint), names)
+        pair, score, stored = explanation.pair, explanation.score, explanation.stored_score
+        return cls(pair, score, stored, heat, by_layer, by_checkpoint, by_position)
+
+
+@dataclass(frozen=True)
+class ExplainPair(Work):
+    """The parts of a score; the only row of the result is a `SplitScore`.
+
+    Attributes:
+        row: position of the training row.
+        query: position of the query in the data set `side`.
+        side: `query`, `train`, or `input`.
+        by: `layer` or `token`.
+        options: the score and the checkpoints.
+        examples: the examples of the side `input`.
+    """
+
+    row: int
+    query: int
+    side: SideName
+    by: Literal["layer", "token"]
+    options: QueryOptions
+    examples: Sequence[Any] | None = None
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the parts."""
+        with nullcontext() if self.examples is None else index.lend(self.examples):
+            found = explain(  # type: ignore[call-overload]
+                index,
+                self.row,
+                self.query,
+                self.side,
+                steps.report,
+                checkpoints=self.options.checkpoints,
+                by=self.by,
+                score=self.options.score,
+            )
+            return Result((SplitScore.read(index, found),), tuple(found.lines()), {})
+
+
+@dataclass(frozen=True)
 class SplitExample:
-    """An example of a pair; with parts by token, `shaded` has them and `largest` lists the largest ones."""
+    """An example of a pair; its tokens are shaded by their parts if the score is split by token."""
 
     name: str
     address: str
     view: ExampleView
-    shaded: ExampleView | None = None
 
 
 @dataclass(frozen=True)
 class PairPage:
-    """The values of `pair.html`.
-
-    Attributes:
-        examples: the training row and the query.
-        facts: names and values of the score.
-        heat: the parts by layer and checkpoint, or by token and checkpoint.
-    """
+    """What `pair.html` shows: the training row and the query, names and values of the score, and its parts."""
 
     examples: tuple[SplitExample, ...]
     facts: tuple[tuple[str, str], ...]
     heat: HeatMap
 
 
-def describe_pair(
-    index: InfluenceIndex, examples: Examples, explanation: Explanation | TokenExplanation, query_page: str
-) -> PairPage:
-    """Return the page of an explanation; `query_page` is the address of the page of the query."""
-    pair = explanation.pair
-    names = {"train": "training row", "query": "query", "input": "input"}
+def describe_pair(examples: Examples, split: SplitScore, query_page: str) -> PairPage:
+    """Return the page of a score; `query_page` is the address of the page of the query."""
+    pair, shown = split.pair, []
     sides: tuple[tuple[str, str, str, SideName, int], ...] = (
         ("row", f"training row {pair.id}", f"/rows/{pair.row}", "train", pair.row),
-        ("query", f"{names[pair.side]} {pair.query}", query_page, pair.side, pair.query_row),
+        ("query", f"{SIDES[pair.side]} {pair.query}", query_page, pair.side, pair.query_row),
     )
-    split = []
     for example, name, address, side, row in sides:
-        shaded = None
-        if isinstance(explanation, TokenExplanation) and example in explanation.examples:
-            shaded = examples.shade(side, row, explanation.by_position(example))  # type: ignore[arg-type]
-        split.append(SplitExample(name, address, examples.view(side, row), shaded))
-    checkpoints = list(explanation.by_checkpoint() if isinstance(explanation, TokenExplanation) else explanation.by_checkpoint)
+        part_T = split.by_position.get(example)
+        view = examples.view(side, row) if part_T is None else examples.shade(side, row, part_T)
+        shown.append(SplitExample(name, address, view))
+    difference = split.stored_score - split.score
     return PairPage(
-        examples=tuple(split),
+        examples=tuple(shown),
         facts=(
-            ("exact score", format_score(explanation.score)),
-            ("stored score", f"{format_score(explanation.stored_score)}, difference {explanation.difference:+.2g}"),
+            ("exact score", format_score(split.score)),
+            ("stored score", f"{format_score(split.stored_score)}, difference {difference:+.2g}"),
         ),
-        heat=_draw_heat_map(explanation, checkpoints, ScoredCheckpoints.infer(index, 0, checkpoints).names),
+        heat=split.heat,
     )
 
 
@@ -131,3 +204,84 @@ def _list_values(explanation: Explanation | TokenExplanation) -> Iterator[tuple[
     else:
         for layer_part in explanation:
             yield layer_part.layer, layer_part.checkpoint, layer_part.contribution
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The pair that a page is asked for: the values of its address, by name, and the job that splits its score."""
+
+    form: QueryForm
+    values: Mapping[str, object]
+    job: Wanted
+
+
+async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
+    """Return the page of a training row and a query."""
+    wanted, split, progress = await _split(context, asked, reader)
+    if progress is not None and asked.is_partial:
+        return context.show_progress(reader, progress)
+    form, values = wanted.form, wanted.values
+    page = None
+    if split is not None:
+        row = split.pair.query_row
+        query_page = (
+            f"/rows/{row}" if form.side == "train" else form.address(rows=() if form.side == "input" else (row,))
+        )
+
+        def build(index: InfluenceIndex) -> PairPage:
+            with context.inputs.lend(form, index):
+                return describe_pair(context.make_examples(index), split, query_page)
+
+        page = await reader.run(build)
+    return context.page(
+        "pair.html",
+        reader,
+        title="A training row and a query",
+        lead=_LEAD,
+        permalink=wanted.job.address,
+        progress=progress,
+        splits=[(make_address("/pair", {**values, "by": by}), f"by {by}", by == values["by"]) for by in _BY],
+        view=page,
+        figures=() if split is None else link_figures(_list_figures(split), "pair", wanted.job.address),
+    )
+
+
+async def list_pair_figures(context: Context, asked: Asked, reader: Reader) -> tuple[Figure, ...]:
+    """Return the figures of the page."""
+    _, split, _ = await _split(context, asked, reader)
+    return () if split is None else _list_figures(split)
+
+
+async def _split(context: Context, asked: Asked, reader: Reader) -> tuple[_Wanted, SplitScore | None, Progress | None]:
+    form = QueryForm.parse(asked.given)
+    by: Literal["layer", "token"] = read_choice(asked.given, "by", _BY, "layer")  # type: ignore[assignment]
+    row, query = read_number(asked.given, "row", 0), read_number(asked.given, "query", 0)
+    values: dict[str, object] = {
+        "side": form.side if form.side == "train" else "",
+        "query": None if form.side == "input" else query,
+        "text": form.text,
+        "upload": form.upload,
+        "row": row,
+        "score": form.score,
+        "checkpoints": format_ranges(form.checkpoints),
+        "by": by,
+    }
+    work = ExplainPair(row, query, form.side, by, form.options, await context.inputs.open(form, reader))
+    job = Wanted(work, "Computing the gradients of both", make_address("/pair", values), f"/rows/{row}")
+    result, progress = await context.compute(asked, reader, job)
+    return _Wanted(form, values, job), None if result is None else result.rows[0], progress
+
+
+def _list_figures(split: SplitScore) -> tuple[Figure, ...]:
+    if not split.by_layer:
+        return ()
+    name = max(split.by_layer, key=lambda layer: abs(split.by_layer[layer]))
+    return (
+        Figure(
+            partial(parts_figure, split.by_layer, split.by_checkpoint),
+            "f1-",
+            "Parts of the score",
+            "By layer, and by checkpoint.",
+            f"Parts of the score: the largest part of a layer is that of {name}, {split.by_layer[name]:+.3g}",
+        ),
+    )

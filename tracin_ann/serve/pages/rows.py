@@ -6,7 +6,8 @@ Shapes: N training rows, Q queries, C checkpoints, F = C·D feature dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -25,8 +26,12 @@ from tracin_ann.report import (
     read_parts,
 )
 from tracin_ann.scoring import Id, QueryOptions
-from tracin_ann.serve.pages.addresses import make_address
-from tracin_ann.serve.pages.listing import RowCard
+from tracin_ann.serve.pages.addresses import make_address, read_text
+from tracin_ann.serve.pages.context import Asked, Context, RowCard, Wanted, redirect
+from tracin_ann.serve.pages.site import Reply
+from tracin_ann.serve.pages.suspects import find_training_row, render_decision
+from tracin_ann.serve.service import Reader
+from tracin_ann.serve.work import Result, Steps, Work
 from tracin_ann.types import Float32, ProgressCallback
 
 MOST_QUERIES = 10
@@ -72,7 +77,14 @@ def describe_row(index: InfluenceIndex, examples: Examples, row: int) -> RowPage
     builder = ViewBuilder(index, examples, ScoredCheckpoints.infer(index, 0, None))
     example = examples.view("train", row)
     hit_lists: tuple[HitList, ...] = ()
-    notes = [text for rows, text in ((index.removed, "was removed"), (index.skipped.row_S, "was skipped by the build, because it is not finite")) if row in rows]
+    notes = [
+        text
+        for rows, text in (
+            (index.removed, "was removed"),
+            (index.skipped.row_S, "was skipped by the build, because it is not finite"),
+        )
+        if row in rows
+    ]
     if examples.runner is not None and row not in index.skipped.row_S:
         try:
             neighbours = find_neighbours(index, [{"row": row}], None)[row]
@@ -153,3 +165,60 @@ class QueryFeatures:
             return tuple(replace(card, detail=format_score(float(score_Q[card.row]))) for card in cards)
 
         return make_cards(helped), make_cards(hurt)
+
+
+@dataclass(frozen=True)
+class ComputeQueryFeatures(Work):
+    """The features of the queries; the only row of the result is a `QueryFeatures`."""
+
+    options: QueryOptions = field(default_factory=QueryOptions)
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the features."""
+        return Result((QueryFeatures.compute(index, self.options, steps.progress),), (), {})
+
+
+async def show_row(context: Context, asked: Asked, reader: Reader) -> Reply:
+    """Return the page of a training row, with the queries that it helps and hurts if these are asked for."""
+    row = await reader.run(partial(find_training_row, name=str(asked.places["row"])))
+    address, progress = f"/rows/{row}", None
+    features: QueryFeatures | None = None
+    if read_text(asked.given, "queries"):
+        wanted = Wanted(
+            ComputeQueryFeatures(), "Computing the gradients of the queries", f"{address}?queries=yes", address
+        )
+        result, progress = await context.compute(asked, reader, wanted)
+        if progress is not None and asked.is_partial:
+            return context.show_progress(reader, progress)
+        features = None if result is None else result.rows[0]
+
+    def build(index: InfluenceIndex) -> tuple[RowPage, tuple[tuple[RowCard, ...], ...], int, str]:
+        examples = context.make_examples(index)
+        helped = () if features is None else features.list_queries(index, examples, row)
+        n_queries = 0 if examples.runner is None else index.runner.n_rows("query")
+        decision = render_decision(context, asked, index, row, back=address)
+        return describe_row(index, examples, row), helped, n_queries, decision
+
+    view, helped, n_queries, decision = await reader.run(build)
+    sides = (("pro", "Helps these queries"), ("opp", "Hurts these queries"))
+    return context.page(
+        "row.html",
+        reader,
+        title=f"Training row {view.id}",
+        notes=view.notes,
+        permalink=address,
+        progress=progress,
+        view=view,
+        as_query=make_address("/query", {"side": "train", "rows": row}),
+        queries=[(*side, cards) for side, cards in zip(sides, helped, strict=False)],
+        queries_page=f"{address}?queries=yes",
+        n_queries=n_queries,
+        n_compared=0 if features is None else len(features.vector_QF),
+        decision=decision,
+    )
+
+
+async def find_row(context: Context, asked: Asked, reader: Reader) -> Reply:
+    """Send the browser to the page of the training row with a position or an id."""
+    row = await reader.run(partial(find_training_row, name=read_text(asked.given, "row")))
+    return redirect(f"/rows/{row}")
