@@ -112,7 +112,7 @@ class Context:
 
     def __init__(self, service: Service, decisions: Decisions, against: Service | None = None) -> None:
         self.service, self.decisions, self.against = service, decisions, against
-        self.site, self.inputs = Site(service.directory.resolve().name), Inputs(service.settings)
+        self.site, self.inputs = Site("/".join(service.directory.resolve().parts[-2:])), Inputs(service.settings)
         # matplotlib has global state.
         self._drawing = threading.Lock()
 

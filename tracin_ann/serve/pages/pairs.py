@@ -183,16 +183,20 @@ def _draw_heat_map(
         rows=tuple(
             (
                 name,
-                tuple(Cell(format_score(row[c]), abs(row[c]) / largest, row[c] < 0) for c in checkpoints),
+                tuple(Cell(_format_part(row[c]), abs(row[c]) / largest, row[c] < 0) for c in checkpoints),
                 format_score(sum(row.values())),
             )
             for name, row in values.items()
         ),
         sums=(
-            *(format_score(sum(row[c] for row in values.values())) for c in checkpoints),
+            *(_format_part(sum(row[c] for row in values.values())) for c in checkpoints),
             format_score(explanation.score),
         ),
     )
+
+
+def _format_part(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _list_values(explanation: Explanation | TokenExplanation) -> Iterator[tuple[str, int, float]]:
@@ -221,6 +225,7 @@ async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
     if progress is not None and asked.is_partial:
         return context.show_progress(reader, progress)
     form, values = wanted.form, wanted.values
+    possible = await reader.run(_list_splits)
     page = None
     if split is not None:
         row = split.pair.query_row
@@ -236,11 +241,11 @@ async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
     return context.page(
         "pair.html",
         reader,
-        title="A training row and a query",
+        title=f"Training row {values['row']} and {_name_query(form, values)}",
         lead=_LEAD,
         permalink=wanted.job.address,
         progress=progress,
-        splits=[(make_address("/pair", {**values, "by": by}), f"by {by}", by == values["by"]) for by in _BY],
+        splits=[(make_address("/pair", {**values, "by": by}), f"by {by}", by == values["by"]) for by in possible],
         view=page,
         figures=() if split is None else link_figures(_list_figures(split), "pair", wanted.job.address),
     )
@@ -270,6 +275,14 @@ async def _split(context: Context, asked: Asked, reader: Reader) -> tuple[_Wante
     job = Wanted(work, "Computing the gradients of both", make_address("/pair", values), f"/rows/{row}")
     result, progress = await context.compute(asked, reader, job)
     return _Wanted(form, values, job), None if result is None else result.rows[0], progress
+
+
+def _list_splits(index: InfluenceIndex) -> tuple[str, ...]:
+    return _BY if index.task.find_token_losses("train") is not None else _BY[:1]
+
+
+def _name_query(form: QueryForm, values: Mapping[str, object]) -> str:
+    return "input" if form.side == "input" else f"{SIDES[form.side]} {values['query']}"
 
 
 def _list_figures(split: SplitScore) -> tuple[Figure, ...]:

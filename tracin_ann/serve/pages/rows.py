@@ -200,11 +200,15 @@ async def show_row(context: Context, asked: Asked, reader: Reader) -> Reply:
         return describe_row(index, examples, row), helped, n_queries, decision
 
     view, helped, n_queries, decision = await reader.run(build)
+    shown = [hit.example for hits in view.hit_lists for hit in hits.hits] + [
+        card.view for side in helped for card in side
+    ]
     sides = (("pro", "Helps these queries"), ("opp", "Hurts these queries"))
     return context.page(
         "row.html",
         reader,
         title=f"Training row {view.id}",
+        layout="rows" if any(example.is_wide for example in shown) else "cards",
         notes=view.notes,
         permalink=address,
         progress=progress,

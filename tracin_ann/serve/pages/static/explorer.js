@@ -1,5 +1,5 @@
 "use strict";
-// Keys for lists of rows to check, and links that keep the values of a form; pages work without this script.
+// Keys for lists of rows to check. Pages work without this script.
 (() => {
   const items = () => Array.from(document.querySelectorAll(".item.sus"));
   let current = null;
