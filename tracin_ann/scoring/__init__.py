@@ -8,6 +8,7 @@ from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_s
 from tracin_ann.scoring.formats import (
     HITS,
     RANKED,
+    SCHEMA,
     Fields,
     Record,
     RowText,
@@ -67,6 +68,7 @@ __all__ = [
     "Record",
     "RowList",
     "RowText",
+    "SCHEMA",
     "Score",
     "ScoreMaker",
     "SearchIndexOptions",

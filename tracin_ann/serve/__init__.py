@@ -17,7 +17,7 @@ This package, and only it, imports FastAPI. Its modules:
 from __future__ import annotations
 
 from tracin_ann.serve.app import create_app
-from tracin_ann.serve.service import Answered, Reader, Service
+from tracin_ann.serve.service import Answered, IndexLocation, Reader, Service
 from tracin_ann.serve.settings import Settings
 
-__all__ = ["Answered", "Reader", "Service", "Settings", "create_app"]
+__all__ = ["Answered", "IndexLocation", "Reader", "Service", "Settings", "create_app"]

@@ -1,15 +1,25 @@
-"""The application: middleware, the API's and the pages' routes, and the service's life."""
+"""The application: middleware, the routes of the API and of the pages, and the responses to errors."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from tracin_ann import __version__
+from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
+from tracin_ann.serve import api
+from tracin_ann.serve.problems import make_response
+from tracin_ann.serve.security import Gate
 from tracin_ann.serve.service import IndexLocation, Service
 from tracin_ann.serve.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(location: IndexLocation, settings: Settings | None = None) -> FastAPI:
@@ -39,6 +49,41 @@ def create_app(location: IndexLocation, settings: Settings | None = None) -> Fas
         openapi_url="/api/v1/openapi.json",
     )
     app.state.service = service
-    # app.include_router(api.router, prefix="/api/v1")
-    # pages.add_pages(app): mounts /static and includes the pages' router
+    app.add_middleware(Gate, settings=settings)
+    app.add_exception_handler(TracinAnnError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_unexpected)
+    app.include_router(api.router, prefix="/api/v1")
     return app
+
+
+def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TracinAnnError)
+    return make_response(request, error)
+
+
+def _answer_invalid(request: Request, error: Exception) -> Response:
+    """Return the response to a request whose parameters or body do not have the types of the route."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
+    got = repr(first.get("input"))
+    message = problem(f"invalid {place}", got=got[:100], expected=first["msg"], remedy=f"change {place}")
+    return make_response(request, UsageError(message))
+
+
+def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Return the response to a request without a route, with another method, or with an unreadable body."""
+    assert isinstance(error, HTTPException)
+    got, remedy = f"{request.method} {request.url.path}"[:200], "see /api/v1/openapi.json"
+    failure = TracinAnnError(problem(str(error.detail), got=got, expected="a request of the API", remedy=remedy))
+    return make_response(request, failure, error.headers, error.status_code)
+
+
+def _answer_unexpected(request: Request, error: Exception) -> Response:
+    """Return the response to a request that met an unexpected exception, which the server logs."""
+    message = problem(
+        "internal error", got=first_line(error), expected="an answer", remedy="read the log of tracin-serve"
+    )
+    return make_response(request, TracinAnnError(message), status=500)

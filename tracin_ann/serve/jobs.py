@@ -4,7 +4,7 @@ Jobs end with the process: after a restart, their names are unknown. A page star
 `state` is one of `ENDED`:
 
     job = reader.start_job(FindMislabelled("label", k=200))
-    job = service.jobs.find(name)                            # UnknownResultError: status 404
+    job = service.jobs.find(name)                            # UnknownJobError: status 404
     job.state, job.stage, job.done, job.total, job.error, job.result
     service.jobs.cancel(name)
 """
@@ -22,7 +22,7 @@ from typing import Literal
 
 from tracin_ann.errors import TracinAnnError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.serve.problems import TooManyJobsError, UnknownResultError
+from tracin_ann.serve.problems import TooManyJobsError, UnknownJobError
 from tracin_ann.serve.settings import Settings
 from tracin_ann.serve.turns import Turns
 from tracin_ann.serve.work import Result, Steps, Work
@@ -120,13 +120,13 @@ class Jobs:
         """Return a job.
 
         Raises:
-            UnknownResultError: there is none, or it ended longer ago than results are kept.
+            UnknownJobError: there is none, or it ended longer ago than results are kept.
         """
         with self._lock:
             self._forget_old()
             job = self._jobs.get(name)
         if job is None:
-            raise UnknownResultError(
+            raise UnknownJobError(
                 problem(
                     "no such job",
                     got=repr(name[:40]),
@@ -146,7 +146,7 @@ class Jobs:
         """Cancel a job that has not ended; a running job stops where it reports progress next.
 
         Raises:
-            UnknownResultError: there is no such job.
+            UnknownJobError: there is no such job.
         """
         job = self.find(name)
         job.is_stopping = True

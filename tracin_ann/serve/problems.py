@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tracin_ann.errors import (
     BusyIndexError,
@@ -15,13 +20,20 @@ from tracin_ann.errors import (
     split_problem,
 )
 
+RETRY_SECONDS = 5
+"""When to try again, of responses with status 429 and 503."""
+
 
 class IndexChangedError(TracinAnnError):
     """The request names a generation that is not the current one."""
 
 
-class UnknownResultError(TracinAnnError):
+class UnknownJobError(TracinAnnError):
     """There is no such job, or its result is no longer kept."""
+
+
+class UnfinishedJobError(TracinAnnError):
+    """The job has no result: it has not ended, or it was cancelled."""
 
 
 class TooManyJobsError(TracinAnnError):
@@ -40,32 +52,77 @@ class ForbiddenError(TracinAnnError):
     """The request comes from another site, or its form has no valid CSRF token."""
 
 
-_STATUS: tuple[tuple[type[TracinAnnError], HTTPStatus], ...] = (
-    (UnknownRowError, HTTPStatus.NOT_FOUND),
-    (UnknownResultError, HTTPStatus.NOT_FOUND),
-    (IndexChangedError, HTTPStatus.CONFLICT),
-    (IndexMismatchError, HTTPStatus.CONFLICT),
-    (TooLargeError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
-    (TooManyJobsError, HTTPStatus.TOO_MANY_REQUESTS),
-    (BusyError, HTTPStatus.SERVICE_UNAVAILABLE),
-    (BusyIndexError, HTTPStatus.SERVICE_UNAVAILABLE),
-    (ForbiddenError, HTTPStatus.FORBIDDEN),
-    (DamagedIndexError, HTTPStatus.INTERNAL_SERVER_ERROR),
-)
-"""The status of each error; 422 for the others, which are about options and examples of the request."""
+class LoginError(TracinAnnError):
+    """The request has no valid token."""
 
 
-def find_status(error: TracinAnnError) -> int:
-    """Return the status of the response to a request that raised the error."""
-    for kind, status in _STATUS:
-        if isinstance(error, kind):
-            return int(status)
-    return int(HTTPStatus.UNPROCESSABLE_ENTITY)
+class UnknownHostError(TracinAnnError):
+    """The Host header is none of the server's names."""
+
+
+_STATUS: dict[type[TracinAnnError], HTTPStatus] = {
+    UnknownHostError: HTTPStatus.BAD_REQUEST,
+    LoginError: HTTPStatus.UNAUTHORIZED,
+    ForbiddenError: HTTPStatus.FORBIDDEN,
+    UnknownRowError: HTTPStatus.NOT_FOUND,
+    UnknownJobError: HTTPStatus.NOT_FOUND,
+    UnfinishedJobError: HTTPStatus.CONFLICT,
+    IndexChangedError: HTTPStatus.CONFLICT,
+    IndexMismatchError: HTTPStatus.CONFLICT,
+    TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    TooManyJobsError: HTTPStatus.TOO_MANY_REQUESTS,
+    BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    BusyIndexError: HTTPStatus.SERVICE_UNAVAILABLE,
+    DamagedIndexError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+
+def find_status(error: TracinAnnError) -> HTTPStatus:
+    """Return the status of the response to a request that raised the error.
+
+    It is 422 for errors that are not listed: they are about the options and examples of the request.
+    """
+    return next((_STATUS[kind] for kind in type(error).mro() if kind in _STATUS), HTTPStatus.UNPROCESSABLE_ENTITY)
 
 
 def make_error_record(error: TracinAnnError) -> dict[str, Any]:
-    """Return the JSON body of an error: `{"error": {"type", "what", "got", "expected", "remedy"}}`."""
+    """Return an error as JSON: `{"error": {"type", "what", "got", "expected", "remedy"}}`."""
     return {"error": {"type": type(error).__name__, **split_problem(str(error))}}
+
+
+def make_response(
+    request: Request, error: TracinAnnError, headers: Mapping[str, str] | None = None, status: int | None = None
+) -> Response:
+    """Return the response to a request that raised an error: JSON from the API, else text.
+
+    `app.state.show_error(request, status, record)` makes the responses of pages, if it is set.
+
+    Args:
+        request: the request.
+        error: the error.
+        headers: to be added.
+        status: of the response; None: `find_status(error)`.
+    """
+    status, record = status or int(find_status(error)), make_error_record(error)
+    added: dict[str, str] = (
+        {"Retry-After": str(RETRY_SECONDS)} if isinstance(error, TooManyJobsError | BusyError) else {}
+    )
+    added |= headers or {}
+    if request.url.path.startswith("/api/"):
+        return ApiResponse(record, status, added)
+    show_error = getattr(request.app.state, "show_error", None) if "app" in request.scope else None
+    response: Response = PlainTextResponse(str(error)) if show_error is None else show_error(request, status, record)
+    response.status_code = status
+    response.headers.update(added)
+    return response
+
+
+class ApiResponse(JSONResponse):
+    """JSON in ASCII: texts may have lone surrogates, which UTF-8 cannot represent."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def make_changed_error(asked: int, current: int) -> IndexChangedError:

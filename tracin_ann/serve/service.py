@@ -33,7 +33,7 @@ from tracin_ann.serve.jobs import Job, Jobs
 from tracin_ann.serve.problems import BusyError, make_changed_error
 from tracin_ann.serve.settings import Settings
 from tracin_ann.serve.turns import Turns
-from tracin_ann.serve.work import Work
+from tracin_ann.serve.work import ComputeExactAnswers, Work
 
 T = TypeVar("T")
 _MANIFEST = "manifest.json"
@@ -177,6 +177,7 @@ class Reader:
             UsageError: a number is above its limit.
             TooManyJobsError: as many jobs are queued as may be.
         """
+        self._service.check_work(work)
         return self._service.jobs.start(work, self._index)
 
     async def answer_examples(self, examples: Sequence[Any], options: QueryOptions | None = None) -> Answered:
@@ -241,15 +242,22 @@ class Service:
             UsageError: a number is above its limit.
         """
         limits = self.settings
-        for name, value, most in (
+        _check_sizes(
             ("k", options.k, limits.most_hits),
             ("candidates", options.candidates, limits.most_candidates),
             ("rows", n_queries, limits.most_rows),
-        ):
-            if value > most:
-                raise UsageError(
-                    problem(f"too large: {name}", got=value, expected=f"at most {most:,}", remedy=f"lower {name}")
-                )
+        )
+
+    def check_work(self, work: Work) -> None:
+        """Check the work of a job against the limits.
+
+        Raises:
+            UsageError: a number is above its limit.
+        """
+        if isinstance(work, ComputeExactAnswers):
+            self.check_limits(len(work.rows), work.options)
+        limits = vars(self.settings)
+        _check_sizes(*((name, getattr(work, name), limits[limit]) for name, limit in work.limited.items()))
 
     async def run(self, function: Callable[[], T]) -> T:
         """Return what the function returns; it runs in the thread of the index, in the turn of requests.
@@ -310,48 +318,73 @@ class Service:
         """Answer the first question, and all others that one pass can answer with it."""
         questions = self._take_questions()
         try:
-            _answer_questions(questions)
-        except BaseException as error:
+            answered = _answer_questions(questions)
+        except Exception:
+            # Each question alone gets its own answer, or its own error.
             for question in questions:
-                if not question.result.done():
-                    question.result.set_exception(error)
+                _answer_alone(question)
+        else:
+            for question, result in zip(questions, answered, strict=True):
+                question.result.set_result(result)
 
     def _take_questions(self) -> list[_Question]:
+        chosen: list[_Question] = []
+        rest: list[_Question] = []
+        n_queries = 0
         with self._lock:
-            # A question whose client has gone is not answered.
-            waiting = [question for question in self._questions if not question.result.cancelled()]
-            chosen: list[_Question] = []
-            n_queries = 0
-            for question in waiting:
-                fits = not chosen or (
-                    question.joins(chosen[0]) and n_queries + len(question.rows) <= self.settings.pass_queries
-                )
-                if fits:
+            for question in self._questions:
+                n_together = n_queries + len(question.rows)
+                if chosen and not (question.joins(chosen[0]) and n_together <= self.settings.pass_queries):
+                    rest.append(question)
+                # A question whose client has gone is not answered.
+                elif question.result.set_running_or_notify_cancel():
                     chosen.append(question)
-                    n_queries += len(question.rows)
-            self._questions = [question for question in waiting if question not in chosen]
+                    n_queries = n_together
+            self._questions = rest
         return chosen
 
 
-def _answer_questions(questions: Sequence[_Question]) -> None:
-    """Set the results of questions that one pass can answer."""
+def _check_sizes(*sizes: tuple[str, int, int]) -> None:
+    """Check numbers, each given with its name and its limit.
+
+    Raises:
+        UsageError: one is above its limit.
+    """
+    for name, value, most in sizes:
+        if value > most:
+            raise UsageError(
+                problem(f"{name} is above the limit", got=value, expected=f"at most {most:,}", remedy=f"lower {name}")
+            )
+
+
+def _answer_alone(question: _Question) -> None:
+    try:
+        (result,) = _answer_questions([question])
+    except Exception as error:
+        question.result.set_exception(error)
+    else:
+        question.result.set_result(result)
+
+
+def _answer_questions(questions: Sequence[_Question]) -> list[Answered]:
+    """Return the results of questions that one pass can answer."""
     if not questions:
-        return
+        return []
     first = questions[0]
     rows = tuple(dict.fromkeys(row for question in questions for row in question.rows))
     answers = _answer(first, rows if not first.is_single else first.rows)
     lines = answers.lines()
     place = {row: at for at, row in enumerate(rows)}
-    for question in questions:
-        places = range(len(answers)) if question.is_single else [place[row] for row in question.rows]
-        question.result.set_result(
-            Answered(
-                question.index.manifest.generation,
-                tuple(answers[at] for at in places),
-                tuple(lines[at] for at in places),
-                sum(len(each.rows) for each in questions),
-            )
+    return [
+        Answered(
+            first.index.manifest.generation,
+            tuple(answers[at] for at in places),
+            tuple(lines[at] for at in places),
+            sum(len(each.rows) for each in questions),
         )
+        for question in questions
+        for places in [range(len(answers)) if question.is_single else [place[row] for row in question.rows]]
+    ]
 
 
 def _answer(question: _Question, rows: tuple[int, ...]) -> Answers:
@@ -360,5 +393,6 @@ def _answer(question: _Question, rows: tuple[int, ...]) -> Answers:
         return index.query_examples(question.examples, options)
     if question.against:
         return index.contrast(rows, question.against, question.side, options)
-    own: dict[str, tuple[int, ...]] = {"train_ids" if question.side == "train" else "ids": rows}
-    return index.query(**own, options=options, together=question.together)
+    if question.side == "train":
+        return index.query((), rows, options, together=question.together)
+    return index.query(rows, (), options, together=question.together)

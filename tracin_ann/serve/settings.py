@@ -16,6 +16,7 @@ class Settings:
         decisions: the SQLite file with the reviewers' decisions; None: `decisions.sqlite` beside the index.
         most_hits: the largest `k`.
         most_candidates: the largest `candidates` for exact re-scoring.
+        most_records: the largest number of records of the result of a job.
         most_rows: the largest number of queries of a request.
         pass_queries: the largest number of queries of different requests that are answered in one pass. It is below
             20, from where on the search tests whether the queries together are unlike the calibration queries.
@@ -33,6 +34,7 @@ class Settings:
     decisions: Path | None = None
     most_hits: int = 100
     most_candidates: int = 1000
+    most_records: int = 10_000
     most_rows: int = 100
     pass_queries: int = 16
     most_waiting: int = 256

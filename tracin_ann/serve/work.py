@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from tracin_ann.analysis import By, find_duplicates, find_hubs, find_mislabelled
 from tracin_ann.choices import ScoreName, SideName
@@ -56,7 +56,15 @@ class Steps:
 
 
 class Work(ABC):
-    """What a job does; its attributes are its options."""
+    """What a job does; its attributes are its options.
+
+    Attributes:
+        kind: its name in the API.
+        limited: names of attributes, each with the name of the setting that limits it.
+    """
+
+    kind: ClassVar[str] = "page"
+    limited: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
@@ -74,6 +82,7 @@ class ComputeExactAnswers(Work):
         examples: the examples of the side `input`.
     """
 
+    kind = "exact"
     side: SideName
     rows: tuple[int, ...]
     options: QueryOptions
@@ -127,6 +136,8 @@ def _merge(parts: Sequence[Answer], k: int) -> Answer:
 class RankSelfInfluence(Work):
     """Training rows by self-influence; see `InfluenceIndex.self_influence`."""
 
+    kind = "self-influence"
+    limited = {"k": "most_records"}
     k: int = 50
     checkpoints: tuple[int, ...] | None = None
     exact: bool = False
@@ -150,6 +161,8 @@ class RankSelfInfluence(Work):
 class FindMislabelled(Work):
     """Training rows whose label is probably wrong; see `analysis.find_mislabelled`."""
 
+    kind = "mislabelled"
+    limited = {"k": "most_records"}
     labels: str | None = "label"
     k: int = 50
     neighbours: int = 30
@@ -182,6 +195,8 @@ class FindMislabelled(Work):
 class FindDuplicates(Work):
     """Groups of training rows with nearly equal features; see `analysis.find_duplicates`."""
 
+    kind = "duplicates"
+    limited = {"k": "most_records"}
     threshold: float = 0.999
     checkpoints: tuple[int, ...] | None = None
     where: RowFilter = field(default_factory=RowFilter)
@@ -208,6 +223,8 @@ class FindHubs(Work):
         options: query options.
     """
 
+    kind = "hubs"
+    limited = {"k": "most_hits", "top": "most_records"}
     k: int = 10
     side: SideName = "query"
     top: int = 100
