@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from tracin_ann.errors import TracinAnnError, split_problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import Examples, ExampleView, Figure
 from tracin_ann.scoring import Answer
@@ -18,7 +17,6 @@ from tracin_ann.serve.jobs import ENDED, Job
 from tracin_ann.serve.pages.addresses import Parameters, QueryForm, read_text
 from tracin_ann.serve.pages.inputs import Inputs
 from tracin_ann.serve.pages.site import Reply, Site
-from tracin_ann.serve.problems import find_status
 from tracin_ann.serve.service import Reader, Service
 from tracin_ann.serve.work import ComputeExactAnswers, Result, Work
 
@@ -206,17 +204,23 @@ class Context:
         policy = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
         return Reply(body, "image/svg+xml", headers={"Content-Security-Policy": policy})
 
-    def fail(self, error: TracinAnnError, path: str) -> Reply:
-        """Return the page of an error of the page at a path."""
-        parts = split_problem(str(error))
+    def show_error(self, parts: Mapping[str, str], path: str, status: int) -> Reply:
+        """Return the page of an error.
+
+        Args:
+            parts: `what`, `got`, `expected` and `remedy`.
+            path: of the page that failed.
+            status: of the response.
+        """
+        what = parts["what"]
         page = self.site.render(
             "error.html",
             self.service.generation,
-            title=parts["what"][:1].upper() + parts["what"][1:],
-            parts=[(name, value) for name, value in parts.items() if value and name != "what"],
+            title=what[:1].upper() + what[1:],
+            parts=[(name, parts[name]) for name in ("got", "expected", "remedy") if parts[name]],
             back=own_address(path),
         )
-        return Reply(page, status=find_status(error))
+        return Reply(page, status=status)
 
 
 async def cancel_job(context: Context, asked: Asked, reader: Reader) -> Reply:

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from tracin_ann.errors import problem
+from tracin_ann.errors import UnknownRowError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.serve.pages.addresses import QueryForm
-from tracin_ann.serve.problems import UnknownResultError
 from tracin_ann.serve.service import Reader
 from tracin_ann.serve.settings import Settings
 from tracin_ann.serve.uploads import read_picture_example, read_records
@@ -61,7 +60,7 @@ class Inputs:
 
         Raises:
             UsageError: the task cannot read examples, or the picture cannot be read.
-            UnknownResultError: the picture is no longer kept.
+            UnknownRowError: the picture is no longer kept.
             TaskError: the task fails on the text or picture.
         """
         return await reader.run(lambda index: self._find(form, index)) if form.side == "input" else None
@@ -89,7 +88,7 @@ class Inputs:
         with self._lock:
             data = self._pictures.get(form.upload)
         if data is None:
-            raise UnknownResultError(
+            raise UnknownRowError(
                 problem(
                     "the picture is no longer kept",
                     got=repr(form.upload[:40]),

@@ -112,9 +112,12 @@ async def show_duplicates(context: Context, asked: Asked, reader: Reader) -> Rep
             for members in groups[start : start + _GROUPS]
         ]
 
+    shown = await reader.run(build)
+    is_wide = any(card.view.is_wide for group in shown for card in group.cards)
     return context.page(
         "duplicates.html",
         reader,
+        layout="rows" if is_wide else "cards",
         title="Duplicates",
         here="/duplicates",
         lead=_DUPLICATES_LEAD,
@@ -122,7 +125,7 @@ async def show_duplicates(context: Context, asked: Asked, reader: Reader) -> Rep
         progress=progress,
         threshold=given,
         facts=() if result is None else _list_duplicate_facts(result.summary),
-        groups=await reader.run(build),
+        groups=shown,
         pages=split_pages(len(groups), start, _GROUPS, address_from),
     )
 

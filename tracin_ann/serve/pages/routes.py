@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 
-from tracin_ann.errors import TracinAnnError, problem
+from tracin_ann.errors import UnknownRowError, problem
 from tracin_ann.report import Figure
 from tracin_ann.serve.decisions import Decisions, default_path
 from tracin_ann.serve.dependencies import CheckedForm, ReaderOfRequest
@@ -21,7 +22,6 @@ from tracin_ann.serve.pages.queries import export_answers, keep_picture, list_qu
 from tracin_ann.serve.pages.rows import find_row, show_row
 from tracin_ann.serve.pages.site import Reply
 from tracin_ann.serve.pages.suspects import decide, export_decisions, show_suspects
-from tracin_ann.serve.problems import UnknownResultError
 from tracin_ann.serve.security import CSRF_FIELD, make_csrf
 from tracin_ann.serve.service import Reader, Service
 
@@ -72,7 +72,11 @@ def add_pages(app: FastAPI, against: Service | None = None) -> None:
     async def image(name: str) -> Response:
         return _respond(context.site.image(name) or Reply("", status=404))
 
+    def show_error(request: Request, status: int, record: Mapping[str, Any]) -> Response:
+        return _respond(context.show_error(record["error"], request.url.path, status))
+
     app.include_router(router)
+    app.state.show_error = show_error
 
 
 async def _show_figure(
@@ -86,13 +90,13 @@ async def _show_figure(
     if not 1 <= number <= len(figures) or form not in ("svg", "png"):
         got, expected = f"{number}.{form}", f"1 to {len(figures)}, .svg or .png"
         remedy = "follow the link of the page"
-        raise UnknownResultError(problem("no such figure", got=repr(got), expected=expected, remedy=remedy))
+        raise UnknownRowError(problem("no such figure", got=repr(got), expected=expected, remedy=remedy))
     return await context.draw(figures[number - 1], form)
 
 
 def _make_endpoint(context: Context, show: Show) -> Callable[..., Awaitable[Response]]:
     async def endpoint(request: Request, reader: ReaderOfRequest) -> Response:
-        return await _show(context, show, request, reader, _read_request(request, request.query_params))
+        return _respond(await show(context, _read_request(request, request.query_params), reader))
 
     return endpoint
 
@@ -102,7 +106,7 @@ def _make_form_endpoint(context: Context, show: Show) -> Callable[..., Awaitable
         form = await request.form()
         picture = form.get("picture")
         file = b"" if picture is None or isinstance(picture, str) else await picture.read()
-        return await _show(context, show, request, reader, _read_request(request, form, file))
+        return _respond(await show(context, _read_request(request, form, file), reader))
 
     return endpoint
 
@@ -110,13 +114,6 @@ def _make_form_endpoint(context: Context, show: Show) -> Callable[..., Awaitable
 def _read_request(request: Request, given: Parameters, file: bytes = b"") -> Asked:
     guard = ((CSRF_FIELD, make_csrf(request.state.session)),)
     return Asked(given, request.path_params, guard, "HX-Request" in request.headers, file)
-
-
-async def _show(context: Context, show: Show, request: Request, reader: Reader, asked: Asked) -> Response:
-    try:
-        return _respond(await show(context, asked, reader))
-    except TracinAnnError as error:
-        return _respond(context.fail(error, request.url.path))
 
 
 def _respond(reply: Reply) -> Response:
