@@ -310,7 +310,7 @@ class _PageRenderer:
         return pieces
 
 
-def has_wide_hits(examples: Examples, answers: Answers) -> bool:
+def has_wide_hits(examples: Examples, answers: Sequence[Answer]) -> bool:
     """Return whether one of the first hits needs the full width of a line; then each hit has its own line."""
     rows = [hit.row for answer in answers[:_LAYOUT_HITS] for hit in answer.hits]
     return any(examples.view("train", row).is_wide for row in rows[:_LAYOUT_HITS])

@@ -13,12 +13,13 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.scoring import Fields, Id, open_writer
+from tracin_ann.text import escape_surrogates
 
 Verdict = Literal["keep", "relabel", "drop"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -88,9 +89,10 @@ class Decisions:
     def record(self, decision: Decision) -> Decision:
         """Store a decision durably, in place of an earlier one about the row, and return it with its time."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        dated = Decision(**{**asdict(decision), "decided_at": now})
-        # JSON text distinguishes the ids 7 and "7", and encodes lone surrogates.
-        values = [dated.row, *map(json.dumps, (dated.id, dated.verdict, dated.label, dated.new_label)), now]
+        dated = replace(decision, decided_at=now)
+        # As JSON, the ids 7 and "7" differ.
+        labels = (escape_surrogates(label) for label in (dated.label, dated.new_label))
+        values = [dated.row, json.dumps(dated.id), dated.verdict, *labels, now]
         with self._open() as connection:
             connection.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", values)
         return dated
@@ -107,7 +109,7 @@ class Decisions:
             return {}
         with self._open() as connection:
             found = connection.execute("SELECT * FROM decisions ORDER BY row").fetchall()
-        return {row: Decision(row, *map(json.loads, texts), decided_at=time) for row, *texts, time in found}
+        return {row: Decision(row, json.loads(name), *rest) for row, name, *rest in found}
 
     def find(self, row: int) -> Decision | None:
         """Return the decision about a row, or None if there is none."""

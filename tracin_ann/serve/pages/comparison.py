@@ -26,8 +26,8 @@ class ComparedHit:
     row: int
     id: Id
     view: ExampleView
-    ranks: tuple[str, str]
-    scores: tuple[str, str]
+    ranks: tuple[str, ...]
+    scores: tuple[str, ...]
 
     @property
     def is_shared(self) -> bool:
@@ -134,10 +134,8 @@ def _compare_hits(
     for row in dict.fromkeys(hit.row for hit in (*one, *other)):
         found = [places.get(row) for places in ranked]
         hit = next(place[1] for place in found if place)
-        ranks, scores = (
-            tuple("" if place is None else form(place) for place in found)
-            for form in (lambda place: str(place[0]), lambda place: format_score(place[1].score))
-        )
-        hits.append(ComparedHit(row, hit.id, examples.view("train", row), ranks, scores))  # type: ignore[arg-type]
+        ranks = tuple("" if place is None else str(place[0]) for place in found)
+        scores = tuple("" if place is None else format_score(place[1].score) for place in found)
+        hits.append(ComparedHit(row, hit.id, examples.view("train", row), ranks, scores))
     n_shared = sum(hit.is_shared for hit in hits)
     return ComparedList(kind, heading, tuple(hits), f"{n_shared} of {max(len(one), len(other))} in both")

@@ -234,7 +234,8 @@ def link_figures(figures: Sequence[Figure], page: str, address: str) -> tuple[Li
     query = f"?{urlsplit(address).query}" if urlsplit(address).query else ""
     return tuple(
         LinkedFigure(
-            *(f"/figures/{page}/{number}.{form}{query}" for form in ("svg", "png")),
+            f"/figures/{page}/{number}.svg{query}",
+            f"/figures/{page}/{number}.png{query}",
             figure.title,
             figure.caption,
             figure.alt,

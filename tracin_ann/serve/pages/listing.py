@@ -38,7 +38,8 @@ def list_rows(index: InfluenceIndex, examples: Examples, form: QueryForm) -> Row
     """Return the rows of a side, from `form.start`, that contain all words and have the label of the form."""
     side: SideName = "train" if form.side == "train" else "query"
     n_rows = len(index) if side == "train" else index.runner.n_rows("query")
-    words, found, row = form.find.lower().split(), [], form.start
+    words, row = form.find.lower().split(), form.start
+    found: list[RowCard] = []
     stop = n_rows if not (words or form.label) else min(n_rows, form.start + _SEARCHED)
     while row < stop and len(found) < SHOWN:
         if _matches(index, examples, side, row, words, form.label):

@@ -113,7 +113,7 @@ async def show_duplicates(context: Context, asked: Asked, reader: Reader) -> Rep
         ]
 
     shown = await reader.run(build)
-    is_wide = any(card.view.is_wide for group in shown for card in group.cards)
+    is_wide = any(card.view.is_wide or not card.view.image for group in shown for card in group.cards)
     return context.page(
         "duplicates.html",
         reader,

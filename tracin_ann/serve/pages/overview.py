@@ -114,7 +114,7 @@ def _list_recalls(index: InfluenceIndex) -> Iterator[Cells]:
             yield what, depth.proponents.summary, depth.opponents.summary
     calibration = index.manifest.index.calibration
     if calibration is not None:
-        points = [calibration.usual_point(side) for side in ("proponents", "opponents")]  # type: ignore[arg-type]
+        points = [calibration.usual_point(side) for side in ("proponents", "opponents")]
         yield "search index, of an exact scan", *(f"{point.recall:.3f}" for point in points)
 
 

@@ -113,7 +113,7 @@ class ExplainPair(Work):
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
         """Return the parts."""
         with nullcontext() if self.examples is None else index.lend(self.examples):
-            found = explain(  # type: ignore[call-overload]
+            found = explain(
                 index,
                 self.row,
                 self.query,

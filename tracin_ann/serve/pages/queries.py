@@ -40,6 +40,7 @@ class QueryPage:
         queries: the answers.
         figures: of the answers.
         is_wide: whether each hit has its own line.
+        has_wide_rows: whether the rows to choose from need more space than an image.
         rows: the rows to choose from.
         default_score: of the index.
         n_checkpoints: of the index.
@@ -50,6 +51,7 @@ class QueryPage:
     queries: tuple[QueryView, ...]
     figures: tuple[Figure, ...]
     is_wide: bool
+    has_wide_rows: bool
     rows: RowList
     default_score: ScoreName
     n_checkpoints: int
@@ -146,11 +148,11 @@ def _build_page(context: Context, form: QueryForm, answers: Sequence[Answer], in
     checkpoints = _infer_checkpoints(index, form, answers)
     builder = ViewBuilder(index, examples, checkpoints)
     with context.inputs.lend(form, index):
-        is_wide = has_wide_hits(examples, answers) if answers else any(card.view.is_wide for card in rows.cards)
         members: dict[SideName, list[int]] = {"query": [], "train": [], "input": []}
         for answer in answers:
             members[answer.side] += answer.members
         losses = builder.collect_losses(members)
+        is_wide = has_wide_hits(examples, answers)
         queries = tuple(
             replace(
                 builder.build_query(number, answer, losses),
@@ -163,6 +165,7 @@ def _build_page(context: Context, form: QueryForm, answers: Sequence[Answer], in
         queries=queries,
         figures=answer_figures(index, answers, checkpoints),
         is_wide=is_wide,
+        has_wide_rows=any(card.view.is_wide or not card.view.image for card in rows.cards),
         rows=rows,
         default_score=index.default_score,
         n_checkpoints=len(index.manifest.build.spec.checkpoints),
