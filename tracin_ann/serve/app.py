@@ -57,13 +57,18 @@ def create_app(
     )
     app.state.service = service
     app.add_middleware(Gate, settings=settings)
+    add_error_responses(app)
+    app.include_router(api.router, prefix="/api/v1")
+    add_pages(app, other)
+    return app
+
+
+def add_error_responses(app: FastAPI) -> None:
+    """Let an application respond to errors with their four parts."""
     app.add_exception_handler(TracinAnnError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_unexpected)
-    app.include_router(api.router, prefix="/api/v1")
-    add_pages(app, other)
-    return app
 
 
 def _answer_error(request: Request, error: Exception) -> Response:

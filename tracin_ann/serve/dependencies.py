@@ -67,25 +67,21 @@ def make_template_context(request: Request) -> dict[str, Any]:
 TemplateContext = Annotated[dict[str, Any], Depends(make_template_context)]
 
 
-async def check_form(request: Request) -> None:
-    """Check the CSRF token of a form.
+async def check_form(request: Request) -> AsyncIterator[None]:
+    """Check the CSRF token of a form; files that came with it are closed when the request ends.
 
     Raises:
         ForbiddenError: it is missing or wrong.
     """
-    given = request.headers.get(CSRF_HEADER)
-    if given is None:
-        field = (await request.form()).get(CSRF_FIELD)
-        given = field if isinstance(field, str) else ""
-    if not is_valid_csrf(request.state.session, given):
-        raise ForbiddenError(
-            problem(
-                "the form is not from this page",
-                got="no valid token",
-                expected="its token",
-                remedy="load the page again",
-            )
-        )
+    try:
+        given = request.headers.get(CSRF_HEADER) or (await request.form()).get(CSRF_FIELD)
+        if not isinstance(given, str) or not is_valid_csrf(request.state.session, given):
+            what, expected = "the form is not from a page of this server", "its token"
+            remedy = "load the page again"
+            raise ForbiddenError(problem(what, got="no valid token", expected=expected, remedy=remedy))
+        yield
+    finally:
+        await request.close()
 
 
 CheckedForm = Depends(check_form)

@@ -52,8 +52,8 @@ class IndexLocation:
     memory_bytes: int | None = None
 
     def open(self) -> InfluenceIndex:
-        """Open the current generation."""
-        return InfluenceIndex.open(
+        """Open the current generation and its task; without the task, only what is stored can be shown."""
+        index = InfluenceIndex.open(
             self.directory,
             self.task,
             arguments=self.arguments,
@@ -61,6 +61,12 @@ class IndexLocation:
             batch_size=self.batch_size,
             memory_bytes=self.memory_bytes,
         )
+        try:
+            # Before a writer appends to the index, whose data then have more rows than this generation.
+            _ = index.runner
+        except TracinAnnError as error:
+            logger.warning("no queries can be answered: %s", error)
+        return index
 
     def identify_manifest(self) -> tuple[int, ...]:
         """Return what changes when a generation is published; () if there is no manifest."""
@@ -164,6 +170,8 @@ class Reader:
             TracinAnnError: as `InfluenceIndex.query` raises it.
         """
         options = options or QueryOptions()
+        if not rows:
+            raise UsageError(problem("no query", got="no rows", expected="one or more", remedy="name a row"))
         self._service.check_limits(len(rows) + len(against), options)
         question = _Question(
             self._index, side, tuple(rows), options, together=together or bool(against), against=tuple(against)
