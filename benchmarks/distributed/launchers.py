@@ -108,7 +108,7 @@ def compare_speed(n_rows: int, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--speed-rows", type=int, default=131_072, help="rows of the builds whose speed is measured")
+    parser.add_argument("--speed-rows", type=int, default=98_304, help="rows of the builds whose speed is measured")
     parser.add_argument("--rounds", type=int, default=2, help="builds of each way")
     parser.add_argument(
         "--memory-rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes of the builds of a small MLP"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -150,7 +151,10 @@ def test_of_shards_that_start_together_the_first_record_holds(one, tmp_path, mon
     assert_same_index(out, one)
 
 
-def test_a_record_is_created_by_one_process_only(one, tmp_path):
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_record_is_created_by_one_process_only(has_links, one, tmp_path, monkeypatch):
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda old, new: _refuse(errno.EPERM))
     first = read_build_record(Path(one.arguments["folder"]) / "one")
     second = replace(first, batch_size=16)
     assert agree_on_record(tmp_path, None, first) == first
@@ -259,7 +263,12 @@ def test_options_that_exclude_each_other(more, message, one, tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+def _refuse(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
 SHARD_PROGRAM = """
+import errno
 import os
 import signal
 import subprocess
