@@ -93,7 +93,6 @@ from tracin_ann.store import (
     collect_columns,
     find_unnamed_files,
     hold_writer_lock,
-    read_build_record,
     read_current,
     read_last_build,
     read_shard_count,
@@ -306,11 +305,13 @@ def run(
     began_s = perf_counter()
     progress = progress or ignore_progress
     dim_choice = job.choose_dim(progress)
+    launched = [] if launcher is None else job.launch(launcher, claims, progress)
     with job.runner.model() as model:
         start = job.prepare(model)
         store = FeatureStore(job.out / FEATURES, start.record.layout)
         missing = store.missing(start.trusted_files)
-        if start.finished is not None and not missing and job.is_complete(start.finished):
+        new = [*launched, *missing]
+        if start.finished is not None and not new and job.is_complete(start.finished):
             clean_up(job.out, start.finished)
             return job.report(start.finished, 0, began_s)
         if missing and needs_all_files:
@@ -321,17 +322,11 @@ def run(
         settings = job.tune(model, record)
         record = replace(record, batch_size=settings.batch_size, channels_last=settings.channels_last)
         table = job.collect_columns(progress)
-        if claims is not None:
+        if claims is not None and not launched:
             claims.enter_context(claim_directory(job.out))
-        launched_rows = 0
-        if launcher is not None and missing:
-            launched_rows = store.layout.count_rows(missing)
-            record = job.launch(launcher, store.layout, missing, settings, progress)
-            start = replace(start, record=record, last_build=record)
-            settings = job.tune(model, record)
-        generation = NextGeneration.begin(job.out, start, record, store, missing)
+        generation = NextGeneration.begin(job.out, start, record, store, new)
         columns = generation.write_columns(table)
-        extracted = job.extract(model, generation, [] if launched_rows else missing, settings, progress)
+        extracted = job.extract(model, generation, missing, settings, progress)
         audits = job.audit(model, generation, extracted, progress)
     features = generation.list_features()
     quality = QualityMeasurement(job.runner, store, job.features(record), job.config.seed, store.skipped()[0], progress)
@@ -358,7 +353,7 @@ def run(
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)
-    return job.report(manifest, launched_rows + extracted.rows, began_s, audits.uneven, dim_choice)
+    return job.report(manifest, store.layout.count_rows(new), began_s, audits.uneven, dim_choice)
 
 
 class BuildJob:
@@ -381,6 +376,7 @@ class BuildJob:
         )
         self.runner = TaskRunner(task, options, reference)
         self._chooses_dim = config.dim == "auto"
+        self._table: tuple[RowTable | None] | None = None
         self._load_seconds = 0.0
 
     def choose_dim(self, progress: ProgressCallback) -> DimChoice | None:
@@ -592,24 +588,30 @@ class BuildJob:
         with self.runner.model() as model:
             yield FileWorker(self, model)
 
-    def launch(
-        self,
-        launcher: Launcher,
-        layout: StoreLayout,
-        missing: Sequence[File],
-        settings: BatchSettings,
-        progress: ProgressCallback,
-    ) -> BuildRecord:
-        """Run the missing feature files on the workers of a launcher; return the record on which these agreed.
+    def launch(self, launcher: Launcher, claims: ExitStack | None, progress: ProgressCallback) -> list[File]:
+        """Compute the missing feature files on the workers of a launcher, after all checks; return these files.
+
+        Meanwhile the model is not in use by this process: a worker may have the same device, or be in this process.
 
         Raises:
             UsageError: the workers wrote to another file system.
         """
-        by_partition = self.reads_by_partition(layout, settings)
+        with self.runner.model() as model:
+            start = self.prepare(model)
+            layout = start.record.layout
+            missing = FeatureStore(self.out / FEATURES, layout).missing(start.trusted_files)
+            if not missing:
+                return []
+            self.check_canaries(model, start)
+            record = self.config.agree_on_batches(start.record, len(missing), str(self.out))
+            by_partition = self.reads_by_partition(layout, self.tune(model, record))
+            self.collect_columns(progress)
+        if claims is not None:
+            claims.enter_context(claim_directory(self.out))
         units = sorted(missing, key=lambda file: file if by_partition else file[::-1])
         task = None if self.reference.reference is not None else self.runner.task
-        total, done = layout.count_rows(missing), 0
         source = WorkerSource(task, self.reference, Path(os.path.abspath(self.out)), self.config)
+        done, total = 0, layout.count_rows(missing)
         for n_rows in launcher.run(source, units):
             # The rows of a worker that died are counted again.
             done = min(done + n_rows, total)
@@ -624,7 +626,7 @@ class BuildJob:
                     remedy="use --out on a shared file system",
                 )
             )
-        return read_build_record(self.out)
+        return missing
 
     def describe_missing(self, layout: StoreLayout, missing: Sequence[File]) -> str:
         """Return the message that files are missing, with the shards that compute them."""
@@ -639,10 +641,13 @@ class BuildJob:
         )
 
     def collect_columns(self, progress: ProgressCallback) -> RowTable | None:
-        """Return the columns and ids of the training rows, if the task defines any."""
+        """Return the columns and ids of the training rows, if the task defines any; the first call reads the rows."""
         task, runner = self.runner.task, self.runner
         id_of = None if task.ids is None else task.id_of
-        return collect_columns(runner.data("train"), runner.n_rows("train"), task.columns, id_of, progress)
+        if self._table is None:
+            n_rows = runner.n_rows("train")
+            self._table = (collect_columns(runner.data("train"), n_rows, task.columns, id_of, progress),)
+        return self._table[0]
 
     def extract(
         self,

@@ -1,1 +1,1 @@
-"""Queries and builds by several processes."""
+"""Builds in several processes and on clusters."""

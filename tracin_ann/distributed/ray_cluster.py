@@ -300,7 +300,8 @@ class _Pool:
                 except StopIteration:
                     logger.debug("a worker has finished %d units", len(member.units))
                 except self._ray.exceptions.RayTaskError as error:
-                    raise error.cause from error
+                    # Ray cannot send every exception.
+                    raise error.cause or error from error
                 except self._ray.exceptions.RayError as error:
                     # The actor has died, alone or with its node, or it cannot be reached any more.
                     logger.warning("a worker on Ray was lost: %s", first_line(error))
