@@ -1,1 +1,1 @@
-"""Builds in several processes and on clusters."""
+"""Builds and queries by several processes and on clusters."""
