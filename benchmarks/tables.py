@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -890,7 +891,61 @@ def _format_memory(megabytes: float | str) -> str:
     return f"{megabytes / 1000:.1f} GB" if isinstance(megabytes, int | float) else str(megabytes)
 
 
+# Plans of large builds
+
+
+def scale_check() -> str:
+    """Return predicted costs beside measured ones."""
+    content = read_results("scale_plan")
+    rows: list[Row] = [("quantity", "factors from", "predicted", "measured", "predicted/measured")]
+    for check in content["results"]["checks"]:
+        figures = (_format_quantity(check[name], check["unit"]) for name in ("predicted", "measured"))
+        ratio = f"{check['predicted'] / check['measured']:.2f}"
+        rows.append((check["what"], check["fitted"], *figures, ratio))
+    scope = (
+        "predictions of the simulation in `benchmarks/scale_plan.py` for sizes that are larger than those that its "
+        "factors are fitted to, and measurements of the same quantity, on one machine."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def _format_quantity(value: float, unit: str) -> str:
+    return f"{1e3 * value:.2f} ms" if unit == "s" and value < 1 else f"{value:.1f} {unit}"
+
+
+def scale_plan() -> str:
+    """Return the plans of builds of 10 million to a billion rows."""
+    content = read_results("scale_plan")
+    rows: list[Row] = [
+        ("rows × checkpoints", "model", "machines", "features", "lists, calibration", "memory", "disk", "query", "cost")
+    ]
+    for plan in content["results"]["plans"]:
+        rows.append(
+            (
+                f"10<sup>{round(math.log10(plan['rows']))}</sup> × {plan['checkpoints']}",
+                plan["model"],
+                f"{plan['machines']:,}",
+                f"{plan['features_s'] / 3600:.1f} h",
+                f"{(plan['lists_s'] + plan['finish_s']) / 3600:.1f} h",
+                f"{plan['memory'] / 1e9:,.0f} GB",
+                f"{plan['disk'] / 1e12:.2f} TB",
+                f"{1e3 * plan['query_s']:.0f} ms",
+                f"{plan['cost']:,.0f} $",
+            )
+        )
+    settings, assumed = content["settings"], content["settings"]["machines"]
+    scope = (
+        f"simulated, not measured: the fewest machines of {settings['threads']} CPU threads that compute the features in "
+        f"{settings['days']:g} day, D = {settings['dim']}; then one of them finishes the build. Assumptions: a shared "
+        f"file system of {assumed['disk'] / 1e9:g} GB/s, {assumed['failures']:g} failures of a machine per hour, "
+        f"{assumed['restart']:g} s to replace it, {assumed['price']:.2f} $ per machine hour. Memory is that of the "
+        "inverted lists, which the finishing machine holds; query is the search in both directions on one machine."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
 _TABLES = (
+    *(scale_check, scale_plan),
     *(features, budget, memory, launchers, precision, attribution, proofs, adapters, adapter_precision),
     *(recall, fidelity, preconditioners, curvature),
     *(lds, lds_peers, lds_published, removal),

@@ -36,7 +36,7 @@ from tracin_ann.scoring import (
     open_score_maker,
     require_token_losses,
 )
-from tracin_ann.search import SearchIndex, load_index
+from tracin_ann.search import FlatIndex, GpuScan, SearchIndex, load_index, open_scan
 from tracin_ann.store import (
     FEATURES,
     Columns,
@@ -202,6 +202,11 @@ class InfluenceIndex:
     def _loaded_index(self) -> SearchIndex:
         rows = select_listed_rows(self._store.view(), read_unlisted_ids(self.directory, self.manifest))
         return load_index(self.manifest.index.kind, self._folder, rows, self._options.device)
+
+    @cached_property
+    def _scan(self) -> FlatIndex | GpuScan:
+        """Return the exact scan of the stored rows of all checkpoints."""
+        return open_scan(self._store.view(), self._options.device)
 
     @cached_property
     def rows(self) -> RowTable:
@@ -476,6 +481,7 @@ class InfluenceIndex:
             ranking = Ranker(
                 store=self._store,
                 index=self.search_index,
+                scan=self._scan,
                 record=self.manifest.index,
                 fidelity=self.manifest.fidelity,
                 rates=rates,

@@ -25,7 +25,15 @@ from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.scoring.true_recall import K
 from tracin_ann.scoring.workers import Coverage, SearchWorkers
-from tracin_ann.search import CalibratedIndex, FlatIndex, SearchIndex, scale_to_unit, search_both
+from tracin_ann.search import (
+    CalibratedIndex,
+    FlatIndex,
+    GpuScan,
+    PlacedIndex,
+    SearchIndex,
+    scale_to_unit,
+    search_both,
+)
 from tracin_ann.store import FeatureStore, Fidelity, IndexRecord
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
@@ -126,6 +134,7 @@ class Ranker:
     Attributes:
         store: the stored features.
         index: the search index over all checkpoints.
+        scan: the exact scan of the stored rows of all checkpoints.
         record: the manifest's record of the index.
         fidelity: how well the stored scores agree with exact ones; None: not measured.
         rates: η_c of all checkpoints.
@@ -137,6 +146,7 @@ class Ranker:
 
     store: FeatureStore
     index: SearchIndex
+    scan: FlatIndex | GpuScan
     record: IndexRecord
     fidelity: Fidelity | None
     rates: Sequence[float]
@@ -174,6 +184,9 @@ class Ranker:
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
+            if isinstance(strategy.index, PlacedIndex):
+                place = strategy.index.describe_place(k, request.allowed)
+                strategy = replace(strategy, how="; ".join(filter(None, (strategy.how, place))))
             if isinstance(strategy.index, CalibratedIndex):
                 exactness = strategy.index.describe_exactness(proponents, opponents)
                 how = "; ".join(filter(None, (strategy.how, coverage.summary, exactness)))
@@ -331,8 +344,7 @@ class Ranker:
         if unsupported:
             scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
-        scan = FlatIndex(self.store.view(), self.runner.options.device)
-        return choose_strategy(self.record, self.index, scan, weighted_QF, options)
+        return choose_strategy(self.record, self.index, self.scan, weighted_QF, options)
 
     def _rescore(
         self, request: QueryRequest, vectors: QueryVectors, rows: ScoredRows, starts: list[int]

@@ -16,6 +16,7 @@ from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.diagnosis import Diagnosis
 from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.gpu_scan import GpuScan, open_scan
 from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex, list_ivf_files
@@ -164,13 +165,15 @@ def estimate_bytes(kind: str, n_rows: int, dim: int, codes: Codes) -> int:
     return max(sizes.values()) if kind == "auto" else sizes[kind]
 
 
-def load_index(kind: str, directory: Path, source: RowSource, device: torch.device) -> FlatIndex | CalibratedIndex:
+def load_index(
+    kind: str, directory: Path, source: RowSource, device: torch.device
+) -> FlatIndex | GpuScan | CalibratedIndex:
     """Return the index of a kind whose files are in a directory, for the same rows.
 
     Raises:
         DamagedIndexError: a file is missing or damaged.
     """
-    return FlatIndex(source, device) if kind == "flat" else _CLASSES[kind].load(directory, source, device)
+    return open_scan(source, device) if kind == "flat" else _CLASSES[kind].load(directory, source, device)
 
 
 def list_files(kind: str, shards: int = 1) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_record, report_damage, save_array
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
+from tracin_ann.search.gpu import GpuLists, LazyGpuLists, join_names
 from tracin_ann.search.list_shards import ListShards, Scanner, ShardFile, list_shard_files
 from tracin_ann.search.reduction import Reduction, multiply_rows, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
@@ -54,12 +55,18 @@ class _Caption(Caption):
 
 @dataclass(frozen=True)
 class _Parts:
-    """Lists, coarse quantizer, parameters, and the exponent of the scale of rows (see `Survey.shift`)."""
+    """Lists, coarse quantizer, parameters, exponent of the scale of rows (see `Survey.shift`), device of searches."""
 
     lists: ListShards
     tree: ListTree
     params: IVFParams
     shift: int
+    device: torch.device
+
+    @cached_property
+    def gpu_lists(self) -> LazyGpuLists:
+        """Return the lists for searches on the device."""
+        return LazyGpuLists(self.lists.whole, self.tree.centroid_LR, self.device)
 
     @cached_property
     def unit_group_RG(self) -> Float32:
@@ -103,7 +110,7 @@ class IVFIndex(RescoredIndex):
             NonFiniteError: a row contains NaN or infinity; the message has its id.
         """
         filled = fill_lists(source, params, scratch, progress)
-        parts = _Parts(filled.lists, filled.tree, params, filled.measured.shift)
+        parts = _Parts(filled.lists, filled.tree, params, filled.measured.shift, device)
         return cls(source, filled.reduction, UncodedRows.find(filled.measured), device, parts)
 
     @classmethod
@@ -138,7 +145,7 @@ class IVFIndex(RescoredIndex):
                 )
             )
         uncoded = UncodedRows(outliers, caption.quiet_rows, caption.quiet_norm)
-        return cls(source, reduction, uncoded, device, _Parts(lists, tree, caption.params, caption.shift))
+        return cls(source, reduction, uncoded, device, _Parts(lists, tree, caption.params, caption.shift, device))
 
     def save(self, directory: Path) -> None:
         """Write the files `FILES`, see `RescoredIndex.save`."""
@@ -264,8 +271,21 @@ class IVFIndex(RescoredIndex):
         within_QW = (before_QW < setting.codes) & (probes.list_QW >= 0)
         width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
         key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
-        ids_QM, _ = parts.lists.scan(reduced_QR, n_candidates, key_QW, allowed)
+        on_gpus = parts.gpu_lists.find(n_candidates, allowed)
+        if isinstance(on_gpus, GpuLists):
+            ids_QM, _ = on_gpus.scan(reduced_QR, n_candidates, key_QW)
+        else:
+            ids_QM, _ = parts.lists.scan(reduced_QR, n_candidates, key_QW, allowed)
         return ids_QM, (size_QW * within_QW).sum(axis=1) + probes.scored_Q
+
+    def _describe_code_search(self, k: int, allowed: Int64 | None) -> str:
+        """Return where the lists are scanned, see `RescoredIndex`."""
+        is_filtered = allowed is not None and len(allowed) < len(self)
+        n_candidates = max(self._count_candidates(k, setting) for setting in self.settings)
+        on_gpus = self._parts.gpu_lists.find(n_candidates, allowed if is_filtered else None)
+        if not isinstance(on_gpus, GpuLists):
+            return f"{self.name} searched on the CPU: {on_gpus}"
+        return f"lists chosen on the CPU and scanned on {join_names(on_gpus.gpus)} by FAISS"
 
     @cached_property
     def _mean_size(self) -> float:

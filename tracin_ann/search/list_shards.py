@@ -109,6 +109,11 @@ class ListShards:
         return len(self._shards)
 
     @property
+    def whole(self) -> InvertedLists | None:
+        """Return the lists if they are in one shard, which no other process searches."""
+        return self._shards[0] if len(self._shards) == 1 and self._scanner is None else None
+
+    @property
     def dim(self) -> int:
         """Return R."""
         return self._shards[0].dim
