@@ -163,7 +163,7 @@ def test_many_keys_and_queries_are_scanned_in_batches(
 ) -> None:
     source = Rows(normal(2000, 16, 24))
     index = IVFIndex.build(source, IVFParams(nlist=150), CPU)
-    lists, tree = index._parts.lists, index._parts.tree
+    lists, tree = index._parts.lists.whole, index._parts.tree
     queries = index._reduce(normal(30, 17, 24))[0]
     keys = np.tile(np.arange(tree.n_lists), (30, 1))
     keys[::2, 5:] = -1
