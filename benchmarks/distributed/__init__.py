@@ -1,1 +1,1 @@
-"""Builds and queries by several processes and on clusters."""
+"""Builds by launchers, and searches over shards."""

@@ -104,14 +104,14 @@ class ListShards:
         return sum(len(shard) for shard in self._shards)
 
     @property
+    def whole(self) -> InvertedLists | None:
+        """Return the lists if they are not split, and searched in this process; otherwise None."""
+        return self._shards[0] if self.n_shards == 1 and self._scanner is None else None
+
+    @property
     def n_shards(self) -> int:
         """Return S."""
         return len(self._shards)
-
-    @property
-    def whole(self) -> InvertedLists | None:
-        """Return the lists if they are in one shard, which no other process searches."""
-        return self._shards[0] if len(self._shards) == 1 and self._scanner is None else None
 
     @property
     def dim(self) -> int:
