@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
-from benchmarks.common.markdown import Row, compose, format_environment, format_table
+from benchmarks.common.markdown import WIDTH, Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 
 SIDES = ("proponents", "opponents")
@@ -50,4 +51,4 @@ def sharded_search() -> str:
         "and .98; proponents / opponents. Other results: searches of all queries at once and one by one whose ids or "
         "scores differ by a bit from those of one file. Times are for both directions, all at once and one by one."
     )
-    return compose(scope, format_table(*rows), killed, format_environment(content))
+    return compose(scope, format_table(*rows), textwrap.fill(killed, WIDTH), format_environment(content))
