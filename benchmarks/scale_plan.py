@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import nn
 from torch.nn import functional as F
 
@@ -204,8 +205,6 @@ def fit_lists(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]
 
 def _fit(terms: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
     """Return nonnegative factors of the terms for which relative errors are least."""
-    from scipy.optimize import nnls
-
     matrix = np.array(terms, dtype=float) / np.array(values, dtype=float)[:, None]
     scale = matrix.max(axis=0)
     factors, _ = nnls(matrix / scale, np.ones(len(values)))
