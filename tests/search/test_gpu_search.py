@@ -12,6 +12,7 @@ import torch
 from test_search_contract import CASES, DIM, Rows, assert_exact, heavy_tailed, integers, normal, oracle
 
 import gpu_twins
+from benchmarks.retrieval import gpu as benchmark
 from gpu_twins import GpuIndexIVFScalarQuantizer, TwinGpu
 from tracin_ann.device import list_gpus
 from tracin_ann.search import CODES, Codes, FlatIndex, GpuScan, IVFIndex, IVFParams, open_scan, search_both
@@ -238,6 +239,35 @@ def test_without_gpus_nothing_changes() -> None:
     assert scan.describe_place(5) == ""
     assert IVFIndex.build(source, IVFParams(), CPU).describe_place(5) == ""
     assert FlatIndex(source, torch.device("meta")).describe_place(5) == "scanned on meta by PyTorch"
+
+
+def test_parts_of_rows_are_placed_on_their_gpus() -> None:
+    """Tensors of the device `meta` have shapes and no values."""
+    gpus = [TwinGpu(number) for number in range(3)]
+    for gpu in gpus:
+        gpu.device = torch.device("meta")
+    rows = GpuRows.load(Rows(normal(1000, 27, 16)), gpus)
+    assert [(part.gpu.number, part.first, part.row_NF.shape) for part in rows._parts] == [
+        (0, 0, (333, 16)),
+        (1, 333, (333, 16)),
+        (2, 666, (334, 16)),
+    ]
+    assert {(part.row_NF.dtype, part.row_NF.device.type) for part in rows._parts} == {(torch.float16, "meta")}
+    assert GpuRows.count_bytes(1000, 16) == sum(part.row_NF.nbytes for part in rows._parts)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_with_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = TwinGpu(0)
+    gpu_twins.install(monkeypatch, (gpu,))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(benchmark, "_GIB", 2**20)
+    scans = list(benchmark.measure_scan(gpu, 3000, 64, 1))
+    assert [scan["queries"] for scan in scans] == [1, 64, 1000]
+    assert all(scan["faiss_to_limit"] > 0 for scan in scans)
+    lists = benchmark.measure_lists(CPU, 5000, 32, 1)
+    assert lists["agreement"] > 0.99  # noqa: PLR2004
+    assert GpuIndexIVFScalarQuantizer.n_searches > 0
 
 
 @pytest.mark.parametrize("codes", CODES)
