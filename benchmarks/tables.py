@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from benchmarks.retrieval.tables import (
     families_growth,
     families_methods,
 )
+from benchmarks.scale_plan import format_plans
 from tracin_ann.store import choose_partition_rows
 
 OUTPUT = "the documents that are named"
@@ -916,23 +916,6 @@ def _format_quantity(value: float, unit: str) -> str:
 def scale_plan() -> str:
     """Return the plans of builds of 10 million to a billion rows."""
     content = read_results("scale_plan")
-    rows: list[Row] = [
-        ("rows × checkpoints", "model", "machines", "features", "lists, calibration", "memory", "disk", "query", "cost")
-    ]
-    for plan in content["results"]["plans"]:
-        rows.append(
-            (
-                f"10<sup>{round(math.log10(plan['rows']))}</sup> × {plan['checkpoints']}",
-                plan["model"],
-                f"{plan['machines']:,}",
-                f"{plan['features_s'] / 3600:.1f} h",
-                f"{(plan['lists_s'] + plan['finish_s']) / 3600:.1f} h",
-                f"{plan['memory'] / 1e9:,.0f} GB",
-                f"{plan['disk'] / 1e12:.2f} TB",
-                f"{1e3 * plan['query_s']:.0f} ms",
-                f"{plan['cost']:,.0f} $",
-            )
-        )
     settings, assumed = content["settings"], content["settings"]["machines"]
     scope = (
         f"simulated, not measured: the fewest machines of {settings['threads']} CPU threads that compute the features "
@@ -941,7 +924,8 @@ def scale_plan() -> str:
         f"{assumed['restart']:g} s to replace it, {assumed['price']:.2f} $ for a machine hour. Memory is that of the "
         "inverted lists, which the finishing machine holds; query is the search in both directions on one machine."
     )
-    return compose(scope, format_table(*rows), format_environment(content))
+    table = format_plans(content["results"]["plans"])
+    return compose(scope, table, format_environment(content))
 
 
 _TABLES = (

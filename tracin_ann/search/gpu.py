@@ -162,8 +162,7 @@ class GpuRows:
     """A copy of all rows of a source in the memory of GPUs, in float16, scaled by a power of two.
 
     Attributes:
-        error: bound of the difference between a score of `find` and the exact inner product, divided by the norm of the
-            query, for queries of norm at most 1.
+        error: bound of the difference between a score of `find` and the exact inner product.
     """
 
     def __init__(self, parts: Sequence[_RowPart], ids_N: Int64, shift: int) -> None:
