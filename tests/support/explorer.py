@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from tasks.toy import CONFIG, Toy, cross_entropy, save_checkpoints
@@ -88,3 +92,17 @@ def build_place(folder: Path) -> Place:
 def serve(location: IndexLocation, settings: Settings | None = None) -> Iterator[TestClient]:
     with TestClient(create_app(location, settings), base_url=LOCAL, follow_redirects=False) as client:
         yield client
+
+
+@contextmanager
+def listen(app: FastAPI) -> Iterator[str]:
+    """Yield the address of an application that listens on a free port of this machine."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

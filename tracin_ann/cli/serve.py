@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -39,10 +40,24 @@ _SHORTEST_TOKEN = 16
     "--decisions",
     type=click.Path(dir_okay=False),
     shell_complete=complete_files,
-    help="SQLite file with the decisions about suspects.  [default: decisions.sqlite beside the index]",
+    help="SQLite file with the decisions about suspects.  [default: DIR.decisions.sqlite]",
+)
+@click.option(
+    "--against",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Another index of the same training rows; pages compare its answers with those of the first.",
 )
 @index_options
-def main(directory: str, host: str, port: int, token: str | None, decisions: str | None, **options: object) -> None:
+def main(  # noqa: PLR0913
+    directory: str,
+    host: str,
+    port: int,
+    token: str | None,
+    decisions: str | None,
+    against: str | None,
+    **options: object,
+) -> None:
     """Serve pages and a JSON API over the index in DIR until interrupted.
 
     Only programs on this machine can connect, unless --host names another address; then clients need the token. An
@@ -73,7 +88,8 @@ def main(directory: str, host: str, port: int, token: str | None, decisions: str
         decisions=None if decisions is None else Path(decisions),
     )
     with _listen(host, port) as listener:
-        app = create_app(location, settings)
+        other = None if against is None else replace(location, directory=Path(against))
+        app = create_app(location, settings, other)
         print_note(f"serving {directory} at {_make_address(listener)}; press Ctrl+C to stop", err=True)
         config = uvicorn.Config(
             app,

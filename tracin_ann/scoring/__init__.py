@@ -29,11 +29,14 @@ from tracin_ann.scoring.pilot import PILOT_DIM, DimChoice, DimPrediction, DimTar
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
+    PROPONENT,
     checkpoints_figure,
     counts_figure,
     norms_figure,
     parts_figure,
+    render_png,
     render_svg,
+    render_svg_file,
     score_ranks_figure,
 )
 from tracin_ann.scoring.quality import QualityMeasurement
@@ -65,6 +68,7 @@ __all__ = [
     "IndexSize",
     "OPPONENT",
     "PILOT_DIM",
+    "PROPONENT",
     "QualityMeasurement",
     "Queries",
     "QueryOptions",
@@ -100,7 +104,9 @@ __all__ = [
     "open_score_maker",
     "open_writer",
     "parts_figure",
+    "render_png",
     "render_svg",
+    "render_svg_file",
     "require_token_losses",
     "run_pilot",
     "scale_in_place",

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from tracin_ann import __version__
 from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
 from tracin_ann.serve import api
+from tracin_ann.serve.pages import add_pages
 from tracin_ann.serve.problems import make_response
 from tracin_ann.serve.security import Gate
 from tracin_ann.serve.service import IndexLocation, Service
@@ -22,23 +23,29 @@ from tracin_ann.serve.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def create_app(location: IndexLocation, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    location: IndexLocation, settings: Settings | None = None, against: IndexLocation | None = None
+) -> FastAPI:
     """Open an index and return the application that serves it.
 
     Args:
         location: the index.
         settings: limits and access.
+        against: another index of the same training rows, whose answers pages compare with those of the first.
 
     Raises:
         DamagedIndexError: as `InfluenceIndex.open`.
     """
     settings = settings or Settings()
     service = Service(location, settings)
+    other = None if against is None else Service(against, settings)
 
     @asynccontextmanager
     async def close_at_end(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.close()
+        for each in (service, other):
+            if each is not None:
+                each.close()
 
     app = FastAPI(
         title="tracin_ann",
@@ -52,6 +59,7 @@ def create_app(location: IndexLocation, settings: Settings | None = None) -> Fas
     app.add_middleware(Gate, settings=settings)
     add_error_responses(app)
     app.include_router(api.router, prefix="/api/v1")
+    add_pages(app, other)
     return app
 
 

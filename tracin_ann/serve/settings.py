@@ -13,7 +13,7 @@ class Settings:
     Attributes:
         token: what a client has to present; None: anybody who reaches the address may connect.
         hosts: names that the Host header may have, without ports; None: any.
-        decisions: the SQLite file with the reviewers' decisions; None: `decisions.sqlite` beside the index.
+        decisions: the SQLite file with the reviewers' decisions; None: a file beside the index, named like it.
         most_hits: the largest `k`.
         most_candidates: the largest `candidates` for exact re-scoring.
         most_records: the largest number of records of the result of a job.
