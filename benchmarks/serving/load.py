@@ -43,7 +43,6 @@ PAGES = {
     "page of a training row": "/rows/",
     "page of two scores": "/compare?rows=",
 }
-Found = dict[int, dict[str, Any]]
 
 
 def prepare(data: Path, folder: Path) -> Path:
@@ -104,14 +103,14 @@ class Load:
         port: of the server.
         process: the id of the server's process.
         seconds: the time of each request.
-        found: the answers.
+        bodies: the responses, by query.
         warm_bytes: resident memory of the server after the first requests.
     """
 
     port: int
     process: int
     seconds: list[float] = field(default_factory=list)
-    found: Found = field(default_factory=dict)
+    bodies: dict[int, bytes] = field(default_factory=dict)
     warm_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -139,10 +138,9 @@ class Load:
             body = response.read()
             seconds = time.perf_counter() - began
             assert response.status == http.HTTPStatus.OK, body
-            (answer,) = json.loads(body)["answers"]
             with self._lock:
                 self.seconds.append(seconds)
-                self.found[query] = answer
+                self.bodies[query] = body
                 if len(self.seconds) == WARM:
                     self.warm_bytes = measure_memory(self.process)
         connection.close()
@@ -197,7 +195,8 @@ def measure(index: Path, clients: int, each: int) -> Iterator[dict[str, Any]]:
             load = Load(port, server)
             elapsed = load.run(queries, clients)
             end_bytes = measure_memory(server)
-        wrong = sum(not is_same(load.found[query], expected[query]) for query in queries)
+        found = {query: json.loads(body)["answers"][0] for query, body in load.bodies.items()}
+        wrong = sum(not is_same(found[query], expected[query]) for query in queries)
         yield summarise(
             name,
             load.seconds,
