@@ -587,6 +587,10 @@ class InfluenceIndex:
         with nullcontext() if examples is None else self.lend(examples):
             return self.runner.describe(side, row)
 
+    def describe_rows(self, side: SideName, rows: Sequence[int]) -> list[Description | None]:
+        """Return the descriptions of rows, as `describe` does, in less time than one at a time."""
+        return self.runner.describe_rows(side, rows) if self._has_descriptions else [None] * len(rows)
+
     described = describe
     """The name of `describe` in earlier versions."""
 
