@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
+from benchmarks.distributed.tables import sharded_search
 from benchmarks.retrieval.tables import (
     families,
     families_candidates,
@@ -909,6 +910,7 @@ _TABLES = (
         calibration,
         cold_start,
         end_to_end,
+        sharded_search,
     ),
     *(reliability, kills),
     *(digits, mislabelled, leverage),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tracin_ann.build import BuildReport, ShardReport, build, build_shard, finish_build
     from tracin_ann.config import BuildConfig
-    from tracin_ann.distributed import ProcessLauncher, RayLauncher, Shard
+    from tracin_ann.distributed import ProcessLauncher, RayLauncher, Shard, ShardOptions
     from tracin_ann.errors import TracinAnnError
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.operations import BuildPlan, plan
@@ -51,6 +51,7 @@ __all__ = [
     "RunRecorder",
     "SelfInfluence",
     "Shard",
+    "ShardOptions",
     "ShardReport",
     "TarShards",
     "Task",
@@ -70,7 +71,7 @@ __all__ = [
 _HOMES = {
     "build": ("BuildReport", "ShardReport", "build", "build_shard", "finish_build"),
     "config": ("BuildConfig",),
-    "distributed": ("ProcessLauncher", "RayLauncher", "Shard"),
+    "distributed": ("ProcessLauncher", "RayLauncher", "Shard", "ShardOptions"),
     "errors": ("TracinAnnError",),
     "index": ("InfluenceIndex",),
     "operations": ("BuildPlan", "plan"),

@@ -519,7 +519,7 @@ class BuildJob:
         index, requested = manifest.index, self.config.index
         if requested == "auto" and index.requested in ("", "auto"):
             return index.requested == "auto" or (index.kind == "flat") == is_flat(requested, layout.n_rows)
-        return index.kind == requested
+        return index.kind == requested and index.shards == self.config.index_shards
 
     def check_canaries(self, model: LoadedModel, start: BuildStart) -> None:
         """Reject a task whose features differ from those of the finished index: the index would mix rows of two models.
@@ -729,7 +729,13 @@ class BuildJob:
         """Return how the rows are indexed."""
         config = self.config
         return SearchIndexOptions(
-            config.index, config.seed, config.codes, config.target_recall, self.device, self.score_record.default
+            kind=config.index,
+            seed=config.seed,
+            codes=config.codes,
+            target_recall=config.target_recall,
+            device=self.device,
+            score=self.score_record.default,
+            shards=config.index_shards,
         )
 
     def report(

@@ -1,1 +1,1 @@
-"""Builds in several processes and on clusters."""
+"""Builds by launchers, and searches over shards."""

@@ -37,6 +37,7 @@ BESIDE: dict[str, set[str]] = {
     "__init__": {"report"},  # the facade names write_report
     "evaluation": {"analysis"},  # the rankings of wrong labels that are compared
     "build": {"config", "distributed"},  # launchers do not know what their workers compute
+    "index": {"distributed"},  # an open index starts workers for its shards
     "sketch": {"gradients"},  # a sketch reads the factors of gradients
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search
 }

@@ -114,6 +114,13 @@ _SPREADING = ("shard", "finish", "launcher", *_RAY_OPTIONS)
     help="Exact scan (flat) or a search index; auto chooses by the number of rows and a diagnosis of the features.",
 )
 @click.option(
+    "--index-shards",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="With --index ivf: files over which the rows of the index are split, to be searched by as many processes.",
+)
+@click.option(
     "--target-recall",
     default=0.95,
     show_default=True,

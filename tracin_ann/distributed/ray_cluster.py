@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 from tracin_ann.device import resolve_device
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
+from tracin_ann.distributed.service import MakeService, ServiceHost, ServiceWorker, WorkerDied, unpack_result
 from tracin_ann.distributed.units import UnitQueue
 from tracin_ann.errors import UsageError, first_line, problem
 from tracin_ann.packages import make_missing_package_error
@@ -28,6 +31,8 @@ _STORE_BYTES = 100 << 20
 """Object store of a cluster that this process starts: /dev/shm is small in many containers, and units do not use it."""
 _PATIENCE_S = 60.0
 """Seconds without any result after which a warning is logged if no worker has started."""
+_CONNECTING = threading.Lock()
+"""Held while a thread connects to a cluster."""
 logger = logging.getLogger(__name__)
 
 
@@ -79,7 +84,7 @@ class RayLauncher(Launcher):
             n_workers = self._count_workers(ray)
             logger.info("%d workers on Ray, each with %g CPUs", n_workers, self.num_cpus_per_worker)
             opening = _pickle(ray, open_worker), self.num_gpus_per_worker > 0
-            pool = _Pool(ray, self._describe_actors(ray), opening)
+            pool = _Pool(ray, self._describe_actors(ray, _Actor), opening)
             yield from pool.run(UnitQueue(units, n_workers), n_workers)
 
     @contextmanager
@@ -92,6 +97,18 @@ class RayLauncher(Launcher):
         if ray.is_initialized():
             yield
             return
+        self._initialize(ray)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def _initialize(self, ray: Any) -> None:
+        """Connect to the cluster.
+
+        Raises:
+            UsageError: there is no cluster at the address.
+        """
         options: dict[str, Any] = {"log_to_driver": logger.isEnabledFor(logging.INFO)}
         if self.address == LOCAL:
             # Ray has no access control: whoever reaches its ports runs code.
@@ -107,10 +124,25 @@ class RayLauncher(Launcher):
                     remedy="start one with `ray start --head`, or use the address local",
                 )
             ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+
+    def start_service(self, make_service: MakeService) -> ServiceWorker:
+        """Start an actor that holds a service, and return it when the service is open.
+
+        A connection to the cluster that this makes remains until the process ends.
+
+        Raises:
+            MissingPackageError: Ray is not installed.
+            UsageError: there is no cluster at the address.
+            WorkerDied: the actor died before.
+            Exception: what `make_service` raises in the actor.
+        """
+        ray = import_ray()
+        with _CONNECTING:
+            if not ray.is_initialized():
+                self._initialize(ray)
+        worker = _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
+        worker.open()
+        return worker
 
     def _count_workers(self, ray: Any) -> int:
         """Return the number of actors.
@@ -135,14 +167,14 @@ class RayLauncher(Launcher):
             )
         )
 
-    def _describe_actors(self, ray: Any) -> Any:
-        """Return Ray's class of the actors."""
+    def _describe_actors(self, ray: Any, kind: type) -> Any:
+        """Return Ray's class of actors of a kind."""
         environment = dict(self.runtime_env)
         # Ray sets it only where the environment of the node does not.
         threads = {"OMP_NUM_THREADS": str(self.num_cpus_per_worker)}
         environment["env_vars"] = {**threads, **environment.get("env_vars", {})}
         resources = {"num_cpus": self.num_cpus_per_worker, "num_gpus": self.num_gpus_per_worker}
-        return ray.remote(**resources, max_restarts=0, runtime_env=environment)(_Actor)
+        return ray.remote(**resources, max_restarts=0, runtime_env=environment)(kind)
 
 
 class _Actor:
@@ -174,6 +206,49 @@ class _Actor:
     def compute(self, units: list[Any]) -> Iterator[Any]:
         """Compute units and yield the worker's results."""
         yield from self._worker(units)
+
+
+@dataclass(frozen=True)
+class _ServiceActor(ServiceWorker):
+    """An actor that holds a service.
+
+    Attributes:
+        ray: the module.
+        actor: Ray's handle.
+    """
+
+    ray: Any
+    actor: Any
+
+    def open(self) -> None:
+        """Wait until the service is open, and raise its error."""
+        opened = self.actor.open.remote()
+        while not self.ray.wait([opened], timeout=_PATIENCE_S)[0]:
+            free = self.ray.available_resources()
+            logger.warning("a worker has not started yet: Ray has %g CPUs free", free.get("CPU", 0))
+        self._get(opened)
+
+    @property
+    def pid(self) -> int | None:
+        """Return None: the actor may run on another machine."""
+        return None
+
+    def run(self, request: Any) -> Any:
+        """Return the service's reply, see `ServiceWorker`."""
+        return self._get(self.actor.run.remote(pickle.dumps(request)))
+
+    def stop(self) -> None:
+        """Kill the actor."""
+        with suppress(self.ray.exceptions.RayError):
+            self.ray.kill(self.actor)
+
+    def _get(self, call: Any) -> Any:
+        try:
+            content = self.ray.get(call)
+        except self.ray.exceptions.RayError as error:
+            # The actor has died, alone or with its node, or it cannot be reached any more.
+            raise WorkerDied(first_line(error)) from error
+        return unpack_result(content)
 
 
 @dataclass

@@ -164,8 +164,10 @@ class FeatureExtractor:
             sqnorm_B = torch.linalg.vector_norm(sketch_BD, dim=1, dtype=torch.float64).square()
         rows = (sketch_BD * self._rate**0.5).float(), sqnorm_B, losses.float()
         finite = torch.isfinite(rows[0].sum(1) + rows[1] + rows[2]).all()
-        host = tuple(t.to("cpu", non_blocking=True) for t in rows)
-        return _LaunchedBatch(batch.ids, finite, host, record_event(losses.device))
+        # From an accelerator, copies are asynchronous, to pinned memory. `finite` is one of them: reading it on the
+        # device would wait for the batches that are launched next.
+        *host, finite = (t.to("cpu", non_blocking=True) for t in (*rows, finite))
+        return _LaunchedBatch(batch.ids, finite, tuple(host), record_event(losses.device))
 
     def _run_engine(self, side: SideName, batch: Batch, start: Callable[[], FormSink]) -> Tensor:
         """Run a batch and return its losses [B]; NaN for non-finite rows that are replaced to verify the gradients."""
@@ -188,7 +190,7 @@ class FeatureExtractor:
         done.wait()
         rows = FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
         # The sum may overflow although every row is finite.
-        if not bool(done.finite) and (bad := find_nonfinite(rows)).any():
+        if not done.finite.numpy() and (bad := find_nonfinite(rows)).any():
             if self._model.runner.options.on_nonfinite == "error":
                 raise NonFiniteError(self._describe_nonfinite(rows))
             rows.loss_N[bad & np.isfinite(rows.loss_N)] = np.nan
@@ -221,8 +223,8 @@ class _LaunchedBatch:
 
     Attributes:
         ids: row ids.
-        finite: whether the sum of all values is finite, on the device.
-        host: features, squared norms and losses; valid after `wait`.
+        finite: whether the sum of all values is finite; valid after `wait`, as `host`.
+        host: features, squared norms and losses.
         wait: blocks until the copy to the host is complete.
     """
 

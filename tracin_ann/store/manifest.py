@@ -86,6 +86,7 @@ class IndexRecord:
         codes: how inverted lists store rows; empty for other kinds.
         requested: the kind that the build asked for, such as `auto`; empty if an earlier version built the index.
         score: the score whose recall was measured, and that searches use the index for.
+        shards: number of files over which inverted lists are split by ranges of rows.
     """
 
     kind: str
@@ -95,6 +96,7 @@ class IndexRecord:
     codes: str = ""
     requested: str = ""
     score: ScoreName = "tracin"
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -435,7 +437,9 @@ def _check_consistency(manifest: Manifest) -> None:
     if wrong:
         raise ValueError(f"a feature file {wrong[0]!r}")
     listed = [record.name for record in index.files]
-    names = list(list_files(index.kind))
+    if index.shards > max(1, len(listed)):
+        raise ValueError(f"{index.shards} shards in {len(listed)} files")
+    names = list(list_files(index.kind, index.shards))
     expected = ([*names], [*names, UNLISTED]) if names else ([],)
     if listed not in expected or index.codes not in list_codes(index.kind):
         raise ValueError(f"an index {index.kind!r} with codes {index.codes!r} and files {listed}")
