@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from test_ray import STORE_BYTES
 from test_shard_search import EXACT, OPTIONS, open_named, strip, workers
 
 from paths import ROOT, SUPPORT
 from shard_folder import QUERIES
 from tracin_ann import InfluenceIndex, RayLauncher
+from tracin_ann.cli.query import main
 from tracin_ann.scoring import Answer
 
 pytestmark = pytest.mark.slow
@@ -87,3 +91,15 @@ def test_actors_compute_exact_scores(folder: Path, sharded: InfluenceIndex) -> N
     (found,) = sharded.query([3], options=EXACT)
     assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
     assert [hit.score for hit in found.hits] == pytest.approx([hit.score for hit in expected.hits], rel=1e-5)
+
+
+def test_the_command_starts_actors(cluster: Any, folder: Path, sharded: InfluenceIndex) -> None:
+    # There are processors for one set of workers; the fixture starts no other one after this test.
+    sharded.close()
+    arguments = [f"{folder}/sharded", "--task", f"{folder}/shard_task.py:task", "--ids", "0", "--device", "cpu"]
+    options = ["--search", "index", "--shard-workers", "--ray-address", "auto", "--format", "jsonl", "--quiet"]
+    result = CliRunner().invoke(main, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    (line,) = map(json.loads, result.stdout.splitlines())
+    (expected,) = open_named(folder, "single").query([0], options=replace(OPTIONS, k=10)).lines()
+    assert line == json.loads(json.dumps(expected)) | {"shards": [0, 1]}

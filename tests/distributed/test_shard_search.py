@@ -262,7 +262,7 @@ def test_the_command_marks_partial_results_in_tables(folder: Path, tmp_path: Pat
             assert set(parquet.read_table(path).column("partial").to_pylist()) == {expected}
 
 
-@pytest.mark.parametrize("option", [["--allow-partial"], ["--deadline", "3"]])
+@pytest.mark.parametrize("option", [["--allow-partial"], ["--deadline", "3"], ["--ray-address", "auto"]])
 def test_options_of_workers_need_workers(folder: Path, option: list[str]) -> None:
     result = CliRunner().invoke(main, [f"{folder}/sharded", "--ids", "0", *option])
     assert result.exit_code == UsageError.exit_code
