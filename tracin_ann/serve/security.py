@@ -181,6 +181,7 @@ class Gate:
 
 
 _LONGEST_LOGIN = 4096
+_MOST_DIGITS = 19
 
 
 def _make_cookie(name: str, value: str) -> str:
@@ -212,7 +213,7 @@ def _is_same_site(headers: Headers) -> bool:
 def _read_length(headers: Headers) -> int:
     """Return the length of the body that the headers state; 0 if they state none."""
     length = headers.get("content-length", "")
-    return int(length) if length.isascii() and length.isdecimal() else 0
+    return int(length) if length.isascii() and length.isdecimal() and len(length) <= _MOST_DIGITS else 0
 
 
 def _own_address(request: Request) -> str:
