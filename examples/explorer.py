@@ -1,7 +1,7 @@
 """The explorer: build the index of the digits example, serve it, and open it in the browser.
 
-`make serve`, or `python -m examples.explorer`, takes some seconds and then serves http://127.0.0.1:8321 until Ctrl+C. Ten
-percent of the labels are wrong: see Suspects.
+`make serve`, or `python -m examples.explorer`, takes some seconds, and then serves http://127.0.0.1:8321 until Ctrl+C.
+Ten percent of the labels are wrong: see Suspects.
 """
 
 from __future__ import annotations
