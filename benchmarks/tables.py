@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
+from benchmarks.distributed.tables import sharded_search
 from benchmarks.retrieval.tables import (
     families,
     families_candidates,
@@ -99,6 +100,27 @@ def memory() -> str:
         "are the defaults, except the batch size (equal to that of plain training) and, for the small MLP, D = 64."
     )
     return compose(scope, format_table(*rows), format_environment(content))
+
+
+def launchers() -> str:
+    content = read_results("launchers")
+    runs = [row for row in content["results"] if "ratio" in row]
+    speeds: list[Row] = [("features by", "rows/s", "relative to one process", "start, s", "whole build, s")]
+    for row in runs:
+        seconds = (f"{row['first_report_s']:.1f}", f"{row['total_s']:.1f}")
+        speeds.append((row["way"], f"{row['rows_per_s']:,.0f}", f"{row['ratio']:.2f}", *seconds))
+    memory: list[Row] = [("features by", "rows", "memory of the driver, features", "whole build")]
+    for row in content["results"]:
+        if row not in runs:
+            peaks = (f"{row[name]:,.0f} MB" for name in ("features_mb", "build_mb"))
+            memory.append((row["way"], f"{row['rows']:,}", *peaks))
+    scope = (
+        f"{runs[0]['rows']:,} rows of the MNIST CNN at one checkpoint, in partitions of "
+        f"{content['settings']['partition_rows']:,}, with one thread for each worker; medians of "
+        f"{content['settings']['rounds']} rounds. Below, peak memory of the process that runs the command, for a small "
+        "MLP with D = 64."
+    )
+    return compose(scope, format_table(*speeds), format_table(*memory), format_environment(content))
 
 
 def precision() -> str:
@@ -869,7 +891,7 @@ def _format_memory(megabytes: float | str) -> str:
 
 
 _TABLES = (
-    *(features, budget, memory, precision, attribution, proofs, adapters, adapter_precision),
+    *(features, budget, memory, launchers, precision, attribution, proofs, adapters, adapter_precision),
     *(recall, fidelity, preconditioners, curvature),
     *(lds, lds_peers, lds_published, removal),
     *(latency, partitions),
@@ -888,6 +910,7 @@ _TABLES = (
         calibration,
         cold_start,
         end_to_end,
+        sharded_search,
     ),
     *(reliability, kills),
     *(digits, mislabelled, leverage),

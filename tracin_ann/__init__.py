@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tracin_ann.build import BuildReport, build
+    from tracin_ann.build import BuildReport, ShardReport, build, build_shard, finish_build
     from tracin_ann.config import BuildConfig
+    from tracin_ann.distributed import ProcessLauncher, RayLauncher, Shard, ShardOptions
     from tracin_ann.errors import TracinAnnError
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.operations import BuildPlan, plan
@@ -44,14 +45,21 @@ __all__ = [
     "ImageFolder",
     "InfluenceIndex",
     "LossFall",
+    "ProcessLauncher",
     "QueryOptions",
+    "RayLauncher",
     "RunRecorder",
     "SelfInfluence",
+    "Shard",
+    "ShardOptions",
+    "ShardReport",
     "TarShards",
     "Task",
     "TracInCallback",
     "TracinAnnError",
     "build",
+    "build_shard",
+    "finish_build",
     "materialise",
     "plan",
     "progress_bar",
@@ -61,8 +69,9 @@ __all__ = [
 
 # The package of each name; type checkers read the imports above.
 _HOMES = {
-    "build": ("BuildReport", "build"),
+    "build": ("BuildReport", "ShardReport", "build", "build_shard", "finish_build"),
     "config": ("BuildConfig",),
+    "distributed": ("ProcessLauncher", "RayLauncher", "Shard", "ShardOptions"),
     "errors": ("TracinAnnError",),
     "index": ("InfluenceIndex",),
     "operations": ("BuildPlan", "plan"),

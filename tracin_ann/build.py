@@ -2,14 +2,18 @@
 
 The same command resumes an interrupted build: intact feature files are reused, missing ones are computed. The manifest
 is written last; with it, the directory is an index.
+
+Feature files are independent of each other. With a launcher, workers compute them. `build_shard` computes a share of
+them without a lock; `finish_build` does the rest when all shares exist.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +21,14 @@ from time import perf_counter
 from tracin_ann.choices import ScoreName
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import require_native_bf16, resolve_device
-from tracin_ann.errors import DamagedIndexError, IndexMismatchError, MisplacedRowsError
+from tracin_ann.distributed import Launcher, Shard
+from tracin_ann.errors import (
+    DamagedIndexError,
+    IndexMismatchError,
+    MisplacedRowsError,
+    UsageError,
+    problem,
+)
 from tracin_ann.features import (
     CANARY_FILE,
     DEFAULT_BATCH_SIZE,
@@ -33,6 +44,7 @@ from tracin_ann.features import (
     TuningOptions,
     UnpublishedRows,
     audit_build,
+    audit_files,
     check_canaries,
     check_spec,
     checkpoint_specs,
@@ -45,6 +57,7 @@ from tracin_ann.features import (
     warn_of_slower_bf16,
     write_canaries,
 )
+from tracin_ann.files import make_directory
 from tracin_ann.scoring import (
     PILOT_DIM,
     DimChoice,
@@ -72,20 +85,29 @@ from tracin_ann.store import (
     SketchSpec,
     SkippedRows,
     StepRecord,
+    StoreLayout,
+    agree_on_record,
     check_generation,
     claim_directory,
     clean_up,
     collect_columns,
+    find_unnamed_files,
     hold_writer_lock,
     read_current,
     read_last_build,
+    read_shard_count,
     read_skipped_rows,
     record_file,
     reject_foreign_files,
+    write_shard_count,
 )
 from tracin_ann.task import Task, TaskReference, absolute_reference, load_task
 from tracin_ann.types import ProgressCallback, ignore_progress
 
+File = tuple[int, int]
+"""Partition and checkpoint of a feature file, the unit of work of shards and launchers."""
+_REPORT_S = 1.0
+"""Time between two reports of a worker."""
 logger = logging.getLogger(__name__)
 
 
@@ -120,6 +142,7 @@ def build(
     *,
     arguments: Mapping[str, str] | None = None,
     progress: ProgressCallback | None = None,
+    launcher: Launcher | None = None,
 ) -> BuildReport:
     """Build an index of a task's training rows in the directory `out`, or resume a build there.
 
@@ -129,6 +152,8 @@ def build(
         config: see BuildConfig.
         arguments: for a named task that is a function.
         progress: called with (stage, done, total).
+        launcher: its workers compute the feature files; None: this process does. The task's file and data, its
+            checkpoints and `out` have the same paths for every worker.
 
     Raises:
         TaskError: the task breaks the contract; nothing is written.
@@ -140,12 +165,107 @@ def build(
             autograd; nothing is published.
     """
     job = open_build(task, Path(out), config or BuildConfig(), arguments)
+    return _run_locked(job, progress, launcher=launcher)
+
+
+def finish_build(
+    task: Task | str,
+    out: str | os.PathLike[str],
+    config: BuildConfig | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> BuildReport:
+    """Finish a build whose feature files were computed by `build_shard`: audit, search index, measurements, manifest.
+
+    Args:
+        task: as for `build`.
+        out: the directory.
+        config: as for the shards.
+        arguments: as for `build`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: feature files are missing; the message names the shards that compute them.
+        TracinAnnError: as `build`.
+    """
+    job = open_build(task, Path(out), config or BuildConfig(), arguments)
+    return _run_locked(job, progress, needs_all_files=True)
+
+
+def _run_locked(
+    job: BuildJob,
+    progress: ProgressCallback | None,
+    *,
+    launcher: Launcher | None = None,
+    needs_all_files: bool = False,
+) -> BuildReport:
+    """Build in a directory, and hold its writer's lock meanwhile."""
     with ExitStack() as locks:
         reject_foreign_files(job.out)
         is_new = not job.out.is_dir()
         if not is_new:
             locks.enter_context(hold_writer_lock(job.out))
-        return run(job, progress, claims=locks if is_new else None)
+        claims = locks if is_new else None
+        return run(job, progress, claims=claims, launcher=launcher, needs_all_files=needs_all_files)
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """The result of a shard of a build.
+
+    Attributes:
+        shard: its number and the number of shards.
+        files: the number of feature files of its share.
+        rows_extracted: rows × checkpoints that this run computed; 0 if all these files existed.
+        seconds: wall time.
+    """
+
+    shard: Shard
+    files: int
+    rows_extracted: int
+    seconds: float
+
+
+def build_shard(
+    task: Task | str,
+    out: str | os.PathLike[str],
+    shard: Shard,
+    config: BuildConfig | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> ShardReport:
+    """Compute a share of the feature files of a build; other shards may run at the same time, on any machine.
+
+    Shards take no lock, and any of them can run again. The first one records the batch size, the memory format and,
+    with `dim="auto"`, D before its first row; the others use them.
+
+    Args:
+        task: as for `build`.
+        out: the directory, on a file system that all shards share.
+        shard: which share: consecutive files, ordered by partition.
+        config: as for `build`; the same for all shards.
+        arguments: as for `build`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        IndexMismatchError: another shard has another task, other options or other versions of libraries.
+        TracinAnnError: as `build`.
+    """
+    began_s, rows = perf_counter(), 0
+    progress = progress or ignore_progress
+    job = open_build(task, Path(out), config or BuildConfig(), arguments)
+    reject_foreign_files(job.out)
+    with job.open_worker(progress) as worker:
+        share = shard.take(worker.store.layout.files)
+        write_shard_count(job.out, shard.count)
+        missing = worker.find_missing(share)
+        total = worker.store.layout.count_rows(missing)
+        for n_rows in worker.write(missing):
+            rows += n_rows
+            progress("features", rows, total)
+    return ShardReport(shard, len(share), rows, perf_counter() - began_s)
 
 
 def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapping[str, str] | None) -> BuildJob:
@@ -160,36 +280,53 @@ def open_build(task: Task | str, out: Path, config: BuildConfig, arguments: Mapp
     return BuildJob(load_task(task, arguments), out, config, reference)
 
 
-def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: ExitStack | None = None) -> BuildReport:
+def run(
+    job: BuildJob,
+    progress: ProgressCallback | None = None,
+    *,
+    claims: ExitStack | None = None,
+    launcher: Launcher | None = None,
+    needs_all_files: bool = False,
+) -> BuildReport:
     """Build in a directory whose writer's lock the caller holds, or in a new one.
 
-    A new directory is created only after all checks, so that a rejected build leaves nothing behind. `claims` holds
-    its lock.
+    A new directory is created only after all checks, so that a rejected build leaves nothing behind.
+
+    Args:
+        job: the build.
+        progress: called with (stage, done, total).
+        claims: holds the lock of a new directory.
+        launcher: its workers compute the feature files.
+        needs_all_files: feature files that are missing are an error.
 
     Raises:
-        As `build`.
+        As `build` and `finish_build`.
     """
     began_s = perf_counter()
     progress = progress or ignore_progress
     dim_choice = job.choose_dim(progress)
+    launched = [] if launcher is None else job.launch(launcher, claims, progress)
     with job.runner.model() as model:
         start = job.prepare(model)
         store = FeatureStore(job.out / FEATURES, start.record.layout)
         missing = store.missing(start.trusted_files)
-        if start.finished is not None and not missing and job.is_complete(start.finished):
+        new = [*launched, *missing]
+        if start.finished is not None and not new and job.is_complete(start.finished):
             clean_up(job.out, start.finished)
             return job.report(start.finished, 0, began_s)
+        if missing and needs_all_files:
+            raise UsageError(job.describe_missing(store.layout, missing))
         if missing:
             job.check_canaries(model, start)
         record = job.config.agree_on_batches(start.record, len(missing), str(job.out))
         settings = job.tune(model, record)
         record = replace(record, batch_size=settings.batch_size, channels_last=settings.channels_last)
         table = job.collect_columns(progress)
-        if claims is not None:
+        if claims is not None and not launched:
             claims.enter_context(claim_directory(job.out))
-        generation = NextGeneration.begin(job.out, start, record, store, missing)
+        generation = NextGeneration.begin(job.out, start, record, store, new)
         columns = generation.write_columns(table)
-        extracted = job.extract(model, generation, settings, progress)
+        extracted = job.extract(model, generation, missing, settings, progress)
         audits = job.audit(model, generation, extracted, progress)
     features = generation.list_features()
     quality = QualityMeasurement(job.runner, store, job.features(record), job.config.seed, store.skipped()[0], progress)
@@ -216,7 +353,7 @@ def run(job: BuildJob, progress: ProgressCallback | None = None, *, claims: Exit
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)
-    return job.report(manifest, extracted.rows, began_s, audits.uneven, dim_choice)
+    return job.report(manifest, store.layout.count_rows(new), began_s, audits.uneven, dim_choice)
 
 
 class BuildJob:
@@ -238,6 +375,8 @@ class BuildJob:
             preconditioner=config.preconditioner,
         )
         self.runner = TaskRunner(task, options, reference)
+        self._chooses_dim = config.dim == "auto"
+        self._table: tuple[RowTable | None] | None = None
         self._load_seconds = 0.0
 
     def choose_dim(self, progress: ProgressCallback) -> DimChoice | None:
@@ -376,7 +515,7 @@ class BuildJob:
         index, requested = manifest.index, self.config.index
         if requested == "auto" and index.requested in ("", "auto"):
             return index.requested == "auto" or (index.kind == "flat") == is_flat(requested, layout.n_rows)
-        return index.kind == requested
+        return index.kind == requested and index.shards == self.config.index_shards
 
     def check_canaries(self, model: LoadedModel, start: BuildStart) -> None:
         """Reject a task whose features differ from those of the finished index: the index would mix rows of two models.
@@ -404,30 +543,140 @@ class BuildJob:
         self.runner.options = replace(self.runner.options, channels_last=settings.channels_last)
         return settings
 
+    def agree(self, model: LoadedModel, start: BuildStart) -> tuple[BuildRecord, BatchSettings]:
+        """Agree with the other workers of this build on its record: the one that the first of them has written.
+
+        Raises:
+            IndexMismatchError: this worker has another task, other options or other versions of libraries.
+        """
+        record = self.config.agree_on_batches(start.record, 0, str(self.out))
+        if start.unfinished_build is not None:
+            self._check_same_worker(start.unfinished_build, record)
+        settings = self.tune(model, record)
+        record = replace(record, batch_size=settings.batch_size, channels_last=settings.channels_last)
+        make_directory(self.out)
+        agreed = agree_on_record(self.out, start.last_build, record)
+        if agreed == record:
+            return record, settings
+        if self._chooses_dim:
+            self.config = replace(self.config, dim=agreed.spec.sketch.dim)
+            record = replace(record, spec=replace(record.spec, sketch=agreed.spec.sketch))
+        self._check_same_build(agreed, record, None)
+        self._check_same_worker(agreed, record)
+        agreed = self.config.agree_on_batches(agreed, 0, str(self.out))
+        return agreed, self.tune(model, agreed)
+
+    def _check_same_worker(self, first: BuildRecord, own: BuildRecord) -> None:
+        """Check what need not be the same when a build is resumed, but has to be for its workers.
+
+        Raises:
+            IndexMismatchError: names the first difference.
+        """
+        versions = {name: (first.spec.versions.get(name), own.spec.versions.get(name)) for name in own.spec.versions}
+        pairs = {**versions, "--on-nonfinite": (first.on_nonfinite, own.on_nonfinite)}
+        for name, (there, here) in pairs.items():
+            if there != here:
+                raise IndexMismatchError(
+                    f"the features in {self.out} are being computed with {name} {there}, this worker has {here}; use "
+                    "the same for all workers, or finish the build by a command without --shard"
+                )
+
+    @contextmanager
+    def open_worker(self, progress: ProgressCallback = ignore_progress) -> Iterator[FileWorker]:
+        """Yield a worker that computes feature files of this build; it takes no lock."""
+        self.choose_dim(progress)
+        with self.runner.model() as model:
+            yield FileWorker(self, model)
+
+    def launch(self, launcher: Launcher, claims: ExitStack | None, progress: ProgressCallback) -> list[File]:
+        """Compute the missing feature files on the workers of a launcher, after all checks; return these files.
+
+        Meanwhile the model is not in use by this process: a worker may have the same device, or be in this process.
+
+        Raises:
+            UsageError: the workers wrote to another file system.
+        """
+        with self.runner.model() as model:
+            start = self.prepare(model)
+            layout = start.record.layout
+            missing = FeatureStore(self.out / FEATURES, layout).missing(start.trusted_files)
+            if not missing:
+                return []
+            self.check_canaries(model, start)
+            record = self.config.agree_on_batches(start.record, len(missing), str(self.out))
+            by_partition = self.reads_by_partition(layout, self.tune(model, record))
+            self.collect_columns(progress)
+        if claims is not None:
+            claims.enter_context(claim_directory(self.out))
+        units = sorted(missing, key=lambda file: file if by_partition else file[::-1])
+        task = None if self.reference.reference is not None else self.runner.task
+        source = WorkerSource(task, self.reference, Path(os.path.abspath(self.out)), self.config)
+        done, total = 0, layout.count_rows(missing)
+        for n_rows in launcher.run(source, units):
+            # The rows of a worker that died are counted again.
+            done = min(done + n_rows, total)
+            progress("features", done, total)
+        absent = [file for file in missing if not (self.out / FEATURES / layout.file_name(*file)).exists()]
+        if absent:
+            raise UsageError(
+                problem(
+                    f"the workers have not written all files of {self.out}",
+                    got=f"{len(absent)} of {len(missing)} files missing",
+                    expected="a directory that all workers share",
+                    remedy="use --out on a shared file system",
+                )
+            )
+        return missing
+
+    def describe_missing(self, layout: StoreLayout, missing: Sequence[File]) -> str:
+        """Return the message that files are missing, with the shards that compute them."""
+        count = read_shard_count(self.out) or 1
+        lacking = [shard for i in range(count) if set((shard := Shard(i, count)).take(layout.files)) & set(missing)]
+        commands = ", ".join(f"--shard {shard}" for shard in lacking)
+        return problem(
+            f"the features in {self.out} are not complete",
+            got=f"{len(missing)} of {len(layout.files)} files missing",
+            expected="all",
+            remedy=f"run this command with {commands} instead of --finish, and then again",
+        )
+
     def collect_columns(self, progress: ProgressCallback) -> RowTable | None:
-        """Return the columns and ids of the training rows, if the task defines any."""
+        """Return the columns and ids of the training rows, if the task defines any; the first call reads the rows."""
         task, runner = self.runner.task, self.runner
         id_of = None if task.ids is None else task.id_of
-        return collect_columns(runner.data("train"), runner.n_rows("train"), task.columns, id_of, progress)
+        if self._table is None:
+            n_rows = runner.n_rows("train")
+            self._table = (collect_columns(runner.data("train"), n_rows, task.columns, id_of, progress),)
+        return self._table[0]
 
     def extract(
-        self, model: LoadedModel, generation: NextGeneration, settings: BatchSettings, progress: ProgressCallback
+        self,
+        model: LoadedModel,
+        generation: NextGeneration,
+        missing: Sequence[File],
+        settings: BatchSettings,
+        progress: ProgressCallback,
     ) -> ExtractionResult:
-        """Write every missing feature file, and the canaries.
+        """Write the missing feature files, and the canaries.
 
         Raises:
             MisplacedRowsError: the examples of some batch cannot be told apart; the new feature files are deleted.
         """
         features = self.features(generation.record)
-        extraction = Extraction(model, generation.store, features, generation.missing, progress)
+        extraction = Extraction(model, generation.store, features)
         try:
-            extracted = extraction.run(by_partition=reading_costs_more(extraction.layout, settings, self._load_seconds))
+            by_partition = self.reads_by_partition(extraction.layout, settings)
+            extracted = extraction.run(missing, progress, by_partition=by_partition)
         except MisplacedRowsError:
             # A resumed build would reuse intact files, and rows in them may be wrong.
             generation.delete_new_features()
             raise
         write_canaries(generation.folder / CANARY_FILE, extracted.canaries)
         return extracted
+
+    def reads_by_partition(self, layout: StoreLayout, settings: BatchSettings) -> bool:
+        """Return whether each partition is read once for all checkpoints."""
+        return reading_costs_more(layout, settings, self._load_seconds)
 
     def audit(
         self, model: LoadedModel, generation: NextGeneration, extracted: ExtractionResult, progress: ProgressCallback
@@ -476,7 +725,13 @@ class BuildJob:
         """Return how the rows are indexed."""
         config = self.config
         return SearchIndexOptions(
-            config.index, config.seed, config.codes, config.target_recall, self.device, self.score_record.default
+            kind=config.index,
+            seed=config.seed,
+            codes=config.codes,
+            target_recall=config.target_recall,
+            device=self.device,
+            score=self.score_record.default,
+            shards=config.index_shards,
         )
 
     def report(
@@ -492,3 +747,111 @@ class BuildJob:
         return BuildReport(
             manifest, rows_extracted, perf_counter() - began_s, skipped, self.runner.loader.notes, uneven, dim_choice
         )
+
+
+class FileWorker:
+    """Computes feature files of a build, in a directory to which other workers write other files at the same time.
+
+    Args:
+        job: the build.
+        model: the model of its task.
+
+    Attributes:
+        store: the feature files.
+
+    Raises:
+        IndexMismatchError: another worker has another task, other options or other versions of libraries.
+        TaskError: the task breaks the contract.
+    """
+
+    def __init__(self, job: BuildJob, model: LoadedModel) -> None:
+        self._job, self._start = job, job.prepare(model)
+        job.check_canaries(model, self._start)
+        finished = self._start.finished
+        if finished is not None:
+            # Damaged files are computed again as they were.
+            record, self._settings = finished.build, job.tune(model, finished.build)
+        else:
+            record, self._settings = job.agree(model, self._start)
+        self.store = FeatureStore(job.out / FEATURES, record.layout)
+        features = job.features(record)
+        self._extraction = Extraction(model, self.store, features)
+        self._auditor = Auditor(model, self.store, features, ignore_progress)
+
+    def __call__(self, files: Sequence[File]) -> Iterator[int]:
+        """Compute those of the files that are missing, and yield the number of new rows about once a second."""
+        n_rows, last_s = 0, perf_counter()
+        for n_new in self.write(self.find_missing(files)):
+            n_rows += n_new
+            if perf_counter() - last_s >= _REPORT_S:
+                yield n_rows
+                n_rows, last_s = 0, perf_counter()
+        yield n_rows
+
+    def find_missing(self, files: Sequence[File]) -> list[File]:
+        """Return the files that do not exist or are damaged."""
+        return self.store.missing(self._start.trusted_files, files)
+
+    def write(self, files: Sequence[File]) -> Iterator[int]:
+        """Compute and write files, and yield the number of rows of each batch.
+
+        If a batch is more uneven than those of earlier calls, rows of it are compared with autograd.
+
+        Raises:
+            NonFiniteError: a row is not finite and such rows are not skipped.
+            GradientProofError: a row differs from autograd; all files that no manifest lists are deleted.
+        """
+        uneven = self._extraction.uneven
+        before = uneven.measure
+        try:
+            by_partition = self._job.reads_by_partition(self.store.layout, self._settings)
+            yield from self._extraction.write(files, by_partition=by_partition)
+        except MisplacedRowsError:
+            # Rows of earlier batches may be wrong, too.
+            for path in find_unnamed_files(self.store, self._start.manifest, files):
+                path.unlink(missing_ok=True)
+            raise
+        if uneven.measure > before:
+            audit_files(self._auditor, uneven.places, self._start, files)
+
+
+@dataclass(frozen=True)
+class WorkerSource:
+    """What another process needs to open a worker of a build; picklable if the task has a name or is picklable itself.
+
+    Attributes:
+        task: None for a named task.
+        reference: its name, if any.
+        out: the directory of the index, which exists.
+        config: the options.
+    """
+
+    task: Task | None
+    reference: TaskReference
+    out: Path
+    config: BuildConfig
+
+    @contextmanager
+    def __call__(self, device: str | None) -> Iterator[FileWorker]:
+        """Yield a worker on a device; None: that of the options.
+
+        Raises:
+            UsageError: this machine does not have the directory.
+        """
+        if not self.out.is_dir():
+            raise UsageError(
+                problem(
+                    f"{self.out} does not exist on {platform.node()}",
+                    got="no directory",
+                    expected="a directory that all workers share",
+                    remedy="use --out on a shared file system",
+                )
+            )
+        task, config = self.task, self.config
+        if self.reference.reference is not None:
+            task = load_task(self.reference.reference, self.reference.arguments)
+        assert task is not None
+        if device is not None:
+            config = replace(config, device=device)
+        with BuildJob(task, self.out, config, self.reference).open_worker() as worker:
+            yield worker

@@ -11,15 +11,19 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracin_ann.errors import MissingPackageError, UsageError, problem
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 DEVICES = ("auto", "cpu", "cuda")
 DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
@@ -54,6 +58,27 @@ def resolve_device(name: str = "auto") -> torch.device:
                 )
             )
     return device
+
+
+def split_devices(names: str) -> tuple[str, ...]:
+    """Return the names of a list such as `cuda:0,cuda:1`; for `all`, the names of all GPUs.
+
+    Raises:
+        UsageError: a name is not a device, the machine does not have that device, or it has no GPU at all.
+    """
+    import torch
+
+    if names == "all":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UsageError(
+                problem("--device all", got="no GPU that torch sees", expected="one or more", remedy="use --device cpu")
+            )
+        return tuple(f"cuda:{i}" for i in range(count))
+    found = tuple(name.strip() for name in names.split(","))
+    for name in found:
+        resolve_device(name)
+    return found
 
 
 def device_name(device: torch.device) -> str:
@@ -142,10 +167,83 @@ def preserve_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def disable_tf32() -> Iterator[None]:
-    """Run cuDNN in full float32 precision and without its benchmark mode in the block; `enabled` does not change."""
+    """Compute in full float32 precision in the block, and without cuDNN's benchmark mode; `enabled` does not change."""
     import torch
 
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+    with (
+        _multiply_in_full_precision(),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _multiply_in_full_precision() -> Iterator[None]:
+    """Compute matrix products in full float32 precision in the block."""
+    import torch
+
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # The precision was set by `fp32_precision` of PyTorch 2.9, which excludes the older functions.
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _CudnnPause:
+    """cuDNN is off while at least one thread is between `begin` and `end`; then it is as before."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = threading.Lock(), 0, True
+
+    def begin(self, *_: object) -> None:
+        """Turn cuDNN off."""
+        import torch
+
+        with self._lock:
+            if self._count == 0:
+                self._before = torch.backends.cudnn.enabled
+                torch.backends.cudnn.enabled = False
+            self._count += 1
+
+    def end(self, *_: object) -> None:
+        """Turn cuDNN on again if no other thread needs it off."""
+        import torch
+
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                torch.backends.cudnn.enabled = self._before
+
+
+_cudnn_pause = _CudnnPause()
+
+
+@contextlib.contextmanager
+def run_rnns_without_cudnn(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run recurrent layers among the modules without cuDNN in the block.
+
+    cuDNN differentiates them in train mode only, and neither twice nor in forward mode. PyTorch's own kernels support
+    all of these, as on a CPU.
+    """
+    from torch.nn import RNNBase
+
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            if isinstance(module, RNNBase):
+                hooks.callback(module.register_forward_pre_hook(_cudnn_pause.begin).remove)
+                hooks.callback(module.register_forward_hook(_cudnn_pause.end, always_call=True).remove)
         yield
 
 
@@ -187,6 +285,53 @@ def _use_one_thread_after_fork(faiss: ModuleType) -> None:
         torch.set_num_threads(1)
 
     os.register_at_fork(after_in_child=limit_threads)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in whose memory FAISS can search. FAISS and PyTorch number GPUs in the same way."""
+
+    number: int
+
+    @property
+    def device(self) -> torch.device:
+        """Return PyTorch's device."""
+        import torch
+
+        return torch.device("cuda", self.number)
+
+    @property
+    def free_bytes(self) -> int:
+        """Return the bytes that are free in its memory now."""
+        return free_memory_bytes(self.device)
+
+    @cached_property
+    def resources(self) -> Any:
+        """Return FAISS's streams and temporary memory on it, allocated at the first use."""
+        return import_faiss().StandardGpuResources()
+
+    @cached_property
+    def lock(self) -> threading.Lock:
+        """Return the lock for `resources`, which one thread can use at a time."""
+        return threading.Lock()
+
+
+@functools.cache
+def list_gpus(device: torch.device) -> tuple[Gpu, ...]:
+    """Return the GPUs that FAISS can use for a device: for `cuda`, all of them.
+
+    There are none for a CPU and for FAISS without GPU indexes. The same objects are returned for the same device.
+    """
+    faiss = import_faiss()
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return ()
+    numbers = range(faiss.get_num_gpus()) if device.index is None else [device.index]
+    return tuple(_get_gpu(number) for number in numbers)
+
+
+@functools.cache
+def _get_gpu(number: int) -> Gpu:
+    return Gpu(number)
 
 
 def _is_installed(package: str) -> bool:

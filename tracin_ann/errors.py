@@ -67,6 +67,10 @@ class BusyIndexError(TracinAnnError):
     exit_code = 5
 
 
+class WorkerError(TracinAnnError):
+    """A worker process failed, ended, or did not reply in time."""
+
+
 class MissingPackageError(TracinAnnError):
     """A required package is not installed, or two packages that exclude each other are."""
 

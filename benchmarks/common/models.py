@@ -1,9 +1,10 @@
-"""Models of the speed benchmarks (MNIST CNN, ResNet-9, GPT), and tasks with synthetic data."""
+"""Models of the speed benchmarks (MNIST CNN, ResNet-9, GPT), a small MLP, and tasks with synthetic data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,11 +107,18 @@ MODELS = {
 }
 
 
+def save_once(make: Callable[[], nn.Module], folder: str) -> None:
+    """Save the weights of a new model as the checkpoint in a folder, unless a process has done so."""
+    path = Path(folder) / "0.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        torch.save(make().state_dict(), path)
+
+
 def make_task(name: str, folder: str, n_rows: int) -> Task:
-    """Return a task with synthetic rows and one checkpoint, which is saved in `folder`."""
+    """Return a task with synthetic rows and one checkpoint, which is saved in `folder` unless it is there."""
     model = MODELS[name]
-    torch.manual_seed(0)
-    torch.save(model.make().state_dict(), f"{folder}/0.pt")
+    save_once(model.make, folder)
     generator = torch.Generator().manual_seed(1)
     distinct = [model.example(generator) for _ in range(min(n_rows, 512))]
     rows = [distinct[i % len(distinct)] for i in range(n_rows)]
@@ -119,5 +127,36 @@ def make_task(name: str, folder: str, n_rows: int) -> Task:
         loss=model.loss,
         train_data=lambda: rows,
         query_data=lambda: rows[:4],
+        checkpoints=[Checkpoint(f"{folder}/0.pt", learning_rate=0.1)],
+    )
+
+
+class Repeated(torch.utils.data.Dataset):
+    """A data set that repeats a few rows."""
+
+    def __init__(self, distinct: list, n_rows: int) -> None:
+        self.distinct, self.n_rows = distinct, n_rows
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, i: int) -> object:
+        return self.distinct[i % len(self.distinct)]
+
+
+def make_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def make_mlp_task(folder: str, n_rows: int) -> Task:
+    """Return the task of a small MLP; its checkpoint is saved in `folder` unless it is there."""
+    g = torch.Generator().manual_seed(0)
+    distinct = [(torch.randn(16, generator=g), i % 4) for i in range(512)]
+    save_once(make_mlp, folder)
+    return Task(
+        model=make_mlp,
+        loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none"),
+        train_data=lambda: Repeated(distinct, n_rows),
+        query_data=lambda: distinct[:4],
         checkpoints=[Checkpoint(f"{folder}/0.pt", learning_rate=0.1)],
     )

@@ -24,7 +24,7 @@ from benchmarks.common.plain_step import time_plain_step
 from benchmarks.common.results import report_results
 from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.features.autotune import TuningOptions, tune
-from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions, RowBuffer
+from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store import FeatureBlock, FeatureStore, StoreLayout
 
@@ -39,7 +39,7 @@ def make_parts(model: LoadedModel, options: argparse.Namespace, n_rows: int, fol
     batches = [model.batch("train", each) for each in loaded]
     features = FeatureOptions(make_sketch("factored", options.dim), 0, engine.choose_methods(batches[0]).rank_one)
     extractor = FeatureExtractor(model, features)
-    rows = RowBuffer(n_rows, options.dim).fill(0, n_rows, extractor.stream("train", loaded))
+    rows = extractor.rows("train", range(n_rows))
     store = FeatureStore(Path(folder), StoreLayout(n_rows, n_rows, options.dim, "float16", ("benchmark",)))
     block = FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N)
 

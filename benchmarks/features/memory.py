@@ -15,28 +15,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from benchmarks.common import models
 from benchmarks.common.results import write_results
-from tracin_ann import BuildConfig, Checkpoint, Task, build
+from tracin_ann import BuildConfig, build
 
 RESULT = "memory"
 MLP_ROWS = (100_000, 300_000, 1_000_000)
-
-
-class Repeated(torch.utils.data.Dataset):
-    """A data set that repeats a few rows."""
-
-    def __init__(self, distinct: list, n_rows: int) -> None:
-        self.distinct, self.n_rows = distinct, n_rows
-
-    def __len__(self) -> int:
-        return self.n_rows
-
-    def __getitem__(self, i: int) -> object:
-        return self.distinct[i % len(self.distinct)]
 
 
 def train(name: str, n_rows: int) -> None:
@@ -62,19 +47,9 @@ def build_model(name: str, n_rows: int) -> None:
 
 def build_mlp(name: str, n_rows: int) -> None:
     """Build an index of a small MLP with D = 64."""
-    g = torch.Generator().manual_seed(0)
-    distinct = [(torch.randn(16, generator=g), i % 4) for i in range(512)]
     with tempfile.TemporaryDirectory() as folder:
-        net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-        torch.save(net.state_dict(), f"{folder}/0.pt")
-        task = Task(
-            model=lambda: net,
-            loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none"),
-            train_data=lambda: Repeated(distinct, n_rows),
-            query_data=lambda: distinct[:4],
-            checkpoints=[Checkpoint(f"{folder}/0.pt", learning_rate=0.1)],
-        )
-        build(task, Path(folder) / "index", BuildConfig(dim=64, index="flat", batch_size=512))
+        config = BuildConfig(dim=64, index="flat", batch_size=512)
+        build(models.make_mlp_task(folder, n_rows), Path(folder) / "index", config)
 
 
 WORK = {"plain": train, "build": build_model, "mlp": build_mlp}

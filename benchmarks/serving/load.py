@@ -4,7 +4,9 @@
 index in `--folder`. Each client sends its queries, all different, one after the other. Every answer is compared with
 that of `InfluenceIndex.query` for the query alone. The server and the clients are processes of the same machine.
 
-`served one by one` is a server whose passes answer one query each. `memory` is the resident memory of the server.
+`served one by one` is a server whose passes answer one query each. `warm_bytes` is the resident memory of the server
+after 500 answers, and `memory_growth` its change until the last one. Pages are loaded by one client, each page for
+another row.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,8 +36,13 @@ from examples import mnist
 from tracin_ann import InfluenceIndex, build
 
 RESULT = "serving"
-ROWS, WARM = 60_000, 500
-Found = dict[int, dict[str, Any]]
+ROWS, WARM, WARM_PAGES = 60_000, 500, 10
+PAGES = {
+    "page of the overview": "/?",
+    "page of a query": "/query?rows=",
+    "page of a training row": "/rows/",
+    "page of two scores": "/compare?rows=",
+}
 
 
 def prepare(data: Path, folder: Path) -> Path:
@@ -95,14 +103,14 @@ class Load:
         port: of the server.
         process: the id of the server's process.
         seconds: the time of each request.
-        found: the answers.
+        bodies: the responses, by query.
         warm_bytes: resident memory of the server after the first requests.
     """
 
     port: int
     process: int
     seconds: list[float] = field(default_factory=list)
-    found: Found = field(default_factory=dict)
+    bodies: dict[int, bytes] = field(default_factory=dict)
     warm_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -130,10 +138,9 @@ class Load:
             body = response.read()
             seconds = time.perf_counter() - began
             assert response.status == http.HTTPStatus.OK, body
-            (answer,) = json.loads(body)["answers"]
             with self._lock:
                 self.seconds.append(seconds)
-                self.found[query] = answer
+                self.bodies[query] = body
                 if len(self.seconds) == WARM:
                     self.warm_bytes = measure_memory(self.process)
         connection.close()
@@ -188,7 +195,8 @@ def measure(index: Path, clients: int, each: int) -> Iterator[dict[str, Any]]:
             load = Load(port, server)
             elapsed = load.run(queries, clients)
             end_bytes = measure_memory(server)
-        wrong = sum(not is_same(load.found[query], expected[query]) for query in queries)
+        found = {query: json.loads(body)["answers"][0] for query, body in load.bodies.items()}
+        wrong = sum(not is_same(found[query], expected[query]) for query in queries)
         yield summarise(
             name,
             load.seconds,
@@ -201,18 +209,36 @@ def measure(index: Path, clients: int, each: int) -> Iterator[dict[str, Any]]:
         gc.collect()
 
 
+def measure_pages(index: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Yield the figures of pages of stored answers, with a warm index and one client."""
+    with run_server(index, 16) as (port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for name, address in PAGES.items():
+            seconds = []
+            for row in range(count + WARM_PAGES):
+                began = time.perf_counter()
+                connection.request("GET", f"{address}{row}")
+                response = connection.getresponse()
+                body = response.read()
+                seconds.append(time.perf_counter() - began)
+                assert response.status == http.HTTPStatus.OK, body
+            yield summarise(name, seconds[WARM_PAGES:], sum(seconds[WARM_PAGES:]), bytes=len(body))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="folder of mnist.npz")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "serving", help="folder of the index")
     parser.add_argument("--clients", type=int, default=32, help="clients at the same time")
     parser.add_argument("--each", type=int, default=50, help="queries of each client")
+    parser.add_argument("--pages", type=int, default=100, help="loads of each page")
     options = parser.parse_args()
     multiprocessing.set_start_method("spawn")
     os.chdir(ROOT)
     index = prepare(options.data, options.folder)
-    settings = {"rows": ROWS, "clients": options.clients, "each": options.each}
-    report_results(RESULT, settings, measure(index, options.clients, options.each))
+    settings = {"rows": ROWS, "clients": options.clients, "each": options.each, "pages": options.pages}
+    answers = measure(index, options.clients, options.each)
+    report_results(RESULT, settings, itertools.chain(answers, measure_pages(index, options.pages)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.errors import DamagedIndexError, IndexMismatchError
 from tracin_ann.features.audit import Auditor, draw_places
-from tracin_ann.features.pipeline import FEWEST_UNEVEN, MOST_UNEVEN, _MostUnevenBatch
+from tracin_ann.features.pipeline import FEWEST_UNEVEN, MOST_UNEVEN, MostUnevenBatch
 from tracin_ann.operations.verification import AuditSample, audit
 from tracin_ann.store import FeatureStore
 from tracin_ann.store.manifest import FEATURES
@@ -151,14 +151,14 @@ def record_draws(batches: list[list[int]]) -> Iterator[CollatedBatch]:
     ],
 )
 def test_the_batch_with_the_most_uneven_sizes_is_found(batches, expected):
-    most = _MostUnevenBatch()
+    most = MostUnevenBatch()
     assert [read.inputs for read in most.watch(record_draws(batches), 1)] == ["inputs"] * len(batches)
     assert [row for row, checkpoint in most.places if checkpoint == 1] == expected
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(500, MOST_UNEVEN), (120, 30), (20, FEWEST_UNEVEN), (5, 5)])
 def test_the_number_of_audited_rows_is_limited(batch, expected):
-    most = _MostUnevenBatch()
+    most = MostUnevenBatch()
     list(most.watch(record_draws([[*range(batch)]]), 0))
     assert len(most.places) == expected
     assert most.places[0] == (0, 0)

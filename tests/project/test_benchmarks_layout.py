@@ -15,7 +15,18 @@ from benchmarks.__main__ import FOLDER, find_benchmarks, format_list, read_capti
 
 ROOT = FOLDER.parent
 SHARED = "common"
-TOPICS = ("attribution", "features", "fidelity", "labels", "peers", "reliability", "reports", "retrieval")
+TOPICS = (
+    "attribution",
+    "distributed",
+    "features",
+    "fidelity",
+    "labels",
+    "peers",
+    "reliability",
+    "reports",
+    "retrieval",
+    "serving",
+)
 WIDEST_LINE = 120
 # Loaded by name, because each needs the environment of one peer.
 LOADED_BY_NAME = {"benchmarks.peers.worker": "benchmarks.peers.adapters."}

@@ -18,13 +18,17 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.text import format_duration, format_size
 
 if TYPE_CHECKING:
-    from tracin_ann.build import BuildReport
+    from tracin_ann.build import BuildReport, ShardReport
     from tracin_ann.config import BuildConfig
+    from tracin_ann.distributed import Launcher
     from tracin_ann.operations import BuildPlan
     from tracin_ann.scoring import DimChoice
     from tracin_ann.store import Manifest
 
 _MAX_SHOWN = 12
+_RAY_OPTIONS = ("ray_address", "num_cpus_per_worker", "num_gpus_per_worker")
+_SPREADING = ("shard", "finish", "launcher", *_RAY_OPTIONS)
+"""Options that spread a build over processes or machines."""
 
 
 @command(
@@ -109,6 +113,13 @@ _MAX_SHOWN = 12
     help="Exact scan (flat) or a search index; auto chooses by the number of rows and a diagnosis of the features.",
 )
 @click.option(
+    "--index-shards",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="With --index ivf: files over which the rows of the index are split, to be searched by as many processes.",
+)
+@click.option(
     "--target-recall",
     default=0.95,
     show_default=True,
@@ -171,6 +182,34 @@ _MAX_SHOWN = 12
 )
 @device_option
 @click.option(
+    "--shard",
+    metavar="INDEX/COUNT|auto",
+    help="Compute only a share of the features, such as 0/4; auto reads it from the scheduler's environment.",
+)
+@click.option("--finish", is_flag=True, help="Finish a build whose features were computed with --shard.")
+@click.option("--launcher", type=click.Choice(["ray"]), help="Compute the features on the workers of a Ray cluster.")
+@click.option(
+    "--ray-address",
+    default="auto",
+    show_default=True,
+    metavar="auto|HOST:PORT|local",
+    help="Address of the cluster; local starts one on this machine.",
+)
+@click.option(
+    "--num-cpus-per-worker",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="With --launcher ray: CPUs and threads of a worker.",
+)
+@click.option(
+    "--num-gpus-per-worker",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="With --launcher ray: GPUs of a worker.",
+)
+@click.option(
     "--dtype",
     default="float16",
     show_default=True,
@@ -202,11 +241,14 @@ def main(out: str, task_args: tuple[str, ...], dry_run: bool, **options: Any) ->
     To resume an interrupted build, run the same command again.
     """
     with pause_collector():
-        from tracin_ann.build import build
+        from tracin_ann.build import build, build_shard, finish_build
         from tracin_ann.config import BuildConfig
         from tracin_ann.device import device_name, resolve_device
+        from tracin_ann.distributed import Shard
         from tracin_ann.operations import plan
 
+    spread = {name: options.pop(name) for name in _SPREADING}
+    launcher, options["device"] = _choose_launcher(options["device"], **spread)
     sources = {name: options.pop(name) for name in ("task", "run", "data", "query_data")}
     task, arguments = _choose_task(**sources, arguments=parse_arguments(task_args))
     _reject_unused_options(options["dim"])
@@ -214,11 +256,45 @@ def main(out: str, task_args: tuple[str, ...], dry_run: bool, **options: Any) ->
     if dry_run:
         _print_plan(plan(task, out, config, arguments=arguments), config)
         return
-    print_note(f"building {out} on {device_name(resolve_device(config.device))}", err=True)
+    shard = None if spread["shard"] is None else Shard.parse(spread["shard"])
+    name = f"shard {shard} of {out}" if shard else out
+    print_note(f"building {name} on {device_name(resolve_device(config.device))}", err=True)
     with show_progress("rows x checkpoints") as progress:
-        report = build(task, out, config, arguments=arguments, progress=progress)
+        if shard is not None:
+            share = build_shard(task, out, shard, config, arguments=arguments, progress=progress)
+        elif spread["finish"]:
+            report = finish_build(task, out, config, arguments=arguments, progress=progress)
+        else:
+            report = build(task, out, config, arguments=arguments, progress=progress, launcher=launcher)
     if not is_quiet():
-        _print_report(report, out)
+        _print_report(report, out) if shard is None else _print_share(share, out)
+
+
+def _choose_launcher(device: str, **spread: Any) -> tuple[Launcher | None, str]:
+    """Return the launcher that the options ask for, and the device of this process.
+
+    Raises:
+        click.UsageError: options exclude each other, or options of a launcher are given without it.
+        UsageError: a device does not exist.
+    """
+    from tracin_ann.device import split_devices
+    from tracin_ann.distributed import ProcessLauncher, RayLauncher
+
+    several = device == "all" or "," in device
+    ways = {"--shard": spread["shard"] is not None, "--finish": spread["finish"], "--launcher": spread["launcher"]}
+    chosen = [name for name, is_given in {**ways, "several devices": several}.items() if is_given]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{chosen[0]} and {chosen[1]} exclude each other.")
+    unused = [name for name in _RAY_OPTIONS if name in find_given_options() and not spread["launcher"]]
+    if unused:
+        raise click.UsageError(f"'--{unused[0].replace('_', '-')}' needs '--launcher ray'.")
+    if spread["launcher"]:
+        cpus, gpus = spread["num_cpus_per_worker"], spread["num_gpus_per_worker"]
+        return RayLauncher(spread["ray_address"], num_cpus_per_worker=cpus, num_gpus_per_worker=gpus), device
+    if not several:
+        return None, device
+    devices = split_devices(device)
+    return ProcessLauncher(devices), devices[0]
 
 
 def _reject_unused_options(dim: object) -> None:
@@ -349,7 +425,12 @@ def _print_report(report: BuildReport, out: str) -> None:
     _print_gradients(manifest)
 
 
-def _describe_extraction(report: BuildReport) -> str:
+def _print_share(report: ShardReport, out: str) -> None:
+    files = format_count(report.files, "file")
+    print_line(f"{out}: shard {report.shard}, {files}; {_describe_extraction(report)}")
+
+
+def _describe_extraction(report: BuildReport | ShardReport) -> str:
     if not report.rows_extracted:
         return "all features were already stored"
     rate = report.rows_extracted / max(report.seconds, 1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ _EXCLUSIVE = {
         (
             *("ids", "train_ids", "input", "text", "together", "against"),
             *("damping", "rerank", "candidates", "search", "recall", "tokens"),
+            *("shard_workers", "deadline", "allow_partial"),
         ),
     ),
     "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
@@ -105,6 +106,15 @@ _EXCLUSIVE = {
 @filter_options
 @checkpoints_option
 @score_options
+@click.option(
+    "--shard-workers", is_flag=True, help="Search the shards of the index, and score exactly, by a process for each."
+)
+@click.option("--deadline", type=float, help="With --shard-workers: seconds until all shards have to answer a search.")
+@click.option(
+    "--allow-partial",
+    is_flag=True,
+    help="With --shard-workers: without a shard that does not answer, return the results of the others, marked.",
+)
 @click.option("--tokens", is_flag=True, help="Split the exact scores of the hits over their tokens.")
 @own_ids_option
 @output_options
@@ -125,21 +135,35 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     with nullcontext() if options["exact"] else wait_passively():
         index = open_index(directory, options)
     index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    if options["self_influence"]:
-        write_self_influence(index, options, sink, html)
-    else:
-        _write_answers(index, options, sink, html)
+    with closing(index):
+        if options["shard_workers"]:
+            _start_workers(index, options)
+        if options["self_influence"]:
+            write_self_influence(index, options, sink, html)
+        else:
+            _write_answers(index, options, sink, html)
 
 
 def _reject_unused_options(options: Mapping[str, object]) -> None:
     """Reject options that were given but have no effect together with the others."""
     given = find_given_options()
+    for other in given & {"deadline", "allow_partial"}:
+        if not options["shard_workers"]:
+            flag, remedy = f"--{other.replace('_', '-')}", "add it, or remove the option"
+            raise UsageError(problem(f"{flag} is for workers", got=flag, expected="--shard-workers", remedy=remedy))
     for name, (effect, unused) in _EXCLUSIVE.items():
         for other in unused:
             if options[name] and other in given:
                 flag, other_flag = (f"--{word.replace('_', '-')}" for word in (name, other))
                 what, expected = f"{flag} {effect}", f"{flag} without it"
                 raise UsageError(problem(what, got=other_flag, expected=expected, remedy="remove one of the two"))
+
+
+def _start_workers(index: InfluenceIndex, options: Mapping[str, object]) -> None:
+    """Start the workers of the index."""
+    from tracin_ann.distributed import ShardOptions
+
+    index.start_workers(ShardOptions(options["deadline"], bool(options["allow_partial"])))  # type: ignore[arg-type]
 
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
@@ -156,7 +180,9 @@ def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: S
     inputs, together = open_inputs(index, options), bool(options["together"])
     summary = _Summary(len(index))
     reported = Answers((), partial(index.describe, examples=inputs), inputs)
-    fields = choose_fields(tokens=chosen.tokens, amounts=index.name_score(chosen) in CURVATURES)
+    fields = choose_fields(
+        tokens=chosen.tokens, amounts=index.name_score(chosen) in CURVATURES, partial=bool(options["shard_workers"])
+    )
     with sink.open(fields) as write, show_progress("rows") as progress:
         for answers in _answer_in_batches(index, rows, inputs, chosen, together, progress):
             write(answers)

@@ -5,7 +5,15 @@ A feature row stores, for one example, the sketches of its gradients at every ch
 
 from __future__ import annotations
 
-from tracin_ann.features.audit import Auditor, AuditResult, BuildAudits, UnpublishedRows, audit_build, draw_places
+from tracin_ann.features.audit import (
+    Auditor,
+    AuditResult,
+    BuildAudits,
+    UnpublishedRows,
+    audit_build,
+    audit_files,
+    draw_places,
+)
 from tracin_ann.features.autotune import (
     DEFAULT_BATCH_SIZE,
     BatchSettings,
@@ -53,6 +61,7 @@ __all__ = [
     "TuningOptions",
     "UnpublishedRows",
     "audit_build",
+    "audit_files",
     "check_canaries",
     "check_spec",
     "checkpoint_specs",

@@ -156,15 +156,45 @@ def audit_build(auditor: Auditor, built: UnpublishedRows) -> BuildAudits:
     # The uneven batch first: its checkpoint may still be loaded.
     uneven = auditor.audit([place for place in built.extracted.uneven if place[0] not in without])
     drawn = auditor.audit(draw_places(N_DRAWN, store, without, built.seed))
-    differences = *uneven.differences, *drawn.differences
-    if differences:
-        computed = find_unnamed_files(store, start.manifest, built.missing)
-        for path in computed:
-            path.unlink(missing_ok=True)
-        first = differences[0]
-        is_new = store.path(first.row // store.layout.partition_rows, first.checkpoint) in computed
-        raise GradientProofError(_describe_failure(differences, is_new=is_new))
+    _require_equal((*uneven.differences, *drawn.differences), store, start, built.missing)
     return BuildAudits(drawn.record, uneven.record if uneven.rows else None)
+
+
+def audit_files(
+    auditor: Auditor, places: Sequence[Place], start: BuildStart, written: Sequence[tuple[int, int]]
+) -> None:
+    """Audit rows of feature files that a worker has `written` as (partition, checkpoint); not if the data is random.
+
+    Raises:
+        GradientProofError: a row differs; all files that no manifest lists are deleted.
+    """
+    if start.record.random_data:
+        return
+    store = auditor.store
+    chosen = []
+    for row, checkpoint in places:
+        partition, place = divmod(row, store.layout.partition_rows)
+        if place not in store.file(partition, checkpoint).skipped_K:
+            chosen.append((row, checkpoint))
+    _require_equal(auditor.audit(chosen).differences, store, start, written)
+
+
+def _require_equal(
+    differences: Sequence[Difference], store: FeatureStore, start: BuildStart, written: Sequence[tuple[int, int]]
+) -> None:
+    """Delete the files that no manifest lists, or that were written in this run, if a row differs.
+
+    Raises:
+        GradientProofError: a row differs.
+    """
+    if not differences:
+        return
+    computed = find_unnamed_files(store, start.manifest, written)
+    for path in computed:
+        path.unlink(missing_ok=True)
+    first = differences[0]
+    is_new = store.path(first.row // store.layout.partition_rows, first.checkpoint) in computed
+    raise GradientProofError(_describe_failure(differences, is_new=is_new))
 
 
 def _describe_failure(differences: Sequence[Difference], *, is_new: bool) -> str:

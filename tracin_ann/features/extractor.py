@@ -164,8 +164,10 @@ class FeatureExtractor:
             sqnorm_B = torch.linalg.vector_norm(sketch_BD, dim=1, dtype=torch.float64).square()
         rows = (sketch_BD * self._rate**0.5).float(), sqnorm_B, losses.float()
         finite = torch.isfinite(rows[0].sum(1) + rows[1] + rows[2]).all()
-        host = tuple(t.to("cpu", non_blocking=True) for t in rows)
-        return _LaunchedBatch(batch.ids, finite, host, record_event(losses.device))
+        # From an accelerator, copies are asynchronous, to pinned memory. `finite` is one of them: reading it on the
+        # device would wait for the batches that are launched next.
+        *host, finite = (t.to("cpu", non_blocking=True) for t in (*rows, finite))
+        return _LaunchedBatch(batch.ids, finite, tuple(host), record_event(losses.device))
 
     def _run_engine(self, side: SideName, batch: Batch, start: Callable[[], FormSink]) -> Tensor:
         """Run a batch and return its losses [B]; NaN for non-finite rows that are replaced to verify the gradients."""
@@ -188,7 +190,7 @@ class FeatureExtractor:
         done.wait()
         rows = FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
         # The sum may overflow although every row is finite.
-        if not bool(done.finite) and (bad := find_nonfinite(rows)).any():
+        if not done.finite.numpy() and (bad := find_nonfinite(rows)).any():
             if self._model.runner.options.on_nonfinite == "error":
                 raise NonFiniteError(self._describe_nonfinite(rows))
             rows.loss_N[bad & np.isfinite(rows.loss_N)] = np.nan
@@ -221,8 +223,8 @@ class _LaunchedBatch:
 
     Attributes:
         ids: row ids.
-        finite: whether the sum of all values is finite, on the device.
-        host: features, squared norms and losses; valid after `wait`.
+        finite: whether the sum of all values is finite; valid after `wait`, as `host`.
+        host: features, squared norms and losses.
         wait: blocks until the copy to the host is complete.
     """
 
@@ -297,16 +299,21 @@ class RowBuffer:
             np.empty(n_rows, np.float32),
         )
 
-    def fill(self, start: int, stop: int, stream: Iterable[FeatureRows]) -> FeatureRows:
-        """Return rows start..stop ordered by id, whatever their order in `stream`; valid until the next call."""
-        rows_in_order = FeatureRows(*(values[: stop - start] for values in vars(self._memory).values()))
-        done = 0
-        for rows in stream:
-            place: slice | Int64 = rows.ids_N - start
-            if (np.diff(rows.ids_N) == 1).all():
-                place = slice(int(rows.ids_N[0]) - start, int(rows.ids_N[-1]) - start + 1)
-            for name, values in vars(rows).items():
-                getattr(rows_in_order, name)[place] = values
-            done += len(rows.ids_N)
-        assert done == stop - start
-        return rows_in_order
+    def begin(self, start: int, stop: int) -> None:
+        """Begin to collect rows start..stop-1."""
+        self._start, self._missing = start, stop - start
+        self._rows = FeatureRows(*(values[: stop - start] for values in vars(self._memory).values()))
+
+    def add(self, rows: FeatureRows) -> None:
+        """Add rows; they may come in any order."""
+        place: slice | Int64 = rows.ids_N - self._start
+        if (np.diff(rows.ids_N) == 1).all():
+            place = slice(int(rows.ids_N[0]) - self._start, int(rows.ids_N[-1]) - self._start + 1)
+        for name, values in vars(rows).items():
+            getattr(self._rows, name)[place] = values
+        self._missing -= len(rows.ids_N)
+
+    def take(self) -> FeatureRows:
+        """Return the rows in the order of their ids, after all were added; valid until the next `begin`."""
+        assert not self._missing
+        return self._rows

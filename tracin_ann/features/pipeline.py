@@ -54,52 +54,65 @@ class ExtractionResult:
 
 
 class Extraction:
-    """Computes the feature files that a store is missing.
+    """Computes feature files of a store.
 
     Args:
         model: the model of the task.
         store: the destination of the features.
         features: options of the features.
-        missing: (partition, checkpoint) of each file to write.
-        report: called with (stage, done, total).
+
+    Attributes:
+        layout: the layout of the store.
+        uneven: the batch with the most uneven example sizes that was computed.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        store: FeatureStore,
-        features: FeatureOptions,
-        missing: Sequence[tuple[int, int]],
-        report: ProgressCallback,
-    ) -> None:
+    def __init__(self, model: LoadedModel, store: FeatureStore, features: FeatureOptions) -> None:
         self.layout = store.layout
         self._model, self._store, self._features = model, store, features
-        self._missing = missing
-        total = sum(stop - start for start, stop in (self.layout.rows(p) for p, _ in self._missing))
-        self._counter = _Counter(report, total)
         self._extractors: dict[int, FeatureExtractor] = {}
         self._canaries: dict[int, dict[SideName, FeatureRows]] = {}
         self._excluded: dict[SideName, Int64] = dict.fromkeys(SIDES, np.zeros(0, np.int64))
         self._plans: dict[int, Plan] = {}
         self._by_partition = False
-        self._uneven = _MostUnevenBatch()
+        self.uneven = MostUnevenBatch()
         # One buffer is filled while the other is written.
         size = min(self.layout.partition_rows, self.layout.n_rows)
         self._buffers = itertools.cycle([RowBuffer(size, self.layout.dim) for _ in range(2)])
 
-    def run(self, *, by_partition: bool) -> ExtractionResult:
-        """Write every missing feature file.
+    def run(
+        self, files: Sequence[tuple[int, int]], report: ProgressCallback, *, by_partition: bool
+    ) -> ExtractionResult:
+        """Write feature files, and compute the canaries.
 
         Args:
+            files: (partition, checkpoint) of each file.
+            report: called with (stage, done, total).
             by_partition: read each partition once for all checkpoints, instead of once per checkpoint.
 
         Raises:
             NonFiniteError: a row is not finite and such rows are not skipped, or no finite row is left.
         """
+        done, total = 0, self.layout.count_rows(files)
+        for n_rows in self.write(files, by_partition=by_partition, canaries=True):
+            done += n_rows
+            report("features", done, total)
+        return ExtractionResult(self._collect_canaries(), self._plans[0], done, self.uneven.places)
+
+    def write(self, files: Sequence[tuple[int, int]], *, by_partition: bool, canaries: bool = False) -> Iterator[int]:
+        """Write feature files; yield the number of rows of each batch after it is computed.
+
+        Args:
+            files: (partition, checkpoint) of each file.
+            by_partition: read each partition once for all checkpoints, instead of once per checkpoint.
+            canaries: compute the canaries of each checkpoint while it is loaded.
+
+        Raises:
+            NonFiniteError: a row is not finite and such rows are not skipped.
+        """
         self._by_partition = by_partition
         size = f"{self.layout.n_rows:,} rows at {self.layout.n_checkpoints} checkpoints"
-        logger.info("features of %s: %d files to write", size, len(self._missing))
-        units = sorted(self._missing, key=lambda unit: unit if by_partition else unit[::-1])
+        logger.info("features of %s: %d files to write", size, len(files))
+        units = sorted(files, key=lambda unit: unit if by_partition else unit[::-1])
         groups = (
             itertools.groupby(units, key=lambda unit: unit[0]) if by_partition else ((p, [(p, c)]) for p, c in units)
         )
@@ -107,25 +120,27 @@ class Extraction:
         spans = [range(*self.layout.rows(partition)) for partition, _ in work]
         with WriteBehind(self._store) as behind, self._model.runner.open_batches("train", spans) as reading:
             for partition, checkpoints in work:
-                self._extract_partition(partition, checkpoints, reading.span(), behind.write)
-        return ExtractionResult(self._collect_canaries(), self._plans[0], self._counter.done, self._uneven.places)
+                batches = list(reading.span()) if len(checkpoints) > 1 else reading.span()
+                for checkpoint in checkpoints:
+                    yield from self._extract(partition, checkpoint, batches, behind.write)
+                    if canaries and checkpoint not in self._canaries:
+                        self._compute_canaries(checkpoint, self._load_extractor(checkpoint))
 
-    def _extract_partition(
+    def _extract(
         self,
         partition: int,
-        checkpoints: Sequence[int],
-        span: Iterable[CollatedBatch],
+        checkpoint: int,
+        batches: Iterable[CollatedBatch],
         write: Callable[[int, int, FeatureBlock], None],
-    ) -> None:
-        start, stop = self.layout.rows(partition)
-        batches = list(span) if len(checkpoints) > 1 else span
-        for checkpoint in checkpoints:
-            extractor = self._load_extractor(checkpoint)
-            stream = extractor.stream("train", self._uneven.watch(batches, checkpoint))
-            rows = next(self._buffers).fill(start, stop, self._counter(stream))
-            write(partition, checkpoint, FeatureBlock(rows.ids_N, rows.feature_ND, rows.sqnorm_N, rows.loss_N))
-            if checkpoint not in self._canaries:
-                self._compute_canaries(checkpoint, extractor)
+    ) -> Iterator[int]:
+        buffer = next(self._buffers)
+        buffer.begin(*self.layout.rows(partition))
+        extractor = self._load_extractor(checkpoint)
+        for rows in extractor.stream("train", self.uneven.watch(batches, checkpoint)):
+            buffer.add(rows)
+            yield len(rows.loss_N)
+        full = buffer.take()
+        write(partition, checkpoint, FeatureBlock(full.ids_N, full.feature_ND, full.sqnorm_N, full.loss_N))
 
     def _compute_canaries(self, checkpoint: int, extractor: FeatureExtractor) -> None:
         n_rows, without = self._model.runner.n_rows, self._excluded
@@ -193,30 +208,19 @@ def reading_costs_more(layout: StoreLayout, tuned: BatchSettings, load_seconds: 
     return fits and reading > loading
 
 
-class _Counter:
-    """Counts the rows of streams and reports progress."""
-
-    def __init__(self, report: ProgressCallback, total: int) -> None:
-        self._report, self._total = report, total
-        self.done = 0
-
-    def __call__(self, stream: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
-        for rows in stream:
-            yield rows
-            self.done += len(rows.loss_N)
-            self._report("features", self.done, self._total)
-
-
-class _MostUnevenBatch:
+class MostUnevenBatch:
     """Finds the batch with the most uneven example sizes; of equal batches, the last.
 
     Batches are compared by the range of their sizes, then by the distance of their mean size from the mean of the first
     batch, on which the gradients were verified, then by the number of rows.
+
+    Attributes:
+        measure: these three numbers of the batch.
     """
 
     def __init__(self) -> None:
+        self.measure: tuple[float, float, int] = 0, 0, 0
         self._first_mean: float | None = None
-        self._most: tuple[float, float, int] = 0, 0, 0
         self._batch: tuple[CollatedBatch, int] | None = None
 
     def watch(self, batches: Iterable[CollatedBatch], checkpoint: int) -> Iterator[CollatedBatch]:
@@ -227,9 +231,9 @@ class _MostUnevenBatch:
             if self._first_mean is None:
                 self._first_mean = mean
             found = max(sizes) - min(sizes), abs(mean - self._first_mean), len(read.ids)
-            if found >= self._most:
+            if found >= self.measure:
                 # Without its inputs and examples, which would stay in memory.
-                self._most, self._batch = found, (replace(read, inputs=None, examples=None), checkpoint)
+                self.measure, self._batch = found, (replace(read, inputs=None, examples=None), checkpoint)
             yield read
 
     @property

@@ -178,8 +178,13 @@ class TaskData:
 
     def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, for display; None if the task has none."""
+        return self.describe_rows(side, [row])[0]
+
+    def describe_rows(self, side: SideName, rows: Sequence[int]) -> list[Description | None]:
+        """Return the task's descriptions of rows; for many rows, this takes much less time than one at a time."""
         with preserve_globals():
-            return self.task.describe_example(self.data(side)[row])
+            data = self.data(side)
+            return [self.task.describe_example(data[row]) for row in rows]
 
     def id_of(self, side: SideName, row: int) -> int | str | None:
         """Return the id that the task assigns to a row; None if it assigns none.

@@ -27,13 +27,18 @@ _ACTIVE: set[str] = set()
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it durably replaces `path`, otherwise it is removed.
 
     For libraries that write by path (h5py, faiss): the caller creates the file and closes it before the
     block ends. The temporary name has the suffix of `path`.
 
+    Args:
+        path: the path of the file.
+        exclusive: create `path` and do not replace it: of several processes, on any machine, one succeeds.
+
     Raises:
+        FileExistsError: `path` exists, and the write is exclusive.
         OSError: writing, syncing or renaming failed; `filename` is `path`.
     """
     name = f"{_PREFIX}{_host_digest()}-{os.getpid()}-{secrets.token_hex(6)}-{_target_digest(path)}{path.suffix}"
@@ -43,7 +48,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with attach_path(path, temporary):
             yield temporary
             _sync(temporary)
-            os.replace(temporary, path)
+            if exclusive:
+                # Unlike a rename, this fails if the path exists.
+                os.link(temporary, path)
+                os.unlink(temporary)
+            else:
+                os.replace(temporary, path)
     except BaseException:
         # The first error is reported, not a second one from removing the temporary file.
         with suppress(OSError):
@@ -55,9 +65,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that replaces `path` on a clean exit and is removed on any other."""
-    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+def atomic_write(path: Path, *, exclusive: bool = False) -> Iterator[BinaryIO]:
+    """Yield a binary file that replaces `path` on a clean exit and is removed on any other; see `atomic_path`."""
+    with atomic_path(path, exclusive=exclusive) as temporary, open(temporary, "xb") as file:
         yield file
 
 

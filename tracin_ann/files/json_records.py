@@ -21,15 +21,16 @@ _MAX_BYTES = 64 << 20
 _REMEDY = "name the directory of a finished index, or run the build again"
 
 
-def write_json_atomic(path: Path, value: Mapping[str, object]) -> None:
-    """Replace `path` atomically by a JSON object.
+def write_json_atomic(path: Path, value: Mapping[str, object], *, exclusive: bool = False) -> None:
+    """Replace `path` atomically by a JSON object; `exclusive`: create it.
 
     Raises:
+        FileExistsError: the path exists, and the write is exclusive.
         ValueError: a number is NaN or infinite.
         OSError: the system cannot write the file.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as file:
+    with atomic_write(path, exclusive=exclusive) as file:
         file.write((text + "\n").encode())
 
 

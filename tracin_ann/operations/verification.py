@@ -270,6 +270,7 @@ def restore_config(manifest: Manifest, device: str = "auto") -> BuildConfig:
         sketch=spec.sketch.name,
         seed=spec.sketch.seed,
         index=index.kind,
+        index_shards=index.shards,
         batch_size=built.batch_size,
         memory_format="channels-last" if built.channels_last else "contiguous",
         precision=spec.precision,  # type: ignore[arg-type]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, suggest_dim
-from tracin_ann.scoring.exact import Directions, compute_full_gradients, exact_self_influence, scale_in_place
+from tracin_ann.scoring.exact import (
+    Directions,
+    Queries,
+    RowScorer,
+    compute_full_gradients,
+    exact_self_influence,
+    make_exact_scorer,
+    scale_in_place,
+)
 from tracin_ann.scoring.formats import (
     HITS,
     RANKED,
@@ -38,10 +46,12 @@ from tracin_ann.scoring.scores import Score, ScoreMaker, find_curvature, open_sc
 from tracin_ann.scoring.search_index import SearchIndexOptions, build_search_index
 from tracin_ann.scoring.sizes import IndexShape, IndexSize
 from tracin_ann.scoring.tokens import TokenSplitter, match_tokens, require_token_losses, select_direction
+from tracin_ann.scoring.workers import Coverage, SearchWorkers
 
 __all__ = [
     "Answer",
     "Answers",
+    "Coverage",
     "Curvature",
     "CurvatureSource",
     "Describe",
@@ -60,6 +70,7 @@ __all__ = [
     "PILOT_DIM",
     "PROPONENT",
     "QualityMeasurement",
+    "Queries",
     "QueryOptions",
     "QueryRequest",
     "RANKED",
@@ -67,11 +78,13 @@ __all__ = [
     "Ranker",
     "Record",
     "RowList",
+    "RowScorer",
     "RowText",
     "SCHEMA",
     "Score",
     "ScoreMaker",
     "SearchIndexOptions",
+    "SearchWorkers",
     "SelfInfluence",
     "TokenSplitter",
     "TokenTexts",
@@ -84,6 +97,7 @@ __all__ = [
     "find_curvature",
     "format_cells",
     "join_lines",
+    "make_exact_scorer",
     "make_token_texts",
     "match_tokens",
     "norms_figure",

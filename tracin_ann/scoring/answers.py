@@ -166,6 +166,8 @@ class Answer:
         strange: whether the query is unlike the calibration queries, on which the recall was measured.
         against: for a contrast, positions of the rows of the second set.
         score: the name of the score.
+        shards: the shards of the index that answered; empty if no workers searched them.
+        missing_shards: the shards that did not answer: rows in them may be missing.
     """
 
     query: Id
@@ -178,6 +180,8 @@ class Answer:
     strange: bool = False
     against: tuple[int, ...] = ()
     score: ScoreName = "tracin"
+    shards: tuple[int, ...] = ()
+    missing_shards: tuple[int, ...] = ()
 
     @property
     def hits(self) -> tuple[Hit, ...]:

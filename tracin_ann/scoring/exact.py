@@ -64,6 +64,15 @@ class DirectionMap(Protocol):
 
 
 Mask = npt.NDArray[np.bool_]
+
+
+class RowScorer(Protocol):
+    """Exact scores of rows against given queries."""
+
+    def scores(self, rows: Sequence[int], requested_QN: Mask | None = None) -> Float64:
+        """Return scores [Q, N] of these training rows, see `ExactScorer.scores`."""
+
+
 _DIRECTION_BYTES = 1 << 30
 """Memory of the directions of one block of queries."""
 _LARGEST_EXPONENT = 100

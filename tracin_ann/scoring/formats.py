@@ -68,12 +68,13 @@ HITS = Fields(
 RANKED = Fields((("rank", "int"), ("id", "id"), ("row", "int"), ("score", "float"), ("text", "text")))
 
 
-def choose_fields(*, tokens: bool, amounts: bool) -> Fields:
-    """Return the fields of hits: `HITS`, and `tokens` and `amount` if the scores have them."""
+def choose_fields(*, tokens: bool, amounts: bool, partial: bool = False) -> Fields:
+    """Return the fields of hits: `HITS`, `tokens` and `amount` if the scores have them, and `partial` with workers."""
     place = HITS.names.index("strange")
     by_token: list[tuple[str, Kind]] = [("tokens", "floats")] if tokens else []
     estimated: list[tuple[str, Kind]] = [("amount", "float")] if amounts else []
-    return Fields((*HITS.kinds[:place], *by_token, *estimated, *HITS.kinds[place:]))
+    of_workers: list[tuple[str, Kind]] = [("partial", "bool")] if partial else []
+    return Fields((*HITS.kinds[:place], *by_token, *estimated, *of_workers, *HITS.kinds[place:]))
 
 
 def answer_line(answer: Answer, texts: RowText) -> Record:
@@ -86,6 +87,7 @@ def answer_line(answer: Answer, texts: RowText) -> Record:
         content |= {"row": answer.row, "text": texts(answer.side, answer.row)}
     content["score"] = None if answer.score == "tracin" else answer.score
     content["strange"] = answer.strange or None
+    content["shards"], content["missing_shards"] = list(answer.shards) or None, list(answer.missing_shards) or None
     for name, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
         content[name] = [_drop_missing({**_hit_record(hit), "text": texts("train", hit.row)}) for hit in hits]
     return _drop_missing(content)
@@ -95,6 +97,8 @@ def answer_records(answer: Answer, texts: RowText) -> Iterator[Record]:
     """Yield a record for every hit."""
     shown = None if answer.row is None else texts(answer.side, answer.row)
     query = {"query": answer.query, "query_row": answer.row, "side": answer.side, "strange": answer.strange}
+    if answer.shards:
+        query["partial"] = bool(answer.missing_shards)
     for kind, hits in (("proponent", answer.proponents), ("opponent", answer.opponents)):
         for rank, hit in enumerate(hits, start=1):
             record = {**query, **_hit_record(hit), "kind": kind, "rank": rank}
@@ -234,7 +238,7 @@ def _open_parquet(file: BinaryIO, fields: Fields) -> Iterator[Callable[[Sequence
     def open_file(records: Sequence[Record]) -> tuple[Any, Any]:
         columns = []
         for name, kind in fields.kinds:
-            ids = [record[name] for record in records if record[name] is not None]
+            ids = [record[name] for record in records if record.get(name) is not None]
             is_int = (bool(ids) or not records) and all(isinstance(value, int) for value in ids)
             columns.append((name, (pa.int64() if is_int else pa.string()) if kind == "id" else kinds[kind]))
         schema = pa.schema(columns, metadata={"tracin_ann.schema": str(SCHEMA)})

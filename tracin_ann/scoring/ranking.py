@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,22 @@ import numpy.typing as npt
 from tracin_ann.choices import CURVATURES, SideName
 from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
-from tracin_ann.scoring.exact import ExactScorer, Queries, make_exact_scorer
+from tracin_ann.scoring.exact import Queries, RowScorer, make_exact_scorer
 from tracin_ann.scoring.quality import compute_pair_deviations
 from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
 from tracin_ann.scoring.tokens import split_scores
 from tracin_ann.scoring.true_recall import K
-from tracin_ann.search import CalibratedIndex, FlatIndex, SearchIndex, scale_to_unit, search_both
+from tracin_ann.scoring.workers import Coverage, SearchWorkers
+from tracin_ann.search import (
+    CalibratedIndex,
+    FlatIndex,
+    GpuScan,
+    PlacedIndex,
+    SearchIndex,
+    scale_to_unit,
+    search_both,
+)
 from tracin_ann.store import FeatureStore, Fidelity, IndexRecord
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
@@ -125,29 +134,34 @@ class Ranker:
     Attributes:
         store: the stored features.
         index: the search index over all checkpoints.
+        scan: the exact scan of the stored rows of all checkpoints.
         record: the manifest's record of the index.
         fidelity: how well the stored scores agree with exact ones; None: not measured.
         rates: η_c of all checkpoints.
         runner: the task's data and model, for exact scores.
         ids_of: returns the ids of examples for a side and their positions.
         progress: called with the number of finished rows while exact scores are computed.
+        workers: processes that search the shards of the index and compute exact scores; None: this one does.
     """
 
     store: FeatureStore
     index: SearchIndex
+    scan: FlatIndex | GpuScan
     record: IndexRecord
     fidelity: Fidelity | None
     rates: Sequence[float]
     runner: TaskRunner
     ids_of: Callable[[SideName, npt.ArrayLike], list[Id]]
     progress: Callable[[int], None] | None = None
+    workers: SearchWorkers | None = None
 
     def answers(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
-        with self.store.remember_taken():
-            return self._answer(request, queries_QF)
+        watch = nullcontext(Coverage(0)) if self.workers is None else self.workers.watch()
+        with self.store.remember_taken(), watch as coverage:
+            return self._answer(request, queries_QF, coverage)
 
-    def _answer(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
+    def _answer(self, request: QueryRequest, queries_QF: Float32, coverage: Coverage) -> list[Answer]:
         each = request.score.weigh(queries_QF, request.checkpoints, estimates=True)
         vectors = each.mix(request.mixture_GQ)
         n_queries = len(request.members)
@@ -170,9 +184,13 @@ class Ranker:
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
+            if isinstance(strategy.index, PlacedIndex):
+                place = strategy.index.describe_place(k, request.allowed)
+                strategy = replace(strategy, how="; ".join(filter(None, (strategy.how, place))))
             if isinstance(strategy.index, CalibratedIndex):
                 exactness = strategy.index.describe_exactness(proponents, opponents)
-                strategy = replace(strategy, how="; ".join(filter(None, (strategy.how, exactness))))
+                how = "; ".join(filter(None, (strategy.how, coverage.summary, exactness)))
+                strategy = replace(strategy, how=how)
             ranked, starts = self._rescore(request, vectors, *_pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         is_exact = request.options.exact or request.options.rerank == "exact"
@@ -195,6 +213,8 @@ class Ranker:
                 strange=is_unlike,
                 against=request.against,
                 score=request.score.name,
+                shards=coverage.answered,
+                missing_shards=tuple(sorted(coverage.missing)),
             )
             for name, members, (best, worst), count, is_unlike in zip(
                 self._name_queries(request), request.members, hits, counts.tolist(), unlike_Q.tolist(), strict=True
@@ -258,8 +278,9 @@ class Ranker:
         self, request: QueryRequest, hits: Sequence[tuple[tuple[Hit, ...], tuple[Hit, ...]]]
     ) -> list[tuple[tuple[Hit, ...], tuple[Hit, ...]]]:
         """Return the hits with their exact scores by token."""
+        direction_map = request.score.direction_map
         rows = [[hit.row for hit in (*best, *worst)] for best, worst in hits]
-        with self._open_scorer(request) as scorer:
+        with make_exact_scorer(self.runner, request.queries(), request.checkpoints, None, direction_map) as scorer:
             parts = [iter(of_query) for of_query in split_scores(scorer, rows)]
         return [
             tuple(tuple(hit._replace(tokens=tuple(next(own).tolist())) for hit in side) for side in sides)  # type: ignore[misc]
@@ -323,8 +344,7 @@ class Ranker:
         if unsupported:
             scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
-        scan = FlatIndex(self.store.view(), self.runner.options.device)
-        return choose_strategy(self.record, self.index, scan, weighted_QF, options)
+        return choose_strategy(self.record, self.index, self.scan, weighted_QF, options)
 
     def _rescore(
         self, request: QueryRequest, vectors: QueryVectors, rows: ScoredRows, starts: list[int]
@@ -360,9 +380,7 @@ class Ranker:
             scored.append(ScoredRows(rows_N[first:last], part_NC.sum(axis=1), None, error_N, part_NC))
         return _concatenate(scored)
 
-    def _score_in_rounds(
-        self, request: QueryRequest, stored: list[ScoredRows], scorer: ExactScorer
-    ) -> list[ScoredRows]:
+    def _score_in_rounds(self, request: QueryRequest, stored: list[ScoredRows], scorer: RowScorer) -> list[ScoredRows]:
         """Return exact scores of the candidates that could be among the hits.
 
         The first round covers the candidates of the largest stored scores. The second covers those whose stored score
@@ -391,12 +409,18 @@ class Ranker:
 
     def _open_scorer(
         self, request: QueryRequest, progress: Callable[[int], None] | None = None, *, sets_apart: bool = False
-    ) -> AbstractContextManager[ExactScorer]:
+    ) -> AbstractContextManager[RowScorer]:
+        """Return exact scores: by the workers, unless there is a map of directions or they cannot import the task."""
         queries = request.queries(sets_apart=sets_apart)
+        if self.workers is not None and request.score.direction_map is None:
+            examples = self.runner.data("input") if request.side == "input" else None
+            scorer = self.workers.open_scorer(queries, request.checkpoints, examples, progress)
+            if scorer is not None:
+                return nullcontext(scorer)
         return make_exact_scorer(self.runner, queries, request.checkpoints, progress, request.score.direction_map)
 
 
-def _score_exactly(scorer: ExactScorer, rows: Sequence[Int64]) -> list[ScoredRows]:
+def _score_exactly(scorer: RowScorer, rows: Sequence[Int64]) -> list[ScoredRows]:
     """Return exact scores of each query's rows; a row of several queries is run once."""
     union = np.unique(np.concatenate(rows))
     places = [np.searchsorted(union, r) for r in rows]

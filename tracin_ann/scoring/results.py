@@ -50,7 +50,9 @@ class Answers(list[Answer]):
         """Return the fields of the records: `formats.HITS`, and those that only some scores and options have."""
         hits = [hit for answer in self for hit in answer.hits]
         return choose_fields(
-            tokens=any(hit.tokens is not None for hit in hits), amounts=any(hit.amount is not None for hit in hits)
+            tokens=any(hit.tokens is not None for hit in hits),
+            amounts=any(hit.amount is not None for hit in hits),
+            partial=bool(self) and all(answer.shards for answer in self),
         )
 
     def records(self) -> list[Record]:

@@ -46,6 +46,7 @@ class SearchIndexOptions:
         target_recall: recall@10 that the index is calibrated to.
         device: where the index is built.
         score: the default score. A coded scan and a search by bounds are calibrated for it.
+        shards: number of files over which inverted lists are split.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class SearchIndexOptions:
     target_recall: float
     device: torch.device
     score: ScoreName
+    shards: int = 1
 
 
 def build_search_index(
@@ -91,7 +93,9 @@ def build_search_index(
         target_recall=options.target_recall,
     )
     inputs = [asdict(record) for record in features], removed_R.tolist()
-    request = IndexRequest(options.seed, options.codes, options.device, generation.unfinished_index, inputs)
+    request = IndexRequest(
+        options.seed, options.codes, options.device, generation.unfinished_index, inputs, options.shards
+    )
     for choice in choices:
         logger.info("index %s: %s", choice.kind, choice.reason)
         quality.progress("index", 0, len(rows))
@@ -105,13 +109,15 @@ def build_search_index(
     generation.unfinished_index.mkdir(exist_ok=True)
     index.save(generation.unfinished_index)
     files = []
-    for name in list_files(choice.kind):
+    for name in list_files(choice.kind, options.shards):
         with atomic_path(generation.folder / name) as temporary:
             os.replace(generation.unfinished_index / name, temporary)
         files.append(record_file(generation.folder / name))
     files += write_unlisted(generation.folder, removed_R)
     codes = options.codes if options.codes in list_codes(choice.kind) else ""
-    return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, codes, options.kind, score.name)
+    return IndexRecord(
+        choice.kind, choice.reason, tuple(files), calibration, codes, options.kind, score.name, options.shards
+    )
 
 
 def _is_efficient(calibration: Calibration, n_rows: int) -> bool:

@@ -1,7 +1,8 @@
 """The choice between the search index and an exact scan for a query, with the reason and the expected recall.
 
-The choice uses the times and the recall that the build measured (`search.calibration`). The times of the first searches
-of an open index include the files to open and, for a scan, the rows to verify.
+The choice uses the times and the recall that the build measured (`search.calibration`), and for a scan on GPUs the
+rates that the open index measures. The times of the first searches of an open index include the files to open and, for
+a scan, the rows to verify.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.scoring.answers import QueryOptions
-from tracin_ann.search import NAMES, CalibratedIndex, Calibration, FlatIndex, Point, SearchIndex
+from tracin_ann.search import NAMES, CalibratedIndex, Calibration, FlatIndex, GpuScan, Point, SearchIndex
 from tracin_ann.store import IndexRecord
 from tracin_ann.types import Float32
 
@@ -40,7 +41,7 @@ class Strategy:
 def choose_strategy(
     record: IndexRecord,
     index: SearchIndex,
-    scan: FlatIndex,
+    scan: FlatIndex | GpuScan,
     queries_QF: Float32,
     options: QueryOptions,
     unsupported: str = "",
@@ -76,7 +77,11 @@ def choose_strategy(
     pending, n_rows = scan.pending_reads(), index.most_rows_read(n_queries, options.n_candidates)
     index_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
     index_s += calibration.first_use.take_seconds(pending, n_rows)
-    scan_s = calibration.scan.seconds(n_queries) + calibration.first_use.scan_seconds(pending)
+    scan_s = calibration.first_use.scan_seconds(pending)
+    if isinstance(scan, GpuScan):
+        scan_s += scan.estimate_seconds(n_queries, options.n_candidates)
+    else:
+        scan_s += calibration.scan.seconds(n_queries)
     times = f"{index.name} {_format_time(index_s)}, exact scan {_format_time(scan_s)}"
     reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
     if options.search == "auto" and scan_s <= index_s:

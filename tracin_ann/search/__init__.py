@@ -15,12 +15,14 @@ from tracin_ann.search.backend import (
     list_files,
     load_index,
 )
-from tracin_ann.search.base import CalibratedIndex, SearchIndex, scale_to_unit, search_both
+from tracin_ann.search.base import CalibratedIndex, PlacedIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
 from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
+from tracin_ann.search.gpu_scan import GpuScan, open_scan
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.list_shards import ListQuery, ShardFile
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
@@ -31,12 +33,16 @@ __all__ = [
     "Diagnosis",
     "FirstUseCost",
     "FlatIndex",
+    "GpuScan",
     "IVFIndex",
     "IVFParams",
     "IndexRequest",
+    "ListQuery",
     "NAMES",
+    "PlacedIndex",
     "Point",
     "SearchIndex",
+    "ShardFile",
     "Subset",
     "build_index",
     "calibrate",
@@ -48,6 +54,7 @@ __all__ = [
     "list_codes",
     "list_files",
     "load_index",
+    "open_scan",
     "scale_to_unit",
     "search_both",
 ]

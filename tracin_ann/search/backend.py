@@ -16,9 +16,10 @@ from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.diagnosis import Diagnosis
 from tracin_ann.search.flat import FlatIndex
+from tracin_ann.search.gpu_scan import GpuScan, open_scan
 from tracin_ann.search.graph import GraphIndex, GraphParams
 from tracin_ann.search.inverted_lists import CODES, Codes
-from tracin_ann.search.ivf import IVFIndex
+from tracin_ann.search.ivf import IVFIndex, list_ivf_files
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import RowSource
 
@@ -125,6 +126,7 @@ class IndexRequest:
         device: where it is built and searched.
         folder: for intermediate results.
         inputs: identify the rows, as JSON values; results of other inputs are not resumed.
+        shards: number of files over which inverted lists are split.
     """
 
     seed: int
@@ -132,13 +134,14 @@ class IndexRequest:
     device: torch.device
     folder: Path
     inputs: tuple[object, ...]
+    shards: int = 1
 
 
 def build_index(
     kind: str, source: RowSource, request: IndexRequest, progress: Callable[[int, int], None]
 ) -> CalibratedIndex:
     """Build an index of a kind other than `flat`; `progress` is called with (rows done, rows)."""
-    lists = IVFParams(seed=request.seed, codes=request.codes)
+    lists = IVFParams(seed=request.seed, codes=request.codes, shards=request.shards)
     if kind == "codes":
         return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress)
     if kind == "bounds":
@@ -162,23 +165,29 @@ def estimate_bytes(kind: str, n_rows: int, dim: int, codes: Codes) -> int:
     return max(sizes.values()) if kind == "auto" else sizes[kind]
 
 
-def load_index(kind: str, directory: Path, source: RowSource, device: torch.device) -> FlatIndex | CalibratedIndex:
+def load_index(
+    kind: str, directory: Path, source: RowSource, device: torch.device
+) -> FlatIndex | GpuScan | CalibratedIndex:
     """Return the index of a kind whose files are in a directory, for the same rows.
 
     Raises:
         DamagedIndexError: a file is missing or damaged.
     """
-    return FlatIndex(source, device) if kind == "flat" else _CLASSES[kind].load(directory, source, device)
+    return open_scan(source, device) if kind == "flat" else _CLASSES[kind].load(directory, source, device)
 
 
-def list_files(kind: str) -> tuple[str, ...]:
-    """Return the names of the files of a kind of index.
+def list_files(kind: str, shards: int = 1) -> tuple[str, ...]:
+    """Return the names of the files of a kind of index with this many shards.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: there is no such kind, or it has no shards.
     """
     if kind not in NAMES:
         raise ValueError(f"an index {kind!r}")
+    if kind == "ivf" and shards >= 1:
+        return list_ivf_files(shards)
+    if shards != 1:
+        raise ValueError(f"an index {kind!r} in {shards} shards")
     return () if kind == "flat" else _CLASSES[kind].FILES
 
 

@@ -51,6 +51,14 @@ class TwoSidedIndex(Protocol):
         """Return (proponents, opponents) as the function `search_both` does."""
 
 
+@runtime_checkable
+class PlacedIndex(Protocol):
+    """An index that tells which device it is searched on."""
+
+    def describe_place(self, k: int, allowed: Int64 | None = None) -> str:
+        """Return where a search for these arguments runs, as text for users; "" if the device is a CPU."""
+
+
 class CalibratedIndex(ABC):
     """An index of rows with files of its own, whose recall and cost a build measures; results have exact scores."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tracin_ann.files import (
 from tracin_ann.search.clustering import Survey, stratified_ids, survey
 from tracin_ann.search.coarse_quantizer import Assigner, Extents, ListTree, train_assigner
 from tracin_ann.search.inverted_lists import Codes, InvertedLists
+from tracin_ann.search.list_shards import ListShards
 from tracin_ann.search.reduction import Reduction, fit_reduction
 from tracin_ann.search.settings import IVFParams
 from tracin_ann.types import Float32, RowSource
@@ -86,6 +88,13 @@ class UnfinishedLists:
         except (DamagedIndexError, FileNotFoundError):
             return None
 
+    def map(self, name: str, lists: InvertedLists, codes: Codes) -> InvertedLists:
+        """Return the lists memory-mapped, after writing them under a name; `load` does not read them."""
+        path = self._path(name, ".faiss")
+        with atomic_path(path) as temporary:
+            lists.save(temporary)
+        return InvertedLists.load(path, (lists.n_lists, lists.dim), codes)
+
     def derive(self, name: str) -> UnfinishedLists:
         """Return the same directory with a key that also includes the digest of the files stored under a name."""
         return UnfinishedLists(self.directory, f"{self.key} {file_digest(self._path(name, '.json'))}")
@@ -101,7 +110,7 @@ class UnfinishedLists:
 class FilledLists:
     """Lists with all rows, and the data that a search needs with them."""
 
-    lists: InvertedLists
+    lists: ListShards
     tree: ListTree
     reduction: Reduction
     measured: Survey
@@ -125,6 +134,9 @@ def fill_lists(
 ) -> FilledLists:
     """Build lists of all rows of the source; reads all rows twice, and the training sample once more.
 
+    With several shards and a scratch directory, a shard is memory-mapped as soon as it has all its rows, so that one
+    shard is in memory at a time.
+
     Args:
         source: the rows.
         params: parameters of the lists.
@@ -138,25 +150,29 @@ def fill_lists(
     params.count_lists(len(source))
     training = _train(source, params, scratch)
     scratch = None if scratch is None else scratch.derive("trained")
-    lists, assigner = training.lists, training.assigner
+    assigner, shards = training.assigner, ListShards.split(training.lists, params.shards, training.measured.ids_N)
+    ends = [len(source) * number // params.shards for number in range(1, params.shards + 1)]
     extents = assigner.take_extents()
     starts = range(0, len(source), STRETCH_ROWS)
     for number, start in enumerate(starts):
         stop = min(start + STRETCH_ROWS, len(source))
         # The last stretch is not stored: it is merged immediately, and the complete index is saved next.
         storage = scratch if number + 1 < len(starts) else None
-        done = storage.load(f"stretch-{number:06d}", params.codes, lists) if storage is not None else None
+        done = storage.load(f"stretch-{number:06d}", params.codes, training.lists) if storage is not None else None
         if done is None:
-            part = lists.make_empty_copy()
+            part = training.lists.make_empty_copy()
             _fill_stretch(part, source, training, start, stop)
             done = part, asdict(assigner.take_extents())
             if storage is not None:
                 storage.save(f"stretch-{number:06d}", *done)
-        lists.merge(done[0])
+        shards.merge(done[0])
         extents = extents + Extents(**done[1])
+        if scratch is not None and params.shards > 1:
+            for shard in [shard for shard, end in enumerate(ends) if start < end <= stop]:
+                shards.replace(shard, partial(scratch.map, f"shard-{shard:04d}", codes=params.codes))
         if progress is not None:
             progress(stop, len(source))
-    return FilledLists(lists, assigner.make_tree(extents), training.reduction, training.measured)
+    return FilledLists(shards, assigner.make_tree(extents), training.reduction, training.measured)
 
 
 def _fill_stretch(lists: InvertedLists, source: RowSource, training: _Training, start: int, stop: int) -> None:

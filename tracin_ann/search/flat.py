@@ -73,6 +73,20 @@ class FlatIndex:
         """Return N, the number of rows."""
         return len(self._source)
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the matrix products."""
+        return self._device
+
+    @property
+    def is_resident(self) -> bool:
+        """Return whether the rows are in the memory of an accelerator."""
+        return self._resident is not None
+
+    def describe_place(self, k: int, allowed: Int64 | None = None) -> str:
+        """Return where a search runs, as text for users; "" for a CPU."""
+        return "" if self._device.type == "cpu" else f"scanned on {self._device} by PyTorch"
+
     def pending_reads(self) -> PendingReads:
         """Return what the next scan has to do once: files to open and bytes to verify."""
         return self._source.pending_reads() if isinstance(self._source, LazyRows) else PendingReads()

@@ -100,12 +100,35 @@ class InvertedLists:
         index.sq, index.is_trained = own.sq, True
         return InvertedLists(index)
 
+    def make_shard(self, centroid_LR: Float32, number: int, n_shards: int) -> Any:
+        """Return a FAISS index with these centroids and the rows whose ids are `number` modulo n_shards.
+
+        A single shard shares the memory of these lists, which must exist as long as it.
+        """
+        faiss, own = import_faiss(), self._index
+        quantizer = faiss.IndexFlatIP(own.d)
+        quantizer.add(np.ascontiguousarray(centroid_LR))
+        shard = faiss.IndexIVFScalarQuantizer(quantizer, own.d, own.nlist, own.sq.qtype, own.metric_type, False)
+        shard.sq, shard.is_trained = own.sq, True
+        if n_shards == 1:
+            shard.replace_invlists(own.invlists, False)
+            shard.ntotal = own.ntotal
+        else:
+            own.copy_subset_to(shard, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, n_shards, number)
+        return shard
+
     def merge(self, other: InvertedLists) -> None:
         """Move the rows of other lists to the ends of these lists; the others become empty."""
         # Not the merge_from of the index: it compares centroids, which these lists do not have.
         self._index.invlists.merge_from(other._index.invlists, 0)
         self._index.ntotal += other._index.ntotal
         other._index.ntotal = 0
+
+    def copy_range(self, other: InvertedLists, first: int, last: int) -> None:
+        """Append the rows of other lists whose ids are at least `first` and below `last`."""
+        lists = other._index.invlists
+        n_rows = lists.copy_subset_to(self._index.invlists, lists.SUBSET_TYPE_ID_RANGE, first, last)
+        self._index.ntotal += n_rows
 
     def add(self, rows_BR: Float32, list_B: Int64, id_B: Int64) -> None:
         """Append rows to the lists with these numbers."""

@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import map_array, open_regular, read_json, read_npz, read_record, report_damage, save_array
 from tracin_ann.search.coarse_quantizer import Assigner, ListTree
 from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_rows
-from tracin_ann.search.inverted_lists import InvertedLists
+from tracin_ann.search.gpu import GpuLists, LazyGpuLists, join_names
+from tracin_ann.search.list_shards import ListShards, Scanner, ShardFile, list_shard_files
 from tracin_ann.search.reduction import Reduction, multiply_rows, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
@@ -52,12 +55,18 @@ class _Caption(Caption):
 
 @dataclass(frozen=True)
 class _Parts:
-    """Lists, coarse quantizer, parameters, and the exponent of the scale of rows (see `Survey.shift`)."""
+    """Lists, coarse quantizer, parameters, exponent of the scale of rows (see `Survey.shift`), device of searches."""
 
-    lists: InvertedLists
+    lists: ListShards
     tree: ListTree
     params: IVFParams
     shift: int
+    device: torch.device
+
+    @cached_property
+    def gpu_lists(self) -> LazyGpuLists:
+        """Return the lists for searches on the device."""
+        return LazyGpuLists(self.lists.whole, self.tree.centroid_LR, self.device)
 
     @cached_property
     def unit_group_RG(self) -> Float32:
@@ -72,7 +81,8 @@ class IVFIndex(RescoredIndex):
     """
 
     kind, name = "ivf", "inverted lists"
-    FILES = ("ivf.faiss", "ivf.npz", "ivf-centroids.npy", "ivf.json")
+    OTHER_FILES = ("ivf.npz", "ivf-centroids.npy", "ivf.json")
+    FILES = ("ivf.faiss", *OTHER_FILES)
 
     def __init__(
         self, source: RowSource, reduction: Reduction, uncoded: UncodedRows, device: torch.device, parts: _Parts
@@ -80,6 +90,8 @@ class IVFIndex(RescoredIndex):
         """Wrap filled lists; use `build` or `load` to create an index."""
         super().__init__(source, reduction, uncoded, device)
         self._parts = parts
+        if parts.params.shards > 1:
+            self._codes_name = "the file of a shard"
         self.settings = (choose_default_setting(len(source)),) * 2
 
     @classmethod
@@ -98,13 +110,13 @@ class IVFIndex(RescoredIndex):
             NonFiniteError: a row contains NaN or infinity; the message has its id.
         """
         filled = fill_lists(source, params, scratch, progress)
-        parts = _Parts(filled.lists, filled.tree, params, filled.measured.shift)
+        parts = _Parts(filled.lists, filled.tree, params, filled.measured.shift, device)
         return cls(source, filled.reduction, UncodedRows.find(filled.measured), device, parts)
 
     @classmethod
     def load(cls, directory: Path, source: RowSource, device: torch.device) -> IVFIndex:
         """Return the index that `save` wrote, see `RescoredIndex.load`."""
-        lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.FILES)
+        arrays_path, centroids_path, caption_path = (Path(directory) / name for name in cls.OTHER_FILES)
         expected, remedy = "a file written by a build", "rebuild the index"
         content = read_json(caption_path, remedy)
         with report_damage(caption_path, expected, remedy):
@@ -116,38 +128,44 @@ class IVFIndex(RescoredIndex):
             arrays = read_npz(file)
             tree = ListTree.from_arrays({**arrays, "centroid_LR": centroids})
             reduction, outliers = unpack_reduction(arrays, source.dim, caption.energy)
-        lists = InvertedLists.load(lists_path, (tree.n_lists, reduction.width), caption.params.codes)
-        n_bytes, n_centroids, width = lists_path.stat().st_size, *tree.centroid_LR.shape
+            first_id_S = _unpack_first_ids(arrays, caption.params.shards)
+        list_paths = [Path(directory) / name for name in list_shard_files(caption.params.shards)]
+        lists = ListShards.load(list_paths, (tree.n_lists, reduction.width), caption.params.codes, first_id_S)
+        n_bytes, n_centroids, width = sum(path.stat().st_size for path in list_paths), *tree.centroid_LR.shape
         got = n_bytes, len(lists), lists.dim, lists.n_lists, int(tree.size_L.sum()), width, caption.rows
         n_listed = len(source) - caption.quiet_rows - len(outliers)
         consistent = caption.lists_bytes, n_listed, reduction.width, n_centroids, n_listed, reduction.width, len(source)
         if got != consistent or not np.array_equal(lists.sizes(), tree.size_L):
             raise DamagedIndexError(
                 problem(
-                    f"{caption_path} does not belong to {lists_path.name}, {arrays_path.name} and the features",
+                    f"{caption_path} does not belong to {list_paths[0].name}, {arrays_path.name} and the features",
                     got=f"bytes, rows, dimensions, lists, rows in lists, dimensions, rows {got}",
                     expected=f"{consistent} and equal list sizes",
                     remedy=remedy,
                 )
             )
         uncoded = UncodedRows(outliers, caption.quiet_rows, caption.quiet_norm)
-        return cls(source, reduction, uncoded, device, _Parts(lists, tree, caption.params, caption.shift))
+        return cls(source, reduction, uncoded, device, _Parts(lists, tree, caption.params, caption.shift, device))
 
     def save(self, directory: Path) -> None:
         """Write the files `FILES`, see `RescoredIndex.save`."""
-        lists_path, arrays_path, centroids_path, caption_path = (Path(directory) / name for name in self.FILES)
+        arrays_path, centroids_path, caption_path = (Path(directory) / name for name in self.OTHER_FILES)
         parts = self._parts
-        parts.lists.save(lists_path)
+        list_paths = [Path(directory) / name for name in list_shard_files(parts.params.shards)]
+        parts.lists.save(list_paths)
         tree = {name: getattr(parts.tree, name) for name in ListTree.__dataclass_fields__}
         with attach_path(centroids_path), centroids_path.open("wb") as file:
             save_array(file, tree.pop("centroid_LR"))
         with attach_path(arrays_path):
-            np.savez(arrays_path, allow_pickle=False, **pack_reduction(self._reduction, self._uncoded.outliers), **tree)
+            arrays = pack_reduction(self._reduction, self._uncoded.outliers) | tree
+            if parts.params.shards > 1:
+                arrays["first_id_S"] = parts.lists.first_id_S
+            np.savez(arrays_path, allow_pickle=False, **arrays)
         # The size is stored because FAISS reads a file without its last few bytes and reports no error.
         caption = _Caption(
             **self._describe_rows(parts.shift),
             params=parts.params,
-            lists_bytes=lists_path.stat().st_size,
+            lists_bytes=sum(path.stat().st_size for path in list_paths),
         )
         with attach_path(caption_path):
             caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
@@ -160,6 +178,9 @@ class IVFIndex(RescoredIndex):
         parts = self._parts
         ids, lists = parts.lists.ids()
         found = self._compare_ids(ids)
+        misplaced = parts.lists.find_misplaced_rows()
+        if misplaced:
+            found.append(f"{misplaced:,} rows are in the file of another shard")
         if found:
             return found
         random = np.random.default_rng(seed)
@@ -185,6 +206,11 @@ class IVFIndex(RescoredIndex):
         other.settings = proponents, opponents or proponents
         return other
 
+    def with_scanner(self, scanner: Scanner) -> IVFIndex:
+        """Return an index with the same settings, whose lists `scanner` searches, shard by shard."""
+        parts = replace(self._parts, lists=self._parts.lists.with_scanner(scanner))
+        return IVFIndex(self._source, self._reduction, self._uncoded, self._device, parts).with_settings(*self.settings)
+
     def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
         """Yield settings of increasing budget; α is the one with the highest recall at the default budget."""
         usual = choose_default_setting(len(self))
@@ -200,6 +226,16 @@ class IVFIndex(RescoredIndex):
     def params(self) -> IVFParams:
         """Return the parameters of the lists."""
         return self._parts.params
+
+    @property
+    def lists(self) -> ListShards:
+        """Return the lists."""
+        return self._parts.lists
+
+    def list_shards(self, directory: Path) -> list[ShardFile]:
+        """Return the files of the shards in the directory of the index."""
+        names, lists = list_shard_files(self.params.shards), self.lists
+        return [ShardFile(Path(directory) / name, lists.n_lists, lists.dim, self.params.codes) for name in names]
 
     @property
     def tree(self) -> ListTree:
@@ -235,10 +271,42 @@ class IVFIndex(RescoredIndex):
         within_QW = (before_QW < setting.codes) & (probes.list_QW >= 0)
         width = max(1, int(within_QW.sum(axis=1).max(initial=1)))
         key_QW = np.where(within_QW, probes.list_QW, -1)[:, :width]
-        ids_QM, _ = parts.lists.scan(reduced_QR, n_candidates, key_QW, allowed)
+        on_gpus = parts.gpu_lists.find(n_candidates, allowed)
+        if isinstance(on_gpus, GpuLists):
+            ids_QM, _ = on_gpus.scan(reduced_QR, n_candidates, key_QW)
+        else:
+            ids_QM, _ = parts.lists.scan(reduced_QR, n_candidates, key_QW, allowed)
         return ids_QM, (size_QW * within_QW).sum(axis=1) + probes.scored_Q
+
+    def _describe_code_search(self, k: int, allowed: Int64 | None) -> str:
+        """Return where the lists are scanned, see `RescoredIndex`."""
+        is_filtered = allowed is not None and len(allowed) < len(self)
+        n_candidates = max(self._count_candidates(k, setting) for setting in self.settings)
+        on_gpus = self._parts.gpu_lists.find(n_candidates, allowed if is_filtered else None)
+        if not isinstance(on_gpus, GpuLists):
+            return f"{self.name} searched on the CPU: {on_gpus}"
+        return f"lists chosen on the CPU and scanned on {join_names(on_gpus.gpus)} by FAISS"
 
     @cached_property
     def _mean_size(self) -> float:
         """Return the mean number of rows of the lists with rows."""
         return len(self._parts.lists) / max(1, int((self.tree.size_L > 0).sum()))
+
+
+def list_ivf_files(n_shards: int) -> tuple[str, ...]:
+    """Return the names of the files of an index with this many shards."""
+    return (*list_shard_files(n_shards), *IVFIndex.OTHER_FILES)
+
+
+def _unpack_first_ids(arrays: Mapping[str, npt.NDArray[Any]], n_shards: int) -> Int64:
+    """Return the first id of each shard.
+
+    Raises:
+        KeyError, ValueError: the arrays are not those of an index with this many shards.
+    """
+    if n_shards == 1:
+        return np.zeros(1, np.int64)
+    first_id_S = arrays["first_id_S"]
+    if first_id_S.shape != (n_shards,) or first_id_S.dtype != np.int64 or (np.diff(first_id_S, prepend=0) < 0).any():
+        raise ValueError(f"first ids {first_id_S.dtype} {first_id_S.shape} of {n_shards} shards")
+    return first_id_S

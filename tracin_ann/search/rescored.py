@@ -104,6 +104,7 @@ class RescoredIndex(CalibratedIndex):
         """Store the arguments; subclasses set `settings`."""
         self._source, self._reduction, self._uncoded, self._device = source, reduction, uncoded, device
         self._last = threading.local()
+        self._codes_name = self.FILES[0]
 
     @abstractmethod
     def _find_candidates(
@@ -191,6 +192,18 @@ class RescoredIndex(CalibratedIndex):
         n_rows = len(self) if allowed is None else len(allowed)
         return all(self._is_scanned(k, self._adapt(setting, k, n_rows), n_rows) for setting in self.settings)
 
+    def describe_place(self, k: int, allowed: Int64 | None = None) -> str:
+        """Return where a search runs, as text for users; "" if the device is a CPU."""
+        if self._device.type == "cpu":
+            return ""
+        if self.will_scan(k, allowed):
+            return f"scanned on {self._device} by PyTorch"
+        return self._describe_code_search(k, allowed)
+
+    def _describe_code_search(self, k: int, allowed: Int64 | None) -> str:
+        """Return where the codes are searched if the device is not a CPU, as text for users."""
+        return f"{self.name} searched on the CPU, which has the only version"
+
     def most_rows_read(self, n_queries: int, k: int) -> int:
         """Return the largest number of stored rows that a search in both directions reads: candidates and outliers."""
         n_candidates = sum(self._count_candidates(k, self._adapt(each, k, len(self))) for each in self.settings)
@@ -270,23 +283,8 @@ class RescoredIndex(CalibratedIndex):
 
     def _rescore(self, queries_QF: Float32, candidates: Sequence[Int64]) -> list[Float32]:
         """Return the inner products [Q, M] of each array of ids [Q, M]; 0 for padding. Each row is read once."""
-        ids_QM = np.concatenate(candidates, axis=1)
-        scores_QM = np.zeros(ids_QM.shape, np.float32)
-        step = max(1, _NUMBERS_RESCORED_AT_ONCE // max(1, ids_QM.shape[1] * self.dim))
-        step = min(step, _QUERIES_RESCORED_AT_ONCE)
-        for at in range(0, len(queries_QF), step):
-            part = slice(at, at + step)
-            unique, place = np.unique(ids_QM[part], return_inverse=True)
-            n_padding = int(np.searchsorted(unique, 0))
-            with self._report_unknown_rows():
-                row_UF = self._source.take(unique[n_padding:])
-            if not len(row_UF):
-                continue
-            place_QM = (place.reshape(ids_QM[part].shape) - n_padding).clip(0)
-            for query_F, place_M, scores_M in zip(queries_QF[part], place_QM, scores_QM[part], strict=True):
-                # Not a matrix product: threads cost more than they save, and sums depend on the number of rows.
-                np.einsum("mf,f->m", row_UF[place_M], query_F, out=scores_M)
-        scores_QM[ids_QM < 0] = 0
+        with self._report_unknown_rows():
+            scores_QM = score_candidates(self._source, queries_QF, np.concatenate(candidates, axis=1))
         return np.split(scores_QM, np.cumsum([ids.shape[1] for ids in candidates])[:-1], axis=1)
 
     def _complete(
@@ -313,7 +311,7 @@ class RescoredIndex(CalibratedIndex):
                 together.setdefault(tuple(incomplete), []).append(direction)
         for places, some in together.items():
             exact = self._scan(queries_QF[list(places)], k, some, allowed)
-            found = found | {sign: _replace(found[sign], places, top) for sign, top in exact.items()}
+            found = found | {sign: replace_queries(found[sign], places, top) for sign, top in exact.items()}
         return found
 
     @contextmanager
@@ -328,7 +326,7 @@ class RescoredIndex(CalibratedIndex):
         except KeyError as error:
             raise DamagedIndexError(
                 problem(
-                    f"{self.FILES[0]} contains an unknown row",
+                    f"{self._codes_name} contains an unknown row",
                     got=f"id {error}",
                     expected="ids of the stored features",
                     remedy="rebuild the index",
@@ -336,7 +334,33 @@ class RescoredIndex(CalibratedIndex):
             ) from error
 
 
-def _replace(top: TopK, places: Sequence[int], exact: TopK) -> TopK:
+def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> Float32:
+    """Return the inner products [Q, M] of queries and the rows with these ids; 0 for negative ids, which are padding.
+
+    A row is read once for many queries.
+
+    Raises:
+        KeyError: the source has no row with one of the ids.
+    """
+    scores_QM = np.zeros(ids_QM.shape, np.float32)
+    step = max(1, _NUMBERS_RESCORED_AT_ONCE // max(1, ids_QM.shape[1] * source.dim))
+    step = min(step, _QUERIES_RESCORED_AT_ONCE)
+    for at in range(0, len(queries_QF), step):
+        part = slice(at, at + step)
+        unique, place = np.unique(ids_QM[part], return_inverse=True)
+        n_padding = int(np.searchsorted(unique, 0))
+        row_UF = source.take(unique[n_padding:])
+        if not len(row_UF):
+            continue
+        place_QM = (place.reshape(ids_QM[part].shape) - n_padding).clip(0)
+        for query_F, place_M, scores_M in zip(queries_QF[part], place_QM, scores_QM[part], strict=True):
+            # Not a matrix product: threads cost more than they save, and sums depend on the number of rows.
+            np.einsum("mf,f->m", row_UF[place_M], query_F, out=scores_M)
+    scores_QM[ids_QM < 0] = 0
+    return scores_QM
+
+
+def replace_queries(top: TopK, places: Sequence[int], exact: TopK) -> TopK:
     """Return the results with those at some places from a scan of these queries; rows_scored are added."""
     ids, scores, counts = list(top.ids), list(top.scores), top.rows_scored.copy()
     for own, at in enumerate(places):

@@ -39,6 +39,7 @@ class IVFParams:
         codes: `sq8`, `sq4` or `fp16`.
         seed: seed of the training sample, the reduction and k-means.
         train_rows: number of training rows for k-means; None: 16 per list.
+        shards: number of files over which the rows are split by their ids.
     """
 
     nlist: int | None = None
@@ -46,6 +47,7 @@ class IVFParams:
     codes: Codes = "sq8"
     seed: int = 0
     train_rows: int | None = None
+    shards: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -59,6 +61,7 @@ class IVFParams:
             ("codes", self.codes, self.codes in CODES, " or ".join(CODES)),
             ("seed", self.seed, self.seed >= 0, "0 or more"),
             ("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1"),
+            ("shards", self.shards, self.shards >= 1, "at least 1"),
         )
 
     def count_lists(self, n_rows: int) -> int:

@@ -42,14 +42,19 @@ def from_padded(ids_QM: Int64, scores_QM: Float32, k: int, rows_scored: Int64) -
         k: number of results.
         rows_scored: int64 [Q], copied to the result.
     """
-    order_QK = np.lexsort((ids_QM, -scores_QM, ids_QM < 0))[:, :k]
-    ids, scores = np.take_along_axis(ids_QM, order_QK, axis=1), np.take_along_axis(scores_QM, order_QK, axis=1)
+    ids, scores = select_padded(ids_QM, scores_QM, k)
     n_results_Q = (ids >= 0).sum(axis=1).tolist()
     return TopK(
         ids=tuple(row[:n] for row, n in zip(ids, n_results_Q, strict=True)),
         scores=tuple(row[:n] for row, n in zip(scores, n_results_Q, strict=True)),
         rows_scored=np.asarray(rows_scored, dtype=np.int64),
     )
+
+
+def select_padded(ids_QM: Int64, scores_QM: Float32, k: int) -> tuple[Int64, Float32]:
+    """Return the best k of each row of padded candidates, as (ids, scores) [Q, min(k, M)] with the padding last."""
+    order_QK = np.lexsort((ids_QM, -scores_QM, ids_QM < 0))[:, :k]
+    return np.take_along_axis(ids_QM, order_QK, axis=1), np.take_along_axis(scores_QM, order_QK, axis=1)
 
 
 def merge(parts: Sequence[TopK], k: int) -> TopK:

@@ -38,7 +38,7 @@ def create_app(
     """
     settings = settings or Settings()
     service = Service(location, settings)
-    other = None if against is None else Service(against, settings)
+    other = None if against is None else Service(against, settings, service.turns)
 
     @asynccontextmanager
     async def close_at_end(app: FastAPI) -> AsyncIterator[None]:

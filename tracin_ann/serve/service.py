@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from tracin_ann.choices import SideName
 from tracin_ann.errors import TracinAnnError, UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Answer, Answers, QueryOptions, Record
+from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowText
 from tracin_ann.serve.jobs import Job, Jobs
 from tracin_ann.serve.problems import BusyError, make_changed_error
 from tracin_ann.serve.settings import Settings
@@ -208,10 +208,11 @@ class Service:
     Args:
         location: the index.
         settings: limits.
+        turns: of another service of the process, whose model does not run at the same time; None: there is none.
     """
 
-    def __init__(self, location: IndexLocation, settings: Settings) -> None:
-        self.settings, self.turns = settings, Turns()
+    def __init__(self, location: IndexLocation, settings: Settings, turns: Turns | None = None) -> None:
+        self.settings, self.turns = settings, turns or Turns()
         self.jobs = Jobs(self.turns, settings)
         self._location = location
         self._manifest = location.identify_manifest()
@@ -381,6 +382,7 @@ def _answer_questions(questions: Sequence[_Question]) -> list[Answered]:
     first = questions[0]
     rows = tuple(dict.fromkeys(row for question in questions for row in question.rows))
     answers = _answer(first, rows if not first.is_single else first.rows)
+    answers.texts = _read_texts(first.index, answers)
     lines = answers.lines()
     place = {row: at for at, row in enumerate(rows)}
     return [
@@ -393,6 +395,17 @@ def _answer_questions(questions: Sequence[_Question]) -> list[Answered]:
         for question in questions
         for places in [range(len(answers)) if question.is_single else [place[row] for row in question.rows]]
     ]
+
+
+def _read_texts(index: InfluenceIndex, answers: Answers) -> RowText:
+    """Return the texts of the rows in answers; those of hits are read together."""
+    rows = list({hit.row for answer in answers for hit in answer.hits})
+    texts = {
+        row: None if found is None else found.text
+        for row, found in zip(rows, index.describe_rows("train", rows), strict=True)
+    }
+    read = answers.texts
+    return lambda side, row: texts[row] if side == "train" and row in texts else read(side, row)
 
 
 def _answer(question: _Question, rows: tuple[int, ...]) -> Answers:

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tracin_ann.gradients import Allocator, allocate
 from tracin_ann.sketch.generator import Stream
@@ -46,6 +45,11 @@ class Side(Protocol):
         """Return the mapped unit vectors: index [...] -> [..., width]."""
 
 
+def _one_hot(index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return one-hot vectors; unlike `torch.nn.functional.one_hot`, this does not read the largest index."""
+    return (index.unsqueeze(-1) == torch.arange(width, device=index.device)).to(dtype)
+
+
 @dataclass(frozen=True)
 class Identity:
     """The identity, for a side that is narrow enough already."""
@@ -58,7 +62,7 @@ class Identity:
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return one-hot vectors."""
-        return F.one_hot(index, self.width).to(dtype)
+        return _one_hot(index, self.width, dtype)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Fold:
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed one-hot vectors."""
-        return F.one_hot(index % self.width, self.width).to(dtype) * self.signs_n[index].unsqueeze(-1)
+        return _one_hot(index % self.width, self.width, dtype) * self.signs_n[index].unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class ChannelFold:
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed one-hot vectors."""
         channel, tap = index // self.taps, index % self.taps
-        hot = F.one_hot(channel % self.channels * self.taps + tap, self.width).to(dtype)
+        hot = _one_hot(channel % self.channels * self.taps + tap, self.width, dtype)
         return hot * self.signs_C[channel].unsqueeze(-1)
 
 

@@ -22,11 +22,13 @@ from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord
 from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout, choose_partition_rows
 from tracin_ann.store.generations import (
     BuildStart,
+    agree_on_record,
     check_generation,
     check_manifest_copy,
     claim_directory,
     clean_up,
     copy_files,
+    find_next_folder,
     find_unnamed_files,
     generation_folder,
     generation_number,
@@ -35,9 +37,11 @@ from tracin_ann.store.generations import (
     publish,
     read_current,
     read_last_build,
+    read_shard_count,
     reject_foreign_files,
     reject_links,
     take_lease,
+    write_shard_count,
 )
 from tracin_ann.store.locks import Lease, hold_writer_lock
 from tracin_ann.store.manifest import (
@@ -94,6 +98,7 @@ __all__ = [
     "StoreLayout",
     "TrueRecall",
     "WriteBehind",
+    "agree_on_record",
     "check_file",
     "check_generation",
     "check_manifest_copy",
@@ -102,6 +107,7 @@ __all__ = [
     "clean_up",
     "collect_columns",
     "copy_files",
+    "find_next_folder",
     "find_unnamed_files",
     "generation_folder",
     "generation_number",
@@ -116,6 +122,7 @@ __all__ = [
     "read_current",
     "read_last_build",
     "read_removed_ids",
+    "read_shard_count",
     "read_skipped_rows",
     "read_unlisted_ids",
     "record_file",
@@ -126,5 +133,6 @@ __all__ = [
     "write_arrays",
     "write_build_record",
     "write_removed",
+    "write_shard_count",
     "write_unlisted",
 ]

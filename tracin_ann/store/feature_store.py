@@ -98,12 +98,21 @@ class StoreLayout:
         """Return the number of partitions."""
         return -(-self.n_rows // self.partition_rows)
 
+    @property
+    def files(self) -> list[tuple[int, int]]:
+        """Return (partition, checkpoint) of every file, partition by partition."""
+        return [(p, c) for p in range(self.n_partitions) for c in range(self.n_checkpoints)]
+
     def rows(self, partition: int) -> tuple[int, int]:
         """Return (start, stop) of a partition."""
         if not 0 <= partition < self.n_partitions:
             raise IndexError(f"partition {partition} of {self.n_partitions}")
         start = partition * self.partition_rows
         return start, min(start + self.partition_rows, self.n_rows)
+
+    def count_rows(self, files: Iterable[tuple[int, int]]) -> int:
+        """Return the number of rows of files (partition, checkpoint)."""
+        return sum(stop - start for start, stop in (self.rows(partition) for partition, _ in files))
 
     def file_name(self, partition: int, checkpoint: int) -> str:
         """Return the name of a file.
@@ -152,18 +161,15 @@ class FeatureStore:
         """Return (start, stop) of every partition."""
         return [self.layout.rows(partition) for partition in range(self.layout.n_partitions)]
 
-    def missing(self, trusted: Iterable[FileRecord] = ()) -> list[tuple[int, int]]:
-        """Return (partition, checkpoint) of the files that are missing or damaged.
+    def missing(
+        self, trusted: Iterable[FileRecord] = (), files: Iterable[tuple[int, int]] | None = None
+    ) -> list[tuple[int, int]]:
+        """Return (partition, checkpoint) of the files that are missing or damaged, of some or (None) all.
 
         Reads every byte of a file; of trusted files that have the recorded size, only header and columns.
         """
         sizes = {record.name: record.size for record in trusted}
-        return [
-            (partition, checkpoint)
-            for partition in range(self.layout.n_partitions)
-            for checkpoint in range(self.layout.n_checkpoints)
-            if not self._is_intact(partition, checkpoint, sizes)
-        ]
+        return [file for file in (self.layout.files if files is None else files) if not self._is_intact(*file, sizes)]
 
     def write(self, partition: int, checkpoint: int, block: FeatureBlock) -> FileRecord:
         """Write one file, durably; an existing file is replaced.

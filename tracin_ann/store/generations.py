@@ -30,8 +30,10 @@ from tracin_ann.files import (
     is_temporary,
     make_directory,
     open_directory,
+    read_json,
     remove_temporaries,
     sync_directory,
+    write_json_atomic,
 )
 from tracin_ann.store.feature_file import FileRecord
 from tracin_ann.store.feature_store import FeatureStore, is_feature_file
@@ -45,9 +47,11 @@ from tracin_ann.store.manifest import (
     check_file,
     read_build_record,
     record_file,
+    write_build_record,
 )
 
 UNFINISHED_INDEX = ".index-unfinished"
+_SHARDS = "shards.json"
 _PREFIX = "generation-"
 _NAME = re.compile(rf"{_PREFIX}([0-9]{{6,}})")
 logger = logging.getLogger(__name__)
@@ -102,6 +106,26 @@ def read_last_build(directory: Path, manifest: Manifest | None) -> BuildRecord |
     return None if manifest is None else manifest.build
 
 
+def agree_on_record(directory: Path, last_build: BuildRecord | None, record: BuildRecord) -> BuildRecord:
+    """Write the record of a build unless another process has written one, and return the record on disk.
+
+    Processes that compute the feature files of one build together call this before their first row. They take no lock:
+    the first record becomes the name of a complete file, which only one of them can create.
+
+    Args:
+        directory: of the index; exists.
+        last_build: the record that was in the directory when this process began, or None.
+        record: what this process would produce.
+    """
+    if last_build is None:
+        with suppress(FileExistsError):
+            write_build_record(directory, record, exclusive=True)
+    elif last_build != record and read_build_record(directory) == last_build:
+        # The index grows: every process derives the same record from the finished index.
+        write_build_record(directory, record)
+    return read_build_record(directory)
+
+
 @dataclass(frozen=True)
 class BuildStart:
     """The state from which a build starts or resumes.
@@ -127,6 +151,12 @@ class BuildStart:
     def trusted_files(self) -> tuple[FileRecord, ...]:
         """Return the feature files that are not read again: if the index grows, those of the finished index."""
         return () if self.manifest is None or self.finished is not None else self.manifest.features
+
+    @property
+    def unfinished_build(self) -> BuildRecord | None:
+        """Return the options of the last build if it has not been finished, else None."""
+        is_finished = self.manifest is not None and self.manifest.build == self.last_build
+        return None if is_finished else self.last_build
 
 
 def generation_folder(directory: Path, generation: int) -> Path:
@@ -209,13 +239,34 @@ def make_next_folder(directory: Path, manifest: Manifest | None) -> Path:
     If an interrupted writer has left the directory, it is used again.
     """
     _remove_unused_files(directory, manifest, is_building=True)
-    taken = [generation_number(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
-    folder = generation_folder(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
+    folder = find_next_folder(directory, manifest)
     for place in (directory / FEATURES, folder):
         make_directory(place)
     for place in (directory, directory / FEATURES, folder):
         remove_temporaries(place)
     return folder
+
+
+def find_next_folder(directory: Path, manifest: Manifest | None) -> Path:
+    """Return the path of the next generation's directory, which need not exist."""
+    taken = [generation_number(path) for path in list_generations(directory) if (path / MANIFEST).exists()]
+    return generation_folder(directory, max([0 if manifest is None else manifest.generation, *taken]) + 1)
+
+
+def write_shard_count(directory: Path, count: int) -> None:
+    """Write the number of shards of an unfinished build, for messages; `publish` removes the file."""
+    folder = find_next_folder(directory, read_current(directory))
+    make_directory(folder)
+    write_json_atomic(folder / _SHARDS, {"count": count})
+
+
+def read_shard_count(directory: Path) -> int | None:
+    """Return the number of shards of an unfinished build, or None if it is not known."""
+    try:
+        count = read_json(find_next_folder(directory, read_current(directory)) / _SHARDS).get("count")
+    except (DamagedIndexError, FileNotFoundError):
+        return None
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def publish(directory: Path, manifest: Manifest) -> None:
@@ -366,8 +417,7 @@ def _map_known_records(
 
 
 def _list_feature_paths(store: FeatureStore) -> list[Path]:
-    layout = store.layout
-    return [store.path(p, c) for p in range(layout.n_partitions) for c in range(layout.n_checkpoints)]
+    return [store.path(*file) for file in store.layout.files]
 
 
 def generation_number(path: Path) -> int:

@@ -86,6 +86,7 @@ class IndexRecord:
         codes: how inverted lists store rows; empty for other kinds.
         requested: the kind that the build asked for, such as `auto`; empty if an earlier version built the index.
         score: the score whose recall was measured, and that searches use the index for.
+        shards: number of files over which inverted lists are split by ranges of rows.
     """
 
     kind: str
@@ -95,6 +96,7 @@ class IndexRecord:
     codes: str = ""
     requested: str = ""
     score: ScoreName = "tracin"
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -342,9 +344,13 @@ class Manifest:
             raise DamagedIndexError(_describe_invalid_file(path, error)) from error
 
 
-def write_build_record(directory: Path, record: BuildRecord) -> None:
-    """Write the record of a build, durably."""
-    _write_checked(directory / BUILD_RECORD, record.content())
+def write_build_record(directory: Path, record: BuildRecord, *, exclusive: bool = False) -> None:
+    """Write the record of a build, durably; `exclusive`: only if there is none.
+
+    Raises:
+        FileExistsError: there is one, and the write is exclusive.
+    """
+    _write_checked(directory / BUILD_RECORD, record.content(), exclusive=exclusive)
 
 
 def read_build_record(directory: Path) -> BuildRecord:
@@ -431,7 +437,9 @@ def _check_consistency(manifest: Manifest) -> None:
     if wrong:
         raise ValueError(f"a feature file {wrong[0]!r}")
     listed = [record.name for record in index.files]
-    names = list(list_files(index.kind))
+    if index.shards > max(1, len(listed)):
+        raise ValueError(f"{index.shards} shards in {len(listed)} files")
+    names = list(list_files(index.kind, index.shards))
     expected = ([*names], [*names, UNLISTED]) if names else ([],)
     if listed not in expected or index.codes not in list_codes(index.kind):
         raise ValueError(f"an index {index.kind!r} with codes {index.codes!r} and files {listed}")
@@ -447,8 +455,8 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ValueError("two files with the same name")
 
 
-def _write_checked(path: Path, content: dict[str, Any]) -> None:
-    write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content})
+def _write_checked(path: Path, content: dict[str, Any], *, exclusive: bool = False) -> None:
+    write_json_atomic(path, {"format": FORMAT, "digest": content_digest(content), **content}, exclusive=exclusive)
 
 
 def _read_checked(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from tracin_ann.errors import BusyIndexError, problem
 from tracin_ann.store.columns import COLUMN_FILE, RowTable, write_columns
 from tracin_ann.store.exclusions import copy_removed, read_removed_ids, write_skipped
 from tracin_ann.store.feature_file import FileRecord
@@ -14,13 +15,14 @@ from tracin_ann.store.feature_store import FeatureStore
 from tracin_ann.store.generations import (
     UNFINISHED_INDEX,
     BuildStart,
+    agree_on_record,
     find_unnamed_files,
     generation_number,
     list_feature_records,
     make_next_folder,
     publish,
 )
-from tracin_ann.store.manifest import BuildRecord, Manifest, record_file, write_build_record
+from tracin_ann.store.manifest import BuildRecord, Manifest, record_file
 from tracin_ann.types import Int64
 
 
@@ -56,9 +58,20 @@ class NextGeneration:
         store: FeatureStore,
         missing: Sequence[tuple[int, int]],
     ) -> NextGeneration:
-        """Write the build record if it differs from the last build's, and make the generation's folder."""
-        if start.last_build != record:
-            write_build_record(directory, record)
+        """Write the build record if it differs from the last build's, and make the generation's folder.
+
+        Raises:
+            BusyIndexError: another process has written the record of another build in the meantime.
+        """
+        if agree_on_record(directory, start.last_build, record) != record:
+            raise BusyIndexError(
+                problem(
+                    f"another build has started in {directory}",
+                    got="its record",
+                    expected="one build at a time",
+                    remedy="run this command again",
+                )
+            )
         return cls(directory, start, record, store, missing, make_next_folder(directory, start.manifest))
 
     @property

@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tracin_ann.device import disable_tf32, preserve_rng
+from tracin_ann.device import disable_tf32, preserve_rng, run_rnns_without_cudnn
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.state_dicts import named_tensors
 from tracin_ann.task.task import Task
@@ -228,7 +228,8 @@ def preserve_model(model: nn.Module, written: Collection[str] | None = None) -> 
             if grad is not None:
                 parameter.grad = None
         model.eval()
-        yield original
+        with run_rnns_without_cudnn(modules):
+            yield original
     finally:
         original.restore()
         for parameter, grad, flag in zip(parameters, grads, flags, strict=True):

@@ -1,8 +1,9 @@
-"""Sequences of different lengths, padded by collate: `texts.py:task`, and a variant that ends a worker."""
+"""Sequences of different lengths, padded by collate: `texts.py:task`, and variants that end a worker or are slow."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,19 @@ def deadly_data() -> list[tuple[Tensor, int]]:
     return LethalRows(train_data())
 
 
-def task(folder: str, deadly: str = "") -> Task:
+class SlowRows(list[Any]):
+    """Rows that take time to read, so that a test can act while a build runs."""
+
+    def __getitem__(self, place: Any) -> Any:
+        time.sleep(0.01)
+        return super().__getitem__(place)
+
+
+def slow_data() -> list[tuple[Tensor, int]]:
+    return SlowRows(train_data())
+
+
+def task(folder: str, deadly: str = "", slow: str = "") -> Task:
     for i in range(len(RATES)):
         path = Path(folder) / f"{i}.pt"
         if not path.exists():
@@ -82,7 +95,7 @@ def task(folder: str, deadly: str = "") -> Task:
     return Task(
         model=model,
         loss=loss,
-        train_data=deadly_data if deadly else train_data,
+        train_data=deadly_data if deadly else slow_data if slow else train_data,
         query_data=query_data,
         checkpoints=[Checkpoint(f"{folder}/{i}.pt", learning_rate=rate) for i, rate in enumerate(RATES)],
         collate=pad,

@@ -1,0 +1,1 @@
+"""Builds by launchers, and searches over shards."""

@@ -1,0 +1,53 @@
+"""Tables of queries by several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.common.markdown import Row, compose, format_environment, format_table
+from benchmarks.common.results import read_results
+
+SIDES = ("proponents", "opponents")
+NAMES = {"single": "one file, one process", "shards": "{shards} files, one process", "workers": "{shards} workers"}
+TARGETS = (0.95, 0.98)
+
+
+def _join(figures: dict[str, Any], name: str, form: str) -> str:
+    """Return the figures of proponents and opponents in one cell."""
+    return " / ".join(format(figures[side][name], form) for side in SIDES)
+
+
+def _format_interval(figures: dict[str, Any]) -> str:
+    return " / ".join("{:.3f}–{:.3f}".format(*figures[side]["interval"]) for side in SIDES)
+
+
+def sharded_search() -> str:
+    content = read_results("sharded_search")
+    (result,) = content["results"]
+    rows: list[Row] = [("lists in", "recall@10", "95% interval", "rows scored", "other results", "ms a query", "one")]
+    for target in TARGETS:
+        for name, title in NAMES.items():
+            figures = result[f"at_{target}"][name]
+            rows.append(
+                (
+                    title.format(shards=result["shards"]),
+                    _join(figures, "recall", ".3f"),
+                    _format_interval(figures),
+                    _join(figures, "scored", ",.0f"),
+                    str(figures["different"] + figures["different_one_by_one"]),
+                    f"{figures['batch_ms']:.2f}",
+                    f"{figures['one_ms']:.2f}",
+                )
+            )
+    kills = result["kills"]
+    killed = (
+        f"While a random worker was killed {kills['kills']} times during {kills['queries']:,} queries, one after the "
+        f"other, {kills['wrong']} answers were wrong and {kills['lost']} lost; the longest query took "
+        f"{kills['longest_s']:.1f} s, in which a worker started again."
+    )
+    scope = (
+        f"MNIST CNN, {result['rows']:,} rows of 3 × 256, {result['queries']:,} queries, settings for a recall of .95 "
+        "and .98; proponents / opponents. Other results: searches of all queries at once and one by one whose ids or "
+        "scores differ by a bit from those of one file. Times are for both directions, all at once and one by one."
+    )
+    return compose(scope, format_table(*rows), killed, format_environment(content))

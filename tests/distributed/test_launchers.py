@@ -1,0 +1,153 @@
+"""The contract of launchers: all results, units of dead workers run again, errors of workers arrive as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sharing
+from sharing import CONFIG, NAME, OneProcess, assert_same_index
+from tasks import texts
+from tasks.counting import Squares
+from tracin_ann import ProcessLauncher, build
+from tracin_ann.distributed import Launcher, ThisProcess
+from tracin_ann.errors import TaskError, UsageError
+
+SQUARES = {number: number**2 for number in range(20)}
+
+
+def run(launcher: Launcher, workers: Any) -> list[tuple[int, int, Any]]:
+    return list(launcher.run(workers, range(20)))
+
+
+def make_processes() -> ProcessLauncher:
+    return ProcessLauncher(["cpu", "cpu"])
+
+
+every_launcher = pytest.mark.parametrize(
+    "make", [ThisProcess, pytest.param(make_processes, marks=pytest.mark.slow)], ids=["this process", "processes"]
+)
+
+
+@every_launcher
+def test_every_unit_is_computed(make: Callable[[], Launcher], tmp_path):
+    found = run(make(), Squares(tmp_path))
+    assert sorted((number, square) for number, square, _ in found) == list(SQUARES.items())
+    assert list(make().run(Squares(tmp_path), [])) == []
+
+
+@every_launcher
+def test_the_error_of_a_worker_ends_the_run(make: Callable[[], Launcher], tmp_path):
+    with pytest.raises(TaskError, match="^6 is even$"):
+        run(make(), Squares(tmp_path, wrong=6))
+    with pytest.raises(TaskError, match="^no model: got nothing"):
+        run(make(), Squares(tmp_path, opens=False))
+
+
+@every_launcher
+def test_an_error_of_the_code_of_the_task_keeps_its_place(make: Callable[[], Launcher], tmp_path):
+    with pytest.raises((ZeroDivisionError, RuntimeError), match="7 is odd$") as caught:
+        run(make(), Squares(tmp_path, wrong=7))
+    places = "".join(map(str, (caught.getrepr(), caught.value.__cause__)))
+    assert "counting.py" in places
+
+
+@pytest.mark.slow
+def test_processes_have_their_devices_and_share_the_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    found = run(ProcessLauncher(["cpu", "meta"]), Squares(tmp_path, seconds=0.4))
+    assert {process for *_, (process, *_) in found}.isdisjoint({os.getpid()})
+    assert {(device, threads) for *_, (_, device, threads, _) in found} == {("cpu", 3), ("meta", 3)}
+
+
+@pytest.mark.slow
+def test_units_of_a_killed_process_run_again(tmp_path):
+    found = run(make_processes(), Squares(tmp_path, deadly=3))
+    assert {number: square for number, square, _ in found} == SQUARES
+    assert len({process for *_, (process, *_) in found}) >= 2
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_its_process_each_time_ends_the_run(tmp_path):
+    with pytest.raises(TaskError, match="5 workers died one after another: got signal SIGKILL"):
+        run(ProcessLauncher(["cpu"]), Squares(tmp_path, deadly=0, often=True))
+
+
+def test_workers_that_cannot_be_pickled_are_rejected(tmp_path):
+    with pytest.raises(UsageError, match="cannot be sent to other processes.*pass the task as file.py:name"):
+        run(make_processes(), Squares(tmp_path, array=lambda: None))
+    with pytest.raises(UsageError, match="no devices"):
+        ProcessLauncher([])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    return sharing.build_in_one_process(tmp_path_factory.mktemp("texts"))
+
+
+@every_launcher
+def test_a_launched_build_is_the_index_of_one_process(make: Callable[[], Launcher], one, tmp_path):
+    reports: list[tuple[int, int]] = []
+    report = build(
+        NAME,
+        tmp_path / "i",
+        CONFIG,
+        arguments=one.arguments,
+        launcher=make(),
+        progress=lambda stage, done, total: reports.append((done, total)) if stage == "features" else None,
+    )
+    assert_same_index(tmp_path / "i", one)
+    total = 3 * texts.N_TRAIN
+    assert report.rows_extracted == total and reports[-1] == (total, total)
+    # A finished index needs no worker.
+    assert build(NAME, tmp_path / "i", CONFIG, arguments=one.arguments, launcher=make()).rows_extracted == 0
+
+
+def test_a_task_without_a_name_and_with_one_module_can_be_launched(one, tmp_path):
+    module = texts.model()
+    task = replace(texts.task(**one.arguments), model=lambda: module)
+    build(task, tmp_path / "a", CONFIG)
+    build(task, tmp_path / "b", CONFIG, launcher=ThisProcess())
+    assert sharing.read_index(tmp_path / "a") == sharing.read_index(tmp_path / "b")
+
+
+def test_a_launched_build_of_an_invalid_task_writes_nothing(one, tmp_path):
+    task = replace(texts.task(**one.arguments), loss=lambda model, batch: torch.zeros(3))
+    with pytest.raises(TaskError):
+        build(task, tmp_path / "i", CONFIG, launcher=ThisProcess())
+    assert not (tmp_path / "i").exists()
+
+
+class Elsewhere(Launcher):
+    """Runs units in this process, but their files disappear, as on another machine without a shared directory."""
+
+    def __init__(self, out: Path, *, keeps_directory: bool) -> None:
+        self.out, self.keeps_directory = out, keeps_directory
+
+    def run(self, open_worker: Any, units: Any) -> Any:
+        if not self.keeps_directory:
+            self.out.rename(self.out.with_name("moved"))
+        yield from ThisProcess().run(open_worker, units)
+        for path in (self.out / "features").iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("keeps", "message"),
+    [(True, "have not written all files.*got 24 of 24 files missing"), (False, "does not exist on")],
+)
+def test_a_directory_that_workers_do_not_share_is_rejected(keeps, message, one, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        build(
+            NAME,
+            tmp_path / "i",
+            CONFIG,
+            arguments=one.arguments,
+            launcher=Elsewhere(tmp_path / "i", keeps_directory=keeps),
+        )

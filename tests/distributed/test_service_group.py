@@ -1,0 +1,141 @@
+"""Workers that are asked together: restarts, deadlines, errors; with workers that are threads of this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tracin_ann.distributed.service import ServiceWorker, WorkerDied
+from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
+from tracin_ann.errors import DamagedIndexError
+
+LONG_S = 60
+
+
+@dataclass
+class Scripted(ServiceWorker):
+    """A worker whose request is a list of what happens at each attempt; it replies with its number and attempt."""
+
+    number: int
+    attempts: list[str]
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def pid(self) -> int | None:
+        return None
+
+    def run(self, request: list[str]) -> tuple[int, int]:
+        attempt = len(self.attempts)
+        self.attempts.append(request[attempt])
+        if request[attempt] == "dies":
+            raise WorkerDied("scripted")
+        if request[attempt] == "hangs":
+            assert self.stopped.wait(LONG_S)
+            raise WorkerDied("stopped")
+        if request[attempt] == "fails":
+            raise DamagedIndexError("scripted damage")
+        return self.number, attempt
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+@dataclass
+class Cluster:
+    """A group of two workers, and what happened to each."""
+
+    started: list[int] = field(default_factory=list)
+    attempts: dict[int, list[str]] = field(default_factory=lambda: {0: [], 1: []})
+
+    def launch(self, number: int) -> ServiceWorker:
+        self.started.append(number)
+        return Scripted(number, self.attempts[number])
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+@pytest.fixture
+def group(cluster: Cluster) -> Iterator[ServiceGroup]:
+    made = ServiceGroup([partial(cluster.launch, number) for number in range(2)], restarts=2)
+    made.start()
+    yield made
+    made.close()
+
+
+def test_each_worker_replies_to_its_request(group: ServiceGroup, cluster: Cluster) -> None:
+    assert group.ask([["replies"], ["replies"]]) == [(0, 0), (1, 0)]
+    assert sorted(cluster.started) == [0, 1]
+
+
+def test_a_worker_without_request_is_not_asked(group: ServiceGroup, cluster: Cluster) -> None:
+    assert group.ask([None, ["replies"]]) == [None, (1, 0)]
+    assert cluster.attempts == {0: [], 1: ["replies"]}
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_ends_is_started_and_asked_again(group: ServiceGroup, cluster: Cluster, deaths: int) -> None:
+    assert group.ask([["replies"], ["dies"] * deaths + ["replies"]]) == [(0, 0), (1, deaths)]
+    assert sorted(cluster.started) == [0] + [1] * (deaths + 1)
+
+
+def test_a_worker_that_ends_at_every_attempt_is_an_error(group: ServiceGroup, cluster: Cluster) -> None:
+    first, second = group.ask([["replies"], ["dies"] * 3 + ["replies"]])
+    assert first == (0, 0)
+    assert isinstance(second, NoReplyError) and "worker 1 ends before it replies: got scripted" in str(second)
+    assert cluster.attempts[1] == ["dies"] * 3
+    # It is started again for the next request.
+    assert group.ask([None, ["dies"] * 3 + ["replies"]]) == [None, (1, 3)]
+
+
+def test_a_late_worker_is_replaced(group: ServiceGroup, cluster: Cluster) -> None:
+    first, second = group.ask([["replies"], ["hangs"]], deadline_s=0.05)
+    assert first == (0, 0)
+    assert isinstance(second, NoReplyError) and "worker 1 is late: got no reply in 0.05 s" in str(second)
+    assert group.ask([None, ["hangs", "replies"]]) == [None, (1, 1)]
+    assert sorted(cluster.started) == [0, 1, 1]
+    assert cluster.attempts[1] == ["hangs", "replies"]
+
+
+def test_an_error_of_a_service_is_raised(group: ServiceGroup, cluster: Cluster) -> None:
+    with pytest.raises(DamagedIndexError, match="scripted damage"):
+        group.ask([["replies"], ["fails"]])
+    assert sorted(cluster.started) == [0, 1]
+    assert group.ask([["", "replies"], ["", "replies"]]) == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("error", [DamagedIndexError, WorkerDied])
+def test_a_worker_that_does_not_start_is_an_error(cluster: Cluster, error: type[Exception]) -> None:
+    def fail() -> ServiceWorker:
+        raise error("no start")
+
+    launches: list[Callable[[], ServiceWorker]] = [partial(cluster.launch, 0), fail]
+    with pytest.raises(NoReplyError if error is WorkerDied else error, match="no start"):
+        ServiceGroup(launches, restarts=1).start()
+
+
+def test_several_threads_ask(group: ServiceGroup) -> None:
+    replies: list[Any] = []
+
+    def ask() -> None:
+        replies.append(group.ask([["replies"] * 50] * 2))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(first for (_, first), _ in replies) == sorted(second for _, (_, second) in replies) == list(range(8))
+
+
+def test_requests_of_a_closed_group_are_rejected(group: ServiceGroup) -> None:
+    group.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        group.ask([["replies"], ["replies"]])

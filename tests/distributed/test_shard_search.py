@@ -1,0 +1,255 @@
+"""Queries over the shards of an index by worker processes, compared with the same index in one file and process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shard_folder import QUERIES
+from tracin_ann import InfluenceIndex, QueryOptions
+from tracin_ann.distributed import ShardOptions, ShardSearch
+from tracin_ann.distributed.service import ServiceProcess
+from tracin_ann.distributed.service_group import NoReplyError
+from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
+from tracin_ann.scoring import Answer, Coverage, ranking
+from tracin_ann.search import ListQuery
+
+OPTIONS = QueryOptions(k=5, search="index")
+EXACT = replace(OPTIONS, rerank="exact", candidates=20)
+
+
+def open_named(folder: Path, name: str) -> InfluenceIndex:
+    return InfluenceIndex.open(folder / name, f"{folder}/shard_task.py:task", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> InfluenceIndex:
+    return open_named(folder, "single")
+
+
+@pytest.fixture(scope="module")
+def sharded(folder: Path) -> Iterator[InfluenceIndex]:
+    index = open_named(folder, "sharded")
+    index.start_workers()
+    yield index
+    index.close()
+
+
+def workers(index: InfluenceIndex) -> list[ServiceProcess]:
+    search: Any = index._workers
+    assert isinstance(search, ShardSearch)
+    return [slot._worker for slot in search._group._slots]  # type: ignore[misc]
+
+
+def kill(index: InfluenceIndex, shard: int) -> None:
+    """Kill the worker of a shard, and wait until it has ended."""
+    worker = workers(index)[shard]
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker._process.join()
+
+
+def strip(answers: list[Answer]) -> list[Answer]:
+    """Return the answers without how they were found."""
+    return [replace(answer, how="", shards=(), missing_shards=()) for answer in answers]
+
+
+def test_answers_are_those_of_one_file(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    expected = single.query(range(QUERIES), options=OPTIONS)
+    found = sharded.query(range(QUERIES), options=OPTIONS)
+    assert strip(found) == strip(expected)
+    assert {(answer.shards, answer.missing_shards) for answer in found} == {((0, 1), ())}
+    assert all("; 2 of 2 shards answered" in answer.how for answer in found)
+    assert {answer.shards for answer in expected} == {()}
+    assert max(answer.rows_scored for answer in found) < 2 * len(sharded)
+
+
+def test_json_lines_name_the_shards(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    (line,) = sharded.query([0], options=OPTIONS).lines()
+    assert line["shards"] == [0, 1] and "missing_shards" not in line
+    (plain,) = single.query([0], options=OPTIONS).lines()
+    assert line == plain | {"shards": [0, 1]}
+
+
+def test_exact_scores_are_those_of_one_process(
+    single: InfluenceIndex, sharded: InfluenceIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    for ids, together in (((3,), False), (range(8), True)):
+        options = replace(EXACT, candidates=60)
+        (expected,) = single.query(ids, options=options, together=together)
+        with monkeypatch.context() as patched:
+            patched.setattr(ranking, "make_exact_scorer", lambda *given: pytest.fail("scored in this process"))
+            (found,) = sharded.query(ids, options=options, together=together, progress=lambda *at: seen.append(at))
+        assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+        for hit, other in zip(found.hits, expected.hits, strict=True):
+            assert hit.score == pytest.approx(other.score, rel=1e-5)
+            assert hit.stored_score == other.stored_score
+    assert all(stage == "exact scores" and done > 0 for stage, done, _ in seen) and seen
+
+
+def test_examples_outside_the_index_are_scored_by_the_workers(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    examples = [single.runner.data("query")[i] for i in (4, 9, 11)]
+    expected = single.query_examples(examples, EXACT, ids=[1, 2])
+    found = sharded.query_examples(examples, EXACT, ids=[1, 2])
+    for answer, other in zip(found, expected, strict=True):
+        assert [hit.row for hit in answer.hits] == [hit.row for hit in other.hits]
+        assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in other.hits], rel=1e-5)
+
+
+def test_a_killed_worker_loses_no_query(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    expected = strip(single.query(range(QUERIES), options=OPTIONS))
+    before = [worker.pid for worker in workers(sharded)]
+    kill(sharded, 1)
+    found = sharded.query(range(QUERIES), options=OPTIONS)
+    assert strip(found) == expected
+    assert {answer.missing_shards for answer in found} == {()}
+    after = [worker.pid for worker in workers(sharded)]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+@pytest.mark.slow
+def test_a_worker_killed_during_queries_loses_none(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    expected = strip(single.query(range(QUERIES), options=OPTIONS))
+    killed = threading.Event()
+
+    def kill_soon() -> None:
+        time.sleep(0.02)
+        os.kill(workers(sharded)[1].pid or 0, signal.SIGKILL)
+        killed.set()
+
+    thread = threading.Thread(target=kill_soon)
+    thread.start()
+    while not killed.is_set():
+        assert strip(sharded.query(range(QUERIES), options=OPTIONS)) == expected
+    thread.join()
+    assert strip(sharded.query(range(QUERIES), options=OPTIONS)) == expected
+
+
+@pytest.mark.slow
+def test_an_exact_query_survives_a_killed_worker(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    (expected,) = single.query([5], options=EXACT)
+    kill(sharded, 0)
+    (found,) = sharded.query([5], options=EXACT)
+    assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+
+
+@pytest.mark.slow
+def test_a_shard_that_hangs_is_missing_from_a_partial_answer(folder: Path) -> None:
+    index = open_named(folder, "sharded")
+    index.start_workers(ShardOptions(deadline_s=5, allow_partial=True))
+    try:
+        complete = index.query(range(QUERIES), options=OPTIONS)
+        os.kill(workers(index)[1].pid or 0, signal.SIGSTOP)
+        partial = index.query(range(QUERIES), options=OPTIONS)
+        assert {(answer.shards, answer.missing_shards) for answer in partial} == {((0,), (1,))}
+        assert all("1 of 2 shards answered: partial results" in answer.how for answer in partial)
+        line = partial.lines()[0]
+        assert (line["shards"], line["missing_shards"]) == ([0], [1])
+        lists: Any = index._loaded_index
+        boundary = lists.lists.ranges[1][0]
+        best = [[hit for hit in answer.hits if hit.row < boundary] for answer in complete]
+        assert any(len(hits) < len(answer.hits) for hits, answer in zip(best, complete, strict=True))
+        for answer, hits in zip(partial, best, strict=True):
+            assert {hit.row for hit in hits} <= {hit.row for hit in answer.hits}
+            assert max(hit.row for hit in answer.hits) < boundary
+    finally:
+        index.close()
+
+
+@pytest.mark.slow
+def test_a_missing_shard_is_an_error_unless_partial_answers_are_allowed(folder: Path) -> None:
+    index = open_named(folder, "sharded")
+    index.start_workers(ShardOptions(deadline_s=5))
+    try:
+        os.kill(workers(index)[0].pid or 0, signal.SIGSTOP)
+        with pytest.raises(WorkerError, match="worker 0 is late: got no reply in 5 s"):
+            index.query([0], options=OPTIONS)
+    finally:
+        index.close()
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_is_reported_by_the_start(folder: Path, single: InfluenceIndex) -> None:
+    with pytest.raises(DamagedIndexError):
+        ServiceProcess.start(_raise_damage)
+
+
+def _raise_damage() -> Any:
+    raise DamagedIndexError("a damaged shard")
+
+
+class Silent:
+    """A group whose workers do not reply, except the first ones."""
+
+    def __init__(self, n_replies: int) -> None:
+        self.n_replies = n_replies
+
+    def ask(self, requests: list[Any], deadline_s: float | None) -> list[Any]:
+        assert deadline_s == 2
+        return [
+            None if request is None else NoReplyError(f"no {n}") if n >= self.n_replies else ("ids", n)
+            for n, request in enumerate(requests)
+        ]
+
+
+def search(folder: Path, n_replies: int, *, allow_partial: bool) -> ShardSearch:
+    index: Any = open_named(folder, "sharded").search_index
+    options = ShardOptions(deadline_s=2, allow_partial=allow_partial)
+    return ShardSearch(Silent(n_replies), index, options, has_task=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("n_replies", "allow_partial"), [(0, True), (0, False), (1, False)])
+def test_missing_shards_are_an_error(folder: Path, n_replies: int, allow_partial: bool) -> None:
+    query = ListQuery(np.zeros((1, 3), np.float32), 1, np.zeros((1, 1), np.int64), None)
+    with pytest.raises(WorkerError, match=f"no {n_replies}"):
+        search(folder, n_replies, allow_partial=allow_partial).scan([query, query])
+
+
+def test_missing_shards_of_a_partial_search_are_recorded(folder: Path) -> None:
+    query = ListQuery(np.zeros((1, 3), np.float32), 1, np.zeros((1, 1), np.int64), None)
+    nothing = replace(query, allowed=np.zeros(0, np.int64))
+    made = search(folder, 1, allow_partial=True)
+    with made.watch() as first:
+        assert made.scan([query, nothing]) == [("ids", 0)]
+    with made.watch() as second:
+        assert made.scan([query, query]) == [("ids", 0)]
+        # Now it would answer, but it is not asked again for the same query.
+        made._group.n_replies = 2  # type: ignore[attr-defined]
+        assert made.scan([query, query]) == [("ids", 0)]
+    assert first == Coverage(2, set(), True) and first.summary == "2 of 2 shards answered"
+    assert second == Coverage(2, {1}, True) and second.answered == (0,)
+    with made.watch() as third:
+        pass
+    assert (third.answered, third.summary) == ((), "")
+
+
+def test_partial_answers_are_marked_in_tables(sharded: InfluenceIndex) -> None:
+    answers = sharded.query([0, 1], options=OPTIONS)
+    answers[1] = replace(answers[1], shards=(0,), missing_shards=(1,))
+    assert "partial" in answers.fields.names
+    assert {(record["query"], record["partial"]) for record in answers.records()} == {(0, False), (1, True)}
+
+
+def test_an_index_without_lists_has_no_workers(tmp_path: Path) -> None:
+    from tasks.toy import CONFIG, make_toy_task  # noqa: PLC0415
+    from tracin_ann import build  # noqa: PLC0415
+
+    task = make_toy_task(tmp_path)
+    build(task, tmp_path / "flat", CONFIG)
+    with pytest.raises(UsageError, match="the index has no shards: got the kind flat"):
+        InfluenceIndex.open(tmp_path / "flat", task).start_workers()
+
+
+@pytest.mark.parametrize("options", [{"deadline_s": 0.0}, {"deadline_s": float("nan")}, {"restarts": -1}])
+def test_bad_options_are_rejected(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="bad"):
+        ShardOptions(**options)

@@ -1,0 +1,52 @@
+"""A folder with an index in two shards of a named task, and the same index in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tracin_ann import BuildConfig, build
+
+ROWS, QUERIES, SHARDS = 600, 40, 2
+TASK = f"""
+import torch
+from pathlib import Path
+from torch import nn
+from torch.nn import functional as F
+from tracin_ann import Checkpoint, Task
+
+FOLDER = Path(__file__).parent
+
+
+def make_rows(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(8, generator=generator), i % 3) for i in range(n)]
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+task = Task(
+    model=lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)),
+    loss=loss,
+    train_data=lambda: make_rows({ROWS}, 1),
+    query_data=lambda: make_rows({QUERIES}, 2),
+    checkpoints=[Checkpoint(FOLDER / "0.pt", learning_rate=0.5), Checkpoint(FOLDER / "1.pt", learning_rate=0.25)],
+)
+"""
+
+
+def make_shard_folder(path: Path) -> Path:
+    """Write the task and the indexes `sharded` and `single` into a folder, and return it."""
+    (path / "shard_task.py").write_text(TASK, encoding="utf-8")
+    torch.manual_seed(5)
+    for number in range(2):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        torch.save(model.state_dict(), path / f"{number}.pt")
+    config = BuildConfig(dim=32, batch_size=32, device="cpu", index="ivf", partition_rows=256, yardstick=False)
+    for name, shards in (("single", 1), ("sharded", SHARDS)):
+        build(f"{path}/shard_task.py:task", path / name, BuildConfig(**{**vars(config), "index_shards": shards}))
+    return path

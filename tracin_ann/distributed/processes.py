@@ -1,0 +1,158 @@
+"""Launcher of processes on this machine, one for each device."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
+from tracin_ann.distributed.units import UnitQueue
+from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
+
+U = TypeVar("U")
+R = TypeVar("R")
+
+
+class ProcessLauncher(Launcher):
+    """Runs units in processes of this machine; several processes may share a device.
+
+    Processes are spawned: a script that uses it needs `if __name__ == "__main__":`. Together they use as many CPU
+    threads as this process.
+
+    Args:
+        devices: the device of each process, such as ("cpu", "cpu").
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        if not devices:
+            expected = "one name for each process"
+            raise UsageError(problem("no devices", got="none", expected=expected, remedy="name some"))
+        self.devices = tuple(devices)
+
+    def run(self, open_worker: OpenWorker[U, R], units: Sequence[U]) -> Iterator[R]:
+        """Yield the results of the processes; see `Launcher`."""
+        pickled, n_threads = _pickle(open_worker), max(1, torch.get_num_threads() // len(self.devices))
+        queue, running = UnitQueue(units, len(self.devices)), dict[Connection, _Process]()
+
+        def start(device: str) -> None:
+            if queue:
+                process = _Process.start(device, pickled, n_threads)
+                process.send(queue.take())
+                running[process.pipe] = process
+
+        try:
+            for device in self.devices:
+                start(device)
+            while running:
+                for pipe in connection.wait(list(running)):
+                    process = running[pipe]  # type: ignore[index]
+                    try:
+                        kind, value = process.pipe.recv()
+                    except (EOFError, OSError):
+                        del running[process.pipe]
+                        queue.put_back(process.units, process.describe_end())
+                        start(process.device)
+                        continue
+                    if kind == "result":
+                        yield value
+                    elif kind == "error":
+                        error, text = value
+                        raise error from WorkerTraceback(text)
+                    else:
+                        process.send(queue.take())
+                        if not process.units:
+                            del running[process.pipe]
+                            process.process.join()
+        finally:
+            for process in running.values():
+                process.process.kill()
+                process.process.join()
+
+
+class WorkerTraceback(Exception):
+    """The traceback of an error in another process, as text: the cause of the error that is raised in this one."""
+
+
+@dataclass
+class _Process:
+    """A running process.
+
+    Attributes:
+        device: its device.
+        process: the process.
+        pipe: this end of the connection to it.
+        units: what it computes.
+    """
+
+    device: str
+    process: BaseProcess
+    pipe: Connection
+    units: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, device: str, pickled: bytes, n_threads: int) -> _Process:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, pickled, device, n_threads), daemon=False)
+        process.start()
+        # The end of the process then closes the connection.
+        theirs.close()
+        return cls(device, process, ours)
+
+    def send(self, units: list[Any]) -> None:
+        """Send the next units; an empty list ends the process."""
+        self.units = units
+        try:
+            self.pipe.send(units)
+        except OSError:
+            # It has died, which the next `recv` reports.
+            return
+
+    def describe_end(self) -> str:
+        """Return how the process ended."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _pickle(open_worker: Any) -> bytes:
+    try:
+        return pickle.dumps(open_worker)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UsageError(describe_unpicklable(error)) from error
+
+
+def _serve(pipe: Connection, pickled: bytes, device: str, n_threads: int) -> None:
+    """Compute the units that come through the pipe until an empty list comes: the main function of a process."""
+    # Ctrl-C reaches all processes of a terminal; the parent process ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(n_threads)
+    try:
+        with pickle.loads(pickled)(device) as worker:
+            while units := pipe.recv():
+                for result in worker(units):
+                    pipe.send(("result", result))
+                pipe.send(("done", None))
+    except Exception as error:
+        # Exceptions of other packages may not be picklable.
+        sent = error if isinstance(error, TracinAnnError | OSError) else RuntimeError(first_line(error))
+        pipe.send(("error", (sent, traceback.format_exc())))
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

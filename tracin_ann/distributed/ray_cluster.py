@@ -1,0 +1,368 @@
+"""Launcher of actors on a Ray cluster. No other module imports Ray.
+
+Actors take units by number and yield small results: the data of a unit go to the file system that all nodes share, and
+not through Ray's object store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tracin_ann.device import resolve_device
+from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
+from tracin_ann.distributed.service import MakeService, ServiceHost, ServiceWorker, WorkerDied, unpack_result
+from tracin_ann.distributed.units import UnitQueue
+from tracin_ann.errors import UsageError, first_line, problem
+from tracin_ann.packages import make_missing_package_error
+
+U = TypeVar("U")
+R = TypeVar("R")
+LOCAL = "local"
+"""The address that starts a cluster of this machine."""
+_LOOPBACK = "127.0.0.1"
+_STORE_BYTES = 100 << 20
+"""Object store of a cluster that this process starts: /dev/shm is small in many containers, and units do not use it."""
+_PATIENCE_S = 60.0
+"""Seconds without any result after which a warning is logged if no worker has started."""
+_CONNECTING = threading.Lock()
+"""Held while a thread connects to a cluster."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RayLauncher(Launcher):
+    """Runs units on actors of a Ray cluster, each with its own processors.
+
+    An actor of a node that dies is started again where there is place, and its units run on the next idle actor. Units
+    need the same files under the same paths on every node: the task's file and data, its checkpoints, and the index.
+
+    Attributes:
+        address: of the cluster: `auto` (the environment variable RAY_ADDRESS, or a cluster on this machine),
+            `HOST:PORT`, or `local`, which starts a cluster of this machine that listens on the loopback interface only.
+            A connection that this process has is used in any case.
+        workers: the number of actors; None: as many as have place.
+        num_cpus_per_worker: CPUs of an actor, and its number of threads.
+        num_gpus_per_worker: GPUs of an actor; at 0 it computes on the CPU.
+        runtime_env: Ray's runtime environment of the actors, such as {"env_vars": {...}}.
+    """
+
+    address: str = "auto"
+    workers: int | None = None
+    num_cpus_per_worker: int = 1
+    num_gpus_per_worker: float = 0
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            UsageError: an actor would have no CPU, or a number is negative.
+        """
+        for name, value, least in (
+            ("workers", 1 if self.workers is None else self.workers, 1),
+            ("num_cpus_per_worker", self.num_cpus_per_worker, 1),
+            ("num_gpus_per_worker", self.num_gpus_per_worker, 0),
+        ):
+            if value < least:
+                raise UsageError(problem(f"bad {name}", got=value, expected=f"{least} or more", remedy="change it"))
+
+    def run(self, open_worker: OpenWorker[U, R], units: Sequence[U]) -> Iterator[R]:
+        """Yield the results of the actors; see `Launcher`.
+
+        Raises:
+            MissingPackageError: Ray is not installed.
+        """
+        ray = import_ray()
+        with self._connect(ray):
+            n_workers = self._count_workers(ray)
+            logger.info("%d workers on Ray, each with %g CPUs", n_workers, self.num_cpus_per_worker)
+            opening = _pickle(ray, open_worker), self.num_gpus_per_worker > 0
+            pool = _Pool(ray, self._describe_actors(ray, _Actor), opening)
+            yield from pool.run(UnitQueue(units, n_workers), n_workers)
+
+    @contextmanager
+    def _connect(self, ray: Any) -> Iterator[None]:
+        """Connect to the cluster in the block, unless this process is connected.
+
+        Raises:
+            UsageError: there is no cluster at the address.
+        """
+        if ray.is_initialized():
+            yield
+            return
+        self._initialize(ray)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def _initialize(self, ray: Any) -> None:
+        """Connect to the cluster.
+
+        Raises:
+            UsageError: there is no cluster at the address.
+        """
+        options: dict[str, Any] = {"log_to_driver": logger.isEnabledFor(logging.INFO)}
+        if self.address == LOCAL:
+            # Ray has no access control: whoever reaches its ports runs code.
+            options |= {"_node_ip_address": _LOOPBACK, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        try:
+            ray.init(self.address, **options)
+        except ConnectionError as error:
+            raise UsageError(
+                problem(
+                    f"no Ray cluster at {self.address}",
+                    got=first_line(error),
+                    expected="a running cluster",
+                    remedy="start one with `ray start --head`, or use the address local",
+                )
+            ) from error
+
+    def start_service(self, make_service: MakeService) -> ServiceWorker:
+        """Start an actor that holds a service, and return it when the service is open.
+
+        A connection to the cluster that this makes remains until the process ends.
+
+        Raises:
+            MissingPackageError: Ray is not installed.
+            UsageError: there is no cluster at the address.
+            WorkerDied: the actor died before.
+            Exception: what `make_service` raises in the actor.
+        """
+        ray = import_ray()
+        with _CONNECTING:
+            if not ray.is_initialized():
+                self._initialize(ray)
+        worker = _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
+        worker.open()
+        return worker
+
+    def _count_workers(self, ray: Any) -> int:
+        """Return the number of actors.
+
+        Raises:
+            UsageError: the cluster has no place for one.
+        """
+        if self.workers is not None:
+            return self.workers
+        total = ray.cluster_resources()
+        n_workers = int(total.get("CPU", 0) // self.num_cpus_per_worker)
+        if self.num_gpus_per_worker:
+            n_workers = min(n_workers, int(total.get("GPU", 0) // self.num_gpus_per_worker))
+        if n_workers:
+            return n_workers
+        raise UsageError(
+            problem(
+                "the Ray cluster has no place for a worker",
+                got=f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs",
+                expected=f"{self.num_cpus_per_worker} CPUs and {self.num_gpus_per_worker:g} GPUs for each worker",
+                remedy="add nodes, or ask for less",
+            )
+        )
+
+    def _describe_actors(self, ray: Any, kind: type) -> Any:
+        """Return Ray's class of actors of a kind."""
+        environment = dict(self.runtime_env)
+        # Ray sets it only where the environment of the node does not.
+        threads = {"OMP_NUM_THREADS": str(self.num_cpus_per_worker)}
+        environment["env_vars"] = {**threads, **environment.get("env_vars", {})}
+        resources = {"num_cpus": self.num_cpus_per_worker, "num_gpus": self.num_gpus_per_worker}
+        return ray.remote(**resources, max_restarts=0, runtime_env=environment)(kind)
+
+
+class _Actor:
+    """A worker in a process that Ray starts."""
+
+    def __init__(self) -> None:
+        self._opened: Any = None
+        self._worker: Any = None
+
+    def open(self, pickled: bytes, needs_gpu: bool) -> None:
+        """Open the worker.
+
+        Raises:
+            UsageError: it needs a GPU, and torch finds none.
+        """
+        if needs_gpu and resolve_device().type == "cpu":
+            raise UsageError(
+                problem(
+                    f"torch finds no GPU on node {os.uname().nodename}",
+                    got="a CPU",
+                    expected="the GPU that Ray has assigned",
+                    remedy="install a torch with GPU support there, or use --num-gpus-per-worker 0",
+                )
+            )
+        # Ray passes arrays as read-only memory, bytes as they are: what is unpickled here can be written to.
+        self._opened = import_ray().cloudpickle.loads(pickled)(None)
+        self._worker = self._opened.__enter__()
+
+    def compute(self, units: list[Any]) -> Iterator[Any]:
+        """Compute units and yield the worker's results."""
+        yield from self._worker(units)
+
+
+@dataclass(frozen=True)
+class _ServiceActor(ServiceWorker):
+    """An actor that holds a service.
+
+    Attributes:
+        ray: the module.
+        actor: Ray's handle.
+    """
+
+    ray: Any
+    actor: Any
+
+    def open(self) -> None:
+        """Wait until the service is open, and raise its error."""
+        opened = self.actor.open.remote()
+        while not self.ray.wait([opened], timeout=_PATIENCE_S)[0]:
+            free = self.ray.available_resources()
+            logger.warning("a worker has not started yet: Ray has %g CPUs free", free.get("CPU", 0))
+        self._get(opened)
+
+    @property
+    def pid(self) -> int | None:
+        """Return None: the actor may run on another machine."""
+        return None
+
+    def run(self, request: Any) -> Any:
+        """Return the service's reply, see `ServiceWorker`."""
+        return self._get(self.actor.run.remote(pickle.dumps(request)))
+
+    def stop(self) -> None:
+        """Kill the actor."""
+        with suppress(self.ray.exceptions.RayError):
+            self.ray.kill(self.actor)
+
+    def _get(self, call: Any) -> Any:
+        try:
+            content = self.ray.get(call)
+        except self.ray.exceptions.RayError as error:
+            # The actor has died, alone or with its node, or it cannot be reached any more.
+            raise WorkerDied(first_line(error)) from error
+        return unpack_result(content)
+
+
+@dataclass
+class _Member:
+    """An actor of a pool.
+
+    Attributes:
+        actor: Ray's handle.
+        units: what it computes; empty while it opens its worker, and when nothing is left for it.
+    """
+
+    actor: Any
+    units: list[Any] = field(default_factory=list)
+
+
+class _Pool:
+    """Actors that take units from a queue, one run of units each at a time.
+
+    Args:
+        ray: the module.
+        actor_class: Ray's class of the actors.
+        opening: the arguments of `_Actor.open`.
+    """
+
+    def __init__(self, ray: Any, actor_class: Any, opening: tuple[Any, bool]) -> None:
+        self._ray, self._actor_class, self._opening = ray, actor_class, opening
+        # By what Ray returns for its call: for `open` a reference, for `compute` a stream of references.
+        self._busy: dict[Any, _Member] = {}
+        self._idle: list[_Member] = []
+
+    def run(self, queue: UnitQueue[Any], n_actors: int) -> Iterator[Any]:
+        """Yield the results of the actors until all units are done.
+
+        Raises:
+            TaskError: actors died again and again.
+            Exception: the first error that an actor raised.
+        """
+        try:
+            for _ in range(n_actors):
+                self._start()
+            while queue or any(member.units for member in self._busy.values()):
+                call = self._wait()
+                member = self._busy[call]
+                try:
+                    if member.units:
+                        yield self._ray.get(next(call))
+                        continue
+                    self._ray.get(call)
+                except StopIteration:
+                    logger.debug("a worker has finished %d units", len(member.units))
+                except self._ray.exceptions.RayTaskError as error:
+                    # Ray cannot send every exception.
+                    raise error.cause or error from error
+                except self._ray.exceptions.RayError as error:
+                    # The actor has died, alone or with its node, or it cannot be reached any more.
+                    logger.warning("a worker on Ray was lost: %s", first_line(error))
+                    queue.put_back(member.units, first_line(error))
+                    self._kill(member)
+                    self._start()
+                    del self._busy[call]
+                    self._give_units(queue)
+                    continue
+                del self._busy[call]
+                self._idle.append(member)
+                self._give_units(queue)
+        finally:
+            for member in (*self._busy.values(), *self._idle):
+                self._kill(member)
+
+    def _wait(self) -> Any:
+        """Return a call that has a result, has ended or has failed."""
+        while True:
+            ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=_PATIENCE_S)
+            if ready:
+                return ready[0]
+            if not self._idle and not any(member.units for member in self._busy.values()):
+                free = self._ray.available_resources()
+                logger.warning("no worker has started yet: Ray has %g CPUs free", free.get("CPU", 0))
+
+    def _start(self) -> None:
+        member = _Member(self._actor_class.remote())
+        self._busy[member.actor.open.remote(*self._opening)] = member
+
+    def _give_units(self, queue: UnitQueue[Any]) -> None:
+        while queue and self._idle:
+            member = self._idle.pop()
+            member.units = queue.take()
+            self._busy[member.actor.compute.options(num_returns="streaming").remote(member.units)] = member
+
+    def _kill(self, member: _Member) -> None:
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(member.actor)
+
+
+def _pickle(ray: Any, open_worker: Any) -> Any:
+    """Return a reference to the pickled function; Ray's pickler also takes functions without a name.
+
+    Raises:
+        UsageError: it cannot be pickled.
+    """
+    try:
+        return ray.put(ray.cloudpickle.dumps(open_worker))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(describe_unpicklable(error)) from error
+
+
+def import_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import ray  # noqa: PLC0415
+    except ImportError as error:
+        raise make_missing_package_error("Ray", "ray", "builds on a Ray cluster", "ray") from error
+    return ray

@@ -1,0 +1,173 @@
+"""A worker: a process that holds a service, such as an open shard, and runs requests one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, Protocol
+
+from tracin_ann.distributed.processes import WorkerTraceback
+from tracin_ann.errors import TracinAnnError, WorkerError, first_line, problem
+
+
+class Service(Protocol):
+    """What a worker holds."""
+
+    def run(self, request: Any) -> Any:
+        """Return the reply to a request."""
+
+
+MakeService = Callable[[], Service]
+"""Makes the service in the worker; it can be pickled, as requests and replies."""
+
+
+class WorkerDied(Exception):
+    """The worker ended before it replied; the message says how."""
+
+
+class ServiceWorker(ABC):
+    """A process with a service. One thread runs requests; another may call `stop` at any time."""
+
+    @abstractmethod
+    def run(self, request: Any) -> Any:
+        """Return the service's reply to a request, or raise its error.
+
+        Raises:
+            WorkerDied: the worker ended, or was stopped.
+        """
+
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """Return its process, if it runs on this machine."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the worker at once, even if it does not react; a second call does nothing."""
+
+
+class ServiceLauncher(Protocol):
+    """Starts workers somewhere."""
+
+    def start_service(self, make_service: MakeService) -> ServiceWorker:
+        """Start a worker, and return it when its service is open.
+
+        Raises:
+            WorkerDied: it ended before.
+            Exception: what `make_service` raises in the worker.
+        """
+
+
+class ServiceProcess(ServiceWorker):
+    """A spawned process of this machine, connected by a pipe; it ends with this process."""
+
+    def __init__(self, process: SpawnProcess, connection: Connection) -> None:
+        """Store the process and this end of its pipe; use `start` to create a worker."""
+        self._process, self._connection = process, connection
+
+    @classmethod
+    def start(cls, make_service: MakeService) -> ServiceProcess:
+        """Start a process and return it when its service is open.
+
+        Raises:
+            WorkerDied: it ended before.
+            Exception: what `make_service` raises in the worker.
+        """
+        context = multiprocessing.get_context("spawn")
+        connection, other = context.Pipe()
+        process = context.Process(target=_serve, args=(other, make_service), daemon=True)
+        process.start()
+        # Only the worker holds this end then, and the pipe closes when it ends.
+        other.close()
+        worker = cls(process, connection)
+        worker._receive()
+        return worker
+
+    @property
+    def pid(self) -> int | None:
+        """Return the id of the process."""
+        return self._process.pid
+
+    def run(self, request: Any) -> Any:
+        """Return the service's reply, see `ServiceWorker`."""
+        content = pickle.dumps(request)
+        try:
+            self._connection.send_bytes(content)
+        except OSError as error:
+            raise self._describe_end() from error
+        return self._receive()
+
+    def stop(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        # It ends at once, unless the kernel reads from a disk for it.
+        self._process.join(1)
+
+    def _receive(self) -> Any:
+        try:
+            content = self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise self._describe_end() from error
+        return unpack_result(content)
+
+    def _describe_end(self) -> WorkerDied:
+        self._process.join()
+        return WorkerDied(f"process {self._process.pid} ended with status {self._process.exitcode}")
+
+
+class ServiceHost:
+    """A service in its worker; replies are pickled, with the errors that the worker's owner raises."""
+
+    def __init__(self, make_service: MakeService) -> None:
+        """Store the function; `open` calls it."""
+        self._make_service = make_service
+
+    def open(self) -> bytes:
+        """Make the service, and return the reply None."""
+        return _pack_result(self._open)
+
+    def run(self, request: bytes) -> bytes:
+        """Return the reply to a pickled request."""
+        return _pack_result(lambda: self._service.run(pickle.loads(request)))
+
+    def _open(self) -> None:
+        self._service = self._make_service()
+
+
+def _pack_result(call: Callable[[], Any]) -> bytes:
+    """Return the pickled result of a call, or its error with the traceback as text."""
+    try:
+        return pickle.dumps((call(), None))
+    except Exception as error:
+        # Exceptions of other packages may not be picklable.
+        what, remedy = "a worker failed", "run the same command without workers"
+        other = WorkerError(problem(what, got=first_line(error), expected="a reply", remedy=remedy))
+        sent = error if isinstance(error, TracinAnnError) else other
+        return pickle.dumps((None, (sent, traceback.format_exc())))
+
+
+def unpack_result(content: bytes) -> Any:
+    """Return the result in a reply of `ServiceHost`, or raise its error."""
+    result, failure = pickle.loads(content)
+    if failure is not None:
+        error, text = failure
+        raise error from WorkerTraceback(text)
+    return result
+
+
+def _serve(connection: Connection, make_service: MakeService) -> None:
+    """Run requests until the other end of the pipe closes: the main function of a process."""
+    # Ctrl-C reaches all processes of a terminal; the pipe then closes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    host = ServiceHost(make_service)
+    with contextlib.suppress(EOFError, OSError), connection:
+        connection.send_bytes(host.open())
+        while True:
+            connection.send_bytes(host.run(connection.recv_bytes()))
