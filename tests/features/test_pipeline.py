@@ -20,7 +20,7 @@ from tracin_ann.features.pipeline import reading_costs_more
 from tracin_ann.store import StoreLayout
 from tracin_ann.task.batches import BatchOptions, differ_in_length, make_batches
 
-BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
+BUILD = sys.modules["tracin_ann.build_job"]
 NAME = f"{Path(texts.__file__).resolve()}:task"
 CONFIG = BuildConfig(
     dim=64, batch_size=8, device="cpu", dtype="float32", index="flat", partition_rows=40, yardstick=False
