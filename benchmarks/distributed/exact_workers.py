@@ -26,7 +26,7 @@ def make_task(folder: str, n_rows: str) -> Task:
 
 def time_query(index: InfluenceIndex, queries: range, options: QueryOptions) -> float:
     start_s = time.perf_counter()
-    index.query(queries, options=options)
+    index.query(train_ids=queries, options=options)
     return time.perf_counter() - start_s
 
 
@@ -36,7 +36,7 @@ def measure(
     """Return the seconds of a query by an index of one process and by one with workers, in alternate rounds."""
     # The first queries load the task.
     for index in (one, many):
-        index.query(queries, options=options)
+        index.query(train_ids=queries, options=options)
     pairs = [(time_query(one, queries, options), time_query(many, queries, options)) for _ in range(rounds)]
     ratios = [alone_s / workers_s for alone_s, workers_s in pairs]
     alone_s, workers_s = (median(times) for times in zip(*pairs, strict=True))
@@ -46,7 +46,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=8192, help="training rows")
-    parser.add_argument("--queries", type=int, default=16, help="number of queries")
+    parser.add_argument("--queries", type=int, default=16, help="training rows that are queries")
     parser.add_argument("--candidates", type=int, default=500, help="candidates that are re-scored, in each direction")
     parser.add_argument("--rounds", type=int, default=5, help="queries of each way")
     options = parser.parse_args()
