@@ -52,3 +52,18 @@ def sharded_search() -> str:
         "scores differ by a bit from those of one file. Times are for both directions, all at once and one by one."
     )
     return compose(scope, format_table(*rows), textwrap.fill(killed, WIDTH), format_environment(content))
+
+
+def exact_workers() -> str:
+    content = read_results("exact_workers")
+    settings = content["settings"]
+    rows: list[Row] = [("exact scores of", "one process, s", "2 workers, s", "ratio")]
+    for result in content["results"]:
+        times = (f"{result[name]:.2f}" for name in ("one_s", "workers_s"))
+        rows.append((result["scored"], *times, f"{result['ratio']:.2f}"))
+    scope = (
+        f"MNIST CNN, {settings['rows']:,} rows, one checkpoint, {settings['queries']} queries, "
+        f"{settings['candidates']} candidates in each direction; one thread in each process; ratios are medians of "
+        f"{settings['rounds']} rounds."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
