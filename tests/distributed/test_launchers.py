@@ -153,6 +153,7 @@ def test_a_directory_that_workers_do_not_share_is_rejected(keeps, message, one, 
         )
 
 
+@pytest.mark.slow
 def test_a_launched_build_extends_and_repairs_an_index(one, tmp_path):
     def make_task(n_rows: int) -> Task:
         return replace(texts.task(**one.arguments), train_data=lambda: texts.make_rows(190, 1)[:n_rows])
