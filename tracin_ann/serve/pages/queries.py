@@ -21,7 +21,7 @@ from tracin_ann.report import (
 )
 from tracin_ann.scoring import Answer, Answers, open_writer
 from tracin_ann.serve.attribution_lines import format_lines
-from tracin_ann.serve.pages.addresses import RERANKS, QueryForm, format_ranges, make_address, read_text
+from tracin_ann.serve.pages.addresses import RERANKS, QueryForm, format_ranges, make_address
 from tracin_ann.serve.pages.context import LABEL, Asked, Context, download, link_figures, redirect
 from tracin_ann.serve.pages.listing import RowList, list_rows
 from tracin_ann.serve.pages.site import Reply
@@ -63,7 +63,7 @@ async def show_query(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the form, and the answers to the queries that it names."""
     form, progress = QueryForm.parse(asked.given), None
     answers: tuple[Answer, ...] = ()
-    if form.has_queries and not read_text(asked.given, "list"):
+    if form.has_queries and not form.browse:
         answers, progress = await context.answer(asked, reader, form)
         if progress is not None and asked.is_partial:
             return context.show_progress(reader, progress)
