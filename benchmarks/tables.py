@@ -758,6 +758,30 @@ def kills() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+# Serving
+
+
+def serving() -> str:
+    """Return the latency and throughput of tracin-serve, and of its pages."""
+    content = read_results("serving")
+    settings = content["settings"]
+    rows: list[Row] = [("queries", "median, ms", "95th percentile, ms", "per second", "wrong", "growth of memory")]
+    pages: list[Row] = [("page", "kB", "median, ms", "95th percentile, ms")]
+    for row in content["results"]:
+        times = (f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}")
+        if "bytes" in row:
+            pages.append((row["way"].removeprefix("page of "), f"{row['bytes'] / 1e3:.0f}", *times))
+        else:
+            checked = (str(row["wrong"]), f"{row['memory_growth']:.1%}") if "wrong" in row else ("–", "–")
+            rows.append((row["way"], *times, f"{row['per_second']:.0f}", *checked))
+    scope = (
+        f"a default index of the CNN of examples/mnist.py on {settings['rows']:,} digits, 3 checkpoints; "
+        f"{settings['clients']} clients at the same time with {settings['each']} queries each, all different, over "
+        f"loopback; pages by one client, {settings['pages']} loads each."
+    )
+    return compose(scope, format_table(*rows), format_table(*pages), format_environment(content))
+
+
 # Labels
 
 
@@ -912,7 +936,7 @@ _TABLES = (
         end_to_end,
         sharded_search,
     ),
-    *(reliability, kills),
+    *(reliability, kills, serving),
     *(digits, mislabelled, leverage),
     peers,
     *(features_summary, retrieval_summary, end_to_end_summary, lds_summary),

@@ -18,7 +18,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -72,9 +71,10 @@ def serve(index: Path, pass_queries: int, ports: Connection) -> None:
     """Serve the index on a free port until the process is terminated."""
     import uvicorn  # noqa: PLC0415
 
+    from tracin_ann.cli.serve import listen  # noqa: PLC0415
     from tracin_ann.serve import IndexLocation, Settings, create_app  # noqa: PLC0415
 
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     app = create_app(IndexLocation(index), Settings(pass_queries=pass_queries))
     ports.send(listener.getsockname()[1])
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none")).run(sockets=[listener])

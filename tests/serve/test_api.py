@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from explorer import N_QUERIES, N_TRAIN
+from explorer import N_QUERIES, N_TRAIN, serve
 from tracin_ann import QueryOptions
 from tracin_ann.analysis import explain, find_duplicates, find_hubs, find_mislabelled
+from tracin_ann.serve import Settings
 from tracin_ann.store import RowFilter
 
 API = "/api/v1"
@@ -227,6 +228,39 @@ def test_a_picture_with_too_many_pixels_is_not_decoded(client):
     response = client.post(f"{API}/answers/picture", files={"picture": ("a.png", data.getvalue())})
     assert response.status_code == 422
     assert response.json()["error"]["got"] == "5000 x 5000 pixels"
+
+
+def test_a_busy_server_says_when_to_try_again(place):
+    with serve(place.location, Settings(most_waiting=0)) as busy:
+        response = busy.get(f"{API}/answers", params={"rows": 1})
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
+    assert response.json()["error"]["what"] == "too many requests wait for the index"
+
+
+def test_too_many_jobs_are_rejected(place):
+    with serve(place.location, Settings(most_jobs=1, most_queued_jobs=1)) as client:
+        with client.app.state.service.turns.take_for_request():
+            statuses = [client.post(f"{API}/jobs", json={"kind": "self-influence"}).status_code for _ in range(3)]
+            response = client.post(f"{API}/jobs", json={"kind": "self-influence"})
+            (waiting, first) = client.get(f"{API}/jobs").json()["jobs"]
+            cancelled = client.delete(f"{API}/jobs/{waiting['name']}").json()
+            unfinished = client.get(f"{API}/jobs/{first['name']}/records")
+    assert statuses == [202, 202, 429]
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "5")
+    assert cancelled["state"] == "cancelled"
+    assert unfinished.status_code == 409
+
+
+def test_an_unexpected_error_says_no_more_than_its_type(client, monkeypatch, caplog):
+    def fail(*arguments):
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("tracin_ann.serve.api._describe_index", fail)
+    response = client.get(f"{API}/index")
+    assert response.status_code == 500
+    assert response.json()["error"]["got"] == "ZeroDivisionError" and "secret" not in response.text
+    assert "Content-Security-Policy" in response.headers
+    assert "a secret" in caplog.text
 
 
 def test_the_document_describes_the_errors(client):

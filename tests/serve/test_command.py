@@ -19,7 +19,7 @@ from invocation import run
 from paths import ROOT
 from tasks import typed
 from tracin_ann import BuildConfig, InfluenceIndex, build
-from tracin_ann.cli.serve import main
+from tracin_ann.cli.serve import listen, main
 
 SERVE = "from tracin_ann.cli.serve import main; main()"
 TASK = ROOT / "tests/support/tasks/typed.py"
@@ -95,7 +95,7 @@ def test_a_token_is_needed_from_other_addresses(folder):
 @pytest.mark.slow
 def test_the_client_of_the_documentation(folder):
     page = (ROOT / "docs/api-http.md").read_text(encoding="utf-8")
-    client, job, _ = (block.code for block in documents.read_blocks(page, "python"))
+    client, job = (block.code for block in documents.read_blocks(page, "python"))
     names: dict = {}
     with start(folder) as (_, address):
         exec(client.replace("http://127.0.0.1:8321", address), names)
@@ -125,6 +125,12 @@ def test_a_port_in_use_is_named(folder):
         result = run(main, folder / "index", "--port", port)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: cannot listen on 127.0.0.1, port {port}: got Address already in use")
+
+
+def test_bodies_do_not_wait_for_acknowledged_headers():
+    with listen("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_directory_without_an_index_is_named(folder):

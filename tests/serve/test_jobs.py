@@ -170,6 +170,28 @@ def test_a_job_that_uses_the_model_lets_nobody_in_between(turns, jobs, index, st
     assert job.done == 9 and len(seen) == 1
 
 
+def test_requests_without_end_do_not_stop_a_job(index):
+    turns = Turns(patience=0.01)
+    has_ended = threading.Event()
+
+    def ask():
+        while not has_ended.is_set():
+            with turns.take_for_request():
+                threading.Event().wait(0.001)
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    jobs = Jobs(turns, Settings())
+    try:
+        assert run_job(jobs, index, Wait()).state == "done"
+    finally:
+        has_ended.set()
+        for thread in asking:
+            thread.join(WAIT)
+        jobs.close()
+
+
 def test_one_thread_at_a_time_has_the_turn(turns):
     inside, most = [0], [0]
     lock = threading.Lock()

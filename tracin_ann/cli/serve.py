@@ -87,7 +87,7 @@ def main(  # noqa: PLR0913
         hosts=defaults.hosts if is_local else None,
         decisions=None if decisions is None else Path(decisions),
     )
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         other = None if against is None else replace(location, directory=Path(against))
         app = create_app(location, settings, other)
         print_note(f"serving {directory} at {_make_address(listener)}; press Ctrl+C to stop", err=True)
@@ -127,7 +127,7 @@ def _check_token(token: str | None, host: str, *, is_local: bool) -> None:
         raise UsageError(problem("bad --token", got=f"{len(token)} characters", expected=expected, remedy=remedy))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
@@ -135,7 +135,11 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
+        # Connections inherit it. asyncio sets it only for sockets that it makes; without it, a body waits up to 40 ms
+        # until the client has acknowledged the headers.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         expected, remedy = "a free port of an address of this machine", "change --port or --host"
         got = error.strerror or str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,15 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tracin_ann import __version__
-from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
+from tracin_ann.errors import TracinAnnError, UsageError, problem
 from tracin_ann.serve import api
 from tracin_ann.serve.pages import add_pages
 from tracin_ann.serve.problems import make_response
 from tracin_ann.serve.security import Gate
 from tracin_ann.serve.service import IndexLocation, Service
 from tracin_ann.serve.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(
@@ -68,7 +65,6 @@ def add_error_responses(app: FastAPI) -> None:
     app.add_exception_handler(TracinAnnError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_unexpected)
 
 
 def _answer_error(request: Request, error: Exception) -> Response:
@@ -92,11 +88,3 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
     got, remedy = f"{request.method} {request.url.path}"[:200], "see /api/v1/openapi.json"
     failure = TracinAnnError(problem(str(error.detail), got=got, expected="a request of the API", remedy=remedy))
     return make_response(request, failure, error.headers, error.status_code)
-
-
-def _answer_unexpected(request: Request, error: Exception) -> Response:
-    """Return the response to a request that met an unexpected exception, which the server logs."""
-    message = problem(
-        "internal error", got=first_line(error), expected="an answer", remedy="read the log of tracin-serve"
-    )
-    return make_response(request, TracinAnnError(message), status=500)

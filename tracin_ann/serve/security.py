@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 from http import HTTPStatus
 from urllib.parse import quote, urlsplit
@@ -20,10 +21,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tracin_ann.errors import problem
+from tracin_ann.errors import TracinAnnError, problem
 from tracin_ann.serve.problems import ForbiddenError, LoginError, TooLargeError, UnknownHostError, make_response
 from tracin_ann.serve.settings import Settings
 
+logger = logging.getLogger(__name__)
 API = "/api/"
 LOGIN = "/login"
 CSRF_FIELD, CSRF_HEADER = "csrf", "X-CSRF-Token"
@@ -105,7 +107,27 @@ class Gate:
         if response is not None:
             await response(scope, receive, send_with_headers)
         else:
-            await self._app(scope, self._limit_body(receive), send_with_headers)
+            await self._run(request, self._limit_body(receive), send_with_headers)
+
+    async def _run(self, request: Request, receive: Receive, send: Send) -> None:
+        """Run the application; an unexpected exception is logged, and the response says no more than its type."""
+        is_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self._app(request.scope, receive, send_and_note)
+        except Exception as error:
+            logger.exception("%s %s failed", request.method, request.url.path)
+            if is_started:
+                raise
+            what, remedy = "internal error", "read the log of tracin-serve"
+            message = problem(what, got=type(error).__name__, expected="an answer", remedy=remedy)
+            response = make_response(request, TracinAnnError(message), status=500)
+            await response(request.scope, receive, send)
 
     def _reject(self, request: Request, login_name: str) -> Response | None:
         """Return the response to a request that may not be served, or None."""
@@ -181,6 +203,7 @@ class Gate:
 
 
 _LONGEST_LOGIN = 4096
+_MOST_DIGITS = 19
 
 
 def _make_cookie(name: str, value: str) -> str:
@@ -212,7 +235,7 @@ def _is_same_site(headers: Headers) -> bool:
 def _read_length(headers: Headers) -> int:
     """Return the length of the body that the headers state; 0 if they state none."""
     length = headers.get("content-length", "")
-    return int(length) if length.isascii() and length.isdecimal() else 0
+    return int(length) if length.isascii() and length.isdecimal() and len(length) <= _MOST_DIGITS else 0
 
 
 def _own_address(request: Request) -> str:
