@@ -1,4 +1,5 @@
-# demo, test, test-slow, check, docs, fuzz: each makes its own environment first, and only when it is not up to date.
+# demo, serve, test, test-slow, check, docs, fuzz, gpu: each makes its own environment first, and only when it is not up
+# to date.
 #
 #   VENV=dir     where the environment is (default .venv)
 #   PYTHON=exe   which Python makes it (default: the first of python3, python3.11, ... that is 3.10 or newer)
@@ -15,10 +16,14 @@ STAMP := $(VENV)/.installed-$(FAISS)
 INPUTS := pyproject.toml constraints.txt scripts/make-env
 
 .NOTPARALLEL:
-.PHONY: demo test test-slow check docs fuzz format clean
+.PHONY: demo serve test test-slow check docs fuzz gpu format clean
 
 demo: $(STAMP)-examples
 	$(PY) examples/digits.py
+
+# The explorer of the demo's index, at http://127.0.0.1:8321, until Ctrl+C.
+serve: $(STAMP)-examples
+	$(PY) -m examples.explorer $(ARGS)
 
 test: $(STAMP)-dev
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not slow' $(ARGS)
@@ -35,6 +40,10 @@ docs: $(STAMP)-docs
 
 fuzz: $(STAMP)-dev
 	$(PY) -m benchmarks.reliability.fuzz $(ARGS)
+
+# What needs a GPU: tests and benchmarks; use FAISS=gpu. Without make's environment: PY=python scripts/gpu
+gpu: $(STAMP)-dev
+	PY=$(PY) scripts/gpu
 
 format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .

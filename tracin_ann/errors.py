@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PROBLEM = re.compile(r"(?P<what>.*?): got (?P<got>.*), expected (?P<expected>.*); (?P<remedy>.*?)", re.DOTALL)
 
 
 class TracinAnnError(Exception):
@@ -17,6 +20,10 @@ class UsageError(TracinAnnError):
     """An option or argument is invalid or conflicts with another one."""
 
     exit_code = 2
+
+
+class UnknownRowError(UsageError):
+    """There is no row with this position or id."""
 
 
 class TaskError(TracinAnnError):
@@ -71,6 +78,15 @@ class MissingPackageError(TracinAnnError):
 def problem(what: str, *, got: object, expected: object, remedy: str) -> str:
     """Return the one-line message of an error: what happened, got, expected, remedy."""
     return f"{what}: got {got}, expected {expected}; {remedy}"
+
+
+def split_problem(message: str) -> dict[str, str]:
+    """Return the parts `what`, `got`, `expected` and `remedy` of a message of `problem`.
+
+    Of another message, `what` is all of it, and the other parts are empty.
+    """
+    match = _PROBLEM.fullmatch(message)
+    return {"what": message, "got": "", "expected": "", "remedy": ""} if match is None else match.groupdict()
 
 
 def first_line(error: Exception) -> str:

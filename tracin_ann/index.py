@@ -18,7 +18,7 @@ import torch
 from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
 from tracin_ann.distributed import ServiceLauncher, ShardOptions, ShardTask, open_shard_search
-from tracin_ann.errors import UsageError, problem
+from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
     Answer,
@@ -236,7 +236,7 @@ class InfluenceIndex:
         """Return the positions of the rows with these ids of the task; for queries, this reads all of query_data.
 
         Raises:
-            UsageError: there is no such id, or the task defines no ids.
+            UnknownRowError: there is no such id, or the task defines no ids.
         """
         if side == "train":
             own = [] if self.rows.ids is None else self.rows.ids.tolist()
@@ -246,7 +246,7 @@ class InfluenceIndex:
         places = {str(name): row for row, name in enumerate(own)}
         unknown = [name for name in ids if str(name) not in places]
         if unknown:
-            raise UsageError(
+            raise UnknownRowError(
                 problem(
                     f"no such id in {SIDE_NAMES[side]}",
                     got=repr(unknown[0]),
@@ -586,6 +586,10 @@ class InfluenceIndex:
             return None
         with nullcontext() if examples is None else self.lend(examples):
             return self.runner.describe(side, row)
+
+    def describe_rows(self, side: SideName, rows: Sequence[int]) -> list[Description | None]:
+        """Return the descriptions of rows, as `describe` does, in less time than one at a time."""
+        return self.runner.describe_rows(side, rows) if self._has_descriptions else [None] * len(rows)
 
     described = describe
     """The name of `describe` in earlier versions."""

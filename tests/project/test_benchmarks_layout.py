@@ -25,6 +25,7 @@ TOPICS = (
     "reliability",
     "reports",
     "retrieval",
+    "serving",
 )
 WIDEST_LINE = 120
 # Loaded by name, because each needs the environment of one peer.

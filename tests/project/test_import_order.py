@@ -20,9 +20,9 @@ PACKAGE = "tracin_ann"
 # The seven floors, top first: rooms on one floor do not import each other, except as BESIDE allows.
 # "__init__" is the facade, `tracin_ann` itself. A new room needs a place here.
 FLOORS: list[set[str]] = [
-    {"cli", "report", "__init__"},
+    {"cli", "report", "serve", "__init__"},
     {"analysis", "evaluation", "operations"},
-    {"build", "index", "config", "distributed"},
+    {"build", "build_job", "index", "config", "distributed"},
     {"scoring"},
     {"features"},
     {"gradients", "sketch", "search", "store"},
@@ -33,10 +33,12 @@ GROUND = ["files", "progress", "device", "packages", "types", "errors", "text", 
 
 # Allowed imports between rooms of one floor, with the reason.
 BESIDE: dict[str, set[str]] = {
-    "cli": {"report", "__init__"},  # a command writes a page and prints the version
+    "cli": {"report", "serve", "__init__"},  # a command writes a page, serves pages, and prints the version
+    "serve": {"report", "__init__"},  # pages with the report's views, and the version
     "__init__": {"report"},  # the facade names write_report
     "evaluation": {"analysis"},  # the rankings of wrong labels that are compared
-    "build": {"config", "distributed"},  # launchers do not know what their workers compute
+    "build": {"build_job", "config", "distributed"},  # the story of a build, whose steps are those of a job
+    "build_job": {"config", "distributed"},  # launchers do not know what their workers compute
     "index": {"distributed"},  # an open index starts workers for its shards
     "sketch": {"gradients"},  # a sketch reads the factors of gradients
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search
@@ -53,7 +55,6 @@ ONLY: dict[str, set[str]] = {
 OPTIONAL = (
     "ray",
     "transformers",
-    "fastapi",
     "matplotlib",
     "sklearn",
     "pandas",
@@ -239,6 +240,13 @@ def test_every_optional_package_is_imported_in_one_module(package: str) -> None:
         assert all(any(line in span for span in inside) for line in lines), (
             f"{module.name}: {package} outside a function"
         )
+
+
+@every_module
+def test_web_packages_are_imported_in_serve_only(module: Module) -> None:
+    web = ("fastapi", "starlette", "uvicorn", "tracin_ann.serve")
+    lines = [line for line, name in find_imports(module, ROOMS) if name.startswith(web)]
+    assert module.room == "serve" or module.name == "tracin_ann.cli.serve" or lines == []
 
 
 @every_module

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,28 +22,6 @@ pytestmark = [
 ]
 
 N, LISTED = 24, 9
-# Relative luminance and contrast as WCAG 2.2 defines them; colours are laid over the first opaque one behind.
-CONTRASTS = """
-const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-  return Array.from(canvas.getImageData(0, 0, 1, 1).data); };
-const linear = (v) => v <= .03928 * 255 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-const light = (c) => { const [r, g, b] = c.map(linear);
-  return .2126 * r + .7152 * g + .0722 * b; };
-const behind = (at) => { let over = [];
-  for (; at; at = at.parentElement) { const c = rgb(getComputedStyle(at).backgroundColor);
-    over.push(c); if (c[3] === 255) break; }
-  return over.reverse().reduce((under, c) => under.map((v, i) => v + (c[i] - v) * c[3] / 255), [255, 255, 255]); };
-const found = [];
-for (const at of document.querySelectorAll('body *')) {
-  const own = Array.from(at.childNodes).some((node) => node.nodeType === 3 && node.nodeValue.trim());
-  if (!own || at.closest('script, style, .vh, .skip, [disabled], svg') || !at.getClientRects().length) continue;
-  const one = light(rgb(getComputedStyle(at).color).slice(0, 3)), other = light(behind(at));
-  const contrast = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
-  if (contrast < 4.5) found.push(`${at.tagName} ${at.className}: ${contrast.toFixed(2)}`);
-}
-return found;
-"""
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +70,6 @@ def list_visible(chromium: Any) -> list[int]:
     return list(chromium.execute_script(script))
 
 
-def press(chromium: Any, *keys: str) -> None:
-    from selenium.webdriver import ActionChains  # noqa: PLC0415
-
-    for key in keys:
-        ActionChains(chromium).send_keys(key).perform()
-
-
 def test_a_page_of_answers_opens_offline_and_filters(chromium: Any, folder: Path) -> None:
     from selenium.webdriver.support.ui import Select  # noqa: PLC0415
 
@@ -109,12 +79,12 @@ def test_a_page_of_answers_opens_offline_and_filters(chromium: Any, folder: Path
     assert list_visible(chromium) == [0, 1, 2, 3]
     css = "return getComputedStyle(document.querySelector('.pic')).backgroundImage"
     assert chromium.execute_script(css).startswith('url("data:image/png')
-    press(chromium, "j", "j")
+    browser.press(chromium, "j", "j")
     assert chromium.switch_to.active_element.get_attribute("id") == "q1"
-    press(chromium, "k", "/", f"good {make_rows(5, seed=2)[3][0][0]:.6f}")
+    browser.press(chromium, "k", "/", f"good {make_rows(5, seed=2)[3][0][0]:.6f}")
     assert list_visible(chromium) == [3]
     assert chromium.find_element("id", "count").text == "1 of 4 shown"
-    press(chromium, "\ue00c")  # escape
+    browser.press(chromium, "\ue00c")  # escape
     assert list_visible(chromium) == [0, 1, 2, 3]
     Select(chromium.find_element("id", "label")).select_by_visible_text("1")
     assert list_visible(chromium) == [1]
@@ -124,7 +94,7 @@ def test_choices_are_set_by_keys_and_saved(chromium: Any, folder: Path) -> None:
     chromium.get((folder / "suspects.html").as_uri())
     buttons = {name: chromium.find_element("id", name) for name in ("csv", "json")}
     assert not any(button.is_enabled() for button in buttons.values())
-    press(chromium, "j", "x", "j", "j", " ", "j", "x", "x")
+    browser.press(chromium, "j", "x", "j", "j", " ", "j", "x", "x")
     browser.click(chromium, chromium.find_elements("class name", "chosen")[-1])
     wanted = [record for at, record in enumerate(json.loads((folder / "suspects.json").read_text())) if at in (0, 2, 8)]
     assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
@@ -132,7 +102,7 @@ def test_choices_are_set_by_keys_and_saved(chromium: Any, folder: Path) -> None:
     assert list_visible(chromium) == [0, 2, 8]
     for button in buttons.values():
         browser.click(chromium, button)
-    saved = [wait_for_file(folder / "saved" / f"chosen.{name}") for name in ("csv", "json")]
+    saved = [browser.wait_for_file(folder / "saved" / f"chosen.{name}") for name in ("csv", "json")]
     with saved[0].open(newline="") as file:
         assert [(int(row["row"]), float(row["score"]), row["text"]) for row in csv.DictReader(file)] == [
             (record["row"], record["score"], record["text"]) for record in wanted
@@ -145,20 +115,12 @@ def test_choices_are_set_by_keys_and_saved(chromium: Any, folder: Path) -> None:
     assert chromium.find_element("id", "count").text == f"{LISTED} of {LISTED} shown, 3 chosen"
 
 
-def wait_for_file(path: Path) -> Path:
-    """Wait for a file and return its path."""
-    until = time.monotonic() + 20
-    while not path.is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    return path
-
-
 @pytest.mark.parametrize("name", ["answers", "suspects"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_has_contrast_in_light_and_dark(chromium: Any, folder: Path, name: str, dark: bool) -> None:
     browser.set_window(chromium, 1200, 900, dark=dark)
     chromium.get((folder / f"{name}.html").as_uri())
-    assert chromium.execute_script(CONTRASTS) == []
+    assert chromium.execute_script(browser.CONTRASTS) == []
     ground = "return getComputedStyle(document.body).backgroundColor"
     assert (chromium.execute_script(ground) == "rgb(16, 20, 26)") is dark
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,28 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--force-color-profile=srgb", "--hide-scrollbars"),
 )
+# Relative luminance and contrast as WCAG 2.2 defines them; colours are laid over the first opaque one behind.
+CONTRASTS = """
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return Array.from(canvas.getImageData(0, 0, 1, 1).data); };
+const linear = (v) => v <= .03928 * 255 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+const light = (c) => { const [r, g, b] = c.map(linear);
+  return .2126 * r + .7152 * g + .0722 * b; };
+const behind = (at) => { let over = [];
+  for (; at; at = at.parentElement) { const c = rgb(getComputedStyle(at).backgroundColor);
+    over.push(c); if (c[3] === 255) break; }
+  return over.reverse().reduce((under, c) => under.map((v, i) => v + (c[i] - v) * c[3] / 255), [255, 255, 255]); };
+const found = [];
+for (const at of document.querySelectorAll('body *')) {
+  const own = Array.from(at.childNodes).some((node) => node.nodeType === 3 && node.nodeValue.trim());
+  if (!own || at.closest('script, style, .vh, .skip, [disabled], svg') || !at.getClientRects().length) continue;
+  const one = light(rgb(getComputedStyle(at).color).slice(0, 3)), other = light(behind(at));
+  const contrast = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
+  if (contrast < 4.5) found.push(`${at.tagName} ${at.className}: ${contrast.toFixed(2)}`);
+}
+return found;
+"""
 
 
 def find_missing() -> str:
@@ -66,3 +89,19 @@ def click(driver: Any, element: Any) -> None:
     """Click an element in the middle of the window: at its edge, a scroll that has not ended can move it away."""
     driver.execute_script("arguments[0].scrollIntoView({behavior: 'instant', block: 'center'})", element)
     element.click()
+
+
+def press(driver: Any, *keys: str) -> None:
+    """Press keys, one after the other."""
+    from selenium.webdriver import ActionChains  # noqa: PLC0415
+
+    for key in keys:
+        ActionChains(driver).send_keys(key).perform()
+
+
+def wait_for_file(path: Path) -> Path:
+    """Wait for a file and return its path."""
+    until = time.monotonic() + 20
+    while not path.is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    return path

@@ -6,6 +6,7 @@ from tracin_ann.analysis.duplicates import Duplicates, find_duplicates
 from tracin_ann.analysis.explanation import Explanation, explain
 from tracin_ann.analysis.hubs import Hubs, find_hubs
 from tracin_ann.analysis.mislabelled import ASKED, RANKINGS, By, Suspect, Suspects, Suspicion, find_mislabelled
+from tracin_ann.analysis.pairs import Pair
 from tracin_ann.analysis.subset import SelectedRow, Subset, select
 from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation, TokenPart
 
@@ -16,6 +17,7 @@ __all__ = [
     "ExampleName",
     "Explanation",
     "Hubs",
+    "Pair",
     "RANKINGS",
     "SelectedRow",
     "Subset",

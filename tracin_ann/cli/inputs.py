@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracin_ann.cli.command import complete_files
-from tracin_ann.errors import TaskError, TracinAnnError, UsageError, first_line, problem
 
 if TYPE_CHECKING:
     from tracin_ann.index import InfluenceIndex
@@ -41,22 +40,13 @@ def open_inputs(index: InfluenceIndex, options: Mapping[str, object]) -> Sequenc
         UsageError: the task has no `read_query`.
         TaskError: a file is missing, empty or malformed.
     """
-    from tracin_ann.task import is_image_file, read_records
+    from tracin_ann.task import is_image_file, read_records, require_read_query
 
     files: Sequence[str] = options["input"]  # type: ignore[assignment]
     texts: Sequence[str] = options["text"]  # type: ignore[assignment]
     if not files and not texts:
         return None
-    if index.task.read_query is None:
-        flag = "--input" if files else "--text"
-        raise UsageError(
-            problem(
-                f"the task cannot read {flag}",
-                got="a task without read_query",
-                expected="Task.read_query, a function record -> example as in query_data",
-                remedy='add it to the task, such as read_query=lambda record: encode(record["text"])',
-            )
-        )
+    require_read_query(index.task, "--input" if files else "--text")
     parts: list[tuple[str, Sequence[Any]]] = [
         (file, _Picture(Path(file)) if is_image_file(file) else read_records(file)) for file in files
     ]
@@ -98,24 +88,7 @@ class _Inputs(Sequence[Any]):
         raise IndexError(place)
 
     def _make_example(self, name: str, row: int, records: Sequence[Any]) -> Any:
-        record = records[row]
-        assert self._task.read_query is not None
-        try:
-            return self._task.read_query(record)
-        except (TracinAnnError, MemoryError):
-            raise
-        except Exception as error:
-            where = f"record {row} of {name}" if len(records) > 1 else name
-            raise TaskError(
-                problem(
-                    f"Task.read_query fails on {where}",
-                    got=first_line(error),
-                    expected=f"an example, made from a record with {_list_names(record)}",
-                    remedy="correct the record, or Task.read_query",
-                )
-            ) from error
+        from tracin_ann.task import read_query_example
 
-
-def _list_names(record: Mapping[str, Any]) -> str:
-    names = ", ".join(map(repr, record))
-    return f"the fields {names}" if len(record) > 1 else f"the field {names}"
+        where = f"record {row} of {name}" if len(records) > 1 else name
+        return read_query_example(self._task, records[row], where)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tracin_ann.choices import SIDE_NAMES, OnNonfinite, Precision, Preconditioner, SideName
-from tracin_ann.errors import UsageError, problem
+from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features.fingerprint import data_digest
 from tracin_ann.task import (
     BatchOptions,
@@ -178,8 +178,13 @@ class TaskData:
 
     def describe(self, side: SideName, row: int) -> Description | None:
         """Return the task's description of a row, for display; None if the task has none."""
+        return self.describe_rows(side, [row])[0]
+
+    def describe_rows(self, side: SideName, rows: Sequence[int]) -> list[Description | None]:
+        """Return the task's descriptions of rows; for many rows, this takes much less time than one at a time."""
         with preserve_globals():
-            return self.task.describe_example(self.data(side)[row])
+            data = self.data(side)
+            return [self.task.describe_example(data[row]) for row in rows]
 
     def id_of(self, side: SideName, row: int) -> int | str | None:
         """Return the id that the task assigns to a row; None if it assigns none.
@@ -220,7 +225,7 @@ class TaskData:
         """
         wrong = [i for i in ids if not 0 <= i < self.n_rows(side)]
         if wrong:
-            raise UsageError(
+            raise UnknownRowError(
                 problem(
                     f"no such row in {SIDE_NAMES[side]}",
                     got=wrong[0],

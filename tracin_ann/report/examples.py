@@ -12,7 +12,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import UsageError
 from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.report.images import PageImages
+from tracin_ann.report.images import Images
 from tracin_ann.scoring import match_tokens
 from tracin_ann.task import Description
 
@@ -92,7 +92,7 @@ class ExampleView:
 class Examples:
     """The examples of an index's task, each read once; their views are empty if the task cannot be found."""
 
-    def __init__(self, index: InfluenceIndex, images: PageImages) -> None:
+    def __init__(self, index: InfluenceIndex, images: Images) -> None:
         self._index, self._images = index, images
         self._views: dict[tuple[SideName, int], ExampleView] = {}
         self._labels = index.columns.get(LABEL)
@@ -105,6 +105,23 @@ class Examples:
             self._views[key] = self._read(side, row)
         return self._views[key]
 
+    def label(self, side: SideName, row: int) -> str:
+        """Return the label of a row, "" if it is not known."""
+        if self._labels is None:
+            return ""
+        if side == "train":
+            return format_value(self._labels[row])
+        return "" if self.runner is None else self._read_query_label(self.runner, self.runner.data(side)[row])
+
+    def text(self, side: SideName, row: int) -> str:
+        """Return the complete text of a row, or its tokens or table as text; "" if it has none of these."""
+        if self.runner is None:
+            return ""
+        example = self.runner.data(side)[row]
+        description = self.runner.task.describe_example(example) or infer_description(example)
+        entries = (f"{name}: {format_value(value)}" for name, value in (description.table or {}).items())
+        return (description.text or "").strip() or " ".join(map(str, description.tokens or ())) or ", ".join(entries)
+
     def shade(self, side: SideName, row: int, scores: Sequence[float]) -> ExampleView:
         """Return the view of a row with scores of its tokens, or of its positions if it has no tokens."""
         view = self.view(side, row)
@@ -115,14 +132,11 @@ class Examples:
         return replace(view, positions=tokens)
 
     def _read(self, side: SideName, row: int) -> ExampleView:
-        label = "" if side != "train" or self._labels is None else format_value(self._labels[row])
+        label = self.label(side, row)
         if self.runner is None:
             return ExampleView(label=label)
         example = self.runner.data(side)[row]
-        description = self.runner.task.describe_example(example)
-        if side != "train" and self._labels is not None:
-            label = self._read_query_label(self.runner, example)
-        return self._make_view(description or infer_description(example), label)
+        return self._make_view(self.runner.task.describe_example(example) or infer_description(example), label)
 
     def _read_query_label(self, runner: TaskRunner, example: Any) -> str:
         columns = runner.task.columns

@@ -5,9 +5,10 @@ Shapes: N training rows, C checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,11 +17,14 @@ from tracin_ann.report.views import ScoredCheckpoints
 from tracin_ann.scoring import (
     GREY,
     OPPONENT,
+    PROPONENT,
     Answer,
     Hit,
     checkpoints_figure,
     norms_figure,
+    render_png,
     render_svg,
+    render_svg_file,
     score_ranks_figure,
 )
 from tracin_ann.store import FEATURES, FeatureStore
@@ -29,12 +33,25 @@ from tracin_ann.types import Float64
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as an `svg` element, with its title, caption and text alternative."""
+    """A figure that `draw` returns as a matplotlib Figure, and its title, caption and text alternative.
 
-    svg: str
+    `prefix` is that of its ids in a page.
+    """
+
+    draw: Callable[[], Any]
+    prefix: str
     title: str
     caption: str
     alt: str
+
+    @property
+    def svg(self) -> str:
+        """Return the figure as an `svg` element of a page."""
+        return render_svg(self.draw(), self.prefix)
+
+    def encode(self, form: Literal["svg", "png"]) -> bytes:
+        """Return the figure as a file."""
+        return render_png(self.draw()) if form == "png" else render_svg_file(self.draw(), self.prefix).encode()
 
 
 def answer_figures(
@@ -49,21 +66,21 @@ def answer_figures(
     queries = "this query" if len(answers) == 1 else f"{len(answers):,} queries"
     figures = [
         _make_figure(
-            score_ranks_figure(answers),
+            partial(score_ranks_figure, answers),
             "Scores by rank",
             f"Proponents and opponents of {queries}"
             + (": median, with the range of the 10th to 90th percentile." if len(answers) > 1 else "."),
             f"the largest score of a proponent is {best['proponents']:.3g}, of an opponent -{best['opponents']:.3g}",
             "f1-",
         ),
-        _make_norms_figure(index, checkpoints.positions, rows, "hits", "f2-"),
+        make_norms_figure(index, checkpoints.positions, rows, "hits", "f2-"),
     ]
     parts = {name: _average_parts(of_side) for name, of_side in hits.items()}
     parts = {name: part_C for name, part_C in parts.items() if len(part_C)}
     if parts:
         caption = "Parts of a score by checkpoint, learning rate included; mean over the hits."
         names = checkpoints.names
-        figures.append(_make_checkpoints_figure(checkpoints_figure(parts, names), caption, parts, names, "f3-"))
+        figures.append(_make_checkpoints_figure(caption, parts, names, "f3-"))
     return tuple(figures)
 
 
@@ -72,52 +89,65 @@ def row_figures(index: InfluenceIndex, rows: Sequence[int], checkpoints: Sequenc
     if not rows:
         return ()
     scored = ScoredCheckpoints.infer(index, 0, checkpoints)
-    part_NC = _read_parts(index, scored.positions)
+    part_NC = read_parts(index, scored.positions)
     present = np.setdiff1d(np.arange(len(index)), np.union1d(index.removed, index.skipped.row_S))
     parts = {"listed rows": part_NC[list(rows)].mean(0), "all training rows": part_NC[present].mean(0)}
     return (
-        _make_norms_figure(index, scored.positions, rows, "listed rows", "f1-"),
+        make_norms_figure(index, scored.positions, rows, "listed rows", "f1-"),
         _make_checkpoints_figure(
-            checkpoints_figure(parts, scored.names, (OPPONENT, GREY)),
             "Mean parts of the self-influence by checkpoint, learning rate included.",
             parts,
             scored.names,
             "f2-",
+            (OPPONENT, GREY),
         ),
     )
 
 
-def _make_norms_figure(
-    index: InfluenceIndex, checkpoints: Sequence[int] | None, rows: Sequence[int], marked: str, prefix: str
+def make_norms_figure(
+    index: InfluenceIndex,
+    checkpoints: Sequence[int] | None,
+    rows: Sequence[int] = (),
+    marked: str = "",
+    prefix: str = "",
 ) -> Figure:
-    norm_N = _read_parts(index, checkpoints).sum(axis=1)
-    is_known = np.isfinite(norm_N)
-    share = float(np.mean(np.median(norm_N[list(rows)]) >= norm_N[is_known]))
+    """Return the figure of the self-influence of all training rows, with `rows` highlighted under the name `marked`."""
+    norm_N = read_parts(index, checkpoints).sum(axis=1)
+    known_N = norm_N[np.isfinite(norm_N)]
+    middle = float(np.median(norm_N[list(rows)] if rows else known_N)) if len(known_N) else 0.0
+    share = float(np.mean(middle >= known_N)) if len(known_N) else 0.0
     return _make_figure(
-        norms_figure(norm_N, np.array(rows, dtype=np.int64), marked),
+        partial(norms_figure, norm_N, np.array(rows, dtype=np.int64), marked),
         "Gradient norms",
-        "Training rows by self-influence (learning rate × squared gradient norm, summed over checkpoints), "
-        f"with the {len(rows):,} {marked} highlighted.",
-        f"the median of the {marked} is greater than or equal to {share:.0%} of all training rows",
+        "Training rows by self-influence (learning rate × squared gradient norm, summed over checkpoints)"
+        + (f", with the {len(rows):,} {marked} highlighted." if rows else "."),
+        f"the median of the {marked} is greater than or equal to {share:.0%} of all training rows"
+        if rows
+        else f"the median is {middle:.3g}",
         prefix,
     )
 
 
 def _make_checkpoints_figure(
-    figure: Any, caption: str, parts: dict[str, Float64], names: Sequence[str], prefix: str
+    caption: str,
+    parts: dict[str, Float64],
+    names: Sequence[str],
+    prefix: str,
+    colours: Sequence[str] = (PROPONENT, OPPONENT),
 ) -> Figure:
     text = "; ".join(
         f"{name}: " + ", ".join(f"{checkpoint} {value:+.3g}" for checkpoint, value in zip(names, part_C, strict=False))
         for name, part_C in parts.items()
     )
-    return _make_figure(figure, "Parts by checkpoint", caption, text, prefix)
+    draw = partial(checkpoints_figure, parts, names, colours)
+    return _make_figure(draw, "Parts by checkpoint", caption, text, prefix)
 
 
-def _make_figure(figure: Any, title: str, caption: str, text: str, prefix: str) -> Figure:
-    return Figure(render_svg(figure, prefix), title, caption, f"{title}: {text}")
+def _make_figure(draw: Callable[[], Any], title: str, caption: str, text: str, prefix: str) -> Figure:
+    return Figure(draw, prefix, title, caption, f"{title}: {text}")
 
 
-def _read_parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
+def read_parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
     """Return the part of each training row's self-influence by checkpoint, [N, C]."""
     store = FeatureStore(index.directory / FEATURES, index.manifest.build.layout)
     specs = index.manifest.build.spec.checkpoints

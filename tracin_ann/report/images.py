@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,20 @@ _logger = logging.getLogger(__name__)
 Pixels = npt.NDArray[np.uint8]
 
 
+class Images(Protocol):
+    """The images of pages."""
+
+    def add(self, image: Any) -> str:
+        """Return the name by which templates show an image.
+
+        Raises:
+            ValueError: it does not have the shape of an image, or contains NaN or infinity.
+            MissingPackageError: Pillow is not installed.
+        """
+
+
 class PageImages:
-    """The distinct images of one page."""
+    """The distinct images of one page, named by their CSS classes."""
 
     def __init__(self, budget: int = BUDGET) -> None:
         self._png: dict[bytes, bytes] = {}
@@ -49,9 +61,9 @@ class PageImages:
             MissingPackageError: Pillow is not installed.
         """
         pixels = to_pixels(image)
-        digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+        digest = digest_pixels(pixels)
         if digest not in self._names:
-            self._png[digest] = _encode_pixels(pixels, EDGE)
+            self._png[digest] = encode_pixels(pixels)
             self._names[digest] = f"p{len(self._names)}"
         return self._names[digest]
 
@@ -116,7 +128,17 @@ def _to_array(image: Any) -> npt.NDArray[Any]:
     return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def _encode_pixels(pixels: Pixels, edge: int) -> bytes:
+def digest_pixels(pixels: Pixels) -> bytes:
+    """Return the digest that identifies pixels, 16 bytes."""
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+def encode_pixels(pixels: Pixels, edge: int = EDGE) -> bytes:
+    """Return pixels as PNG, scaled down if the longer edge is longer than `edge` pixels.
+
+    Raises:
+        MissingPackageError: Pillow is not installed.
+    """
     return _encode(import_pillow("images in reports").fromarray(pixels), edge)
 
 

@@ -6,8 +6,9 @@ import base64
 import datetime
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -135,7 +136,7 @@ def write_report(
     out = Path(path)
     # Global state is restored once, because code of the task runs for thousands of rows.
     with preserve_globals():
-        renderer = _PageRenderer(index, _load_templates(), checkpoints)
+        renderer = _PageRenderer(index, load_templates(), checkpoints)
         inputs = results.examples if isinstance(results, Answers) else getattr(results, "inputs", None)
         with nullcontext() if inputs is None else index.lend(inputs):
             if isinstance(results, Answers):
@@ -155,7 +156,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         MissingPackageError: jinja2 or matplotlib is not installed.
         UsageError: the folder does not exist.
     """
-    _load_templates()
+    load_templates()
     score_ranks_figure([])
     if not Path(path).absolute().parent.is_dir():
         raise UsageError(
@@ -185,7 +186,7 @@ class _PageRenderer:
         for answer in answers:
             rows[answer.side] += answer.members
         losses = builder.collect_losses({side: list(dict.fromkeys(of_side)) for side, of_side in rows.items()})
-        is_wide = _has_wide_hits(self._examples, answers)
+        is_wide = has_wide_hits(self._examples, answers)
         template, body = self._templates.get_template("answer.html"), []
         labels: dict[str, None] = {}
         for number, answer in enumerate(answers):
@@ -195,7 +196,7 @@ class _PageRenderer:
         n_queries = f"{len(answers):,} {'query' if len(answers) == 1 else 'queries'}"
         return self._render(
             title=title or f"Influence in {self.index.directory.resolve().name}",
-            lead=_explain_score(answers),
+            lead=explain_score(answers),
             items="queries",
             heading=n_queries.capitalize(),
             is_wide=is_wide,
@@ -293,12 +294,12 @@ class _PageRenderer:
         images = self._images.css()
         page = Page(
             layout="rows" if is_wide else "cards",
-            facts=_list_facts(self.index),
+            facts=list_facts(self.index),
             figures=figures,
             notes=(*notes, *([self._images.note] if self._images.note else [])),
             data=data,
             images=images,
-            style=_read_template("style.css"),
+            style=read_style(),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             version=metadata.version("tracin-ann"),
@@ -309,13 +310,14 @@ class _PageRenderer:
         return pieces
 
 
-def _has_wide_hits(examples: Examples, answers: Answers) -> bool:
+def has_wide_hits(examples: Examples, answers: Sequence[Answer]) -> bool:
     """Return whether one of the first hits needs the full width of a line; then each hit has its own line."""
     rows = [hit.row for answer in answers[:_LAYOUT_HITS] for hit in answer.hits]
     return any(examples.view("train", row).is_wide for row in rows[:_LAYOUT_HITS])
 
 
-def _list_facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
+def list_facts(index: InfluenceIndex) -> tuple[tuple[str, str], ...]:
+    """Return names and values of an index."""
     manifest = index.manifest
     spec = manifest.build.spec
     facts = [
@@ -345,7 +347,25 @@ def _read_template(name: str) -> str:
     return resources.files("tracin_ann.report").joinpath("templates", name).read_text(encoding="utf-8").strip()
 
 
-def _load_templates() -> Any:
+@cache
+def read_style() -> str:
+    """Return the style sheet of pages, with rules for shares: the class `s37` sets `--s` to .37, and `e37` `--e`.
+
+    With classes instead of style attributes, pages can have a content security policy without inline style.
+    """
+    shares = (f".{name}{share}{{--{name}:{share / 100:g}}}" for name in "se" for share in range(101))
+    return f"{_read_template('style.css')}\n{''.join(shares)}"
+
+
+def load_templates(read_first: Callable[[str], str | None] = lambda name: None) -> Any:
+    """Return the jinja2 environment of the templates.
+
+    Args:
+        read_first: returns the text of a template that replaces or adds to those of reports, or None.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
     try:
         import jinja2  # noqa: PLC0415 - optional package, imported only here
     except ImportError as error:
@@ -357,17 +377,19 @@ def _load_templates() -> Any:
                 remedy="pip install 'tracin-ann[report]'",
             )
         ) from error
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read_template),
+    templates = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: read_first(name) or _read_template(name)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         # HTML cannot contain control characters; values that are HTML already are a Markup.
         finalize=lambda value: escape_control(value, "\n\t") if type(value) is str else value,
     )
+    templates.filters["percent"] = lambda share: round(100 * share) if math.isfinite(share) else 0
+    return templates
 
 
-def _explain_score(answers: Sequence[Answer]) -> str:
+def explain_score(answers: Sequence[Answer]) -> str:
     """Return what the scores of answers estimate."""
     damped = [answer.score for answer in answers if answer.score in DAMPED_SCORES]
     return _DAMPED_LEAD.format(score=damped[0]) if damped else _ANSWERS_LEAD

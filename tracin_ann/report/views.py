@@ -97,7 +97,11 @@ class HitList:
 
 @dataclass(frozen=True)
 class QueryView:
-    """A query with its hits."""
+    """A query with its hits.
+
+    `page` is the address of the page of the query, and `link` that of the page of the query and a hit, without the
+    position of the hit at its end; "" if there is none.
+    """
 
     anchor: str
     name: str
@@ -110,6 +114,8 @@ class QueryView:
     hit_lists: tuple[HitList, ...]
     how: str
     is_unlike: bool
+    page: str = ""
+    link: str = ""
 
 
 class ViewBuilder:

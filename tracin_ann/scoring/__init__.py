@@ -16,6 +16,7 @@ from tracin_ann.scoring.exact import (
 from tracin_ann.scoring.formats import (
     HITS,
     RANKED,
+    SCHEMA,
     Fields,
     Record,
     RowText,
@@ -28,11 +29,14 @@ from tracin_ann.scoring.pilot import PILOT_DIM, DimChoice, DimPrediction, DimTar
 from tracin_ann.scoring.plots import (
     GREY,
     OPPONENT,
+    PROPONENT,
     checkpoints_figure,
     counts_figure,
     norms_figure,
     parts_figure,
+    render_png,
     render_svg,
+    render_svg_file,
     score_ranks_figure,
 )
 from tracin_ann.scoring.quality import QualityMeasurement
@@ -64,6 +68,7 @@ __all__ = [
     "IndexSize",
     "OPPONENT",
     "PILOT_DIM",
+    "PROPONENT",
     "QualityMeasurement",
     "Queries",
     "QueryOptions",
@@ -75,6 +80,7 @@ __all__ = [
     "RowList",
     "RowScorer",
     "RowText",
+    "SCHEMA",
     "Score",
     "ScoreMaker",
     "SearchIndexOptions",
@@ -98,7 +104,9 @@ __all__ = [
     "open_score_maker",
     "open_writer",
     "parts_figure",
+    "render_png",
     "render_svg",
+    "render_svg_file",
     "require_token_losses",
     "run_pilot",
     "scale_in_place",

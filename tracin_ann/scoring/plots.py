@@ -28,6 +28,9 @@ _WIDTH, _HEIGHT = 6.0, 2.2
 _REPORT_SIZE = 5.0, 2.7
 # A placeholder for the text colour of the page: `render_svg` replaces it by `currentColor`.
 _TEXT_COLOUR = "#010203"
+_FILE_STYLE = (
+    "svg{color:#17202b;font-family:system-ui,sans-serif}@media (prefers-color-scheme:dark){svg{color:#e6eaf0}}"
+)
 
 
 def scores_figure(answers: Sequence[Answer]) -> Any:
@@ -130,7 +133,8 @@ def norms_figure(norm_N: Float64, marked_M: Int64, marked: str) -> Any:
         low, high = norm_N[shown_N].min(), norm_N[shown_N].max()
         edges = np.geomspace(low, max(high, low * 1.01), 41)
         axes.hist(norm_N[shown_N], edges, color=GREY, alpha=0.6, label="all training rows")
-        axes.hist(norm_N[shown_N & marked_N], edges, color=OPPONENT, label=marked)
+        if len(marked_M):
+            axes.hist(norm_N[shown_N & marked_N], edges, color=OPPONENT, label=marked)
         _add_legend_above(axes)
     axes.set_xscale("log")
     axes.set_yscale("symlog")
@@ -189,6 +193,13 @@ def render_svg(figure: Any, prefix: str) -> str:
     return svg.replace(_TEXT_COLOUR, "currentColor").strip()
 
 
+def render_svg_file(figure: Any, prefix: str) -> str:
+    """Return a figure as the text of an SVG file, which follows the colour scheme of the reader."""
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    start, rest = render_svg(figure, prefix).split(">", 1)
+    return f"{start.replace('<svg', f'<svg {namespaces}', 1)}><style>{_FILE_STYLE}</style>{rest}"
+
+
 def _make_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional package, imported only here
@@ -203,11 +214,12 @@ def _make_figure(width: float, height: float) -> Any:
         ) from error
     figure: Any = Figure(figsize=(width, height), layout="constrained")
     # Notebooks show a Figure as an image only if pyplot was imported; with this method they always do.
-    figure._repr_png_ = partial(_render_png, figure)
+    figure._repr_png_ = partial(render_png, figure)
     return figure
 
 
-def _render_png(figure: Any) -> bytes:
+def render_png(figure: Any) -> bytes:
+    """Return a figure as a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

@@ -17,6 +17,7 @@ from tracin_ann.task.data import materialise, open_data, open_examples
 from tracin_ann.task.datasets.pictures import ImageFolder, is_image_file, read_image
 from tracin_ann.task.datasets.records import read_records
 from tracin_ann.task.datasets.tar_shards import TarShards
+from tracin_ann.task.inputs import read_query_example, require_read_query
 from tracin_ann.task.integrations.callback import TracInCallback
 from tracin_ann.task.integrations.recorder import LossFall, RunRecorder
 from tracin_ann.task.integrations.run_record import RunRecord, has_run_record, read_order, read_run_record
@@ -77,10 +78,12 @@ __all__ = [
     "preserve_registry",
     "read_image",
     "read_order",
+    "read_query_example",
     "read_records",
     "read_run_record",
     "read_second_moments",
     "rebuild",
+    "require_read_query",
     "tensors_within",
     "to_device",
 ]

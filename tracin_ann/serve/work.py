@@ -1,0 +1,253 @@
+"""The work of jobs: exact answers, self-influence, mislabelled rows, duplicates and hubs, as values that can be run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from typing import Any, ClassVar
+
+from tracin_ann.analysis import By, find_duplicates, find_hubs, find_mislabelled
+from tracin_ann.choices import ScoreName, SideName
+from tracin_ann.index import InfluenceIndex
+from tracin_ann.scoring import Answer, Answers, Hit, QueryOptions, Record, RowList
+from tracin_ann.store import RowFilter
+from tracin_ann.types import ProgressCallback
+
+_ROWS_AT_ONCE = 4096
+"""Training rows whose exact scores are computed before waiting requests go first."""
+_IN_MODEL = ("exact scores", "gradients")
+"""Stages of progress that the library reports while it uses the model."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a job; it does not refer to the index.
+
+    Attributes:
+        rows: the objects of the result: Answer, SelfInfluence, Suspect, Duplicate or Hub.
+        records: the same as the objects of JSON lines (docs/formats.md), with the texts of the rows.
+        summary: what the result says about all rows.
+    """
+
+    rows: tuple[Any, ...]
+    records: tuple[Record, ...]
+    summary: Record
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a job.
+
+    Attributes:
+        report: called with (stage, done, total); raises if the job was cancelled.
+        give_way: lets waiting requests go first.
+    """
+
+    report: ProgressCallback
+    give_way: Callable[[], None]
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Report progress, as a `ProgressCallback` of the library, and let requests go first where that is possible."""
+        self.report(stage, done, total)
+        if stage not in _IN_MODEL:
+            self.give_way()
+
+
+class Work(ABC):
+    """What a job does; its attributes are its options.
+
+    Attributes:
+        kind: its name in the API.
+        limited: names of attributes, each with the name of the setting that limits it.
+    """
+
+    kind: ClassVar[str] = "page"
+    limited: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the result for an index."""
+
+
+@dataclass(frozen=True)
+class ComputeExactAnswers(Work):
+    """Answers whose options request exact scores: of the candidates, or of all rows.
+
+    Attributes:
+        side: `query`, `train`, or `input`.
+        rows: positions of the queries.
+        options: with `rerank="exact"` or `exact`.
+        examples: the examples of the side `input`.
+    """
+
+    kind = "exact"
+    side: SideName
+    rows: tuple[int, ...]
+    options: QueryOptions
+    examples: Sequence[Any] | None = None
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the answers; one query, or a block of rows, is scored at a time."""
+        answers: list[Answer] = []
+        records: list[Record] = []
+        for done, row in enumerate(self.rows):
+            answered = self._answer(index, row, steps)
+            answers += answered
+            records += answered.lines()
+            steps.progress("queries", done + 1, len(self.rows))
+        return Result(tuple(answers), tuple(records), {"how": answers[0].how if answers else ""})
+
+    def _answer(self, index: InfluenceIndex, row: int, steps: Steps) -> Answers:
+        if not self.options.exact:
+            return self._query(index, row, self.options, steps.report)
+        allowed = index.present(self.options.rows).tolist()
+        parts: list[Answers] = []
+        for start in range(0, len(allowed), _ROWS_AT_ONCE):
+            only = tuple(allowed[start : start + _ROWS_AT_ONCE])
+            parts.append(self._query(index, row, replace(self.options, rows=RowFilter(only)), None))
+            steps.progress("rows", start + len(only), len(allowed))
+        parts[0][0] = _merge([part[0] for part in parts], self.options.k)
+        return parts[0]
+
+    def _query(
+        self, index: InfluenceIndex, row: int, options: QueryOptions, progress: ProgressCallback | None
+    ) -> Answers:
+        if self.examples is not None:
+            return index.query_examples(self.examples, options, progress, ids=[row])
+        train = self.side == "train"
+        return index.query(() if train else (row,), (row,) if train else (), options, progress)
+
+
+def _merge(parts: Sequence[Answer], k: int) -> Answer:
+    """Return the answer over all rows from the answers over disjoint sets of them."""
+
+    def order(hit: Hit) -> tuple[float, int]:
+        return -abs(hit.score), hit.row
+
+    proponents = sorted(chain.from_iterable(part.proponents for part in parts), key=order)[:k]
+    opponents = sorted(chain.from_iterable(part.opponents for part in parts), key=order)[:k]
+    scored = sum(part.rows_scored for part in parts)
+    return replace(parts[0], proponents=tuple(proponents), opponents=tuple(opponents), rows_scored=scored)
+
+
+@dataclass(frozen=True)
+class RankSelfInfluence(Work):
+    """Training rows by self-influence; see `InfluenceIndex.self_influence`."""
+
+    kind = "self-influence"
+    limited = {"k": "most_records"}
+    k: int = 50
+    checkpoints: tuple[int, ...] | None = None
+    exact: bool = False
+    where: RowFilter = field(default_factory=RowFilter)
+    score: ScoreName = "tracin"
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the first k rows."""
+        ranked = index.self_influence(
+            self.k,
+            checkpoints=self.checkpoints,
+            exact=self.exact,
+            rows=self.where,
+            score=self.score,
+            progress=steps.progress,
+        )
+        return _make_result(ranked, {"score": self.score, "exact": self.exact})
+
+
+@dataclass(frozen=True)
+class FindMislabelled(Work):
+    """Training rows whose label is probably wrong; see `analysis.find_mislabelled`."""
+
+    kind = "mislabelled"
+    limited = {"k": "most_records"}
+    labels: str | None = "label"
+    k: int = 50
+    neighbours: int = 30
+    by: By | None = None
+    asked: int = 20_000
+    checkpoints: tuple[int, ...] | None = None
+    exact: bool = False
+    where: RowFilter = field(default_factory=RowFilter)
+    score: ScoreName = "tracin"
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the first k suspects; the summary estimates how many rows to check."""
+        suspects = find_mislabelled(
+            index,
+            self.labels,
+            self.k,
+            self.neighbours,
+            by=self.by,
+            asked=self.asked,
+            checkpoints=self.checkpoints,
+            exact=self.exact,
+            rows=self.where,
+            score=self.score,
+            progress=steps.progress,
+        )
+        return _make_result(suspects, asdict(suspects.suspicion))
+
+
+@dataclass(frozen=True)
+class FindDuplicates(Work):
+    """Groups of training rows with nearly equal features; see `analysis.find_duplicates`."""
+
+    kind = "duplicates"
+    limited = {"k": "most_records"}
+    threshold: float = 0.999
+    checkpoints: tuple[int, ...] | None = None
+    where: RowFilter = field(default_factory=RowFilter)
+    k: int = 1000
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the first k rows of groups, the largest group first."""
+        found = find_duplicates(
+            index, self.threshold, self.where, checkpoints=self.checkpoints, progress=steps.progress
+        )
+        summary = {**asdict(found.extent), "groups": len(found.groups), "rows_in_groups": len(found)}
+        del found[self.k :]
+        return _make_result(found, summary)
+
+
+@dataclass(frozen=True)
+class FindHubs(Work):
+    """Training rows that are hits of unusually many queries; see `analysis.find_hubs`.
+
+    Attributes:
+        k: the number of hits of a query that count.
+        side: data set of the queries.
+        top: the number of rows returned.
+        options: query options.
+    """
+
+    kind = "hubs"
+    limited = {"k": "most_hits", "top": "most_records"}
+    k: int = 10
+    side: SideName = "query"
+    top: int = 100
+    options: QueryOptions = field(default_factory=QueryOptions)
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the rows that are proponents of most queries, and those that are opponents of most."""
+        hubs = find_hubs(index, None, self.k, self.side, self.options, steps.progress)
+        census = hubs.census
+        chosen = {hub.row for by in ("proponents", "opponents") for hub in hubs.ranked(by, self.top)}
+        hubs[:] = [hub for hub in hubs if hub.row in chosen]
+        summary = {
+            "queries": census.n_queries,
+            "k": census.k,
+            "how": census.how,
+            **{
+                f"{name}_{figure}": getattr(counts, figure)
+                for name, counts in (("proponents", census.proponents), ("opponents", census.opponents))
+                for figure in ("expected", "largest", "skewness")
+            },
+        }
+        return _make_result(hubs, summary)
+
+
+def _make_result(found: RowList[Any], summary: Record) -> Result:
+    return Result(tuple(found), tuple(found.lines()), summary)
