@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 import sharing
+from paths import ROOT, SUPPORT
 from sharing import CONFIG, NAME, OneProcess, assert_same_index
 from tasks import texts
 from tasks.counting import Squares
@@ -164,3 +168,23 @@ def test_a_launched_build_extends_and_repairs_an_index(one, tmp_path):
         sorted((out / "features").iterdir())[5].unlink()
         assert build(make_task(190), out, CONFIG, launcher=launcher).rows_extracted == CONFIG.partition_rows
     assert sharing.read_index(tmp_path / "launched") == sharing.read_index(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_command_that_started_them(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    program = (
+        "import pathlib, sys; from tasks.counting import Squares; from tracin_ann import ProcessLauncher\n"
+        "if __name__ == '__main__':\n"
+        "    list(ProcessLauncher(['cpu']).run(Squares(pathlib.Path(sys.argv[1]), seconds=600), range(3)))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{SUPPORT}"}
+    command = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    while not (tmp_path / "opened").exists():
+        assert command.poll() is None
+        time.sleep(0.05)
+    workers = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    command.wait()
+    assert workers
+    assert psutil.wait_procs(workers, timeout=60)[1] == []

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,6 +157,10 @@ def test_impossible_numbers_are_rejected(changes):
 
 
 def test_ray_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingPackageError, match=r"Ray is not installed.*pip install 'tracin-ann\[ray\]'"):
-        run(RayLauncher(), Squares(Path(tmp_path)))
+        RayLauncher()
+    words = ["--task", NAME, "--task-arg", f"folder={tmp_path}", "--out", tmp_path / "i", "--launcher", "ray"]
+    result = run_command(main, *words)
+    assert result.exit_code == 1 and "Ray is not installed" in result.output
+    assert not (tmp_path / "i").exists()

@@ -13,13 +13,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from tracin_ann.device import resolve_device
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
 from tracin_ann.distributed.service import MakeService, ServiceHost, ServiceWorker, WorkerDied, unpack_result
 from tracin_ann.distributed.units import UnitQueue
-from tracin_ann.errors import UsageError, first_line, problem
+from tracin_ann.errors import MissingPackageError, UsageError, first_line, problem
 from tracin_ann.packages import make_missing_package_error
 
 U = TypeVar("U")
@@ -61,10 +62,11 @@ class RayLauncher(Launcher):
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the numbers, and that Ray is installed, without its import.
 
         Raises:
             UsageError: an actor would have no CPU, or a number is negative.
+            MissingPackageError: Ray is not installed.
         """
         for name, value, least in (
             ("workers", 1 if self.workers is None else self.workers, 1),
@@ -73,6 +75,8 @@ class RayLauncher(Launcher):
         ):
             if value < least:
                 raise UsageError(problem(f"bad {name}", got=value, expected=f"{least} or more", remedy="change it"))
+        if find_spec("ray") is None:
+            raise _make_missing_ray_error()
 
     def run(self, open_worker: OpenWorker[U, R], units: Sequence[U]) -> Iterator[R]:
         """Yield the results of the actors; see `Launcher`.
@@ -409,5 +413,9 @@ def import_ray() -> Any:
     try:
         import ray  # noqa: PLC0415
     except ImportError as error:
-        raise make_missing_package_error("Ray", "ray", "builds on a Ray cluster", "ray") from error
+        raise _make_missing_ray_error() from error
     return ray
+
+
+def _make_missing_ray_error() -> MissingPackageError:
+    return make_missing_package_error("Ray", "ray", "workers on a Ray cluster", "ray")
