@@ -8,12 +8,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 
 import browser
@@ -129,6 +131,14 @@ def chromium(started: Any) -> Iterator[Any]:
     assert [url for url in browser.take_requests(started) if not url.startswith(allowed)] == []
 
 
+@contextmanager
+def show(driver: Any, app: FastAPI) -> Iterator[str]:
+    """Yield the address of an application, and leave its last page before it stops."""
+    with listen(app) as address:
+        yield address
+        driver.get("about:blank")
+
+
 def visit(driver: Any, address: str) -> None:
     """Open a page and wait until its jobs have ended and its images are loaded."""
     driver.get(address)
@@ -178,7 +188,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_twenty_suspects_are_decided_by_keys_and_exported(chromium: Any, toy: Any, saved: Path, tmp_path: Path) -> None:
     app = create_app(toy.location, Settings(decisions=tmp_path / "decisions.sqlite"))
-    with listen(app) as address:
+    with show(chromium, app) as address:
         visit(chromium, f"{address}/suspects")
         names = [item.get_attribute("aria-label") for item in chromium.find_elements("class name", "sus")]
         assert len(names) == 20
@@ -229,7 +239,7 @@ def test_exact_answers_follow_the_stored_ones(chromium: Any, toy: Any, monkeypat
 
     monkeypatch.setattr(ComputeExactAnswers, "run", run_slowly)
     monkeypatch.setattr(context_of_pages, "_FIRST_WAIT", 0.1)
-    with listen(create_app(toy.location)) as address:
+    with show(chromium, create_app(toy.location)) as address:
         chromium.get(f"{address}/query?rows=0&k=4&rerank=exact")
         wait_for(chromium, "return document.querySelector('#progress progress')?.value === 1")
         # Hits with exact scores also show their stored scores.
@@ -251,7 +261,7 @@ def test_exact_answers_follow_the_stored_ones(chromium: Any, toy: Any, monkeypat
 def test_pages_work_without_scripts(chromium: Any, toy: Any, tmp_path: Path) -> None:
     chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        with listen(create_app(toy.location, Settings(decisions=tmp_path / "decisions.sqlite"))) as address:
+        with show(chromium, create_app(toy.location, Settings(decisions=tmp_path / "decisions.sqlite"))) as address:
             chromium.get(f"{address}/query")
             chromium.find_elements("css selector", ".pick input")[2].click()
             chromium.find_element("css selector", "button.main").click()
@@ -271,7 +281,7 @@ def test_pages_work_without_scripts(chromium: Any, toy: Any, tmp_path: Path) -> 
 
 def test_a_screen_reader_finds_names(chromium: Any, toy: Any) -> None:
     named_roles = ("checkbox", "searchbox", "textbox", "combobox", "spinbutton", "button", "link", "image", "heading")
-    with listen(create_app(toy.location)) as address:
+    with show(chromium, create_app(toy.location)) as address:
         chromium.execute_cdp_cmd("Accessibility.enable", {})
         for page in PAGES.values():
             visit(chromium, address + page)
@@ -310,7 +320,7 @@ def test_no_hostile_text_runs_a_script(chromium: Any, tmp_path: Path) -> None:
       elements: document.querySelectorAll('iframe, object, base, math, main script, body style').length,
       links: Array.from(document.links).filter((a) => a.origin !== location.origin).length}"""
     clean = {"hacked": 0, "handlers": 0, "foreign": 0, "elements": 0, "links": 0}
-    with listen(create_app(place, Settings(decisions=tmp_path / "decisions.sqlite"))) as address:
+    with show(chromium, create_app(place, Settings(decisions=tmp_path / "decisions.sqlite"))) as address:
         pages = [
             *PAGES.values(),
             f"/query?rows=0-{len(HOSTILE) - 1}&k=3",
@@ -334,7 +344,7 @@ def test_no_hostile_text_runs_a_script(chromium: Any, tmp_path: Path) -> None:
 
 
 def test_names_of_uploaded_files_run_no_script(chromium: Any, toy: Any, tmp_path: Path) -> None:
-    with listen(create_app(toy.location)) as address:
+    with show(chromium, create_app(toy.location)) as address:
         for text in HOSTILE:
             name = text.replace("/", "_").replace("\0", "").encode("utf-8", "replace").decode()
             picture = tmp_path / f"{name}.png"

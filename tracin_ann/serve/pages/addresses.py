@@ -141,6 +141,23 @@ class QueryForm:
         return make_address(path, values)
 
 
+def name_query(form: QueryForm, query: int) -> dict[str, object]:
+    """Return the values that name one query of a form, and how it is scored, in the address of another page.
+
+    Args:
+        form: names the side, or the text or picture; and the score and the checkpoints.
+        query: position of the query in the data set of the side.
+    """
+    return {
+        "side": form.side if form.side == "train" else "",
+        "query": None if form.side == "input" else query,
+        "text": form.text,
+        "upload": form.upload,
+        "score": form.score,
+        "checkpoints": format_ranges(form.checkpoints),
+    }
+
+
 def read_conditions(given: Parameters, name: str = "where") -> tuple[str, ...]:
     """Return conditions on columns, which are separated by semicolons."""
     return tuple(part.strip() for text in given.getlist(name) for part in str(text).split(";") if part.strip())
