@@ -1,4 +1,5 @@
-# demo, serve, test, test-slow, check, docs, fuzz: each makes its own environment first, and only when it is not up to date.
+# demo, serve, test, test-slow, check, docs, fuzz, gpu: each makes its own environment first, and only when it is not up
+# to date.
 #
 #   VENV=dir     where the environment is (default .venv)
 #   PYTHON=exe   which Python makes it (default: the first of python3, python3.11, ... that is 3.10 or newer)
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed-$(FAISS)
 INPUTS := pyproject.toml constraints.txt scripts/make-env
 
 .NOTPARALLEL:
-.PHONY: demo serve test test-slow check docs fuzz format clean
+.PHONY: demo serve test test-slow check docs fuzz gpu format clean
 
 demo: $(STAMP)-examples
 	$(PY) examples/digits.py
@@ -39,6 +40,10 @@ docs: $(STAMP)-docs
 
 fuzz: $(STAMP)-dev
 	$(PY) -m benchmarks.reliability.fuzz $(ARGS)
+
+# What needs a GPU: tests and benchmarks; use FAISS=gpu. Without make's environment: PY=python scripts/gpu
+gpu: $(STAMP)-dev
+	PY=$(PY) scripts/gpu
 
 format: $(STAMP)-dev
 	$(PY) -m ruff check --fix .

@@ -13,7 +13,7 @@ import heapq
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from scipy.optimize import nnls
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.common.markdown import Row, format_table
 from benchmarks.common.results import read_results, write_results
 from tracin_ann import BuildConfig, Checkpoint, Task, build
 from tracin_ann.search import IVFParams
@@ -247,7 +248,7 @@ def check_search() -> Iterator[Check]:
     results = read_results("retrieval")["results"]
     factors, largest = fit_search(len(results) - 1), results[-1]
     n_rows, n_lists = largest["rows"], largest["sq8"]["lists"]
-    where, fitted = f"{n_rows:,} rows", f"{results[0]['rows']:,} to {results[-2]['rows']:,} rows"
+    where, fitted = f"{n_rows:,} rows", _describe_sizes(results[:-1])
     fixed, row, comparison = factors.lists
     predicted = fixed + row * n_rows + comparison * count_comparisons(n_rows, n_lists)
     yield Check(f"inverted lists of {where}", fitted, "s", predicted, largest["sq8"]["build_seconds"])
@@ -262,20 +263,24 @@ def check_search() -> Iterator[Check]:
 def check_builds(builds: Sequence[dict[str, Any]]) -> Iterator[Check]:
     """Yield the predictions for complete builds: the larger ones of these, and those of the latency benchmark."""
     factors = fit_builds(builds[:_FITTED])
-    fitted = f"builds of {builds[0]['rows']:,} to {builds[_FITTED - 1]['rows']:,} rows"
+    fitted = _describe_sizes(builds[:_FITTED])
     own = [("MLP", b["rows"], b["features_s"], sum(b[part] for part in _PARTS)) for b in builds[_FITTED:]]
     for name, rows, features_s, seconds in own:
         plan = simulate(Job(rows, _CHECKPOINTS, _DIM, 0), factors, _THIS_MACHINE)
         yield Check(f"features of {name}, {rows:,} rows × {_CHECKPOINTS}", fitted, "s", plan.features_s, features_s)
-        yield Check(f"complete build of {name}, {rows:,} rows × {_CHECKPOINTS}", fitted, "s", plan.wall_s, seconds)
+        yield Check(f"build of {name}, {rows:,} rows × {_CHECKPOINTS}", fitted, "s", plan.wall_s, seconds)
     for case in read_results("latency")["results"]:
         if case["build_s"] is None:
             continue
         model = {"MLP": factors, "CNN": replace(factors, row=find_row_seconds("MNIST CNN"))}[case["model"]]
         job = Job(case["rows"], case["n_checkpoints"], case["dim"], 0)
-        what = f"complete build of {case['model']}, {job.rows:,} rows × {job.checkpoints}, another run"
-        source = fitted if case["model"] == "MLP" else f"{fitted}; feature rate of the speed benchmark"
+        what = f"build of {case['model']}, {job.rows:,} rows × {job.checkpoints}, another day"
+        source = fitted if case["model"] == "MLP" else f"{fitted}, speed benchmark"
         yield Check(what, source, "s", simulate(job, model, _THIS_MACHINE).wall_s, case["build_s"])
+
+
+def _describe_sizes(results: Sequence[dict[str, Any]]) -> str:
+    return f"{results[0]['rows']:,} to {results[-1]['rows']:,} rows"
 
 
 _THIS_MACHINE = Machines(1, disk=math.inf, network=math.inf, failures=0.0)
@@ -363,6 +368,28 @@ def make_plans(factors: Factors, row_seconds: dict[str, float], limit_s: float) 
                 yield {"model": model, **asdict(job), **asdict(plan), "wall_s": plan.wall_s}
 
 
+def format_plans(plans: Iterable[dict[str, Any]]) -> str:
+    """Return a table of plans."""
+    rows: list[Row] = [
+        ("rows × checkpoints", "model", "machines", "features", "lists, calibration", "memory", "disk", "query", "cost")
+    ]
+    for plan in plans:
+        rows.append(
+            (
+                f"10<sup>{round(math.log10(plan['rows']))}</sup> × {plan['checkpoints']}",
+                plan["model"],
+                f"{plan['machines']:,}",
+                f"{plan['features_s'] / _HOUR:.1f} h",
+                f"{(plan['lists_s'] + plan['finish_s']) / _HOUR:.1f} h",
+                f"{plan['memory'] / 1e9:,.0f} GB",
+                f"{plan['disk'] / 1e12:.2f} TB",
+                f"{1e3 * plan['query_s']:.0f} ms",
+                f"{plan['cost']:,.1f} $",
+            )
+        )
+    return format_table(*rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="build indexes; otherwise their recorded times are used")
@@ -374,8 +401,7 @@ def main() -> None:
     factors = fit_builds(builds)
     limit_s = options.days * _DAY
     if options.row_us is not None:
-        for plan in make_plans(factors, {"yours": options.row_us / 1e6}, limit_s):
-            print(plan)
+        print(format_plans(make_plans(factors, {"yours": options.row_us / 1e6}, limit_s)))
         return
     checks = [asdict(check) for check in (*check_search(), *check_builds(builds))]
     for check in checks:

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
-from benchmarks.distributed.tables import sharded_search
+from benchmarks.distributed.tables import exact_workers, sharded_search
 from benchmarks.retrieval.tables import (
     families,
     families_candidates,
@@ -23,6 +23,7 @@ from benchmarks.retrieval.tables import (
     families_growth,
     families_methods,
 )
+from benchmarks.scale_plan import format_plans
 from tracin_ann.store import choose_partition_rows
 
 OUTPUT = "the documents that are named"
@@ -362,7 +363,7 @@ def retrieval_summary() -> str:
     figures = (f"{1e3 * scan['single'] / 2:.0f}", f"{2 / scan['batch']:,.0f}")
     rows.append(("search kernel alone: exact scan, float32 in memory", "1.000", "100%", *figures))
     largest = {case["model"]: case for case in read_results("latency")["results"]}
-    for case in largest.values():
+    for case in (largest["MLP"], largest["GPT"]):
         one, many = (_find_batch(case, count) for count in (1, 100))
         name = f"whole query: {_MODELS[case['model']]}, {case['rows']:,} rows"
         recall_cell = format_sides([1.0, 1.0] if one["found_by"] == "scan" else case["recall"])
@@ -914,7 +915,45 @@ def _format_memory(megabytes: float | str) -> str:
     return f"{megabytes / 1000:.1f} GB" if isinstance(megabytes, int | float) else str(megabytes)
 
 
+# Plans of large builds
+
+
+def scale_check() -> str:
+    """Return predicted costs beside measured ones."""
+    content = read_results("scale_plan")
+    rows: list[Row] = [("quantity", "factors from", "predicted", "measured", "predicted/measured")]
+    for check in content["results"]["checks"]:
+        figures = (_format_quantity(check[name], check["unit"]) for name in ("predicted", "measured"))
+        ratio = f"{check['predicted'] / check['measured']:.2f}"
+        rows.append((check["what"], check["fitted"], *figures, ratio))
+    scope = (
+        "predictions of the simulation in `benchmarks/scale_plan.py` for sizes that are larger than those that its "
+        "factors are fitted to, and measurements of the same quantity, on one machine."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def _format_quantity(value: float, unit: str) -> str:
+    return f"{1e3 * value:.2f} ms" if unit == "s" and value < 1 else f"{value:.1f} {unit}"
+
+
+def scale_plan() -> str:
+    """Return the plans of builds of 10 million to a billion rows."""
+    content = read_results("scale_plan")
+    settings, assumed = content["settings"], content["settings"]["machines"]
+    scope = (
+        f"simulated, not measured: the fewest machines of {settings['threads']} CPU threads that compute the features "
+        f"in {settings['days']:g} day, D = {settings['dim']}; then one of them finishes the build. Assumptions: a "
+        f"shared file system of {assumed['disk'] / 1e9:g} GB/s, {assumed['failures']:g} failures of a machine an hour, "
+        f"{assumed['restart']:g} s to replace it, {assumed['price']:.2f} $ for a machine hour. Memory is that of the "
+        "inverted lists, which the finishing machine holds; query is the search in both directions on one machine."
+    )
+    table = format_plans(content["results"]["plans"])
+    return compose(scope, table, format_environment(content))
+
+
 _TABLES = (
+    *(scale_check, scale_plan),
     *(features, budget, memory, launchers, precision, attribution, proofs, adapters, adapter_precision),
     *(recall, fidelity, preconditioners, curvature),
     *(lds, lds_peers, lds_published, removal),
@@ -935,6 +974,7 @@ _TABLES = (
         cold_start,
         end_to_end,
         sharded_search,
+        exact_workers,
     ),
     *(reliability, kills, serving),
     *(digits, mislabelled, leverage),

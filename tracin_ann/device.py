@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -289,9 +289,15 @@ def _use_one_thread_after_fork(faiss: ModuleType) -> None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in whose memory FAISS can search. FAISS and PyTorch number GPUs in the same way."""
+    """A GPU in whose memory FAISS can search. FAISS and PyTorch number GPUs in the same way.
+
+    Attributes:
+        number: of the GPU.
+        lock: for `resources`, which one thread can use at a time.
+    """
 
     number: int
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -309,11 +315,6 @@ class Gpu:
     def resources(self) -> Any:
         """Return FAISS's streams and temporary memory on it, allocated at the first use."""
         return import_faiss().StandardGpuResources()
-
-    @cached_property
-    def lock(self) -> threading.Lock:
-        """Return the lock for `resources`, which one thread can use at a time."""
-        return threading.Lock()
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 Row = tuple[str, ...]
-_WIDTH = 120
+WIDTH = 120
 """Columns of a page."""
 
 
@@ -25,4 +25,4 @@ def format_environment(content: dict[str, Any]) -> str:
 
 def compose(scope: str, *parts: str) -> str:
     """Return a caption line, which says what was measured, and the parts below it."""
-    return "\n\n".join([textwrap.fill(f"Scope: {scope}", _WIDTH, break_on_hyphens=False), *parts])
+    return "\n\n".join([textwrap.fill(f"Scope: {scope}", WIDTH, break_on_hyphens=False), *parts])

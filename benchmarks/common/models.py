@@ -1,4 +1,4 @@
-"""Models of the speed benchmarks (MNIST CNN, ResNet-9, GPT), a small MLP, and tasks with synthetic data."""
+"""Models of the speed benchmarks (MNIST CNN, ResNets, GPT), a small MLP, and tasks with synthetic data."""
 
 from __future__ import annotations
 
@@ -49,6 +49,36 @@ def make_resnet9(width: int = 64) -> nn.Module:
         *(_make_block(4 * w, 4 * w, pool=True), Residual(4 * w), nn.AdaptiveMaxPool2d(1), nn.Flatten()),
         nn.Linear(4 * w, 10),
     )
+
+
+class Bottleneck(nn.Module):
+    """A residual block of three convolutions, the second of which is narrow."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.inner = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+        project = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Identity() if inputs == outputs and stride == 1 else project
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.inner(x))
+
+
+def make_resnet50(classes: int = 10) -> nn.Module:
+    """Return a ResNet-50 for 224×224 images; 23.5 million parameters with 10 classes."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inputs = 64
+    for stage, n_blocks in enumerate((3, 4, 6, 3)):
+        for number in range(n_blocks):
+            layers.append(Bottleneck(inputs, 64 << stage, 2 if stage and not number else 1))
+            inputs = 4 * 64 << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 class Block(nn.Module):
@@ -105,6 +135,13 @@ MODELS = {
     "GPT 4x128": Model(GPT, compute_language_loss, _draw_text, 64),
     "GPT 12x288": Model(lambda: GPT(width=288, layers=12), compute_language_loss, _draw_text, 32),
 }
+"""The models that a CPU can measure."""
+LARGE_MODELS = {
+    "GPT 12x768": Model(lambda: GPT(width=768, layers=12), compute_language_loss, _draw_text, 256),
+    "ResNet-50": Model(make_resnet50, mnist.loss, _make_image_sampler(3, 224, 224), 128),
+}
+"""Models for GPUs."""
+ALL_MODELS = MODELS | LARGE_MODELS
 
 
 def save_once(make: Callable[[], nn.Module], folder: str) -> None:
@@ -117,7 +154,7 @@ def save_once(make: Callable[[], nn.Module], folder: str) -> None:
 
 def make_task(name: str, folder: str, n_rows: int) -> Task:
     """Return a task with synthetic rows and one checkpoint, which is saved in `folder` unless it is there."""
-    model = MODELS[name]
+    model = ALL_MODELS[name]
     save_once(model.make, folder)
     generator = torch.Generator().manual_seed(1)
     distinct = [model.example(generator) for _ in range(min(n_rows, 512))]

@@ -15,13 +15,15 @@ import torch
 from benchmarks.common.paths import RESULTS
 from tracin_ann.device import device_name
 
+_CPU = torch.device("cpu")
 
-def describe_environment() -> dict[str, Any]:
-    """Return the machine, number of threads, versions and date of this run."""
+
+def describe_environment(device: torch.device = _CPU) -> dict[str, Any]:
+    """Return the machine, the device or its number of threads, versions and date of this run."""
     return {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {_describe_processor()}",
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(device),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "numpy", _find_faiss())},
     }
@@ -46,20 +48,20 @@ def _find_faiss() -> str:
     raise SystemExit("FAISS is not installed: expected faiss-cpu or faiss-gpu")
 
 
-def report_results(name: str, settings: dict[str, Any], results: Iterable[Any]) -> None:
+def report_results(name: str, settings: dict[str, Any], results: Iterable[Any], device: torch.device = _CPU) -> None:
     """Print each result when it is ready, then write all of them to a result file."""
     written = []
     for result in results:
         written.append(result)
         print(result, flush=True)
-    print(write_results(name, settings, written))
+    print(write_results(name, settings, written, device))
 
 
-def write_results(name: str, settings: dict[str, Any], results: Any) -> Path:
+def write_results(name: str, settings: dict[str, Any], results: Any, device: torch.device = _CPU) -> Path:
     """Write a result file with its settings and environment, and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"environment": describe_environment(), "settings": settings, "results": results}
+    content = {"environment": describe_environment(device), "settings": settings, "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

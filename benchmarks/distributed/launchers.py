@@ -35,7 +35,7 @@ WAYS: dict[str, Callable[[], Launcher | None]] = {
     "Ray, 1 worker": lambda: RayLauncher("local", workers=1),
     "Ray, 2 workers": lambda: RayLauncher("local", workers=2),
 }
-MODEL, PARTITION_ROWS = "MNIST CNN", 4096
+MODEL, PARTITION_ROWS = "MNIST CNN", 2048
 MODULE = "benchmarks.distributed.launchers"
 
 
@@ -108,7 +108,7 @@ def compare_speed(n_rows: int, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--speed-rows", type=int, default=32_768, help="rows of the builds whose speed is measured")
+    parser.add_argument("--speed-rows", type=int, default=131_072, help="rows of the builds whose speed is measured")
     parser.add_argument("--rounds", type=int, default=2, help="builds of each way")
     parser.add_argument(
         "--memory-rows", type=int, nargs="*", default=[100_000, 1_000_000], help="sizes of the builds of a small MLP"
@@ -122,7 +122,7 @@ def main() -> None:
         return
     results = compare_speed(options.speed_rows, options.rounds) if options.rounds else []
     for n_rows in options.memory_rows:
-        for way in ("2 processes", "Ray, 2 workers"):
+        for way in ("one process", "2 processes", "Ray, 2 workers"):
             results.append({"way": way, "model": "small MLP", "rows": n_rows, **run_alone(way, "memory", n_rows)})
     settings = {"model": MODEL, "partition_rows": PARTITION_ROWS, "rounds": options.rounds}
     print(write_results(RESULT, settings, results))

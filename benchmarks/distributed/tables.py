@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
-from benchmarks.common.markdown import Row, compose, format_environment, format_table
+from benchmarks.common.markdown import WIDTH, Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 
 SIDES = ("proponents", "opponents")
@@ -50,4 +51,20 @@ def sharded_search() -> str:
         "and .98; proponents / opponents. Other results: searches of all queries at once and one by one whose ids or "
         "scores differ by a bit from those of one file. Times are for both directions, all at once and one by one."
     )
-    return compose(scope, format_table(*rows), killed, format_environment(content))
+    return compose(scope, format_table(*rows), textwrap.fill(killed, WIDTH), format_environment(content))
+
+
+def exact_workers() -> str:
+    content = read_results("exact_workers")
+    settings = content["settings"]
+    rows: list[Row] = [("exact scores of", "one process, CPU s", "2 workers, CPU s", "ratio")]
+    for result in content["results"]:
+        times = (f"{result[name]:.2f}" for name in ("one_s", "workers_s"))
+        rows.append((result["scored"], *times, f"{result['ratio']:.2f}"))
+    scope = (
+        f"MNIST CNN, {settings['rows']:,} rows, one checkpoint, {settings['queries']} queries, "
+        f"{settings['candidates']} candidates in each direction; one thread in each process. CPU time of the "
+        "command and of the worker that takes longest, as on a machine with a free core for each; medians of "
+        f"{settings['rounds']} rounds."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))

@@ -36,7 +36,7 @@ def time_build(name: str, n_rows: int, config: BuildConfig) -> float:
 
 
 def measure_model(name: str, options: argparse.Namespace) -> dict[str, float | str | int]:
-    model, device = models.MODELS[name], resolve_device(options.device)
+    model, device = models.ALL_MODELS[name], resolve_device(options.device)
     size = options.batch_size or model.batch_size
     with tempfile.TemporaryDirectory() as folder:
         step = time_plain_step(model, models.make_task(name, folder, 8 * size).train_data(), size, device=device)
@@ -74,7 +74,7 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, float | s
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS), help="models to measure"
+        "--models", nargs="+", default=list(models.MODELS), choices=list(models.ALL_MODELS), help="models to measure"
     )
     parser.add_argument("--dim", type=int, default=1024, help="sketch dimensions per checkpoint")
     parser.add_argument("--sketch", default="factored", help="sketch of the build")
@@ -97,8 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = (measure_model(name, options) for name in options.models)
-    on_cpu = resolve_device(options.device) == CPU
-    report_results(RESULT if on_cpu else "features_gpu", vars(options), results)
+    device = resolve_device(options.device)
+    report_results(RESULT if device == CPU else "features_gpu", vars(options), results, device)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import models
 from tracin_ann import BuildConfig
-from tracin_ann.build import open_build
+from tracin_ann.build_job import open_build
 from tracin_ann.features.autotune import TuningOptions, tune
 from tracin_ann.features.extractor import FeatureExtractor
 

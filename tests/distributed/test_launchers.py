@@ -15,7 +15,7 @@ import sharing
 from sharing import CONFIG, NAME, OneProcess, assert_same_index
 from tasks import texts
 from tasks.counting import Squares
-from tracin_ann import ProcessLauncher, build
+from tracin_ann import ProcessLauncher, Task, build
 from tracin_ann.distributed import Launcher, ThisProcess
 from tracin_ann.errors import TaskError, UsageError
 
@@ -151,3 +151,16 @@ def test_a_directory_that_workers_do_not_share_is_rejected(keeps, message, one, 
             arguments=one.arguments,
             launcher=Elsewhere(tmp_path / "i", keeps_directory=keeps),
         )
+
+
+@pytest.mark.slow
+def test_a_launched_build_extends_and_repairs_an_index(one, tmp_path):
+    def make_task(n_rows: int) -> Task:
+        return replace(texts.task(**one.arguments), train_data=lambda: texts.make_rows(190, 1)[:n_rows])
+
+    for launcher, out in ((None, tmp_path / "plain"), (ThisProcess(), tmp_path / "launched")):
+        build(make_task(130), out, CONFIG, launcher=launcher)
+        assert build(make_task(190), out, replace(CONFIG, append=True), launcher=launcher).rows_extracted == 3 * 70
+        sorted((out / "features").iterdir())[5].unlink()
+        assert build(make_task(190), out, CONFIG, launcher=launcher).rows_extracted == CONFIG.partition_rows
+    assert sharing.read_index(tmp_path / "launched") == sharing.read_index(tmp_path / "plain")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,8 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Of the nodes; workers have as many threads as CPUs.
+        patched.setenv("OMP_NUM_THREADS", "7")
         node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         started = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
@@ -122,6 +127,28 @@ def test_the_command(cluster, one, tmp_path):
     words = ["--task", NAME, "--task-arg", f"folder={one.arguments['folder']}", "--out", tmp_path / "i"]
     result = run_command(main, *words, "--launcher", "ray", "--ray-address", cluster.address)
     assert result.exit_code == 0 and "450 rows x checkpoints" in result.output, result.output
+
+
+def test_a_local_cluster_listens_on_the_loopback_interface_only(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # In a process of its own, because this one may be connected to another cluster.
+    program = (
+        "import sys; from pathlib import Path; from tasks.counting import Squares; from tracin_ann import RayLauncher\n"
+        "for _ in RayLauncher('local', workers=1).run(Squares(Path(sys.argv[1])), range(3)): input()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "opened").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        started = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in started}
+        process.communicate(b"\n" * 3)
+    assert process.returncode == 0
+    assert listening and listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 @pytest.mark.parametrize("changes", [{"workers": 0}, {"num_cpus_per_worker": 0}, {"num_gpus_per_worker": -1}])

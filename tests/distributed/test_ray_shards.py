@@ -1,42 +1,89 @@
-"""Queries over the shards of an index by actors of a Ray cluster of this machine."""
+"""Queries over the shards of an index by actors on three nodes of a Ray cluster, while actors and nodes are lost."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from test_ray import STORE_BYTES
 from test_shard_search import EXACT, OPTIONS, open_named, strip, workers
 
+from paths import ROOT, SUPPORT
 from shard_folder import QUERIES
 from tracin_ann import InfluenceIndex, RayLauncher
-from tracin_ann.distributed import ShardOptions
+from tracin_ann.cli.query import main
+from tracin_ann.scoring import Answer
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
-ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = pytest.mark.slow
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")
+
+LONG_S = 120
 
 
 @pytest.fixture(scope="module")
-def sharded(folder: Path) -> Iterator[InfluenceIndex]:
+def cluster() -> Iterator[Any]:
+    """Yield a cluster of three nodes of this machine with one CPU each, to which this process is connected."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
+        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+        started = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        try:
+            for _ in range(2):
+                started.add_node(**node)
+            ray.init(started.address, log_to_driver=False)
+            yield started
+        finally:
+            ray.shutdown()
+            started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sharded(folder: Path, cluster: Any) -> Iterator[InfluenceIndex]:
     index = open_named(folder, "sharded")
-    index.start_workers(ShardOptions(), RayLauncher("local"))
+    index.start_workers(launcher=RayLauncher())
     yield index
     index.close()
-    ray.shutdown()
 
 
-def test_actors_answer_as_one_process_also_after_a_kill(folder: Path, sharded: InfluenceIndex) -> None:
-    single = open_named(folder, "single")
-    expected = strip(single.query(range(QUERIES), options=OPTIONS))
-    found = sharded.query(range(QUERIES), options=OPTIONS)
+def find_node(index: InfluenceIndex, shard: int) -> str:
+    """Return the id of the node of a shard's actor."""
+    worker: Any = workers(index)[shard]
+    node: str = ray.get(worker.actor.__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id()))
+    return node
+
+
+def assert_complete(index: InfluenceIndex, expected: list[Answer]) -> None:
+    found = index.query(range(QUERIES), options=OPTIONS)
     assert strip(found) == expected
     assert {(answer.shards, answer.missing_shards) for answer in found} == {((0, 1), ())}
+
+
+def test_a_lost_actor_or_node_loses_no_query(cluster: Any, folder: Path, sharded: InfluenceIndex) -> None:
+    expected = strip(open_named(folder, "single").query(range(QUERIES), options=OPTIONS))
+    assert_complete(sharded, expected)
     before: Any = workers(sharded)[1]
     ray.kill(before.actor)
-    found = sharded.query(range(QUERIES), options=OPTIONS)
-    assert strip(found) == expected and {answer.missing_shards for answer in found} == {()}
+    assert_complete(sharded, expected)
     assert workers(sharded)[1] is not before
+    nodes = [find_node(sharded, shard) for shard in range(2)]
+    # With one CPU on each of three nodes, at least one of two actors is not on the head node.
+    lost = next(node for node in cluster.worker_nodes if node.node_id in nodes)
+    orphan = workers(sharded)[nodes.index(lost.node_id)]
+    cluster.remove_node(lost, allow_graceful=False)
+    end_s = time.monotonic() + LONG_S
+    while orphan in workers(sharded):
+        # The actor may answer until it notices the end of its node.
+        assert time.monotonic() < end_s
+        assert_complete(sharded, expected)
+    assert lost.node_id not in [find_node(sharded, shard) for shard in range(2)]
 
 
 def test_actors_compute_exact_scores(folder: Path, sharded: InfluenceIndex) -> None:
@@ -44,3 +91,15 @@ def test_actors_compute_exact_scores(folder: Path, sharded: InfluenceIndex) -> N
     (found,) = sharded.query([3], options=EXACT)
     assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
     assert [hit.score for hit in found.hits] == pytest.approx([hit.score for hit in expected.hits], rel=1e-5)
+
+
+def test_the_command_starts_actors(cluster: Any, folder: Path, sharded: InfluenceIndex) -> None:
+    # There are processors for one set of workers; the fixture starts no other one after this test.
+    sharded.close()
+    arguments = [f"{folder}/sharded", "--task", f"{folder}/shard_task.py:task", "--ids", "0", "--device", "cpu"]
+    options = ["--search", "index", "--shard-workers", "--ray-address", "auto", "--format", "jsonl", "--quiet"]
+    result = CliRunner().invoke(main, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    (line,) = map(json.loads, result.stdout.splitlines())
+    (expected,) = open_named(folder, "single").query([0], options=replace(OPTIONS, k=10)).lines()
+    assert line == json.loads(json.dumps(expected)) | {"shards": [0, 1]}

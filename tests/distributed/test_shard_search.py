@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from shard_folder import QUERIES
+from shard_folder import QUERIES, SHARDS
 from tracin_ann import InfluenceIndex, QueryOptions
+from tracin_ann.cli.query import main
 from tracin_ann.distributed import ShardOptions, ShardSearch
 from tracin_ann.distributed.service import ServiceProcess
 from tracin_ann.distributed.service_group import NoReplyError
@@ -116,6 +121,21 @@ def test_a_killed_worker_loses_no_query(single: InfluenceIndex, sharded: Influen
     assert after[0] == before[0] and after[1] != before[1]
 
 
+def test_several_threads_query(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
+    expected = strip(single.query(range(QUERIES), options=OPTIONS))
+    found: list[list[Answer]] = []
+
+    def query() -> None:
+        found.append(strip(sharded.query(range(QUERIES), options=OPTIONS)))
+
+    threads = [threading.Thread(target=query) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
+
+
 @pytest.mark.slow
 def test_a_worker_killed_during_queries_loses_none(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
     expected = strip(single.query(range(QUERIES), options=OPTIONS))
@@ -175,6 +195,78 @@ def test_a_missing_shard_is_an_error_unless_partial_answers_are_allowed(folder: 
             index.query([0], options=OPTIONS)
     finally:
         index.close()
+
+
+OWNER = """
+import time
+from tracin_ann import InfluenceIndex
+
+if __name__ == "__main__":
+    index = InfluenceIndex.open({index!r}, {task!r}, device="cpu")
+    index.start_workers()
+    print(*index._workers.pids, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER.format(index=f"{folder}/sharded", task=f"{folder}/shard_task.py:task"), encoding="utf-8")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == SHARDS and all(Path(f"/proc/{pid}").exists() for pid in pids)
+        owner.kill()
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and is not a zombie, which nobody waits for in some containers."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.slow
+def test_the_command_marks_partial_results_in_tables(folder: Path, tmp_path: Path) -> None:
+    common = [
+        f"{folder}/sharded",
+        "--task",
+        f"{folder}/shard_task.py:task",
+        "--ids",
+        "0-2",
+        "-k",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    for options, form, expected in (
+        (["--search", "index", "--allow-partial", "--deadline", "60"], "csv", "False"),
+        (["--exact"], "csv", ""),
+        (["--exact"], "parquet", None),
+    ):
+        path = tmp_path / f"hits.{form}"
+        arguments = [*common, *options, "--shard-workers", "--output", str(path), "--format", form]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        if form == "csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                assert {row["partial"] for row in csv.DictReader(file)} == {expected}
+        else:
+            parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+            assert set(parquet.read_table(path).column("partial").to_pylist()) == {expected}
+
+
+@pytest.mark.parametrize("option", [["--allow-partial"], ["--deadline", "3"], ["--ray-address", "auto"]])
+def test_options_of_workers_need_workers(folder: Path, option: list[str]) -> None:
+    result = CliRunner().invoke(main, [f"{folder}/sharded", "--ids", "0", *option])
+    assert result.exit_code == UsageError.exit_code
+    assert f"{option[0]} is for workers" in result.output
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from faults import Crash, Fault, Watch
 from invocation import run
 from paths import ROOT, SUPPORT
 from sharing import CONFIG, N_FILES, NAME, OneProcess, assert_same_index
-from tasks import texts
+from tasks import flawed, texts
 from tracin_ann import InfluenceIndex, Shard, Task, build, build_shard, finish_build
 from tracin_ann.cli.build import main
 from tracin_ann.errors import GradientProofError, IndexMismatchError, UsageError
@@ -26,7 +27,7 @@ from tracin_ann.features import autotune as tuning
 from tracin_ann.store import FEATURES, agree_on_record, hold_writer_lock, read_build_record, write_build_record
 from wrong_rows import swap_gradients
 
-BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
+BUILD = sys.modules["tracin_ann.build_job"]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,24 @@ def test_finish_names_the_shards_that_are_missing(one, tmp_path):
     assert not (tmp_path / "i" / "manifest.json").exists()
 
 
+def test_rows_that_are_not_finite_are_skipped_as_in_one_process(tmp_path):
+    marks = {7: flawed.NAN_LOSS, 33: flawed.LATE_NAN_GRADIENT}
+    task, skip = flawed.make_task(tmp_path, flawed.make_rows(60, marks=marks)), replace(CONFIG, on_nonfinite="skip")
+    assert build(task, tmp_path / "one", skip).skipped.row_S.tolist() == [7, 33]
+    build_shard(task, tmp_path / "i", Shard(0, 2), skip)
+    # The policy is that of the record.
+    build_shard(task, tmp_path / "i", Shard(1, 2), CONFIG)
+    finish_build(task, tmp_path / "i", CONFIG)
+    assert sharing.read_index(tmp_path / "i") == sharing.read_index(tmp_path / "one")
+
+
+def test_the_manifest_has_the_versions_that_computed_the_rows(one, tmp_path, monkeypatch):
+    compute(one, tmp_path / "i", "0/1")
+    monkeypatch.setattr(BUILD, "library_versions", lambda: {"python": "3.0", "torch": "2.4.0", "numpy": "1.26.0"})
+    finish(one, tmp_path / "i")
+    assert_same_index(tmp_path / "i", one)
+
+
 def test_finish_of_nothing_writes_nothing(one, tmp_path):
     with pytest.raises(UsageError, match="got 24 of 24 files missing.*--shard 0/1"):
         finish(one, tmp_path / "i")
@@ -143,7 +162,10 @@ def test_of_shards_that_start_together_the_first_record_holds(one, tmp_path, mon
     assert_same_index(out, one)
 
 
-def test_a_record_is_created_by_one_process_only(one, tmp_path):
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_record_is_created_by_one_process_only(has_links, one, tmp_path, monkeypatch):
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda old, new: _refuse(errno.EPERM))
     first = read_build_record(Path(one.arguments["folder"]) / "one")
     second = replace(first, batch_size=16)
     assert agree_on_record(tmp_path, None, first) == first
@@ -252,7 +274,12 @@ def test_options_that_exclude_each_other(more, message, one, tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+def _refuse(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
 SHARD_PROGRAM = """
+import errno
 import os
 import signal
 import subprocess

@@ -28,7 +28,7 @@ from tracin_ann.store.columns import RowFilter
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
 
-BUILD = importlib.import_module("tracin_ann.build")
+BUILD = importlib.import_module("tracin_ann.build_job")
 N = 61
 # In the first batch; first and last of later batches; a complete batch of four; the last row of the data set.
 MARKS = {

@@ -30,7 +30,7 @@ from tracin_ann.search import calibration as calibrate
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import BUILD_RECORD, FEATURES, MANIFEST, read_build_record
 
-BUILD = importlib.import_module("tracin_ann.build")
+BUILD = importlib.import_module("tracin_ann.build_job")
 N_ROWS = 700
 CONFIG = BuildConfig(dim=32, device="cpu", index="ivf", target_recall=0.8, partition_rows=128, yardstick=False)
 SEARCHES = ("lists", "scan")

@@ -27,7 +27,7 @@ from tracin_ann.operations.verification import AuditSample, audit, repair, verif
 from tracin_ann.store.manifest import FEATURES, FORMAT, MANIFEST, Manifest, content_digest
 from wrong_rows import alter_rows, swap_gradients
 
-BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
+BUILD = sys.modules["tracin_ann.build_job"]
 N = 200
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 

@@ -21,7 +21,7 @@ from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
 from tracin_ann.operations.verification import AuditSample, audit
 
-BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
+BUILD = sys.modules["tracin_ann.build_job"]
 N = 200
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 

@@ -20,7 +20,7 @@ from tracin_ann.features.pipeline import reading_costs_more
 from tracin_ann.store import StoreLayout
 from tracin_ann.task.batches import BatchOptions, differ_in_length, make_batches
 
-BUILD = sys.modules["tracin_ann.build"]  # `tracin_ann.build` is also the function
+BUILD = sys.modules["tracin_ann.build_job"]
 NAME = f"{Path(texts.__file__).resolve()}:task"
 CONFIG = BuildConfig(
     dim=64, batch_size=8, device="cpu", dtype="float32", index="flat", partition_rows=40, yardstick=False
@@ -56,7 +56,7 @@ def test_any_batch_size_gives_the_same_rows(size, folder, one_by_one, tmp_path):
     assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder, batch_size=size), one_by_one)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_any_number_of_workers_gives_the_same_rows(workers, folder, one_by_one, tmp_path):
     assert_same_rows(build_rows(NAME, tmp_path / "i", folder, workers=workers), one_by_one)
 

@@ -22,7 +22,7 @@ PACKAGE = "tracin_ann"
 FLOORS: list[set[str]] = [
     {"cli", "report", "serve", "__init__"},
     {"analysis", "evaluation", "operations"},
-    {"build", "index", "config", "distributed"},
+    {"build", "build_job", "index", "config", "distributed"},
     {"scoring"},
     {"features"},
     {"gradients", "sketch", "search", "store"},
@@ -37,7 +37,8 @@ BESIDE: dict[str, set[str]] = {
     "serve": {"report", "__init__"},  # pages with the report's views, and the version
     "__init__": {"report"},  # the facade names write_report
     "evaluation": {"analysis"},  # the rankings of wrong labels that are compared
-    "build": {"config", "distributed"},  # launchers do not know what their workers compute
+    "build": {"build_job", "config", "distributed"},  # the story of a build, whose steps are those of a job
+    "build_job": {"config", "distributed"},  # launchers do not know what their workers compute
     "index": {"distributed"},  # an open index starts workers for its shards
     "sketch": {"gradients"},  # a sketch reads the factors of gradients
     "store": {"sketch", "search"},  # the manifest records which sketch, and how well the lists search

@@ -12,6 +12,7 @@ import torch
 from test_search_contract import CASES, DIM, Rows, assert_exact, heavy_tailed, integers, normal, oracle
 
 import gpu_twins
+from benchmarks.retrieval import gpu as benchmark
 from gpu_twins import GpuIndexIVFScalarQuantizer, TwinGpu
 from tracin_ann.device import list_gpus
 from tracin_ann.search import CODES, Codes, FlatIndex, GpuScan, IVFIndex, IVFParams, open_scan, search_both
@@ -20,6 +21,7 @@ from tracin_ann.search.gpu_scan import GpuRates, ScanRate
 from tracin_ann.search.settings import Setting
 
 CPU = torch.device("cpu")
+_HOW = "in float16 with exact scores of the candidates"
 FREE, DEAR = ScanRate(0.0, 0.0, 0.0), ScanRate(1.0, 0.0, 0.0)
 FAISS_WINS = GpuRates(pytorch=DEAR, faiss=FREE, read=0.0, take=0.0)
 
@@ -56,7 +58,7 @@ def test_proven_queries_are_not_scanned(gpus: tuple[TwinGpu, ...], monkeypatch: 
         assert [row.tolist() for row in found.ids] == oracle(source, signed, 10)[0].tolist()
         np.testing.assert_allclose(found.scores, exact.scores, rtol=1e-5)
     assert gpu_twins.n_scans[0] == len(gpus)
-    assert scan.describe_place(10).startswith("scanned on cpu")
+    assert scan.describe_place(10) == f"scanned on {', '.join(['cpu'] * len(gpus))} by FAISS, {_HOW}"
 
 
 def test_a_row_hidden_by_rounding_is_found(gpus: tuple[TwinGpu, ...]) -> None:
@@ -65,7 +67,9 @@ def test_a_row_hidden_by_rounding_is_found(gpus: tuple[TwinGpu, ...]) -> None:
     rows[100:] = 0.5
     rows[:100] += np.float32(2.0**-13) * np.random.default_rng(0).random((100, 1), np.float32)
     source, query = Rows(rows), np.ones((1, 8), np.float32)
-    assert make_scan(source, gpus).search(query, 5).ids[0].tolist() == oracle(source, query, 5)[0][0].tolist()
+    scan = make_scan(source, gpus)
+    assert scan.search(query, 5).ids[0].tolist() == oracle(source, query, 5)[0][0].tolist()
+    assert scan.describe_place(5).endswith("1 of 1 queries scanned by PyTorch, because scores are too close")
 
 
 @pytest.mark.parametrize("scale", [2.0**-70, 1.0, 2.0**70])
@@ -108,6 +112,20 @@ def test_rates_are_fitted_to_their_model() -> None:
     rate = ScanRate.fit(lambda n, q: 0.5 + n * (1e-6 + q * 1e-8), (1000, 9000))
     assert (rate.fixed, rate.row, rate.product) == pytest.approx((0.5, 1e-6, 1e-8))
     assert rate.seconds(10**6, 100) == pytest.approx(2.5)
+
+
+def test_rates_that_cannot_be_measured_leave_the_scan_to_pytorch(
+    gpus: tuple[TwinGpu, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reject(*_: object) -> None:
+        raise RuntimeError("out of memory\nin a kernel")
+
+    source = Rows(heavy_tailed(300, 12))
+    scan = open_scan(source, torch.device("cpu"))
+    monkeypatch.setattr(GpuRows, "load", reject)
+    assert scan.estimate_seconds(1, 5) is None
+    assert_exact(scan, source, integers(2, 13), 5)
+    assert scan.describe_place(5) == " (the GPU rejects a sample of the rows: out of memory)"
 
 
 @pytest.mark.slow
@@ -238,6 +256,35 @@ def test_without_gpus_nothing_changes() -> None:
     assert scan.describe_place(5) == ""
     assert IVFIndex.build(source, IVFParams(), CPU).describe_place(5) == ""
     assert FlatIndex(source, torch.device("meta")).describe_place(5) == "scanned on meta by PyTorch"
+
+
+def test_parts_of_rows_are_placed_on_their_gpus() -> None:
+    """Tensors of the device `meta` have shapes and no values."""
+    gpus = [TwinGpu(number) for number in range(3)]
+    for gpu in gpus:
+        gpu.device = torch.device("meta")
+    rows = GpuRows.load(Rows(normal(1000, 27, 16)), gpus)
+    assert [(part.gpu.number, part.first, part.row_NF.shape) for part in rows._parts] == [
+        (0, 0, (333, 16)),
+        (1, 333, (333, 16)),
+        (2, 666, (334, 16)),
+    ]
+    assert {(part.row_NF.dtype, part.row_NF.device.type) for part in rows._parts} == {(torch.float16, "meta")}
+    assert GpuRows.count_bytes(1000, 16) == sum(part.row_NF.nbytes for part in rows._parts)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_with_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = TwinGpu(0)
+    gpu_twins.install(monkeypatch, (gpu,))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(benchmark, "_GIB", 2**20)
+    scans = list(benchmark.measure_scan(gpu, 3000, 64, 1))
+    assert [scan["queries"] for scan in scans] == [1, 64, 1000]
+    assert all(scan["faiss_to_limit"] > 0 for scan in scans)
+    lists = benchmark.measure_lists(CPU, 5000, 32, 1)
+    assert lists["agreement"] > 0.99  # noqa: PLR2004
+    assert GpuIndexIVFScalarQuantizer.n_searches > 0
 
 
 @pytest.mark.parametrize("codes", CODES)

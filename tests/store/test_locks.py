@@ -43,7 +43,7 @@ from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_
 from tracin_ann.store.manifest import MANIFEST, Manifest
 from trees import list_names
 
-BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build", "operations.removal"))
+BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build_job", "operations.removal"))
 
 
 @pytest.fixture

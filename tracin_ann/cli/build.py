@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracin_ann.choices import INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
-from tracin_ann.cli.command import command, complete_directories, complete_files, device_option, find_given_options
+from tracin_ann.cli.command import command, complete_devices, complete_directories, complete_files, find_given_options
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
 from tracin_ann.cli.parameters import Dimension, MemorySize, parse_arguments
+from tracin_ann.device import DEVICE_NAMES
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.text import format_duration, format_size
 
@@ -180,7 +181,14 @@ _SPREADING = ("shard", "finish", "launcher", *_RAY_OPTIONS)
     type=click.Choice(PRECONDITIONERS),
     help="Weights of gradients from Adam's second moments.",
 )
-@device_option
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME[,NAME...]|all",
+    shell_complete=complete_devices,
+    help=f"Compute device: {DEVICE_NAMES}; several, or all GPUs, compute the features in one process each.",
+)
 @click.option(
     "--shard",
     metavar="INDEX/COUNT|auto",

@@ -163,7 +163,8 @@ def complete_files(context: click.Context, parameter: click.Parameter, incomplet
     return [CompletionItem(incomplete, type="file")]
 
 
-def _complete_devices(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+def complete_devices(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete a value to names of devices."""
     return [name for name in DEVICES if name.startswith(incomplete)]
 
 
@@ -178,7 +179,7 @@ def device_option(function: Function) -> Function:
         "--device",
         default="auto",
         show_default=True,
-        shell_complete=_complete_devices,
+        shell_complete=complete_devices,
         help=f"Compute device: {DEVICE_NAMES}.",
     )(function)
 

@@ -61,13 +61,15 @@ def _describe_content(manifest: Manifest) -> list[tuple[str, str]]:
     spec, index = manifest.build.spec, manifest.index
     feature_bytes = sum(record.size for record in manifest.features)
     index_bytes = sum(record.size for record in index.files)
+    size = f", {format_size(index_bytes)}" if index_bytes else ""
+    shards = f" in {index.shards} shards" if index.shards > 1 else ""
     checkpoints = f"{len(spec.checkpoints)} checkpoints x {spec.sketch.dim}"
     return [
         ("rows", f"{spec.train_rows:,}, {checkpoints}, {format_size(feature_bytes)}"),
         ("sketch", f"{spec.sketch.name}, seed {spec.sketch.seed}, {spec.dtype}, {_NORMS[spec.norms]} norms"),
         *_describe_rates(spec.checkpoints),
         *([] if spec.preconditioner == "none" else [("weights", f"preconditioner {spec.preconditioner}")]),
-        ("index", f"{index.kind}{f', {format_size(index_bytes)}' if index_bytes else ''}, {index.reason}"),
+        ("index", f"{index.kind}{size}{shards}, {index.reason}"),
     ]
 
 

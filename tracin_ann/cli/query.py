@@ -45,7 +45,7 @@ _EXCLUSIVE = {
         (
             *("ids", "train_ids", "input", "text", "together", "against"),
             *("damping", "rerank", "candidates", "search", "recall", "tokens"),
-            *("shard_workers", "deadline", "allow_partial"),
+            *("shard_workers", "ray_address", "deadline", "allow_partial"),
         ),
     ),
     "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
@@ -109,6 +109,11 @@ _EXCLUSIVE = {
 @click.option(
     "--shard-workers", is_flag=True, help="Search the shards of the index, and score exactly, by a process for each."
 )
+@click.option(
+    "--ray-address",
+    metavar="auto|HOST:PORT|local",
+    help="With --shard-workers: address of a Ray cluster on which they run, instead of on this machine.",
+)
 @click.option("--deadline", type=float, help="With --shard-workers: seconds until all shards have to answer a search.")
 @click.option(
     "--allow-partial",
@@ -147,7 +152,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
 def _reject_unused_options(options: Mapping[str, object]) -> None:
     """Reject options that were given but have no effect together with the others."""
     given = find_given_options()
-    for other in given & {"deadline", "allow_partial"}:
+    for other in given & {"ray_address", "deadline", "allow_partial"}:
         if not options["shard_workers"]:
             flag, remedy = f"--{other.replace('_', '-')}", "add it, or remove the option"
             raise UsageError(problem(f"{flag} is for workers", got=flag, expected="--shard-workers", remedy=remedy))
@@ -161,9 +166,11 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
 
 def _start_workers(index: InfluenceIndex, options: Mapping[str, object]) -> None:
     """Start the workers of the index."""
-    from tracin_ann.distributed import ShardOptions
+    from tracin_ann.distributed import RayLauncher, ShardOptions
 
-    index.start_workers(ShardOptions(options["deadline"], bool(options["allow_partial"])))  # type: ignore[arg-type]
+    address: Any = options["ray_address"]
+    chosen = ShardOptions(options["deadline"], bool(options["allow_partial"]))  # type: ignore[arg-type]
+    index.start_workers(chosen, None if address is None else RayLauncher(address))
 
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:

@@ -21,6 +21,7 @@ import xxhash
 from tracin_ann.errors import attach_path
 
 _PREFIX = ".tracin-tmp-"
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
 # Names of the temporary files that this process is writing. Another file with the same process id in its name was
 # left by an earlier process that had this id.
 _ACTIVE: set[str] = set()
@@ -35,7 +36,8 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 
     Args:
         path: the path of the file.
-        exclusive: create `path` and do not replace it: of several processes, on any machine, one succeeds.
+        exclusive: create `path` and do not replace it: of several processes, on any machine, one succeeds, if the file
+            system has hard links.
 
     Raises:
         FileExistsError: `path` exists, and the write is exclusive.
@@ -49,9 +51,7 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
             yield temporary
             _sync(temporary)
             if exclusive:
-                # Unlike a rename, this fails if the path exists.
-                os.link(temporary, path)
-                os.unlink(temporary)
+                _create(temporary, path)
             else:
                 os.replace(temporary, path)
     except BaseException:
@@ -62,6 +62,26 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     finally:
         _ACTIVE.discard(name)
     sync_directory(path.parent)
+
+
+def _create(temporary: Path, path: Path) -> None:
+    """Rename a file to a path that does not exist.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    try:
+        # Unlike a rename, this fails if the path exists.
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # Of processes that get here at the same moment, several succeed.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
 
 
 @contextmanager

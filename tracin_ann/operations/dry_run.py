@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tracin_ann.build import open_build
+from tracin_ann.build_job import open_build
 from tracin_ann.config import BuildConfig
 from tracin_ann.features import BatchSettings, measure_row_seconds
 from tracin_ann.gradients import Plan

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracin_ann.build import BuildJob, BuildReport, run
+from tracin_ann.build import BuildReport, run
+from tracin_ann.build_job import BuildJob
 from tracin_ann.config import BuildConfig
 from tracin_ann.device import resolve_device
 from tracin_ann.errors import DamagedIndexError, TracinAnnError, UsageError, problem

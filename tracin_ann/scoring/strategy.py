@@ -77,11 +77,9 @@ def choose_strategy(
     pending, n_rows = scan.pending_reads(), index.most_rows_read(n_queries, options.n_candidates)
     index_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
     index_s += calibration.first_use.take_seconds(pending, n_rows)
-    scan_s = calibration.first_use.scan_seconds(pending)
-    if isinstance(scan, GpuScan):
-        scan_s += scan.estimate_seconds(n_queries, options.n_candidates)
-    else:
-        scan_s += calibration.scan.seconds(n_queries)
+    measured_s = scan.estimate_seconds(n_queries, options.n_candidates) if isinstance(scan, GpuScan) else None
+    scan_s = calibration.scan.seconds(n_queries) if measured_s is None else measured_s
+    scan_s += calibration.first_use.scan_seconds(pending)
     times = f"{index.name} {_format_time(index_s)}, exact scan {_format_time(scan_s)}"
     reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
     if options.search == "auto" and scan_s <= index_s:

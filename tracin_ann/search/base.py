@@ -53,10 +53,10 @@ class TwoSidedIndex(Protocol):
 
 @runtime_checkable
 class PlacedIndex(Protocol):
-    """An index that tells which device it is searched on."""
+    """An index that tells which device it was searched on."""
 
     def describe_place(self, k: int, allowed: Int64 | None = None) -> str:
-        """Return where a search for these arguments runs, as text for users; "" if the device is a CPU."""
+        """Return where the last search of this thread, with these arguments, ran, as text for users; "" for a CPU."""
 
 
 class CalibratedIndex(ABC):

@@ -30,8 +30,8 @@ from tracin_ann.types import Float32, Float64, Int64, PendingReads, RowSource, T
 
 _CANDIDATES_PER_RESULT = 1.25
 _MORE_CANDIDATES = 32
-_SAMPLE_NUMBERS = 2**27
-_SAMPLE_ROWS = 2**14, 2**17
+_SAMPLE_NUMBERS, _SAMPLE_ROWS = 2**26, 2**17
+"""The larger sample has at most so many numbers and rows, the smaller one an eighth of its rows."""
 _SAMPLE_QUERIES = 64
 _REPETITIONS = 3
 
@@ -89,6 +89,7 @@ class GpuScan:
         self._loading = threading.Lock()
         self._waited = 0.0
         self._refusal = ""
+        self._last = threading.local()
 
     @property
     def source(self) -> RowSource:
@@ -118,21 +119,25 @@ class GpuScan:
         Raises:
             NonFiniteError: a query, or the score of a result, is not finite.
         """
-        rows = self._choose_rows(len(queries_QF), k, allowed)
-        if rows is None:
-            return self._exact.search_both(queries_QF, k, allowed)
         queries_QF = check_queries(self, queries_QF, k)
         n_queries = len(queries_QF)
+        rows = self._choose_rows(n_queries, k, allowed)
+        if rows is None:
+            refusal = f" ({self._refusal})" if self._refusal else ""
+            self._last.place = f"{self._exact.describe_place(k, allowed)}{refusal}"
+            return self._exact.search_both(queries_QF, k, allowed)
+        place = f"scanned on {join_names(rows.gpus)} by FAISS, in float16 with exact scores of the candidates"
         found, is_proven = self._search_rows(rows, np.concatenate([queries_QF, -queries_QF]), k)
         proponents, opponents = split(found, n_queries)
         opponents = negate(opponents)
         places = np.flatnonzero(~(is_proven[:n_queries] & is_proven[n_queries:])).tolist()
         if places:
-            logger.info("PyTorch scans for %d of %d queries: float16 does not separate rows", len(places), n_queries)
+            place += f"; {len(places):,} of {n_queries:,} queries scanned by PyTorch, because scores are too close"
             exact = self._exact.search_both(queries_QF[places], k)
             proponents, opponents = (
                 replace_queries(top, places, own) for top, own in zip((proponents, opponents), exact, strict=True)
             )
+        self._last.place = place
         return proponents, opponents
 
     def _search_rows(
@@ -155,12 +160,9 @@ class GpuScan:
         return min(len(self), round(_CANDIDATES_PER_RESULT * k) + _MORE_CANDIDATES)
 
     def describe_place(self, k: int, allowed: Int64 | None = None) -> str:
-        """Return where a search runs, as text for users."""
-        rows = self._rows
-        if rows is None or not self._can_use_rows(k, allowed):
-            reason = f" ({self._refusal})" if self._refusal else ""
-            return f"{self._exact.describe_place(k, allowed)}{reason}"
-        return f"scanned on {join_names(rows.gpus)} by FAISS, in float16 with exact scores of the candidates"
+        """Return where the last search of this thread ran, as text for users."""
+        place: str = self._last.place
+        return place
 
     def _can_use_rows(self, k: int, allowed: Int64 | None) -> bool:
         """Return whether FAISS can search the rows: without a filter, which its GPU functions ignore, and for few k."""
@@ -172,12 +174,15 @@ class GpuScan:
         if not self._can_use_rows(k, allowed) or self._refusal:
             return None
         with self._loading:
-            pytorch_s, faiss_s = self._estimate(n_queries, k)
+            rates = self._rates
+            if rates is None:
+                return None
+            pytorch_s, faiss_s = self._estimate(rates, n_queries, k)
             saved = pytorch_s - faiss_s
             if self._rows is None and saved > 0:
                 # Loading pays off once the searches before it would have saved as much time as it takes.
                 self._waited += saved
-                if self._waited >= self._rates.read * 2 * len(self):
+                if self._waited >= rates.read * 2 * len(self):
                     self._load()
             return self._rows if saved > 0 else None
 
@@ -193,16 +198,20 @@ class GpuScan:
         except RuntimeError as error:
             self._refusal = f"the GPU rejects a copy of the rows: {error}".splitlines()[0]
 
-    def estimate_seconds(self, n_queries: int, k: int) -> float:
-        """Return the estimated seconds of a search in both directions, without the loading of rows for FAISS."""
-        if not len(self):
-            return 0.0
-        pytorch_s, faiss_s = self._estimate(n_queries, k)
+    def estimate_seconds(self, n_queries: int, k: int) -> float | None:
+        """Return the estimated seconds of a search in both directions, without the loading of rows for FAISS.
+
+        None: there are no rows, or not enough memory to measure the rates.
+        """
+        rates = self._rates if len(self) else None
+        if rates is None:
+            return None
+        pytorch_s, faiss_s = self._estimate(rates, n_queries, k)
         return min(pytorch_s, faiss_s) if self._rows is not None else pytorch_s
 
-    def _estimate(self, n_queries: int, k: int) -> tuple[float, float]:
+    def _estimate(self, rates: GpuRates, n_queries: int, k: int) -> tuple[float, float]:
         """Return the estimated seconds of a search by PyTorch, and by FAISS in loaded rows."""
-        rates, n_rows = self._rates, len(self)
+        n_rows = len(self)
         pytorch_s = rates.pytorch.seconds(n_rows, n_queries)
         if not self._exact.is_resident:
             pytorch_s += rates.read * n_rows
@@ -210,12 +219,24 @@ class GpuScan:
         return pytorch_s, faiss_s
 
     @cached_property
-    def _rates(self) -> GpuRates:
-        """Return the rates, measured with sample rows on the first GPU if they are not known."""
+    def _rates(self) -> GpuRates | None:
+        """Return the rates, measured if they are not known; None: there is not enough memory to measure them."""
         if self._known_rates is not None:
             return self._known_rates
-        few, many = _SAMPLE_ROWS
-        many = max(2 * few, min(many, _SAMPLE_NUMBERS // self.dim))
+        try:
+            return self._measure_rates()
+        except RuntimeError as error:
+            self._refusal = f"the GPU rejects a sample of the rows: {error}".splitlines()[0]
+            return None
+
+    def _measure_rates(self) -> GpuRates:
+        """Return the rates, measured with sample rows on the first GPU.
+
+        Raises:
+            RuntimeError: the GPU does not have enough memory.
+        """
+        many = max(2 * _SAMPLE_QUERIES, min(_SAMPLE_ROWS, _SAMPLE_NUMBERS // self.dim))
+        few = max(_SAMPLE_QUERIES, many // 8)
         ids, rows_BF = next(iter(self.source.blocks(few)))
         # Factors, because PyTorch's scan takes longer for equal scores.
         factor_N1 = np.linspace(1, 2, many, dtype=np.float32)[:, None]
