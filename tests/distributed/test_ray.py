@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 import sharing
 from invocation import run as run_command
 from paths import ROOT, SUPPORT
-from sharing import CONFIG, NAME, OneProcess, assert_same_index
+from sharing import CONFIG, NAME, STORE_BYTES, OneProcess, assert_same_index
 from tasks import texts
 from tasks.counting import Squares
 from tracin_ann import RayLauncher, build
@@ -25,29 +24,6 @@ from tracin_ann.errors import MissingPackageError, TaskError, UsageError
 
 pytestmark = pytest.mark.slow
 N_NUMBERS = 20
-STORE_BYTES = 80 << 20
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Yield a cluster of three nodes of this machine with one CPU each, to which this process is connected."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
-        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Of the nodes; workers have as many threads as CPUs.
-        patched.setenv("OMP_NUM_THREADS", "7")
-        node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
-        started = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        try:
-            for _ in range(2):
-                started.add_node(**node)
-            ray.init(started.address, log_to_driver=False)
-            yield started
-        finally:
-            ray.shutdown()
-            started.shutdown()
 
 
 @pytest.fixture(scope="module")

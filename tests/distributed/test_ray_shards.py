@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_ray import STORE_BYTES
 from test_shard_search import EXACT, OPTIONS, open_named, strip, workers
 
-from paths import ROOT, SUPPORT
 from shard_folder import QUERIES
 from tracin_ann import InfluenceIndex, RayLauncher
 from tracin_ann.cli.query import main
@@ -24,25 +22,6 @@ pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")
 
 LONG_S = 120
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Yield a cluster of three nodes of this machine with one CPU each, to which this process is connected."""
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
-        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
-        started = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        try:
-            for _ in range(2):
-                started.add_node(**node)
-            ray.init(started.address, log_to_driver=False)
-            yield started
-        finally:
-            ray.shutdown()
-            started.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from trees import read_contents
 NAME = f"{Path(texts.__file__).resolve()}:task"
 CONFIG = BuildConfig(dim=64, device="cpu", dtype="float32", index="flat", partition_rows=20, yardstick=False)
 N_FILES = 24
+STORE_BYTES = 80 << 20
+"""Of the object store of a Ray node; features do not go through it."""
 
 
 @dataclass(frozen=True)
