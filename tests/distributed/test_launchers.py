@@ -58,6 +58,12 @@ def test_an_error_of_the_code_of_the_task_keeps_its_place(make: Callable[[], Lau
     assert "counting.py" in places
 
 
+@every_launcher
+def test_an_error_that_cannot_be_unpickled_arrives_as_text(make: Callable[[], Launcher], tmp_path):
+    with pytest.raises((OSError, RuntimeError), match="store cannot be reached$"):
+        run(make(), Squares(tmp_path, wrong=19))
+
+
 @pytest.mark.slow
 def test_processes_have_their_devices_and_share_the_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -108,6 +109,15 @@ def test_examples_outside_the_index_are_scored_by_the_workers(single: InfluenceI
     for answer, other in zip(found, expected, strict=True):
         assert [hit.row for hit in answer.hits] == [hit.row for hit in other.hits]
         assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in other.hits], rel=1e-5)
+
+
+def test_an_example_that_cannot_be_pickled_is_rejected(sharded: InfluenceIndex) -> None:
+    class Label(int):
+        """A class that pickle does not find."""
+
+    row, label = sharded.runner.data("query")[4]
+    with pytest.raises(WorkerError, match=r"a query cannot be sent to workers.*Label.*or no workers"):
+        sharded.query_examples([(row, Label(label))], EXACT)
 
 
 def test_a_killed_worker_loses_no_query(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
@@ -271,8 +281,11 @@ def test_options_of_workers_need_workers(folder: Path, option: list[str]) -> Non
 
 @pytest.mark.slow
 def test_a_damaged_shard_is_reported_by_the_start(folder: Path, single: InfluenceIndex) -> None:
-    with pytest.raises(DamagedIndexError):
+    before = {child.pid for child in multiprocessing.active_children()}
+    # The exception, which is kept here, refers to the worker.
+    with pytest.raises(DamagedIndexError) as caught:
         ServiceProcess.start(_raise_damage)
+    assert {child.pid for child in multiprocessing.active_children()} <= before, caught
 
 
 def _raise_damage() -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,14 @@ from typing import Any, TypeVar
 
 from tracin_ann.device import resolve_device
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
-from tracin_ann.distributed.service import MakeService, ServiceHost, ServiceWorker, WorkerDied, unpack_result
+from tracin_ann.distributed.service import (
+    MakeService,
+    ServiceHost,
+    ServiceWorker,
+    WorkerDied,
+    pack_request,
+    unpack_result,
+)
 from tracin_ann.distributed.units import UnitQueue
 from tracin_ann.errors import UsageError, first_line, problem
 from tracin_ann.packages import make_missing_package_error
@@ -81,7 +87,7 @@ class RayLauncher(Launcher):
         """
         ray = import_ray()
         with self._connect(ray):
-            n_workers = self._count_workers(ray)
+            n_workers = min(self._count_workers(ray), len(units))
             logger.info("%d workers on Ray, each with %g CPUs", n_workers, self.num_cpus_per_worker)
             opening = _pickle(ray, open_worker), self.num_gpus_per_worker > 0
             pool = _Pool(ray, self._describe_actors(ray, _Actor), opening)
@@ -235,7 +241,7 @@ class _ServiceActor(ServiceWorker):
 
     def run(self, request: Any) -> Any:
         """Return the service's reply, see `ServiceWorker`."""
-        return self._get(self.actor.run.remote(pickle.dumps(request)))
+        return self._get(self.actor.run.remote(pack_request(request)))
 
     def stop(self) -> None:
         """Kill the actor."""

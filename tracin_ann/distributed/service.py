@@ -41,6 +41,7 @@ class ServiceWorker(ABC):
 
         Raises:
             WorkerDied: the worker ended, or was stopped.
+            WorkerError: the request cannot be pickled.
         """
 
     @property
@@ -87,7 +88,11 @@ class ServiceProcess(ServiceWorker):
         # Only the worker holds this end then, and the pipe closes when it ends.
         other.close()
         worker = cls(process, connection)
-        worker._receive()
+        try:
+            worker._receive()
+        except BaseException:
+            worker.stop()
+            raise
         return worker
 
     @property
@@ -97,7 +102,7 @@ class ServiceProcess(ServiceWorker):
 
     def run(self, request: Any) -> Any:
         """Return the service's reply, see `ServiceWorker`."""
-        content = pickle.dumps(request)
+        content = pack_request(request)
         try:
             self._connection.send_bytes(content)
         except OSError as error:
@@ -139,6 +144,19 @@ class ServiceHost:
 
     def _open(self) -> None:
         self._service = self._make_service()
+
+
+def pack_request(request: Any) -> bytes:
+    """Return a pickled request.
+
+    Raises:
+        WorkerError: it cannot be pickled, because of the examples of a query.
+    """
+    try:
+        return pickle.dumps(request)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        what, remedy = "a query cannot be sent to workers", "use examples that can be pickled, or no workers"
+        raise WorkerError(problem(what, got=first_line(error), expected="picklable examples", remedy=remedy)) from error
 
 
 def _pack_result(call: Callable[[], Any]) -> bytes:
