@@ -131,7 +131,7 @@ def test_a_launched_build_of_an_invalid_task_writes_nothing(one, tmp_path):
 
 
 def test_a_launched_build_of_a_task_that_cannot_be_pickled_leaves_nothing(one, tmp_path):
-    task = replace(texts.task(**one.arguments), train_data=lambda: texts.train_data())
+    task = replace(texts.task(**one.arguments), train_data=lambda: list(texts.train_data()))
     with pytest.raises(UsageError, match="cannot be sent to other processes"):
         build(task, tmp_path / "i", CONFIG, launcher=make_processes())
     assert not (tmp_path / "i").exists()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.query import main
 from tracin_ann.distributed import ShardOptions, ShardSearch
 from tracin_ann.distributed.service import ServiceProcess
-from tracin_ann.distributed.service_group import NoReplyError
+from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.scoring import Answer, Coverage, ranking
 from tracin_ann.search import ListQuery
@@ -282,9 +283,10 @@ def test_options_of_workers_need_workers(folder: Path, option: list[str]) -> Non
 @pytest.mark.slow
 def test_a_damaged_shard_is_reported_by_the_start(folder: Path, single: InfluenceIndex) -> None:
     before = {child.pid for child in multiprocessing.active_children()}
+    group = ServiceGroup([partial(ServiceProcess.start, _raise_damage)], restarts=1)
     # The exception, which is kept here, refers to the worker.
     with pytest.raises(DamagedIndexError) as caught:
-        ServiceProcess.start(_raise_damage)
+        group.start()
     assert {child.pid for child in multiprocessing.active_children()} <= before, caught
 
 

@@ -132,23 +132,19 @@ class RayLauncher(Launcher):
             ) from error
 
     def start_service(self, make_service: MakeService) -> ServiceWorker:
-        """Start an actor that holds a service, and return it when the service is open.
+        """Start an actor that holds a service, and return it without waiting for the service.
 
         A connection to the cluster that this makes remains until the process ends.
 
         Raises:
             MissingPackageError: Ray is not installed.
             UsageError: there is no cluster at the address.
-            WorkerDied: the actor died before.
-            Exception: what `make_service` raises in the actor.
         """
         ray = import_ray()
         with _CONNECTING:
             if not ray.is_initialized():
                 self._initialize(ray)
-        worker = _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
-        worker.open()
-        return worker
+        return _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
 
     def _count_workers(self, ray: Any) -> int:
         """Return the number of actors.
@@ -227,7 +223,7 @@ class _ServiceActor(ServiceWorker):
     actor: Any
 
     def open(self) -> None:
-        """Wait until the service is open, and raise its error."""
+        """Wait until the service is open, see `ServiceWorker`; a warning says that the cluster has no place for it."""
         opened = self.actor.open.remote()
         while not self.ray.wait([opened], timeout=_PATIENCE_S)[0]:
             free = self.ray.available_resources()

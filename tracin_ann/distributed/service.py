@@ -33,7 +33,16 @@ class WorkerDied(Exception):
 
 
 class ServiceWorker(ABC):
-    """A process with a service. One thread runs requests; another may call `stop` at any time."""
+    """A process with a service. One thread opens it and runs requests; another may call `stop` at any time."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Wait until the service is open; called once, before the first request.
+
+        Raises:
+            WorkerDied: the worker ended, or was stopped.
+            Exception: what made the service fail to open.
+        """
 
     @abstractmethod
     def run(self, request: Any) -> Any:
@@ -58,12 +67,7 @@ class ServiceLauncher(Protocol):
     """Starts workers somewhere."""
 
     def start_service(self, make_service: MakeService) -> ServiceWorker:
-        """Start a worker, and return it when its service is open.
-
-        Raises:
-            WorkerDied: it ended before.
-            Exception: what `make_service` raises in the worker.
-        """
+        """Start a worker, and return it without waiting for its service, which `make_service` makes in the worker."""
 
 
 class ServiceProcess(ServiceWorker):
@@ -75,25 +79,18 @@ class ServiceProcess(ServiceWorker):
 
     @classmethod
     def start(cls, make_service: MakeService) -> ServiceProcess:
-        """Start a process and return it when its service is open.
-
-        Raises:
-            WorkerDied: it ended before.
-            Exception: what `make_service` raises in the worker.
-        """
+        """Start a process."""
         context = multiprocessing.get_context("spawn")
         connection, other = context.Pipe()
         process = context.Process(target=_serve, args=(other, make_service), daemon=True)
         process.start()
         # Only the worker holds this end then, and the pipe closes when it ends.
         other.close()
-        worker = cls(process, connection)
-        try:
-            worker._receive()
-        except BaseException:
-            worker.stop()
-            raise
-        return worker
+        return cls(process, connection)
+
+    def open(self) -> None:
+        """Wait until the service is open, see `ServiceWorker`."""
+        self._receive()
 
     @property
     def pid(self) -> int | None:

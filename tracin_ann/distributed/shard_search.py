@@ -236,7 +236,7 @@ class ShardSearch:
 
     @property
     def pids(self) -> list[int | None]:
-        """Return the process of each worker on this machine; None: it is being started."""
+        """Return the process of each worker on this machine; None: it has not been started yet."""
         return self._group.pids
 
     def close(self) -> None:
