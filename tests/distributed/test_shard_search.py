@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from shard_folder import QUERIES, SHARDS
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.query import main
-from tracin_ann.distributed import ShardOptions, ShardSearch
-from tracin_ann.distributed.service import ServiceProcess
+from tracin_ann.device import resolve_device
+from tracin_ann.distributed import ShardOptions, ShardSearch, shard_search
+from tracin_ann.distributed.service import ServiceProcess, ServiceWorker
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.scoring import Answer, Coverage, ranking
@@ -110,6 +112,49 @@ def test_examples_outside_the_index_are_scored_by_the_workers(single: InfluenceI
     for answer, other in zip(found, expected, strict=True):
         assert [hit.row for hit in answer.hits] == [hit.row for hit in other.hits]
         assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in other.hits], rel=1e-5)
+
+
+class Inline(ServiceWorker):
+    """A worker in this process, and its launcher."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.services: list[Any] = []
+
+    def start_service(self, make_service: Any) -> ServiceWorker:
+        self.services.append(make_service.__self__)
+        worker = Inline()
+        worker.services = self.services[-1:]
+        return worker
+
+    def open(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def run(self, request: Any) -> Any:
+        return self.services[0].run(request)
+
+
+def test_workers_on_other_machines_find_their_own_device(single: InfluenceIndex, folder: Path) -> None:
+    index = open_named(folder, "sharded")
+    task: Any = index._shard_task
+    index._shard_task = replace(task, options=replace(task.options, device=torch.device("cuda:99")))
+    launcher = Inline()
+    index.start_workers(launcher=launcher)
+    (found,), (expected,) = (each.query([3], options=EXACT) for each in (index, single))
+    assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+    assert [service._index_task.options.device for service in launcher.services] == [resolve_device()] * SHARDS
+    index.close()
+
+
+def test_workers_share_the_memory_for_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Inline()
+    monkeypatch.setattr(shard_search.ServiceProcess, "start", launcher.start_service)
+    index = InfluenceIndex.open(folder / "sharded", f"{folder}/shard_task.py:task", device="cpu", memory_bytes=1001)
+    index.start_workers()
+    assert [service.task.memory_bytes for service in launcher.services] == [500] * SHARDS
+    index.close()
 
 
 def test_an_example_that_cannot_be_pickled_is_rejected(sharded: InfluenceIndex) -> None:
