@@ -1,10 +1,16 @@
-"""Time of exact scores by the workers of two shards, compared with one process of one thread."""
+"""CPU time of exact scores on the longest path through the workers of two shards, compared with one process.
+
+CPU time depends less on other load of the machine than the time of a clock: the path is that of this process and of the
+worker that takes longest, as on a machine with a free core for each.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,22 +30,32 @@ def make_task(folder: str, n_rows: str) -> Task:
     return models.make_task(MODEL, folder, int(n_rows))
 
 
-def time_query(index: InfluenceIndex, queries: range, options: QueryOptions) -> float:
-    start_s = time.perf_counter()
+def read_cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def time_query(index: InfluenceIndex, workers: Sequence[int], queries: range, options: QueryOptions) -> float:
+    """Return the CPU time of a query in this process and in the worker that takes longest."""
+    before = [read_cpu_seconds(pid) for pid in workers]
+    start_s = time.process_time()
     index.query(train_ids=queries, options=options)
-    return time.perf_counter() - start_s
+    own_s = time.process_time() - start_s
+    return own_s + max((read_cpu_seconds(pid) - s for pid, s in zip(workers, before, strict=True)), default=0.0)
 
 
 def measure(
     one: InfluenceIndex, many: InfluenceIndex, queries: range, options: QueryOptions, rounds: int
 ) -> dict[str, Any]:
-    """Return the seconds of a query by an index of one process and by one with workers, in alternate rounds."""
+    """Return the times of a query by an index of one process and by one with workers, in alternate rounds."""
+    search: Any = many._workers
+    pairs = []
     # The first queries load the task.
-    for index in (one, many):
-        index.query(train_ids=queries, options=options)
-    pairs = [(time_query(one, queries, options), time_query(many, queries, options)) for _ in range(rounds)]
-    ratios = [alone_s / workers_s for alone_s, workers_s in pairs]
-    alone_s, workers_s = (median(times) for times in zip(*pairs, strict=True))
+    for _ in range(rounds + 1):
+        pairs.append((time_query(one, (), queries, options), time_query(many, search.pids, queries, options)))
+    ratios = [alone_s / workers_s for alone_s, workers_s in pairs[1:]]
+    alone_s, workers_s = (median(times) for times in zip(*pairs[1:], strict=True))
     return {"one_s": alone_s, "workers_s": workers_s, "ratio": median(ratios), "ratios": ratios}
 
 

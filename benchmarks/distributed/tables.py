@@ -57,13 +57,14 @@ def sharded_search() -> str:
 def exact_workers() -> str:
     content = read_results("exact_workers")
     settings = content["settings"]
-    rows: list[Row] = [("exact scores of", "one process, s", "2 workers, s", "ratio")]
+    rows: list[Row] = [("exact scores of", "one process, CPU s", "2 workers, CPU s", "ratio")]
     for result in content["results"]:
         times = (f"{result[name]:.2f}" for name in ("one_s", "workers_s"))
         rows.append((result["scored"], *times, f"{result['ratio']:.2f}"))
     scope = (
         f"MNIST CNN, {settings['rows']:,} rows, one checkpoint, {settings['queries']} queries, "
-        f"{settings['candidates']} candidates in each direction; one thread in each process; ratios are medians of "
+        f"{settings['candidates']} candidates in each direction; one thread in each process. CPU time of the "
+        "command and of the worker that takes longest, as on a machine with a free core for each; medians of "
         f"{settings['rounds']} rounds."
     )
     return compose(scope, format_table(*rows), format_environment(content))

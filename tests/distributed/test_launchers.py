@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +15,11 @@ import pytest
 import torch
 
 import sharing
+from paths import ROOT, SUPPORT
 from sharing import CONFIG, NAME, OneProcess, assert_same_index
 from tasks import texts
 from tasks.counting import Squares
-from tracin_ann import ProcessLauncher, build
+from tracin_ann import ProcessLauncher, Task, build
 from tracin_ann.distributed import Launcher, ThisProcess
 from tracin_ann.errors import TaskError, UsageError
 
@@ -164,3 +168,36 @@ def test_a_directory_that_workers_do_not_share_is_rejected(keeps, message, one, 
             arguments=one.arguments,
             launcher=Elsewhere(tmp_path / "i", keeps_directory=keeps),
         )
+
+
+@pytest.mark.slow
+def test_a_launched_build_extends_and_repairs_an_index(one, tmp_path):
+    def make_task(n_rows: int) -> Task:
+        return replace(texts.task(**one.arguments), train_data=lambda: texts.make_rows(190, 1)[:n_rows])
+
+    for launcher, out in ((None, tmp_path / "plain"), (ThisProcess(), tmp_path / "launched")):
+        build(make_task(130), out, CONFIG, launcher=launcher)
+        assert build(make_task(190), out, replace(CONFIG, append=True), launcher=launcher).rows_extracted == 3 * 70
+        sorted((out / "features").iterdir())[5].unlink()
+        assert build(make_task(190), out, CONFIG, launcher=launcher).rows_extracted == CONFIG.partition_rows
+    assert sharing.read_index(tmp_path / "launched") == sharing.read_index(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_command_that_started_them(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    program = (
+        "import pathlib, sys; from tasks.counting import Squares; from tracin_ann import ProcessLauncher\n"
+        "if __name__ == '__main__':\n"
+        "    list(ProcessLauncher(['cpu']).run(Squares(pathlib.Path(sys.argv[1]), seconds=600), range(3)))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{SUPPORT}"}
+    command = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    while not (tmp_path / "opened").exists():
+        assert command.poll() is None
+        time.sleep(0.05)
+    workers = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    command.wait()
+    assert workers
+    assert psutil.wait_procs(workers, timeout=60)[1] == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,28 @@ def test_the_command(cluster, one, tmp_path):
     assert result.exit_code == 0 and "450 rows x checkpoints" in result.output, result.output
 
 
+def test_a_local_cluster_listens_on_the_loopback_interface_only(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{SUPPORT}")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # In a process of its own, because this one may be connected to another cluster.
+    program = (
+        "import sys; from pathlib import Path; from tasks.counting import Squares; from tracin_ann import RayLauncher\n"
+        "for _ in RayLauncher('local', workers=1).run(Squares(Path(sys.argv[1])), range(3)): input()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "opened").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        started = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in started}
+        process.communicate(b"\n" * 3)
+    assert process.returncode == 0
+    assert listening and listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
 @pytest.mark.parametrize("changes", [{"workers": 0}, {"num_cpus_per_worker": 0}, {"num_gpus_per_worker": -1}])
 def test_impossible_numbers_are_rejected(changes):
     with pytest.raises(UsageError, match=f"bad {next(iter(changes))}"):
@@ -133,6 +157,10 @@ def test_impossible_numbers_are_rejected(changes):
 
 
 def test_ray_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingPackageError, match=r"Ray is not installed.*pip install 'tracin-ann\[ray\]'"):
-        run(RayLauncher(), Squares(Path(tmp_path)))
+        RayLauncher()
+    words = ["--task", NAME, "--task-arg", f"folder={tmp_path}", "--out", tmp_path / "i", "--launcher", "ray"]
+    result = run_command(main, *words)
+    assert result.exit_code == 1 and "Ray is not installed" in result.output
+    assert not (tmp_path / "i").exists()

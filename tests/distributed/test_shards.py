@@ -19,7 +19,7 @@ from faults import Crash, Fault, Watch
 from invocation import run
 from paths import ROOT, SUPPORT
 from sharing import CONFIG, N_FILES, NAME, OneProcess, assert_same_index
-from tasks import texts
+from tasks import flawed, texts
 from tracin_ann import InfluenceIndex, Shard, Task, build, build_shard, finish_build
 from tracin_ann.cli.build import main
 from tracin_ann.device import find_local_device
@@ -106,6 +106,17 @@ def test_finish_names_the_shards_that_are_missing(one, tmp_path):
     with pytest.raises(UsageError, match="with --shard 0/1 instead"):
         finish(one, tmp_path / "i")
     assert not (tmp_path / "i" / "manifest.json").exists()
+
+
+def test_rows_that_are_not_finite_are_skipped_as_in_one_process(tmp_path):
+    marks = {7: flawed.NAN_LOSS, 33: flawed.LATE_NAN_GRADIENT}
+    task, skip = flawed.make_task(tmp_path, flawed.make_rows(60, marks=marks)), replace(CONFIG, on_nonfinite="skip")
+    assert build(task, tmp_path / "one", skip).skipped.row_S.tolist() == [7, 33]
+    build_shard(task, tmp_path / "i", Shard(0, 2), skip)
+    # The policy is that of the record.
+    build_shard(task, tmp_path / "i", Shard(1, 2), CONFIG)
+    finish_build(task, tmp_path / "i", CONFIG)
+    assert sharing.read_index(tmp_path / "i") == sharing.read_index(tmp_path / "one")
 
 
 def test_the_manifest_has_the_versions_that_computed_the_rows(one, tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ def index(original: tuple[Path, Task], tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
+@pytest.mark.slow
 def test_without_file_descriptors_no_file_is_damaged(index: Path, original: tuple[Path, Task]) -> None:
     """At any number of free descriptors, an operation fails with EMFILE or succeeds."""
     before = read_contents(index)
@@ -88,7 +89,7 @@ main([sys.argv[1], "--repair"])
 """
 
 
-@pytest.mark.parametrize("n", [3, 4, 5])
+@pytest.mark.parametrize("n", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5))])
 def test_the_command_reports_missing_resources_in_one_line(index: Path, n: int) -> None:
     before = read_contents(index)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -56,7 +56,7 @@ def test_any_batch_size_gives_the_same_rows(size, folder, one_by_one, tmp_path):
     assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder, batch_size=size), one_by_one)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_any_number_of_workers_gives_the_same_rows(workers, folder, one_by_one, tmp_path):
     assert_same_rows(build_rows(NAME, tmp_path / "i", folder, workers=workers), one_by_one)
 

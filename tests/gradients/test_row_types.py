@@ -243,7 +243,11 @@ def loss_of_documents(model, batch):
 
 
 @pytest.mark.parametrize("layout", ["COO", "CSR"])
-@pytest.mark.parametrize("config", [CONFIG, MEASURED, READ_BY_WORKERS], ids=["plain", "measured", "read by workers"])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, MEASURED, pytest.param(READ_BY_WORKERS, marks=pytest.mark.slow)],
+    ids=["plain", "measured", "read by workers"],
+)
 def test_an_index_of_sparse_rows_has_the_scores_of_dense_ones(tmp_path, layout, config, monkeypatch):
     monkeypatch.setattr("torch._utils._sparse_tensors_to_validate", [])
     model = Counts()

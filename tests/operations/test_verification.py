@@ -30,7 +30,10 @@ from tracin_ann.store.manifest import BUILD_RECORD, MANIFEST, Manifest, record_f
 N = 300
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf", "codes", "bounds", "graph"])
+_SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("bounds", "graph")]
+
+
+@pytest.fixture(scope="module", params=["flat", "ivf", "codes", *_SLOW_KINDS])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)

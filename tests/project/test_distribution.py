@@ -71,12 +71,14 @@ def project() -> dict[str, Any]:
     return PYPROJECT["project"]
 
 
+@pytest.mark.slow
 def test_the_wheel_contains_only_the_library(distributions: Distributions) -> None:
     held = {name for name in distributions.in_wheel() if ".dist-info/" not in name}
     assert held == {name for name in distributions.files if name.startswith("tracin_ann/")}
     assert {"tracin_ann/py.typed", "tracin_ann/cli/query.py"} <= held
 
 
+@pytest.mark.slow
 def test_the_sdist_contains_everything_that_its_tests_need(distributions: Distributions) -> None:
     held = distributions.in_sdist()
     needed = ("tracin_ann/", "tests/", "docs/", "examples/", "benchmarks/", "scripts/")
@@ -85,6 +87,7 @@ def test_the_sdist_contains_everything_that_its_tests_need(distributions: Distri
     assert {"build_index.py", "query.py"} <= held
 
 
+@pytest.mark.slow
 def test_the_metadata_equals_that_of_the_project(distributions: Distributions, project: dict[str, Any]) -> None:
     (name,) = (name for name in distributions.in_wheel() if name.endswith(".dist-info/METADATA"))
     with zipfile.ZipFile(distributions.wheel) as archive:

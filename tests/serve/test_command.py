@@ -95,7 +95,7 @@ def test_a_token_is_needed_from_other_addresses(folder):
 @pytest.mark.slow
 def test_the_client_of_the_documentation(folder):
     page = (ROOT / "docs/api-http.md").read_text(encoding="utf-8")
-    client, job, _ = (block.code for block in documents.read_blocks(page, "python"))
+    client, job = (block.code for block in documents.read_blocks(page, "python"))
     names: dict = {}
     with start(folder) as (_, address):
         exec(client.replace("http://127.0.0.1:8321", address), names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not i
 
 from hypothesis import HealthCheck, given  # noqa: E402
 from hypothesis import settings as limit  # noqa: E402
+from hypothesis.errors import Unsatisfiable  # noqa: E402
 from schemathesis import GenerationMode, checks  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -50,5 +52,7 @@ def test_every_response_is_one_that_the_document_names(api):
         def call(case):
             case.call_and_validate(checks=CHECKS)
 
-        call()
+        # An operation without parameters has no invalid requests.
+        with contextlib.suppress(*([Unsatisfiable] if mode is GenerationMode.NEGATIVE else [])):
+            call()
     assert n_operations >= 11

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from explorer import N_QUERIES, N_TRAIN, serve
+from explorer import N_QUERIES, N_TRAIN, build_place, serve
 from tracin_ann import QueryOptions
 from tracin_ann.analysis import explain, find_mislabelled
 from tracin_ann.report import format_score
@@ -157,7 +157,7 @@ def test_a_row_page_holds_its_columns_and_the_queries_that_it_helps(client, inde
     rank = 1 + [row.row for row in index.self_influence()].index(5)
     assert f"{rank} of {N_TRAIN}" in text
     assert client.get("/rows?row=train/5").headers["location"] == "/rows/5"
-    for wrong in ("/rows/40", "/rows/-1", "/rows/x", "/rows?row="):
+    for wrong in ("/rows/40", "/rows/-1", "/rows/x", "/rows?row=", f"/rows/{0:020}1"):
         assert client.get(wrong).status_code == 404
 
 
@@ -199,6 +199,8 @@ def test_suspects_are_those_of_the_library_and_take_decisions(place):
         assert undone.text.startswith("<form") and decisions.read() == {}
         for wrong in ({"verdict": "burn"}, {"new_label": ""}):
             assert client.post("/decisions", data={**form, "csrf": token, **wrong}).status_code == 422
+        asked = client.post("/decisions", data={**form, "csrf": token, "new_label": ""}, headers=headers)
+        assert asked.status_code == 200 and "Type the new label" in asked.text and decisions.read() == {}
         away = client.post("/decisions", data={**form, "csrf": token, "back": "//evil.example/"})
         assert away.headers["location"] == "/"
         decisions.forget(first.row)
@@ -214,6 +216,15 @@ def test_two_scores_and_two_indexes_are_compared(place):
         assert f"{both} of 6 in both" in page.texts
         same = load(client, "/compare?rows=1&k=6&against=index")
         assert sum(text.endswith("6 in both") and text.startswith("6 ") for text in same.texts) == 2
+
+
+def test_an_index_of_other_rows_is_not_compared(place, tmp_path):
+    other = build_place(tmp_path)
+    other.append(3)
+    app = create_app(place.location, Settings(), other.location)
+    with TestClient(app, base_url="http://127.0.0.1:8321") as client:
+        response = client.get("/compare?rows=0&against=index")
+        assert response.status_code == 422 and "43 rows" in response.text
 
 
 def test_answers_can_be_saved_for_people_programs_and_the_viewer(client, index):
@@ -257,6 +268,9 @@ def test_a_search_lists_rows_by_words_and_label(client):
     assert list_rows("/query?side=train&label=2&start=20") == [row for row in range(20, N_TRAIN) if row % 3 == 2]
     assert list_rows("/query?side=train&find=train/3+train") == [3, *range(30, 40)]
     assert list_rows("/query?find=nothing") == []
+    # Chosen rows are kept while others are searched.
+    assert sorted(list_rows("/query?rows=0,5&find=query/1&browse=yes")) == [0, 1, 5, 10, 11]
+    assert find_hits(load(client, "/query?rows=0&find=query/1&browse=yes")) == []
 
 
 WRONG = """

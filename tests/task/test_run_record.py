@@ -423,6 +423,7 @@ def test_the_trainer_is_recorded_with_its_rates_moments_and_order(trainer: Calla
     assert len(list(read_order(record.folder))) == 6
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_continues_the_record(trainer: Callable[..., Any], tmp_path: Path) -> None:
     options = {"rule": plain(0.01), "overwrite": False}
     job = trainer(TracInCallback(**options), steps=4)

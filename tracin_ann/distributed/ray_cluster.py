@@ -10,8 +10,9 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from tracin_ann.device import resolve_device
@@ -25,7 +26,7 @@ from tracin_ann.distributed.service import (
     unpack_result,
 )
 from tracin_ann.distributed.units import UnitQueue
-from tracin_ann.errors import UsageError, first_line, problem
+from tracin_ann.errors import MissingPackageError, UsageError, first_line, problem
 from tracin_ann.packages import make_missing_package_error
 
 U = TypeVar("U")
@@ -33,6 +34,7 @@ R = TypeVar("R")
 LOCAL = "local"
 """The address that starts a cluster of this machine."""
 _LOOPBACK = "127.0.0.1"
+_ON_THIS_MACHINE_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 _STORE_BYTES = 100 << 20
 """Object store of a cluster that this process starts: /dev/shm is small in many containers, and units do not use it."""
 _PATIENCE_S = 60.0
@@ -66,10 +68,11 @@ class RayLauncher(Launcher):
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the numbers, and that Ray is installed, without its import.
 
         Raises:
             UsageError: an actor would have no CPU, or a number is negative.
+            MissingPackageError: Ray is not installed.
         """
         for name, value, least in (
             ("workers", 1 if self.workers is None else self.workers, 1),
@@ -78,6 +81,8 @@ class RayLauncher(Launcher):
         ):
             if value < least:
                 raise UsageError(problem(f"bad {name}", got=value, expected=f"{least} or more", remedy="change it"))
+        if find_spec("ray") is None:
+            raise _make_missing_ray_error()
 
     def run(self, open_worker: OpenWorker[U, R], units: Sequence[U]) -> Iterator[R]:
         """Yield the results of the actors; see `Launcher`.
@@ -85,42 +90,46 @@ class RayLauncher(Launcher):
         Raises:
             MissingPackageError: Ray is not installed.
         """
-        ray = import_ray()
-        with self._connect(ray):
+        with self._connect() as ray:
             n_workers = min(self._count_workers(ray), len(units))
-            logger.info("%d workers on Ray, each with %g CPUs", n_workers, self.num_cpus_per_worker)
+            logger.info("%d workers on Ray, each with %d CPUs", n_workers, self.num_cpus_per_worker)
             opening = _pickle(ray, open_worker), self.num_gpus_per_worker > 0
             pool = _Pool(ray, self._describe_actors(ray, _Actor), opening)
             yield from pool.run(UnitQueue(units, n_workers), n_workers)
 
     @contextmanager
-    def _connect(self, ray: Any) -> Iterator[None]:
-        """Connect to the cluster in the block, unless this process is connected.
+    def _connect(self) -> Iterator[Any]:
+        """Yield Ray's module, connected to the cluster in the block, unless this process is connected anyway.
 
         Raises:
             UsageError: there is no cluster at the address.
         """
+        with self._limit_interfaces():
+            ray = import_ray()
         if ray.is_initialized():
-            yield
+            yield ray
             return
         self._initialize(ray)
         try:
-            yield
+            yield ray
         finally:
             ray.shutdown()
+
+    def _limit_interfaces(self) -> AbstractContextManager[None]:
+        return _stay_on_loopback() if self.address == LOCAL else nullcontext()
 
     def _initialize(self, ray: Any) -> None:
         """Connect to the cluster.
 
         Raises:
-            UsageError: there is no cluster at the address.
+            UsageError: there is no cluster at the address, or a local one can be reached from other machines.
         """
         options: dict[str, Any] = {"log_to_driver": logger.isEnabledFor(logging.INFO)}
         if self.address == LOCAL:
-            # Ray has no access control: whoever reaches its ports runs code.
             options |= {"_node_ip_address": _LOOPBACK, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
-            ray.init(self.address, **options)
+            with self._limit_interfaces():
+                ray.init(self.address, **options)
         except ConnectionError as error:
             raise UsageError(
                 problem(
@@ -130,6 +139,8 @@ class RayLauncher(Launcher):
                     remedy="start one with `ray start --head`, or use the address local",
                 )
             ) from error
+        if self.address == LOCAL:
+            _require_loopback(ray)
 
     def start_service(self, make_service: MakeService) -> ServiceWorker:
         """Start an actor that holds a service, and return it without waiting for the service.
@@ -140,7 +151,8 @@ class RayLauncher(Launcher):
             MissingPackageError: Ray is not installed.
             UsageError: there is no cluster at the address.
         """
-        ray = import_ray()
+        with self._limit_interfaces():
+            ray = import_ray()
         with _CONNECTING:
             if not ray.is_initialized():
                 self._initialize(ray)
@@ -177,6 +189,43 @@ class RayLauncher(Launcher):
         environment["env_vars"] = {**threads, **environment.get("env_vars", {})}
         resources = {"num_cpus": self.num_cpus_per_worker, "num_gpus": self.num_gpus_per_worker}
         return ray.remote(**resources, max_restarts=0, runtime_env=environment)(kind)
+
+
+@contextmanager
+def _stay_on_loopback() -> Iterator[None]:
+    """Let Ray, imported in the block, use the loopback interface only, and the cluster that is started in the block.
+
+    Whoever reaches the ports of a cluster without access control runs code on it. On Linux, Ray replaces a loopback
+    address by that of another interface, except with this setting.
+    """
+    before = os.environ.get(_ON_THIS_MACHINE_ONLY[0])
+    os.environ.update([_ON_THIS_MACHINE_ONLY])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ON_THIS_MACHINE_ONLY[0]]
+        else:
+            os.environ[_ON_THIS_MACHINE_ONLY[0]] = before
+
+
+def _require_loopback(ray: Any) -> None:
+    """Check that the cluster cannot be reached from other machines.
+
+    Raises:
+        UsageError: it can.
+    """
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if addresses != {_LOOPBACK}:
+        ray.shutdown()
+        raise UsageError(
+            problem(
+                "the local Ray cluster can be reached from other machines",
+                got=", ".join(sorted(addresses)),
+                expected=_LOOPBACK,
+                remedy="start it before Ray is imported, or connect this process with ray.init",
+            )
+        )
 
 
 class _Actor:
@@ -366,5 +415,9 @@ def import_ray() -> Any:
     try:
         import ray  # noqa: PLC0415
     except ImportError as error:
-        raise make_missing_package_error("Ray", "ray", "builds on a Ray cluster", "ray") from error
+        raise _make_missing_ray_error() from error
     return ray
+
+
+def _make_missing_ray_error() -> MissingPackageError:
+    return make_missing_package_error("Ray", "ray", "workers on a Ray cluster", "ray")

@@ -27,7 +27,6 @@ from tracin_ann.scoring import (
     render_svg_file,
     score_ranks_figure,
 )
-from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.types import Float64
 
 
@@ -149,10 +148,9 @@ def _make_figure(draw: Callable[[], Any], title: str, caption: str, text: str, p
 
 def read_parts(index: InfluenceIndex, checkpoints: Sequence[int] | None) -> Float64:
     """Return the part of each training row's self-influence by checkpoint, [N, C]."""
-    store = FeatureStore(index.directory / FEATURES, index.manifest.build.layout)
     specs = index.manifest.build.spec.checkpoints
     chosen = range(len(specs)) if checkpoints is None else checkpoints
-    part_NC: Float64 = store.sqnorms(checkpoints) * np.array([specs[c].learning_rate for c in chosen])
+    part_NC: Float64 = index.view().store.sqnorms(checkpoints) * np.array([specs[c].learning_rate for c in chosen])
     return part_NC
 
 

@@ -17,7 +17,6 @@ from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import Examples, ExampleView
 from tracin_ann.scoring import Answer, Hit
-from tracin_ann.store import FEATURES, FeatureStore
 from tracin_ann.types import Float64
 
 MOST_MEMBERS = 12
@@ -199,8 +198,7 @@ class ViewBuilder:
         losses: dict[tuple[SideName, int], Float64] = {}
         positions = self._checkpoints.positions
         if positions is not None and rows.get("train"):
-            store = FeatureStore(self._index.directory / FEATURES, self._index.manifest.build.layout)
-            loss_NC = store.losses(positions).astype(np.float64)
+            loss_NC = self._index.view().store.losses(positions).astype(np.float64)
             losses |= {("train", row): loss_NC[row] for row in rows["train"]}
         sides: tuple[SideName, ...] = ("query", "input")
         for side in sides:

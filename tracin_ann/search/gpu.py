@@ -150,7 +150,7 @@ class LazyGpuLists:
 
 
 @dataclass(frozen=True)
-class _RowPart:
+class RowPart:
     """Consecutive rows of a source in the memory of a GPU: float16 numbers, and the position of the first one."""
 
     gpu: Gpu
@@ -165,7 +165,7 @@ class GpuRows:
         error: bound of the difference between a score of `find` and the exact inner product.
     """
 
-    def __init__(self, parts: Sequence[_RowPart], ids_N: Int64, shift: int) -> None:
+    def __init__(self, parts: Sequence[RowPart], ids_N: Int64, shift: int) -> None:
         """Wrap parts in order; use `load` to create them."""
         self._parts, self._ids_N, self._shift = parts, ids_N, shift
         dim = parts[0].row_NF.shape[1]
@@ -190,7 +190,7 @@ class GpuRows:
         shift = _ROW_EXPONENT - math.frexp(float(measured.norm_N.max()))[1]
         edges = np.linspace(0, len(source), len(gpus) + 1).astype(int).tolist()
         parts = [
-            _RowPart(gpu, torch.empty(last - first, source.dim, dtype=torch.float16, device=gpu.device), first)
+            RowPart(gpu, torch.empty(last - first, source.dim, dtype=torch.float16, device=gpu.device), first)
             for gpu, first, last in zip(gpus, edges, edges[1:], strict=False)
             if first < last
         ]
@@ -229,7 +229,7 @@ class GpuRows:
         return np.concatenate(ids), np.concatenate(scores)
 
 
-def _find_in_part(part: _RowPart, half_QF: np.ndarray[Any, np.dtype[np.float16]], k: int) -> tuple[Int64, Float32]:
+def _find_in_part(part: RowPart, half_QF: np.ndarray[Any, np.dtype[np.float16]], k: int) -> tuple[Int64, Float32]:
     """Return the positions and scores of the best min(k, N) rows of a part."""
     faiss, n_rows = import_faiss(), len(part.row_NF)
     k = min(k, n_rows)

@@ -105,15 +105,11 @@ class Decisions:
 
     def read(self) -> dict[int, Decision]:
         """Return all decisions by the position of their row, in ascending order."""
-        if not self.path.exists():
-            return {}
-        with self._open() as connection:
-            found = connection.execute("SELECT * FROM decisions ORDER BY row").fetchall()
-        return {row: Decision(row, json.loads(name), *rest) for row, name, *rest in found}
+        return self._select("ORDER BY row")
 
     def find(self, row: int) -> Decision | None:
         """Return the decision about a row, or None if there is none."""
-        return self.read().get(row)
+        return self._select("WHERE row = ?", row).get(row)
 
     def export_csv(self) -> str:
         """Return the decisions as CSV that no spreadsheet reads as formulas."""
@@ -126,9 +122,19 @@ class Decisions:
         """Return the decisions as a JSON array."""
         return json.dumps([asdict(decision) for decision in self.read().values()], indent=2) + "\n"
 
+    def _select(self, condition: str, *values: int) -> dict[int, Decision]:
+        if not self.path.exists():
+            return {}
+        with self._open("BEGIN") as connection:
+            found = connection.execute(f"SELECT * FROM decisions {condition}", values).fetchall()
+        return {row: Decision(row, json.loads(name), *rest) for row, name, *rest in found}
+
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open(self, begin: Literal["BEGIN", "BEGIN IMMEDIATE"] = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
         """Yield a connection in a transaction, which is committed at the end.
+
+        Args:
+            begin: begins the transaction; one that writes begins immediate, so that it waits for another writer.
 
         Raises:
             UsageError: the file is not one of decisions, or cannot be opened.
@@ -137,7 +143,7 @@ class Decisions:
             with closing(sqlite3.connect(self.path, timeout=_WAIT)) as connection:
                 connection.execute("PRAGMA synchronous = FULL")
                 with connection:
-                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute(begin)
                     self._check(connection)
                     yield connection
         except sqlite3.Error as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tracin_ann.choices import SideName
-from tracin_ann.errors import TracinAnnError, UsageError, problem
+from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowText
 from tracin_ann.serve.jobs import Job, Jobs
@@ -178,16 +178,6 @@ class Reader:
         )
         return await self._service.ask(question)
 
-    def start_job(self, work: Work) -> Job:
-        """Start slow work on this generation.
-
-        Raises:
-            UsageError: a number is above its limit.
-            TooManyJobsError: as many jobs are queued as may be.
-        """
-        self._service.check_work(work)
-        return self._service.jobs.start(work, self._index)
-
     async def answer_examples(self, examples: Sequence[Any], options: QueryOptions | None = None) -> Answered:
         """Return the answers of examples that are not in the index, as `InfluenceIndex.query_examples` does.
 
@@ -200,6 +190,16 @@ class Reader:
         self._service.check_limits(len(examples), options)
         rows = tuple(range(len(examples)))
         return await self._service.ask(_Question(self._index, "input", rows, options, examples))
+
+    def start_job(self, work: Work) -> Job:
+        """Start slow work on this generation.
+
+        Raises:
+            UsageError: a number is above its limit.
+            TooManyJobsError: as many jobs are queued as may be.
+        """
+        self._service.check_work(work)
+        return self._service.jobs.start(work, self._index)
 
 
 class Service:
@@ -315,9 +315,9 @@ class Service:
             return
         try:
             self._index = self._location.open()
-        except TracinAnnError as error:
-            # The manifest of a damaged index is not read again for every request.
-            logger.warning("generation %d remains open: %s", self.generation, error)
+        except Exception as error:
+            # It may be damaged, or its task may fail. It is not tried again for every request.
+            logger.warning("generation %d remains open: %s", self.generation, first_line(error))
         else:
             logger.info("generation %d is open", self.generation)
         self._manifest = found

@@ -30,7 +30,7 @@ class Squares:
     """Opens a worker that squares numbers.
 
     Attributes:
-        folder: where workers leave marks, so that they die once only.
+        folder: where workers leave marks: they have opened, or one has died and does so once only.
         deadly: a worker is killed at this number.
         often: it is killed at this number each time.
         wrong: a worker fails at this number: with an error of the library if it is even; at 19, with one that cannot be
@@ -54,6 +54,7 @@ class Squares:
             raise TaskError("no model: got nothing, expected a model; make one")
         if self.array is not None:
             self.array[:] += 1
+        (self.folder / "opened").touch()
         yield lambda numbers: self.square(numbers, device)
 
     def square(self, numbers: Sequence[int], device: str | None) -> Iterator[tuple[int, int, Any]]:

@@ -50,6 +50,7 @@ class QueryForm:
         find: words that listed rows contain.
         label: the label of listed rows.
         start: position of the first row that is listed.
+        browse: list rows to choose from, instead of the answers.
         together: one answer, for the mean gradient.
         k: proponents and opponents of a query.
         rerank: as in QueryOptions.
@@ -66,6 +67,7 @@ class QueryForm:
     find: str = ""
     label: str = ""
     start: int = 0
+    browse: bool = False
     together: bool = False
     k: int = 10
     rerank: str = "stored"
@@ -82,14 +84,16 @@ class QueryForm:
             UsageError: a value cannot be parsed.
         """
         text, upload = read_text(given, "text"), read_text(given, "upload")
+        is_input = bool(text or upload)
         return cls(
-            side="input" if text or upload else read_choice(given, "side", _SIDES, "query"),  # type: ignore[arg-type]
-            rows=read_ranges(given, "rows"),
+            side="input" if is_input else read_choice(given, "side", _SIDES[:2], "query"),  # type: ignore[arg-type]
+            rows=() if is_input else read_ranges(given, "rows"),
             text=text,
             upload=upload,
             find=read_text(given, "find"),
             label=read_text(given, "label"),
             start=read_number(given, "start", 0),
+            browse=bool(read_text(given, "browse")),
             together=bool(read_text(given, "together")),
             k=read_number(given, "k", cls.k),
             rerank=read_choice(given, "rerank", RERANKS, cls.rerank),
@@ -135,6 +139,23 @@ class QueryForm:
         if changed.text or changed.upload:
             values.pop("side", None)
         return make_address(path, values)
+
+
+def name_query(form: QueryForm, query: int) -> dict[str, object]:
+    """Return the values that name one query of a form, and how it is scored, in the address of another page.
+
+    Args:
+        form: names the side, or the text or picture; and the score and the checkpoints.
+        query: position of the query in the data set of the side.
+    """
+    return {
+        "side": form.side if form.side == "train" else "",
+        "query": None if form.side == "input" else query,
+        "text": form.text,
+        "upload": form.upload,
+        "score": form.score,
+        "checkpoints": format_ranges(form.checkpoints),
+    }
 
 
 def read_conditions(given: Parameters, name: str = "where") -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tracin_ann.choices import SCORES
+from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import SIDES, Examples, ExampleView, format_score, has_wide_hits
 from tracin_ann.scoring import Answer, Hit, Id
@@ -58,6 +59,7 @@ async def show_comparison(context: Context, asked: Asked, reader: Reader) -> Rep
     """Return the answers to the same queries by two scores, or from two indexes.
 
     Raises:
+        UsageError: the other index has other training rows.
         TracinAnnError: as `Reader.answer`.
     """
     form, other = QueryForm.parse(asked.given), read_choice(asked.given, "other", ("", *SCORES), "")
@@ -103,6 +105,11 @@ async def _answer_again(context: Context | None, reader: Reader, form: QueryForm
     if context is None or context.against is None:
         return (await reader.answer(form.side, form.rows, form.options)).answers
     async with context.against.read() as other:
+        n_rows, n_others = await reader.run(len), await other.run(len)
+        if n_rows != n_others:
+            expected, remedy = f"{n_rows:,}, as in the first index", "serve another index with --against"
+            what, got = "the second index has other training rows", f"{n_others:,} rows"
+            raise UsageError(problem(what, got=got, expected=expected, remedy=remedy))
         return (await other.answer(form.side, form.rows, form.options)).answers
 
 

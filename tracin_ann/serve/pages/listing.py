@@ -28,10 +28,11 @@ class Pages:
 
 @dataclass(frozen=True)
 class RowList:
-    """A page of a list of rows."""
+    """A page of a list of rows; `chosen` are positions of rows that were chosen and are not on it."""
 
     cards: tuple[RowCard, ...]
     pages: Pages
+    chosen: tuple[int, ...] = ()
 
 
 def list_rows(index: InfluenceIndex, examples: Examples, form: QueryForm) -> RowList:
@@ -48,8 +49,13 @@ def list_rows(index: InfluenceIndex, examples: Examples, form: QueryForm) -> Row
     ends = f"rows {form.start:,} to {row - 1:,} of {n_rows:,}" if row > form.start else f"no row from {form.start:,}"
     caption = f"{ends}: {len(found)} found" if words or form.label else ends
     # Without a search, the previous page is known; with one, the list begins again.
-    previous = "" if not form.start else form.address(start=0 if words or form.label else max(0, form.start - SHOWN))
-    return RowList(tuple(found), Pages(caption, previous, form.address(start=row) if row < n_rows else ""))
+    before, browse = 0 if words or form.label else max(0, form.start - SHOWN), form.has_queries
+    pages = Pages(
+        caption,
+        form.address(start=before, browse=browse) if form.start else "",
+        form.address(start=row, browse=browse) if row < n_rows else "",
+    )
+    return RowList(tuple(found), pages, tuple(row for row in form.rows if row not in {card.row for card in found}))
 
 
 def split_pages(total: int, start: int, shown: int, address_of: Callable[[int], str]) -> Pages:

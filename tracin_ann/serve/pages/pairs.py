@@ -14,7 +14,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import SIDES, Examples, ExampleView, Figure, ScoredCheckpoints, format_score
 from tracin_ann.scoring import QueryOptions, parts_figure
-from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_choice, read_number
+from tracin_ann.serve.pages.addresses import QueryForm, make_address, name_query, read_choice, read_number
 from tracin_ann.serve.pages.context import Asked, Context, Progress, Wanted, link_figures
 from tracin_ann.serve.pages.site import Reply
 from tracin_ann.serve.service import Reader
@@ -211,7 +211,7 @@ def _list_values(explanation: Explanation | TokenExplanation) -> Iterator[tuple[
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _AskedPair:
     """The pair that a page is asked for: the values of its address, by name, and the job that splits its score."""
 
     form: QueryForm
@@ -221,10 +221,10 @@ class _Wanted:
 
 async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the page of a training row and a query."""
-    wanted, split, progress = await _split(context, asked, reader)
+    pair, split, progress = await _split(context, asked, reader)
     if progress is not None and asked.is_partial:
         return context.show_progress(reader, progress)
-    form, values = wanted.form, wanted.values
+    form, values = pair.form, pair.values
     possible = await reader.run(_list_splits)
     page = None
     if split is not None:
@@ -241,13 +241,13 @@ async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
     return context.page(
         "pair.html",
         reader,
-        title=f"Training row {values['row']} and {_name_query(form, values)}",
+        title=_name_pair(form, values, split),
         lead=_LEAD,
-        permalink=wanted.job.address,
+        permalink=pair.job.address,
         progress=progress,
         splits=[(make_address("/pair", {**values, "by": by}), f"by {by}", by == values["by"]) for by in possible],
         view=page,
-        figures=() if split is None else link_figures(_list_figures(split), "pair", wanted.job.address),
+        figures=() if split is None else link_figures(_list_figures(split), "pair", pair.job.address),
     )
 
 
@@ -257,32 +257,27 @@ async def list_pair_figures(context: Context, asked: Asked, reader: Reader) -> t
     return () if split is None else _list_figures(split)
 
 
-async def _split(context: Context, asked: Asked, reader: Reader) -> tuple[_Wanted, SplitScore | None, Progress | None]:
+async def _split(
+    context: Context, asked: Asked, reader: Reader
+) -> tuple[_AskedPair, SplitScore | None, Progress | None]:
     form = QueryForm.parse(asked.given)
     by: Literal["layer", "token"] = read_choice(asked.given, "by", _BY, "layer")  # type: ignore[assignment]
     row, query = read_number(asked.given, "row", 0), read_number(asked.given, "query", 0)
-    values: dict[str, object] = {
-        "side": form.side if form.side == "train" else "",
-        "query": None if form.side == "input" else query,
-        "text": form.text,
-        "upload": form.upload,
-        "row": row,
-        "score": form.score,
-        "checkpoints": format_ranges(form.checkpoints),
-        "by": by,
-    }
+    values = {**name_query(form, query), "row": row, "by": by}
     work = ExplainPair(row, query, form.side, by, form.options, await context.inputs.open(form, reader))
     job = Wanted(work, "Computing the gradients of both", make_address("/pair", values), f"/rows/{row}")
     result, progress = await context.compute(asked, reader, job)
-    return _Wanted(form, values, job), None if result is None else result.rows[0], progress
+    return _AskedPair(form, values, job), None if result is None else result.rows[0], progress
 
 
 def _list_splits(index: InfluenceIndex) -> tuple[str, ...]:
     return _BY if index.task.find_token_losses("train") is not None else _BY[:1]
 
 
-def _name_query(form: QueryForm, values: Mapping[str, object]) -> str:
-    return "input" if form.side == "input" else f"{SIDES[form.side]} {values['query']}"
+def _name_pair(form: QueryForm, values: Mapping[str, object], split: SplitScore | None) -> str:
+    """Return the title of the page: with ids, or while they are not known, with positions."""
+    row, query = (values["row"], values["query"] or 0) if split is None else (split.pair.id, split.pair.query)
+    return f"Training row {row} and {SIDES[form.side]} {query}"
 
 
 def _list_figures(split: SplitScore) -> tuple[Figure, ...]:

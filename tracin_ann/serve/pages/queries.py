@@ -21,7 +21,7 @@ from tracin_ann.report import (
 )
 from tracin_ann.scoring import Answer, Answers, open_writer
 from tracin_ann.serve.attribution_lines import format_lines
-from tracin_ann.serve.pages.addresses import RERANKS, QueryForm, format_ranges, make_address, read_text
+from tracin_ann.serve.pages.addresses import RERANKS, QueryForm, format_ranges, make_address, name_query
 from tracin_ann.serve.pages.context import LABEL, Asked, Context, download, link_figures, redirect
 from tracin_ann.serve.pages.listing import RowList, list_rows
 from tracin_ann.serve.pages.site import Reply
@@ -63,7 +63,7 @@ async def show_query(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the form, and the answers to the queries that it names."""
     form, progress = QueryForm.parse(asked.given), None
     answers: tuple[Answer, ...] = ()
-    if form.has_queries and not read_text(asked.given, "list"):
+    if form.has_queries and not form.browse:
         answers, progress = await context.answer(asked, reader, form)
         if progress is not None and asked.is_partial:
             return context.show_progress(reader, progress)
@@ -183,13 +183,5 @@ def _link_pairs(form: QueryForm, answer: Answer) -> str:
     """Return the address of the page of a query and a hit, without the hit's position; "" if it has no such page."""
     if answer.row is None or answer.score in _UNSPLIT:
         return ""
-    values = {
-        "side": answer.side if answer.side == "train" else "",
-        "query": None if answer.side == "input" else answer.row,
-        "text": form.text,
-        "upload": form.upload,
-        "score": form.score,
-        "checkpoints": format_ranges(form.checkpoints),
-    }
-    address = make_address("/pair", values)
+    address = make_address("/pair", name_query(form, answer.row))
     return f"{address}{'&' if '?' in address else '?'}row="

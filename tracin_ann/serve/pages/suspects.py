@@ -27,6 +27,7 @@ from tracin_ann.store import RowFilter
 
 _SHOWN, _MOST = 20, 500
 """Suspects of a page, and of all pages."""
+_MOST_DIGITS = 18
 _NONE = "none"
 """The value of a form for a ranking without labels."""
 _LEAD = (
@@ -100,12 +101,16 @@ async def decide(context: Context, asked: Asked, reader: Reader) -> Reply:
     name, verdict = read_text(asked.given, "row"), read_text(asked.given, "verdict")
     suggested, back = read_text(asked.given, "suggested"), own_address(read_text(asked.given, "back"))
     new_label = read_text(asked.given, "new_label") if verdict == "relabel" else ""
-    if verdict == "relabel" and not new_label:
+    is_incomplete = verdict == "relabel" and not new_label
+    if is_incomplete and not asked.is_partial:
         expected, remedy = "the label to use", "type it, or choose another verdict"
         raise UsageError(problem("no new label", got="an empty label", expected=expected, remedy=remedy))
 
     def store(index: InfluenceIndex) -> str:
         row = find_training_row(index, name)
+        if is_incomplete:
+            note = "Type the new label first."
+            return render_decision(context, asked, index, row, suggested=suggested, back=back, note=note)
         if verdict:
             label = format_value(index.columns[LABEL][row]) if LABEL in index.columns else ""
             decision = Decision(row, index.rows.id_at(row), verdict, label, new_label)  # type: ignore[arg-type]
@@ -136,8 +141,8 @@ def find_training_row(index: InfluenceIndex, name: str) -> int:
     Raises:
         UnknownRowError: there is none.
     """
-    if name.isascii() and name.isdecimal() and int(name[:18]) < len(index):
-        return int(name[:18])
+    if name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS and int(name) < len(index):
+        return int(name)
     ids = index.rows.ids
     places = [] if ids is None else [row for row, each in enumerate(ids.tolist()) if str(each) == name]
     if not places:
@@ -148,8 +153,8 @@ def find_training_row(index: InfluenceIndex, name: str) -> int:
     return places[0]
 
 
-def render_decision(
-    context: Context, asked: Asked, index: InfluenceIndex, row: int, *, suggested: str = "", back: str
+def render_decision(  # noqa: PLR0913
+    context: Context, asked: Asked, index: InfluenceIndex, row: int, *, back: str, suggested: str = "", note: str = ""
 ) -> str:
     """Return the form of the decision about a training row, as HTML.
 
@@ -158,8 +163,9 @@ def render_decision(
         asked: what the page was asked for.
         index: the index.
         row: position of the training row.
-        suggested: the label that is suggested for it.
         back: address of the page, for browsers without scripts.
+        suggested: the label that is suggested for it.
+        note: why the last decision was not stored.
     """
     decision, name = context.decisions.find(row), index.rows.id_at(row)
     return context.site.render(
@@ -169,6 +175,7 @@ def render_decision(
         id=name,
         decided=decision if decision is not None and decision.id == name else None,
         suggested=suggested,
+        note=note,
         has_labels=LABEL in index.columns,
         verdicts=VERDICTS,
         guard=asked.guard,

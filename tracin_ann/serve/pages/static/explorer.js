@@ -2,7 +2,7 @@
 // Keys for lists of rows to check. Pages work without this script.
 (() => {
   const items = () => Array.from(document.querySelectorAll(".item.sus"));
-  let current = null;
+  let current = null, isByKey = false;
 
   function goTo(item) {
     if (!item) return;
@@ -27,7 +27,7 @@
     const button = current && /^[0-9]$/.test(event.key) ? current.querySelector(`[data-key="${event.key}"]`) : null;
     if (event.key === "j") move(1);
     else if (event.key === "k") move(-1);
-    else if (button) button.click();
+    else if (button) { isByKey = true; button.click(); }
     else return;
     event.preventDefault();
   });
@@ -38,13 +38,18 @@
     current = item;
     item.classList.add("current");
   });
-  // After a decision, the next row is current.
-  document.addEventListener("htmx:afterSwap", (event) => {
+  // After a decision by a key, the next row is current.
+  document.addEventListener("htmx:afterSwap", () => {
     updateCount();
-    if (event.detail.requestConfig && event.detail.requestConfig.verb === "post" && current) {
-      if (event.detail.requestConfig.parameters.get?.("verdict") !== "") move(1);
-      else current.focus({ preventScroll: true });
-    }
+    const decided = current && current.isConnected && current.querySelector(".decide [aria-pressed=true]");
+    if (isByKey && decided) move(1);
+    else if (current && current.isConnected && document.activeElement === document.body) current.focus({ preventScroll: true });
+    isByKey = false;
+  });
+  // Addresses of forms without the fields that are empty.
+  document.addEventListener("formdata", (event) => {
+    if (event.target.method !== "get") return;
+    for (const [name, value] of Array.from(event.formData)) if (value === "") event.formData.delete(name);
   });
   updateCount();
 })();
