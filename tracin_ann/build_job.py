@@ -129,7 +129,7 @@ class BuildJob:
             return None
         last_build = read_last_build(self.out, read_current(self.out))
         if last_build is not None:
-            self.config = replace(self.config, dim=last_build.spec.sketch.dim)
+            self._adopt_dim(last_build)
             return None
         runner = self.runner
         runner.data("query")
@@ -145,6 +145,11 @@ class BuildJob:
         log = logger.info if choice.is_reached else logger.warning
         log("sketch dimension: %s", choice.summary)
         return choice
+
+    def _adopt_dim(self, build: BuildRecord) -> None:
+        """Use the D of a build, which another process may have recorded during the pilot, if D is to be chosen."""
+        if self._chooses_dim:
+            self.config = replace(self.config, dim=build.spec.sketch.dim)
 
     def prepare(self, model: LoadedModel) -> BuildStart:
         """Return the record of this build, and the state of the directory.
@@ -166,6 +171,7 @@ class BuildJob:
             rank_one = self.examine(model)
             warn_of_slower_bf16(model, self.config.features(rank_one))
             return BuildStart(self._record(model, rank_one, None), None, None)
+        self._adopt_dim(last_build)
         record = self._record(model, last_build.spec.rank_one, last_build.partition_rows)
         self._check_same_build(last_build, record, manifest)
         return BuildStart(
@@ -297,8 +303,8 @@ class BuildJob:
         agreed = agree_on_record(self.out, start.last_build, record)
         if agreed == record:
             return record, settings
+        self._adopt_dim(agreed)
         if self._chooses_dim:
-            self.config = replace(self.config, dim=agreed.spec.sketch.dim)
             record = replace(record, spec=replace(record.spec, sketch=agreed.spec.sketch))
         self._check_same_build(agreed, record, None)
         self._check_same_worker(agreed, record)

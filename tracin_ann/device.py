@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +79,17 @@ def split_devices(names: str) -> tuple[str, ...]:
     for name in found:
         resolve_device(name)
     return found
+
+
+def find_local_device(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the name of the GPU of this process if `torchrun` has started it and there are GPUs, otherwise `auto`."""
+    import torch
+
+    rank = environment.get("LOCAL_RANK", "")
+    if not rank.isdecimal() or not torch.cuda.is_available():
+        return "auto"
+    # Some schedulers let each process see its own GPU only.
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def device_name(device: torch.device) -> str:

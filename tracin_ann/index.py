@@ -131,7 +131,7 @@ class InfluenceIndex:
         """Start a worker for each shard of the index; from now on, they search it and compute exact scores.
 
         A worker that ends is started again and asked again. Workers import the task by its name; if it was given as an
-        object, this process computes exact scores.
+        object, this process computes exact scores. A second call does nothing.
 
         Args:
             options: see ShardOptions.

@@ -62,6 +62,12 @@ def test_an_error_of_the_code_of_the_task_keeps_its_place(make: Callable[[], Lau
     assert "counting.py" in places
 
 
+@every_launcher
+def test_an_error_that_cannot_be_unpickled_arrives_as_text(make: Callable[[], Launcher], tmp_path):
+    with pytest.raises((OSError, RuntimeError), match="store cannot be reached$"):
+        run(make(), Squares(tmp_path, wrong=19))
+
+
 @pytest.mark.slow
 def test_processes_have_their_devices_and_share_the_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
@@ -125,6 +131,13 @@ def test_a_launched_build_of_an_invalid_task_writes_nothing(one, tmp_path):
     task = replace(texts.task(**one.arguments), loss=lambda model, batch: torch.zeros(3))
     with pytest.raises(TaskError):
         build(task, tmp_path / "i", CONFIG, launcher=ThisProcess())
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_launched_build_of_a_task_that_cannot_be_pickled_leaves_nothing(one, tmp_path):
+    task = replace(texts.task(**one.arguments), train_data=lambda: list(texts.train_data()))
+    with pytest.raises(UsageError, match="cannot be sent to other processes"):
+        build(task, tmp_path / "i", CONFIG, launcher=make_processes())
     assert not (tmp_path / "i").exists()
 
 

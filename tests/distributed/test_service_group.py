@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +25,12 @@ class Scripted(ServiceWorker):
     number: int
     attempts: list[str]
     stopped: threading.Event = field(default_factory=threading.Event)
+    opens: bool = True
+
+    def open(self) -> None:
+        if not self.opens:
+            assert self.stopped.wait(LONG_S)
+            raise WorkerDied("stopped")
 
     @property
     def pid(self) -> int | None:
@@ -119,6 +126,17 @@ def test_a_worker_that_does_not_start_is_an_error(cluster: Cluster, error: type[
     launches: list[Callable[[], ServiceWorker]] = [partial(cluster.launch, 0), fail]
     with pytest.raises(NoReplyError if error is WorkerDied else error, match="no start"):
         ServiceGroup(launches, restarts=1).start()
+
+
+def test_a_worker_that_does_not_open_ends_with_the_group() -> None:
+    worker = Scripted(0, [], opens=False)
+    group = ServiceGroup([lambda: worker], restarts=2)
+    with ThreadPoolExecutor(1) as executor:
+        starting = executor.submit(group.start)
+        assert not wait([starting], 0.05).done
+        group.close()
+        with pytest.raises(NoReplyError, match="worker 0 ends before it replies: got stopped"):
+            starting.result(LONG_S)
 
 
 def test_several_threads_ask(group: ServiceGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,19 +12,22 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from shard_folder import QUERIES, SHARDS
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.query import main
-from tracin_ann.distributed import ShardOptions, ShardSearch
-from tracin_ann.distributed.service import ServiceProcess
-from tracin_ann.distributed.service_group import NoReplyError
+from tracin_ann.device import resolve_device
+from tracin_ann.distributed import ShardOptions, ShardSearch, shard_search
+from tracin_ann.distributed.service import ServiceProcess, ServiceWorker
+from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.scoring import Answer, Coverage, ranking
 from tracin_ann.search import ListQuery
@@ -108,6 +112,58 @@ def test_examples_outside_the_index_are_scored_by_the_workers(single: InfluenceI
     for answer, other in zip(found, expected, strict=True):
         assert [hit.row for hit in answer.hits] == [hit.row for hit in other.hits]
         assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in other.hits], rel=1e-5)
+
+
+class Inline(ServiceWorker):
+    """A worker in this process, and its launcher."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.services: list[Any] = []
+
+    def start_service(self, make_service: Any) -> ServiceWorker:
+        self.services.append(make_service.__self__)
+        worker = Inline()
+        worker.services = self.services[-1:]
+        return worker
+
+    def open(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def run(self, request: Any) -> Any:
+        return self.services[0].run(request)
+
+
+def test_workers_on_other_machines_find_their_own_device(single: InfluenceIndex, folder: Path) -> None:
+    index = open_named(folder, "sharded")
+    task: Any = index._shard_task
+    index._shard_task = replace(task, options=replace(task.options, device=torch.device("cuda:99")))
+    launcher = Inline()
+    index.start_workers(launcher=launcher)
+    (found,), (expected,) = (each.query([3], options=EXACT) for each in (index, single))
+    assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+    assert [service._index_task.options.device for service in launcher.services] == [resolve_device()] * SHARDS
+    index.close()
+
+
+def test_workers_share_the_memory_for_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Inline()
+    monkeypatch.setattr(shard_search.ServiceProcess, "start", launcher.start_service)
+    index = InfluenceIndex.open(folder / "sharded", f"{folder}/shard_task.py:task", device="cpu", memory_bytes=1001)
+    index.start_workers()
+    assert [service.task.memory_bytes for service in launcher.services] == [500] * SHARDS
+    index.close()
+
+
+def test_an_example_that_cannot_be_pickled_is_rejected(sharded: InfluenceIndex) -> None:
+    class Label(int):
+        """A class that pickle does not find."""
+
+    row, label = sharded.runner.data("query")[4]
+    with pytest.raises(WorkerError, match=r"a query cannot be sent to workers.*Label.*or no workers"):
+        sharded.query_examples([(row, Label(label))], EXACT)
 
 
 def test_a_killed_worker_loses_no_query(single: InfluenceIndex, sharded: InfluenceIndex) -> None:
@@ -271,8 +327,12 @@ def test_options_of_workers_need_workers(folder: Path, option: list[str]) -> Non
 
 @pytest.mark.slow
 def test_a_damaged_shard_is_reported_by_the_start(folder: Path, single: InfluenceIndex) -> None:
-    with pytest.raises(DamagedIndexError):
-        ServiceProcess.start(_raise_damage)
+    before = {child.pid for child in multiprocessing.active_children()}
+    group = ServiceGroup([partial(ServiceProcess.start, _raise_damage)], restarts=1)
+    # The exception, which is kept here, refers to the worker.
+    with pytest.raises(DamagedIndexError) as caught:
+        group.start()
+    assert {child.pid for child in multiprocessing.active_children()} <= before, caught
 
 
 def _raise_damage() -> Any:

@@ -22,6 +22,7 @@ from sharing import CONFIG, N_FILES, NAME, OneProcess, assert_same_index
 from tasks import flawed, texts
 from tracin_ann import InfluenceIndex, Shard, Task, build, build_shard, finish_build
 from tracin_ann.cli.build import main
+from tracin_ann.device import find_local_device
 from tracin_ann.errors import GradientProofError, IndexMismatchError, UsageError
 from tracin_ann.features import autotune as tuning
 from tracin_ann.store import FEATURES, agree_on_record, hold_writer_lock, read_build_record, write_build_record
@@ -162,6 +163,20 @@ def test_of_shards_that_start_together_the_first_record_holds(one, tmp_path, mon
     assert_same_index(out, one)
 
 
+def test_the_dimension_that_another_shard_records_during_a_pilot_holds(one, tmp_path, monkeypatch):
+    out = tmp_path / "i"
+
+    def choose_late(job: Any, progress: Any) -> None:
+        if job.config.dim == "auto":
+            compute(one, out, "1/2")
+            job.config = replace(job.config, dim=128)
+
+    monkeypatch.setattr(BUILD.BuildJob, "choose_dim", choose_late)
+    compute(one, out, "0/2", dim="auto")
+    finish(one, out)
+    assert_same_index(out, one)
+
+
 @pytest.mark.parametrize("has_links", [True, False])
 def test_a_record_is_created_by_one_process_only(has_links, one, tmp_path, monkeypatch):
     if not has_links:
@@ -255,6 +270,26 @@ def test_the_commands(one, tmp_path, monkeypatch):
     result = run(main, *words(one, out, "--dim", "8", "--no-yardstick", "--finish"))
     assert result.exit_code == 0 and "all features were already stored" in result.output, result.output
     assert len(InfluenceIndex.open(out)) == texts.N_TRAIN
+
+
+@pytest.mark.parametrize(
+    ("rank", "n_gpus", "expected"), [("3", 4, "cuda:3"), ("3", 1, "cuda:0"), ("3", 0, "auto"), ("", 4, "auto")]
+)
+def test_each_process_of_torchrun_uses_its_own_gpu(rank, n_gpus, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n_gpus)
+    assert find_local_device({"LOCAL_RANK": rank} if rank else {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "uses_it"), [(("auto",), True), (("0/2",), False), (("auto", "--device", "abacus"), False)]
+)
+def test_the_gpu_of_a_process_is_for_shard_auto(more, uses_it, one, tmp_path, monkeypatch):
+    monkeypatch.setattr("tracin_ann.device.find_local_device", lambda: "cuda:99")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(main, *words(one, tmp_path / "i", "--dim", "8", "--shard", *more))
+    assert ("no such GPU: got 'cuda:99'" in result.output) == uses_it, result.output
 
 
 @pytest.mark.parametrize(

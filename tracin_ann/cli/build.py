@@ -285,7 +285,7 @@ def _choose_launcher(device: str, **spread: Any) -> tuple[Launcher | None, str]:
         click.UsageError: options exclude each other, or options of a launcher are given without it.
         UsageError: a device does not exist.
     """
-    from tracin_ann.device import split_devices
+    from tracin_ann.device import find_local_device, split_devices
     from tracin_ann.distributed import ProcessLauncher, RayLauncher
 
     several = device == "all" or "," in device
@@ -300,7 +300,7 @@ def _choose_launcher(device: str, **spread: Any) -> tuple[Launcher | None, str]:
         cpus, gpus = spread["num_cpus_per_worker"], spread["num_gpus_per_worker"]
         return RayLauncher(spread["ray_address"], num_cpus_per_worker=cpus, num_gpus_per_worker=gpus), device
     if not several:
-        return None, device
+        return None, find_local_device() if device == spread["shard"] == "auto" else device
     devices = split_devices(device)
     return ProcessLauncher(devices), devices[0]
 

@@ -146,9 +146,15 @@ def _serve(pipe: Connection, pickled: bytes, device: str, n_threads: int) -> Non
                     pipe.send(("result", result))
                 pipe.send(("done", None))
     except Exception as error:
-        # Exceptions of other packages may not be picklable.
-        sent = error if isinstance(error, TracinAnnError | OSError) else RuntimeError(first_line(error))
-        pipe.send(("error", (sent, traceback.format_exc())))
+        pipe.send(("error", (_make_sendable(error), traceback.format_exc())))
+
+
+def _make_sendable(error: Exception) -> Exception:
+    """Return an error of the library or of the system, or another error as text, which can always be pickled."""
+    is_known = isinstance(error, TracinAnnError) or (
+        isinstance(error, OSError) and type(error).__module__ == "builtins"
+    )
+    return error if is_known else RuntimeError(first_line(error))
 
 
 def _end_with_parent() -> None:

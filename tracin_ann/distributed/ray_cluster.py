@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,7 +17,14 @@ from typing import Any, TypeVar
 
 from tracin_ann.device import resolve_device
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
-from tracin_ann.distributed.service import MakeService, ServiceHost, ServiceWorker, WorkerDied, unpack_result
+from tracin_ann.distributed.service import (
+    MakeService,
+    ServiceHost,
+    ServiceWorker,
+    WorkerDied,
+    pack_request,
+    unpack_result,
+)
 from tracin_ann.distributed.units import UnitQueue
 from tracin_ann.errors import MissingPackageError, UsageError, first_line, problem
 from tracin_ann.packages import make_missing_package_error
@@ -85,7 +91,7 @@ class RayLauncher(Launcher):
             MissingPackageError: Ray is not installed.
         """
         with self._connect() as ray:
-            n_workers = self._count_workers(ray)
+            n_workers = min(self._count_workers(ray), len(units))
             logger.info("%d workers on Ray, each with %d CPUs", n_workers, self.num_cpus_per_worker)
             opening = _pickle(ray, open_worker), self.num_gpus_per_worker > 0
             pool = _Pool(ray, self._describe_actors(ray, _Actor), opening)
@@ -137,24 +143,20 @@ class RayLauncher(Launcher):
             _require_loopback(ray)
 
     def start_service(self, make_service: MakeService) -> ServiceWorker:
-        """Start an actor that holds a service, and return it when the service is open.
+        """Start an actor that holds a service, and return it without waiting for the service.
 
         A connection to the cluster that this makes remains until the process ends.
 
         Raises:
             MissingPackageError: Ray is not installed.
             UsageError: there is no cluster at the address.
-            WorkerDied: the actor died before.
-            Exception: what `make_service` raises in the actor.
         """
         with self._limit_interfaces():
             ray = import_ray()
         with _CONNECTING:
             if not ray.is_initialized():
                 self._initialize(ray)
-        worker = _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
-        worker.open()
-        return worker
+        return _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
 
     def _count_workers(self, ray: Any) -> int:
         """Return the number of actors.
@@ -270,7 +272,7 @@ class _ServiceActor(ServiceWorker):
     actor: Any
 
     def open(self) -> None:
-        """Wait until the service is open, and raise its error."""
+        """Wait until the service is open, see `ServiceWorker`; a warning says that the cluster has no place for it."""
         opened = self.actor.open.remote()
         while not self.ray.wait([opened], timeout=_PATIENCE_S)[0]:
             free = self.ray.available_resources()
@@ -284,7 +286,7 @@ class _ServiceActor(ServiceWorker):
 
     def run(self, request: Any) -> Any:
         """Return the service's reply, see `ServiceWorker`."""
-        return self._get(self.actor.run.remote(pickle.dumps(request)))
+        return self._get(self.actor.run.remote(pack_request(request)))
 
     def stop(self) -> None:
         """Kill the actor."""

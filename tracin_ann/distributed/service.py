@@ -33,7 +33,16 @@ class WorkerDied(Exception):
 
 
 class ServiceWorker(ABC):
-    """A process with a service. One thread runs requests; another may call `stop` at any time."""
+    """A process with a service. One thread opens it and runs requests; another may call `stop` at any time."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Wait until the service is open; called once, before the first request.
+
+        Raises:
+            WorkerDied: the worker ended, or was stopped.
+            Exception: what made the service fail to open.
+        """
 
     @abstractmethod
     def run(self, request: Any) -> Any:
@@ -41,6 +50,7 @@ class ServiceWorker(ABC):
 
         Raises:
             WorkerDied: the worker ended, or was stopped.
+            WorkerError: the request cannot be pickled.
         """
 
     @property
@@ -57,12 +67,7 @@ class ServiceLauncher(Protocol):
     """Starts workers somewhere."""
 
     def start_service(self, make_service: MakeService) -> ServiceWorker:
-        """Start a worker, and return it when its service is open.
-
-        Raises:
-            WorkerDied: it ended before.
-            Exception: what `make_service` raises in the worker.
-        """
+        """Start a worker, and return it without waiting for its service, which `make_service` makes in the worker."""
 
 
 class ServiceProcess(ServiceWorker):
@@ -74,21 +79,18 @@ class ServiceProcess(ServiceWorker):
 
     @classmethod
     def start(cls, make_service: MakeService) -> ServiceProcess:
-        """Start a process and return it when its service is open.
-
-        Raises:
-            WorkerDied: it ended before.
-            Exception: what `make_service` raises in the worker.
-        """
+        """Start a process."""
         context = multiprocessing.get_context("spawn")
         connection, other = context.Pipe()
         process = context.Process(target=_serve, args=(other, make_service), daemon=True)
         process.start()
         # Only the worker holds this end then, and the pipe closes when it ends.
         other.close()
-        worker = cls(process, connection)
-        worker._receive()
-        return worker
+        return cls(process, connection)
+
+    def open(self) -> None:
+        """Wait until the service is open, see `ServiceWorker`."""
+        self._receive()
 
     @property
     def pid(self) -> int | None:
@@ -97,7 +99,7 @@ class ServiceProcess(ServiceWorker):
 
     def run(self, request: Any) -> Any:
         """Return the service's reply, see `ServiceWorker`."""
-        content = pickle.dumps(request)
+        content = pack_request(request)
         try:
             self._connection.send_bytes(content)
         except OSError as error:
@@ -139,6 +141,19 @@ class ServiceHost:
 
     def _open(self) -> None:
         self._service = self._make_service()
+
+
+def pack_request(request: Any) -> bytes:
+    """Return a pickled request.
+
+    Raises:
+        WorkerError: it cannot be pickled, because of the examples of a query.
+    """
+    try:
+        return pickle.dumps(request)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        what, remedy = "a query cannot be sent to workers", "use examples that can be pickled, or no workers"
+        raise WorkerError(problem(what, got=first_line(error), expected="picklable examples", remedy=remedy)) from error
 
 
 def _pack_result(call: Callable[[], Any]) -> bytes:

@@ -12,7 +12,7 @@ from tracin_ann.distributed.service import ServiceWorker, WorkerDied
 from tracin_ann.errors import WorkerError, problem
 
 Launch = Callable[[], ServiceWorker]
-"""Starts a worker and returns it when it is ready."""
+"""Starts a worker, which the group opens."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ServiceGroup:
 
     @property
     def pids(self) -> list[int | None]:
-        """Return the process of each worker on this machine; None: it is being started."""
+        """Return the process of each worker on this machine; None: it has not been started yet."""
         return [slot.pid for slot in self._slots]
 
     def close(self) -> None:
@@ -145,19 +145,31 @@ class _Slot:
             if turn != self._turn:
                 break
             try:
-                worker = self._worker or self._launch()
-                self._worker = worker
-                if turn != self._turn:
-                    # It was started after `replace` or `close`.
-                    worker.stop()
-                    self._worker = None
-                    break
-                return run(worker)
+                return run(self._worker or self._open_worker(turn))
             except WorkerDied as error:
-                logger.warning("%s: %s", self._name, error)
+                if turn == self._turn:
+                    logger.warning("%s: %s", self._name, error)
                 self._worker, cause = None, error
         what, remedy = f"{self._name} ends before it replies", "see its messages, such as for missing memory"
         raise NoReplyError(problem(what, got=cause or "its end", expected="a reply", remedy=remedy)) from cause
+
+    def _open_worker(self, turn: int) -> ServiceWorker:
+        """Start the worker, and wait until it is open; `replace` and `close` end it meanwhile.
+
+        Raises:
+            WorkerDied: it ended, or `replace` or `close` was called.
+            Exception: what made it fail to open.
+        """
+        worker = self._worker = self._launch()
+        try:
+            if turn != self._turn:
+                raise WorkerDied("it was started too late")
+            worker.open()
+        except BaseException:
+            self._worker = None
+            worker.stop()
+            raise
+        return worker
 
 
 def _get_reply(future: Future[Any]) -> Any | NoReplyError:

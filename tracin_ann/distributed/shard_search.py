@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tracin_ann.device import import_faiss
+from tracin_ann.device import import_faiss, resolve_device
 from tracin_ann.distributed.service import ServiceLauncher, ServiceProcess
 from tracin_ann.distributed.service_group import Launch, NoReplyError, ServiceGroup
 from tracin_ann.errors import UsageError, problem
@@ -71,6 +71,7 @@ class ShardTask:
         arguments: its arguments; None: those in the manifest.
         options: how the model runs.
         memory_bytes: the largest number of bytes of weights that remain in memory.
+        is_remote: the worker is on another machine, which may have other devices: it uses a GPU if it has one.
     """
 
     directory: Path
@@ -79,11 +80,13 @@ class ShardTask:
     arguments: Mapping[str, str] | None
     options: RunOptions
     memory_bytes: int | None
+    is_remote: bool = False
 
     def open(self) -> IndexTask:
         """Return the task; its first use imports it."""
         find_task = partial(load_index_task, self.name, self.arguments, self.manifest, self.directory)
-        return IndexTask(self.directory, self.manifest, find_task, self.options, self.memory_bytes)
+        options = replace(self.options, device=resolve_device()) if self.is_remote else self.options
+        return IndexTask(self.directory, self.manifest, find_task, options, self.memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ class ShardSearch:
 
     @property
     def pids(self) -> list[int | None]:
-        """Return the process of each worker on this machine; None: it is being started."""
+        """Return the process of each worker on this machine; None: it has not been started yet."""
         return self._group.pids
 
     def close(self) -> None:
@@ -294,8 +297,12 @@ def open_shard_search(
         raise UsageError(problem(what, got=f"the kind {index.kind}", expected="ivf", remedy=remedy))
     files = index.list_shards(folder.absolute())
     start = ServiceProcess.start if launcher is None else launcher.start_service
-    # Together, processes of this machine use as many threads as this one.
+    # Together, processes of this machine use as many threads as this one, and as much memory for weights.
     threads = max(1, torch.get_num_threads() // len(files)) if launcher is None else None
+    if task is not None and launcher is not None:
+        task = replace(task, is_remote=True)
+    elif task is not None and task.memory_bytes is not None:
+        task = replace(task, memory_bytes=task.memory_bytes // len(files))
     services = [ShardService(file, task, threads) for file in files]
     launches: list[Launch] = [partial(start, service.open) for service in services]
     group = ServiceGroup(launches, options.restarts)

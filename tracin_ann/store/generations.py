@@ -59,23 +59,28 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def claim_directory(directory: Path) -> Iterator[None]:
-    """Make the directory of a new index and hold its writer's lock.
+    """Make the directory of a new index and hold its writer's lock; after an error, an empty directory is removed.
 
     Raises:
         BusyIndexError: another build has started to write in the directory in the meantime.
     """
     make_directory(directory)
-    with hold_writer_lock(directory):
-        if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)):
-            raise BusyIndexError(
-                problem(
-                    f"another build has started in {directory}",
-                    got="its files",
-                    expected="a new directory",
-                    remedy="run this command again",
+    try:
+        with hold_writer_lock(directory):
+            if any((directory / name).exists() for name in (BUILD_RECORD, MANIFEST)):
+                raise BusyIndexError(
+                    problem(
+                        f"another build has started in {directory}",
+                        got="its files",
+                        expected="a new directory",
+                        remedy="run this command again",
+                    )
                 )
-            )
-        yield
+            yield
+    except BaseException:
+        with suppress(OSError):
+            directory.rmdir()
+        raise
 
 
 def reject_foreign_files(directory: Path) -> None:

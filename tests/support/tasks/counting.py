@@ -18,6 +18,13 @@ from tracin_ann.distributed import Worker
 from tracin_ann.errors import TaskError
 
 
+class UnreachableError(OSError):
+    """An error that cannot be unpickled, as those of some clients of object stores."""
+
+    def __init__(self, *, address: str) -> None:
+        super().__init__(f"{address} cannot be reached")
+
+
 @dataclass(frozen=True)
 class Squares:
     """Opens a worker that squares numbers.
@@ -26,7 +33,8 @@ class Squares:
         folder: where workers leave marks: they have opened, or one has died and does so once only.
         deadly: a worker is killed at this number.
         often: it is killed at this number each time.
-        wrong: a worker fails at this number: with an error of the library if it is even.
+        wrong: a worker fails at this number: with an error of the library if it is even; at 19, with one that cannot be
+            unpickled.
         opens: opening fails.
         seconds: time that a number takes.
         array: sent along; the worker changes its copy.
@@ -56,6 +64,8 @@ class Squares:
             if number == self.deadly and (self.often or not (self.folder / "died").exists()):
                 (self.folder / "died").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if number == self.wrong == 19:  # noqa: PLR2004
+                raise UnreachableError(address="store")
             if number == self.wrong:
                 raise TaskError(f"{number} is even") if number % 2 == 0 else ZeroDivisionError(f"{number} is odd")
             total = None if self.array is None else float(np.sum(self.array))
