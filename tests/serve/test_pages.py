@@ -17,7 +17,7 @@ from explorer import N_QUERIES, N_TRAIN, build_place, serve
 from tracin_ann import QueryOptions
 from tracin_ann.analysis import explain, find_mislabelled
 from tracin_ann.report import format_score
-from tracin_ann.serve import Settings, create_app
+from tracin_ann.serve import Settings, create_app, service
 from tracin_ann.serve.decisions import Decisions, default_path
 from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_ranges
 from tracin_ann.serve.pages.images import LinkedImages
@@ -121,6 +121,25 @@ def index_hits(index, rerank):
     return [hit.row for hit in answer.hits]
 
 
+@pytest.mark.parametrize("address", ["/query?rows=0-2&together=yes&k=3&rerank=exact", "/compare?rows=0&rerank=exact"])
+def test_no_request_computes_exact_scores_itself(place, address, monkeypatch):
+    with serve(place.location) as client:
+        asked = []
+
+        def note(question, rows):
+            asked.append(question.options.rerank)
+            return answer(question, rows)
+
+        answer = service._answer
+        monkeypatch.setattr(service, "_answer", note)
+        page = load(client, address)
+        assert "exact" not in asked
+        if "together" in address:
+            options = QueryOptions(k=3, rerank="exact")
+            (mean,) = place.open().query([0, 1, 2], (), options, together=True)
+            assert find_hits(page) == [hit.row for hit in mean.hits]
+
+
 def test_typed_texts_and_uploaded_pictures_are_queries(client, index, place):
     page = load(client, "/query?text=abcdef&k=3")
     (answer,) = index.query_examples([place.task.read_query({"text": "abcdef"})], QueryOptions(k=3))
@@ -145,6 +164,13 @@ def find_token(page):
     return page.find("input", name="csrf")[0]["value"]
 
 
+def find_hidden(page, name, row):
+    """Return the value of a field of the form about a row."""
+    fields = page.find("input", type="hidden")
+    place = next(n for n, field in enumerate(fields) if field["name"] == "row" and field["value"] == str(row))
+    return next(field["value"] for field in fields[place:] if field["name"] == name)
+
+
 def test_a_row_page_holds_its_columns_and_the_queries_that_it_helps(client, index):
     page = load(client, "/rows/5?queries=yes")
     text = " ".join(page.texts)
@@ -154,6 +180,7 @@ def test_a_row_page_holds_its_columns_and_the_queries_that_it_helps(client, inde
     hurt = [int(q) for q in np.argsort(score_Q)[:10] if score_Q[q] < 0]
     found = [int(a["href"].partition("rows=")[2]) for a in page.find("a", **{"class": "id"}) if "/query" in a["href"]]
     assert found == helped + hurt and found
+    assert page.find("a", rel="bookmark")[0]["href"] == "/rows/5?queries=yes"
     rank = 1 + [row.row for row in index.self_influence()].index(5)
     assert f"{rank} of {N_TRAIN}" in text
     assert client.get("/rows?row=train/5").headers["location"] == "/rows/5"
@@ -197,6 +224,15 @@ def test_suspects_are_those_of_the_library_and_take_decisions(place):
         headers = {"HX-Request": "true"}
         undone = client.post("/decisions", data={**form, "csrf": token, "verdict": ""}, headers=headers)
         assert undone.text.startswith("<form") and decisions.read() == {}
+        known = find_hidden(page, "id", first.row)
+        assert json.loads(known) == first.id
+        assert client.post("/decisions", data={**form, "csrf": token, "id": known}).status_code == 303
+        other = find_hidden(page, "id", suspects[1].row)
+        assert (
+            client.post("/decisions", data={**form, "csrf": token, "id": other, "verdict": "drop"}).status_code == 409
+        )
+        assert [d.verdict for d in decisions.read().values()] == ["relabel"]
+        decisions.forget(first.row)
         for wrong in ({"verdict": "burn"}, {"new_label": ""}):
             assert client.post("/decisions", data={**form, "csrf": token, **wrong}).status_code == 422
         asked = client.post("/decisions", data={**form, "csrf": token, "new_label": ""}, headers=headers)

@@ -17,6 +17,7 @@ from tracin_ann.serve.jobs import ENDED, Job
 from tracin_ann.serve.pages.addresses import Parameters, QueryForm, read_text
 from tracin_ann.serve.pages.inputs import Inputs
 from tracin_ann.serve.pages.site import Reply, Site
+from tracin_ann.serve.security import own_address
 from tracin_ann.serve.service import Reader, Service
 from tracin_ann.serve.work import ComputeExactAnswers, Result, Work
 
@@ -179,9 +180,10 @@ class Context:
         """
         options, progress = form.options, None
         examples = await self.inputs.open(form, reader)
-        if options.rerank == "exact" and not form.together:
+        if options.rerank == "exact":
             self.service.check_limits(len(form.rows), options)
-            work = ComputeExactAnswers(form.side, form.rows if examples is None else (0,), options, examples)
+            rows = form.rows if examples is None else (0,)
+            work = ComputeExactAnswers(form.side, rows, options, examples, form.together)
             wanted = Wanted(work, "Computing exact scores", form.address(), form.address(rerank="stored"))
             result, progress = await self.compute(asked, reader, wanted)
             if result is not None:
@@ -242,14 +244,6 @@ def link_figures(figures: Sequence[Figure], page: str, address: str) -> tuple[Li
         )
         for number, figure in enumerate(figures, start=1)
     )
-
-
-def own_address(address: str) -> str:
-    """Return an address if it is a path of this site with a query string, or else `/`."""
-    parts = urlsplit(address)
-    is_plain = address.isascii() and address.isprintable() and "\\" not in address
-    is_own = is_plain and not parts.scheme and not parts.netloc and parts.path.startswith("/")
-    return address if is_own else "/"
 
 
 def redirect(address: str) -> Reply:
