@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import time
 from html.parser import HTMLParser
 
@@ -21,6 +22,7 @@ from tracin_ann.serve import Settings, create_app, service
 from tracin_ann.serve.decisions import Decisions, default_path
 from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_ranges
 from tracin_ann.serve.pages.images import LinkedImages
+from tracin_ann.serve.work import ComputeExactAnswers
 from tracin_ann.store import RowFilter
 
 PAGES = [
@@ -114,6 +116,28 @@ def test_exact_answers_replace_the_stored_ones(place):
         reply = client.get(address, headers={"HX-Request": "true"})
         assert find_hits(Parsed(reply.text)) == exact
         assert find_hits(load(client, "/query?rows=0&k=5")) == stored
+
+
+def test_stored_answers_are_shown_while_a_job_uses_the_model(place, monkeypatch):
+    run, may_end = ComputeExactAnswers.run, threading.Event()
+
+    def run_when_allowed(self, index, steps):
+        assert may_end.wait(30)
+        return run(self, index, steps)
+
+    monkeypatch.setattr(ComputeExactAnswers, "run", run_when_allowed)
+    end = threading.Timer(20, may_end.set)
+    end.start()
+    with serve(place.location) as client:
+        for address in ("/query?rows=0&k=5&rerank=exact&candidates=9", "/query?text=abc&k=5&rerank=exact&candidates=9"):
+            may_end.clear()
+            page = Parsed(client.get(address).text)
+            assert page.find("div", id="progress") and len(find_hits(page)) == 10
+            reply = client.get(address, headers={"HX-Request": "true"})
+            assert "progress" in reply.text and not may_end.is_set()
+            may_end.set()
+            assert len(find_hits(load(client, address))) == 10
+    end.cancel()
 
 
 def index_hits(index, rerank):

@@ -172,26 +172,32 @@ class Context:
             None,
         )
 
-    async def answer(self, asked: Asked, reader: Reader, form: QueryForm) -> tuple[tuple[Answer, ...], Progress | None]:
-        """Return the answers to a form; while exact scores are computed, the stored ones, and the progress.
+    async def answer(self, asked: Asked, reader: Reader, form: QueryForm) -> tuple[tuple[Answer, ...], Wanted | None]:
+        """Return the answers to a form, and the job that it still needs.
+
+        While exact scores are not computed, the answers are the stored ones; the script of a page, which shows them
+        already, gets none. The caller starts the job by `compute` after all else that needs the index: a job that uses
+        the model lets nobody in between.
 
         Raises:
-            TracinAnnError: as `Reader.answer` and `compute`.
+            TracinAnnError: as `Reader.answer`.
         """
-        options, progress = form.options, None
+        options, wanted = form.options, None
         examples = await self.inputs.open(form, reader)
         if options.rerank == "exact":
             self.service.check_limits(len(form.rows), options)
             rows = form.rows if examples is None else (0,)
             work = ComputeExactAnswers(form.side, rows, options, examples, form.together)
+            job = self._find_job(reader.generation, work, asked.is_partial)
+            if job is not None and job.result is not None:
+                return job.result.rows, None
             wanted = Wanted(work, "Computing exact scores", form.address(), form.address(rerank="stored"))
-            result, progress = await self.compute(asked, reader, wanted)
-            if result is not None:
-                return result.rows, None
+            if asked.is_partial:
+                return (), wanted
             options = replace(options, rerank="stored")
         if examples is not None:
-            return (await reader.answer_examples(examples, options)).answers, progress
-        return (await reader.answer(form.side, form.rows, options, together=form.together)).answers, progress
+            return (await reader.answer_examples(examples, options)).answers, wanted
+        return (await reader.answer(form.side, form.rows, options, together=form.together)).answers, wanted
 
     async def draw(self, figure: Figure, form: Literal["svg", "png"]) -> Reply:
         """Return a figure as a file."""

@@ -226,7 +226,7 @@ def _describe_estimate(suspicion: Suspicion) -> str:
     if suspicion.look_at is None:
         return f"{suspicion.n_rows:,} rows ranked by {suspicion.by}. Without labels, there is no estimate."
     if not suspicion.look_at:
-        return f"No wrong labels: none of {suspicion.n_asked:,} rows is outvoted by its neighbours."
+        return f"None of {suspicion.n_asked:,} rows is outvoted by its neighbours."
     return (
         f"Check about the first {suspicion.look_at:,} of {suspicion.n_rows:,} rows: {suspicion.n_outvoted:,} are "
         "outvoted by their neighbours."
