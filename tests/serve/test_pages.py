@@ -17,12 +17,14 @@ from starlette.testclient import TestClient
 from explorer import N_QUERIES, N_TRAIN, build_place, serve
 from tracin_ann import QueryOptions
 from tracin_ann.analysis import explain, find_mislabelled
+from tracin_ann.errors import UsageError
 from tracin_ann.report import format_score
 from tracin_ann.serve import Settings, create_app, service
 from tracin_ann.serve.decisions import Decisions, default_path
 from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_ranges
 from tracin_ann.serve.pages.images import LinkedImages
-from tracin_ann.serve.work import ComputeExactAnswers
+from tracin_ann.serve.pages.pairs import ExplainPair
+from tracin_ann.serve.work import ComputeExactAnswers, FindHubs
 from tracin_ann.store import RowFilter
 
 PAGES = [
@@ -137,6 +139,26 @@ def test_stored_answers_are_shown_while_a_job_uses_the_model(place, monkeypatch)
             assert "progress" in reply.text and not may_end.is_set()
             may_end.set()
             assert len(find_hits(load(client, address))) == 10
+    end.cancel()
+
+
+@pytest.mark.parametrize(
+    ("work", "address"), [(ExplainPair, "/pair?row=3&query=1&score=cosine"), (FindHubs, "/hubs?k=7")]
+)
+def test_progress_is_shown_while_a_job_uses_the_model(place, monkeypatch, work, address):
+    may_end = threading.Event()
+
+    def wait(self, index, steps):
+        assert may_end.wait(30)
+        raise UsageError("ended")
+
+    monkeypatch.setattr(work, "run", wait)
+    end = threading.Timer(20, may_end.set)
+    end.start()
+    with serve(place.location) as client:
+        for headers in ({}, {"HX-Request": "true"}):
+            assert "progress" in client.get(address, headers=headers).text and not may_end.is_set()
+        may_end.set()
     end.cancel()
 
 
