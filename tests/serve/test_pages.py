@@ -230,7 +230,7 @@ def test_a_row_page_holds_its_columns_and_the_queries_that_it_helps(client, inde
     rank = 1 + [row.row for row in index.self_influence()].index(5)
     assert f"{rank} of {N_TRAIN}" in text
     assert client.get("/rows?row=train/5").headers["location"] == "/rows/5"
-    for wrong in ("/rows/40", "/rows/-1", "/rows/x", "/rows?row="):
+    for wrong in ("/rows/40", "/rows/-1", "/rows/x", "/rows?row=", f"/rows/{0:020}1"):
         assert client.get(wrong).status_code == 404
 
 

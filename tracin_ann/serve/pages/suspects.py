@@ -30,6 +30,7 @@ from tracin_ann.store import RowFilter
 
 _SHOWN, _MOST = 20, 500
 """Suspects of a page, and of all pages."""
+_MOST_DIGITS = 18
 _NONE = "none"
 """The value of a form for a ranking without labels."""
 _LEAD = (
@@ -150,8 +151,8 @@ def find_training_row(index: InfluenceIndex, name: str) -> int:
     Raises:
         UnknownRowError: there is none.
     """
-    if name.isascii() and name.isdecimal() and int(name[:18]) < len(index):
-        return int(name[:18])
+    if name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS and int(name) < len(index):
+        return int(name)
     ids = index.rows.ids
     places = [] if ids is None else [row for row, each in enumerate(ids.tolist()) if str(each) == name]
     if not places:
