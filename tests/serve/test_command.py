@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_token_is_needed_from_other_addresses(folder):
     with start(folder, "--host", "0.0.0.0", "--token", token) as (_, address):
         assert fail(address, "index")[0] == 401
         assert call(address, "index", Authorization=f"Bearer {token}")["rows"] == len(typed.TEXTS)
+
+
+@pytest.mark.slow
+def test_addresses_of_views_may_be_long_and_name_any_loopback_address(folder):
+    with start(folder, "--host", "127.0.0.2") as (_, address):
+        assert call(address, "index")["rows"] == len(typed.TEXTS)
+        text = "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 20_000
+        with urlopen(f"{address}/query?k=2&text={quote(text)}", timeout=60) as response:
+            assert text in response.read().decode()
+
+
+@pytest.mark.slow
+def test_a_server_with_a_token_has_any_name(folder):
+    token = "0123456789abcdef"
+    with start(folder, "--token", token) as (_, address):
+        assert call(address, "index", Authorization=f"Bearer {token}", Host="proxy.example")["query_rows"] > 0
 
 
 @pytest.mark.slow

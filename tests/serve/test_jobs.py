@@ -116,6 +116,13 @@ def test_results_are_forgotten(jobs, index):
         jobs.cancel(old.name)
 
 
+def test_the_latest_results_are_kept(turns, index):
+    jobs = Jobs(turns, Settings(most_jobs=1, most_kept_jobs=2), lambda: 0.0)
+    started = [run_job(jobs, index, Wait()) for _ in range(4)]
+    assert jobs.list() == started[:1:-1]
+    jobs.close()
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [(UsageError("a bad option"), "a bad option"), (ZeroDivisionError("secret"), "internal error in a job: got Zero")],

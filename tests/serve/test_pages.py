@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import time
 from html.parser import HTMLParser
 
@@ -16,11 +17,14 @@ from starlette.testclient import TestClient
 from explorer import N_QUERIES, N_TRAIN, build_place, serve
 from tracin_ann import QueryOptions
 from tracin_ann.analysis import explain, find_mislabelled
+from tracin_ann.errors import UsageError
 from tracin_ann.report import format_score
-from tracin_ann.serve import Settings, create_app
+from tracin_ann.serve import Settings, create_app, service
 from tracin_ann.serve.decisions import Decisions, default_path
 from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_ranges
 from tracin_ann.serve.pages.images import LinkedImages
+from tracin_ann.serve.pages.pairs import ExplainPair
+from tracin_ann.serve.work import ComputeExactAnswers, FindHubs
 from tracin_ann.store import RowFilter
 
 PAGES = [
@@ -116,9 +120,70 @@ def test_exact_answers_replace_the_stored_ones(place):
         assert find_hits(load(client, "/query?rows=0&k=5")) == stored
 
 
+def test_stored_answers_are_shown_while_a_job_uses_the_model(place, monkeypatch):
+    run, may_end = ComputeExactAnswers.run, threading.Event()
+
+    def run_when_allowed(self, index, steps):
+        assert may_end.wait(30)
+        return run(self, index, steps)
+
+    monkeypatch.setattr(ComputeExactAnswers, "run", run_when_allowed)
+    end = threading.Timer(20, may_end.set)
+    end.start()
+    with serve(place.location) as client:
+        for address in ("/query?rows=0&k=5&rerank=exact&candidates=9", "/query?text=abc&k=5&rerank=exact&candidates=9"):
+            may_end.clear()
+            page = Parsed(client.get(address).text)
+            assert page.find("div", id="progress") and len(find_hits(page)) == 10
+            reply = client.get(address, headers={"HX-Request": "true"})
+            assert "progress" in reply.text and not may_end.is_set()
+            may_end.set()
+            assert len(find_hits(load(client, address))) == 10
+    end.cancel()
+
+
+@pytest.mark.parametrize(
+    ("work", "address"), [(ExplainPair, "/pair?row=3&query=1&score=cosine"), (FindHubs, "/hubs?k=7")]
+)
+def test_progress_is_shown_while_a_job_uses_the_model(place, monkeypatch, work, address):
+    may_end = threading.Event()
+
+    def wait(self, index, steps):
+        assert may_end.wait(30)
+        raise UsageError("ended")
+
+    monkeypatch.setattr(work, "run", wait)
+    end = threading.Timer(20, may_end.set)
+    end.start()
+    with serve(place.location) as client:
+        for headers in ({}, {"HX-Request": "true"}):
+            assert "progress" in client.get(address, headers=headers).text and not may_end.is_set()
+        may_end.set()
+    end.cancel()
+
+
 def index_hits(index, rerank):
     (answer,) = index.query([0], (), QueryOptions(k=5, rerank=rerank, candidates=9))
     return [hit.row for hit in answer.hits]
+
+
+@pytest.mark.parametrize("address", ["/query?rows=0-2&together=yes&k=3&rerank=exact", "/compare?rows=0&rerank=exact"])
+def test_no_request_computes_exact_scores_itself(place, address, monkeypatch):
+    with serve(place.location) as client:
+        asked = []
+
+        def note(question, rows):
+            asked.append(question.options.rerank)
+            return answer(question, rows)
+
+        answer = service._answer
+        monkeypatch.setattr(service, "_answer", note)
+        page = load(client, address)
+        assert "exact" not in asked
+        if "together" in address:
+            options = QueryOptions(k=3, rerank="exact")
+            (mean,) = place.open().query([0, 1, 2], (), options, together=True)
+            assert find_hits(page) == [hit.row for hit in mean.hits]
 
 
 def test_typed_texts_and_uploaded_pictures_are_queries(client, index, place):
@@ -145,6 +210,13 @@ def find_token(page):
     return page.find("input", name="csrf")[0]["value"]
 
 
+def find_hidden(page, name, row):
+    """Return the value of a field of the form about a row."""
+    fields = page.find("input", type="hidden")
+    place = next(n for n, field in enumerate(fields) if field["name"] == "row" and field["value"] == str(row))
+    return next(field["value"] for field in fields[place:] if field["name"] == name)
+
+
 def test_a_row_page_holds_its_columns_and_the_queries_that_it_helps(client, index):
     page = load(client, "/rows/5?queries=yes")
     text = " ".join(page.texts)
@@ -154,6 +226,7 @@ def test_a_row_page_holds_its_columns_and_the_queries_that_it_helps(client, inde
     hurt = [int(q) for q in np.argsort(score_Q)[:10] if score_Q[q] < 0]
     found = [int(a["href"].partition("rows=")[2]) for a in page.find("a", **{"class": "id"}) if "/query" in a["href"]]
     assert found == helped + hurt and found
+    assert page.find("a", rel="bookmark")[0]["href"] == "/rows/5?queries=yes"
     rank = 1 + [row.row for row in index.self_influence()].index(5)
     assert f"{rank} of {N_TRAIN}" in text
     assert client.get("/rows?row=train/5").headers["location"] == "/rows/5"
@@ -197,6 +270,15 @@ def test_suspects_are_those_of_the_library_and_take_decisions(place):
         headers = {"HX-Request": "true"}
         undone = client.post("/decisions", data={**form, "csrf": token, "verdict": ""}, headers=headers)
         assert undone.text.startswith("<form") and decisions.read() == {}
+        known = find_hidden(page, "id", first.row)
+        assert json.loads(known) == first.id
+        assert client.post("/decisions", data={**form, "csrf": token, "id": known}).status_code == 303
+        other = find_hidden(page, "id", suspects[1].row)
+        assert (
+            client.post("/decisions", data={**form, "csrf": token, "id": other, "verdict": "drop"}).status_code == 409
+        )
+        assert [d.verdict for d in decisions.read().values()] == ["relabel"]
+        decisions.forget(first.row)
         for wrong in ({"verdict": "burn"}, {"new_label": ""}):
             assert client.post("/decisions", data={**form, "csrf": token, **wrong}).status_code == 422
         asked = client.post("/decisions", data={**form, "csrf": token, "new_label": ""}, headers=headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from explorer import LOCAL, serve
 from tracin_ann.serve import Settings
 from tracin_ann.serve.app import add_error_responses
 from tracin_ann.serve.dependencies import CheckedForm, make_template_context
-from tracin_ann.serve.security import Gate
+from tracin_ann.serve.security import Gate, own_address
 
 TOKEN = "a-token-of-the-tests"
 JOB = {"kind": "self-influence"}
@@ -102,16 +103,53 @@ def test_a_browser_logs_in_once(guarded):
     assert guarded.get("/api/v1/index").status_code == 200
 
 
-def test_a_link_with_the_token_logs_in(guarded):
-    assert guarded.get("/login", params={"token": TOKEN}).status_code == 303
-    assert guarded.get("/api/v1/index").status_code == 200
+def test_an_address_with_the_token_does_not_log_in(guarded):
+    page = guarded.get("/login", params={"token": TOKEN})
+    assert page.status_code == 200 and TOKEN not in page.text
+    assert guarded.get("/api/v1/index").status_code == 401
 
 
 @pytest.mark.parametrize(
-    "next_address", ["//example.com", "/\\example.com", "http://example.com", "", "/\n/example.com"]
+    "body",
+    [
+        {"content": b"token=" + b"x" * 5000},
+        {"content": iter([b"x" * 3000] * 3)},
+        {"content": TOKEN.encode()},
+        {"files": {"token": ("a", TOKEN)}},
+        {"content": b"--", "headers": {"Content-Type": "multipart/form-data; boundary=a"}},
+        {"content": b"token=%ff\xff"},
+        {"content": b""},
+    ],
 )
-def test_login_leads_to_this_server_only(guarded, next_address):
-    response = guarded.get("/login", params={"token": TOKEN, "next": next_address})
+def test_other_logins_are_rejected(guarded, body):
+    assert guarded.post("/login", **body).status_code in (401, 413)
+    assert guarded.get("/api/v1/index").status_code == 401
+
+
+def test_a_login_reads_no_more_than_the_token():
+    """A body of unknown length is not read to its end."""
+    n_sent, sent = 0, []
+
+    async def receive():
+        nonlocal n_sent
+        n_sent += 1
+        assert n_sent < 10
+        return {"type": "http.request", "body": b"x" * 4000, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/login", "query_string": b"", "headers": [(b"host", b"h")]}
+    asyncio.run(Gate(FastAPI(), Settings(token=TOKEN, hosts=None))(scope, receive, send))
+    assert sent[0]["status"] == 401
+
+
+@pytest.mark.parametrize(
+    "address", ["//example.com", "///example.com", "/\\example.com", "http://example.com", "", "/\n/example.com", "/é"]
+)
+def test_redirections_lead_to_this_server_only(guarded, address):
+    assert own_address(address) == "/"
+    response = guarded.post("/login", params={"next": address}, data={"token": TOKEN})
     assert response.headers["Location"] == "/"
 
 
@@ -124,6 +162,28 @@ def test_the_address_after_login_is_escaped(guarded):
 def test_a_login_from_another_site_is_rejected(guarded):
     response = guarded.post("/login", data={"token": TOKEN}, headers={"Origin": "http://example.com"})
     assert response.status_code == 403
+
+
+def test_clients_without_the_token_read_nothing_about_the_index(guarded, client, place):
+    name, site = place.directory.name, {"Origin": "http://example.com"}
+    rejected = [
+        guarded.get("/"),
+        guarded.post("/decisions"),
+        guarded.post("/decisions", headers=site),
+        guarded.get("/login"),
+        client.get("/", headers={"Host": "example.com"}),
+    ]
+    for response in rejected:
+        assert response.status_code in (200, 303, 400, 401)
+        assert name not in response.text.replace("the index", "") and "generation" not in response.text
+    assert name in client.post("/decisions", headers=site).text
+
+
+@pytest.mark.parametrize("dest", ["image", "iframe", "script", "empty", "document"])
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin", "none"])
+def test_other_sites_link_to_pages_but_do_not_embed_them(client, dest, site):
+    response = client.get("/suspects", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Dest": dest})
+    assert response.status_code == (403 if site in ("cross-site", "same-site") and dest != "document" else 200)
 
 
 @pytest.mark.parametrize("address", ["/", "/api/v1/openapi.json", "/static/any.js", "/login/x", "//login"])

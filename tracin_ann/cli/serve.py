@@ -18,6 +18,8 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.packages import make_missing_package_error
 
 _SHORTEST_TOKEN = 16
+_LONGEST_HEAD = 256 << 10
+"""Bytes of the address and the headers of a request."""
 
 
 @command(
@@ -81,10 +83,10 @@ def main(  # noqa: PLR0913
         batch_size=options["batch_size"],  # type: ignore[arg-type]
         memory_bytes=options["memory_bytes"],  # type: ignore[arg-type]
     )
-    defaults = Settings()
     settings = Settings(
         token=token,
-        hosts=defaults.hosts if is_local else None,
+        # With a token, another name of the server, such as that of a proxy, is no way around it.
+        hosts=Settings.hosts | {host} if token is None and Settings.hosts else None,
         decisions=None if decisions is None else Path(decisions),
     )
     with listen(host, port) as listener:
@@ -98,6 +100,8 @@ def main(  # noqa: PLR0913
             server_header=False,
             proxy_headers=False,
             ws="none",
+            # The address of a view has the text of the query.
+            h11_max_incomplete_event_size=_LONGEST_HEAD,
             timeout_graceful_shutdown=5,
         )
         uvicorn.Server(config).run(sockets=[listener])

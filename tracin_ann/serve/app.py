@@ -85,6 +85,9 @@ def _answer_invalid(request: Request, error: Exception) -> Response:
 def _answer_http_error(request: Request, error: Exception) -> Response:
     """Return the response to a request without a route, with another method, or with an unreadable body."""
     assert isinstance(error, HTTPException)
-    got, remedy = f"{request.method} {request.url.path}"[:200], "see /api/v1/openapi.json"
-    failure = TracinAnnError(problem(str(error.detail), got=got, expected="a request of the API", remedy=remedy))
+    got = f"{request.method} {request.url.path}"[:200]
+    expected, remedy = "an address of a page", "follow the links of the pages"
+    if request.url.path.startswith("/api/"):
+        expected, remedy = "a request of the API", "see /api/v1/openapi.json"
+    failure = TracinAnnError(problem(str(error.detail), got=got, expected=expected, remedy=remedy))
     return make_response(request, failure, error.headers, error.status_code)

@@ -189,5 +189,10 @@ class Jobs:
 
     def _forget_old(self) -> None:
         oldest = self._now() - self._settings.keep_seconds
-        for name in [name for name, job in self._jobs.items() if job.ended is not None and job.ended < oldest]:
-            del self._jobs[name]
+        ends = sorted(
+            (job.ended, place, job.name) for place, job in enumerate(self._jobs.values()) if job.ended is not None
+        )
+        n_surplus = len(ends) - self._settings.most_kept_jobs
+        for order, (ended, _, name) in enumerate(ends):
+            if ended < oldest or order < n_surplus:
+                del self._jobs[name]

@@ -93,9 +93,10 @@ def make_error_record(error: TracinAnnError) -> dict[str, Any]:
 def make_response(
     request: Request, error: TracinAnnError, headers: Mapping[str, str] | None = None, status: int | None = None
 ) -> Response:
-    """Return the response to a request that raised an error: JSON from the API, else text.
+    """Return the response to a request that raised an error: JSON from the API, else a page.
 
-    `app.state.show_error(request, status, record)` makes the responses of pages, if it is set.
+    `app.state.show_error(request, status, record)` makes the pages, if it is set. They name the index: clients that may
+    not read it get text.
 
     Args:
         request: the request.
@@ -110,7 +111,8 @@ def make_response(
     added |= headers or {}
     if request.url.path.startswith("/api/"):
         return ApiResponse(record, status, added)
-    show_error = getattr(request.app.state, "show_error", None) if "app" in request.scope else None
+    is_stranger = isinstance(error, LoginError | UnknownHostError)
+    show_error = None if is_stranger else getattr(request.app.state, "show_error", None)
     response: Response = PlainTextResponse(str(error)) if show_error is None else show_error(request, status, record)
     response.status_code = status
     response.headers.update(added)

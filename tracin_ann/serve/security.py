@@ -2,8 +2,9 @@
 
 A server on a loopback address serves everybody on the machine. A page of another site cannot use it: the Host header
 has to be one of the server's names, against DNS rebinding, and a request that changes something has to come from the
-server's own pages, by `Sec-Fetch-Site` or `Origin`. With a token, a client presents it as `Authorization: Bearer`, or
-logs in once at `/login`, which sets a cookie.
+server's own pages, by `Sec-Fetch-Site` or `Origin`. Other sites may link to pages, but not embed them: a page can start
+a job. With a token, a client presents it as `Authorization: Bearer`, or logs in once at `/login`, which sets a cookie.
+Rejected clients read nothing about the index.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hmac
 import logging
 import secrets
 from http import HTTPStatus
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -45,7 +46,7 @@ _POLICY = (
 )
 _LOGIN_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Log in - tracin_ann</title>
-<meta name="viewport" content="width=device-width"></head>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"></head>
 <body><main><h1>Log in</h1>{note}<form method="post" action="{login}">
 <label>Token <input name="token" type="password" autocomplete="current-password" autofocus required></label>
 <button>Log in</button></form></main></body></html>
@@ -137,17 +138,17 @@ class Gate:
             expected = " or ".join(sorted(hosts))
             what, remedy = "the request names another host", "open the address that tracin-serve prints"
             return make_response(request, UnknownHostError(problem(what, got=host, expected=expected, remedy=remedy)))
-        if request.method not in _SAFE and not _is_same_site(headers):
-            got = headers.get("origin") or headers.get("sec-fetch-site")
-            what, remedy = "the request comes from another site", "use the pages of this server"
-            return make_response(request, ForbiddenError(problem(what, got=got, expected="this site", remedy=remedy)))
         if not self._has_token(request, login_name) and request.url.path != LOGIN:
             if request.method == "GET" and not request.url.path.startswith(API):
-                return RedirectResponse(f"{LOGIN}?next={quote(_own_address(request))}", HTTPStatus.SEE_OTHER)
+                return RedirectResponse(f"{LOGIN}?next={quote(_requested_address(request))}", HTTPStatus.SEE_OTHER)
             what, expected = "the request has no valid token", "the header Authorization: Bearer TOKEN"
             remedy = "use the token that tracin-serve was started with"
             error = LoginError(problem(what, got="none, or another one", expected=expected, remedy=remedy))
             return make_response(request, error, {"WWW-Authenticate": "Bearer"})
+        if not _is_same_site(headers) and not _is_link(request):
+            got = headers.get("origin") or headers.get("sec-fetch-site")
+            what, remedy = "the request comes from another site", "use the pages of this server"
+            return make_response(request, ForbiddenError(problem(what, got=got, expected="this site", remedy=remedy)))
         if _read_length(headers) > self._settings.upload_bytes:
             return make_response(request, self._make_size_error(_read_length(headers)))
         return None
@@ -164,11 +165,9 @@ class Gate:
     async def _log_in(self, request: Request, login_name: str, cookies: dict[str, str]) -> Response:
         """Return the form that asks for the token, or, with the right token, set the cookie and go on."""
         assert self._settings.token is not None and self._cookie is not None
-        given: object = request.query_params.get("token")
-        if request.method == "POST" and _read_length(request.headers) <= _LONGEST_LOGIN:
-            given = (await request.form()).get("token")
-        if not isinstance(given, str):
+        if request.method != "POST":
             return HTMLResponse(_LOGIN_PAGE.format(note="", login=_login_address(request)))
+        given = await _read_token(request)
         if not hmac.compare_digest(given.encode(), self._settings.token.encode()):
             note = '<p role="alert">This is not the token that tracin-serve was started with.</p>'
             page = _LOGIN_PAGE.format(note=note, login=_login_address(request))
@@ -206,6 +205,16 @@ _LONGEST_LOGIN = 4096
 _MOST_DIGITS = 19
 
 
+async def _read_token(request: Request) -> str:
+    """Return the token of the login form; "" if there is none, or the body is longer than such a form."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LONGEST_LOGIN:
+            return ""
+    return parse_qs(body.decode("latin-1")).get("token", [""])[-1]
+
+
 def _make_cookie(name: str, value: str) -> str:
     """Return a Set-Cookie header; `value` consists of letters, digits, - and _."""
     return f"{name}={value}; Path=/; HttpOnly; SameSite=Lax"
@@ -232,15 +241,21 @@ def _is_same_site(headers: Headers) -> bool:
         return False
 
 
+def _is_link(request: Request) -> bool:
+    """Return whether a request reads and, as far as the browser says, loads a document and not a part of a page."""
+    return request.method in _SAFE and request.headers.get("sec-fetch-dest", "document") == "document"
+
+
 def _read_length(headers: Headers) -> int:
     """Return the length of the body that the headers state; 0 if they state none."""
     length = headers.get("content-length", "")
     return int(length) if length.isascii() and length.isdecimal() and len(length) <= _MOST_DIGITS else 0
 
 
-def _own_address(request: Request) -> str:
+def _requested_address(request: Request) -> str:
     """Return the path and the query of a request."""
-    return f"{request.url.path}?{request.url.query}" if request.url.query else request.url.path
+    path = quote(request.url.path, safe="/%")
+    return f"{path}?{request.url.query}" if request.url.query else path
 
 
 def _login_address(request: Request) -> str:
@@ -249,7 +264,11 @@ def _login_address(request: Request) -> str:
 
 def _next_address(request: Request) -> str:
     """Return the address on this server that the parameter `next` names, or `/`."""
-    address = request.query_params.get("next", "/")
+    return own_address(request.query_params.get("next", "/"))
+
+
+def own_address(address: str) -> str:
+    """Return an address if it is a path of this server with a query string, or else `/`."""
     # A browser takes `//host` and `/\\host` as another host, and drops control characters.
-    is_own = address.startswith("/") and address[1:2] not in ("/", "\\") and address.isprintable()
+    is_own = address.startswith("/") and address[1:2] not in ("/", "\\") and address.isascii() and address.isprintable()
     return address if is_own else "/"

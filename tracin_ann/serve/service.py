@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 class IndexLocation:
     """Where the index is and how it is opened: the arguments of `InfluenceIndex.open`."""
 
-    directory: Path
+    directory: str | Path
     task: Any = None
     arguments: Mapping[str, str] | None = None
     device: str = "auto"
@@ -71,7 +71,7 @@ class IndexLocation:
     def identify_manifest(self) -> tuple[int, ...]:
         """Return what changes when a generation is published; () if there is no manifest."""
         try:
-            status = os.stat(self.directory / _MANIFEST)
+            status = os.stat(Path(self.directory) / _MANIFEST)
         except OSError:
             return ()
         return status.st_ino, status.st_mtime_ns, status.st_size
@@ -225,7 +225,7 @@ class Service:
     @property
     def directory(self) -> Path:
         """Return the directory of the index."""
-        return self._location.directory
+        return Path(self._location.directory)
 
     @property
     def generation(self) -> int:

@@ -24,6 +24,7 @@ class Settings:
         most_jobs: jobs that run at a time.
         most_queued_jobs: jobs that may wait to run; further ones get status 429.
         keep_seconds: how long the result of a job is kept.
+        most_kept_jobs: ended jobs that are kept; the oldest are forgotten first.
         upload_bytes: the largest body of a request.
         picture_pixels: the largest number of pixels of an uploaded picture.
         page_rows: the largest number of records of a page of a list.
@@ -41,6 +42,7 @@ class Settings:
     most_jobs: int = 2
     most_queued_jobs: int = 8
     keep_seconds: float = 3600.0
+    most_kept_jobs: int = 100
     upload_bytes: int = 8 << 20
     picture_pixels: int = 1 << 24
     page_rows: int = 500

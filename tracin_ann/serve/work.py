@@ -80,6 +80,7 @@ class ComputeExactAnswers(Work):
         rows: positions of the queries.
         options: with `rerank="exact"` or `exact`.
         examples: the examples of the side `input`.
+        together: one answer, to the mean of the gradients of the queries.
     """
 
     kind = "exact"
@@ -87,37 +88,39 @@ class ComputeExactAnswers(Work):
     rows: tuple[int, ...]
     options: QueryOptions
     examples: Sequence[Any] | None = None
+    together: bool = False
 
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
         """Return the answers; one query, or a block of rows, is scored at a time."""
+        questions = (self.rows,) if self.together else tuple((row,) for row in self.rows)
         answers: list[Answer] = []
         records: list[Record] = []
-        for done, row in enumerate(self.rows):
-            answered = self._answer(index, row, steps)
+        for done, rows in enumerate(questions):
+            answered = self._answer(index, rows, steps)
             answers += answered
             records += answered.lines()
-            steps.progress("queries", done + 1, len(self.rows))
+            steps.progress("queries", done + 1, len(questions))
         return Result(tuple(answers), tuple(records), {"how": answers[0].how if answers else ""})
 
-    def _answer(self, index: InfluenceIndex, row: int, steps: Steps) -> Answers:
+    def _answer(self, index: InfluenceIndex, rows: tuple[int, ...], steps: Steps) -> Answers:
         if not self.options.exact:
-            return self._query(index, row, self.options, steps.report)
+            return self._query(index, rows, self.options, steps.report)
         allowed = index.present(self.options.rows).tolist()
         parts: list[Answers] = []
         for start in range(0, len(allowed), _ROWS_AT_ONCE):
             only = tuple(allowed[start : start + _ROWS_AT_ONCE])
-            parts.append(self._query(index, row, replace(self.options, rows=RowFilter(only)), None))
+            parts.append(self._query(index, rows, replace(self.options, rows=RowFilter(only)), None))
             steps.progress("rows", start + len(only), len(allowed))
         parts[0][0] = _merge([part[0] for part in parts], self.options.k)
         return parts[0]
 
     def _query(
-        self, index: InfluenceIndex, row: int, options: QueryOptions, progress: ProgressCallback | None
+        self, index: InfluenceIndex, rows: tuple[int, ...], options: QueryOptions, progress: ProgressCallback | None
     ) -> Answers:
         if self.examples is not None:
-            return index.query_examples(self.examples, options, progress, ids=[row])
+            return index.query_examples(self.examples, options, progress, ids=rows)
         train = self.side == "train"
-        return index.query(() if train else (row,), (row,) if train else (), options, progress)
+        return index.query(() if train else rows, rows if train else (), options, progress, together=self.together)
 
 
 def _merge(parts: Sequence[Answer], k: int) -> Answer:

@@ -62,7 +62,8 @@ async def show_comparison(context: Context, asked: Asked, reader: Reader) -> Rep
         UsageError: the other index has other training rows.
         TracinAnnError: as `Reader.answer`.
     """
-    form, other = QueryForm.parse(asked.given), read_choice(asked.given, "other", ("", *SCORES), "")
+    given, other = QueryForm.parse(asked.given), read_choice(asked.given, "other", ("", *SCORES), "")
+    form = QueryForm(side=given.side, rows=given.rows, k=given.k, score=given.score)
     other_name = "" if context.against is None else context.against.directory.resolve().name
     against = read_choice(asked.given, "against", ("", other_name), "")
     comparisons: tuple[Comparison, ...] = ()

@@ -17,6 +17,7 @@ from tracin_ann.serve.jobs import ENDED, Job
 from tracin_ann.serve.pages.addresses import Parameters, QueryForm, read_text
 from tracin_ann.serve.pages.inputs import Inputs
 from tracin_ann.serve.pages.site import Reply, Site
+from tracin_ann.serve.security import own_address
 from tracin_ann.serve.service import Reader, Service
 from tracin_ann.serve.work import ComputeExactAnswers, Result, Work
 
@@ -171,25 +172,32 @@ class Context:
             None,
         )
 
-    async def answer(self, asked: Asked, reader: Reader, form: QueryForm) -> tuple[tuple[Answer, ...], Progress | None]:
-        """Return the answers to a form; while exact scores are computed, the stored ones, and the progress.
+    async def answer(self, asked: Asked, reader: Reader, form: QueryForm) -> tuple[tuple[Answer, ...], Wanted | None]:
+        """Return the answers to a form, and the job that it still needs.
+
+        While exact scores are not computed, the answers are the stored ones; the script of a page, which shows them
+        already, gets none. The caller starts the job by `compute` after all else that needs the index: a job that uses
+        the model lets nobody in between.
 
         Raises:
-            TracinAnnError: as `Reader.answer` and `compute`.
+            TracinAnnError: as `Reader.answer`.
         """
-        options, progress = form.options, None
+        options, wanted = form.options, None
         examples = await self.inputs.open(form, reader)
-        if options.rerank == "exact" and not form.together:
+        if options.rerank == "exact":
             self.service.check_limits(len(form.rows), options)
-            work = ComputeExactAnswers(form.side, form.rows if examples is None else (0,), options, examples)
+            rows = form.rows if examples is None else (0,)
+            work = ComputeExactAnswers(form.side, rows, options, examples, form.together)
+            job = self._find_job(reader.generation, work, asked.is_partial)
+            if job is not None and job.result is not None:
+                return job.result.rows, None
             wanted = Wanted(work, "Computing exact scores", form.address(), form.address(rerank="stored"))
-            result, progress = await self.compute(asked, reader, wanted)
-            if result is not None:
-                return result.rows, None
+            if asked.is_partial:
+                return (), wanted
             options = replace(options, rerank="stored")
         if examples is not None:
-            return (await reader.answer_examples(examples, options)).answers, progress
-        return (await reader.answer(form.side, form.rows, options, together=form.together)).answers, progress
+            return (await reader.answer_examples(examples, options)).answers, wanted
+        return (await reader.answer(form.side, form.rows, options, together=form.together)).answers, wanted
 
     async def draw(self, figure: Figure, form: Literal["svg", "png"]) -> Reply:
         """Return a figure as a file."""
@@ -242,14 +250,6 @@ def link_figures(figures: Sequence[Figure], page: str, address: str) -> tuple[Li
         )
         for number, figure in enumerate(figures, start=1)
     )
-
-
-def own_address(address: str) -> str:
-    """Return an address if it is a path of this site with a query string, or else `/`."""
-    parts = urlsplit(address)
-    is_plain = address.isascii() and address.isprintable() and "\\" not in address
-    is_own = is_plain and not parts.scheme and not parts.netloc and parts.path.startswith("/")
-    return address if is_own else "/"
 
 
 def redirect(address: str) -> Reply:

@@ -63,21 +63,26 @@ class Inputs:
             UnknownRowError: the picture is no longer kept.
             TaskError: the task fails on the text or picture.
         """
-        return await reader.run(lambda index: self._find(form, index)) if form.side == "input" else None
+        if form.side != "input":
+            return None
+        return self._find_known(form, reader.generation) or await reader.run(lambda index: self._find(form, index))
 
     def lend(self, form: QueryForm, index: InfluenceIndex) -> AbstractContextManager[None]:
         """Let the example of a form be the rows of the side `input` in the block."""
         return index.lend(self._find(form, index)) if form.side == "input" and form.has_queries else nullcontext()
 
-    def _find(self, form: QueryForm, index: InfluenceIndex) -> _Example:
-        key = id(index), form.text, form.upload
+    def _find_known(self, form: QueryForm, generation: int) -> _Example | None:
         with self._lock:
-            known = self._examples.get(key)
+            return self._examples.get((generation, form.text, form.upload))
+
+    def _find(self, form: QueryForm, index: InfluenceIndex) -> _Example:
+        generation = index.manifest.generation
+        known = self._find_known(form, generation)
         if known is not None:
             return known
         made = _Example(self._make(form, index))
         with self._lock:
-            self._examples[key] = made
+            self._examples[generation, form.text, form.upload] = made
             while len(self._examples) > _MOST_EXAMPLES:
                 self._examples.popitem(last=False)
         return made

@@ -49,6 +49,7 @@ async def show_hubs(context: Context, asked: Asked, reader: Reader) -> Reply:
     def address_from(at: int) -> str:
         return make_address("/hubs", {"k": None if k == _K else k, "score": score, "start": at or None})
 
+    default_score = "" if asked.is_partial else await reader.run(lambda index: index.default_score)
     address = address_from(start)
     wanted = Wanted(FindHubs(k, options=options), "Answering all queries", address)
     result, progress = await context.compute(asked, reader, wanted)
@@ -56,7 +57,7 @@ async def show_hubs(context: Context, asked: Asked, reader: Reader) -> Reply:
         return context.show_progress(reader, progress)
     found = [] if result is None else sorted(result.rows, key=lambda hub: -(hub.proponent_of + hub.opponent_of))
     shown = found[start : start + _HUBS]
-    cards = await reader.run(partial(context.make_cards, [hub.row for hub in shown]))
+    cards = await reader.run(partial(context.make_cards, [hub.row for hub in shown])) if shown else []
     return context.page(
         "hubs.html",
         reader,
@@ -68,7 +69,7 @@ async def show_hubs(context: Context, asked: Asked, reader: Reader) -> Reply:
         k=k,
         scores=SCORES,
         score=score,
-        default_score=await reader.run(lambda index: index.default_score),
+        default_score=default_score,
         limits=context.limits,
         facts=() if result is None else _list_hub_facts(result.summary),
         hubs=list(zip(cards, shown, strict=True)),

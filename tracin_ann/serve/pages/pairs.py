@@ -221,11 +221,14 @@ class _AskedPair:
 
 async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the page of a training row and a query."""
+    # Before the job, which may use the model for long and lets nobody in between.
+    possible = None if asked.is_partial else await reader.run(_list_splits)
     pair, split, progress = await _split(context, asked, reader)
     if progress is not None and asked.is_partial:
         return context.show_progress(reader, progress)
+    if possible is None:
+        possible = await reader.run(_list_splits)
     form, values = pair.form, pair.values
-    possible = await reader.run(_list_splits)
     page = None
     if split is not None:
         row = split.pair.query_row

@@ -22,7 +22,7 @@ from tracin_ann.report import (
 from tracin_ann.scoring import Answer, Answers, open_writer
 from tracin_ann.serve.attribution_lines import format_lines
 from tracin_ann.serve.pages.addresses import RERANKS, QueryForm, format_ranges, make_address, name_query
-from tracin_ann.serve.pages.context import LABEL, Asked, Context, download, link_figures, redirect
+from tracin_ann.serve.pages.context import LABEL, Asked, Context, Wanted, download, link_figures, redirect
 from tracin_ann.serve.pages.listing import RowList, list_rows
 from tracin_ann.serve.pages.site import Reply
 from tracin_ann.serve.service import Reader
@@ -61,13 +61,21 @@ class QueryPage:
 
 async def show_query(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the form, and the answers to the queries that it names."""
-    form, progress = QueryForm.parse(asked.given), None
+    form, progress, page = QueryForm.parse(asked.given), None, None
     answers: tuple[Answer, ...] = ()
+    wanted: Wanted | None = None
     if form.has_queries and not form.browse:
-        answers, progress = await context.answer(asked, reader, form)
+        answers, wanted = await context.answer(asked, reader, form)
+    if wanted is not None:
+        if not asked.is_partial:
+            page = await reader.run(partial(_build_page, context, form, answers))
+        result, progress = await context.compute(asked, reader, wanted)
         if progress is not None and asked.is_partial:
             return context.show_progress(reader, progress)
-    page = await reader.run(partial(_build_page, context, form, answers))
+        if result is not None:
+            answers, page = result.rows, None
+    if page is None:
+        page = await reader.run(partial(_build_page, context, form, answers))
     return context.page(
         "query.html",
         reader,
@@ -120,13 +128,15 @@ async def export_answers(context: Context, asked: Asked, reader: Reader) -> Repl
     if name not in dict(_SAVED):
         expected = ", ".join(dict(_SAVED))
         raise UsageError(problem("no such format", got=repr(name), expected=expected, remedy="change the address"))
-    answers, progress = await context.answer(asked, reader, form)
+    answers, wanted = await context.answer(asked, reader, form)
+    result, progress = (None, None) if wanted is None else await context.compute(asked, reader, wanted)
     if progress is not None:
         remedy = "save them when the page shows them"
         raise UsageError(
             problem("the exact scores are not computed yet", got=progress.state, expected="exact scores", remedy=remedy)
         )
-    return download(await reader.run(partial(_write_answers, context, form, answers, name)), f"answers.{name}")
+    found = answers if result is None else result.rows
+    return download(await reader.run(partial(_write_answers, context, form, found, name)), f"answers.{name}")
 
 
 def _write_answers(

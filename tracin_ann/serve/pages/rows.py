@@ -181,12 +181,12 @@ class ComputeQueryFeatures(Work):
 async def show_row(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the page of a training row, with the queries that it helps and hurts if these are asked for."""
     row = await reader.run(partial(find_training_row, name=str(asked.places["row"])))
-    address, progress = f"/rows/{row}", None
+    plain, progress = f"/rows/{row}", None
+    with_queries = f"{plain}?queries=yes"
+    address = with_queries if read_text(asked.given, "queries") else plain
     features: QueryFeatures | None = None
-    if read_text(asked.given, "queries"):
-        wanted = Wanted(
-            ComputeQueryFeatures(), "Computing the gradients of the queries", f"{address}?queries=yes", address
-        )
+    if address == with_queries:
+        wanted = Wanted(ComputeQueryFeatures(), "Computing the gradients of the queries", address, plain)
         result, progress = await context.compute(asked, reader, wanted)
         if progress is not None and asked.is_partial:
             return context.show_progress(reader, progress)
@@ -215,7 +215,7 @@ async def show_row(context: Context, asked: Asked, reader: Reader) -> Reply:
         view=view,
         as_query=make_address("/query", {"side": "train", "rows": row}),
         queries=[(*side, cards) for side, cards in zip(sides, helped, strict=False)],
-        queries_page=f"{address}?queries=yes",
+        queries_page=with_queries,
         n_queries=n_queries,
         n_compared=0 if features is None else len(features.vector_QF),
         decision=decision,

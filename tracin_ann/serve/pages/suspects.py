@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +19,11 @@ from tracin_ann.report import (
 )
 from tracin_ann.serve.decisions import VERDICTS, Decision
 from tracin_ann.serve.pages.addresses import make_address, read_choice, read_conditions, read_number, read_text
-from tracin_ann.serve.pages.context import LABEL, Asked, Context, Wanted, download, own_address, redirect
+from tracin_ann.serve.pages.context import LABEL, Asked, Context, Wanted, download, redirect
 from tracin_ann.serve.pages.listing import split_pages
 from tracin_ann.serve.pages.site import Reply
+from tracin_ann.serve.problems import IndexChangedError
+from tracin_ann.serve.security import own_address
 from tracin_ann.serve.service import Reader
 from tracin_ann.serve.work import FindMislabelled, Result
 from tracin_ann.store import RowFilter
@@ -96,6 +99,7 @@ async def decide(context: Context, asked: Asked, reader: Reader) -> Reply:
 
     Raises:
         UnknownRowError: there is no such row.
+        IndexChangedError: the row is not the one that the page showed.
         UsageError: there is no such verdict.
     """
     name, verdict = read_text(asked.given, "row"), read_text(asked.given, "verdict")
@@ -108,6 +112,12 @@ async def decide(context: Context, asked: Asked, reader: Reader) -> Reply:
 
     def store(index: InfluenceIndex) -> str:
         row = find_training_row(index, name)
+        shown, present = read_text(asked.given, "id"), json.dumps(index.rows.id_at(row))
+        if shown and shown != present:
+            expected, remedy = f"id {present[:60]} at position {row}", "load the page again"
+            raise IndexChangedError(
+                problem("the training data has changed", got=f"id {shown[:60]}", expected=expected, remedy=remedy)
+            )
         if is_incomplete:
             note = "Type the new label first."
             return render_decision(context, asked, index, row, suggested=suggested, back=back, note=note)
@@ -173,6 +183,7 @@ def render_decision(  # noqa: PLR0913
         index.manifest.generation,
         row=row,
         id=name,
+        id_json=json.dumps(name),
         decided=decision if decision is not None and decision.id == name else None,
         suggested=suggested,
         note=note,
@@ -216,7 +227,7 @@ def _describe_estimate(suspicion: Suspicion) -> str:
     if suspicion.look_at is None:
         return f"{suspicion.n_rows:,} rows ranked by {suspicion.by}. Without labels, there is no estimate."
     if not suspicion.look_at:
-        return f"No wrong labels: none of {suspicion.n_asked:,} rows is outvoted by its neighbours."
+        return f"None of {suspicion.n_asked:,} rows is outvoted by its neighbours."
     return (
         f"Check about the first {suspicion.look_at:,} of {suspicion.n_rows:,} rows: {suspicion.n_outvoted:,} are "
         "outvoted by their neighbours."
