@@ -1,4 +1,4 @@
-"""Inner products of one float32 query with float16 rows, by FAISS's scanner of half-precision codes.
+"""Inner products of one float32 query with float16 rows, and norms of rows, by FAISS's scanner of half-precision codes.
 
 The scanner converts and multiplies in registers and uses one thread. A conversion to float32 and a matrix product
 take twice as long on one thread; on several threads, they wait for each other twice for each block of rows.
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.device import import_faiss
-from tracin_ann.search.inverted_lists import make_empty_index
+from tracin_ann.search.inverted_lists import Measure, make_empty_index
 from tracin_ann.types import Float32
 
 
@@ -29,35 +29,46 @@ class HalfScanner:
 
     def multiply(self, stored_BD: npt.NDArray[Any]) -> Float32:
         """Return the inner products [B] with float16 rows; NaN for a row whose product is NaN or -infinity."""
-        faiss = import_faiss()
-        n_rows, dim = stored_BD.shape
-        position_B, codes_BD = np.arange(n_rows, dtype=np.int64), np.ascontiguousarray(stored_BD)
-        result = faiss.RangeSearchResult(1)
-        result.buffer_size = max(1, n_rows)
-        found = faiss.RangeSearchPartialResult(result)
-        row = found.new_result(0)
-        pool = _make_pool(dim)
-        scanner = pool.take()
-        scanner.set_query(faiss.swig_ptr(self._query_D))
-        # A range search without a limit returns the products of all rows, in order, without those that are not numbers.
-        codes = faiss.swig_ptr(codes_BD.view(np.uint8).reshape(-1))
-        scanner.scan_codes_range(n_rows, codes, faiss.swig_ptr(position_B), -math.inf, row)
-        pool.put(scanner)
-        n_found = row.nres
-        product_B, found_B = np.empty(n_found, np.float32), np.empty(n_found, np.int64)
-        found.copy_range(0, n_found, faiss.swig_ptr(found_B), faiss.swig_ptr(product_B))
-        if n_found == n_rows:
-            return product_B
-        all_B = np.full(n_rows, np.nan, np.float32)
-        all_B[found_B] = product_B
-        return all_B
+        return _scan_rows(_make_pool(len(self._query_D), "product"), self._query_D, stored_BD, -math.inf)
+
+
+def measure_squares(stored_BD: npt.NDArray[Any]) -> Float32:
+    """Return the squared norms [B] of float16 rows; NaN for a row whose squared norm is NaN or infinity."""
+    origin_D = np.zeros(stored_BD.shape[1], np.float32)
+    return _scan_rows(_make_pool(len(origin_D), "distance"), origin_D, stored_BD, math.inf)
+
+
+def _scan_rows(pool: _Pool, query_D: Float32, stored_BD: npt.NDArray[Any], limit: float) -> Float32:
+    """Return the products or squared distances [B] of a query and float16 rows; NaN for those not within the limit."""
+    faiss, n_rows = import_faiss(), len(stored_BD)
+    position_B, codes_BD = np.arange(n_rows, dtype=np.int64), np.ascontiguousarray(stored_BD)
+    result = faiss.RangeSearchResult(1)
+    result.buffer_size = max(1, n_rows)
+    found = faiss.RangeSearchPartialResult(result)
+    row = found.new_result(0)
+    scanner = pool.take()
+    scanner.set_query(faiss.swig_ptr(query_D))
+    # After the query, which a scanner of distances reads here.
+    scanner.set_list(0, 0.0)
+    # A range search without a limit returns the values of all rows, in order, without those that are not numbers.
+    codes = faiss.swig_ptr(codes_BD.view(np.uint8).reshape(-1))
+    scanner.scan_codes_range(n_rows, codes, faiss.swig_ptr(position_B), limit, row)
+    pool.put(scanner)
+    n_found = row.nres
+    value_B, found_B = np.empty(n_found, np.float32), np.empty(n_found, np.int64)
+    found.copy_range(0, n_found, faiss.swig_ptr(found_B), faiss.swig_ptr(value_B))
+    if n_found == n_rows:
+        return value_B
+    all_B = np.full(n_rows, np.nan, np.float32)
+    all_B[found_B] = value_B
+    return all_B
 
 
 class _Pool:
     """FAISS scanners that are not in use. They are reused, because FAISS's Python package cannot delete them."""
 
-    def __init__(self, dim: int) -> None:
-        self._index = make_empty_index(1, dim, "fp16")
+    def __init__(self, dim: int, measure: Measure) -> None:
+        self._index = make_empty_index(1, dim, "fp16", measure)
         self._unused: list[Any] = []
 
     def take(self) -> Any:
@@ -65,9 +76,7 @@ class _Pool:
         try:
             return self._unused.pop()
         except IndexError:
-            scanner = self._index.get_InvertedListScanner(False, None, None)
-            scanner.set_list(0, 0.0)
-            return scanner
+            return self._index.get_InvertedListScanner(False, None, None)
 
     def put(self, scanner: Any) -> None:
         """Return a scanner to the pool."""
@@ -75,9 +84,9 @@ class _Pool:
 
 
 @cache
-def _make_pool(dim: int) -> _Pool:
+def _make_pool(dim: int, measure: Measure) -> _Pool:
     """Return the pool of scanners of rows of D numbers."""
-    return _Pool(dim)
+    return _Pool(dim, measure)
 
 
 class _SharedMemory:

@@ -22,6 +22,7 @@ from tracin_ann.files import open_regular, report_damage
 from tracin_ann.types import Float32, Int64
 
 Codes = Literal["sq8", "sq4", "fp16"]
+Measure = Literal["product", "distance"]
 CODES: tuple[Codes, ...] = ("sq8", "sq4", "fp16")
 _QUANTIZERS = {"sq8": "QT_8bit", "sq4": "QT_4bit", "fp16": "QT_fp16"}
 _BITMAP_BITS_PER_ROW = 64
@@ -222,13 +223,12 @@ def make_selector(allowed: Int64 | None, n_rows: int) -> Selector | None:
     return Selector(faiss.IDSelectorBatch(allowed), allowed)
 
 
-def make_empty_index(n_lists: int, dim: int, codes: Codes) -> Any:
-    """Return a FAISS index with empty lists."""
+def make_empty_index(n_lists: int, dim: int, codes: Codes, measure: Measure = "product") -> Any:
+    """Return a FAISS index with empty lists, which compares by inner product or by squared distance."""
     faiss = import_faiss()
     quantizer = getattr(faiss.ScalarQuantizer, _QUANTIZERS[codes])
-    index = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(dim), dim, n_lists, quantizer, faiss.METRIC_INNER_PRODUCT, False
-    )
+    metric = faiss.METRIC_INNER_PRODUCT if measure == "product" else faiss.METRIC_L2
+    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, n_lists, quantizer, metric, False)
     index.is_trained = True
     return index
 

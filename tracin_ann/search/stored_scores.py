@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tracin_ann.device import import_faiss
-from tracin_ann.search.half_scanner import HalfScanner, share_memory
+from tracin_ann.search.half_scanner import HalfScanner, measure_squares, share_memory
 from tracin_ann.types import Int64, StoredPart
 
 _BUFFER_NUMBERS = 1 << 18
@@ -108,7 +108,7 @@ class StoredScorer:
             if start not in self._scaled:
                 self._scaled[start] = _scale(self._queries_QF[:, start:stop])
             queries = self._scaled[start]
-            if self._is_scan and part.stored_BD.dtype == np.float16 and not part.unit:
+            if self._is_scan and part.stored_BD.dtype == np.float16:
                 _scan_part(part, queries, out_QB, is_first=start == 0)
             else:
                 self._multiply_part(part, queries, out_QB, is_first=start == 0)
@@ -181,7 +181,10 @@ class _Product(threading.local):
 
 def _scan_part(part: StoredPart, queries: _PartQueries, out_QB: Tensor, *, is_first: bool) -> None:
     """Add the inner products with one part to `out_QB`, or write them there for the first part."""
-    factors = _compute_powers(part.exponent_B)
+    if part.unit:
+        factors = [_invert(torch.from_numpy(measure_squares(part.stored_BD)).sqrt_())]
+    else:
+        factors = _compute_powers(part.exponent_B)
     for q, scanner in enumerate(queries.scanners):
         product_1B = torch.from_numpy(scanner.multiply(part.stored_BD))[None]
         power_11 = None if queries.power_Q1 is None else queries.power_Q1[q : q + 1]
@@ -236,8 +239,12 @@ def _invert_norms(rows_BD: Tensor) -> list[Tensor]:
     """Return the factor that divides an inner product by the norm of its row; 0 for a zero row."""
     # Less than the limit, at which PyTorch uses several threads for a reduction.
     few = max(1, (_SERIAL_NUMBERS - 1) // rows_BD.shape[1])
-    norm_B = torch.cat([torch.linalg.vector_norm(some_BD, dim=1) for some_BD in torch.split(rows_BD, few)])
-    return [norm_B.reciprocal().masked_fill_(norm_B == 0, 0.0)]
+    return [_invert(torch.cat([torch.linalg.vector_norm(some_BD, dim=1) for some_BD in torch.split(rows_BD, few)]))]
+
+
+def _invert(norm_B: Tensor) -> Tensor:
+    """Return the reciprocals; 0 for 0."""
+    return norm_B.reciprocal().masked_fill_(norm_B == 0, 0.0)
 
 
 def _compute_powers(exponent_B: npt.NDArray[np.int16]) -> list[Tensor]:
