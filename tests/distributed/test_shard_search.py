@@ -32,6 +32,7 @@ from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.scoring import Answer, Coverage, ranking
 from tracin_ann.search import ListQuery
 
+pytestmark = pytest.mark.xdist_group("shards")
 OPTIONS = QueryOptions(k=5, search="index")
 EXACT = replace(OPTIONS, rerank="exact", candidates=20)
 

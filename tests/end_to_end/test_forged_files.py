@@ -31,7 +31,7 @@ OWN = "generation-000002"
 UNLIKE = "not of this task:"
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf"])
+@pytest.fixture(scope="module", params=["flat", pytest.param("ivf", marks=pytest.mark.slow)])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Task]:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)

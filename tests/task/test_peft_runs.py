@@ -32,9 +32,10 @@ pytest.importorskip("accelerate")
 trainer_runs: Any = import_module("trainer_runs")
 ROWS, SAVE_EVERY, UPDATES = trainer_runs.ROWS, trainer_runs.SAVE_EVERY, trainer_runs.UPDATES
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*torchao.*:UserWarning"
-)
+pytestmark = [
+    pytest.mark.xdist_group("adapters"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*torchao.*:UserWarning"),
+]
 SMALL = BuildConfig(dim=64, device="cpu", yardstick=False)
 STEPS = range(SAVE_EVERY, UPDATES + 1, SAVE_EVERY)
 LAYERS = ["q_proj", "v_proj", "down_proj"]

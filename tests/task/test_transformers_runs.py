@@ -33,8 +33,12 @@ pytest.importorskip("accelerate")
 trainer_runs: Any = import_module("trainer_runs")
 ROWS, UPDATES, SAVE_EVERY = trainer_runs.ROWS, trainer_runs.UPDATES, trainer_runs.SAVE_EVERY
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.xdist_group("trainer runs"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 NAMES = ("bert", "gpt2", "llama", "t5", "vit")
+FEW = [name if name in ("bert", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 SMALL = BuildConfig(dim=64, device="cpu", yardstick=False)
 Train = Callable[[str], "Run"]
 
@@ -86,9 +90,7 @@ def exact_scores(index: InfluenceIndex) -> np.ndarray[Any, Any]:
     return scores
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("bert", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", FEW)
 def test_exact_scores_of_a_run_equal_autograd_and_every_parameter_has_a_layer_rule(trained, name, tmp_path):
     run = trained(name)
     task = Task.from_transformers(run.folder, run.records)
@@ -100,7 +102,7 @@ def test_exact_scores_of_a_run_equal_autograd_and_every_parameter_has_a_layer_ru
     np.testing.assert_array_equal(exact_scores(index), scores)  # weights are in memory at the second query
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_rates_are_those_of_the_scheduler_when_checkpoints_were_saved(trained, name):
     run = trained(name)
     task = Task.from_transformers(run.folder, run.records)
