@@ -288,6 +288,18 @@ def test_suspects_are_those_of_the_library_and_take_decisions(place):
         decisions.forget(first.row)
 
 
+def test_a_decision_has_the_label_of_the_ranked_column(place, tmp_path):
+    with serve(place.location, Settings(decisions=tmp_path / "decisions.sqlite")) as client:
+        for column in ("name", "none"):
+            page = load(client, f"/suspects?labels={column}")
+            row = int(page.find("form", **{"class": "decide"})[0]["id"].rpartition("-")[2])
+            assert page.find("input", name="new_label")
+            form = {"row": row, "verdict": "relabel", "new_label": "x", "labels": find_hidden(page, "labels", row)}
+            assert client.post("/decisions", data={**form, "csrf": find_token(page)}).status_code == 303
+            label = Decisions(tmp_path / "decisions.sqlite").find(row).label
+            assert label == (f"train {row}" if column == "name" else "")
+
+
 def test_two_scores_and_two_indexes_are_compared(place):
 
     app = create_app(place.location, Settings(), place.location)

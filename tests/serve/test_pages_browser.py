@@ -154,6 +154,14 @@ def wait_for(driver: Any, script: str) -> None:
         time.sleep(0.05)
 
 
+def find_soon(driver: Any, selector: str) -> list[Any]:
+    """Return the elements of a page as soon as there are any; it needs no script."""
+    until = time.monotonic() + 30
+    while not (found := driver.find_elements("css selector", selector)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
 @pytest.fixture(scope="module", params=DATA)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Example]]:
     name, data = request.param, ""
@@ -244,9 +252,17 @@ def test_exact_answers_follow_the_stored_ones(chromium: Any, toy: Any, monkeypat
         wait_for(chromium, "return document.querySelector('#progress progress')?.value === 1")
         # Hits with exact scores also show their stored scores.
         assert chromium.find_elements("class name", "score") and not chromium.find_elements("class name", "det")
-        chromium.execute_script("window.unchanged = true")
+        chromium.execute_script("window.unchanged = true; window.first = document.getElementById('progress')")
+        status = "return document.getElementById('status').textContent"
+        assert "exact scores" in chromium.execute_script(status)
+        # The focus stays on the button while the progress is replaced, and goes to the result.
+        chromium.execute_script("document.getElementById('cancel').focus()")
+        wait_for(chromium, "return !window.first.isConnected")
+        assert chromium.execute_script("return document.activeElement.id") == "cancel"
         go.append(True)
         wait_for(chromium, "return !document.getElementById('progress')")
+        assert chromium.execute_script(status) == "The result is complete."
+        assert chromium.execute_script("return document.activeElement.id") == "result"
         assert chromium.execute_script("return window.unchanged") is True
         assert len(chromium.find_elements("class name", "det")) == len(chromium.find_elements("class name", "score"))
         go.clear()
@@ -265,16 +281,12 @@ def test_pages_work_without_scripts(chromium: Any, toy: Any, tmp_path: Path) -> 
             chromium.get(f"{address}/query")
             chromium.find_elements("css selector", ".pick input")[2].click()
             chromium.find_element("css selector", "button.main").click()
-            assert "rows=2" in chromium.current_url
-            assert chromium.find_elements("class name", "score")
+            assert find_soon(chromium, ".score") and "rows=2" in chromium.current_url
             chromium.get(f"{address}/suspects")
-            until = time.monotonic() + 30
-            while not chromium.find_elements("class name", "decide") and time.monotonic() < until:
-                time.sleep(0.2)  # the page loads itself again
+            find_soon(chromium, ".decide")  # the page loads itself again
             chromium.find_elements("css selector", "button[value=drop]")[1].click()
+            assert [button.text for button in find_soon(chromium, "[aria-pressed=true]")] == ["drop"]
             assert chromium.current_url.endswith("/suspects#s1")
-            pressed = chromium.find_elements("css selector", "[aria-pressed=true]")
-            assert [button.text for button in pressed] == ["drop"]
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 

@@ -58,7 +58,7 @@ def read_picture(data: bytes, most_pixels: int) -> Any:
                 image.load()
                 plain = image if image.mode in ("1", "L", "LA", "RGB", "RGBA", "I;16") else image.convert("RGBA")
                 written = io.BytesIO()
-                plain.save(written, "PNG", pnginfo=None, exif=b"", icc_profile=None)
+                plain.save(written, "PNG", compress_level=1, pnginfo=None, exif=b"", icc_profile=None)
         again = pillow.open(written, formats=("PNG",))
         again.load()
     except (MemoryError, UsageError):

@@ -73,7 +73,8 @@ async def show_suspects(context: Context, asked: Asked, reader: Reader) -> Reply
         return context.show_progress(reader, progress)
     shown: list[ShownSuspect] = []
     if result is not None:
-        shown = await reader.run(partial(_build_suspects, context, asked, result, start, address))
+        build = partial(_build_suspects, context, asked, result, labels=labels, start=start, address=address)
+        shown = await reader.run(build)
     return context.page(
         "suspects.html",
         reader,
@@ -104,6 +105,7 @@ async def decide(context: Context, asked: Asked, reader: Reader) -> Reply:
     """
     name, verdict = read_text(asked.given, "row"), read_text(asked.given, "verdict")
     suggested, back = read_text(asked.given, "suggested"), own_address(read_text(asked.given, "back"))
+    column = read_text(asked.given, "labels", LABEL)
     new_label = read_text(asked.given, "new_label") if verdict == "relabel" else ""
     is_incomplete = verdict == "relabel" and not new_label
     if is_incomplete and not asked.is_partial:
@@ -120,14 +122,14 @@ async def decide(context: Context, asked: Asked, reader: Reader) -> Reply:
             )
         if is_incomplete:
             note = "Type the new label first."
-            return render_decision(context, asked, index, row, suggested=suggested, back=back, note=note)
+            return render_decision(context, asked, index, row, column, suggested=suggested, back=back, note=note)
         if verdict:
-            label = format_value(index.columns[LABEL][row]) if LABEL in index.columns else ""
+            label = format_value(index.columns[column][row]) if column in index.columns else ""
             decision = Decision(row, index.rows.id_at(row), verdict, label, new_label)  # type: ignore[arg-type]
             context.decisions.record(decision)
         else:
             context.decisions.forget(row)
-        return render_decision(context, asked, index, row, suggested=suggested, back=back)
+        return render_decision(context, asked, index, row, column, suggested=suggested, back=back)
 
     form = await reader.run(store)
     return Reply(form) if asked.is_partial else redirect(back)
@@ -164,7 +166,15 @@ def find_training_row(index: InfluenceIndex, name: str) -> int:
 
 
 def render_decision(  # noqa: PLR0913
-    context: Context, asked: Asked, index: InfluenceIndex, row: int, *, back: str, suggested: str = "", note: str = ""
+    context: Context,
+    asked: Asked,
+    index: InfluenceIndex,
+    row: int,
+    column: str = LABEL,
+    *,
+    back: str,
+    suggested: str = "",
+    note: str = "",
 ) -> str:
     """Return the form of the decision about a training row, as HTML.
 
@@ -173,6 +183,7 @@ def render_decision(  # noqa: PLR0913
         asked: what the page was asked for.
         index: the index.
         row: position of the training row.
+        column: the column with its label, if the index has one of this name.
         back: address of the page, for browsers without scripts.
         suggested: the label that is suggested for it.
         note: why the last decision was not stored.
@@ -187,15 +198,15 @@ def render_decision(  # noqa: PLR0913
         decided=decision if decision is not None and decision.id == name else None,
         suggested=suggested,
         note=note,
-        has_labels=LABEL in index.columns,
+        column=column,
         verdicts=VERDICTS,
         guard=asked.guard,
         back=back,
     )
 
 
-def _build_suspects(
-    context: Context, asked: Asked, result: Result, start: int, address: str, index: InfluenceIndex
+def _build_suspects(  # noqa: PLR0913
+    context: Context, asked: Asked, result: Result, index: InfluenceIndex, *, labels: str, start: int, address: str
 ) -> list[ShownSuspect]:
     chosen = Suspects(result.rows[start : start + _SHOWN], index.describe, Suspicion(**result.summary))
     records, examples = chosen.records(), context.make_examples(index)
@@ -211,6 +222,7 @@ def _build_suspects(
                 asked,
                 index,
                 suspect.row,
+                labels,
                 suggested="" if suspect.suggested_label is None else str(suspect.suggested_label),
                 back=f"{address}#{view.anchor}",
             ),

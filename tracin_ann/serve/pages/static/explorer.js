@@ -2,7 +2,7 @@
 // Keys for lists of rows to check. Pages work without this script.
 (() => {
   const items = () => Array.from(document.querySelectorAll(".item.sus"));
-  let current = null, isByKey = false;
+  let current = null, isByKey = false, isBusy = false, hadFocus = false;
 
   function goTo(item) {
     if (!item) return;
@@ -19,6 +19,16 @@
   function updateCount() {
     const all = items(), count = document.getElementById("count");
     if (count && all.length) count.value = `${all.filter((item) => item.querySelector("[aria-pressed=true]")).length} of ${all.length} on this page decided`;
+  }
+
+  // Progress is replaced while a job runs, so a screen reader is told its begin and its end here.
+  function updateStatus() {
+    const label = document.querySelector("#progress label");
+    if (Boolean(label) === isBusy) return;
+    isBusy = Boolean(label);
+    document.getElementById("status").textContent = isBusy ? label.textContent : "The result is complete.";
+    const result = document.getElementById("result");
+    if (!isBusy && hadFocus && result) { result.tabIndex = -1; result.focus({ preventScroll: true }); }
   }
 
   document.addEventListener("keydown", (event) => {
@@ -39,8 +49,10 @@
     item.classList.add("current");
   });
   // After a decision by a key, the next row is current.
+  document.addEventListener("htmx:beforeSwap", () => { hadFocus = Boolean(document.activeElement.closest("#progress")); });
   document.addEventListener("htmx:afterSwap", () => {
     updateCount();
+    updateStatus();
     const decided = current && current.isConnected && current.querySelector(".decide [aria-pressed=true]");
     if (isByKey && decided) move(1);
     else if (current && current.isConnected && document.activeElement === document.body) current.focus({ preventScroll: true });
@@ -52,4 +64,5 @@
     for (const [name, value] of Array.from(event.formData)) if (value === "") event.formData.delete(name);
   });
   updateCount();
+  updateStatus();
 })();
