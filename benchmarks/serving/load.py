@@ -82,10 +82,15 @@ def serve(index: Path, pass_queries: int, ports: Connection) -> None:
 
 @contextmanager
 def run_server(index: Path, pass_queries: int) -> Iterator[tuple[int, int]]:
-    """Yield the port and the process id of a server."""
+    """Yield the port and the process id of a server.
+
+    Raises:
+        EOFError: it does not start. `recv` waits as long as any process can send, so this one closes its end.
+    """
     here, there = multiprocessing.Pipe()
     process = multiprocessing.Process(target=serve, args=(index, pass_queries, there))
     process.start()
+    there.close()
     try:
         port = here.recv()
         assert process.pid is not None
@@ -186,6 +191,7 @@ def measure(index: Path, clients: int, each: int) -> Iterator[dict[str, Any]]:
     here, there = multiprocessing.Pipe()
     process = multiprocessing.Process(target=measure_direct, args=(index, queries, there))
     process.start()
+    there.close()
     seconds, expected = here.recv()
     process.join()
     yield summarise("InfluenceIndex one by one", seconds, sum(seconds))
