@@ -131,7 +131,7 @@ class InfluenceIndex:
         """Start a worker for each shard of the index; from now on, they search it and compute exact scores.
 
         A worker that ends is started again and asked again. Workers import the task by its name; if it was given as an
-        object, this process computes exact scores. A second call does nothing.
+        object, this process computes exact scores.
 
         Args:
             options: see ShardOptions.
@@ -140,14 +140,16 @@ class InfluenceIndex:
                 `if __name__ == "__main__":`.
 
         Raises:
-            UsageError: the index is not one of inverted lists.
+            UsageError: the index is not one of inverted lists, or has workers.
             DamagedIndexError: the file of a shard is damaged.
             WorkerError: a worker does not start.
         """
-        if self._workers is None:
-            self._workers = open_shard_search(
-                self._loaded_index, self._folder, self._shard_task, options or ShardOptions(), launcher
-            )
+        if self._workers is not None:
+            what, remedy = "the index has workers", "close the index, and open it again to start others"
+            raise UsageError(problem(what, got="a second call", expected="one call of start_workers", remedy=remedy))
+        self._workers = open_shard_search(
+            self._loaded_index, self._folder, self._shard_task, options or ShardOptions(), launcher
+        )
 
     def close(self) -> None:
         """End the workers, if there are any, and allow writers to remove the files of this generation."""

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +23,8 @@ from benchmarks.common.results import write_results
 from tracin_ann.device import Gpu, list_gpus, resolve_device
 from tracin_ann.search import IVFIndex, IVFParams
 from tracin_ann.search.gpu import GpuRows, RowPart
+from tracin_ann.search.gpu_scan import ArrayRows
 from tracin_ann.search.settings import Setting
-from tracin_ann.types import Float32, Int64
 
 OUTPUT = "retrieval_gpu.json in benchmarks/results"
 K = 42
@@ -33,34 +33,17 @@ _BLOCK = 2**20
 _GIB = 2**30
 
 
-class Points:
-    """Rows around centers, in memory, as a `RowSource`."""
-
-    def __init__(self, n_rows: int, dim: int, n_centers: int = 2000) -> None:
-        random = np.random.default_rng(0)
-        centers = random.standard_normal((n_centers, dim), dtype=np.float32)
-        self.row_NF = np.empty((n_rows, dim), np.float32)
-        for at in range(0, n_rows, _BLOCK):
-            block = self.row_NF[at : at + _BLOCK]
-            random.standard_normal(block.shape, dtype=np.float32, out=block)
-            block *= 0.5
-            block += centers[random.integers(0, n_centers, len(block))]
-
-    @property
-    def dim(self) -> int:
-        return int(self.row_NF.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.row_NF)
-
-    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
-        for at in range(start, len(self), block_rows):
-            rows_BF = self.row_NF[at : at + block_rows]
-            yield np.arange(at, at + len(rows_BF)), rows_BF
-
-    def take(self, ids: Sequence[int] | Int64) -> Float32:
-        taken_BF: Float32 = self.row_NF[np.asarray(ids)]
-        return taken_BF
+def make_points(n_rows: int, dim: int, n_centers: int = 2000) -> ArrayRows:
+    """Return rows around centers."""
+    random = np.random.default_rng(0)
+    centers = random.standard_normal((n_centers, dim), dtype=np.float32)
+    row_NF = np.empty((n_rows, dim), np.float32)
+    for at in range(0, n_rows, _BLOCK):
+        block = row_NF[at : at + _BLOCK]
+        random.standard_normal(block.shape, dtype=np.float32, out=block)
+        block *= 0.5
+        block += centers[random.integers(0, n_centers, len(block))]
+    return ArrayRows(row_NF)
 
 
 def time_call(run: Callable[[], object], rounds: int) -> float:
@@ -122,7 +105,7 @@ def _scan(half_QF: torch.Tensor, row_NF: torch.Tensor, k: int) -> None:
 
 def measure_lists(device: torch.device, n_rows: int, dim: int, rounds: int) -> dict[str, Any]:
     """Return the seconds of searches in lists on the GPU and on the CPU, and how many results agree."""
-    source = Points(n_rows, dim)
+    source = make_points(n_rows, dim)
     began = time.perf_counter()
     index = IVFIndex.build(source, IVFParams(), device)
     result: dict[str, Any] = {"rows": n_rows, "dim": dim, "build_s": time.perf_counter() - began}

@@ -77,6 +77,8 @@ def test_answers_are_those_of_one_file(single: InfluenceIndex, sharded: Influenc
     found = sharded.query(range(QUERIES), options=OPTIONS)
     assert strip(found) == strip(expected)
     assert {(answer.shards, answer.missing_shards) for answer in found} == {((0, 1), ())}
+    with pytest.raises(UsageError, match="the index has workers: got a second call"):
+        sharded.start_workers(ShardOptions(restarts=0))
     assert all("; 2 of 2 shards answered" in answer.how for answer in found)
     assert {answer.shards for answer in expected} == {()}
     assert max(answer.rows_scored for answer in found) < 2 * len(sharded)

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,12 +15,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from explorer import N_QUERIES, N_TRAIN, build_place, serve
-from tracin_ann import QueryOptions
+from explorer import CONFIG, N_QUERIES, N_TRAIN, make_row, make_task, serve
+from tracin_ann import QueryOptions, build
 from tracin_ann.analysis import explain, find_mislabelled
 from tracin_ann.errors import UsageError
 from tracin_ann.report import format_score
-from tracin_ann.serve import Settings, create_app, service
+from tracin_ann.serve import IndexLocation, Settings, create_app, service
 from tracin_ann.serve.decisions import Decisions, default_path
 from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_ranges
 from tracin_ann.serve.pages.images import LinkedImages
@@ -312,13 +313,16 @@ def test_two_scores_and_two_indexes_are_compared(place):
         assert sum(text.endswith("6 in both") and text.startswith("6 ") for text in same.texts) == 2
 
 
-def test_an_index_of_other_rows_is_not_compared(place, tmp_path):
-    other = build_place(tmp_path)
-    other.append(3)
-    app = create_app(place.location, Settings(), other.location)
+@pytest.mark.parametrize(("change", "got"), [(3, "43 rows"), (0, "40 rows with other contents")])
+def test_an_index_of_other_rows_is_not_compared(place, tmp_path, change, got):
+    task = replace(
+        make_task(tmp_path, [0]), train_data=lambda: [make_row(at + 1, "train") for at in range(40 + change)]
+    )
+    build(task, tmp_path / "index", CONFIG)
+    app = create_app(place.location, Settings(), IndexLocation(tmp_path / "index", task, device="cpu"))
     with TestClient(app, base_url="http://127.0.0.1:8321") as client:
         response = client.get("/compare?rows=0&against=index")
-        assert response.status_code == 422 and "43 rows" in response.text
+        assert response.status_code == 422 and got in response.text and "the 40 of the first index" in response.text
 
 
 def test_answers_can_be_saved_for_people_programs_and_the_viewer(client, index):

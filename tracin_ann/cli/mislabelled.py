@@ -105,7 +105,7 @@ def _describe_estimate(suspects: Suspects) -> str:
     if estimate.look_at is None:
         return f"none without labels; {estimate.n_rows:,} rows ranked by {estimate.by}"
     if not estimate.look_at:
-        return f"no wrong labels; none of {estimate.n_asked:,} rows is outvoted by its neighbours"
+        return f"none of {estimate.n_asked:,} rows is outvoted by its neighbours"
     known = "self-influence" if estimate.by == "self-influence" else "loss"
     asked = "" if estimate.n_asked == estimate.n_rows else f" of the {estimate.n_asked:,} with a vote"
     more = f" ({len(suspects):,} are listed, -k lists more)" if len(suspects) < estimate.look_at else ""

@@ -184,13 +184,13 @@ class Ranker:
             logger.info("%d queries: %s", n_queries, strategy.how)
             scaled_QF, exponent_Q = scale_to_unit(vectors.vector_QF)
             proponents, opponents = search_both(strategy.index, scaled_QF, k, request.allowed)
+            place = exactness = ""
             if isinstance(strategy.index, PlacedIndex):
                 place = strategy.index.describe_place(k, request.allowed)
-                strategy = replace(strategy, how="; ".join(filter(None, (strategy.how, place))))
             if isinstance(strategy.index, CalibratedIndex):
                 exactness = strategy.index.describe_exactness(proponents, opponents)
-                how = "; ".join(filter(None, (strategy.how, coverage.summary, exactness)))
-                strategy = replace(strategy, how=how)
+            how = "; ".join(filter(None, (strategy.how, place, coverage.summary, exactness)))
+            strategy = replace(strategy, how=how)
             ranked, starts = self._rescore(request, vectors, *_pool_candidates(proponents, opponents, exponent_Q))
             counts = proponents.rows_scored + opponents.rows_scored
         is_exact = request.options.exact or request.options.rerank == "exact"

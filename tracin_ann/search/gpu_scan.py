@@ -240,9 +240,9 @@ class GpuScan:
         ids, rows_BF = next(iter(self.source.blocks(few)))
         # Factors, because PyTorch's scan takes longer for equal scores.
         factor_N1 = np.linspace(1, 2, many, dtype=np.float32)[:, None]
-        sample = _Sample(np.resize(rows_BF, (many, self.dim)) * factor_N1)
-        exact = {n: FlatIndex(_Sample(sample.row_NF[:n]), self._exact.device) for n in (few, many)}
-        rows = {n: GpuRows.load(_Sample(sample.row_NF[:n]), self._gpus[:1]) for n in (few, many)}
+        sample = ArrayRows(np.resize(rows_BF, (many, self.dim)) * factor_N1)
+        exact = {n: FlatIndex(ArrayRows(sample.row_NF[:n]), self._exact.device) for n in (few, many)}
+        rows = {n: GpuRows.load(ArrayRows(sample.row_NF[:n]), self._gpus[:1]) for n in (few, many)}
 
         def time_pytorch(n_rows: int, n_queries: int) -> float:
             return _time(lambda: exact[n_rows].search_both(sample.row_NF[:n_queries], _MORE_CANDIDATES))
@@ -266,7 +266,7 @@ class GpuScan:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class ArrayRows:
     """Rows in memory, as a `RowSource`."""
 
     row_NF: Float32

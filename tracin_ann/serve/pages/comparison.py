@@ -106,12 +106,19 @@ async def _answer_again(context: Context | None, reader: Reader, form: QueryForm
     if context is None or context.against is None:
         return (await reader.answer(form.side, form.rows, form.options)).answers
     async with context.against.read() as other:
-        n_rows, n_others = await reader.run(len), await other.run(len)
-        if n_rows != n_others:
-            expected, remedy = f"{n_rows:,}, as in the first index", "serve another index with --against"
-            what, got = "the second index has other training rows", f"{n_others:,} rows"
+        (n_rows, own), (n_others, others) = await reader.run(_identify_rows), await other.run(_identify_rows)
+        if (n_rows, own) != (n_others, others):
+            got = f"{n_others:,} rows" if n_rows != n_others else f"{n_others:,} rows with other contents"
+            expected, remedy = f"the {n_rows:,} of the first index", "serve another index with --against"
+            what = "the second index has other training rows"
             raise UsageError(problem(what, got=got, expected=expected, remedy=remedy))
         return (await other.answer(form.side, form.rows, form.options)).answers
+
+
+def _identify_rows(index: InfluenceIndex) -> tuple[int, str]:
+    """Return the number of training rows, and the digest of their contents."""
+    spec = index.manifest.build.spec
+    return spec.train_rows, spec.train_data
 
 
 def compare_answers(examples: Examples, pairs: Sequence[tuple[Answer, Answer]]) -> tuple[Comparison, ...]:
