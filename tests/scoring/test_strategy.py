@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tracin_ann import QueryOptions
@@ -90,6 +90,7 @@ def test_many_queries_are_searched_in_lists_with_a_high_fixed_cost() -> None:
 
 
 @given(COSTS, COSTS, COSTS, COSTS)
+@example(1e-6 * (1 + 2**-52), 1e-6 * (1 + 2**-52), 1e-6, 1e-6 * (1 + 2**-52))
 def test_the_choice_changes_at_most_once_as_queries_are_added(a: float, b: float, c: float, d: float) -> None:
     calibration = calibrated(Cost(a, b), Cost(c, d))
     chosen = [choose(calibration, n).index.kind for n in (1, 2, 5, 10, 30, 100, 300)]

@@ -100,8 +100,8 @@ def press(driver: Any, *keys: str) -> None:
 
 
 def wait_for_file(path: Path) -> Path:
-    """Wait for a file and return its path."""
-    until = time.monotonic() + 20
-    while not path.is_file() and time.monotonic() < until:
+    """Wait for a downloaded file and return its path; Chromium reserves the name by an empty file."""
+    until = time.monotonic() + 60
+    while not (path.is_file() and path.stat().st_size) and time.monotonic() < until:
         time.sleep(0.05)
     return path

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.scoring.answers import QueryOptions
-from tracin_ann.search import NAMES, CalibratedIndex, Calibration, FlatIndex, GpuScan, Point, SearchIndex
+from tracin_ann.search import NAMES, CalibratedIndex, Calibration, Cost, FlatIndex, GpuScan, Point, SearchIndex
 from tracin_ann.store import IndexRecord
 from tracin_ann.types import Float32
 
@@ -75,14 +75,19 @@ def choose_strategy(
     (proponents, opponents), is_reached = _choose_points(calibration, target, explicit=options.recall is not None)
     n_queries = len(queries_QF)
     pending, n_rows = scan.pending_reads(), index.most_rows_read(n_queries, options.n_candidates)
-    index_s = calibration.index_cost(proponents, opponents).seconds(n_queries)
-    index_s += calibration.first_use.take_seconds(pending, n_rows)
+    index_cost = calibration.index_cost(proponents, opponents)
     measured_s = scan.estimate_seconds(n_queries, options.n_candidates) if isinstance(scan, GpuScan) else None
-    scan_s = calibration.scan.seconds(n_queries) if measured_s is None else measured_s
-    scan_s += calibration.first_use.scan_seconds(pending)
+    scan_cost = calibration.scan if measured_s is None else Cost(measured_s, 0.0)
+    index_first_s = calibration.first_use.take_seconds(pending, n_rows)
+    scan_first_s = calibration.first_use.scan_seconds(pending)
+    index_s = index_cost.seconds(n_queries) + index_first_s
+    scan_s = scan_cost.seconds(n_queries) + scan_first_s
+    # Not scan_s <= index_s: where the costs are nearly equal, rounding of the sums would decide, differently for each
+    # number of queries.
+    is_scan_faster = (scan_cost - index_cost).seconds(n_queries) + (scan_first_s - index_first_s) <= 0
     times = f"{index.name} {_format_time(index_s)}, exact scan {_format_time(scan_s)}"
     reason = f"estimated to be faster for {n_queries:,} {'query' if n_queries == 1 else 'queries'} ({times})"
-    if options.search == "auto" and scan_s <= index_s:
+    if options.search == "auto" and is_scan_faster:
         return Strategy(scan, f"{_SCAN}, {reason}")
     if options.search != "auto":
         reason = f"as requested (estimated times: {times})"

@@ -16,7 +16,7 @@ from tracin_ann.search.backend import (
     load_index,
 )
 from tracin_ann.search.base import CalibratedIndex, PlacedIndex, SearchIndex, scale_to_unit, search_both
-from tracin_ann.search.calibration import Calibration, FirstUseCost, Point, calibrate
+from tracin_ann.search.calibration import Calibration, Cost, FirstUseCost, Point, calibrate
 from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, Subset
 from tracin_ann.search.gpu_scan import GpuScan, open_scan
@@ -30,6 +30,7 @@ __all__ = [
     "CalibratedIndex",
     "Calibration",
     "Codes",
+    "Cost",
     "Diagnosis",
     "FirstUseCost",
     "FlatIndex",

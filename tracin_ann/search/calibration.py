@@ -78,6 +78,9 @@ class Cost:
         """Return the seconds for a batch of n_queries."""
         return self.fixed + n_queries * self.each
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.fixed - other.fixed, self.each - other.each)
+
 
 @dataclass(frozen=True)
 class FirstUseCost:
