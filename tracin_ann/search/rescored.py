@@ -353,9 +353,11 @@ def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> F
         if not len(row_UF):
             continue
         place_QM = (place.reshape(ids_QM[part].shape) - n_padding).clip(0)
-        for query_F, place_M, scores_M in zip(queries_QF[part], place_QM, scores_QM[part], strict=True):
-            # Not a matrix product: threads cost more than they save, and sums depend on the number of rows.
-            np.einsum("mf,f->m", row_UF[place_M], query_F, out=scores_M)
+        # Not a matrix product: threads cost more than they save, and sums depend on the number of rows. `check_finite`
+        # reports scores that overflow.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for query_F, place_M, scores_M in zip(queries_QF[part], place_QM, scores_QM[part], strict=True):
+                np.vecdot(row_UF[place_M], query_F, out=scores_M)
     scores_QM[ids_QM < 0] = 0
     return scores_QM
 
