@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task
+from tracin_ann import BuildConfig, Checkpoint, Task
 
 if TYPE_CHECKING:
     from trainer_runs import Run
@@ -136,14 +136,6 @@ def compute_scores(adapter: AdapterRun, rates: list[float]) -> np.ndarray[Any, A
         gradients = compute_gradients(adapter, folder).numpy()
         total += rate * gradients @ gradients.T
     return total
-
-
-def exact_scores(index: InfluenceIndex) -> np.ndarray[Any, Any]:
-    scores = np.full((ROWS, ROWS), np.nan)
-    for i, answer in enumerate(index.query(range(ROWS), options=QueryOptions(k=ROWS, exact=True, score="tracin"))):
-        for hit in (*answer.proponents, *answer.opponents):
-            scores[i, hit.row] = hit.score
-    return scores
 
 
 def check_error(error: Exception, *parts: str) -> None:

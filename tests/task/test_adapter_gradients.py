@@ -16,12 +16,12 @@ from peft_adapters import (
     SMALL,
     STEPS,
     compute_scores,
-    exact_scores,
     make_adapter,
     make_ia3,
     make_lora,
     make_task,
     peft,
+    trainer_runs,
 )
 from tracin_ann import Checkpoint, InfluenceIndex, Task, build
 from tracin_ann.gradients import GradientEngine, materialise, require_grad
@@ -37,7 +37,7 @@ def test_exact_scores_of_adapters_equal_autograd_and_use_layer_rules(adapter_run
     report = build(task, tmp_path / "index", SMALL)
     assert {step.step for step in report.manifest.steps} == {"layer rule"}
     index = InfluenceIndex.open(tmp_path / "index", task, device="cpu")
-    scores = exact_scores(index)
+    scores = trainer_runs.exact_scores(index)
     truth = compute_scores(adapter_runs[name], [adapter_runs[name].run.at_save[step] for step in STEPS])
     assert np.abs(truth).max() > 0
     assert np.abs(scores - truth).max() <= 1e-4 * np.abs(truth).max()
@@ -65,17 +65,19 @@ def test_frozen_weights_get_no_gradient(adapter_runs):
     assert all((p.grad is None) == ("lora_" not in name) for name, p in model.named_parameters())
 
 
-def test_dora_needs_no_second_backward(adapter_runs, monkeypatch):
-    # DoRA calls the matrices of LoRA on the identity, whose rows are not examples.
-    adapter = adapter_runs["dora"]
-    task = adapter.task()
+def make_engine(task: Task, n_rows: int) -> tuple[GradientEngine, Any, dict[str, torch.nn.Parameter]]:
+    """Return an engine for a task, the batch of its first rows, and the parameters whose gradients it computes."""
     model = make_model(task).eval()
     parameters = task.select_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    engine = GradientEngine(model, parameters, task.loss, task.collate_rows)
-    rows = task.train_data()
-    batch = engine.batch(range(4), [rows[i] for i in range(4)])
+    engine, rows = GradientEngine(model, parameters, task.loss, task.collate_rows), task.train_data()
+    return engine, engine.batch(range(n_rows), [rows[i] for i in range(n_rows)]), parameters
+
+
+def test_dora_needs_no_second_backward(adapter_runs, monkeypatch):
+    # DoRA calls the matrices of LoRA on the identity, whose rows are not examples.
+    engine, batch, _ = make_engine(adapter_runs["dora"].task(), 4)
     engine.choose_methods(batch)
 
     def fail(*_: Any) -> None:
@@ -124,13 +126,7 @@ def test_gradients_of_other_adapters_equal_autograd(name, tmp_path):
 
 def check_gradients(task: Task, others: dict[str, str]) -> None:
     """Compare the gradients of five rows with autograd, and the methods with the expected ones."""
-    model = make_model(task).eval()
-    parameters = task.select_parameters(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    engine = GradientEngine(model, parameters, task.loss, task.collate_rows)
-    rows = task.train_data()
-    batch = engine.batch(range(5), rows[:5])
+    engine, batch, parameters = make_engine(task, 5)
     found: dict[str, torch.Tensor] = {}
 
     def start():
@@ -199,7 +195,7 @@ def test_a_base_in_bfloat16_keeps_its_dtype(adapter_runs, tmp_path):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     report = build(task, tmp_path / "index", SMALL)
     assert {step.step for step in report.manifest.steps} == {"layer rule"}
-    scores = exact_scores(InfluenceIndex.open(tmp_path / "index", task, device="cpu"))
+    scores = trainer_runs.exact_scores(InfluenceIndex.open(tmp_path / "index", task, device="cpu"))
     truth = compute_scores(adapter_runs["lora"], [c.learning_rate for c in task.checkpoints])
     assert np.linalg.norm(scores - truth) <= 0.1 * np.linalg.norm(truth)
 
@@ -211,6 +207,6 @@ def test_a_base_in_int8(adapter_runs, tmp_path):
     assert {step.step for step in report.manifest.steps} == {"layer rule"}
     quantised = [type(p).__name__ for p in task.model().parameters() if type(p) is not torch.nn.Parameter]
     assert quantised
-    scores = exact_scores(InfluenceIndex.open(tmp_path / "index", task, device="cpu"))
+    scores = trainer_runs.exact_scores(InfluenceIndex.open(tmp_path / "index", task, device="cpu"))
     truth = compute_scores(adapter_runs["lora"], [c.learning_rate for c in task.checkpoints])
     assert np.linalg.norm(scores - truth) <= 0.1 * np.linalg.norm(truth)
