@@ -153,3 +153,6 @@ def removal() -> str:
         "first with a probability above 1/2. Index of one run, D = 1,024."
     )
     return compose(scope, format_table(*rows), format_environment(content))
+
+
+TABLES = (lds, lds_summary, lds_peers, lds_published, removal)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from tracin_ann.task.task import Task
+from tracin_ann.task import Task
 
 
 def compute_gradients(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 Row = tuple[str, ...]
 WIDTH = 120
 """Columns of a page."""
+SIDES = ("proponents", "opponents")
 
 
 def format_table(*rows: Row) -> str:
@@ -21,6 +23,16 @@ def format_environment(content: dict[str, Any]) -> str:
     machine = content["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return f"{machine['machine']}; {machine['device']}; {versions}; {machine['date']}"
+
+
+def format_sides(values: Iterable[float], form: str = ".3f") -> str:
+    """Return the figures of proponents and opponents in one cell."""
+    return " / ".join(format(value, form) for value in values)
+
+
+def find_sides(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures of proponents and opponents."""
+    return [figures[side] for side in SIDES]
 
 
 def compose(scope: str, *parts: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from benchmarks.common.paths import RESULTS
 from tracin_ann.device import device_name
 
+Results = list[dict[str, Any]]
 _CPU = torch.device("cpu")
 
 

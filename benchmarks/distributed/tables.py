@@ -1,21 +1,24 @@
-"""Tables of queries by several processes."""
+"""Tables of builds and queries by several processes."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Any
 
-from benchmarks.common.markdown import WIDTH, Row, compose, format_environment, format_table
+from benchmarks.common.markdown import (
+    SIDES,
+    WIDTH,
+    Row,
+    compose,
+    find_sides,
+    format_environment,
+    format_sides,
+    format_table,
+)
 from benchmarks.common.results import read_results
 
-SIDES = ("proponents", "opponents")
 NAMES = {"single": "one file, one process", "shards": "{shards} files, one process", "workers": "{shards} workers"}
 TARGETS = (0.95, 0.98)
-
-
-def _join(figures: dict[str, Any], name: str, form: str) -> str:
-    """Return the figures of proponents and opponents in one cell."""
-    return " / ".join(format(figures[side][name], form) for side in SIDES)
 
 
 def _format_interval(figures: dict[str, Any]) -> str:
@@ -29,12 +32,13 @@ def sharded_search() -> str:
     for target in TARGETS:
         for name, title in NAMES.items():
             figures = result[f"at_{target}"][name]
+            sides = find_sides(figures)
             rows.append(
                 (
                     title.format(shards=result["shards"]),
-                    _join(figures, "recall", ".3f"),
+                    format_sides(side["recall"] for side in sides),
                     _format_interval(figures),
-                    _join(figures, "scored", ",.0f"),
+                    format_sides((side["scored"] for side in sides), ",.0f"),
                     str(figures["different"] + figures["different_one_by_one"]),
                     f"{figures['batch_ms']:.2f}",
                     f"{figures['one_ms']:.2f}",
@@ -68,3 +72,27 @@ def exact_workers() -> str:
         f"{settings['rounds']} rounds."
     )
     return compose(scope, format_table(*rows), format_environment(content))
+
+
+def launchers() -> str:
+    content = read_results("launchers")
+    runs = [row for row in content["results"] if "ratio" in row]
+    speeds: list[Row] = [("features by", "rows/s", "relative to one process", "start, s", "whole build, s")]
+    for row in runs:
+        seconds = (f"{row['first_report_s']:.1f}", f"{row['total_s']:.1f}")
+        speeds.append((row["way"], f"{row['rows_per_s']:,.0f}", f"{row['ratio']:.2f}", *seconds))
+    memory: list[Row] = [("features by", "rows", "memory of the driver, features", "whole build")]
+    for row in content["results"]:
+        if row not in runs:
+            peaks = (f"{row[name]:,.0f} MB" for name in ("features_mb", "build_mb"))
+            memory.append((row["way"], f"{row['rows']:,}", *peaks))
+    scope = (
+        f"{runs[0]['rows']:,} rows of the MNIST CNN at one checkpoint, in partitions of "
+        f"{content['settings']['partition_rows']:,}, with one thread for each worker; medians of "
+        f"{content['settings']['rounds']} rounds. Below, peak memory of the process that runs the command, for a small "
+        "MLP with D = 64."
+    )
+    return compose(scope, format_table(*speeds), format_table(*memory), format_environment(content))
+
+
+TABLES = (launchers, sharded_search, exact_workers)

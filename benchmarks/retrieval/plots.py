@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.markdown import SIDES
 from benchmarks.common.paths import FIGURES, RESULTS
 from benchmarks.common.results import read_results
-from benchmarks.retrieval.tables import SIDES, group_families, list_kinds, list_scored
+from benchmarks.retrieval.family_tables import group_families, list_kinds, list_scored
 
 OUTPUT = "docs/figures/retrieval-*.svg"
 # The palette of Okabe and Ito, which colour-blind readers can distinguish.

@@ -1,230 +1,300 @@
-"""Tables of retrieval on the features of four models: true recall, index kinds and other libraries, growth."""
+"""Tables of recall and cost of searches, and of true recall after exact re-scoring."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from statistics import mean
 from typing import Any
 
-import numpy as np
+from benchmarks.common.markdown import SIDES, Row, compose, find_sides, format_environment, format_sides, format_table
+from benchmarks.common.results import Results, read_results
+from benchmarks.retrieval import family_tables, latency_tables
+from benchmarks.retrieval.family_tables import fit_growth
+from benchmarks.retrieval.latency_tables import WHOLE, find_batch
+from tracin_ann.store import choose_partition_rows
 
-from benchmarks.common.markdown import Row, compose, format_environment, format_table
-from benchmarks.common.results import read_results
-
-Results = list[dict[str, Any]]
-SIDES = ("proponents", "opponents")
-_RECALL = 0.95
-_TARGET = f"at_{_RECALL}"
+EARLIER_PARTITION_ROWS = 65_536
+"""The size of partitions in the result files that do not record it."""
+_TARGETS = ("0.95", "0.98")
 _LOADS = ("single", "batch")
-_EFFICIENT_SHARE = 0.1
-"""A build tries its next choice of an index if one scores a larger share of the rows."""
-_TRUE = ("true ten in 10", "in 100", "in 1,000")
+_MODELS = {"MLP": "MLP 32-64-10", "CNN": "MNIST-like CNN", "GPT": "GPT 4x128"}
+_QUALITY: Row = ("index", "recall@10", "10th percentile of recall", "scored rows")
+_COST: Row = ("index", "queries/s in a batch", "queries/s one by one", "bytes/row", "build, s")
 
 
-def _join(values: Iterable[float], form: str) -> str:
-    """Return the figures of proponents and opponents in one cell."""
-    return " / ".join(format(value, form) for value in values)
+def retrieval() -> str:
+    """Return recall and cost of lists and exact scans with one million rows."""
+    content = read_results("retrieval_compact")
+    result = content["results"][0]
+    n_rows = result["rows"]
+    pairs = [_format_lists("lists", result["sq8"], n_rows, target) for target in _TARGETS]
+    pairs.append(_format_lists("lists, `--compact`", result["sq4"], n_rows, _TARGETS[0]))
+    for name, shown in (("scan", "exact scan, float32 in memory"), ("scan of the files", "exact scan of the files")):
+        # A scan computes both directions at once, which count as two queries.
+        rates = (f"{2 / result['sq8']['times'][name][kind]:,.1f}" for kind in ("batch", "single"))
+        pairs.append(((shown, "1.000", "1.00", "100%"), (shown, *rates, "–", "–")))
+    quality, cost = zip(*pairs, strict=True)
+    scope = f"{_describe_search(content, [result])} {n_rows:,} rows; a scan of both directions counts as two queries."
+    return compose(scope, format_table(_QUALITY, *quality), format_table(_COST, *cost), format_environment(content))
 
 
-def _format_true(sides: dict[str, Any]) -> Row:
-    """Return the shares of the true ten at each depth, or dashes if true scores were not computed."""
-    shares = [sides[side] for side in SIDES]
-    if None in shares:
-        return ("–",) * len(_TRUE)
-    return tuple(_join(pair, ".3f") for pair in zip(*shares, strict=True))
+def retrieval_summary() -> str:
+    """Return recall and speed of the search kernel with one million rows, and of whole queries of default indexes."""
+    result = read_results("retrieval_compact")["results"][0]
+    rows: list[Row] = [("measured", "recall@10", "scored rows", "one query, ms", "queries/s in a batch")]
+    quality, cost = _format_lists("lists", result["sq8"], result["rows"], _TARGETS[0])
+    times = result["sq8"]["times"]
+    singles = format_sides((1e3 * times[f"{side} {_TARGETS[0]}"]["single"] for side in SIDES), ".1f")
+    rows.append((f"search kernel alone: {quality[0]}", quality[1], quality[3], singles, cost[1]))
+    scan = times["scan"]
+    figures = (f"{1e3 * scan['single'] / 2:.0f}", f"{2 / scan['batch']:,.0f}")
+    rows.append(("search kernel alone: exact scan, float32 in memory", "1.000", "100%", *figures))
+    largest = {case["model"]: case for case in read_results("latency")["results"]}
+    for case in (largest["MLP"], largest["GPT"]):
+        one, many = (find_batch(case, count) for count in (1, 100))
+        name = f"whole query: {_MODELS[case['model']]}, {case['rows']:,} rows"
+        recall_cell = format_sides([1.0, 1.0] if one["found_by"] == "scan" else case["recall"])
+        rate = f"{100 / many['times'][WHOLE]['median']:,.0f}"
+        rows.append((name, recall_cell, f"{one['scored']:.2%}", f"{1e3 * one['times'][WHOLE]['median']:.1f}", rate))
+    return format_table(*rows)
 
 
-def group_families(results: Results) -> dict[str, Results]:
-    """Return the results of each model by increasing number of rows."""
-    groups: dict[str, Results] = defaultdict(list)
-    for result in sorted(results, key=lambda result: result["rows"]):
-        groups[result["family"]].append(result)
-    return groups
+def rivals() -> str:
+    """Return recall and cost of lists and other indexes of the same rows, in one run."""
+    content = read_results("retrieval_rivals")
+    result = content["results"][0]
+    n_rows = result["rows"]
+    pairs = [_format_lists("lists", result["sq8"], n_rows, target) for target in _TARGETS]
+    for rival in result["rivals"]:
+        name, sides = _name_rival(rival), find_sides(rival)
+        rate = format_sides((1 / side["batch"] for side in sides), ",.0f")
+        cost = (name, rate, "–", f"{rival['bytes_a_row']:,}", f"{rival['build_seconds']:.0f}")
+        pairs.append((_format_quality(name, sides, n_rows), cost))
+    quality, cost_rows = zip(*pairs, strict=True)
+    scope = f"{_describe_search(content, [result])} {n_rows:,} rows."
+    tables = (format_table(_QUALITY, *quality), format_table(_COST, *cost_rows))
+    return compose(scope, *tables, format_environment(content))
 
 
-def list_kinds(results: Results) -> list[str]:
-    """Return the index kinds of the library that were measured."""
-    return list(dict.fromkeys(f["method"] for result in results for f in result["methods"] if not f["is_rival"]))
-
-
-def list_scored(results: Results, kind: str) -> list[tuple[int, tuple[float, float]]]:
-    """Return the numbers of rows, and the rows scored at a recall of 0.95 for proponents and opponents."""
-    return [
-        (result["rows"], tuple(figures[_TARGET][side]["scored"] for side in SIDES))
-        for result in results
-        for figures in result["methods"]
-        if figures["method"] == kind
+def growth() -> str:
+    """Return scored rows and time at two recalls as the rows grow, and exponents of N."""
+    content = read_results("retrieval")
+    results = content["results"]
+    rows: list[Row] = [
+        ("rows", "lists", "scored at 0.95", "scored at 0.98", "ms at 0.95", "ms at 0.98", "build, s", "bytes/row")
     ]
-
-
-def fit_growth(rows: Sequence[int], scored: Sequence[float]) -> float:
-    """Return the exponent of N of the scored rows."""
-    return float(np.polyfit(np.log(rows), np.log(scored), 1)[0])
-
-
-def families() -> str:
-    """Return the kind of features of each model, and the true recall of an exact scan of them."""
-    content = read_results("retrieval_families")
-    rows: list[Row] = [("model", "rows × dimensions", "directions", "energy", "bounds leave", "norms", *_TRUE)]
-    for name, results in group_families(content["results"]).items():
-        covered = [result for result in results if None not in result["exact"].values()]
-        result = (covered or results)[-1]
-        features = result["features"]
-        norms = " / ".join(f"{features[f'norm_{q}']:.2g}" for q in ("p10", "p90", "max"))
-        size = f"{result['rows']:,} × {result['dim']:,}"
-        shape = (f"{features['directions']:.0f}", f"{features['energy']:.2f}", f"{features['bounded_share']:.1%}")
-        rows.append((name, size, *shape, norms, *_format_true(result["exact"])))
-    scope = (
-        "exact scan of stored features, no re-scoring. The last columns are the share of the ten rows of largest / "
-        "most negative TracIn score over all parameters among the best 10, 100 and 1,000 rows of the scan: the recall "
-        "after exact re-ranking of as many candidates. Directions: (Σλ)² / Σλ² of the second moment. Energy: the share "
-        "in the leading 128 directions. Bounds leave: the share of the rows that Cauchy-Schwarz bounds in these do not "
-        "exclude. Norms: 10th percentile / 90th percentile / largest, over the median."
-    )
-    return compose(scope, format_table(*rows), *_format_environments(content["results"]))
-
-
-def families_methods() -> str:
-    """Return recall and cost of index kinds and other libraries, one table per model."""
-    content = read_results("retrieval_families")
-    parts = []
-    for name, results in group_families(content["results"]).items():
-        for result in _choose_sizes(results):
-            head = f"{name}, {result['rows']:,} rows × {result['dim']:,} dimensions, {result['queries']:,} queries:"
-            parts.append(f"{head}\n\n{format_table(*_format_methods(result))}")
-    scope = (
-        "search kernel alone, on features that are already computed, k = 10 in both directions. Each index has the "
-        "setting with the fewest scored rows of a recall@10 of 0.95; if no setting reaches it, that of the highest "
-        "recall. The times are those of the exact scan of float32 rows in memory, in ms per query, and the factors by "
-        "which others are faster. Rows scored include centroids. Cells with two figures are proponents / opponents. "
-        "*Automatic* is what a build chooses. Standard errors of recall are at most "
-        f"{max(_list_errors(content['results'])):.3f}."
-    )
-    return compose(scope, *parts, *_format_environments(content["results"]))
-
-
-def families_candidates() -> str:
-    """Return the true recall of the candidates of index kinds and other libraries, one table per model."""
-    content = read_results("retrieval_families")
-    parts = []
-    for name, results in group_families(content["results"]).items():
-        for result in _choose_sizes([r for r in results if None not in r["exact"].values()]):
-            head = f"{name}, {result['rows']:,} rows × {result['dim']:,} dimensions:"
-            parts.append(f"{head}\n\n{format_table(*_format_candidates(result))}")
-    scope = (
-        "the same indexes and settings. The share of the true ten among the first 10, 100 and 1,000 candidates per "
-        "direction, proponents / opponents, and the time of a search for 1,000 candidates in both directions."
-    )
-    return compose(scope, *parts, *_format_environments(content["results"]))
-
-
-def families_growth() -> str:
-    """Return the rows scored at a recall of 0.95 at the smallest and largest size, and exponents of N."""
-    content = read_results("retrieval_families")
-    rows: list[Row] = [("model", "index", "rows", "scored, smallest", "scored, largest", "growth")]
-    for name, results in group_families(content["results"]).items():
-        for kind in list_kinds(results):
-            sizes, scored = zip(*list_scored(results, kind), strict=True)
-            growth = "–"
-            if len(sizes) > 1:
-                growth = " / ".join(f"N^{fit_growth(sizes, side):.2f}" for side in zip(*scored, strict=True))
-            ends = (_join(scored[end], ",.0f") for end in (0, -1))
-            rows.append((name, kind, f"{sizes[0]:,} to {sizes[-1]:,}", *ends, growth))
-    scope = (
-        "rows and centroids that a query scores at a recall@10 of 0.95 of the stored ranking, proponents / opponents, "
-        "and fitted exponents of the number of rows."
-    )
-    return compose(scope, format_table(*rows), *_format_environments(content["results"]))
-
-
-def families_choice() -> str:
-    """Return the kind that a build chooses at every size, and its time compared with that of the fastest kind."""
-    content = read_results("retrieval_families")
-    rows: list[Row] = [("model", "rows", "chosen", "one query", "fastest", "batch", "fastest")]
-    for name, results in group_families(content["results"]).items():
-        for result in results:
-            chosen, kinds = _find_default(result), _list_sufficient(result)
-            cells: list[str] = []
-            for load in _LOADS:
-                seconds = {kind: result["times"][f"{kind} 10"][load] for kind in {chosen, *kinds}}
-                best = min(kinds, key=lambda kind, seconds=seconds: seconds[kind])
-                cells += [f"× {seconds[chosen] / seconds[best]:.2f}", best]
-            rows.append((name, f"{result['rows']:,}", chosen, *cells))
-    scope = (
-        "what `--index auto` builds, and its time divided by that of the fastest kind with a recall@10 of 0.95 in both "
-        "directions, which is named beside it. `flat` is the exact scan of the files."
-    )
-    return compose(scope, format_table(*rows), *_format_environments(content["results"]))
-
-
-def _list_sufficient(result: dict[str, Any]) -> list[str]:
-    """Return the kinds of the library that reach a recall of 0.95 in both directions."""
-    kinds = ["flat"]
-    for figures in result["methods"]:
-        if not figures["is_rival"] and all(figures[_TARGET][side]["recall"] >= _RECALL for side in SIDES):
-            kinds.append(figures["method"])
-    return kinds
-
-
-def _find_default(result: dict[str, Any]) -> str:
-    """Return the kind that a build chooses: the first of its choices that scores at most a tenth of the rows."""
-    largest = _EFFICIENT_SHARE * result["rows"]
-    efficient = {
-        figures["method"]
-        for figures in result["methods"]
-        if all(figures[_TARGET][side]["scored"] <= largest for side in SIDES)
-    } & set(_list_sufficient(result))
-    return str(next((kind for kind in result["auto"] if kind in efficient), result["auto"][-1]))
-
-
-def _list_errors(results: Results) -> Iterator[float]:
-    """Yield the standard errors of all recalls of the chosen settings."""
+    series: dict[tuple[str, str], list[float]] = defaultdict(list)
     for result in results:
-        for figures in result["methods"]:
-            yield from (figures[_TARGET][side]["error"] for side in SIDES)
+        found, cells = result["sq8"], []
+        for kind in ("scored", "batch"):
+            for target in _TARGETS:
+                if kind == "scored":
+                    values = [side["scored"] for side in find_sides(found[f"at_{target}"])]
+                else:
+                    values = [1e3 * found["times"][f"{side} {target}"]["batch"] for side in SIDES]
+                series[kind, target].append(sum(values))
+                cells.append(format_sides(values, ",.0f" if kind == "scored" else ".2f"))
+        build = f"{found['build_seconds']:,.0f}"
+        rows.append((f"{result['rows']:,}", f"{found['lists']:,}", *cells, build, f"{found['bytes_a_row']:.0f}"))
+    sizes = [result["rows"] for result in results]
+    slopes = (f"N^{fit_growth(sizes, values):.2f}" for values in series.values())
+    rows.append(("fitted growth", "", *slopes, "", ""))
+    scope = f"{_describe_search(content, results)} Times are ms per query in a batch, at a recall@10 of 0.95 and 0.98."
+    return compose(scope, format_table(*rows), format_environment(content))
 
 
-def _choose_sizes(results: Results) -> Iterator[dict[str, Any]]:
-    """Yield the largest size with other libraries, and the largest size if it is another one."""
-    with_rivals = [result for result in results if any(figures["is_rival"] for figures in result["methods"])]
-    yield from with_rivals[-1:]
-    yield from (result for result in results[-1:] if result not in with_rivals[-1:])
+def _describe_search(content: dict[str, Any], results: Results) -> str:
+    partition_rows = content["settings"].get("partition_rows", EARLIER_PARTITION_ROWS)
+    defaults = sorted({choose_partition_rows(result["rows"]) for result in results})
+    shown = " to ".join(f"{size:,}" for size in sorted({defaults[0], defaults[-1]}))
+    size = "the default size" if defaults == [partition_rows] else f"{shown} by default; single queries depend on this"
+    return (
+        "search kernel alone, on features that are already computed; query features and re-scoring of the results are "
+        f"not included. The feature files have partitions of {partition_rows:,} rows, {size}. Lists use the settings "
+        "that reach the target recall on these queries with the fewest scored rows; if no setting reaches it, the one "
+        "with the highest recall. Cells with two figures are proponents / opponents."
+    )
 
 
-def _format_methods(result: dict[str, Any]) -> Iterator[Row]:
-    """Yield the head of a table and the rows of all methods of a model."""
-    times = result["times"]
-    yield ("index", "recall@10", "scored", "one query", "batch", "bytes/row", "build, s")
-    scan = [f"{1e3 * times['scan 10'][load]:.2f} ms" for load in _LOADS]
-    yield ("exact scan, float32 in memory", "1.000", "100%", *scan, f"{4 * result['dim']:,}", "–")
-    yield ("exact scan of the files", "1.000", "100%", *_format_factors(times, "flat", 10), "–", "–")
-    default = _find_default(result)
-    for figures in result["methods"]:
-        name = figures["method"] + (", automatic" if figures["method"] == default else "")
-        sides = [figures[_TARGET][side] for side in SIDES]
-        scored = " / ".join(f"{side['scored'] / result['rows']:.2%}" for side in sides)
-        factors = _format_factors(times, figures["method"], 10)
-        size, seconds = f"{figures['bytes_a_row']:,.0f}", f"{figures['build_seconds']:,.0f}"
-        yield (name, _join((side["recall"] for side in sides), ".3f"), scored, *factors, size, seconds)
+def _format_lists(name: str, figures: dict[str, Any], n_rows: int, target: str) -> tuple[Row, Row]:
+    """Return the rows of quality and cost of lists that are set to a recall."""
+    sides = find_sides(figures[f"at_{target}"])
+    times = [figures["times"][f"{side} {target}"] for side in SIDES]
+    name = f"{name}, target {target}"
+    cost = (
+        name,
+        format_sides((1 / time["batch"] for time in times), ",.0f"),
+        format_sides((1 / time["single"] for time in times), ",.0f"),
+        f"{figures['bytes_a_row']:.0f}",
+        f"{figures['build_seconds']:.0f}",
+    )
+    return _format_quality(name, sides, n_rows), cost
 
 
-def _format_candidates(result: dict[str, Any]) -> Iterator[Row]:
-    """Yield the head of a table and the true recall of the candidates of all methods of a model, and their cost."""
-    times = result["times"]
-    yield ("index", *_TRUE, "one query, k = 1,000", "batch, k = 1,000")
-    scan = (f"{1e3 * times['scan 1000'][load]:.2f} ms" for load in _LOADS)
-    yield ("exact scan, float32 in memory", *_format_true(result["exact"]), *scan)
-    for figures in result["methods"]:
-        sides = {side: figures[_TARGET][side]["true"] for side in SIDES}
-        yield (figures["method"], *_format_true(sides), *_format_factors(times, figures["method"], 1000))
+def _format_quality(name: str, sides: Results, n_rows: int) -> Row:
+    return (
+        name,
+        format_sides(side["recall"] for side in sides),
+        format_sides((side["p10"] for side in sides), ".2f"),
+        format_sides((side["scored"] / n_rows for side in sides), ".2%"),
+    )
 
 
-def _format_factors(times: dict[str, Any], name: str, k: int) -> tuple[str, ...]:
-    """Return how many times faster than the scan in memory a search is, for one query and for a batch."""
-    factors = (times[f"scan {k}"][load] / times[f"{name} {k}"][load] for load in _LOADS)
-    return tuple(f"× {factor:.2g}" if factor < 100 else f"× {factor:.0f}" for factor in factors)
+def _name_rival(rival: dict[str, Any]) -> str:
+    return rival["rival"] + "".join(f", {key} {rival[key]}" for key in ("nprobe", "ef") if key in rival)
 
 
-def _format_environments(results: Results) -> tuple[str, ...]:
-    """Return the lines of the machines that measured the results, each once."""
-    return tuple(dict.fromkeys(format_environment(result) for result in results))
+def scan() -> str:
+    """Return the time of a scan of stored rows, of decoded rows, and of reading the rows."""
+    content = read_results("scan")
+    settings = content["settings"]
+    n_bytes = settings["rows"] * settings["checkpoints"] * settings["dim"] * 2
+    head = ("queries", "read", "scan of stored rows", "scan of decoded blocks", "scan/read")
+    rows = []
+    for row in content["results"]:
+        seconds = [row[f"{name}_seconds"] for name in ("read", "stored", "decoded")]
+        rows.append((str(row["queries"]), *(f"{1000 * s:,.0f} ms" for s in seconds), f"{seconds[1] / seconds[0]:.1f}"))
+    scope = (
+        f"kernel alone: {settings['rows']:,} rows of {settings['checkpoints']} × {settings['dim']} float16 numbers "
+        f"({n_bytes / 1e6:,.0f} MB) in the page cache, verified before. Both directions, k = 10; medians of "
+        "interleaved rounds."
+    )
+    return compose(scope, format_table(head, *rows), format_environment(content))
+
+
+def retrieval_preconditioned() -> str:
+    """Return the lists beside the exact scan, and the candidates of other scores, under scores with a curvature."""
+    content = read_results("retrieval_preconditioned")
+    lists: list[Row] = [
+        ("rows × D, score", "lists over", "recall@10", "scored rows", "one query, ms", "in a batch, ms")
+    ]
+    names = {"tracin": "TracIn", "svd": "256 dimensions", "bilinear": "256 dimensions, bilinear"}
+    depths = [100, 1000]
+    shares: list[Row] = [("rows × D, score", "candidates by", *(f"best {depth:,}" for depth in depths))]
+    for row in content["results"]:
+        name = f"{row['rows']:,} × 3 × {row['dim']:,}, {row['score']}"
+        lists.append((name, "exact scan", "1.000", "100%", *(f"{1e3 * row['scan'][n]:.1f}" for n in _LOADS)))
+        for kind, figures in row["lists"].items():
+            sides = find_sides(figures)
+            seconds = ("–",) * 2
+            if "single" in sides[0]:
+                seconds = tuple(f"{1e3 * sum(side[load] for side in sides):.1f}" for load in _LOADS)
+            recall = format_sides(side["recall"] for side in sides)
+            scored = " / ".join(f"{side['scored']:.1%}" for side in sides)
+            label = {"rows": "256 dimensions", "full": "all dimensions", "whitened": "whitened rows"}.get(kind)
+            lists.append((name, label or names[kind], recall, scored, *seconds))
+        for kind, found in row["candidates"].items():
+            cells = [format_sides(found[side][row["depths"].index(depth)] for side in SIDES) for depth in depths]
+            shares.append((name, names.get(kind, kind), *cells))
+    scope = (
+        "search kernel alone, on features that are already computed. Lists have the settings with the fewest scored "
+        "rows of a recall of 0.95; if no setting reaches it, those of the highest recall. CPU time of one thread for "
+        f"both directions; k = 10, {content['settings']['queries']} queries, batches of 100. Cells with two figures "
+        "are proponents / opponents."
+    )
+    caption = "The share of the ten largest scores among the best 100 and 1,000 by another score:"
+    return compose(scope, format_table(*lists), caption, format_table(*shares), format_environment(content))
+
+
+def score_cost() -> str:
+    """Return the cost of queries by score and of the curvature matrices."""
+    content = read_results("score_cost")
+    queries: list[Row] = [("rows × D", "queries", "TracIn, ms", "fisher", "gauss-newton")]
+    matrices: list[Row] = [("rows of the sample × D", "CPU time", "peak memory", "before")]
+    for row in content["results"]:
+        if "curvature_seconds" in row:
+            memory = (f"{row['peak_mb']:,.0f} MB", f"{row['before_mb']:,.0f} MB")
+            n_sampled = min(row["rows"], 65_536)
+            matrices.append((f"{n_sampled:,} × 3 × {row['dim']:,}", f"{row['curvature_seconds']:.1f} s", *memory))
+            continue
+        for count in (1, 100):
+            plain, ratio = row[f"{count} queries"]["tracin"], row[f"ratio, {count} queries"]
+            cells = (f"{1e3 * plain:.0f}", f"× {ratio['fisher']:.2f}", f"× {ratio['gauss-newton']:.2f}")
+            queries.append((f"{row['rows']:,} × 3 × {row['dim']:,}", str(count), *cells))
+    scope = (
+        "CPU time of one thread for a whole call of an open index by an exact scan, features of the queries included; "
+        f"medians of {content['settings']['rounds']} interleaved rounds. The memory of the matrices includes the "
+        "mapped feature files."
+    )
+    return compose(scope, format_table(*queries), format_table(*matrices), format_environment(content))
+
+
+def calibration() -> str:
+    content = read_results("calibration")
+    summary, *cases = content["results"]
+    rows: list[Row] = [
+        ("direction", "mean lower bound", "mean recall of new queries", "least recall minus bound", "bound violated")
+    ]
+    for side in SIDES:
+        found = [case[side] for case in cases]
+        least = min(f["fresh"] - f["lower"] for f in found)
+        figures = (mean(f["lower"] for f in found), mean(f["fresh"] for f in found))
+        violated = f"{sum(f['broken'] for f in found)} of {len(found)}"
+        rows.append((side, *(f"{x:.3f}" for x in figures), f"{least:+.3f}", violated))
+    flagged = ", ".join(f"{name}: {n} of {len(cases)}" for name, n in summary["flagged"].items())
+    note = f"Shifted sets that were flagged: {flagged}. Unshifted sets that were flagged: {summary['falsely_flagged']}."
+    scope = f"search kernel alone, {content['settings']['rows']:,} rows per case, calibrated on 400 queries."
+    return compose(scope, format_table(*rows), note, format_environment(content))
+
+
+def recall() -> str:
+    content = read_results("recall_mnist")
+    by_sketch: dict[str, Results] = defaultdict(list)
+    for row in content["results"]:
+        by_sketch[row["sketch"]].append(row)
+    settings = content["settings"]
+    rows: list[Row] = [("sketch", *SIDES, f"re-scored exactly ({settings['candidates']} candidates)")]
+    for name, seeds in by_sketch.items():
+        stored, exact = ([mean(s[kind][side] for s in seeds) for side in SIDES] for kind in ("stored", "exact"))
+        rows.append((name, *(f"{x:.3f}" for x in stored), format_sides(exact)))
+    scope = (
+        f"complete builds by `tracin_ann.build` and whole queries by `InfluenceIndex.query`, D = {settings['dim']:,}; "
+        "other settings are the defaults. Recall@10 of true TracInCP, "
+        f"{settings['rows']:,} rows, {settings['queries']} queries, mean of {settings['seeds']} seeds."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def end_to_end() -> str:
+    """Return recall of true TracInCP after exact re-scoring over all MNIST rows, and its cost."""
+    content = read_results("end_to_end")
+    _, *found = content["results"]
+    settings = content["settings"]
+    quality: list[Row] = [("candidates per direction", "recall@10", "10th percentile of recall")]
+    n_queries = settings["queries"]
+    cost: list[Row] = [
+        ("candidates per direction", "rows run, 1 query", f"rows run, {n_queries} queries", "time/exact scan")
+        + ("plain steps/row", "in round 2")
+    ]
+    for row in found:
+        name = str(row["candidates"])
+        ends = ([row[f"{side}{end}"] for side in SIDES] for end in ("", "_p10"))
+        quality.append((name, *map(format_sides, ends)))
+        shares = (f"{row[key]:.2%}" for key in ("share_alone", "share_of_scan", "time_of_scan"))
+        steps = (f"{row[key]:.2f}" for key in ("steps_a_row", "more_steps_a_row"))
+        cost.append((name, *shares, *steps))
+    scope = (
+        "a build by `tracin_ann.build` and whole queries by `InfluenceIndex.query` with exact re-scoring, "
+        f"{settings['rows']:,} rows, {n_queries} queries. Not the defaults: D = {settings['dim']:,}, "
+        '`index="ivf"` and queries of the lists with a recall of 0.98. '
+        "Rows and time are shares of an exact scan; the time is that of all queries in a batch."
+    )
+    return compose(scope, format_table(*quality), format_table(*cost), format_environment(content))
+
+
+def end_to_end_summary() -> str:
+    """Return recall of true TracInCP after exact re-scoring, and the rows that one query runs."""
+    _, *found = read_results("end_to_end")["results"]
+    rows: list[Row] = [("candidates per direction", "recall@10 of true TracIn", "rows run for one query")]
+    for row in found[:2]:
+        recall = format_sides(row[side] for side in SIDES)
+        rows.append((str(row["candidates"]), recall, f"{row['share_alone']:.2%}"))
+    return format_table(*rows)
+
+
+TABLES = (
+    *latency_tables.TABLES,
+    *(retrieval, retrieval_summary, growth, rivals, scan, retrieval_preconditioned, score_cost, calibration),
+    *family_tables.TABLES,
+    *(recall, end_to_end, end_to_end_summary),
+)

@@ -9,8 +9,8 @@ import models
 import oracle
 from tracin_ann.gradients import factors
 from tracin_ann.gradients.engine import GradientEngine
+from tracin_ann.task import Checkpoint, Task
 from tracin_ann.task.nested import to_device
-from tracin_ann.task.task import Checkpoint, Task
 
 
 def make_engine(model, case, examples, device, **options):

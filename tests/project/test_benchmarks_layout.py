@@ -117,6 +117,10 @@ def test_the_list_imports_nothing_heavy() -> None:
     assert not {"torch", "numpy", "tracin_ann"} & set(ast.literal_eval(modules))
 
 
+def test_tables_have_different_names() -> None:
+    assert len(tables.TABLES) == sum(len(topic.TABLES) for topic in tables.TOPICS)
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_tables_fit_a_screen_and_state_their_scope(name: str) -> None:
     lines = tables.TABLES[name]().splitlines()

@@ -57,12 +57,15 @@ def batches(rows: Sequence[tuple[Tensor, int]], size: int) -> list[tuple[Tensor,
 def exact_scores(task: Task, out: Path, **options: Any) -> np.ndarray:
     """Return the exact scores [Q, N] of an index of the task, built with these options."""
     build(task, out, replace(CONFIG, **options))
-    n_train, n_queries = len(task.train_data()), len(task.query_data())
-    options = QueryOptions(k=n_train, exact=True)
+    index = InfluenceIndex.open(out, task, device="cpu")
+    return collect_scores(index, len(task.query_data()), len(task.train_data()))
+
+
+def collect_scores(index: InfluenceIndex, n_queries: int, n_train: int, **options: Any) -> np.ndarray:
+    """Return the exact scores [Q, N] of the first queries and all rows of an index, with these query options."""
     scores = np.full((n_queries, n_train), np.nan)
-    for row, answer in zip(
-        scores, InfluenceIndex.open(out, task, device="cpu").query(range(n_queries), options=options), strict=True
-    ):
+    answers = index.query(range(n_queries), options=QueryOptions(k=n_train, exact=True, **options))
+    for row, answer in zip(scores, answers, strict=True):
         for hit in (*answer.proponents, *answer.opponents):
             row[hit.row] = hit.score
     return scores

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from runs import collect_scores
+from tracin_ann import InfluenceIndex
 
 WORDS = [f"w{i}" for i in range(30)]
 ROWS, UPDATES, SAVE_EVERY = 12, 6, 2
@@ -195,6 +199,11 @@ def train(
         warnings.simplefilter("ignore")
         trainer.train()
     return run
+
+
+def exact_scores(index: InfluenceIndex) -> np.ndarray:
+    """Return the TracIn scores [N, N] of all pairs of rows of an index of a run."""
+    return collect_scores(index, ROWS, ROWS, score="tracin")
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:

@@ -14,7 +14,7 @@ from torch import nn
 from tasks.toy import CONFIG, Toy, make_toy_task
 from tracin_ann import Checkpoint, build
 from tracin_ann.errors import CheckpointError
-from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
+from tracin_ann.task.checkpoint_loader import CheckpointLoader, checkpoint_digest
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_tas
 from tracin_ann import Checkpoint, InfluenceIndex, build, plan
 from tracin_ann.errors import CheckpointError, TaskError
 from tracin_ann.features import RunOptions, TaskRunner
-from tracin_ann.task.checkpoints import CheckpointLoader, tensors_digest
+from tracin_ann.task.checkpoint_loader import CheckpointLoader, tensors_digest
 
 CPU = torch.device("cpu")
 

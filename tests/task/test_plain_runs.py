@@ -14,7 +14,7 @@ from torch import nn
 from runs import CONFIG, Small, assert_close, batches, brute_force_scores, cross_entropy, exact_scores, make_images
 from tracin_ann import Checkpoint, InfluenceIndex, RunRecorder, Task, build
 from tracin_ann.errors import CheckpointError, IndexMismatchError, TaskError
-from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
+from tracin_ann.task.checkpoint_loader import CheckpointLoader, checkpoint_digest
 
 ROWS, QUERIES = make_images(12), make_images(4, seed=2)
 HEAD = ("head.weight", "head.bias", "scale")

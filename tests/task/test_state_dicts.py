@@ -16,7 +16,7 @@ from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_tas
 from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, build, plan
 from tracin_ann.cli.build import main
 from tracin_ann.errors import CheckpointError
-from tracin_ann.task.checkpoints import CheckpointLoader
+from tracin_ann.task.checkpoint_loader import CheckpointLoader
 
 CPU = torch.device("cpu")
 

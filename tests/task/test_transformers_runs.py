@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, TracInCallback, build
+from tracin_ann import BuildConfig, InfluenceIndex, Task, TracInCallback, build
 from tracin_ann.cli.build import main as build_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import CheckpointError, MissingPackageError, TaskError, TracinAnnError, UsageError
@@ -82,14 +82,6 @@ def brute_force(run: Run, rates: list[float]) -> np.ndarray[Any, Any]:
     return total
 
 
-def exact_scores(index: InfluenceIndex) -> np.ndarray[Any, Any]:
-    scores = np.full((ROWS, ROWS), np.nan)
-    for i, answer in enumerate(index.query(range(ROWS), options=QueryOptions(k=ROWS, exact=True, score="tracin"))):
-        for hit in (*answer.proponents, *answer.opponents):
-            scores[i, hit.row] = hit.score
-    return scores
-
-
 @pytest.mark.parametrize("name", FEW)
 def test_exact_scores_of_a_run_equal_autograd_and_every_parameter_has_a_layer_rule(trained, name, tmp_path):
     run = trained(name)
@@ -97,9 +89,12 @@ def test_exact_scores_of_a_run_equal_autograd_and_every_parameter_has_a_layer_ru
     report = build(task, tmp_path / "index", SMALL)
     assert {step.step for step in report.manifest.steps} == {"layer rule"}
     index = InfluenceIndex.open(tmp_path / "index", task, device="cpu")
-    scores, truth = exact_scores(index), brute_force(run, [run.at_save[step] for step in sorted(run.at_save)])
+    scores, truth = (
+        trainer_runs.exact_scores(index),
+        brute_force(run, [run.at_save[step] for step in sorted(run.at_save)]),
+    )
     assert np.abs(scores - truth).max() <= 1e-4 * np.abs(truth).max()
-    np.testing.assert_array_equal(exact_scores(index), scores)  # weights are in memory at the second query
+    np.testing.assert_array_equal(trainer_runs.exact_scores(index), scores)  # weights are in memory at the second query
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -11,12 +11,14 @@ from tracin_ann.task.batches import (
     make_batches,
     pickle_reader,
 )
-from tracin_ann.task.checkpoints import CheckpointLoader, checkpoint_digest
+from tracin_ann.task.checkpoint import Checkpoint
+from tracin_ann.task.checkpoint_loader import CheckpointLoader, checkpoint_digest
 from tracin_ann.task.content import encode_content
 from tracin_ann.task.data import materialise, open_data, open_examples
 from tracin_ann.task.datasets.pictures import ImageFolder, is_image_file, read_image
 from tracin_ann.task.datasets.records import read_records
 from tracin_ann.task.datasets.tar_shards import TarShards
+from tracin_ann.task.description import Description
 from tracin_ann.task.inputs import read_query_example, require_read_query
 from tracin_ann.task.integrations.callback import TracInCallback
 from tracin_ann.task.integrations.recorder import LossFall, RunRecorder
@@ -25,7 +27,7 @@ from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, p
 from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
 from tracin_ann.task.second_moments import SecondMoment, digest_second_moments, read_second_moments
-from tracin_ann.task.task import EXAMPLES, Checkpoint, Description, LossFunction, PartialLoad, Task
+from tracin_ann.task.task import EXAMPLES, LossFunction, PartialLoad, Task
 from tracin_ann.task.trust import TRANSFORMERS_TASK, load_named_task
 from tracin_ann.task.weight_cache import FileIdentity, WeightCache, identify_checkpoint, list_memory
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.files import require_regular
+from tracin_ann.task.checkpoint import Checkpoint
 from tracin_ann.task.integrations.param_groups import is_optimizer_state, strip_wrappers
-from tracin_ann.task.task import Checkpoint
 
 _DEFAULT_EPS = 1e-8
 # Names under which training scripts save the state of the optimizer beside the weights.

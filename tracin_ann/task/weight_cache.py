@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracin_ann.task.checkpoint import Checkpoint
 from tracin_ann.task.model import find_registries
 from tracin_ann.task.state_dicts import is_plain, named_tensors
-from tracin_ann.task.task import Checkpoint
 
 FileIdentity = tuple[tuple[str, int, int, int, int, int], ...]
 

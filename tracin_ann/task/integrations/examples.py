@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tracin_ann.errors import TaskError, problem
 from tracin_ann.task.datasets.pictures import decode_image, turn_upright
+from tracin_ann.task.description import Description
 from tracin_ann.task.integrations.architectures import Kind
 from tracin_ann.task.integrations.losses import IGNORED, LABELS, TOKEN_KINDS
 from tracin_ann.task.nested import is_instance_of
-from tracin_ann.task.task import Description
 
 Example = dict[str, Tensor]
 _LABEL_COLUMNS = ("labels", "label", "label_ids")

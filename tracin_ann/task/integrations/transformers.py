@@ -16,6 +16,7 @@ from torch import nn
 
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.packages import import_transformers
+from tracin_ann.task.checkpoint import Checkpoint
 from tracin_ann.task.datasets.sources import open_records
 from tracin_ann.task.integrations.architectures import (
     ATTENTION,
@@ -49,7 +50,7 @@ from tracin_ann.task.integrations.rates import (
 )
 from tracin_ann.task.integrations.run_record import derive_steps, has_run_record, read_run_record, select_rates
 from tracin_ann.task.integrations.weights import find_weights, load_weights
-from tracin_ann.task.task import Checkpoint, ParameterFilter, Task
+from tracin_ann.task.task import ParameterFilter, Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -143,7 +144,7 @@ def make_task(
     runs = [run] if isinstance(run, str | os.PathLike) else list(run)
     checkpoints = [checkpoint for each in runs for checkpoint in list_checkpoints(each)]
     if all((checkpoint.path / ADAPTER_CONFIG).is_file() for checkpoint in checkpoints):
-        made: Task = import_module("tracin_ann.task.integrations.peft").make_run_task(
+        made: Task = import_module("tracin_ann.task.integrations.adapter_runs").make_run_task(
             runs, checkpoints, (data, query_data), chosen
         )
         return made

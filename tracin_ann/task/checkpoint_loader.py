@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tracin_ann.errors import CheckpointError, problem
 from tracin_ann.files import NotRegularFileError, file_digest, require_regular
+from tracin_ann.task.checkpoint import Checkpoint
 from tracin_ann.task.state_dicts import (
     fill_model,
     is_plain,
@@ -25,7 +26,7 @@ from tracin_ann.task.state_dicts import (
     named_tensors,
     read_content,
 )
-from tracin_ann.task.task import Checkpoint, PartialLoad, Task
+from tracin_ann.task.task import PartialLoad, Task
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
