@@ -24,6 +24,7 @@ from paths import SUPPORT
 from tasks.toy import CONFIG, make_toy_task
 from tracin_ann import Checkpoint, Description, InfluenceIndex, QueryOptions, Task, build, write_report
 from tracin_ann.analysis import TokenExplanation, explain
+from tracin_ann.choices import SideName
 from tracin_ann.cli.explain import main as explain_command
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import TaskError, UsageError
@@ -207,6 +208,36 @@ def test_hits_have_the_parts_of_their_exact_scores_in_any_batch(
         best = answer.hits[0]
         found = explain(index, best.row, answer.members[0], answer.side, by="token")
         np.testing.assert_allclose(best.tokens, found.by_position(), atol=1e-5 * np.abs(best.tokens).sum())
+
+
+@pytest.mark.parametrize(("row", "query", "side"), [(4, 1, "query"), (0, 6, "train"), (5, 5, "train")])
+def test_a_score_with_a_curvature_matrix_is_split_over_both_examples(
+    built: tuple[Case, InfluenceIndex], row: int, query: int, side: SideName
+) -> None:
+    """The parts of the query are those of its gradients along A⁻¹ of the row's gradient."""
+    case, index = built
+    found = explain(index, row, query, side, by="token", score="fisher", damping=0.05)
+    train, queries = make_rows(N_TRAIN, 1), make_rows(N_QUERY, 2)
+    mine, theirs = train[row], (queries if side == "query" else train)[query]
+    true: dict[str, list[np.ndarray]] = {"row": [], "query": []}
+    for net in case.nets:
+        gradients = [compute_true_gradient(net, token_losses, one) for one in (*train, theirs)]
+        names, sizes = list(gradients[0]), [p.numel() for p in gradients[0].values()]
+        *grad_NP, query_P = (torch.cat([g.flatten() for g in each.values()]).double() for each in gradients)
+        fisher = torch.stack(grad_NP).T @ torch.stack(grad_NP) / N_TRAIN
+        inverse = torch.linalg.inv(fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64))
+        # Without the row's own term in F, the product with it is 1 / (1 - leverage) times as large.
+        factor = 1 / (1 - float(grad_NP[row] @ inverse @ grad_NP[row]) / N_TRAIN)
+        root = float(query_P @ inverse @ query_P) ** 0.5
+        for example, split, along_P in (("row", mine, query_P), ("query", theirs, grad_NP[row])):
+            direction_P = factor * (inverse @ along_P) / root
+            direction = dict(zip(names, direction_P.split(sizes), strict=True))
+            true[example].append(compute_true_parts(net, token_losses, split, direction))
+    for example, parts in true.items():
+        size = sum(np.abs(part_T).sum() for part_T in parts)
+        np.testing.assert_allclose(found.by_position(example), sum(parts), atol=2e-4 * size)  # type: ignore[arg-type]
+    assert sum(found.by_position("query")) == pytest.approx(sum(found.by_position("row")), rel=1e-3)
+    assert found.score == pytest.approx(explain(index, row, query, side, score="fisher", damping=0.05).score, rel=1e-3)
 
 
 def test_groups_and_contrasts_are_split_along_the_mean_gradients(built: tuple[Case, InfluenceIndex]) -> None:

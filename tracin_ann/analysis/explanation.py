@@ -16,9 +16,12 @@ from tracin_ann.analysis.pairs import CheckedPair, Pair, check_pair, compute_gra
 from tracin_ann.analysis.token_explanation import ExampleName, TokenExplanation
 from tracin_ann.choices import CURVATURES, ScoreName, SideName
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import (
     Describe,
+    DirectionMap,
+    Directions,
     Fields,
     QueryOptions,
     Record,
@@ -159,6 +162,7 @@ def explain(
     checkpoints: Sequence[int] | None = None,
     by: Literal["token"],
     score: ScoreName | None = None,
+    damping: float | None = None,
 ) -> TokenExplanation: ...
 
 
@@ -189,7 +193,7 @@ def explain(  # noqa: PLR0913
         checkpoints: positions of the checkpoints to sum over; None: all.
         by: `layer`: an Explanation, one part per parameter and checkpoint, with sums by layer. `token`: a
             TokenExplanation, one part per target position and checkpoint, for the row and for the query; this needs
-            `Task.token_losses`, and the score `tracin`.
+            `Task.token_losses`.
         score: see QueryOptions; None: the index's default.
         damping: of a score with a curvature matrix; None: by the automatic rule.
 
@@ -202,7 +206,7 @@ def explain(  # noqa: PLR0913
     """
     if by == "token":
         require_token_losses(index.task, "train")
-    name, possible = score or index.default_score, ("tracin", *(() if by == "token" else CURVATURES))
+    name, possible = score or index.default_score, ("tracin", *CURVATURES)
     if name not in possible:
         what, expected = f"the score cannot be split by {by}", " or ".join(possible)
         raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy="change --score"))
@@ -236,7 +240,11 @@ def _split_by_parameter(index: InfluenceIndex, checked: CheckedPair, progress: P
 
 
 def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: ProgressCallback | None) -> TokenExplanation:
-    """Return the parts of the row's tokens along the query's gradient, and of the query's along the row's."""
+    """Return the parts of the row's tokens along the query's gradient, and of the query's along the row's.
+
+    For a score with a curvature matrix A = F + λI, the directions are A⁻¹g / √(qᵀA⁻¹q) for either gradient g, where q
+    is the gradient of the query: their products with the other gradient are the same score.
+    """
     pair, task = checked.pair, index.runner.task
     rows: list[tuple[ExampleName, SideName, int]] = [("row", "train", pair.row)]
     if task.find_token_losses(pair.side) is not None:
@@ -246,17 +254,40 @@ def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: Progr
         splitters = {side: TokenSplitter(model, side) for _, side, _ in rows}
         for done, checkpoint in enumerate(checked.checkpoints):
             model.load(checkpoint)
-            gradients = {
+            gradients: dict[ExampleName, Directions] = {
                 "row": compute_gradient(model, pair.side, pair.query_row),
                 "query": compute_gradient(model, "train", pair.row),
             }
+            factors = dict.fromkeys(gradients, model.rate)
+            if checked.score.direction_map is not None and model.rate > 0:
+                factors = _precondition(checked.score.direction_map, model, gradients, pair.row)
             for example, side, row in rows:
                 (exponent,) = scale_in_place(gradients[example])
                 (part_T,) = splitters[side].split([row], select_direction(gradients[example], 0))
-                parts[example][checkpoint] = np.ldexp(model.rate * part_T, exponent)
+                parts[example][checkpoint] = np.ldexp(factors[example] * part_T, exponent)
             if progress is not None:
                 progress("gradients", done + 1, len(checked.checkpoints))
     return TokenExplanation(parts, checked.describe, pair, checked.stored_score, checked.inputs)
+
+
+def _precondition(
+    direction_map: DirectionMap, model: LoadedModel, gradients: dict[ExampleName, Directions], row: int
+) -> dict[ExampleName, float]:
+    """Replace the gradients of the query ("row", whose tokens it splits) and of the row ("query") by directions.
+
+    Returns:
+        The factors of the products with the directions. `apply` returns A⁻¹g / √(gᵀA⁻¹g), so that the product with g is
+        √(gᵀA⁻¹g); both directions need the root of the query.
+    """
+    root: dict[ExampleName, float] = {}
+    for example, gradient in gradients.items():
+        # A copy: `apply` scales its argument.
+        direction = direction_map.apply(model, {name: part.clone() for name, part in gradient.items()})
+        products = (direction[name].flatten().double() @ part.flatten().double() for name, part in gradient.items())
+        root[example] = math.fsum(map(float, products))
+        gradients[example] = direction
+    factor = float(direction_map.weigh_rows(model, [row])[0])
+    return {"row": factor, "query": factor * root["query"] / root["row"] if root["row"] else 0.0}
 
 
 def find_layers(model: nn.Module) -> dict[str, str]:

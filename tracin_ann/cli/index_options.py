@@ -9,7 +9,7 @@ import click
 
 from tracin_ann.choices import SCORES
 from tracin_ann.cli.command import device_option, task_options
-from tracin_ann.cli.imports import pause_collector
+from tracin_ann.cli.imports import pause_collector, postpone_collection
 from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Positions, parse_arguments
 from tracin_ann.errors import UsageError, problem
 
@@ -101,14 +101,15 @@ def open_index(directory: str, options: Options) -> InfluenceIndex:
         from tracin_ann.index import InfluenceIndex
 
     task, arguments = options["task"], parse_arguments(options["task_args"])
-    return InfluenceIndex.open(
-        directory,
-        task,
-        arguments=arguments or ({} if task else None),
-        device=options["device"],
-        batch_size=options["batch_size"],
-        memory_bytes=options["memory_bytes"],
-    )
+    with postpone_collection():
+        return InfluenceIndex.open(
+            directory,
+            task,
+            arguments=arguments or ({} if task else None),
+            device=options["device"],
+            batch_size=options["batch_size"],
+            memory_bytes=options["memory_bytes"],
+        )
 
 
 def resolve_positions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInfluence
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, suggest_dim
 from tracin_ann.scoring.exact import (
+    DirectionMap,
     Directions,
     Queries,
     RowScorer,
@@ -58,6 +59,7 @@ __all__ = [
     "DimChoice",
     "DimPrediction",
     "DimTarget",
+    "DirectionMap",
     "Directions",
     "Fields",
     "GREY",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Path, Query, UploadFile
 
-from tracin_ann.analysis import Explanation, TokenExplanation, explain
+from tracin_ann.analysis import explain
 from tracin_ann.errors import TracinAnnError, UnknownRowError, UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import SCHEMA, Record
@@ -215,11 +215,8 @@ def _explain(index: InfluenceIndex, asked: schemas.ExplanationParameters) -> Rec
     _check_row(index, "train", asked.row)
     _check_row(index, asked.side, asked.query)
     pair, chosen = (asked.row, asked.query, asked.side), asked.checkpoints
-    found: Explanation | TokenExplanation
-    if asked.by_token:
-        found = explain(index, *pair, checkpoints=chosen, by="token", score=asked.score)
-    else:
-        found = explain(index, *pair, checkpoints=chosen, score=asked.score, damping=asked.damping)
+    by: Literal["layer", "token"] = "token" if asked.by_token else "layer"
+    found = explain(index, *pair, checkpoints=chosen, by=by, score=asked.score, damping=asked.damping)
     sums = {"score": found.score, "stored_score": found.stored_score}
     return _make_content(index.manifest.generation, **sums, records=found.lines())
 
