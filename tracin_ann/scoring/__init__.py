@@ -6,11 +6,13 @@ from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions, SelfInflue
 from tracin_ann.scoring.curvature import Curvature, CurvatureSource, suggest_dim
 from tracin_ann.scoring.exact import (
     Directions,
+    ExactProgress,
     Queries,
     RowScorer,
     compute_full_gradients,
     exact_self_influence,
     make_exact_scorer,
+    report_part,
     scale_in_place,
 )
 from tracin_ann.scoring.formats import (
@@ -59,6 +61,7 @@ __all__ = [
     "DimPrediction",
     "DimTarget",
     "Directions",
+    "ExactProgress",
     "Fields",
     "GREY",
     "HITS",
@@ -107,6 +110,7 @@ __all__ = [
     "render_png",
     "render_svg",
     "render_svg_file",
+    "report_part",
     "require_token_losses",
     "run_pilot",
     "scale_in_place",
