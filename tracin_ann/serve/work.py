@@ -215,7 +215,7 @@ class FindHubs(Work):
             **{
                 f"{name}_{figure}": getattr(counts, figure)
                 for name, counts in (("proponents", census.proponents), ("opponents", census.opponents))
-                for figure in ("expected", "largest", "skewness")
+                for figure in ("expected", "largest", "skewness", "histogram")
             },
         }
         return _make_result(hubs, summary)
