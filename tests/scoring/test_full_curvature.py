@@ -436,3 +436,15 @@ def test_two_queries_compute_a_curvature_together(toy, method, monkeypatch):
 
     assert [opened.index.query([0], (), options, join).lines(), *others] == expected
     assert started == [0, 1], "one computation for each checkpoint"
+
+
+def test_the_split_by_token_has_progress(toy):
+    seen = []
+    options = QueryOptions(k=3, tokens=True, score="fisher", damping=DAMPING)
+    answers = toy.index.query(
+        [0, 3], (), options, lambda stage, *done: seen.append(done) if stage == "tokens" else None
+    )
+    n_hits = [len(answer.hits) for answer in answers]
+    assert seen == [
+        (done, 2 * sum(n_hits)) for done in (n_hits[0], sum(n_hits), sum(n_hits) + n_hits[0], 2 * sum(n_hits))
+    ]

@@ -91,8 +91,8 @@ class EKFAC:
 def fit_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> Computation[EKFAC]:
     """Return the computation of the approximation for training rows at the loaded checkpoint.
 
-    A step is a batch of one of two passes over the rows, or the factorisation of the matrices of one parameter between
-    them, which counts no units. The checkpoint must be loaded at each step. Between steps, the matrices are in memory.
+    A step is a batch of one of two passes over the rows, or the factorisation of one matrix between them, which counts
+    no units. The checkpoint must be loaded at each step. Between steps, the matrices are in memory.
 
     Args:
         model: with a checkpoint loaded.
@@ -117,8 +117,7 @@ def _step_through_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float
         yield n_rows
     bases: dict[str, Sides] = {}
     for name in shapes:
-        bases[name] = _find_basis(marginals.pop(name), dtype)
-        yield 0
+        bases[name] = yield from _find_basis(marginals.pop(name), dtype)
     squares = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
     for n_rows, batch in collect_forms(model, "train", rows):
         for name, places, forms in batch:
@@ -132,8 +131,8 @@ def _make_marginals(shape: tuple[int, int], device: torch.device) -> Sides:
     return left, right
 
 
-def _find_basis(marginals: Sides, dtype: torch.dtype) -> Sides:
-    """Return the eigenvectors of the marginals.
+def _find_basis(marginals: Sides, dtype: torch.dtype) -> Steps[Sides]:
+    """Return the eigenvectors of the marginals; each side is a step.
 
     Raises:
         NonFiniteError: a marginal is not finite.
@@ -147,7 +146,11 @@ def _find_basis(marginals: Sides, dtype: torch.dtype) -> Sides:
                 remedy="use --rerank stored, or divide the loss by a constant",
             )
         )
-    left, right = (None if matrix is None else torch.linalg.eigh(matrix)[1].to(dtype) for matrix in marginals)
+    bases = []
+    for matrix in marginals:
+        bases.append(None if matrix is None else torch.linalg.eigh(matrix)[1].to(dtype))
+        yield 0
+    left, right = bases
     return left, right
 
 

@@ -80,7 +80,7 @@ class ExactProgress:
 
     Attributes:
         add_rows: called with the number of finished rows; each row counts once per checkpoint and block of queries.
-        report: called with (stage, done, total) for the map of the directions, over all checkpoints.
+        report: called with (stage, done, total) of other work, over all checkpoints.
     """
 
     add_rows: Callable[[int], None] | None = None
@@ -168,7 +168,7 @@ class ExactScorer:
         progress: ExactProgress,
         direction_map: DirectionMap | None = None,
     ) -> None:
-        self.model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
+        self.model, self.progress, self._queries, self.checkpoints = model, progress, queries, checkpoints
         self._map = direction_map
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         self._block_queries = max(1, _DIRECTION_BYTES // entries)
@@ -195,7 +195,7 @@ class ExactScorer:
                 directions,
                 [rows[i] for i in chosen_N],
                 requested_QN[block][:, chosen_N],
-                self._progress.add_rows,
+                self.progress.add_rows,
             )
             products_QN *= weight_N
             scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
@@ -216,7 +216,7 @@ class ExactScorer:
             η_c, or 1 with a map of the directions; the place of the block; its scaled directions; the exponents [Q]
             that undo the scaling.
         """
-        for checkpoint in self._checkpoints:
+        for checkpoint in self.checkpoints:
             if self.model.checkpoint != checkpoint:
                 self.model.load(checkpoint)
             rate = self.model.rate if self._map is None else float(self.model.rate > 0)
@@ -259,11 +259,11 @@ class ExactScorer:
 
     def _report_part(self, first: int) -> ProgressCallback:
         """Return a callback for a block of examples at the loaded checkpoint, which reports for all of them."""
-        used = [checkpoint for checkpoint in self._checkpoints if self.model.rates[checkpoint].rate > 0]
+        used = [checkpoint for checkpoint in self.checkpoints if self.model.rates[checkpoint].rate > 0]
         blocks = -(-len(self._queries.ids) // self._block_queries)
         place, parts = used.index(self.model.checkpoint) * blocks + first // self._block_queries, len(used) * blocks
 
-        return report_part(self._progress.report, place, parts)
+        return report_part(self.progress.report, place, parts)
 
 
 def scale_in_place(directions: Directions) -> Int64:

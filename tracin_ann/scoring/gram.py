@@ -35,8 +35,8 @@ from tracin_ann.types import Float64, ProgressCallback, ignore_progress
 
 _BLOCK_BYTES = 1 << 29
 """Memory of the gradients of one block of rows; two blocks are in memory."""
-_STRIP = 256
-"""Rows that are multiplied with others at once."""
+_STRIP = 128
+"""Rows that are multiplied with others in one step."""
 
 
 class GramCurvature:

@@ -96,7 +96,7 @@ def counts_figure(proponents: Sequence[tuple[int, int]], opponents: Sequence[tup
         proponents: pairs of a number of queries and the number of rows that are among the proponents of as many.
         opponents: the same for opponents.
     """
-    figure = _make_figure(_WIDTH, _HEIGHT)
+    figure = _make_figure(*_REPORT_SIZE)
     axes = figure.add_subplot()
     for pairs, colour, name in ((proponents, PROPONENT, "proponent"), (opponents, OPPONENT, "opponent")):
         times, rows = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
