@@ -23,6 +23,7 @@ from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, l
 from tracin_ann.scoring import (
     Answer,
     Answers,
+    ExactProgress,
     Id,
     QueryOptions,
     QueryRequest,
@@ -58,7 +59,7 @@ from tracin_ann.store import (
     take_lease,
 )
 from tracin_ann.task import Description, Task, absolute_reference, open_examples
-from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
+from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, ignore_progress
 
 _NUMBERS_AT_ONCE = 1 << 23
 """Numbers of stored rows that are in memory at a time."""
@@ -179,6 +180,19 @@ class InfluenceIndex:
             IndexMismatchError: a field differs.
         """
         return self._task.runner
+
+    @contextmanager
+    def release_model(self) -> Iterator[None]:
+        """Let other threads use the index and its model inside, where a method of the index reports progress.
+
+        To be called by a progress callback, in the thread that it is called in. The method goes on after the block.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be loaded again afterwards.
+            TaskError: somebody has replaced parts of the model inside.
+        """
+        with self._task.release_model():
+            yield
 
     def expect(self, sketch: str | None = None, dim: int | None = None, seed: int | None = None) -> None:
         """Check the sketch, dimension and seed that the index was built with.
@@ -489,7 +503,9 @@ class InfluenceIndex:
                 rates=rates,
                 runner=self.runner,
                 ids_of=self.ids_of,
-                progress=_count_rows(progress, self._count_exact_units(request)),
+                progress=ExactProgress(
+                    _count_rows(progress, self._count_exact_units(request)), progress or ignore_progress
+                ),
                 workers=self._workers,
             )
             queries_QF = self.features(request.side, request.ids, request.checkpoints)

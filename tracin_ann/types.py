@@ -121,7 +121,10 @@ class ProgressCallback(Protocol):
     """A function that is called with the progress of a long operation."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report that `done` of `total` units of a stage are finished, such as rows × checkpoints of "features"."""
+        """Report that `done` of `total` units of a stage are finished, such as rows × checkpoints of "features".
+
+        What it raises ends the operation.
+        """
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:

@@ -20,10 +20,12 @@ from examples import mnist
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.choices import CurvatureName
 from tracin_ann.features import LoadedModel
+from tracin_ann.scoring.computation import Computation
 from tracin_ann.scoring.ekfac import fit_ekfac
 from tracin_ann.scoring.exact import Queries, make_exact_scorer
 from tracin_ann.scoring.exact_preconditioning import ExactPreconditioner, FullCurvature
 from tracin_ann.scoring.gram import compute_gram
+from tracin_ann.types import ProgressCallback
 
 RESULT = "curvature"
 N_ROWS, N_QUERIES, RATE, BATCH = 2000, 100, 0.1, 64
@@ -119,16 +121,16 @@ class Curvatures:
     """Curvatures by a given method, each computed once."""
 
     index: InfluenceIndex
-    fit: Callable[[LoadedModel, Sequence[int], np.ndarray], FullCurvature]
+    fit: Callable[[LoadedModel, Sequence[int], np.ndarray], Computation[Any]]
     rows: Sequence[int]
 
     def __post_init__(self) -> None:
         self.kept: dict[int, FullCurvature] = {}
 
-    def find(self, name: CurvatureName, model: LoadedModel) -> FullCurvature:
+    def find(self, name: CurvatureName, model: LoadedModel, progress: ProgressCallback) -> FullCurvature:
         if model.checkpoint not in self.kept:
             weights = self.index.score_maker.source.weigh_rows(name, model.checkpoint, np.array(self.rows))
-            self.kept[model.checkpoint] = self.fit(model, self.rows, weights)
+            self.kept[model.checkpoint] = self.fit(model, self.rows, weights).finish()
         return self.kept[model.checkpoint]
 
 

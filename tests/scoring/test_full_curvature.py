@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -75,7 +76,7 @@ def test_the_gram_matrix_inverts_the_curvature_of_every_layer(name, tmp_path, mo
         monkeypatch.setattr(gram, "_STRIP", 3)
         damping = 1e-2 * float(grad_NP.square().sum(1).mean())
         rows = [0, 2, 3, 4, 5, 7]
-        curvature = compute_gram(model, rows, WEIGHTS[rows])
+        curvature = compute_gram(model, rows, WEIGHTS[rows]).finish()
         solved = curvature.solve(model, compute_full_gradients(model, "query", QUERIES), damping)
         factor_N = curvature.weigh_rows(range(N), damping)
     assert_close(
@@ -97,7 +98,7 @@ def test_ekfac_equals_its_definition_for_every_layer(name, longest, tmp_path, mo
     monkeypatch.setattr(ekfac, "_ELEMENTS", 300)
     with load_case(name, tmp_path) as (model, grad_NP, shapes):
         damping = 1e-2 * float(grad_NP.square().sum(1).mean())
-        curvature = fit_ekfac(model, range(N), WEIGHTS)
+        curvature = fit_ekfac(model, range(N), WEIGHTS).finish()
         solved = curvature.solve(model, compute_full_gradients(model, "query", QUERIES), damping)
     parts = torch.split(grad_NP, [prod(shape) for shape in shapes.values()], dim=1)
     for (key, shape), part_NP in zip(shapes.items(), parts, strict=True):
@@ -112,8 +113,10 @@ def test_ekfac_equals_its_definition_for_every_layer(name, longest, tmp_path, mo
 def test_ekfac_of_a_vector_is_exact(tmp_path):
     with load_case("own norms", tmp_path) as (model, grad_NP, shapes):
         damping = 1e-3 * float(grad_NP.square().sum(1).mean())
-        solved = fit_ekfac(model, range(N), WEIGHTS).solve(
-            model, compute_full_gradients(model, "query", QUERIES), damping
+        solved = (
+            fit_ekfac(model, range(N), WEIGHTS)
+            .finish()
+            .solve(model, compute_full_gradients(model, "query", QUERIES), damping)
         )
     parts = dict(zip(shapes, torch.split(grad_NP, [prod(shape) for shape in shapes.values()], dim=1), strict=True))
     for key, part_NP in parts.items():
@@ -316,7 +319,7 @@ def test_most_curvatures_are_kept_where_memory_is_enough_for_all_but_one(monkeyp
 
     computed: list[tuple[str, int]] = []
 
-    def compute(self, name, model):
+    def compute(self, name, model, progress):
         computed.append((name, model.checkpoint))
         return Fitted()
 
@@ -331,3 +334,117 @@ def test_most_curvatures_are_kept_where_memory_is_enough_for_all_but_one(monkeyp
             curvatures.find(name, Loaded(checkpoint))
         assert len(computed) == n_new
         assert curvatures.summarise(name) == "a curvature"
+
+
+def open_index(toy: Indexed, batch_size: int = 2) -> Indexed:
+    """Return the same index, opened again, with no curvature."""
+    return replace(
+        toy, index=InfluenceIndex.open(toy.index.directory, toy.index.task, device="cpu", batch_size=batch_size)
+    )
+
+
+@pytest.fixture(params=["gram", "gram in blocks", "EK-FAC"])
+def method(request, monkeypatch) -> str:
+    """Choose how curvatures are computed, in several blocks and strips."""
+    monkeypatch.setattr(gram, "_STRIP", 3)
+    if request.param == "gram in blocks":
+        monkeypatch.setattr(gram, "_BLOCK_BYTES", 4 * 4 * sum(p.numel() for p in Toy().parameters()))
+    if request.param == "EK-FAC":
+        monkeypatch.setattr(exact_preconditioning, "_MOST_PRODUCTS", 0)
+    return request.param
+
+
+def test_the_progress_of_a_curvature_rises_over_all_checkpoints(toy, method):
+    seen: dict[str, list[tuple[int, int]]] = {}
+    options = QueryOptions(exact=True, score="fisher", damping=DAMPING)
+    stages = ["curvature", "exact scores"] if method == "EK-FAC" else ["curvature", "inverse curvature", "exact scores"]
+    opened = open_index(toy)
+    opened.index.query([0, 3], (), options, lambda stage, *done: seen.setdefault(stage, []).append(done))
+    assert list(seen) == stages
+    for reports in seen.values():
+        dones, totals = zip(*reports, strict=True)
+        assert list(dones) == sorted(dones) and len(set(totals)) == 1 and dones[-1] == totals[0]
+    assert len(seen["curvature"]) >= 2 * N_TRAIN / 2, "each batch of both checkpoints"
+    seen.clear()
+    opened.index.query([0, 3], (), options, lambda stage, *done: seen.setdefault(stage, []).append(done))
+    assert list(seen) == stages[1:], "the curvature is kept"
+
+
+class StopError(BaseException):
+    """Raised by a callback to end a query."""
+
+
+@pytest.mark.parametrize("stage", ["curvature", "inverse curvature", "exact scores"])
+def test_a_query_that_is_stopped_keeps_no_part_of_a_curvature(toy, method, stage):
+    if (method, stage) == ("EK-FAC", "inverse curvature"):
+        pytest.skip("EK-FAC has no passes over rows for an inverse")
+    options = QueryOptions(k=N_TRAIN, exact=True, score="fisher", damping=DAMPING)
+    expected = open_index(toy).index.query([0, 3], (), options).lines()
+    opened, left = open_index(toy), 3
+
+    def stop(found, done, total):
+        nonlocal left
+        left -= found == stage
+        if not left:
+            raise StopError
+
+    with pytest.raises(StopError):
+        opened.index.query([0, 3], (), options, stop)
+    curvatures = opened.index.score_maker._full_curvatures
+    assert not curvatures._computations
+    assert (stage == "curvature") == (not curvatures._kept)
+    assert opened.index.query([0, 3], (), options).lines() == expected
+
+
+def test_scores_are_the_same_bits_with_other_uses_of_the_model_between_steps(toy, method):
+    options = QueryOptions(k=N_TRAIN, exact=True, score="fisher", damping=DAMPING)
+    expected = open_index(toy).index.query([0, 3], (), options).lines()
+    opened, stored = open_index(toy), toy.index.query([1]).lines()
+    stages = set()
+
+    def use(stage, done, total):
+        stages.add(stage)
+        with opened.index.release_model(), ThreadPoolExecutor(1) as thread:
+            found = thread.submit(opened.index.query, [1]).result(60)
+        np.testing.assert_allclose(
+            [hit["score"] for hit in found.lines()[0]["proponents"]],
+            [hit["score"] for hit in stored[0]["proponents"]],
+            rtol=1e-5,
+        )
+
+    assert opened.index.query([0, 3], (), options, use).lines() == expected
+    assert {"curvature", "exact scores"} <= stages
+
+
+def test_two_queries_compute_a_curvature_together(toy, method, monkeypatch):
+    started: list[int] = []
+    start = exact_preconditioning.FullCurvatures._start
+
+    def record(self, name, model):
+        started.append(model.checkpoint)
+        return start(self, name, model)
+
+    options = QueryOptions(k=N_TRAIN, exact=True, score="fisher", damping=DAMPING)
+    expected = [open_index(toy).index.query([row], (), options).lines() for row in (0, 3)]
+    monkeypatch.setattr(exact_preconditioning.FullCurvatures, "_start", record)
+    opened, others = open_index(toy), []
+
+    def join(stage, done, total):
+        if stage == "curvature" and not others:
+            with opened.index.release_model(), ThreadPoolExecutor(1) as thread:
+                others.append(thread.submit(opened.index.query, [3], (), options).result(60).lines())
+
+    assert [opened.index.query([0], (), options, join).lines(), *others] == expected
+    assert started == [0, 1], "one computation for each checkpoint"
+
+
+def test_the_split_by_token_has_progress(toy):
+    seen = []
+    options = QueryOptions(k=3, tokens=True, score="fisher", damping=DAMPING)
+    answers = toy.index.query(
+        [0, 3], (), options, lambda stage, *done: seen.append(done) if stage == "tokens" else None
+    )
+    n_hits = [len(answer.hits) for answer in answers]
+    assert seen == [
+        (done, 2 * sum(n_hits)) for done in (n_hits[0], sum(n_hits), sum(n_hits) + n_hits[0], 2 * sum(n_hits))
+    ]

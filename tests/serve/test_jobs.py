@@ -157,26 +157,6 @@ def test_requests_go_first_where_a_job_lets_them(turns, jobs, index):
     assert job.state == "done"
 
 
-@pytest.mark.parametrize("stage", ["exact scores", "gradients"])
-def test_a_job_that_uses_the_model_lets_nobody_in_between(turns, jobs, index, stage):
-    work = Wait(stage=stage)
-    job = jobs.start(work, index)
-    assert work.has_begun.wait(WAIT)
-    seen = []
-
-    def request():
-        with turns.take_for_request():
-            seen.append(job.state)
-
-    thread = threading.Thread(target=request)
-    thread.start()
-    while not turns._requests:
-        threading.Event().wait(0.001)
-    work.may_end.set()
-    thread.join(WAIT)
-    assert job.done == 9 and len(seen) == 1
-
-
 def test_requests_without_end_do_not_stop_a_job(index):
     turns = Turns(patience=0.01)
     has_ended = threading.Event()

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from explorer import CONFIG, N_QUERIES, N_TRAIN, make_row, make_task, serve
 from tracin_ann import QueryOptions, build
-from tracin_ann.analysis import explain, find_mislabelled
+from tracin_ann.analysis import explain, find_hubs, find_mislabelled
 from tracin_ann.errors import UsageError
 from tracin_ann.report import format_score
 from tracin_ann.serve import IndexLocation, Settings, create_app, service
@@ -342,7 +342,7 @@ def test_answers_can_be_saved_for_people_programs_and_the_viewer(client, index):
 
 
 def test_every_figure_is_a_file(client):
-    for address, n_figures in (("/", 1), ("/query?rows=0", 3), ("/pair?row=1&query=0", 1)):
+    for address, n_figures in (("/", 1), ("/query?rows=0", 3), ("/pair?row=1&query=0", 1), ("/hubs?k=3", 1)):
         figures = [found for found in load(client, address).addresses if found.startswith("/figures/")]
         # Each is shown as SVG, and linked as SVG and PNG.
         assert len(figures) == 3 * n_figures
@@ -369,6 +369,52 @@ def test_a_search_lists_rows_by_words_and_label(client):
     # Chosen rows are kept while others are searched.
     assert sorted(list_rows("/query?rows=0,5&find=query/1&browse=yes")) == [0, 1, 5, 10, 11]
     assert find_hits(load(client, "/query?rows=0&find=query/1&browse=yes")) == []
+
+
+def test_ticked_rows_are_kept_while_the_list_is_paged(client):
+    def list_rows(page, kind):
+        return [int(a["value"]) for a in page.find("input", name="rows", type=kind)]
+
+    def list_buttons(page):
+        return [a["value"] for a in page.find("button", name="page")]
+
+    # What a browser sends when two boxes are ticked and "next" is pressed.
+    page = load(client, "/query?side=train&rows=0&rows=3&find=&page=24")
+    assert list_rows(page, "checkbox") == list(range(24, N_TRAIN)) and list_rows(page, "hidden") == [0, 3]
+    assert list_buttons(page) == ["0"] and find_hits(page) == []
+    page = load(client, "/query?side=train&rows=30&rows=0&rows=3&find=&page=0")
+    assert list_rows(page, "hidden") == [30] and list_buttons(page) == ["24"]
+    assert [int(a["value"]) for a in page.find("input", name="rows", type="checkbox") if "checked" in a] == [0, 3]
+
+
+def test_all_suspects_are_paged(place, monkeypatch):
+    def read(client):
+        page = load(client, "/suspects?start=20")
+        rows = [int(a["value"]) for a in page.find("input", name="row", type="hidden")]
+        return rows, " ".join(" ".join(page.texts).split())
+
+    monkeypatch.setattr("tracin_ann.serve.pages.suspects._RANKED", 20)
+    expected = [suspect.row for suspect in find_mislabelled(place.open())[20:]]
+    with serve(place.location) as client:
+        rows, text = read(client)
+        assert rows == expected and "21 to 40 of 40" in text and "are listed" not in text
+    with serve(place.location, Settings(most_records=30)) as client:
+        rows, text = read(client)
+        assert rows == expected[:10] and "21 to 30 of 30" in text and "The first 30 are listed." in text
+
+
+def test_the_figure_of_hubs_counts_all_rows(client, index):
+    census = find_hubs(index, k=2).census
+    page = load(client, "/hubs?k=2")
+    (alt,) = [a["alt"] for a in page.find("img") if a["src"].startswith("/figures/hubs/")]
+    expected = "; ".join(
+        f"{(counts.count_N == 0).sum()} rows are among the {name} of no query, one is among those of {counts.largest}"
+        for name, counts in (("proponents", census.proponents), ("opponents", census.opponents))
+    )
+    assert alt == f"Rows by count: {expected}"
+    for counts in (census.proponents, census.opponents):
+        assert sum(rows for _, rows in counts.histogram) == N_TRAIN
+        assert sum(count * rows for count, rows in counts.histogram) == counts.count_N.sum()
 
 
 WRONG = """

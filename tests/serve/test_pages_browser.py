@@ -274,6 +274,33 @@ def test_exact_answers_follow_the_stored_ones(chromium: Any, toy: Any, monkeypat
         go.append(True)
 
 
+@pytest.mark.parametrize("has_scripts", [True, False])
+def test_ticked_rows_are_kept_on_other_pages_of_the_list(chromium: Any, toy: Any, has_scripts: bool) -> None:
+    def tick(place: int) -> None:
+        browser.click(chromium, chromium.find_elements("css selector", ".pick input")[place])
+
+    def turn(page: int) -> None:
+        browser.click(chromium, chromium.find_element("css selector", f"button[name=page][value='{page}']"))
+
+    chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not has_scripts})
+    try:
+        with show(chromium, create_app(toy.location)) as address:
+            chromium.get(f"{address}/query?side=train")
+            tick(2)
+            turn(24)
+            find_soon(chromium, "button[value='0']")
+            tick(1)
+            turn(0)
+            find_soon(chromium, "button[value='24']")
+            ticked = chromium.find_elements("css selector", ".pick input:checked")
+            assert [box.get_attribute("value") for box in ticked] == ["2"]
+            browser.click(chromium, chromium.find_element("css selector", ".send button"))
+            assert find_soon(chromium, ".score")
+            assert "rows=2&rows=25" in chromium.current_url
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
 def test_pages_work_without_scripts(chromium: Any, toy: Any, tmp_path: Path) -> None:
     chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:

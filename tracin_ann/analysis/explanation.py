@@ -28,11 +28,12 @@ from tracin_ann.scoring import (
     RowList,
     TokenSplitter,
     parts_figure,
+    report_part,
     require_token_losses,
     scale_in_place,
     select_direction,
 )
-from tracin_ann.types import Float64, ProgressCallback
+from tracin_ann.types import Float64, ProgressCallback, ignore_progress
 
 MODEL = "(model)"
 """Name of the layer for parameters that belong to the model itself."""
@@ -189,7 +190,8 @@ def explain(  # noqa: PLR0913
         train_id: position of the training row.
         query_id: position of the query.
         side: data set of the query, `query` or `train`, or `input` for an example that `index.lend` lends.
-        progress: called with ("gradients", checkpoints done, checkpoints).
+        progress: called with ("gradients", checkpoints done, checkpoints), and with other stages for a score with a
+            curvature matrix.
         checkpoints: positions of the checkpoints to sum over; None: all.
         by: `layer`: an Explanation, one part per parameter and checkpoint, with sums by layer. `token`: a
             TokenExplanation, one part per target position and checkpoint, for the row and for the query; this needs
@@ -227,7 +229,8 @@ def _split_by_parameter(index: InfluenceIndex, checked: CheckedPair, progress: P
             query_grads = compute_gradient(model, pair.side, pair.query_row)
             train_grads, factor = compute_gradient(model, "train", pair.row), model.rate
             if direction_map is not None and model.rate > 0:
-                query_grads = direction_map.apply(model, query_grads)
+                report = report_part(progress or ignore_progress, done, len(checked.checkpoints))
+                query_grads = direction_map.apply(model, query_grads, report)
                 factor = float(direction_map.weigh_rows(model, [pair.row])[0])
             for name, grad in query_grads.items():
                 product = factor * float(grad.flatten().double() @ train_grads[name].flatten().double())

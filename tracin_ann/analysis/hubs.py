@@ -63,6 +63,12 @@ class Counts:
         return int(self.count_N.max(initial=0))
 
     @property
+    def histogram(self) -> tuple[tuple[int, int], ...]:
+        """Return each count that occurs, in ascending order, with the number of rows that have it."""
+        counts, rows = np.unique(self.count_N, return_counts=True)
+        return tuple(zip(counts.tolist(), rows.tolist(), strict=True))
+
+    @property
     def skewness(self) -> float:
         """Return E (N_k - μ)³ / σ³ over the rows: 0 if all counts are equal, large if a few rows have high counts."""
         if not len(self.count_N) or self.count_N.min() == self.count_N.max():
@@ -135,7 +141,7 @@ class Hubs(RowList[Hub]):
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        return counts_figure(self.census.proponents.count_N, self.census.opponents.count_N)
+        return counts_figure(self.census.proponents.histogram, self.census.opponents.histogram)
 
 
 def find_hubs(

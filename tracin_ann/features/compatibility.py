@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,13 @@ class IndexTask:
         with runner.model() as model:
             check_spec(self._manifest.build.spec, self._task_spec(runner, model), str(self._directory))
         return runner
+
+    @contextmanager
+    def release_model(self) -> Iterator[None]:
+        """Let other threads use the model inside, as `TaskRunner.release_model`, if there is a runner."""
+        runner: TaskRunner | None = vars(self).get("_checked_runner")
+        with nullcontext() if runner is None else runner.release_model():
+            yield
 
     def _task_spec(self, runner: TaskRunner, model: LoadedModel) -> FeatureSpec:
         built = self._manifest.build

@@ -6,7 +6,14 @@ The explorer (`serve`) shows the same views of examples, answers, rows and figur
 from __future__ import annotations
 
 from tracin_ann.report.examples import Examples, ExampleView, Token, format_value
-from tracin_ann.report.figures import Figure, answer_figures, make_norms_figure, read_parts, row_figures
+from tracin_ann.report.figures import (
+    Figure,
+    answer_figures,
+    make_counts_figure,
+    make_norms_figure,
+    read_parts,
+    row_figures,
+)
 from tracin_ann.report.images import digest_pixels, encode_pixels, to_pixels
 from tracin_ann.report.page import (
     explain_score,
@@ -51,6 +58,7 @@ __all__ = [
     "has_wide_hits",
     "list_facts",
     "load_templates",
+    "make_counts_figure",
     "make_norms_figure",
     "read_parts",
     "read_style",

@@ -21,6 +21,7 @@ from tracin_ann.scoring import (
     Answer,
     Hit,
     checkpoints_figure,
+    counts_figure,
     norms_figure,
     render_png,
     render_svg,
@@ -100,6 +101,32 @@ def row_figures(index: InfluenceIndex, rows: Sequence[int], checkpoints: Sequenc
             "f2-",
             (OPPONENT, GREY),
         ),
+    )
+
+
+def make_counts_figure(
+    proponents: Sequence[tuple[int, int]], opponents: Sequence[tuple[int, int]], n_queries: int, prefix: str = ""
+) -> Figure:
+    """Return the figure of how many training rows are hits of how many queries.
+
+    Args:
+        proponents: pairs of a number of queries and the number of rows that are among the proponents of as many.
+        opponents: the same for opponents.
+        n_queries: the number of queries.
+        prefix: that of the figure's ids in a page.
+    """
+    counts = {"proponents": proponents, "opponents": opponents}
+    text = "; ".join(
+        f"{dict(pairs).get(0, 0):,} rows are among the {name} of no query, one is among those of "
+        f"{max((count for count, _ in pairs), default=0):,}"
+        for name, pairs in counts.items()
+    )
+    return _make_figure(
+        partial(counts_figure, proponents, opponents),
+        "Rows by count",
+        f"All training rows that answers may contain, by the number of the {n_queries:,} queries whose hits they are.",
+        text,
+        prefix,
     )
 
 

@@ -7,11 +7,13 @@ from tracin_ann.scoring.curvature import Curvature, CurvatureSource, suggest_dim
 from tracin_ann.scoring.exact import (
     DirectionMap,
     Directions,
+    ExactProgress,
     Queries,
     RowScorer,
     compute_full_gradients,
     exact_self_influence,
     make_exact_scorer,
+    report_part,
     scale_in_place,
 )
 from tracin_ann.scoring.formats import (
@@ -61,6 +63,7 @@ __all__ = [
     "DimTarget",
     "DirectionMap",
     "Directions",
+    "ExactProgress",
     "Fields",
     "GREY",
     "HITS",
@@ -109,6 +112,7 @@ __all__ = [
     "render_png",
     "render_svg",
     "render_svg_file",
+    "report_part",
     "require_token_losses",
     "run_pilot",
     "scale_in_place",

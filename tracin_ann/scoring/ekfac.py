@@ -23,8 +23,9 @@ from torch import Tensor
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.gradients import Form, Outer, Rows, batch_size, form_dtype, materialise
+from tracin_ann.scoring.computation import Computation, Steps
 from tracin_ann.scoring.exact import Directions, collect_forms
-from tracin_ann.types import Float64
+from tracin_ann.types import Float64, ProgressCallback, ignore_progress
 
 _LARGEST_SIDE = 4096
 """Rows or columns of a parameter, above which this side has the identity as its eigenvectors."""
@@ -72,7 +73,13 @@ class EKFAC:
         exception = f", diagonal on one side for {share:.1%} of the parameters" if partial else ""
         return f"EK-FAC curvature of {self._n_rows:,} rows{exception}"
 
-    def solve(self, model: LoadedModel, directions: Directions, damping: float) -> Directions:
+    def solve(
+        self,
+        model: LoadedModel,
+        directions: Directions,
+        damping: float,
+        progress: ProgressCallback = ignore_progress,
+    ) -> Directions:
         """Return λ (F + λI)⁻¹ of directions, [Q, P] by parameter."""
         return {name: self._blocks[name].solve(direction_QP, damping) for name, direction_QP in directions.items()}
 
@@ -81,8 +88,11 @@ class EKFAC:
         return np.ones(len(rows))
 
 
-def fit_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> EKFAC:
-    """Return the approximation for training rows at the loaded checkpoint, in two passes over the rows.
+def fit_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> Computation[EKFAC]:
+    """Return the computation of the approximation for training rows at the loaded checkpoint.
+
+    A step is a batch of one of two passes over the rows, or the factorisation of one matrix between them, which counts
+    no units. The checkpoint must be loaded at each step. Between steps, the matrices are in memory.
 
     Args:
         model: with a checkpoint loaded.
@@ -93,16 +103,26 @@ def fit_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> EKF
         TaskError: the loss breaks the contract.
         NonFiniteError: squares of gradients do not fit into float32.
     """
+    return Computation(2 * len(rows), _step_through_ekfac(model, rows, weight_M))
+
+
+def _step_through_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float64) -> Steps[EKFAC]:
     shapes = {n: (p.shape[0] if p.dim() else 1, prod(p.shape[1:])) for n, p in model.parameters.items() if p.numel()}
     device, dtype = model.runner.options.device, form_dtype(model.parameters.values())
     weights = torch.from_numpy(weight_M / len(rows)).to(device)
     marginals = {name: _make_marginals(shape, device) for name, shape in shapes.items()}
-    for name, places, forms in collect_forms(model, "train", rows):
-        _add_marginals(marginals[name], forms, weights[places], shapes[name])
-    bases = {name: _find_basis(marginals.pop(name), dtype) for name in shapes}
+    for n_rows, batch in collect_forms(model, "train", rows):
+        for name, places, forms in batch:
+            _add_marginals(marginals[name], forms, weights[places], shapes[name])
+        yield n_rows
+    bases: dict[str, Sides] = {}
+    for name in shapes:
+        bases[name] = yield from _find_basis(marginals.pop(name), dtype)
     squares = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-    for name, places, forms in collect_forms(model, "train", rows):
-        _add_squares(squares[name], forms, weights[places], bases[name])
+    for n_rows, batch in collect_forms(model, "train", rows):
+        for name, places, forms in batch:
+            _add_squares(squares[name], forms, weights[places], bases[name])
+        yield n_rows
     return EKFAC({name: _Block(*bases[name], squares[name].to(dtype)) for name in shapes}, len(rows))
 
 
@@ -111,8 +131,8 @@ def _make_marginals(shape: tuple[int, int], device: torch.device) -> Sides:
     return left, right
 
 
-def _find_basis(marginals: Sides, dtype: torch.dtype) -> Sides:
-    """Return the eigenvectors of the marginals.
+def _find_basis(marginals: Sides, dtype: torch.dtype) -> Steps[Sides]:
+    """Return the eigenvectors of the marginals; each side is a step.
 
     Raises:
         NonFiniteError: a marginal is not finite.
@@ -126,7 +146,11 @@ def _find_basis(marginals: Sides, dtype: torch.dtype) -> Sides:
                 remedy="use --rerank stored, or divide the loss by a constant",
             )
         )
-    left, right = (None if matrix is None else torch.linalg.eigh(matrix)[1].to(dtype) for matrix in marginals)
+    bases = []
+    for matrix in marginals:
+        bases.append(None if matrix is None else torch.linalg.eigh(matrix)[1].to(dtype))
+        yield 0
+    left, right = bases
     return left, right
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,8 @@ from tracin_ann.choices import SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import LoadedModel, TaskRunner, group_by_rows, squared_norms
 from tracin_ann.gradients import Form, Outer, Sink, form_dtype, inner_where, materialise
-from tracin_ann.types import Float64, Int64
+from tracin_ann.scoring.computation import Steps, run_steps
+from tracin_ann.types import Float64, Int64, ProgressCallback, ignore_progress
 
 Directions = dict[str, Tensor]
 
@@ -56,11 +57,39 @@ class DirectionMap(Protocol):
     def summary(self) -> str:
         """Return the map in a few words for users, after it was applied."""
 
-    def apply(self, model: LoadedModel, directions: Directions) -> Directions:
-        """Return the directions [Q, P] by parameter for gradients of queries at the loaded checkpoint."""
+    def apply(
+        self, model: LoadedModel, directions: Directions, progress: ProgressCallback = ignore_progress
+    ) -> Directions:
+        """Return the directions [Q, P] by parameter for gradients of queries at the loaded checkpoint.
 
-    def weigh_rows(self, model: LoadedModel, rows: Sequence[int]) -> Float64:
+        Args:
+            model: the model.
+            directions: the gradients.
+            progress: called with (stage, done, total) of this call.
+        """
+
+    def weigh_rows(
+        self, model: LoadedModel, rows: Sequence[int], progress: ProgressCallback = ignore_progress
+    ) -> Float64:
         """Return the factors [N] of the inner products of training rows with the directions."""
+
+
+@dataclass(frozen=True)
+class ExactProgress:
+    """What is called while exact scores are computed, between batches. What it raises ends the computation.
+
+    Attributes:
+        add_rows: called with the number of finished rows; each row counts once per checkpoint and block of queries.
+        report: called with (stage, done, total) of other work, over all checkpoints.
+    """
+
+    add_rows: Callable[[int], None] | None = None
+    report: ProgressCallback = ignore_progress
+
+    @property
+    def uncounted(self) -> ExactProgress:
+        """Return the progress of scores whose rows are not counted."""
+        return replace(self, add_rows=None)
 
 
 Mask = npt.NDArray[np.bool_]
@@ -107,18 +136,26 @@ def make_exact_scorer(
     runner: TaskRunner,
     queries: Queries,
     checkpoints: Sequence[int],
-    progress: Callable[[int], None] | None = None,
+    progress: ExactProgress | None = None,
     direction_map: DirectionMap | None = None,
 ) -> Iterator[ExactScorer]:
     """Yield a scorer for these queries; it computes their gradients once, however often it is called."""
     with runner.model("fp32") as model:
-        yield ExactScorer(model, queries, checkpoints, progress, direction_map)
+        yield ExactScorer(model, queries, checkpoints, progress or ExactProgress(), direction_map)
+
+
+def report_part(progress: ProgressCallback, place: int, parts: int) -> ProgressCallback:
+    """Return a callback for one of several parts of equal size, which reports the progress of all parts."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(stage, place * total + done, parts * total)
+
+    return report
 
 
 class ExactScorer:
     """Exact scores of rows against given queries, over given checkpoints; see `exact_scores`.
 
-    `progress` is called with the number of finished rows; each row counts once per checkpoint and block of queries.
     With a map of the directions, the score is the sum over checkpoints of its products, without η_c, and it is applied
     to each example's gradient before gradients are mixed.
     """
@@ -128,10 +165,10 @@ class ExactScorer:
         model: LoadedModel,
         queries: Queries,
         checkpoints: Sequence[int],
-        progress: Callable[[int], None] | None,
+        progress: ExactProgress,
         direction_map: DirectionMap | None = None,
     ) -> None:
-        self.model, self._queries, self._checkpoints, self._progress = model, queries, checkpoints, progress
+        self.model, self.progress, self._queries, self.checkpoints = model, progress, queries, checkpoints
         self._map = direction_map
         entries = sum(p.numel() * p.element_size() for p in model.parameters.values())
         self._block_queries = max(1, _DIRECTION_BYTES // entries)
@@ -152,14 +189,15 @@ class ExactScorer:
         order_N = np.lexsort((requested_QN.sum(0), requested_QN.argmax(0)))
         for rate, block, directions, exponent_Q in self.blocks():
             chosen_N = order_N[requested_QN[block][:, order_N].any(0)]
+            weight_N = self.weigh_rows([rows[i] for i in chosen_N])
             products_QN = compute_inner_products(
                 self.model,
                 directions,
                 [rows[i] for i in chosen_N],
                 requested_QN[block][:, chosen_N],
-                self._progress,
+                self.progress.add_rows,
             )
-            products_QN *= self.weigh_rows([rows[i] for i in chosen_N])
+            products_QN *= weight_N
             scores_QN[block, chosen_N] += np.ldexp(rate * products_QN, exponent_Q[:, None])
         scores_QN[~requested_QN] = 0
         _check_finite(scores_QN, rows)
@@ -167,9 +205,9 @@ class ExactScorer:
 
     def weigh_rows(self, rows: Sequence[int]) -> Float64:
         """Return the factors [N] of the inner products of these training rows at the loaded checkpoint."""
-        return (
-            np.ones(len(rows)) if self._map is None or self.model.rate == 0 else self._map.weigh_rows(self.model, rows)
-        )
+        if self._map is None or self.model.rate == 0:
+            return np.ones(len(rows))
+        return self._map.weigh_rows(self.model, rows, self._report_part(0))
 
     def blocks(self) -> Iterator[tuple[float, slice, Directions, Int64]]:
         """Load one checkpoint after another, and yield blocks of queries at each.
@@ -178,7 +216,7 @@ class ExactScorer:
             η_c, or 1 with a map of the directions; the place of the block; its scaled directions; the exponents [Q]
             that undo the scaling.
         """
-        for checkpoint in self._checkpoints:
+        for checkpoint in self.checkpoints:
             if self.model.checkpoint != checkpoint:
                 self.model.load(checkpoint)
             rate = self.model.rate if self._map is None else float(self.model.rate > 0)
@@ -202,20 +240,30 @@ class ExactScorer:
     def _compute_directions(self, first: int) -> Directions:
         side, ids, mixture_GQ = self._queries.side, self._queries.ids, self._queries.mixture_GQ
         if mixture_GQ is None:
-            return self._compute_each(side, ids[first : first + self._block_queries])
+            return self._compute_each(side, first)
         total: Directions = {}
         for start in range(0, len(ids), self._block_queries):
             chosen = slice(start, start + self._block_queries)
             weight_GQ = torch.from_numpy(np.ascontiguousarray(mixture_GQ[first : first + self._block_queries, chosen]))
-            for name, direction in self._compute_each(side, ids[chosen]).items():
+            for name, direction in self._compute_each(side, start).items():
                 mixed = weight_GQ.to(direction) @ direction
                 total[name] = total[name] + mixed if name in total else mixed
         return total
 
-    def _compute_each(self, side: SideName, ids: Sequence[int]) -> Directions:
-        """Return the directions of examples."""
-        gradients = compute_full_gradients(self.model, side, ids)
-        return gradients if self._map is None or self.model.rate == 0 else self._map.apply(self.model, gradients)
+    def _compute_each(self, side: SideName, first: int) -> Directions:
+        """Return the directions of a block of examples."""
+        gradients = compute_full_gradients(self.model, side, self._queries.ids[first : first + self._block_queries])
+        if self._map is None or self.model.rate == 0:
+            return gradients
+        return self._map.apply(self.model, gradients, self._report_part(first))
+
+    def _report_part(self, first: int) -> ProgressCallback:
+        """Return a callback for a block of examples at the loaded checkpoint, which reports for all of them."""
+        used = [checkpoint for checkpoint in self.checkpoints if self.model.rates[checkpoint].rate > 0]
+        blocks = -(-len(self._queries.ids) // self._block_queries)
+        place, parts = used.index(self.model.checkpoint) * blocks + first // self._block_queries, len(used) * blocks
+
+        return report_part(self.progress.report, place, parts)
 
 
 def scale_in_place(directions: Directions) -> Int64:
@@ -245,6 +293,11 @@ def _check_finite(scores: Float64, rows: Sequence[int]) -> None:
 
 def compute_full_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Directions:
     """Return the full gradients of examples at the loaded checkpoint, by parameter, [Q, P] each."""
+    return run_steps(step_through_gradients(model, side, ids))
+
+
+def step_through_gradients(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Steps[Directions]:
+    """Compute full gradients, as `compute_full_gradients`; a step is a batch, whose examples are its units."""
     device = model.runner.options.device
     dtype = form_dtype(model.parameters.values())
     directions = {
@@ -266,14 +319,18 @@ def compute_full_gradients(model: LoadedModel, side: SideName, ids: Sequence[int
 
         model.engine(side).run(batch, start)
         done += len(batch)
+        yield len(batch)
     return directions
 
 
-def collect_forms(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Iterator[tuple[str, slice, list[Form]]]:
+def collect_forms(
+    model: LoadedModel, side: SideName, ids: Sequence[int]
+) -> Iterator[tuple[int, list[tuple[str, slice, list[Form]]]]]:
     """Yield the gradients of examples at the loaded checkpoint, batch after batch.
 
     Yields:
-        a parameter's name; places of consecutive examples in `ids`; forms that add up to their gradients.
+        the number of examples of a batch; and a list of: a parameter's name; places of consecutive examples in `ids`;
+        forms that add up to their gradients.
     """
     forms: dict[tuple[str, int, int], list[Form]] = {}
 
@@ -285,8 +342,8 @@ def collect_forms(model: LoadedModel, side: SideName, ids: Sequence[int]) -> Ite
     done = 0
     for batch in model.batches(side, ids):
         model.engine(side).run(batch, start)
-        for name, first, last, uses in group_by_rows(forms):
-            yield name, slice(done + first, done + last), uses
+        grouped = group_by_rows(forms)
+        yield len(batch), [(name, slice(done + first, done + last), uses) for name, first, last, uses in grouped]
         done += len(batch)
 
 

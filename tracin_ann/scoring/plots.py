@@ -89,12 +89,17 @@ def parts_figure(by_layer: Mapping[str, float], by_checkpoint: Mapping[int, floa
     return figure
 
 
-def counts_figure(proponent_of: Int64, opponent_of: Int64) -> Any:
-    """Return a Figure of the number of rows by the number of queries whose proponents or opponents they are."""
-    figure = _make_figure(_WIDTH, _HEIGHT)
+def counts_figure(proponents: Sequence[tuple[int, int]], opponents: Sequence[tuple[int, int]]) -> Any:
+    """Return a Figure of the number of rows by the number of queries whose proponents or opponents they are.
+
+    Args:
+        proponents: pairs of a number of queries and the number of rows that are among the proponents of as many.
+        opponents: the same for opponents.
+    """
+    figure = _make_figure(*_REPORT_SIZE)
     axes = figure.add_subplot()
-    for counts, colour, name in ((proponent_of, PROPONENT, "proponent"), (opponent_of, OPPONENT, "opponent")):
-        times, rows = np.unique(counts, return_counts=True)
+    for pairs, colour, name in ((proponents, PROPONENT, "proponent"), (opponents, OPPONENT, "opponent")):
+        times, rows = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         axes.plot(times, rows, marker=".", linestyle="none", color=colour, label=name)
     axes.set_xscale("symlog")
     axes.set_yscale("log")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tracin_ann.choices import CURVATURES, SideName
 from tracin_ann.features import TaskRunner
 from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
-from tracin_ann.scoring.exact import Queries, RowScorer, make_exact_scorer
+from tracin_ann.scoring.exact import ExactProgress, Queries, RowScorer, make_exact_scorer
 from tracin_ann.scoring.quality import compute_pair_deviations
 from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
@@ -140,7 +140,7 @@ class Ranker:
         rates: η_c of all checkpoints.
         runner: the task's data and model, for exact scores.
         ids_of: returns the ids of examples for a side and their positions.
-        progress: called with the number of finished rows while exact scores are computed.
+        progress: what is called while exact scores are computed.
         workers: processes that search the shards of the index and compute exact scores; None: this one does.
     """
 
@@ -152,7 +152,7 @@ class Ranker:
     rates: Sequence[float]
     runner: TaskRunner
     ids_of: Callable[[SideName, npt.ArrayLike], list[Id]]
-    progress: Callable[[int], None] | None = None
+    progress: ExactProgress = ExactProgress()
     workers: SearchWorkers | None = None
 
     def answers(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
@@ -281,7 +281,8 @@ class Ranker:
         """Return the hits with their exact scores by token."""
         direction_map = request.score.direction_map
         rows = [[hit.row for hit in (*best, *worst)] for best, worst in hits]
-        with make_exact_scorer(self.runner, request.queries(), request.checkpoints, None, direction_map) as scorer:
+        progress = self.progress.uncounted
+        with make_exact_scorer(self.runner, request.queries(), request.checkpoints, progress, direction_map) as scorer:
             parts = [iter(of_query) for of_query in split_scores(scorer, rows)]
         return [
             tuple(tuple(hit._replace(tokens=tuple(next(own).tolist())) for hit in side) for side in sides)  # type: ignore[misc]
@@ -315,7 +316,7 @@ class Ranker:
         if not request.n_against or not len(rows_N) or not (request.options.exact or request.options.rerank != "none"):
             return np.zeros((0, len(rows_N)))
         if request.options.exact or request.options.rerank == "exact":
-            with self._open_scorer(request, sets_apart=True) as scorer:
+            with self._open_scorer(request, self.progress.uncounted, sets_apart=True) as scorer:
                 return scorer.scores(rows_N.tolist())
         row_NF = request.score.rows(request.checkpoints).take(rows_N)
         # Not matrix products, after which NumPy's threads delay the next operations.
@@ -409,13 +410,13 @@ class Ranker:
         ]
 
     def _open_scorer(
-        self, request: QueryRequest, progress: Callable[[int], None] | None = None, *, sets_apart: bool = False
+        self, request: QueryRequest, progress: ExactProgress, *, sets_apart: bool = False
     ) -> AbstractContextManager[RowScorer]:
         """Return exact scores: by the workers, unless there is a map of directions or they cannot import the task."""
         queries = request.queries(sets_apart=sets_apart)
         if self.workers is not None and request.score.direction_map is None:
             examples = self.runner.data("input") if request.side == "input" else None
-            scorer = self.workers.open_scorer(queries, request.checkpoints, examples, progress)
+            scorer = self.workers.open_scorer(queries, request.checkpoints, examples, progress.add_rows)
             if scorer is not None:
                 return nullcontext(scorer)
         return make_exact_scorer(self.runner, queries, request.checkpoints, progress, request.score.direction_map)

@@ -231,6 +231,7 @@ def split_scores(scorer: ExactScorer, rows: Sequence[Sequence[int]]) -> list[lis
     """
     splitter = TokenSplitter(scorer.model, "train")
     totals: list[list[Float64]] = [[np.zeros(1)] * len(each) for each in rows]
+    done, n_rows = 0, len(scorer.checkpoints) * sum(map(len, rows))
     for rate, block, directions, exponent_Q in scorer.blocks():
         for at, (total, each, exponent) in enumerate(zip(totals[block], rows[block], exponent_Q, strict=True)):
             if each:
@@ -240,6 +241,8 @@ def split_scores(scorer: ExactScorer, rows: Sequence[Sequence[int]]) -> list[lis
                     one + np.ldexp(factor * part_T, exponent)
                     for one, part_T, factor in zip(total, parts, factors, strict=True)
                 ]
+                done += len(each)
+                scorer.progress.report("tokens", done, n_rows)
     return totals
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from tracin_ann.errors import TracinAnnError, problem
@@ -165,7 +166,7 @@ class Jobs:
             with self._turns.take_for_job():
                 job.state = "running"
                 job.report("", 0, 0)
-                job.result = job.work.run(index, Steps(job.report, self._turns.give_way))
+                job.result = job.work.run(index, Steps(job.report, partial(self._give_way, index)))
             self._end(job, "done")
         except _CancelledError:
             self._end(job, "cancelled")
@@ -183,6 +184,12 @@ class Jobs:
                 )
             )
             self._end(job, "failed")
+
+    def _give_way(self, index: InfluenceIndex) -> None:
+        """Let the waiting requests go first, with the model."""
+        if self._turns.is_wanted:
+            with index.release_model():
+                self._turns.give_way()
 
     def _end(self, job: Job, state: State) -> None:
         job.ended, job.state = self._now(), state

@@ -11,7 +11,8 @@ class Turns:
     """The right to use the index and the model.
 
     A job lets waiting requests go first at the steps where it calls `give_way`. There it must not be inside a block of
-    `TaskRunner.model`: a request that needs the model would wait for the job, which waits for the request.
+    `TaskRunner.model`, or must have released it (`InfluenceIndex.release_model`): a request that needs the model would
+    wait for the job, which waits for the request.
 
     Args:
         patience: seconds that a job waits while requests go first; then it does its next step.
@@ -48,9 +49,14 @@ class Turns:
         finally:
             self._release()
 
+    @property
+    def is_wanted(self) -> bool:
+        """Return whether requests wait."""
+        return self._requests > 0
+
     def give_way(self) -> None:
         """Let the waiting requests go first; the calling job holds the turn before and after."""
-        if self._requests:
+        if self.is_wanted:
             self._release()
             self._take_after_requests()
 

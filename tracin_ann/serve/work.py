@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from tracin_ann.analysis import By, find_duplicates, find_hubs, find_mislabelled
 from tracin_ann.choices import ScoreName, SideName
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Answer, Answers, Hit, QueryOptions, Record, RowList
+from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowList
 from tracin_ann.store import RowFilter
 from tracin_ann.types import ProgressCallback
-
-_ROWS_AT_ONCE = 4096
-"""Training rows whose exact scores are computed before waiting requests go first."""
-_IN_MODEL = ("exact scores", "gradients")
-"""Stages of progress that the library reports while it uses the model."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +36,17 @@ class Steps:
 
     Attributes:
         report: called with (stage, done, total); raises if the job was cancelled.
-        give_way: lets waiting requests go first.
+        give_way: lets waiting requests go first. The library reports progress between batches, where a job may also
+            release the model.
     """
 
     report: ProgressCallback
     give_way: Callable[[], None]
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Report progress, as a `ProgressCallback` of the library, and let requests go first where that is possible."""
+        """Report progress, as a `ProgressCallback` of the library, and let requests go first."""
         self.report(stage, done, total)
-        if stage not in _IN_MODEL:
-            self.give_way()
+        self.give_way()
 
 
 class Work(ABC):
@@ -91,48 +85,23 @@ class ComputeExactAnswers(Work):
     together: bool = False
 
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
-        """Return the answers; one query, or a block of rows, is scored at a time."""
+        """Return the answers; one query is scored at a time."""
         questions = (self.rows,) if self.together else tuple((row,) for row in self.rows)
         answers: list[Answer] = []
         records: list[Record] = []
         for done, rows in enumerate(questions):
-            answered = self._answer(index, rows, steps)
+            answered = self._query(index, rows, steps.progress)
             answers += answered
             records += answered.lines()
             steps.progress("queries", done + 1, len(questions))
         return Result(tuple(answers), tuple(records), {"how": answers[0].how if answers else ""})
 
-    def _answer(self, index: InfluenceIndex, rows: tuple[int, ...], steps: Steps) -> Answers:
-        if not self.options.exact:
-            return self._query(index, rows, self.options, steps.report)
-        allowed = index.present(self.options.rows).tolist()
-        parts: list[Answers] = []
-        for start in range(0, len(allowed), _ROWS_AT_ONCE):
-            only = tuple(allowed[start : start + _ROWS_AT_ONCE])
-            parts.append(self._query(index, rows, replace(self.options, rows=RowFilter(only)), None))
-            steps.progress("rows", start + len(only), len(allowed))
-        parts[0][0] = _merge([part[0] for part in parts], self.options.k)
-        return parts[0]
-
-    def _query(
-        self, index: InfluenceIndex, rows: tuple[int, ...], options: QueryOptions, progress: ProgressCallback | None
-    ) -> Answers:
+    def _query(self, index: InfluenceIndex, rows: tuple[int, ...], progress: ProgressCallback) -> Answers:
+        options = self.options
         if self.examples is not None:
             return index.query_examples(self.examples, options, progress, ids=rows)
         train = self.side == "train"
         return index.query(() if train else rows, rows if train else (), options, progress, together=self.together)
-
-
-def _merge(parts: Sequence[Answer], k: int) -> Answer:
-    """Return the answer over all rows from the answers over disjoint sets of them."""
-
-    def order(hit: Hit) -> tuple[float, int]:
-        return -abs(hit.score), hit.row
-
-    proponents = sorted(chain.from_iterable(part.proponents for part in parts), key=order)[:k]
-    opponents = sorted(chain.from_iterable(part.opponents for part in parts), key=order)[:k]
-    scored = sum(part.rows_scored for part in parts)
-    return replace(parts[0], proponents=tuple(proponents), opponents=tuple(opponents), rows_scored=scored)
 
 
 @dataclass(frozen=True)
@@ -246,7 +215,7 @@ class FindHubs(Work):
             **{
                 f"{name}_{figure}": getattr(counts, figure)
                 for name, counts in (("proponents", census.proponents), ("opponents", census.opponents))
-                for figure in ("expected", "largest", "skewness")
+                for figure in ("expected", "largest", "skewness", "histogram")
             },
         }
         return _make_result(hubs, summary)

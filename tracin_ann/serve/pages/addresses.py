@@ -92,8 +92,9 @@ class QueryForm:
             upload=upload,
             find=read_text(given, "find"),
             label=read_text(given, "label"),
-            start=read_number(given, "start", 0),
-            browse=bool(read_text(given, "browse")),
+            # The buttons of the list send `page`.
+            start=read_number(given, "page", read_number(given, "start", 0)),
+            browse=bool(read_text(given, "browse") or read_text(given, "page")),
             together=bool(read_text(given, "together")),
             k=read_number(given, "k", cls.k),
             rerank=read_choice(given, "rerank", RERANKS, cls.rerank),

@@ -176,8 +176,8 @@ class Context:
         """Return the answers to a form, and the job that it still needs.
 
         While exact scores are not computed, the answers are the stored ones; the script of a page, which shows them
-        already, gets none. The caller starts the job by `compute` after all else that needs the index: a job that uses
-        the model lets nobody in between.
+        already, gets none. The caller starts the job by `compute` after all else that needs the index, which would wait
+        for the next step of the job.
 
         Raises:
             TracinAnnError: as `Reader.answer`.

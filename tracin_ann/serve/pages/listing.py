@@ -19,7 +19,10 @@ _SEARCHED = 3000
 
 @dataclass(frozen=True)
 class Pages:
-    """The addresses of the previous and the next page of a list, "" if there is none, and where this page is in it."""
+    """The previous and the next page of a list, "" if there is none, and where this page is in it.
+
+    They are addresses, or the positions of their first rows, for the buttons of a form.
+    """
 
     caption: str
     previous: str = ""
@@ -49,12 +52,8 @@ def list_rows(index: InfluenceIndex, examples: Examples, form: QueryForm) -> Row
     ends = f"rows {form.start:,} to {row - 1:,} of {n_rows:,}" if row > form.start else f"no row from {form.start:,}"
     caption = f"{ends}: {len(found)} found" if words or form.label else ends
     # Without a search, the previous page is known; with one, the list begins again.
-    before, browse = 0 if words or form.label else max(0, form.start - SHOWN), form.has_queries
-    pages = Pages(
-        caption,
-        form.address(start=before, browse=browse) if form.start else "",
-        form.address(start=row, browse=browse) if row < n_rows else "",
-    )
+    before = 0 if words or form.label else max(0, form.start - SHOWN)
+    pages = Pages(caption, str(before) if form.start else "", str(row) if row < n_rows else "")
     return RowList(tuple(found), pages, tuple(row for row in form.rows if row not in {card.row for card in found}))
 
 

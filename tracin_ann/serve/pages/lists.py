@@ -11,17 +11,19 @@ from typing import Any
 from tracin_ann.choices import SCORES, ScoreName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
+from tracin_ann.report import Figure, make_counts_figure
 from tracin_ann.scoring import QueryOptions
 from tracin_ann.serve.pages.addresses import make_address, read_choice, read_number, read_text
-from tracin_ann.serve.pages.context import Asked, Context, RowCard, Wanted
+from tracin_ann.serve.pages.context import Asked, Context, RowCard, Wanted, link_figures
 from tracin_ann.serve.pages.listing import split_pages
 from tracin_ann.serve.pages.site import Reply
 from tracin_ann.serve.service import Reader
-from tracin_ann.serve.work import FindDuplicates, FindHubs
+from tracin_ann.serve.work import FindDuplicates, FindHubs, Result
 
 _HUBS, _GROUPS, _GROUP_ROWS = 50, 20, 12
 """Hubs of a page, groups of duplicates of a page, and rows of a group."""
 _THRESHOLD, _K = "0.999", 10
+_HUBS_CAPTION = "Answering all queries"
 _HUBS_LEAD = "Training rows that are among the proponents or the opponents of unusually many queries."
 _DUPLICATES_LEAD = (
     "Groups of training rows with nearly parallel gradients: to the model, the rows of a group are the same."
@@ -40,19 +42,15 @@ class Group:
 
 async def show_hubs(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return a page of the training rows that influence unusually many queries."""
-    k, start = read_number(asked.given, "k", _K), read_number(asked.given, "start", 0)
-    score = read_choice(asked.given, "score", ("", *SCORES), "")
-    name: ScoreName | None = score or None  # type: ignore[assignment]
-    options = QueryOptions(k=k, score=name)
-    context.service.check_limits(0, options)
+    start = read_number(asked.given, "start", 0)
+    work, values = _read_hubs_form(context, asked)
 
     def address_from(at: int) -> str:
-        return make_address("/hubs", {"k": None if k == _K else k, "score": score, "start": at or None})
+        return make_address("/hubs", {**values, "start": at or None})
 
     default_score = "" if asked.is_partial else await reader.run(lambda index: index.default_score)
     address = address_from(start)
-    wanted = Wanted(FindHubs(k, options=options), "Answering all queries", address)
-    result, progress = await context.compute(asked, reader, wanted)
+    result, progress = await context.compute(asked, reader, Wanted(work, _HUBS_CAPTION, address))
     if progress is not None and asked.is_partial:
         return context.show_progress(reader, progress)
     found = [] if result is None else sorted(result.rows, key=lambda hub: -(hub.proponent_of + hub.opponent_of))
@@ -66,15 +64,50 @@ async def show_hubs(context: Context, asked: Asked, reader: Reader) -> Reply:
         lead=_HUBS_LEAD,
         permalink=address,
         progress=progress,
-        k=k,
+        k=work.k,
         scores=SCORES,
-        score=score,
+        score=values["score"],
         default_score=default_score,
         limits=context.limits,
         facts=() if result is None else _list_hub_facts(result.summary),
+        figures=() if result is None else link_figures(_make_hub_figures(result), "hubs", address_from(0)),
         hubs=list(zip(cards, shown, strict=True)),
         pages=split_pages(len(found), start, _HUBS, address_from),
     )
+
+
+async def list_hub_figures(context: Context, asked: Asked, reader: Reader) -> tuple[Figure, ...]:
+    """Return the figures of the page of hubs.
+
+    Raises:
+        UsageError: the counts are not computed yet.
+    """
+    work, values = _read_hubs_form(context, asked)
+    wanted = Wanted(work, _HUBS_CAPTION, make_address("/hubs", values))
+    result, progress = await context.compute(asked, reader, wanted)
+    if result is None:
+        got, remedy = "no result" if progress is None else progress.state, "load the page of hubs first"
+        raise UsageError(problem("the counts are not computed yet", got=got, expected="all counts", remedy=remedy))
+    return _make_hub_figures(result)
+
+
+def _read_hubs_form(context: Context, asked: Asked) -> tuple[FindHubs, dict[str, object]]:
+    """Return the work that the page of hubs shows, and the values of its address.
+
+    Raises:
+        UsageError: a value cannot be parsed, or is above its limit.
+    """
+    k, score = read_number(asked.given, "k", _K), read_choice(asked.given, "score", ("", *SCORES), "")
+    name: ScoreName | None = score or None  # type: ignore[assignment]
+    options = QueryOptions(k=k, score=name)
+    context.service.check_limits(0, options)
+    return FindHubs(k, options=options), {"k": None if k == _K else k, "score": score}
+
+
+def _make_hub_figures(result: Result) -> tuple[Figure, ...]:
+    summary = result.summary
+    histograms = summary["proponents_histogram"], summary["opponents_histogram"]
+    return (make_counts_figure(*histograms, summary["queries"], "f1-"),)
 
 
 async def show_duplicates(context: Context, asked: Asked, reader: Reader) -> Reply:
@@ -125,7 +158,7 @@ async def show_duplicates(context: Context, asked: Asked, reader: Reader) -> Rep
         permalink=address,
         progress=progress,
         threshold=given,
-        facts=() if result is None else _list_duplicate_facts(result.summary),
+        facts=() if result is None else _list_duplicate_facts(result.summary, len(rows)),
         groups=shown,
         pages=split_pages(len(groups), start, _GROUPS, address_from),
     )
@@ -142,10 +175,11 @@ def _list_hub_facts(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _list_duplicate_facts(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _list_duplicate_facts(summary: Mapping[str, Any], n_listed: int) -> tuple[tuple[str, str], ...]:
     return (
         ("rows compared", f"{summary['n_rows']:,}"),
         ("groups", f"{summary['groups']:,}"),
         ("rows in groups", f"{summary['rows_in_groups']:,}"),
+        *([("rows listed", f"the first {n_listed:,}")] if n_listed < summary["rows_in_groups"] else []),
         *([("rows without a gradient", f"{summary['n_zero']:,}")] if summary["n_zero"] else []),
     )

@@ -118,7 +118,7 @@ class ExplainPair(Work):
                 self.row,
                 self.query,
                 self.side,
-                steps.report,
+                steps.progress,
                 checkpoints=self.options.checkpoints,
                 by=self.by,
                 score=self.options.score,
@@ -221,7 +221,7 @@ class _AskedPair:
 
 async def show_pair(context: Context, asked: Asked, reader: Reader) -> Reply:
     """Return the page of a training row and a query."""
-    # Before the job, which may use the model for long and lets nobody in between.
+    # Before the job, for whose next step it would wait.
     possible = None if asked.is_partial else await reader.run(_list_splits)
     pair, split, progress = await _split(context, asked, reader)
     if progress is not None and asked.is_partial:

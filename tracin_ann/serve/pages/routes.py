@@ -15,7 +15,7 @@ from tracin_ann.serve.dependencies import CheckedForm, ReaderOfRequest
 from tracin_ann.serve.pages.addresses import Parameters
 from tracin_ann.serve.pages.comparison import show_comparison
 from tracin_ann.serve.pages.context import Asked, Context, cancel_job
-from tracin_ann.serve.pages.lists import show_duplicates, show_hubs
+from tracin_ann.serve.pages.lists import list_hub_figures, show_duplicates, show_hubs
 from tracin_ann.serve.pages.overview import list_overview_figures, show_overview
 from tracin_ann.serve.pages.pairs import list_pair_figures, show_pair
 from tracin_ann.serve.pages.queries import export_answers, keep_picture, list_query_figures, show_query
@@ -40,7 +40,12 @@ PAGES: dict[str, Show] = {
     "/decisions.{form}": export_decisions,
 }
 FORMS: dict[str, Show] = {"/decisions": decide, "/query/picture": keep_picture, "/jobs/cancel": cancel_job}
-FIGURES = {"overview": list_overview_figures, "query": list_query_figures, "pair": list_pair_figures}
+FIGURES = {
+    "overview": list_overview_figures,
+    "query": list_query_figures,
+    "pair": list_pair_figures,
+    "hubs": list_hub_figures,
+}
 """The figures of pages, at addresses with the query string of the page."""
 
 

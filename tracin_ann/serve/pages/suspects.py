@@ -28,8 +28,8 @@ from tracin_ann.serve.service import Reader
 from tracin_ann.serve.work import FindMislabelled, Result
 from tracin_ann.store import RowFilter
 
-_SHOWN, _MOST = 20, 500
-"""Suspects of a page, and of all pages."""
+_SHOWN, _RANKED = 20, 500
+"""Suspects of a page, and of the pages that one job serves."""
 _MOST_DIGITS = 18
 _NONE = "none"
 """The value of a form for a ranking without labels."""
@@ -66,7 +66,9 @@ async def show_suspects(context: Context, asked: Asked, reader: Reader) -> Reply
 
     ranking: By | None = by or None  # type: ignore[assignment]
     column = None if labels == _NONE else labels
-    work = FindMislabelled(column, _MOST, by=ranking, where=RowFilter(where=conditions))
+    most = context.service.settings.most_records
+    n_needed = min(most, _RANKED * (start // _RANKED + 1))
+    work = FindMislabelled(column, n_needed, by=ranking, where=RowFilter(where=conditions))
     address = address_from(start)
     result, progress = await context.compute(asked, reader, Wanted(work, "Ranking the training rows", address))
     if progress is not None and asked.is_partial:
@@ -89,9 +91,9 @@ async def show_suspects(context: Context, asked: Asked, reader: Reader) -> Reply
         rankings=RANKINGS,
         by=by,
         where=values["where"],
-        estimate="" if result is None else _describe_estimate(Suspicion(**result.summary)),
+        estimate="" if result is None else _describe_estimate(Suspicion(**result.summary), most),
         suspects=shown,
-        pages=split_pages(0 if result is None else len(result.rows), start, _SHOWN, address_from),
+        pages=split_pages(0 if result is None else min(most, result.summary["n_rows"]), start, _SHOWN, address_from),
     )
 
 
@@ -235,12 +237,14 @@ def _list_label_columns(index: InfluenceIndex) -> list[str]:
     return [name for name, values in index.columns.items() if values.dtype.kind != "f"]
 
 
-def _describe_estimate(suspicion: Suspicion) -> str:
+def _describe_estimate(suspicion: Suspicion, most: int) -> str:
+    """Return how many rows to check, and how many are listed if `most` are fewer than those that were ranked."""
+    listed = f" The first {most:,} are listed." if suspicion.n_rows > most else ""
     if suspicion.look_at is None:
-        return f"{suspicion.n_rows:,} rows ranked by {suspicion.by}. Without labels, there is no estimate."
+        return f"{suspicion.n_rows:,} rows ranked by {suspicion.by}. Without labels, there is no estimate.{listed}"
     if not suspicion.look_at:
-        return f"None of {suspicion.n_asked:,} rows is outvoted by its neighbours."
+        return f"None of {suspicion.n_asked:,} rows is outvoted by its neighbours.{listed}"
     return (
         f"Check about the first {suspicion.look_at:,} of {suspicion.n_rows:,} rows: {suspicion.n_outvoted:,} are "
-        "outvoted by their neighbours."
+        f"outvoted by their neighbours.{listed}"
     )
