@@ -257,13 +257,13 @@ def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: Progr
         splitters = {side: TokenSplitter(model, side) for _, side, _ in rows}
         for done, checkpoint in enumerate(checked.checkpoints):
             model.load(checkpoint)
-            gradients: dict[ExampleName, Directions] = {
-                "row": compute_gradient(model, pair.side, pair.query_row),
-                "query": compute_gradient(model, "train", pair.row),
-            }
+            gradients: dict[ExampleName, Directions] = {"row": compute_gradient(model, pair.side, pair.query_row)}
+            if len(rows) > 1:
+                gradients["query"] = compute_gradient(model, "train", pair.row)
             factors = dict.fromkeys(gradients, model.rate)
             if checked.score.direction_map is not None and model.rate > 0:
-                factors = _precondition(checked.score.direction_map, model, gradients, pair.row)
+                report = report_part(progress or ignore_progress, done, len(checked.checkpoints))
+                factors = _precondition(checked.score.direction_map, model, gradients, pair.row, report)
             for example, side, row in rows:
                 (exponent,) = scale_in_place(gradients[example])
                 (part_T,) = splitters[side].split([row], select_direction(gradients[example], 0))
@@ -274,7 +274,11 @@ def _split_by_token(index: InfluenceIndex, checked: CheckedPair, progress: Progr
 
 
 def _precondition(
-    direction_map: DirectionMap, model: LoadedModel, gradients: dict[ExampleName, Directions], row: int
+    direction_map: DirectionMap,
+    model: LoadedModel,
+    gradients: dict[ExampleName, Directions],
+    row: int,
+    progress: ProgressCallback,
 ) -> dict[ExampleName, float]:
     """Replace the gradients of the query ("row", whose tokens it splits) and of the row ("query") by directions.
 
@@ -283,14 +287,15 @@ def _precondition(
         √(gᵀA⁻¹g); both directions need the root of the query.
     """
     root: dict[ExampleName, float] = {}
-    for example, gradient in gradients.items():
+    for done, (example, gradient) in enumerate(gradients.items()):
         # A copy: `apply` scales its argument.
-        direction = direction_map.apply(model, {name: part.clone() for name, part in gradient.items()})
+        copied = {name: part.clone() for name, part in gradient.items()}
+        direction = direction_map.apply(model, copied, report_part(progress, done, len(gradients)))
         products = (direction[name].flatten().double() @ part.flatten().double() for name, part in gradient.items())
         root[example] = math.fsum(map(float, products))
         gradients[example] = direction
     factor = float(direction_map.weigh_rows(model, [row])[0])
-    return {"row": factor, "query": factor * root["query"] / root["row"] if root["row"] else 0.0}
+    return {example: factor * own / root["row"] if root["row"] else 0.0 for example, own in root.items()}
 
 
 def find_layers(model: nn.Module) -> dict[str, str]:
