@@ -40,7 +40,7 @@ class BuildConfig:
         seed: of the sketch's random numbers.
         index: the search index: one of `INDEX_KINDS`; `auto` chooses by a diagnosis of the features.
         index_shards: number of files over which inverted lists are split by ranges of rows; several processes can
-            search them (`InfluenceIndex.start_workers`). More than one only with `index="ivf"`.
+            search them (`InfluenceIndex.open` with a launcher). More than one only with `index="ivf"`.
         batch_size: examples per forward pass; None: chosen by a rule from the model, the rows and the device.
         memory_format: of images, `contiguous` or `channels-last`; `auto`: chosen by a rule.
         memory_bytes: limit for a batch whose size the rule chooses, and for rows that are read ahead; None: the rule's

@@ -26,10 +26,8 @@ LONG_S = 120
 
 @pytest.fixture(scope="module")
 def sharded(folder: Path, cluster: Any) -> Iterator[InfluenceIndex]:
-    index = open_named(folder, "sharded")
-    index.start_workers(launcher=RayLauncher())
-    yield index
-    index.close()
+    with open_named(folder, "sharded", RayLauncher()) as index:
+        yield index
 
 
 def find_node(index: InfluenceIndex, shard: int) -> str:

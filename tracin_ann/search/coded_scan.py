@@ -228,12 +228,6 @@ class CodedScan(RescoredIndex):
             wrong += codes.count_wrong(self._reduction.apply(rows_BF), ids[at : at + _ROWS_AT_ONCE])
         return [f"of {len(ids):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
 
-    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
-        """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
-        other = type(self)(self._source, self._reduction, self._uncoded, self._device, self._parts)
-        other.settings = proponents, opponents or proponents
-        return other
-
     def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
         """Yield numbers of candidates, each twice the one before."""
         budget = _SMALLEST_BUDGET
