@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.attribution.tables import lds, lds_peers, lds_published, lds_summary, removal
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
-from benchmarks.distributed.tables import exact_workers, sharded_search
+from benchmarks.distributed.tables import exact_workers, scan_workers, sharded_search
 from benchmarks.retrieval.tables import (
     families,
     families_candidates,
@@ -975,6 +975,7 @@ _TABLES = (
         end_to_end,
         sharded_search,
         exact_workers,
+        scan_workers,
     ),
     *(reliability, kills, serving),
     *(digits, mislabelled, leverage),

@@ -85,11 +85,14 @@ def test_every_kind_of_index_is_scanned_by_workers(folder: Path, kind: str) -> N
             assert "shards answered" not in expected[0].how
 
 
-def test_there_are_not_more_workers_than_partitions(folder: Path) -> None:
-    launcher = Inline(7)
+def test_workers_without_rows_compute_exact_scores_only(folder: Path) -> None:
+    launcher, one = Inline(7), open_named(folder, "flat")
     with open_named(folder, "flat", launcher) as index:
-        assert [len(shard._service.ids) for shard in launcher.services] == [256, 256, 88]
-        assert strip(index.query([1], options=SCAN)) == strip(open_named(folder, "flat").query([1], options=SCAN))
+        assert [len(shard._service.ids) for shard in launcher.services] == [0, 0, 256, 0, 256, 0, 88]
+        assert strip(index.query([1], options=SCAN)) == strip(one.query([1], options=SCAN))
+        (found,), (expected,) = (each.query([1], options=QueryOptions(k=5, exact=True)) for each in (index, one))
+        assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+        assert all("task" in vars(shard) for shard in launcher.services)
 
 
 def test_a_worker_killed_between_scans_loses_no_row(pair: tuple[InfluenceIndex, InfluenceIndex]) -> None:

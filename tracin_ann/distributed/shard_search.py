@@ -108,7 +108,7 @@ class ShardService:
         lists: the file of its inverted lists; None: they are not split, or there are none.
         folder: the folder of the feature files.
         layout: of the feature files.
-        partitions: those whose rows it scans.
+        partitions: those whose rows it scans; if there are more workers than partitions, some have none.
         task: the task, which the first request for exact scores imports; None: there are no such requests.
         threads: CPU threads of the worker; None: as the environment says.
     """
@@ -161,18 +161,23 @@ class ScanRequest:
     """A scan of the stored rows of a shard.
 
     Attributes:
-        query: the queries, and the rows of the shard to which results are restricted.
+        query: the queries, for all rows.
+        mask: one bit for each row of the shard, which says whether it may be a result; None: all may.
         checkpoints: positions of the checkpoints of the rows.
         cosine: whether each checkpoint's part of a row is divided by its norm.
     """
 
     query: RowQuery
+    mask: npt.NDArray[np.uint8] | None
     checkpoints: tuple[int, ...]
     cosine: bool
 
     def run(self, shard: OpenShard) -> list[TopK]:
         """Return the results for each sign."""
-        return self.query.run(shard.view_rows(self.checkpoints, cosine=self.cosine))
+        rows, allowed = shard.view_rows(self.checkpoints, cosine=self.cosine), None
+        if self.mask is not None:
+            allowed = rows.ids.start + np.flatnonzero(np.unpackbits(self.mask, count=len(rows)))
+        return replace(self.query, allowed=allowed).run(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,14 +266,21 @@ class ShardSearch:
 
     def scan_rows(self, view: FeatureView, query: RowQuery) -> list[list[TopK]]:
         """Return the results of the shards that answered, for each sign; see `search_lists`."""
-        requests = []
+        request = ScanRequest(replace(query, allowed=None), None, view.checkpoints, view.cosine)
+        requests: list[ScanRequest | None] = []
         for ids in self._ids:
             allowed = query.allowed
             if allowed is not None:
                 allowed = allowed[slice(*np.searchsorted(allowed, [ids.start, ids.stop]))]
-                allowed = None if len(allowed) == len(ids) else allowed
-            some = ScanRequest(replace(query, allowed=allowed), view.checkpoints, view.cosine)
-            requests.append(None if not ids or _is_empty(allowed) else some)
+            if not ids or _is_empty(allowed):
+                requests.append(None)
+            elif allowed is None or len(allowed) == len(ids):
+                requests.append(request)
+            else:
+                # Positions of all rows but a few would be 64 times as large.
+                is_allowed = np.zeros(len(ids), bool)
+                is_allowed[allowed - ids.start] = True
+                requests.append(replace(request, mask=np.packbits(is_allowed)))
         return self._ask(requests)
 
     def _ask(self, requests: Sequence[Any | None]) -> list[Any]:
@@ -393,19 +405,18 @@ def open_shard_search(
         UsageError: there is no place for a worker.
         WorkerError: a worker ends while it starts.
     """
-    n_partitions = store.layout.n_partitions
     files: list[ShardFile | None] = []
     if isinstance(index, IVFIndex) and index.params.shards > 1:
         files += index.list_shards(folder.absolute())
     else:
-        files += [None] * max(1, min(launcher.count_services(), n_partitions))
+        files += [None] * launcher.count_services()
     threads = None
     if launcher.is_local:
         # Together, workers of this machine use as many threads as this process, and as much memory for weights.
         threads = max(1, torch.get_num_threads() // len(files))
         if task is not None and task.memory_bytes is not None:
             task = replace(task, memory_bytes=task.memory_bytes // len(files))
-    edges = [n_partitions * number // len(files) for number in range(len(files) + 1)]
+    edges = [store.layout.n_partitions * number // len(files) for number in range(len(files) + 1)]
     services = [
         ShardService(file, store.directory.absolute(), store.layout, range(first, last), task, threads)
         for file, (first, last) in zip(files, itertools.pairwise(edges), strict=True)
