@@ -80,7 +80,7 @@ def scan_workers() -> str:
     scope = (
         f"{settings['rows']:,} normal rows of {settings['dim']} float16 numbers, 200 results in each direction; one "
         "thread in each process. CPU time of a scan in the calling process and in the worker that takes longest, as on "
-        f"a machine with a free core for each; medians of {settings['rounds']} rounds. Other results: those that differ "
-        "by a bit from the results of one process."
+        f"a machine with a free core for each; medians of {settings['rounds']} rounds. Other results: those that "
+        "differ by a bit from the results of one process."
     )
     return compose(scope, format_table(*rows), format_environment(content))

@@ -28,7 +28,7 @@ from tracin_ann.types import TopK
 
 pytestmark = pytest.mark.xdist_group("shards")
 SCAN = QueryOptions(k=5, search="scan")
-KINDS = ("flat", "codes", "single", "sharded")
+KINDS = ("flat", "codes", "single", "sharded", "sharded-codes")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,37 @@ def test_every_kind_of_index_is_scanned_by_workers(folder: Path, kind: str) -> N
             assert strip(found) == strip(expected)
             assert {answer.shards for answer in found} == {(0, 1)}
             assert "shards answered" not in expected[0].how
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        QueryOptions(k=5, search="index"),
+        QueryOptions(k=60, search="index", rerank="none"),
+        QueryOptions(k=5, search="index", rows=RowFilter(without=tuple(range(0, ROWS, 7))), candidates=40),
+    ],
+)
+def test_codes_are_searched_by_workers(folder: Path, options: QueryOptions) -> None:
+    launcher, one = Inline(), open_named(folder, "sharded-codes")
+    with open_named(folder, "sharded-codes", launcher) as index:
+        for ids in ([3], range(QUERIES)):
+            found, expected = (each.query(ids, options=options) for each in (index, one))
+            assert strip(found) == strip(expected)
+            assert {answer.shards for answer in found} == {(0, 1)} and "coded scan" in found[0].how
+        # The codes are in the workers only.
+        codes: Any = index._loaded_index
+        assert not codes._parts.codes._opened
+
+
+def test_codes_of_a_worker_that_ends_are_missing_from_partial_answers(folder: Path) -> None:
+    launcher = Inline()
+    launcher.dead.add(0)
+    options = ShardOptions(allow_partial=True, restarts=0)
+    with open_named(folder, "sharded-codes", launcher, options) as index:
+        (found,) = index.query([3], options=QueryOptions(k=5, search="index"))
+        assert found.missing_shards == (0,) and "partial results" in found.how
+        codes: Any = index._loaded_index
+        assert min(hit.row for hit in found.hits) >= codes._parts.codes.first_id_S[1]
 
 
 def test_workers_without_rows_compute_exact_scores_only(folder: Path) -> None:

@@ -338,7 +338,7 @@ def search(folder: Path, n_replies: int, *, allow_partial: bool) -> ShardSearch:
 def test_missing_shards_are_an_error(folder: Path, n_replies: int, allow_partial: bool) -> None:
     query = ListQuery(np.zeros((1, 3), np.float32), 1, np.zeros((1, 1), np.int64), None)
     with pytest.raises(WorkerError, match=f"no {n_replies}"):
-        search(folder, n_replies, allow_partial=allow_partial).search_lists([query, query])
+        search(folder, n_replies, allow_partial=allow_partial).search_files([query, query])
 
 
 def test_missing_shards_of_a_partial_search_are_recorded(folder: Path) -> None:
@@ -346,12 +346,12 @@ def test_missing_shards_of_a_partial_search_are_recorded(folder: Path) -> None:
     nothing = replace(query, allowed=np.zeros(0, np.int64))
     made = search(folder, 1, allow_partial=True)
     with made.watch() as first:
-        assert made.search_lists([query, nothing]) == [("ids", 0)]
+        assert made.search_files([query, nothing]) == [("ids", 0)]
     with made.watch() as second:
-        assert made.search_lists([query, query]) == [("ids", 0)]
+        assert made.search_files([query, query]) == [("ids", 0)]
         # Now it would answer, but it is not asked again for the same query.
         made._group.n_replies = 2  # type: ignore[attr-defined]
-        assert made.search_lists([query, query]) == [("ids", 0)]
+        assert made.search_files([query, query]) == [("ids", 0)]
     assert first == Coverage(2, set(), True) and first.summary == "2 of 2 shards answered"
     assert second == Coverage(2, {1}, True) and second.answered == (0,)
     with made.watch() as third:

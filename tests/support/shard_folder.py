@@ -1,4 +1,4 @@
-"""A folder with an index in two shards of a named task, and indexes of the same rows without shards."""
+"""A folder with indexes in two shards of a named task, and indexes of the same rows without shards."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_config(kind: str, shards: int = 1, *, append: bool = False) -> BuildCon
 
 
 def make_shard_folder(path: Path) -> Path:
-    """Write the task and the indexes `sharded`, `single`, `flat` and `codes` into a folder, and return it."""
+    """Write the task and the indexes `sharded`, `single`, `flat`, `codes` and `sharded-codes`; return the folder."""
     (path / "shard_task.py").write_text(TASK, encoding="utf-8")
     torch.manual_seed(5)
     for number in range(2):
@@ -66,6 +66,7 @@ def make_shard_folder(path: Path) -> Path:
         ("sharded", "ivf", SHARDS),
         ("flat", "flat", 1),
         ("codes", "codes", 1),
+        ("sharded-codes", "codes", SHARDS),
     ):
         build(f"{path}/shard_task.py:task", path / name, make_config(kind, shards))
     return path

@@ -1,6 +1,6 @@
 """Workers of an open index: each has a shard of it, searches and scans this shard, and computes exact scores of rows.
 
-A shard is a range of the stored rows, and if the inverted lists of the index are split, the lists of a file.
+A shard is a range of the stored rows, and if the inverted lists or codes of the index are split, those of a file.
 
 Shapes: N rows, Q queries.
 """
@@ -27,6 +27,9 @@ from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, load_index_task
 from tracin_ann.scoring import Coverage, Queries, RowScorer, make_exact_scorer
 from tracin_ann.search import (
+    CodedScan,
+    CodeFile,
+    CodeQuery,
     FlatIndex,
     GpuScan,
     IVFIndex,
@@ -48,8 +51,8 @@ class ShardOptions:
     """How workers search the shards of an index.
 
     Attributes:
-        deadline_s: seconds until all shards have to answer a search of lists, which is one direction of up to 256
-            queries, or a scan, which is both directions of all queries; None: any.
+        deadline_s: seconds until all shards have to answer a search of lists or codes, which is one direction of up to
+            256 queries, or a scan, which is both directions of all queries; None: any.
         allow_partial: return the results of the other shards if some do not answer; at least one has to.
         restarts: how often a worker that ends is started again for one request.
     """
@@ -105,7 +108,7 @@ class ShardService:
     """What a worker is sent: its shard, and the task of the index.
 
     Attributes:
-        lists: the file of its inverted lists; None: they are not split, or there are none.
+        file: the file of its inverted lists or codes; None: they are not split, or there are none.
         folder: the folder of the feature files.
         layout: of the feature files.
         partitions: those whose rows it scans; if there are more workers than partitions, some have none.
@@ -113,7 +116,7 @@ class ShardService:
         threads: CPU threads of the worker; None: as the environment says.
     """
 
-    lists: ShardFile | None
+    file: ShardFile | CodeFile | None
     folder: Path
     layout: StoreLayout
     partitions: range
@@ -130,20 +133,26 @@ class ShardService:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
             import_faiss().omp_set_num_threads(self.threads)
-        return OpenShard(self, None if self.lists is None else self.lists.open(), device)
+        return OpenShard(self, None if self.file is None else self.file.open(), device)
 
 
 class OpenShard:
-    """What a worker holds: memory-mapped lists and feature files of its shard, and the task."""
+    """What a worker holds: the lists or codes and the memory-mapped feature files of its shard, and the task."""
 
-    def __init__(self, service: ShardService, lists: Any, device: str | None) -> None:
-        """Store the arguments; feature files are opened, and the task is imported, when they are first used."""
-        self._service, self.lists, self._device = service, lists, device
+    def __init__(self, service: ShardService, index: Any, device: str | None) -> None:
+        """Store the arguments; feature files are opened, and the task is imported, when they are first used.
+
+        Args:
+            service: what the worker was sent.
+            index: the lists or codes of its shard; None: it has none.
+            device: of exact scores; None: its own choice.
+        """
+        self._service, self._index, self._device = service, index, device
         self._store = FeatureStore(service.folder, service.layout)
 
-    def run(self, request: ListQuery | ScanRequest | ExactRequest) -> Any:
+    def run(self, request: ListQuery | CodeQuery | ScanRequest | ExactRequest) -> Any:
         """Return the reply to a request."""
-        return request.run(self.lists) if isinstance(request, ListQuery) else request.run(self)
+        return request.run(self._index) if isinstance(request, (ListQuery, CodeQuery)) else request.run(self)
 
     def view_rows(self, checkpoints: tuple[int, ...], *, cosine: bool) -> PartitionRows:
         """Return the stored rows that this worker scans."""
@@ -226,14 +235,14 @@ class ShardSearch:
         self._ids = [service.ids for service in services]
         self._has_task = services[0].task is not None
         self._local = threading.local()
-        self._index = self._replace_scans(index, has_lists=services[0].lists is not None)
+        self._index = self._replace_scans(index, has_files=services[0].file is not None)
 
-    def _replace_scans(self, index: SearchIndex, *, has_lists: bool) -> SearchIndex:
-        """Return the index with its lists, if workers have them, and its exact scans by the workers."""
+    def _replace_scans(self, index: SearchIndex, *, has_files: bool) -> SearchIndex:
+        """Return the index with its exact scans, and with the files that workers have, by the workers."""
         if isinstance(index, (FlatIndex, GpuScan)):
             return self.open_scan(index.source, index.device)
-        if has_lists and isinstance(index, IVFIndex):
-            index = index.with_scanner(self.search_lists)
+        if has_files and isinstance(index, (IVFIndex, CodedScan)):
+            index = index.with_scanner(self.search_files)
         view = index.source if isinstance(index, RescoredIndex) else None
         view = view.source if isinstance(view, Subset) else view
         if isinstance(index, RescoredIndex) and isinstance(view, FeatureView):
@@ -242,7 +251,7 @@ class ShardSearch:
 
     @property
     def index(self) -> SearchIndex:
-        """Return the index, whose lists and rows the workers search."""
+        """Return the index, whose shards the workers search."""
         return self._index
 
     def open_scan(self, rows: RowSource, device: torch.device) -> FlatIndex:
@@ -256,7 +265,7 @@ class ShardSearch:
         scanner = partial(self.scan_rows, view) if isinstance(view, FeatureView) else None
         return FlatIndex(rows, device, scanner=scanner)
 
-    def search_lists(self, queries: Sequence[ListQuery]) -> list[tuple[Int64, Float32]]:
+    def search_files(self, queries: Sequence[ListQuery | CodeQuery]) -> list[tuple[Int64, Float32]]:
         """Return the results of the shards that answered; a shard without allowed rows is not asked.
 
         Raises:
@@ -265,7 +274,7 @@ class ShardSearch:
         return self._ask([None if _is_empty(query.allowed) else query for query in queries])
 
     def scan_rows(self, view: FeatureView, query: RowQuery) -> list[list[TopK]]:
-        """Return the results of the shards that answered, for each sign; see `search_lists`."""
+        """Return the results of the shards that answered, for each sign; see `search_files`."""
         request = ScanRequest(replace(query, allowed=None), None, view.checkpoints, view.cosine)
         requests: list[ScanRequest | None] = []
         for ids in self._ids:
@@ -390,7 +399,7 @@ def open_shard_search(
     launcher: ServiceLauncher,
     options: ShardOptions,
 ) -> ShardSearch:
-    """Start the workers of an index, and return them: one for each file of split lists, or as many as are launched.
+    """Start the workers of an index, and return them: one for each file of a split index, or as many as are launched.
 
     Args:
         index: the search index.
@@ -405,8 +414,8 @@ def open_shard_search(
         UsageError: there is no place for a worker.
         WorkerError: a worker ends while it starts.
     """
-    files: list[ShardFile | None] = []
-    if isinstance(index, IVFIndex) and index.params.shards > 1:
+    files: list[ShardFile | CodeFile | None] = []
+    if isinstance(index, (IVFIndex, CodedScan)) and index.params.shards > 1:
         files += index.list_shards(folder.absolute())
     else:
         files += [None] * launcher.count_services()

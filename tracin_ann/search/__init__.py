@@ -17,6 +17,8 @@ from tracin_ann.search.backend import (
 )
 from tracin_ann.search.base import CalibratedIndex, PlacedIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, Cost, FirstUseCost, Point, calibrate
+from tracin_ann.search.code_shards import CodeFile, CodeQuery
+from tracin_ann.search.coded_scan import CodedScan
 from tracin_ann.search.diagnosis import Diagnosis, diagnose
 from tracin_ann.search.flat import FlatIndex, RowQuery, RowScanner, Subset
 from tracin_ann.search.gpu_scan import GpuScan, open_scan
@@ -30,6 +32,9 @@ __all__ = [
     "CODES",
     "CalibratedIndex",
     "Calibration",
+    "CodeFile",
+    "CodeQuery",
+    "CodedScan",
     "Codes",
     "Cost",
     "Diagnosis",
