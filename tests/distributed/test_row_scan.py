@@ -105,6 +105,16 @@ def test_codes_are_searched_by_workers(folder: Path, options: QueryOptions) -> N
         assert not codes._parts.codes._opened
 
 
+@pytest.mark.slow
+def test_a_killed_worker_reads_its_codes_again(folder: Path) -> None:
+    options = QueryOptions(k=5, search="index")
+    expected = strip(open_named(folder, "sharded-codes").query(range(QUERIES), options=options))
+    with open_named(folder, "sharded-codes", ProcessLauncher(["cpu"])) as index:
+        for shard in (0, 1):
+            kill(index, shard)
+            assert strip(index.query(range(QUERIES), options=options)) == expected
+
+
 def test_codes_of_a_worker_that_ends_are_missing_from_partial_answers(folder: Path) -> None:
     launcher = Inline()
     launcher.dead.add(0)

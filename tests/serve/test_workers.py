@@ -79,6 +79,9 @@ def test_partial_answers_are_marked(folder, expected):
         assert PARTIAL in client.get("/query?rows=0").text
         assert PARTIAL in client.get("/compare?rows=0&other=cosine").text
         assert "partial lists of similar rows" in client.get("/rows/3").text
+        while "<progress" in (page := client.get("/suspects?by=loss").text):
+            pass
+        assert PARTIAL in page
         job = client.post("/api/v1/jobs", json={"kind": "hubs", "side": "query"}, headers={"Origin": LOCAL}).json()
         while (state := client.get(f"/api/v1/jobs/{job['name']}").json()["state"]) not in ("done", "failed"):
             pass
