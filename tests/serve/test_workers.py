@@ -25,11 +25,11 @@ MARKS = {"shards", "missing_shards"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_shard_folder(tmp_path_factory.mktemp("workers"))
+    return make_shard_folder(tmp_path_factory.mktemp("workers"), "served_task")
 
 
 def locate(folder, name, launcher=None, options=None):
-    task = f"{folder}/shard_task.py:task"
+    task = f"{folder}/served_task.py:task"
     return IndexLocation(folder / name, task, device="cpu", launcher=launcher, shard_options=options)
 
 
@@ -101,12 +101,12 @@ def test_without_partial_answers_a_lost_worker_is_an_error_for_a_while(folder, e
 
 
 def test_the_workers_of_an_earlier_generation_end(folder, tmp_path):
-    build(f"{folder}/shard_task.py:task", tmp_path / "index", make_config("flat"))
+    build(f"{folder}/served_task.py:task", tmp_path / "index", make_config("flat"))
     launcher = Inline()
     location = replace(locate(folder, "flat", launcher), directory=tmp_path / "index")
     service = Service(location, Settings())
     arguments = {"rows": "700"}
-    build(f"{folder}/shard_task.py:task", tmp_path / "index", make_config("flat", append=True), arguments=arguments)
+    build(f"{folder}/served_task.py:task", tmp_path / "index", make_config("flat", append=True), arguments=arguments)
     assert launcher.stopped == set()
     service._open_current()
     gc.collect()
@@ -136,7 +136,7 @@ def test_the_command_starts_workers_and_ends_them(folder, monkeypatch):
 
 
 def test_an_index_is_closed_at_the_end_of_a_block(folder):
-    launcher = Inline()
-    with InfluenceIndex.open(folder / "flat", f"{folder}/shard_task.py:task", device="cpu", launcher=launcher) as index:
+    launcher, task = Inline(), f"{folder}/served_task.py:task"
+    with InfluenceIndex.open(folder / "flat", task, device="cpu", launcher=launcher) as index:
         assert len(index) == 600 and launcher.stopped == set()
     assert launcher.stopped == {0, 1}

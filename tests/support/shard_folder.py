@@ -54,19 +54,22 @@ def make_config(kind: str, shards: int = 1, *, append: bool = False) -> BuildCon
     )
 
 
-def make_shard_folder(path: Path) -> Path:
-    """Write the task and the indexes `sharded`, `single`, `flat`, `codes` and `sharded-codes`; return the folder."""
-    (path / "shard_task.py").write_text(TASK, encoding="utf-8")
+def make_shard_folder(path: Path, name: str = "shard_task") -> Path:
+    """Write the task and the indexes `sharded`, `single`, `flat`, `codes` and `sharded-codes`; return the folder.
+
+    A process can import one task of a name.
+    """
+    (path / f"{name}.py").write_text(TASK, encoding="utf-8")
     torch.manual_seed(5)
     for number in range(2):
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
         torch.save(model.state_dict(), path / f"{number}.pt")
-    for name, kind, shards in (
+    for index, kind, shards in (
         ("single", "ivf", 1),
         ("sharded", "ivf", SHARDS),
         ("flat", "flat", 1),
         ("codes", "codes", 1),
         ("sharded-codes", "codes", SHARDS),
     ):
-        build(f"{path}/shard_task.py:task", path / name, make_config(kind, shards))
+        build(f"{path}/{name}.py:task", path / index, make_config(kind, shards))
     return path
