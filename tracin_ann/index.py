@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 
 from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
-from tracin_ann.distributed import ServiceLauncher, ShardOptions, ShardTask, open_shard_search
+from tracin_ann.distributed import ServiceLauncher, ShardOptions, ShardSearch, ShardTask, open_shard_search
 from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
@@ -31,7 +31,6 @@ from tracin_ann.scoring import (
     Ranker,
     Score,
     ScoreMaker,
-    SearchWorkers,
     SelfInfluence,
     exact_self_influence,
     open_score_maker,
@@ -75,11 +74,10 @@ class InfluenceIndex:
         self._task, self._options = task, task.options
         self._store = FeatureStore(directory / FEATURES, manifest.build.layout)
         self._lease: Lease | None = None
-        self._shard_task: ShardTask | None = None
-        self._workers: SearchWorkers | None = None
+        self._workers: ShardSearch | None = None
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913
         cls,
         directory: str | os.PathLike[str],
         task: Task | str | None = None,
@@ -88,8 +86,15 @@ class InfluenceIndex:
         device: str = "auto",
         batch_size: int = 64,
         memory_bytes: int | None = None,
+        launcher: ServiceLauncher | None = None,
+        shard_options: ShardOptions | None = None,
     ) -> InfluenceIndex:
-        """Open a finished index.
+        """Open a finished index; `close`, or the end of a `with` block, closes it.
+
+        With a launcher, workers search the index until it is closed: one for each shard of `--index-shards`, or for
+        another index as many as the launcher starts. Each searches the lists of its shard, scans a range of the stored
+        rows, and computes exact scores. A worker that ends is started again and asked again. Workers import the task by
+        its name; if it is given as an object, this process computes exact scores.
 
         Args:
             directory: the index directory.
@@ -100,10 +105,19 @@ class InfluenceIndex:
             batch_size: examples per forward pass.
             memory_bytes: the largest number of bytes of weights that remain in memory between queries; None: a quarter
                 of the device's free memory.
+            launcher: starts workers: a `ProcessLauncher`, whose devices they use in turn, in a script with
+                `if __name__ == "__main__":`; or a `RayLauncher`, whose nodes have the index, the task and its data
+                under the same paths. None: this process does the work.
+            shard_options: deadline and partial results of searches by workers.
 
         Raises:
             DamagedIndexError: a file is missing or altered, or the directory holds no finished index.
+            UsageError: there are options of workers without a launcher, or there is no place for a worker.
+            WorkerError: a worker does not start.
         """
+        if launcher is None and shard_options is not None:
+            expected, remedy = "a launcher", "pass a launcher, such as ProcessLauncher"
+            raise UsageError(problem("there are no workers", got="shard_options", expected=expected, remedy=remedy))
         path = Path(directory)
         manifest, lease = take_lease(path)
         check_generation(path, manifest, deep=True)
@@ -120,37 +134,25 @@ class InfluenceIndex:
         # Until the index is closed, its lease prevents writers from removing the files of this generation.
         index._lease = lease
         index._store.check(manifest.features)
-        name = None if isinstance(task, Task) else task or manifest.build.task.reference
-        if name is not None:
-            # Workers import it after this process, which rejects names that it must not import.
-            index._shard_task = ShardTask(
-                path.absolute(), manifest, absolute_reference(name), arguments, options, memory_bytes
+        if launcher is not None:
+            name = None if isinstance(task, Task) else task or manifest.build.task.reference
+            shard_task = None
+            if name is not None:
+                # Workers import it after this process, which rejects names that it must not import.
+                name = absolute_reference(name)
+                shard_task = ShardTask(path.absolute(), manifest, name, arguments, options, memory_bytes)
+            index._workers = open_shard_search(
+                index._loaded_index, index._folder, index._store, shard_task, launcher, shard_options or ShardOptions()
             )
         return index
 
-    def start_workers(self, options: ShardOptions | None = None, launcher: ServiceLauncher | None = None) -> None:
-        """Start a worker for each shard of the index; from now on, they search it and compute exact scores.
+    def __enter__(self) -> Self:
+        """Return the index."""
+        return self
 
-        A worker that ends is started again and asked again. Workers import the task by its name; if it was given as an
-        object, this process computes exact scores.
-
-        Args:
-            options: see ShardOptions.
-            launcher: starts the workers, such as a `RayLauncher`, whose nodes have the index, the task and its data
-                under the same paths; None: as processes of this machine. A script that starts processes needs
-                `if __name__ == "__main__":`.
-
-        Raises:
-            UsageError: the index is not one of inverted lists, or has workers.
-            DamagedIndexError: the file of a shard is damaged.
-            WorkerError: a worker does not start.
-        """
-        if self._workers is not None:
-            what, remedy = "the index has workers", "close the index, and open it again to start others"
-            raise UsageError(problem(what, got="a second call", expected="one call of start_workers", remedy=remedy))
-        self._workers = open_shard_search(
-            self._loaded_index, self._folder, self._shard_task, options or ShardOptions(), launcher
-        )
+    def __exit__(self, *_: object) -> None:
+        """Close the index."""
+        self.close()
 
     def close(self) -> None:
         """End the workers, if there are any, and allow writers to remove the files of this generation."""
@@ -222,7 +224,8 @@ class InfluenceIndex:
     @cached_property
     def _scan(self) -> FlatIndex | GpuScan:
         """Return the exact scan of the stored rows of all checkpoints."""
-        return open_scan(self._store.view(), self._options.device)
+        rows, device = self._store.view(), self._options.device
+        return open_scan(rows, device) if self._workers is None else self._workers.open_scan(rows, device)
 
     @cached_property
     def rows(self) -> RowTable:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import models
 from benchmarks.common.results import write_results
-from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann import BuildConfig, InfluenceIndex, ProcessLauncher, QueryOptions, Task, build
 
 RESULT = "exact_workers"
 MODEL, SHARDS = "MNIST CNN", 2
@@ -73,10 +73,11 @@ def main() -> None:
         config = BuildConfig(dim=64, index="ivf", index_shards=SHARDS, yardstick=False, device="cpu")
         arguments = {"folder": folder, "n_rows": str(options.rows)}
         build(NAME, directory, config, arguments=arguments)
-        one, many = (InfluenceIndex.open(directory, NAME, arguments=arguments, device="cpu") for _ in range(2))
+        one = InfluenceIndex.open(directory, NAME, arguments=arguments, device="cpu")
         # Each of the workers gets one thread.
         torch.set_num_threads(SHARDS)
-        many.start_workers()
+        launcher = ProcessLauncher(["cpu"])
+        many = InfluenceIndex.open(directory, NAME, arguments=arguments, device="cpu", launcher=launcher)
         torch.set_num_threads(1)
         for way, chosen in (
             ("candidates", QueryOptions(rerank="exact", candidates=options.candidates, search="index")),

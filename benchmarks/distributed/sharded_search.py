@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.common.brute_force import compute_recalls
 from benchmarks.common.results import write_results
-from tracin_ann.distributed import ShardOptions, ShardSearch, open_shard_search
+from tracin_ann.distributed import ProcessLauncher, ShardOptions, ShardSearch, open_shard_search
 from tracin_ann.search import FlatIndex, IVFIndex, IVFParams, search_both
 from tracin_ann.search.construction import UnfinishedLists
 from tracin_ann.search.settings import Setting
@@ -134,7 +134,8 @@ def measure(view: FeatureView, queries: Float32, folder: Path, options: argparse
     (single, single_s), (sharded, sharded_s) = (build(view, folder, n) for n in (1, options.shards))
     result: dict[str, Any] = {"rows": len(view), "shards": options.shards, "queries": len(queries)}
     result["build_seconds"] = {"single": single_s, "shards": sharded_s}
-    search = open_shard_search(sharded, folder / str(options.shards), None, ShardOptions())
+    launcher = ProcessLauncher(["cpu"])
+    search = open_shard_search(sharded, folder / str(options.shards), view.store, None, launcher, ShardOptions())
     try:
         for recall, settings in SETTINGS.items():
             figures: dict[str, Any] = {}

@@ -74,6 +74,22 @@ def exact_workers() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def scan_workers() -> str:
+    content = read_results("scan_workers")
+    settings = content["settings"]
+    rows: list[Row] = [("queries", "one process, CPU ms", "2 workers, CPU ms", "ratio", "other results")]
+    for result in content["results"]:
+        times = (f"{1e3 * result[name]:.0f}" for name in ("one_s", "workers_s"))
+        rows.append((str(result["queries"]), *times, f"{result['ratio']:.2f}", str(result["different"])))
+    scope = (
+        f"{settings['rows']:,} normal rows of {settings['dim']} float16 numbers, 200 results in each direction; one "
+        "thread in each process. CPU time of a scan in the calling process and in the worker that takes longest, as on "
+        f"a machine with a free core for each; medians of {settings['rounds']} rounds. Other results: those that "
+        "differ by a bit from the results of one process."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
 def launchers() -> str:
     content = read_results("launchers")
     runs = [row for row in content["results"] if "ratio" in row]
@@ -95,4 +111,4 @@ def launchers() -> str:
     return compose(scope, format_table(*speeds), format_table(*memory), format_environment(content))
 
 
-TABLES = (launchers, sharded_search, exact_workers)
+TABLES = (launchers, sharded_search, exact_workers, scan_workers)

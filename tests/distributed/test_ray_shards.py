@@ -26,10 +26,8 @@ LONG_S = 120
 
 @pytest.fixture(scope="module")
 def sharded(folder: Path, cluster: Any) -> Iterator[InfluenceIndex]:
-    index = open_named(folder, "sharded")
-    index.start_workers(launcher=RayLauncher())
-    yield index
-    index.close()
+    with open_named(folder, "sharded", RayLauncher()) as index:
+        yield index
 
 
 def find_node(index: InfluenceIndex, shard: int) -> str:
@@ -72,13 +70,15 @@ def test_actors_compute_exact_scores(folder: Path, sharded: InfluenceIndex) -> N
     assert [hit.score for hit in found.hits] == pytest.approx([hit.score for hit in expected.hits], rel=1e-5)
 
 
-def test_the_command_starts_actors(cluster: Any, folder: Path, sharded: InfluenceIndex) -> None:
+def test_the_command_starts_actors(cluster: Any, folder: Path, sharded: InfluenceIndex, tmp_path: Path) -> None:
     # There are processors for one set of workers; the fixture starts no other one after this test.
     sharded.close()
     arguments = [f"{folder}/sharded", "--task", f"{folder}/shard_task.py:task", "--ids", "0", "--device", "cpu"]
     options = ["--search", "index", "--shard-workers", "--ray-address", "auto", "--format", "jsonl", "--quiet"]
-    result = CliRunner().invoke(main, [*arguments, *options])
+    # Ray prints to stdout that the node of another test was lost.
+    output = tmp_path / "hits.jsonl"
+    result = CliRunner().invoke(main, [*arguments, *options, "--output", str(output)])
     assert result.exit_code == 0, result.output
-    (line,) = map(json.loads, result.stdout.splitlines())
+    (line,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     (expected,) = open_named(folder, "single").query([0], options=replace(OPTIONS, k=10)).lines()
     assert line == json.loads(json.dumps(expected)) | {"shards": [0, 1]}

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
+from inline_workers import Inline
 from shard_folder import QUERIES, SHARDS
-from tracin_ann import InfluenceIndex, QueryOptions
+from tracin_ann import InfluenceIndex, ProcessLauncher, QueryOptions
 from tracin_ann.cli.query import main
 from tracin_ann.device import resolve_device
-from tracin_ann.distributed import ShardOptions, ShardSearch, shard_search
-from tracin_ann.distributed.service import ServiceProcess, ServiceWorker
+from tracin_ann.distributed import ShardOptions, ShardSearch, processes
+from tracin_ann.distributed.service import ServiceProcess
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.scoring import Answer, Coverage, ranking
@@ -37,8 +37,10 @@ OPTIONS = QueryOptions(k=5, search="index")
 EXACT = replace(OPTIONS, rerank="exact", candidates=20)
 
 
-def open_named(folder: Path, name: str) -> InfluenceIndex:
-    return InfluenceIndex.open(folder / name, f"{folder}/shard_task.py:task", device="cpu")
+def open_named(folder: Path, name: str, launcher: Any = None, options: ShardOptions | None = None) -> InfluenceIndex:
+    """Open an index of the folder; its workers get one thread."""
+    task = f"{folder}/shard_task.py:task"
+    return InfluenceIndex.open(folder / name, task, device="cpu", launcher=launcher, shard_options=options)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +50,8 @@ def single(folder: Path) -> InfluenceIndex:
 
 @pytest.fixture(scope="module")
 def sharded(folder: Path) -> Iterator[InfluenceIndex]:
-    index = open_named(folder, "sharded")
-    index.start_workers()
-    yield index
-    index.close()
+    with open_named(folder, "sharded", ProcessLauncher(["cpu"])) as index:
+        yield index
 
 
 def workers(index: InfluenceIndex) -> list[ServiceProcess]:
@@ -77,8 +77,6 @@ def test_answers_are_those_of_one_file(single: InfluenceIndex, sharded: Influenc
     found = sharded.query(range(QUERIES), options=OPTIONS)
     assert strip(found) == strip(expected)
     assert {(answer.shards, answer.missing_shards) for answer in found} == {((0, 1), ())}
-    with pytest.raises(UsageError, match="the index has workers: got a second call"):
-        sharded.start_workers(ShardOptions(restarts=0))
     assert all("; 2 of 2 shards answered" in answer.how for answer in found)
     assert {answer.shards for answer in expected} == {()}
     assert max(answer.rows_scored for answer in found) < 2 * len(sharded)
@@ -117,47 +115,28 @@ def test_examples_outside_the_index_are_scored_by_the_workers(single: InfluenceI
         assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in other.hits], rel=1e-5)
 
 
-class Inline(ServiceWorker):
-    """A worker in this process, and its launcher."""
-
-    pid = None
-
-    def __init__(self) -> None:
-        self.services: list[Any] = []
-
-    def start_service(self, make_service: Any) -> ServiceWorker:
-        self.services.append(make_service.__self__)
-        worker = Inline()
-        worker.services = self.services[-1:]
-        return worker
-
-    def open(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def run(self, request: Any) -> Any:
-        return self.services[0].run(request)
-
-
 def test_workers_on_other_machines_find_their_own_device(single: InfluenceIndex, folder: Path) -> None:
-    index = open_named(folder, "sharded")
-    task: Any = index._shard_task
-    index._shard_task = replace(task, options=replace(task.options, device=torch.device("cuda:99")))
     launcher = Inline()
-    index.start_workers(launcher=launcher)
-    (found,), (expected,) = (each.query([3], options=EXACT) for each in (index, single))
-    assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
-    assert [service._index_task.options.device for service in launcher.services] == [resolve_device()] * SHARDS
-    index.close()
+    with open_named(folder, "sharded", launcher) as index:
+        (found,), (expected,) = (each.query([3], options=EXACT) for each in (index, single))
+        assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+        assert [shard.task.options.device for shard in launcher.services] == [resolve_device()] * SHARDS
 
 
-def test_workers_share_the_memory_for_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = Inline()
-    monkeypatch.setattr(shard_search.ServiceProcess, "start", launcher.start_service)
-    index = InfluenceIndex.open(folder / "sharded", f"{folder}/shard_task.py:task", device="cpu", memory_bytes=1001)
-    index.start_workers()
-    assert [service.task.memory_bytes for service in launcher.services] == [500] * SHARDS
-    index.close()
+@pytest.mark.parametrize(("is_local", "expected"), [(True, 500), (False, 1001)])
+def test_workers_of_this_machine_share_the_memory_for_weights(folder: Path, is_local: bool, expected: int) -> None:
+    launcher, task = Inline(is_local=is_local), f"{folder}/shard_task.py:task"
+    with InfluenceIndex.open(folder / "sharded", task, device="cpu", memory_bytes=1001, launcher=launcher):
+        assert [shard._service.task.memory_bytes for shard in launcher.services] == [expected] * SHARDS
+
+
+def test_workers_use_the_devices_of_the_launcher_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(processes.ServiceProcess, "start", started.append)
+    launcher = ProcessLauncher(["cuda:0", "cuda:1"])
+    for number in range(3):
+        launcher.start_service(lambda device: device, number)  # type: ignore[arg-type, return-value]
+    assert (launcher.count_services(), [start() for start in started]) == (2, ["cuda:0", "cuda:1", "cuda:0"])
 
 
 def test_an_example_that_cannot_be_pickled_is_rejected(sharded: InfluenceIndex) -> None:
@@ -223,9 +202,8 @@ def test_an_exact_query_survives_a_killed_worker(single: InfluenceIndex, sharded
 
 @pytest.mark.slow
 def test_a_shard_that_hangs_is_missing_from_a_partial_answer(folder: Path) -> None:
-    index = open_named(folder, "sharded")
-    index.start_workers(ShardOptions(deadline_s=5, allow_partial=True))
-    try:
+    options = ShardOptions(deadline_s=5, allow_partial=True)
+    with open_named(folder, "sharded", ProcessLauncher(["cpu"]), options) as index:
         complete = index.query(range(QUERIES), options=OPTIONS)
         os.kill(workers(index)[1].pid or 0, signal.SIGSTOP)
         partial = index.query(range(QUERIES), options=OPTIONS)
@@ -240,29 +218,22 @@ def test_a_shard_that_hangs_is_missing_from_a_partial_answer(folder: Path) -> No
         for answer, hits in zip(partial, best, strict=True):
             assert {hit.row for hit in hits} <= {hit.row for hit in answer.hits}
             assert max(hit.row for hit in answer.hits) < boundary
-    finally:
-        index.close()
 
 
 @pytest.mark.slow
 def test_a_missing_shard_is_an_error_unless_partial_answers_are_allowed(folder: Path) -> None:
-    index = open_named(folder, "sharded")
-    index.start_workers(ShardOptions(deadline_s=5))
-    try:
+    with open_named(folder, "sharded", ProcessLauncher(["cpu"]), ShardOptions(deadline_s=5)) as index:
         os.kill(workers(index)[0].pid or 0, signal.SIGSTOP)
         with pytest.raises(WorkerError, match="worker 0 is late: got no reply in 5 s"):
             index.query([0], options=OPTIONS)
-    finally:
-        index.close()
 
 
 OWNER = """
 import time
-from tracin_ann import InfluenceIndex
+from tracin_ann import InfluenceIndex, ProcessLauncher
 
 if __name__ == "__main__":
-    index = InfluenceIndex.open({index!r}, {task!r}, device="cpu")
-    index.start_workers()
+    index = InfluenceIndex.open({index!r}, {task!r}, device="cpu", launcher=ProcessLauncher(["cpu"]))
     print(*index._workers.pids, flush=True)
     time.sleep(600)
 """
@@ -357,16 +328,17 @@ class Silent:
 
 
 def search(folder: Path, n_replies: int, *, allow_partial: bool) -> ShardSearch:
-    index: Any = open_named(folder, "sharded").search_index
-    options = ShardOptions(deadline_s=2, allow_partial=allow_partial)
-    return ShardSearch(Silent(n_replies), index, options, has_task=False)  # type: ignore[arg-type]
+    launcher, options = Inline(), ShardOptions(deadline_s=2, allow_partial=allow_partial)
+    opened: Any = open_named(folder, "sharded", launcher)
+    services = [shard._service for shard in launcher.services]
+    return ShardSearch(Silent(n_replies), opened._loaded_index, services, options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("n_replies", "allow_partial"), [(0, True), (0, False), (1, False)])
 def test_missing_shards_are_an_error(folder: Path, n_replies: int, allow_partial: bool) -> None:
     query = ListQuery(np.zeros((1, 3), np.float32), 1, np.zeros((1, 1), np.int64), None)
     with pytest.raises(WorkerError, match=f"no {n_replies}"):
-        search(folder, n_replies, allow_partial=allow_partial).scan([query, query])
+        search(folder, n_replies, allow_partial=allow_partial).search_files([query, query])
 
 
 def test_missing_shards_of_a_partial_search_are_recorded(folder: Path) -> None:
@@ -374,12 +346,12 @@ def test_missing_shards_of_a_partial_search_are_recorded(folder: Path) -> None:
     nothing = replace(query, allowed=np.zeros(0, np.int64))
     made = search(folder, 1, allow_partial=True)
     with made.watch() as first:
-        assert made.scan([query, nothing]) == [("ids", 0)]
+        assert made.search_files([query, nothing]) == [("ids", 0)]
     with made.watch() as second:
-        assert made.scan([query, query]) == [("ids", 0)]
+        assert made.search_files([query, query]) == [("ids", 0)]
         # Now it would answer, but it is not asked again for the same query.
         made._group.n_replies = 2  # type: ignore[attr-defined]
-        assert made.scan([query, query]) == [("ids", 0)]
+        assert made.search_files([query, query]) == [("ids", 0)]
     assert first == Coverage(2, set(), True) and first.summary == "2 of 2 shards answered"
     assert second == Coverage(2, {1}, True) and second.answered == (0,)
     with made.watch() as third:
@@ -394,14 +366,9 @@ def test_partial_answers_are_marked_in_tables(sharded: InfluenceIndex) -> None:
     assert {(record["query"], record["partial"]) for record in answers.records()} == {(0, False), (1, True)}
 
 
-def test_an_index_without_lists_has_no_workers(tmp_path: Path) -> None:
-    from tasks.toy import CONFIG, make_toy_task  # noqa: PLC0415
-    from tracin_ann import build  # noqa: PLC0415
-
-    task = make_toy_task(tmp_path)
-    build(task, tmp_path / "flat", CONFIG)
-    with pytest.raises(UsageError, match="the index has no shards: got the kind flat"):
-        InfluenceIndex.open(tmp_path / "flat", task).start_workers()
+def test_options_of_workers_need_a_launcher(folder: Path) -> None:
+    with pytest.raises(UsageError, match="there are no workers: got shard_options"):
+        open_named(folder, "sharded", options=ShardOptions())
 
 
 @pytest.mark.parametrize("options", [{"deadline_s": 0.0}, {"deadline_s": float("nan")}, {"restarts": -1}])

@@ -166,6 +166,12 @@ def test_tables_equal_the_result_files(page: str) -> None:
     assert fill_tables(text) == text
 
 
+@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in PAGES), "README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_a_page_is_the_result_of_finished_merges(page: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith(("<<<<<<<", "|||||||", ">>>>>>>"))] == []
+
+
 def test_blocks_that_are_not_run_are_few_and_have_a_reason() -> None:
     marked = {
         f"{page}:{block.line}": block.title.removeprefix(documents.NOT_RUN)

@@ -127,7 +127,7 @@ def test_candidates_are_the_rows_of_the_best_estimates() -> None:
     coder.add(rows[:700], ids[:700])
     coder.add(rows[700:], ids[700:])
     codes, factor = coder.encode(rows)
-    found = coder.finish().scan(queries, 50)
+    found, _ = coder.finish().scan(queries, 50)
     estimate = coder.layout.pad(queries).astype(np.float64) @ coder.decode(codes).T * factor
     expected = ids[np.argsort(-estimate, axis=1)[:, :50]]
     # FAISS rounds the tables to 8 bits.

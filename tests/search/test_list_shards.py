@@ -209,7 +209,7 @@ def test_rows_that_a_rebuilt_index_leaves_out(source: Rows) -> None:
 
 
 def test_shards_need_inverted_lists() -> None:
-    with pytest.raises(UsageError, match="only inverted lists have shards: got --index auto"):
+    with pytest.raises(UsageError, match="only inverted lists and coded scans have shards: got --index auto"):
         BuildConfig(index_shards=2)
     with pytest.raises(UsageError, match="bad --index-shards: got 0"):
         BuildConfig(index="ivf", index_shards=0)

@@ -184,7 +184,9 @@ def find_hubs(
     for start in range(0, len(ids), _LOT):
         lot = ids[start : start + _LOT]
         answers = index.query((), lot, query_options) if side == "train" else index.query(lot, (), query_options)
-        how = answers[0].how
+        # Where shards are missing from an answer, its description says so.
+        partial = [answer.how for answer in answers if answer.missing_shards]
+        how = partial[0] if partial else how or answers[0].how
         for sign, rows in _top_rows(answers, k):
             np.add.at(counts[sign], rows, 1)
         if progress is not None:

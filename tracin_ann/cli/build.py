@@ -118,7 +118,7 @@ _SPREADING = ("shard", "finish", "launcher", *_RAY_OPTIONS)
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="With --index ivf: files over which the rows of the index are split, to be searched by as many processes.",
+    help="With --index ivf or codes: files over which its rows are split, to be searched by as many processes.",
 )
 @click.option(
     "--target-recall",

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 from tracin_ann.choices import SCORES
-from tracin_ann.cli.command import device_option, task_options
+from tracin_ann.cli.command import device_option, find_given_options, task_options
 from tracin_ann.cli.imports import pause_collector, postpone_collection
 from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Positions, parse_arguments
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
     from tracin_ann.choices import ScoreName, SideName
+    from tracin_ann.distributed import ServiceLauncher, ShardOptions
     from tracin_ann.index import InfluenceIndex
     from tracin_ann.scoring import Id
     from tracin_ann.store import RowFilter
 
 Function = Callable[..., Any]
 Options = Mapping[str, Any]
+Workers: TypeAlias = "tuple[ServiceLauncher | None, ShardOptions | None]"
+"""What starts the workers of an index, and how they search; None: there are none."""
 
 
 def index_options(function: Function) -> Function:
@@ -95,8 +98,56 @@ def filter_options(function: Function) -> Function:
     return only(without(where(function)))
 
 
-def open_index(directory: str, options: Options) -> InfluenceIndex:
+def worker_options(function: Function) -> Function:
+    """Add the options that `choose_workers` reads: `--shard-workers` and those of workers."""
+    workers = click.option(
+        "--shard-workers",
+        is_flag=True,
+        help="Search, scan and score exactly by processes: one for each shard of the index, or for each CPU thread.",
+    )
+    address = click.option(
+        "--ray-address",
+        metavar="auto|HOST:PORT|local",
+        help="With --shard-workers: address of a Ray cluster on which they run, instead of on this machine.",
+    )
+    deadline = click.option(
+        "--deadline", type=float, help="With --shard-workers: seconds until all shards have to answer a search."
+    )
+    partial = click.option(
+        "--allow-partial",
+        is_flag=True,
+        help="With --shard-workers: without a shard that does not answer, return the results of the others, marked.",
+    )
+    return workers(address(deadline(partial(function))))
+
+
+def choose_workers(options: Options) -> Workers:
+    """Return the workers that the options of `worker_options` describe.
+
+    Raises:
+        UsageError: there are options of workers without `--shard-workers`.
+    """
+    if not options["shard_workers"]:
+        for name in sorted(find_given_options() & {"ray_address", "deadline", "allow_partial"}):
+            flag, remedy = f"--{name.replace('_', '-')}", "add it, or remove the option"
+            raise UsageError(problem(f"{flag} is for workers", got=flag, expected="--shard-workers", remedy=remedy))
+        return None, None
+    with pause_collector():
+        import torch
+
+        from tracin_ann.device import resolve_device
+        from tracin_ann.distributed import ProcessLauncher, RayLauncher, ShardOptions
+
+    chosen = ShardOptions(options["deadline"], options["allow_partial"])
+    if options["ray_address"] is not None:
+        return RayLauncher(options["ray_address"]), chosen
+    device = resolve_device(options["device"])
+    return ProcessLauncher([str(device)] * (torch.get_num_threads() if device.type == "cpu" else 1)), chosen
+
+
+def open_index(directory: str, options: Options, workers: Workers = (None, None)) -> InfluenceIndex:
     """Open the index in a directory with the options of `index_options`."""
+    launcher, shard_options = workers
     with pause_collector():
         from tracin_ann.index import InfluenceIndex
 
@@ -109,6 +160,8 @@ def open_index(directory: str, options: Options) -> InfluenceIndex:
             device=options["device"],
             batch_size=options["batch_size"],
             memory_bytes=options["memory_bytes"],
+            launcher=launcher,
+            shard_options=shard_options,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from tracin_ann.cli.command import command, directory_argument, find_given_optio
 from tracin_ann.cli.imports import wait_passively
 from tracin_ann.cli.index_options import (
     checkpoints_option,
+    choose_workers,
     filter_options,
     index_options,
     make_row_filter,
@@ -22,6 +23,7 @@ from tracin_ann.cli.index_options import (
     own_ids_option,
     resolve_positions,
     score_options,
+    worker_options,
 )
 from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import format_count, print_field_notes, show_progress
@@ -106,20 +108,7 @@ _EXCLUSIVE = {
 @filter_options
 @checkpoints_option
 @score_options
-@click.option(
-    "--shard-workers", is_flag=True, help="Search the shards of the index, and score exactly, by a process for each."
-)
-@click.option(
-    "--ray-address",
-    metavar="auto|HOST:PORT|local",
-    help="With --shard-workers: address of a Ray cluster on which they run, instead of on this machine.",
-)
-@click.option("--deadline", type=float, help="With --shard-workers: seconds until all shards have to answer a search.")
-@click.option(
-    "--allow-partial",
-    is_flag=True,
-    help="With --shard-workers: without a shard that does not answer, return the results of the others, marked.",
-)
+@worker_options
 @click.option("--tokens", is_flag=True, help="Split the exact scores of the hits over their tokens.")
 @own_ids_option
 @output_options
@@ -138,11 +127,9 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     check_report_path(html)
     # With --exact, the model runs on all rows, and threads wait by PyTorch's default.
     with nullcontext() if options["exact"] else wait_passively():
-        index = open_index(directory, options)
-    index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
-    with closing(index):
-        if options["shard_workers"]:
-            _start_workers(index, options)
+        index = open_index(directory, options, choose_workers(options))
+    with index:
+        index.expect(options["sketch"], options["dim"], options["seed"])  # type: ignore[arg-type]
         if options["self_influence"]:
             write_self_influence(index, options, sink, html)
         else:
@@ -152,25 +139,12 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
 def _reject_unused_options(options: Mapping[str, object]) -> None:
     """Reject options that were given but have no effect together with the others."""
     given = find_given_options()
-    for other in given & {"ray_address", "deadline", "allow_partial"}:
-        if not options["shard_workers"]:
-            flag, remedy = f"--{other.replace('_', '-')}", "add it, or remove the option"
-            raise UsageError(problem(f"{flag} is for workers", got=flag, expected="--shard-workers", remedy=remedy))
     for name, (effect, unused) in _EXCLUSIVE.items():
         for other in unused:
             if options[name] and other in given:
                 flag, other_flag = (f"--{word.replace('_', '-')}" for word in (name, other))
                 what, expected = f"{flag} {effect}", f"{flag} without it"
                 raise UsageError(problem(what, got=other_flag, expected=expected, remedy="remove one of the two"))
-
-
-def _start_workers(index: InfluenceIndex, options: Mapping[str, object]) -> None:
-    """Start the workers of the index."""
-    from tracin_ann.distributed import RayLauncher, ShardOptions
-
-    address: Any = options["ray_address"]
-    chosen = ShardOptions(options["deadline"], bool(options["allow_partial"]))  # type: ignore[arg-type]
-    index.start_workers(chosen, None if address is None else RayLauncher(address))
 
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:

@@ -11,7 +11,7 @@ import click
 
 from tracin_ann.cli.command import command, complete_files, directory_argument
 from tracin_ann.cli.imports import pause_collector
-from tracin_ann.cli.index_options import index_options
+from tracin_ann.cli.index_options import choose_workers, index_options, worker_options
 from tracin_ann.cli.messages import print_note
 from tracin_ann.cli.parameters import parse_arguments
 from tracin_ann.errors import UsageError, problem
@@ -50,6 +50,7 @@ _LONGEST_HEAD = 256 << 10
     metavar="DIR",
     help="Another index of the same training rows; pages compare its answers with those of the first.",
 )
+@worker_options
 @index_options
 def main(  # noqa: PLR0913
     directory: str,
@@ -75,6 +76,7 @@ def main(  # noqa: PLR0913
 
     is_local = _is_loopback(host)
     _check_token(token, host, is_local=is_local)
+    launcher, shard_options = choose_workers(options)
     location = IndexLocation(
         Path(directory),
         options["task"],
@@ -82,6 +84,8 @@ def main(  # noqa: PLR0913
         device=options["device"],  # type: ignore[arg-type]
         batch_size=options["batch_size"],  # type: ignore[arg-type]
         memory_bytes=options["memory_bytes"],  # type: ignore[arg-type]
+        launcher=launcher,
+        shard_options=shard_options,
     )
     settings = Settings(
         token=token,

@@ -40,6 +40,10 @@ class Launcher(ABC):
         """
 
 
+class WorkerTraceback(Exception):
+    """The traceback of an error in another process, as text: the cause of the error that is raised in this one."""
+
+
 def describe_unpicklable(error: Exception) -> str:
     """Return the message of the error that a worker cannot be sent to another process."""
     return problem(

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
+from tracin_ann.distributed.launcher import Launcher, OpenWorker, WorkerTraceback, describe_unpicklable
+from tracin_ann.distributed.service import MakeService, ServiceProcess, ServiceWorker
 from tracin_ann.distributed.units import UnitQueue
 from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
 
@@ -25,7 +27,7 @@ R = TypeVar("R")
 
 
 class ProcessLauncher(Launcher):
-    """Runs units in processes of this machine; several processes may share a device.
+    """Runs units, or the workers of an open index, in processes of this machine; several may share a device.
 
     Processes are spawned: a script that uses it needs `if __name__ == "__main__":`. Together they use as many CPU
     threads as this process.
@@ -34,11 +36,21 @@ class ProcessLauncher(Launcher):
         devices: the device of each process, such as ("cpu", "cpu").
     """
 
+    is_local = True
+
     def __init__(self, devices: Sequence[str]) -> None:
         if not devices:
             expected = "one name for each process"
             raise UsageError(problem("no devices", got="none", expected=expected, remedy="name some"))
         self.devices = tuple(devices)
+
+    def count_services(self) -> int:
+        """Return the number of devices."""
+        return len(self.devices)
+
+    def start_service(self, make_service: MakeService, number: int) -> ServiceWorker:
+        """Start a process that holds a service, on the next device in turn; see `ServiceLauncher`."""
+        return ServiceProcess.start(partial(make_service, self.devices[number % len(self.devices)]))
 
     def run(self, open_worker: OpenWorker[U, R], units: Sequence[U]) -> Iterator[R]:
         """Yield the results of the processes; see `Launcher`."""
@@ -78,10 +90,6 @@ class ProcessLauncher(Launcher):
             for process in running.values():
                 process.process.kill()
                 process.process.join()
-
-
-class WorkerTraceback(Exception):
-    """The traceback of an error in another process, as text: the cause of the error that is raised in this one."""
 
 
 @dataclass

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from tracin_ann.device import resolve_device
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, describe_unpicklable
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RayLauncher(Launcher):
-    """Runs units on actors of a Ray cluster, each with its own processors.
+    """Runs units, or the workers of an open index, on actors of a Ray cluster, each with its own processors.
 
     An actor of a node that dies is started again where there is place, and its units run on the next idle actor. Units
     need the same files under the same paths on every node: the task's file and data, its checkpoints, and the index.
@@ -66,6 +67,7 @@ class RayLauncher(Launcher):
     num_cpus_per_worker: int = 1
     num_gpus_per_worker: float = 0
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    is_local: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the numbers, and that Ray is installed, without its import.
@@ -142,7 +144,18 @@ class RayLauncher(Launcher):
         if self.address == LOCAL:
             _require_loopback(ray)
 
-    def start_service(self, make_service: MakeService) -> ServiceWorker:
+    def count_services(self) -> int:
+        """Return the number of actors.
+
+        A connection to the cluster that this makes remains until the process ends.
+
+        Raises:
+            MissingPackageError: Ray is not installed.
+            UsageError: there is no cluster at the address, or it has no place for an actor.
+        """
+        return self._count_workers(self._stay_connected())
+
+    def start_service(self, make_service: MakeService, number: int) -> ServiceWorker:
         """Start an actor that holds a service, and return it without waiting for the service.
 
         A connection to the cluster that this makes remains until the process ends.
@@ -151,12 +164,17 @@ class RayLauncher(Launcher):
             MissingPackageError: Ray is not installed.
             UsageError: there is no cluster at the address.
         """
+        ray = self._stay_connected()
+        return _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(partial(make_service, None)))
+
+    def _stay_connected(self) -> Any:
+        """Return Ray's module, connected to the cluster until the process ends."""
         with self._limit_interfaces():
             ray = import_ray()
         with _CONNECTING:
             if not ray.is_initialized():
                 self._initialize(ray)
-        return _ServiceActor(ray, self._describe_actors(ray, ServiceHost).remote(make_service))
+        return ray
 
     def _count_workers(self, ray: Any) -> int:
         """Return the number of actors.

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from tracin_ann.distributed.processes import WorkerTraceback
+from tracin_ann.distributed.launcher import WorkerTraceback
 from tracin_ann.errors import TracinAnnError, WorkerError, first_line, problem
 
 
@@ -24,8 +24,8 @@ class Service(Protocol):
         """Return the reply to a request."""
 
 
-MakeService = Callable[[], Service]
-"""Makes the service in the worker; it can be pickled, as requests and replies."""
+MakeService = Callable[[str | None], Service]
+"""Makes the service on a device (None: its own choice) in the worker; it can be pickled, as requests and replies."""
 
 
 class WorkerDied(Exception):
@@ -66,8 +66,20 @@ class ServiceWorker(ABC):
 class ServiceLauncher(Protocol):
     """Starts workers somewhere."""
 
-    def start_service(self, make_service: MakeService) -> ServiceWorker:
-        """Start a worker, and return it without waiting for its service, which `make_service` makes in the worker."""
+    @property
+    def is_local(self) -> bool:
+        """Return whether the workers run on this machine, and share its threads and memory."""
+
+    def count_services(self) -> int:
+        """Return the number of workers for work that can be divided among any number."""
+
+    def start_service(self, make_service: MakeService, number: int) -> ServiceWorker:
+        """Start a worker, and return it without waiting for its service, which `make_service` makes in the worker.
+
+        Args:
+            make_service: makes the service.
+            number: of the worker among those of the same owner.
+        """
 
 
 class ServiceProcess(ServiceWorker):
@@ -78,8 +90,8 @@ class ServiceProcess(ServiceWorker):
         self._process, self._connection = process, connection
 
     @classmethod
-    def start(cls, make_service: MakeService) -> ServiceProcess:
-        """Start a process."""
+    def start(cls, make_service: Callable[[], Service]) -> ServiceProcess:
+        """Start a process, in which `make_service` is called."""
         context = multiprocessing.get_context("spawn")
         connection, other = context.Pipe()
         process = context.Process(target=_serve, args=(other, make_service), daemon=True)
@@ -127,7 +139,7 @@ class ServiceProcess(ServiceWorker):
 class ServiceHost:
     """A service in its worker; replies are pickled, with the errors that the worker's owner raises."""
 
-    def __init__(self, make_service: MakeService) -> None:
+    def __init__(self, make_service: Callable[[], Service]) -> None:
         """Store the function; `open` calls it."""
         self._make_service = make_service
 
@@ -177,7 +189,7 @@ def unpack_result(content: bytes) -> Any:
     return result
 
 
-def _serve(connection: Connection, make_service: MakeService) -> None:
+def _serve(connection: Connection, make_service: Callable[[], Service]) -> None:
     """Run requests until the other end of the pipe closes: the main function of a process."""
     # Ctrl-C reaches all processes of a terminal; the pipe then closes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

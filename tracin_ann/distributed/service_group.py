@@ -88,6 +88,9 @@ class ServiceGroup:
         for slot in self._slots:
             slot.close()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class _Slot:
     """The place of one worker, and the thread that asks it."""

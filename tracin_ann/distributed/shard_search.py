@@ -1,10 +1,13 @@
-"""Search of an index by one worker for each of its shards, which also compute exact scores of rows.
+"""Workers of an open index: each has a shard of it, searches and scans this shard, and computes exact scores of rows.
+
+A shard is a range of the stored rows, and if the inverted lists or codes of the index are split, those of a file.
 
 Shapes: N rows, Q queries.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,14 +21,27 @@ import numpy.typing as npt
 import torch
 
 from tracin_ann.device import import_faiss, resolve_device
-from tracin_ann.distributed.service import ServiceLauncher, ServiceProcess
+from tracin_ann.distributed.service import ServiceLauncher
 from tracin_ann.distributed.service_group import Launch, NoReplyError, ServiceGroup
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, load_index_task
 from tracin_ann.scoring import Coverage, Queries, RowScorer, make_exact_scorer
-from tracin_ann.search import IVFIndex, ListQuery, SearchIndex, ShardFile
-from tracin_ann.store import Manifest
-from tracin_ann.types import Float32, Float64, Int64
+from tracin_ann.search import (
+    CodedScan,
+    CodeFile,
+    CodeQuery,
+    FlatIndex,
+    GpuScan,
+    IVFIndex,
+    ListQuery,
+    RescoredIndex,
+    RowQuery,
+    SearchIndex,
+    ShardFile,
+    Subset,
+)
+from tracin_ann.store import FeatureStore, FeatureView, Manifest, PartitionRows, StoreLayout
+from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 Mask = npt.NDArray[np.bool_]
 
@@ -35,8 +51,8 @@ class ShardOptions:
     """How workers search the shards of an index.
 
     Attributes:
-        deadline_s: seconds until all shards have to answer a search, which is one direction of up to 256 queries; None:
-            any.
+        deadline_s: seconds until all shards have to answer a search of lists or codes, which is one direction of up to
+            256 queries, or a scan, which is both directions of all queries; None: any.
         allow_partial: return the results of the other shards if some do not answer; at least one has to.
         restarts: how often a worker that ends is started again for one request.
     """
@@ -71,7 +87,6 @@ class ShardTask:
         arguments: its arguments; None: those in the manifest.
         options: how the model runs.
         memory_bytes: the largest number of bytes of weights that remain in memory.
-        is_remote: the worker is on another machine, which may have other devices: it uses a GPU if it has one.
     """
 
     directory: Path
@@ -80,49 +95,98 @@ class ShardTask:
     arguments: Mapping[str, str] | None
     options: RunOptions
     memory_bytes: int | None
-    is_remote: bool = False
 
-    def open(self) -> IndexTask:
-        """Return the task; its first use imports it."""
+    def open(self, device: str | None) -> IndexTask:
+        """Return the task on a device (None: a GPU if there is one); its first use imports it."""
         find_task = partial(load_index_task, self.name, self.arguments, self.manifest, self.directory)
-        options = replace(self.options, device=resolve_device()) if self.is_remote else self.options
+        options = replace(self.options, device=resolve_device(device or "auto"))
         return IndexTask(self.directory, self.manifest, find_task, options, self.memory_bytes)
 
 
 @dataclass(frozen=True)
 class ShardService:
-    """What a worker holds: the lists of a shard, memory-mapped, and the task of the index.
+    """What a worker is sent: its shard, and the task of the index.
 
     Attributes:
-        file: the file of the shard.
+        file: the file of its inverted lists or codes; None: they are not split, or there are none.
+        folder: the folder of the feature files.
+        layout: of the feature files.
+        partitions: those whose rows it scans; if there are more workers than partitions, some have none.
         task: the task, which the first request for exact scores imports; None: there are no such requests.
         threads: CPU threads of the worker; None: as the environment says.
     """
 
-    file: ShardFile
+    file: ShardFile | CodeFile | None
+    folder: Path
+    layout: StoreLayout
+    partitions: range
     task: ShardTask | None
     threads: int | None
 
-    def open(self) -> ShardService:
-        """Return this service after opening the file; called in the worker."""
+    @property
+    def ids(self) -> range:
+        """Return the rows that it scans."""
+        return PartitionRows(FeatureStore(self.folder, self.layout).view(), self.partitions).ids
+
+    def open(self, device: str | None) -> OpenShard:
+        """Return the open shard, which computes exact scores on a device (None: its own choice)."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
             import_faiss().omp_set_num_threads(self.threads)
-        _ = self._lists
-        return self
+        return OpenShard(self, None if self.file is None else self.file.open(), device)
 
-    def run(self, request: ListQuery | ExactRequest) -> tuple[Int64, Float32] | Float64:
+
+class OpenShard:
+    """What a worker holds: the lists or codes and the memory-mapped feature files of its shard, and the task."""
+
+    def __init__(self, service: ShardService, index: Any, device: str | None) -> None:
+        """Store the arguments; feature files are opened, and the task is imported, when they are first used.
+
+        Args:
+            service: what the worker was sent.
+            index: the lists or codes of its shard; None: it has none.
+            device: of exact scores; None: its own choice.
+        """
+        self._service, self._index, self._device = service, index, device
+        self._store = FeatureStore(service.folder, service.layout)
+
+    def run(self, request: ListQuery | CodeQuery | ScanRequest | ExactRequest) -> Any:
         """Return the reply to a request."""
-        return request.run(self._lists) if isinstance(request, ListQuery) else request.run(self._index_task)
+        return request.run(self._index) if isinstance(request, (ListQuery, CodeQuery)) else request.run(self)
+
+    def view_rows(self, checkpoints: tuple[int, ...], *, cosine: bool) -> PartitionRows:
+        """Return the stored rows that this worker scans."""
+        return PartitionRows(self._store.view(checkpoints, cosine=cosine), self._service.partitions)
 
     @cached_property
-    def _lists(self) -> Any:
-        return self.file.open()
+    def task(self) -> IndexTask:
+        """Return the task."""
+        assert self._service.task is not None
+        return self._service.task.open(self._device)
 
-    @cached_property
-    def _index_task(self) -> IndexTask:
-        assert self.task is not None
-        return self.task.open()
+
+@dataclass(frozen=True, eq=False)
+class ScanRequest:
+    """A scan of the stored rows of a shard.
+
+    Attributes:
+        query: the queries, for all rows.
+        mask: one bit for each row of the shard, which says whether it may be a result; None: all may.
+        checkpoints: positions of the checkpoints of the rows.
+        cosine: whether each checkpoint's part of a row is divided by its norm.
+    """
+
+    query: RowQuery
+    mask: npt.NDArray[np.uint8] | None
+    checkpoints: tuple[int, ...]
+    cosine: bool
+
+    def run(self, shard: OpenShard) -> list[TopK]:
+        """Return the results for each sign."""
+        rows, allowed = shard.view_rows(self.checkpoints, cosine=self.cosine), None
+        if self.mask is not None:
+            allowed = rows.ids.start + np.flatnonzero(np.unpackbits(self.mask, count=len(rows)))
+        return replace(self.query, allowed=allowed).run(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +207,9 @@ class ExactRequest:
     requested_QN: Mask
     examples: Sequence[Any] | None
 
-    def run(self, task: IndexTask) -> Float64:
+    def run(self, shard: OpenShard) -> Float64:
         """Return the scores [Q, N]."""
-        runner = task.runner
+        runner = shard.task.runner
         with (
             nullcontext() if self.examples is None else runner.lend(self.examples),
             make_exact_scorer(runner, self.queries, self.checkpoints) as scorer,
@@ -154,31 +218,90 @@ class ExactRequest:
 
 
 class ShardSearch:
-    """The workers of an open index, one for each shard; see `open_shard_search`."""
+    """The workers of an open index; see `open_shard_search`."""
 
-    def __init__(self, group: ServiceGroup, index: IVFIndex, options: ShardOptions, *, has_task: bool) -> None:
-        self._group, self._options, self._has_task = group, options, has_task
-        self._n_shards, self._index = index.params.shards, index.with_scanner(self.scan)
+    def __init__(
+        self, group: ServiceGroup, index: SearchIndex, services: Sequence[ShardService], options: ShardOptions
+    ) -> None:
+        """Store the arguments.
+
+        Args:
+            group: the workers.
+            index: the search index.
+            services: what each worker was sent.
+            options: see ShardOptions.
+        """
+        self._group, self._options = group, options
+        self._ids = [service.ids for service in services]
+        self._has_task = services[0].task is not None
         self._local = threading.local()
+        self._index = self._replace_scans(index, has_files=services[0].file is not None)
+
+    def _replace_scans(self, index: SearchIndex, *, has_files: bool) -> SearchIndex:
+        """Return the index with its exact scans, and with the files that workers have, by the workers."""
+        if isinstance(index, (FlatIndex, GpuScan)):
+            return self.open_scan(index.source, index.device)
+        if has_files and isinstance(index, (IVFIndex, CodedScan)):
+            index = index.with_scanner(self.search_files)
+        view = index.source if isinstance(index, RescoredIndex) else None
+        view = view.source if isinstance(view, Subset) else view
+        if isinstance(index, RescoredIndex) and isinstance(view, FeatureView):
+            return index.with_row_scanner(partial(self.scan_rows, view))
+        return index
 
     @property
-    def index(self) -> IVFIndex:
+    def index(self) -> SearchIndex:
         """Return the index, whose shards the workers search."""
         return self._index
 
-    def scan(self, queries: Sequence[ListQuery]) -> list[tuple[Int64, Float32]]:
-        """Return the results of the shards that answered.
+    def open_scan(self, rows: RowSource, device: torch.device) -> FlatIndex:
+        """Return the exact scan of rows: by the workers if these are rows of the feature files.
 
-        A shard without allowed rows is not asked, nor one that did not answer before in the block of `watch`.
+        Args:
+            rows: the rows.
+            device: of scans that are not by the workers.
+        """
+        view = rows.source if isinstance(rows, Subset) else rows
+        scanner = partial(self.scan_rows, view) if isinstance(view, FeatureView) else None
+        return FlatIndex(rows, device, scanner=scanner)
+
+    def search_files(self, queries: Sequence[ListQuery | CodeQuery]) -> list[tuple[Int64, Float32]]:
+        """Return the results of the shards that answered; a shard without allowed rows is not asked.
 
         Raises:
             WorkerError: a shard does not answer, and partial results are not allowed or there are none.
         """
-        coverage: Coverage = getattr(self._local, "coverage", None) or Coverage(self._n_shards)
-        asked = [
-            None if shard in coverage.missing or (query.allowed is not None and not len(query.allowed)) else query
-            for shard, query in enumerate(queries)
-        ]
+        return self._ask([None if _is_empty(query.allowed) else query for query in queries])
+
+    def scan_rows(self, view: FeatureView, query: RowQuery) -> list[list[TopK]]:
+        """Return the results of the shards that answered, for each sign; see `search_files`."""
+        request = ScanRequest(replace(query, allowed=None), None, view.checkpoints, view.cosine)
+        requests: list[ScanRequest | None] = []
+        for ids in self._ids:
+            allowed = query.allowed
+            if allowed is not None:
+                allowed = allowed[slice(*np.searchsorted(allowed, [ids.start, ids.stop]))]
+            if not ids or _is_empty(allowed):
+                requests.append(None)
+            elif allowed is None or len(allowed) == len(ids):
+                requests.append(request)
+            else:
+                # Positions of all rows but a few would be 64 times as large.
+                is_allowed = np.zeros(len(ids), bool)
+                is_allowed[allowed - ids.start] = True
+                requests.append(replace(request, mask=np.packbits(is_allowed)))
+        return self._ask(requests)
+
+    def _ask(self, requests: Sequence[Any | None]) -> list[Any]:
+        """Return the replies to the requests, one for each shard; None: the shard is not asked.
+
+        Nor is a shard that did not answer before in the block of `watch`.
+
+        Raises:
+            WorkerError: a shard does not answer, and partial results are not allowed or there are none.
+        """
+        coverage: Coverage = getattr(self._local, "coverage", None) or Coverage(len(self._ids))
+        asked = [None if shard in coverage.missing else request for shard, request in enumerate(requests)]
         replies = self._group.ask(asked, self._options.deadline_s)
         errors = {shard: reply for shard, reply in enumerate(replies) if isinstance(reply, NoReplyError)}
         found = [reply for reply in replies if reply is not None and not isinstance(reply, NoReplyError)]
@@ -191,7 +314,7 @@ class ShardSearch:
     @contextmanager
     def watch(self) -> Iterator[Coverage]:
         """Record which shards answer the searches of this thread in the block."""
-        self._local.coverage = Coverage(self._n_shards)
+        self._local.coverage = Coverage(len(self._ids))
         try:
             yield self._local.coverage
         finally:
@@ -222,7 +345,7 @@ class ShardSearch:
         Raises:
             WorkerError: a worker does not answer.
         """
-        parts = np.array_split(np.arange(len(request.rows_N)), self._n_shards)
+        parts = np.array_split(np.arange(len(request.rows_N)), len(self._ids))
         requests = [
             replace(request, rows_N=request.rows_N[part], requested_QN=request.requested_QN[:, part])
             if len(part)
@@ -271,40 +394,49 @@ class _WorkerScorer:
 def open_shard_search(
     index: SearchIndex,
     folder: Path,
+    store: FeatureStore,
     task: ShardTask | None,
+    launcher: ServiceLauncher,
     options: ShardOptions,
-    launcher: ServiceLauncher | None = None,
 ) -> ShardSearch:
-    """Start a worker for each shard of an index, and return them.
+    """Start the workers of an index, and return them: one for each file of a split index, or as many as are launched.
 
     Args:
         index: the search index.
         folder: the folder with its files.
+        store: the stored features.
         task: the task by its name; None: it has none, and workers do not compute exact scores.
+        launcher: starts the workers.
         options: see ShardOptions.
-        launcher: starts the workers; None: as processes of this machine.
 
     Raises:
-        UsageError: the index is not one of inverted lists.
         DamagedIndexError: the file of a shard is damaged.
+        UsageError: there is no place for a worker.
         WorkerError: a worker ends while it starts.
     """
-    if not isinstance(index, IVFIndex):
-        what, remedy = (
-            "the index has no shards",
-            "build it with --index ivf --index-shards N, or search without workers",
-        )
-        raise UsageError(problem(what, got=f"the kind {index.kind}", expected="ivf", remedy=remedy))
-    files = index.list_shards(folder.absolute())
-    start = ServiceProcess.start if launcher is None else launcher.start_service
-    # Together, processes of this machine use as many threads as this one, and as much memory for weights.
-    threads = max(1, torch.get_num_threads() // len(files)) if launcher is None else None
-    if task is not None and launcher is not None:
-        task = replace(task, is_remote=True)
-    elif task is not None and task.memory_bytes is not None:
-        task = replace(task, memory_bytes=task.memory_bytes // len(files))
-    services = [ShardService(file, task, threads) for file in files]
-    launches: list[Launch] = [partial(start, service.open) for service in services]
+    files: list[ShardFile | CodeFile | None] = []
+    if isinstance(index, (IVFIndex, CodedScan)) and index.params.shards > 1:
+        files += index.list_shards(folder.absolute())
+    else:
+        files += [None] * launcher.count_services()
+    threads = None
+    if launcher.is_local:
+        # Together, workers of this machine use as many threads as this process, and as much memory for weights.
+        threads = max(1, torch.get_num_threads() // len(files))
+        if task is not None and task.memory_bytes is not None:
+            task = replace(task, memory_bytes=task.memory_bytes // len(files))
+    edges = [store.layout.n_partitions * number // len(files) for number in range(len(files) + 1)]
+    services = [
+        ShardService(file, store.directory.absolute(), store.layout, range(first, last), task, threads)
+        for file, (first, last) in zip(files, itertools.pairwise(edges), strict=True)
+    ]
+    launches: list[Launch] = [
+        partial(launcher.start_service, service.open, number) for number, service in enumerate(services)
+    ]
     group = ServiceGroup(launches, options.restarts)
     group.start()
-    return ShardSearch(group, index, options, has_task=task is not None)
+    return ShardSearch(group, index, services, options)
+
+
+def _is_empty(allowed: Int64 | None) -> bool:
+    return allowed is not None and not len(allowed)

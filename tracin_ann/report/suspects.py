@@ -94,7 +94,7 @@ def build_suspect_views(
                 fields=_list_fields(results, record),
                 share=round(abs(float(record.get("score") or 0)) / largest, 3),
                 loss=builder.build_loss(losses["train", row]) if ("train", row) in losses else None,
-                hit_lists=tuple(HitList(hits.kind, *_HEADINGS[hits.kind], hits.hits) for hits in hit_lists),
+                hit_lists=tuple(_replace_heading(hits, neighbours[row]) for hits in hit_lists),
                 label_counts=tuple(_count_labels(hits) for hits in hit_lists),
             )
         )
@@ -109,6 +109,12 @@ def make_saved_records(records: Sequence[Record], views: Sequence[SuspectView]) 
         row |= {name: value for name, value in record.items() if name not in row}
         saved.append({n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()})
     return saved
+
+
+def _replace_heading(hits: HitList, answer: Answer) -> HitList:
+    heading, caption = _HEADINGS[hits.kind]
+    note = "; partial: shards of the index did not answer" if answer.missing_shards else ""
+    return HitList(hits.kind, heading, caption + note, hits.hits)
 
 
 def _list_fields(results: RowList[Any], record: Record) -> tuple[tuple[str, str], ...]:

@@ -99,7 +99,7 @@ class QueryView:
     """A query with its hits.
 
     `page` is the address of the page of the query, and `link` that of the page of the query and a hit, without the
-    position of the hit at its end; "" if there is none.
+    position of the hit at its end; "" if there is none. `is_partial`: shards of the index did not answer.
     """
 
     anchor: str
@@ -113,6 +113,7 @@ class QueryView:
     hit_lists: tuple[HitList, ...]
     how: str
     is_unlike: bool
+    is_partial: bool = False
     page: str = ""
     link: str = ""
 
@@ -141,6 +142,7 @@ class ViewBuilder:
             hit_lists=self.build_hit_lists(answer, label),
             how=answer.how + (_EXACT if answer.hits and all(hit.is_exact for hit in answer.hits) else ""),
             is_unlike=answer.strange,
+            is_partial=bool(answer.missing_shards),
         )
 
     def build_hit_lists(self, answer: Answer, label: str) -> tuple[HitList, ...]:

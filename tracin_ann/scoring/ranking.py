@@ -141,7 +141,7 @@ class Ranker:
         runner: the task's data and model, for exact scores.
         ids_of: returns the ids of examples for a side and their positions.
         progress: what is called while exact scores are computed.
-        workers: processes that search the shards of the index and compute exact scores; None: this one does.
+        workers: processes that search and scan the shards of the index, and compute exact scores; None: this one does.
     """
 
     store: FeatureStore
@@ -344,7 +344,8 @@ class Ranker:
         elif not all_checkpoints:
             unsupported = "a subset of the checkpoints"
         if unsupported:
-            scan = FlatIndex(score.rows(request.checkpoints), self.runner.options.device)
+            rows, device = score.rows(request.checkpoints), self.runner.options.device
+            scan = FlatIndex(rows, device) if self.workers is None else self.workers.open_scan(rows, device)
             return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
         return choose_strategy(self.record, self.index, self.scan, weighted_QF, options)
 

@@ -1,4 +1,4 @@
-"""Interface of worker processes that search the shards of an index and compute exact scores."""
+"""Interface of worker processes that search and scan the shards of an index and compute exact scores."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from tracin_ann.scoring.exact import Queries, RowScorer
-from tracin_ann.search import SearchIndex
+from tracin_ann.search import FlatIndex, SearchIndex
+from tracin_ann.types import RowSource
 
 
 @dataclass
@@ -16,7 +19,7 @@ class Coverage:
     """The shards that answered the searches of a query.
 
     Attributes:
-        n_shards: number of shards of the index.
+        n_shards: number of shards.
         missing: those that did not answer a search.
         is_asked: whether there was a search.
     """
@@ -45,6 +48,14 @@ class SearchWorkers(Protocol):
     @property
     def index(self) -> SearchIndex:
         """Return the search index, whose shards the workers search."""
+
+    def open_scan(self, rows: RowSource, device: torch.device) -> FlatIndex:
+        """Return the exact scan of rows: by the workers if these are rows of the feature files.
+
+        Args:
+            rows: the rows.
+            device: of scans that are not by the workers.
+        """
 
     def watch(self) -> AbstractContextManager[Coverage]:
         """Return a context that records which shards answer the searches of this thread."""

@@ -17,18 +17,24 @@ from tracin_ann.search.backend import (
 )
 from tracin_ann.search.base import CalibratedIndex, PlacedIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.search.calibration import Calibration, Cost, FirstUseCost, Point, calibrate
+from tracin_ann.search.code_shards import CodeFile, CodeQuery
+from tracin_ann.search.coded_scan import CodedScan
 from tracin_ann.search.diagnosis import Diagnosis, diagnose
-from tracin_ann.search.flat import FlatIndex, Subset
+from tracin_ann.search.flat import FlatIndex, RowQuery, RowScanner, Subset
 from tracin_ann.search.gpu_scan import GpuScan, open_scan
 from tracin_ann.search.inverted_lists import CODES, Codes
 from tracin_ann.search.ivf import IVFIndex
 from tracin_ann.search.list_shards import ListQuery, ShardFile
+from tracin_ann.search.rescored import RescoredIndex
 from tracin_ann.search.settings import IVFParams
 
 __all__ = [
     "CODES",
     "CalibratedIndex",
     "Calibration",
+    "CodeFile",
+    "CodeQuery",
+    "CodedScan",
     "Codes",
     "Cost",
     "Diagnosis",
@@ -42,6 +48,9 @@ __all__ = [
     "NAMES",
     "PlacedIndex",
     "Point",
+    "RescoredIndex",
+    "RowQuery",
+    "RowScanner",
     "SearchIndex",
     "ShardFile",
     "Subset",

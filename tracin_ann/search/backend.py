@@ -12,7 +12,7 @@ from tracin_ann.choices import INDEX_KINDS
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.search.base import CalibratedIndex
 from tracin_ann.search.bounded_scan import BoundedScan, BoundedScanParams
-from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
+from tracin_ann.search.coded_scan import CodedScan, CodedScanParams, list_coded_files
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
 from tracin_ann.search.diagnosis import Diagnosis
 from tracin_ann.search.flat import FlatIndex
@@ -28,6 +28,8 @@ FLAT_BELOW_ROWS = 20_000
 _CLASSES: dict[str, type[CalibratedIndex]] = {
     index.kind: index for index in (IVFIndex, CodedScan, BoundedScan, GraphIndex)
 }
+_LIST_SHARDED = {"ivf": list_ivf_files, "codes": list_coded_files}
+"""Return the names of the files of the kinds that can have shards."""
 _MANY_DIRECTIONS = 150
 """From about this participation ratio on, inverted lists score a tenth of the rows for a recall of .95."""
 _APPROXIMATE = 0.99
@@ -126,7 +128,7 @@ class IndexRequest:
         device: where it is built and searched.
         folder: for intermediate results.
         inputs: identify the rows, as JSON values; results of other inputs are not resumed.
-        shards: number of files over which inverted lists are split.
+        shards: number of files over which inverted lists, or the codes of a coded scan, are split.
     """
 
     seed: int
@@ -143,7 +145,8 @@ def build_index(
     """Build an index of a kind other than `flat`; `progress` is called with (rows done, rows)."""
     lists = IVFParams(seed=request.seed, codes=request.codes, shards=request.shards)
     if kind == "codes":
-        return CodedScan.build(source, CodedScanParams(seed=request.seed), request.device, progress)
+        params = CodedScanParams(seed=request.seed, shards=request.shards)
+        return CodedScan.build(source, params, request.device, progress)
     if kind == "bounds":
         return BoundedScan.build(source, BoundedScanParams(seed=request.seed), request.device, progress)
     if kind == "graph":
@@ -184,8 +187,8 @@ def list_files(kind: str, shards: int = 1) -> tuple[str, ...]:
     """
     if kind not in NAMES:
         raise ValueError(f"an index {kind!r}")
-    if kind == "ivf" and shards >= 1:
-        return list_ivf_files(shards)
+    if kind in _LIST_SHARDED and shards >= 1:
+        return _LIST_SHARDED[kind](shards)
     if shards != 1:
         raise ValueError(f"an index {kind!r} in {shards} shards")
     return () if kind == "flat" else _CLASSES[kind].FILES

@@ -2,29 +2,33 @@
 
 For rows without clusters, such as the features of language models: lists would have to be probed for a large part of
 the rows. The codes are so short that a scan of all of them takes a small part of the time of a scan of the rows.
-See `product_codes` for the codes and `rescored` for the rest of a search.
+See `product_codes` for the codes, `code_shards` for their files and `rescored` for the rest of a search.
 
 Shapes: N rows, Q queries, M candidates, F feature dimension, R reduced dimension.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tracin_ann.errors import DamagedIndexError, attach_path, problem
 from tracin_ann.files import open_regular, read_json, read_npz, read_record, report_damage
 from tracin_ann.search.clustering import stratified_ids, survey
+from tracin_ann.search.code_shards import CodeFile, CodeScanner, CodeShards, list_code_files
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile
-from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, ProductCodes
+from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder
 from tracin_ann.search.reduction import (
     Reduction,
     fit_reduction,
@@ -54,11 +58,13 @@ class CodedScanParams:
         width: largest number of dimensions to which rows are reduced; None: 3 per code of 4 bits.
         bits: largest number of bits of the codes of a row.
         seed: seed of the training sample, the reduction and the centroids.
+        shards: number of files over which the rows are split by their ids.
     """
 
     width: int | None = None
     bits: int = 2048
     seed: int = 0
+    shards: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -70,6 +76,7 @@ class CodedScanParams:
             ("width", self.width, self.width is None or self.width >= 1, "at least 1"),
             ("bits", self.bits, self.bits >= _LEAST_BITS, f"at least {_LEAST_BITS}"),
             ("seed", self.seed, self.seed >= 0, "0 or more"),
+            ("shards", self.shards, self.shards >= 1, "at least 1"),
         )
 
     @property
@@ -90,10 +97,11 @@ class CodedScanParams:
 
 @dataclass(frozen=True, kw_only=True)
 class _Caption(Caption):
-    """The content of the JSON file beside the codes."""
+    """The content of the JSON file beside the codes; `others` are the files of all shards but the first."""
 
     params: CodedScanParams
     codes: WrittenFile
+    others: tuple[WrittenFile, ...] = ()
     caption: str = _CAPTION
     version: int = _VERSION
 
@@ -102,7 +110,7 @@ class _Caption(Caption):
 class _Parts:
     """Codes, parameters, and the exponent of the scale of rows (see `Survey.shift`)."""
 
-    codes: ProductCodes
+    codes: CodeShards
     params: CodedScanParams
     shift: int
 
@@ -115,7 +123,8 @@ class CodedScan(RescoredIndex):
 
     kind = "codes"
     name = "coded scan"
-    FILES = ("codes.faiss", "codes.npz", "codes.json")
+    OTHER_FILES = ("codes.npz", "codes.json")
+    FILES = ("codes.faiss", *OTHER_FILES)
     # Codes of language models' features are coarse: with 1.25, 1.5% of the true opponents among 1,000 are missed.
     candidates_per_result = 2.0
     rescores_budget = True
@@ -126,6 +135,8 @@ class CodedScan(RescoredIndex):
         """Wrap codes; use `build` or `load` to create an index."""
         super().__init__(source, reduction, uncoded, device)
         self._parts = parts
+        if parts.params.shards > 1:
+            self._codes_name = "the file of a shard"
         self.settings = (Setting(_DEFAULT_CANDIDATES),) * 2
 
     @classmethod
@@ -159,21 +170,25 @@ class CodedScan(RescoredIndex):
         layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), params.n_codes)
         reduction, sample_BR = _rotate(reduction, sample_BR, layout.make_rotation(params.seed))
         coder = ProductCoder.train(sample_BR, layout, params.seed)
+        coders = [coder, *(coder.make_empty_copy() for _ in range(1, params.shards))]
+        first_id_S = _split_ids(measured.ids_N[measured.listed_N], params.shards)
         start = 0
         for ids_B, rows_BF in source.blocks(block_rows):
             coded_B = measured.listed_N[start : start + len(ids_B)]
-            coder.add(reduction.apply(scale_rows(rows_BF[coded_B], measured.shift)), ids_B[coded_B])
+            id_B, row_BR = ids_B[coded_B], reduction.apply(scale_rows(rows_BF[coded_B], measured.shift))
+            edges = [0, *np.searchsorted(id_B, first_id_S[1:]).tolist(), len(id_B)]
+            for each, (first, last) in zip(coders, itertools.pairwise(edges), strict=True):
+                each.add(row_BR[first:last], id_B[first:last])
             start += len(ids_B)
             if progress is not None:
                 progress(start, len(source))
-        return cls(
-            source, reduction, UncodedRows.find(measured), device, _Parts(coder.finish(), params, measured.shift)
-        )
+        shards = CodeShards.hold([each.finish() for each in coders], first_id_S)
+        return cls(source, reduction, UncodedRows.find(measured), device, _Parts(shards, params, measured.shift))
 
     @classmethod
     def load(cls, directory: Path, source: RowSource, device: torch.device) -> Self:
         """Return the index that `save` wrote, see `RescoredIndex.load`."""
-        codes_path, arrays_path, caption_path = (Path(directory) / name for name in cls.FILES)
+        arrays_path, caption_path = (Path(directory) / name for name in cls.OTHER_FILES)
         expected = "a file written by a build"
         content = read_json(caption_path, REMEDY)
         with report_damage(caption_path, expected, REMEDY):
@@ -182,15 +197,18 @@ class CodedScan(RescoredIndex):
             arrays = read_npz(file)
             reduction, outliers = unpack_reduction(arrays, source.dim, caption.energy)
             layout = Layout(arrays["size_C"])
-            factor_N = arrays["factor_N"]
-        with report_damage(codes_path, expected, REMEDY):
-            codes = ProductCodes.load(codes_path, caption.codes, layout, factor_N)
+            factors, first_id_S = _unpack_shards(arrays, caption.params.shards)
+        paths = [Path(directory) / name for name in list_code_files(caption.params.shards)]
+        with report_damage(caption_path, expected, REMEDY):
+            written = zip(paths, (caption.codes, *caption.others), factors, strict=True)
+            files = [CodeFile(path, each, layout, factor_N) for path, each, factor_N in written]
+        codes = CodeShards.load(files, first_id_S)
         got = caption.rows, layout.width, len(codes)
         consistent = len(source), reduction.width, len(source) - caption.quiet_rows - len(outliers)
         if got != consistent:
             raise DamagedIndexError(
                 problem(
-                    f"{caption_path} does not belong to {codes_path.name}, {arrays_path.name} and the features",
+                    f"{caption_path} does not belong to {paths[0].name}, {arrays_path.name} and the features",
                     got=f"rows, dimensions, rows with codes {got}",
                     expected=str(consistent),
                     remedy=REMEDY,
@@ -201,15 +219,20 @@ class CodedScan(RescoredIndex):
 
     def save(self, directory: Path) -> None:
         """Write the files `FILES`, see `RescoredIndex.save`."""
-        codes_path, arrays_path, caption_path = (Path(directory) / name for name in self.FILES)
+        arrays_path, caption_path = (Path(directory) / name for name in self.OTHER_FILES)
         codes = self._parts.codes
         arrays = pack_reduction(self._reduction, self._uncoded.outliers)
+        arrays |= {"size_C": codes.layout.size_C, "factor_N": np.concatenate(codes.factors)}
+        if self.params.shards > 1:
+            arrays |= {"first_id_S": codes.first_id_S, "rows_S": np.array(list(map(len, codes.factors)))}
         with attach_path(arrays_path):
-            np.savez(arrays_path, allow_pickle=False, **arrays, size_C=codes.layout.size_C, factor_N=codes.factor_N)
+            np.savez(arrays_path, allow_pickle=False, **arrays)
+        first, *others = codes.save([Path(directory) / name for name in list_code_files(self.params.shards)])
         caption = _Caption(
             **self._describe_rows(self._parts.shift),
             params=self.params,
-            codes=codes.save(codes_path),
+            codes=first,
+            others=tuple(others),
         )
         with attach_path(caption_path):
             caption_path.write_text(json.dumps(dataclasses.asdict(caption)) + "\n", encoding="utf-8")
@@ -217,22 +240,29 @@ class CodedScan(RescoredIndex):
     def find_faults(self, sample: int, seed: int) -> list[str]:
         """Compare the codes with the source, see `RescoredIndex.find_faults`."""
         codes = self._parts.codes
-        found = self._compare_ids(codes.ids_N)
+        coded_N = codes.list_ids()
+        found, misplaced = self._compare_ids(coded_N), codes.count_misplaced()
+        if misplaced:
+            found.append(f"{misplaced:,} rows are in the file of another shard")
         if found:
             return found
         random = np.random.default_rng(seed)
-        ids = np.sort(random.permutation(codes.ids_N)[:sample])
+        ids = np.sort(random.permutation(coded_N)[:sample])
         wrong = 0
         for at in range(0, len(ids), _ROWS_AT_ONCE):
             rows_BF = scale_rows(self._source.take(ids[at : at + _ROWS_AT_ONCE]), self._parts.shift)
             wrong += codes.count_wrong(self._reduction.apply(rows_BF), ids[at : at + _ROWS_AT_ONCE])
         return [f"of {len(ids):,} rows checked, {wrong:,} have wrong codes"] if wrong else []
 
-    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
-        """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
-        other = type(self)(self._source, self._reduction, self._uncoded, self._device, self._parts)
-        other.settings = proponents, opponents or proponents
+    def with_scanner(self, scanner: CodeScanner) -> Self:
+        """Return an index with the same settings, whose codes `scanner` searches, shard by shard."""
+        other = copy.copy(self)
+        other._parts = dataclasses.replace(self._parts, codes=self._parts.codes.with_scanner(scanner))
         return other
+
+    def list_shards(self, directory: Path) -> list[CodeFile]:
+        """Return the files of the shards of a loaded index, which are in the directory."""
+        return [dataclasses.replace(file, path=Path(directory) / file.path.name) for file in self._parts.codes.files]
 
     def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
         """Yield numbers of candidates, each twice the one before."""
@@ -259,6 +289,36 @@ class CodedScan(RescoredIndex):
         """Return the candidates, and the numbers of codes and candidates, see `RescoredIndex`."""
         ids_QM = self._parts.codes.scan(reduced_QR, n_candidates, allowed)
         return ids_QM, len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
+
+
+def list_coded_files(n_shards: int) -> tuple[str, ...]:
+    """Return the names of the files of an index with this many shards."""
+    return (*list_code_files(n_shards), *CodedScan.OTHER_FILES)
+
+
+def _split_ids(ids_N: Int64, n_shards: int) -> Int64:
+    """Return the first id of each of several shards of about equal numbers of rows with these ids, increasing."""
+    if not len(ids_N):
+        return np.zeros(n_shards, np.int64)
+    return ids_N[np.arange(n_shards) * len(ids_N) // n_shards]
+
+
+def _unpack_shards(arrays: Mapping[str, npt.NDArray[Any]], n_shards: int) -> tuple[list[Float32], Int64]:
+    """Return the factors of the rows of each shard, and the first ids.
+
+    Raises:
+        ValueError: they are not those of this many shards.
+    """
+    factor_N = arrays["factor_N"]
+    if n_shards == 1:
+        return [factor_N], np.zeros(1, np.int64)
+    first_id_S, rows_S = arrays["first_id_S"], arrays["rows_S"]
+    for array in (first_id_S, rows_S):
+        if array.dtype != np.int64 or array.shape != (n_shards,) or (array < 0).any():
+            raise ValueError(f"shards of {array.dtype} {array.shape}")
+    if (np.diff(first_id_S) < 0).any() or rows_S.sum() != len(factor_N):
+        raise ValueError("shards that are not those of the rows")
+    return np.split(factor_N, rows_S.cumsum()[:-1]), first_id_S
 
 
 def _rotate(reduction: Reduction, sample_BR: Float32, rotation_WW: Float32) -> tuple[Reduction, Float32]:

@@ -1,6 +1,7 @@
 """Exact search: inner products of all rows of a source with all queries, by float32 matrix products in blocks.
 
-On a CPU, a source that is also `StoredRows` is scanned in its stored format, without a decoded copy of the rows.
+On a CPU, a source that is also `StoredRows` is scanned in its stored format, without a decoded copy of the rows. Other
+processes can scan parts of it, see `RowQuery`.
 
 Shapes: N rows, B rows of a block, S rows of the blocks whose scores are in memory, Q queries, F feature dimension,
 K results.
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from tracin_ann.device import free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.stored_scores import StoredScorer
-from tracin_ann.search.topk import best_positions, from_padded, negate
+from tracin_ann.search.topk import best_positions, from_padded, make_empty, merge, negate
 from tracin_ann.types import Float32, Int64, LazyRows, PendingReads, RowSource, StoredRows, TopK
 
 Sign = Literal[1, -1]
@@ -38,6 +40,36 @@ _RESIDENT_SHARE = 0.5
 """Rows stay in an accelerator's memory if they need at most this share of its free memory."""
 
 
+@dataclass(frozen=True, eq=False)
+class RowQuery:
+    """A scan of a part of the stored rows of a `FlatIndex`, for the rows of largest sign × inner product.
+
+    Attributes:
+        queries_QF: float32 queries.
+        k: results per query.
+        signs: of the inner products.
+        allowed: int64 ids, increasing, to which the results are restricted; None: all.
+    """
+
+    queries_QF: Float32
+    k: int
+    signs: tuple[Sign, ...]
+    allowed: Int64 | None
+
+    def run(self, source: RowSource) -> list[TopK]:
+        """Return the results for each sign on the CPU; scores can be NaN or infinite.
+
+        A score has the same bits as in a scan of all rows if blocks of stored rows begin at the same rows.
+        """
+        rows = source if self.allowed is None else Subset(source, self.allowed)
+        scan = FlatIndex(rows, torch.device("cpu"), takes_few=False)
+        return scan.find(self.queries_QF, self.k, self.signs)
+
+
+RowScanner = Callable[[RowQuery], Sequence[Sequence[TopK]]]
+"""Scans parts of the rows; returns, for each part that was scanned, the results for each sign."""
+
+
 class FlatIndex:
     """The exact scan of a `RowSource`, without index files.
 
@@ -46,17 +78,29 @@ class FlatIndex:
 
     kind = "flat"
 
-    def __init__(self, source: RowSource, device: torch.device, block_rows: int = 8192) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        device: torch.device,
+        block_rows: int = 8192,
+        *,
+        scanner: RowScanner | None = None,
+        takes_few: bool = True,
+    ) -> None:
         """Store the arguments; rows are read by the first search.
 
         Args:
             source: the rows.
             device: device of the matrix products.
             block_rows: rows read and multiplied at a time.
+            scanner: scans the stored rows of the source elsewhere, except few of them; None: this process does.
+            takes_few: whether few stored rows are read by id, instead of a scan of all of them.
         """
         self._source = source
         self._device = device
         self._block_rows = block_rows
+        self._scanner = scanner
+        self._takes_few = takes_few
         self._resident: list[tuple[Int64, Tensor]] | None = None
 
     @property
@@ -84,12 +128,15 @@ class FlatIndex:
         return self._resident is not None
 
     def describe_place(self, k: int, allowed: Int64 | None = None) -> str:
-        """Return where a search runs, as text for users; "" for a CPU."""
-        return "" if self._device.type == "cpu" else f"scanned on {self._device} by PyTorch"
+        """Return where a search runs, as text for users; "" for a CPU and for other processes."""
+        is_here = self._scanner is None and self._device.type != "cpu"
+        return f"scanned on {self._device} by PyTorch" if is_here else ""
 
     def pending_reads(self) -> PendingReads:
-        """Return what the next scan has to do once: files to open and bytes to verify."""
-        return self._source.pending_reads() if isinstance(self._source, LazyRows) else PendingReads()
+        """Return what the next scan has to do once in this process: files to open and bytes to verify."""
+        if self._scanner is None and isinstance(self._source, LazyRows):
+            return self._source.pending_reads()
+        return PendingReads()
 
     def without_resident_rows(self) -> FlatIndex:
         """Return the scan of the same rows, none of which is in an accelerator's memory, as a query creates it."""
@@ -112,7 +159,22 @@ class FlatIndex:
         self, queries_QF: Float32, k: int, signs: Sequence[Sign], allowed: Int64 | None = None
     ) -> list[TopK]:
         """Return the k rows of largest sign × inner product for each sign, from one pass over the rows."""
-        return self._restrict(allowed)._scan(queries_QF, k, signs)
+        queries_QF = check_queries(self, queries_QF, k)
+        restricted = self._restrict(allowed)
+        source, ids = _find_stored_rows(restricted.source)
+        if self._scanner is None or source is None or self._is_few(source, ids, len(queries_QF)):
+            found = restricted.find(queries_QF, k, signs)
+        else:
+            parts = self._scanner(RowQuery(queries_QF, k, tuple(signs), ids))
+            found = [_merge_parts([part[at] for part in parts], k, len(queries_QF)) for at in range(len(signs))]
+        for top in found:
+            _check_scores(top)
+        return found
+
+    def _is_few(self, source: StoredRows, ids: Int64 | None, n_queries: int) -> bool:
+        """Return whether some rows of a source are so few that they are read by id."""
+        share = _TAKEN_SHARES[n_queries >= _MANY_QUERIES]
+        return self._takes_few and ids is not None and len(ids) < share * len(source)
 
     def _restrict(self, allowed: Int64 | None) -> FlatIndex:
         """Return the scan of the allowed rows."""
@@ -120,14 +182,14 @@ class FlatIndex:
             return self
         return FlatIndex(Subset(self._source, allowed), self._device, self._block_rows)
 
-    def _scan(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
-        """Return the best k of sign × inner product for each sign."""
+    def find(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
+        """Return the best k of sign × inner product for each sign, computed here; scores can be NaN or infinite."""
         # Threads of the scan are in PyTorch's default mode, in which tensors of the inference mode cannot be written.
         with torch.inference_mode(False):
             return self._scan_in_default_mode(queries_QF, k, signs)
 
     def _scan_in_default_mode(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
-        queries = torch.from_numpy(check_queries(self, queries_QF, k)).to(self._device)
+        queries = torch.from_numpy(queries_QF).to(self._device)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
         found: list[list[_RunningBest]] = [[] for _ in signs]
         for at in range(0, len(queries), at_once):
@@ -151,9 +213,7 @@ class FlatIndex:
         """
         queries_QF = queries_QF.to(self._device)
         source, ids = _find_stored_rows(self._source)
-        share = _TAKEN_SHARES[len(queries_QF) >= _MANY_QUERIES]
-        few = ids is not None and source is not None and len(ids) < share * len(source)
-        if source is None or few or self._device.type != "cpu":
+        if source is None or self._device.type != "cpu" or self._is_few(source, ids, len(queries_QF)):
             blocks = ((ids_B, partial(_multiply, queries_QF, rows_BF)) for ids_B, rows_BF in self._blocks())
             yield from self._fill(len(queries_QF), blocks, lambda: None)
             return
@@ -192,9 +252,8 @@ class FlatIndex:
         """Return the results of all chunks of queries."""
         ids = [chunk.ids_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.int64)]
         scores = [chunk.scores_QK.cpu().numpy() for chunk in chunks] or [np.zeros((0, 0), np.float32)]
-        ids_QK, scores_QK = np.concatenate(ids), np.concatenate(scores)
-        check_finite(ids_QK, scores_QK)
-        return from_padded(ids_QK, scores_QK, k, np.full(len(ids_QK), len(self), dtype=np.int64))
+        ids_QK = np.concatenate(ids)
+        return from_padded(ids_QK, np.concatenate(scores), k, np.full(len(ids_QK), len(self), dtype=np.int64))
 
     def _blocks(self) -> Iterator[tuple[Int64, Tensor]]:
         """Yield (ids [B], rows [B, F] on the device) by increasing id."""
@@ -288,6 +347,24 @@ def as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tenso
     """Return a tensor that shares the array's memory, or a copy if the array is read-only or not contiguous."""
     contiguous = np.ascontiguousarray(array)
     return torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
+
+
+def _merge_parts(parts: Sequence[TopK], k: int, n_queries: int) -> TopK:
+    """Return the best k of the parts of a scan.
+
+    Raises:
+        NonFiniteError: a score is NaN, which a merge would rank last, and a scan of all rows reports.
+    """
+    for part in parts:
+        _check_scores(part, np.isnan)
+    return merge([make_empty(n_queries), *parts], k)
+
+
+def _check_scores(top: TopK, is_bad: Callable[[Float32], npt.NDArray[np.bool_]] = lambda s: ~np.isfinite(s)) -> None:
+    for ids, scores in zip(top.ids, top.scores, strict=True):
+        bad = is_bad(scores)
+        if bad.any():
+            check_finite(ids[bad], scores[bad])
 
 
 def check_finite(ids: Int64, scores: Float32) -> None:

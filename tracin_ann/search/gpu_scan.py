@@ -92,6 +92,11 @@ class GpuScan:
         self._last = threading.local()
 
     @property
+    def device(self) -> torch.device:
+        """Return the device of scans by PyTorch."""
+        return self._exact.device
+
+    @property
     def source(self) -> RowSource:
         """Return the rows."""
         return self._exact.source

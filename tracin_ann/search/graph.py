@@ -255,12 +255,6 @@ class GraphIndex(RescoredIndex):
         off = int((np.abs(own_BR - rounded_BR) > 1.01 * step_R).any(axis=1).sum())
         return [f"of {len(chosen):,} rows checked, {off:,} have wrong codes"] if off else []
 
-    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> GraphIndex:
-        """Return an index with the same graph and these settings; without `opponents`, one setting for both."""
-        other = GraphIndex(self._source, self._reduction, self._uncoded, self._device, self._parts)
-        other.settings = proponents, opponents or proponents
-        return other
-
     def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
         """Yield beams, each √2 times the one before."""
         beam = float(_SMALLEST_BEAM)

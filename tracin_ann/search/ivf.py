@@ -7,6 +7,7 @@ Shapes: N rows, Q queries, L lists, W lists per query, M candidates, K results, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -200,16 +201,11 @@ class IVFIndex(RescoredIndex):
             found.append(f"of {seen:,} rows checked, {off:,} have wrong codes and {moved:,} are in wrong lists")
         return found
 
-    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> IVFIndex:
-        """Return an index with the same lists and these settings; without `opponents`, one setting for both."""
-        other = IVFIndex(self._source, self._reduction, self._uncoded, self._device, self._parts)
-        other.settings = proponents, opponents or proponents
-        return other
-
     def with_scanner(self, scanner: Scanner) -> IVFIndex:
         """Return an index with the same settings, whose lists `scanner` searches, shard by shard."""
-        parts = replace(self._parts, lists=self._parts.lists.with_scanner(scanner))
-        return IVFIndex(self._source, self._reduction, self._uncoded, self._device, parts).with_settings(*self.settings)
+        other = copy.copy(self)
+        other._parts = replace(self._parts, lists=self._parts.lists.with_scanner(scanner))
+        return other
 
     def propose_settings(self, recall_of: Callable[[Setting], float]) -> Iterator[Sequence[Setting]]:
         """Yield settings of increasing budget; α is the one with the highest recall at the default budget."""

@@ -182,6 +182,10 @@ class ProductCoder:
             self._index.ntotal += len(factor_B)
             self._factors.append(factor_B)
 
+    def make_empty_copy(self) -> ProductCoder:
+        """Return a coder with the same centroids, and without rows."""
+        return ProductCoder(self._quantizer, self.layout)
+
     def finish(self) -> ProductCodes:
         """Return the codes of all rows."""
         scanned = import_faiss().IndexIVFPQFastScan(self._index, _BLOCK)
@@ -280,8 +284,10 @@ class ProductCodes:
                 packer.unpack_1_c(self._index.invlists.get_codes(number), offset, faiss.swig_ptr(codes[place]))
         return codes
 
-    def scan(self, queries_QR: Float32, n_candidates: int, allowed: Int64 | None = None) -> Int64:
-        """Return the ids of the best rows by their codes, int64 [Q, M], unordered; −1: padding.
+    def scan(self, queries_QR: Float32, n_candidates: int, allowed: Int64 | None = None) -> tuple[Int64, Float32]:
+        """Return (ids int64, estimated scores float32) [Q, M] of the best rows by their codes, unordered.
+
+        The id of padding is −1, and its score −infinity.
 
         Args:
             queries_QR: float32.
@@ -294,10 +300,12 @@ class ProductCodes:
         step = 1 if len(padded) <= _FEW_QUERIES else step
         selector = make_selector(allowed, len(self))
         found = [self._scan(padded[at : at + step], n_candidates, selector) for at in range(0, len(padded), step)]
-        return np.concatenate([np.zeros((0, n_candidates), np.int64), *found])
+        nothing = np.zeros((0, n_candidates), np.int64), np.zeros((0, n_candidates), np.float32)
+        ids_QM, scores_QM = (np.concatenate(arrays) for arrays in zip(nothing, *found, strict=True))
+        return ids_QM, scores_QM
 
-    def _scan(self, padded: Float32, n_candidates: int, selector: Selector | None) -> Int64:
-        """Return the ids [Q, M] for padded queries; M is at most the number of rows."""
+    def _scan(self, padded: Float32, n_candidates: int, selector: Selector | None) -> tuple[Int64, Float32]:
+        """Return (ids, scores) [Q, M] for padded queries; M is at most the number of rows."""
         ids, scores = [np.zeros((len(padded), 0), np.int64)], [np.zeros((len(padded), 0), np.float32)]
         for number in range(_LISTS):
             k = min(_OVERSAMPLING * n_candidates, int(self._index.invlists.list_size(number)))
@@ -310,8 +318,12 @@ class ProductCodes:
                 scores_QK[is_padding_QK] = -np.inf
                 ids.append(ids_QK)
                 scores.append(scores_QK)
-        ids_QX, scores_QX = np.concatenate(ids, axis=1), np.concatenate(scores, axis=1)
-        if n_candidates < ids_QX.shape[1]:
-            best_QM = np.argpartition(-scores_QX, n_candidates - 1, axis=1)[:, :n_candidates]
-            ids_QX = np.take_along_axis(ids_QX, best_QM, axis=1)
-        return ids_QX
+        return select_candidates(np.concatenate(ids, axis=1), np.concatenate(scores, axis=1), n_candidates)
+
+
+def select_candidates(ids_QX: Int64, scores_QX: Float32, n_candidates: int) -> tuple[Int64, Float32]:
+    """Return the ids and scores of the best candidates [Q, M], unordered; all if there are fewer than M."""
+    if n_candidates < ids_QX.shape[1]:
+        best_QM = np.argpartition(-scores_QX, n_candidates - 1, axis=1)[:, :n_candidates]
+        return np.take_along_axis(ids_QX, best_QM, axis=1), np.take_along_axis(scores_QX, best_QM, axis=1)
+    return ids_QX, scores_QX

@@ -9,13 +9,14 @@ Shapes: N rows, Q queries, M candidates, K results, F feature dimension, R reduc
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.search.base import CalibratedIndex, check_queries
 from tracin_ann.search.clustering import Survey
-from tracin_ann.search.flat import FlatIndex, Sign, check_finite
+from tracin_ann.search.flat import FlatIndex, RowScanner, Sign, check_finite
 from tracin_ann.search.reduction import Reduction, normalize
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import concatenate, from_padded, merge, negate
@@ -105,6 +106,19 @@ class RescoredIndex(CalibratedIndex):
         self._source, self._reduction, self._uncoded, self._device = source, reduction, uncoded, device
         self._last = threading.local()
         self._codes_name = self.FILES[0]
+        self._row_scanner: RowScanner | None = None
+
+    def with_settings(self, proponents: Setting, opponents: Setting | None = None) -> Self:
+        """Return an index with the same codes and these settings; without `opponents`, one setting for both."""
+        other = copy.copy(self)
+        other.settings = proponents, opponents or proponents
+        return other
+
+    def with_row_scanner(self, scanner: RowScanner) -> Self:
+        """Return an index with the same codes and settings, whose exact scans `scanner` runs; see `FlatIndex`."""
+        other = copy.copy(self)
+        other._row_scanner = scanner
+        return other
 
     @abstractmethod
     def _find_candidates(
@@ -197,7 +211,7 @@ class RescoredIndex(CalibratedIndex):
         if self._device.type == "cpu":
             return ""
         if self.will_scan(k, allowed):
-            return f"scanned on {self._device} by PyTorch"
+            return FlatIndex(self._source, self._device, scanner=self._row_scanner).describe_place(k, allowed)
         return self._describe_code_search(k, allowed)
 
     def _describe_code_search(self, k: int, allowed: Int64 | None) -> str:
@@ -244,7 +258,7 @@ class RescoredIndex(CalibratedIndex):
     ) -> dict[Sign, TopK]:
         """Return the results of an exact scan, by sign of the direction."""
         signs = [d.sign for d in directions]
-        scan = FlatIndex(self._source, self._device)
+        scan = FlatIndex(self._source, self._device, scanner=self._row_scanner)
         return dict(zip(signs, scan.search_signs(queries_QF, k, signs, allowed), strict=True))
 
     def _search_codes(

@@ -76,6 +76,12 @@ def merge(parts: Sequence[TopK], k: int) -> TopK:
     )
 
 
+def make_empty(n_queries: int) -> TopK:
+    """Return no results for these many queries."""
+    nothing = (np.zeros(0, np.int64),) * n_queries, (np.zeros(0, np.float32),) * n_queries
+    return TopK(*nothing, np.zeros(n_queries, np.int64))
+
+
 def concatenate(parts: Sequence[TopK]) -> TopK:
     """Return the results of several batches of queries, one batch after the other."""
     return TopK(

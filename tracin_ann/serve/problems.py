@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from tracin_ann.distributed import NoReplyError
 from tracin_ann.errors import (
     BusyIndexError,
     DamagedIndexError,
@@ -73,6 +74,7 @@ _STATUS: dict[type[TracinAnnError], HTTPStatus] = {
     TooManyJobsError: HTTPStatus.TOO_MANY_REQUESTS,
     BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     BusyIndexError: HTTPStatus.SERVICE_UNAVAILABLE,
+    NoReplyError: HTTPStatus.SERVICE_UNAVAILABLE,
     DamagedIndexError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
@@ -106,7 +108,7 @@ def make_response(
     """
     status, record = status or int(find_status(error)), make_error_record(error)
     added: dict[str, str] = (
-        {"Retry-After": str(RETRY_SECONDS)} if isinstance(error, TooManyJobsError | BusyError) else {}
+        {"Retry-After": str(RETRY_SECONDS)} if isinstance(error, TooManyJobsError | BusyError | NoReplyError) else {}
     )
     added |= headers or {}
     if request.url.path.startswith("/api/"):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tracin_ann.choices import SideName
+from tracin_ann.distributed import ServiceLauncher, ShardOptions
 from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowText
@@ -50,6 +51,8 @@ class IndexLocation:
     device: str = "auto"
     batch_size: int = 64
     memory_bytes: int | None = None
+    launcher: ServiceLauncher | None = None
+    shard_options: ShardOptions | None = None
 
     def open(self) -> InfluenceIndex:
         """Open the current generation and its task; without the task, only what is stored can be shown."""
@@ -60,6 +63,8 @@ class IndexLocation:
             device=self.device,
             batch_size=self.batch_size,
             memory_bytes=self.memory_bytes,
+            launcher=self.launcher,
+            shard_options=self.shard_options,
         )
         try:
             # Before a writer appends to the index, whose data then have more rows than this generation.
@@ -240,9 +245,10 @@ class Service:
         yield Reader(self, self._index)
 
     def close(self) -> None:
-        """Cancel the jobs, and wait for the pass that is being answered."""
+        """Cancel the jobs, wait for the pass that is being answered, and close the index."""
         self.jobs.close()
         self._thread.shutdown(cancel_futures=True)
+        self._index.close()
 
     def check_limits(self, n_queries: int, options: QueryOptions) -> None:
         """Check a query against the limits.

@@ -19,7 +19,13 @@ from tracin_ann.store.exclusions import (
     write_unlisted,
 )
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord
-from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout, choose_partition_rows
+from tracin_ann.store.feature_store import (
+    FeatureStore,
+    FeatureView,
+    PartitionRows,
+    StoreLayout,
+    choose_partition_rows,
+)
 from tracin_ann.store.generations import (
     BuildStart,
     agree_on_record,
@@ -89,6 +95,7 @@ __all__ = [
     "Manifest",
     "NextGeneration",
     "ParameterSpec",
+    "PartitionRows",
     "RowFilter",
     "RowTable",
     "ScoreRecord",

@@ -376,15 +376,22 @@ class FeatureView:
                     file.read(at - first, stop - first, out_ND=out_ND, unit=self.cosine)
                 yield np.arange(at, stop, dtype=np.int64), row_NF
 
-    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart]]]:
+    def stored_blocks(
+        self, block_rows: int, partitions: range | None = None
+    ) -> Iterator[tuple[Int64, list[StoredPart]]]:
         """Yield (ids [n], one part for each checkpoint), n ≤ block_rows; no block spans two partitions.
+
+        Args:
+            block_rows: rows of a block.
+            partitions: those whose rows are read; None: all.
 
         Raises:
             DamagedIndexError: a row is altered.
         """
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}")
-        for partition, (first, last) in enumerate(self.store.partitions()):
+        for partition in range(self.store.layout.n_partitions) if partitions is None else partitions:
+            first, last = self.store.layout.rows(partition)
             files = self._open_partition(partition)
             for at in range(first, last, block_rows):
                 stop = min(at + block_rows, last)
@@ -466,3 +473,42 @@ class FeatureView:
     def _open_partition(self, partition: int) -> list[FeatureFile]:
         """Return the files of a partition, one for each checkpoint."""
         return self.store.files([(partition, checkpoint) for checkpoint in self.checkpoints])
+
+
+@dataclass(frozen=True)
+class PartitionRows:
+    """The rows of consecutive partitions of a view, as a `RowSource` with the same ids and blocks."""
+
+    view: FeatureView
+    partitions: range
+
+    @property
+    def dim(self) -> int:
+        """Return F."""
+        return self.view.dim
+
+    @property
+    def ids(self) -> range:
+        """Return the ids of the rows."""
+        layout = self.view.store.layout
+        ends = [layout.rows(partition) for partition in self.partitions]
+        return range(ends[0][0], ends[-1][1]) if ends else range(0)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.ids)
+
+    def blocks(self, block_rows: int, start: int = 0) -> Iterator[tuple[Int64, Float32]]:
+        """Yield (ids [n], rows [n, F]) from position `start` on, n ≤ block_rows; no block spans two partitions."""
+        for ids_B, rows_BF in self.view.blocks(block_rows, self.ids.start + start):
+            if ids_B[0] >= self.ids.stop:
+                return
+            yield ids_B, rows_BF
+
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart]]]:
+        """Yield (ids [n], one part for each checkpoint), n ≤ block_rows, as the view does."""
+        return self.view.stored_blocks(block_rows, self.partitions)
+
+    def take(self, ids: Sequence[int] | Int64) -> Float32:
+        """Return float32 rows [K, F] in the order of `ids`, which may be any of the view."""
+        return self.view.take(ids)

@@ -86,7 +86,7 @@ class IndexRecord:
         codes: how inverted lists store rows; empty for other kinds.
         requested: the kind that the build asked for, such as `auto`; empty if an earlier version built the index.
         score: the score whose recall was measured, and that searches use the index for.
-        shards: number of files over which inverted lists are split by ranges of rows.
+        shards: number of files over which inverted lists or codes are split by ranges of rows.
     """
 
     kind: str

@@ -48,11 +48,12 @@ class ComparedList:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one query."""
+    """Two answers to one query; `is_partial`: shards of an index did not answer."""
 
     name: str
     example: ExampleView
     lists: tuple[ComparedList, ...]
+    is_partial: bool
 
 
 async def show_comparison(context: Context, asked: Asked, reader: Reader) -> Reply:
@@ -131,6 +132,7 @@ def compare_answers(examples: Examples, pairs: Sequence[tuple[Answer, Answer]]) 
                 _compare_hits(examples, kind, heading, _choose(one, kind), _choose(other, kind))
                 for kind, heading in _KINDS
             ),
+            is_partial=bool(one.missing_shards or other.missing_shards),
         )
         for one, other in pairs
     )

@@ -58,7 +58,7 @@ class RowPage:
         loss: its losses over the checkpoints.
         hit_lists: similar and opposed rows; empty if the task cannot be found.
         link: address of the page of this row as a query and another row, without the position of that row at its end.
-        notes: why answers do not contain the row, if so.
+        notes: why answers do not contain the row, or its lists are partial, if so.
     """
 
     row: int
@@ -90,6 +90,8 @@ def describe_row(index: InfluenceIndex, examples: Examples, row: int) -> RowPage
             neighbours = find_neighbours(index, [{"row": row}], None)[row]
             found = builder.build_hit_lists(neighbours, example.label)
             hit_lists = tuple(HitList(hits.kind, *_HEADINGS[hits.kind], hits.hits) for hits in found)
+            if neighbours.missing_shards:
+                notes.append("has partial lists of similar rows: shards of the index did not answer")
         except NonFiniteError as error:
             notes.append(f"has no similar rows: {error}")
     return RowPage(
