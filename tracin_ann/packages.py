@@ -1,11 +1,33 @@
-"""Optional packages that several modules use: imports with an error that names the extra to install."""
+"""Imports of packages: large ones without garbage collection, optional ones with an error that names the extra."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from tracin_ann.errors import MissingPackageError, problem
+
+
+@contextmanager
+def postpone_collection() -> Iterator[None]:
+    """Run the block without garbage collection, which would examine all objects of the imported packages each time.
+
+    If the process has frozen objects, as commands do, those of the block are frozen, too: later collections, also those
+    at exit, ignore them.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if gc.get_freeze_count():
+            gc.freeze()
+        gc.enable()
 
 
 def import_pyarrow(purpose: str = "frames and Parquet") -> tuple[Any, Any]:

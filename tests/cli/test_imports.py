@@ -13,9 +13,7 @@ import pytest
 
 import zoo
 from paths import ROOT, SUPPORT
-from tracin_ann import InfluenceIndex
 from tracin_ann.cli.imports import pause_collector, wait_passively
-from tracin_ann.cli.index_options import open_index
 
 HEAVY = (
     *("sympy", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.fsdp", "torch.distributed.tensor"),
@@ -105,17 +103,6 @@ def test_the_collector_is_unchanged_in_a_process_with_torch() -> None:
     with pause_collector():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
-
-
-def test_an_index_is_opened_without_the_collector(
-    index: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enabled: list[bool] = []
-    monkeypatch.setattr(InfluenceIndex, "open", lambda *_args, **_options: enabled.append(gc.isenabled()))
-    options = {"task": None, "task_args": (), "device": None, "batch_size": None, "memory_bytes": None}
-    open_index(str(index[0]), options)
-    assert enabled == [False]
-    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import operator
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from paths import SUPPORT
 from tasks import named
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.task.references import absolute_reference, load_task
+from tracin_ann.task.trust import load_named_task
 
 TASK_FILE = '''
 from tasks.named import function
@@ -186,3 +189,19 @@ def test_a_reference_to_a_file_becomes_absolute_and_to_a_module_does_not_change(
     monkeypatch.chdir(SUPPORT)
     assert absolute_reference("tasks/named.py:ready") == f"{SUPPORT}/tasks/named.py:ready"
     assert absolute_reference("tasks.named:ready") == "tasks.named:ready"
+
+
+@pytest.mark.parametrize(
+    "load", [load_task, lambda name: load_named_task(name, {}, Path("runs"))], ids=["named", "recorded"]
+)
+def test_a_task_is_imported_without_the_collector(load, write, monkeypatch):
+    """It may import libraries with hundreds of thousands of objects."""
+    file = write(
+        "without_collector.py",
+        "import gc\nfrom tracin_ann import Task\nfrom tasks.named import function\nENABLED = [gc.isenabled()]\n"
+        "def task() -> Task:\n    ENABLED.append(gc.isenabled())\n    return function('0.25')\n",
+    )
+    monkeypatch.chdir(file.parent)
+    load(f"{file}:task")
+    assert sys.modules["without_collector"].ENABLED == [False, False]
+    assert gc.isenabled()

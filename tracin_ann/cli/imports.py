@@ -1,12 +1,15 @@
-"""Conditions under which a command imports libraries: no garbage collection, threads that sleep while they wait."""
+"""Conditions under which a command imports the library: no garbage collection, threads that sleep while they wait."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tracin_ann.packages import postpone_collection
 
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 _WAIT_SETTINGS = (_WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -16,33 +19,17 @@ _WAIT_SETTINGS = (_WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def pause_collector() -> Iterator[None]:
     """Import the library in the block without garbage collection; later collections ignore what exists at its end.
 
-    Importing torch creates about 500,000 objects that live until the process ends. Each full collection, also those at
-    exit, would examine all of them and free none. In a process that has already imported torch, nothing changes.
+    Importing torch creates about 500,000 objects that live until the process ends. Each full collection would examine
+    all of them and free none. So would those at exit; before them, all objects are frozen. In a process that has
+    already imported torch, nothing changes.
     """
     if "torch" in sys.modules:
         yield
         return
+    gc.freeze()
+    atexit.register(gc.freeze)
     with postpone_collection():
-        try:
-            yield
-        finally:
-            gc.freeze()
-
-
-@contextmanager
-def postpone_collection() -> Iterator[None]:
-    """Run the block without garbage collection.
-
-    A task may import a library as large as torch: collections are 0.4 s of the 3 s in which Transformers is imported.
-    """
-    if not gc.isenabled():
         yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextmanager

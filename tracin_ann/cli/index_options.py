@@ -9,7 +9,7 @@ import click
 
 from tracin_ann.choices import SCORES
 from tracin_ann.cli.command import device_option, find_given_options, task_options
-from tracin_ann.cli.imports import pause_collector, postpone_collection
+from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.parameters import CheckpointRanges, IdRanges, MemorySize, Positions, parse_arguments
 from tracin_ann.errors import UsageError, problem
 
@@ -152,17 +152,16 @@ def open_index(directory: str, options: Options, workers: Workers = (None, None)
         from tracin_ann.index import InfluenceIndex
 
     task, arguments = options["task"], parse_arguments(options["task_args"])
-    with postpone_collection():
-        return InfluenceIndex.open(
-            directory,
-            task,
-            arguments=arguments or ({} if task else None),
-            device=options["device"],
-            batch_size=options["batch_size"],
-            memory_bytes=options["memory_bytes"],
-            launcher=launcher,
-            shard_options=shard_options,
-        )
+    return InfluenceIndex.open(
+        directory,
+        task,
+        arguments=arguments or ({} if task else None),
+        device=options["device"],
+        batch_size=options["batch_size"],
+        memory_bytes=options["memory_bytes"],
+        launcher=launcher,
+        shard_options=shard_options,
+    )
 
 
 def resolve_positions(

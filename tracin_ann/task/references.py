@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.packages import postpone_collection
 from tracin_ann.task.task import Task
 
 
@@ -29,6 +30,7 @@ class TaskReference:
     arguments: Mapping[str, str] = field(default_factory=dict)
 
 
+@postpone_collection()
 def load_task(reference: str, arguments: Mapping[str, str] | None = None) -> Task:
     """Return the task named `path/to/file.py:name` or `package.module:name`.
 

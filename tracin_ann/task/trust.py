@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any
 
 from tracin_ann.errors import UsageError, problem
+from tracin_ann.packages import postpone_collection
 from tracin_ann.task.references import as_task, find_object
 from tracin_ann.task.task import Task
 
@@ -30,6 +31,7 @@ _PACKAGES = (
 )
 
 
+@postpone_collection()
 def load_named_task(reference: str, arguments: Mapping[str, str], directory: Path) -> Task:
     """Return the task that an index's manifest names.
 
