@@ -13,8 +13,6 @@ from benchmarks.retrieval.family_tables import fit_growth
 from benchmarks.retrieval.latency_tables import WHOLE, find_batch
 from tracin_ann.store import choose_partition_rows
 
-EARLIER_PARTITION_ROWS = 65_536
-"""The size of partitions in the result files that do not record it."""
 _TARGETS = ("0.95", "0.98")
 _LOADS = ("single", "batch")
 _MODELS = {"MLP": "MLP 32-64-10", "CNN": "MNIST-like CNN", "GPT": "GPT 4x128"}
@@ -104,7 +102,7 @@ def growth() -> str:
 
 
 def _describe_search(content: dict[str, Any], results: Results) -> str:
-    partition_rows = content["settings"].get("partition_rows", EARLIER_PARTITION_ROWS)
+    partition_rows = content["settings"]["partition_rows"]
     defaults = sorted({choose_partition_rows(result["rows"]) for result in results})
     shown = " to ".join(f"{size:,}" for size in sorted({defaults[0], defaults[-1]}))
     size = "the default size" if defaults == [partition_rows] else f"{shown} by default; single queries depend on this"
