@@ -451,10 +451,7 @@ class InfluenceIndex:
                 what, expected = f"{option} needs a score over all parameters", " or ".join(("tracin", *CURVATURES))
                 remedy = f"remove {option}, or use another --score"
                 raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
-        if options.damping is not None and name not in DAMPED_SCORES:
-            what, expected = "--damping has no effect", f"--score {' or '.join(DAMPED_SCORES)}"
-            remedy = "remove --damping, or change --score"
-            raise UsageError(problem(what, got=f"the score {name}", expected=expected, remedy=remedy))
+        _check_damping(name, options.damping)
         return self.score_maker.make(name, options.damping)
 
     @cached_property
@@ -533,7 +530,7 @@ class InfluenceIndex:
         """
         return self._task.features(side, ids, self._check_checkpoints(checkpoints))
 
-    def self_influence(
+    def self_influence(  # noqa: PLR0913
         self,
         k: int | None = None,
         *,
@@ -541,6 +538,7 @@ class InfluenceIndex:
         exact: bool = False,
         rows: RowFilter | None = None,
         score: ScoreName = "tracin",
+        damping: float | None = None,
         progress: ProgressCallback | None = None,
     ) -> RankedRows:
         """Return training rows by descending self-influence: the first k, or all.
@@ -548,18 +546,21 @@ class InfluenceIndex:
         Self-influence is the score of a row for itself: Σ_c η_c ‖∇ℓ(w_c, z)‖² for `tracin`. It uses the stored squared
         norms (estimates from the sketch unless the index was built with `norms="exact"`), or with `exact` computes them
         for every row, which needs the task. For a score with a curvature matrix, it is Σ_c √(φᵀ(K + λI)⁻¹φ), the sum of
-        the roots of the row's leverages, from the stored features.
+        the roots of the row's leverages, from the stored features; `damping` is its λ, None: by the automatic rule.
 
         Raises:
-            UsageError: k or a checkpoint is out of range, or the score has no self-influence, or no exact one.
+            UsageError: k or a checkpoint is out of range, or the score has no self-influence, no exact one, or no
+                damping.
             IndexMismatchError: with `exact`, the task does not fit the index.
         """
         if k is not None and k < 1:
             raise UsageError(problem("bad -k", got=k, expected="1 or more", remedy="change -k"))
+        _check_damping(score, damping)
         chosen = self._check_checkpoints(checkpoints)
         ids = self.present(rows)
         if score != "tracin":
-            scores_N = self._score_rows_themselves(QueryOptions(score=score, exact=exact), chosen)[ids]
+            options = QueryOptions(score=score, exact=exact, damping=damping)
+            scores_N = self._score_rows_themselves(options, chosen)[ids]
         elif exact:
             self._task.check_canaries(chosen)
             counted = _count_rows(progress, len(ids) * len(chosen))
@@ -646,6 +647,18 @@ class InfluenceIndex:
                 )
             )
         return chosen
+
+
+def _check_damping(score: ScoreName, damping: float | None) -> None:
+    """Reject a damping of a score that has none.
+
+    Raises:
+        UsageError: the score has no curvature matrix.
+    """
+    if damping is not None and score not in DAMPED_SCORES:
+        what, expected = "--damping has no effect", f"--score {' or '.join(DAMPED_SCORES)}"
+        remedy = "remove --damping, or change --score"
+        raise UsageError(problem(what, got=f"the score {score}", expected=expected, remedy=remedy))
 
 
 def _count_rows(progress: ProgressCallback | None, total: int) -> Callable[[int], None] | None:

@@ -117,6 +117,13 @@ def test_analyses_use_the_score(folder: Path, index: InfluenceIndex) -> None:
     assert {suspect.row: suspect.self_influence for suspect in ranked} == pytest.approx(
         dict(enumerate(own_N)), rel=1e-4
     )
+    damped = find_mislabelled(index, by="self-influence", score="fisher", damping=0.5)
+    words = ("--by", "self-influence", "--score", "fisher", "--damping", 0.5, "-k", len(damped), "--format", "jsonl")
+    lines = run(folder, mislabelled_command, *words).stdout.splitlines()
+    assert [json.loads(text)["row"] for text in lines] == [suspect.row for suspect in damped]
+    assert {s.row: s.self_influence for s in damped} == {
+        row.row: row.score for row in index.self_influence(score="fisher", damping=0.5)
+    }
     line = run(folder, mislabelled_command, "--by", "self-influence", "--score", "gauss-newton", "--format", "jsonl")
     assert [json.loads(text)["row"] for text in line.stdout.splitlines()] == [suspect.row for suspect in ranked]
 
@@ -145,6 +152,13 @@ def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: Influenc
     words = ("--self-influence", "--score", "fisher", "-k", 4, "--format", "jsonl")
     lines = [json.loads(line) for line in run(folder, query_command, *words).stdout.splitlines()]
     assert lines == index.self_influence(4, score="fisher").lines()
+    damped = run(folder, query_command, *words, "--damping", 0.5)
+    lines = [json.loads(line) for line in damped.stdout.splitlines()]
+    assert lines == index.self_influence(4, score="fisher", damping=0.5).lines()
+    own_N = np.diag(index.score_matrix("train", range(N), QueryOptions(score="fisher", damping=0.5)))
+    assert [line["score"] for line in lines] == pytest.approx(sorted(own_N, reverse=True)[:4], rel=1e-4)
+    refused = run(folder, query_command, "--self-influence", "--damping", 0.5, "--score", "tracin")
+    assert refused.exit_code == 2 and "--damping has no effect: got the score tracin" in refused.stderr
     refused = run(folder, query_command, "--self-influence", "--cosine")
     assert refused.exit_code == 2 and "the cosine of a row and itself is 1" in refused.stderr
     refused = run(folder, query_command, "--self-influence", "--score", "fisher", "--exact")
@@ -158,7 +172,7 @@ def test_self_influence_by_a_score_is_its_leverage(folder: Path, index: Influenc
         (("--score", "tracin", "--damping", "1"), "--damping has no effect: got the score tracin"),
         (("--score", "fisher", "--cosine"), "two scores: got --cosine and --score fisher"),
         (("--score", "trackstar", "--tokens"), "--tokens needs a score over all parameters"),
-        (("--self-influence", "--damping", "1"), "--self-influence ranks all training rows: got --damping"),
+        (("--self-influence", "--damping", "1"), "--damping has no effect: got the score tracin"),
     ],
 )
 def test_options_without_a_meaning_are_refused(folder: Path, words: tuple[str, ...], message: str) -> None:

@@ -167,6 +167,7 @@ def find_mislabelled(  # noqa: PLR0913
     exact: bool = False,
     rows: RowFilter | None = None,
     score: ScoreName = "tracin",
+    damping: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Suspects:
     """Return the k training rows whose labels are most likely wrong, or all rows by rank.
@@ -202,6 +203,7 @@ def find_mislabelled(  # noqa: PLR0913
             are still the stored ones.
         rows: the rows to rank; None: all. All rows of the index vote, except removed and skipped rows.
         score: the score of self-influence: `tracin`, or one with a curvature matrix, by which it is a leverage.
+        damping: of a score with a curvature matrix; None: by the automatic rule.
         progress: called with (stage, done, total).
 
     Raises:
@@ -217,7 +219,9 @@ def find_mislabelled(  # noqa: PLR0913
         remedy = "change --by, or name the labels"
         raise UsageError(problem("bad --by", got=by, expected=" or ".join(possible), remedy=remedy))
     column = None if labels is None else _find_label_column(index, labels)
-    ranked = index.self_influence(checkpoints=checkpoints, exact=exact, rows=rows, score=score, progress=progress)
+    ranked = index.self_influence(
+        checkpoints=checkpoints, exact=exact, rows=rows, score=score, damping=damping, progress=progress
+    )
     known = _StoredFigures.read(index, ranked, checkpoints, by)
     if column is None:
         return Suspects(_make_suspects(index, known, by, k), index.describe, Suspicion(len(known), by))

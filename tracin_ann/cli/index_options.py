@@ -66,12 +66,16 @@ def score_options(function: Function) -> Function:
         help="TracInCP, cosine, or a score with the inverse curvature of the loss.  [default: that of the index]",
     )
     cosine = click.option("--cosine", is_flag=True, help="The same as --score cosine.")
-    damping = click.option(
+    return score(cosine(damping_option(function)))
+
+
+def damping_option(function: Function) -> Function:
+    """Add `--damping`."""
+    return click.option(
         "--damping",
         type=float,
         help="Damping of the curvature.  [default: 1 / (learning rate × steps), or 5e-4 of its trace]",
-    )
-    return score(cosine(damping(function)))
+    )(function)
 
 
 def choose_score(options: Options) -> ScoreName | None:

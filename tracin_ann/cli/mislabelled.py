@@ -11,6 +11,7 @@ from tracin_ann.cli.command import command, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import (
     checkpoints_option,
+    damping_option,
     filter_options,
     index_options,
     make_row_filter,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     type=click.Choice(["tracin", *CURVATURES]),
     help="Score of self-influence; with a curvature matrix, it is a leverage.",
 )
+@damping_option
 @filter_options
 @checkpoints_option
 @own_ids_option
@@ -92,6 +94,7 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
             exact=bool(options["exact"]),
             rows=make_row_filter(index, options),
             score=options["score"],  # type: ignore[arg-type]
+            damping=options["damping"],  # type: ignore[arg-type]
             progress=progress,
         )
         write(found)

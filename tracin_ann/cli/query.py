@@ -46,7 +46,7 @@ _EXCLUSIVE = {
         "ranks all training rows",
         (
             *("ids", "train_ids", "input", "text", "together", "against"),
-            *("damping", "rerank", "candidates", "search", "recall", "tokens"),
+            *("rerank", "candidates", "search", "recall", "tokens"),
             *("shard_workers", "ray_address", "deadline", "allow_partial"),
         ),
     ),

@@ -25,6 +25,7 @@ def write_self_influence(index: InfluenceIndex, options: Mapping[str, object], s
             exact=bool(options["exact"]),
             rows=chosen,
             score=choose_score(options) or "tracin",
+            damping=options["damping"],  # type: ignore[arg-type]
             progress=progress,
         )
         write(rows)

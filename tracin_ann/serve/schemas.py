@@ -126,10 +126,13 @@ class SelfInfluenceJob(Filters):
     k: int = 50
     exact: bool = False
     score: ScoreName = "tracin"
+    damping: float | None = None
 
     def make_work(self) -> Work:
         """Return the work of the job."""
-        return RankSelfInfluence(self.k, self.choose_checkpoints(), self.exact, self.make_filter(), self.score)
+        return RankSelfInfluence(
+            self.k, self.choose_checkpoints(), self.exact, self.make_filter(), self.score, self.damping
+        )
 
 
 class MislabelledJob(Filters):
@@ -143,6 +146,7 @@ class MislabelledJob(Filters):
     asked: int = 20_000
     exact: bool = False
     score: ScoreName = "tracin"
+    damping: float | None = None
 
     def make_work(self) -> Work:
         """Return the work of the job."""
@@ -156,6 +160,7 @@ class MislabelledJob(Filters):
             self.exact,
             self.make_filter(),
             self.score,
+            self.damping,
         )
 
 

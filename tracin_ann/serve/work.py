@@ -115,6 +115,7 @@ class RankSelfInfluence(Work):
     exact: bool = False
     where: RowFilter = field(default_factory=RowFilter)
     score: ScoreName = "tracin"
+    damping: float | None = None
 
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
         """Return the first k rows."""
@@ -124,6 +125,7 @@ class RankSelfInfluence(Work):
             exact=self.exact,
             rows=self.where,
             score=self.score,
+            damping=self.damping,
             progress=steps.progress,
         )
         return _make_result(ranked, {"score": self.score, "exact": self.exact})
@@ -144,6 +146,7 @@ class FindMislabelled(Work):
     exact: bool = False
     where: RowFilter = field(default_factory=RowFilter)
     score: ScoreName = "tracin"
+    damping: float | None = None
 
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
         """Return the first k suspects; the summary estimates how many rows to check."""
@@ -158,6 +161,7 @@ class FindMislabelled(Work):
             exact=self.exact,
             rows=self.where,
             score=self.score,
+            damping=self.damping,
             progress=steps.progress,
         )
         return _make_result(suspects, asdict(suspects.suspicion))
