@@ -125,11 +125,11 @@ def test_stored_answers_are_shown_while_a_job_uses_the_model(place, monkeypatch)
     run, may_end = ComputeExactAnswers.run, threading.Event()
 
     def run_when_allowed(self, index, steps):
-        assert may_end.wait(30)
+        assert may_end.wait(90)
         return run(self, index, steps)
 
     monkeypatch.setattr(ComputeExactAnswers, "run", run_when_allowed)
-    end = threading.Timer(20, may_end.set)
+    end = threading.Timer(60, may_end.set)
     end.start()
     with serve(place.location) as client:
         for address in ("/query?rows=0&k=5&rerank=exact&candidates=9", "/query?text=abc&k=5&rerank=exact&candidates=9"):
@@ -150,11 +150,11 @@ def test_progress_is_shown_while_a_job_uses_the_model(place, monkeypatch, work, 
     may_end = threading.Event()
 
     def wait(self, index, steps):
-        assert may_end.wait(30)
+        assert may_end.wait(90)
         raise UsageError("ended")
 
     monkeypatch.setattr(work, "run", wait)
-    end = threading.Timer(20, may_end.set)
+    end = threading.Timer(60, may_end.set)
     end.start()
     with serve(place.location) as client:
         for headers in ({}, {"HX-Request": "true"}):
