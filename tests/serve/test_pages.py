@@ -387,6 +387,18 @@ def test_ticked_rows_are_kept_while_the_list_is_paged(client):
     assert [int(a["value"]) for a in page.find("input", name="rows", type="checkbox") if "checked" in a] == [0, 3]
 
 
+def test_ticked_rows_are_not_taken_for_rows_of_another_data_set(client):
+    page = load(client, "/query?side=query&rows=3&browse=yes")
+    (listed,) = [a["value"] for a in page.find("input", name="listed")]
+    assert listed == "query"
+    # What a browser sends when the data set is changed, and "Search" or "Show influence" is pressed.
+    for button in ("&browse=yes", ""):
+        page = load(client, f"/query?listed={listed}&side=train&rows=3{button}")
+        assert find_hits(page) == []
+        assert not any("checked" in a for a in page.find("input", name="rows"))
+    assert find_hits(load(client, f"/query?listed={listed}&side=query&rows=3"))
+
+
 def test_all_suspects_are_paged(place, monkeypatch):
     def read(client):
         page = load(client, "/suspects?start=20")
