@@ -560,7 +560,7 @@ class InfluenceIndex:
         ids = self.present(rows)
         if score != "tracin":
             options = QueryOptions(score=score, exact=exact, damping=damping)
-            scores_N = self._score_rows_themselves(options, chosen)[ids]
+            scores_N = self._score_rows_themselves(options, chosen, progress or ignore_progress)[ids]
         elif exact:
             self._task.check_canaries(chosen)
             counted = _count_rows(progress, len(ids) * len(chosen))
@@ -577,8 +577,10 @@ class InfluenceIndex:
             self.describe,
         )
 
-    def _score_rows_themselves(self, options: QueryOptions, checkpoints: Sequence[int]) -> Float64:
-        """Return the score of every row for itself, [N].
+    def _score_rows_themselves(
+        self, options: QueryOptions, checkpoints: Sequence[int], progress: ProgressCallback
+    ) -> Float64:
+        """Return the score of every row for itself, [N]; `progress` is called with ("self-influence", rows done, N).
 
         Raises:
             UsageError: the score is none with a curvature matrix, or the options request exact scores.
@@ -594,6 +596,7 @@ class InfluenceIndex:
         for ids_B, row_BF in self._read_blocks(score, checkpoints):
             vector_BF = score.weigh(row_BF, checkpoints).vector_QF
             own_N[ids_B] = np.einsum("bf,bf->b", vector_BF.astype(np.float64), row_BF)
+            progress("self-influence", int(ids_B[-1]) + 1, len(self))
         return own_N
 
     def describe(self, side: SideName, row: int, examples: Any = None) -> Description | None:

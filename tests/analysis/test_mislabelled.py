@@ -73,6 +73,12 @@ def compute_mean_losses(folder: Path) -> dict[int, float]:
     return of_row
 
 
+def test_every_pass_over_the_rows_reports_progress(index: InfluenceIndex) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    find_mislabelled(index, progress=lambda stage, *at: seen.update({stage: at}))
+    assert seen == {"neighbours": (len(HERE), len(HERE)), "labels": (len(HERE), len(HERE))}
+
+
 @pytest.mark.parametrize("neighbours", [1, 5, 100])
 def test_votes_equal_those_over_all_pairs(folder: Path, index: InfluenceIndex, neighbours: int) -> None:
     found = find_mislabelled(index, neighbours=neighbours)

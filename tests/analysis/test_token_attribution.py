@@ -240,6 +240,18 @@ def test_a_score_with_a_curvature_matrix_is_split_over_both_examples(
     assert found.score == pytest.approx(explain(index, row, query, side, score="fisher", damping=0.05).score, rel=1e-3)
 
 
+def test_the_progress_of_a_split_with_a_curvature_matrix_is_complete(built: tuple[Case, InfluenceIndex]) -> None:
+    _, index = built
+    seen: dict[str, list[tuple[int, int]]] = {}
+    with InfluenceIndex.open(index.directory, index.task, device="cpu") as opened:
+        progress = lambda stage, *at: seen.setdefault(stage, []).append(at)  # noqa: E731
+        explain(opened, 4, 1, by="token", score="fisher", damping=0.05, progress=progress)
+    assert list(seen) == ["curvature", "inverse curvature", "gradients"]
+    for reports in seen.values():
+        dones, totals = zip(*reports, strict=True)
+        assert list(dones) == sorted(dones) and set(totals) == {dones[-1]}
+
+
 def test_groups_and_contrasts_are_split_along_the_mean_gradients(built: tuple[Case, InfluenceIndex]) -> None:
     _, index = built
     options = QueryOptions(k=2, exact=True, tokens=True)

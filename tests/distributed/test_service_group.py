@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 
+from tracin_ann.distributed import service_group
 from tracin_ann.distributed.service import ServiceWorker, WorkerDied
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError
@@ -26,8 +27,10 @@ class Scripted(ServiceWorker):
     attempts: list[str]
     stopped: threading.Event = field(default_factory=threading.Event)
     opens: bool = True
+    is_opening: threading.Event = field(default_factory=threading.Event)
 
     def open(self) -> None:
+        self.is_opening.set()
         if not self.opens:
             assert self.stopped.wait(LONG_S)
             raise WorkerDied("stopped")
@@ -102,7 +105,14 @@ def test_a_worker_that_ends_at_every_attempt_is_an_error(group: ServiceGroup, cl
     assert group.ask([None, ["dies"] * 3 + ["replies"]]) == [None, (1, 3)]
 
 
-def test_a_late_worker_is_replaced(group: ServiceGroup, cluster: Cluster) -> None:
+def test_a_late_worker_is_replaced(group: ServiceGroup, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_for_one(asked: Any, deadline_s: float | None) -> None:
+        wait(asked, LONG_S, FIRST_COMPLETED)
+        while not cluster.attempts[1]:
+            threading.Event().wait(0.001)
+
+    # The deadline ends when one worker has replied, and the other one has begun.
+    monkeypatch.setattr(service_group, "wait", wait_for_one)
     first, second = group.ask([["replies"], ["hangs"]], deadline_s=0.05)
     assert first == (0, 0)
     assert isinstance(second, NoReplyError) and "worker 1 is late: got no reply in 0.05 s" in str(second)
@@ -133,7 +143,7 @@ def test_a_worker_that_does_not_open_ends_with_the_group() -> None:
     group = ServiceGroup([lambda: worker], restarts=2)
     with ThreadPoolExecutor(1) as executor:
         starting = executor.submit(group.start)
-        assert not wait([starting], 0.05).done
+        assert worker.is_opening.wait(LONG_S) and not starting.done()
         group.close()
         with pytest.raises(NoReplyError, match="worker 0 ends before it replies: got stopped"):
             starting.result(LONG_S)

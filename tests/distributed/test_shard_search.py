@@ -21,11 +21,11 @@ import pytest
 from click.testing import CliRunner
 
 from inline_workers import Inline
-from shard_folder import QUERIES, SHARDS
+from shard_folder import QUERIES, ROWS, SHARDS
 from tracin_ann import InfluenceIndex, ProcessLauncher, QueryOptions
 from tracin_ann.cli.query import main
 from tracin_ann.device import resolve_device
-from tracin_ann.distributed import ShardOptions, ShardSearch, processes
+from tracin_ann.distributed import ShardOptions, ShardSearch, processes, shard_search
 from tracin_ann.distributed.service import ServiceProcess
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
@@ -104,6 +104,17 @@ def test_exact_scores_are_those_of_one_process(
             assert hit.score == pytest.approx(other.score, rel=1e-5)
             assert hit.stored_score == other.stored_score
     assert all(stage == "exact scores" and done > 0 for stage, done, _ in seen) and seen
+
+
+def test_exact_scores_of_many_rows_report_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, seen = QueryOptions(k=5, exact=True), []
+    with open_named(folder, "sharded", Inline()) as index:
+        (expected,) = index.query([3], options=options)
+        monkeypatch.setattr(shard_search, "_EXACT_ROWS", 50)
+        (found,) = index.query([3], options=options, progress=lambda *at: seen.append(at))
+    assert [hit.row for hit in found.hits] == [hit.row for hit in expected.hits]
+    assert [hit.score for hit in found.hits] == pytest.approx([hit.score for hit in expected.hits], rel=1e-5)
+    assert seen == [("exact scores", 2 * done, 2 * ROWS) for done in range(100, ROWS + 1, 100)]
 
 
 def test_examples_outside_the_index_are_scored_by_the_workers(single: InfluenceIndex, sharded: InfluenceIndex) -> None:

@@ -76,6 +76,24 @@ def test_nested_blocks_are_released_and_entered_again(runner, model):
         assert torch.equal(read_weights(outer.module), weights)
 
 
+def test_a_block_inside_a_released_one_is_released_alone(runner, model):
+    own = read_weights(model)
+    with runner.model("fp32") as outer:
+        outer.load(0)
+        weights = read_weights(outer.module)
+        with runner.release_model():
+            with runner.model("bf16") as inner:
+                inner.load(1)
+                with runner.release_model():
+                    assert torch.equal(read_weights(model), own)
+                assert (inner.checkpoint, inner.precision) == (1, "bf16")
+            assert torch.equal(read_weights(model), own), "nobody uses the model"
+            use_elsewhere(runner, 1)
+        assert (outer.checkpoint, outer.precision) == (0, "fp32")
+        assert torch.equal(read_weights(outer.module), weights)
+    assert torch.equal(read_weights(model), own)
+
+
 def test_a_block_of_another_thread_is_not_released(runner):
     has_model, may_end = threading.Event(), threading.Event()
 

@@ -7,7 +7,7 @@ import pytest
 from tracin_ann.scoring.computation import Computation, run_steps
 
 
-def count(n: int, error: Exception | None = None):
+def count(n: int, error: BaseException | None = None):
     for step in range(n):
         if error is not None and step == n - 1:
             raise error
@@ -52,8 +52,9 @@ def test_two_callers_take_turns():
     assert seen == [2, -4, -6]
 
 
-def test_every_caller_gets_the_error_of_a_step():
-    computation = Computation(6, count(3, ValueError("no row")))
+@pytest.mark.parametrize("error", [ValueError("no row"), KeyboardInterrupt("no row")])
+def test_every_caller_gets_the_error_of_a_step(error):
+    computation = Computation(6, count(3, error))
     for _ in range(2):
-        with pytest.raises(ValueError, match="no row"):
+        with pytest.raises(type(error), match="no row"):
             computation.finish()

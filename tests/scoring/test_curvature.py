@@ -159,7 +159,9 @@ def test_the_amount_is_the_step_of_newton_for_a_removed_row(index: InfluenceInde
 @pytest.mark.parametrize("name", CURVATURES)
 def test_the_self_influence_is_the_score_of_a_row_for_itself(index: InfluenceIndex, name: ScoreName) -> None:
     own_N = np.diag(index.score_matrix("train", range(N), QueryOptions(score=name)))
-    ranked = index.self_influence(score=name)
+    seen: list[tuple[str, int, int]] = []
+    ranked = index.self_influence(score=name, progress=lambda *at: seen.append(at))
+    assert seen == [("self-influence", N, N)]
     assert [found.row for found in ranked] == np.argsort(-own_N, kind="stable").tolist()
     assert [found.score for found in ranked] == pytest.approx(sorted(own_N.tolist(), reverse=True), rel=1e-5)
     with pytest.raises(UsageError, match="the cosine of a row and itself is 1: got --score cosine"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -341,6 +343,37 @@ def open_index(toy: Indexed, batch_size: int = 2) -> Indexed:
     return replace(
         toy, index=InfluenceIndex.open(toy.index.directory, toy.index.task, device="cpu", batch_size=batch_size)
     )
+
+
+def test_a_curvature_that_is_dropped_frees_its_memory_at_once(tmp_path):
+    with load_case("mlp", tmp_path) as (model, *_):
+        curvature = compute_gram(model, range(N), WEIGHTS).finish()
+        curvature.solve(model, compute_full_gradients(model, "query", QUERIES), 1e-2)
+        dropped = weakref.ref(curvature)
+        gc.disable()
+        try:
+            del curvature
+            assert dropped() is None
+        finally:
+            gc.enable()
+
+
+def test_two_blocks_of_gradients_are_in_memory(tmp_path, monkeypatch):
+    step_through_gradients, blocks, sizes = gram.step_through_gradients, [], []
+
+    def watch(model, side, ids):
+        sizes.append(sum(block() is not None for block in blocks))
+        gradients = yield from step_through_gradients(model, side, ids)
+        blocks.append(weakref.ref(next(iter(gradients.values()))))
+        return gradients
+
+    with load_case("mlp", tmp_path) as (model, *_):
+        monkeypatch.setattr(gram, "_BLOCK_BYTES", 2 * 4 * sum(p.numel() for p in model.parameters.values()))
+        monkeypatch.setattr(gram, "step_through_gradients", watch)
+        compute_gram(model, range(N), WEIGHTS).finish()
+    n_blocks = -(-N // 2)
+    assert len(sizes) == n_blocks * (n_blocks + 1) / 2
+    assert max(sizes) == 1, "one, while the second one is computed"
 
 
 @pytest.fixture(params=["gram", "gram in blocks", "EK-FAC"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,7 +16,7 @@ from tracin_ann.serve.problems import TooManyJobsError, UnknownJobError
 from tracin_ann.serve.turns import Turns
 from tracin_ann.serve.work import Result, Steps, Work
 
-WAIT = 10
+WAIT = 60
 RESULT = Result((), ({"row": 1},), {})
 
 
@@ -134,6 +136,27 @@ def test_a_job_that_fails_has_its_error(jobs, index, error, message, caplog):
     assert bool(caplog.records) == isinstance(error, ZeroDivisionError)
 
 
+def test_the_error_of_a_job_keeps_nothing_in_memory(jobs, index):
+    class Large:
+        pass
+
+    @dataclass(frozen=True)
+    class Fail(Wait):
+        def run(self, index, steps):
+            large = Large()
+            kept.append(weakref.ref(large))
+            raise UsageError("failed") from ValueError("cause")
+
+    kept = []
+    job = run_job(jobs, index, Fail())
+    for _ in range(3):
+        with pytest.raises(UsageError, match="failed"):
+            job.raise_error()
+    gc.collect()
+    assert kept[0]() is None
+    assert job.error.__traceback__ is None
+
+
 def test_requests_go_first_where_a_job_lets_them(turns, jobs, index):
     work = Wait()
     job = jobs.start(work, index)
@@ -155,6 +178,37 @@ def test_requests_go_first_where_a_job_lets_them(turns, jobs, index):
         thread.join(WAIT)
     assert seen == [6, 6, 6], "all at the next step, before the job goes on"
     assert job.state == "done"
+
+
+def test_a_request_waits_for_one_step_of_each_job():
+    turns, order = Turns(patience=0), []
+
+    def work(name):
+        with turns.take_for_job():
+            take_steps(name)
+
+    def take_steps(name):
+        for _ in range(20):
+            order.append(name)
+            turns.give_way()
+
+    def ask():
+        with turns.take_for_request():
+            order.append("request")
+
+    other, request = threading.Thread(target=work, args=("other",)), threading.Thread(target=ask)
+    with turns.take_for_job():
+        other.start()
+        while not turns._queue:
+            threading.Event().wait(0.001)
+        request.start()
+        while not turns.is_wanted:
+            threading.Event().wait(0.001)
+        take_steps("job")
+    other.join(WAIT)
+    request.join(WAIT)
+    assert order.index("request") == 2, "after the step of the other job, which has waited for longer"
+    assert len(order) == 41
 
 
 def test_requests_without_end_do_not_stop_a_job(index):

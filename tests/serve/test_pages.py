@@ -125,11 +125,11 @@ def test_stored_answers_are_shown_while_a_job_uses_the_model(place, monkeypatch)
     run, may_end = ComputeExactAnswers.run, threading.Event()
 
     def run_when_allowed(self, index, steps):
-        assert may_end.wait(30)
+        assert may_end.wait(90)
         return run(self, index, steps)
 
     monkeypatch.setattr(ComputeExactAnswers, "run", run_when_allowed)
-    end = threading.Timer(20, may_end.set)
+    end = threading.Timer(60, may_end.set)
     end.start()
     with serve(place.location) as client:
         for address in ("/query?rows=0&k=5&rerank=exact&candidates=9", "/query?text=abc&k=5&rerank=exact&candidates=9"):
@@ -150,11 +150,11 @@ def test_progress_is_shown_while_a_job_uses_the_model(place, monkeypatch, work, 
     may_end = threading.Event()
 
     def wait(self, index, steps):
-        assert may_end.wait(30)
+        assert may_end.wait(90)
         raise UsageError("ended")
 
     monkeypatch.setattr(work, "run", wait)
-    end = threading.Timer(20, may_end.set)
+    end = threading.Timer(60, may_end.set)
     end.start()
     with serve(place.location) as client:
         for headers in ({}, {"HX-Request": "true"}):
@@ -385,6 +385,18 @@ def test_ticked_rows_are_kept_while_the_list_is_paged(client):
     page = load(client, "/query?side=train&rows=30&rows=0&rows=3&find=&page=0")
     assert list_rows(page, "hidden") == [30] and list_buttons(page) == ["24"]
     assert [int(a["value"]) for a in page.find("input", name="rows", type="checkbox") if "checked" in a] == [0, 3]
+
+
+def test_ticked_rows_are_not_taken_for_rows_of_another_data_set(client):
+    page = load(client, "/query?side=query&rows=3&browse=yes")
+    (listed,) = [a["value"] for a in page.find("input", name="listed")]
+    assert listed == "query"
+    # What a browser sends when the data set is changed, and "Search" or "Show influence" is pressed.
+    for button in ("&browse=yes", ""):
+        page = load(client, f"/query?listed={listed}&side=train&rows=3{button}")
+        assert find_hits(page) == []
+        assert not any("checked" in a for a in page.find("input", name="rows"))
+    assert find_hits(load(client, f"/query?listed={listed}&side=query&rows=3"))
 
 
 def test_all_suspects_are_paged(place, monkeypatch):

@@ -156,7 +156,7 @@ def wait_for(driver: Any, script: str) -> None:
 
 def find_soon(driver: Any, selector: str) -> list[Any]:
     """Return the elements of a page as soon as there are any; it needs no script."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while not (found := driver.find_elements("css selector", selector)) and time.monotonic() < until:
         time.sleep(0.1)
     return found

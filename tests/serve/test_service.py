@@ -170,7 +170,7 @@ def test_a_job_ends_on_its_generation(own_place):
 
     with open_service(own_place) as service:
         job = asyncio.run(start(service))
-        job.future.result(10)
+        job.future.result(60)
     assert (job.state, job.generation, len(job.result.rows)) == ("done", 1, N_TRAIN)
 
 

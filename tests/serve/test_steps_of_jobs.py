@@ -96,8 +96,8 @@ def start_next(service: Service, work: Work) -> Iterator:
 
 
 def go_on_when_a_request_waits(service: Service, paused: Pause) -> None:
-    while not service.turns.is_wanted:
-        paused.may_go_on.wait(0.001)
+    while not (service.turns.is_wanted or paused.may_go_on.wait(0.001)):
+        pass
     paused.may_go_on.set()
 
 

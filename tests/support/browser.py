@@ -102,6 +102,7 @@ def press(driver: Any, *keys: str) -> None:
 def wait_for_file(path: Path) -> Path:
     """Wait for a downloaded file and return its path; Chromium reserves the name by an empty file."""
     until = time.monotonic() + 60
-    while not (path.is_file() and path.stat().st_size) and time.monotonic() < until:
+    while not (path.is_file() and path.stat().st_size):
+        assert time.monotonic() < until, f"{path} was not saved"
         time.sleep(0.05)
     return path

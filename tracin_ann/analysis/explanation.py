@@ -1,4 +1,4 @@
-"""Parts of one score: the exact TracInCP score of a training row for a query, by checkpoint and parameter or token."""
+"""Parts of one score: the exact score of a training row for a query, by checkpoint and parameter or token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
+import torch
 from torch import nn
 
 from tracin_ann.analysis.pairs import CheckedPair, Pair, check_pair, compute_gradient
@@ -286,11 +287,11 @@ def _precondition(
         The factors of the products with the directions. `apply` returns A⁻¹g / √(gᵀA⁻¹g), so that the product with g is
         √(gᵀA⁻¹g); both directions need the root of the query.
     """
+    joined = {name: torch.cat([gradient[name] for gradient in gradients.values()]) for name in gradients["row"]}
+    directions = direction_map.apply(model, joined, progress)
     root: dict[ExampleName, float] = {}
-    for done, (example, gradient) in enumerate(gradients.items()):
-        # A copy: `apply` scales its argument.
-        copied = {name: part.clone() for name, part in gradient.items()}
-        direction = direction_map.apply(model, copied, report_part(progress, done, len(gradients)))
+    for at, (example, gradient) in enumerate(gradients.items()):
+        direction = {name: both_2P[at : at + 1] for name, both_2P in directions.items()}
         products = (direction[name].flatten().double() @ part.flatten().double() for name, part in gradient.items())
         root[example] = math.fsum(map(float, products))
         gradients[example] = direction

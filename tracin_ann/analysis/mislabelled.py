@@ -35,7 +35,7 @@ from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Describe, Fields, Id, RankedRows, Record, RowList
 from tracin_ann.search import FlatIndex, Subset
 from tracin_ann.store import RowFilter
-from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
+from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, ignore_progress
 
 NEIGHBOURS = 30
 ASKED = 20_000
@@ -233,7 +233,8 @@ def find_mislabelled(  # noqa: PLR0913
     look_at = _estimate_wrong_labels(known.first_N[: len(searched_N)], votes)
     suspicion = Suspicion(len(known), by, len(searched_N), n_outvoted, look_at)
     suspects = _make_suspects(index, known, by, k, votes)
-    return Suspects(_add_suggestions(suspects, voters, names_L), index.describe, suspicion)
+    suggested = _add_suggestions(suspects, voters, names_L, progress or ignore_progress)
+    return Suspects(suggested, index.describe, suspicion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,7 +369,7 @@ class _Voters:
         share_NL: Float64 = vote_NL / vote_NL.sum(axis=1, keepdims=True)
         return share_NL
 
-    def support(self, row_K: Int64) -> Float64:
+    def support(self, row_K: Int64, progress: ProgressCallback) -> Float64:
         """Return the support [K, L] of each label for each row; a row without any support has zeros.
 
         Σ_c max(0, -cos(g_c, m_c))² / loss_c, divided by the sum over labels: g_c is the gradient of the row at
@@ -376,7 +377,7 @@ class _Voters:
         median loss, counted from the lowest. For the row's own label it is max(0, cos)², and the row itself is left out
         of m_c. A checkpoint with a lower loss has a larger weight, because its predictions are better.
         """
-        sum_LCD, weight_C = self._sum_by_label(), self._checkpoint_weights()
+        sum_LCD, weight_C = self._sum_by_label(progress), self._checkpoint_weights()
         mean_LCD = _scale_to_unit(sum_LCD)
         support_KL = np.zeros((len(row_K), self._n_labels))
         for start in range(0, len(row_K), _SUPPORT_LOT):
@@ -395,14 +396,16 @@ class _Voters:
         """Return rows of the features as [B, C, D], each checkpoint's part divided by its norm."""
         return self._view.take(row_B).reshape(len(row_B), len(self._weight_C), -1)
 
-    def _sum_by_label(self) -> Float64:
+    def _sum_by_label(self, progress: ProgressCallback) -> Float64:
         """Return the sums [L, C, D] over the present rows with a label of their unit gradients."""
-        sum_LF = np.zeros((self._n_labels, self._view.dim))
+        sum_LF, done = np.zeros((self._n_labels, self._view.dim)), 0
         for ids_B, unit_BF in Subset(self._view, self._present_V).blocks(_BLOCK):
             label_B = self.label_V[ids_B]
             order = np.argsort(label_B, kind="stable")
             found, first = np.unique(label_B[order], return_index=True)
             sum_LF[found] += np.add.reduceat(unit_BF[order], first, axis=0, dtype=np.float64)
+            done += len(ids_B)
+            progress("labels", done, len(self._present_V))
         return sum_LF.reshape(self._n_labels, len(self._weight_C), -1)
 
     def _checkpoint_weights(self) -> Float64:
@@ -422,12 +425,14 @@ def _scale_to_unit(rows: Float64) -> Float64:
     return unit
 
 
-def _add_suggestions(suspects: Sequence[Suspect], voters: _Voters, names_L: npt.NDArray[Any]) -> list[Suspect]:
+def _add_suggestions(
+    suspects: Sequence[Suspect], voters: _Voters, names_L: npt.NDArray[Any], progress: ProgressCallback
+) -> list[Suspect]:
     """Return suspects with the best-supported other label, where one has any support."""
     row_K = np.array([suspect.row for suspect in suspects], dtype=np.int64)
     if not len(row_K):
         return []
-    support_KL = voters.support(row_K)
+    support_KL = voters.support(row_K, progress)
     support_KL[np.arange(len(row_K)), voters.label_V[row_K]] = 0
     return [
         replace(suspect, suggested_label=_to_label(names_L[best]), support=float(support_L[best]))

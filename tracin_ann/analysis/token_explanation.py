@@ -28,7 +28,8 @@ class TokenPart:
         position: of the token, from 0.
         token: its text from `Description.tokens`; None if the task does not describe it.
         checkpoint: position of the checkpoint.
-        contribution: η_c ⟨∇ℓ_t(w_c, z), ∇ℓ(w_c, z')⟩ for position t of the example z; z' is the other one.
+        contribution: η_c ⟨∇ℓ_t(w_c, z), ∇ℓ(w_c, z')⟩ for position t of the example z, where z' is the other one; for a
+            score with a curvature matrix, the product with the preconditioned gradient of the other one.
         share: the contribution divided by the sum of the absolute contributions of all parts of this example.
     """
 
@@ -48,7 +49,7 @@ class TokenExplanation(RowList[TokenPart]):
 
     Attributes:
         pair: the training row and the query.
-        score: exact TracInCP, the sum of the parts of the row.
+        score: the exact score, the sum of the parts of the row.
         stored_score: the score from the stored features.
         inputs: the examples of the side `input`, if the query is one of them.
     """

@@ -44,6 +44,10 @@ from tracin_ann.store import FeatureStore, FeatureView, Manifest, PartitionRows,
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 
 Mask = npt.NDArray[np.bool_]
+_EXACT_ROWS = 1024
+"""Rows of a worker, at least, whose exact scores are computed between two reports of progress."""
+_ROWS_PER_QUERY = 8
+"""As many rows for each query, at least: each request computes the gradients of the queries again."""
 
 
 @dataclass(frozen=True)
@@ -361,6 +365,11 @@ class ShardSearch:
         return np.concatenate([np.zeros((len(request.queries), 0)), *scores], axis=1)
 
     @property
+    def n_shards(self) -> int:
+        """Return the number of workers."""
+        return len(self._ids)
+
+    @property
     def pids(self) -> list[int | None]:
         """Return the process of each worker on this machine; None: it has not been started yet."""
         return self._group.pids
@@ -380,14 +389,17 @@ class _WorkerScorer:
 
     def scores(self, rows: Sequence[int], requested_QN: Mask | None = None) -> Float64:
         """Return scores [Q, N] of these training rows; scores that are not requested are 0."""
-        request = self.request
+        request, rows_N = self.request, np.asarray(rows, dtype=np.int64)
+        scores_QN = np.zeros((len(request.queries), len(rows)))
         if requested_QN is None:
-            requested_QN = np.ones((len(request.queries), len(rows)), dtype=bool)
-        scores_QN = self.search.score_exactly(
-            replace(request, rows_N=np.asarray(rows, dtype=np.int64), requested_QN=requested_QN)
-        )
-        if self.progress is not None:
-            self.progress(len(rows) * len(request.checkpoints))
+            requested_QN = np.ones(scores_QN.shape, dtype=bool)
+        step = self.search.n_shards * max(_EXACT_ROWS, _ROWS_PER_QUERY * len(request.queries.ids))
+        for start in range(0, len(rows), step):
+            block = slice(start, start + step)
+            part = replace(request, rows_N=rows_N[block], requested_QN=requested_QN[:, block])
+            scores_QN[:, block] = self.search.score_exactly(part)
+            if self.progress is not None:
+                self.progress(len(part.rows_N) * len(request.checkpoints))
         return scores_QN
 
 

@@ -82,10 +82,12 @@ class TaskRunner(TaskData):
             TaskError: somebody has replaced parts of the model inside.
         """
         kept = self._kept
-        own = [] if kept is None else [use for use in tuple(kept.uses) if use.thread == threading.get_ident()]
+        used = () if kept is None else tuple(kept.uses)
+        own = [use for use in used if use.thread == threading.get_ident() and not use.is_left]
         checkpoints = []
         for use in reversed(own):
             checkpoints.append(use.model.checkpoint)
+            use.is_left = True
             use.block.close()
         try:
             yield
@@ -107,6 +109,7 @@ class TaskRunner(TaskData):
                 )
             )
         use.block.enter_context(use.model.use(use.precision))
+        use.is_left = False
         if checkpoint >= 0:
             use.model.load(checkpoint)
 
@@ -128,7 +131,7 @@ class _KeptModel:
         self.uses: list[_Use] = []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Use:
     """A block of `TaskRunner.model`.
 
@@ -137,9 +140,11 @@ class _Use:
         precision: its precision.
         block: the contexts of the block, to leave.
         thread: the thread that it is in.
+        is_left: whether the block is left for a while.
     """
 
     model: LoadedModel
     precision: Precision
     block: contextlib.ExitStack
     thread: int = field(default_factory=threading.get_ident)
+    is_left: bool = False

@@ -39,7 +39,7 @@ class Computation(Generic[T]):
         self.total, self._steps = total, steps
         self.done = self.callers = 0
         self.result: T | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def finish(self, progress: Callable[[int, int], None] | None = None) -> T:
         """Do the steps that are left, and return the result.
@@ -57,7 +57,8 @@ class Computation(Generic[T]):
                 self.done += next(self._steps)
             except StopIteration as stop:
                 self.result = stop.value
-            except Exception as error:
+            except BaseException as error:
+                # Also an interrupt: it has ended the generator.
                 self._error = error
                 raise
             else:

@@ -14,7 +14,6 @@ Shapes: M rows of the sample, P parameters, Q directions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ class GramCurvature:
 
     def __init__(self, rows: Sequence[int], weight_M: Float64, gram_MM: Tensor) -> None:
         self._rows, self._root_M, self._gram_MM = list(rows), torch.from_numpy(np.sqrt(weight_M)), gram_MM
-        self._factorise = lru_cache(maxsize=1)(self._compute_factor)
+        self._last: tuple[float, tuple[Tensor, Tensor]] | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -100,8 +99,14 @@ class GramCurvature:
         weight_of = dict(zip(self._rows, weight_M.tolist(), strict=True))
         return np.array([weight_of.get(row, 1.0) for row in rows])
 
+    def _factorise(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Return the Cholesky factor of λM I + UᵀU, and 1 / (1 - h) of the sample; the last ones are kept."""
+        if self._last is None or self._last[0] != damping:
+            self._last = None
+            self._last = damping, self._compute_factor(damping)
+        return self._last[1]
+
     def _compute_factor(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Return the Cholesky factor of λM I + UᵀU, and 1 / (1 - h) of the sample."""
         n_rows = len(self._rows)
         damped_MM = self._gram_MM.clone()
         damped_MM.diagonal().add_(damping * n_rows)
@@ -135,6 +140,7 @@ def _step_through_gram(
     for i, block in enumerate(blocks):
         left, exponent_B = yield from _compute_scaled(model, rows[block])
         for other in blocks[: i + 1]:
+            # This drops the last block before another one is computed.
             right, other_exponent_B = left, exponent_B
             if other != block:
                 right, other_exponent_B = yield from _compute_scaled(model, rows[other])

@@ -140,8 +140,7 @@ async def cancel_job(name: str, service: ServiceOfRequest) -> Any:
 async def show_records(name: str, service: ServiceOfRequest, offset: Offset = 0, limit: Limit = 50) -> Any:
     """Return records of the result of a job that is done."""
     job, limit = service.jobs.find(name), _check_limit(limit, service.settings)
-    if job.error is not None:
-        raise job.error
+    job.raise_error()
     if job.result is None:
         expected, remedy = "a job that is done", "wait until its state is done, or start it again"
         raise UnfinishedJobError(problem("the job has no result", got=job.state, expected=expected, remedy=remedy))

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -50,7 +51,7 @@ class Job:
         done: steps of the stage that are done.
         total: all steps of the stage.
         result: of a job that is done.
-        error: of a job that failed.
+        error: of a job that failed, without a traceback, whose frames would keep the index and gradients in memory.
         ended: when it ended, by `time.monotonic`.
     """
 
@@ -76,6 +77,15 @@ class Job:
         if self.is_stopping:
             raise _CancelledError
         self.stage, self.done, self.total = stage, done, total
+
+    def raise_error(self) -> None:
+        """Raise the error of a job that failed.
+
+        Raises:
+            TracinAnnError: a copy of the error.
+        """
+        if self.error is not None:
+            raise copy(self.error)
 
 
 class Jobs:
@@ -171,7 +181,7 @@ class Jobs:
         except _CancelledError:
             self._end(job, "cancelled")
         except TracinAnnError as error:
-            job.error = error
+            job.error = copy(error)
             self._end(job, "failed")
         except Exception as error:
             logger.exception("job %s failed", type(job.work).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ class Turns:
     wait for the job, which waits for the request.
 
     Args:
-        patience: seconds that a job waits while requests go first; then it does its next step.
+        patience: seconds that a job waits while requests go first; then it waits in the queue of the requests.
     """
 
     def __init__(self, patience: float = 1.0) -> None:
@@ -23,18 +24,17 @@ class Turns:
         self._change = threading.Condition()
         self._is_taken = False
         self._requests = 0
-        self._overdue_jobs = 0
+        self._queue: deque[object] = deque()
 
     @contextmanager
     def take_for_request(self) -> Iterator[None]:
-        """Hold the turn in the block, before the jobs that wait for it."""
+        """Hold the turn in the block, before the jobs that have not waited for long."""
         with self._change:
             self._requests += 1
             try:
-                self._change.wait_for(lambda: not self._is_taken and not self._overdue_jobs)
+                self._take_in_order()
             finally:
                 self._requests -= 1
-            self._is_taken = True
         try:
             yield
         finally:
@@ -62,13 +62,22 @@ class Turns:
 
     def _take_after_requests(self) -> None:
         with self._change:
-            if not self._change.wait_for(lambda: not self._is_taken and not self._requests, self._patience):
-                self._overdue_jobs += 1
-                try:
-                    self._change.wait_for(lambda: not self._is_taken)
-                finally:
-                    self._overdue_jobs -= 1
+            if self._change.wait_for(lambda: not self._is_taken and not self._queue, self._patience):
+                self._is_taken = True
+            else:
+                self._take_in_order()
+
+    def _take_in_order(self) -> None:
+        """Take the turn after those that are in the queue; the condition's lock is held."""
+        place = object()
+        self._queue.append(place)
+        try:
+            self._change.wait_for(lambda: not self._is_taken and self._queue[0] is place)
             self._is_taken = True
+        finally:
+            self._queue.remove(place)
+            # If an interrupt has ended the wait, the next one may be first now.
+            self._change.notify_all()
 
     def _release(self) -> None:
         with self._change:

@@ -85,9 +85,12 @@ class QueryForm:
         """
         text, upload = read_text(given, "text"), read_text(given, "upload")
         is_input = bool(text or upload)
+        side = "input" if is_input else read_choice(given, "side", _SIDES[:2], "query")
+        # Rows that were ticked in the list of one side are not rows of another one.
+        is_other = is_input or read_text(given, "listed", side) != side
         return cls(
-            side="input" if is_input else read_choice(given, "side", _SIDES[:2], "query"),  # type: ignore[arg-type]
-            rows=() if is_input else read_ranges(given, "rows"),
+            side=side,  # type: ignore[arg-type]
+            rows=() if is_other else read_ranges(given, "rows"),
             text=text,
             upload=upload,
             find=read_text(given, "find"),

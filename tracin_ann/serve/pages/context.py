@@ -151,8 +151,7 @@ class Context:
             if job.state in ENDED:
                 break
             await asyncio.sleep(_WAIT_STEP)
-        if job.error is not None:
-            raise job.error
+        job.raise_error()
         if job.result is not None:
             return job.result, None
         steps = f", {job.done:,} of {job.total:,}" if job.total > 1 else ""
