@@ -183,7 +183,7 @@ class Jobs:
         except TracinAnnError as error:
             job.error = copy(error)
             self._end(job, "failed")
-        except Exception as error:
+        except BaseException as error:  # noqa: BLE001 - also SystemExit, which a task's code may raise
             logger.exception("job %s failed", type(job.work).__name__)
             job.error = TracinAnnError(
                 problem(
