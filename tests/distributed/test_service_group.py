@@ -13,7 +13,7 @@ import pytest
 
 from tracin_ann.distributed.service import ServiceWorker, WorkerDied
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
-from tracin_ann.errors import DamagedIndexError
+from tracin_ann.errors import DamagedIndexError, UsageError
 
 LONG_S = 60
 
@@ -26,8 +26,10 @@ class Scripted(ServiceWorker):
     attempts: list[str]
     stopped: threading.Event = field(default_factory=threading.Event)
     opens: bool = True
+    ready: threading.Event | None = None
 
     def open(self) -> None:
+        assert self.ready is None or self.ready.wait(LONG_S)
         if not self.opens:
             assert self.stopped.wait(LONG_S)
             raise WorkerDied("stopped")
@@ -111,6 +113,29 @@ def test_a_late_worker_is_replaced(group: ServiceGroup, cluster: Cluster) -> Non
     assert cluster.attempts[1] == ["hangs", "replies"]
 
 
+def test_a_worker_whose_start_takes_longer_than_the_deadline_becomes_ready() -> None:
+    started: list[Scripted] = []
+    attempts: list[str] = []
+    ready = threading.Event()
+
+    def launch() -> ServiceWorker:
+        started.append(Scripted(0, attempts, ready=ready if started else None))
+        return started[-1]
+
+    group = ServiceGroup([launch], restarts=2)
+    group.start()
+    try:
+        for _ in range(3):
+            (late,) = group.ask([["dies", "replies"]], deadline_s=0.05)
+            assert isinstance(late, NoReplyError)
+        ready.set()
+        assert group.ask([["dies", "replies"]]) == [(0, 1)]
+        assert len(started) == 2 and not started[1].stopped.is_set()
+    finally:
+        ready.set()
+        group.close()
+
+
 def test_an_error_of_a_service_is_raised(group: ServiceGroup, cluster: Cluster) -> None:
     with pytest.raises(DamagedIndexError, match="scripted damage"):
         group.ask([["replies"], ["fails"]])
@@ -155,5 +180,5 @@ def test_several_threads_ask(group: ServiceGroup) -> None:
 
 def test_requests_of_a_closed_group_are_rejected(group: ServiceGroup) -> None:
     group.close()
-    with pytest.raises(RuntimeError, match="shutdown"):
+    with pytest.raises(UsageError, match="the index is closed: got a query"):
         group.ask([["replies"], ["replies"]])
