@@ -284,6 +284,24 @@ def test_workers_end_with_the_process_that_started_them(folder: Path, tmp_path: 
         time.sleep(0.05)
 
 
+FORGETFUL = """
+from tracin_ann import InfluenceIndex, ProcessLauncher
+
+if __name__ == "__main__":
+    index = InfluenceIndex.open({index!r}, {task!r}, device="cpu", launcher=ProcessLauncher(["cpu"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_closes_no_index_ends_silently(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "forgetful.py"
+    script.write_text(
+        FORGETFUL.format(index=f"{folder}/sharded", task=f"{folder}/shard_task.py:task"), encoding="utf-8"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process exists and is not a zombie, which nobody waits for in some containers."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -34,6 +35,8 @@ class ServiceGroup:
         self._slots = [_Slot(f"worker {number}", launch, restarts) for number, launch in enumerate(launches)]
         self._lock = threading.Lock()
         self._is_closed = False
+        # At the end of Python, before the modules that it needs are gone; `__del__` would be called after that.
+        self._end = weakref.finalize(self, _close_slots, self._slots)
 
     def start(self) -> None:
         """Start all workers, at the same time.
@@ -91,11 +94,7 @@ class ServiceGroup:
     def close(self) -> None:
         """End all workers."""
         self._is_closed = True
-        for slot in self._slots:
-            slot.close()
-
-    def __del__(self) -> None:
-        self.close()
+        self._end()
 
 
 class _Slot:
@@ -195,6 +194,11 @@ class _Slot:
             # Before the turn is read: a request that is late from now on ends the worker, or finds another turn.
             self._is_starting = False
         return worker
+
+
+def _close_slots(slots: Sequence[_Slot]) -> None:
+    for slot in slots:
+        slot.close()
 
 
 def _get_reply(future: Future[Any]) -> Any | NoReplyError:
