@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tracin_ann.distributed.ray_cluster import _ServiceActor
 from tracin_ann.distributed.service import ServiceWorker, WorkerDied
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError
@@ -176,6 +178,15 @@ def test_several_threads_ask(group: ServiceGroup) -> None:
     for thread in threads:
         thread.join()
     assert sorted(first for (_, first), _ in replies) == sorted(second for _, (_, second) in replies) == list(range(8))
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_an_actor_is_killed_by_a_process_that_is_connected_to_its_cluster(is_connected: bool) -> None:
+    killed: list[str] = []
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+    ray = SimpleNamespace(is_initialized=lambda: is_connected, kill=killed.append, exceptions=exceptions)
+    _ServiceActor(ray, "actor").stop()
+    assert killed == ["actor"] * is_connected
 
 
 def test_requests_of_a_closed_group_are_rejected(group: ServiceGroup) -> None:
