@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,9 +92,9 @@ class InfluenceIndex:
         """Open a finished index; `close`, or the end of a `with` block, closes it.
 
         With a launcher, workers search the index until it is closed: one for each shard of `--index-shards`, or for
-        another index as many as the launcher starts. Each searches the lists of its shard, scans a range of the stored
-        rows, and computes exact scores. A worker that ends is started again and asked again. Workers import the task by
-        its name; if it is given as an object, this process computes exact scores.
+        another index as many as the launcher starts. Each searches the lists or codes of its shard, scans a range of
+        the stored rows, and computes exact scores. A worker that ends is started again and asked again. Workers import
+        the task by its name; if it is given as an object, this process computes exact scores.
 
         Args:
             directory: the index directory.
@@ -146,7 +146,7 @@ class InfluenceIndex:
             )
         return index
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> InfluenceIndex:
         """Return the index."""
         return self
 

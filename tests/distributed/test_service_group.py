@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tracin_ann.distributed import service_group
+from tracin_ann.distributed.ray_cluster import _ServiceActor
 from tracin_ann.distributed.service import ServiceWorker, WorkerDied
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
-from tracin_ann.errors import DamagedIndexError
+from tracin_ann.errors import DamagedIndexError, UsageError
 
 LONG_S = 60
 
@@ -28,9 +30,11 @@ class Scripted(ServiceWorker):
     stopped: threading.Event = field(default_factory=threading.Event)
     opens: bool = True
     is_opening: threading.Event = field(default_factory=threading.Event)
+    ready: threading.Event | None = None
 
     def open(self) -> None:
         self.is_opening.set()
+        assert self.ready is None or self.ready.wait(LONG_S)
         if not self.opens:
             assert self.stopped.wait(LONG_S)
             raise WorkerDied("stopped")
@@ -121,6 +125,29 @@ def test_a_late_worker_is_replaced(group: ServiceGroup, cluster: Cluster, monkey
     assert cluster.attempts[1] == ["hangs", "replies"]
 
 
+def test_a_worker_whose_start_takes_longer_than_the_deadline_becomes_ready() -> None:
+    started: list[Scripted] = []
+    attempts: list[str] = []
+    ready = threading.Event()
+
+    def launch() -> ServiceWorker:
+        started.append(Scripted(0, attempts, ready=ready if started else None))
+        return started[-1]
+
+    group = ServiceGroup([launch], restarts=2)
+    group.start()
+    try:
+        for _ in range(3):
+            (late,) = group.ask([["dies", "replies"]], deadline_s=0.05)
+            assert isinstance(late, NoReplyError)
+        ready.set()
+        assert group.ask([["dies", "replies"]]) == [(0, 1)]
+        assert len(started) == 2 and not started[1].stopped.is_set()
+    finally:
+        ready.set()
+        group.close()
+
+
 def test_an_error_of_a_service_is_raised(group: ServiceGroup, cluster: Cluster) -> None:
     with pytest.raises(DamagedIndexError, match="scripted damage"):
         group.ask([["replies"], ["fails"]])
@@ -163,7 +190,16 @@ def test_several_threads_ask(group: ServiceGroup) -> None:
     assert sorted(first for (_, first), _ in replies) == sorted(second for _, (_, second) in replies) == list(range(8))
 
 
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_an_actor_is_killed_by_a_process_that_is_connected_to_its_cluster(is_connected: bool) -> None:
+    killed: list[str] = []
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+    ray = SimpleNamespace(is_initialized=lambda: is_connected, kill=killed.append, exceptions=exceptions)
+    _ServiceActor(ray, "actor").stop()
+    assert killed == ["actor"] * is_connected
+
+
 def test_requests_of_a_closed_group_are_rejected(group: ServiceGroup) -> None:
     group.close()
-    with pytest.raises(RuntimeError, match="shutdown"):
+    with pytest.raises(UsageError, match="the index is closed: got a query"):
         group.ask([["replies"], ["replies"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import multiprocessing
 import os
 import signal
@@ -29,6 +30,7 @@ from tracin_ann.distributed import ShardOptions, ShardSearch, processes, shard_s
 from tracin_ann.distributed.service import ServiceProcess
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
+from tracin_ann.features import compatibility
 from tracin_ann.scoring import Answer, Coverage, ranking
 from tracin_ann.search import ListQuery
 
@@ -134,11 +136,39 @@ def test_workers_on_other_machines_find_their_own_device(single: InfluenceIndex,
         assert [shard.task.options.device for shard in launcher.services] == [resolve_device()] * SHARDS
 
 
-@pytest.mark.parametrize(("is_local", "expected"), [(True, 500), (False, 1001)])
-def test_workers_of_this_machine_share_the_memory_for_weights(folder: Path, is_local: bool, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("memory_bytes", "is_local", "expected"),
+    [(1001, True, 500), (1001, False, 1001), (None, True, 1000), (None, False, 2000)],
+)
+def test_workers_of_this_machine_share_the_memory_for_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, memory_bytes: int | None, is_local: bool, expected: int
+) -> None:
+    monkeypatch.setattr(compatibility, "free_memory_bytes", lambda device: 8000)
     launcher, task = Inline(is_local=is_local), f"{folder}/shard_task.py:task"
-    with InfluenceIndex.open(folder / "sharded", task, device="cpu", memory_bytes=1001, launcher=launcher):
-        assert [shard._service.task.memory_bytes for shard in launcher.services] == [expected] * SHARDS
+    with InfluenceIndex.open(folder / "sharded", task, device="cpu", memory_bytes=memory_bytes, launcher=launcher):
+        runners = [shard.task.runner for shard in launcher.services]
+        assert [runner._kept.memory_bytes for runner in runners] == [expected] * SHARDS
+
+
+@pytest.mark.parametrize("name", ["sharded", "sharded-codes", "flat"])
+def test_the_workers_of_an_index_that_is_not_closed_end_with_it(folder: Path, name: str) -> None:
+    launcher = Inline()
+    index = open_named(folder, name, launcher)
+    index.query([0], options=replace(OPTIONS, search="auto"))
+    gc.disable()
+    try:
+        assert launcher.stopped == set()
+        del index
+        assert launcher.stopped == {0, 1}
+    finally:
+        gc.enable()
+
+
+def test_queries_of_a_closed_index_are_rejected(folder: Path) -> None:
+    with open_named(folder, "sharded", Inline()) as index:
+        pass
+    with pytest.raises(UsageError, match="the index is closed: got a query, expected an open index"):
+        index.query([0], options=OPTIONS)
 
 
 def test_workers_use_the_devices_of_the_launcher_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +295,24 @@ def test_workers_end_with_the_process_that_started_them(folder: Path, tmp_path: 
         time.sleep(0.05)
 
 
+FORGETFUL = """
+from tracin_ann import InfluenceIndex, ProcessLauncher
+
+if __name__ == "__main__":
+    index = InfluenceIndex.open({index!r}, {task!r}, device="cpu", launcher=ProcessLauncher(["cpu"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_closes_no_index_ends_silently(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "forgetful.py"
+    script.write_text(
+        FORGETFUL.format(index=f"{folder}/sharded", task=f"{folder}/shard_task.py:task"), encoding="utf-8"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process exists and is not a zombie, which nobody waits for in some containers."""
     try:
@@ -318,6 +366,27 @@ def test_a_damaged_shard_is_reported_by_the_start(folder: Path, single: Influenc
     with pytest.raises(DamagedIndexError) as caught:
         group.start()
     assert {child.pid for child in multiprocessing.active_children()} <= before, caught
+
+
+class Echo:
+    """A service that replies with the request."""
+
+    def run(self, request: Any) -> Any:
+        return request
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_end_a_worker_that_starts() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    worker = ServiceProcess.start(Echo)
+    try:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+        worker.open()
+        assert worker.run("request") == "request"
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    finally:
+        worker.stop()
 
 
 def _raise_damage() -> Any:
@@ -382,7 +451,17 @@ def test_options_of_workers_need_a_launcher(folder: Path) -> None:
         open_named(folder, "sharded", options=ShardOptions())
 
 
-@pytest.mark.parametrize("options", [{"deadline_s": 0.0}, {"deadline_s": float("nan")}, {"restarts": -1}])
+@pytest.mark.parametrize("option", [["--allow-partial"], ["--deadline", "3"]])
+def test_options_of_searches_are_rejected_without_a_search(folder: Path, option: list[str]) -> None:
+    result = CliRunner().invoke(main, [f"{folder}/sharded", "--ids", "0", "--exact", "--shard-workers", *option])
+    assert result.exit_code == UsageError.exit_code
+    assert f"--exact scores all training rows, without a search: got {option[0]}" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"deadline_s": seconds} for seconds in (0.0, float("nan"), float("inf"), 1e10)), {"restarts": -1}],
+)
 def test_bad_options_are_rejected(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="bad"):
         ShardOptions(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -51,6 +52,27 @@ def test_every_command_has_a_function(project: dict[str, Any]) -> None:
     assert scripts == {f"tracin-{name.replace('_', '-')}": f"tracin_ann.cli.{name}:main" for name in commands}
     for target in scripts.values():
         assert callable(importlib.metadata.EntryPoint("command", target, "console_scripts").load())
+
+
+def test_names_that_the_first_python_does_not_have_are_not_imported(project: dict[str, Any]) -> None:
+    assert project["project"]["requires-python"] == ">=3.10"
+    later = {
+        "typing": {"LiteralString", "Never", "NotRequired", "Required", "Self", "Unpack", "assert_never", "override"},
+        "datetime": {"UTC"},
+        "enum": {"StrEnum"},
+        "hashlib": {"file_digest"},
+        "itertools": {"batched"},
+    }
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno} imports {name.name}"
+        for path in committed_files()
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if name.name in later.get(node.module or "", ())
+    ]
+    assert found == []
 
 
 def test_constraints_pin_every_dependency(project: dict[str, Any]) -> None:

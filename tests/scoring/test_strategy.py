@@ -13,9 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tracin_ann import QueryOptions
+from tracin_ann.errors import UsageError
 from tracin_ann.files.json_records import read_record
 from tracin_ann.scoring.strategy import Strategy, choose_strategy
-from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, IVFIndex, IVFParams, Point
+from tracin_ann.search import Calibration, FirstUseCost, FlatIndex, IVFIndex, IVFParams, Point, SearchIndex
+from tracin_ann.search.bounded_scan import BoundedScan, BoundedScanParams
 from tracin_ann.search.calibration import Cost
 from tracin_ann.search.query_distribution import QueryDistribution
 from tracin_ann.store import IndexRecord
@@ -54,6 +56,7 @@ class PartlyReadRows:
 
 ROWS = PartlyReadRows(np.random.default_rng(0).standard_normal((N, DIM)).astype(np.float32))
 LISTS = IVFIndex.build(ROWS, IVFParams(), CPU)
+BOUNDS = BoundedScan.build(ROWS, BoundedScanParams(), CPU)
 
 
 def point(seconds: float, lower: float = 0.96) -> Point:
@@ -115,6 +118,27 @@ def test_files_are_opened_for_all_rows_of_a_scan_and_for_the_candidates_of_lists
     assert choose(calibration, 2, PendingReads(all_rows + 3, 0, 2)).index.kind == "flat"
     exact = QueryOptions(rerank="exact", candidates=200)
     assert choose(calibration, pending=PendingReads(all_rows + 3, 0, 2), options=exact).index.kind == "flat"
+
+
+@pytest.mark.parametrize(
+    ("kind", "score", "expected"),
+    [
+        ("ivf", "tracin", "the score tracin over all checkpoints"),
+        ("codes", "gauss-newton", "the score gauss-newton with the default damping over all checkpoints"),
+        ("bounds", "gauss-newton", "the score tracin or fisher or gauss-newton or trak over all checkpoints"),
+        ("flat", "tracin", "an index with codes, such as ivf"),
+    ],
+)
+def test_the_error_of_a_score_that_the_index_does_not_serve_names_those_that_it_does(
+    kind: str, score: str, expected: str
+) -> None:
+    scan = FlatIndex(ROWS, CPU)
+    index: SearchIndex = {"bounds": BOUNDS, "flat": scan}.get(kind, LISTS)
+    calibration = None if kind == "flat" else calibrated(Cost(0.5, 0.1), Cost(0.0, 0.001))
+    record = IndexRecord(kind, "", (), calibration, score=score)
+    query_1F, options = np.ones((1, DIM), np.float32), QueryOptions(search="index")
+    with pytest.raises(UsageError, match=f"got --search index and the score cosine, expected {expected}; remove"):
+        choose_strategy(record, index, scan, query_1F, options, "the score cosine")
 
 
 def test_the_estimates_of_an_answer_include_the_first_use() -> None:

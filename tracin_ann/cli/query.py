@@ -50,7 +50,10 @@ _EXCLUSIVE = {
             *("shard_workers", "ray_address", "deadline", "allow_partial"),
         ),
     ),
-    "exact": ("scores all training rows", ("rerank", "candidates", "search", "recall")),
+    "exact": (
+        "scores all training rows, without a search",
+        ("rerank", "candidates", "search", "recall", "deadline", "allow_partial"),
+    ),
     "against": ("compares two sets of rows of query_data", ("train_ids", "input", "text", "together")),
 }
 """By option: its effect, and the options that have no effect together with it."""

@@ -307,9 +307,11 @@ class _ServiceActor(ServiceWorker):
         return self._get(self.actor.run.remote(pack_request(request)))
 
     def stop(self) -> None:
-        """Kill the actor."""
-        with suppress(self.ray.exceptions.RayError):
-            self.ray.kill(self.actor)
+        """Kill the actor; without a connection to the cluster, which ends its actors, do nothing."""
+        # Ray would start a cluster to kill the actor, and at the end of Python it is not connected any more.
+        if self.ray.is_initialized():
+            with suppress(self.ray.exceptions.RayError):
+                self.ray.kill(self.actor)
 
     def _get(self, call: Any) -> Any:
         try:

@@ -9,6 +9,7 @@ import signal
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
@@ -95,7 +96,14 @@ class ServiceProcess(ServiceWorker):
         context = multiprocessing.get_context("spawn")
         connection, other = context.Pipe()
         process = context.Process(target=_serve, args=(other, make_service), daemon=True)
-        process.start()
+        # The start of the tracker, which the start of a process may need, would unblock the signal.
+        resource_tracker.ensure_running()
+        # Ctrl-C reaches all processes of a terminal, also one that is importing the library.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         # Only the worker holds this end then, and the pipe closes when it ends.
         other.close()
         return cls(process, connection)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from tracin_ann.distributed.service import ServiceWorker, WorkerDied
-from tracin_ann.errors import WorkerError, problem
+from tracin_ann.errors import UsageError, WorkerError, problem
 
 Launch = Callable[[], ServiceWorker]
 """Starts a worker, which the group opens."""
@@ -33,6 +34,9 @@ class ServiceGroup:
         """
         self._slots = [_Slot(f"worker {number}", launch, restarts) for number, launch in enumerate(launches)]
         self._lock = threading.Lock()
+        self._is_closed = False
+        # At the end of Python, before the modules that it needs are gone; `__del__` would be called after that.
+        self._end = weakref.finalize(self, _close_slots, self._slots)
 
     def start(self) -> None:
         """Start all workers, at the same time.
@@ -51,16 +55,20 @@ class ServiceGroup:
     def ask(self, requests: Sequence[Any | None], deadline_s: float | None = None) -> list[Any | NoReplyError | None]:
         """Return the reply of each worker to its request; None for a worker without one.
 
-        A worker that does not reply in time is replaced. In place of its reply, and of that of a worker that ends at
-        every attempt, there is an error.
+        A worker that does not reply in time is replaced, unless it is only starting. In place of its reply, and of that
+        of a worker that ends at every attempt, there is an error.
 
         Args:
             requests: one for each worker; None: the worker is not asked.
             deadline_s: seconds to wait; None: any.
 
         Raises:
+            UsageError: the group is closed.
             Exception: what the service of a worker raises.
         """
+        if self._is_closed:
+            remedy = "open the index again"
+            raise UsageError(problem("the index is closed", got="a query", expected="an open index", remedy=remedy))
         with self._lock:
             asked = {
                 number: slot.submit(request)
@@ -85,11 +93,8 @@ class ServiceGroup:
 
     def close(self) -> None:
         """End all workers."""
-        for slot in self._slots:
-            slot.close()
-
-    def __del__(self) -> None:
-        self.close()
+        self._is_closed = True
+        self._end()
 
 
 class _Slot:
@@ -99,6 +104,7 @@ class _Slot:
         self._name, self._launch, self._restarts = name, launch, restarts
         self._worker: ServiceWorker | None = None
         self._turn = 0
+        self._is_starting = self._is_closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def start(self) -> Future[Any]:
@@ -115,13 +121,21 @@ class _Slot:
         return self._thread.submit(self._try, lambda worker: worker.run(request), self._turn)
 
     def replace(self) -> None:
-        """End the worker and its request, and start another one."""
-        self._end()
-        self.start()
+        """End the request and its worker, and start another one.
+
+        A worker that is starting has no request yet, and is not ended: with a deadline that is shorter than its start,
+        it would never be ready.
+        """
+        self._turn += 1
+        if not self._is_starting:
+            self._stop_worker()
+            self.start()
 
     def close(self) -> None:
         """End the worker and the thread."""
-        self._end()
+        self._turn += 1
+        self._is_closed = True
+        self._stop_worker()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def report_late(self, deadline_s: float | None) -> NoReplyError:
@@ -131,8 +145,7 @@ class _Slot:
             problem(f"{self._name} is late", got=f"no reply in {deadline_s} s", expected="a reply", remedy=remedy)
         )
 
-    def _end(self) -> None:
-        self._turn += 1
+    def _stop_worker(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop()
@@ -148,7 +161,10 @@ class _Slot:
             if turn != self._turn:
                 break
             try:
-                return run(self._worker or self._open_worker(turn))
+                worker = self._worker or self._open_worker()
+                if turn != self._turn:
+                    break
+                return run(worker)
             except WorkerDied as error:
                 if turn == self._turn:
                     logger.warning("%s: %s", self._name, error)
@@ -156,23 +172,33 @@ class _Slot:
         what, remedy = f"{self._name} ends before it replies", "see its messages, such as for missing memory"
         raise NoReplyError(problem(what, got=cause or "its end", expected="a reply", remedy=remedy)) from cause
 
-    def _open_worker(self, turn: int) -> ServiceWorker:
-        """Start the worker, and wait until it is open; `replace` and `close` end it meanwhile.
+    def _open_worker(self) -> ServiceWorker:
+        """Start the worker, and wait until it is open; `close` ends it meanwhile.
 
         Raises:
-            WorkerDied: it ended, or `replace` or `close` was called.
+            WorkerDied: it ended, or `close` was called.
             Exception: what made it fail to open.
         """
-        worker = self._worker = self._launch()
+        self._is_starting = True
         try:
-            if turn != self._turn:
-                raise WorkerDied("it was started too late")
-            worker.open()
-        except BaseException:
-            self._worker = None
-            worker.stop()
-            raise
+            worker = self._worker = self._launch()
+            try:
+                if self._is_closed:
+                    raise WorkerDied("it was started too late")
+                worker.open()
+            except BaseException:
+                self._worker = None
+                worker.stop()
+                raise
+        finally:
+            # Before the turn is read: a request that is late from now on ends the worker, or finds another turn.
+            self._is_starting = False
         return worker
+
+
+def _close_slots(slots: Sequence[_Slot]) -> None:
+    for slot in slots:
+        slot.close()
 
 
 def _get_reply(future: Future[Any]) -> Any | NoReplyError:

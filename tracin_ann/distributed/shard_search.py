@@ -71,8 +71,8 @@ class ShardOptions:
         Raises:
             UsageError: one is out of range.
         """
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            expected = "more than 0 seconds"
+        if self.deadline_s is not None and not 0 < self.deadline_s <= threading.TIMEOUT_MAX:
+            expected = f"more than 0 and at most {threading.TIMEOUT_MAX:.0f} seconds"
             raise UsageError(
                 problem("bad --deadline", got=self.deadline_s, expected=expected, remedy="change --deadline")
             )
@@ -90,7 +90,8 @@ class ShardTask:
         name: its name.
         arguments: its arguments; None: those in the manifest.
         options: how the model runs.
-        memory_bytes: the largest number of bytes of weights that remain in memory.
+        memory_bytes: the largest number of bytes of weights that remain in memory; None: a quarter of the free memory.
+        n_sharing: number of workers that share this memory.
     """
 
     directory: Path
@@ -99,12 +100,13 @@ class ShardTask:
     arguments: Mapping[str, str] | None
     options: RunOptions
     memory_bytes: int | None
+    n_sharing: int = 1
 
     def open(self, device: str | None) -> IndexTask:
         """Return the task on a device (None: a GPU if there is one); its first use imports it."""
         find_task = partial(load_index_task, self.name, self.arguments, self.manifest, self.directory)
         options = replace(self.options, device=resolve_device(device or "auto"))
-        return IndexTask(self.directory, self.manifest, find_task, options, self.memory_bytes)
+        return IndexTask(self.directory, self.manifest, find_task, options, self.memory_bytes, self.n_sharing)
 
 
 @dataclass(frozen=True)
@@ -238,25 +240,27 @@ class ShardSearch:
         self._group, self._options = group, options
         self._ids = [service.ids for service in services]
         self._has_task = services[0].task is not None
+        self._has_files = services[0].file is not None
         self._local = threading.local()
-        self._index = self._replace_scans(index, has_files=services[0].file is not None)
+        self._plain_index = index
 
-    def _replace_scans(self, index: SearchIndex, *, has_files: bool) -> SearchIndex:
-        """Return the index with its exact scans, and with the files that workers have, by the workers."""
+    @property
+    def index(self) -> SearchIndex:
+        """Return the index, whose files and exact scans are searched by the workers.
+
+        It is not stored: it refers to this object, and a cycle of references would keep the workers of an index that
+        nobody closed until Python's garbage collector runs.
+        """
+        index = self._plain_index
         if isinstance(index, (FlatIndex, GpuScan)):
             return self.open_scan(index.source, index.device)
-        if has_files and isinstance(index, (IVFIndex, CodedScan)):
+        if self._has_files and isinstance(index, (IVFIndex, CodedScan)):
             index = index.with_scanner(self.search_files)
         view = index.source if isinstance(index, RescoredIndex) else None
         view = view.source if isinstance(view, Subset) else view
         if isinstance(index, RescoredIndex) and isinstance(view, FeatureView):
             return index.with_row_scanner(partial(self.scan_rows, view))
         return index
-
-    @property
-    def index(self) -> SearchIndex:
-        """Return the index, whose shards the workers search."""
-        return self._index
 
     def open_scan(self, rows: RowSource, device: torch.device) -> FlatIndex:
         """Return the exact scan of rows: by the workers if these are rows of the feature files.
@@ -435,8 +439,7 @@ def open_shard_search(
     if launcher.is_local:
         # Together, workers of this machine use as many threads as this process, and as much memory for weights.
         threads = max(1, torch.get_num_threads() // len(files))
-        if task is not None and task.memory_bytes is not None:
-            task = replace(task, memory_bytes=task.memory_bytes // len(files))
+        task = None if task is None else replace(task, n_sharing=len(files))
     edges = [store.layout.n_partitions * number // len(files) for number in range(len(files) + 1)]
     services = [
         ShardService(file, store.directory.absolute(), store.layout, range(first, last), task, threads)

@@ -60,6 +60,7 @@ class IndexTask:
         find_task: returns the task, or imports it by name.
         options: how the model runs.
         memory_bytes: the largest number of bytes of weights that remain in memory; None: a quarter of the free memory.
+        n_sharing: number of processes that share this memory.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class IndexTask:
         find_task: Callable[[], Task],
         options: RunOptions,
         memory_bytes: int | None = None,
+        n_sharing: int = 1,
     ) -> None:
         self._directory, self._manifest, self._find_task, self.options = directory, manifest, find_task, options
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._n_sharing = memory_bytes, n_sharing
         self._checked: dict[int, _CheckedCheckpoint] = {}
         self._n_comparisons: Counter[int] = Counter()
         self._lock = threading.RLock()
@@ -104,8 +106,10 @@ class IndexTask:
     @cached_property
     def _checked_runner(self) -> TaskRunner:
         runner = TaskRunner(self.task, self.options)
-        free_bytes = free_memory_bytes(self.options.device)
-        runner.keep_model(int(free_bytes * _KEPT_SHARE) if self._memory_bytes is None else self._memory_bytes)
+        memory_bytes = self._memory_bytes
+        if memory_bytes is None:
+            memory_bytes = int(free_memory_bytes(self.options.device) * _KEPT_SHARE)
+        runner.keep_model(memory_bytes // self._n_sharing)
         with runner.model() as model:
             check_spec(self._manifest.build.spec, self._task_spec(runner, model), str(self._directory))
         return runner

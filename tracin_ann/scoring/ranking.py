@@ -346,7 +346,7 @@ class Ranker:
         if unsupported:
             rows, device = score.rows(request.checkpoints), self.runner.options.device
             scan = FlatIndex(rows, device) if self.workers is None else self.workers.open_scan(rows, device)
-            return choose_strategy(self.record, scan, scan, weighted_QF, options, unsupported)
+            return choose_strategy(self.record, self.index, scan, weighted_QF, options, unsupported)
         return choose_strategy(self.record, self.index, self.scan, weighted_QF, options)
 
     def _rescore(

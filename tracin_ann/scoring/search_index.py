@@ -46,7 +46,7 @@ class SearchIndexOptions:
         target_recall: recall@10 that the index is calibrated to.
         device: where the index is built.
         score: the default score. A coded scan and a search by bounds are calibrated for it.
-        shards: number of files over which inverted lists are split.
+        shards: number of files over which inverted lists or codes are split.
     """
 
     kind: str

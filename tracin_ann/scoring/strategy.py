@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.choices import CURVATURES
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.scoring.answers import QueryOptions
 from tracin_ann.search import NAMES, CalibratedIndex, Calibration, Cost, FlatIndex, GpuScan, Point, SearchIndex
@@ -53,7 +54,7 @@ def choose_strategy(
     Args:
         record: the manifest's record of the index.
         index: the search index.
-        scan: the exact scan of the same rows.
+        scan: the exact scan of the rows that are scored.
         queries_QF: the queries' features.
         options: `search` and `recall` are used.
         unsupported: the requested scoring that the index does not support; "" if it supports it.
@@ -63,7 +64,7 @@ def choose_strategy(
     """
     calibration = record.calibration
     if calibration is None or not isinstance(index, CalibratedIndex) or unsupported:
-        _check_index_not_required(record, options, unsupported)
+        _check_index_not_required(record, index, options, unsupported)
         if not unsupported:
             return Strategy(index, _SCAN)
         if calibration is None:
@@ -108,7 +109,7 @@ def choose_strategy(
     return Strategy(settled, how, unlike_Q, (proponents.recall, opponents.recall))
 
 
-def _check_index_not_required(record: IndexRecord, options: QueryOptions, unsupported: str) -> None:
+def _check_index_not_required(record: IndexRecord, index: SearchIndex, options: QueryOptions, unsupported: str) -> None:
     """Check that the options do not require the index, which cannot be used.
 
     Raises:
@@ -124,10 +125,20 @@ def _check_index_not_required(record: IndexRecord, options: QueryOptions, unsupp
         problem(
             "the search index cannot be used for this query",
             got=f"{option} and {unsupported}" if unsupported else f"{option} for an index of kind {record.kind}",
-            expected="the score tracin over all checkpoints" if unsupported else "an index with codes, such as ivf",
+            expected=_describe_served_scores(record, index),
             remedy="remove the option: an exact scan finds all rows",
         )
     )
+
+
+def _describe_served_scores(record: IndexRecord, index: SearchIndex) -> str:
+    """Return the scores that the index can be searched for, as text for users; if there are none, another index."""
+    if not isinstance(index, CalibratedIndex) or record.calibration is None:
+        return "an index with codes, such as ivf"
+    if index.is_exact:
+        return f"the score {' or '.join(('tracin', *CURVATURES))} over all checkpoints"
+    damping = " with the default damping" if record.score in CURVATURES else ""
+    return f"the score {record.score}{damping} over all checkpoints"
 
 
 def _choose_points(calibration: Calibration, target: float, *, explicit: bool) -> tuple[tuple[Point, Point], bool]:

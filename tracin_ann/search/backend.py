@@ -29,7 +29,7 @@ _CLASSES: dict[str, type[CalibratedIndex]] = {
     index.kind: index for index in (IVFIndex, CodedScan, BoundedScan, GraphIndex)
 }
 _LIST_SHARDED = {"ivf": list_ivf_files, "codes": list_coded_files}
-"""Return the names of the files of the kinds that can have shards."""
+"""By kind of index that can have shards: the function that returns the names of the files of so many shards."""
 _MANY_DIRECTIONS = 150
 """From about this participation ratio on, inverted lists score a tenth of the rows for a recall of .95."""
 _APPROXIMATE = 0.99

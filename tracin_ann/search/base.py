@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import negate, split
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _FLOAT32_POWERS = 125
 """Powers of two with exponents from −125 to 125 are exact in float32, and so are their products with rows in range."""
@@ -27,7 +30,7 @@ class SearchIndex(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return the name of the backend: `flat` or `ivf`."""
+        """Return the name of the backend, such as `flat`."""
 
     @property
     def dim(self) -> int:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,9 @@ from tracin_ann.search.reduction import (
 from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Int64, RowSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CAPTION = "tracin_ann coded scan"
 _VERSION = 1

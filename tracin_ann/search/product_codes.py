@@ -234,11 +234,6 @@ class ProductCodes:
         """Return the number of rows."""
         return int(self._index.ntotal)
 
-    @property
-    def bytes_per_row(self) -> int:
-        """Return the bytes of a row: its codes, its id, twice, and its factor."""
-        return int(self._index.code_size) + 2 * 8 + self.factor_N.itemsize
-
     @cached_property
     def ids_N(self) -> Int64:
         """Return the ids of all rows, int64, increasing."""

@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from tracin_ann.search.reduction import Reduction, normalize
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import concatenate, from_padded, merge, negate
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _QUERIES_AT_ONCE = 256
 _QUERIES_RESCORED_AT_ONCE = 128
