@@ -185,7 +185,7 @@ def test_an_example_that_cannot_be_pickled_is_rejected(sharded: InfluenceIndex) 
         """A class that pickle does not find."""
 
     row, label = sharded.runner.data("query")[4]
-    with pytest.raises(WorkerError, match=r"a query cannot be sent to workers.*Label.*or no workers"):
+    with pytest.raises(UsageError, match=r"a query cannot be sent to workers.*Label.*or no workers"):
         sharded.query_examples([(row, Label(label))], EXACT)
 
 

@@ -11,7 +11,10 @@ import pytest
 from explorer import N_QUERIES, N_TRAIN, serve
 from tracin_ann import QueryOptions
 from tracin_ann.analysis import explain, find_duplicates, find_hubs, find_mislabelled
+from tracin_ann.distributed import NoReplyError
+from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.serve import Settings
+from tracin_ann.serve.problems import find_status
 from tracin_ann.store import RowFilter
 
 API = "/api/v1"
@@ -262,3 +265,16 @@ def test_an_unexpected_error_says_no_more_than_its_type(client, monkeypatch, cap
 def test_the_document_describes_the_errors(client):
     document = client.get(f"{API}/openapi.json").json()
     assert set(document["paths"]["/api/v1/answers"]["get"]["responses"]) >= {"200", "404", "409", "422", "503"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (NoReplyError("no reply"), 503),
+        (WorkerError("failed"), 500),
+        (DamagedIndexError("x"), 500),
+        (UsageError("x"), 422),
+    ],
+)
+def test_the_status_says_who_can_help(error, status):
+    assert find_status(error) == status

@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
 from tracin_ann.distributed.launcher import WorkerTraceback
-from tracin_ann.errors import TracinAnnError, WorkerError, first_line, problem
+from tracin_ann.errors import TracinAnnError, UsageError, WorkerError, first_line, problem
 
 
 class Service(Protocol):
@@ -167,13 +167,13 @@ def pack_request(request: Any) -> bytes:
     """Return a pickled request.
 
     Raises:
-        WorkerError: it cannot be pickled, because of the examples of a query.
+        UsageError: it cannot be pickled, because of the examples of a query.
     """
     try:
         return pickle.dumps(request)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         what, remedy = "a query cannot be sent to workers", "use examples that can be pickled, or no workers"
-        raise WorkerError(problem(what, got=first_line(error), expected="picklable examples", remedy=remedy)) from error
+        raise UsageError(problem(what, got=first_line(error), expected="picklable examples", remedy=remedy)) from error
 
 
 def _pack_result(call: Callable[[], Any]) -> bytes:

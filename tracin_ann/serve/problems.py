@@ -17,6 +17,7 @@ from tracin_ann.errors import (
     IndexMismatchError,
     TracinAnnError,
     UnknownRowError,
+    WorkerError,
     problem,
     split_problem,
 )
@@ -75,6 +76,7 @@ _STATUS: dict[type[TracinAnnError], HTTPStatus] = {
     BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     BusyIndexError: HTTPStatus.SERVICE_UNAVAILABLE,
     NoReplyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    WorkerError: HTTPStatus.INTERNAL_SERVER_ERROR,
     DamagedIndexError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
