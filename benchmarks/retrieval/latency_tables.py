@@ -33,8 +33,7 @@ def latency() -> str:
             stages = [batch["times"][name] for name in names]
             total = {"median": sum(stage["median"] for stage in stages)}
             shown = (*stages, total, batch["times"][f"whole {way} stored"])
-            parts.append((case["model"], f"{case['rows']:,}", way, *map(_format_ms, shown)))
-    settings = content["settings"]
+            parts.append((case["model"], f"{case['rows']:,}", _name_way(case, way), *map(_format_ms, shown)))
     sizes = " or ".join(f"{size:,}" for size in sorted({case["partition_rows"] for case in cases}))
     scope = (
         "whole queries by `InfluenceIndex.query` with the default options, except `search` and `rerank` where a table "
@@ -47,7 +46,7 @@ def latency() -> str:
         f"One query; *exact* is the whole query with `--rerank exact`:\n\n{format_table(*one)}",
         f"100 queries in one call, times per query:\n\n{format_table(*many)}",
         f"Stages of one query:\n\n{format_table(*parts)}",
-        *_compose_latency_details(cases, settings["many"]),
+        *_compose_latency_details(cases),
         *places,
     )
 
@@ -69,8 +68,13 @@ def _list_ways(batch: dict[str, Any]) -> list[str]:
     return [way for way in _WAYS if f"whole {way} stored" in batch["times"]]
 
 
+def _name_way(case: dict[str, Any], way: str) -> str:
+    """Return the search that a result names `lists` or `scan`: the kind of the index, or the scan."""
+    return "codes" if way == "lists" and case["kind"] == "codes" else way
+
+
 def _format_whole(case: dict[str, Any], queries: int) -> Iterable[Row]:
-    """Yield the rows of whole queries, by lists and by scan, with their ratios."""
+    """Yield the rows of whole queries, by the index and by scan, with their ratios."""
     batch = find_batch(case, queries)
     times = batch["times"]
     for way in _list_ways(batch):
@@ -83,10 +87,10 @@ def _format_whole(case: dict[str, Any], queries: int) -> Iterable[Row]:
         else:
             cells += [_format_ms(times[f"kernel {way}"], share=queries), f"{derived['whole/needed']:.2f}"]
         default = ", default" if batch["found_by"] == way and len(_list_ways(batch)) > 1 else ""
-        yield (case["model"], f"{case['rows']:,}", f"{way}{default}", *cells)
+        yield (case["model"], f"{case['rows']:,}", f"{_name_way(case, way)}{default}", *cells)
 
 
-def _compose_latency_details(cases: Results, many: int) -> list[str]:
+def _compose_latency_details(cases: Results) -> list[str]:
     """Return the tables of estimates, of access to an index, and of a process."""
     estimates: list[Row] = [("model", "rows", "queries", "estimated", "search kernel", "whole query", "default")]
     access: list[Row] = [("model", "rows", *(f"`take` of {n} rows" for n in (40, 200)), "scan", "read of memory")]
@@ -103,7 +107,7 @@ def _compose_latency_details(cases: Results, many: int) -> list[str]:
                 )
                 pairs = [[{"median": batch["estimates"][way]} for way in _WAYS], *measured]
                 cells = (" / ".join(map(_format_ms, pair)) for pair in pairs)
-                estimates.append((*name, f"{batch['queries']:,}", *cells, batch["found_by"]))
+                estimates.append((*name, f"{batch['queries']:,}", *cells, _name_way(case, batch["found_by"])))
         scan = find_batch(case, 1)["times"]["kernel scan"]
         takes = (_format_ms(case["takes"][n]) for n in ("40", "200"))
         access.append((*name, *takes, _format_ms(scan), _format_ms({"median": case["memory_read_s"]})))
@@ -113,10 +117,11 @@ def _compose_latency_details(cases: Results, many: int) -> list[str]:
         private = [run[when]["private_mb"] for when in ("before", "after")]
         memory_cells = (f"{private[1]:,.0f}", f"{private[1] - private[0]:,.1f}", str(run["peak_threads"]))
         process.append((*name, *starts, *seconds, *memory_cells))
+    many = " or ".join(map(str, sorted({case["process"]["queries"] for case in cases})))
     heads = {
-        "Estimated and measured times of one call in ms, by lists / by scan. `auto` compares the estimates:": estimates,
+        "Estimated and measured ms of one call, by the index / by scan; `auto` compares the estimates:": estimates,
         "Random rows, and one scan compared with a read of as many bytes of memory, in ms:": access,
-        f"A process: private memory after {many:,} single queries, and its growth during them:": process,
+        f"A process: private memory after {many} single queries, and its growth during them:": process,
     }
     return [f"{head}\n\n{format_table(*rows)}" for head, rows in heads.items() if len(rows) > 1]
 

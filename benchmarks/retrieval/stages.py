@@ -22,7 +22,7 @@ from tracin_ann.search import FlatIndex, SearchIndex, scale_to_unit, search_both
 from tracin_ann.sketch import make_sketch
 from tracin_ann.types import Float32, Float64, Int64
 
-_TIMES = re.compile(r"inverted lists ([0-9.]+) (ms|s), exact scan ([0-9.]+) (ms|s)\)")
+_TIMES = re.compile(r"([0-9.]+) (ms|s), exact scan ([0-9.]+) (ms|s)\)")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_stages(index: InfluenceIndex) -> Iterator[Stages]:
 
 
 def read_estimates(how: str) -> dict[str, float]:
-    """Return the estimated seconds of lists and of a scan that an answer names; empty if it names none."""
+    """Return the estimated seconds of the index (`lists`) and of a scan that an answer names; empty without any."""
     found = _TIMES.search(how)
     if found is None:
         return {}
@@ -93,8 +93,8 @@ def read_estimates(how: str) -> dict[str, float]:
 
 
 def read_search(how: str) -> str:
-    """Return `lists` or `scan`: how an answer says that its candidates were found."""
-    return "lists" if how.startswith("inverted lists") else "scan"
+    """Return `lists`, for an index of any kind, or `scan`: how an answer says that its candidates were found."""
+    return "scan" if how.startswith("exact scan") else "lists"
 
 
 def has_lists(index: InfluenceIndex) -> bool:
