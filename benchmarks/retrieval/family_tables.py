@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -223,4 +224,36 @@ def _format_environments(results: Results) -> tuple[str, ...]:
     return tuple(dict.fromkeys(format_environment(result) for result in results))
 
 
-TABLES = (families, families_methods, families_candidates, families_growth, families_choice)
+def true_recall() -> str:
+    """Return how often the intervals of predicted true recall cover the measured one, by model."""
+    content = read_results("true_recall")
+    cells: dict[tuple[str, str], Results] = {}
+    for name, kind in (("build", "the build"), ("pilot", "a pilot (`--dim auto`)")):
+        for model in (*dict.fromkeys(cell["model"] for cell in content["results"]), "all"):
+            chosen = [cell for cell in content["results"] if model in (cell["model"], "all")]
+            cells[kind, model] = [{**cell, **cell[name]} for cell in chosen]
+    head = ("predicted by", "model", "covered", "first 10", "mean predicted − measured", "largest", "measured")
+    rows: list[Row] = [head]
+    for (kind, model), found in cells.items():
+        covered = {
+            most: mean(cell["lower"] <= cell["measured"] <= cell["upper"] for cell in found if cell["depth"] <= most)
+            for most in (1000, 10)
+        }
+        excess = [cell["mean"] - cell["measured"] for cell in found]
+        measured = [cell["measured"] for cell in found]
+        span = f"{min(measured):.2f} to {max(measured):.2f}"
+        shares = (f"{share:.1%}" for share in covered.values())
+        rows.append((kind, model, *shares, f"{mean(excess):+.3f}", f"{max(excess):+.3f}", span))
+    settings = content["settings"]
+    n_models = len({cell["model"] for cell in content["results"]})
+    scope = (
+        f"{n_models * settings['cases']} cases, {settings['cases']} of each model: a random half of the rows that have "
+        f"true scores and {settings['queries']} random queries. Share of the true top ten in the first 10, 100 and "
+        "1,000 rows of the stored ranking, in both directions; measured for all queries with true scores. Covered: the "
+        "measured share is within the predicted 95% interval; first 10: of the share in the first 10 rows alone, which "
+        "is the smallest."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+TABLES = (families, families_methods, families_candidates, families_growth, families_choice, true_recall)
