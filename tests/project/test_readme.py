@@ -48,17 +48,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("readme")
-def test_the_commands_print_the_output_in_the_readme(place: Path) -> None:
-    assert len(commands()) == 2
+@pytest.fixture(scope="session")
+def printed(place: Path) -> list[str]:
+    """Return what each command of the README prints, run one after the other."""
+    outputs = []
     for command in commands():
         script, *arguments = shlex.split(command.text)
         module, _, function = SCRIPTS[script].partition(":")
-        printed = run(place, "-c", f"from {module} import {function}; {function}()", *arguments)
-        assert mask_numbers(printed.splitlines()) == mask_numbers(command.shown)
+        outputs.append(run(place, "-c", f"from {module} import {function}; {function}()", *arguments))
+    return outputs
 
 
 @pytest.mark.xdist_group("readme")
+def test_the_commands_print_the_output_in_the_readme(printed: list[str]) -> None:
+    assert len(commands()) == 2
+    for command, output in zip(commands(), printed, strict=True):
+        assert mask_numbers(output.splitlines()) == mask_numbers(command.shown)
+
+
+@pytest.mark.xdist_group("readme")
+@pytest.mark.usefixtures("printed")
 def test_the_python_blocks_run(place: Path) -> None:
     (code,) = (block.code for block in documents.read_blocks(README, "python") if block.file is None)
     assert len(code.splitlines()) <= 10
@@ -83,3 +92,11 @@ def test_readme_is_short_and_wraps() -> None:
     assert len(README.splitlines()) <= LONGEST
     prose = re.sub(r"^```.*?^```|^\|[^\n]*", "", README, flags=re.M | re.S)
     assert [line for line in prose.splitlines() if len(line) > WIDEST] == []
+
+
+@pytest.mark.xdist_group("readme")
+def test_a_group_of_tests_runs_in_one_process(request: pytest.FixtureRequest) -> None:
+    """The groups share trained models and indexes; versions of pytest and pytest-xdist that do not fit ignore them."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("tests are not distributed by group")
+    assert request.node.nodeid.endswith("@readme")
