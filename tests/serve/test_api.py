@@ -130,6 +130,11 @@ def test_jobs_return_the_records_of_the_library(client, index):
     assert finish(client, kind="duplicates", threshold=0.6)[1] == as_json(find_duplicates(index, 0.6).lines())
     assert finish(client, kind="hubs", hits=3)[1] == as_json(find_hubs(index, k=3).lines())
     assert finish(client, kind="self-influence", k=9)[1] == as_json(index.self_influence(9).lines())
+    explained = explain(index, 3, 2, score="fisher", damping=0.1)
+    state, records = finish(client, kind="explanation", row=3, query=2, score="fisher", damping=0.1)
+    assert records == as_json(explained.lines())
+    summary = client.get(f"{API}/jobs/{state['name']}/records").json()["summary"]
+    assert summary == {"score": explained.score, "stored_score": explained.stored_score}
     options = QueryOptions(k=4, candidates=9, rerank="exact")
     exact = [line for row in (2, 5) for line in index.query([row], (), options).lines()]
     assert finish(client, kind="exact", rows=[2, 5], k=4, candidates=9)[1] == as_json(exact)
@@ -186,6 +191,9 @@ def test_errors_have_four_parts(client, address, parameters, status):
         ({"kind": "exact", "rows": [1], "candidates": 1001}, 422),
         ({"kind": "exact", "rows": [1], "score": "cosine"}, 422),
         ({"kind": "mislabelled", "k": 10_001}, 422),
+        ({"kind": "explanation", "row": 3, "query": 99}, 202),
+        ({"kind": "explanation", "row": 3, "query": 1, "score": "cosine"}, 422),
+        ({"kind": "explanation", "row": 3, "query": 1, "damping": -1}, 422),
         ({"kind": "other"}, 422),
         ({"kind": "hubs", "hits": 101}, 422),
     ],

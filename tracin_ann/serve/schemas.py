@@ -11,6 +11,7 @@ from tracin_ann.choices import ScoreName, Search
 from tracin_ann.scoring import SCHEMA, Id, QueryOptions
 from tracin_ann.serve.work import (
     ComputeExactAnswers,
+    ExplainScore,
     FindDuplicates,
     FindHubs,
     FindMislabelled,
@@ -119,6 +120,25 @@ class ExactJob(Filters):
         return ComputeExactAnswers(self.side, tuple(self.rows), options)
 
 
+class ExplanationJob(Request):
+    """The parts of the exact score of a training row for a query, by parameter or token, and checkpoint."""
+
+    kind: Literal["explanation"]
+    row: int = Field(description="The position of the training row.")
+    query: int = Field(description="The position of the query.")
+    side: StoredSide = "query"
+    by_token: bool = False
+    checkpoints: Positions | None = Field(None, description="Positions of the checkpoints; default: all.")
+    score: ScoreName | None = None
+    damping: float | None = None
+
+    def make_work(self) -> Work:
+        """Return the work of the job."""
+        chosen = None if self.checkpoints is None else tuple(self.checkpoints)
+        options = QueryOptions(rerank="exact", checkpoints=chosen, score=self.score, damping=self.damping)
+        return ExplainScore(self.row, self.query, self.side, "token" if self.by_token else "layer", options)
+
+
 class SelfInfluenceJob(Filters):
     """Training rows by self-influence."""
 
@@ -192,7 +212,7 @@ class HubsJob(Filters):
 
 
 JobRequest = Annotated[
-    ExactJob | SelfInfluenceJob | MislabelledJob | DuplicatesJob | HubsJob, Field(discriminator="kind")
+    ExactJob | ExplanationJob | SelfInfluenceJob | MislabelledJob | DuplicatesJob | HubsJob, Field(discriminator="kind")
 ]
 
 

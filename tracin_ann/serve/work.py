@@ -1,13 +1,22 @@
-"""The work of jobs: exact answers, self-influence, mislabelled rows, duplicates and hubs, as values that can be run."""
+"""The work of jobs: exact scores and their parts, and analyses of all rows, as values that can be run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from tracin_ann.analysis import By, find_duplicates, find_hubs, find_mislabelled
+from tracin_ann.analysis import (
+    By,
+    Explanation,
+    TokenExplanation,
+    explain,
+    find_duplicates,
+    find_hubs,
+    find_mislabelled,
+)
 from tracin_ann.choices import ScoreName, SideName
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowList
@@ -102,6 +111,49 @@ class ComputeExactAnswers(Work):
             return index.query_examples(self.examples, options, progress, ids=rows)
         train = self.side == "train"
         return index.query(() if train else rows, rows if train else (), options, progress, together=self.together)
+
+
+@dataclass(frozen=True)
+class ExplainScore(Work):
+    """The parts of the exact score of a training row for a query; see `analysis.explain`.
+
+    Attributes:
+        row: position of the training row.
+        query: position of the query in the data set `side`.
+        side: `query`, `train`, or `input`.
+        by: `layer` or `token`.
+        options: the score, its damping and the checkpoints.
+        examples: the examples of the side `input`.
+    """
+
+    kind = "explanation"
+    row: int
+    query: int
+    side: SideName
+    by: Literal["layer", "token"]
+    options: QueryOptions
+    examples: Sequence[Any] | None = None
+
+    def run(self, index: InfluenceIndex, steps: Steps) -> Result:
+        """Return the records of the parts; the summary has the score and the stored score."""
+        found = self.explain(index, steps)
+        return Result((), tuple(found.lines()), {"score": found.score, "stored_score": found.stored_score})
+
+    def explain(self, index: InfluenceIndex, steps: Steps) -> Explanation | TokenExplanation:
+        """Return the parts."""
+        with nullcontext() if self.examples is None else index.lend(self.examples):
+            found: Explanation | TokenExplanation = explain(
+                index,
+                self.row,
+                self.query,
+                self.side,
+                steps.progress,
+                checkpoints=self.options.checkpoints,
+                by=self.by,
+                score=self.options.score,
+                damping=self.options.damping,
+            )
+            return found
 
 
 @dataclass(frozen=True)

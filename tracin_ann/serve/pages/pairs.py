@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from tracin_ann.analysis import Explanation, Pair, TokenExplanation, explain
+from tracin_ann.analysis import Explanation, Pair, TokenExplanation
 from tracin_ann.choices import SideName
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import SIDES, Examples, ExampleView, Figure, ScoredCheckpoints, format_score
-from tracin_ann.scoring import QueryOptions, parts_figure
+from tracin_ann.scoring import parts_figure
 from tracin_ann.serve.pages.addresses import QueryForm, make_address, name_query, read_choice, read_number
 from tracin_ann.serve.pages.context import Asked, Context, Progress, Wanted, link_figures
 from tracin_ann.serve.pages.site import Reply
 from tracin_ann.serve.service import Reader
-from tracin_ann.serve.work import Result, Steps, Work
+from tracin_ann.serve.work import ExplainScore, Result, Steps
 
 _BY: tuple[Literal["layer", "token"], ...] = ("layer", "token")
 _LEAD = "The exact score of a training row for a query, over all parameters, split into its parts."
@@ -91,39 +90,15 @@ class SplitScore:
 
 
 @dataclass(frozen=True)
-class ExplainPair(Work):
-    """The parts of a score; the only row of the result is a `SplitScore`.
+class ExplainPair(ExplainScore):
+    """The parts of a score; the only row of the result is a `SplitScore`."""
 
-    Attributes:
-        row: position of the training row.
-        query: position of the query in the data set `side`.
-        side: `query`, `train`, or `input`.
-        by: `layer` or `token`.
-        options: the score and the checkpoints.
-        examples: the examples of the side `input`.
-    """
-
-    row: int
-    query: int
-    side: SideName
-    by: Literal["layer", "token"]
-    options: QueryOptions
-    examples: Sequence[Any] | None = None
+    kind = "page"
 
     def run(self, index: InfluenceIndex, steps: Steps) -> Result:
         """Return the parts."""
-        with nullcontext() if self.examples is None else index.lend(self.examples):
-            found = explain(
-                index,
-                self.row,
-                self.query,
-                self.side,
-                steps.progress,
-                checkpoints=self.options.checkpoints,
-                by=self.by,
-                score=self.options.score,
-            )
-            return Result((SplitScore.read(index, found),), tuple(found.lines()), {})
+        found = self.explain(index, steps)
+        return Result((SplitScore.read(index, found),), tuple(found.lines()), {})
 
 
 @dataclass(frozen=True)
