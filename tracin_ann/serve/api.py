@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Path, Query, UploadFile
 
-from tracin_ann.analysis import explain
 from tracin_ann.errors import TracinAnnError, UnknownRowError, UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import SCHEMA, Record
@@ -20,7 +19,9 @@ from tracin_ann.serve.schemas import StoredSide
 from tracin_ann.serve.service import Answered
 from tracin_ann.serve.settings import Settings
 from tracin_ann.serve.uploads import read_picture_example, read_records
+from tracin_ann.serve.work import Steps
 from tracin_ann.store import RowFilter
+from tracin_ann.types import ignore_progress
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorResponse, "description": description}
@@ -213,11 +214,8 @@ def _describe_index(index: InfluenceIndex, settings: Settings) -> Record:
 def _explain(index: InfluenceIndex, asked: schemas.ExplanationParameters) -> Record:
     _check_row(index, "train", asked.row)
     _check_row(index, asked.side, asked.query)
-    pair, chosen = (asked.row, asked.query, asked.side), asked.checkpoints
-    by: Literal["layer", "token"] = "token" if asked.by_token else "layer"
-    found = explain(index, *pair, checkpoints=chosen, by=by, score=asked.score, damping=asked.damping)
-    sums = {"score": found.score, "stored_score": found.stored_score}
-    return _make_content(index.manifest.generation, **sums, records=found.lines())
+    found = asked.make_work().run(index, Steps(ignore_progress, lambda: None))
+    return _make_content(index.manifest.generation, **found.summary, records=found.records)
 
 
 def _count_queries(index: InfluenceIndex) -> int | None:

@@ -120,23 +120,28 @@ class ExactJob(Filters):
         return ComputeExactAnswers(self.side, tuple(self.rows), options)
 
 
-class ExplanationJob(Request):
-    """The parts of the exact score of a training row for a query, by parameter or token, and checkpoint."""
+class ExplanationParameters(Request):
+    """What is explained: the query parameters of `GET /explanations`."""
 
-    kind: Literal["explanation"]
     row: int = Field(description="The position of the training row.")
     query: int = Field(description="The position of the query.")
-    side: StoredSide = "query"
-    by_token: bool = False
+    side: StoredSide = Field("query", description="The data set of the query.")
+    by_token: bool = Field(False, description="Parts by token instead of by parameter.")
     checkpoints: Positions | None = Field(None, description="Positions of the checkpoints; default: all.")
     score: ScoreName | None = None
     damping: float | None = None
 
-    def make_work(self) -> Work:
-        """Return the work of the job."""
+    def make_work(self) -> ExplainScore:
+        """Return the work."""
         chosen = None if self.checkpoints is None else tuple(self.checkpoints)
         options = QueryOptions(rerank="exact", checkpoints=chosen, score=self.score, damping=self.damping)
         return ExplainScore(self.row, self.query, self.side, "token" if self.by_token else "layer", options)
+
+
+class ExplanationJob(ExplanationParameters):
+    """The parts of the exact score of a training row for a query, by parameter or token, and checkpoint."""
+
+    kind: Literal["explanation"]
 
 
 class SelfInfluenceJob(Filters):
@@ -214,18 +219,6 @@ class HubsJob(Filters):
 JobRequest = Annotated[
     ExactJob | ExplanationJob | SelfInfluenceJob | MislabelledJob | DuplicatesJob | HubsJob, Field(discriminator="kind")
 ]
-
-
-class ExplanationParameters(Request):
-    """The query parameters of `GET /explanations`."""
-
-    row: int = Field(description="The position of the training row.")
-    query: int = Field(description="The position of the query.")
-    side: StoredSide = Field("query", description="The data set of the query.")
-    by_token: bool = Field(False, description="Parts by token instead of by parameter.")
-    checkpoints: Positions | None = Field(None, description="Positions of the checkpoints; default: all.")
-    score: ScoreName | None = None
-    damping: float | None = None
 
 
 class Response(BaseModel):
