@@ -176,40 +176,89 @@ def preserve_rng() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def disable_tf32() -> Iterator[None]:
-    """Compute in full float32 precision in the block, and without cuDNN's benchmark mode; `enabled` does not change."""
-    import torch
+class _SharedSettings:
+    """Settings of the process that are changed while at least one thread is in a block; then they are as before.
 
-    with (
-        _multiply_in_full_precision(),
-        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
-    ):
-        yield
+    If each thread restored them, one would restore what another has set.
 
+    Args:
+        change: a context manager that changes the settings and restores them.
+    """
 
-@contextlib.contextmanager
-def _multiply_in_full_precision() -> Iterator[None]:
-    """Compute matrix products in full float32 precision in the block."""
-    import torch
+    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._change, self._lock, self._count = change, threading.Lock(), 0
+        self._changed = contextlib.ExitStack()
 
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # The precision was set by `fp32_precision` of PyTorch 2.9, which excludes the older functions.
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
+    @contextlib.contextmanager
+    def apply(self) -> Iterator[None]:
+        """Change the settings in the block."""
+        with self._lock:
+            if self._count == 0:
+                self._changed.enter_context(self._change())
+            self._count += 1
         try:
             yield
         finally:
-            matmul.fp32_precision = before
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
+            with self._lock:
+                self._count -= 1
+                if self._count == 0:
+                    self._changed.close()
+
+
+def disable_tf32() -> contextlib.AbstractContextManager[None]:
+    """Compute float32 matrix products, convolutions and recurrent layers in full precision in the block.
+
+    TF32 and bfloat16 are turned off for them, on GPUs and CPUs, and cuDNN's benchmark mode, which chooses algorithms by
+    measured times. Threads may enter such blocks at the same time. The settings are restored at the end, also those of
+    `fp32_precision` of PyTorch 2.9.
+    """
+    return _full_precision.apply()
+
+
+@contextlib.contextmanager
+def _set_full_precision() -> Iterator[None]:
+    import torch
+
+    with contextlib.ExitStack() as restored:
+        for owner in _list_fp32_precisions():
+            restored.callback(_restore_fp32_precision, owner, owner.fp32_precision)
+        cudnn = torch.backends.cudnn
+        restored.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark = False
+        # The older functions fail if the task has used `fp32_precision` for some kinds of operators.
+        with contextlib.suppress(RuntimeError):
+            restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        with contextlib.suppress(RuntimeError):
+            restored.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for owner in _list_fp32_precisions():
+            # Otherwise left to the older functions: their getters, which models call, fail if the newer setting differs.
+            if owner.fp32_precision not in _FULL_PRECISION:
+                owner.fp32_precision = "ieee"
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+
+_FULL_PRECISION = ("none", "ieee")
+_full_precision = _SharedSettings(_set_full_precision)
+
+
+def _list_fp32_precisions() -> list[Any]:
+    """Return the objects whose attribute `fp32_precision` sets the precision of a kind of operators; none before 2.9."""
+    import torch
+
+    backends = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):
+        return []
+    matmuls = [backends.cuda.matmul, backends.mkldnn.matmul]
+    return [*matmuls, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv, backends.mkldnn.rnn]
+
+
+def _restore_fp32_precision(owner: Any, before: str) -> None:
+    # "none" takes the setting of a group of operators, which the task may change later.
+    owner.fp32_precision = "none"
+    if owner.fp32_precision != before:
+        owner.fp32_precision = before
 
 
 class _CudnnPause:

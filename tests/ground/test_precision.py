@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,33 +14,142 @@ from tracin_ann.device import disable_tf32, run_rnns_without_cudnn
 from tracin_ann.task import preserve_model
 
 
+BACKENDS = torch.backends
+HAS_NEW_SETTINGS = hasattr(BACKENDS.cuda.matmul, "fp32_precision")
+OPERATORS = {
+    "products": lambda: BACKENDS.cuda.matmul,
+    "convolutions": lambda: BACKENDS.cudnn.conv,
+    "recurrent layers": lambda: BACKENDS.cudnn.rnn,
+    "products on CPUs": lambda: BACKENDS.mkldnn.matmul,
+    "convolutions on CPUs": lambda: BACKENDS.mkldnn.conv,
+    "recurrent layers on CPUs": lambda: BACKENDS.mkldnn.rnn,
+}
+
+
+def read(getter: Callable[[], object]) -> object:
+    """Return a setting, or "mixed" if PyTorch rejects to read it because kinds of operators differ."""
+    try:
+        return getter()
+    except RuntimeError:
+        return "mixed"
+
+
+def read_settings() -> dict[str, object]:
+    """Return all settings of the precision of float32, and those of cuDNN that a block must not change."""
+    older = {
+        "precision": torch.get_float32_matmul_precision,
+        "products": lambda: BACKENDS.cuda.matmul.allow_tf32,
+        "cuDNN": lambda: BACKENDS.cudnn.allow_tf32,
+        "benchmark": lambda: BACKENDS.cudnn.benchmark,
+        "deterministic": lambda: BACKENDS.cudnn.deterministic,
+        "enabled": lambda: BACKENDS.cudnn.enabled,
+    }
+    newer = {f"{kind}, newer": lambda owner=owner: owner().fp32_precision for kind, owner in OPERATORS.items()}
+    groups = {name: lambda owner=owner: owner.fp32_precision for name, owner in (("all", BACKENDS),)}
+    found = older | (newer | groups if HAS_NEW_SETTINGS else {})
+    return {name: read(getter) for name, getter in found.items()}
+
+
+def is_full(setting: object) -> bool:
+    return setting in ("none", "ieee", False, "highest")
+
+
 @pytest.fixture
 def _restored() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    before = read_settings()
     yield
-    torch.set_float32_matmul_precision(before)
+    if HAS_NEW_SETTINGS:
+        BACKENDS.fp32_precision = BACKENDS.cudnn.fp32_precision = "none"
+        for owner in OPERATORS.values():
+            owner().fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    BACKENDS.cudnn.allow_tf32 = True
+    BACKENDS.cudnn.benchmark = BACKENDS.cudnn.deterministic = False
+    if HAS_NEW_SETTINGS:
+        BACKENDS.cuda.matmul.fp32_precision = BACKENDS.mkldnn.matmul.fp32_precision = "none"
+    assert read_settings() == before
+
+
+def set_older(name: str) -> Callable[[], None]:
+    return lambda: torch.set_float32_matmul_precision(name)
+
+
+def set_newer(owner: Callable[[], Any], value: str) -> Callable[[], None]:
+    return lambda: setattr(owner(), "fp32_precision", value)
+
+
+CHANGES: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    **{f"older, {name}": set_older(name) for name in ("highest", "high", "medium")},
+    "older, products": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "older, no cuDNN": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
+    "benchmark": lambda: setattr(BACKENDS.cudnn, "benchmark", True),
+    "deterministic": lambda: setattr(BACKENDS.cudnn, "deterministic", True),
+    **{f"newer, {kind}": set_newer(owner, "tf32") for kind, owner in OPERATORS.items()},
+    "newer, bfloat16 on CPUs": set_newer(OPERATORS["products on CPUs"], "bf16"),
+    "newer, all tf32": set_newer(lambda: BACKENDS, "tf32"),
+    "newer, all ieee": set_newer(lambda: BACKENDS, "ieee"),
+    "newer, cuDNN": set_newer(lambda: BACKENDS.cudnn, "tf32"),
+}
 
 
 @pytest.mark.usefixtures("_restored")
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_no_product_uses_tf32(precision: str) -> None:
-    torch.set_float32_matmul_precision(precision)
-    with disable_tf32():
-        assert not torch.backends.cuda.matmul.allow_tf32
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.get_float32_matmul_precision() == precision
-    assert torch.backends.cuda.matmul.allow_tf32 == (precision != "highest")
-
-
-@pytest.mark.usefixtures("_restored")
-def test_no_product_uses_tf32_that_newer_settings_allow() -> None:
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):
+@pytest.mark.parametrize("change", CHANGES)
+def test_float32_is_computed_in_full_precision_whatever_the_task_sets(change: str) -> None:
+    if change.startswith("newer") and not HAS_NEW_SETTINGS:
         pytest.skip("this PyTorch has the older settings only")
-    matmul.fp32_precision = "tf32"
+    CHANGES[change]()
+    before = read_settings()
     with disable_tf32():
-        assert matmul.fp32_precision == "ieee"
-    assert matmul.fp32_precision == "tf32"
+        inside = read_settings()
+        with disable_tf32():
+            assert read_settings() == inside
+    kinds = [name for name in before if name.endswith("newer") or name in ("precision", "products", "cuDNN")]
+    newer = change.startswith("newer")
+    # After the newer settings, PyTorch may reject to read the older ones, as it does outside of the block.
+    wrong = {k: inside[k] for k in kinds if not is_full(inside[k]) and not (newer and inside[k] == "mixed")}
+    assert wrong == {}
+    assert not inside["benchmark"]
+    assert (inside["deterministic"], inside["enabled"]) == (before["deterministic"], before["enabled"])
+    after = read_settings()
+    assert {k: after[k] for k in after if before[k] != "mixed"} == {k: v for k, v in before.items() if v != "mixed"}
+
+
+@pytest.mark.usefixtures("_restored")
+def test_an_error_restores_the_precision() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = read_settings()
+    with pytest.raises(KeyError), disable_tf32():
+        raise KeyError
+    assert read_settings() == before
+
+
+@pytest.mark.usefixtures("_restored")
+def test_the_precision_is_full_until_the_last_thread_is_done() -> None:
+    torch.set_float32_matmul_precision("medium")
+    before = read_settings()
+    inside, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with disable_tf32():
+            inside.set()
+            assert ended.wait(10)
+
+    thread = threading.Thread(target=work)
+    with disable_tf32():
+        thread.start()
+        assert inside.wait(10)
+    assert torch.get_float32_matmul_precision() == "highest"
+    ended.set()
+    thread.join()
+    assert read_settings() == before
+
+
+@pytest.mark.usefixtures("_restored")
+def test_a_model_may_read_and_change_the_settings_of_cudnn() -> None:
+    """`flags` reads all older settings, and fails if kinds of operators differ."""
+    with disable_tf32(), BACKENDS.cudnn.flags(enabled=False, allow_tf32=False):
+        assert not BACKENDS.cuda.matmul.allow_tf32
 
 
 class Recording(nn.Module):
