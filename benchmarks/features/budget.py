@@ -3,7 +3,8 @@
 Each measurement runs one step more than the one before it over the same rows; the time of a step is the difference.
 Rounds are interleaved; the medians are reported. PyTorch's FlopCounterMode counts the operations of matrix products,
 convolutions and attention. The ratio of the counts, plain step to extraction, is the ratio of times that equal
-throughput in all steps would give.
+throughput in all steps would give. With `--device`, the steps run on a GPU, and each measurement ends when its work is
+done; `sketch_share` is then the part of extraction that fused kernels for sketches could reduce.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import models
-from benchmarks.common.plain_step import time_plain_step
+from benchmarks.common.plain_step import CPU, time_plain_step
 from benchmarks.common.results import report_results
+from tracin_ann.device import record_event, resolve_device
 from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.features.autotune import TuningOptions, tune
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
@@ -65,11 +67,11 @@ def count_flops(run: Part) -> float:
 
 
 def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
-    benchmarked = models.MODELS[name]
+    benchmarked, device = models.ALL_MODELS[name], resolve_device(options.device)
     size = benchmarked.batch_size
     n_rows = size * options.batches * (16 if "CNN" in name else 1)
     with tempfile.TemporaryDirectory() as folder:
-        runner = TaskRunner(models.make_task(name, folder, n_rows), RunOptions(torch.device("cpu"), size))
+        runner = TaskRunner(models.make_task(name, folder, n_rows), RunOptions(device, size))
         train_data = runner.data("train")
         data = [train_data[i] for i in range(n_rows)]
         with runner.model() as model:
@@ -83,14 +85,15 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
                 for part, run in timed.items():
                     start_s = time.perf_counter()
                     run()
+                    record_event(device)()
                     if round_:  # the first round is a warm-up
                         times[part].append((time.perf_counter() - start_s) / n_rows)
-                step = time_plain_step(benchmarked, data, size)
+                step = time_plain_step(benchmarked, data, size, device=device)
                 if round_:
                     times["plain"].append(step)
             build_flops, plain_flops = (
                 count_flops(timed["rows"]),
-                count_flops(lambda: time_plain_step(benchmarked, data, size)),
+                count_flops(lambda: time_plain_step(benchmarked, data, size, device=device)),
             )
     us = {part: median(values) * 1e6 for part, values in times.items()}
     return {
@@ -102,6 +105,7 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
         "forward_us": us["forward"],
         "input_gradients_us": us["factors"] - us["forward"],
         "sketch_us": us["rows"] - us["factors"],
+        "sketch_share": (us["rows"] - us["factors"]) / us["rows"],
         "storing_us": us["storing"],
         "arithmetic_ratio": float(np.divide(plain_flops, build_flops)),
         "mflop_row_plain": plain_flops / n_rows / 1e6,
@@ -112,15 +116,20 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", default=list(models.MODELS), choices=list(models.MODELS), help="models to measure"
+        "--models", nargs="+", default=list(models.MODELS), choices=list(models.ALL_MODELS), help="models to measure"
     )
     parser.add_argument("--dim", type=int, default=1024, help="sketch dimensions per checkpoint")
     parser.add_argument("--batches", type=int, default=4, help="batches per round; 16 times as many for the CNN")
     parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument(
+        "--device", default="cpu", help="device of all steps; with a GPU the result file is budget_gpu.json"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    report_results(RESULT, vars(options), (measure_model(name, options) for name in options.models))
+    results = (measure_model(name, options) for name in options.models)
+    device = resolve_device(options.device)
+    report_results(RESULT if device == CPU else "budget_gpu", vars(options), results, device)
 
 
 if __name__ == "__main__":

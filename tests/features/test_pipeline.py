@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import oracle
+from recorded_streams import use_streams
 from tasks import texts
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build
 from tracin_ann.errors import TaskError, UsageError
@@ -126,9 +127,11 @@ def test_slow_data_is_read_once_for_all_checkpoints(held, readings, folder, one_
     assert 0 <= extra < texts.N_TRAIN + 100
 
 
-def test_rows_fetched_after_the_next_batch_is_launched_are_the_same(folder, one_by_one, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_partition", [False, True])
+def test_rows_computed_ahead_of_their_fetch_are_the_same(by_partition, folder, one_by_one, tmp_path, monkeypatch):
     """On an accelerator, a batch must not use buffers that the next batch overwrites."""
-    monkeypatch.setattr("tracin_ann.features.extractor._BATCHES_AHEAD", {"cpu": 1})
+    use_streams(monkeypatch)
+    monkeypatch.setattr(BUILD, "reading_costs_more", lambda *given: by_partition)
     assert_same_rows(build_rows(texts.task(str(folder)), tmp_path / "i", folder), one_by_one)
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from tracin_ann.device import disable_tf32, run_rnns_without_cudnn
 from tracin_ann.task import preserve_model
 
-
 BACKENDS = torch.backends
 HAS_NEW_SETTINGS = hasattr(BACKENDS.cuda.matmul, "fp32_precision")
 OPERATORS = {

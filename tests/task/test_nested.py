@@ -181,12 +181,37 @@ def test_sparse_tensors_are_moved_and_not_split():
         assert batched_tensors([value], 3) == (
             f"a batch that holds a tensor of layout {value.layout} cannot be split into examples"
         )
-        assert pin_memory([value])[0] is value
 
 
-def test_objects_with_pin_memory_are_pinned():
+def test_objects_with_pin_memory_are_copied_and_pinned():
     own = Own(torch.zeros(2), True)
-    assert pin_memory({"own": own})["own"].x == "pinned"
+    assert pin_memory({"own": own}, lambda tensor: tensor)["own"].x == "pinned"
+    assert isinstance(own.x, torch.Tensor)
+
+
+def test_objects_on_a_device_are_not_pinned():
+    own = Own(torch.zeros(2, device="meta"), True)
+    assert pin_memory({"own": own}, lambda tensor: tensor)["own"] is own
+
+
+class Waiting:
+    """An object whose method `to` has the argument `non_blocking`, as that of transformers and torch_geometric."""
+
+    def __init__(self):
+        self.asked = None
+
+    def to(self, device, non_blocking=False):
+        self.asked = non_blocking
+        return self
+
+
+@pytest.mark.parametrize(("place", "asked"), [("meta", True), ("cpu", False)])
+def test_copies_to_a_device_do_not_wait_and_copies_to_the_cpu_do(place, asked, monkeypatch):
+    """Without a wait, the CPU would read a copy that is not complete."""
+    seen, own = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: seen.append(k["non_blocking"]) or own(t, *a, **k))
+    assert to_device([Waiting(), torch.zeros(2)], torch.device(place))[0].asked is asked
+    assert seen == [asked]
 
 
 def test_a_value_that_contains_itself_is_visited_once():

@@ -31,6 +31,7 @@ _MOST_BYTES = 2 * 10**9
 _SAMPLE_ROWS = 8
 _REPEATS = 3
 _SAME_LOSS = 1e-3
+_NUMBER_BYTES = 4
 _CLEARLY_SLOWER = 1.05
 # Memory of forward and backward, relative to what forward leaves in memory.
 _BACKWARD_FACTOR = 1.5
@@ -86,7 +87,7 @@ class BatchSettings:
         read_seconds: measured time to read and collate one row.
         row_bytes: size of a collated row.
         batch_bytes: estimated working memory of a batch.
-        memory_bytes: memory for rows read ahead: the requested limit, or half of the free memory.
+        memory_bytes: main memory for rows read ahead: the requested limit, or half of the free memory.
     """
 
     batch_size: int
@@ -150,7 +151,7 @@ class _Tuning:
     def choose(self) -> BatchSettings:
         self._model.runner.options = replace(self._options, batch_size=_SAMPLE_ROWS)
         read, read_seconds = _read_window(self._model)
-        row_bytes = self._estimate_row_bytes(read)
+        row_bytes = self._estimate_row_bytes(read) + self._count_bytes_ahead(read)
         known = self._request.known
         size = known[0] if known else self._request.batch_size or self._choose_batch_size(row_bytes)
         self._model.runner.options = replace(self._options, batch_size=size)
@@ -158,7 +159,8 @@ class _Tuning:
             self._model.set_memory_format(channels_last=known[1])
         else:
             self._choose_format(read)
-        free = free_memory_bytes(self._options.device)
+        # Rows that are read ahead are in main memory.
+        free = free_memory_bytes(torch.device("cpu"))
         return BatchSettings(
             batch_size=size,
             channels_last=self._model.channels_last,
@@ -210,6 +212,14 @@ class _Tuning:
                 with _track_storages(self._model.module, saved=False) as storages:
                     self._model.engine("train").losses(batch)
         return int(_BACKWARD_FACTOR * sum(storage.nbytes() for storage in storages.values()) / len(read.ids)) + 1
+
+    def _count_bytes_ahead(self, read: CollatedBatch) -> int:
+        """Return the memory per row of an accelerator for inputs of later batches, and for results of earlier ones.
+
+        While a batch is computed, the next one is launched, and the one after that is copied.
+        """
+        row_bytes = 2 * _count_bytes(read.inputs) // len(read.ids) + _NUMBER_BYTES * self._features.sketch.dim
+        return self._model.copies.n_ahead * row_bytes
 
     def _choose_format(self, read: CollatedBatch) -> None:
         """Use channels last if the rule or the user selects it and the model computes the same results with it.

@@ -9,6 +9,8 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tracin_ann.choices import Norms, SideName
-from tracin_ann.device import record_event
-from tracin_ann.errors import NonFiniteError
+from tracin_ann.device import Fetched, Sent
+from tracin_ann.errors import NonFiniteError, TaskError, first_line, problem
 from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.gradients import (
     Batch,
@@ -34,9 +36,10 @@ from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketc
 from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Float32, Float64, Int64
 
-# How many later batches are launched before the rows of a batch are fetched, by type of device; 1 for accelerators.
-_BATCHES_AHEAD = {"cpu": 0}
 FormSink = Callable[[str, Form, slice], None]
+Forms = dict[tuple[str, int, int], list[Form]]
+"""The gradient forms of a batch by parameter name and first and last row (exclusive)."""
+T = TypeVar("T")
 # Smaller squared norms are recomputed in float64.
 _LEAST_SQUARE = 1e-30
 
@@ -99,22 +102,32 @@ class FeatureExtractor:
     def stream(self, side: SideName, batches: Iterable[CollatedBatch]) -> Iterator[FeatureRows]:
         """Yield the feature rows of each collated batch.
 
-        On an accelerator the rows of a batch are fetched after the next batch is launched, so that the device does
-        not wait.
+        On an accelerator, a batch is copied to the device while the batch before it is computed, and its rows are
+        fetched after the batch after it is launched, so that the device does not wait.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite, and the options do not skip such rows.
-            TaskError: the loss breaks the contract.
+            TaskError: the loss breaks the contract, or the device reports an error.
             GradientProofError: no gradient method agrees with autograd.
         """
-        ahead = _BATCHES_AHEAD.get(self._model.runner.options.device.type, 1)
-        launched: deque[_LaunchedBatch] = deque()
-        for read in batches:
-            launched.append(self._launch(side, self._model.batch(side, read)))
-            while len(launched) > ahead:
-                yield self._fetch(launched.popleft())
-        while launched:
-            yield self._fetch(launched.popleft())
+        sent = _Lookahead(partial(self._send_next, side, iter(batches)))
+        launched = _Lookahead(partial(self._launch_next, side, sent))
+        for each in launched:
+            if self._model.copies.n_ahead:
+                launched.advance()
+            rows = self._collect(each)
+            # The memory of the batch is free while the next one is computed.
+            del each
+            yield rows
+
+    def _send_next(self, side: SideName, batches: Iterator[CollatedBatch]) -> Sent[Batch]:
+        return self._model.send(side, next(batches))
+
+    def _launch_next(self, side: SideName, sent: _Lookahead[Sent[Batch]]) -> _LaunchedBatch:
+        launched = self._launch(side, self._model.copies.receive(next(sent)))
+        if self._model.copies.n_ahead:
+            sent.advance()
+        return launched
 
     def sketch_gradients(self, grad_BP: Tensor) -> Float64:
         """Return the features [B, D] of scaled gradients [B, P] of all parameters, flattened in the model's order."""
@@ -129,7 +142,7 @@ class FeatureExtractor:
 
     def _launch(self, side: SideName, batch: Batch) -> _LaunchedBatch:
         sketch_BD = spectrum_BF = torch.zeros(0)
-        forms: dict[tuple[str, int, int], list[Form]] = {}
+        forms: Forms = {}
         exact = self._options.norms == "exact"
 
         def start() -> FormSink:
@@ -158,16 +171,14 @@ class FeatureExtractor:
         if len(spectrum_BF):
             sketch_BD += torch.fft.irfft(spectrum_BF, n=self._options.sketch.dim)
         if exact:
-            sqnorm_B = squared_norms(forms, len(batch), losses.device)
+            sqnorm_B = sum_squared_norms(forms, len(batch), losses.device)
         else:
             # Squares in float32 overflow above 10^19 and underflow below 10^-23.
             sqnorm_B = torch.linalg.vector_norm(sketch_BD, dim=1, dtype=torch.float64).square()
         rows = (sketch_BD * self._rate**0.5).float(), sqnorm_B, losses.float()
+        # One of the copies: reading it on the device would wait for the batches that are launched next.
         finite = torch.isfinite(rows[0].sum(1) + rows[1] + rows[2]).all()
-        # From an accelerator, copies are asynchronous, to pinned memory. `finite` is one of them: reading it on the
-        # device would wait for the batches that are launched next.
-        *host, finite = (t.to("cpu", non_blocking=True) for t in (*rows, finite))
-        return _LaunchedBatch(batch.ids, finite, tuple(host), record_event(losses.device))
+        return _LaunchedBatch(batch, forms if exact else {}, self._model.copies.fetch((*rows, finite)))
 
     def _run_engine(self, side: SideName, batch: Batch, start: Callable[[], FormSink]) -> Tensor:
         """Run a batch and return its losses [B]; NaN for non-finite rows that are replaced to verify the gradients."""
@@ -186,16 +197,32 @@ class FeatureExtractor:
         losses[list(replaced)] = torch.nan
         return losses
 
-    def _fetch(self, done: _LaunchedBatch) -> FeatureRows:
-        done.wait()
-        rows = FeatureRows(np.array(done.ids, np.int64), *(t.numpy() for t in done.host))
+    def _collect(self, done: _LaunchedBatch) -> FeatureRows:
+        """Return the rows of a batch after it is computed."""
+        ids = done.batch.ids
+        try:
+            done.fetched.wait()
+        except RuntimeError as error:
+            raise TaskError(self._describe_failure(ids, error)) from error
+        *values, finite = (tensor.numpy() for tensor in done.fetched.host)
+        rows = FeatureRows(np.array(ids, np.int64), *values)
+        if self._options.norms == "exact":
+            correct_squared_norms(rows.sqnorm_N, done.forms)
         # The sum may overflow although every row is finite.
-        if not done.finite.numpy() and (bad := find_nonfinite(rows)).any():
+        if not finite and (bad := find_nonfinite(rows)).any():
             if self._model.runner.options.on_nonfinite == "error":
                 raise NonFiniteError(self._describe_nonfinite(rows))
             rows.loss_N[bad & np.isfinite(rows.loss_N)] = np.nan
             rows.feature_ND[bad] = rows.sqnorm_N[bad] = 0
         return rows
+
+    def _describe_failure(self, ids: Sequence[int], error: RuntimeError) -> str:
+        return problem(
+            f"the device failed in the batch of {len(ids)} rows that begins with row {ids[0]}, or in the next batch",
+            got=first_line(error),
+            expected="a batch that runs",
+            remedy="run these rows with --device cpu, which names the cause, such as an index out of range",
+        )
 
     def _parameter_sketch(self, name: str) -> ParameterSketch:
         if name not in self._sketches:
@@ -222,16 +249,44 @@ class _LaunchedBatch:
     """A batch whose kernels are launched.
 
     Attributes:
-        ids: row ids.
-        finite: whether the sum of all values is finite; valid after `wait`, as `host`.
-        host: features, squared norms and losses.
-        wait: blocks until the copy to the host is complete.
+        batch: the batch, whose memory is in use.
+        forms: the gradient forms, for exact norms; otherwise empty.
+        fetched: features, squared norms, losses, and whether the sum of all values is finite.
     """
 
-    ids: tuple[int, ...]
-    finite: Tensor
-    host: tuple[Tensor, ...]
-    wait: Callable[[], None]
+    batch: Batch
+    forms: Forms
+    fetched: Fetched
+
+
+class _Lookahead(Iterator[T]):
+    """Items in order, of which some are taken in advance; an error is raised in the place of its item.
+
+    Args:
+        take: returns the next item, or raises StopIteration.
+    """
+
+    def __init__(self, take: Callable[[], T]) -> None:
+        self._take = take
+        self._taken: deque[T | Exception] = deque()
+
+    def advance(self) -> None:
+        """Take one more item in advance."""
+        try:
+            self._taken.append(self._take())
+        except StopIteration:
+            return
+        except Exception as error:
+            self._taken.append(error)
+
+    def __next__(self) -> T:
+        """Return the next item."""
+        if not self._taken:
+            return self._take()
+        item = self._taken.popleft()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
 def find_nonfinite(rows: FeatureRows) -> npt.NDArray[np.bool_]:
@@ -241,7 +296,7 @@ def find_nonfinite(rows: FeatureRows) -> npt.NDArray[np.bool_]:
     return nonfinite_N
 
 
-def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, device: torch.device) -> Tensor:
+def squared_norms(forms: Forms, batch: int, device: torch.device) -> Tensor:
     """Return exact squared gradient norms [B] in float64.
 
     Norms that are too large or too small for the model's precision are recomputed in float64.
@@ -251,21 +306,34 @@ def squared_norms(forms: dict[tuple[str, int, int], list[Form]], batch: int, dev
         batch: B.
         device: the device of the result.
     """
-    total = torch.zeros(batch, dtype=torch.float64, device=device)
-    parts = list(group_by_rows(forms))
-    for _, first, last, uses in parts:
-        total[first:last] += squared_norm(uses)
-    far = (~(torch.isfinite(total) & (total > _LEAST_SQUARE))).nonzero().flatten()
-    if len(far):
-        total[far] = 0
-        for _, first, last, uses in parts:
-            rows = far[(far >= first) & (far < last)]
-            if len(rows):
-                total[rows] += squared_norm([convert(form[rows - first], torch.float64) for form in uses])
-    return total
+    total_B = sum_squared_norms(forms, batch, device).cpu()
+    correct_squared_norms(total_B.numpy(), forms)
+    return total_B.to(device)
 
 
-def group_by_rows(forms: dict[tuple[str, int, int], list[Form]]) -> Iterator[tuple[str, int, int, list[Form]]]:
+def sum_squared_norms(forms: Forms, batch: int, device: torch.device) -> Tensor:
+    """Return exact squared gradient norms [B] in float64, computed in the model's precision."""
+    total_B = torch.zeros(batch, dtype=torch.float64, device=device)
+    for _, first, last, uses in group_by_rows(forms):
+        total_B[first:last] += squared_norm(uses)
+    return total_B
+
+
+def correct_squared_norms(sqnorm_B: Float64, forms: Forms) -> None:
+    """Replace squared norms that are too large or too small for the model's precision by those in float64."""
+    far_M = np.flatnonzero(~(np.isfinite(sqnorm_B) & (sqnorm_B > _LEAST_SQUARE)))
+    if not len(far_M):
+        return
+    sqnorm_B[far_M] = 0
+    for _, first, last, uses in group_by_rows(forms):
+        rows = far_M[(far_M >= first) & (far_M < last)]
+        if len(rows):
+            where = torch.from_numpy(rows - first)
+            parts = [convert(form[where], torch.float64) for form in uses]
+            sqnorm_B[rows] += squared_norm(parts).cpu().numpy()
+
+
+def group_by_rows(forms: Forms) -> Iterator[tuple[str, int, int, list[Form]]]:
     """Yield (name, start, stop, forms): all forms of one parameter for the same rows; they add up to its gradient."""
     by_name: dict[str, list[tuple[int, int, Form]]] = defaultdict(list)
     for (name, first, last), uses in forms.items():
@@ -289,6 +357,9 @@ class RowBuffer:
     Args:
         n_rows: largest number of rows.
         dim: D.
+
+    Attributes:
+        n_missing: rows that have not been added since `begin`.
     """
 
     def __init__(self, n_rows: int, dim: int) -> None:
@@ -301,7 +372,7 @@ class RowBuffer:
 
     def begin(self, start: int, stop: int) -> None:
         """Begin to collect rows start..stop-1."""
-        self._start, self._missing = start, stop - start
+        self._start, self.n_missing = start, stop - start
         self._rows = FeatureRows(*(values[: stop - start] for values in vars(self._memory).values()))
 
     def add(self, rows: FeatureRows) -> None:
@@ -311,9 +382,9 @@ class RowBuffer:
             place = slice(int(rows.ids_N[0]) - self._start, int(rows.ids_N[-1]) - self._start + 1)
         for name, values in vars(rows).items():
             getattr(self._rows, name)[place] = values
-        self._missing -= len(rows.ids_N)
+        self.n_missing -= len(rows.ids_N)
 
     def take(self) -> FeatureRows:
         """Return the rows in the order of their ids, after all were added; valid until the next `begin`."""
-        assert not self._missing
+        assert not self.n_missing
         return self._rows

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin_ann.choices import Precision, SideName
+from tracin_ann.device import Sent, make_copies
 from tracin_ann.errors import GradientProofError, NonFiniteError, TaskError, problem
 from tracin_ann.features.preconditioner import ScalesCache, compute_scales
 from tracin_ann.features.rates import ParameterRates, compute_rates
@@ -46,9 +47,11 @@ from tracin_ann.task import (
     leaves,
     list_memory,
     map_leaves,
+    pin_memory,
     preserve_globals,
     preserve_model,
     read_second_moments,
+    tensors_within,
     to_device,
 )
 
@@ -79,12 +82,14 @@ class LoadedModel:
         rates: the learning rates of these parameters at each checkpoint.
         channels_last: the memory format of images and convolution weights.
         precision: precision of forward and backward.
+        copies: copies of batches to the device, and of results from it.
     """
 
     def __init__(self, runner: TaskData, loader: CheckpointLoader, model: nn.Module, memory_bytes: int = 0) -> None:
         self.runner, self.module, self._loader = runner, model, loader
         self.checkpoint, self.precision = -1, runner.options.precision
         self.channels_last = runner.options.channels_last
+        self.copies = make_copies(runner.options.device)
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._unloaded = self.parameters = runner.task.select_parameters(model)
         self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
@@ -361,6 +366,16 @@ class LoadedModel:
         """Return a collated batch, moved to the device."""
         examples = _Examples(self.runner.data(side), read.ids) if read.examples is None else read.examples
         return Batch(read.ids, examples, self._move_to_device(read.inputs))
+
+    def send(self, side: SideName, read: CollatedBatch) -> Sent[Batch]:
+        """Start to move a collated batch to the device; `copies.receive` returns it."""
+        if not self.copies.n_ahead:
+            return Sent(self.batch(side, read))
+        is_on_device = any(tensor.device.type != "cpu" for tensor in tensors_within(read.inputs))
+        pinned = replace(read, inputs=pin_memory(read.inputs, self.copies.pin))
+        return self.copies.send(
+            lambda: self.batch(side, pinned), lambda batch: tensors_within(batch.inputs), after=is_on_device
+        )
 
     def batches(self, side: SideName, ids: Sequence[int]) -> Iterator[Batch]:
         """Yield batches of the examples with these ids, in this order, on the device."""

@@ -113,34 +113,40 @@ class Extraction:
         size = f"{self.layout.n_rows:,} rows at {self.layout.n_checkpoints} checkpoints"
         logger.info("features of %s: %d files to write", size, len(files))
         units = sorted(files, key=lambda unit: unit if by_partition else unit[::-1])
-        groups = (
-            itertools.groupby(units, key=lambda unit: unit[0]) if by_partition else ((p, [(p, c)]) for p, c in units)
-        )
-        work = [(partition, [c for _, c in group]) for partition, group in groups]
-        spans = [range(*self.layout.rows(partition)) for partition, _ in work]
+        groups = [list(group) for _, group in itertools.groupby(units, key=lambda unit: unit[not by_partition])]
+        runs = [_Run.of(group) for group in groups]
+        spans = [range(*self.layout.rows(partition)) for run in runs for partition in run.partitions]
         with WriteBehind(self._store) as behind, self._model.runner.open_batches("train", spans) as reading:
-            for partition, checkpoints in work:
-                batches = list(reading.span()) if len(checkpoints) > 1 else reading.span()
-                for checkpoint in checkpoints:
-                    yield from self._extract(partition, checkpoint, batches, behind.write)
-                    if canaries and checkpoint not in self._canaries:
-                        self._compute_canaries(checkpoint, self._load_extractor(checkpoint))
+            for run in runs:
+                batches: Iterable[CollatedBatch] = itertools.chain.from_iterable(reading.span() for _ in run.partitions)
+                if len(run.checkpoints) > 1:
+                    batches = list(batches)
+                for checkpoint in run.checkpoints:
+                    yield from self._extract(run.partitions, checkpoint, batches, behind.write, canaries=canaries)
 
     def _extract(
         self,
-        partition: int,
+        partitions: Sequence[int],
         checkpoint: int,
         batches: Iterable[CollatedBatch],
         write: Callable[[int, int, FeatureBlock], None],
+        *,
+        canaries: bool,
     ) -> Iterator[int]:
-        buffer = next(self._buffers)
-        buffer.begin(*self.layout.rows(partition))
+        """Compute partitions at a checkpoint, one after the other, in one stream of batches."""
         extractor = self._load_extractor(checkpoint)
-        for rows in extractor.stream("train", self.uneven.watch(batches, checkpoint)):
-            buffer.add(rows)
-            yield len(rows.loss_N)
-        full = buffer.take()
-        write(partition, checkpoint, FeatureBlock(full.ids_N, full.feature_ND, full.sqnorm_N, full.loss_N))
+        computed = extractor.stream("train", self.uneven.watch(batches, checkpoint))
+        for partition in partitions:
+            buffer = next(self._buffers)
+            buffer.begin(*self.layout.rows(partition))
+            while buffer.n_missing:
+                rows = next(computed)
+                buffer.add(rows)
+                yield len(rows.loss_N)
+            full = buffer.take()
+            write(partition, checkpoint, FeatureBlock(full.ids_N, full.feature_ND, full.sqnorm_N, full.loss_N))
+            if canaries and checkpoint not in self._canaries:
+                self._compute_canaries(checkpoint, extractor)
 
     def _compute_canaries(self, checkpoint: int, extractor: FeatureExtractor) -> None:
         n_rows, without = self._model.runner.n_rows, self._excluded
@@ -185,6 +191,25 @@ class Extraction:
         taken = [self._canaries[checkpoint][side] for checkpoint in range(self.layout.n_checkpoints)]
         finite_N = ~np.any([find_nonfinite(rows) for rows in taken], axis=0)
         return Canaries(side, taken[0].ids_N[finite_N], np.stack([rows.feature_ND[finite_N] for rows in taken]))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Partitions that are computed one after the other at each of some checkpoints; one of the two has one element.
+
+    Attributes:
+        partitions: in order.
+        checkpoints: in order.
+    """
+
+    partitions: tuple[int, ...]
+    checkpoints: tuple[int, ...]
+
+    @classmethod
+    def of(cls, files: Sequence[tuple[int, int]]) -> _Run:
+        """Return the run of files (partition, checkpoint) with one partition or one checkpoint."""
+        partitions, checkpoints = (tuple(dict.fromkeys(numbers)) for numbers in zip(*files, strict=True))
+        return cls(partitions, checkpoints)
 
 
 def _describe_none_left(what: str, got: str) -> str:

@@ -173,7 +173,6 @@ class TaskData:
             by_length=self._by_length[side],
             keep_examples=not ahead or self.options.allow_random_data,
             workers=self.options.workers if ahead else 0,
-            pin_memory=self.options.device.type != "cpu",
         )
 
     def describe(self, side: SideName, row: int) -> Description | None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tracin_ann.device import free_memory_bytes
+from tracin_ann.device import disable_tf32, free_memory_bytes
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.search.base import check_queries
 from tracin_ann.search.stored_scores import StoredScorer
@@ -185,7 +185,7 @@ class FlatIndex:
     def find(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         """Return the best k of sign × inner product for each sign, computed here; scores can be NaN or infinite."""
         # Threads of the scan are in PyTorch's default mode, in which tensors of the inference mode cannot be written.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), disable_tf32():
             return self._scan_in_default_mode(queries_QF, k, signs)
 
     def _scan_in_default_mode(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
@@ -322,7 +322,8 @@ def _find_stored_rows(source: RowSource) -> tuple[StoredRows | None, Int64 | Non
 
 def _multiply(queries_QF: Tensor, rows_BF: Tensor, out_QB: Tensor) -> None:
     """Write the inner products of queries and rows."""
-    torch.mm(queries_QF, rows_BF.T, out=out_QB)
+    with disable_tf32():
+        torch.mm(queries_QF, rows_BF.T, out=out_QB)
 
 
 class _RunningBest:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tracin_ann.device import import_faiss
+from tracin_ann.device import disable_tf32, import_faiss
 from tracin_ann.search.half_scanner import HalfScanner, measure_squares, share_memory
 from tracin_ann.types import Int64, StoredPart
 
@@ -134,7 +134,8 @@ class StoredScorer:
             for first in range(0, len(out_QB), _QUERIES_AT_ONCE):
                 some = slice(first, first + _QUERIES_AT_ONCE)
                 power_Q1 = None if queries.power_Q1 is None else queries.power_Q1[some]
-                some_QB = self._product.multiply(queries.query_QD[some])
+                with disable_tf32():
+                    some_QB = self._product.multiply(queries.query_QD[some])
                 _accumulate(some_QB, power_Q1, factors, out_QB[some, rows], is_first=is_first)
 
 

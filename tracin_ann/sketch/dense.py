@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tracin_ann.device import array_to_device
 from tracin_ann.gradients import Form, Scratch, column_blocks
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.generator import Stream
@@ -59,7 +60,7 @@ class DenseParameter:
         """Return the rows of the projection for the flat coordinates start .. stop − 1, [stop − start, D]."""
         make = self.stream.gaussians if self.gaussian else self.stream.signs
         flat = make(start * self.dim, (stop - start) * self.dim)
-        entries = torch.from_numpy(flat).to(self.device, self.dtype).view(-1, self.dim)
+        entries = array_to_device(flat, self.device).to(self.dtype).view(-1, self.dim)
         return entries.mul_(self.dim**-0.5)
 
     def add(self, out_BD: Tensor, form: Form) -> None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from tracin_ann.device import array_to_device
 from tracin_ann.gradients import Scratch
 from tracin_ann.sketch.base import ParameterKey, ParameterSketch
 from tracin_ann.sketch.sides import Identity, Side, make_channel_fold, make_fold
@@ -69,7 +70,7 @@ class FactoredSketch:
         if method == "tensor":
             return make_tensor_sketch(key, self.dim, device, dtype, scratch)
         left, right = self._sides(key, device, dtype)
-        signs = torch.from_numpy(key.stream("fold").signs(0, left.width * right.width)).to(device, dtype)
+        signs = array_to_device(key.stream("fold").signs(0, left.width * right.width), device).to(dtype)
         finish = SignFold(signs, key.stream("offset").integer(self.dim))
         taps = prod(key.shape[2:]) if method == "channels" else 0
         return TwoSided(key.matrix, left, right, finish, taps, scratch)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tracin_ann.device import array_to_device
 from tracin_ann.gradients import Allocator, allocate
 from tracin_ann.sketch.generator import Stream
 
@@ -126,12 +127,12 @@ def make_fold(stream: Stream, n: int, width: int, device: torch.device, dtype: t
     """Return a fold of n to `width`, or the identity where n ≤ width."""
     if n <= width:
         return Identity(n)
-    return Fold(width, torch.from_numpy(stream.signs(0, n)).to(device, dtype))
+    return Fold(width, array_to_device(stream.signs(0, n), device).to(dtype))
 
 
 def make_projection(stream: Stream, n: int, width: int, device: torch.device, dtype: torch.dtype) -> Projection:
     """Return a Gaussian projection of n to `width`."""
-    flat = torch.from_numpy(stream.gaussians(0, n * width)).to(device, dtype)
+    flat = array_to_device(stream.gaussians(0, n * width), device).to(dtype)
     return Projection(width, flat.view(n, width) / width**0.5)
 
 
@@ -142,4 +143,4 @@ def make_channel_fold(
     channels, taps = shape
     if channels <= width:
         return Identity(channels * taps)
-    return ChannelFold(width, taps, torch.from_numpy(stream.signs(0, channels)).to(device, dtype))
+    return ChannelFold(width, taps, array_to_device(stream.signs(0, channels), device).to(dtype))

@@ -17,6 +17,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from tracin_ann.device import array_to_device
 from tracin_ann.gradients import Form, Outer, Scratch, column_blocks
 from tracin_ann.sketch.base import ParameterKey
 from tracin_ann.sketch.sides import fold
@@ -88,7 +89,7 @@ def make_tensor_sketch(
 ) -> TensorSketch:
     """Return the TensorSketch of a parameter, with its random numbers on the device."""
     rows, columns = key.matrix
-    left = torch.from_numpy(key.stream("left").signs(0, rows)).to(device, dtype)
-    right = torch.from_numpy(key.stream("right").signs(0, columns)).to(device, dtype)
-    bucket = torch.from_numpy(key.stream("bucket").integers(0, max(rows, columns), dim)).to(device)
+    left = array_to_device(key.stream("left").signs(0, rows), device).to(dtype)
+    right = array_to_device(key.stream("right").signs(0, columns), device).to(dtype)
+    bucket = array_to_device(key.stream("bucket").integers(0, max(rows, columns), dim), device)
     return TensorSketch(key.matrix, left, right, bucket, scratch)

@@ -24,7 +24,15 @@ from tracin_ann.task.integrations.callback import TracInCallback
 from tracin_ann.task.integrations.recorder import LossFall, RunRecorder
 from tracin_ann.task.integrations.run_record import RunRecord, has_run_record, read_order, read_run_record
 from tracin_ann.task.model import OriginalModel, make_model, preserve_globals, preserve_model, preserve_registry
-from tracin_ann.task.nested import batched_tensors, leaves, map_leaves, rebuild, tensors_within, to_device
+from tracin_ann.task.nested import (
+    batched_tensors,
+    leaves,
+    map_leaves,
+    pin_memory,
+    rebuild,
+    tensors_within,
+    to_device,
+)
 from tracin_ann.task.references import TaskReference, absolute_reference, load_task
 from tracin_ann.task.second_moments import SecondMoment, digest_second_moments, read_second_moments
 from tracin_ann.task.task import EXAMPLES, LossFunction, PartialLoad, Task
@@ -75,6 +83,7 @@ __all__ = [
     "open_data",
     "open_examples",
     "pickle_reader",
+    "pin_memory",
     "preserve_globals",
     "preserve_model",
     "preserve_registry",

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from tracin_ann.choices import SideName
 from tracin_ann.errors import TaskError, UsageError, problem
 from tracin_ann.task.data import open_data
-from tracin_ann.task.nested import length, pin_memory
+from tracin_ann.task.nested import length
 from tracin_ann.task.references import TaskReference, load_task
 from tracin_ann.task.task import Task
 
@@ -57,14 +57,12 @@ class BatchOptions:
         by_length: sort the rows of each window of 16 batches by length.
         keep_examples: store the examples in their batch.
         workers: number of processes that read ahead; 0: read in this process.
-        pin_memory: copy batches into page-locked memory, from which transfers to a GPU are asynchronous.
     """
 
     size: int
     by_length: bool = False
     keep_examples: bool = False
     workers: int = 0
-    pin_memory: bool = False
 
     @property
     def window(self) -> int:
@@ -173,8 +171,7 @@ class BatchStream:
                 batches = next(self._batches)
             except BrokenProcessPool as error:
                 raise TaskError(_dead_worker_message(str(error))) from error
-            for batch in batches:
-                yield replace(batch, inputs=pin_memory(batch.inputs)) if self._options.pin_memory else batch
+            yield from batches
 
 
 def _read_ahead(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -141,7 +142,8 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
             return _call_to_method(leaf, device) if _has_to_method(leaf) else leaf
         are_images = channels_last and leaf.dim() == 4 and leaf.is_floating_point()  # noqa: PLR2004
         memory_format = torch.channels_last if are_images else torch.preserve_format
-        return leaf.to(device, non_blocking=True, memory_format=memory_format)
+        # From a GPU, the CPU would read the copy before it is complete.
+        return leaf.to(device, non_blocking=device.type != "cpu", memory_format=memory_format)
 
     return map_leaves(move, value, _has_to_method)
 
@@ -150,11 +152,22 @@ def _has_to_method(value: Any) -> bool:
     return callable(getattr(type(value), "to", None))
 
 
+def _has_non_blocking(value: Any) -> bool:
+    """Return whether the method `to` of an object has the argument `non_blocking`, as in many libraries."""
+    if isinstance(value, PackedSequence):
+        return True
+    try:
+        return "non_blocking" in inspect.signature(value.to).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def _call_to_method(value: Any, device: torch.device) -> Any:
     try:
         # A copy, since many objects move in place, and collate may return objects of the user's data set.
         copied = copy.copy(value)
-        moved = copied.to(device)
+        may_wait = device.type == "cpu" or not _has_non_blocking(copied)
+        moved = copied.to(device) if may_wait else copied.to(device, non_blocking=True)
     except Exception as error:
         raise TaskError(
             problem(
@@ -167,13 +180,24 @@ def _call_to_method(value: Any, device: torch.device) -> Any:
     return copied if moved is None else moved
 
 
-def pin_memory(value: Any) -> Any:
-    """Return `value` with its dense tensors, and objects with a method `pin_memory`, in page-locked memory."""
+def pin_memory(value: Any, pin_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with its tensors, and objects with a method `pin_memory`, in page-locked memory.
+
+    Args:
+        value: a batch.
+        pin_tensor: returns a tensor in page-locked memory, or the tensor itself if that is not possible.
+    """
 
     def pin(leaf: Any) -> Any:
-        can_pin = leaf.layout is torch.strided if isinstance(leaf, Tensor) else hasattr(type(leaf), "pin_memory")
-        pinned = leaf.pin_memory() if can_pin else leaf
-        return leaf if pinned is None else pinned
+        if isinstance(leaf, Tensor):
+            return pin_tensor(leaf)
+        is_on_host = all(tensor.device.type == "cpu" for tensor in tensors_within([leaf]))
+        if not hasattr(type(leaf), "pin_memory") or not is_on_host:
+            return leaf
+        # A copy, since some objects pin in place, and collate may return objects of the user's data set.
+        copied = copy.copy(leaf)
+        pinned = copied.pin_memory()
+        return copied if pinned is None else pinned
 
     return map_leaves(pin, value)
 
