@@ -18,7 +18,7 @@ from time import perf_counter
 
 from tracin_ann.build_job import BuildJob, open_build
 from tracin_ann.config import BuildConfig
-from tracin_ann.distributed import Launcher, Shard
+from tracin_ann.distributed import Launcher, Shard, describe_bad_launcher
 from tracin_ann.errors import UsageError
 from tracin_ann.features import CANARY_FILE
 from tracin_ann.scoring import DimChoice, QualityMeasurement, build_search_index, open_score_maker
@@ -96,6 +96,8 @@ def build(
         GradientProofError: no method computes a parameter's gradients as autograd does, or a stored row differs from
             autograd; nothing is published.
     """
+    if launcher is not None and not isinstance(launcher, Launcher):
+        raise UsageError(describe_bad_launcher(launcher))
     job = open_build(task, Path(out), config or BuildConfig(), arguments)
     return _run_locked(job, progress, launcher=launcher)
 

@@ -259,6 +259,9 @@ class BuildJob:
             return False
         index, requested = manifest.index, self.config.index
         if requested == "auto" and index.requested in ("", "auto"):
+            # A scan has no files. Its rows are divided among workers without shards.
+            if index.kind != "flat" and index.shards != self.config.index_shards:
+                return False
             return index.requested == "auto" or (index.kind == "flat") == is_flat(requested, layout.n_rows)
         return index.kind == requested and index.shards == self.config.index_shards
 

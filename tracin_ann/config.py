@@ -40,7 +40,8 @@ class BuildConfig:
         seed: of the sketch's random numbers.
         index: the search index: one of `INDEX_KINDS`; `auto` chooses by a diagnosis of the features.
         index_shards: number of files over which the rows of a search index are split; several processes can search them
-            (`InfluenceIndex.open` with a launcher). More than one only with `index="ivf"` or `"codes"`.
+            (`InfluenceIndex.open` with a launcher). More than one not with `index="flat"`, `"bounds"` or
+            `"graph"`; `"auto"` then chooses `"ivf"` or `"codes"` for an index that is not flat.
         batch_size: examples per forward pass; None: chosen by a rule from the model, the rows and the device.
         memory_format: of images, `contiguous` or `channels-last`; `auto`: chosen by a rule.
         memory_bytes: limit for a batch whose size the rule chooses, and for rows that are read ahead; None: the rule's
@@ -148,9 +149,9 @@ class BuildConfig:
             if number is not None and number < 1:
                 raise UsageError(problem(f"bad {name}", got=number, expected="1 or more", remedy="change it"))
 
-        if self.index_shards > 1 and self.index not in ("ivf", "codes"):
+        if self.index_shards > 1 and self.index not in ("auto", "ivf", "codes"):
             what, got = "only inverted lists and coded scans have shards", f"--index {self.index}"
-            expected, remedy = "--index ivf or codes", "add it, or remove --index-shards"
+            expected, remedy = "--index auto, ivf or codes", "change it, or remove --index-shards"
             raise UsageError(problem(what, got=got, expected=expected, remedy=remedy))
 
     def choose_nonfinite_policy(self, existing: OnNonfinite | None, where: str) -> OnNonfinite:

@@ -49,17 +49,13 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise UsageError(
             problem("unknown device", got=repr(name), expected=DEVICE_NAMES, remedy="change --device")
         ) from error
+    if device.type not in DEVICES or (device.type == "cpu" and device.index is not None):
+        raise UsageError(problem("unknown device", got=repr(name), expected=DEVICE_NAMES, remedy="change --device"))
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UsageError(
-                problem(
-                    "no such GPU",
-                    got=repr(name),
-                    expected=f"one of the {count} GPUs that torch sees",
-                    remedy="use --device cpu",
-                )
-            )
+            seen = f"cuda:0 to cuda:{count - 1}" if count else "a GPU, but torch sees none"
+            raise UsageError(problem("no such GPU", got=repr(name), expected=seen, remedy="use --device cpu"))
     return device
 
 

@@ -17,7 +17,14 @@ import torch
 
 from tracin_ann.choices import CURVATURES, DAMPED_SCORES, SIDE_NAMES, ScoreName, SideName
 from tracin_ann.device import resolve_device
-from tracin_ann.distributed import ServiceLauncher, ShardOptions, ShardSearch, ShardTask, open_shard_search
+from tracin_ann.distributed import (
+    ServiceLauncher,
+    ShardOptions,
+    ShardSearch,
+    ShardTask,
+    describe_bad_launcher,
+    open_shard_search,
+)
 from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
 from tracin_ann.scoring import (
@@ -112,12 +119,15 @@ class InfluenceIndex:
 
         Raises:
             DamagedIndexError: a file is missing or altered, or the directory holds no finished index.
-            UsageError: there are options of workers without a launcher, or there is no place for a worker.
+            UsageError: there are options of workers without a launcher, the launcher is none, or there is no place for
+                a worker.
             WorkerError: a worker does not start.
         """
         if launcher is None and shard_options is not None:
             expected, remedy = "a launcher", "pass a launcher, such as ProcessLauncher"
             raise UsageError(problem("there are no workers", got="shard_options", expected=expected, remedy=remedy))
+        if launcher is not None and (isinstance(launcher, type) or not isinstance(launcher, ServiceLauncher)):
+            raise UsageError(describe_bad_launcher(launcher))
         path = Path(directory)
         manifest, lease = take_lease(path)
         check_generation(path, manifest, deep=True)

@@ -94,6 +94,14 @@ def test_workers_that_cannot_be_pickled_are_rejected(tmp_path):
         run(make_processes(), Squares(tmp_path, array=lambda: None))
     with pytest.raises(UsageError, match="no devices"):
         ProcessLauncher([])
+    with pytest.raises(UsageError, match="no devices: got 'cpu', expected a list"):
+        ProcessLauncher("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "gpu"])
+def test_processes_on_devices_that_do_not_exist_are_rejected(device, tmp_path):
+    with pytest.raises(UsageError, match=f"(no such GPU|unknown device): got '{device}'"):
+        run(ProcessLauncher(["cpu", device]), Squares(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -174,10 +174,28 @@ def test_queries_of_a_closed_index_are_rejected(folder: Path) -> None:
 def test_workers_use_the_devices_of_the_launcher_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(processes.ServiceProcess, "start", started.append)
+    monkeypatch.setattr(processes, "resolve_device", lambda name: None)
     launcher = ProcessLauncher(["cuda:0", "cuda:1"])
     for number in range(3):
         launcher.start_service(lambda device: device, number)  # type: ignore[arg-type, return-value]
     assert (launcher.count_services(), [start() for start in started]) == (2, ["cuda:0", "cuda:1", "cuda:0"])
+
+
+@pytest.mark.parametrize("launcher", ["ray", ["cpu", "cpu"], ProcessLauncher])
+def test_what_is_no_launcher_is_rejected(launcher: Any, folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"no launcher: got .*, expected an object such as ProcessLauncher"):
+        InfluenceIndex.open(folder / "sharded", launcher=launcher)
+
+
+def test_a_device_of_workers_that_does_not_exist_is_rejected(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such GPU: got 'cuda:99', expected .*; use --device cpu"):
+        InfluenceIndex.open(folder / "sharded", launcher=ProcessLauncher(["cuda:99"]))
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "5"])
+def test_a_deadline_is_a_positive_number(deadline: Any) -> None:
+    with pytest.raises(UsageError, match="bad --deadline"):
+        ShardOptions(deadline)
 
 
 def test_an_example_that_cannot_be_pickled_is_rejected(sharded: InfluenceIndex) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from tests.search.test_search_contract import Rows
 from tracin_ann.errors import UsageError
 from tracin_ann.search.backend import (
     NAMES,
+    IndexNeeds,
     IndexRequest,
     build_index,
     choose_index,
+    count_shards,
     estimate_bytes,
     expect_index,
     list_files,
@@ -27,8 +30,9 @@ CLUSTERED = Diagnosis(directions=20.0, energy=0.9, bounded_share=0.5)
 MANY = Diagnosis(directions=500.0, energy=0.3, bounded_share=1.0)
 
 
-def choose(requested: str, n_rows: int, found: Diagnosis = CLUSTERED, target_recall: float = 0.95) -> list[str]:
-    return [choice.kind for choice in choose_index(requested, n_rows, 768, lambda: found, target_recall=target_recall)]
+def choose(requested: str, n_rows: int, found: Diagnosis = CLUSTERED, **needs_of: Any) -> list[str]:
+    needs = IndexNeeds(**needs_of)
+    return [choice.kind for choice in choose_index(requested, n_rows, 768, lambda: found, needs)]
 
 
 def refuse() -> Diagnosis:
@@ -72,10 +76,18 @@ def test_bounds_are_chosen_for_a_recall_that_other_indexes_may_not_reach() -> No
     assert choose("auto", 10**6, found=CLUSTERED, target_recall=0.995) == ["ivf", "codes"]
 
 
+def test_an_index_in_shards_is_of_a_kind_that_has_them() -> None:
+    few = Diagnosis(directions=5.0, energy=0.9, bounded_share=0.02)
+    assert choose("auto", 10**6, found=few, target_recall=0.995, shards=4) == ["ivf", "codes"]
+    assert choose("auto", 10**6, found=MANY, target_recall=0.995, shards=4) == ["codes"]
+    assert choose("auto", 10**4, shards=4) == ["flat"]
+    assert [count_shards(kind, 4) for kind in ("flat", "ivf", "codes", "bounds", "graph")] == [1, 4, 4, 1, 1]
+
+
 def test_scores_with_a_curvature_matrix_need_no_diagnosis() -> None:
-    assert [choice.kind for choice in choose_index("auto", 20_000, 768, refuse, is_damped=True)] == ["codes"]
-    assert [choice.kind for choice in choose_index("auto", 19_999, 768, refuse, is_damped=True)] == ["flat"]
-    assert [choice.kind for choice in choose_index("ivf", 20_000, 768, refuse, is_damped=True)] == ["ivf"]
+    for kind, n_rows, expected in (("auto", 20_000, "codes"), ("auto", 19_999, "flat"), ("ivf", 20_000, "ivf")):
+        choices = choose_index(kind, n_rows, 768, refuse, IndexNeeds(is_damped=True))
+        assert [choice.kind for choice in choices] == [expected]
 
 
 def test_an_estimate_before_the_features_leaves_the_choice_open() -> None:

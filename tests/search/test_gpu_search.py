@@ -303,3 +303,20 @@ def test_a_real_gpu_finds_what_the_cpu_finds(device: torch.device, codes: Codes)
     for own, other in zip(search_both(on_gpu, queries, 10), search_both(on_cpu, queries, 10), strict=True):
         same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(own.ids, other.ids, strict=True)]
         assert np.mean(same) > 9.95  # noqa: PLR2004
+
+
+def test_a_scan_multiplies_in_full_precision_whatever_the_process_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, multiply = [], torch.mm
+    torch.set_float32_matmul_precision("medium")
+    monkeypatch.setattr(
+        torch, "mm", lambda *a, **k: seen.append(torch.get_float32_matmul_precision()) or multiply(*a, **k)
+    )
+    try:
+        scan = FlatIndex(Rows(normal(50, 3, DIM)), CPU, block_rows=20)
+        scan.search(normal(4, 5, DIM), 3)
+        list(scan.iter_scores(torch.from_numpy(normal(4, 5, DIM))))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(seen) == 2 * 3
+    assert set(seen) == {"highest"}

@@ -19,6 +19,7 @@ from tracin_ann.errors import DamagedIndexError, UsageError
 from tracin_ann.operations import remove, repair, verify
 from tracin_ann.search import IVFIndex, IVFParams, construction
 from tracin_ann.search.construction import UnfinishedLists, digest_inputs
+from tracin_ann.search.diagnosis import Diagnosis
 from tracin_ann.search.flat import Subset
 from tracin_ann.search.ivf import list_ivf_files
 from tracin_ann.search.settings import Setting
@@ -209,8 +210,9 @@ def test_rows_that_a_rebuilt_index_leaves_out(source: Rows) -> None:
 
 
 def test_shards_need_inverted_lists() -> None:
-    with pytest.raises(UsageError, match="only inverted lists and coded scans have shards: got --index auto"):
-        BuildConfig(index_shards=2)
+    for kind in ("flat", "bounds", "graph"):
+        with pytest.raises(UsageError, match=f"only inverted lists and coded scans have shards: got --index {kind}"):
+            BuildConfig(index=kind, index_shards=2)
     with pytest.raises(UsageError, match="bad --index-shards: got 0"):
         BuildConfig(index="ivf", index_shards=0)
 
@@ -218,6 +220,30 @@ def test_shards_need_inverted_lists() -> None:
 def ids(index: InfluenceIndex) -> list[list[int]]:
     answers = index.query(range(30), options=QueryOptions(k=5, search="index"))
     return [[hit.row for hit in answer.hits] for answer in answers]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "flat"])
+def test_auto_makes_shards_of_the_index_that_it_chooses(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "ivf":
+        monkeypatch.setattr("tracin_ann.search.backend.FLAT_BELOW_ROWS", 100)
+        monkeypatch.setattr(
+            "tracin_ann.scoring.search_index.diagnose", lambda *given: Diagnosis(20.0, energy=0.9, bounded_share=0.5)
+        )
+        monkeypatch.setattr("tracin_ann.scoring.search_index._is_efficient", lambda *given: True)
+    task = make_toy_task(tmp_path, train_data=lambda: make_rows(400), query_data=lambda: make_rows(30, seed=2))
+    out, config = tmp_path / "out", replace(CONFIG, index="auto", index_shards=3)
+    index = build(task, out, config).manifest.index
+    assert (index.kind, index.shards, index.requested) == (kind, 3 if kind == "ivf" else 1, "auto")
+    # The same command changes nothing; another number of shards makes another index of the same features.
+    assert build(task, out, config).manifest.generation == 1
+    report = build(task, out, replace(config, index_shards=2))
+    assert (report.rows_extracted, report.manifest.generation) == (0, 2 if kind == "ivf" else 1)
+    assert report.manifest.index.shards == (2 if kind == "ivf" else 1)
+    assert verify(out).damage == ()
+    if kind == "ivf":
+        assert ids(InfluenceIndex.open(out, task))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ For the queries of an open index, each shard has a worker that keeps it open.
 
 from __future__ import annotations
 
-from tracin_ann.distributed.launcher import Launcher, OpenWorker, ThisProcess, Worker
+from tracin_ann.distributed.launcher import Launcher, OpenWorker, ThisProcess, Worker, describe_bad_launcher
 from tracin_ann.distributed.processes import ProcessLauncher
 from tracin_ann.distributed.ray_cluster import RayLauncher
 from tracin_ann.distributed.service import ServiceLauncher
@@ -28,5 +28,6 @@ __all__ = [
     "ShardTask",
     "ThisProcess",
     "Worker",
+    "describe_bad_launcher",
     "open_shard_search",
 ]

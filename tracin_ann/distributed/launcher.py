@@ -54,6 +54,16 @@ def describe_unpicklable(error: Exception) -> str:
     )
 
 
+def describe_bad_launcher(launcher: object) -> str:
+    """Return the message of the error that something else was passed instead of a launcher."""
+    return problem(
+        "no launcher",
+        got=repr(launcher),
+        expected="an object such as ProcessLauncher(['cpu', 'cpu']) or RayLauncher()",
+        remedy="pass one, or leave out `launcher`",
+    )
+
+
 class ThisProcess(Launcher):
     """Runs all units in this process."""
 

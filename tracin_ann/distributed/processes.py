@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tracin_ann.device import resolve_device
 from tracin_ann.distributed.launcher import Launcher, OpenWorker, WorkerTraceback, describe_unpicklable
 from tracin_ann.distributed.service import MakeService, ServiceProcess, ServiceWorker
 from tracin_ann.distributed.units import UnitQueue
@@ -33,15 +34,18 @@ class ProcessLauncher(Launcher):
     threads as this process.
 
     Args:
-        devices: the device of each process, such as ("cpu", "cpu").
+        devices: the device of each process, such as ("cpu", "cpu"), see `resolve_device`.
+
+    Raises:
+        UsageError: there are none.
     """
 
     is_local = True
 
     def __init__(self, devices: Sequence[str]) -> None:
-        if not devices:
-            expected = "one name for each process"
-            raise UsageError(problem("no devices", got="none", expected=expected, remedy="name some"))
+        if not devices or isinstance(devices, str):
+            expected = 'a list with one name for each process, such as ["cpu", "cpu"]'
+            raise UsageError(problem("no devices", got=repr(devices), expected=expected, remedy="name some"))
         self.devices = tuple(devices)
 
     def count_services(self) -> int:
@@ -49,11 +53,19 @@ class ProcessLauncher(Launcher):
         return len(self.devices)
 
     def start_service(self, make_service: MakeService, number: int) -> ServiceWorker:
-        """Start a process that holds a service, on the next device in turn; see `ServiceLauncher`."""
-        return ServiceProcess.start(partial(make_service, self.devices[number % len(self.devices)]))
+        """Start a process that holds a service, on the next device in turn; see `ServiceLauncher`.
+
+        Raises:
+            UsageError: the device does not exist.
+        """
+        device = self.devices[number % len(self.devices)]
+        resolve_device(device)
+        return ServiceProcess.start(partial(make_service, device))
 
     def run(self, open_worker: OpenWorker[U, R], units: Sequence[U]) -> Iterator[R]:
         """Yield the results of the processes; see `Launcher`."""
+        for device in self.devices:
+            resolve_device(device)
         pickled, n_threads = _pickle(open_worker), max(1, torch.get_num_threads() // len(self.devices))
         queue, running = UnitQueue(units, len(self.devices)), dict[Connection, _Process]()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tracin_ann.distributed.launcher import WorkerTraceback
 from tracin_ann.errors import TracinAnnError, UsageError, WorkerError, first_line, problem
@@ -64,6 +64,7 @@ class ServiceWorker(ABC):
         """End the worker at once, even if it does not react; a second call does nothing."""
 
 
+@runtime_checkable
 class ServiceLauncher(Protocol):
     """Starts workers somewhere."""
 

@@ -71,7 +71,8 @@ class ShardOptions:
         Raises:
             UsageError: one is out of range.
         """
-        if self.deadline_s is not None and not 0 < self.deadline_s <= threading.TIMEOUT_MAX:
+        is_number = isinstance(self.deadline_s, int | float)
+        if self.deadline_s is not None and not (is_number and 0 < self.deadline_s <= threading.TIMEOUT_MAX):
             expected = f"more than 0 and at most {threading.TIMEOUT_MAX:.0f} seconds"
             raise UsageError(
                 problem("bad --deadline", got=self.deadline_s, expected=expected, remedy="change --deadline")

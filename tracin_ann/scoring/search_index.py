@@ -18,9 +18,11 @@ from tracin_ann.search import (
     Calibration,
     Codes,
     Diagnosis,
+    IndexNeeds,
     IndexRequest,
     build_index,
     choose_index,
+    count_shards,
     diagnose,
     list_codes,
     list_files,
@@ -46,7 +48,7 @@ class SearchIndexOptions:
         target_recall: recall@10 that the index is calibrated to.
         device: where the index is built.
         score: the default score. A coded scan and a search by bounds are calibrated for it.
-        shards: number of files over which inverted lists or codes are split.
+        shards: number of files over which inverted lists or codes are split; other kinds have one.
     """
 
     kind: str
@@ -89,8 +91,7 @@ def build_search_index(
         len(rows),
         rows.dim,
         diagnose_rows,
-        is_damped=is_damped,
-        target_recall=options.target_recall,
+        IndexNeeds(is_damped, options.target_recall, options.shards),
     )
     inputs = [asdict(record) for record in features], removed_R.tolist()
     request = IndexRequest(
@@ -109,15 +110,14 @@ def build_search_index(
     generation.unfinished_index.mkdir(exist_ok=True)
     index.save(generation.unfinished_index)
     files = []
-    for name in list_files(choice.kind, options.shards):
+    shards = count_shards(choice.kind, options.shards)
+    for name in list_files(choice.kind, shards):
         with atomic_path(generation.folder / name) as temporary:
             os.replace(generation.unfinished_index / name, temporary)
         files.append(record_file(generation.folder / name))
     files += write_unlisted(generation.folder, removed_R)
     codes = options.codes if options.codes in list_codes(choice.kind) else ""
-    return IndexRecord(
-        choice.kind, choice.reason, tuple(files), calibration, codes, options.kind, score.name, options.shards
-    )
+    return IndexRecord(choice.kind, choice.reason, tuple(files), calibration, codes, options.kind, score.name, shards)
 
 
 def _is_efficient(calibration: Calibration, n_rows: int) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from tracin_ann.device import import_faiss
 from tracin_ann.search.backend import (
     NAMES,
+    IndexNeeds,
     IndexRequest,
     build_index,
     choose_index,
+    count_shards,
     estimate_bytes,
     expect_index,
     is_flat,
@@ -43,6 +45,7 @@ __all__ = [
     "GpuScan",
     "IVFIndex",
     "IVFParams",
+    "IndexNeeds",
     "IndexRequest",
     "ListQuery",
     "NAMES",
@@ -57,6 +60,7 @@ __all__ = [
     "build_index",
     "calibrate",
     "choose_index",
+    "count_shards",
     "diagnose",
     "estimate_bytes",
     "expect_index",

@@ -48,6 +48,21 @@ class IndexChoice:
     reason: str
 
 
+@dataclass(frozen=True)
+class IndexNeeds:
+    """What an index is for.
+
+    Attributes:
+        is_damped: whether the default score has a curvature matrix: small directions of the rows have a large weight.
+        target_recall: recall@10 that the index is calibrated to.
+        shards: number of files; with more than one, `auto` chooses a kind that can have them, or a scan of few rows.
+    """
+
+    is_damped: bool = False
+    target_recall: float = 0.95
+    shards: int = 1
+
+
 def is_flat(requested: str, n_rows: int) -> bool:
     """Return whether an index of this many rows is an exact scan.
 
@@ -65,9 +80,7 @@ def choose_index(
     n_rows: int,
     dim: int,
     diagnose: Callable[[], Diagnosis],
-    *,
-    is_damped: bool = False,
-    target_recall: float = 0.95,
+    needs: IndexNeeds | None = None,
 ) -> tuple[IndexChoice, ...]:
     """Return the kinds to build, best first: each of the others only if those before it do not reach the target recall.
 
@@ -76,21 +89,21 @@ def choose_index(
         n_rows: number of rows.
         dim: length of a row.
         diagnose: returns the diagnosis of the rows; called if the choice depends on it.
-        is_damped: whether the default score has a curvature matrix: small directions of the rows have a large weight.
-        target_recall: recall@10 that the index is calibrated to.
+        needs: what `auto` takes into account; None: the defaults.
 
     Raises:
         UsageError: `requested` is none of `INDEX_KINDS`.
     """
+    needs = needs or IndexNeeds()
     if is_flat(requested, n_rows) or requested != "auto":
         return (_explain(requested, n_rows, dim),)
-    if is_damped:
+    if needs.is_damped:
         return (_choose("codes", n_rows, dim, "the default score gives small directions a large weight"),)
     found = diagnose()
     directions = f"the rows vary in about {found.directions:,.0f} directions"
     codes = _choose("codes", n_rows, dim, directions)
-    if target_recall > _APPROXIMATE and found.bounded_share <= _SMALL_SHARE:
-        return (_choose("bounds", n_rows, dim, f"{directions}, and a recall of {target_recall:g} is requested"),)
+    if needs.shards == 1 and needs.target_recall > _APPROXIMATE and found.bounded_share <= _SMALL_SHARE:
+        return (_choose("bounds", n_rows, dim, f"{directions}, and a recall of {needs.target_recall:g} is requested"),)
     if found.directions > _MANY_DIRECTIONS:
         return (codes,)
     return _choose("ivf", n_rows, dim, directions), codes
@@ -192,6 +205,11 @@ def list_files(kind: str, shards: int = 1) -> tuple[str, ...]:
     if shards != 1:
         raise ValueError(f"an index {kind!r} in {shards} shards")
     return () if kind == "flat" else _CLASSES[kind].FILES
+
+
+def count_shards(kind: str, shards: int) -> int:
+    """Return the number of shards of an index of a kind, if this many are requested: 1 if the kind has none."""
+    return shards if kind in _LIST_SHARDED else 1
 
 
 def list_codes(kind: str) -> tuple[str, ...]:
