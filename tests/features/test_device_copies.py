@@ -293,10 +293,10 @@ def test_the_device_does_not_wait_between_partitions(tmp_path: Path, monkeypatch
 
 
 def test_the_plan_counts_the_batches_that_are_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose() -> int:
+    def choose(options: FeatureOptions = OPTIONS) -> int:
         with TaskRunner(make_task(tmp_path), RunOptions(CPU, SIZE)).model() as loaded:
             loaded.load(0)
-            chosen = tune(loaded, OPTIONS, TuningOptions(batch_size=SIZE))
+            chosen = tune(loaded, options, TuningOptions(batch_size=SIZE))
             return chosen.batch_bytes // chosen.batch_size
 
     plain = choose()
@@ -305,6 +305,7 @@ def test_the_plan_counts_the_batches_that_are_ahead(tmp_path: Path, monkeypatch:
     inputs = sum(t.numel() * t.element_size() for t in map(torch.as_tensor, (x, y)))
     # The inputs of two batches, and the features of one.
     assert choose() == plain + 2 * inputs + 4 * DIM
+    assert choose(EXACT) == 2 * plain + 2 * inputs + 4 * DIM, "and the gradient factors of one, for exact norms"
 
 
 def test_inputs_are_pinned_by_a_copy() -> None:

@@ -151,7 +151,8 @@ class _Tuning:
     def choose(self) -> BatchSettings:
         self._model.runner.options = replace(self._options, batch_size=_SAMPLE_ROWS)
         read, read_seconds = _read_window(self._model)
-        row_bytes = self._estimate_row_bytes(read) + self._count_bytes_ahead(read)
+        working_bytes = self._estimate_row_bytes(read)
+        row_bytes = working_bytes + self._count_bytes_ahead(read, working_bytes)
         known = self._request.known
         size = known[0] if known else self._request.batch_size or self._choose_batch_size(row_bytes)
         self._model.runner.options = replace(self._options, batch_size=size)
@@ -213,13 +214,16 @@ class _Tuning:
                     self._model.engine("train").losses(batch)
         return int(_BACKWARD_FACTOR * sum(storage.nbytes() for storage in storages.values()) / len(read.ids)) + 1
 
-    def _count_bytes_ahead(self, read: CollatedBatch) -> int:
-        """Return the memory per row of an accelerator for inputs of later batches, and for results of earlier ones.
+    def _count_bytes_ahead(self, read: CollatedBatch, working_bytes: int) -> int:
+        """Return the memory per row of an accelerator for inputs of later batches, and for results of an earlier one.
 
-        While a batch is computed, the next one is launched, and the one after that is copied.
+        While a batch is computed, the next one is launched, and the one after that is copied. For exact norms, the
+        gradient factors of a batch are kept until its results are fetched.
         """
-        row_bytes = 2 * _count_bytes(read.inputs) // len(read.ids) + _NUMBER_BYTES * self._features.sketch.dim
-        return self._model.copies.n_ahead * row_bytes
+        result_bytes = _NUMBER_BYTES * self._features.sketch.dim
+        factor_bytes = working_bytes if self._features.norms == "exact" else 0
+        input_bytes = 2 * _count_bytes(read.inputs) // len(read.ids)
+        return self._model.copies.n_ahead * (input_bytes + result_bytes + factor_bytes)
 
     def _choose_format(self, read: CollatedBatch) -> None:
         """Use channels last if the rule or the user selects it and the model computes the same results with it.
