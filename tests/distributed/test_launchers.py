@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from paths import ROOT, SUPPORT
 from sharing import CONFIG, NAME, OneProcess, assert_same_index
 from tasks import texts
 from tasks.counting import Squares
-from tracin_ann import ProcessLauncher, Task, build
+from tracin_ann import ProcessLauncher, RayLauncher, Task, build
 from tracin_ann.distributed import Launcher, ThisProcess
 from tracin_ann.errors import TaskError, UsageError
 
@@ -96,6 +97,14 @@ def test_workers_that_cannot_be_pickled_are_rejected(tmp_path):
         ProcessLauncher([])
     with pytest.raises(UsageError, match="no devices: got 'cpu', expected a list"):
         ProcessLauncher("cpu")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "127.0.0.1:999999"])
+def test_an_address_without_a_cluster_is_rejected_at_once(address, tmp_path):
+    """Ray itself waits for minutes."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")
+    with pytest.raises(UsageError, match=f"no Ray cluster at {re.escape(address)}: got ConnectionError: .*ray start"):
+        run(RayLauncher(address), Squares(tmp_path))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "mps", "gpu"])

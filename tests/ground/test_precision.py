@@ -53,10 +53,8 @@ def is_full(setting: object) -> bool:
     return setting in ("none", "ieee", False, "highest")
 
 
-@pytest.fixture
-def _restored() -> Iterator[None]:
-    before = read_settings()
-    yield
+def reset_settings() -> None:
+    """Set everything as it is in a new process; another test may have left equivalent settings."""
     if HAS_NEW_SETTINGS:
         BACKENDS.fp32_precision = BACKENDS.cudnn.fp32_precision = "none"
         for owner in OPERATORS.values():
@@ -66,6 +64,14 @@ def _restored() -> Iterator[None]:
     BACKENDS.cudnn.benchmark = BACKENDS.cudnn.deterministic = False
     if HAS_NEW_SETTINGS:
         BACKENDS.cuda.matmul.fp32_precision = BACKENDS.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.fixture
+def _restored() -> Iterator[None]:
+    reset_settings()
+    before = read_settings()
+    yield
+    reset_settings()
     assert read_settings() == before
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -40,6 +41,8 @@ _STORE_BYTES = 100 << 20
 """Object store of a cluster that this process starts: /dev/shm is small in many containers, and units do not use it."""
 _PATIENCE_S = 60.0
 """Seconds without any result after which a warning is logged if no worker has started."""
+_CONNECT_S = 10.0
+"""Seconds until the address of a cluster has to answer."""
 _CONNECTING = threading.Lock()
 """Held while a thread connects to a cluster."""
 logger = logging.getLogger(__name__)
@@ -130,6 +133,7 @@ class RayLauncher(Launcher):
         if self.address == LOCAL:
             options |= {"_node_ip_address": _LOOPBACK, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
+            _check_connection(self.address)
             with self._limit_interfaces():
                 ray.init(self.address, **options)
         except ConnectionError as error:
@@ -207,6 +211,21 @@ class RayLauncher(Launcher):
         environment["env_vars"] = {**threads, **environment.get("env_vars", {})}
         resources = {"num_cpus": self.num_cpus_per_worker, "num_gpus": self.num_gpus_per_worker}
         return ray.remote(**resources, max_restarts=0, runtime_env=environment)(kind)
+
+
+def _check_connection(address: str) -> None:
+    """Check that something listens at an address HOST:PORT, for which Ray itself waits for minutes.
+
+    Raises:
+        ConnectionError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
 
 
 @contextmanager
