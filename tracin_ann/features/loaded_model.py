@@ -79,12 +79,15 @@ class LoadedModel:
         rates: the learning rates of these parameters at each checkpoint.
         channels_last: the memory format of images and convolution weights.
         precision: precision of forward and backward.
+        shares_engines: one engine serves both sides if they have the same loss. It is verified with rows of the side
+            that comes first, so the features of the other side have to be compared with known ones.
     """
 
     def __init__(self, runner: TaskData, loader: CheckpointLoader, model: nn.Module, memory_bytes: int = 0) -> None:
         self.runner, self.module, self._loader = runner, model, loader
         self.checkpoint, self.precision = -1, runner.options.precision
         self.channels_last = runner.options.channels_last
+        self.shares_engines = False
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._unloaded = self.parameters = runner.task.select_parameters(model)
         self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
@@ -302,7 +305,10 @@ class LoadedModel:
 
         The sides `query` and `input` have the same loss, and share an engine.
         """
-        side = "query" if side == "input" else side
+        if side == "input":
+            side = "query"
+        if side == "query" and self.shares_engines and self.runner.task.query_loss is None:
+            side = "train"
         task, key = self.runner.task, (self.checkpoint, side, self.channels_last, self.precision)
         engine = self._engines.get(key)
         # A loader may replace the parameters by other objects.
