@@ -68,6 +68,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip("no accelerator on this machine")
 
 
+@pytest.fixture
+def emulated_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builds use bfloat16 on a CPU that has no arithmetic for it."""
+    monkeypatch.setattr("tracin_ann.build_job.require_native_bf16", lambda device: None)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Return the directory with mnist.npz etc.: $TRACIN_ANN_DATA, or ../shared/data beside the repository."""

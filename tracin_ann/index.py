@@ -481,15 +481,30 @@ class InfluenceIndex:
             IndexMismatchError: the task does not fit the index, by a field or by a canary.
             NonFiniteError: a query's loss or gradient is NaN or infinite.
         """
+        return next(self.score_matrices(side, ids, [options or QueryOptions()]))
+
+    def score_matrices(self, side: SideName, ids: Sequence[int], options: Sequence[QueryOptions]) -> Iterator[Float32]:
+        """Yield the matrix of `score_matrix` for each of several options; features are computed once for all.
+
+        Raises:
+            UsageError: as by `score_matrix`.
+            IndexMismatchError: the task does not fit the index, by a field or by a canary.
+            NonFiniteError: a query's loss or gradient is NaN or infinite.
+        """
         if not ids:
             raise UsageError(problem("no query", got="no ids", expected="at least one", remedy="name at least one row"))
         self.runner.check_ids(side, ids)
-        request = self._make_request(options)
-        vector_QF = request.score.weigh(self.features(side, ids, request.checkpoints), request.checkpoints).vector_QF
-        score_QN = np.zeros((len(ids), len(self)), np.float32)
-        for ids_B, row_BF in self._read_blocks(request.score, request.checkpoints):
-            np.matmul(vector_QF, row_BF.T, out=score_QN[:, ids_B[0] : ids_B[-1] + 1])
-        return score_QN
+        requests = [self._make_request(each) for each in options]
+        used = sorted({checkpoint for request in requests for checkpoint in request.checkpoints})
+        feature_QCD = self.features(side, ids, used).reshape(len(ids), len(used), self.manifest.build.layout.dim)
+        for request in requests:
+            places = [used.index(checkpoint) for checkpoint in request.checkpoints]
+            chosen_QF = feature_QCD[:, places].reshape(len(ids), -1)
+            vector_QF = request.score.weigh(chosen_QF, request.checkpoints).vector_QF
+            score_QN = np.zeros((len(ids), len(self)), np.float32)
+            for ids_B, row_BF in self._read_blocks(request.score, request.checkpoints):
+                np.matmul(vector_QF, row_BF.T, out=score_QN[:, ids_B[0] : ids_B[-1] + 1])
+            yield score_QN
 
     def _read_blocks(self, score: Score, checkpoints: Sequence[int]) -> Iterator[tuple[Int64, Float32]]:
         """Return (ids, rows as the score multiplies them) of a bounded number of rows at a time."""

@@ -376,8 +376,8 @@ def test_a_batch_that_changes_the_gradient_methods_is_verified_on_its_finite_row
     assert np.array_equal(found[remaining], expected[remaining]) and not found[9].any()
 
 
-def test_overflow_in_half_precision_is_handled_the_same_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
+@pytest.mark.usefixtures("emulated_bf16")
+def test_overflow_in_half_precision_is_handled_the_same_way(tmp_path):
     given = make_rows(N)
     for row in (2, 40):  # finite in float32, unlike their squares
         given[row] = (given[row][0], given[row][1], FINE, 3e38)

@@ -87,6 +87,7 @@ def test_answers_of_a_new_process_are_equal(task, folder):
     assert as_queries(first.query_examples(ROWS, exact)) == list(second.query(range(N_QUERIES), (), exact))
 
 
+@pytest.mark.usefixtures("emulated_bf16")
 @pytest.mark.parametrize("changes", [{"index": "ivf"}, {"precision": "bf16"}])
 def test_padded_sequences_by_lists_and_in_half_precision(tmp_path, changes):
     """Of different lengths: the padding depends on the batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,22 @@ def test_lds_is_that_of_spearman_for_every_candidate(
     # Curvature predicts retraining better than the plain score.
     best = {name: max(r.value for r in by_lds if r.name == name) for name in ("tracin", "gauss-newton")}
     assert best["gauss-newton"] > best["tracin"] + 0.2
+
+
+def test_features_are_computed_once_for_all_candidates(index: InfluenceIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [QueryOptions(score="fisher", checkpoints=chosen) for chosen in ((1,), None, (0,))]
+    options.append(QueryOptions(score="cosine", checkpoints=(0,)))
+    expected = [index.score_matrix("query", IDS, each) for each in options]
+    compute, computed = InfluenceIndex.features, []
+
+    def count(self: InfluenceIndex, *arguments: Any) -> Any:
+        computed.append(arguments)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(InfluenceIndex, "features", count)
+    for found, alone in zip(index.score_matrices("query", IDS, options), expected, strict=True):
+        np.testing.assert_array_equal(found, alone)
+    assert computed == [("query", IDS, [0, 1])]
 
 
 def test_removal_is_compared_with_random_rows(index: InfluenceIndex, folder: Path) -> None:

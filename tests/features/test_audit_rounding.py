@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,6 @@ from tracin_ann.features.audit import N_DRAWN
 from tracin_ann.gradients.engine import GradientEngine
 from tracin_ann.operations.verification import AuditSample, audit
 
-BUILD = sys.modules["tracin_ann.build_job"]
 N = 200
 SMALL = replace(CONFIG, partition_rows=80, yardstick=False)
 
@@ -112,12 +110,12 @@ def test_rounding_of_batches_is_measured_where_it_exceeds_the_tolerance_of_the_d
     assert found.largest > 6e-4
 
 
+@pytest.mark.usefixtures("emulated_bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
 def test_gradients_that_consist_of_rounding_only(scale, precision, tmp_path, monkeypatch):
     """Models that fit the rows better and better, down to a loss of 0."""
     monkeypatch.setattr("tracin_ann.features.autotune._CLEARLY_SLOWER", 1e9)
-    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     model = Wide()
     with torch.no_grad():
         model.last.weight.mul_(scale)

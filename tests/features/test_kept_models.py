@@ -436,6 +436,7 @@ def test_small_losses_are_compared(built, tmp_path, monkeypatch):
         index.query([0])
 
 
+@pytest.mark.usefixtures("emulated_bf16")
 def test_weights_are_stored_for_features_in_bf16_and_exact_scores_in_fp32(tmp_path, monkeypatch):
     task = make_live(tmp_path, Toy())
     build(task, tmp_path / "out", replace(CONFIG, precision="bf16"))

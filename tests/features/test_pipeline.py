@@ -166,8 +166,8 @@ def test_an_interrupted_build_is_resumed_in_the_other_order(folder, one_by_one, 
     assert_same_rows(index.view().take(range(len(rows))), one_by_one)
 
 
-def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
+@pytest.mark.usefixtures("emulated_bf16")
+def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_path):
     task = texts.task(str(folder))
     build_rows(task, tmp_path / "i", folder, precision="bf16", dim=4096)
     index = InfluenceIndex.open(tmp_path / "i", task)
@@ -188,9 +188,9 @@ def test_bf16_scores_are_close_and_the_index_records_the_precision(folder, tmp_p
         build(task, tmp_path / "i", replace(CONFIG, dim=4096))
 
 
+@pytest.mark.usefixtures("emulated_bf16")
 @pytest.mark.parametrize(("slower", "warned"), [(1.2, True), (0.9, False)])
 def test_slower_bf16_on_a_cpu_gives_a_warning(slower, warned, folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(BUILD, "require_native_bf16", lambda device: None)
     measured = lambda model, features: slower if model.runner.options.precision == "bf16" else 1.0  # noqa: E731
     monkeypatch.setattr(tuning, "measure_row_seconds", measured)
     result = build(texts.task(str(folder)), tmp_path / "i", replace(CONFIG, precision="bf16"))

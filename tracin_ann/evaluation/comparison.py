@@ -20,7 +20,7 @@ from tracin_ann.evaluation.retraining import Retraining
 from tracin_ann.evaluation.tail_patch import measure_tail_patch
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.scoring import Describe, Fields, QueryOptions, Record, RowList
-from tracin_ann.types import Float32, Float64, Int64, ProgressCallback
+from tracin_ann.types import Float64, Int64, ProgressCallback
 
 RANDOM, CEILING = "random", "ceiling"
 """Names of results that are not those of a score: random rows, and the LDS of exact predictions."""
@@ -165,8 +165,9 @@ def compare_by_lds(
         MissingPackageError: SciPy is not installed.
     """
     results = []
-    for candidate in candidates:
-        found = compute_lds(index.score_matrix("query", query_ids, candidate.options), subsets, loss_MSQ)
+    matrices = index.score_matrices("query", query_ids, [candidate.options for candidate in candidates])
+    for candidate, score_QN in zip(candidates, matrices, strict=True):
+        found = compute_lds(score_QN, subsets, loss_MSQ)
         results.append(Result(protocol, candidate.score, found.mean, found, candidate))
     ceiling = compute_ceiling(loss_MSQ)
     if ceiling is not None:
@@ -235,7 +236,7 @@ def _rank_rows(
         raise UsageError(
             problem("bad -k", got=k, expected=f"1 to {len(row_N) - 1}, fewer than the rows", remedy="change -k")
         )
-    for candidate in candidates:
-        score_QN: Float32 = index.score_matrix("query", query_ids, candidate.options)
+    matrices = index.score_matrices("query", query_ids, [candidate.options for candidate in candidates])
+    for candidate, score_QN in zip(candidates, matrices, strict=True):
         yield candidate.score, candidate, find_top_rows(score_QN, row_N, k)
     yield RANDOM, None, draw_random_rows(row_N, k, len(query_ids))

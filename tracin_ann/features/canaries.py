@@ -61,8 +61,8 @@ class Canaries:
         checkpoint: int,
         where: str,
         rows: Sequence[tuple[SideName, int]] | None = None,
-    ) -> None:
-        """Recompute the canaries at a checkpoint and compare them with the stored ones.
+    ) -> dict[tuple[SideName, int], float]:
+        """Recompute the canaries at a checkpoint, compare them with the stored ones, and return their losses.
 
         Args:
             extractor: the extractor of the task at the checkpoint.
@@ -75,12 +75,12 @@ class Canaries:
         """
         chosen = [i for i, row in enumerate(self.ids_N.tolist()) if rows is None or (self.side, row) in rows]
         if not chosen:
-            return
-        task_ND = extractor.rows(self.side, self.ids_N[chosen].tolist()).feature_ND
+            return {}
+        found = extractor.rows(self.side, self.ids_N[chosen].tolist())
         built_ND = self.feature_CND[checkpoint]
         norms = np.linalg.norm(built_ND.astype(np.float64), axis=1)
         floor = 1e-3 * float(norms.max())
-        for i, task_D in zip(chosen, task_ND, strict=True):
+        for i, task_D in zip(chosen, found.feature_ND, strict=True):
             change = float(np.linalg.norm(built_ND[i].astype(np.float64) - task_D))
             difference = change / max(float(norms[i]), floor, 1e-30)
             if difference > TOLERANCE:
@@ -92,6 +92,7 @@ class Canaries:
                         remedy="restore the task's model code, loss and data, or build a new index",
                     )
                 )
+        return {(self.side, int(row)): float(loss) for row, loss in zip(found.ids_N, found.loss_N, strict=True)}
 
 
 def check_canaries(model: LoadedModel, features: FeatureOptions, canaries: Sequence[Canaries], where: str) -> None:

@@ -76,6 +76,7 @@ class IndexTask:
         self._memory_bytes, self._n_sharing = memory_bytes, n_sharing
         self._checked: dict[int, _CheckedCheckpoint] = {}
         self._n_comparisons: Counter[int] = Counter()
+        self._shares_engines = True
         self._lock = threading.RLock()
 
     @property
@@ -196,14 +197,15 @@ class IndexTask:
         if checked is not None and is_known:
             if self._has_same_losses(model, checked, rows):
                 if rows and self._n_comparisons[checkpoint] % _GRADIENTS_EVERY == 0:
-                    for canaries in self._canaries:
-                        canaries.check(checked.extractor, checkpoint, str(self._directory), rows)
+                    self._compare_canaries(checked.extractor, checkpoint, rows)
                 return checked.extractor
             # The file also restores what the user changed in the model and `Task.load` sets.
             model.reload(checkpoint)
         extractor = FeatureExtractor(model, self._features)
-        self._check_canaries_at(extractor, checkpoint)
-        losses = {} if self._manifest.build.random_data else _compute_losses(model, _list_rows(self._canaries))
+        losses = self._check_canaries_at(model, extractor, checkpoint)
+        if checked is not None and losses:
+            # Losses of a batch in half precision may differ from those of single rows, with which they are compared.
+            losses = _compute_losses(model, _list_rows(self._canaries))
         self._checked[checkpoint] = _CheckedCheckpoint(identity, model, extractor, losses)
         return extractor
 
@@ -252,9 +254,16 @@ class IndexTask:
             for loss, before in zip(now, known, strict=True)
         )
 
-    def _check_canaries_at(self, extractor: FeatureExtractor, checkpoint: int) -> None:
+    def _check_canaries_at(
+        self, model: LoadedModel, extractor: FeatureExtractor, checkpoint: int
+    ) -> dict[tuple[SideName, int], float]:
+        """Compare the canaries with the stored ones, and return their losses; without canaries an empty mapping.
+
+        The build verified the gradients of each side by themselves. If one engine gives the same canaries of both
+        sides, a second verification at every checkpoint is not necessary.
+        """
         if self._manifest.build.random_data:
-            return
+            return {}
         for canaries in self._canaries:
             if max(canaries.ids_N) >= self.runner.n_rows(canaries.side):
                 raise IndexMismatchError(
@@ -265,7 +274,26 @@ class IndexTask:
                         remedy="restore the task's data, or build a new index",
                     )
                 )
-            canaries.check(extractor, checkpoint, str(self._directory))
+        model.shares_engines = self._shares_engines and self.task.query_loss is None
+        try:
+            losses = self._compare_canaries(extractor, checkpoint)
+        except TracinAnnError:
+            if not model.shares_engines:
+                raise
+        else:
+            # The sides may need different methods: one engine would then verify again and again.
+            if not model.shares_engines or model.engine("train").n_verified == 1:
+                return losses
+        self._shares_engines = model.shares_engines = False
+        return self._compare_canaries(extractor, checkpoint)
+
+    def _compare_canaries(
+        self, extractor: FeatureExtractor, checkpoint: int, rows: Sequence[tuple[SideName, int]] | None = None
+    ) -> dict[tuple[SideName, int], float]:
+        losses: dict[tuple[SideName, int], float] = {}
+        for canaries in self._canaries:
+            losses |= canaries.check(extractor, checkpoint, str(self._directory), rows)
+        return losses
 
 
 @contextmanager

@@ -83,6 +83,8 @@ class LoadedModel:
         channels_last: the memory format of images and convolution weights.
         precision: precision of forward and backward.
         copies: copies of batches to the device, and of results from it.
+        shares_engines: one engine serves both sides if they have the same loss. It is verified with rows of the side
+            that comes first, so the features of the other side have to be compared with known ones.
     """
 
     def __init__(self, runner: TaskData, loader: CheckpointLoader, model: nn.Module, memory_bytes: int = 0) -> None:
@@ -90,6 +92,7 @@ class LoadedModel:
         self.checkpoint, self.precision = -1, runner.options.precision
         self.channels_last = runner.options.channels_last
         self.copies = make_copies(runner.options.device)
+        self.shares_engines = False
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._unloaded = self.parameters = runner.task.select_parameters(model)
         self.rates: tuple[ParameterRates, ...] = compute_rates(runner.task, self.parameters)
@@ -307,7 +310,10 @@ class LoadedModel:
 
         The sides `query` and `input` have the same loss, and share an engine.
         """
-        side = "query" if side == "input" else side
+        if side == "input":
+            side = "query"
+        if side == "query" and self.shares_engines and self.runner.task.query_loss is None:
+            side = "train"
         task, key = self.runner.task, (self.checkpoint, side, self.channels_last, self.precision)
         engine = self._engines.get(key)
         # A loader may replace the parameters by other objects.

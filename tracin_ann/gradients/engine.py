@@ -88,6 +88,7 @@ class GradientEngine:
 
     Attributes:
         find_scales: returns `scales`; after construction, None.
+        n_verified: how often methods have been chosen.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class GradientEngine:
     ) -> None:
         self.find_scales: Callable[[], GradientScales | None] = _find_none
         self.parameters = dict(parameters)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.n_verified = checkpoint, 0
         self._model, self._loss, self._inputs, self.precision = model, loss, inputs, precision
         nonempty = {name: p for name, p in self.parameters.items() if p.numel()}
         self._empty = frozenset(self.parameters) - set(nonempty)
@@ -335,6 +336,7 @@ class GradientEngine:
             NonFiniteError: a loss or gradient is NaN or infinite.
             GradientProofError: no method agrees with autograd.
         """
+        self.n_verified += 1
         truth = self._compute_truth(batch)
         covered = {name for names in self._covered.values() for name in names.values()} | set(self._broadcast)
         methods = {name: Method(RULE) for name in self.parameters} | self._fallbacks
