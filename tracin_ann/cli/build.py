@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.choices import INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
+from tracin_ann.choices import DTYPES, INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
 from tracin_ann.cli.command import command, complete_devices, complete_directories, complete_files, find_given_options
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
@@ -221,8 +221,8 @@ _SPREADING = ("shard", "finish", "launcher", *_RAY_OPTIONS)
     "--dtype",
     default="float16",
     show_default=True,
-    type=click.Choice(["float16", "float32"]),
-    help="Type of the stored features.",
+    type=click.Choice(DTYPES),
+    help="Type of the stored features: numbers, or codes of 8, 4, 2 or 1 bits.",
 )
 @click.option(
     "--norms",

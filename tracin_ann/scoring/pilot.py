@@ -16,7 +16,7 @@ from tracin_ann.scoring.exact import Queries, make_exact_scorer
 from tracin_ann.scoring.quality import count_queries, extract_finite, measure_deviations
 from tracin_ann.scoring.sizes import IndexShape, IndexSize
 from tracin_ann.scoring.true_recall import NoiseModel, bound_mean, predict_recall
-from tracin_ann.store import Estimate
+from tracin_ann.store import Dtype, Estimate, noise_ratio
 from tracin_ann.text import format_size
 from tracin_ann.types import Float64, ProgressCallback
 
@@ -141,15 +141,26 @@ class Pilot:
         n_rows: N, of all training rows.
         exact_QM: exact scores of the rows of the pilot.
         deviation_QM: the standard deviation of a sketch's score for D = 1; it is in proportion to 1 / √D.
+        norm_QM: the one for D = 1 that follows from the norms: `deviation_QM` is this times the root mean square of the
+            errors of a query in the pilot.
     """
 
     n_rows: int
     exact_QM: Float64
     deviation_QM: Float64
+    norm_QM: Float64
 
-    def predict(self, dim: int, candidates: int) -> tuple[Estimate, Estimate]:
-        """Return the expected share of the true top ten proponents, and opponents, among the candidates."""
-        deviation_QM = self.deviation_QM / dim**0.5
+    def predict(self, dim: int, candidates: int, dtype: Dtype = "float16") -> tuple[Estimate, Estimate]:
+        """Return the expected share of the true top ten proponents, and opponents, among the candidates.
+
+        Args:
+            dim: D.
+            candidates: first rows of the stored ranking.
+            dtype: how features are stored. The variance of codes adds to that of the sketch. It is the variance that
+                follows from the norms, because codes are those of rotated rows.
+        """
+        coded_QM = (noise_ratio(dtype) - 1) ** 0.5 * self.norm_QM
+        deviation_QM = np.hypot(self.deviation_QM, coded_QM) / dim**0.5
         proponents, opponents = (
             bound_mean(predict_recall(sign * self.exact_QM, deviation_QM, self.n_rows, candidates), 1.0)
             for sign in (1, -1)
@@ -161,7 +172,8 @@ class Pilot:
         table = []
         for dim in dims:
             size = shape.estimate_size(dim)
-            table.append(DimPrediction(dim, *self.predict(dim, target.candidates), size, target.allows(size)))
+            sides = self.predict(dim, target.candidates, shape.dtype)
+            table.append(DimPrediction(dim, *sides, size, target.allows(size)))
         return DimChoice(target, tuple(table), self.exact_QM.shape[1], len(self.exact_QM))
 
 
@@ -204,4 +216,5 @@ def run_pilot(runner: TaskRunner, features: FeatureOptions, progress: ProgressCa
     deviation_QM = measure_deviations(query_QF, row_MF, len(rate_C))
     scale_Q = NoiseModel.fit(exact_QM, stored_QM, deviation_QM).scale_Q
     progress("pilot", 1, 1)
-    return Pilot(n_rows, exact_QM, scale_Q[:, None] * deviation_QM * features.sketch.dim**0.5)
+    norm_QM = deviation_QM * features.sketch.dim**0.5
+    return Pilot(n_rows, exact_QM, scale_Q[:, None] * norm_QM, norm_QM)
