@@ -241,6 +241,10 @@ def test_the_command_accepts_the_dtypes(tmp_path: Path, monkeypatch: pytest.Monk
     assert made.exit_code == 0, made.output
     dry = CliRunner().invoke(build_command, [*words[:3], "other", *words[4:], "--dry-run"])
     assert dry.exit_code == 0 and "features as int2" in dry.output
+    dry = CliRunner().invoke(build_command, [*words[:3], "other", "--dim", "auto", "--dtype", "int1", "--dry-run"])
+    assert dry.exit_code == 0
+    rows = [line.split("│")[0].strip() for line in dry.stdout.splitlines() if line.count("│") == 5]
+    assert rows[:6] == ["float16", "float32", *CODES]
     wrong = CliRunner().invoke(build_command, [*words[:-2], "int3"])
     assert wrong.exit_code == 2 and "int3" in wrong.stderr
 
@@ -252,6 +256,10 @@ def test_the_table_of_dimensions_includes_the_rounding(tmp_path: Path) -> None:
         choice = plan(make_task(tmp_path, 400), tmp_path / "other", replace(auto, dtype=dtype)).dim_choice
         assert choice is not None
         tables[dtype] = choice.table
+        assert list(choice.others) == ["float16", "float32", *CODES] and choice.others[dtype] == choice.chosen
+        for each, row in choice.others.items():
+            assert row.size.row_bytes == 2 * measure_row_bytes(row.dim, each)
+            assert row.recall >= choice.target.recall or row.dim == choice.table[-1].dim
     for one, eight, plain in zip(tables["int1"], tables["int8"], tables["float32"], strict=True):
         assert one.recall <= eight.recall + 1e-6 <= plain.recall + 0.02
         assert one.size.row_bytes == 2 * measure_row_bytes(one.dim, "int1")
@@ -264,18 +272,18 @@ def test_the_table_of_dimensions_includes_the_rounding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", CODES)
 def test_the_curvature_has_the_trace_and_the_dimension_of_unrounded_features(tmp_path: Path, dtype: Dtype) -> None:
-    task, found = make_task(tmp_path, 400), {}
+    task, found = make_task(tmp_path, 2000), {}
     for each in ("float32", dtype):
-        build(task, tmp_path / each, replace(CONFIG, dtype=each, dim=64))
+        build(task, tmp_path / each, replace(CONFIG, dtype=each, dim=32, partition_rows=2000))
         index = InfluenceIndex.open(tmp_path / each, task, device="cpu")
         found[each] = index.score_maker.source.load("fisher")[0]
     plain, coded = found["float32"], found[dtype]
     assert coded.trace == pytest.approx(plain.trace, rel=0.02)
     # The rounding adds the same to each eigenvalue.
-    assert coded.rounding == pytest.approx((noise_ratio(dtype) - 1) * plain.trace / 64, rel=0.05)
+    assert coded.rounding == pytest.approx((noise_ratio(dtype) - 1) * plain.trace / 32, rel=0.05)
     own = np.linalg.eigvalsh(plain.matrix_DD.astype(np.float64)) * plain.scale**2
     other = np.linalg.eigvalsh(coded.matrix_DD.astype(np.float64)) * coded.scale**2
-    assert np.abs(other - coded.rounding - own).max() <= 0.35 * coded.rounding + 0.02 * own.max()
+    assert np.abs(other - coded.rounding - own).max() <= 0.5 * coded.rounding + 0.02 * own.max()
     for damping in (0.1 * plain.trace, 0.01 * plain.trace):
         with_noise = plain.effective_dimension(damping + coded.rounding)
         assert coded.effective_dimension(damping) == pytest.approx(with_noise, rel=0.1)

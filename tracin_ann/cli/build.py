@@ -364,7 +364,26 @@ def _print_plan(plan: BuildPlan, config: BuildConfig) -> None:
         ]
     )
     if plan.dim_choice is not None:
+        _print_dtypes(plan.dim_choice)
         _print_dims(plan.dim_choice, plan.dim_seconds)
+
+
+def _print_dtypes(choice: DimChoice) -> None:
+    """Print a table of the values of D that would be chosen for each dtype."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("dtype", "dim", "proponents", "opponents", "bytes a row", "disk"):
+        table.add_column(name, justify="right")
+    for dtype, row in choice.others.items():
+        table.add_row(
+            *(dtype, str(row.dim), f"{row.proponents.mean:.3f}", f"{row.opponents.mean:.3f}"),
+            *(f"{row.size.row_bytes:,}", format_size(row.size.disk_bytes)),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print()
 
 
 def _print_dims(choice: DimChoice, seconds: Sequence[float]) -> None:

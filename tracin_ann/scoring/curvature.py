@@ -220,9 +220,9 @@ class CurvatureSource:
         shapes = [(n_checkpoints, dim, dim), *[(n_checkpoints,)] * len(columns)]
         if not is_same or [a.shape for a in (matrix_CDD, *columns)] != shapes or matrix_CDD.dtype != np.float32:
             return None
-        values = (column.tolist() for column in columns)
-        ratio = noise_ratio(self.store.layout.dtype)
-        return [Curvature(matrix_DD, *own, ratio) for matrix_DD, *own in zip(matrix_CDD, *values, strict=True)]
+        ratio_C = [noise_ratio(self.store.layout.dtype)] * n_checkpoints
+        values = [*(column.tolist() for column in columns), ratio_C]
+        return [Curvature(matrix_DD, *own) for matrix_DD, *own in zip(matrix_CDD, *values, strict=True)]
 
     def _write(self, path: Path, found: Sequence[Curvature]) -> None:
         """Keep the matrices for later calls, where the index can be written to."""
