@@ -13,7 +13,6 @@ in groups of rows that fit into the cache, which is 2 to 3 times as fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from tracin_ann.choices import Dtype
-from tracin_ann.store.codes import BITS, decode_codes, encode_codes, measure_code_bytes, read_factors
+from tracin_ann.store.codes import BITS, decode_codes, encode_codes, measure_code_bytes, read_factors, split_rows
 from tracin_ann.types import Float32
 
 Stored = npt.NDArray[np.float16] | npt.NDArray[np.float32] | npt.NDArray[np.uint8]
@@ -30,7 +29,6 @@ Int16 = npt.NDArray[np.int16]
 _NUMBERS: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 _BYTE: np.dtype[np.uint8] = np.dtype("u1")
 _PEAK_BITS = 15
-_CACHED_NUMBERS = 1 << 16
 _NUMBERS_OF_ONE_THREAD = (1 << 15) - 1
 """PyTorch uses several threads for more numbers; waiting for each other costs more than they save here."""
 _EXPONENT_LIMITS = (-126, 127)
@@ -63,7 +61,7 @@ def encode_rows(feature_ND: Float32, dtype: Dtype) -> tuple[Stored, Int16]:
         return np.ascontiguousarray(feature_ND, dtype="<f4"), np.zeros(len(feature_ND), dtype="<i2")
     exponent_N = _peak_exponents(feature_ND)
     stored_ND = np.empty((len(feature_ND), describe_storage(feature_ND.shape[1], dtype)[0]), _NUMBERS.get(dtype, _BYTE))
-    for part in _row_slices(*feature_ND.shape):
+    for part in split_rows(*feature_ND.shape):
         scaled = feature_ND[part].copy()
         _scale_rows(scaled, -exponent_N[part])
         if is_coded(dtype):
@@ -88,16 +86,16 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, dtype: Dt
             decode_codes(stored_NW, dtype, factor_N if unit else np.ldexp(factor_N, exponent_wide_N), out_ND)
             return
         decode_codes(stored_NW, dtype, factor_N, out_ND)
-        for part in _row_slices(*out_ND.shape):
+        for part in split_rows(*out_ND.shape):
             _scale_rows(out_ND[part], exponent_wide_N[part])
         return
     if stored_ND.dtype == np.float16 and stored_ND.flags.writeable and _are_normal(exponent_wide_N):
         _multiply_rows(stored_ND, np.ldexp(np.float32(1), exponent_wide_N), out_ND)
         if unit:
-            for part in _row_slices(*stored_ND.shape):
+            for part in split_rows(*stored_ND.shape):
                 _normalize_rows(out_ND[part])
         return
-    for part in _row_slices(*stored_ND.shape):
+    for part in split_rows(*stored_ND.shape):
         out = out_ND[part]
         if stored_ND.dtype == np.float32:
             out[...] = stored_ND[part]
@@ -154,9 +152,3 @@ def _scale_rows(row_ND: Float32, exponent_N: npt.NDArray[np.int32]) -> None:
     row_ND *= np.ldexp(one_N, first_N)[:, None]
     if second_N.any():
         row_ND *= np.ldexp(one_N, second_N)[:, None]
-
-
-def _row_slices(n_rows: int, dim: int) -> Iterator[slice]:
-    step = max(1, _CACHED_NUMBERS // dim)
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))

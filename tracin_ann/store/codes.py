@@ -75,7 +75,7 @@ def encode_codes(scaled_ND: Float32, exponent_N: npt.NDArray[np.int32], dtype: s
     """
     bits, (n_rows, dim) = BITS[dtype], scaled_ND.shape
     stored_NW = np.zeros((n_rows, measure_code_bytes(dim, dtype)), np.uint8)
-    for part in _row_slices(n_rows, dim):
+    for part in split_rows(n_rows, dim):
         row_BD = scaled_ND[part]
         code_BD, level_BD = _find_codes(row_BD, bits)
         square_B = _sum_products(row_BD, row_BD)
@@ -117,7 +117,7 @@ def decode_levels(code_BW: Bytes, bits: int, out_BD: Float32) -> None:
 
 def decode_codes(stored_NW: Bytes, dtype: str, factor_N: Float32, out_ND: Float32) -> None:
     """Write the levels of the rows times factors."""
-    for part in _row_slices(*out_ND.shape):
+    for part in split_rows(*out_ND.shape):
         out_BD = out_ND[part]
         level_BD = out_BD if out_BD.flags.c_contiguous else np.empty(out_BD.shape, np.float32)
         decode_levels(stored_NW[part, FACTOR_BYTES:], BITS[dtype], level_BD)
@@ -246,7 +246,8 @@ def _count_bytes(dim: int, bits: int) -> int:
     return -(-dim * bits // _BYTE_BITS)
 
 
-def _row_slices(n_rows: int, dim: int) -> Iterator[slice]:
+def split_rows(n_rows: int, dim: int) -> Iterator[slice]:
+    """Yield groups of rows that fit into the cache."""
     step = max(1, _CACHED_NUMBERS // dim)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
