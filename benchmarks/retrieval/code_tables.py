@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 
 from benchmarks.common.markdown import SIDES, WIDTH, Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
 
-_EQUAL_BYTES, _EQUAL_DIM = (512, 520, 136), 1024
+_EQUAL_BYTES, _EQUAL_DIM = ((512, 520), (136,)), 1024
+"""Codes have 8 bytes of factors."""
 _NAMES = {"language": "GPT", "mnist": "MNIST CNN"}
 
 
@@ -15,14 +17,15 @@ def codes() -> str:
     """Return what features as codes find, at equal bytes and at equal D."""
     content = read_results("codes")
     head = ("model", "D", "features", "bytes", "proponents", "opponents", "error", "in bars")
-    by_bytes: list[Row] = [head]
+    by_bytes: list[list[Row]] = [[] for _ in _EQUAL_BYTES]
     by_dim: list[Row] = [(*head, "curvature", "correlation")]
-    for row in sorted(content["results"], key=lambda row: row["bytes"] < _EQUAL_BYTES[0]):
+    for row in content["results"]:
         shares = ("/".join(f"{share:.3f}" for share in row[side]) for side in SIDES)
         first = (_NAMES[row["model"]], f"{row['dim']:,}", row["dtype"], f"{row['bytes']:,}", *shares)
         cells = (*first, f"{row['error']:.2f}", f"{row['error_in_bars']:.2f}")
-        if row["bytes"] in _EQUAL_BYTES:
-            by_bytes.append(cells)
+        for rows, n_bytes in zip(by_bytes, _EQUAL_BYTES, strict=True):
+            if row["bytes"] in n_bytes:
+                rows.append(cells)
         if row["dim"] == _EQUAL_DIM:
             damped = (row["curvature_error_without_rounding"], row["damped_correlation"])
             by_dim.append((*cells, *(f"{figure:.3f}" for figure in damped)))
@@ -38,9 +41,8 @@ def codes() -> str:
         "rounding adds to all eigenvalues (Frobenius norm). Correlation: of scores with its inverse (fisher) and those "
         "of the same sketch in float32, mean over queries; last checkpoint."
     )
-    return compose(
-        scope, format_table(*by_bytes), textwrap.fill(second, WIDTH), format_table(*by_dim), format_environment(content)
-    )
+    tables = [format_table(head, *itertools.chain(*by_bytes)), textwrap.fill(second, WIDTH), format_table(*by_dim)]
+    return compose(scope, *tables, format_environment(content))
 
 
 TABLES = (codes,)
