@@ -118,8 +118,10 @@ class BuildJob:
         self._table: tuple[RowTable | None] | None = None
         self._load_seconds = 0.0
 
-    def choose_dim(self, progress: ProgressCallback) -> DimChoice | None:
+    def choose_dim(self, progress: ProgressCallback, *, compares: bool = False) -> DimChoice | None:
         """Set D if it is to be chosen: that of the existing index, or for a new one by a pilot; return its result.
+
+        With `compares`, the result contains what would be chosen for other dtypes.
 
         Raises:
             UsageError: no D is within the limits.
@@ -141,6 +143,7 @@ class BuildJob:
         partition_rows = self.config.agree_on_partitions(None, n_rows)
         shape = self.config.shape(n_rows, len(runner.task.checkpoints), partition_rows)
         choice = pilot.choose(self.config.dim_target, shape)
+        choice = pilot.compare_dtypes(choice, shape) if compares else choice
         self.config = replace(self.config, dim=choice.chosen.dim)
         log = logger.info if choice.is_reached else logger.warning
         log("sketch dimension: %s", choice.summary)

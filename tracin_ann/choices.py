@@ -11,6 +11,8 @@ SideName = Literal["train", "query", "input"]
 """Where an example is from: train_data, query_data, or the examples that a caller gives, which are not in the index."""
 Precision = Literal["fp32", "bf16"]
 Norms = Literal["sketch", "exact"]
+Dtype = Literal["float16", "float32", "int8", "int4", "int2", "int1"]
+"""How features are stored: as numbers, or as codes of 8 to 1 bits."""
 Preconditioner = Literal["none", "adam", "trackstar"]
 IndexKind = Literal["auto", "flat", "ivf", "codes", "bounds", "graph"]
 Search = Literal["auto", "index", "lists", "scan"]
@@ -24,6 +26,7 @@ MemoryFormat = Literal["auto", "contiguous", "channels-last"]
 SIDE_NAMES: dict[SideName, str] = {"train": "train_data", "query": "query_data", "input": "the given examples"}
 """Names of the sides for messages."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+DTYPES: tuple[Dtype, ...] = ("float16", "float32", "int8", "int4", "int2", "int1")
 NORMS: tuple[Norms, ...] = ("sketch", "exact")
 PRECONDITIONERS: tuple[Preconditioner, ...] = ("none", "adam", "trackstar")
 INDEX_KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf", "codes", "bounds", "graph")

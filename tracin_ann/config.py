@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tracin_ann.choices import (
+    DTYPES,
     INDEX_KINDS,
     MEMORY_FORMATS,
     NORMS,
     ON_NONFINITE,
     PRECISIONS,
     PRECONDITIONERS,
+    Dtype,
     MemoryFormat,
     Norms,
     OnNonfinite,
@@ -24,9 +26,7 @@ from tracin_ann.features import FeatureOptions
 from tracin_ann.scoring import DimTarget, IndexShape
 from tracin_ann.search import CODES, Codes
 from tracin_ann.sketch import Sketch, make_sketch
-from tracin_ann.store import BuildRecord, Dtype, choose_partition_rows
-
-_DTYPES = ("float16", "float32")
+from tracin_ann.store import BuildRecord, choose_partition_rows, is_coded
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class BuildConfig:
         yardstick: measure on a few queries how well the sketch ranks rows by exact scores; this runs some 2,500 rows
             per checkpoint once more.
         device: `auto` or a device's name, see `resolve_device`.
-        dtype: of stored features: `float16` (with one exponent per row) or `float32`.
+        dtype: of stored features: `float16` (with one exponent per row), `float32`, or codes of 8, 4, 2 or 1 bits a
+            number (`int8`, `int4`, `int2`, `int1`) with two factors for each row and checkpoint.
         norms: squared gradient norms, estimated from the `sketch` or `exact`.
         partition_rows: rows per feature file; an interrupted build repeats at most two files. None: those of the
             existing index; for a new one, 8,192 for up to 262,144 rows, and more for larger indexes.
@@ -105,7 +106,7 @@ class BuildConfig:
             UsageError: names the option and its values.
         """
         choices: tuple[tuple[str, str | None, Sequence[str | None]], ...] = (
-            ("--dtype", self.dtype, _DTYPES),
+            ("--dtype", self.dtype, DTYPES),
             ("--norms", self.norms, NORMS),
             ("--precision", self.precision, PRECISIONS),
             ("--preconditioner", self.preconditioner, PRECONDITIONERS),
@@ -199,7 +200,7 @@ class BuildConfig:
 
     def features(self, rank_one: frozenset[str]) -> FeatureOptions:
         """Return how gradients become feature rows, given the parameters whose gradients are outer products."""
-        return FeatureOptions(self.make_sketch(), self.seed, rank_one, self.norms)
+        return FeatureOptions(self.make_sketch(), self.seed, rank_one, self.norms, is_coded(self.dtype))
 
     def make_sketch(self) -> Sketch:
         """Return the sketch; D has been chosen."""

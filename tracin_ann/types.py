@@ -76,6 +76,24 @@ class StoredPart:
     unit: bool = False
 
 
+class CodedPart(Protocol):
+    """Consecutive columns of consecutive rows as codes: each row is its levels times its factor and 2^exponent."""
+
+    @property
+    def dim(self) -> int:
+        """Return D, the number of columns."""
+
+    @property
+    def exponent_B(self) -> npt.NDArray[np.int16]:
+        """Return the exponents of the rows."""
+
+    def read_factors(self, rows: slice) -> Float32:
+        """Return the factors [b] of some rows."""
+
+    def decode(self, rows: slice, out_BD: Float32) -> None:
+        """Write the levels of some rows, numbers of magnitude 127 or less, into a contiguous array."""
+
+
 @runtime_checkable
 class StoredRows(Protocol):
     """A `RowSource` that also gives its rows in their stored format, for a scan that does not decode them first."""
@@ -87,7 +105,7 @@ class StoredRows(Protocol):
     def __len__(self) -> int:
         """Return N, the number of rows."""
 
-    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, Sequence[StoredPart]]]:
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, Sequence[StoredPart | CodedPart]]]:
         """Yield all rows in blocks (ids [n], parts), n ≤ block_rows, by ascending id.
 
         The columns of the parts, one part after the other, are the columns of the rows.

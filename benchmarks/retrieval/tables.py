@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common.markdown import SIDES, Row, compose, find_sides, format_environment, format_sides, format_table
 from benchmarks.common.results import Results, read_results
-from benchmarks.retrieval import family_tables, latency_tables
+from benchmarks.retrieval import code_tables, family_tables, latency_tables
 from benchmarks.retrieval.family_tables import fit_growth
 from benchmarks.retrieval.latency_tables import WHOLE, find_batch
 from tracin_ann.store import choose_partition_rows
@@ -294,5 +294,6 @@ TABLES = (
     *latency_tables.TABLES,
     *(retrieval, retrieval_summary, growth, rivals, scan, retrieval_preconditioned, score_cost, calibration),
     *family_tables.TABLES,
+    *code_tables.TABLES,
     *(recall, end_to_end, end_to_end_summary),
 )

@@ -75,7 +75,8 @@ class Subject:
         exact_QM = self.true_QN[np.ix_(queries, drawn)].astype(np.float64)
         deviation_QM = measure_deviations(self.query_QF[queries], self.row_NF[drawn], self.n_checkpoints)
         scale_Q = NoiseModel.fit(exact_QM, self.stored_QN[np.ix_(queries, drawn)], deviation_QM).scale_Q
-        pilot = Pilot(len(rows_N), exact_QM, scale_Q[:, None] * deviation_QM * self.dim**0.5)
+        norm_QM = deviation_QM * self.dim**0.5
+        pilot = Pilot(len(rows_N), exact_QM, scale_Q[:, None] * norm_QM, norm_QM)
         sides = zip(*(pilot.predict(self.dim, depth) for depth in DEPTHS), strict=True)
         return {side: list(estimates) for (side, _), estimates in zip(_SIDES, sides, strict=True)}
 

@@ -203,6 +203,31 @@ def test_a_cosine_view_gives_the_scores_of_its_decoded_rows(tmp_path: Path, dtyp
         np.testing.assert_allclose(scores, others, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int2", "int1"])
+@pytest.mark.parametrize("scale", [2.0**-120, 1.0, 2.0**110])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_codes_give_the_scores_of_decoded_rows(tmp_path: Path, dtype: str, scale: float, cosine: bool) -> None:
+    rows = heavy_tailed(300, 8) * np.float32(scale)
+    rows[5] = 0
+    view = write_store(tmp_path, rows, dtype).view(cosine=cosine)
+    decoded = Rows(np.concatenate([block for _, block in view.blocks(64)]))
+    for block_rows, n_queries in ((16, 1), (37, 12), (8192, 70)):
+        queries = np.random.default_rng(9).standard_normal((n_queries, DIM)).astype(np.float32)
+        found = FlatIndex(view, CPU, block_rows).search(queries, 300)
+        allowed = FlatIndex(Subset(view, np.arange(0, 300, 2)), CPU, block_rows, takes_few=False).search(queries, 300)
+        for q, expected in enumerate(oracle_scores(decoded, queries)):
+            tolerance = 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(found.scores[q], expected[found.ids[q]], atol=tolerance)
+            np.testing.assert_allclose(allowed.scores[q], expected[allowed.ids[q]], atol=tolerance)
+            assert sorted(found.ids[q]) == list(range(300)) and sorted(allowed.ids[q]) == list(range(0, 300, 2))
+
+
+def oracle_scores(rows: Rows, queries_QF: np.ndarray) -> Float64:
+    stored_NF = np.concatenate([block for _, block in rows.blocks(64)])
+    scores_QN: Float64 = queries_QF.astype(np.float64) @ stored_NF.T.astype(np.float64)
+    return scores_QN
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.7, 1.0])
 @pytest.mark.parametrize("n_queries", [1, 3, 70])
 def test_only_allowed_rows_are_found(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blocks import DIM, DTYPES, LAYOUT, make_block
+from blocks import CODES, DIM, LAYOUT, NUMBERS, make_block
 from descriptors import limit_descriptors
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, UsageError
 from tracin_ann.store import (
@@ -148,7 +148,7 @@ def test_take_of_an_unknown_id_is_a_key_error(
         filled[0].view().take([1, unknown])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", NUMBERS)
 def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype) -> None:
     layout = StoreLayout(n_rows=6, partition_rows=4, dim=DIM, dtype=dtype, digests=("spec",) * 2)
     store = FeatureStore(tmp_path, layout)
@@ -169,6 +169,32 @@ def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype
     assert np.array_equal(view.take([5, 1]), np.stack([second[1], first[1]]))
     assert not first[1, DIM:].any()
     assert np.linalg.norm(first[1, :DIM]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_divided_by_the_norm_of_the_original_row_have_unbiased_products(tmp_path: Path, dtype: Dtype) -> None:
+    layout = StoreLayout(n_rows=6, partition_rows=4, dim=DIM, dtype=dtype, digests=("spec",) * 2)
+    store = FeatureStore(tmp_path, layout)
+    row_NF = fill(store)[1]
+    block = make_block(0, 4, seed=1)
+    block.feature_ND[1] = 0
+    block.feature_ND[2] *= np.float32(1e30)
+    block.feature_ND[3] *= np.float32(1e-30)
+    store.write(0, 1, block)
+    row_NF[:4, DIM:] = block.feature_ND
+    wide_NCD = row_NF.astype(np.float64).reshape(6, 2, DIM)
+    norm_NC = np.linalg.norm(wide_NCD, axis=2)
+    view = store.view(cosine=True)
+    unit_NF = np.concatenate([rows for _, rows in view.blocks(5)])
+    product_NC = np.einsum("ncd,ncd->nc", unit_NF.reshape(6, 2, DIM).astype(np.float64), wide_NCD)
+    np.testing.assert_allclose(product_NC, norm_NC, rtol=1e-5)
+    assert not unit_NF[1, DIM:].any()
+    assert np.array_equal(view.take([5, 1]), unit_NF[[5, 1]])
+    # Both ways to read many and few rows, and the rows of one checkpoint.
+    plain = store.view()
+    (first, second) = (rows for _, rows in plain.blocks(5))
+    assert np.array_equal(plain.take(np.arange(6).repeat(100)), np.concatenate([first, second]).repeat(100, axis=0))
+    assert np.array_equal(store.view([1]).take([4, 2]), np.concatenate([first, second])[[4, 2], DIM:])
 
 
 def test_columns_match_their_checkpoints(filled: tuple[FeatureStore, list[FileRecord], Float32]) -> None:
@@ -285,7 +311,7 @@ def test_impossible_layouts_are_rejected() -> None:
         {"n_rows": 0},
         {"partition_rows": 0},
         {"dim": 0},
-        {"dtype": "int8"},
+        {"dtype": "int3"},
         {"digests": ("",)},
         {"digests": ()},
     ):

@@ -7,7 +7,9 @@ import numpy as np
 from tracin_ann.store import Dtype, FeatureBlock, StoreLayout
 from tracin_ann.store.feature_file import FileHeader
 
-DTYPES: list[Dtype] = ["float16", "float32"]
+NUMBERS: list[Dtype] = ["float16", "float32"]
+CODES: list[Dtype] = ["int8", "int4", "int2", "int1"]
+DTYPES = [*NUMBERS, *CODES]
 DIM = 5
 LAYOUT = StoreLayout(n_rows=23, partition_rows=8, dim=DIM, dtype="float32", digests=("spec",) * 3)
 

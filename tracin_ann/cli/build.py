@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracin_ann.choices import INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
+from tracin_ann.choices import DTYPES, INDEX_KINDS, MEMORY_FORMATS, ON_NONFINITE, PRECONDITIONERS, SKETCH_NAMES
 from tracin_ann.cli.command import command, complete_devices, complete_directories, complete_files, find_given_options
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.messages import format_count, is_quiet, print_fields, print_line, print_note, show_progress
@@ -221,8 +221,8 @@ _SPREADING = ("shard", "finish", "launcher", *_RAY_OPTIONS)
     "--dtype",
     default="float16",
     show_default=True,
-    type=click.Choice(["float16", "float32"]),
-    help="Type of the stored features.",
+    type=click.Choice(DTYPES),
+    help="Type of the stored features: numbers, or codes of 8, 4, 2 or 1 bits.",
 )
 @click.option(
     "--norms",
@@ -364,7 +364,26 @@ def _print_plan(plan: BuildPlan, config: BuildConfig) -> None:
         ]
     )
     if plan.dim_choice is not None:
+        _print_dtypes(plan.dim_choice)
         _print_dims(plan.dim_choice, plan.dim_seconds)
+
+
+def _print_dtypes(choice: DimChoice) -> None:
+    """Print a table of the values of D that would be chosen for each dtype."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("dtype", "dim", "proponents", "opponents", "bytes a row", "disk"):
+        table.add_column(name, justify="right")
+    for dtype, row in choice.others.items():
+        table.add_row(
+            *(dtype, str(row.dim), f"{row.proponents.mean:.3f}", f"{row.opponents.mean:.3f}"),
+            *(f"{row.size.row_bytes:,}", format_size(row.size.disk_bytes)),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print()
 
 
 def _print_dims(choice: DimChoice, seconds: Sequence[float]) -> None:

@@ -19,21 +19,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import GradientProofError, TaskError
 from tracin_ann.features.extractor import FeatureExtractor, FeatureOptions
 from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.features.pipeline import ExtractionResult
 from tracin_ann.gradients import Batch, Form, GradientEngine, Sink, materialise
-from tracin_ann.store import AuditRecord, BuildStart, Dtype, FeatureStore, find_unnamed_files
+from tracin_ann.store import AuditRecord, BuildStart, FeatureStore, find_unnamed_files, is_coded
 from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Float64, Int64, ProgressCallback
 
 N_DRAWN = 16
 """Number of random (row, checkpoint) pairs that each build audits."""
 # Tolerated rounding of a row, as a share of its norm: computed in a dtype, in half precision, and stored in a dtype.
+# Of codes, it is the rounding of the factor of a row (`FeatureStore.measure_differences`).
 _COMPUTED = {torch.float64: 1e-6, torch.float32: 5e-4}
 _COMPUTED_HALF = 5e-2
-_STORED: dict[Dtype, float] = {"float16": 2.0**-11, "float32": 2.0**-23}
+# A code also depends on the norm of the row, and its factor on the whole row.
+_CODED_FACTOR = 4
+_CODED = 2e-4
+_STORED: dict[Dtype, float] = dict.fromkeys(DTYPES, _CODED)
+_STORED |= {"float16": 2.0**-11, "float32": 2.0**-23}
 # Gradients below this share of the largest norm may consist of rounding only.
 _FLOOR = 1e-2
 # The rounding of a row is measured in a batch of 16 copies, and with 8 slight changes of the weights. A difference
@@ -247,8 +253,7 @@ class Auditor:
         extractor = FeatureExtractor(self._model, self._features)
         parts = list(self._compute_expected(extractor, rows))
         expected_BD, norm_B = (np.concatenate(values) for values in zip(*parts, strict=True))
-        stored_BD = self.store.view([checkpoint]).take(rows).astype(np.float64)
-        off_B = np.linalg.norm(stored_BD - expected_BD, axis=1)
+        off_B = self.store.measure_differences(checkpoint, rows, expected_BD)
         # The norms of rows that may consist of rounding are replaced by a floor.
         largest = float(np.max(norm_B[np.isfinite(norm_B)], initial=0.0))
         size_B = np.maximum(norm_B, _FLOOR * largest)
@@ -290,7 +295,8 @@ class Auditor:
         computed = max(_COMPUTED.get(dtype, _COMPUTED_HALF) for dtype in dtypes)
         if self._engine.is_half_precision(self._engine.batch((row,), [self._data[row]])):
             computed = _COMPUTED_HALF
-        return computed + _STORED[self.store.layout.dtype]
+        dtype = self.store.layout.dtype
+        return computed * (_CODED_FACTOR if is_coded(dtype) else 1) + _STORED[dtype]
 
     def _measure_rounding(self, extractor: FeatureExtractor, row: int, expected_D: Float64) -> float:
         """Return the largest distance between the row's feature and features that only rounding distinguishes from it.

@@ -37,7 +37,7 @@ from tracin_ann.features.loaded_model import LoadedModel
 from tracin_ann.features.runner import TaskRunner
 from tracin_ann.features.task_data import RunOptions
 from tracin_ann.sketch import make_sketch
-from tracin_ann.store import CheckpointSpec, FeatureSpec, Manifest, generation_folder
+from tracin_ann.store import CheckpointSpec, FeatureSpec, Manifest, generation_folder, is_coded
 from tracin_ann.task import FileIdentity, Task, checkpoint_digest, identify_checkpoint, load_named_task, load_task
 from tracin_ann.types import Float32
 
@@ -137,7 +137,8 @@ class IndexTask:
     @cached_property
     def _features(self) -> FeatureOptions:
         spec = self._manifest.build.spec
-        return FeatureOptions(make_sketch(spec.sketch.name, spec.sketch.dim), spec.sketch.seed, spec.rank_one)
+        sketch = make_sketch(spec.sketch.name, spec.sketch.dim)
+        return FeatureOptions(sketch, spec.sketch.seed, spec.rank_one, rotates=is_coded(spec.dtype))
 
     @cached_property
     def _canaries(self) -> tuple[Canaries, ...]:

@@ -32,7 +32,15 @@ from tracin_ann.gradients import (
     replace_nonfinite,
     squared_norm,
 )
-from tracin_ann.sketch import ParameterKey, ParameterSketch, Sketch, TensorSketch, is_rank_one
+from tracin_ann.sketch import (
+    ParameterKey,
+    ParameterSketch,
+    Rotation,
+    Sketch,
+    TensorSketch,
+    is_rank_one,
+    make_rotation,
+)
 from tracin_ann.task import CollatedBatch
 from tracin_ann.types import Float32, Float64, Int64
 
@@ -53,12 +61,14 @@ class FeatureOptions:
         seed: seed of the sketch's random numbers.
         rank_one: names of the parameters whose gradients are outer products, as recorded in the index.
         norms: `sketch` estimates squared gradient norms from the sketch; `exact` costs about as much as the sketch.
+        rotates: whether sketches are rotated: those of an index that stores codes (`tracin_ann.store.is_coded`) are.
     """
 
     sketch: Sketch
     seed: int
     rank_one: frozenset[str]
     norms: Norms = "sketch"
+    rotates: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,10 @@ class FeatureExtractor:
         self._sketches: dict[str, ParameterSketch] = {}
         self._scratch = Scratch()
         self._dtype = form_dtype(model.parameters.values())
+        self._rotation: Rotation | None = None
+        if options.rotates:
+            device = model.runner.options.device
+            self._rotation = make_rotation(options.seed, model.checkpoint, options.sketch.dim, device, self._dtype)
 
     def rows(self, side: SideName, ids: Sequence[int]) -> FeatureRows:
         """Return the feature rows of the examples with these ids, in this order."""
@@ -137,6 +151,7 @@ class FeatureExtractor:
         for name, part_BP in zip(parameters, parts, strict=True):
             if part_BP.shape[1]:
                 self._parameter_sketch(name).add(sketch_BD, Dense(part_BP))
+        sketch_BD = self._rotate(sketch_BD)
         feature_BD: Float64 = (sketch_BD.double() * self._rate**0.5).cpu().numpy()
         return feature_BD
 
@@ -170,6 +185,7 @@ class FeatureExtractor:
         losses = self._run_engine(side, batch, start)
         if len(spectrum_BF):
             sketch_BD += torch.fft.irfft(spectrum_BF, n=self._options.sketch.dim)
+        sketch_BD = self._rotate(sketch_BD)
         if exact:
             sqnorm_B = sum_squared_norms(forms, len(batch), losses.device)
         else:
@@ -179,6 +195,9 @@ class FeatureExtractor:
         # One of the copies: reading it on the device would wait for the batches that are launched next.
         finite = torch.isfinite(rows[0].sum(1) + rows[1] + rows[2]).all()
         return _LaunchedBatch(batch, forms if exact else {}, self._model.copies.fetch((*rows, finite)))
+
+    def _rotate(self, sketch_BD: Tensor) -> Tensor:
+        return sketch_BD if self._rotation is None else self._rotation.apply(sketch_BD)
 
     def _run_engine(self, side: SideName, batch: Batch, start: Callable[[], FormSink]) -> Tensor:
         """Run a batch and return its losses [B]; NaN for non-finite rows that are replaced to verify the gradients."""

@@ -71,7 +71,7 @@ def plan(
     """
     work = open_build(task, Path(out), config or BuildConfig(), arguments)
     reject_foreign_files(work.out)
-    dim_choice = work.choose_dim(ignore_progress)
+    dim_choice = work.choose_dim(ignore_progress, compares=True)
     config = work.config
     with work.runner.model() as model:
         start = work.prepare(model)

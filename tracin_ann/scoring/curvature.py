@@ -12,6 +12,9 @@ K_c = (1/N) Σ_z w_z φ_z φ_zᵀ, where φ_z is the sketched gradient of the lo
 of the training loss. The damping λ_c = 1 / (η_c T) follows from the length of training: T steps of gradient descent
 with the rate η fit the directions of eigenvalues above 1 / (η T), and leave the others as they were.
 
+The rounding of features that are stored as codes adds the same to all eigenvalues of K. It is a further damping and is
+not subtracted: the scores would agree no better with those of unrounded features (docs/design.md).
+
 Shapes: N training rows, M rows of the sample, C checkpoints, D sketch dimension, Q queries.
 """
 
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from tracin_ann.choices import CurvatureName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
-from tracin_ann.store import FeatureStore, make_text_array, read_arrays, write_arrays
+from tracin_ann.store import FeatureStore, make_text_array, noise_ratio, read_arrays, write_arrays
 from tracin_ann.types import Float32, Float64, Int64
 
 _MOST_ROWS = 65_536
@@ -65,17 +68,24 @@ class Curvature:
         n_rows: M, the rows that K was computed from.
         error: ‖K_1 - K_2‖ / (2 ‖K‖) in the Frobenius norm, for K_1 and K_2 of two halves of the sample: the relative
             standard error of K.
+        noise_ratio: tr K divided by that of rows without the rounding of codes.
     """
 
     matrix_DD: Float32
     scale: float
     n_rows: int
     error: float
+    noise_ratio: float = 1.0
 
     @cached_property
     def trace(self) -> float:
-        """Return tr K, the mean of w ‖φ‖²."""
-        return self.scale**2 * float(np.trace(self.matrix_DD, dtype=np.float64))
+        """Return tr K, the mean of w ‖φ‖², of rows without the rounding of codes."""
+        return self.scale**2 * float(np.trace(self.matrix_DD, dtype=np.float64)) / self.noise_ratio
+
+    @property
+    def rounding(self) -> float:
+        """Return what the rounding of codes adds to each eigenvalue of K: it has no direction."""
+        return (self.noise_ratio - 1) * self.trace / len(self.matrix_DD)
 
     def choose_damping(self, rate: float, steps: float | None) -> float:
         """Return λ: 1 / (rate · steps), or 5e-4 · tr K if the number of steps is not known.
@@ -87,11 +97,14 @@ class Curvature:
         return max(damping, 1e-7 * self.trace) or 1.0
 
     def effective_dimension(self, damping: float) -> float:
-        """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped."""
+        """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped.
+
+        The rounding of codes is a part of λ.
+        """
         solver = self.factorise(damping)
         if solver.factor_DD is None:
             return 0.0
-        return len(self.matrix_DD) - damping / self.scale**2 * solver.inverse_trace
+        return len(self.matrix_DD) - (damping + self.rounding) / self.scale**2 * solver.inverse_trace
 
     def factorise(self, damping: float, part: slice = slice(None)) -> Solver:
         """Return the solver with K + λI, or with the block of some of the D entries.
@@ -207,7 +220,8 @@ class CurvatureSource:
         shapes = [(n_checkpoints, dim, dim), *[(n_checkpoints,)] * len(columns)]
         if not is_same or [a.shape for a in (matrix_CDD, *columns)] != shapes or matrix_CDD.dtype != np.float32:
             return None
-        values = (column.tolist() for column in columns)
+        ratio_C = [noise_ratio(self.store.layout.dtype)] * n_checkpoints
+        values = [*(column.tolist() for column in columns), ratio_C]
         return [Curvature(matrix_DD, *own) for matrix_DD, *own in zip(matrix_CDD, *values, strict=True)]
 
     def _write(self, path: Path, found: Sequence[Curvature]) -> None:
@@ -256,7 +270,7 @@ class CurvatureSource:
         matrix_DD = (halves[0] + halves[1]) / len(sample_M)
         difference = halves[0] / max(1, (len(sample_M) + 1) // 2) - halves[1] / max(1, len(sample_M) // 2)
         error = float(torch.linalg.norm(difference) / (2 * torch.linalg.norm(matrix_DD)).clamp(min=1e-30))
-        return Curvature(matrix_DD.numpy(), scale, len(sample_M), error)
+        return Curvature(matrix_DD.numpy(), scale, len(sample_M), error, noise_ratio(self.store.layout.dtype))
 
     def _blocks(self, checkpoint: int) -> Iterator[tuple[int, Float64]]:
         """Yield (place of the first row in the sample, stored rows [B, D] in float64) of a checkpoint."""

@@ -5,18 +5,19 @@ Shapes: M rows of the pilot, Q queries, C checkpoints, D sketch dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import FeatureOptions, TaskRunner
 from tracin_ann.scoring.exact import Queries, make_exact_scorer
 from tracin_ann.scoring.quality import count_queries, extract_finite, measure_deviations
 from tracin_ann.scoring.sizes import IndexShape, IndexSize
 from tracin_ann.scoring.true_recall import NoiseModel, bound_mean, predict_recall
-from tracin_ann.store import Estimate
+from tracin_ann.store import Estimate, noise_ratio
 from tracin_ann.text import format_size
 from tracin_ann.types import Float64, ProgressCallback
 
@@ -85,12 +86,15 @@ class DimChoice:
         table: the predictions, by ascending D.
         n_rows: the rows of the pilot.
         n_queries: its queries.
+        others: for each dtype, if they were compared, the smallest D within the limits with which the recall would
+            reach the target, or the largest one; a dtype of which none is within the limits is left out.
     """
 
     target: DimTarget
     table: tuple[DimPrediction, ...]
     n_rows: int
     n_queries: int
+    others: Mapping[Dtype, DimPrediction] = field(default_factory=dict)
 
     @property
     def chosen(self) -> DimPrediction:
@@ -141,15 +145,26 @@ class Pilot:
         n_rows: N, of all training rows.
         exact_QM: exact scores of the rows of the pilot.
         deviation_QM: the standard deviation of a sketch's score for D = 1; it is in proportion to 1 / √D.
+        norm_QM: the one for D = 1 that follows from the norms: `deviation_QM` is this times the root mean square of the
+            errors of a query in the pilot.
     """
 
     n_rows: int
     exact_QM: Float64
     deviation_QM: Float64
+    norm_QM: Float64
 
-    def predict(self, dim: int, candidates: int) -> tuple[Estimate, Estimate]:
-        """Return the expected share of the true top ten proponents, and opponents, among the candidates."""
-        deviation_QM = self.deviation_QM / dim**0.5
+    def predict(self, dim: int, candidates: int, dtype: Dtype = "float16") -> tuple[Estimate, Estimate]:
+        """Return the expected share of the true top ten proponents, and opponents, among the candidates.
+
+        Args:
+            dim: D.
+            candidates: first rows of the stored ranking.
+            dtype: how features are stored. The variance of codes adds to that of the sketch. It is the variance that
+                follows from the norms, because codes are those of rotated rows.
+        """
+        coded_QM = (noise_ratio(dtype) - 1) ** 0.5 * self.norm_QM
+        deviation_QM = np.hypot(self.deviation_QM, coded_QM) / dim**0.5
         proponents, opponents = (
             bound_mean(predict_recall(sign * self.exact_QM, deviation_QM, self.n_rows, candidates), 1.0)
             for sign in (1, -1)
@@ -158,11 +173,25 @@ class Pilot:
 
     def choose(self, target: DimTarget, shape: IndexShape, dims: Sequence[int] = DIMS) -> DimChoice:
         """Return the choice of D among some values."""
-        table = []
-        for dim in dims:
-            size = shape.estimate_size(dim)
-            table.append(DimPrediction(dim, *self.predict(dim, target.candidates), size, target.allows(size)))
-        return DimChoice(target, tuple(table), self.exact_QM.shape[1], len(self.exact_QM))
+        table = tuple(self._predict_row(dim, target, shape) for dim in dims)
+        return DimChoice(target, table, self.exact_QM.shape[1], len(self.exact_QM))
+
+    def compare_dtypes(self, choice: DimChoice, shape: IndexShape) -> DimChoice:
+        """Return the choice with those for the other dtypes; all are among the same values of D."""
+        others: dict[Dtype, DimPrediction] = {}
+        for dtype in DTYPES:
+            own = replace(shape, dtype=dtype)
+            for known in choice.table:
+                row = known if dtype == shape.dtype else self._predict_row(known.dim, choice.target, own)
+                if row.is_allowed:
+                    others[dtype] = row
+                if row.recall >= choice.target.recall:
+                    break
+        return replace(choice, others=others)
+
+    def _predict_row(self, dim: int, target: DimTarget, shape: IndexShape) -> DimPrediction:
+        size = shape.estimate_size(dim)
+        return DimPrediction(dim, *self.predict(dim, target.candidates, shape.dtype), size, target.allows(size))
 
 
 def run_pilot(runner: TaskRunner, features: FeatureOptions, progress: ProgressCallback) -> Pilot:
@@ -204,4 +233,5 @@ def run_pilot(runner: TaskRunner, features: FeatureOptions, progress: ProgressCa
     deviation_QM = measure_deviations(query_QF, row_MF, len(rate_C))
     scale_Q = NoiseModel.fit(exact_QM, stored_QM, deviation_QM).scale_Q
     progress("pilot", 1, 1)
-    return Pilot(n_rows, exact_QM, scale_Q[:, None] * deviation_QM * features.sketch.dim**0.5)
+    norm_QM = deviation_QM * features.sketch.dim**0.5
+    return Pilot(n_rows, exact_QM, scale_Q[:, None] * norm_QM, norm_QM)

@@ -32,7 +32,7 @@ from tracin_ann.scoring.true_recall import (
     find_probabilities,
 )
 from tracin_ann.search import CalibratedIndex, Calibration, FirstUseCost, FlatIndex, Subset, calibrate
-from tracin_ann.store import Estimate, FeatureStore, Fidelity, TrueRecall
+from tracin_ann.store import Estimate, FeatureStore, Fidelity, TrueRecall, measure_row_bytes, noise_ratio
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
 QUERIES = 16
@@ -124,7 +124,7 @@ class QualityMeasurement:
                 )
             )
         rows_N = self._list_rows()
-        sqnorm_NC = self.store.sqnorms()[rows_N] * rate_C
+        sqnorm_NC = self.store.sqnorms()[rows_N] * rate_C * noise_ratio(self.store.layout.dtype)
         view = self.store.view()
         stored_QN = score_rows(view if len(rows_N) == len(view) else Subset(view, rows_N), query_QF)
         ranked = RankedRows(rows_N, stored_QN, sqnorm_NC, query_QF)
@@ -162,7 +162,7 @@ def measure_first_use(store: FeatureStore) -> FirstUseCost:
     takes longer.
     """
     layout, fresh = store.layout, FeatureStore(store.directory, store.layout)
-    row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
+    row_bytes = measure_row_bytes(layout.dim, layout.dtype)
     keys = itertools.product(range(layout.n_partitions), range(layout.n_checkpoints))
     per_file, per_byte = [], []
     for partition, checkpoint in itertools.islice(keys, _TIMED_FILES):
@@ -193,7 +193,8 @@ class RankedRows:
     Attributes:
         rows_N: ids of the rows.
         stored_QN: stored scores.
-        sqnorm_NC: squared norms of the rows' features at each checkpoint, as estimated by the sketch.
+        sqnorm_NC: squared norms of the rows' features at each checkpoint, as estimated by the sketch, times the
+            `noise_ratio` of the stored numbers: their rounding is a part of the errors of scores.
         query_QF: the queries' features.
     """
 
@@ -203,7 +204,7 @@ class RankedRows:
     query_QF: Float32
 
     def deviations(self, places: Int64 | slice, queries: slice = slice(None)) -> Float64:
-        """Return the sketch's standard deviations of the scores of some rows for some queries."""
+        """Return the standard deviations of the scores of some rows for some queries."""
         n_checkpoints = self.sqnorm_NC.shape[1]
         query_QC = _square_norms(self.query_QF[queries], n_checkpoints)
         return sketch_deviations(query_QC, self.sqnorm_NC[places], self.query_QF.shape[1] // n_checkpoints)
@@ -300,6 +301,9 @@ def count_queries(entries: int, available: int) -> int:
 
 def sketch_deviations(query_QC: Float64, row_MC: Float64, dim: int) -> Float64:
     """Return the sketch's standard deviation of each score, [Q, M]: √(Σ_c ‖z_c‖²‖q_c‖² / D).
+
+    With the norms of decoded rows x̂, it includes the rounding of codes: x̂ - x is orthogonal to x and has a random
+    direction, so that ‖x̂‖² = ‖x‖² + ‖x̂ - x‖², and the two variances add up.
 
     Args:
         query_QC: squared norms of the queries' features at each checkpoint.

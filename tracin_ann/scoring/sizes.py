@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tracin_ann.search import Codes, estimate_bytes, expect_index
-from tracin_ann.store import Dtype
+from tracin_ann.store import Dtype, measure_row_bytes
 
 # Bytes of a row's columns in a feature file: id, exponent, squared norm, loss.
 _COLUMN_BYTES = 8 + 2 + 8 + 4
@@ -40,7 +38,7 @@ class IndexShape:
         feature_dim = dim * self.n_checkpoints
         choice = expect_index(self.index, self.n_rows, feature_dim)
         index_bytes = estimate_bytes(self.index, self.n_rows, feature_dim, self.codes)
-        row_bytes = feature_dim * np.dtype(self.dtype).itemsize
+        row_bytes = self.n_checkpoints * measure_row_bytes(dim, self.dtype)
         return IndexSize(
             choice.kind,
             choice.reason,

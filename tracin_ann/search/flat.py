@@ -185,7 +185,7 @@ class FlatIndex:
     def find(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:
         """Return the best k of sign × inner product for each sign, computed here; scores can be NaN or infinite."""
         # Threads of the scan are in PyTorch's default mode, in which tensors of the inference mode cannot be written.
-        with torch.inference_mode(False), disable_tf32():
+        with torch.inference_mode(False):
             return self._scan_in_default_mode(queries_QF, k, signs)
 
     def _scan_in_default_mode(self, queries_QF: Float32, k: int, signs: Sequence[Sign]) -> list[TopK]:

@@ -1,5 +1,6 @@
 """Inner products of queries with rows in their stored format, in float32, without a decoded copy of the rows.
 
+Codes are converted to float32 levels in a buffer, too, and the factors of the rows multiply the inner products.
 float16 rows are converted to float32 in registers, for up to eight queries, or else in a buffer that stays in the
 cache. Their exponents, or norms, multiply the inner products instead of the rows, so a scan for few queries reads the
 stored rows once and writes only scores.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tracin_ann.device import disable_tf32, import_faiss
+from tracin_ann.device import import_faiss
 from tracin_ann.search.half_scanner import HalfScanner, measure_squares, share_memory
-from tracin_ann.types import Int64, StoredPart
+from tracin_ann.types import CodedPart, Int64, StoredPart
 
 _BUFFER_NUMBERS = 1 << 18
 """float32 numbers of the buffer of converted rows of a thread: 1 MiB."""
@@ -69,7 +70,7 @@ class StoredScorer:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def start(self, parts: Sequence[StoredPart], where_A: Int64 | None, out_QA: Tensor) -> None:
+    def start(self, parts: Sequence[StoredPart | CodedPart], where_A: Int64 | None, out_QA: Tensor) -> None:
         """Start to write the inner products of the queries and rows that the parts form together.
 
         Args:
@@ -99,22 +100,25 @@ class StoredScorer:
         while self._pending:
             self._pending.popleft().result()
 
-    def _score(self, parts: Sequence[StoredPart], rows: slice, out_QB: Tensor) -> None:
+    def _score(self, parts: Sequence[StoredPart | CodedPart], rows: slice, out_QB: Tensor) -> None:
         """Write the inner products of the queries and some rows of the parts."""
         start = 0
         for whole in parts:
-            part = StoredPart(whole.stored_BD[rows], whole.exponent_B[rows], whole.unit)
-            stop = start + part.stored_BD.shape[1]
+            stop = start + (whole.stored_BD.shape[1] if isinstance(whole, StoredPart) else whole.dim)
             if start not in self._scaled:
                 self._scaled[start] = _scale(self._queries_QF[:, start:stop])
-            queries = self._scaled[start]
-            if self._is_scan and part.stored_BD.dtype == np.float16:
-                _scan_part(part, queries, out_QB, is_first=start == 0)
-            else:
-                self._multiply_part(part, queries, out_QB, is_first=start == 0)
+            queries, is_first = self._scaled[start], start == 0
             start = stop
+            if not isinstance(whole, StoredPart):
+                self._multiply_codes(whole, rows, queries, out_QB, is_first=is_first)
+                continue
+            part = StoredPart(whole.stored_BD[rows], whole.exponent_B[rows], whole.unit)
+            if self._is_scan and part.stored_BD.dtype == np.float16:
+                _scan_part(part, queries, out_QB, is_first=is_first)
+            else:
+                self._multiply_part(part, queries, out_QB, is_first=is_first)
 
-    def _score_some(self, parts: Sequence[StoredPart], rows: slice, where_A: Int64, out_QA: Tensor) -> None:
+    def _score_some(self, parts: Sequence[StoredPart | CodedPart], rows: slice, where_A: Int64, out_QA: Tensor) -> None:
         """Write the inner products of the queries and the rows at these positions of some rows of the parts."""
         scores_QB = torch.empty(len(out_QA), len(parts[0].exponent_B[rows]), dtype=torch.float32)
         self._score(parts, rows, scores_QB)
@@ -125,18 +129,31 @@ class StoredScorer:
         n_rows, dim = part.stored_BD.shape
         stored_BD = torch.from_numpy(share_memory(part.stored_BD))
         powers = [] if part.unit else _compute_powers(part.exponent_B)
-        n_queries = min(len(out_QB), _QUERIES_AT_ONCE)
-        step = max(1, min(_BUFFER_NUMBERS // dim, _SERIAL_NUMBERS // n_queries))
-        for start in range(0, n_rows, step):
-            rows = slice(start, start + step)
+        for rows in _split_rows(n_rows, dim, len(out_QB)):
             self._product.convert(stored_BD[rows])
             factors = _invert_norms(self._product.rows_BD) if part.unit else [power_B[rows] for power_B in powers]
-            for first in range(0, len(out_QB), _QUERIES_AT_ONCE):
-                some = slice(first, first + _QUERIES_AT_ONCE)
-                power_Q1 = None if queries.power_Q1 is None else queries.power_Q1[some]
-                with disable_tf32():
-                    some_QB = self._product.multiply(queries.query_QD[some])
-                _accumulate(some_QB, power_Q1, factors, out_QB[some, rows], is_first=is_first)
+            self._multiply_rows(queries, factors, out_QB[:, rows], is_first=is_first)
+
+    def _multiply_codes(
+        self, part: CodedPart, rows: slice, queries: _PartQueries, out_QB: Tensor, *, is_first: bool
+    ) -> None:
+        """Add the inner products with some rows of one part to `out_QB`, or write them there for the first part."""
+        exponent_B = part.exponent_B[rows]
+        powers, factor_B = _compute_powers(exponent_B), torch.from_numpy(part.read_factors(rows))
+        for some in _split_rows(len(exponent_B), part.dim, len(out_QB)):
+            self._product.decode(part, slice(rows.start + some.start, rows.start + some.stop))
+            factors = [factor_B[some], *(power_B[some] for power_B in powers)]
+            self._multiply_rows(queries, factors, out_QB[:, some], is_first=is_first)
+
+    def _multiply_rows(
+        self, queries: _PartQueries, factors: Sequence[Tensor], out_QB: Tensor, *, is_first: bool
+    ) -> None:
+        """Add the inner products with the rows of `_product`, times factors, to `out_QB`, or write them there."""
+        for first in range(0, len(out_QB), _QUERIES_AT_ONCE):
+            some = slice(first, first + _QUERIES_AT_ONCE)
+            power_Q1 = None if queries.power_Q1 is None else queries.power_Q1[some]
+            some_QB = self._product.multiply(queries.query_QD[some])
+            _accumulate(some_QB, power_Q1, factors, out_QB[some], is_first=is_first)
 
 
 def use_one_thread() -> None:
@@ -162,15 +179,24 @@ class _Product(threading.local):
 
     def convert(self, stored_BD: Tensor) -> None:
         """Convert the rows, which replace the last ones."""
-        if stored_BD.shape != self.rows_BD.shape:
-            transform = self._transform
-            transform.d_out, transform.d_in = stored_BD.shape
-            transform.A.resize(stored_BD.numel())
-            matrix = import_faiss().rev_swig_ptr(transform.A.data(), stored_BD.numel())
-            self.rows_BD = torch.from_numpy(matrix).view(stored_BD.shape)
+        self._resize(*stored_BD.shape)
         own_N, stored_N = self.rows_BD.view(-1), stored_BD.reshape(-1)
         for at in range(0, len(own_N), _SERIAL_NUMBERS):
             own_N[at : at + _SERIAL_NUMBERS].copy_(stored_N[at : at + _SERIAL_NUMBERS])
+
+    def decode(self, part: CodedPart, rows: slice) -> None:
+        """Decode the levels of some rows, which replace the last ones."""
+        self._resize(rows.stop - rows.start, part.dim)
+        part.decode(rows, self.rows_BD.numpy())
+
+    def _resize(self, n_rows: int, dim: int) -> None:
+        if (n_rows, dim) == self.rows_BD.shape:
+            return
+        transform = self._transform
+        transform.d_out, transform.d_in = n_rows, dim
+        transform.A.resize(n_rows * dim)
+        matrix = import_faiss().rev_swig_ptr(transform.A.data(), n_rows * dim)
+        self.rows_BD = torch.from_numpy(matrix).view(n_rows, dim)
 
     def multiply(self, query_QD: Tensor) -> Tensor:
         """Return the inner products of queries and the rows, [Q, B]."""
@@ -178,6 +204,14 @@ class _Product(threading.local):
         pointers = [import_faiss().swig_ptr(tensor.numpy()) for tensor in (query_QD, product_QB)]
         self._transform.apply_noalloc(len(query_QD), *pointers)
         return product_QB
+
+
+def _split_rows(n_rows: int, dim: int, n_queries: int) -> Iterator[slice]:
+    """Yield the rows that are converted and multiplied at a time."""
+    n_queries = min(n_queries, _QUERIES_AT_ONCE)
+    step = max(1, min(_BUFFER_NUMBERS // dim, _SERIAL_NUMBERS // n_queries))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
 
 
 def _scan_part(part: StoredPart, queries: _PartQueries, out_QB: Tensor, *, is_first: bool) -> None:

@@ -14,9 +14,20 @@ from tracin_ann.sketch.base import ParameterKey, ParameterSketch, Sketch
 from tracin_ann.sketch.dense import DenseSketch
 from tracin_ann.sketch.factored import FactoredSketch
 from tracin_ann.sketch.kronecker import KroneckerSketch
+from tracin_ann.sketch.rotation import Rotation, make_rotation
 from tracin_ann.sketch.tensorsketch import TensorSketch, is_rank_one
 
-__all__ = ["ParameterKey", "ParameterSketch", "SKETCHES", "Sketch", "TensorSketch", "is_rank_one", "make_sketch"]
+__all__ = [
+    "ParameterKey",
+    "ParameterSketch",
+    "Rotation",
+    "SKETCHES",
+    "Sketch",
+    "TensorSketch",
+    "is_rank_one",
+    "make_rotation",
+    "make_sketch",
+]
 
 _CONSTRUCTORS = (FactoredSketch, KroneckerSketch, DenseSketch, partial(DenseSketch, gaussian=True))
 SKETCHES: dict[str, Callable[[int], Sketch]] = dict(zip(SKETCH_NAMES, _CONSTRUCTORS, strict=True))

@@ -6,8 +6,10 @@ continue to use the generation that they opened. The package does not depend on 
 
 from __future__ import annotations
 
+from tracin_ann.choices import Dtype
 from tracin_ann.store.arrays import make_text_array, read_arrays, write_arrays
-from tracin_ann.store.codec import Dtype
+from tracin_ann.store.codec import is_coded, measure_row_bytes
+from tracin_ann.store.codes import noise_ratio
 from tracin_ann.store.columns import Columns, RowFilter, RowTable, collect_columns, read_columns
 from tracin_ann.store.exclusions import (
     SkippedRows,
@@ -119,9 +121,12 @@ __all__ = [
     "generation_folder",
     "generation_number",
     "hold_writer_lock",
+    "is_coded",
     "list_generations",
     "make_next_folder",
     "make_text_array",
+    "measure_row_bytes",
+    "noise_ratio",
     "publish",
     "read_arrays",
     "read_build_record",

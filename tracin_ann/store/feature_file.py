@@ -3,9 +3,9 @@
 Shapes: N rows of the file, D sketch dimension of a checkpoint, K rows selected by position.
 
 Every dataset is contiguous and uncompressed, so that the features can be memory-mapped at their offset:
-`feature` [N, D], `exponent` int16 [N], `id` int64 [N], `sqnorm` float64 [N], `loss` float32 [N], and the checksums
-(xxh3_64, uint64): `row_checksum` [N] of each row of `feature`, `block_checksum` of each block of `block_rows` rows, and
-`column_checksum` [1] of the header and all other datasets.
+`feature` [N, D] or, for codes, bytes [N, W] (`tracin_ann.store.codes`), `exponent` int16 [N], `id` int64 [N], `sqnorm`
+float64 [N], `loss` float32 [N], and the checksums (xxh3_64, uint64): `row_checksum` [N] of each row of `feature`,
+`block_checksum` of each block of `block_rows` rows, and `column_checksum` [1] of the header and all other datasets.
 
 Header and columns are verified when the file is opened. Rows that are selected by position are verified one by one
 whenever they are read; consecutive rows are verified in blocks when they are first read, which is ten times as fast.
@@ -22,12 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
 from tracin_ann.files import (
     atomic_path,
@@ -41,16 +42,25 @@ from tracin_ann.files import (
     write_hdf5,
 )
 from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
-from tracin_ann.store.codec import Dtype, Int16, Stored, decode_rows, encode_rows, row_peaks
+from tracin_ann.store.codec import (
+    Int16,
+    Stored,
+    decode_rows,
+    describe_storage,
+    encode_rows,
+    is_coded,
+    measure_row_bytes,
+    row_peaks,
+)
 from tracin_ann.types import Float32, Float64, Int64
 
 FORMAT = "tracin_ann.features"
 VERSION = 3
+"""Of files with numbers; those with codes have the next one, so that earlier versions of the library say why."""
 
 _ALIGNMENT = 4096
 _REWRITE = "run the build again: it rewrites files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
-_STORED_DTYPE: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "exponent": np.dtype("<i2"),
     "id": np.dtype("<i8"),
@@ -126,13 +136,18 @@ class FileHeader:
         """Check the ranges."""
         if not (0 <= self.start < self.stop and self.checkpoint >= 0 and self.dim >= 1 and self.block_rows >= 1):
             raise ValueError(f"impossible header {self}")
-        if self.dtype not in get_args(Dtype) or not self.spec_digest:
+        if self.dtype not in DTYPES or not self.spec_digest:
             raise ValueError(f"impossible header {self}")
 
     @property
     def n_rows(self) -> int:
         """Return N."""
         return self.stop - self.start
+
+    @property
+    def version(self) -> int:
+        """Return the version of the format."""
+        return VERSION + is_coded(self.dtype)
 
     @property
     def salt(self) -> bytes:
@@ -233,7 +248,8 @@ class FeatureFile:
             root, size = file.id, os.fstat(opened.fileno()).st_size
             header = _read_header(root)
             n_rows, n_blocks = header.n_rows, -(-header.n_rows // header.block_rows)
-            feature_shape, feature_dtype = (n_rows, header.dim), _STORED_DTYPE[header.dtype]
+            width, feature_dtype = describe_storage(header.dim, header.dtype)
+            feature_shape = (n_rows, width)
             feature_offset = locate_own_dataset(root, "feature", feature_shape, feature_dtype, size)
             places = {
                 name: (locate_own_dataset(root, name, shape, dtype, size), shape, dtype)
@@ -275,7 +291,7 @@ class FeatureFile:
         return self._decode(self.stored_ND[start:stop], self.exponent_N[start:stop], out_ND, unit)
 
     def read_stored(self, start: int, stop: int) -> tuple[Stored, Int16]:
-        """Return rows start..stop-1 as they are stored [stop - start, D], memory-mapped, and their exponents.
+        """Return rows start..stop-1 as they are stored, memory-mapped, and their exponents.
 
         Raises:
             DamagedIndexError: a row is altered.
@@ -287,8 +303,8 @@ class FeatureFile:
 
     def _decode(self, stored_ND: Stored, exponent_N: Int16, out_ND: Float32 | None, unit: bool) -> Float32:
         if out_ND is None:
-            out_ND = np.empty(stored_ND.shape, dtype=np.float32)
-        decode_rows(stored_ND, exponent_N, out_ND, unit=unit)
+            out_ND = np.empty((len(stored_ND), self.header.dim), dtype=np.float32)
+        decode_rows(stored_ND, exponent_N, out_ND, self.header.dtype, unit=unit)
         return out_ND
 
     def verify(self) -> None:
@@ -365,7 +381,8 @@ def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], 
         IndexError: a position is outside a file.
     """
     header, info_bytes = files[0][0].header, _ROW_INFO.itemsize
-    row_bytes = header.dim * _STORED_DTYPE[header.dtype].itemsize
+    width, stored_dtype = describe_storage(header.dim, header.dtype)
+    row_bytes = measure_row_bytes(header.dim, header.dtype)
     features: list[memoryview] = []
     infos: list[memoryview] = []
     for parts, position in zip(files, positions, strict=True):
@@ -379,7 +396,7 @@ def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], 
     if min(positions) < 0 or len(content) != len(features) * row_bytes:
         n_rows = min(file.header.n_rows for parts in files for file in parts)
         raise IndexError(f"position {min(positions)} or {max(positions)} of {n_rows} rows")
-    stored_KD = np.frombuffer(content, dtype=_STORED_DTYPE[header.dtype]).reshape(-1, header.dim)
+    stored_KD = np.frombuffer(content, dtype=stored_dtype).reshape(-1, width)
     info_K = np.frombuffer(b"".join(infos), dtype=_ROW_INFO)
 
     def find_place(part: int) -> tuple[FeatureFile, int]:
@@ -387,8 +404,8 @@ def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], 
         return files[row][checkpoint], positions[row]
 
     _check_rows(stored_KD, info_K, find_place)
-    row_KD = np.empty(stored_KD.shape, dtype=np.float32)
-    decode_rows(stored_KD, info_K["exponent"], row_KD, unit=unit)
+    row_KD = np.empty((len(stored_KD), header.dim), dtype=np.float32)
+    decode_rows(stored_KD, info_K["exponent"], row_KD, header.dtype, unit=unit)
     return row_KD.reshape(len(positions), -1)
 
 
@@ -405,7 +422,9 @@ def take_grouped_rows(groups: Sequence[tuple[FeatureFile, Int64]], out_KD: Float
     Raises:
         DamagedIndexError: rows are altered; the message names the first such file and its rows.
     """
-    stored_KD = np.empty(out_KD.shape, dtype=_STORED_DTYPE[groups[0][0].header.dtype])
+    header = groups[0][0].header
+    width, stored_dtype = describe_storage(header.dim, header.dtype)
+    stored_KD = np.empty((len(out_KD), width), dtype=stored_dtype)
     info_K = np.empty(len(out_KD), dtype=_ROW_INFO)
     starts = np.cumsum([0, *(len(positions) for _, positions in groups)])
     for (file, positions), start, stop in zip(groups, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -419,7 +438,7 @@ def take_grouped_rows(groups: Sequence[tuple[FeatureFile, Int64]], out_KD: Float
         return file, int(positions[part - starts[group]])
 
     _check_rows(stored_KD, info_K, find_place)
-    decode_rows(stored_KD, info_K["exponent"], out_KD, unit=unit)
+    decode_rows(stored_KD, info_K["exponent"], out_KD, header.dtype, unit=unit)
 
 
 def _check_rows(
@@ -474,7 +493,7 @@ def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -
                 opened, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
             ) as file,
         ):
-            for name, value in {"format": FORMAT, "version": VERSION, **asdict(header)}.items():
+            for name, value in {"format": FORMAT, "version": header.version, **asdict(header)}.items():
                 file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
             for name, array in columns.items():
                 file.create_dataset(name, data=array, track_times=False)
@@ -496,9 +515,13 @@ def _check_finite(block: FeatureBlock, checkpoint: int) -> None:
 
 def _read_header(root: h5py.h5g.GroupID) -> FileHeader:
     written = (_read_header_field(root, "format"), _read_header_field(root, "version"))
-    if written != (FORMAT, VERSION):
-        raise ValueError(f"format and version {written}, this program reads {(FORMAT, VERSION)}")
-    return FileHeader(**{field.name: _read_header_field(root, field.name) for field in fields(FileHeader)})
+    header = None
+    if written in ((FORMAT, VERSION), (FORMAT, VERSION + 1)):
+        header = FileHeader(**{field.name: _read_header_field(root, field.name) for field in fields(FileHeader)})
+    if header is None or written[1] != header.version:
+        known = f"{(FORMAT, VERSION)}, and version {VERSION + 1} with codes"
+        raise ValueError(f"format and version {written}, this program reads {known}")
+    return header
 
 
 def _read_header_field(root: h5py.h5g.GroupID, name: str) -> Any:

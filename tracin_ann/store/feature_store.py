@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, make_directory
-from tracin_ann.store.codec import Dtype
+from tracin_ann.store.codec import is_coded, measure_row_bytes
+from tracin_ann.store.codes import CodeBlock, measure_code_differences
 from tracin_ann.store.feature_file import (
     FeatureBlock,
     FeatureFile,
@@ -29,7 +31,7 @@ from tracin_ann.store.feature_file import (
     take_rows,
     write_feature_file,
 )
-from tracin_ann.types import Float32, Float64, Int64, PendingReads, StoredPart
+from tracin_ann.types import CodedPart, Float32, Float64, Int64, PendingReads, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
 _MOST_OPEN_FILES = 8192
@@ -85,7 +87,7 @@ class StoreLayout:
         """Check the ranges."""
         if min(self.n_rows, self.partition_rows, self.n_checkpoints, self.dim) < 1:
             raise ValueError(f"impossible layout {self}")
-        if self.dtype not in get_args(Dtype) or not (self.digests and all(self.digests)):
+        if self.dtype not in DTYPES or not (self.digests and all(self.digests)):
             raise ValueError(f"impossible layout {self}")
 
     @property
@@ -219,6 +221,25 @@ class FeatureStore:
             firsts.append(first_N[skipped])
         return np.concatenate(rows), np.concatenate(firsts)
 
+    def measure_differences(self, checkpoint: int, rows: Sequence[int], expected_ND: Float64) -> Float64:
+        """Return how far stored rows are from expected ones at a checkpoint, [N].
+
+        For numbers, these are the norms of the differences. For codes, they are the distances that rounding does not
+        explain (`measure_code_differences`).
+
+        Raises:
+            DamagedIndexError: a row is altered.
+        """
+        dtype = self.layout.dtype
+        if not is_coded(dtype):
+            stored_ND = self.view([checkpoint]).take(rows).astype(np.float64)
+            difference_N: Float64 = np.linalg.norm(stored_ND - expected_ND, axis=1)
+            return difference_N
+        places = [divmod(row, self.layout.partition_rows) for row in rows]
+        read = [self.file(partition, checkpoint).read_stored(at, at + 1) for partition, at in places]
+        stored_NW, exponent_N = (np.concatenate(parts) for parts in zip(*read, strict=True))
+        return measure_code_differences(stored_NW, exponent_N, dtype, expected_ND)
+
     def view(self, checkpoints: Sequence[int] | None = None, *, cosine: bool = False) -> FeatureView:
         """Return a view of the rows at the chosen checkpoints (None: all); nothing is read until rows are requested.
 
@@ -272,7 +293,7 @@ class FeatureStore:
             n_unverified = layout.n_rows * len(chosen) - sum(_count_verified_rows(file) for file in opened)
             if n_unverified == 0:
                 self._verified.add(chosen)
-        row_bytes = layout.dim * np.dtype(layout.dtype).itemsize
+        row_bytes = measure_row_bytes(layout.dim, layout.dtype)
         return PendingReads(n_files - len(opened), n_unverified * row_bytes, len(chosen))
 
     @contextmanager
@@ -378,7 +399,7 @@ class FeatureView:
 
     def stored_blocks(
         self, block_rows: int, partitions: range | None = None
-    ) -> Iterator[tuple[Int64, list[StoredPart]]]:
+    ) -> Iterator[tuple[Int64, list[StoredPart | CodedPart]]]:
         """Yield (ids [n], one part for each checkpoint), n ≤ block_rows; no block spans two partitions.
 
         Args:
@@ -398,12 +419,17 @@ class FeatureView:
                 parts = [self._stored_part(file, at - first, stop - first) for file in files]
                 yield np.arange(at, stop, dtype=np.int64), parts
 
-    def _stored_part(self, file: FeatureFile, start: int, stop: int) -> StoredPart:
+    def _stored_part(self, file: FeatureFile, start: int, stop: int) -> StoredPart | CodedPart:
         """Return rows start..stop-1 of a file."""
+        if is_coded(file.header.dtype):
+            stored_BW, exponent_B = file.read_stored(start, stop)
+            own_B = np.zeros_like(exponent_B) if self.cosine else exponent_B
+            return CodeBlock(stored_BW.view(np.uint8), own_B, file.header.dtype, file.header.dim, unit=self.cosine)
         if self.cosine and file.header.dtype == "float32":
             # Squares of stored float32 numbers can overflow or underflow; `read` scales them first.
             return StoredPart(file.read(start, stop, unit=True), np.zeros(stop - start, np.int16))
-        return StoredPart(*file.read_stored(start, stop), unit=self.cosine)
+        stored_BD, exponent_B = file.read_stored(start, stop)
+        return StoredPart(stored_BD, exponent_B, unit=self.cosine)  # type: ignore[arg-type]
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return float32 rows [K, F] in the order of `ids`.
@@ -505,7 +531,7 @@ class PartitionRows:
                 return
             yield ids_B, rows_BF
 
-    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart]]]:
+    def stored_blocks(self, block_rows: int) -> Iterator[tuple[Int64, list[StoredPart | CodedPart]]]:
         """Yield (ids [n], one part for each checkpoint), n ≤ block_rows, as the view does."""
         return self.view.stored_blocks(block_rows, self.partitions)
 
