@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,21 +79,19 @@ def list_effective_dimensions(index: InfluenceIndex, score: ScoreName) -> list[f
     return [at.effective_dimension(damping) for at, damping in zip(damped.curvatures, damped.damping_C, strict=True)]
 
 
-def measure_variants(
-    name: str, data: Path, work: Path, dim: int, numbers: Sequence[int] | None = None
-) -> Iterator[dict[str, Any]]:
+def measure_variants(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a result for each variant of a setting, or for those with some numbers."""
-    setting = SETTINGS[name]
+    setting, data, work, dim = SETTINGS[name], options.data, options.work / name, options.dim
     truth = measure_truth(setting, data, work)
     variants = VARIANTS.get(name, ALL)
-    for variant in variants if numbers is None else [variants[number] for number in numbers]:
+    for variant in variants if options.variants is None else [variants[number] for number in options.variants]:
         row = {"setting": name, **asdict(variant), "dim": dim, "truth_seeds": setting.truth_seeds}
         row["ceiling"] = compute_ceiling(truth.loss_MSQ)
         with tempfile.TemporaryDirectory() as folder:
             index = open_index(setting, data, work, Path(folder), variant, dim)
             n_queries = truth.loss_MSQ.shape[2]
             row["effective_dimension"] = {}
-            for score in SCORES:
+            for score in options.scores:
                 can_score = setting.loss_is_nll or score not in NEED_PROBABILITIES
                 if can_score and (variant.steps or score in DEPEND_ON_STEPS):
                     score_QN = index.score_matrix("query", range(n_queries), QueryOptions(score=score))
@@ -111,12 +109,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/attribution"), help="folder of models and their losses")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to measure")
     parser.add_argument("--variants", type=int, nargs="+", help="numbers of the variants of a setting; none: all")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES), help="scores to measure")
     parser.add_argument("--dim", type=int, default=1024, help="sketch dimensions per checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.settings:
-        for row in measure_variants(name, options.data, options.work / name, options.dim, options.variants):
+        for row in measure_variants(name, options):
             results = merge_results(RESULT, [row], ("setting", "dim", *Variant.__dataclass_fields__))
             print(write_results(RESULT, {"threads": options.threads}, results), flush=True)
 

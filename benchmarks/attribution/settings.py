@@ -277,7 +277,7 @@ SETTINGS = {
         compute_loss,
         partial(load_cats_and_dogs, n_rows=4000, n_queries=N_QUERIES),
         Training(0.005, 50, (1, 2, 4, 6, 8), momentum=0.9, weight_decay=5e-4, schedule="cosine"),
-        truth_seeds=2,
+        truth_seeds=1,
     ),
     # The models, optimizers, epochs and batch sizes of dattri's benchmark, with one run of each subset.
     "dattri LR": Setting(

@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks.attribution.settings import SETTINGS
 from benchmarks.common.markdown import Row, compose, format_environment, format_table
 from benchmarks.common.results import read_results
-from tracin_ann.scoring import suggest_dim
 
 _SCORES = ("tracin", "cosine", "trackstar", "fisher", "gauss-newton", "trak")
 _PROTOCOL = ("dattri LR", "dattri MLP")
@@ -22,7 +21,7 @@ _SUMMARY = {
 }
 _DIM = 1024
 """Dimensions of the sketch in every table except the one of dimensions."""
-_WITH_CURVATURE = ("trackstar", "fisher", "gauss-newton", "trak")
+_WITH_CURVATURE = ("fisher", "gauss-newton")
 _DAMPING = {True: "1/(ηT)", False: "5e-4 tr K"}
 
 # Deng et al. 2024, "dattri: A Library for Efficient Data Attribution", arXiv 2410.04555: method -> MNIST-LR, MNIST-MLP;
@@ -80,33 +79,34 @@ def lds() -> str:
 
 def lds_dims() -> str:
     content = read_results("lds")
-    measured = [row for row in content["results"] if row.get("effective_dimension") and _is_default_index(row)]
-    counts = Counter(row["setting"] for row in measured)
-    measured = [row for row in measured if counts[row["setting"]] > 1]
-    rows: list[Row] = [("setting", "D", *(f"{score}, d_λ" for score in _WITH_CURVATURE), "tracin")]
-    for row in sorted(measured, key=lambda row: (list(SETTINGS).index(row["setting"]), row["dim"])):
-        cells = [_format_dim(row, score) for score in _WITH_CURVATURE]
-        rows.append((row["setting"], f"{row['dim']:,}", *cells, f"{row['tracin'][0]:.3f}"))
+    measured = [
+        row
+        for row in content["results"]
+        if row.get("effective_dimension") and row["runs"] == 1 and not row["last"] and row["preconditioner"] == "none"
+    ]
+    counts = Counter((row["setting"], row["steps"]) for row in measured)
+    measured = [row for row in measured if counts[row["setting"], row["steps"]] > 1]
+    places = {name: place for place, name in enumerate(SETTINGS)}
+    columns = [column for score in _WITH_CURVATURE for column in (score, "D / d_λ")]
+    rows: list[Row] = [("setting", "λ", "D", "tracin", *columns)]
+    for row in sorted(measured, key=lambda row: (places[row["setting"]], not row["steps"], row["dim"])):
+        cells = [cell for score in _WITH_CURVATURE for cell in _format_dim(row, score)]
+        tracin = f"{row['tracin'][0]:.3f}" if "tracin" in row else "–"
+        rows.append((row["setting"], _DAMPING[row["steps"]], f"{row['dim']:,}", tracin, *cells))
     widest = max((row[s][2] - row[s][1]) / 2 for row in measured for s in _WITH_CURVATURE)
     scope = (
         "linear datamodeling scores of indexes of one run by the dimensions D of the sketch per checkpoint, with the "
-        "same training runs, subsets and queries, and one seed of the sketch; behind the scores with a curvature "
-        "matrix, the largest effective dimension d_λ of a checkpoint at this D, in bold where D ≥ 3 d_λ. 95% bootstrap "
-        f"intervals are at most ± {widest:.3f}; between dimensions, the sampling of subsets and queries is the same."
+        "same runs, subsets, queries and seed of the sketch. Beside each score, D / d_λ for the largest effective "
+        "dimension d_λ of a checkpoint, from the same index. 95% bootstrap intervals over subsets and queries are at "
+        f"most ± {widest:.3f}."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
 
-def _is_default_index(row: dict[str, Any]) -> bool:
-    """Return whether an index has all checkpoints of one run and the default damping."""
-    return row["runs"] == 1 and not row["last"] and row["preconditioner"] == "none" and "tracin" in row and row["steps"]
-
-
-def _format_dim(row: dict[str, Any], score: str) -> str:
-    """Return a score and its effective dimension, in bold where the sketch has three times as many dimensions."""
+def _format_dim(row: dict[str, Any], score: str) -> tuple[str, str]:
+    """Return a score, and the dimensions as a multiple of its effective dimension with the latter in parentheses."""
     effective = max(row["effective_dimension"][score])
-    cell = f"{row[score][0]:.3f}, {effective:.0f}"
-    return f"**{cell}**" if suggest_dim(row["dim"], effective) is None else cell
+    return f"{row[score][0]:.3f}", f"{row['dim'] / effective:.1f} (d_λ {effective:.0f})"
 
 
 def lds_summary() -> str:
