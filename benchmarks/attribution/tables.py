@@ -16,7 +16,7 @@ _SUMMARY = {
     "LR": "logistic regression",
     "MLP": "MLP",
     "CNN": "CNN",
-    "CIFAR-2": "ResNet-9",
+    "CIFAR-2": "narrow ResNet-9",
     "GPT": "character GPT",
 }
 _DIM = 1024
