@@ -235,7 +235,7 @@ def measure_method(method: str, case: Case, truth: Truth) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, type=Path, help="folder of mnist.npz and tinyshakespeare.txt")
+    parser.add_argument("--data", required=True, type=Path, help="folder of the data sets")
     parser.add_argument("--work", type=Path, default=Path("runs/attribution"), help="folder of models and their losses")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["LR", "MLP", "CNN", "GPT"], help="settings")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure")

@@ -9,11 +9,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common.models import GPT, compute_language_loss
+from benchmarks.common.cifar import read_cifar
+from benchmarks.common.models import GPT, compute_language_loss, make_resnet9
 from examples import mnist
 from tracin_ann import Checkpoint, Task
 
@@ -21,6 +23,8 @@ Rows = tuple[Tensor, Tensor]
 N_ROWS, N_QUERIES = 5000, 500
 LENGTH = 32
 """Characters of a window of text."""
+CAT, DOG = 3, 5
+"""Labels of CIFAR-10."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,18 @@ def load_text(data: Path, n_rows: int, n_queries: int) -> tuple[Rows, Rows]:
     return sides[0], sides[1]
 
 
+@cache
+def load_cats_and_dogs(data: Path, n_rows: int, n_queries: int) -> tuple[Rows, Rows]:
+    """Return the first cats (label 0) and dogs (1) of each side of CIFAR-10: images [N, 3, 32, 32], and labels."""
+    sides = []
+    for side, count in (("train", n_rows), ("test", n_queries)):
+        read_image, labels = read_cifar(data, side)
+        chosen = np.flatnonzero((labels == CAT) | (labels == DOG))[:count]
+        pixels = torch.from_numpy(np.stack([read_image(int(i)) for i in chosen])).permute(0, 3, 1, 2).float()
+        sides.append((pixels.div(255).sub(0.5).div(0.25).contiguous(), torch.from_numpy(labels[chosen] == DOG).long()))
+    return sides[0], sides[1]
+
+
 def make_linear() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 10))
 
@@ -252,8 +268,16 @@ SETTINGS = {
         compute_language_loss,
         partial(load_text, n_rows=2000, n_queries=150),
         Training(2e-3, 32, (2, 4, 6, 8, 10), optimizer="adamw", weight_decay=0.01),
-        truth_seeds=1,
+        truth_seeds=2,
         loss_is_nll=False,
+    ),
+    # Cats and dogs, the data set CIFAR-2 of Park et al. 2023, with fewer rows and a narrower model.
+    "CIFAR-2": Setting(
+        partial(make_resnet9, width=8, classes=2),
+        compute_loss,
+        partial(load_cats_and_dogs, n_rows=4000, n_queries=N_QUERIES),
+        Training(0.005, 50, (1, 2, 4, 6, 8), momentum=0.9, weight_decay=5e-4, schedule="cosine"),
+        truth_seeds=2,
     ),
     # The models, optimizers, epochs and batch sizes of dattri's benchmark, with one run of each subset.
     "dattri LR": Setting(

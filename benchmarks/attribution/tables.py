@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,16 @@ from benchmarks.common.results import read_results
 
 _SCORES = ("tracin", "cosine", "trackstar", "fisher", "gauss-newton", "trak")
 _PROTOCOL = ("dattri LR", "dattri MLP")
-_SUMMARY = {"LR": "logistic regression", "MLP": "MLP", "CNN": "CNN", "GPT": "character GPT"}
+_SUMMARY = {
+    "LR": "logistic regression",
+    "MLP": "MLP",
+    "CNN": "CNN",
+    "CIFAR-2": "narrow ResNet-9",
+    "GPT": "character GPT",
+}
+_DIM = 1024
+"""Dimensions of the sketch in every table except the one of dimensions."""
+_WITH_CURVATURE = ("fisher", "gauss-newton")
 _DAMPING = {True: "1/(ηT)", False: "5e-4 tr K"}
 
 # Deng et al. 2024, "dattri: A Library for Efficient Data Attribution", arXiv 2410.04555: method -> MNIST-LR, MNIST-MLP;
@@ -44,26 +54,64 @@ def _describe_index(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def lds() -> str:
+def _read_own() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the content of our results, and those with the usual dimensions of the sketch."""
     content = read_results("lds")
+    return content, [row for row in content["results"] if row["dim"] == _DIM]
+
+
+def lds() -> str:
+    content, own = _read_own()
     rows: list[Row] = [("setting", "index", "λ", "ceiling", *_SCORES)]
-    for row in content["results"]:
+    for row in own:
         ceiling = "–" if row["ceiling"] is None else f"{row['ceiling']:.3f}"
         figures = (f"{row[score][0]:.3f}" if score in row else "–" for score in _SCORES)
         rows.append((row["setting"], _describe_index(row), _DAMPING[row["steps"]], ceiling, *figures))
-    widest = max((row[s][2] - row[s][1]) / 2 for row in content["results"] for s in _SCORES if s in row)
+    widest = max((row[s][2] - row[s][1]) / 2 for row in own for s in _SCORES if s in row)
     scope = (
         "linear datamodeling score over 50 random halves of the training rows, mean over the queries, by "
-        f"`InfluenceIndex.score_matrix` with D = {content['results'][0]['dim']:,} per checkpoint. 95% bootstrap "
+        f"`InfluenceIndex.score_matrix` with D = {_DIM:,} per checkpoint. 95% bootstrap "
         f"intervals over subsets and queries are at most ± {widest:.3f}. The ceiling is the score of exact predictions "
         "of the expected losses; it needs two training runs of each subset. `trak` is damped by 5e-4 tr K."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def lds_dims() -> str:
+    content = read_results("lds")
+    measured = [
+        row
+        for row in content["results"]
+        if row.get("effective_dimension") and row["runs"] == 1 and not row["last"] and row["preconditioner"] == "none"
+    ]
+    counts = Counter((row["setting"], row["steps"]) for row in measured)
+    measured = [row for row in measured if counts[row["setting"], row["steps"]] > 1]
+    places = {name: place for place, name in enumerate(SETTINGS)}
+    columns = [column for score in _WITH_CURVATURE for column in (score, "D / d_λ")]
+    rows: list[Row] = [("setting", "λ", "D", "tracin", *columns)]
+    for row in sorted(measured, key=lambda row: (places[row["setting"]], not row["steps"], row["dim"])):
+        cells = [cell for score in _WITH_CURVATURE for cell in _format_dim(row, score)]
+        tracin = f"{row['tracin'][0]:.3f}" if "tracin" in row else "–"
+        rows.append((row["setting"], _DAMPING[row["steps"]], f"{row['dim']:,}", tracin, *cells))
+    widest = max((row[s][2] - row[s][1]) / 2 for row in measured for s in _WITH_CURVATURE)
+    scope = (
+        "linear datamodeling scores of indexes of one run by the dimensions D of the sketch per checkpoint, with the "
+        "same runs, subsets, queries and seed of the sketch. Beside each score, D / d_λ for the largest effective "
+        "dimension d_λ of a checkpoint, from the same index. 95% bootstrap intervals over subsets and queries are at "
+        f"most ± {widest:.3f}."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def _format_dim(row: dict[str, Any], score: str) -> tuple[str, str]:
+    """Return a score, and the dimensions as a multiple of its effective dimension with the latter in parentheses."""
+    effective = max(row["effective_dimension"][score])
+    return f"{row[score][0]:.3f}", f"{row['dim'] / effective:.1f} (d_λ {effective:.0f})"
+
+
 def lds_summary() -> str:
-    """Return the figures of indexes with the default damping, for four models."""
-    own = read_results("lds")["results"]
+    """Return the figures of indexes with the default damping, for five models."""
+    _, own = _read_own()
     usual = [row for row in own if row["runs"] == 1 and not row["last"] and _has_usual_damping(row)]
     columns = [
         next(row for row in usual if row["setting"] == name and row["preconditioner"] == "none") for name in _SUMMARY
@@ -77,10 +125,8 @@ def lds_summary() -> str:
 
 
 def lds_published() -> str:
-    content = read_results("lds")
-    figures = {
-        ((row["runs"], row["last"]), row["setting"]): row for row in content["results"] if row["setting"] in _PROTOCOL
-    }
+    content, own = _read_own()
+    figures = {((row["runs"], row["last"]), row["setting"]): row for row in own if row["setting"] in _PROTOCOL}
     rows: list[Row] = [("method", "MNIST-LR", "MNIST-MLP")]
     for name, published in _PUBLISHED.items():
         rows.append((name, *("–" if figure is None else f"{figure:.3f}" for figure in published)))
@@ -110,7 +156,7 @@ def _find_undamped(own: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[s
 
 
 def lds_peers() -> str:
-    content, own = read_results("lds_peers"), read_results("lds")["results"]
+    content, (_, own) = read_results("lds_peers"), _read_own()
     rows: list[Row] = [("setting", "checkpoints", "method", "default damping", "best damping")]
     shown = set()
     for row in content["results"]:
@@ -143,16 +189,18 @@ def lds_peers() -> str:
 
 def removal() -> str:
     content = read_results("removal")
-    rows: list[Row] = [("setting", "removed rows", "score", "rise of the loss", "turned wrong", "same label")]
+    rows: list[Row] = [("setting", "runs", "removed rows", "score", "rise of the loss", "turned wrong", "same label")]
     for row in content["results"]:
         figures = (f"{row['overturned']} of {row['queries']}", f"{row['same_label']:.0%}")
-        rows.append((row["setting"], str(row["k"]), row["score"], _format_interval(row["rise"]), *figures))
+        place = row["setting"], str(row["seeds"]), str(row["k"]), row["score"]
+        rows.append((*place, _format_interval(row["rise"]), *figures))
     scope = (
-        "retraining without the top rows of each query: the mean rise of its loss, the queries whose label falls below "
-        "a probability of 1/2, and the share of the removed rows with the label of the query. The queries are the "
-        "first with a probability above 1/2. Index of one run, D = 1,024."
+        "retraining without the top rows of each query, with the mean loss of one or more training runs: the mean rise "
+        "of the loss, the queries whose label falls below a probability of 1/2, and the share of the removed rows with "
+        "the label of the query. The queries are the first with a probability above 1/2. Intervals are over the "
+        "queries. Index of one run, D = 1,024."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
 
-TABLES = (lds, lds_summary, lds_peers, lds_published, removal)
+TABLES = (lds, lds_dims, lds_summary, lds_peers, lds_published, removal)

@@ -41,13 +41,13 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-def make_resnet9(width: int = 64) -> nn.Module:
+def make_resnet9(width: int = 64, classes: int = 10) -> nn.Module:
     """Return a ResNet-9 for 32×32 images; 2.44 million parameters at the default width."""
     w = width
     return nn.Sequential(
         *(_make_block(3, w), _make_block(w, 2 * w, pool=True), Residual(2 * w), _make_block(2 * w, 4 * w, pool=True)),
         *(_make_block(4 * w, 4 * w, pool=True), Residual(4 * w), nn.AdaptiveMaxPool2d(1), nn.Flatten()),
-        nn.Linear(4 * w, 10),
+        nn.Linear(4 * w, classes),
     )
 
 

@@ -6,8 +6,6 @@ the training rows. The seed determines the rows, the weights, the training order
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import models
+from benchmarks.common.cifar import read_cifar
 from examples import digits, mnist
 from tracin_ann import Checkpoint, Task
 
@@ -100,33 +99,11 @@ def _load_cifar(data: Path, rows: int, queries: int, seed: int) -> tuple[Rows, R
     random = np.random.default_rng([seed, 2])
     sides = []
     for side, count in (("train", rows), ("test", queries)):
-        read_image, labels = _read_cifar(data, side)
+        read_image, labels = read_cifar(data, side)
         chosen = random.choice(len(labels), count, replace=False)
         pixels = torch.from_numpy(np.stack([read_image(int(i)) for i in chosen])).permute(0, 3, 1, 2).float()
         sides.append(list(zip(pixels.div(255).sub(0.5).div(0.25), labels[chosen].tolist(), strict=True)))
     return sides[0], sides[1]
-
-
-def _read_cifar(data: Path, side: str) -> tuple[Callable[[int], np.ndarray], np.ndarray]:
-    """Return a function that reads image i (uint8 [32, 32, 3]) and the labels, from cifar-10-batches-py or JPEGs."""
-    folder = data / "cifar-10-batches-py"
-    if folder.is_dir():
-        names = [f"data_batch_{i}" for i in range(1, 6)] if side == "train" else ["test_batch"]
-        parts = [pickle.loads((folder / name).read_bytes(), encoding="bytes") for name in names]
-        pixels = np.concatenate([p[b"data"] for p in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return lambda i: pixels[i], np.concatenate([p[b"labels"] for p in parts]).astype(np.int64)
-    try:
-        from PIL import Image  # noqa: PLC0415
-    except ImportError as error:
-        raise SystemExit("cifar10_jpeg.npz needs Pillow: pip install pillow") from error
-    with np.load(data / "cifar10_jpeg.npz") as arrays:
-        jpeg, offsets = arrays[f"jpeg_{side}"], arrays[f"offsets_{side}"]
-        labels = arrays[f"y_{side}"].astype(np.int64)
-
-    def read_image(i: int) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB"))
-
-    return read_image, labels
 
 
 def _load_text(data: Path, rows: int, queries: int, seed: int) -> tuple[Rows, Rows]:

@@ -90,13 +90,13 @@ def _describe_scores(directory: Path, manifest: Manifest) -> list[tuple[str, str
     error = max(damped.curvatures[c].error for c in used)
     shown = " to ".join(dict.fromkeys(f"{dim:.0f}" for dim in (min(dims), max(dims))))
     dim, suggested = spec.sketch.dim, suggest_dim(spec.sketch.dim, max(dims))
-    advice = f"D = {dim} is enough" if suggested is None else f"D = {dim} is small: build with --dim {suggested}"
+    advice = "is enough" if suggested is None else f"is small: build with --dim {suggested} or more"
     return [
         ("score", f"{name} by default, damping {damped.rule}"),
         (
             "curvature",
-            f"effective dimension {shown}, of which D should be 3 times; {advice}; computed from {sample.n_rows:,} "
-            f"rows, relative error at most {error:.2g}",
+            f"effective dimension {shown}, of which D should be 3 times; D = {dim} {advice}; computed from "
+            f"{sample.n_rows:,} rows, relative error at most {error:.2g}",
         ),
     ]
 

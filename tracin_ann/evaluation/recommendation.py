@@ -97,7 +97,7 @@ def _warn(index: InfluenceIndex, candidate: Candidate) -> list[tuple[str, str]]:
             (
                 "warning",
                 f"effective dimension {largest:.0f}, more than a third of D = {spec.sketch.dim}: "
-                f"a build with --dim {suggested} would score better",
+                f"a build with --dim {suggested} or more may score better",
             )
         )
     if (

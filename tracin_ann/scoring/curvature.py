@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 def suggest_dim(dim: int, effective: float) -> int | None:
     """Return the sketch dimension that suffices for an effective dimension d_λ; None if `dim` does.
 
-    It is the least power of 2 that is at least 3 d_λ, as measured with three models.
+    It is the least power of 2 that is at least 3 d_λ. d_λ of a small sketch is an underestimate, so that an even larger
+    sketch may be needed.
     """
     return None if dim >= 3 * effective else 1 << (math.ceil(3 * effective) - 1).bit_length()
 
