@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.attribution.settings import SETTINGS, Setting
 from benchmarks.common.results import read_results
@@ -33,7 +34,7 @@ class Truth:
 def open_retraining(setting: Setting, data: Path, work: Path, queries: Sequence[int] | None = None) -> Retraining:
     """Return the retrained losses in `work`, for some queries of a setting; None: for all, which has to be first."""
     setting.train_runs(data, work / "runs", [0])
-    runner = TaskRunner(setting.make_task(data, work / "runs", [0]), RunOptions("cpu"))
+    runner = TaskRunner(setting.make_task(data, work / "runs", [0]), RunOptions(torch.device("cpu")))
     return Retraining.open(runner, work / "truth", range(runner.n_rows("query")) if queries is None else queries)
 
 
