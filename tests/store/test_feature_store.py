@@ -28,7 +28,7 @@ from tracin_ann.store import (
     feature_file,
 )
 from tracin_ann.store import feature_store as feature_store_module
-from tracin_ann.types import Float32, PendingReads, RowSource
+from tracin_ann.types import Float32, Float64, PendingReads, RowSource
 
 
 def fill(store: FeatureStore) -> tuple[list[FileRecord], Float32]:
@@ -148,10 +148,10 @@ def test_take_of_an_unknown_id_is_a_key_error(
         filled[0].view().take([1, unknown])
 
 
-@pytest.mark.parametrize("dtype", NUMBERS)
-def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype) -> None:
+def write_unequal_rows(folder: Path, dtype: Dtype) -> tuple[FeatureStore, Float64]:
+    """Return a store of 6 rows, one of them zero and two of extreme norms at checkpoint 1, and the rows [6, 2, D]."""
     layout = StoreLayout(n_rows=6, partition_rows=4, dim=DIM, dtype=dtype, digests=("spec",) * 2)
-    store = FeatureStore(tmp_path, layout)
+    store = FeatureStore(folder, layout)
     row_NF = fill(store)[1]
     block = make_block(0, 4, seed=1)
     block.feature_ND[1] = 0
@@ -159,7 +159,12 @@ def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype
     block.feature_ND[3] *= np.float32(1e-30)
     store.write(0, 1, block)
     row_NF[:4, DIM:] = block.feature_ND
-    wide_NCD = row_NF.astype(np.float64).reshape(6, 2, DIM)
+    return store, row_NF.astype(np.float64).reshape(6, 2, DIM)
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype) -> None:
+    store, wide_NCD = write_unequal_rows(tmp_path, dtype)
     norm_NC1 = np.linalg.norm(wide_NCD, axis=2, keepdims=True)
     expected_NF = (wide_NCD / np.where(norm_NC1 == 0, 1, norm_NC1)).reshape(6, 2 * DIM)
     view = store.view(cosine=True)
@@ -173,16 +178,7 @@ def test_cosine_divides_each_checkpoint_by_its_norm(tmp_path: Path, dtype: Dtype
 
 @pytest.mark.parametrize("dtype", CODES)
 def test_codes_divided_by_the_norm_of_the_original_row_have_unbiased_products(tmp_path: Path, dtype: Dtype) -> None:
-    layout = StoreLayout(n_rows=6, partition_rows=4, dim=DIM, dtype=dtype, digests=("spec",) * 2)
-    store = FeatureStore(tmp_path, layout)
-    row_NF = fill(store)[1]
-    block = make_block(0, 4, seed=1)
-    block.feature_ND[1] = 0
-    block.feature_ND[2] *= np.float32(1e30)
-    block.feature_ND[3] *= np.float32(1e-30)
-    store.write(0, 1, block)
-    row_NF[:4, DIM:] = block.feature_ND
-    wide_NCD = row_NF.astype(np.float64).reshape(6, 2, DIM)
+    store, wide_NCD = write_unequal_rows(tmp_path, dtype)
     norm_NC = np.linalg.norm(wide_NCD, axis=2)
     view = store.view(cosine=True)
     unit_NF = np.concatenate([rows for _, rows in view.blocks(5)])
