@@ -72,6 +72,8 @@ def test_an_error_that_cannot_be_unpickled_arrives_as_text(make: Callable[[], La
 @pytest.mark.slow
 def test_processes_have_their_devices_and_share_the_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    # A second device that every machine has; a build accepts only CPUs and GPUs.
+    monkeypatch.setattr("tracin_ann.distributed.processes.resolve_device", torch.device)
     found = run(ProcessLauncher(["cpu", "meta"]), Squares(tmp_path, seconds=0.4))
     assert {process for *_, (process, *_) in found}.isdisjoint({os.getpid()})
     assert {(device, threads) for *_, (_, device, threads, _) in found} == {("cpu", 3), ("meta", 3)}
