@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.toy import CONFIG, Toy, make_toy_task, save_checkpoints
+import oracle
+from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_toy_task, save_checkpoints
 from tracin_ann import InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.gradients import GradientEngine
 
@@ -56,7 +57,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[GradientEngine]:
 def test_a_query_verifies_once_for_every_checkpoint_and_loss(
     tmp_path: Path, verified: list[GradientEngine], losses: int, expected: int
 ) -> None:
-    changes: dict[str, Any] = {"query_loss": compute_toy_loss} if losses == 2 else {}
+    changes: dict[str, Any] = {"query_loss": cross_entropy} if losses == 2 else {}
     task = make_toy_task(tmp_path, checkpoints=save_checkpoints(Toy(), tmp_path), **changes)
     build(task, tmp_path / "out", CONFIG)
     verified.clear()
@@ -65,10 +66,6 @@ def test_a_query_verifies_once_for_every_checkpoint_and_loss(
     assert len(verified) == expected * len(task.checkpoints)
     index.query([2])
     assert len(verified) == expected * len(task.checkpoints)
-
-
-def compute_toy_loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def test_sides_that_need_different_methods_have_their_own_engines(
@@ -91,21 +88,11 @@ def test_sides_that_need_different_methods_have_their_own_engines(
     n_verified = len(verified)
     again = index.query(range(6), options=exact)
     assert len(verified) == n_verified
-    parameters = list(model.parameters())
-    score_QN = np.zeros((6, 20))
-    for checkpoint in task.checkpoints:
-        model.load_state_dict(torch.load(checkpoint.path, weights_only=True))
-        sides = [
-            torch.stack(
-                [
-                    torch.cat([g.flatten() for g in torch.autograd.grad(compute_loss(model, single)[0], parameters)])
-                    for row in rows
-                    for single in [tuple(part[None] for part in row)]
-                ]
-            )
-            for rows in (queries, train)
-        ]
-        score_QN += float(checkpoint.learning_rate) * (sides[0] @ sides[1].T).numpy()
+    models = [Places() for _ in RATES]
+    for each, checkpoint in zip(models, task.checkpoints, strict=True):
+        each.load_state_dict(torch.load(checkpoint.path, weights_only=True))
+    sides = [torch.stack([oracle.gradients(m, compute_loss, rows) for m in models], 1) for rows in (queries, train)]
+    score_QN = oracle.tracin(*sides, RATES)
     for found in (answers, again):
         for answer, score_N in zip(found, score_QN, strict=True):
             assert answer.proponents[0].id == int(score_N.argmax())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tracin_ann.config import BuildConfig
     from tracin_ann.distributed import Launcher
     from tracin_ann.operations import BuildPlan
-    from tracin_ann.scoring import DimChoice
+    from tracin_ann.scoring import DimChoice, DimPrediction
     from tracin_ann.store import Manifest
 
 _MAX_SHOWN = 12
@@ -370,36 +370,39 @@ def _print_plan(plan: BuildPlan, config: BuildConfig) -> None:
 
 def _print_dtypes(choice: DimChoice) -> None:
     """Print a table of the values of D that would be chosen for each dtype."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    for name in ("dtype", "dim", "proponents", "opponents", "bytes a row", "disk"):
-        table.add_column(name, justify="right")
-    for dtype, row in choice.others.items():
-        table.add_row(
-            *(dtype, str(row.dim), f"{row.proponents.mean:.3f}", f"{row.opponents.mean:.3f}"),
-            *(f"{row.size.row_bytes:,}", format_size(row.size.disk_bytes)),
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print()
+    rows = [(dtype, str(row.dim), *_describe_dim(row)) for dtype, row in choice.others.items()]
+    _print_right(("dtype", "dim", *_DIM_COLUMNS), rows)
+    print_line("")
 
 
 def _print_dims(choice: DimChoice, seconds: Sequence[float]) -> None:
     """Print a table of the recall and the cost of the values of D; * marks the chosen one, - those over the limits."""
+    rows = []
+    for row, duration in zip(choice.table, seconds, strict=True):
+        mark = "*" if row is choice.chosen else " " if row.is_allowed else "-"
+        rows.append((f"{row.dim} {mark}", *_describe_dim(row), format_duration(duration)))
+    _print_right(("dim", *_DIM_COLUMNS, "time"), rows)
+
+
+_DIM_COLUMNS = ("proponents", "opponents", "bytes a row", "disk")
+
+
+def _describe_dim(row: DimPrediction) -> tuple[str, ...]:
+    """Return the cells of `_DIM_COLUMNS`."""
+    recalls = (f"{row.proponents.mean:.3f}", f"{row.opponents.mean:.3f}")
+    return (*recalls, f"{row.size.row_bytes:,}", format_size(row.size.disk_bytes))
+
+
+def _print_right(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose columns are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("dim", "proponents", "opponents", "bytes a row", "disk", "time"):
+    for name in names:
         table.add_column(name, justify="right")
-    for row, duration in zip(choice.table, seconds, strict=True):
-        mark = "*" if row is choice.chosen else " " if row.is_allowed else "-"
-        table.add_row(
-            *(f"{row.dim} {mark}", f"{row.proponents.mean:.3f}", f"{row.opponents.mean:.3f}"),
-            *(f"{row.size.row_bytes:,}", format_size(row.size.disk_bytes), format_duration(duration)),
-        )
+    for row in rows:
+        table.add_row(*row)
     Console(highlight=False).print(table)
 
 
