@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from benchmarks.common import models
 from tracin_ann import Checkpoint, Task
@@ -18,8 +19,7 @@ LENGTH = 32
 QUERIES = 1000
 RATE = 3e-3
 _EPOCHS, _BATCH = 3, 64
-_WRITERS, _WARM_UP = 1000, 8
-_WRITTEN_ROWS = 100_000
+_WRITERS, _WRITTEN_ROWS = 1000, 100_000
 
 Windows = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -55,17 +55,44 @@ def train(windows: Windows, runs: Path) -> None:
         torch.save(net.state_dict(), runs / f"{epoch}.pt")
 
 
+class Writer:
+    """A GPT that computes one place of a window after another, with the keys and values of the places before."""
+
+    def __init__(self, net: models.GPT, n_streams: int) -> None:
+        self.net = net
+        self.shape = (2, n_streams, net.blocks[0].heads, LENGTH, net.places.embedding_dim // net.blocks[0].heads)
+        self.stored = [torch.empty(self.shape) for _ in net.blocks]
+
+    def compute_logits(self, character_W: torch.Tensor, place: int) -> torch.Tensor:
+        """Return the logits [W, characters] of what follows the characters at a place of W windows."""
+        net, (_, n_streams, heads, _, width) = self.net, self.shape
+        x = net.characters(character_W) + net.places.weight[place]
+        for block, stored in zip(net.blocks, self.stored, strict=True):
+            q, k, v = block.qkv(block.before(x)).view(n_streams, 3, heads, 1, width).unbind(1)
+            stored[:, :, :, place] = torch.stack([k, v])[:, :, :, 0]
+            keys, values = stored[:, :, :, : place + 1]
+            x = x + block.out(F.scaled_dot_product_attention(q, keys, values).reshape(x.shape))
+            x = x + block.down(F.gelu(block.up(block.after(x))))
+        return net.head(net.norm(x))
+
+
 @torch.no_grad()
-def write_text(checkpoint: Path, n_characters: int, seed: int) -> torch.Tensor:
-    """Return text sampled from the trained model: 1,000 streams, joined."""
+def write_text(checkpoint: Path, n_windows: int, seed: int) -> torch.Tensor:
+    """Return text of so many windows and one character, sampled from the trained model by streams, which are joined.
+
+    A window depends on the last character of the one before it; the first window of a stream is left out.
+    """
     net, random = make_model().eval(), torch.Generator().manual_seed(seed)
     net.load_state_dict(torch.load(checkpoint, weights_only=True))
-    steps = -(-n_characters // _WRITERS) + _WARM_UP
-    stream = torch.randint(0, 65, (_WRITERS, 1), generator=random)
-    for _ in range(steps):
-        logits = net(stream[:, -LENGTH:])[:, -1]
-        stream = torch.cat([stream, torch.multinomial(logits.softmax(1), 1, generator=random)], 1)
-    return stream[:, _WARM_UP + 1 :].flatten()[:n_characters]
+    writer, windows_of_stream = Writer(net, _WRITERS), -(-n_windows // _WRITERS)
+    last, written = torch.randint(0, 65, (_WRITERS, 1), generator=random), []
+    for _ in range(windows_of_stream + 1):
+        for place in range(LENGTH):
+            logits = writer.compute_logits(last[:, 0], place)
+            last = torch.multinomial(logits.softmax(1), 1, generator=random)
+            written.append(last)
+    text = torch.cat(written[LENGTH:], 1).flatten()[: n_windows * LENGTH]
+    return torch.cat([text, text[:1]])
 
 
 def make_task(data: str, folder: str, rows: int) -> Task:
@@ -80,7 +107,7 @@ def make_task(data: str, folder: str, rows: int) -> Task:
     for seed in range(-(-max(0, rows - len(windows)) // _WRITTEN_ROWS)):
         path = Path(folder) / f"written-{seed}.npy"
         if not path.exists():
-            np.save(path, write_text(runs / f"{_EPOCHS}.pt", _WRITTEN_ROWS * LENGTH + 1, seed).numpy())
+            np.save(path, write_text(runs / f"{_EPOCHS}.pt", _WRITTEN_ROWS, seed).numpy())
         windows += cut_windows(torch.from_numpy(np.load(path)))
     chosen = np.random.default_rng(0).permutation(len(queries))[:QUERIES]
     query_rows = [queries[i] for i in chosen.tolist()]
