@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +22,8 @@ from tracin_ann.scoring import find_curvature
 RESULT = "lds"
 SCORES: tuple[ScoreName, ...] = ("tracin", "cosine", "trackstar", "fisher", "gauss-newton", "trak")
 NEED_PROBABILITIES = ("gauss-newton", "trak")
-DEPEND_ON_STEPS = ("trackstar", "fisher", "gauss-newton")
+WITH_DAMPING_RULE = ("trackstar", "fisher", "gauss-newton")
+DampingRule = Literal["default", "1/(ηT)", "5e-4 tr K"]
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,30 @@ class Variant:
     Attributes:
         runs: the number of training runs whose checkpoints it contains.
         last: only the last checkpoint of each run.
-        steps: the checkpoints have the number of steps, from which the damping follows.
+        damping: the rule of λ. By default, runs of SGD have the larger of the two others, and runs of AdamW 5e-4 tr K.
         preconditioner: of the gradients, from the second moments of Adam.
     """
 
     runs: int = 1
     last: bool = False
-    steps: bool = True
+    damping: DampingRule = "default"
     preconditioner: Preconditioner = "none"
 
 
-ALL = (Variant(), Variant(steps=False), Variant(last=True))
-ADAM = (Variant(preconditioner="adam"), Variant(steps=False, preconditioner="adam"))
+ALL = (Variant(), Variant(damping="1/(ηT)"), Variant(damping="5e-4 tr K"), Variant(last=True))
+OF_ADAM = (Variant(), Variant(damping="1/(ηT)"), Variant(last=True))
+WITH_MOMENTS = (Variant(preconditioner="adam"), Variant(damping="1/(ηT)", preconditioner="adam"))
 VARIANTS = {
     "MLP": (*ALL, Variant(runs=2), Variant(runs=5)),
     "CIFAR-2": (*ALL, Variant(runs=5)),
     "dattri LR": (Variant(), Variant(runs=10)),
     "dattri MLP": (Variant(), Variant(last=True), Variant(runs=10, last=True), Variant(runs=10)),
-    "GPT": (*ALL, *ADAM),
-    "LR, 3 epochs": ALL[:2],
-    "MLP, cosine": ALL[:2],
-    "MLP, momentum": ALL[:2],
-    "MLP, weight decay": ALL[:2],
-    "MLP, AdamW": (*ALL[:2], *ADAM),
+    "GPT": (*OF_ADAM, *WITH_MOMENTS),
+    "LR, 3 epochs": ALL[:3],
+    "MLP, cosine": ALL[:3],
+    "MLP, momentum": ALL[:3],
+    "MLP, weight decay": ALL[:3],
+    "MLP, AdamW": (*OF_ADAM[:2], *WITH_MOMENTS),
 }
 
 
@@ -63,19 +65,28 @@ def open_index(setting: Setting, data: Path, work: Path, folder: Path, variant: 
     seeds = range(variant.runs)
     setting.train_runs(data, work / "runs", seeds)
     epochs = setting.training.saved[-1:] if variant.last else None
-    task = setting.make_task(data, work / "runs", seeds, epochs, variant.steps)
+    steps = variant.damping == "default" and setting.training.optimizer == "sgd"
+    task = setting.make_task(data, work / "runs", seeds, epochs, steps)
     preconditioner = variant.preconditioner
     config = BuildConfig(dim=dim, index="flat", yardstick=False, device="cpu", preconditioner=preconditioner)
     build(task, folder, config)
     return InfluenceIndex.open(folder, task, device="cpu")
 
 
-def list_effective_dimensions(index: InfluenceIndex, score: ScoreName) -> list[float] | None:
+def find_damping(setting: Setting, data: Path, rule: DampingRule) -> float | None:
+    """Return λ of the rule 1/(ηT), which is the same for all checkpoints of a run; None: λ follows from the index."""
+    if rule != "1/(ηT)":
+        return None
+    rate, steps = setting.training.describe_checkpoint(setting.training.saved[0], len(setting.load(data)[0][0]))
+    return 1 / (rate * steps)
+
+
+def list_effective_dimensions(index: InfluenceIndex, score: ScoreName, damping: float | None) -> list[float] | None:
     """Return d_λ at each checkpoint, as `tracin-info` does; None for a score without a curvature matrix."""
     curvature = find_curvature(score)
     if curvature is None:
         return None
-    damped = index.score_maker.damp(curvature)
+    damped = index.score_maker.damp(curvature, damping)
     return [at.effective_dimension(damping) for at, damping in zip(damped.curvatures, damped.damping_C, strict=True)]
 
 
@@ -83,22 +94,24 @@ def measure_variants(name: str, options: argparse.Namespace) -> Iterator[dict[st
     """Yield a result for each variant of a setting, or for those with some numbers."""
     setting, data, work, dim = SETTINGS[name], options.data, options.work / name, options.dim
     truth = measure_truth(setting, data, work)
+    n_queries = truth.loss_MSQ.shape[2]
     variants = VARIANTS.get(name, ALL)
     for variant in variants if options.variants is None else [variants[number] for number in options.variants]:
         row = {"setting": name, **asdict(variant), "dim": dim, "truth_seeds": setting.truth_seeds}
         row["ceiling"] = compute_ceiling(truth.loss_MSQ)
         with tempfile.TemporaryDirectory() as folder:
             index = open_index(setting, data, work, Path(folder), variant, dim)
-            n_queries = truth.loss_MSQ.shape[2]
             row["effective_dimension"] = {}
             for score in options.scores:
                 can_score = setting.loss_is_nll or score not in NEED_PROBABILITIES
-                if can_score and (variant.steps or score in DEPEND_ON_STEPS):
-                    score_QN = index.score_matrix("query", range(n_queries), QueryOptions(score=score))
-                    row[score] = summarise(score_QN, truth)
-                    dims = list_effective_dimensions(index, score)
-                    if dims is not None:
-                        row["effective_dimension"][score] = dims
+                if not can_score or (variant.damping != "default" and score not in WITH_DAMPING_RULE):
+                    continue
+                damping = find_damping(setting, data, variant.damping) if score in WITH_DAMPING_RULE else None
+                chosen = QueryOptions(score=score, damping=damping)
+                row[score] = summarise(index.score_matrix("query", range(n_queries), chosen), truth)
+                dims = list_effective_dimensions(index, score, damping)
+                if dims is not None:
+                    row["effective_dimension"][score] = dims
         print(row, flush=True)
         yield row
 

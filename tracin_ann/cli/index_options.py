@@ -74,7 +74,7 @@ def damping_option(function: Function) -> Function:
     return click.option(
         "--damping",
         type=float,
-        help="Damping of the curvature.  [default: 1 / (learning rate × steps), or 5e-4 of its trace]",
+        help="Damping of the curvature.  [default: the larger of 1 / (learning rate × steps) and 5e-4 of its trace]",
     )(function)
 
 

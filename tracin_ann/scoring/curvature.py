@@ -41,7 +41,7 @@ _MOST_ROWS = 65_536
 _ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 8192, 1 << 23
 """Rows, and numbers of rows, that are in memory at a time."""
 _TRACE_FRACTION = 5e-4
-"""λ as a fraction of tr K, where the number of steps is not known."""
+"""The least λ as a fraction of tr K."""
 _LARGEST_P = 1 - 1e-4
 """Rows that are fitted better than this have the weight of this probability."""
 _ROUNDING = 1e-6
@@ -89,13 +89,14 @@ class Curvature:
         return (self.noise_ratio - 1) * self.trace / len(self.matrix_DD)
 
     def choose_damping(self, rate: float, steps: float | None) -> float:
-        """Return λ: 1 / (rate · steps), or 5e-4 · tr K if the number of steps is not known.
+        """Return λ: the larger of 1 / (rate · steps) and 5e-4 · tr K, or the latter if the number of steps is not known.
 
-        The damping is at least 1e-7 of the trace, below which rounding of K would matter. It is 1 if K is zero: scores
-        are zero with any damping.
+        The first is what the length of training implies, since a direction of less curvature was hardly learned in it.
+        In a long run it falls below the second, which was better there in retraining (docs/scores.md). λ is 1 if K is
+        zero: scores are zero with any damping.
         """
-        damping = 1 / (rate * steps) if steps is not None and rate > 0 else _TRACE_FRACTION * self.trace
-        return max(damping, 1e-7 * self.trace) or 1.0
+        implied = 1 / (rate * steps) if steps is not None and rate > 0 else 0.0
+        return max(implied, _TRACE_FRACTION * self.trace) or 1.0
 
     def effective_dimension(self, damping: float) -> float:
         """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped.

@@ -211,7 +211,7 @@ class ScoreMaker:
         known = [None] * len(rates) if name == "trak" else self.steps
         chosen = [c.choose_damping(rate, steps) for c, rate, steps in zip(curvatures, rates, known, strict=True)]
         kinds = {steps is not None for steps, rate in zip(known, rates, strict=True) if rate > 0}
-        rules = {True: "1 / (learning rate × steps)", False: "5e-4 of the trace"}
+        rules = {True: "max(1 / (learning rate × steps), 5e-4 of the trace)", False: "5e-4 of the trace"}
         return Damping(curvatures, chosen, " or ".join(rule for is_known, rule in rules.items() if is_known in kinds))
 
     @cached_property
