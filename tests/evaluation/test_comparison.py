@@ -173,7 +173,7 @@ def test_without_retraining_the_rules_are_recommended(folder: Path) -> None:
     assert found.lines == (
         (
             "recommendation",
-            "--score gauss-newton, damping 0.0667 (max(1 / (learning rate × steps), 5e-4 of the trace)), all 2 checkpoints, D = 64, "
+            "--score gauss-newton, damping 0.0667 (1 / (learning rate × steps)), all 2 checkpoints, D = 64, "
             "by rule and not by retraining",
         ),
     )

@@ -52,7 +52,7 @@ def test_the_index_serves_the_default_score(index: InfluenceIndex) -> None:
     assert (record.kind, record.score, index.default_score) == ("codes", "gauss-newton", "gauss-newton")
     options = QueryOptions(search="index")
     found = index.query(range(20), options=options)
-    assert found[0].how.startswith("score gauss-newton, damping max(1 / (learning rate × steps), 5e-4 of the trace); coded scan, as requested")
+    assert found[0].how.startswith("score gauss-newton, damping 1 / (learning rate × steps); coded scan, as requested")
     scores = index.score_matrix("query", range(20)).astype(np.float64)
     for answer, score_N in zip(found, scores, strict=True):
         best = np.argsort(-score_N, kind="stable")[:10]

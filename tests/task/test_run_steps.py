@@ -235,7 +235,7 @@ def test_the_index_of_a_trainer_run_has_the_damping_of_its_optimizer(tmp_path: P
     damping = index.score_maker.damp("gauss-newton")
     assert (damping.rule == "5e-4 of the trace") is (optim != "sgd")
     if optim == "sgd":
-        assert damping.rule == "max(1 / (learning rate × steps), 5e-4 of the trace)"
+        assert damping.rule == "1 / (learning rate × steps)"
         assert list(damping.damping_C[:-1]) == [pytest.approx(1 / sum(run.used))] * (len(rates) - 1)
 
 

@@ -88,15 +88,18 @@ class Curvature:
         """Return what the rounding of codes adds to each eigenvalue of K: it has no direction."""
         return (self.noise_ratio - 1) * self.trace / len(self.matrix_DD)
 
-    def choose_damping(self, rate: float, steps: float | None) -> float:
-        """Return λ: the larger of 1 / (rate · steps) and 5e-4 · tr K, or the latter if the number of steps is not known.
+    def choose_damping(self, rate: float, steps: float | None) -> tuple[float, str]:
+        """Return λ and its rule: the larger of 1 / (rate · steps) and 5e-4 · tr K; without `steps`, the latter.
 
-        The first is what the length of training implies, since a direction of less curvature was hardly learned in it.
-        In a long run it falls below the second, which was better there in retraining (docs/scores.md). λ is 1 if K is
-        zero: scores are zero with any damping.
+        Directions whose curvature is below the first were hardly learned in a training of this length. In a long one it
+        falls below the second, which agrees better with retraining there (docs/scores.md). λ is 1 if K is zero: scores
+        are zero with any damping.
         """
         implied = 1 / (rate * steps) if steps is not None and rate > 0 else 0.0
-        return max(implied, _TRACE_FRACTION * self.trace) or 1.0
+        least = _TRACE_FRACTION * self.trace
+        if implied > least:
+            return implied, "1 / (learning rate × steps)"
+        return least or 1.0, "5e-4 of the trace"
 
     def effective_dimension(self, damping: float) -> float:
         """Return d_λ = tr K (K + λI)⁻¹ = D - λ tr (K + λI)⁻¹, the number of directions that are not damped.

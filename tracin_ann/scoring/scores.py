@@ -210,9 +210,8 @@ class ScoreMaker:
         # TRAK's matrix is not that of a loss, so that the length of training says nothing about its damping.
         known = [None] * len(rates) if name == "trak" else self.steps
         chosen = [c.choose_damping(rate, steps) for c, rate, steps in zip(curvatures, rates, known, strict=True)]
-        kinds = {steps is not None for steps, rate in zip(known, rates, strict=True) if rate > 0}
-        rules = {True: "max(1 / (learning rate × steps), 5e-4 of the trace)", False: "5e-4 of the trace"}
-        return Damping(curvatures, chosen, " or ".join(rule for is_known, rule in rules.items() if is_known in kinds))
+        used = sorted({rule for (_, rule), rate in zip(chosen, rates, strict=True) if rate > 0})
+        return Damping(curvatures, [damping for damping, _ in chosen], " or ".join(used))
 
     @cached_property
     def load(self) -> Callable[[CurvatureName], list[Curvature]]:
