@@ -267,7 +267,7 @@ SETTINGS = {
         make_gpt,
         compute_language_loss,
         partial(load_text, n_rows=2000, n_queries=150),
-        Training(2e-3, 32, (2, 4, 6, 8, 10), optimizer="adamw", weight_decay=0.01),
+        Training(2e-3, 32, (1, 2, 3, 4, 5, 6, 8, 10), optimizer="adamw", weight_decay=0.01),
         truth_seeds=2,
         loss_is_nll=False,
     ),

@@ -22,7 +22,7 @@ _SUMMARY = {
 _DIM = 1024
 """Dimensions of the sketch in every table except the one of dimensions."""
 _WITH_CURVATURE = ("fisher", "gauss-newton")
-_DAMPING = {True: "1/(ηT)", False: "5e-4 tr K"}
+_DAMPINGS = ("default", "1/(ηT)", "5e-4 tr K")
 
 # Deng et al. 2024, "dattri: A Library for Efficient Data Attribution", arXiv 2410.04555: method -> MNIST-LR, MNIST-MLP;
 # TRAK with the best damping: Hu et al. 2025, "GraSS: Scalable Data Attribution with Gradient Sparsification and Sparse
@@ -55,9 +55,15 @@ def _describe_index(row: dict[str, Any]) -> str:
 
 
 def _read_own() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the content of our results, and those with the usual dimensions of the sketch."""
+    """Return the content of our results, and those with the usual dimensions of the sketch in the order of a table."""
     content = read_results("lds")
-    return content, [row for row in content["results"] if row["dim"] == _DIM]
+    return content, sorted((row for row in content["results"] if row["dim"] == _DIM), key=_order)
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the place of a row in a table."""
+    index = row["runs"], row["last"], row["preconditioner"] != "none"
+    return list(SETTINGS).index(row["setting"]), *index, _DAMPINGS.index(row["damping"]), row["dim"]
 
 
 def lds() -> str:
@@ -66,13 +72,14 @@ def lds() -> str:
     for row in own:
         ceiling = "–" if row["ceiling"] is None else f"{row['ceiling']:.3f}"
         figures = (f"{row[score][0]:.3f}" if score in row else "–" for score in _SCORES)
-        rows.append((row["setting"], _describe_index(row), _DAMPING[row["steps"]], ceiling, *figures))
+        rows.append((row["setting"], _describe_index(row), row["damping"], ceiling, *figures))
     widest = max((row[s][2] - row[s][1]) / 2 for row in own for s in _SCORES if s in row)
     scope = (
         "linear datamodeling score over 50 random halves of the training rows, mean over the queries, by "
         f"`InfluenceIndex.score_matrix` with D = {_DIM:,} per checkpoint. 95% bootstrap "
         f"intervals over subsets and queries are at most ± {widest:.3f}. The ceiling is the score of exact predictions "
-        "of the expected losses; it needs two training runs of each subset. `trak` is damped by 5e-4 tr K."
+        "of the expected losses; it needs two training runs of each subset. The default λ is the larger one of the two "
+        "others after SGD, and 5e-4 tr K after AdamW; that of `trak` is always 5e-4 tr K."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 
@@ -84,16 +91,15 @@ def lds_dims() -> str:
         for row in content["results"]
         if row.get("effective_dimension") and row["runs"] == 1 and not row["last"] and row["preconditioner"] == "none"
     ]
-    counts = Counter((row["setting"], row["steps"]) for row in measured)
-    measured = [row for row in measured if counts[row["setting"], row["steps"]] > 1]
-    places = {name: place for place, name in enumerate(SETTINGS)}
+    counts = Counter((row["setting"], row["damping"]) for row in measured)
+    measured = [row for row in measured if counts[row["setting"], row["damping"]] > 1]
     columns = [column for score in _WITH_CURVATURE for column in (score, "D / d_λ")]
     rows: list[Row] = [("setting", "λ", "D", "tracin", *columns)]
-    for row in sorted(measured, key=lambda row: (places[row["setting"]], not row["steps"], row["dim"])):
+    for row in sorted(measured, key=_order):
         cells = [cell for score in _WITH_CURVATURE for cell in _format_dim(row, score)]
         tracin = f"{row['tracin'][0]:.3f}" if "tracin" in row else "–"
-        rows.append((row["setting"], _DAMPING[row["steps"]], f"{row['dim']:,}", tracin, *cells))
-    widest = max((row[s][2] - row[s][1]) / 2 for row in measured for s in _WITH_CURVATURE)
+        rows.append((row["setting"], row["damping"], f"{row['dim']:,}", tracin, *cells))
+    widest = max((row[s][2] - row[s][1]) / 2 for row in measured for s in _WITH_CURVATURE if s in row)
     scope = (
         "linear datamodeling scores of indexes of one run by the dimensions D of the sketch per checkpoint, with the "
         "same runs, subsets, queries and seed of the sketch. Beside each score, D / d_λ for the largest effective "
@@ -105,6 +111,8 @@ def lds_dims() -> str:
 
 def _format_dim(row: dict[str, Any], score: str) -> tuple[str, str]:
     """Return a score, and the dimensions as a multiple of its effective dimension with the latter in parentheses."""
+    if score not in row:
+        return "–", "–"
     effective = max(row["effective_dimension"][score])
     return f"{row[score][0]:.3f}", f"{row['dim'] / effective:.1f} (d_λ {effective:.0f})"
 
@@ -112,21 +120,21 @@ def _format_dim(row: dict[str, Any], score: str) -> tuple[str, str]:
 def lds_summary() -> str:
     """Return the figures of indexes with the default damping, for five models."""
     _, own = _read_own()
-    usual = [row for row in own if row["runs"] == 1 and not row["last"] and _has_usual_damping(row)]
+    usual = [row for row in own if row["runs"] == 1 and not row["last"] and row["damping"] == "default"]
     columns = [
         next(row for row in usual if row["setting"] == name and row["preconditioner"] == "none") for name in _SUMMARY
     ]
-    found = [_find_undamped(own, row) | row for row in columns]
     rows: list[Row] = [("", *_SUMMARY.values())]
     for score in ("tracin", "fisher", "gauss-newton"):
-        rows.append((f"`{score}`", *(f"{row[score][0]:.2f}" if score in row else "–" for row in found)))
+        rows.append((f"`{score}`", *(f"{row[score][0]:.2f}" if score in row else "–" for row in columns)))
     ceilings = ("–" if row["ceiling"] is None else f"{row['ceiling']:.2f}" for row in columns)
     return format_table(*rows, ("ceiling", *ceilings))
 
 
 def lds_published() -> str:
     content, own = _read_own()
-    figures = {((row["runs"], row["last"]), row["setting"]): row for row in own if row["setting"] in _PROTOCOL}
+    usual = [row for row in own if row["setting"] in _PROTOCOL and row["damping"] == "default"]
+    figures = {((row["runs"], row["last"]), row["setting"]): row for row in usual}
     rows: list[Row] = [("method", "MNIST-LR", "MNIST-MLP")]
     for name, published in _PUBLISHED.items():
         rows.append((name, *("–" if figure is None else f"{figure:.3f}" for figure in published)))
@@ -144,17 +152,6 @@ def lds_published() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
-def _has_usual_damping(row: dict[str, Any]) -> bool:
-    """Return whether λ is that of an index by default: from the steps of a run of SGD, and else from the trace."""
-    return bool(row["steps"]) == (SETTINGS[row["setting"]].training.optimizer == "sgd")
-
-
-def _find_undamped(own: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
-    """Return the result with the scores of the same index that have no damping."""
-    keys = ("setting", "runs", "last", "preconditioner")
-    return next(other for other in own if "tracin" in other and all(other[key] == row[key] for key in keys))
-
-
 def lds_peers() -> str:
     content, (_, own) = read_results("lds_peers"), _read_own()
     rows: list[Row] = [("setting", "checkpoints", "method", "default damping", "best damping")]
@@ -165,13 +162,11 @@ def lds_peers() -> str:
         if place not in shown:
             shown.add(place)
             for ours in own:
-                if (ours["setting"], ours["runs"], ours["last"]) == place and _has_usual_damping(ours):
+                if (ours["setting"], ours["runs"], ours["last"]) == place and ours["damping"] == "default":
                     name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
-                    # TracIn has no damping, and is measured once for an index.
-                    figures = {"tracin": _find_undamped(own, ours)["tracin"]} | ours
                     for score in ("tracin", "fisher", "gauss-newton"):
-                        if score in figures:
-                            figure = _format_interval(figures[score])
+                        if score in ours:
+                            figure = _format_interval(ours[score])
                             rows.append((row["setting"], checkpoints, f"{name}, {score}", figure, "–"))
         if "failed" in row:
             rows.append((row["setting"], checkpoints, row["method"], "fails", "–"))

@@ -3,8 +3,8 @@
 Reads the rows, queries and true scores that benchmarks.retrieval.rows wrote; a size of N uses the first N rows. Recall
 is measured against the exact scan of the stored rows, with scores recomputed from them. The true ten are the rows of
 the ten largest TracIn scores over all parameters; their share among the first M candidates is the recall after these
-are re-ranked exactly. Times are medians of interleaved rounds in one process, for both directions. A model that is
-measured again replaces its earlier figures in the result file.
+are re-ranked exactly. Times are medians of interleaved rounds in one process, for both directions. A size of a model
+that is measured again replaces its earlier figures in the result file.
 """
 
 from __future__ import annotations
@@ -277,9 +277,9 @@ def main() -> None:
     for argument in options.families:
         name, _, folder = argument.partition("=")
         family = open_family(name, Path(folder), options.queries)
-        results = [result for result in results if result["family"] != name]
         for size in (size for size in options.sizes if size <= len(family.rows)):
             part = dataclasses.replace(family, rows=First(family.rows.view, size))
+            results = [result for result in results if (result["family"], result["rows"]) != (name, size)]
             results.append(measure_size(part, options))
             path = write_results(RESULT, settings, json.loads(json.dumps(results, default=to_record)))
     print(path)
