@@ -219,7 +219,7 @@ def test_the_first_line_of_a_module_is_its_caption(module: Module) -> None:
 def test_accelerators_are_named_in_device_only(module: Module) -> None:
     if module.room != "device":
         lines = [n for n, line in enumerate(module.text.splitlines(), 1) if re.search("cuda", line)]
-        assert lines == [], f"{module.path} names cuda; that is a word of device.py"
+        assert lines == [], f"{module.path} names cuda; that is a word of device"
 
 
 @every_module
