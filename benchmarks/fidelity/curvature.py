@@ -52,6 +52,11 @@ class Setting:
     make: Callable[[], nn.Module]
     saved: tuple[int, ...]
 
+    @property
+    def damping(self) -> float:
+        """Return λ = 1/(ηT) with T updates."""
+        return 1 / (RATE * self.saved[-1] * -(-N_ROWS // BATCH))
+
 
 SETTINGS = {"MLP": Setting(make_mlp, (5, 10, 15, 20)), "CNN": Setting(make_cnn, (3, 5, 7, 10))}
 
@@ -106,10 +111,9 @@ class Retraining:
 
 def open_index(setting: Setting, rows: Rows, queries: Rows, folder: Path) -> InfluenceIndex:
     checkpoints = []
-    n_steps = setting.saved[-1] * -(-N_ROWS // BATCH)
     for epoch, model in train(setting, rows, np.arange(N_ROWS), 0):
         torch.save(model.state_dict(), folder / f"{epoch}.pt")
-        checkpoints.append(Checkpoint(folder / f"{epoch}.pt", RATE, steps=n_steps))
+        checkpoints.append(Checkpoint(folder / f"{epoch}.pt", RATE))
     train_rows, query_rows = (list(zip(images, labels.tolist(), strict=True)) for images, labels in (rows, queries))
     task = Task(setting.make, compute_loss, lambda: train_rows, lambda: query_rows, checkpoints, loss_is_nll=True)
     build(task, folder / "index", BuildConfig(dim=1024, device="cpu", index="flat", yardstick=False))
@@ -134,10 +138,10 @@ class Curvatures:
         return self.kept[model.checkpoint]
 
 
-def compute_scores(index: InfluenceIndex, name: CurvatureName) -> dict[str, np.ndarray]:
+def compute_scores(index: InfluenceIndex, name: CurvatureName, damping: float) -> dict[str, np.ndarray]:
     """Return the scores [Q, N] by each method."""
-    found = {"sketch": index.score_matrix("query", range(N_QUERIES), QueryOptions(score=name))}
-    damping_C = index.score_maker.damp(name).damping_C
+    found = {"sketch": index.score_matrix("query", range(N_QUERIES), QueryOptions(score=name, damping=damping))}
+    damping_C = index.score_maker.damp(name, damping).damping_C
     methods = {"exact": (compute_gram, 1), "exact, half": (compute_gram, 2), "EK-FAC": (fit_ekfac, 1)}
     for method, (fit, step) in methods.items():
         curvatures: Any = Curvatures(index, fit, range(0, N_ROWS, step))
@@ -174,7 +178,8 @@ def measure_setting(name: str, options: argparse.Namespace) -> Iterator[dict[str
     with tempfile.TemporaryDirectory() as folder:
         index = open_index(setting, rows, queries, Path(folder))
         tracin = {"sketch": index.score_matrix("query", range(N_QUERIES), QueryOptions(score="tracin"))}
-        for score, found in {"tracin": tracin, **{score: compute_scores(index, score) for score in SCORES}}.items():
+        scores = {score: compute_scores(index, score, setting.damping) for score in SCORES}
+        for score, found in {"tracin": tracin, **scores}.items():
             of_sketch_Q = np.zeros(len(chosen))
             candidate_QK = np.argsort(-found["sketch"], axis=1)[:, :CANDIDATES]
             for method, score_QN in found.items():

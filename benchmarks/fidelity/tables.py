@@ -68,9 +68,9 @@ def curvature() -> str:
     settings = content["settings"]
     scope = (
         "2,000 rows and 100 queries of MNIST, an MLP of 25,450 and a CNN of 14,538 parameters, SGD, 4 checkpoints, D = "
-        f"1024; LDS against {settings['subsets']} random halves, {settings['seeds']} training runs each; mean over "
-        "queries ± standard error. Rise: that of a query's loss after training without its best 50 of the 200 "
-        "candidates by the sketch, mean over the first queries that are right before; how many are then wrong."
+        f"1024, λ = 1/(ηT); LDS against {settings['subsets']} random halves, {settings['seeds']} training runs each; "
+        "mean over queries ± standard error. Rise: that of a query's loss after training without its best 50 of the "
+        "200 candidates by the sketch, mean over the first queries that are right before; how many are then wrong."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 

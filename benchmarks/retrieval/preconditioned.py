@@ -236,11 +236,12 @@ def measure_lists(
 def measure_size(maker: ScoreMaker, rows: First, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one number of rows under one score."""
     start_s = time.process_time()
-    score = maker.make(name)  # type: ignore[arg-type]
+    damping = None if name == "trak" else 1 / (max(maker.source.rates) * options.steps)
+    score = maker.make(name, damping)  # type: ignore[arg-type]
     assert isinstance(score, PreconditionedScore)
     seconds = time.process_time() - start_s
-    damping = score.damping
-    dims = [c.effective_dimension(d) for c, d in zip(damping.curvatures, damping.damping_C, strict=True)]
+    pairs = zip(score.damping.curvatures, score.damping.damping_C, strict=True)
+    dims = [curvature.effective_dimension(each) for curvature, each in pairs]
     features_QF = np.load(Path(options.folder) / "queries.npy").astype(np.float32)
     chosen = np.random.default_rng(1).choice(len(features_QF), options.queries, replace=False)
     vector_QF = score.weigh(features_QF[chosen], range(len(score.rates))).vector_QF
@@ -272,7 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--lists", nargs="*", default=["rows", "bilinear"], choices=["rows", "full", "whitened", "bilinear"]
     )
-    parser.add_argument("--steps", type=float, default=5625, help="optimizer updates of the run")
+    parser.add_argument("--steps", type=float, default=5625, help="optimizer updates T of the run; λ is 1/(ηT)")
     parser.add_argument("--queries", type=int, default=150, help="number of queries")
     parser.add_argument("--add", action="store_true", help="add to the figures of the result file")
     options = parser.parse_args()
@@ -286,7 +287,7 @@ def main() -> None:
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             source = CurvatureSource(store, np.arange(size), rates, True, Path(folder))
-            maker = ScoreMaker(source, [options.steps] * len(rates))
+            maker = ScoreMaker(source, [None] * len(rates))
             for name in options.scores:
                 figures = measure_size(maker, First(store.view(), size), name, options)
                 results.append({"dim": spec.layout.dim} | figures)
