@@ -73,14 +73,6 @@ def open_index(setting: Setting, data: Path, work: Path, folder: Path, variant: 
     return InfluenceIndex.open(folder, task, device="cpu")
 
 
-def find_damping(setting: Setting, data: Path, rule: DampingRule) -> float | None:
-    """Return λ of the rule 1/(ηT), which is the same for all checkpoints of a run; None: λ follows from the index."""
-    if rule != "1/(ηT)":
-        return None
-    rate, steps = setting.training.describe_checkpoint(setting.training.saved[0], len(setting.load(data)[0][0]))
-    return 1 / (rate * steps)
-
-
 def list_effective_dimensions(index: InfluenceIndex, score: ScoreName, damping: float | None) -> list[float] | None:
     """Return d_λ at each checkpoint, as `tracin-info` does; None for a score without a curvature matrix."""
     curvature = find_curvature(score)
@@ -94,7 +86,7 @@ def measure_variants(name: str, options: argparse.Namespace) -> Iterator[dict[st
     """Yield a result for each variant of a setting, or for those with some numbers."""
     setting, data, work, dim = SETTINGS[name], options.data, options.work / name, options.dim
     truth = measure_truth(setting, data, work)
-    n_queries = truth.loss_MSQ.shape[2]
+    n_queries, given = truth.loss_MSQ.shape[2], setting.training.compute_damping(len(setting.load(data)[0][0]))
     variants = VARIANTS.get(name, ALL)
     for variant in variants if options.variants is None else [variants[number] for number in options.variants]:
         row = {"setting": name, **asdict(variant), "dim": dim, "truth_seeds": setting.truth_seeds}
@@ -106,7 +98,7 @@ def measure_variants(name: str, options: argparse.Namespace) -> Iterator[dict[st
                 can_score = setting.loss_is_nll or score not in NEED_PROBABILITIES
                 if not can_score or (variant.damping != "default" and score not in WITH_DAMPING_RULE):
                     continue
-                damping = find_damping(setting, data, variant.damping) if score in WITH_DAMPING_RULE else None
+                damping = given if variant.damping == "1/(ηT)" else None
                 chosen = QueryOptions(score=score, damping=damping)
                 row[score] = summarise(index.score_matrix("query", range(n_queries), chosen), truth)
                 dims = list_effective_dimensions(index, score, damping)

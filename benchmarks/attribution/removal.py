@@ -17,7 +17,7 @@ from benchmarks.attribution.settings import SETTINGS, Setting
 from benchmarks.attribution.truth import merge_results, open_retraining
 from benchmarks.common.results import write_results
 from tracin_ann import BuildConfig, InfluenceIndex, QueryOptions, build
-from tracin_ann.choices import ScoreName
+from tracin_ann.choices import DAMPED_SCORES, ScoreName
 from tracin_ann.evaluation import draw_random_rows, find_top_rows, measure_removal
 from tracin_ann.types import Float32
 
@@ -26,12 +26,16 @@ SCORES: tuple[ScoreName, ...] = ("tracin", "fisher", "gauss-newton")
 
 
 def compute_scores(setting: Setting, data: Path, work: Path, queries: list[int], dim: int) -> dict[str, Float32]:
-    """Return the scores [Q, N] of the index of one run, and the negative distances of the inputs."""
+    """Return the scores [Q, N] of the index of one run with λ = 1/(ηT), and the negative distances of the inputs."""
     task = setting.make_task(data, work / "runs", [0])
+    damping = setting.training.compute_damping(len(setting.load(data)[0][0]))
     with tempfile.TemporaryDirectory() as folder:
         build(task, folder, BuildConfig(dim=dim, index="flat", yardstick=False, device="cpu"))
         index = InfluenceIndex.open(folder, task, device="cpu")
-        scores = {score: index.score_matrix("query", queries, QueryOptions(score=score)) for score in SCORES}
+        chosen = {
+            score: QueryOptions(score=score, damping=damping if score in DAMPED_SCORES else None) for score in SCORES
+        }
+        scores = {score: index.score_matrix("query", queries, options) for score, options in chosen.items()}
     inputs, query_inputs = (rows[0].flatten(1) for rows in setting.load(data))
     return {"nearest": -torch.cdist(query_inputs[queries], inputs).numpy(), **scores}
 

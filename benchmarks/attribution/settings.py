@@ -75,6 +75,11 @@ class Training:
         rate = rates[epoch * self.steps_of_epoch(n_rows) - 1]
         return rate, sum(rates) / rate / (1 - self.momentum)
 
+    def compute_damping(self, n_rows: int) -> float:
+        """Return λ = 1/(ηT) with T steps, which is the same at all checkpoints of a run."""
+        rate, n_steps = self.describe_checkpoint(self.saved[0], n_rows)
+        return 1 / (rate * n_steps)
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -193,7 +193,7 @@ def removal() -> str:
         "retraining without the top rows of each query, with the mean loss of one or more training runs: the mean rise "
         "of the loss, the queries whose label falls below a probability of 1/2, and the share of the removed rows with "
         "the label of the query. The queries are the first with a probability above 1/2. Intervals are over the "
-        "queries. Index of one run, D = 1,024."
+        "queries. Index of one run, D = 1,024, λ = 1/(ηT)."
     )
     return compose(scope, format_table(*rows), format_environment(content))
 

@@ -187,8 +187,8 @@ def retrieval_preconditioned() -> str:
     scope = (
         "search kernel alone, on features that are already computed. Lists have the settings with the fewest scored "
         "rows of a recall of 0.95; if no setting reaches it, those of the highest recall. CPU time of one thread for "
-        f"both directions; k = 10, {content['settings']['queries']} queries, batches of 100, λ = 1/(ηT). Cells with two "
-        "figures are proponents / opponents."
+        f"both directions; k = 10, {content['settings']['queries']} queries, batches of 100, λ = 1/(ηT). Cells "
+        "with two figures are proponents / opponents."
     )
     caption = "The share of the ten largest scores among the best 100 and 1,000 by another score:"
     return compose(scope, format_table(*lists), caption, format_table(*shares), format_environment(content))
