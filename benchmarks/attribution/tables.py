@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.attribution.settings import SETTINGS
@@ -152,6 +152,20 @@ def lds_published() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
+def _find_indexes(own: Sequence[dict[str, Any]], place: tuple[Any, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a name and the results of each index of a setting, with the default damping if it was measured."""
+    for preconditioner, suffix in (("none", ""), ("adam", ", adam")):
+        found = {
+            row["damping"]: row
+            for row in own
+            if (row["setting"], row["runs"], row["last"], row["preconditioner"]) == (*place, preconditioner)
+        }
+        damping = next((each for each in _DAMPINGS if each in found), None)
+        if damping is not None:
+            other = "" if damping == "default" else f", λ = {damping}"
+            yield f"tracin-ann{suffix}{other}", found[damping]
+
+
 def lds_peers() -> str:
     content, (_, own) = read_results("lds_peers"), _read_own()
     rows: list[Row] = [("setting", "checkpoints", "method", "default damping", "best damping")]
@@ -161,13 +175,10 @@ def lds_peers() -> str:
         checkpoints = _describe_index({**row, "preconditioner": "none"})
         if place not in shown:
             shown.add(place)
-            for ours in own:
-                if (ours["setting"], ours["runs"], ours["last"]) == place and ours["damping"] == "default":
-                    name = "tracin-ann" + (", adam" if ours["preconditioner"] == "adam" else "")
-                    for score in ("tracin", "fisher", "gauss-newton"):
-                        if score in ours:
-                            figure = _format_interval(ours[score])
-                            rows.append((row["setting"], checkpoints, f"{name}, {score}", figure, "–"))
+            for name, ours in _find_indexes(own, place):
+                scores = [score for score in ("tracin", "fisher", "gauss-newton") if score in ours]
+                figures = ((f"{name}, {score}", _format_interval(ours[score])) for score in scores)
+                rows += ((row["setting"], checkpoints, *cells, "–") for cells in figures)
         if "failed" in row:
             rows.append((row["setting"], checkpoints, row["method"], "fails", "–"))
             continue

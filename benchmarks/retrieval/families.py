@@ -181,7 +181,7 @@ def describe_rows(rows: First, row_NF: Float32) -> tuple[dict[str, Any], tuple[s
     """Return the diagnosis of the rows with quantiles of their norms over the median, and the kinds chosen by it."""
     diagnosis = diagnose(rows, np.arange(len(rows)), 0)
     choices = choose_index("auto", len(rows), rows.dim, lambda: diagnosis)
-    norm_N = np.linalg.norm(row_NF, axis=1)
+    norm_N = np.sqrt(np.einsum("nf,nf->n", row_NF, row_NF))
     quantiles = np.quantile(norm_N, [0.1, 0.9, 1.0]) / np.median(norm_N)
     norms = {f"norm_{name}": float(value) for name, value in zip(("p10", "p90", "max"), quantiles, strict=True)}
     return dataclasses.asdict(diagnosis) | norms, tuple(choice.kind for choice in choices)

@@ -135,8 +135,12 @@ def time_searches(searches: dict[str, Callable[[Float32], Any]], queries: Float3
 
 
 def read_rows(rows: First) -> Float32:
-    """Return all rows [N, F] in float32."""
-    return np.concatenate([block for _, block in rows.blocks(65_536)])
+    """Return all rows [N, F] in float32, without a second copy at any time."""
+    row_NF, done = np.empty((len(rows), rows.dim), np.float32), 0
+    for _, block_BF in rows.blocks(65_536):
+        row_NF[done : done + len(block_BF)] = block_BF
+        done += len(block_BF)
+    return row_NF
 
 
 def scan_memory(row_NF: Float32, queries: Float32, k: int = 10) -> None:
