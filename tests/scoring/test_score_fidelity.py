@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 import oracle
 from tracin_ann import BuildConfig, Checkpoint, InfluenceIndex, QueryOptions, Task, build
+from tracin_ann.choices import ScoreName
 from tracin_ann.cli.info import main as info
 from tracin_ann.errors import NonFiniteError
 from tracin_ann.operations import remove
-from tracin_ann.scoring import exact_work
+from tracin_ann.scoring import exact_preconditioning, exact_work
 from tracin_ann.scoring.exact_work import ExactWork
+from tracin_ann.serve.pages.overview import summarise_index
 from tracin_ann.store import Manifest, ParameterSpec
 from tracin_ann.store.columns import RowFilter
 from tracin_ann.store.manifest import MANIFEST, content_digest
@@ -121,6 +123,29 @@ def test_the_true_recall_equals_brute_force(index: InfluenceIndex, folder: Path)
     assert index.manifest.fidelity is not None and index.manifest.fidelity != measured.fidelity
 
 
+@pytest.mark.parametrize(("score", "method"), [("fisher", "Gram"), ("trak", "Gram"), ("gauss-newton", "EK-FAC")])
+def test_the_truth_is_that_of_exact_answers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: ScoreName, method: str
+) -> None:
+    if method == "EK-FAC":
+        monkeypatch.setattr(exact_preconditioning, "_MOST_PRODUCTS", 0)
+    task = make_task(folder, score=score)
+    measured = build(task, tmp_path / "index", CONFIG).manifest.score_fidelity
+    assert measured is not None and measured.score == score
+    index = InfluenceIndex.open(tmp_path / "index", task, device="cpu")
+    asked = np.sort(np.random.default_rng(CONFIG.seed + 1).permutation(QUERIES)[:16]).tolist()
+    answers = index.query(asked, options=QueryOptions(exact=True, k=10))
+    assert ("EK-FAC" in answers[0].how) == (method == "EK-FAC")
+    stored_QN = index.score_matrix("query", asked)
+    found = zip(oracle.top_ids(stored_QN, 10), oracle.top_ids(-stored_QN, 10), answers, strict=True)
+    shares = [
+        [len({hit.row for hit in hits} & {*map(int, top)}) / 10 for hits, top in ((a.proponents, p), (a.opponents, o))]
+        for p, o, a in found
+    ]
+    first = measured.fidelity.true_recall[0]
+    assert [first.proponents.mean, first.opponents.mean] == pytest.approx(np.mean(shares, axis=0), abs=1e-9)
+
+
 def test_answers_state_the_true_recall_of_their_score(index: InfluenceIndex) -> None:
     manifest = index.manifest
     assert manifest.score_fidelity is not None and manifest.fidelity is not None
@@ -172,6 +197,22 @@ def test_info_shows_the_fidelity_of_both_scores(index: InfluenceIndex, folder: P
         shown = f"{first.proponents.summary} of the proponents, {first.opponents.summary} of the opponents"
         assert f"true top 10{by} among the first 10 rows: {shown}" in text
     assert f"quality: recall@10 by gauss-newton {manifest.score_fidelity.fidelity.proponents:.2f} (prop" in text
+
+
+def test_the_overview_of_the_server_shows_both_scores(index: InfluenceIndex) -> None:
+    manifest = index.manifest
+    assert manifest.score_fidelity is not None and manifest.fidelity is not None
+    view = summarise_index(index)
+    assert [what for what, *_ in view.recalls] == [
+        f"{what} by {score}"
+        for score in ("gauss-newton", "tracin")
+        for what in ("stored features", "exact scores of 100 candidates", "exact scores of 1,000 candidates")
+    ]
+    shown = [manifest.score_fidelity.fidelity, manifest.fidelity]
+    assert [view.recalls[3 * i][1] for i in range(2)] == [each.true_recall[0].proponents.summary for each in shown]
+    correlations = f"{shown[0].correlation:.2f} by gauss-newton and {shown[1].correlation:.2f} by tracin."
+    assert view.recall_note.endswith(correlations)
+    assert view.quality.startswith("recall@10 by gauss-newton ")
 
 
 def test_a_change_of_the_rows_leaves_no_old_figure(folder: Path, tmp_path: Path) -> None:
@@ -283,7 +324,7 @@ def test_the_work_of_exact_scores() -> None:
     mlp = [ParameterSpec("a", (128, 784), "torch.float32", True), ParameterSpec("b", (64, 128), "torch.float32", True)]
     assert ExactWork(mlp, 3, 5000, 16, 2500).is_small
     assert not ExactWork(mlp, 30, 5000, 16, 2500).is_small
-    assert ExactWork(mlp, 30, 100_000, 16, 2500).is_small
+    assert ExactWork(mlp, 30, 200_000, 16, 2500).is_small
     sequences = [replace(parameter, rank_one=False) for parameter in mlp]
     assert not ExactWork(sequences, 1, 5000, 16, 2500).is_small
     assert ExactWork(sequences, 1, 10_000_000, 16, 2500).is_small

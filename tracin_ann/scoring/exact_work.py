@@ -19,10 +19,13 @@ from tracin_ann.scoring.exact_preconditioning import choose_inverse
 from tracin_ann.scoring.gram import count_gradients
 from tracin_ann.store import ParameterSpec
 
-_SMALL_WORK = 200 * 10**9
+_SMALL_WORK = 400 * 10**9
 """The most multiply-adds over all checkpoints that take seconds: less than a minute of a CPU core."""
 _OF_GRADIENT = 3
 """Multiply-adds of a gradient for each entry of the parameters."""
+_OF_FACTOR = 2
+"""Those of the factor and of the diagonal of the inverse of a matrix in float64, in units of its side to the power of
+three: half as many, which take twice as long as in float32."""
 _OF_EIGENVECTORS = 10
 """Those of the eigenvectors of a matrix, in units of its side to the power of three."""
 _BYTES = 4
@@ -67,7 +70,7 @@ class ExactWork:
             gradients = _OF_GRADIENT * entries * count_gradients(n_sampled, max(1, entries) * _BYTES)
             pairs = n_sampled**2 // 2 * sum(_count_pair(p) for p in self.parameters)
             passes = 2 * n_sampled * (_OF_GRADIENT + self.n_queries) * entries
-            return scored + gradients + pairs + passes
+            return scored + gradients + pairs + passes + _OF_FACTOR * n_sampled**3
         sides = [side for p in self.parameters for side in _measure_sides(p) if side <= LARGEST_SIDE]
         fit = 2 * n_sampled * (_OF_GRADIENT * entries + sum(side**2 for side in sides))
         return scored + fit + _OF_EIGENVECTORS * sum(side**3 for side in sides)
