@@ -272,10 +272,12 @@ def run(
     job.check_score(manifest, store)
     make_score = open_score_maker(job.out, manifest, store).make
     manifest = replace(
-        manifest,
-        index=build_search_index(generation, features, quality, make_score, job.search_options),
-        fidelity=quality.fidelity() if job.config.yardstick and not record.random_data else None,
+        manifest, index=build_search_index(generation, features, quality, make_score, job.search_options)
     )
+    if job.config.yardstick and not record.random_data:
+        manifest = replace(manifest, fidelity=quality.fidelity(make_score("tracin")))
+        measured = quality.score_fidelity(make_score(manifest.default_score), record.spec.parameters)
+        manifest = replace(manifest, score_fidelity=measured)
     generation.publish(manifest)
     # Not a part of the generation, which is complete without it: an open index computes it at its first use.
     job.keep_curvature(manifest, store)

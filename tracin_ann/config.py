@@ -54,7 +54,7 @@ class BuildConfig:
         target_recall: recall@10, relative to an exact scan of the stored rows, that the search index is calibrated to.
         codes: how inverted lists store rows: `sq8`, `sq4` (half the memory) or `fp16`.
         yardstick: measure on a few queries how well the sketch ranks rows by exact scores; this runs some 2,500 rows
-            per checkpoint once more.
+            per checkpoint once more, and the sample of an exact curvature if the default score has one.
         device: `auto` or a device's name, see `resolve_device`.
         dtype: of stored features: `float16` (with one exponent per row), `float32`, or codes of 8, 4, 2 or 1 bits a
             number (`int8`, `int4`, `int2`, `int1`) with two factors for each row and checkpoint.

@@ -436,8 +436,7 @@ class InfluenceIndex:
     @property
     def default_score(self) -> ScoreName:
         """Return the score of queries that name none."""
-        record = self.manifest.score
-        return "tracin" if record is None else record.default
+        return self.manifest.default_score
 
     def name_score(self, options: QueryOptions) -> ScoreName:
         """Return the name of the score that the options name, or of the index's default."""
@@ -525,6 +524,7 @@ class InfluenceIndex:
                 scan=self._scan,
                 record=self.manifest.index,
                 fidelity=self.manifest.fidelity,
+                score_fidelity=self.manifest.score_fidelity,
                 rates=rates,
                 runner=self.runner,
                 ids_of=self.ids_of,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from statistics import mean
 from typing import Any
 
 from benchmarks.attribution.settings import SETTINGS
@@ -214,4 +215,46 @@ def removal() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
-TABLES = (lds, lds_dims, lds_summary, lds_peers, lds_published, removal)
+def true_recall_curvature() -> str:
+    """Return how often the intervals of the true recall that a build predicts cover the measured one."""
+    content = read_results("true_recall_curvature")
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for cell in content["results"]["cases"]:
+        groups[cell["rows"], cell["dim"]].append({**cell, **cell["build"]})
+    rows: list[Row] = [("rows", "D", "measured in 10, 100, 1,000", "covered", "mean error", "largest")]
+    for (n_rows, dim), found in groups.items():
+        shares = {(cell["depth"], cell["side"]): cell["measured"] for cell in found}
+        measured = ", ".join(
+            " / ".join(f"{shares[depth, side]:.2f}" for side in ("proponents", "opponents"))
+            for depth in sorted({depth for depth, _ in shares})
+        )
+        covered = mean(cell["lower"] <= cell["measured"] <= cell["upper"] for cell in found)
+        errors = [cell["mean"] - cell["measured"] for cell in found]
+        size = f"{mean(map(abs, errors)):.3f} ({mean(errors):+.3f})"
+        rows.append((f"{n_rows:,}", f"{dim:,}", measured, f"{covered:.1%}", size, f"{max(map(abs, errors)):.3f}"))
+    settings = content["settings"]
+    scope = (
+        f"MLP of MNIST, {settings['checkpoints']} checkpoints, `gauss-newton`; {settings['cases']} cases of each size "
+        f"and D: random draws of {settings['queries']} of {settings['measured_queries']} queries and of the rows that "
+        "are scored exactly. Measured: the share of the true top ten of all these queries (proponents / opponents) in "
+        "the first rows of the stored ranking. Covered: it is within the predicted 95% interval. Error: predicted − "
+        "measured, mean of the absolute values, and mean."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+def yardstick_cost() -> str:
+    """Return the CPU time of builds with and without the measurement of true recall."""
+    content = read_results("true_recall_curvature")
+    names = [f"{score}{measured}" for score in ("tracin", "gauss-newton") for measured in ("", ", measured")]
+    rows: list[Row] = [("rows", *names)]
+    for result in content["results"]["builds"]:
+        rows.append((f"{result['rows']:,}", *(f"{result['seconds'][name]:.1f} s" for name in names)))
+    scope = (
+        f"CPU time of a build of the same MLP with D = {content['results']['builds'][0]['dim']:,} by its default "
+        "score, without (`--no-yardstick`) and with the measurement: of TracIn, or of TracIn and `gauss-newton`."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+TABLES = (lds, lds_dims, lds_summary, lds_peers, lds_published, removal, true_recall_curvature, yardstick_cost)

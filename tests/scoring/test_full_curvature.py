@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,10 @@ from tracin_ann import Checkpoint, InfluenceIndex, QueryOptions, Task, build
 from tracin_ann.choices import CURVATURES
 from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
+from tracin_ann.gradients import materialise
 from tracin_ann.operations import remove
 from tracin_ann.scoring import Answers, ekfac, exact_preconditioning, gram
+from tracin_ann.scoring.computation import run_steps
 from tracin_ann.scoring.ekfac import fit_ekfac
 from tracin_ann.scoring.exact import compute_full_gradients
 from tracin_ann.scoring.gram import compute_gram
@@ -96,7 +99,7 @@ def test_the_gram_matrix_inverts_the_curvature_of_every_layer(name, tmp_path, mo
 @pytest.mark.parametrize("longest", [4096, 8])
 @pytest.mark.parametrize("name", CASES)
 def test_ekfac_equals_its_definition_for_every_layer(name, longest, tmp_path, monkeypatch):
-    monkeypatch.setattr(ekfac, "_LARGEST_SIDE", longest)
+    monkeypatch.setattr(ekfac, "LARGEST_SIDE", longest)
     monkeypatch.setattr(ekfac, "_ELEMENTS", 300)
     with load_case(name, tmp_path) as (model, grad_NP, shapes):
         damping = 1e-2 * float(grad_NP.square().sum(1).mean())
@@ -359,21 +362,49 @@ def test_a_curvature_that_is_dropped_frees_its_memory_at_once(tmp_path):
 
 
 def test_two_blocks_of_gradients_are_in_memory(tmp_path, monkeypatch):
-    step_through_gradients, blocks, sizes = gram.step_through_gradients, [], []
+    compute_scaled, blocks, sizes = gram._compute_scaled, [], []
 
-    def watch(model, side, ids):
+    def watch(model, rows):
         sizes.append(sum(block() is not None for block in blocks))
-        gradients = yield from step_through_gradients(model, side, ids)
-        blocks.append(weakref.ref(next(iter(gradients.values()))))
-        return gradients
+        block = yield from compute_scaled(model, rows)
+        blocks.append(weakref.ref(block))
+        return block
 
     with load_case("mlp", tmp_path) as (model, *_):
         monkeypatch.setattr(gram, "_BLOCK_BYTES", 2 * 4 * sum(p.numel() for p in model.parameters.values()))
-        monkeypatch.setattr(gram, "step_through_gradients", watch)
+        monkeypatch.setattr(gram, "_compute_scaled", watch)
         compute_gram(model, range(N), WEIGHTS).finish()
     n_blocks = -(-N // 2)
     assert len(sizes) == n_blocks * (n_blocks + 1) / 2
     assert max(sizes) == 1, "one, while the second one is computed"
+
+
+def test_factors_of_outer_products_multiply_as_whole_gradients():
+    """Also a block with factors and one without, whose layer was called twice for some example."""
+    random = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1e-12, 1e-6, 1.0, 1e9, 0.0])
+    sides = [[torch.randn(5, n, generator=random) for n in (3, 4)] for _ in range(2)]
+    wholes = [(left * scales[:, None])[:, :, None] * right[:, None] for left, right in sides]
+    factored, expanded = [], []
+    for (left, right), whole in zip(sides, wholes, strict=True):
+        # One factor is large and the other one small.
+        own = {"a": (left * 1e25, right * scales[:, None] * 1e-25), "b": (right.clone() * scales[:, None],)}
+        factored.append(gram._Block(own, gram._scale_factors(own, 5)))
+        same = {"a": (whole.flatten(1).clone(),), "b": (right.clone() * scales[:, None],)}
+        expanded.append(gram._Block(same, gram._scale_factors(same, 5)))
+    flat = [torch.cat([w.flatten(1), r * scales[:, None]], 1).double() for w, (_, r) in zip(wholes, sides, strict=True)]
+    for left, right in itertools.product((factored[0], expanded[0]), (factored[1], expanded[1])):
+        product = torch.ldexp(run_steps(gram._multiply(left, right)), left.exponent_B[:, None] + right.exponent_B)
+        torch.testing.assert_close(product, flat[0] @ flat[1].T, rtol=1e-4, atol=0)
+
+
+def test_the_gram_matrix_of_linear_layers_needs_no_whole_gradients(tmp_path, monkeypatch):
+    expanded = []
+    monkeypatch.setattr(gram, "materialise", lambda form: expanded.append(form.shape) or materialise(form))
+    with load_case("mlp", tmp_path) as (model, _, shapes):
+        compute_gram(model, range(N), WEIGHTS).finish()
+    vectors = {(shape[0], 1) for shape in shapes.values() if len(shape) == 1}
+    assert {*expanded} == vectors
 
 
 @pytest.fixture(params=["gram", "gram in blocks", "EK-FAC"])

@@ -36,7 +36,7 @@ def main(directory: str) -> None:
         scores = _describe_scores(Path(directory), manifest)
     removed = f", {format_count(n_removed, 'row')} removed" if n_removed else ""
     skipped = read_skipped_rows(Path(directory), manifest)
-    calibration = manifest.index.calibration
+    calibration, scored = manifest.index.calibration, manifest.score_fidelity
     print_fields(
         [
             *_describe_content(manifest),
@@ -47,6 +47,7 @@ def main(directory: str) -> None:
                 else []
             ),
             *([] if manifest.fidelity is None else _describe_fidelity(manifest.fidelity)),
+            *([] if scored is None else _describe_fidelity(scored.fidelity, scored.score)),
             ("quality", manifest.quality_summary),
             ("audit", manifest.audit_summary()),
             *scores,
@@ -78,7 +79,7 @@ def _describe_scores(directory: Path, manifest: Manifest) -> list[tuple[str, str
     from tracin_ann.scoring import find_curvature, open_score_maker, suggest_dim
     from tracin_ann.store import FEATURES, FeatureStore
 
-    name = "tracin" if manifest.score is None else manifest.score.default
+    name = manifest.default_score
     curvature, spec = find_curvature(name), manifest.build.spec
     if curvature is None:
         return [("score", f"{name} by default; --score names another one")]
@@ -116,13 +117,19 @@ def _describe_rates(checkpoints: Sequence[CheckpointSpec]) -> list[tuple[str, st
 _NORMS = {"sketch": "estimated", "exact": "exact"}
 
 
-def _describe_fidelity(fidelity: Fidelity) -> list[tuple[str, str]]:
-    """Return the expected recall of the true top ten at several depths of the sketch's ranking, one field each."""
+def _describe_fidelity(fidelity: Fidelity, score: str = "") -> list[tuple[str, str]]:
+    """Return the expected recall of the true top ten at several depths of the sketch's ranking, one field each.
+
+    Args:
+        fidelity: that of a score.
+        score: its name; "" for TracIn.
+    """
     fields: list[tuple[str, str]] = []
+    top = f"true top 10 by {score}" if score else "true top 10"
     for depth in fidelity.depths:
-        what = f"among {depth.candidates:,}" if fields else f"true top 10 among the first {depth.candidates} rows"
+        what = f"among {depth.candidates:,}" if fields else f"{top} among the first {depth.candidates} rows"
         recalls = f"{depth.proponents.summary} of the proponents, {depth.opponents.summary} of the opponents"
-        fields.append(("" if fields else "fidelity", f"{what}: {recalls}"))
+        fields.append(("" if fields or score else "fidelity", f"{what}: {recalls}"))
     measured = f"{format_count(fidelity.queries, 'query', 'queries')}, {fidelity.rows:,} rows scored exactly"
     return [*fields, ("", f"95% intervals, {measured}; correlation {fidelity.correlation:.2f}")]
 

@@ -63,6 +63,12 @@ def remove(directory: str | os.PathLike[str], ids: Sequence[int]) -> Manifest:
         folder = make_next_folder(out, manifest)
         unchanged = [record for record in manifest.own_files if record != manifest.removed]
         copy_files(out, manifest, folder, unchanged)
-        next_manifest = replace(manifest, generation=generation_number(folder), removed=write_removed(folder, removed))
+        # Curvature matrices are those of the rows that are left, so that their scores have not been measured.
+        next_manifest = replace(
+            manifest,
+            generation=generation_number(folder),
+            removed=write_removed(folder, removed),
+            score_fidelity=None,
+        )
         publish(out, next_manifest)
     return next_manifest

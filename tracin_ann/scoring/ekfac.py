@@ -27,7 +27,7 @@ from tracin_ann.scoring.computation import Computation, Steps
 from tracin_ann.scoring.exact import Directions, collect_forms
 from tracin_ann.types import Float64, ProgressCallback, ignore_progress
 
-_LARGEST_SIDE = 4096
+LARGEST_SIDE = 4096
 """Rows or columns of a parameter, above which this side has the identity as its eigenvectors."""
 _ELEMENTS = 1 << 25
 """Numbers of the gradients of one parameter that are in memory at a time."""
@@ -127,7 +127,7 @@ def _step_through_ekfac(model: LoadedModel, rows: Sequence[int], weight_M: Float
 
 
 def _make_marginals(shape: tuple[int, int], device: torch.device) -> Sides:
-    left, right = (torch.zeros(n, n, dtype=torch.float64, device=device) if n <= _LARGEST_SIDE else None for n in shape)
+    left, right = (torch.zeros(n, n, dtype=torch.float64, device=device) if n <= LARGEST_SIDE else None for n in shape)
     return left, right
 
 

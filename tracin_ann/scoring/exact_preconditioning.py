@@ -68,6 +68,14 @@ class FullCurvature(Protocol):
 _Computation = Computation[GramCurvature] | Computation[EKFAC]
 
 
+def choose_inverse(n_rows: int, entries: int) -> tuple[bool, int]:
+    """Return whether the inverse is exact, by a Gram matrix, and M, for N training rows and P parameter entries."""
+    n_sampled = min(n_rows, _MOST_ROWS)
+    affordable = math.isqrt(_MOST_PRODUCTS // max(1, entries))
+    has_gram = affordable >= min(n_sampled, _FEWEST_ROWS)
+    return has_gram, min(n_sampled, affordable) if has_gram else n_sampled
+
+
 class FullCurvatures:
     """The curvatures of an open index, computed when they are first used.
 
@@ -132,10 +140,9 @@ class FullCurvatures:
                 del self._computations[key]
 
     def _start(self, name: CurvatureName, model: LoadedModel) -> _Computation:
-        n_rows = min(len(self._source.rows_N), _MOST_ROWS)
-        affordable = math.isqrt(_MOST_PRODUCTS // sum(p.numel() for p in model.parameters.values()))
-        has_gram = affordable >= min(n_rows, _FEWEST_ROWS)
-        rows_M = self._draw(min(n_rows, affordable) if has_gram else n_rows)
+        entries = sum(p.numel() for p in model.parameters.values())
+        has_gram, n_sampled = choose_inverse(len(self._source.rows_N), entries)
+        rows_M = self._draw(n_sampled)
         weight_M = self._source.weigh_rows(name, model.checkpoint, rows_M)
         logger.info("curvature of checkpoint %d from %s rows", model.checkpoint, f"{len(rows_M):,}")
         if has_gram:

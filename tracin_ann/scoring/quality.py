@@ -1,6 +1,7 @@
 """Quality of an index, measured by the build on rows of the task: recall of the search index, fidelity of the sketch.
 
-Fidelity compares the sketch's ranking of all rows with exact TracInCP for a few queries. Some rows are scored exactly:
+Fidelity compares the sketch's ranking of all rows with exact scores for a few queries: for TracIn, and for the default
+score if it has a curvature matrix and its exact scores are not too much work. Some rows are scored exactly:
 a sample from equal strata of the norms, and rows drawn by their chance to be in the true top ten of a query. With their
 weights, the estimated recall is that of all rows (`scoring.true_recall`). The error bars state how far the sketch's
 score of a row may be off.
@@ -11,17 +12,20 @@ Shapes: N rows, Q queries, M rows scored exactly, C checkpoints, D sketch dimens
 from __future__ import annotations
 
 import itertools
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 
 import numpy as np
 
-from tracin_ann.choices import SideName
+from tracin_ann.choices import CURVATURES, SideName
 from tracin_ann.errors import NonFiniteError, problem
 from tracin_ann.features import FeatureExtractor, FeatureOptions, TaskRunner, find_nonfinite
-from tracin_ann.scoring.exact import Queries, make_exact_scorer
+from tracin_ann.scoring.exact import ExactProgress, Queries, make_exact_scorer
+from tracin_ann.scoring.exact_work import ExactWork
 from tracin_ann.scoring.scores import Score
 from tracin_ann.scoring.true_recall import (
     NoiseModel,
@@ -32,7 +36,16 @@ from tracin_ann.scoring.true_recall import (
     find_probabilities,
 )
 from tracin_ann.search import CalibratedIndex, Calibration, FirstUseCost, FlatIndex, Subset, calibrate
-from tracin_ann.store import Estimate, FeatureStore, Fidelity, TrueRecall, measure_row_bytes, noise_ratio
+from tracin_ann.store import (
+    Estimate,
+    FeatureStore,
+    Fidelity,
+    ParameterSpec,
+    ScoreFidelity,
+    TrueRecall,
+    measure_row_bytes,
+    noise_ratio,
+)
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, RowSource
 
 QUERIES = 16
@@ -52,6 +65,8 @@ FEWEST_QUERIES = 100
 _TIMED_FILES = 8
 _TIMED_BYTES = 2**24
 """Bytes of a file whose verification is timed."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,13 +112,62 @@ class QualityMeasurement:
         )
         return replace(calibration, first_use=measure_first_use(self.store))
 
-    def fidelity(self) -> Fidelity:
+    def fidelity(self, score: Score) -> Fidelity:
         """Return the fidelity of the sketch for a few queries.
+
+        Args:
+            score: TracIn, or a score with a curvature matrix.
 
         Raises:
             NonFiniteError: no row of query_data is finite.
         """
-        self.progress("fidelity", 0, 1)
+        stage = "fidelity" if score.name == "tracin" else f"fidelity of {score.name}"
+        self.progress(stage, 0, 1)
+        ids, feature_QF, rate_C = self._queries
+        vector_QF = score.weigh(feature_QF, range(len(rate_C))).vector_QF
+        rows_N = self._list_rows()
+        sqnorm_NC = self.store.sqnorms()[rows_N] * rate_C * noise_ratio(self.store.layout.dtype)
+        view = self.store.view()
+        stored_QN = score_rows(view if len(rows_N) == len(view) else Subset(view, rows_N), vector_QF)
+        ranked = RankedRows(rows_N, stored_QN, sqnorm_NC, vector_QF)
+        queries, progress = Queries("query", ids.tolist()), ExactProgress(report=self.progress)
+        with make_exact_scorer(self.runner, queries, range(len(rate_C)), progress, score.direction_map) as scorer:
+            fidelity = measure_fidelity(ranked, lambda rows: scorer.scores(rows.tolist()), self.seed)
+        self.progress(stage, 1, 1)
+        return fidelity
+
+    def score_fidelity(self, score: Score, parameters: Sequence[ParameterSpec]) -> ScoreFidelity | None:
+        """Return the fidelity for the default score.
+
+        Args:
+            score: the default score, with the default damping.
+            parameters: whose gradients are used.
+
+        Returns:
+            None if the score has no curvature matrix, if its exact scores are too much work, or if they are not finite.
+
+        Raises:
+            NonFiniteError: no row of query_data is finite.
+        """
+        if score.name not in CURVATURES:
+            return None
+        ids, _, rate_C = self._queries
+        n_rows = len(self._list_rows())
+        n_scored = min(n_rows, SAMPLE + DRAWN)
+        work = ExactWork(parameters, int((rate_C > 0).sum()), n_rows, len(ids), n_scored)
+        if not work.is_small:
+            logger.info("the fidelity of %s is not measured: exact scores take longer than the features", score.name)
+            return None
+        try:
+            return ScoreFidelity(score.name, score.summary, self.fidelity(score))
+        except NonFiniteError as error:
+            # The stored scores can be used without exact ones.
+            logger.warning("the fidelity of %s is not measured: %s", score.name, error)
+            return None
+
+    @cached_property
+    def _queries(self) -> tuple[Int64, Float32, Float64]:
+        """The ids [Q] and features [Q, F] of the queries whose fidelity is measured, and η_c of all checkpoints [C]."""
         n_queries = self.runner.n_rows("query")
         with self.runner.model() as model:
             entries = sum(p.numel() for p in model.parameters.values())
@@ -123,15 +187,7 @@ class QualityMeasurement:
                     remedy="correct query_data or query_loss, or build with --no-yardstick",
                 )
             )
-        rows_N = self._list_rows()
-        sqnorm_NC = self.store.sqnorms()[rows_N] * rate_C * noise_ratio(self.store.layout.dtype)
-        view = self.store.view()
-        stored_QN = score_rows(view if len(rows_N) == len(view) else Subset(view, rows_N), query_QF)
-        ranked = RankedRows(rows_N, stored_QN, sqnorm_NC, query_QF)
-        with make_exact_scorer(self.runner, Queries("query", ids.tolist()), range(len(rate_C))) as scorer:
-            fidelity = measure_fidelity(ranked, lambda rows: scorer.scores(rows.tolist()), self.seed)
-        self.progress("fidelity", 1, 1)
-        return fidelity
+        return ids, query_QF, rate_C
 
     def _list_rows(self) -> Int64:
         """Return the ids of the training rows that were not skipped, ascending."""

@@ -34,7 +34,7 @@ from tracin_ann.search import (
     scale_to_unit,
     search_both,
 )
-from tracin_ann.store import FeatureStore, Fidelity, IndexRecord
+from tracin_ann.store import FeatureStore, Fidelity, IndexRecord, ScoreFidelity
 from tracin_ann.types import Float32, Float64, Int64, TopK
 
 _FIRST = 3
@@ -136,12 +136,13 @@ class Ranker:
         index: the search index over all checkpoints.
         scan: the exact scan of the stored rows of all checkpoints.
         record: the manifest's record of the index.
-        fidelity: how well the stored scores agree with exact ones; None: not measured.
+        fidelity: how well the stored scores of TracIn agree with exact ones; None: not measured.
         rates: η_c of all checkpoints.
         runner: the task's data and model, for exact scores.
         ids_of: returns the ids of examples for a side and their positions.
         progress: what is called while exact scores are computed.
         workers: processes that search and scan the shards of the index, and compute exact scores; None: this one does.
+        score_fidelity: as `fidelity`, for the default score, if it has a curvature matrix.
     """
 
     store: FeatureStore
@@ -154,6 +155,7 @@ class Ranker:
     ids_of: Callable[[SideName, npt.ArrayLike], list[Id]]
     progress: ExactProgress = ExactProgress()
     workers: SearchWorkers | None = None
+    score_fidelity: ScoreFidelity | None = None
 
     def answers(self, request: QueryRequest, queries_QF: Float32) -> list[Answer]:
         """Return the answer of every query, in order."""
@@ -226,18 +228,26 @@ class Ranker:
 
         It was not measured for other scores, for parts of the checkpoints, and for filters that few rows pass.
         """
-        options = request.options
-        is_measured = request.score.name == "tracin" and request.checkpoints == tuple(range(len(self.rates)))
+        options, fidelity = request.options, self._find_fidelity(request)
         is_small = request.allowed is not None and 2 * len(request.allowed) < self.store.layout.n_rows
-        if self.fidelity is None or options.exact or not is_measured or is_small:
+        if fidelity is None or options.exact or is_small:
             return ""
         is_exact = options.rerank == "exact"
-        true = self.fidelity.expect(max(K, options.n_candidates) if is_exact else K)
+        true = fidelity.expect(max(K, options.n_candidates) if is_exact else K)
         proponents, opponents = true.proponents.times(strategy.recall[0]), true.opponents.times(strategy.recall[1])
         among = f", re-scored exactly from {true.candidates:,} candidates" if is_exact else ""
         return (
             f"expected true recall@{K}{among}: {proponents.summary} for proponents, {opponents.summary} for opponents"
         )
+
+    def _find_fidelity(self, request: QueryRequest) -> Fidelity | None:
+        """Return how well the stored scores of a request agree with exact ones; None if it was not measured."""
+        if request.checkpoints != tuple(range(len(self.rates))):
+            return None
+        if request.score.name == "tracin":
+            return self.fidelity
+        measured = self.score_fidelity
+        return measured.fidelity if measured is not None and measured.summary == request.score.summary else None
 
     def _name_queries(self, request: QueryRequest) -> list[Id]:
         if not request.together:

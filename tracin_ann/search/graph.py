@@ -261,7 +261,7 @@ class GraphIndex(RescoredIndex):
         while True:
             yield [Setting(round(beam))]
             beam *= math.sqrt(2)
-            if beam > _LARGEST_BEAM or self._parts.estimate_visited(round(beam)) >= len(self):
+            if round(beam) > _LARGEST_BEAM or self._parts.estimate_visited(round(beam)) >= len(self):
                 return
 
     @property

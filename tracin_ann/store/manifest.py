@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tracin_ann.choices import NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite, ScoreName
+from tracin_ann.choices import CURVATURES, NORMS, PRECISIONS, PRECONDITIONERS, SCORES, OnNonfinite, ScoreName
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, file_digest, read_json, read_record, write_json_atomic
 from tracin_ann.search import Calibration, list_codes, list_files
@@ -134,7 +134,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TrueRecall:
-    """The expected share of the true top ten, that of exact TracInCP scores, in the first rows of the stored ranking.
+    """The expected share of the true top ten, that of exact scores, in the first rows of the stored ranking.
 
     Attributes:
         candidates: m, the number of these rows in each direction.
@@ -149,7 +149,7 @@ class TrueRecall:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The measured agreement of the sketch's scores with exact TracInCP scores.
+    """The measured agreement of the sketch's scores with exact scores.
 
     Attributes:
         queries: Q, the queries measured.
@@ -160,7 +160,7 @@ class Fidelity:
         deep_opponents: the same for opponents.
         correlation: Pearson correlation of sketch and exact scores within a query, mean over queries.
         error_scale: root mean square of (sketch score - exact score) / the sketch's standard deviation,
-            √(Σ_c ‖z_c‖²‖q_c‖² / D).
+            √(Σ_c ‖z_c‖²‖q_c‖² / D), where q is the vector that rows are multiplied with.
         true_recall: the recall at several depths, by increasing depth; empty if an earlier version built the index: the
             four values above are then upper estimates.
     """
@@ -208,6 +208,22 @@ class Fidelity:
             columns = ([getattr(one, name) for one in each] for name in ("mean", "lower", "upper"))
             sides.append(Estimate(*(float(np.interp(candidates, places, [0.0, *column])) for column in columns)))
         return TrueRecall(candidates, *sides)
+
+
+@dataclass(frozen=True)
+class ScoreFidelity:
+    """The fidelity for a score with a curvature matrix, over all checkpoints.
+
+    Attributes:
+        score: the name of the score.
+        summary: the score and where its damping comes from, as answers state it; the fidelity is that of answers with
+            the same summary.
+        fidelity: the agreement of its stored scores with its exact ones.
+    """
+
+    score: ScoreName
+    summary: str
+    fidelity: Fidelity
 
 
 @dataclass(frozen=True)
@@ -263,12 +279,14 @@ class Manifest:
         canaries: the file of canary rows.
         index: the search index.
         steps: the gradient method of each parameter at the first checkpoint.
-        fidelity: the measured fidelity of the sketch; None with random data or without a quality measurement.
+        fidelity: the measured fidelity of the sketch for TracIn; None with random data or without a measurement.
         columns: the file of columns and ids, if the task defines any.
         removed: the file of removed rows, if there are any.
         skipped: the file of rows skipped because they are not finite, if there are any.
         audit: the audit of randomly drawn rows; None with random data, or if an earlier version built the index.
         score: the default score and what scores need; None if an earlier version built the index.
+        score_fidelity: the fidelity for the default score, if it has a curvature matrix; None if it was not measured,
+            or if rows were removed since: they are not part of the matrix any more.
     """
 
     generation: int
@@ -283,6 +301,12 @@ class Manifest:
     skipped: FileRecord | None = None
     audit: AuditRecord | None = None
     score: ScoreRecord | None = None
+    score_fidelity: ScoreFidelity | None = None
+
+    @property
+    def default_score(self) -> ScoreName:
+        """Return the score of queries that name none."""
+        return "tracin" if self.score is None else self.score.default
 
     @property
     def own_files(self) -> tuple[FileRecord, ...]:
@@ -294,15 +318,27 @@ class Manifest:
     def quality_summary(self) -> str:
         """Return one line with the expected recall of the true top ten, without and with re-scoring of candidates.
 
-        The recall of a query is the product of the sketch's recall and that of the inverted lists, if there are any.
-        The number of candidates is the smallest measured one with a recall of .95, or the largest.
+        It is that of the default score, or of TracIn if it was measured for TracIn only. The recall of a query is the
+        product of the sketch's recall and that of the search index, if there is one for the score. The number of
+        candidates is the smallest measured one with a recall of .95, or the largest.
         """
-        fidelity, calibration = self.fidelity, self.index.calibration
-        if fidelity is None:
+        if self.fidelity is None:
             why = ", because the training data is random" if self.build.random_data else " (--no-yardstick)"
             return f"recall was not measured{why}"
-        lists = (1.0, 1.0)
-        if calibration is not None:
+        default = self.default_score
+        if default == "tracin":
+            return self._summarise_recall("recall@10", "tracin", self.fidelity)
+        if self.score_fidelity is not None:
+            return self._summarise_recall(f"recall@10 by {default}", default, self.score_fidelity.fidelity)
+        compare = ": compare some answers with those of --exact" if default in CURVATURES else ""
+        return (
+            f"{self._summarise_recall('recall@10 by tracin', 'tracin', self.fidelity)}; "
+            f"that by {default} was not measured{compare}"
+        )
+
+    def _summarise_recall(self, what: str, score: ScoreName, fidelity: Fidelity) -> str:
+        calibration, lists = self.index.calibration, (1.0, 1.0)
+        if calibration is not None and self.index.score == score:
             lists = calibration.usual_point("proponents").recall, calibration.usual_point("opponents").recall
         first, *deep = fidelity.depths
         enough = [depth for depth in deep if min(depth.proponents.mean, depth.opponents.mean) >= _ENOUGH]
@@ -311,7 +347,7 @@ class Manifest:
             (depth.proponents.mean * lists[0], depth.opponents.mean * lists[1]) for depth in (first, exact)
         )
         return (
-            f"recall@10 {p:.2f} (proponents), {o:.2f} (opponents) from stored features; "
+            f"{what} {p:.2f} (proponents), {o:.2f} (opponents) from stored features; "
             f"{exact_p:.2f}, {exact_o:.2f} with --rerank exact --candidates {exact.candidates}"
         )
 
@@ -450,6 +486,9 @@ def _check_consistency(manifest: Manifest) -> None:
         or min((steps for steps in score.steps if steps is not None), default=1.0) <= 0
     ):
         raise ValueError(f"the scores {score}")
+    measured = manifest.score_fidelity
+    if measured is not None and (measured.score not in CURVATURES or measured.score != manifest.default_score):
+        raise ValueError(f"the fidelity of the score {measured.score!r}")
     own = [record.name for record in manifest.own_files]
     if len({*own, MANIFEST}) <= len(own):
         raise ValueError("two files with the same name")

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tracin_ann.choices import ScoreName
 from tracin_ann.errors import TracinAnnError
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import Figure, ScoredCheckpoints, format_value, list_facts, make_norms_figure
 from tracin_ann.serve.pages.context import Asked, Context, link_figures
 from tracin_ann.serve.pages.site import Reply
 from tracin_ann.serve.service import Reader
+from tracin_ann.store import Fidelity, Manifest
 
 _MOST_VALUES = 12
 """Values of a column that are listed with their counts."""
@@ -78,11 +80,7 @@ def summarise_index(index: InfluenceIndex) -> Overview:
         columns=tuple((name, _name_type(values), _count_values(values)) for name, values in index.columns.items()),
         checkpoints=tuple(_list_checkpoints(index)),
         recalls=recalls,
-        recall_note=""
-        if fidelity is None
-        else f"Share of the true ten best rows that an answer contains, with 95% intervals. Measured by the build with "
-        f"{fidelity.queries:,} queries and {fidelity.rows:,} exact scores, whose correlation with the stored scores is "
-        f"{fidelity.correlation:.2f}.",
+        recall_note="" if fidelity is None else _describe_measurement(manifest, fidelity),
         warnings=tuple(_list_warnings(index)),
     )
 
@@ -107,15 +105,33 @@ def _list_checkpoints(index: InfluenceIndex) -> Iterator[Cells]:
 
 
 def _list_recalls(index: InfluenceIndex) -> Iterator[Cells]:
-    fidelity = index.manifest.fidelity
-    if fidelity is not None:
+    for score, fidelity in _list_fidelities(index.manifest):
+        by = f" by {score}" if index.default_score != "tracin" else ""
         for n, depth in enumerate(fidelity.depths):
             what = f"exact scores of {depth.candidates:,} candidates" if n else "stored features"
-            yield what, depth.proponents.summary, depth.opponents.summary
+            yield f"{what}{by}", depth.proponents.summary, depth.opponents.summary
     calibration = index.manifest.index.calibration
     if calibration is not None:
         points = [calibration.usual_point(side) for side in ("proponents", "opponents")]
         yield "search index, of an exact scan", *(f"{point.recall:.3f}" for point in points)
+
+
+def _list_fidelities(manifest: Manifest) -> Iterator[tuple[ScoreName, Fidelity]]:
+    """Yield the scores whose fidelity was measured, the default score first."""
+    if manifest.score_fidelity is not None:
+        yield manifest.score_fidelity.score, manifest.score_fidelity.fidelity
+    if manifest.fidelity is not None:
+        yield "tracin", manifest.fidelity
+
+
+def _describe_measurement(manifest: Manifest, fidelity: Fidelity) -> str:
+    correlations = [(score, f"{each.correlation:.2f}") for score, each in _list_fidelities(manifest)]
+    shown = " and ".join(f"{value} by {score}" if len(correlations) > 1 else value for score, value in correlations)
+    return (
+        "Share of the true ten best rows that an answer contains, with 95% intervals. Measured by the build with "
+        f"{fidelity.queries:,} queries and {fidelity.rows:,} exact scores, whose correlation with the stored scores is "
+        f"{shown}."
+    )
 
 
 def _list_warnings(index: InfluenceIndex) -> Iterator[str]:
