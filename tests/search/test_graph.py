@@ -64,6 +64,12 @@ def test_scoring_a_part_of_the_rows_finds_the_answers(index: GraphIndex, source:
             assert (np.diff(scores) <= 0).all()
 
 
+def test_the_longest_beam_is_proposed(index: GraphIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_LARGEST_BEAM", 128)
+    beams = [setting.codes for settings in index.propose_settings(lambda setting: 0.0) for setting in settings]
+    assert beams == [32, 45, 64, 91, 128]
+
+
 def test_rows_of_many_dimensions_are_reduced() -> None:
     source, queries = Rows(normal(1500, 2, 80)), normal(30, 3, 80)
     narrow = GraphIndex.build(source, GraphParams(width=24, links=8), CPU).with_settings(Setting(100))
