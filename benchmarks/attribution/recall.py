@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.attribution.settings import Rows, Setting, Training, compute_loss, make_mlp
+from benchmarks.attribution.settings import Setting, Training, compute_loss, load_digits, make_mlp
 from benchmarks.common.results import write_results
-from examples import mnist
 from tracin_ann import BuildConfig, InfluenceIndex, Task, build
 from tracin_ann.scoring import Queries, make_exact_scorer
 from tracin_ann.scoring.quality import DEPTHS, QUERIES, RankedRows, measure_fidelity, score_rows
@@ -40,19 +39,9 @@ _K = 10
 _SIDES = (("proponents", 1), ("opponents", -1))
 
 
-def load_digits(data: Path, n_rows: int) -> tuple[Rows, Rows]:
-    """Return the first MNIST digits of each side: pixels in 0..1 [N, 784], and labels."""
-    arrays = mnist.read(str(data))
-    sides = []
-    for side, count in (("train", n_rows), ("test", 500)):
-        pixels = torch.from_numpy(arrays[f"x_{side}"][:count]).float().div(255).reshape(-1, 784)
-        sides.append((pixels, torch.from_numpy(arrays[f"y_{side}"][:count]).long()))
-    return sides[0], sides[1]
-
-
 def make_task(data: Path, folder: Path, n_rows: int) -> Task:
     """Train the MLP if necessary, and return the task."""
-    load = partial(load_digits, n_rows=n_rows)
+    load = partial(load_digits, shape=(784,), n_rows=n_rows)
     setting = Setting(make_mlp, compute_loss, load, Training(0.1, 64, EPOCHS), truth_seeds=1)
     setting.train_runs(data, folder / f"runs-{n_rows}", [0])
     return setting.make_task(data, folder / f"runs-{n_rows}", [0])

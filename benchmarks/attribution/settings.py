@@ -187,11 +187,13 @@ class _Pairs(torch.utils.data.Dataset[Rows]):
 
 
 @cache
-def load_digits(data: Path, shape: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0) -> tuple[Rows, Rows]:
+def load_digits(
+    data: Path, shape: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0, n_rows: int = N_ROWS
+) -> tuple[Rows, Rows]:
     """Return the first MNIST digits of each side: pixels in 0..1, then normalized, [N, *shape], and labels."""
     arrays = mnist.read(str(data))
     sides = []
-    for side, count in (("train", N_ROWS), ("test", N_QUERIES)):
+    for side, count in (("train", n_rows), ("test", N_QUERIES)):
         pixels = torch.from_numpy(arrays[f"x_{side}"][:count]).float().div(255).sub(mean).div(deviation)
         labels = torch.from_numpy(arrays[f"y_{side}"][:count]).long()
         sides.append((pixels.reshape(-1, *shape), labels))

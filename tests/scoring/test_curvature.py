@@ -233,7 +233,7 @@ def test_the_default_score_of_a_new_index_follows_from_steps_and_loss(tmp_path: 
 
 @pytest.mark.parametrize("steps", [1e9, None])
 def test_the_damping_is_the_larger_one_of_two_rules(tmp_path: Path, steps: float | None) -> None:
-    # A direction whose curvature is far below the mean is noise, however long the run.
+    # 1 / (rate × steps) falls without limit with the length of the run.
     task = make_task(tmp_path, n=12)
     task = replace(task, checkpoints=[task.checkpoints[0], replace(task.checkpoints[1], steps=steps)])
     build(task, tmp_path / "index", CONFIG)
