@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.attribution.settings import Setting, Training, compute_loss, load_digits, make_mlp
 from benchmarks.common.results import write_results
