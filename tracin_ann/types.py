@@ -112,6 +112,18 @@ class StoredRows(Protocol):
         """
 
 
+@runtime_checkable
+class StoredCandidates(Protocol):
+    """A `RowSource` that also gives the rows with some ids in their stored format."""
+
+    def take_stored(self, ids: Int64) -> Sequence[StoredPart | CodedPart]:
+        """Return the rows with these ids, increasing; their columns are those of the parts, one part after the other.
+
+        Raises:
+            KeyError: the source has no row with one of the ids.
+        """
+
+
 @dataclass(frozen=True)
 class PendingReads:
     """What a scan of all rows has to do once, because no search of the open index has done it yet.

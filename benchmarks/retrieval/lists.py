@@ -28,7 +28,7 @@ from tracin_ann.search import FlatIndex, IVFIndex, IVFParams
 from tracin_ann.search.settings import Setting
 from tracin_ann.store import FeatureStore, FeatureView
 from tracin_ann.store.manifest import FEATURES, Manifest
-from tracin_ann.types import Float32, Int64, StoredPart
+from tracin_ann.types import CodedPart, Float32, Int64, StoredPart
 
 RESULT = "retrieval"
 CPU = torch.device("cpu")
@@ -71,6 +71,9 @@ class First:
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         return self.view.take(ids)
+
+    def take_stored(self, ids: Int64) -> list[StoredPart | CodedPart]:
+        return self.view.take_stored(ids)
 
 
 @dataclass(frozen=True)

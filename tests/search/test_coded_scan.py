@@ -13,7 +13,7 @@ import torch
 from test_search_contract import Rows, normal, oracle
 
 from tracin_ann.errors import UsageError
-from tracin_ann.search import FlatIndex, search_both
+from tracin_ann.search import FlatIndex, product_codes, search_both
 from tracin_ann.search.calibration import calibrate
 from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
 from tracin_ann.search.product_codes import Layout, ProductCoder
@@ -257,3 +257,21 @@ def test_calibration_finds_the_candidates_for_the_target(index: CodedScan, sourc
         budgets = [point.codes for point in direction]
         assert budgets == sorted(budgets) and set(budgets) <= {32 * 2**n for n in range(8)}
         assert any(point.lower >= 0.95 for point in direction)
+
+
+@pytest.mark.parametrize("n_queries", [1, 3, 40])
+@pytest.mark.parametrize("allowed", [None, 5_000_000_000 + 7 * np.arange(0, N, 3)], ids=["all", "some"])
+def test_one_scan_gives_the_results_of_both_directions(
+    source: Rows, index: CodedScan, n_queries: int, allowed: np.ndarray | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with threads, and with fewer queries at a time."""
+    queries = noise(n_queries, 31)
+    both = index.with_settings(Setting(60), Setting(250))
+    apart = (both.search(queries, 10, allowed), index.with_settings(Setting(250)).search(-queries, 10, allowed))
+    for n_rows, n_results in ((product_codes._FEW_ROWS, product_codes._RESULTS_AT_ONCE), (0, 3000)):
+        monkeypatch.setattr(product_codes, "_FEW_ROWS", n_rows)
+        monkeypatch.setattr(product_codes, "_RESULTS_AT_ONCE", n_results)
+        for found, expected, sign in zip(both.search_both(queries, 10, allowed), apart, (1, -1), strict=True):
+            assert [row.tolist() for row in found.ids] == [row.tolist() for row in expected.ids]
+            assert [(sign * row).tolist() for row in found.scores] == [row.tolist() for row in expected.scores]
+            assert found.rows_scored.tolist() == expected.rows_scored.tolist()

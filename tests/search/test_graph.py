@@ -72,7 +72,7 @@ def test_the_longest_beam_is_proposed(index: GraphIndex, monkeypatch: pytest.Mon
 
 def test_rows_of_many_dimensions_are_reduced() -> None:
     source, queries = Rows(normal(1500, 2, 80)), normal(30, 3, 80)
-    narrow = GraphIndex.build(source, GraphParams(width=24, links=8), CPU).with_settings(Setting(100))
+    narrow = GraphIndex.build(source, GraphParams(width=24, links=8), CPU).with_settings(Setting(128))
     assert mean_recall(narrow.search(queries, 10), source, queries) >= 0.95
 
 

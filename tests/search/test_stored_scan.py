@@ -17,8 +17,9 @@ from test_search_contract import DIM, Rows, assert_exact, heavy_tailed, integers
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
-from tracin_ann.search import FlatIndex, Subset, search_both
+from tracin_ann.search import FlatIndex, Subset, search_both, stored_parts
 from tracin_ann.search import stored_scores as module
+from tracin_ann.search.threads import use_one_thread
 from tracin_ann.store.feature_file import FeatureBlock
 from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout
 from tracin_ann.types import Float32, Float64, Int64, StoredPart
@@ -100,9 +101,10 @@ def test_rows_of_a_part_are_converted_in_groups_that_fit_the_buffer(monkeypatch:
     source = StoredSource(random_parts(100, 3))
     queries = np.random.default_rng(4).standard_normal((20, DIM)).astype(np.float32)
     expected = all_scores(source, queries)
-    monkeypatch.setattr(module, "_BUFFER_NUMBERS", 11)
-    monkeypatch.setattr(module, "_SERIAL_NUMBERS", 4)
-    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 13)
+    monkeypatch.setattr(stored_parts, "_BUFFER_NUMBERS", 11)
+    monkeypatch.setattr(stored_parts, "_SERIAL_NUMBERS", 4)
+    for each in (stored_parts, module):
+        monkeypatch.setattr(each, "QUERIES_AT_ONCE", 13)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 3)
     assert (np.abs(all_scores(source, queries) - expected) <= error_bounds(source.parts, queries)).all()
 
@@ -291,7 +293,7 @@ def test_openmp_threads_of_a_scan_do_not_start_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with ThreadPoolExecutor(1, initializer=module.use_one_thread) as threads:
+        with ThreadPoolExecutor(1, initializer=use_one_thread) as threads:
             threads.submit(torch.get_num_threads).result()
             assert threads.submit(import_faiss().omp_get_max_threads).result() == 1
     finally:

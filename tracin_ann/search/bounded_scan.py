@@ -44,7 +44,7 @@ from tracin_ann.search.faiss_file import REMEDY, WrittenFile
 from tracin_ann.search.flat import FlatIndex, Sign, Subset
 from tracin_ann.search.reduction import Reduction, fit_reduction, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.settings import Setting
-from tracin_ann.search.stored_scores import use_one_thread
+from tracin_ann.search.threads import use_one_thread
 from tracin_ann.search.topk import concatenate, negate
 from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 

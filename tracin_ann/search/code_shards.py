@@ -156,8 +156,10 @@ class CodeShards:
         parts = ((number, slice(*np.searchsorted(id_B, ends))) for number, ends in enumerate(self.ranges))
         return sum(self.open(at).count_wrong(rows_BR[part], id_B[part]) for at, part in parts if part.stop > part.start)
 
-    def scan(self, queries_QR: Float32, n_candidates: int, allowed: Int64 | None = None) -> Int64:
-        """Return the ids of the best rows by their codes, int64 [Q, M], unordered; -1: padding.
+    def scan(self, queries_QR: Float32, n_candidates: int, allowed: Int64 | None = None) -> tuple[Int64, Float32]:
+        """Return (ids int64, estimated scores float32) [Q, M] of the best rows by their codes, unordered.
+
+        The id of padding is -1, and its score -infinity.
 
         Args:
             queries_QR: float32.
@@ -179,7 +181,7 @@ class CodeShards:
             shape = len(queries_QR), n_candidates
             found = [(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)), *found]
         ids_QX, scores_QX = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-        return select_candidates(ids_QX, scores_QX, n_candidates)[0]
+        return select_candidates(ids_QX, scores_QX, n_candidates)
 
 
 def list_code_files(n_shards: int) -> tuple[str, ...]:

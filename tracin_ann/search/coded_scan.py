@@ -28,7 +28,7 @@ from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.code_shards import CodeFile, CodeScanner, CodeShards, list_code_files
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile
-from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder
+from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, select_candidates
 from tracin_ann.search.reduction import (
     Reduction,
     fit_reduction,
@@ -36,7 +36,7 @@ from tracin_ann.search.reduction import (
     pack_reduction,
     unpack_reduction,
 )
-from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
+from tracin_ann.search.rescored import Caption, Direction, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Int64, RowSource
 
@@ -290,8 +290,27 @@ class CodedScan(RescoredIndex):
         self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
     ) -> tuple[Int64, Int64]:
         """Return the candidates, and the numbers of codes and candidates, see `RescoredIndex`."""
-        ids_QM = self._parts.codes.scan(reduced_QR, n_candidates, allowed)
-        return ids_QM, len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
+        ids_QM, _ = self._parts.codes.scan(reduced_QR, n_candidates, allowed)
+        return ids_QM, self._count_scored(ids_QM)
+
+    def _find_all(
+        self, reduced_QR: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
+    ) -> list[tuple[Int64, Int64]]:
+        """Return the candidates of all directions from one scan, see `RescoredIndex`."""
+        counts = [self._count_candidates(k, d.setting) for d in directions]
+        signed = np.concatenate([d.sign * reduced_QR for d in directions])
+        ids_XM, scores_XM = self._parts.codes.scan(signed, max(counts), allowed)
+        found: list[tuple[Int64, Int64]] = []
+        for number, count in enumerate(counts):
+            own = slice(number * len(reduced_QR), (number + 1) * len(reduced_QR))
+            ids_QM, _ = select_candidates(ids_XM[own], scores_XM[own], count)
+            found.append((ids_QM, self._count_scored(ids_QM)))
+        return found
+
+    def _count_scored(self, ids_QM: Int64) -> Int64:
+        """Return the numbers of codes and candidates that were scored for each query [Q]."""
+        scored_Q: Int64 = len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
+        return scored_Q
 
 
 def list_coded_files(n_shards: int) -> tuple[str, ...]:

@@ -22,9 +22,10 @@ import torch
 
 from tracin_ann.device import Gpu, list_gpus
 from tracin_ann.search.base import check_queries, scale_to_unit
+from tracin_ann.search.candidates import score_candidates
 from tracin_ann.search.flat import FlatIndex, check_finite
 from tracin_ann.search.gpu import MOST_RESULTS, GpuRows, join_names, plan_gpus
-from tracin_ann.search.rescored import replace_queries, score_candidates
+from tracin_ann.search.rescored import replace_queries
 from tracin_ann.search.topk import from_padded, negate, split
 from tracin_ann.types import Float32, Float64, Int64, PendingReads, RowSource, TopK
 

@@ -16,6 +16,7 @@ Shapes: N rows, B rows of a block, Q queries, M candidates, R reduced dimension,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from tracin_ann.search.clustering import LARGEST_EXPONENT
 from tracin_ann.search.faiss_file import WrittenFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import Selector, make_selector, search_lists
 from tracin_ann.search.reduction import normalize
+from tracin_ann.search.threads import one_openmp_thread, open_threads
 from tracin_ann.types import Float32, Int64
 
 CODE_BITS = 4
@@ -46,8 +48,11 @@ _LISTS_PER_OCTAVE = 3
 _OVERSAMPLING = 2
 """Each list is searched for this many times the wanted candidates."""
 _FEW_QUERIES = 16
+"""Each thread searches other lists for up to this many queries, so that it reads their codes once; or other queries."""
+_FEW_ROWS = 2**14
+"""The calling thread searches the lists of up to this many rows: others would take longer to start."""
 _BLOCK = 32
-_RESULTS_AT_ONCE = 2**22
+_RESULTS_AT_ONCE = 2**20
 _TOLERANCE = 1e-3
 
 
@@ -290,30 +295,47 @@ class ProductCodes:
             allowed: int64 ids, increasing, to which the candidates are restricted; None: all.
         """
         padded, n_candidates = self.layout.pad(queries_QR), min(n_candidates, len(self))
-        # For one query, FAISS uses one thread; several wait for each other, for milliseconds if a core is in use.
-        step = max(1, _RESULTS_AT_ONCE // max(1, _LISTS * _OVERSAMPLING * n_candidates))
-        step = 1 if len(padded) <= _FEW_QUERIES else step
-        selector = make_selector(allowed, len(self))
-        found = [self._scan(padded[at : at + step], n_candidates, selector) for at in range(0, len(padded), step)]
-        nothing = np.zeros((0, n_candidates), np.int64), np.zeros((0, n_candidates), np.float32)
-        ids_QM, scores_QM = (np.concatenate(arrays) for arrays in zip(nothing, *found, strict=True))
-        return ids_QM, scores_QM
+        if not n_candidates:
+            return np.zeros((len(padded), 0), np.int64), np.zeros((len(padded), 0), np.float32)
+        selector, lists = make_selector(allowed, len(self)), self._order_lists()
 
-    def _scan(self, padded: Float32, n_candidates: int, selector: Selector | None) -> tuple[Int64, Float32]:
-        """Return (ids, scores) [Q, M] for padded queries; M is at most the number of rows."""
-        ids, scores = [np.zeros((len(padded), 0), np.int64)], [np.zeros((len(padded), 0), np.float32)]
-        for number in range(_LISTS):
-            k = min(_OVERSAMPLING * n_candidates, int(self._index.invlists.list_size(number)))
-            if k:
-                keys_Q1 = np.full((len(padded), 1), number, np.int64)
-                ids_QK, scores_QK = search_lists(self._index, padded, k, keys_Q1, selector)
-                is_padding_QK = ids_QK < 0
-                scores_QK[is_padding_QK] = 0
-                scores_QK *= self.factor_N[self._find_places(ids_QK)]
-                scores_QK[is_padding_QK] = -np.inf
-                ids.append(ids_QK)
-                scores.append(scores_QK)
-        return select_candidates(np.concatenate(ids, axis=1), np.concatenate(scores, axis=1), n_candidates)
+        def search_list(number: int) -> tuple[Int64, Float32]:
+            return self._search_list(number, padded, _OVERSAMPLING * n_candidates, selector)
+
+        def search_all(some: slice) -> tuple[Int64, Float32]:
+            k = _OVERSAMPLING * n_candidates
+            found = [self._search_list(number, padded[some], k, selector) for number in lists]
+            return _select_from_lists(found, n_candidates)
+
+        if len(padded) <= _FEW_QUERIES:
+            if len(self) > _FEW_ROWS:
+                return _select_from_lists(list(open_threads().map(search_list, lists)), n_candidates)
+            with one_openmp_thread():
+                return search_all(slice(None))
+        step = max(1, _RESULTS_AT_ONCE // (len(lists) * _OVERSAMPLING * n_candidates))
+        parts = list(open_threads().map(search_all, [slice(at, at + step) for at in range(0, len(padded), step)]))
+        return np.concatenate([ids for ids, _ in parts]), np.concatenate([scores for _, scores in parts])
+
+    def _order_lists(self) -> list[int]:
+        """Return the lists that are not empty, the largest first: threads search several at the same time."""
+        sizes = [int(self._index.invlists.list_size(number)) for number in range(_LISTS)]
+        return sorted((number for number, size in enumerate(sizes) if size), key=lambda number: -sizes[number])
+
+    def _search_list(self, number: int, padded: Float32, k: int, selector: Selector | None) -> tuple[Int64, Float32]:
+        """Return (ids, scores) [Q, k] of the best rows of a list by their codes; all of its rows if there are fewer."""
+        k, keys_Q1 = min(k, int(self._index.invlists.list_size(number))), np.full((len(padded), 1), number, np.int64)
+        ids_QK, scores_QK = search_lists(self._index, padded, k, keys_Q1, selector)
+        is_padding_QK = ids_QK < 0
+        scores_QK[is_padding_QK] = 0
+        scores_QK *= self.factor_N[self._find_places(ids_QK)]
+        scores_QK[is_padding_QK] = -np.inf
+        return ids_QK, scores_QK
+
+
+def _select_from_lists(found: Sequence[tuple[Int64, Float32]], n_candidates: int) -> tuple[Int64, Float32]:
+    """Return the ids and scores [Q, M] of the best candidates of all lists."""
+    ids_QX, scores_QX = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    return select_candidates(ids_QX, scores_QX, n_candidates)
 
 
 def select_candidates(ids_QX: Int64, scores_QX: Float32, n_candidates: int) -> tuple[Int64, Float32]:

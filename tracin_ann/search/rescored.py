@@ -23,6 +23,7 @@ import torch
 
 from tracin_ann.errors import DamagedIndexError, problem
 from tracin_ann.search.base import CalibratedIndex, check_queries
+from tracin_ann.search.candidates import score_candidates
 from tracin_ann.search.clustering import Survey
 from tracin_ann.search.flat import FlatIndex, RowScanner, Sign, check_finite
 from tracin_ann.search.reduction import Reduction, normalize
@@ -33,10 +34,9 @@ from tracin_ann.types import Float32, Float64, Int64, RowSource, TopK
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_QUERIES_AT_ONCE = 256
-_QUERIES_RESCORED_AT_ONCE = 128
-_NUMBERS_RESCORED_AT_ONCE = 2**23
-"""Numbers of candidates that are read at once: the system takes longer to provide more memory than to read the rows."""
+_KEPT_QUERIES = 256
+_QUERIES_AT_ONCE, _PAIRS_AT_ONCE = 1024, 2**22
+"""The larger a batch is, the more of its queries share a candidate, which is read once."""
 _LEAST_CANDIDATES = 40
 _IDS_AT_ONCE = 8192
 
@@ -89,7 +89,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class _Direction:
+class Direction:
     """A direction of a search: the sign of the inner products, and the setting."""
 
     sign: Sign
@@ -160,7 +160,7 @@ class RescoredIndex(CalibratedIndex):
         if last is not None and np.array_equal(last[0], unit_QF):
             return last[1], norm_Q
         reduced_QR = self._reduction.apply(unit_QF)
-        if len(unit_QF) <= _QUERIES_AT_ONCE:
+        if len(unit_QF) <= _KEPT_QUERIES:
             self._last.queries = unit_QF, reduced_QR
         return reduced_QR, norm_Q
 
@@ -169,7 +169,7 @@ class RescoredIndex(CalibratedIndex):
 
         `rows_scored` counts the codes that are scored, and centroids, if the index has any.
         """
-        directions = [_Direction(1, self.settings[0])]
+        directions = [Direction(1, self.settings[0])]
         return self._search_directions(check_queries(self, queries_QF, k), k, directions, allowed)[0]
 
     def search_both(self, queries_QF: Float32, k: int, allowed: Int64 | None = None) -> tuple[TopK, TopK]:
@@ -177,7 +177,7 @@ class RescoredIndex(CalibratedIndex):
 
         Both directions share the reduction of the queries, the scan of outliers, and one reading of the candidates.
         """
-        directions = [_Direction(1, self.settings[0]), _Direction(-1, self.settings[1])]
+        directions = [Direction(1, self.settings[0]), Direction(-1, self.settings[1])]
         queries = check_queries(self, queries_QF, k)
         proponents, opponents = self._search_directions(queries, k, directions, allowed)
         return proponents, negate(opponents)
@@ -243,7 +243,7 @@ class RescoredIndex(CalibratedIndex):
         return max(setting.codes, self._count_candidates(k, setting)) >= n_rows
 
     def _search_directions(
-        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+        self, queries_QF: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
     ) -> list[TopK]:
         """Return the k rows of largest sign × inner product for each direction: of codes and outliers, or of a scan."""
         allowed = None if allowed is not None and len(allowed) == len(self) else allowed
@@ -257,7 +257,7 @@ class RescoredIndex(CalibratedIndex):
         return [found[d.sign] for d in directions]
 
     def _scan(
-        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+        self, queries_QF: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
     ) -> dict[Sign, TopK]:
         """Return the results of an exact scan, by sign of the direction."""
         signs = [d.sign for d in directions]
@@ -265,12 +265,14 @@ class RescoredIndex(CalibratedIndex):
         return dict(zip(signs, scan.search_signs(queries_QF, k, signs, allowed), strict=True))
 
     def _search_codes(
-        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+        self, queries_QF: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
     ) -> dict[Sign, TopK]:
         """Return the results of codes and outliers, by sign of the direction."""
+        n_pairs = sum(self._count_candidates(k, d.setting) for d in directions)
+        step = max(1, min(_QUERIES_AT_ONCE, _PAIRS_AT_ONCE // n_pairs))
         batches = [
-            self._search_batch(queries_QF[at : at + _QUERIES_AT_ONCE], k, directions, allowed)
-            for at in range(0, len(queries_QF), _QUERIES_AT_ONCE)
+            self._search_batch(queries_QF[at : at + step], k, directions, allowed)
+            for at in range(0, len(queries_QF), step)
         ]
         found = {d.sign: concatenate([batch[d.sign] for batch in batches]) for d in directions}
         outliers = self._uncoded.outliers
@@ -283,20 +285,26 @@ class RescoredIndex(CalibratedIndex):
         return self._complete(found, queries_QF, k, directions, allowed)
 
     def _search_batch(
-        self, queries_QF: Float32, k: int, directions: Sequence[_Direction], allowed: Int64 | None
+        self, queries_QF: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
     ) -> dict[Sign, TopK]:
         """Return the best k of the candidates by their exact scores, by sign of the direction."""
         reduced_QR, _ = self._reduce(queries_QF)
-        candidates = [
-            self._find_candidates(d.sign * reduced_QR, self._count_candidates(k, d.setting), d.setting, allowed)
-            for d in directions
-        ]
+        candidates = self._find_all(reduced_QR, k, directions, allowed)
         scores = self._rescore(queries_QF, [ids_QM for ids_QM, _ in candidates])
         found: dict[Sign, TopK] = {}
         for direction, (ids_QM, scored_Q), scores_QM in zip(directions, candidates, scores, strict=True):
             check_finite(ids_QM, scores_QM)
             found[direction.sign] = from_padded(ids_QM, direction.sign * scores_QM, k, scored_Q)
         return found
+
+    def _find_all(
+        self, reduced_QR: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
+    ) -> list[tuple[Int64, Int64]]:
+        """Return the candidates of each direction for k results, and the numbers of scored codes."""
+        return [
+            self._find_candidates(d.sign * reduced_QR, self._count_candidates(k, d.setting), d.setting, allowed)
+            for d in directions
+        ]
 
     def _rescore(self, queries_QF: Float32, candidates: Sequence[Int64]) -> list[Float32]:
         """Return the inner products [Q, M] of each array of ids [Q, M]; 0 for padding. Each row is read once."""
@@ -309,7 +317,7 @@ class RescoredIndex(CalibratedIndex):
         found: dict[Sign, TopK],
         queries_QF: Float32,
         k: int,
-        directions: Sequence[_Direction],
+        directions: Sequence[Direction],
         allowed: Int64 | None,
     ) -> dict[Sign, TopK]:
         """Return the results, from an exact scan for queries with too few results or where quiet rows could enter."""
@@ -317,7 +325,7 @@ class RescoredIndex(CalibratedIndex):
         norm_Q = np.linalg.norm(queries_QF.astype(np.float64), axis=1)
         quiet_Q = norm_Q * self._uncoded.quiet_norm
         has_quiet = self._uncoded.quiet_rows > 0
-        together: dict[tuple[int, ...], list[_Direction]] = {}
+        together: dict[tuple[int, ...], list[Direction]] = {}
         for direction in directions:
             incomplete = [
                 at
@@ -349,34 +357,6 @@ class RescoredIndex(CalibratedIndex):
                     remedy="rebuild the index",
                 )
             ) from error
-
-
-def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> Float32:
-    """Return the inner products [Q, M] of queries and the rows with these ids; 0 for negative ids, which are padding.
-
-    A row is read once for many queries.
-
-    Raises:
-        KeyError: the source has no row with one of the ids.
-    """
-    scores_QM = np.zeros(ids_QM.shape, np.float32)
-    step = max(1, _NUMBERS_RESCORED_AT_ONCE // max(1, ids_QM.shape[1] * source.dim))
-    step = min(step, _QUERIES_RESCORED_AT_ONCE)
-    for at in range(0, len(queries_QF), step):
-        part = slice(at, at + step)
-        unique, place = np.unique(ids_QM[part], return_inverse=True)
-        n_padding = int(np.searchsorted(unique, 0))
-        row_UF = source.take(unique[n_padding:])
-        if not len(row_UF):
-            continue
-        place_QM = (place.reshape(ids_QM[part].shape) - n_padding).clip(0)
-        # Not a matrix product: threads cost more than they save, and sums depend on the number of rows. `check_finite`
-        # reports scores that overflow.
-        with np.errstate(over="ignore", invalid="ignore"):
-            for query_F, place_M, scores_M in zip(queries_QF[part], place_QM, scores_QM[part], strict=True):
-                np.vecdot(row_UF[place_M], query_F, out=scores_M)
-    scores_QM[ids_QM < 0] = 0
-    return scores_QM
 
 
 def replace_queries(top: TopK, places: Sequence[int], exact: TopK) -> TopK:

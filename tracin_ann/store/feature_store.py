@@ -20,13 +20,14 @@ import numpy.typing as npt
 from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, make_directory
-from tracin_ann.store.codec import is_coded, measure_row_bytes
+from tracin_ann.store.codec import Int16, Stored, is_coded, measure_row_bytes
 from tracin_ann.store.codes import CodeBlock, measure_code_differences
 from tracin_ann.store.feature_file import (
     FeatureBlock,
     FeatureFile,
     FileHeader,
     FileRecord,
+    gather_stored,
     take_grouped_rows,
     take_rows,
     write_feature_file,
@@ -421,15 +422,10 @@ class FeatureView:
 
     def _stored_part(self, file: FeatureFile, start: int, stop: int) -> StoredPart | CodedPart:
         """Return rows start..stop-1 of a file."""
-        if is_coded(file.header.dtype):
-            stored_BW, exponent_B = file.read_stored(start, stop)
-            own_B = np.zeros_like(exponent_B) if self.cosine else exponent_B
-            return CodeBlock(stored_BW.view(np.uint8), own_B, file.header.dtype, file.header.dim, unit=self.cosine)
         if self.cosine and file.header.dtype == "float32":
             # Squares of stored float32 numbers can overflow or underflow; `read` scales them first.
             return StoredPart(file.read(start, stop, unit=True), np.zeros(stop - start, np.int16))
-        stored_BD, exponent_B = file.read_stored(start, stop)
-        return StoredPart(stored_BD, exponent_B, unit=self.cosine)  # type: ignore[arg-type]
+        return self._wrap_stored(*file.read_stored(start, stop))
 
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         """Return float32 rows [K, F] in the order of `ids`.
@@ -485,16 +481,42 @@ class FeatureView:
         files = {keys[start][0]: opened[start : start + n_parts] for start in range(0, len(keys), n_parts)}
         return take_rows([files[partition] for partition in partition_K], position_K, unit=self.cosine)
 
+    def take_stored(self, ids: Int64) -> list[StoredPart | CodedPart]:
+        """Return the rows with these ids, increasing, in their stored format: one part for each checkpoint.
+
+        Raises:
+            KeyError: an id is outside 0..N-1.
+            DamagedIndexError: a row is altered.
+        """
+        layout, id_K = self.store.layout, self._check_ids(ids)
+        if self.cosine and layout.dtype == "float32":
+            # Squares of stored float32 numbers can overflow or underflow; `take` scales them first.
+            return [StoredPart(self._take_sorted(id_K), np.zeros(len(id_K), np.int16))]
+        gathered = [gather_stored(groups) for groups in self._group(id_K)] if len(id_K) else []
+        return [self._wrap_stored(stored_KD, exponent_K) for stored_KD, exponent_K in gathered]
+
+    def _wrap_stored(self, stored_KD: Stored, exponent_K: Int16) -> StoredPart | CodedPart:
+        """Return stored rows of a checkpoint as a part of this view's rows."""
+        layout = self.store.layout
+        if is_coded(layout.dtype):
+            own_K = np.zeros_like(exponent_K) if self.cosine else exponent_K
+            return CodeBlock(stored_KD.view(np.uint8), own_K, layout.dtype, layout.dim, unit=self.cosine)
+        return StoredPart(stored_KD, exponent_K, unit=self.cosine)  # type: ignore[arg-type]
+
     def _take_many(self, row_N: Int64, out_NF: Float32) -> None:
         """Write the rows with these ids, ascending, into `out_NF`."""
+        dim = self.store.layout.dim
+        for i, groups in enumerate(self._group(row_N)):
+            take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
+
+    def _group(self, row_N: Int64) -> Iterator[list[tuple[FeatureFile, Int64]]]:
+        """Yield, for each checkpoint, the files of the rows with these ids, ascending, and their positions."""
         partition_N, position_N = np.divmod(row_N, self.store.layout.partition_rows)
         starts = np.flatnonzero(np.diff(partition_N, prepend=-1))
         positions = np.split(position_N, starts[1:])
-        dim = self.store.layout.dim
-        for i, checkpoint in enumerate(self.checkpoints):
+        for checkpoint in self.checkpoints:
             files = self.store.files([(partition, checkpoint) for partition in partition_N[starts].tolist()])
-            groups = list(zip(files, positions, strict=True))
-            take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
+            yield list(zip(files, positions, strict=True))
 
     def _open_partition(self, partition: int) -> list[FeatureFile]:
         """Return the files of a partition, one for each checkpoint."""

@@ -1,0 +1,142 @@
+"""Inner products of queries and their candidates: rows that are read by their ids, each once for all queries.
+
+Many rows are read in their stored format, few at a time, and converted in a buffer of each thread: the system takes
+longer to provide new memory than to read the rows. Few rows are decoded completely, because a store can keep them for
+the scores of the results (`FeatureStore.remember_taken`).
+
+Shapes: Q queries, M candidates of each, P pairs of a query and a row, U different rows, F feature dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tracin_ann.search.stored_parts import (
+    PartBuffer,
+    PartQueries,
+    count_columns,
+    is_half,
+    measure_factors,
+    scale_queries,
+    split_rows,
+)
+from tracin_ann.search.threads import one_openmp_thread, open_threads
+from tracin_ann.types import CodedPart, Float32, Float64, Int64, RowSource, StoredCandidates, StoredPart
+
+_ROWS_AT_ONCE = 2048
+_NUMBERS_OF_ONE_THREAD = 2**20
+"""Up to this many numbers are read by the calling thread: starting others would take longer."""
+
+
+def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> Float32:
+    """Return the inner products [Q, M] of queries and the rows with these ids; 0 for negative ids, which are padding.
+
+    Raises:
+        KeyError: the source has no row with one of the ids.
+    """
+    pairs, multiply = _Pairs.sort(ids_QM), _Multiplier(queries_QF)
+    score_P = np.zeros(ids_QM.size, np.float32)
+
+    def write(rows: slice, parts: Sequence[StoredPart | CodedPart]) -> None:
+        pair_P, place_P = pairs.select(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            score_P[pair_P] = multiply(parts, place_P, pair_P // ids_QM.shape[1])
+
+    def read(rows: slice) -> None:
+        id_B = pairs.id_U[rows]
+        write(rows, source.take_stored(id_B) if isinstance(source, StoredCandidates) else _wrap(source.take(id_B)))
+
+    n_rows = len(pairs.id_U)
+    if n_rows * source.dim <= _NUMBERS_OF_ONE_THREAD:
+        with one_openmp_thread():
+            write(slice(0, n_rows), _wrap(source.take(pairs.id_U)))
+    else:
+        blocks = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, n_rows, _ROWS_AT_ONCE)]
+        for _ in open_threads().map(read, blocks):
+            pass
+    return score_P.reshape(ids_QM.shape)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of a query and a row in the order of the rows.
+
+    Attributes:
+        id_U: int64 ids of the rows, increasing, without those of padding.
+        start_U1: int64 place of the first pair of each row in `pair_P`, and the number of pairs.
+        pair_P: int64 place of each pair among the flattened ids.
+    """
+
+    id_U: Int64
+    start_U1: Int64
+    pair_P: Int64
+
+    @classmethod
+    def sort(cls, ids_QM: Int64) -> _Pairs:
+        """Return the pairs of padded ids."""
+        order_P = np.argsort(ids_QM, axis=None)
+        sorted_P = ids_QM.ravel()[order_P]
+        n_padding = np.searchsorted(sorted_P, 0)
+        order_P, sorted_P = order_P[n_padding:], sorted_P[n_padding:]
+        start_U = np.flatnonzero(np.diff(sorted_P, prepend=-1))
+        return cls(sorted_P[start_U], np.append(start_U, len(sorted_P)), order_P)
+
+    def select(self, rows: slice) -> tuple[Int64, Int64]:
+        """Return the pairs of some rows: their places among the flattened ids, and those of their rows among these."""
+        start_U1 = self.start_U1[rows.start : rows.stop + 1]
+        place_P = np.repeat(np.arange(len(start_U1) - 1), np.diff(start_U1))
+        return self.pair_P[start_U1[0] : start_U1[-1]], place_P
+
+
+class _Multiplier:
+    """Inner products of pairs of rows and queries; several threads can use it."""
+
+    def __init__(self, queries_QF: Float32) -> None:
+        """Store the queries."""
+        self._queries_QF, self._buffer = torch.from_numpy(np.ascontiguousarray(queries_QF)), PartBuffer()
+        self._scaled: dict[int, PartQueries] = {}
+
+    def __call__(self, parts: Sequence[StoredPart | CodedPart], place_P: Int64, query_P: Int64) -> Float64:
+        """Return the inner products [P] of rows, whose columns are in the parts, and queries at these places."""
+        score_P, start = np.zeros(len(place_P)), 0
+        for part in parts:
+            stop = start + count_columns(part)
+            if start not in self._scaled:
+                self._scaled[start] = scale_queries(self._queries_QF[:, start:stop])
+            queries, start = self._scaled[start], stop
+            product_P = self._multiply_part(part, queries, place_P, query_P)
+            score_P += product_P if queries.power_Q1 is None else product_P * queries.power_Q1[:, 0].numpy()[query_P]
+        return score_P
+
+    def _multiply_part(
+        self, part: StoredPart | CodedPart, queries: PartQueries, place_P: Int64, query_P: Int64
+    ) -> Float64:
+        """Return the inner products [P] of the columns in one part."""
+        n_rows = len(part.exponent_B)
+        if len(queries.query_QD) == 1 and is_half(part):
+            product_B = queries.scanners[0].multiply(part.stored_BD).astype(np.float64)
+            return _multiply(product_B, measure_factors(part, slice(0, n_rows)))[place_P]
+        product_P = np.empty(len(place_P))
+        for rows, _ in split_rows(part, slice(0, n_rows), 1):
+            factors = self._buffer.load(part, rows)
+            own = slice(*np.searchsorted(place_P, [rows.start, rows.stop]))
+            own_P = place_P[own] - rows.start
+            products = self._buffer.multiply_pairs(queries.query_QD, own_P, query_P[own]).astype(np.float64)
+            product_P[own] = _multiply(products, [factor_B[torch.from_numpy(own_P)] for factor_B in factors])
+        return product_P
+
+
+def _multiply(product_X: Float64, factors: Sequence[torch.Tensor]) -> Float64:
+    """Multiply products by factors, in place, and return them."""
+    for factor_X in factors:
+        product_X *= factor_X.numpy()
+    return product_X
+
+
+def _wrap(row_BF: Float32) -> list[StoredPart]:
+    """Return decoded rows as a single part."""
+    return [StoredPart(row_BF, np.zeros(len(row_BF), np.int16))]
